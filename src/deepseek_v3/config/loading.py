@@ -1,0 +1,117 @@
+"""From a YAML file and dotted overrides to a checked RunConfig, and back to YAML."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from deepseek_v3.config.problems import FieldPath, describe
+from deepseek_v3.config.train_config import RunConfig
+from deepseek_v3.utils.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses repeated keys and reads 1e-4 as the number it is (YAML 1.2)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a YAML file, applies overrides such as `model.num_hidden_layers=4`, and checks the whole.
+
+    Raises ConfigError with one line per problem: file and line (or override), field, what is wrong.
+    """
+    path = Path(path)
+    fields, where = _read(path)
+    for override in overrides:
+        _apply(override, fields, where)
+    try:
+        return RunConfig.model_validate_json(json.dumps(fields))
+    except ValidationError as error:
+        raise ConfigError(describe(error, RunConfig, where)) from None
+    except TypeError as error:
+        raise ConfigError(f"{path}: {error}; quote the value if text is meant") from None
+
+
+def config_to_yaml(config: RunConfig) -> str:
+    """The resolved config, every default spelled out; `load_config` reads it back to an equal object."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def config_from_dict(fields: dict[str, Any], source: str) -> RunConfig:
+    """Rebuilds a config from `model_dump(mode="json")`, as a checkpoint stores it; `source` names it in errors."""
+    try:
+        return RunConfig.model_validate_json(json.dumps(fields))
+    except ValidationError as error:
+        raise ConfigError(describe(error, RunConfig, {(): source})) from None
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[FieldPath, str]]:
+    """The file's fields, and for each field's path the place that gave it."""
+    try:
+        loader = _Loader(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: is not UTF-8 text: {error}") from None
+    try:
+        node = loader.get_single_node()
+        fields = loader.construct_document(node) if node else {}
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"{path}:{line}: is not valid YAML: {error.problem}") from None
+    finally:
+        loader.dispose()
+    if not isinstance(fields, dict):
+        raise ConfigError(
+            f"{path}: holds a {type(fields).__name__}, expected sections such as model: and training:"
+        )
+    where = {(): str(path)}
+    _locate(node, (), path, where)
+    return fields, where
+
+
+def _locate(node: yaml.Node | None, at: FieldPath, path: Path, where: dict[FieldPath, str]) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            where[(*at, key.value)] = f"{path}:{key.start_mark.line + 1}"
+            _locate(value, (*at, key.value), path, where)
+
+
+def _apply(override: str, fields: dict[str, Any], where: dict[FieldPath, str]) -> None:
+    """Sets one dotted field; its value is read as YAML, so `null`, `true`, `1e-4` and lists mean what they say."""
+    name, equals, text = override.partition("=")
+    path = tuple(part.strip() for part in name.split("."))
+    if not equals or not all(path):
+        raise ConfigError(f"--set {override}: expected section.field=value, such as training.seed=1")
+    try:
+        value = yaml.load(text, _Loader)  # noqa: S506 -- _Loader is a SafeLoader
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {override}: the value {text!r} is not valid YAML") from None
+    section = fields
+    for part in path[:-1]:
+        inner = section.setdefault(part, {})
+        if inner is None:
+            inner = section[part] = {}
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--set {override}: {part} is the value {inner!r}, not a section")
+        section = inner
+    section[path[-1]] = value
+    where[path] = f"--set {override}"

@@ -1,0 +1,207 @@
+"""The shape of a DeepSeek-V3 model, under the field names of the released `config.json`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AliasChoices, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from deepseek_v3.config.base import Section
+from deepseek_v3.config.problems import describe
+from deepseek_v3.utils.errors import ConfigError
+
+NonNegativeInt = Annotated[int, Field(ge=0)]
+
+# Fields of a released or Transformers-written config.json that say nothing about the model's shape:
+# library bookkeeping, serving hints, the weights' storage format and the released modules' import table.
+_WITHOUT_EFFECT = frozenset(
+    "_name_or_path architectures auto_map aux_loss_alpha bos_token_id chunk_size_feed_forward dtype "
+    "ep_size eos_token_id head_dim id2label is_encoder_decoder label2id model_type output_attentions "
+    "output_hidden_states output_router_logits pad_token_id pretraining_tp problem_type "
+    "quantization_config return_dict seq_aux torch_dtype transformers_version use_cache".split()
+)
+
+
+class RopeScaling(Section):
+    """YaRN (arXiv:2309.00071): stretches rotary positions beyond the length of pre-training.
+
+    Frequencies that turn more than `beta_fast` times over the original length stay, those that turn less than
+    `beta_slow` times are divided by `factor`, and the ones between are blended.
+    """
+
+    rope_type: Literal["yarn"] = Field(default="yarn", validation_alias=AliasChoices("rope_type", "type"))
+    factor: Annotated[float, Field(ge=1)]
+    original_max_position_embeddings: PositiveInt
+    beta_fast: PositiveFloat = 32.0
+    beta_slow: PositiveFloat = 1.0
+    mscale: Annotated[float, Field(ge=0)] = 1.0
+    mscale_all_dim: Annotated[float, Field(ge=0)] = 0.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> RopeScaling:
+        if self.beta_fast < self.beta_slow:
+            raise ValueError(f"beta_fast = {self.beta_fast} must not be below beta_slow = {self.beta_slow}")
+        return self
+
+
+class ModelConfig(Section):
+    """Every number that shapes the model (DeepSeek-V3 technical report, arXiv:2412.19437, §2 and §4.2).
+
+    Fields without a default must be given. `num_nextn_predict_layers` is the depth of multi-token prediction.
+    """
+
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    first_k_dense_replace: NonNegativeInt
+    intermediate_size: PositiveInt
+
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt | None = None
+    q_lora_rank: PositiveInt | None = None
+    kv_lora_rank: PositiveInt
+    qk_nope_head_dim: PositiveInt
+    qk_rope_head_dim: PositiveInt
+    v_head_dim: PositiveInt
+
+    n_routed_experts: PositiveInt
+    n_shared_experts: NonNegativeInt = 1
+    num_experts_per_tok: PositiveInt
+    moe_intermediate_size: PositiveInt
+    n_group: PositiveInt = 1
+    topk_group: PositiveInt = 1
+    norm_topk_prob: bool = True
+    routed_scaling_factor: PositiveFloat = 1.0
+
+    num_nextn_predict_layers: NonNegativeInt = 0
+    tie_word_embeddings: bool = False
+    initializer_range: PositiveFloat = 0.006
+    rms_norm_eps: PositiveFloat = 1e-6
+    max_position_embeddings: PositiveInt = 4096
+    rope_theta: PositiveFloat = 10000.0
+    rope_scaling: RopeScaling | None = None
+
+    # The released file names these choices; we implement exactly one of each.
+    hidden_act: Literal["silu"] = "silu"
+    scoring_func: Literal["sigmoid"] = "sigmoid"
+    topk_method: Literal["noaux_tc"] = "noaux_tc"
+    attention_bias: Literal[False] = False
+    attention_dropout: Annotated[float, Field(ge=0, le=0)] = 0.0
+    moe_layer_freq: Literal[1] = 1
+    rope_interleave: Literal[True] = True
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of one head's query and key: the part without position and the rotary part."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Mixture layers of the main model; each multi-token prediction module adds one more."""
+        return self.num_hidden_layers - self.first_k_dense_replace
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether layer `layer` (from 0; prediction modules follow the main layers) holds experts."""
+        return layer >= self.first_k_dense_replace
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelConfig:
+        self._check_attention()
+        self._check_experts()
+        if self.first_k_dense_replace > self.num_hidden_layers:
+            raise ValueError(
+                f"first_k_dense_replace = {self.first_k_dense_replace} is more than "
+                f"num_hidden_layers = {self.num_hidden_layers}"
+            )
+        return self
+
+    def _check_attention(self) -> None:
+        if self.qk_rope_head_dim % 2:
+            raise ValueError(
+                f"qk_rope_head_dim = {self.qk_rope_head_dim} must be even: rotary embedding turns pairs"
+            )
+        if self.num_key_value_heads not in (None, self.num_attention_heads):
+            raise ValueError(
+                f"num_key_value_heads = {self.num_key_value_heads} must equal num_attention_heads = "
+                f"{self.num_attention_heads} or be left out: latent attention shares the latent, not the heads"
+            )
+
+    def _check_experts(self) -> None:
+        experts, groups, kept, chosen = (
+            self.n_routed_experts,
+            self.n_group,
+            self.topk_group,
+            self.num_experts_per_tok,
+        )
+        if chosen > experts:
+            raise ValueError(f"num_experts_per_tok = {chosen} is more than n_routed_experts = {experts}")
+        if experts % groups:
+            raise ValueError(
+                f"n_routed_experts = {experts} does not divide into n_group = {groups} equal groups"
+            )
+        if kept > groups:
+            raise ValueError(f"topk_group = {kept} is more than n_group = {groups}")
+        if groups > 1 and experts // groups < 2:
+            raise ValueError(
+                f"n_group = {groups} leaves {experts // groups} expert per group; "
+                "a group is scored by its two best experts and needs at least 2"
+            )
+        if chosen > kept * (experts // groups):
+            raise ValueError(
+                f"num_experts_per_tok = {chosen} is more than the {kept * (experts // groups)} experts "
+                f"in topk_group = {kept} groups of {experts // groups}"
+            )
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> ModelConfig:
+        """Reads a released `config.json`, or one that Transformers wrote, as it is.
+
+        Raises ConfigError, naming the file and the field, where the file cannot be read, lacks a field, holds an
+        unknown one, or describes a model that this project does not build.
+        """
+        path = Path(path)
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+        except ValueError as error:
+            raise ConfigError(f"{path}: is not JSON: {error}") from None
+        if not isinstance(fields, dict):
+            raise ConfigError(f"{path}: holds a {type(fields).__name__}, expected an object of fields")
+        try:
+            return cls.model_validate_json(json.dumps(_shape_fields(fields)))
+        except ValidationError as error:
+            raise ConfigError(describe(error, cls, {(): str(path)})) from None
+        except ValueError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+
+def _shape_fields(released: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a config.json that shape the model, in the released spelling."""
+    fields = {name: value for name, value in released.items() if name not in _WITHOUT_EFFECT}
+    if released.get("model_type", "deepseek_v3") != "deepseek_v3":
+        raise ValueError(f"model_type = {released['model_type']!r}, expected 'deepseek_v3'")
+    stated = fields.pop("qk_head_dim", None)
+    if stated is not None:
+        parts = fields.get("qk_nope_head_dim", 0), fields.get("qk_rope_head_dim", 0)
+        if stated != sum(parts):
+            raise ValueError(
+                f"qk_head_dim = {stated} is not qk_nope_head_dim + qk_rope_head_dim = {sum(parts)}"
+            )
+    return _with_released_rope(fields)
+
+
+def _with_released_rope(fields: dict[str, Any]) -> dict[str, Any]:
+    """Turns Transformers' `rope_parameters` into the released pair `rope_theta` and `rope_scaling`."""
+    rope = fields.pop("rope_parameters", None)
+    if rope is not None:
+        rope = dict(rope)
+        fields["rope_theta"] = rope.pop("rope_theta", fields.get("rope_theta", 10000.0))
+        if rope.get("rope_type", rope.get("type", "default")) != "default":
+            fields["rope_scaling"] = rope
+    scaling = fields.get("rope_scaling")
+    if isinstance(scaling, dict) and "rope_type" in scaling:
+        fields["rope_scaling"] = {name: value for name, value in scaling.items() if name != "type"}
+    return fields

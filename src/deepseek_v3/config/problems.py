@@ -1,0 +1,67 @@
+"""Says what is wrong with a configuration, one line for each problem."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+FieldPath = tuple[str, ...]
+
+
+def describe(error: ValidationError, root: type[BaseModel], where: Mapping[FieldPath, str]) -> str:
+    """One line per problem: its place, the field's path, what was found and what would be right.
+
+    `where` says for a field's path the file and line, or the override, that gave it; `where[()]` is the file.
+    """
+    return "\n".join(_one_line(dict(problem), root, where) for problem in error.errors())
+
+
+def _one_line(problem: dict[str, Any], root: type[BaseModel], where: Mapping[FieldPath, str]) -> str:
+    path = tuple(str(part) for part in problem["loc"])
+    place = next(where[path[:n]] for n in range(len(path), -1, -1) if path[:n] in where)
+    return ": ".join(part for part in (place, ".".join(path), _explain(problem, root, path)) if part)
+
+
+def _explain(problem: dict[str, Any], root: type[BaseModel], path: FieldPath) -> str:
+    explain = _EXPLANATIONS.get(problem["type"])
+    if explain:
+        return explain(problem, root, path)
+    message = str(problem["msg"])
+    return f"found {problem['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _unknown(_problem: dict[str, Any], root: type[BaseModel], path: FieldPath) -> str:
+    known = sorted(_section_at(root, path[:-1]).model_fields)
+    close = difflib.get_close_matches(path[-1], known, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"known fields: {', '.join(known)}"
+    return f"unknown field; {hint}"
+
+
+def _missing(_problem: dict[str, Any], _root: type[BaseModel], _path: FieldPath) -> str:
+    return "missing; this field has no default, give it a value"
+
+
+def _contradiction(problem: dict[str, Any], _root: type[BaseModel], _path: FieldPath) -> str:
+    return str(problem["ctx"]["error"])
+
+
+_EXPLANATIONS: dict[str, Callable[[dict[str, Any], type[BaseModel], FieldPath], str]] = {
+    "extra_forbidden": _unknown,
+    "missing": _missing,
+    "value_error": _contradiction,
+}
+
+
+def _section_at(root: type[BaseModel], path: FieldPath) -> type[BaseModel]:
+    """The section class that holds the field at `path`, as far down as sections go."""
+    section = root
+    for name in path:
+        field = section.model_fields.get(name)
+        kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+        section = next(
+            (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), section
+        )
+    return section

@@ -1,0 +1,167 @@
+"""A run: the sections `model`, `training`, `parallel`, `data`, `checkpoint` and `logging` of a YAML file.
+
+Defaults are the recipe of the DeepSeek-V3 technical report (§4.2), its phases scaled to the run's own budget.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, PlainValidator, PositiveFloat, PositiveInt, model_validator
+
+from deepseek_v3.config.base import Section
+from deepseek_v3.config.data_config import AnyPath, DataConfig, Fraction
+from deepseek_v3.config.model_config import ModelConfig, NonNegativeInt
+
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+
+
+def _check_budget(value: object) -> int | str:
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    if isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?x", value) and float(value[:-1]) > 0:
+        return value
+    raise ValueError(
+        f"found {value!r}: expected a number of tokens, or like 20x: so many per active parameter"
+    )
+
+
+Budget = Annotated[int | str, PlainValidator(_check_budget, json_schema_input_type=int | str)]
+
+# The report's 14.8T tokens are the unit in which it dates every change of the recipe.
+_REPORT_TOKENS = 14.8e12
+
+
+class OptimizerConfig(Section):
+    """AdamW. Weight decay acts on matrices only; moments are kept in bfloat16 as in the report (§3.3.2)."""
+
+    learning_rate: PositiveFloat
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+    max_grad_norm: PositiveFloat = 1.0
+    moments: Literal["bfloat16", "float32"] = "bfloat16"
+
+
+class ScheduleConfig(Section):
+    """Learning rate over the run. `deepseek_v3` has the report's own phases and takes only the warm-up."""
+
+    kind: Literal["deepseek_v3", "cosine", "wsd"] = "deepseek_v3"
+    warmup_steps: NonNegativeInt = 2000
+    decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2  # wsd: the share of the budget that decays
+    final_ratio: Fraction = 0.1  # cosine and wsd: last over highest learning rate
+
+
+class BatchRampConfig(Section):
+    """The global batch grows linearly from `initial` sequences over the first `fraction` of the budget."""
+
+    initial: PositiveInt
+    fraction: Annotated[float, Field(gt=0, le=1)] = 469e9 / _REPORT_TOKENS
+
+
+class PredictionConfig(Section):
+    """Weight λ of the multi-token prediction loss, and the share of the budget after which it drops."""
+
+    weight: NonNegativeFloat = 0.3
+    final_weight: NonNegativeFloat = 0.1
+    switch_at: Fraction = 10e12 / _REPORT_TOKENS
+
+
+class BalanceConfig(Section):
+    """Load balance of the experts: the bias moves by ±γ per step, then rests; α weighs the sequence loss."""
+
+    bias_update_speed: NonNegativeFloat = 1e-3
+    bias_update_until: Fraction = 14.3e12 / _REPORT_TOKENS
+    sequence_loss_weight: NonNegativeFloat = 1e-4
+
+
+class EvaluationConfig(Section):
+    """How often, in steps (0: only at the end), and on how many held-out tokens the loss is measured."""
+
+    interval_steps: NonNegativeInt = 500
+    tokens: PositiveInt = 262_144
+
+
+class TrainingConfig(Section):
+    """The recipe. `total_tokens` is a number of tokens, or like `20x`: that many per active parameter."""
+
+    seed: NonNegativeInt = 0
+    total_tokens: Budget
+    sequence_length: Annotated[int, Field(ge=2)]
+    global_batch_size: PositiveInt
+    batch_ramp: BatchRampConfig | None = None
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    prediction: PredictionConfig = PredictionConfig()
+    balance: BalanceConfig = BalanceConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+
+class ParallelConfig(Section):
+    """How the work meets the hardware; nothing here changes what is computed, only rounding."""
+
+    micro_batch_size: PositiveInt = 1
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    recomputation: Literal["none", "full"] = "none"
+    compile: Literal["auto", True, False] = "auto"
+
+
+class CheckpointConfig(Section):
+    """Where checkpoints go, how often (0: only at the end), and how many of the newest are kept."""
+
+    directory: AnyPath = Path("checkpoints")
+    interval_steps: NonNegativeInt = 1000
+    keep: PositiveInt = 3
+
+
+class LoggingConfig(Section):
+    """Where the run writes its resolved config and metrics, and how often it prints."""
+
+    directory: AnyPath
+    interval_steps: PositiveInt = 10
+    tensorboard: bool = True
+
+
+class RunConfig(Section):
+    """One training run, whole."""
+
+    model: ModelConfig
+    training: TrainingConfig
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> RunConfig:
+        training, model, micro = self.training, self.model, self.parallel.micro_batch_size
+        if training.sequence_length > model.max_position_embeddings:
+            raise ValueError(
+                f"training.sequence_length = {training.sequence_length} is more than "
+                f"model.max_position_embeddings = {model.max_position_embeddings}"
+            )
+        if training.sequence_length <= model.num_nextn_predict_layers:
+            raise ValueError(
+                f"training.sequence_length = {training.sequence_length} leaves nothing to predict at depth "
+                f"model.num_nextn_predict_layers = {model.num_nextn_predict_layers}"
+            )
+        sizes = {"training.global_batch_size": training.global_batch_size}
+        if training.batch_ramp:
+            sizes["training.batch_ramp.initial"] = training.batch_ramp.initial
+        for name, size in sizes.items():
+            if size % micro:
+                raise ValueError(f"{name} = {size} is not a multiple of parallel.micro_batch_size = {micro}")
+        if training.batch_ramp and training.batch_ramp.initial > training.global_batch_size:
+            raise ValueError(
+                f"training.batch_ramp.initial = {training.batch_ramp.initial} is more than "
+                f"training.global_batch_size = {training.global_batch_size}"
+            )
+        corpus = self.data.corpus
+        if corpus and corpus.vocab_size > model.vocab_size:
+            raise ValueError(
+                f"data.corpus.vocab_size = {corpus.vocab_size} is more than model.vocab_size = {model.vocab_size}"
+            )
+        return self

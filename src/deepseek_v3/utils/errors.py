@@ -1,0 +1,26 @@
+"""The errors that a user can cause.
+
+A command line prints the message of any of these as one line and exits with 1; everything else is a defect of
+this project and shows its traceback. A message names the file, field or tensor, what was found, what was
+expected, and what to do next.
+"""
+
+
+class UserError(Exception):
+    """Something that the person who called us can mend."""
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be meant: an unknown, missing or contradictory field."""
+
+
+class DataError(UserError):
+    """Text, tokens or token shards that cannot be used as they are."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is damaged, missing, or belongs to another model."""
+
+
+class GenerationError(UserError):
+    """A request for text that the model cannot serve."""
