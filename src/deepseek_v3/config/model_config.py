@@ -138,9 +138,7 @@ class ModelConfig(Section):
         if chosen > experts:
             raise ValueError(f"num_experts_per_tok = {chosen} is more than n_routed_experts = {experts}")
         if experts % groups:
-            raise ValueError(
-                f"n_routed_experts = {experts} does not divide into n_group = {groups} equal groups"
-            )
+            raise ValueError(f"n_routed_experts = {experts} does not divide into n_group = {groups} equal groups")
         if kept > groups:
             raise ValueError(f"topk_group = {kept} is more than n_group = {groups}")
         if groups > 1 and experts // groups < 2:
@@ -187,9 +185,7 @@ def _shape_fields(released: dict[str, Any]) -> dict[str, Any]:
     if stated is not None:
         parts = fields.get("qk_nope_head_dim", 0), fields.get("qk_rope_head_dim", 0)
         if stated != sum(parts):
-            raise ValueError(
-                f"qk_head_dim = {stated} is not qk_nope_head_dim + qk_rope_head_dim = {sum(parts)}"
-            )
+            raise ValueError(f"qk_head_dim = {stated} is not qk_nope_head_dim + qk_rope_head_dim = {sum(parts)}")
     return _with_released_rope(fields)
 
 

@@ -61,7 +61,5 @@ def _section_at(root: type[BaseModel], path: FieldPath) -> type[BaseModel]:
     for name in path:
         field = section.model_fields.get(name)
         kinds = (field.annotation, *get_args(field.annotation)) if field else ()
-        section = next(
-            (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), section
-        )
+        section = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), section)
     return section

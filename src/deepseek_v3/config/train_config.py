@@ -23,9 +23,7 @@ def _check_budget(value: object) -> int | str:
         return value
     if isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?x", value) and float(value[:-1]) > 0:
         return value
-    raise ValueError(
-        f"found {value!r}: expected a number of tokens, or like 20x: so many per active parameter"
-    )
+    raise ValueError(f"found {value!r}: expected a number of tokens, or like 20x: so many per active parameter")
 
 
 Budget = Annotated[int | str, PlainValidator(_check_budget, json_schema_input_type=int | str)]
