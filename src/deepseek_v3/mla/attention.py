@@ -1,0 +1,123 @@
+"""Multi-head latent attention (DeepSeek-V3 report, §2.1.1, eq. 1-11).
+
+Axes: B batch, S sequence, T cached tokens, D model width, H heads, N qk_nope, R qk_rope, V v_head, C kv rank,
+K = N + R, L = C + R.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from deepseek_v3.config.model_config import ModelConfig
+from deepseek_v3.mla.kv_compression import LatentCache
+from deepseek_v3.mla.rotary import softmax_scale
+from deepseek_v3.ops.attention import Attention, sdpa_attention
+from deepseek_v3.ops.layers import Linear, RMSNorm
+from deepseek_v3.ops.mla_decode import mla_decode
+from deepseek_v3.ops.rotary import rotate
+
+# The released modules normalise both latents with this constant, whatever the config's rms_norm_eps.
+_LATENT_NORM_EPS = 1e-6
+
+
+class Placement(NamedTuple):
+    """Where the tokens of one forward pass stand.
+
+    `cos_BSP`, `sin_BSP` float32 as from `rotary_tables`; `positions_BS` int64; `allowed_BSS` bool (query, key)
+    replaces the causal rule where given.
+    """
+
+    positions_BS: Tensor
+    cos_BSP: Tensor
+    sin_BSP: Tensor
+    allowed_BSS: Tensor | None = None
+
+
+class MultiHeadLatentAttention(nn.Module):
+    """Attention whose keys and values are expanded from one small latent per token.
+
+    Training expands them and attends as usual. Generation caches only the latent and the shared rotary key,
+    and absorbs the expansion into the query and the output instead.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer = layer
+        self.scale = softmax_scale(config)
+        self.attend: Attention = sdpa_attention
+        width, heads, rank = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
+        queries = heads * config.qk_head_dim
+        if config.q_lora_rank is None:
+            self.q_proj = Linear(width, queries)
+        else:
+            self.q_a_proj = Linear(width, config.q_lora_rank)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, _LATENT_NORM_EPS)
+            self.q_b_proj = Linear(config.q_lora_rank, queries)
+        self.kv_a_proj_with_mqa = Linear(width, rank + config.qk_rope_head_dim)
+        self.kv_a_layernorm = RMSNorm(rank, _LATENT_NORM_EPS)
+        self.kv_b_proj = Linear(rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
+        self.o_proj = Linear(heads * config.v_head_dim, width)
+
+    def forward(self, x_BSD: Tensor, placement: Placement, cache: LatentCache | None = None) -> Tensor:
+        """(B, S, D) to (B, S, D); with a cache also stores the new tokens' rows and sees the cached ones."""
+        q_nope_BSHN, q_rope_BSHR = self._queries(x_BSD, placement)
+        latent_BSC, k_rope_BSR = self._compress(x_BSD, placement)
+        if cache is not None:
+            latent_BSL = torch.cat((latent_BSC, k_rope_BSR), dim=-1)
+            rows_BTL = cache.write(self.layer, placement.positions_BS, latent_BSL)
+            if not cache.is_empty:
+                out_BSHV = self._attend_absorbed(q_nope_BSHN, q_rope_BSHR, rows_BTL, placement.positions_BS)
+                return self.o_proj(out_BSHV.flatten(-2))
+        out_BSHV = self._attend_expanded(q_nope_BSHN, q_rope_BSHR, latent_BSC, k_rope_BSR, placement.allowed_BSS)
+        return self.o_proj(out_BSHV.flatten(-2))
+
+    def _queries(self, x_BSD: Tensor, placement: Placement) -> tuple[Tensor, Tensor]:
+        """Eq. 6-9: every head's query, its part without position and its rotated part."""
+        if self.config.q_lora_rank is None:
+            q_BSX = self.q_proj(x_BSD)
+        else:
+            q_BSX = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BSD)))
+        q_BSHK = q_BSX.unflatten(-1, (self.config.num_attention_heads, self.config.qk_head_dim))
+        q_nope_BSHN, q_rope_BSHR = q_BSHK.split((self.config.qk_nope_head_dim, self.config.qk_rope_head_dim), -1)
+        return q_nope_BSHN, rotate(q_rope_BSHR, placement.cos_BSP, placement.sin_BSP)
+
+    def _compress(self, x_BSD: Tensor, placement: Placement) -> tuple[Tensor, Tensor]:
+        """Eq. 1 and 3: the latent, normalised, and the rotated key that all heads share."""
+        latent_BSC, k_rope_BSR = self.kv_a_proj_with_mqa(x_BSD).split(
+            (self.config.kv_lora_rank, self.config.qk_rope_head_dim), -1
+        )
+        k_rope_BSR = rotate(k_rope_BSR.unsqueeze(2), placement.cos_BSP, placement.sin_BSP).squeeze(2)
+        return self.kv_a_layernorm(latent_BSC), k_rope_BSR
+
+    def _attend_expanded(
+        self,
+        q_nope_BSHN: Tensor,
+        q_rope_BSHR: Tensor,
+        latent_BSC: Tensor,
+        k_rope_BSR: Tensor,
+        allowed_BSS: Tensor | None,
+    ) -> Tensor:
+        """Eq. 2, 4, 5 and 10: keys and values of every head, and attention over them; (B, S, H, V)."""
+        config = self.config
+        kv_BSHX = self.kv_b_proj(latent_BSC).unflatten(-1, (config.num_attention_heads, -1))
+        k_nope_BSHN, v_BSHV = kv_BSHX.split((config.qk_nope_head_dim, config.v_head_dim), -1)
+        k_rope_BSHR = k_rope_BSR.unsqueeze(2).expand(-1, -1, config.num_attention_heads, -1)
+        q_BSHK = torch.cat((q_nope_BSHN, q_rope_BSHR), dim=-1)
+        k_BSHK = torch.cat((k_nope_BSHN, k_rope_BSHR), dim=-1)
+        return self.attend(q_BSHK, k_BSHK, v_BSHV, self.scale, allowed_BSS)
+
+    def _attend_absorbed(
+        self, q_nope_BSHN: Tensor, q_rope_BSHR: Tensor, rows_BTL: Tensor, positions_BS: Tensor
+    ) -> Tensor:
+        """The same without keys and values: W_UK joins the query, W_UV the output; (B, S, H, V)."""
+        config = self.config
+        w_HXC = self.kv_b_proj.weight.to(q_nope_BSHN.dtype).unflatten(0, (config.num_attention_heads, -1))
+        w_uk_HNC, w_uv_HVC = w_HXC.split((config.qk_nope_head_dim, config.v_head_dim), 1)
+        q_latent_BSHC = torch.einsum("bshn,hnc->bshc", q_nope_BSHN, w_uk_HNC)
+        q_BSHL = torch.cat((q_latent_BSHC, q_rope_BSHR), dim=-1)
+        out_BSHC = mla_decode(q_BSHL, rows_BTL, positions_BS, config.kv_lora_rank, self.scale)
+        return torch.einsum("bshc,hvc->bshv", out_BSHC, w_uv_HVC)

@@ -1,0 +1,37 @@
+"""One layer of the model: latent attention, then a dense or a mixture feed-forward network."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from deepseek_v3.config.model_config import ModelConfig
+from deepseek_v3.mla.attention import MultiHeadLatentAttention, Placement
+from deepseek_v3.mla.kv_compression import LatentCache
+from deepseek_v3.moe.balance import RoutingStats
+from deepseek_v3.moe.experts import FeedForward
+from deepseek_v3.moe.layer import MixtureOfExperts
+from deepseek_v3.ops.layers import RMSNorm
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm residual layer (DeepSeek-V3 report, figure 2); layer `layer` counts from 0."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = MultiHeadLatentAttention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp: MixtureOfExperts | FeedForward
+        if config.is_moe_layer(layer):
+            self.mlp = MixtureOfExperts(config)
+        else:
+            self.mlp = FeedForward(config.hidden_size, config.intermediate_size)
+
+    def forward(
+        self, x_BSD: Tensor, placement: Placement, cache: LatentCache | None = None
+    ) -> tuple[Tensor, RoutingStats | None]:
+        """(B, S, D) to (B, S, D), and what the router did where the layer has one."""
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), placement, cache)
+        y_BSD = self.mlp(self.post_attention_layernorm(x_BSD))
+        y_BSD, stats = y_BSD if isinstance(y_BSD, tuple) else (y_BSD, None)
+        return x_BSD + y_BSD, stats

@@ -1,0 +1,35 @@
+"""Multi-token prediction (DeepSeek-V3 report, §2.2, eq. 21-23)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from deepseek_v3.config.model_config import ModelConfig
+from deepseek_v3.mla.attention import Placement
+from deepseek_v3.model.block import DecoderLayer
+from deepseek_v3.moe.balance import RoutingStats
+from deepseek_v3.ops.layers import Linear, RMSNorm
+
+
+class PredictionLayer(DecoderLayer):
+    """The module of one prediction depth: it joins the states of the depth before with the next tokens.
+
+    Embedding and head belong to the main model. Names, and the order of the two halves that `eh_proj` meets,
+    are those of the released weights; each depth hands on what its head reads, as the main model does.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size)
+        self.shared_head = nn.ModuleDict({"norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
+
+    def forward(  # type: ignore[override]  # a prediction layer is never run in place of a main one
+        self, hidden_BSD: Tensor, embedded_BSD: Tensor, placement: Placement
+    ) -> tuple[Tensor, RoutingStats | None]:
+        """States of the depth before at positions i, embeddings of tokens i + k; to this depth's states."""
+        joined_BSX = torch.cat((self.enorm(embedded_BSD), self.hnorm(hidden_BSD)), dim=-1)
+        y_BSD, stats = super().forward(self.eh_proj(joined_BSX), placement)
+        return self.shared_head["norm"](y_BSD), stats

@@ -1,0 +1,141 @@
+"""The DeepSeek-V3 model: embedding, decoder layers, head, and the modules that predict further tokens.
+
+Axes: B batch, S sequence, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepseek_v3.config.model_config import ModelConfig
+from deepseek_v3.mla.attention import Placement
+from deepseek_v3.mla.kv_compression import LatentCache
+from deepseek_v3.mla.rotary import rotary_tables
+from deepseek_v3.model.block import DecoderLayer
+from deepseek_v3.model.init import initialize
+from deepseek_v3.model.mtp import PredictionLayer
+from deepseek_v3.moe.balance import RoutingStats
+from deepseek_v3.ops.layers import Linear, RMSNorm
+
+
+class HiddenStates(NamedTuple):
+    """What training needs of one forward pass.
+
+    `main_BSD` and, for depth k = 1, 2, …, `predictions[k-1]` (B, S-k, D): the states that the shared head
+    reads. `routing`: one entry per mixture layer, in the order of `routers_of(model)`.
+    """
+
+    main_BSD: Tensor
+    predictions: list[Tensor]
+    routing: list[RoutingStats]
+
+
+def call_directly(layer: nn.Module, *inputs: Any) -> Any:
+    """Runs a layer. The model's `run_layer` may be set to another such function, say one that recomputes."""
+    return layer(*inputs)
+
+
+class Backbone(nn.Module):
+    """Everything between tokens and the head; `layers` ends with the prediction layers, as released."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        main, depth = config.num_hidden_layers, config.num_nextn_predict_layers
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            [DecoderLayer(config, layer) for layer in range(main)]
+            + [PredictionLayer(config, layer) for layer in range(main, main + depth)]
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class DeepSeekV3(nn.Module):
+    """A DeepSeek-V3 language model with freshly initialised weights.
+
+    Parameters and state carry the released checkpoint's names; only routed experts are stacked. Activations
+    have the type of the embedding, or `compute_dtype` where set: weights follow.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype: torch.dtype | None = None
+        self.run_layer: Callable[..., Any] = call_directly
+        self.model = Backbone(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        if not self.head_weight_VD.is_meta:
+            initialize(self, config.initializer_range, seed=int(torch.randint(2**62, ())))
+
+    @property
+    def head_weight_VD(self) -> Tensor:
+        """The output head, (vocabulary, width); the embedding itself where the two are tied."""
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def forward(self, tokens_BS: Tensor, cache: LatentCache | None = None) -> Tensor:
+        """Logits (B, S, V), in the type of the activations, of the token after each of `tokens_BS` int64.
+
+        With a cache, `tokens_BS` continue what it holds; the caller then counts them with `cache.advance`.
+        """
+        if cache is None:
+            positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)[None]
+        else:
+            positions_BS = cache.next_positions(tokens_BS.shape[1])
+        placement = Placement(positions_BS, *rotary_tables(positions_BS, self.config))
+        hidden_BSD, _ = self._run_main_layers(self._embed(tokens_BS), placement, cache)
+        return F.linear(hidden_BSD, self.head_weight_VD.to(hidden_BSD.dtype))
+
+    def hidden_states(self, tokens_BS: Tensor, documents_BS: Tensor | None = None) -> HiddenStates:
+        """The states that the losses of the main model and of every prediction depth read.
+
+        `documents_BS` int64 numbers the document of each token; tokens then see only their own document.
+        """
+        length = tokens_BS.shape[1]
+        positions_BS = torch.arange(length, device=tokens_BS.device)[None]
+        allowed_BSS = None if documents_BS is None else _same_document(documents_BS)
+        placement = Placement(positions_BS, *rotary_tables(positions_BS, self.config), allowed_BSS)
+        embedded_BSD = self._embed(tokens_BS)
+        main_BSD, routing = self._run_main_layers(embedded_BSD, placement)
+        predictions: list[Tensor] = []
+        hidden_BSD = main_BSD
+        for depth, layer in enumerate(self.model.layers[self.config.num_hidden_layers :], start=1):
+            hidden_BSD, stats = self.run_layer(
+                layer, hidden_BSD[:, :-1], embedded_BSD[:, depth:], _shortened(placement, length - depth)
+            )
+            predictions.append(hidden_BSD)
+            routing += [stats] if stats else []
+        return HiddenStates(main_BSD, predictions, routing)
+
+    def _embed(self, tokens_BS: Tensor) -> Tensor:
+        embedded_BSD = self.model.embed_tokens(tokens_BS)
+        return embedded_BSD if self.compute_dtype is None else embedded_BSD.to(self.compute_dtype)
+
+    def _run_main_layers(
+        self, x_BSD: Tensor, placement: Placement, cache: LatentCache | None = None
+    ) -> tuple[Tensor, list[RoutingStats]]:
+        routing: list[RoutingStats] = []
+        for layer in self.model.layers[: self.config.num_hidden_layers]:
+            x_BSD, stats = self.run_layer(layer, x_BSD, placement, cache)
+            routing += [stats] if stats else []
+        return self.model.norm(x_BSD), routing
+
+
+def _same_document(documents_BS: Tensor) -> Tensor:
+    """Which key each query may see, (B, S, S) bool: its own document up to itself."""
+    same_BSS = documents_BS[:, :, None] == documents_BS[:, None, :]
+    return same_BSS & torch.ones_like(same_BSS[0]).tril()
+
+
+def _shortened(placement: Placement, length: int) -> Placement:
+    allowed_BSS = placement.allowed_BSS
+    return Placement(
+        placement.positions_BS[:, :length],
+        placement.cos_BSP[:, :length],
+        placement.sin_BSP[:, :length],
+        None if allowed_BSS is None else allowed_BSS[:, :length, :length],
+    )

@@ -1,0 +1,73 @@
+"""Keeping experts evenly loaded (DeepSeek-V3 report, §2.1.2).
+
+Two means: a bias on the choice, moved against the load without any gradient, and a small loss that keeps a
+single sequence from leaning on few experts. Axes as in `routing.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from deepseek_v3.moe.routing import Router
+
+
+class RoutingStats(NamedTuple):
+    """What one mixture layer reports of one forward pass.
+
+    `counts_E` int64: tokens sent to each expert. `balance_loss`: the sequence-wise loss without its factor α.
+    They are outputs, not state, so recomputing a layer cannot count a token twice.
+    """
+
+    counts_E: Tensor
+    balance_loss: Tensor
+
+
+def sequence_balance_loss(scores_TE: Tensor, batch_size: int, experts_per_token: int) -> Tensor:
+    """Eq. 17-20 without α, averaged over the sequences of the batch; a float32 scalar with a gradient.
+
+    `scores_TE` (B·S, E) unbiased sigmoid scores. As in eq. 18, f counts an expert where it is among the K best
+    by unbiased score, whatever bias and group limit then choose.
+    """
+    scores_BSE = scores_TE.unflatten(0, (batch_size, -1))
+    num_experts = scores_BSE.shape[-1]
+    best_BSK = scores_BSE.detach().topk(experts_per_token, dim=-1).indices
+    is_best_BSE = torch.zeros_like(scores_BSE).scatter(-1, best_BSK, 1.0)
+    f_BE = is_best_BSE.mean(1) * (num_experts / experts_per_token)
+    p_BE = (scores_BSE / scores_BSE.sum(-1, keepdim=True)).mean(1)
+    return (f_BE * p_BE).sum(-1).mean()
+
+
+def routers_of(model: nn.Module) -> list[Router]:
+    """Every router of a model in layer order, those of the prediction modules included."""
+    return [module for module in model.modules() if isinstance(module, Router)]
+
+
+@torch.no_grad()
+def update_biases(routers: Sequence[Router], counts_LE: Tensor, speed: float) -> None:
+    """Moves every bias by γ = `speed`: down where an expert had more than the mean load, up where less.
+
+    `counts_LE` (layers, E): tokens per expert over the whole global batch, one row per router in order.
+    """
+    counts_LE = counts_LE.float()
+    steps_LE = speed * torch.sign(counts_LE.mean(-1, keepdim=True) - counts_LE)
+    torch._foreach_add_([router.e_score_correction_bias for router in routers], list(steps_LE.unbind()))
+
+
+def load_metrics(counts_LE: Tensor) -> dict[str, Tensor]:
+    """How evenly each layer used its experts; every value (layers,) float32.
+
+    `entropy` of the load over its maximum ln E (1 is even); `utilisation`, the share of experts used at all;
+    `max_violation`, the largest load over the mean load minus 1 (arXiv:2408.15664, eq. 4).
+    """
+    counts_LE = counts_LE.float()
+    share_LE = counts_LE / counts_LE.sum(-1, keepdim=True).clamp(min=1)
+    most = torch.log(torch.tensor(float(max(counts_LE.shape[-1], 2)), device=counts_LE.device))
+    return {
+        "entropy": torch.special.entr(share_LE).sum(-1) / most,
+        "utilisation": (counts_LE > 0).float().mean(-1),
+        "max_violation": share_LE.amax(-1) * counts_LE.shape[-1] - 1,
+    }

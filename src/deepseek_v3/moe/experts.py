@@ -1,0 +1,47 @@
+"""Feed-forward networks: the dense one, and the stack of routed experts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from deepseek_v3.config.model_config import ModelConfig
+from deepseek_v3.ops.grouped_gemm import GroupedLinear, reference_grouped_linear
+from deepseek_v3.ops.layers import Linear
+from deepseek_v3.ops.swiglu import swiglu
+
+
+class FeedForward(nn.Module):
+    """SwiGLU network of a dense layer or of the shared experts; (..., D) to (..., D)."""
+
+    def __init__(self, width: int, hidden_width: int) -> None:
+        super().__init__()
+        self.gate_proj = Linear(width, hidden_width)
+        self.up_proj = Linear(width, hidden_width)
+        self.down_proj = Linear(hidden_width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class RoutedExperts(nn.Module):
+    """All routed experts of a layer, stacked: one tensor per projection, gate above up in the first.
+
+    Axes: X rows in expert order, D model width, F expert width, E experts.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        experts, width, hidden = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * hidden, width))
+        self.down_proj = nn.Parameter(torch.empty(experts, width, hidden))
+        self.grouped_linear: GroupedLinear = reference_grouped_linear
+
+    def forward(self, rows_XD: Tensor, gates_X: Tensor, ends_E: Tensor) -> Tensor:
+        """Every row through its expert, times its gate; `ends_E` int32, where each expert's rows end.
+
+        The gate is applied before the down projection, where rows are narrower and the product is fused.
+        """
+        gate_XF, up_XF = self.grouped_linear(rows_XD, self.gate_up_proj, ends_E).chunk(2, dim=-1)
+        hidden_XF = swiglu(gate_XF, up_XF, gates_X[:, None])
+        return self.grouped_linear(hidden_XF, self.down_proj, ends_E)

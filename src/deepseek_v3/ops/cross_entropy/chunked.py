@@ -1,0 +1,89 @@
+"""The loss of a linear head, a chunk of tokens at a time.
+
+Logits of all tokens at once would be the largest tensor of the whole training step. Here the forward pass
+makes the logits of one chunk, overwrites them with the gradient of the loss, and spends that at once on the
+gradients of the hidden states and of the weight; the backward pass only scales those two.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from deepseek_v3.ops.dtypes import at_least_float32
+
+# A chunk's logits stay under this many numbers: 0.5 GiB in bfloat16.
+_CHUNK_LOGITS = 1 << 28
+
+
+def _loss_of(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
+    wide_TV = at_least_float32(logits_TV)
+    return (wide_TV.logsumexp(-1) - wide_TV.gather(-1, targets_T[:, None]).squeeze(-1)).sum()
+
+
+def _loss_and_gradient(logits_TV: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:
+    """The summed loss, and its gradient in the place and type of the logits."""
+    wide_TV = at_least_float32(logits_TV)
+    log_sum_T = wide_TV.logsumexp(-1, keepdim=True)
+    loss = (log_sum_T - wide_TV.gather(-1, targets_T[:, None])).sum()
+    is_target_TV = torch.arange(wide_TV.shape[-1], device=wide_TV.device) == targets_T[:, None]
+    return loss, logits_TV.copy_((wide_TV - log_sum_T).exp() - is_target_TV.to(wide_TV.dtype))
+
+
+_compiled_loss_and_gradient = torch.compile(_loss_and_gradient, dynamic=False)
+
+
+def _accumulate_product(total_VD: Tensor, grad_TV: Tensor, hidden_TD: Tensor) -> None:
+    """total += gradᵀ · hidden, summed in the type of `total` also where the factors are narrower."""
+    if total_VD.dtype == grad_TV.dtype:
+        total_VD.addmm_(grad_TV.T, hidden_TD)
+    elif total_VD.is_cuda:
+        torch.addmm(total_VD, grad_TV.T, hidden_TD, out_dtype=total_VD.dtype, out=total_VD)
+    else:
+        total_VD.addmm_(grad_TV.T.to(total_VD.dtype), hidden_TD.to(total_VD.dtype))
+
+
+class _ChunkedLinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
+        needs_gradient = any(ctx.needs_input_grad)
+        narrow_VD = weight_VD.to(hidden_TD.dtype)
+        loss = hidden_TD.new_zeros((), dtype=torch.promote_types(hidden_TD.dtype, torch.float32))
+        loss_and_gradient = _compiled_loss_and_gradient if hidden_TD.is_cuda else _loss_and_gradient
+        grad_hidden_TD = torch.empty_like(hidden_TD) if needs_gradient else None
+        grad_weight_VD = torch.zeros_like(weight_VD) if needs_gradient else None
+        size = _chunk_size(hidden_TD.shape[0], weight_VD.shape[0])
+        for start in range(0, hidden_TD.shape[0], size):
+            chunk = slice(start, start + size)
+            logits_TV = hidden_TD[chunk] @ narrow_VD.T
+            if grad_hidden_TD is None or grad_weight_VD is None:
+                loss += _loss_of(logits_TV, targets_T[chunk])
+                continue
+            chunk_loss, grad_TV = loss_and_gradient(logits_TV, targets_T[chunk])
+            loss += chunk_loss
+            torch.mm(grad_TV, narrow_VD, out=grad_hidden_TD[chunk])
+            _accumulate_product(grad_weight_VD, grad_TV, hidden_TD[chunk])
+        if needs_gradient:
+            ctx.save_for_backward(grad_hidden_TD, grad_weight_VD)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_loss: Tensor) -> tuple[Tensor, Tensor, None]:
+        grad_hidden_TD, grad_weight_VD = ctx.saved_tensors
+        scaled_TD = (at_least_float32(grad_hidden_TD) * grad_loss).to(grad_hidden_TD.dtype)
+        return scaled_TD, grad_weight_VD.mul_(grad_loss.to(grad_weight_VD.dtype)), None
+
+
+def _chunk_size(num_tokens: int, vocab_size: int) -> int:
+    chunks = math.ceil(num_tokens * vocab_size / _CHUNK_LOGITS)
+    return math.ceil(num_tokens / max(chunks, 1))
+
+
+def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
+    """The reference's operation without ever holding all logits; the weight's gradient sums in its own type.
+
+    Differentiable once, and backward may run once: it scales the weight's gradient where it lies.
+    """
+    return _ChunkedLinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T)

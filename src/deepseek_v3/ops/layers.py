@@ -1,0 +1,40 @@
+"""The two modules that every part of the model is made of.
+
+A weight takes on the type of what it meets: float32 master weights compute in bfloat16 as soon as the
+activations are bfloat16, and nothing needs to be told. Values are set by `model/init.py` or by loading.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepseek_v3.ops.rms_norm import rms_norm
+
+
+class Linear(nn.Module):
+    """x · weightᵀ without bias; `weight` (out_features, in_features)."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[1]} -> {self.weight.shape[0]}"
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation over the last axis with a learned weight."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
