@@ -83,7 +83,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[FieldPath, str]]:
         raise ConfigError(
             f"{path}: holds a {type(fields).__name__}, expected sections such as model: and training:"
         )
-    where = {(): str(path)}
+    where: dict[FieldPath, str] = {(): str(path)}
     _locate(node, (), path, where)
     return fields, where
 

@@ -90,10 +90,13 @@ class DeepSeekV3(nn.Module):
         hidden_BSD, _ = self._run_main_layers(self._embed(tokens_BS), placement, cache)
         return F.linear(hidden_BSD, self.head_weight_VD.to(hidden_BSD.dtype))
 
-    def hidden_states(self, tokens_BS: Tensor, documents_BS: Tensor | None = None) -> HiddenStates:
+    def hidden_states(
+        self, tokens_BS: Tensor, documents_BS: Tensor | None = None, predict: bool = True
+    ) -> HiddenStates:
         """The states that the losses of the main model and of every prediction depth read.
 
-        `documents_BS` int64 numbers the document of each token; tokens then see only their own document.
+        `documents_BS` int64 numbers the document of each token; tokens then see only their own document. Without
+        `predict` the prediction layers do not run.
         """
         length = tokens_BS.shape[1]
         positions_BS = torch.arange(length, device=tokens_BS.device)[None]
@@ -103,7 +106,8 @@ class DeepSeekV3(nn.Module):
         main_BSD, routing = self._run_main_layers(embedded_BSD, placement)
         predictions: list[Tensor] = []
         hidden_BSD = main_BSD
-        for depth, layer in enumerate(self.model.layers[self.config.num_hidden_layers :], start=1):
+        prediction_layers = self.model.layers[self.config.num_hidden_layers :]
+        for depth, layer in enumerate(prediction_layers if predict else (), start=1):
             hidden_BSD, stats = self.run_layer(
                 layer, hidden_BSD[:, :-1], embedded_BSD[:, depth:], _shortened(placement, length - depth)
             )

@@ -24,3 +24,7 @@ class CheckpointError(UserError):
 
 class GenerationError(UserError):
     """A request for text that the model cannot serve."""
+
+
+class TrainingError(UserError):
+    """A run that cannot go on, such as one whose loss is no longer a number."""

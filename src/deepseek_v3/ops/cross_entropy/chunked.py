@@ -6,10 +6,11 @@ gradients of the hidden states and of the weight; the backward pass only scales 
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from deepseek_v3.ops.dtypes import at_least_float32
 
@@ -46,7 +47,7 @@ def _accumulate_product(total_VD: Tensor, grad_TV: Tensor, hidden_TD: Tensor) ->
 
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
         needs_gradient = any(ctx.needs_input_grad)
         narrow_VD = weight_VD.to(hidden_TD.dtype)
         loss = hidden_TD.new_zeros((), dtype=torch.promote_types(hidden_TD.dtype, torch.float32))
@@ -70,7 +71,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_loss: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None]:
         grad_hidden_TD, grad_weight_VD = ctx.saved_tensors
         scaled_TD = (at_least_float32(grad_hidden_TD) * grad_loss).to(grad_hidden_TD.dtype)
         return scaled_TD, grad_weight_VD.mul_(grad_loss.to(grad_weight_VD.dtype)), None

@@ -1,0 +1,188 @@
+"""From a source of text to token shards on disk, in bounded memory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import chain
+from pathlib import Path
+from types import TracebackType
+
+
+from deepseek_v3.data.documents import Document, read_documents
+from deepseek_v3.data.stdlib_corpus import stdlib_documents
+from deepseek_v3.data.tokens.fim import FillInMiddle
+from deepseek_v3.data.tokens.index import CorpusOptions, SplitTotals
+from deepseek_v3.data.tokens.shards import ShardWriter
+from deepseek_v3.data.tokens.tokenizer import Tokenizer
+from deepseek_v3.utils.errors import DataError
+from deepseek_v3.utils.logging import get_console, get_logger
+
+PYTHON_STDLIB = "python-stdlib"
+
+_BATCH_CHARACTERS = 2**22  # text encoded at a time: enough for every core, little enough to hold
+
+_log = get_logger("Tokens")
+
+
+@dataclass(frozen=True)
+class CorpusSummary:
+    """What was written, and where."""
+
+    output: Path
+    vocab_size: int
+    train: SplitTotals
+    holdout: SplitTotals
+
+
+def tokenize_corpus(
+    source: str,
+    output: Path,
+    *,
+    vocab_size: int | None,
+    tokenizer: Path | None,
+    holdout: float,
+    fim_rate: float,
+    seed: int,
+    text_field: str = "text",
+    shard_tokens: int = 2**27,
+) -> CorpusSummary:
+    """Writes token shards of `source`, a file or folder of text or `python-stdlib`, to the new directory `output`.
+
+    Takes the tokenizer from a file, or trains one of `vocab_size` on the training split. A document is held out if
+    the hash of its text says so, so copies of a text never stand on both sides. Of the training documents the share
+    `fim_rate` is rearranged for fill-in-the-middle. Memory holds a few megabytes of text, or the longest document.
+
+    `output` appears when all is written, or not at all. Raises DataError if it exists, if the source cannot be used
+    as it is, or if either split would be empty.
+    """
+    _check_options(vocab_size, tokenizer, holdout, fim_rate)
+    options = CorpusOptions(source=source, text_field=text_field, holdout=holdout, fim_rate=fim_rate, seed=seed)
+    with _appearing_whole(output) as partial:
+        coder = _train(options, vocab_size) if tokenizer is None else Tokenizer.load(tokenizer)
+        fim = FillInMiddle(fim_rate, seed, coder.fim)
+        with ShardWriter(partial, coder, shard_tokens) as writer, _Meter("Tokenizing", "tokens") as meter:
+            for batch in _batches(_documents(options)):
+                meter.add(len(batch), _write(batch, writer, coder, fim, holdout))
+            index = writer.finish(options)
+    return CorpusSummary(output, coder.vocab_size, index.totals("train"), index.totals("holdout"))
+
+
+def is_held_out(text: str, holdout: float) -> bool:
+    """Whether a text belongs to the share `holdout` that is never trained on: a pure function of the text."""
+    digest = blake2b(text.encode("utf-8"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") < holdout * 2**64
+
+
+def _check_options(vocab_size: int | None, tokenizer: Path | None, holdout: float, fim_rate: float) -> None:
+    if (vocab_size is None) == (tokenizer is None):
+        raise DataError(
+            f"vocab_size = {vocab_size} and tokenizer = {tokenizer}: expected one of the two, a size to train a "
+            "tokenizer of or a tokenizer.json to use"
+        )
+    if not 0 < holdout < 1:
+        raise DataError(f"holdout = {holdout}: expected a share between 0 and 1, such as 0.02")
+    if not 0 <= fim_rate <= 1:
+        raise DataError(f"fim_rate = {fim_rate}: expected a share from 0 to 1, such as 0.1")
+
+
+@contextmanager
+def _appearing_whole(output: Path) -> Iterator[Path]:
+    """Yields an empty directory beside `output` that takes its name on success and is removed otherwise."""
+    if output.exists() or output.is_symlink():
+        raise DataError(f"{output}: exists and is left as it is; remove it, or choose another output directory")
+    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(output)
+    except OSError as error:
+        raise DataError(
+            f"{output}: cannot be written: {error.strerror}; make room, or choose another one"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _documents(options: CorpusOptions) -> Iterator[Document]:
+    if options.source == PYTHON_STDLIB:
+        return stdlib_documents()
+    return read_documents(options.source, options.text_field)
+
+
+def _train(options: CorpusOptions, vocab_size: int | None) -> Tokenizer:
+    assert vocab_size is not None
+    with _Meter("Training the tokenizer", "characters") as meter:
+
+        def texts() -> Iterator[str]:
+            for document in _documents(options):
+                if not is_held_out(document.text, options.holdout):
+                    meter.add(1, len(document.text))
+                    yield document.text
+
+        return Tokenizer.train(texts(), vocab_size)
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _write(
+    batch: list[Document], writer: ShardWriter, tokenizer: Tokenizer, fim: FillInMiddle, holdout: float
+) -> int:
+    """Writes a batch of documents in their order and returns how many tokens they are."""
+    held_out = [is_held_out(document.text, holdout) for document in batch]
+    parts = [[d.text] if held else fim.split(d.text) for d, held in zip(batch, held_out, strict=True)]
+    encoded = iter(tokenizer.encode_batch(list(chain.from_iterable(parts))))
+    num_tokens = 0
+    for document, held, texts in zip(batch, held_out, parts, strict=True):
+        ids = fim.join([next(encoded) for _ in texts])
+        writer.add("holdout" if held else "train", ids, len(document.text.encode("utf-8")))
+        num_tokens += len(ids) + 1
+    return num_tokens
+
+
+class _Meter:
+    """Counts documents and what is in them: a live line on a terminal, and a line in the log at the end."""
+
+    def __init__(self, title: str, unit: str) -> None:
+        self._title, self._unit = title, unit
+        self._documents = self._amount = 0
+        self._status = get_console().status(title)
+
+    def __enter__(self) -> _Meter:
+        self._start = time.monotonic()
+        if self._status.console.is_terminal:
+            self._status.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._status.stop()
+        if error is None:
+            _log.info(self._line())
+
+    def add(self, documents: int, amount: int) -> None:
+        self._documents += documents
+        self._amount += amount
+        self._status.update(self._line())
+
+    def _line(self) -> str:
+        amount, unit = self._amount, self._unit
+        rate = amount / max(time.monotonic() - self._start, 1e-9)
+        return f"{self._title}: {self._documents:,} documents, {amount:,} {unit}, {rate:,.0f} {unit}/s"

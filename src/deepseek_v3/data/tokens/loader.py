@@ -1,0 +1,135 @@
+"""Batches of token windows in a random order that needs no state: sample `i` is a pure function of (seed, i).
+
+A run that knows how many samples it has taken resumes bit for bit, on any number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from hashlib import blake2b
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from deepseek_v3.data.tokens.index import Split
+from deepseek_v3.data.tokens.shards import TokenShards
+from deepseek_v3.utils.errors import DataError
+
+Int64s = NDArray[np.int64]
+UInt64s = NDArray[np.uint64]
+
+_ROUNDS = 6
+_PREFETCHED = 2  # batches that are read ahead of the one in use
+
+
+class Permutation:
+    """A pseudo-random permutation of range(n), computed at any index without storing it.
+
+    A balanced Feistel network permutes the smallest range 4^k that holds n; an index that lands outside range(n) is
+    sent through again until it falls inside, at most 4 times on average (Black and Rogaway 2002, cycle walking).
+    """
+
+    def __init__(self, n: int, seed: int | tuple[int, ...]) -> None:
+        if not 1 <= n <= 2**62:
+            raise ValueError(f"n = {n}, expected 1 to 2**62")
+        self.n = n
+        half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
+        self._half_bits = np.uint64(half_bits)
+        self._half_mask = np.uint64(2**half_bits - 1)
+        digest = blake2b(repr(seed).encode(), digest_size=8 * _ROUNDS).digest()
+        self._keys = np.frombuffer(digest, np.dtype("<u8")).astype(np.uint64)
+
+    def __call__(self, index: ArrayLike) -> Int64s:
+        """Where each index goes: int64, in the shape of `index`. Raises IndexError outside range(n)."""
+        indices = np.asarray(index, np.int64)
+        if indices.size and not 0 <= indices.min() <= indices.max() < self.n:
+            raise IndexError(f"index outside range({self.n})")
+        values = self._shuffled(indices.reshape(-1).astype(np.uint64))
+        while (outside := values >= np.uint64(self.n)).any():
+            values[outside] = self._shuffled(values[outside])
+        return values.astype(np.int64).reshape(indices.shape)
+
+    def _shuffled(self, values: UInt64s) -> UInt64s:
+        """One pass of the network over range(4^k)."""
+        left, right = values >> self._half_bits, values & self._half_mask
+        for key in self._keys:
+            left, right = right, left ^ (_mixed(right ^ key) & self._half_mask)
+        return (left << self._half_bits) | right
+
+
+def _mixed(x: UInt64s) -> UInt64s:
+    """The finaliser of SplitMix64 (Steele et al. 2014): every bit of the input reaches every bit of the output."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+class TokenLoader:
+    """Cuts a split into windows of `sequence_length` tokens and deals them out, each once in every epoch.
+
+    A sample is one window and the token behind it: inputs are all its tokens but the last, targets all but the
+    first. With `shuffle` each epoch has an order of its own; without, as for evaluation, samples come as they
+    stand. A tail of the split too short for a window is left out.
+
+    Raises DataError if the split holds no window.
+    """
+
+    def __init__(
+        self,
+        shards: TokenShards,
+        split: Split = "train",
+        *,
+        sequence_length: int,
+        seed: int = 0,
+        shuffle: bool = True,
+    ) -> None:
+        self.sequence_length = sequence_length
+        self.num_samples = (shards.num_tokens(split) - 1) // sequence_length
+        if self.num_samples == 0:
+            raise DataError(
+                f"{shards.directory}: the split {split!r} holds {shards.num_tokens(split)} tokens, expected at "
+                f"least {sequence_length + 1} for one window; add text or lower training.sequence_length"
+            )
+        self._shards, self._split, self._seed, self._shuffle = shards, split, seed, shuffle
+
+    def sample(self, i: int) -> Int64s:
+        """Sample `i`, counted from 0 through all epochs: [sequence_length + 1] int64."""
+        return self.batch(i, 1)[0]
+
+    def batch(self, first: int, count: int) -> Int64s:
+        """Samples `first` to `first + count`: [count, sequence_length + 1] int64."""
+        samples = np.empty((count, self.sequence_length + 1), np.int64)
+        for sample, position in zip(samples, self._positions(first, count), strict=True):
+            start = int(position) * self.sequence_length
+            sample[:] = self._shards.read(self._split, start, self.sequence_length + 1)
+        return samples
+
+    def _positions(self, first: int, count: int) -> Int64s:
+        """Which window of the split each sample is."""
+        epochs, positions = np.divmod(np.arange(first, first + count), self.num_samples)
+        if self._shuffle:
+            for epoch in np.unique(epochs):
+                permutation = Permutation(self.num_samples, (self._seed, int(epoch)))
+                positions[epochs == epoch] = permutation(positions[epochs == epoch])
+        return positions
+
+
+def prefetched(loader: TokenLoader, batches: Iterable[tuple[int, int]]) -> Iterator[Int64s]:
+    """Yields `loader.batch(first, count)` for each pair, in order, read ahead by one background thread.
+
+    An error in the thread is raised here, in place of its batch. The thread ends with this iterator, be it closed
+    early or exhausted.
+    """
+    waiting: deque[Future[Int64s]] = deque()
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="token-loader")
+    try:
+        for first, count in batches:
+            waiting.append(pool.submit(loader.batch, first, count))
+            if len(waiting) > _PREFETCHED:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

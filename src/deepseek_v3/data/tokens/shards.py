@@ -1,0 +1,228 @@
+"""Token shards: a corpus on disk as arrays of ids. A directory of them holds
+
+- `index.json`: what follows, counted and with checksums,
+- `tokenizer.json`: the tokenizer that made the ids,
+- `train/00000.bin` …, `holdout/00000.bin` …: ids as little-endian uint16, or uint32 where the vocabulary needs it,
+  every document followed by end-of-text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from bisect import bisect_right
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deepseek_v3.data.tokens.index import (
+    REPAIR,
+    SPLITS,
+    CorpusOptions,
+    Shard,
+    ShardIndex,
+    Split,
+    TokenType,
+    token_type,
+)
+from deepseek_v3.data.tokens.tokenizer import Tokenizer
+from deepseek_v3.utils.errors import DataError
+from deepseek_v3.utils.files import sha256_of_file
+
+Tokens = NDArray[Any]  # uint16 or uint32
+
+_TOKENIZER_FILE = "tokenizer.json"
+_MOST_OPEN = 512  # memory maps that a reader keeps; each one costs a file descriptor
+
+
+class ShardWriter:
+    """Writes token shards into an empty directory: `add` every document, then `finish`, inside a `with` block.
+
+    A shard ends with the first document that brings it to `shard_tokens` tokens; no document is cut in two.
+    Every file is fsynced. A directory without an index is unfinished and never opens.
+    """
+
+    def __init__(self, directory: Path, tokenizer: Tokenizer, shard_tokens: int = 2**27) -> None:
+        self._directory = directory
+        self._tokenizer = tokenizer
+        self._dtype = token_type(tokenizer.vocab_size)
+        self._splits = {split: _SplitWriter(directory, split, self._dtype, shard_tokens) for split in SPLITS}
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for writer in self._splits.values():
+            writer.end_shard()
+
+    def add(self, split: Split, ids: Sequence[int], num_bytes: int) -> None:
+        """Appends a document of `num_bytes` bytes of text, at least 1, and end-of-text behind it."""
+        self._splits[split].add([*ids, self._tokenizer.end_of_text], num_bytes)
+
+    def finish(self, options: CorpusOptions) -> ShardIndex:
+        """Writes the tokenizer, then the index. Raises DataError if a split has no document."""
+        for split, writer in self._splits.items():
+            writer.end_shard()
+            if not writer.shards:
+                raise DataError(
+                    f"{options.source}: no document fell to the split {split!r} at holdout = {options.holdout}; "
+                    f"{'raise' if split == 'holdout' else 'lower'} holdout, or add documents: a text file is one, "
+                    "and so is each line of a .jsonl file"
+                )
+        self._tokenizer.save(self._directory / _TOKENIZER_FILE)
+        index = ShardIndex(
+            dtype=self._dtype,
+            vocab_size=self._tokenizer.vocab_size,
+            end_of_text=self._tokenizer.end_of_text,
+            tokenizer_sha256=sha256_of_file(self._directory / _TOKENIZER_FILE),
+            options=options,
+            train=tuple(self._splits["train"].shards),
+            holdout=tuple(self._splits["holdout"].shards),
+        )
+        index.write(self._directory)
+        return index
+
+
+class _SplitWriter:
+    """Writes the numbered files of one split."""
+
+    def __init__(self, directory: Path, split: Split, dtype: TokenType, shard_tokens: int) -> None:
+        self.shards: list[Shard] = []
+        self._directory, self._split, self._shard_tokens = directory, split, shard_tokens
+        self._dtype = np.dtype(dtype).newbyteorder("<")
+        self._file: BinaryIO | None = None
+
+    def add(self, ids: list[int], num_bytes: int) -> None:
+        file = self._file or self._begin_shard()
+        data = np.array(ids, self._dtype).tobytes()
+        file.write(data)
+        self._digest.update(data)
+        self._tokens += len(ids)
+        self._documents += 1
+        self._bytes += num_bytes
+        if self._tokens >= self._shard_tokens:
+            self.end_shard()
+
+    def _begin_shard(self) -> BinaryIO:
+        self._name = f"{self._split}/{len(self.shards):05d}.bin"
+        path = self._directory / self._name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("xb")
+        self._digest = hashlib.sha256()
+        self._tokens = self._documents = self._bytes = 0
+        return self._file
+
+    def end_shard(self) -> None:
+        """Closes the file, if one is open, and notes what it holds."""
+        if self._file is None:
+            return
+        with self._file as file:
+            file.flush()
+            os.fsync(file.fileno())
+        self._file = None
+        self.shards.append(
+            Shard(
+                file=self._name,
+                tokens=self._tokens,
+                documents=self._documents,
+                bytes=self._bytes,
+                sha256=self._digest.hexdigest(),
+            )
+        )
+
+
+class TokenShards:
+    """Reads what `ShardWriter` wrote; safe to use from several threads."""
+
+    def __init__(self, directory: Path, index: ShardIndex) -> None:
+        self.directory = directory
+        self.index = index
+        self._dtype = np.dtype(index.dtype).newbyteorder("<")
+        self._starts = {split: [0, *accumulate(shard.tokens for shard in index.shards(split))] for split in SPLITS}
+        self._mapped = lru_cache(_MOST_OPEN)(self._map)
+
+    @classmethod
+    def open(cls, path: str | Path, verify: bool = True) -> TokenShards:
+        """Opens a directory of shards after checking its index, its tokenizer and the size of every file.
+
+        `verify` also reads every shard and compares its SHA-256, several at a time. Raises DataError, naming the
+        file, what was found and what was expected.
+        """
+        directory = Path(path)
+        index = ShardIndex.read(directory)
+        shards = [(directory / shard.file, shard) for split in SPLITS for shard in index.shards(split)]
+        for file, shard in shards:
+            _check_size(file, shard.tokens * np.dtype(index.dtype).itemsize)
+        _check_sha256(directory / _TOKENIZER_FILE, index.tokenizer_sha256)
+        if verify:
+            with ThreadPoolExecutor() as pool:
+                list(pool.map(lambda pair: _check_sha256(pair[0], pair[1].sha256), shards))
+        return cls(directory, index)
+
+    def load_tokenizer(self) -> Tokenizer:
+        """The tokenizer that made these tokens."""
+        return Tokenizer.load(self.directory / _TOKENIZER_FILE)
+
+    def num_documents(self, split: Split) -> int:
+        """Documents in a split."""
+        return self.index.totals(split).documents
+
+    def num_tokens(self, split: Split) -> int:
+        """Tokens in a split, with the end-of-text behind each document."""
+        return self._starts[split][-1]
+
+    def num_bytes(self, split: Split) -> int:
+        """Bytes of UTF-8 text in a split."""
+        return self.index.totals(split).bytes
+
+    def tokens_per_byte(self, split: Split) -> float:
+        """Tokens for each byte of text: a loss per token times this is a loss per byte."""
+        return self.num_tokens(split) / self.num_bytes(split)
+
+    def read(self, split: Split, start: int, length: int) -> Tokens:
+        """Tokens `start` to `start + length` of a split, [length] uint16 or uint32, across borders of shards.
+
+        What lies inside one shard is a read-only view of the file. Raises ValueError if the range is empty or
+        reaches outside the split.
+        """
+        starts = self._starts[split]
+        stop = start + length
+        if not 0 <= start < stop <= starts[-1]:
+            raise ValueError(f"tokens {start} to {stop} of {split!r}: expected a range within 0 to {starts[-1]}")
+        parts = []
+        number = bisect_right(starts, start) - 1
+        while start < stop:
+            end = min(stop, starts[number + 1])
+            parts.append(self._mapped(split, number)[start - starts[number] : end - starts[number]])
+            start, number = end, number + 1
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _map(self, split: Split, number: int) -> Tokens:
+        file = self.index.shards(split)[number].file
+        return np.asarray(np.memmap(self.directory / file, self._dtype, mode="r"))
+
+
+def _check_size(path: Path, expected: int) -> None:
+    if not path.is_file():
+        raise DataError(f"{path}: is missing, expected a file of {expected} bytes; {REPAIR}")
+    found = path.stat().st_size
+    if found != expected:
+        raise DataError(f"{path}: holds {found} bytes, expected {expected}; {REPAIR}")
+
+
+def _check_sha256(path: Path, expected: str) -> None:
+    try:
+        found = sha256_of_file(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}; {REPAIR}") from None
+    if found != expected:
+        raise DataError(f"{path}: is damaged: its SHA-256 is {found}, expected {expected}; {REPAIR}")

@@ -1,0 +1,52 @@
+"""The command that turns text into token shards: `dsv3 tokenize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deepseek_v3.data.tokens.build import PYTHON_STDLIB, tokenize_corpus
+from deepseek_v3.utils.errors import DataError
+from deepseek_v3.utils.logging import configure_logging, get_logger
+
+
+def tokenize(
+    output: Annotated[Path, typer.Option(help="Folder to write; it must not exist yet.")],
+    source: Annotated[
+        Path | None, typer.Option("--input", help="A text file, a .jsonl file, or a folder of either.")
+    ] = None,
+    corpus: Annotated[
+        str | None, typer.Option(help=f"Instead of --input: {PYTHON_STDLIB}, the text inside every Python.")
+    ] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Use this tokenizer.json instead of training one.")] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(help="Train a byte-level BPE tokenizer with this many ids.")
+    ] = None,
+    text_field: Annotated[str, typer.Option(help="Field of a JSONL line that holds the text.")] = "text",
+    holdout: Annotated[float, typer.Option(help="Share of documents kept for evaluation.")] = 0.02,
+    fim_rate: Annotated[float, typer.Option(help="Share of documents rearranged for fill-in-the-middle.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Chooses where fill-in-the-middle splits documents.")] = 0,
+) -> None:
+    """Turn text into memory-mapped token shards, with a hold-out split."""
+    configure_logging()
+    if (source is None) == (corpus is None):
+        raise DataError("give one of --input and --corpus")
+    if corpus not in (None, PYTHON_STDLIB):
+        raise DataError(f"--corpus {corpus}: expected {PYTHON_STDLIB}; for text of your own use --input")
+    summary = tokenize_corpus(
+        corpus or str(source),
+        output,
+        vocab_size=vocab_size,
+        tokenizer=tokenizer,
+        holdout=holdout,
+        fim_rate=fim_rate,
+        seed=seed,
+        text_field=text_field,
+    )
+    get_logger("Data").info(
+        f"{summary.output}: {summary.train.tokens:,} training tokens in {summary.train.documents:,} documents, "
+        f"{summary.holdout.tokens:,} held-out tokens in {summary.holdout.documents:,}, "
+        f"vocabulary {summary.vocab_size:,}"
+    )

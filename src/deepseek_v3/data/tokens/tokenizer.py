@@ -1,0 +1,197 @@
+"""Text to token ids and back: byte-level BPE, trained here or read from any `tokenizer.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as HuggingFaceTokenizer
+
+from deepseek_v3.data.documents import check_unicode
+from deepseek_v3.utils.errors import DataError
+from deepseek_v3.utils.files import written_atomically
+
+# How DeepSeek-V3's own tokenizer cuts text before merging: digits in groups of three, runs of Chinese and Japanese,
+# then words with the one sign before them, punctuation with the line breaks after it, and white space.
+_PRE_TOKENS = (
+    r"\p{N}{1,3}",
+    "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+    r"""| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
+)
+_MARKERS = ("<|endoftext|>", "<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>")
+
+# The names that published tokenizers give to the end of a text, and to the three marks of fill-in-the-middle.
+_END_OF_TEXT = (
+    "<|endoftext|>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+    "[EOS]",
+)
+_FIM = (
+    ("<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>"),
+    ("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>"),
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+)
+
+_REPLACEMENT = "\ufffd"  # what decoding shows for bytes that are not, or not yet, a character
+
+
+class FimMarkers(NamedTuple):
+    """Ids of the marks before the prefix, before the suffix, and before the middle."""
+
+    begin: int
+    hole: int
+    end: int
+
+
+class Tokenizer:
+    """An immutable tokenizer, built from the text of a `tokenizer.json`.
+
+    Text is text: where it spells the name of a marker such as end-of-text it is encoded like any other characters,
+    and no marker is added in front or behind. Safe to use from several threads.
+
+    Raises DataError where the JSON is no tokenizer, has no end-of-text under a name known here, or cannot tell that
+    marker from text that spells it; `source` names the tokenizer in the message.
+    """
+
+    def __init__(self, json: str, source: str = "tokenizer.json") -> None:
+        self._json = json
+        self._tokenizer = _build(json, source)
+        added = self._tokenizer.get_added_tokens_decoder()
+        ids = {token.content: id_ for id_, token in added.items()}
+        end_of_text = next((name for name in _END_OF_TEXT if name in ids), None)
+        if end_of_text is None:
+            raise DataError(f"{source}: has no end-of-text marker; expected one of {', '.join(_END_OF_TEXT)}")
+        fim = next((names for names in _FIM if ids.keys() >= set(names)), None)
+        self.end_of_text: int = ids[end_of_text]
+        self.fim = FimMarkers(*(ids[name] for name in fim)) if fim else None
+        self.vocab_size: int = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        for name in (end_of_text, *(fim or ())):
+            if ids[name] in self.encode(name):
+                raise DataError(
+                    f"{source}: encodes the text {name!r} as the marker of that name; "
+                    "use a tokenizer that tells the two apart, such as any byte-level BPE"
+                )
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        """Trains byte-level BPE on `texts`, read once and not kept; the same texts give the same tokenizer.
+
+        The vocabulary holds 4 markers, 256 bytes and merges up to `vocab_size`, or fewer where the texts have no
+        pair left that occurs twice. Raises DataError if `vocab_size` is less than 260.
+        """
+        smallest = len(_MARKERS) + 256
+        if vocab_size < smallest:
+            raise DataError(
+                f"vocab_size = {vocab_size} is too small: {len(_MARKERS)} markers and 256 bytes need {smallest}"
+            )
+        tokenizer = HuggingFaceTokenizer(models.BPE())
+        cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _PRE_TOKENS]
+        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, to_bytes])
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            min_frequency=2,
+            special_tokens=list(_MARKERS),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        return cls(tokenizer.to_str())
+
+    @classmethod
+    def from_json(cls, json: str) -> Tokenizer:
+        """The tokenizer that `to_json` or any `tokenizer.json` describes."""
+        return cls(json)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """Reads a `tokenizer.json`, or the one in a folder."""
+        path = Path(path)
+        file = path / "tokenizer.json" if path.is_dir() else path
+        try:
+            return cls(file.read_text(encoding="utf-8"), source=str(file))
+        except OSError as error:
+            raise DataError(f"{file}: cannot be read: {error.strerror}; expected a tokenizer.json") from None
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file}: is not UTF-8 at byte {error.start}; expected a tokenizer.json") from None
+
+    def to_json(self) -> str:
+        """The text of a `tokenizer.json`, as it was read or trained."""
+        return self._json
+
+    def save(self, path: str | Path) -> None:
+        """Writes a `tokenizer.json` that Transformers reads too."""
+        with written_atomically(Path(path)) as partial:
+            partial.write_bytes(self._json.encode("utf-8"))
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text. Raises DataError if it holds a lone surrogate."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of several texts, encoded in parallel. Raises DataError if one holds a lone surrogate."""
+        for text in texts:
+            check_unicode(text, "text to encode")
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids. Markers appear by name, bytes that are no UTF-8 as U+FFFD, unknown ids not at all."""
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+
+class StreamDecoder:
+    """Turns ids that arrive one by one into text, holding back a character until all its bytes are there.
+
+    All that `push` returned, followed by what `flush` returns, is `Tokenizer.decode` of all the ids. Each step
+    decodes a few ids only: those since the last character that was whole, and the step before as their context.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._num_context = 0
+        self._shown = ""
+
+    def push(self, id_: int) -> str:
+        """Takes the next id and returns the text that it completes, often none."""
+        self._ids.append(id_)
+        text = self._tokenizer.decode(self._ids)
+        complete = text.rstrip(_REPLACEMENT)
+        new = complete[len(self._shown) :]
+        self._shown += new
+        if complete == text:
+            self._ids = self._ids[self._num_context :]
+            self._num_context = len(self._ids)
+            self._shown = self._tokenizer.decode(self._ids)
+        return new
+
+    def flush(self) -> str:
+        """Ends the stream: returns what was held back, with U+FFFD for a character that never became whole."""
+        rest = self._tokenizer.decode(self._ids)[len(self._shown) :]
+        self._ids, self._num_context, self._shown = [], 0, ""
+        return rest
+
+
+def _build(json: str, source: str) -> HuggingFaceTokenizer:
+    try:
+        tokenizer = HuggingFaceTokenizer.from_str(json)
+    except Exception as error:  # noqa: BLE001 - the library raises nothing more specific
+        raise DataError(f"{source}: is not a tokenizer of the tokenizers library: {error}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    # A marker that is not declared special would be recognised in text. Runs of white space, which some
+    # vocabularies add in the same way, are text and stay.
+    added = tokenizer.get_added_tokens_decoder().values()
+    names = [token.content for token in added if not token.content.isspace()]
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    tokenizer.encode_special_tokens = True
+    return tokenizer

@@ -1,0 +1,228 @@
+"""Continuing prompts with a model, in batches and as a stream.
+
+Axes: B batch, S sequence, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import abc
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from deepseek_v3.data.tokens.tokenizer import StreamDecoder, Tokenizer
+from deepseek_v3.inference.sampling import SamplingConfig, choose_next, row_generator
+from deepseek_v3.mla.kv_compression import LatentCache
+from deepseek_v3.model.transformer import DeepSeekV3
+from deepseek_v3.utils.errors import GenerationError
+
+FinishReason = Literal["stop", "end_of_text", "length", "context"]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a prompt was continued with.
+
+    `tokens` are all that the model chose; `text` is what they spell, without a final end-of-text marker and
+    ending before a stop string. `finish_reason`: a stop string, the end-of-text marker, `max_new_tokens` chosen
+    (length), or prompt and tokens filling the model's context.
+    """
+
+    prompt: str
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: FinishReason
+
+
+class _Text:
+    """The text of a completion as its tokens arrive; `shown` never holds a stop string or the start of one."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
+        self.shown = ""
+        self._held = ""  # may turn out to be the start of a stop string
+        self._stop = stop
+        self._decoder = StreamDecoder(tokenizer)
+
+    def push(self, token: int) -> bool:
+        """Takes the next token; True where it completes a stop string, which ends the text."""
+        return self._ends_with(self._decoder.push(token))
+
+    def end(self) -> None:
+        """Shows what was held back for characters or stop strings that now stay unfinished."""
+        if not self._ends_with(self._decoder.flush()):
+            self.shown += self._held
+
+    def _ends_with(self, new: str) -> bool:
+        """Adds text, up to the stop string that is complete first: the same however the text is cut to pieces."""
+        self._held += new
+        found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        if found:
+            self.shown += self._held[: min(found)[1]]
+            return True
+        starts = (stop[:length] for stop in self._stop for length in range(1, len(stop)))
+        num_held = max((len(start) for start in starts if self._held.endswith(start)), default=0)
+        num_shown = len(self._held) - num_held
+        self.shown += self._held[:num_shown]
+        self._held = self._held[num_shown:]
+        return False
+
+
+@dataclass
+class _Row:
+    """A prompt on its way to a completion; `ids` are those of the prompt, followed by those chosen."""
+
+    prompt: str
+    ids: list[int]
+    num_prompt_ids: int
+    text: _Text
+    generator: np.random.Generator
+    finish_reason: FinishReason | None = None
+
+    def finish(self, reason: FinishReason) -> None:
+        self.finish_reason = reason
+        if reason != "stop":
+            self.text.end()
+
+    def completion(self) -> Completion:
+        assert self.finish_reason is not None
+        return Completion(self.prompt, self.text.shown, tuple(self.ids[self.num_prompt_ids :]), self.finish_reason)
+
+
+class Generator:
+    """Continues prompts.
+
+    A prompt that encodes to no token starts from the end-of-text marker, which stands between the documents of a
+    training corpus. Each prompt has random numbers of its own, so its text does not depend on which others are
+    generated beside it; at most `batch_size` are at a time. Only ids that the tokenizer knows are chosen.
+
+    Raises GenerationError where the tokenizer has more ids than the model.
+    """
+
+    def __init__(self, model: DeepSeekV3, tokenizer: Tokenizer, batch_size: int = 32) -> None:
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise GenerationError(
+                f"the tokenizer has {tokenizer.vocab_size} ids, expected at most the model's vocab_size = "
+                f"{model.config.vocab_size}; use the tokenizer that the model was trained with"
+            )
+        self._model = model
+        self._tokenizer = tokenizer
+        self._batch_size = batch_size
+        self._context = model.config.max_position_embeddings
+        self._device = model.head_weight_VD.device
+
+    def generate(
+        self, prompts: abc.Sequence[str], sampling: SamplingConfig, use_cache: bool = True
+    ) -> list[Completion]:
+        """Continues every prompt, in their order.
+
+        Without the cache each step runs the model on the whole text again, and the result is the same up to
+        rounding. Raises GenerationError for a prompt longer than the model's context or logits that are not
+        finite, DataError for a prompt that is not Unicode.
+        """
+        rows = [self._start(prompt, index, sampling) for index, prompt in enumerate(prompts)]
+        for first in range(0, len(rows), self._batch_size):
+            for _ in self._steps(rows[first : first + self._batch_size], sampling, use_cache):
+                pass
+        return [row.completion() for row in rows]
+
+    def stream(
+        self, prompt: str, sampling: SamplingConfig, use_cache: bool = True
+    ) -> abc.Generator[str, None, Completion]:
+        """Yields the text that `generate` gives for a single prompt, in pieces as they become certain.
+
+        A piece never ends inside a character, and holds no part of a stop string. The generator's return value is
+        the completion. A prompt is refused at once, as by `generate`.
+        """
+        return self._pieces(self._start(prompt, 0, sampling), sampling, use_cache)
+
+    def _pieces(self, row: _Row, sampling: SamplingConfig, use_cache: bool) -> abc.Generator[str, None, Completion]:
+        num_yielded = 0
+        for _ in self._steps([row], sampling, use_cache):
+            if piece := row.text.shown[num_yielded:]:
+                num_yielded += len(piece)
+                yield piece
+        return row.completion()
+
+    def _start(self, prompt: str, index: int, sampling: SamplingConfig) -> _Row:
+        ids = self._tokenizer.encode(prompt) or [self._tokenizer.end_of_text]
+        if len(ids) > self._context:
+            raise GenerationError(
+                f"prompt {index + 1} is {len(ids)} tokens long, expected at most the model's context of "
+                f"{self._context} (max_position_embeddings); shorten it"
+            )
+        text = _Text(self._tokenizer, sampling.stop)
+        row = _Row(prompt, ids, len(ids), text, row_generator(sampling.seed, index))
+        if len(ids) == self._context:
+            row.finish("context")
+        return row
+
+    def _steps(self, rows: list[_Row], sampling: SamplingConfig, use_cache: bool) -> abc.Iterator[None]:
+        """Adds one token to every unfinished row, time and again until all are finished."""
+        rows = [row for row in rows if row.finish_reason is None]
+        cache = self._new_cache(rows, sampling) if use_cache and rows else None
+        seen_BV = self._seen(rows)
+        while rows:
+            tokens_B = choose_next(
+                self._next_logits(rows, cache), seen_BV, sampling, [row.generator for row in rows]
+            )
+            seen_BV.scatter_(1, tokens_B[:, None], True)
+            for row, token in zip(rows, tokens_B.tolist(), strict=True):
+                self._take(row, token, sampling)
+            unfinished = [place for place, row in enumerate(rows) if row.finish_reason is None]
+            if len(unfinished) < len(rows):
+                rows, seen_BV = [rows[place] for place in unfinished], seen_BV[unfinished]
+                if cache is not None:
+                    _keep_rows(cache, unfinished)
+            yield
+
+    @torch.inference_mode()
+    def _next_logits(self, rows: list[_Row], cache: LatentCache | None) -> Tensor:
+        """Runs the model on what the cache does not hold yet; logits (B, V) of the token after each row.
+
+        Rows are padded on the right: under the causal rule no token sees the padding, and what the cache keeps of
+        it is overwritten because each row counts its own tokens only.
+        """
+        whole = cache is None or cache.is_empty
+        new = [torch.tensor(row.ids if whole else row.ids[-1:]) for row in rows]
+        lengths_B = torch.tensor([len(ids) for ids in new], device=self._device)
+        tokens_BS = pad_sequence(new, batch_first=True, padding_value=self._tokenizer.end_of_text)
+        logits_BSV = self._model(tokens_BS.to(self._device), cache)
+        if cache is not None:
+            cache.advance(lengths_B)
+        rows_B = torch.arange(len(rows), device=self._device)
+        return logits_BSV[rows_B, lengths_B - 1, : self._tokenizer.vocab_size]
+
+    def _seen(self, rows: list[_Row]) -> Tensor:
+        """Which ids stand in each row, (B, V) bool."""
+        seen_BV = torch.zeros(len(rows), self._tokenizer.vocab_size, dtype=torch.bool)
+        for seen_V, row in zip(seen_BV, rows, strict=True):
+            seen_V[row.ids] = True
+        return seen_BV.to(self._device)
+
+    def _take(self, row: _Row, token: int, sampling: SamplingConfig) -> None:
+        row.ids.append(token)
+        if token == self._tokenizer.end_of_text:
+            row.finish("end_of_text")
+        elif row.text.push(token):
+            row.finish("stop")
+        elif len(row.ids) - row.num_prompt_ids == sampling.max_new_tokens:
+            row.finish("length")
+        elif len(row.ids) == self._context:
+            row.finish("context")
+
+    def _new_cache(self, rows: list[_Row], sampling: SamplingConfig) -> LatentCache:
+        longest = max(len(row.ids) for row in rows)
+        capacity = min(longest + sampling.max_new_tokens, self._context)
+        dtype = self._model.compute_dtype or self._model.model.embed_tokens.weight.dtype
+        return LatentCache(self._model.config, len(rows), capacity, dtype, self._device)
+
+
+def _keep_rows(cache: LatentCache, places: list[int]) -> None:
+    """Drops the other rows from the cache."""
+    places_B = torch.tensor(places, dtype=torch.int64, device=cache.lengths_B.device)
+    cache.rows_BTL = [rows_BTL[places_B] for rows_BTL in cache.rows_BTL]
+    cache.lengths_B = cache.lengths_B[places_B]

@@ -1,0 +1,159 @@
+"""The command `dsv3 generate`: a checkpoint continues one prompt, or a file of them."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from deepseek_v3.data.tokens.tokenizer import Tokenizer
+from deepseek_v3.inference.engine import Completion, Generator
+from deepseek_v3.inference.sampling import SamplingConfig
+from deepseek_v3.model.saved import load_model
+from deepseek_v3.utils.checkpointing import CheckpointDirectory
+from deepseek_v3.utils.errors import GenerationError
+from deepseek_v3.utils.files import written_atomically
+
+
+class Device(str, Enum):
+    """Where to run: `auto` is the GPU if there is one."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+def generate(
+    checkpoint: Annotated[Path, typer.Option(help="A checkpoint file, or a folder: its newest that is undamaged.")],
+    prompt: Annotated[str | None, typer.Option(help="The text to continue.")] = None,
+    prompts_file: Annotated[
+        Path | None,
+        typer.Option(help='One prompt per line, or .jsonl with a field "prompt"; blank lines are skipped.'),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="The most tokens to add.")] = SamplingConfig.max_new_tokens,
+    temperature: Annotated[
+        float, typer.Option(help="0: always the most probable token; 1: the model's own distribution.")
+    ] = SamplingConfig.temperature,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the fewest tokens that hold this share of the probability.")
+    ] = SamplingConfig.top_p,
+    top_k: Annotated[int | None, typer.Option(help="Sample from so many most probable tokens.")] = None,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: tokens already in the text become less probable.")
+    ] = SamplingConfig.repetition_penalty,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = SamplingConfig.seed,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this string; may be repeated.")] = None,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Recompute the whole text at every step.")] = False,
+    device: Annotated[Device, typer.Option(help="Where to run.")] = Device.AUTO,
+    output: Annotated[
+        Path | None, typer.Option(help="Also write the results to this new file, as JSON lines.")
+    ] = None,
+) -> None:
+    """Continue text with a trained model."""
+    sampling = SamplingConfig(
+        temperature, top_p, top_k, repetition_penalty, seed, max_new_tokens, tuple(stop or ())
+    )
+    prompts = _prompts(prompt, prompts_file)
+    if output is not None and output.exists():
+        raise GenerationError(f"--output {output}: exists and is left as it is; choose a new file")
+    generator = _load(checkpoint, _torch_device(device))
+    start = time.perf_counter()
+    if prompt is not None:
+        completions = [_stream(generator, prompt, sampling, use_cache=not no_cache)]
+    else:
+        completions = generator.generate(prompts, sampling, use_cache=not no_cache)
+        _print_all(completions)
+    seconds = time.perf_counter() - start
+    if output is not None:
+        _write(output, completions)
+    num_tokens = sum(len(completion.tokens) for completion in completions)
+    typer.echo(f"{num_tokens} tokens in {seconds:.1f} s, {num_tokens / seconds:.1f} tokens/s", err=True)
+
+
+def _prompts(prompt: str | None, file: Path | None) -> list[str]:
+    if (prompt is None) == (file is None):
+        raise GenerationError(f"--prompt {prompt!r} and --prompts-file {file}: expected one of the two")
+    return _read_prompts(file) if file is not None else [prompt or ""]
+
+
+def _read_prompts(file: Path) -> list[str]:
+    """The prompts of a file, one per line that is not blank."""
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise GenerationError(f"{file}: cannot be read: {error.strerror}; expected a file of prompts") from None
+    except UnicodeDecodeError as error:
+        raise GenerationError(f"{file}: is not UTF-8 at byte {error.start}; convert it to UTF-8") from None
+    filled = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not filled:
+        raise GenerationError(f"{file}: holds no prompts; expected one per line")
+    if file.suffix.lower() == ".jsonl":
+        return [_prompt_of(line, f"{file}:{number}") for number, line in filled]
+    return [line for _, line in filled]
+
+
+def _prompt_of(line: str, where: str) -> str:
+    """The prompt in one line of JSON."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise GenerationError(f'{where}: is not JSON: {error}; expected {{"prompt": "text"}}') from None
+    prompt: Any = record.get("prompt") if isinstance(record, dict) else None
+    if not isinstance(prompt, str):
+        raise GenerationError(f'{where}: holds {line.strip()[:80]}, expected {{"prompt": "text"}}')
+    return prompt
+
+
+def _torch_device(device: Device) -> torch.device:
+    if device is Device.CUDA and not torch.cuda.is_available():
+        raise GenerationError("--device cuda: torch finds no CUDA device; expected auto or cpu on this machine")
+    cuda = device is Device.CUDA or (device is Device.AUTO and torch.cuda.is_available())
+    return torch.device("cuda" if cuda else "cpu")
+
+
+def _load(checkpoint: Path, device: torch.device) -> Generator:
+    file = CheckpointDirectory(checkpoint, keep=1).latest()[0] if checkpoint.is_dir() else checkpoint
+    saved = load_model(file, device)
+    return Generator(saved.model, Tokenizer.from_json(saved.tokenizer_json))
+
+
+def _stream(generator: Generator, prompt: str, sampling: SamplingConfig, use_cache: bool) -> Completion:
+    """Prints the text as it comes; into a pipe or a file without the prompt in front."""
+    pieces = generator.stream(prompt, sampling, use_cache)
+    if sys.stdout.isatty():
+        _print_dim(prompt)
+    while True:
+        try:
+            typer.echo(next(pieces), nl=False)
+        except StopIteration as end:
+            typer.echo()
+            return end.value
+
+
+def _print_all(completions: Iterable[Completion]) -> None:
+    """Prints each prompt with its text, and an empty line after each."""
+    for completion in completions:
+        _print_dim(completion.prompt)
+        typer.echo(f"{completion.text}\n")
+
+
+def _print_dim(prompt: str) -> None:
+    """Prints a prompt, dim where a terminal shows it."""
+    typer.secho(prompt, dim=True, nl=False)
+
+
+def _write(output: Path, completions: Iterable[Completion]) -> None:
+    try:
+        with written_atomically(output) as partial:
+            lines = (json.dumps(asdict(completion), ensure_ascii=False) for completion in completions)
+            partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    except OSError as error:
+        raise GenerationError(f"--output {output}: cannot be written: {error.strerror}") from None

@@ -1,0 +1,53 @@
+"""The tokens of a run: opened, checked against the model, and brought to the device."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+
+import torch
+from torch import Tensor
+
+from deepseek_v3.config.train_config import RunConfig
+from deepseek_v3.data.tokens.build import tokenize_corpus
+from deepseek_v3.data.tokens.loader import TokenLoader, prefetched
+from deepseek_v3.data.tokens.shards import TokenShards
+from deepseek_v3.utils.errors import DataError
+from deepseek_v3.utils.logging import get_logger
+
+
+def open_tokens(config: RunConfig) -> TokenShards:
+    """The run's token shards, built first from `data.corpus` where they do not exist yet.
+
+    Raises DataError where they are missing or damaged, or hold ids that the model does not know.
+    """
+    data = config.data
+    if not data.path.exists():
+        if data.corpus is None:
+            raise DataError(
+                f"{data.path}: no token shards here; write them with dsv3 tokenize --output {data.path}"
+            )
+        get_logger("Data").info(f"{data.path} does not exist yet: building it from {data.corpus.source}")
+        options = data.corpus.model_dump()
+        tokenize_corpus(output=data.path, tokenizer=None, **options)
+    shards = TokenShards.open(data.path, verify=data.verify_checksums)
+    if shards.index.vocab_size > config.model.vocab_size:
+        raise DataError(
+            f"{data.path}: its tokenizer has {shards.index.vocab_size} ids, model.vocab_size = "
+            f"{config.model.vocab_size} has room for fewer; raise it, or tokenize with a smaller vocabulary"
+        )
+    return shards
+
+
+def token_batches(
+    loader: TokenLoader, micro_batches: Iterable[tuple[int, int]], device: torch.device
+) -> Generator[Tensor]:
+    """The micro-batches on `device`, int64 (sequences, sequence_length + 1), read ahead in the background."""
+    for batch in prefetched(loader, micro_batches):
+        tokens = torch.from_numpy(batch)
+        yield tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens
+
+
+def document_numbers(tokens_BS: Tensor, end_of_text: int) -> Tensor:
+    """Numbers the documents of each packed sequence from 0; end-of-text belongs to the document it ends."""
+    ends_BS = (tokens_BS == end_of_text).long()
+    return ends_BS.cumsum(1) - ends_BS

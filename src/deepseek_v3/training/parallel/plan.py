@@ -1,0 +1,66 @@
+"""From a config to a model that is ready to train, in one ordered list of steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from deepseek_v3.config.train_config import RunConfig
+from deepseek_v3.mla.attention import MultiHeadLatentAttention
+from deepseek_v3.model.init import initialize
+from deepseek_v3.model.precision import compute_dtype
+from deepseek_v3.model.transformer import DeepSeekV3
+from deepseek_v3.moe.experts import RoutedExperts
+from deepseek_v3.ops.attention import fastest_attention
+from deepseek_v3.ops.grouped_gemm import fastest_grouped_linear
+from deepseek_v3.utils.logging import get_logger
+
+# Layer kinds (dense, mixture, prediction) × with and without gradient, and room for masks.
+_COMPILED_VARIANTS = 16
+
+
+def prepare_model(config: RunConfig, device: torch.device) -> DeepSeekV3:
+    """Builds the model on `device`, initialised from the run's seed; weights are float32."""
+    with torch.device("meta"):
+        model = DeepSeekV3(config.model)
+    _choose_precision_and_back_ends(model, config, device)
+    if config.parallel.recomputation == "full":
+        model.run_layer = _recomputing
+    if compiles(config, device):
+        _compile_layers(model)
+    model.to_empty(device=device)
+    initialize(model, config.model.initializer_range, config.training.seed)
+    return model.train()
+
+
+def compiles(config: RunConfig, device: torch.device) -> bool:
+    """Whether layers are compiled: as the config says, or by default on CUDA only."""
+    return device.type == "cuda" if config.parallel.compile == "auto" else config.parallel.compile
+
+
+def _choose_precision_and_back_ends(model: DeepSeekV3, config: RunConfig, device: torch.device) -> None:
+    model.compute_dtype = compute_dtype(config.parallel.precision, device)
+    attention = fastest_attention(device, model.compute_dtype)
+    grouped_linear = fastest_grouped_linear(device, model.compute_dtype)
+    for module in model.modules():
+        if isinstance(module, MultiHeadLatentAttention):
+            module.attend = attention
+        elif isinstance(module, RoutedExperts):
+            module.grouped_linear = grouped_linear
+    names = ", ".join(f"{op.__module__.split('.ops.')[1]}.{op.__name__}" for op in (attention, grouped_linear))
+    get_logger("Plan").info(f"{model.compute_dtype} compute, float32 weights | back ends: {names}")
+
+
+def _recomputing(layer: nn.Module, *inputs: Any) -> Any:
+    """Runs a layer now and once more in the backward pass, keeping only its inputs between."""
+    return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def _compile_layers(model: DeepSeekV3) -> None:
+    """Compiles each layer whole; layers of one kind share the compiled code."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _COMPILED_VARIANTS)
+    for layer in model.model.layers:
+        layer.compile(fullgraph=True, dynamic=False)

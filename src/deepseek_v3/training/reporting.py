@@ -1,0 +1,159 @@
+"""What a run tells while it trains: log lines, metrics on disk, and the live display."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+
+from deepseek_v3.config.train_config import RunConfig
+from deepseek_v3.mla.kv_compression import expanded_width, latent_width
+from deepseek_v3.planning.counts import count_active_parameters, count_parameters, training_flops_per_token
+from deepseek_v3.planning.hardware import peak_bfloat16_flops
+from deepseek_v3.training.holdout import HeldOutLoss
+from deepseek_v3.training.schedule import Step, TokenPlan
+from deepseek_v3.training.step_metrics import Figures
+from deepseek_v3.utils.errors import TrainingError
+from deepseek_v3.utils.logging import get_logger
+from deepseek_v3.utils.monitoring import MetricsWriter, ProgressDisplay, device_memory_bytes, step_line
+
+_log = get_logger("Trainer")
+
+
+class Clock:
+    """Steps and tokens per second since the last reading; time spent inside `paused` does not count."""
+
+    def __init__(self, plan: TokenPlan, step_number: int) -> None:
+        self._plan, self._step_number = plan, step_number
+        self._since = time.perf_counter()
+
+    def read(self, step_number: int) -> tuple[float, float]:
+        """Steps per second and tokens per second up to the end of step `step_number`."""
+        now = time.perf_counter()
+        seconds = max(now - self._since, 1e-9)
+        steps = step_number - self._step_number
+        tokens = self._plan.tokens_after(step_number) - self._plan.tokens_after(self._step_number)
+        self._since, self._step_number = now, step_number
+        return steps / seconds, tokens / seconds
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves out the time until exit."""
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
+
+
+class Reporter:
+    """Reports one run; a context manager that holds the metrics files and the terminal's live display.
+
+    `first_step` is the first step to be trained; a resumed run drops metrics from there on.
+    """
+
+    def __init__(
+        self, config: RunConfig, plan: TokenPlan, device: torch.device, compute_dtype: torch.dtype, first_step: int
+    ) -> None:
+        self._config, self._plan, self._device = config, plan, device
+        self._active = count_active_parameters(config.model)
+        self._flops_per_token = training_flops_per_token(config.model, config.training.sequence_length)
+        self._peak_flops = (
+            peak_bfloat16_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        )
+        self._cache_figures = _cache_bytes_per_token(config, compute_dtype)
+        self._first_step = first_step
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Reporter:
+        logging, done = self._config.logging, self._first_step - 1
+        self._announce()
+        self._writer = self._stack.enter_context(
+            MetricsWriter(logging.directory, logging.tensorboard, resume_step=done or None)
+        )
+        self._progress = self._stack.enter_context(ProgressDisplay(self._plan.total_steps, done))
+        self.clock = Clock(self._plan, done)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def report_step(self, step: Step, figures: Figures) -> None:
+        """Logs a step; raises TrainingError where its loss or gradient is not a finite number."""
+        loss, norm = _finite(step, figures)
+        tokens = self._plan.tokens_after(step.number)
+        steps_per_second, tokens_per_second = self.clock.read(step.number)
+        speed = self._speed(tokens_per_second)
+        memory = float(device_memory_bytes(self._device))
+        progress = {"tokens": tokens, "tokens_per_parameter": tokens / self._active}
+        record = {**progress, "learning_rate": step.learning_rate, **figures, **speed, "memory_bytes": memory}
+        self._writer.write(step.number, {**record, **self._cache_figures})
+        self._progress.update(step.number, loss=loss, tokens_per_second=tokens_per_second)
+        fields = [
+            ("Tokens/sec", f"{tokens_per_second:,.0f}"),
+            ("Tokens/param", f"{tokens / self._active:.2f}"),
+            ("Grad norm", f"{norm:.2f}"),
+            ("Memory", f"{memory / 2**30:.2f} GiB"),
+        ]
+        fields += [("MFU", f"{speed['mfu']:.1%}")] if "mfu" in speed else []
+        fields += [("MTP loss", f"{figures['mtp_loss']:.4f}")] if "mtp_loss" in figures else []
+        total = self._plan.total_steps
+        _log.info(step_line(step.number, total, loss, step.learning_rate, tokens, steps_per_second, *fields))
+
+    def report_held_out(self, step_number: int, held_out: HeldOutLoss) -> None:
+        """Logs a measurement on the hold-out split."""
+        record = {"holdout_loss": held_out.loss, "holdout_bits_per_byte": held_out.bits_per_byte}
+        self._writer.write(step_number, {"tokens": self._plan.tokens_after(step_number), **record})
+        _log.info(
+            f"Held-out loss after step {step_number}: {held_out.loss:.4f} nats per token, "
+            f"{held_out.bits_per_byte:.4f} bits per byte"
+        )
+
+    def report_checkpoint(self, path: Path) -> None:
+        """Logs where a checkpoint was saved."""
+        _log.info(f"Saved {path}")
+
+    def _speed(self, tokens_per_second: float) -> dict[str, float]:
+        speed = {"tokens_per_second": tokens_per_second}
+        if self._peak_flops:
+            speed["mfu"] = tokens_per_second * self._flops_per_token / self._peak_flops
+        return speed
+
+    def _announce(self) -> None:
+        counts, budget = count_parameters(self._config.model), self._plan.total_tokens
+        _log.info(
+            f"Model: {counts.total:,} parameters, {self._active:,} active for a token, "
+            f"{counts.prediction:,} more for multi-token prediction | Device: {self._device}"
+        )
+        _log.info(
+            f"Budget: {budget:,} tokens, {budget / self._active:.1f} per active parameter, "
+            f"in {self._plan.total_steps:,} steps"
+        )
+        latent, expanded = self._cache_figures.values()
+        _log.info(
+            f"Cache when generating: {latent:,.0f} bytes per token, multi-head attention would need {expanded:,.0f}"
+        )
+
+
+def _finite(step: Step, figures: Figures) -> tuple[float, float]:
+    """Loss and gradient norm of a step, if they are numbers."""
+    loss, norm = figures["loss"], figures["gradient_norm"]
+    assert isinstance(loss, float)
+    assert isinstance(norm, float)
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise TrainingError(
+            f"step {step.number}: loss {loss}, gradient norm {norm}; the run stops, its last checkpoint stands. "
+            "Lower training.optimizer.learning_rate or lengthen training.schedule.warmup_steps"
+        )
+    return loss, norm
+
+
+def _cache_bytes_per_token(config: RunConfig, dtype: torch.dtype) -> dict[str, float]:
+    """Bytes cached per token over all layers in generation: ours, and multi-head attention's."""
+    per_number = config.model.num_hidden_layers * dtype.itemsize
+    return {
+        "cache/latent_bytes_per_token": float(per_number * latent_width(config.model)),
+        "cache/multi_head_bytes_per_token": float(per_number * expanded_width(config.model)),
+    }

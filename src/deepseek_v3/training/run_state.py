@@ -1,0 +1,91 @@
+"""What a run needs to go on as if it had never stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deepseek_v3.config.model_config import ModelConfig
+from deepseek_v3.config.train_config import RunConfig
+from deepseek_v3.data.tokens.shards import TokenShards
+from deepseek_v3.model.saved import config_of, model_entries
+from deepseek_v3.model.transformer import DeepSeekV3
+from deepseek_v3.training.optimizer import AdamW
+from deepseek_v3.utils.errors import CheckpointError
+from deepseek_v3.utils.logging import get_logger
+
+
+def run_state(
+    model: DeepSeekV3, optimizer: AdamW, config: RunConfig, shards: TokenShards, step: int, tokens: int
+) -> dict[str, Any]:
+    """The entries of a checkpoint: the model's own, then progress, optimizer, random state and data identity.
+
+    Data order and schedules need no entry: they are functions of the config and the step.
+    """
+    return {
+        **model_entries(model, config, shards.load_tokenizer().to_json()),
+        "step": step,
+        "tokens": tokens,
+        "optimizer": optimizer.state_dict(),
+        "random": _random_state(),
+        "corpus": _identity(shards),
+    }
+
+
+def restore_run(
+    state: dict[str, Any], path: Path, model: DeepSeekV3, optimizer: AdamW, config: RunConfig, shards: TokenShards
+) -> int:
+    """Puts a checkpoint's state in place and returns the step that it ended with.
+
+    Raises CheckpointError, before anything is changed, where it is of another model or another corpus.
+    """
+    saved = config_of(state, path)
+    _check_same_model(saved.model, config.model, path)
+    if state["corpus"] != _identity(shards):
+        raise CheckpointError(
+            f"{path}: was trained on other tokens than those in {shards.directory}; a resumed run must continue "
+            "the same data, so point data.path to them"
+        )
+    _tell_changes(saved, config)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    _restore_random_state(state["random"])
+    return state["step"]
+
+
+def _identity(shards: TokenShards) -> list[str]:
+    """What tells one corpus from another: the checksums of its tokenizer and of its training shards."""
+    return [shards.index.tokenizer_sha256, *(shard.sha256 for shard in shards.index.train)]
+
+
+def _check_same_model(saved: ModelConfig, current: ModelConfig, path: Path) -> None:
+    differences = [
+        f"{name} = {getattr(saved, name)} there, {getattr(current, name)} here"
+        for name in ModelConfig.model_fields
+        if getattr(saved, name) != getattr(current, name)
+    ]
+    if differences:
+        raise CheckpointError(f"{path}: is of another model: {'; '.join(differences)}")
+
+
+def _tell_changes(saved: RunConfig, current: RunConfig) -> None:
+    """A changed recipe is allowed on resuming, but must not go unnoticed."""
+    if saved.training != current.training:
+        old, new = saved.training.model_dump(), current.training.model_dump()
+        changes = [f"training.{name}: {old[name]} -> {new[name]}" for name in old if old[name] != new[name]]
+        get_logger("Trainer").warning(f"the recipe differs from the checkpoint's: {'; '.join(changes)}")
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _restore_random_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,120 @@
+"""When everything happens: which samples a step takes, and every quantity that changes over the run.
+
+All of it is a function of the config and the step alone, so a resumed run needs to remember nothing but its
+step. Phases are dated, as in the report (§4.2), by the share of the token budget that has been used.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+from deepseek_v3.config.train_config import RunConfig, ScheduleConfig, TrainingConfig
+from deepseek_v3.planning.counts import count_active_parameters
+
+# Shares of the report's 14.8T tokens: constant to 10T, cosine over 4.3T, constant for 333B, lower for 167B.
+_CONSTANT_UNTIL = 10e12 / 14.8e12
+_COSINE_UNTIL = 14.3e12 / 14.8e12
+_FIRST_TAIL_UNTIL = (14.8e12 - 167e9) / 14.8e12
+_FIRST_TAIL_RATIO = 2.2e-5 / 2.2e-4
+_SECOND_TAIL_RATIO = 7.3e-6 / 2.2e-4
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step: its samples, and the values that hold during it."""
+
+    number: int  # from 1
+    first_sample: int
+    num_samples: int
+    learning_rate: float
+    prediction_weight: float
+    bias_update_speed: float
+
+
+class TokenPlan:
+    """The run laid out in steps, ending with the first one that reaches the token budget."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.training = config.training
+        self.total_tokens = budget_in_tokens(config)
+        self._borders = _sample_borders(config.training, config.parallel.micro_batch_size, self.total_tokens)
+
+    @property
+    def total_steps(self) -> int:
+        """Number of optimizer steps."""
+        return len(self._borders) - 1
+
+    def tokens_after(self, step: int) -> int:
+        """Tokens trained on when step `step` has ended; 0 for step 0."""
+        return self._borders[step] * self.training.sequence_length
+
+    def step(self, number: int) -> Step:
+        """Step `number`, from 1 to `total_steps`."""
+        first, end = self._borders[number - 1], self._borders[number]
+        used = first * self.training.sequence_length / self.total_tokens
+        prediction, balance = self.training.prediction, self.training.balance
+        return Step(
+            number=number,
+            first_sample=first,
+            num_samples=end - first,
+            learning_rate=self.training.optimizer.learning_rate
+            * learning_rate_ratio(self.training.schedule, number, used),
+            prediction_weight=prediction.weight if used < prediction.switch_at else prediction.final_weight,
+            bias_update_speed=balance.bias_update_speed if used < balance.bias_update_until else 0.0,
+        )
+
+    def micro_batches(self, step: Step, micro_batch_size: int) -> list[tuple[int, int]]:
+        """First sample and number of samples of each micro-batch of a step, in order."""
+        ends = range(step.first_sample, step.first_sample + step.num_samples + 1, micro_batch_size)
+        return [(first, end - first) for first, end in pairwise(ends)]
+
+
+def budget_in_tokens(config: RunConfig) -> int:
+    """`training.total_tokens` as a number: given, or that many times the active parameters."""
+    budget = config.training.total_tokens
+    if isinstance(budget, int):
+        return budget
+    return round(float(budget.removesuffix("x")) * count_active_parameters(config.model))
+
+
+def learning_rate_ratio(schedule: ScheduleConfig, step: int, used: float) -> float:
+    """Learning rate over its peak at step `step` (from 1), with the share `used` of the budget behind it."""
+    warmup = min(1.0, step / schedule.warmup_steps) if schedule.warmup_steps else 1.0
+    if schedule.kind == "cosine":
+        return warmup * _cosine(used, 1.0, schedule.final_ratio)
+    if schedule.kind == "wsd":
+        decayed = max(0.0, (used - (1 - schedule.decay_fraction)) / schedule.decay_fraction)
+        return warmup * (1 - decayed * (1 - schedule.final_ratio))
+    return warmup * _report_ratio(used)
+
+
+def _report_ratio(used: float) -> float:
+    if used < _CONSTANT_UNTIL:
+        return 1.0
+    if used < _COSINE_UNTIL:
+        return _cosine((used - _CONSTANT_UNTIL) / (_COSINE_UNTIL - _CONSTANT_UNTIL), 1.0, _FIRST_TAIL_RATIO)
+    return _FIRST_TAIL_RATIO if used < _FIRST_TAIL_UNTIL else _SECOND_TAIL_RATIO
+
+
+def _cosine(share: float, start: float, end: float) -> float:
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+
+
+def _sample_borders(training: TrainingConfig, micro_batch_size: int, total_tokens: int) -> list[int]:
+    """Samples used before each step, and at last after the final one."""
+    needed = math.ceil(total_tokens / training.sequence_length)
+    borders = [0]
+    while borders[-1] < needed:
+        borders.append(borders[-1] + _batch_size(training, micro_batch_size, borders[-1] / needed))
+    return borders
+
+
+def _batch_size(training: TrainingConfig, micro_batch_size: int, used: float) -> int:
+    """Sequences of a step that starts with the share `used` of the budget behind it."""
+    final, ramp = training.global_batch_size, training.batch_ramp
+    if ramp is None or used >= ramp.fraction:
+        return final
+    size = ramp.initial + (final - ramp.initial) * used / ramp.fraction
+    return max(micro_batch_size, round(size / micro_batch_size) * micro_batch_size)

@@ -1,0 +1,57 @@
+"""The command that trains: `dsv3 train`, also `python src/training/train.py`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deepseek_v3.config.loading import config_to_yaml, load_config
+from deepseek_v3.config.train_config import RunConfig
+from deepseek_v3.training.trainer import Trainer, TrainingResult
+from deepseek_v3.utils.commands import run_command
+from deepseek_v3.utils.distributed import refuse_several_processes, select_device
+from deepseek_v3.utils.files import written_atomically
+from deepseek_v3.utils.logging import configure_logging, get_logger
+from deepseek_v3.utils.monitoring import read_metrics
+from deepseek_v3.utils.plots import plot_losses
+
+
+def train(
+    config: Annotated[Path, typer.Option(help="The run's YAML file, such as configs/deepseek_v3_tiny.yaml.")],
+    override: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Override one field; repeatable."),
+    ] = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="PATH|latest", help="Continue a checkpoint, or the newest good one.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Train a model, from the first step or from a checkpoint."""
+    configure_logging()
+    refuse_several_processes()
+    overrides = override or []
+    result = train_run(load_config(config, overrides), device, resume)
+    if not result.finished:
+        words = ["dsv3", "train", "--config", str(config), "--resume", "latest"]
+        words += [word for setting in overrides for word in ("--set", setting)]
+        get_logger("Trainer").info(f"Stopped after step {result.step}; continue with: {shlex.join(words)}")
+
+
+def train_run(config: RunConfig, device: str = "auto", resume: str | None = None) -> TrainingResult:
+    """Trains as `config` says; leaves the resolved config, metrics and a plot of the losses in its run folder."""
+    trainer = Trainer(config, select_device(device), resume)
+    folder = config.logging.directory
+    with written_atomically(folder / "config.yaml") as partial:
+        partial.write_text(config_to_yaml(config), encoding="utf-8")
+    result = trainer.run()
+    plot_losses(read_metrics(folder / "metrics.jsonl"), folder / "loss.png")
+    return result
+
+
+def main() -> None:
+    """Entry point of the launcher script."""
+    run_command(train)

@@ -1,0 +1,219 @@
+"""What a run shows and records: its log line, its metrics on disk, its progress on a terminal, its memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+import torch
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch.utils.tensorboard import SummaryWriter
+
+from deepseek_v3.utils.errors import DataError
+from deepseek_v3.utils.files import written_atomically
+from deepseek_v3.utils.logging import get_console, get_logger
+
+_log = get_logger("Metrics")
+
+
+def step_line(
+    step: int,
+    total_steps: int,
+    loss: float,
+    learning_rate: float,
+    tokens: int,
+    steps_per_second: float,
+    *more: tuple[str, str],
+) -> str:
+    """`Step 100/42036 | Loss: 3.2451 | LR: 1.80e-04 | Tokens: 0.42B | Steps/sec: 2.15`, then ` | Name: value`.
+
+    `loss` is in nats per token, `tokens` counts those trained on so far, `more` holds names and formatted values.
+    """
+    fields = (
+        ("Loss", f"{loss:.4f}"),
+        ("LR", f"{learning_rate:.2e}"),
+        ("Tokens", f"{tokens / 1e9:.2f}B"),
+        ("Steps/sec", f"{steps_per_second:.2f}"),
+        *more,
+    )
+    return " | ".join([f"Step {step}/{total_steps}", *(f"{name}: {value}" for name, value in fields)])
+
+
+class MetricsWriter:
+    """Appends records to `directory/metrics.jsonl`, and mirrors them to TensorBoard in `directory/tensorboard`.
+
+    A run that resumes from the checkpoint of `resume_step` drops the records of later steps, so that both read as
+    one uninterrupted run. A fresh run (`resume_step=None`) keeps the metrics of an earlier one in the same folder
+    as `metrics.<n>.jsonl`. Raises DataError where `directory` cannot be written, or the file to continue is
+    no metrics file.
+    """
+
+    def __init__(self, directory: Path, tensorboard: bool, resume_step: int | None) -> None:
+        try:
+            self._file = _open_metrics(directory / "metrics.jsonl", resume_step)
+        except OSError as error:
+            raise DataError(
+                f"{directory}: cannot be written: {error.strerror}; "
+                "choose another folder with --set logging.directory=..."
+            ) from error
+        self._tensorboard = None
+        if tensorboard:
+            first_step = 0 if resume_step is None else resume_step + 1
+            self._tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)
+
+    def write(self, step: int, values: Mapping[str, float | list[float]]) -> None:
+        """Appends `{"step": step, **values}`, flushed, with null for what is not finite.
+
+        TensorBoard shows the entries of a list, one per layer, as `name/layer_00`, `name/layer_01` and on.
+        """
+        record = {"step": step, **{name: _without_infinities(value) for name, value in values.items()}}
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._tensorboard:
+            for name, value in _scalars(values).items():
+                self._tensorboard.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics file, without a last line that a crash cut short.
+
+    Raises DataError where the file cannot be read or another line is no record.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}; expected the metrics.jsonl of a run") from error
+    records = []
+    for number, line in enumerate(lines, start=1):
+        record = _parse_record(line)
+        if record is not None:
+            records.append(record)
+        elif number < len(lines):
+            raise DataError(
+                f'{path}:{number}: is not a record such as {{"step": 1, "loss": 2.5}}; remove this line'
+            )
+    return records
+
+
+def _parse_record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def _open_metrics(path: Path, resume_step: int | None) -> TextIO:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        if resume_step is None:
+            _set_aside(path)
+        else:
+            _drop_after(path, resume_step)
+    return path.open("a", encoding="utf-8")
+
+
+def _drop_after(path: Path, step: int) -> None:
+    kept = [record for record in read_metrics(path) if record["step"] <= step]
+    with written_atomically(path) as partial:
+        partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+
+
+def _set_aside(path: Path) -> None:
+    number = 1
+    while (earlier := path.with_name(f"metrics.{number}.jsonl")).exists():
+        number += 1
+    path.rename(earlier)
+    _log.info("%s holds the metrics of an earlier run; kept as %s", path, earlier.name)
+
+
+def _without_infinities(value: float | list[float]) -> float | list[float | None] | None:
+    """JSON knows neither NaN nor infinity."""
+    if isinstance(value, list):
+        return [entry if math.isfinite(entry) else None for entry in value]
+    return value if math.isfinite(value) else None
+
+
+def _scalars(values: Mapping[str, float | list[float]]) -> dict[str, float]:
+    scalars: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, list):
+            scalars |= {f"{name}/layer_{layer:02d}": entry for layer, entry in enumerate(value)}
+        else:
+            scalars[name] = value
+    return scalars
+
+
+class ProgressDisplay:
+    """A live bar with step, loss, tokens per second, and time gone and left; nothing where output is no terminal.
+
+    Shares the console of the log lines, which scroll by above it. On any exit, Ctrl-C included, it gives the
+    terminal back and lets the exception through.
+    """
+
+    def __init__(self, total_steps: int, first_step: int = 0) -> None:
+        console = get_console()
+        self._live = console.is_terminal
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[rate]} tokens/s"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=console,
+            expand=True,
+            speed_estimate_period=3600,  # seconds: a step of a large model can take minutes
+        )
+        self._task = self._progress.add_task("", total=total_steps, completed=first_step, loss="-", rate="-")
+
+    def update(self, step: int, *, loss: float, tokens_per_second: float) -> None:
+        """Shows `step` steps as done; `loss` is in nats per token."""
+        self._progress.update(self._task, completed=step, loss=f"{loss:.4f}", rate=f"{tokens_per_second:,.0f}")
+
+    def __enter__(self) -> ProgressDisplay:
+        if self._live:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._progress.stop()
+
+
+def device_memory_bytes(device: torch.device) -> int:
+    """The most memory held so far, in bytes: by tensors on a CUDA device, else by the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB, macOS bytes

@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+import io
+import json
+import logging
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from deepseek_v3.utils.errors import DataError
+from deepseek_v3.utils.logging import configure_logging, get_logger
+from deepseek_v3.utils.monitoring import (
+    MetricsWriter,
+    ProgressDisplay,
+    device_memory_bytes,
+    read_metrics,
+    step_line,
+)
+
+SHOW_CURSOR, HIDE_CURSOR = "\x1b[?25h", "\x1b[?25l"
+
+# The log line
+
+
+def test_step_line() -> None:
+    line = step_line(100, 42036, 3.24512, 1.8e-4, 419_430_400, 2.149)
+    assert line == "Step 100/42036 | Loss: 3.2451 | LR: 1.80e-04 | Tokens: 0.42B | Steps/sec: 2.15"
+
+
+def test_step_line_with_more_fields() -> None:
+    line = step_line(1, 2, math.nan, 0.0, 14_800_000_000_000, 0.001, ("Tokens/sec", "1,024"), ("MFU", "41.0%"))
+    assert line == (
+        "Step 1/2 | Loss: nan | LR: 0.00e+00 | Tokens: 14800.00B | Steps/sec: 0.00 | Tokens/sec: 1,024 | MFU: 41.0%"
+    )
+
+
+# Metrics
+
+
+def write_steps(directory: Path, steps: range, resume_step: int | None = None, tensorboard: bool = False) -> None:
+    with MetricsWriter(directory, tensorboard, resume_step) as metrics:
+        for step in steps:
+            metrics.write(step, {"loss": 10.0 / step})
+
+
+def recorded_steps(directory: Path) -> list[int]:
+    return [record["step"] for record in read_metrics(directory / "metrics.jsonl")]
+
+
+def test_each_record_is_on_disk_as_soon_as_it_is_written(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path / "run", tensorboard=False, resume_step=None) as metrics:
+        metrics.write(10, {"loss": 2.5, "tokens": 5120, "load": [0.5, 1.5]})
+        expected = {"step": 10, "loss": 2.5, "tokens": 5120, "load": [0.5, 1.5]}
+        assert read_metrics(tmp_path / "run" / "metrics.jsonl") == [expected]
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
+
+
+def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path, tensorboard=False, resume_step=None) as metrics:
+        metrics.write(1, {"loss": math.nan, "norm": math.inf, "load": [1.0, -math.inf]})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    record = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert record == {"step": 1, "loss": None, "norm": None, "load": [1.0, None]}
+
+
+def test_a_resumed_run_reads_as_one_uninterrupted_run(tmp_path: Path) -> None:
+    write_steps(tmp_path / "whole", range(1, 21))
+    write_steps(tmp_path / "resumed", range(1, 16))
+    write_steps(tmp_path / "resumed", range(11, 21), resume_step=10)
+    whole, resumed = (tmp_path / name / "metrics.jsonl" for name in ("whole", "resumed"))
+    assert resumed.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("cut", range(1, 30))
+def test_a_line_cut_short_by_a_crash_is_dropped(cut: int, tmp_path: Path) -> None:
+    write_steps(tmp_path, range(1, 4))
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-cut])
+    complete = [1, 2, 3] if cut == 1 else [1, 2]  # the line's end alone is no loss
+    assert recorded_steps(tmp_path) == complete
+    write_steps(tmp_path, range(4, 5), resume_step=3)
+    assert recorded_steps(tmp_path) == [*complete, 4]
+
+
+def test_zeros_after_a_power_cut_are_dropped(tmp_path: Path) -> None:
+    write_steps(tmp_path, range(1, 3))
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b"\0" * 100)
+    assert recorded_steps(tmp_path) == [1, 2]
+
+
+@pytest.mark.parametrize("line", ["{broken", "[1, 2]", '{"loss": 1.0}', '{"step": null}'])
+def test_damage_elsewhere_is_named_and_changes_nothing(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
+    before = path.read_bytes()
+    with pytest.raises(DataError, match=r"metrics\.jsonl:2: is not a record"):
+        read_metrics(path)
+    with pytest.raises(DataError):
+        MetricsWriter(tmp_path, tensorboard=False, resume_step=3)
+    assert path.read_bytes() == before
+
+
+def test_missing_metrics_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"metrics\.jsonl: cannot be read: No such file"):
+        read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_resuming_without_earlier_metrics_begins_a_file(tmp_path: Path) -> None:
+    write_steps(tmp_path, range(6, 8), resume_step=5)
+    assert recorded_steps(tmp_path) == [6, 7]
+
+
+@pytest.mark.parametrize("resume_step", [None, 5])
+def test_a_folder_that_cannot_be_written_is_named(resume_step: int | None, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(DataError, match="taken: cannot be written: File exists; choose another folder"):
+        MetricsWriter(tmp_path / "taken", tensorboard=False, resume_step=resume_step)
+
+
+def test_a_fresh_run_keeps_the_metrics_of_earlier_ones(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    for length in (2, 3, 4):
+        write_steps(tmp_path, range(1, length))
+    assert recorded_steps(tmp_path) == [1, 2, 3]
+    assert len(read_metrics(tmp_path / "metrics.1.jsonl")) == 1
+    assert len(read_metrics(tmp_path / "metrics.2.jsonl")) == 2
+    assert "kept as metrics.2.jsonl" in caplog.messages[-1]
+
+
+def test_a_value_that_is_no_number_leaves_no_torn_line(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path, tensorboard=False, resume_step=None) as metrics:
+        metrics.write(1, {"loss": 1.0})
+        with pytest.raises(TypeError):
+            metrics.write(2, {"loss": "low"})  # type: ignore[dict-item]
+    assert recorded_steps(tmp_path) == [1]
+
+
+def test_tensorboard_mirrors_the_records_and_forgets_what_is_run_again(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path, tensorboard=True, resume_step=None) as metrics:
+        for step in (1, 2, 3):
+            metrics.write(step, {"loss": float(step), "load": [step + 0.25, step + 0.5]})
+    write_steps(tmp_path, range(3, 5), resume_step=2, tensorboard=True)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert sorted(events.Tags()["scalars"]) == ["load/layer_00", "load/layer_01", "loss"]
+    losses = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert losses == [(1, 1.0), (2, 2.0), (3, pytest.approx(10 / 3)), (4, 2.5)]
+    assert [(event.step, event.value) for event in events.Scalars("load/layer_01")] == [(1, 1.5), (2, 2.5)]
+
+
+# Progress
+
+
+class FakeTerminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTerminal]:
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLORTERM"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    project = logging.getLogger("deepseek_v3")
+    handlers, level = list(project.handlers), project.level
+    configure_logging()
+    yield FakeTerminal()
+    project.handlers[:] = handlers
+    project.setLevel(level)
+
+
+def test_progress_shows_numbers_and_log_lines_pass_above(terminal: FakeTerminal) -> None:
+    with redirect_stdout(terminal), ProgressDisplay(total_steps=200, first_step=50) as progress:
+        progress.update(100, loss=3.24512, tokens_per_second=12345.6)
+        get_logger("Trainer").info("Step 100/200")
+    screen = terminal.getvalue()
+    assert "step 100/200" in screen
+    assert "loss 3.2451" in screen
+    assert "12,346 tokens/s" in screen
+    assert "[Trainer] Step 100/200\n" in screen
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, SystemExit])
+def test_progress_gives_the_terminal_back_and_lets_errors_through(
+    error: type[BaseException], terminal: FakeTerminal
+) -> None:
+    def train() -> None:
+        with ProgressDisplay(total_steps=10) as progress:
+            progress.update(1, loss=1.0, tokens_per_second=1.0)
+            assert sys.stdout is not terminal
+            raise error
+
+    with redirect_stdout(terminal):
+        with pytest.raises(error):
+            train()
+        assert sys.stdout is terminal
+        assert terminal.getvalue().rfind(SHOW_CURSOR) > terminal.getvalue().rfind(HIDE_CURSOR) >= 0
+        with ProgressDisplay(total_steps=10):  # the console is free for the next display
+            pass
+
+
+def test_progress_is_silent_where_output_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressDisplay(total_steps=10) as progress:
+        progress.update(5, loss=1.0, tokens_per_second=1.0)
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+
+
+# Memory
+
+
+def test_memory_of_the_process_grows_with_what_it_holds() -> None:
+    device = torch.device("cpu")
+    before = device_memory_bytes(device)
+    assert 20 * 2**20 < before < 2**40
+    held = torch.ones(before // 4 + 2**24)
+    assert device_memory_bytes(device) > held.nbytes
+
+
+def test_memory_units_of_macos(monkeypatch: pytest.MonkeyPatch) -> None:
+    kibibytes = device_memory_bytes(torch.device("cpu")) // 1024
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert device_memory_bytes(torch.device("cpu")) < 2 * kibibytes
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_memory_of_a_gpu_is_the_peak_of_its_tensors() -> None:
+    device = torch.device("cuda")
+    freed = torch.ones(2**20, device=device)
+    del freed
+    assert device_memory_bytes(device) >= 2**22
