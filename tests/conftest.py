@@ -1,4 +1,4 @@
-"""What holds for every test: the same random numbers on every run, and no more threads than the work needs."""
+"""What holds for every test: the same random numbers on every run, no more threads than the work needs."""
 
 import pytest
 import torch
@@ -9,6 +9,17 @@ settings.register_profile("same examples on every run", derandomize=True, deadli
 settings.load_profile("same examples on every run")
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(autouse=True)
 def _same_random_numbers() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device on which an operation has to hold."""
+    return torch.device(request.param)

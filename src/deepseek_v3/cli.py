@@ -11,6 +11,9 @@ import typer
 from deepseek_v3.config.loading import config_to_yaml, load_config
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.tokens.tokenize import tokenize
+from deepseek_v3.evaluation.perplexity import evaluate
+from deepseek_v3.inference.generate import generate
+from deepseek_v3.quickstart import quickstart
 from deepseek_v3.training.train import train
 from deepseek_v3.utils.commands import run_app
 
@@ -23,6 +26,9 @@ app = typer.Typer(
 )
 app.command("tokenize")(tokenize)
 app.command("train")(train)
+app.command("generate")(generate)
+app.command("eval")(evaluate)
+app.command("quickstart")(quickstart)
 
 config_app = typer.Typer(no_args_is_help=True, help="Look at configurations.")
 app.add_typer(config_app, name="config")

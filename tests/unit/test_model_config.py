@@ -149,11 +149,14 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"attention_dropout": 0.1}, "attention_dropout"),
     ({"moe_layer_freq": 2}, "moe_layer_freq"),
     ({"rope_interleave": False}, "rope_interleave"),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.rope_type"),
+    ({"rope_scaling": {**YARN.model_dump(), "rope_type": "linear"}}, "rope_scaling.rope_type: found 'linear'"),
     ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling.original_max_position_embeddings: missing"),
     ({"rope_scaling": "yarn"}, "rope_scaling"),
     ({"rope_scaling": {**YARN.model_dump(), "factor": 0.5}}, "rope_scaling.factor"),
-    ({"rope_scaling": {**YARN.model_dump(), "beta_fats": 32}}, "rope_scaling.beta_fats: unknown field; did you mean"),
+    (
+        {"rope_scaling": {**YARN.model_dump(), "beta_fats": 32}},
+        "rope_scaling.beta_fats: unknown field; did you mean",
+    ),
     ({"num_hiden_layers": 3}, "num_hiden_layers: unknown field; did you mean num_hidden_layers?"),
     ({"completely_different": 3}, "completely_different: unknown field; known fields: "),
 ]

@@ -43,7 +43,7 @@ def error_of(directory: Path, verify: bool = True) -> str:
 @pytest.fixture(scope="module", autouse=True)
 def _no_power_cuts():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("os.fsync", lambda descriptor: None)
+        patch.setattr("os.fsync", lambda _: None)
         yield
 
 

@@ -47,3 +47,23 @@ def test_the_order_is_fixed(documents):
 
 def test_it_is_megabytes_of_text(documents):
     assert sum(len(document.text) for document in documents) > 5_000_000
+
+
+def test_what_is_no_module_for_everyone_is_left_out(tmp_path, monkeypatch):
+    files = {
+        "a.py": "a = 1",
+        "b/c.py": "c = 1",
+        "empty.py": "\n",
+        "notes.txt": "no module",
+        "_sysconfigdata__linux_x86_64.py": "paths of the builder",
+        "config-3.11-x86_64-linux-gnu/python-config.py": "paths of the builder",
+        "site-packages/numpy.py": "installed",
+        "b/tests/test_c.py": "a test",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "latin.py").write_bytes(b"# -*- coding: latin-1 -*-\n# \xe9")
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
+    found = [document.id for document in stdlib_documents() if not document.id.startswith("pydoc_data/")]
+    assert found == ["a.py", "b/c.py"]

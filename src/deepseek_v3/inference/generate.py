@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -74,14 +75,16 @@ def generate(
     seconds = time.perf_counter() - start
     if output is not None:
         _write(output, completions)
-    num_tokens = sum(len(completion.tokens) for completion in completions)
-    typer.echo(f"{num_tokens} tokens in {seconds:.1f} s, {num_tokens / seconds:.1f} tokens/s", err=True)
+    typer.echo(_summary(completions, seconds), err=True)
 
 
 def _prompts(prompt: str | None, file: Path | None) -> list[str]:
-    if (prompt is None) == (file is None):
-        raise GenerationError(f"--prompt {prompt!r} and --prompts-file {file}: expected one of the two")
-    return _read_prompts(file) if file is not None else [prompt or ""]
+    if prompt is not None and file is None:
+        return [prompt]
+    if file is not None and prompt is None:
+        return _read_prompts(file)
+    found = "neither" if file is None else "both"
+    raise GenerationError(f"found {found} of --prompt and --prompts-file, expected one of the two")
 
 
 def _read_prompts(file: Path) -> list[str]:
@@ -148,6 +151,13 @@ def _print_all(completions: Iterable[Completion]) -> None:
 def _print_dim(prompt: str) -> None:
     """Prints a prompt, dim where a terminal shows it."""
     typer.secho(prompt, dim=True, nl=False)
+
+
+def _summary(completions: Sequence[Completion], seconds: float) -> str:
+    num_tokens = sum(len(completion.tokens) for completion in completions)
+    reasons = Counter(completion.finish_reason for completion in completions)
+    ended = ", ".join(f"{count} by {reason}" for reason, count in reasons.most_common())
+    return f"{num_tokens} tokens in {seconds:.1f} s, {num_tokens / seconds:.1f} tokens/s; ended {ended}"
 
 
 def _write(output: Path, completions: Iterable[Completion]) -> None:

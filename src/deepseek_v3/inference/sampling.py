@@ -5,7 +5,6 @@ Axes: B batch, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -118,8 +117,7 @@ def _penalized(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
 
 
 def _is_number(value: object, least: float, most: float) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and math.isfinite(value) and least <= value <= most
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
 
 
 def _is_integer(value: object, least: int) -> bool:

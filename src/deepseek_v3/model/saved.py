@@ -10,6 +10,7 @@ import torch
 
 from deepseek_v3.config.loading import config_from_dict
 from deepseek_v3.config.train_config import RunConfig
+from deepseek_v3.model.back_ends import choose_back_ends
 from deepseek_v3.model.precision import compute_dtype
 from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.utils.checkpointing import load_checkpoint
@@ -57,5 +58,6 @@ def load_model(path: Path, device: torch.device) -> SavedModel:
         model = DeepSeekV3(config.model)
     model.load_state_dict(state["model"], assign=True)
     model.compute_dtype = compute_dtype(config.parallel.precision, device)
+    choose_back_ends(model, device)
     model = model.to(device).eval().requires_grad_(False)
     return SavedModel(model, config, state["tokenizer"], state["step"], state["tokens"])

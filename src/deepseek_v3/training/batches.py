@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterable
 import torch
 from torch import Tensor
 
+from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.tokens.build import tokenize_corpus
 from deepseek_v3.data.tokens.loader import TokenLoader, prefetched
@@ -30,12 +31,17 @@ def open_tokens(config: RunConfig) -> TokenShards:
         options = data.corpus.model_dump()
         tokenize_corpus(output=data.path, tokenizer=None, **options)
     shards = TokenShards.open(data.path, verify=data.verify_checksums)
-    if shards.index.vocab_size > config.model.vocab_size:
-        raise DataError(
-            f"{data.path}: its tokenizer has {shards.index.vocab_size} ids, model.vocab_size = "
-            f"{config.model.vocab_size} has room for fewer; raise it, or tokenize with a smaller vocabulary"
-        )
+    check_vocabulary(shards, config.model)
     return shards
+
+
+def check_vocabulary(shards: TokenShards, model: ModelConfig) -> None:
+    """Raises DataError where the tokens hold ids beyond the model's vocabulary."""
+    if shards.index.vocab_size > model.vocab_size:
+        raise DataError(
+            f"{shards.directory}: its tokenizer has {shards.index.vocab_size} ids, model.vocab_size = "
+            f"{model.vocab_size} has room for fewer; raise it, or tokenize with a smaller vocabulary"
+        )
 
 
 def token_batches(

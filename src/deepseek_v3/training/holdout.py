@@ -25,15 +25,15 @@ class HeldOutLoss:
 
 
 class HeldOutEvaluation:
-    """Measures the main model's loss on the first windows of the hold-out split, always the same ones.
+    """Measures the main model's loss on the first windows of the hold-out split, `max_tokens` at most.
 
     Raises DataError where the split is shorter than one window.
     """
 
-    def __init__(self, shards: TokenShards, config: RunConfig) -> None:
+    def __init__(self, shards: TokenShards, config: RunConfig, max_tokens: int) -> None:
         length = config.training.sequence_length
         self._loader = TokenLoader(shards, "holdout", sequence_length=length, shuffle=False)
-        windows = max(1, min(self._loader.num_samples, config.training.evaluation.tokens // length))
+        windows = max(1, min(self._loader.num_samples, max_tokens // length))
         # Whole batches only, so that a compiled model meets one shape.
         size = min(config.parallel.micro_batch_size, windows)
         self._batches = [(first, size) for first in range(0, windows - size + 1, size)]

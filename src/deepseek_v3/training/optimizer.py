@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -42,7 +43,10 @@ def _update(
     square.copy_(new_square)
 
 
-_compiled_update = torch.compile(_update, dynamic=True, fullgraph=True)
+@cache
+def _fused_update() -> Callable[..., None]:
+    """The same in one kernel; made at first use, because importing the compiler takes seconds."""
+    return torch.compile(_update, dynamic=True, fullgraph=True)
 
 
 class AdamW(torch.optim.Optimizer):
@@ -89,7 +93,7 @@ class AdamW(torch.optim.Optimizer):
     def _update_one(self, parameter: nn.Parameter, scalars: UpdateScalars) -> None:
         assert parameter.grad is not None
         state = self.state[parameter]
-        update = _compiled_update if parameter.is_cuda else _update
+        update = _fused_update() if parameter.is_cuda else _update
         update(
             parameter.view(-1),
             parameter.grad.view(-1),

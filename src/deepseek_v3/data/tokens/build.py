@@ -13,7 +13,6 @@ from itertools import chain
 from pathlib import Path
 from types import TracebackType
 
-
 from deepseek_v3.data.documents import Document, read_documents
 from deepseek_v3.data.stdlib_corpus import stdlib_documents
 from deepseek_v3.data.tokens.fim import FillInMiddle
@@ -102,9 +101,7 @@ def _appearing_whole(output: Path) -> Iterator[Path]:
         yield partial
         partial.rename(output)
     except OSError as error:
-        raise DataError(
-            f"{output}: cannot be written: {error.strerror}; make room, or choose another one"
-        ) from error
+        raise DataError(f"{output}: cannot be written: {error}; make room, or choose another directory") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

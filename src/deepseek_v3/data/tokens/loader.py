@@ -21,21 +21,23 @@ Int64s = NDArray[np.int64]
 UInt64s = NDArray[np.uint64]
 
 _ROUNDS = 6
+_LEAST_HALF_BITS = 3  # on smaller halves this many rounds leave some orders of the indices likelier than others
 _PREFETCHED = 2  # batches that are read ahead of the one in use
 
 
 class Permutation:
     """A pseudo-random permutation of range(n), computed at any index without storing it.
 
-    A balanced Feistel network permutes the smallest range 4^k that holds n; an index that lands outside range(n) is
-    sent through again until it falls inside, at most 4 times on average (Black and Rogaway 2002, cycle walking).
+    A balanced Feistel network permutes range(4^k), the first of 64, 256, … to hold n. An index that lands outside
+    range(n) is sent through again until it falls inside (cycle walking, Black and Rogaway 2002): from n = 16 up, at
+    most 4 passes on average.
     """
 
     def __init__(self, n: int, seed: int | tuple[int, ...]) -> None:
         if not 1 <= n <= 2**62:
             raise ValueError(f"n = {n}, expected 1 to 2**62")
         self.n = n
-        half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
+        half_bits = max(_LEAST_HALF_BITS, ((n - 1).bit_length() + 1) // 2)
         self._half_bits = np.uint64(half_bits)
         self._half_mask = np.uint64(2**half_bits - 1)
         digest = blake2b(repr(seed).encode(), digest_size=8 * _ROUNDS).digest()

@@ -62,7 +62,7 @@ class ShardWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for writer in self._splits.values():
-            writer.end_shard()
+            writer.close()
 
     def add(self, split: Split, ids: Sequence[int], num_bytes: int) -> None:
         """Appends a document of `num_bytes` bytes of text, at least 1, and end-of-text behind it."""
@@ -121,14 +121,18 @@ class _SplitWriter:
         self._tokens = self._documents = self._bytes = 0
         return self._file
 
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._file = None
+
     def end_shard(self) -> None:
-        """Closes the file, if one is open, and notes what it holds."""
+        """Makes the shard durable, if one was begun, and notes what it holds."""
         if self._file is None:
             return
-        with self._file as file:
-            file.flush()
-            os.fsync(file.fileno())
-        self._file = None
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.close()
         self.shards.append(
             Shard(
                 file=self._name,

@@ -117,7 +117,7 @@ class Tokenizer:
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
         try:
-            return cls(file.read_text(encoding="utf-8"), source=str(file))
+            return cls(file.read_bytes().decode("utf-8"), source=str(file))
         except OSError as error:
             raise DataError(f"{file}: cannot be read: {error.strerror}; expected a tokenizer.json") from None
         except UnicodeDecodeError as error:

@@ -6,6 +6,8 @@ gradients of the hidden states and of the weight; the backward pass only scales 
 """
 
 import math
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,7 +34,10 @@ def _loss_and_gradient(logits_TV: Tensor, targets_T: Tensor) -> tuple[Tensor, Te
     return loss, logits_TV.copy_((wide_TV - log_sum_T).exp() - is_target_TV.to(wide_TV.dtype))
 
 
-_compiled_loss_and_gradient = torch.compile(_loss_and_gradient, dynamic=False)
+@cache
+def _fused_loss_and_gradient() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The same in one kernel; made at first use, because importing the compiler takes seconds."""
+    return torch.compile(_loss_and_gradient, dynamic=False)
 
 
 def _accumulate_product(total_VD: Tensor, grad_TV: Tensor, hidden_TD: Tensor) -> None:
@@ -51,7 +56,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         needs_gradient = any(ctx.needs_input_grad)
         narrow_VD = weight_VD.to(hidden_TD.dtype)
         loss = hidden_TD.new_zeros((), dtype=torch.promote_types(hidden_TD.dtype, torch.float32))
-        loss_and_gradient = _compiled_loss_and_gradient if hidden_TD.is_cuda else _loss_and_gradient
+        loss_and_gradient = _fused_loss_and_gradient() if hidden_TD.is_cuda else _loss_and_gradient
         grad_hidden_TD = torch.empty_like(hidden_TD) if needs_gradient else None
         grad_weight_VD = torch.zeros_like(weight_VD) if needs_gradient else None
         size = _chunk_size(hidden_TD.shape[0], weight_VD.shape[0])

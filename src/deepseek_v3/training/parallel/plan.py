@@ -9,13 +9,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from deepseek_v3.config.train_config import RunConfig
-from deepseek_v3.mla.attention import MultiHeadLatentAttention
+from deepseek_v3.model.back_ends import choose_back_ends
 from deepseek_v3.model.init import initialize
 from deepseek_v3.model.precision import compute_dtype
 from deepseek_v3.model.transformer import DeepSeekV3
-from deepseek_v3.moe.experts import RoutedExperts
-from deepseek_v3.ops.attention import fastest_attention
-from deepseek_v3.ops.grouped_gemm import fastest_grouped_linear
 from deepseek_v3.utils.logging import get_logger
 
 # Layer kinds (dense, mixture, prediction) × with and without gradient, and room for masks.
@@ -26,7 +23,9 @@ def prepare_model(config: RunConfig, device: torch.device) -> DeepSeekV3:
     """Builds the model on `device`, initialised from the run's seed; weights are float32."""
     with torch.device("meta"):
         model = DeepSeekV3(config.model)
-    _choose_precision_and_back_ends(model, config, device)
+    model.compute_dtype = compute_dtype(config.parallel.precision, device)
+    back_ends = choose_back_ends(model, device)
+    get_logger("Plan").info(f"{model.compute_dtype} compute, float32 weights | back ends: {back_ends}")
     if config.parallel.recomputation == "full":
         model.run_layer = _recomputing
     if compiles(config, device):
@@ -39,19 +38,6 @@ def prepare_model(config: RunConfig, device: torch.device) -> DeepSeekV3:
 def compiles(config: RunConfig, device: torch.device) -> bool:
     """Whether layers are compiled: as the config says, or by default on CUDA only."""
     return device.type == "cuda" if config.parallel.compile == "auto" else config.parallel.compile
-
-
-def _choose_precision_and_back_ends(model: DeepSeekV3, config: RunConfig, device: torch.device) -> None:
-    model.compute_dtype = compute_dtype(config.parallel.precision, device)
-    attention = fastest_attention(device, model.compute_dtype)
-    grouped_linear = fastest_grouped_linear(device, model.compute_dtype)
-    for module in model.modules():
-        if isinstance(module, MultiHeadLatentAttention):
-            module.attend = attention
-        elif isinstance(module, RoutedExperts):
-            module.grouped_linear = grouped_linear
-    names = ", ".join(f"{op.__module__.split('.ops.')[1]}.{op.__name__}" for op in (attention, grouped_linear))
-    get_logger("Plan").info(f"{model.compute_dtype} compute, float32 weights | back ends: {names}")
 
 
 def _recomputing(layer: nn.Module, *inputs: Any) -> Any:

@@ -1,0 +1,24 @@
+"""Which implementation of each operation a model runs, chosen once for all its layers."""
+
+from __future__ import annotations
+
+import torch
+
+from deepseek_v3.mla.attention import MultiHeadLatentAttention
+from deepseek_v3.model.transformer import DeepSeekV3
+from deepseek_v3.moe.experts import RoutedExperts
+from deepseek_v3.ops.attention import fastest_attention
+from deepseek_v3.ops.grouped_gemm import fastest_grouped_linear
+
+
+def choose_back_ends(model: DeepSeekV3, device: torch.device) -> str:
+    """Sets the fastest that suits the device and the model's `compute_dtype`; returns their names for a log."""
+    dtype = model.compute_dtype or torch.float32
+    attention = fastest_attention(device, dtype)
+    grouped_linear = fastest_grouped_linear(device, dtype)
+    for module in model.modules():
+        if isinstance(module, MultiHeadLatentAttention):
+            module.attend = attention
+        elif isinstance(module, RoutedExperts):
+            module.grouped_linear = grouped_linear
+    return ", ".join(f"{op.__module__.split('.ops.')[1]}.{op.__name__}" for op in (attention, grouped_linear))

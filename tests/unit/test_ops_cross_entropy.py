@@ -1,0 +1,157 @@
+"""The chunked loss of a linear head against the plain one: values, gradients, and what it costs."""
+
+import pytest
+import torch
+from helpers import largest_difference
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from deepseek_v3.ops.cross_entropy import chunked, linear_cross_entropy, reference_linear_cross_entropy
+
+TOKENS, WIDTH, VOCABULARY = 13, 8, 31
+
+
+def states_head_targets(
+    hidden_dtype: torch.dtype, weight_dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    hidden_TD = torch.randn(TOKENS, WIDTH, dtype=hidden_dtype, device=device, requires_grad=True)
+    weight_VD = torch.randn(VOCABULARY, WIDTH, dtype=weight_dtype, device=device, requires_grad=True)
+    return hidden_TD, weight_VD, torch.randint(VOCABULARY, (TOKENS,), device=device)
+
+
+@pytest.fixture(params=[1, 2, 5, TOKENS], ids="{} chunks".format)
+def _chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the logits of all tokens take this many chunks, the last one shorter where that does not divide."""
+    monkeypatch.setattr(chunked, "_CHUNK_LOGITS", -(-TOKENS * VOCABULARY // request.param))
+
+
+def test_the_reference_is_minus_the_log_probability_of_the_target() -> None:
+    hidden_TD, weight_VD, targets_T = states_head_targets(torch.float64, torch.float64, torch.device("cpu"))
+    expected = -sum(
+        torch.log(torch.exp(weight_VD[target] @ hidden_D) / torch.exp(weight_VD @ hidden_D).sum())
+        for hidden_D, target in zip(hidden_TD, targets_T, strict=True)
+    )
+    assert largest_difference(reference_linear_cross_entropy(hidden_TD, weight_VD, targets_T), expected) < 1e-12
+
+
+@pytest.mark.usefixtures("_chunks")
+@pytest.mark.parametrize(
+    ("hidden_dtype", "weight_dtype", "tolerance"),
+    [
+        (torch.float64, torch.float64, 1e-13),
+        (torch.float32, torch.float32, 1e-5),
+        (torch.bfloat16, torch.float32, 0.02),
+        (torch.bfloat16, torch.bfloat16, 0.02),
+    ],
+)
+def test_loss_and_gradients_do_not_depend_on_the_chunks(
+    hidden_dtype: torch.dtype, weight_dtype: torch.dtype, tolerance: float, device: torch.device
+) -> None:
+    hidden_TD, weight_VD, targets_T = states_head_targets(hidden_dtype, weight_dtype, device)
+    wide = [x.detach().to(hidden_dtype).double().requires_grad_() for x in (hidden_TD, weight_VD)]
+    expected = reference_linear_cross_entropy(*wide, targets_T)
+
+    loss = linear_cross_entropy(hidden_TD, weight_VD, targets_T)
+
+    assert loss.dtype == torch.promote_types(hidden_dtype, torch.float32)
+    gradients = torch.autograd.grad(loss, (hidden_TD, weight_VD))
+    assert [g.dtype for g in gradients] == [hidden_dtype, weight_dtype]
+    expected_gradients = torch.autograd.grad(expected, wide)
+    for found, exact in zip((loss, *gradients), (expected, *expected_gradients), strict=True):
+        assert largest_difference(found.double(), exact) <= tolerance * exact.abs().max()
+
+
+@pytest.mark.parametrize("offset", [1e4, -1e4])
+def test_logits_far_from_zero_lose_nothing(offset: float) -> None:
+    """An offset that all logits share changes neither the loss nor its gradients."""
+    hidden_TD, weight_VD, targets_T = states_head_targets(torch.float64, torch.float64, torch.device("cpu"))
+    shifted_TD = torch.cat((hidden_TD, torch.full((TOKENS, 1), offset, dtype=torch.float64)), dim=1)
+    widened_VD = torch.cat((weight_VD, torch.ones(VOCABULARY, 1, dtype=torch.float64)), dim=1)
+
+    plain = linear_cross_entropy(hidden_TD, weight_VD, targets_T)
+    shifted = linear_cross_entropy(shifted_TD, widened_VD, targets_T)
+
+    assert largest_difference(shifted, plain) < 1e-8
+    inputs = (hidden_TD, weight_VD)
+    for found, expected in zip(torch.autograd.grad(shifted, inputs), torch.autograd.grad(plain, inputs), strict=True):
+        assert largest_difference(found, expected) < 1e-8
+
+
+@pytest.mark.parametrize("size", [1e4, -1e4])
+def test_logits_of_any_size_stay_finite_in_float32(size: float) -> None:
+    hidden_TD = torch.full((2, 1), size, requires_grad=True)
+    weight_VD = torch.linspace(-1, 1, 5)[:, None].requires_grad_()
+    targets_T = torch.tensor([0, 4])
+
+    loss = linear_cross_entropy(hidden_TD, weight_VD, targets_T)
+
+    assert loss.item() == pytest.approx(2e4)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, (hidden_TD, weight_VD)))
+
+
+@pytest.mark.usefixtures("_chunks")
+def test_without_gradients_the_loss_is_the_same(device: torch.device) -> None:
+    hidden_TD, weight_VD, targets_T = states_head_targets(torch.float32, torch.float32, device)
+    with torch.no_grad():
+        loss = linear_cross_entropy(hidden_TD, weight_VD, targets_T)
+    assert not loss.requires_grad
+    expected = reference_linear_cross_entropy(hidden_TD, weight_VD, targets_T)
+    assert largest_difference(loss, expected) < 1e-5 * expected
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_only_logits_are_multiplied(mode: type) -> None:
+    """Evaluation runs on trainable weights; it must not pay for gradients that nobody asks for."""
+    inputs = states_head_targets(torch.float32, torch.float32, torch.device("cpu"))
+    with mode(), FlopCounterMode(display=False) as counter:
+        linear_cross_entropy(*inputs)
+    assert counter.get_total_flops() == 2 * TOKENS * WIDTH * VOCABULARY
+
+
+def test_a_head_used_twice_in_one_graph_sums_its_gradients() -> None:
+    hidden_TD, weight_VD, targets_T = states_head_targets(torch.float64, torch.float64, torch.device("cpu"))
+
+    def two_losses(cross_entropy: object) -> Tensor:
+        first = cross_entropy(hidden_TD, weight_VD, targets_T)
+        second = cross_entropy(hidden_TD.tanh()[:-1], weight_VD, targets_T[1:])
+        return 0.7 * first + 0.3 * second / TOKENS
+
+    inputs = (hidden_TD, weight_VD)
+    found = torch.autograd.grad(two_losses(linear_cross_entropy), inputs)
+    expected = torch.autograd.grad(two_losses(reference_linear_cross_entropy), inputs)
+    for one, other in zip(found, expected, strict=True):
+        assert largest_difference(one, other) < 1e-12
+
+
+def test_gradients_accumulate_over_micro_batches() -> None:
+    hidden_TD, weight_VD, targets_T = states_head_targets(torch.float64, torch.float64, torch.device("cpu"))
+    linear_cross_entropy(hidden_TD, weight_VD, targets_T).backward()
+    (linear_cross_entropy(hidden_TD, weight_VD, targets_T) * 3).backward()
+    (gradient,) = torch.autograd.grad(reference_linear_cross_entropy(hidden_TD, weight_VD, targets_T), weight_VD)
+    assert weight_VD.grad is not None
+    assert largest_difference(weight_VD.grad, 4 * gradient) < 1e-12
+
+
+@pytest.mark.parametrize("frozen", [0, 1], ids=["states", "head"])
+def test_one_side_may_need_no_gradient(frozen: int) -> None:
+    hidden_TD, weight_VD, targets_T = states_head_targets(torch.float64, torch.float64, torch.device("cpu"))
+    inputs = [hidden_TD, weight_VD]
+    (expected,) = torch.autograd.grad(
+        reference_linear_cross_entropy(hidden_TD, weight_VD, targets_T), inputs[1 - frozen]
+    )
+    inputs[frozen] = inputs[frozen].detach()
+    (found,) = torch.autograd.grad(linear_cross_entropy(*inputs, targets_T), inputs[1 - frozen])
+    assert largest_difference(found, expected) < 1e-12
+
+
+def test_a_second_backward_raises_rather_than_scale_twice() -> None:
+    loss = linear_cross_entropy(*states_head_targets(torch.float32, torch.float32, torch.device("cpu")))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_no_tokens_make_no_loss() -> None:
+    inputs = torch.zeros(0, WIDTH), torch.randn(VOCABULARY, WIDTH), torch.zeros(0, dtype=torch.int64)
+    assert reference_linear_cross_entropy(*inputs).item() == 0
+    assert linear_cross_entropy(*inputs).item() == 0
