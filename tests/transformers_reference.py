@@ -5,11 +5,11 @@ Renaming is written here once more, so that a mistake in `deepseek_v3.interop` c
 
 from collections.abc import Mapping
 
-from helpers import fill_with_noise
 from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from deepseek_v3.config.model_config import ModelConfig
+from helpers import fill_with_noise
 
 _OURS_ALONE = {
     "rope_theta",

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import YARN, largest_difference, random_tokens, small_config
 from torch import Tensor
-from transformers_reference import released_names, transformers_model
 
 from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.interop.huggingface import load_released, to_released_names
 from deepseek_v3.model.transformer import DeepSeekV3
+from helpers import YARN, largest_difference, random_tokens, small_config
+from transformers_reference import released_names, transformers_model
 
 TOLERANCE = 1e-5
 

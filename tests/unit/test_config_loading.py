@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import YARN, small_config
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,6 +19,7 @@ from deepseek_v3.config.train_config import (
     TrainingConfig,
 )
 from deepseek_v3.utils.errors import ConfigError
+from helpers import YARN, small_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHIPPED = sorted(CONFIGS.glob("deepseek_v3_*.yaml"))

@@ -102,13 +102,12 @@ def test_the_cache_changes_no_token(engine, sampling):
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-@pytest.mark.parametrize("use_cache", [True, False])
-def test_a_batch_changes_no_token(engine, model, tokenizer, sampling, use_cache):
+def test_a_batch_changes_no_token(engine, model, tokenizer, sampling):
     """Each prompt alone, in twos, and all of them together, though some end early and others go on."""
-    together = engine.generate(PROMPTS, sampling, use_cache)
+    together = engine.generate(PROMPTS, sampling)
     assert [completion.prompt for completion in together] == PROMPTS
     for batch_size in (1, 2):
-        assert Generator(model, tokenizer, batch_size).generate(PROMPTS, sampling, use_cache) == together
+        assert Generator(model, tokenizer, batch_size).generate(PROMPTS, sampling) == together
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import YARN, small_config
 from pydantic import ValidationError
 from transformers import DeepseekV3Config
 
 from deepseek_v3.config.model_config import ModelConfig, RopeScaling
 from deepseek_v3.utils.errors import ConfigError
+from helpers import YARN, small_config
 
 RELEASED: dict[str, Any] = {
     "architectures": ["DeepseekV3ForCausalLM"],

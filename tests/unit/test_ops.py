@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from helpers import largest_difference
 from torch import Tensor
 from torch.autograd import gradcheck
 
@@ -11,6 +10,7 @@ from deepseek_v3.ops.layers import Linear, RMSNorm
 from deepseek_v3.ops.rms_norm import rms_norm
 from deepseek_v3.ops.rotary import rotate
 from deepseek_v3.ops.swiglu import swiglu
+from helpers import largest_difference
 
 EXACT = 1e-12
 EPS = 1e-6

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from helpers import largest_difference
 from torch import Tensor
 from torch.autograd import gradcheck
 
@@ -16,6 +15,7 @@ from deepseek_v3.ops.attention import (
     sdpa_attention,
 )
 from deepseek_v3.ops.mla_decode import mla_decode
+from helpers import largest_difference
 
 EXACT = 1e-12
 SCALE = 0.3

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from helpers import largest_difference
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from deepseek_v3.ops.cross_entropy import chunked, linear_cross_entropy, reference_linear_cross_entropy
+from helpers import largest_difference
 
 TOKENS, WIDTH, VOCABULARY = 13, 8, 31
 
@@ -73,7 +73,9 @@ def test_logits_far_from_zero_lose_nothing(offset: float) -> None:
 
     assert largest_difference(shifted, plain) < 1e-8
     inputs = (hidden_TD, weight_VD)
-    for found, expected in zip(torch.autograd.grad(shifted, inputs), torch.autograd.grad(plain, inputs), strict=True):
+    for found, expected in zip(
+        torch.autograd.grad(shifted, inputs), torch.autograd.grad(plain, inputs), strict=True
+    ):
         assert largest_difference(found, expected) < 1e-8
 
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from helpers import largest_difference
 from torch import Tensor
 from torch.autograd import gradcheck
 
@@ -13,6 +12,7 @@ from deepseek_v3.ops.grouped_gemm import (
     torch_grouped_linear,
 )
 from deepseek_v3.ops.moe_permute import permute, reference, sort_by_expert, unpermute
+from helpers import largest_difference
 
 BACK_ENDS = [reference_grouped_linear, torch_grouped_linear]
 GROUPS = {

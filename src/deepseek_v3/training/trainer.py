@@ -56,6 +56,7 @@ class Trainer:
         self.loader = TokenLoader(
             self.shards, sequence_length=config.training.sequence_length, seed=config.training.seed
         )
+        torch.manual_seed(config.training.seed)
         self.evaluation = HeldOutEvaluation(self.shards, config, config.training.evaluation.tokens)
         self.model = prepare_model(config, device)
         self.routers = routers_of(self.model)

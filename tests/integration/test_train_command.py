@@ -1,0 +1,261 @@
+"""Training from the command line: the files it leaves, exact resume, signals, and every kind of bad input."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from deepseek_v3.config.loading import load_config
+from deepseek_v3.utils.checkpointing import load_checkpoint
+from deepseek_v3.utils.monitoring import read_metrics
+from run_helpers import TOKENS_PER_STEP, dsv3, message_of, run_fields, write_run
+
+ROOT = Path(__file__).parents[2]
+STEPS = 6
+STEP_LINE = re.compile(
+    r"^\[Trainer\] Step (\d+)/6 \| Loss: \d+\.\d{4} \| LR: \d\.\d\de-\d\d \| Tokens: 0\.00B"
+    r" \| Steps/sec: \d+\.\d\d( \| .+: .+)*$"
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that went from its first step to its last."""
+    folder = tmp_path_factory.mktemp("finished")
+    result = dsv3("train", "--config", write_run(folder, STEPS))
+    assert result.exit_code == 0, result.output
+    (folder / "output.txt").write_text(result.output, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def folder(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, with the paths in its config set to the copy."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_fields(tmp_path, STEPS)), encoding="utf-8")
+    return tmp_path
+
+
+def _differences(left: object, right: object, at: str = "") -> list[str]:
+    if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
+        return [] if torch.equal(left, right) and left.dtype == right.dtype else [at]
+    if isinstance(left, dict) and isinstance(right, dict) and left.keys() == right.keys():
+        return [found for key in left for found in _differences(left[key], right[key], f"{at}.{key}")]
+    if isinstance(left, list) and isinstance(right, list) and len(left) == len(right):
+        pairs = enumerate(zip(left, right, strict=True))
+        return [found for number, pair in pairs for found in _differences(*pair, f"{at}[{number}]")]
+    return [] if left == right else [at]
+
+
+def _training_state(path: Path) -> dict[str, object]:
+    return {name: value for name, value in load_checkpoint(path).items() if name != "config"}
+
+
+def test_a_run_logs_its_steps_and_leaves_all_its_files(finished: Path) -> None:
+    lines = (finished / "output.txt").read_text(encoding="utf-8").splitlines()
+    numbers = [int(match[1]) for line in lines if (match := STEP_LINE.match(line))]
+    assert numbers == list(range(1, STEPS + 1))
+    assert load_config(finished / "run" / "config.yaml") == load_config(finished / "run.yaml")
+    assert (finished / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    names = sorted(path.name for path in (finished / "checkpoints").iterdir())
+    assert names == [f"checkpoint_step_{step}.pt" for step in (2, 4, 6)]
+
+
+def test_metrics_hold_every_figure_for_every_step(finished: Path) -> None:
+    records = read_metrics(finished / "run" / "metrics.jsonl")
+    steps = [record for record in records if "loss" in record]
+    assert [record["step"] for record in steps] == list(range(1, STEPS + 1))
+    assert [record["tokens"] for record in steps] == [TOKENS_PER_STEP * n for n in range(1, STEPS + 1)]
+    per_layer = {"entropy", "utilisation", "max_violation", "bias_min", "bias_max"}
+    for record in steps:
+        assert {"mtp_loss", "balance_loss", "learning_rate", "gradient_norm"} <= record.keys()
+        assert {"tokens_per_second", "tokens_per_parameter", "memory_bytes"} <= record.keys()
+        for name in per_layer:
+            assert len(record[f"experts/{name}"]) == 2  # one mixture layer and the prediction layer
+        assert record["cache/latent_bytes_per_token"] == 2 * (8 + 4) * 4
+        assert record["cache/multi_head_bytes_per_token"] == 2 * 2 * (8 + 4 + 8) * 4
+    assert [record["step"] for record in records if "holdout_loss" in record] == [3, 6]
+
+
+def test_the_bias_moves_by_gamma_once_a_step(finished: Path) -> None:
+    """After two steps a bias has moved by 0, 1 or 2 times 0.001."""
+    state = load_checkpoint(finished / "checkpoints" / "checkpoint_step_2.pt")
+    biases = [value for name, value in state["model"].items() if name.endswith("e_score_correction_bias")]
+    assert len(biases) == 2
+    for bias in biases:
+        moves = (bias / 1e-3).round()
+        torch.testing.assert_close(bias, moves * 1e-3)
+        assert moves.abs().max() <= 2
+    assert any(bias.any() for bias in biases)
+
+
+@pytest.mark.parametrize("resume", ["latest", "checkpoints/checkpoint_step_2.pt"])
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(folder: Path, finished: Path, resume: str) -> None:
+    for step in (4, 6):
+        (folder / "checkpoints" / f"checkpoint_step_{step}.pt").unlink()
+    where = resume if resume == "latest" else folder / resume
+    result = dsv3("train", "--config", folder / "run.yaml", "--resume", where)
+    assert result.exit_code == 0, result.output
+    for step in (4, 6):
+        name = f"checkpoints/checkpoint_step_{step}.pt"
+        assert _differences(_training_state(folder / name), _training_state(finished / name)) == []
+    timeless = [
+        [{k: v for k, v in record.items() if k not in ("tokens_per_second", "memory_bytes")} for record in records]
+        for records in (read_metrics(path / "run" / "metrics.jsonl") for path in (folder, finished))
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_two_runs_of_one_config_are_equal(folder: Path, finished: Path) -> None:
+    shutil.rmtree(folder / "checkpoints")
+    assert dsv3("train", "--config", folder / "run.yaml").exit_code == 0
+    name = "checkpoints/checkpoint_step_6.pt"
+    assert _differences(_training_state(folder / name), _training_state(finished / name)) == []
+    assert (folder / "run" / "metrics.1.jsonl").exists()
+
+
+def test_accumulation_gives_the_same_step_as_one_large_batch(folder: Path, finished: Path) -> None:
+    shutil.rmtree(folder / "checkpoints")
+    command = ["train", "--config", folder / "run.yaml", "--set", "parallel.micro_batch_size=4"]
+    assert dsv3(*command, "--set", "parallel.recomputation=full").exit_code == 0
+    name = "checkpoints/checkpoint_step_2.pt"
+    whole, parts = (load_checkpoint(path / name)["model"] for path in (folder, finished))
+    for key, value in whole.items():
+        if key.endswith("e_score_correction_bias"):
+            assert torch.equal(value, parts[key]), key  # counts are whole numbers: no rounding excuses a difference
+        else:
+            torch.testing.assert_close(value, parts[key], rtol=1e-2, atol=1e-3)
+
+
+def test_a_finished_run_resumed_has_nothing_left_to_do(folder: Path) -> None:
+    before = (folder / "checkpoints" / "checkpoint_step_6.pt").read_bytes()
+    result = dsv3("train", "--config", folder / "run.yaml", "--resume", "latest")
+    assert result.exit_code == 0, result.output
+    assert (folder / "checkpoints" / "checkpoint_step_6.pt").read_bytes() == before
+
+
+def test_documents_can_be_masked(folder: Path) -> None:
+    shutil.rmtree(folder / "checkpoints")
+    result = dsv3("train", "--config", folder / "run.yaml", "--set", "data.mask_documents=true")
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, number: signal.Signals) -> None:
+    config = write_run(tmp_path, steps=100_000)
+    command = [sys.executable, str(ROOT / "src/training/train.py"), "--config", str(config)]
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        for _ in range(600):
+            if metrics.exists() and metrics.stat().st_size:
+                break
+            time.sleep(0.1)
+        process.send_signal(number)
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    newest = max(int(path.stem.split("_")[-1]) for path in (tmp_path / "checkpoints").iterdir())
+    assert f"Stopped after step {newest}" in output
+    assert f"dsv3 train --config {config} --resume latest" in output
+    assert load_checkpoint(tmp_path / "checkpoints" / f"checkpoint_step_{newest}.pt")["step"] == newest
+
+
+class TestBadInput:
+    """Each ends in one clear line; what lies on disk stays as it was."""
+
+    def test_a_fresh_run_among_the_checkpoints_of_another(self, folder: Path) -> None:
+        message = message_of(dsv3("train", "--config", folder / "run.yaml"))
+        assert "already holds checkpoints up to step 6" in message
+        assert "--resume latest" in message
+
+    def test_resuming_another_model(self, folder: Path) -> None:
+        words = ["--set", "model.num_hidden_layers=3", "--resume", "latest"]
+        message = message_of(dsv3("train", "--config", folder / "run.yaml", *words))
+        assert "is of another model: num_hidden_layers = 2 there, 3 here" in message
+
+    def test_resuming_on_another_corpus(self, folder: Path) -> None:
+        shutil.rmtree(folder / "tokens")
+        words = ["--set", "data.corpus.holdout=0.4", "--resume", "latest"]
+        assert "trained on other tokens" in message_of(dsv3("train", "--config", folder / "run.yaml", *words))
+
+    def test_a_damaged_newest_checkpoint_is_passed_over_and_named(
+        self, folder: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        newest = folder / "checkpoints" / "checkpoint_step_6.pt"
+        newest.write_bytes(newest.read_bytes()[:-1000])
+        result = dsv3("train", "--config", folder / "run.yaml", "--resume", "latest")
+        assert result.exit_code == 0, result.output
+        assert "checkpoint_step_6.pt" in caplog.text
+        assert "checkpoint_step_4.pt after step 4" in caplog.text
+
+    def test_a_damaged_checkpoint_asked_for_by_name(self, folder: Path) -> None:
+        path = folder / "checkpoints" / "checkpoint_step_4.pt"
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+        message = message_of(dsv3("train", "--config", folder / "run.yaml", "--resume", path))
+        assert "checkpoint_step_4.pt" in message
+        assert "damaged" in message
+
+    def test_an_altered_token_shard(self, folder: Path) -> None:
+        path = folder / "tokens" / "train" / "00000.bin"
+        data = bytearray(path.read_bytes())
+        data[0] ^= 1
+        path.write_bytes(data)
+        message = message_of(dsv3("train", "--config", folder / "run.yaml", "--resume", "latest"))
+        assert "00000.bin" in message
+
+    def test_a_tokenizer_larger_than_the_vocabulary(self, folder: Path) -> None:
+        fields = run_fields(folder, STEPS)
+        fields["model"]["vocab_size"] = 262
+        del fields["data"]["corpus"]
+        (folder / "run.yaml").write_text(yaml.safe_dump(fields), encoding="utf-8")
+        shutil.rmtree(folder / "checkpoints")
+        message = message_of(dsv3("train", "--config", folder / "run.yaml"))
+        assert "model.vocab_size = 262" in message
+        assert not (folder / "checkpoints").exists()
+
+    def test_missing_token_shards(self, folder: Path) -> None:
+        fields = run_fields(folder, STEPS)
+        del fields["data"]["corpus"]
+        (folder / "run.yaml").write_text(yaml.safe_dump(fields), encoding="utf-8")
+        shutil.rmtree(folder / "tokens")
+        shutil.rmtree(folder / "checkpoints")
+        assert "dsv3 tokenize" in message_of(dsv3("train", "--config", folder / "run.yaml"))
+
+    def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(self, folder: Path) -> None:
+        shutil.rmtree(folder / "checkpoints")
+        words = ["--set", "training.optimizer.learning_rate=1e30", "--set", "training.schedule.warmup_steps=0"]
+        message = message_of(dsv3("train", "--config", folder / "run.yaml", *words))
+        assert "learning_rate" in message
+        for path in (folder / "checkpoints").glob("*.pt"):
+            assert all(value.isfinite().all() for value in load_checkpoint(path)["model"].values())
+
+    def test_several_processes(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert "WORLD_SIZE" in message_of(dsv3("train", "--config", folder / "run.yaml"))
+
+    def test_the_launcher_prints_one_line_and_fails(self, tmp_path: Path) -> None:
+        command = [sys.executable, str(ROOT / "src/training/train.py"), "--config", str(tmp_path / "none.yaml")]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ}, check=False)
+        assert done.returncode == 1
+        assert done.stderr.strip() == f"error: {tmp_path / 'none.yaml'}: cannot be read: No such file or directory"
+
+
+def test_the_schema_describes_every_section() -> None:
+    schema = json.loads(dsv3("config", "schema").output)
+    assert set(schema["properties"]) == {"model", "training", "parallel", "data", "checkpoint", "logging"}
+
+
+def test_a_shown_config_loads_back_to_itself(tmp_path: Path) -> None:
+    shown = dsv3("config", "show", ROOT / "configs/deepseek_v3_tiny.yaml", "--set", "training.seed=7").output
+    (tmp_path / "shown.yaml").write_text(shown, encoding="utf-8")
+    assert load_config(tmp_path / "shown.yaml").training.seed == 7

@@ -1,0 +1,85 @@
+"""AdamW against torch's own, and what is particular to ours."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from deepseek_v3.config.train_config import OptimizerConfig
+from deepseek_v3.training.optimizer import AdamW
+
+SHAPES = [(6, 5), (7,), (3, 4, 2)]
+
+
+def _parameters(device: torch.device) -> list[nn.Parameter]:
+    return [nn.Parameter(torch.randn(shape, device=device)) for shape in SHAPES]
+
+
+def _config(**changes: object) -> OptimizerConfig:
+    return OptimizerConfig(**{"learning_rate": 0.1, "moments": "float32", **changes})  # type: ignore[arg-type]
+
+
+def _with_gradients(parameters: list[nn.Parameter], gradients: list[Tensor]) -> None:
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.clone()
+
+
+def test_equals_torch_adamw_with_clipping_and_decay_on_matrices_only(device: torch.device) -> None:
+    ours = _parameters(device)
+    theirs = [nn.Parameter(parameter.detach().clone()) for parameter in ours]
+    optimizer = AdamW(ours, _config(max_grad_norm=0.5))
+    matrices, vectors = [theirs[0], theirs[2]], [theirs[1]]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    reference = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
+    for step in range(1, 6):
+        gradients = [torch.randn_like(parameter) for parameter in ours]
+        _with_gradients(ours, gradients)
+        _with_gradients(theirs, gradients)
+        norm = optimizer.step(0.1 / step)
+        assert norm == pytest.approx(float(nn.utils.clip_grad_norm_(theirs, 0.5)))
+        for group in reference.param_groups:
+            group["lr"] = 0.1 / step
+        reference.step()
+        for mine, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_moments_stay_close_to_float32_ones(device: torch.device) -> None:
+    exact, rounded = _parameters(device), _parameters(device)
+    for mine, other in zip(rounded, exact, strict=True):
+        mine.data.copy_(other)
+    optimizers = [AdamW(exact, _config()), AdamW(rounded, _config(moments="bfloat16"))]
+    for _ in range(10):
+        gradients = [torch.randn_like(parameter) for parameter in exact]
+        for parameters, optimizer in zip((exact, rounded), optimizers, strict=True):
+            _with_gradients(parameters, gradients)
+            optimizer.step(0.01)
+    assert all(state["exp_avg"].dtype == torch.bfloat16 for state in optimizers[1].state.values())
+    for mine, other in zip(rounded, exact, strict=True):
+        assert not torch.equal(mine, other)
+        torch.testing.assert_close(mine, other, rtol=0.02, atol=0.01)
+
+
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+def test_a_restored_optimizer_goes_on_bit_for_bit(moments: str) -> None:
+    parameters = _parameters(torch.device("cpu"))
+    optimizer = AdamW(parameters, _config(moments=moments))
+    gradients = [[torch.randn_like(parameter) for parameter in parameters] for _ in range(6)]
+    for step in range(3):
+        _with_gradients(parameters, gradients[step])
+        optimizer.step(0.1)
+    copies = [nn.Parameter(parameter.detach().clone()) for parameter in parameters]
+    restored = AdamW(copies, _config(moments=moments))
+    restored.load_state_dict(optimizer.state_dict())
+    for step in range(3, 6):
+        for group, twin in ((parameters, optimizer), (copies, restored)):
+            _with_gradients(group, gradients[step])
+            twin.step(0.1)
+    assert all(torch.equal(mine, other) for mine, other in zip(parameters, copies, strict=True))
+
+
+def test_parameters_without_a_gradient_stay_as_they_are() -> None:
+    parameters = _parameters(torch.device("cpu"))
+    before = parameters[1].detach().clone()
+    parameters[0].grad = torch.ones_like(parameters[0])
+    AdamW(parameters, _config()).step(0.1)
+    assert torch.equal(parameters[1], before)
