@@ -11,9 +11,9 @@ from deepseek_v3.inference import generate as command
 from deepseek_v3.inference.engine import Generator
 from deepseek_v3.inference.sampling import SamplingConfig
 from deepseek_v3.model.saved import load_model, model_entries
-from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.utils.checkpointing import save_checkpoint
 from deepseek_v3.utils.errors import CheckpointError, DataError, GenerationError
+from helpers import small_config, small_model
 
 SAMPLING = SamplingConfig(temperature=0, max_new_tokens=6)
 OPTIONS = ["--temperature", "0", "--max-new-tokens", "6", "--device", "cpu"]
@@ -24,32 +24,21 @@ def checkpoint(tmp_path_factory):
     """A checkpoint with random weights, in a folder of its own."""
     torch.manual_seed(0)
     tokenizer = Tokenizer.train(["the cat sat on the mat\n", "return the cat\n"] * 3, vocab_size=280)
-    model = {
-        "vocab_size": tokenizer.vocab_size,
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "first_k_dense_replace": 1,
-        "intermediate_size": 16,
-        "num_attention_heads": 2,
-        "kv_lora_rank": 8,
-        "qk_nope_head_dim": 4,
-        "qk_rope_head_dim": 4,
-        "v_head_dim": 4,
-        "n_routed_experts": 2,
-        "num_experts_per_tok": 1,
-        "moe_intermediate_size": 8,
-        "initializer_range": 0.3,
-        "max_position_embeddings": 32,
-    }
+    model = small_config(vocab_size=tokenizer.vocab_size, max_position_embeddings=32)
     training = {
         "total_tokens": 1000,
         "sequence_length": 16,
         "global_batch_size": 1,
         "optimizer": {"learning_rate": 0.001},
     }
-    sections = {"model": model, "training": training, "data": {"path": "x"}, "logging": {"directory": "x"}}
+    sections = {
+        "model": model.model_dump(),
+        "training": training,
+        "data": {"path": "x"},
+        "logging": {"directory": "x"},
+    }
     config = config_from_dict(sections, "test")
-    state = model_entries(DeepSeekV3(config.model), config, tokenizer.to_json())
+    state = model_entries(small_model(config.model), config, tokenizer.to_json())
     path = tmp_path_factory.mktemp("checkpoints") / "checkpoint_step_7.pt"
     save_checkpoint(path, {**state, "step": 7, "tokens": 112})
     return path

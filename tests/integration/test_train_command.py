@@ -31,7 +31,7 @@ STEP_LINE = re.compile(
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that went from its first step to its last."""
     folder = tmp_path_factory.mktemp("finished")
-    result = dsv3("train", "--config", write_run(folder, STEPS))
+    result = dsv3("train", "--device", "cpu", "--config", write_run(folder, STEPS))
     assert result.exit_code == 0, result.output
     (folder / "output.txt").write_text(result.output, encoding="utf-8")
     return folder
@@ -103,7 +103,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(folder: Path, fi
     for step in (4, 6):
         (folder / "checkpoints" / f"checkpoint_step_{step}.pt").unlink()
     where = resume if resume == "latest" else folder / resume
-    result = dsv3("train", "--config", folder / "run.yaml", "--resume", where)
+    result = dsv3("train", "--device", "cpu", "--config", folder / "run.yaml", "--resume", where)
     assert result.exit_code == 0, result.output
     for step in (4, 6):
         name = f"checkpoints/checkpoint_step_{step}.pt"
@@ -117,7 +117,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(folder: Path, fi
 
 def test_two_runs_of_one_config_are_equal(folder: Path, finished: Path) -> None:
     shutil.rmtree(folder / "checkpoints")
-    assert dsv3("train", "--config", folder / "run.yaml").exit_code == 0
+    assert dsv3("train", "--device", "cpu", "--config", folder / "run.yaml").exit_code == 0
     name = "checkpoints/checkpoint_step_6.pt"
     assert _differences(_training_state(folder / name), _training_state(finished / name)) == []
     assert (folder / "run" / "metrics.1.jsonl").exists()
@@ -125,7 +125,7 @@ def test_two_runs_of_one_config_are_equal(folder: Path, finished: Path) -> None:
 
 def test_accumulation_gives_the_same_step_as_one_large_batch(folder: Path, finished: Path) -> None:
     shutil.rmtree(folder / "checkpoints")
-    command = ["train", "--config", folder / "run.yaml", "--set", "parallel.micro_batch_size=4"]
+    command = ["train", "--device", "cpu", "--config", folder / "run.yaml", "--set", "parallel.micro_batch_size=4"]
     assert dsv3(*command, "--set", "parallel.recomputation=full").exit_code == 0
     name = "checkpoints/checkpoint_step_2.pt"
     whole, parts = (load_checkpoint(path / name)["model"] for path in (folder, finished))
@@ -138,14 +138,14 @@ def test_accumulation_gives_the_same_step_as_one_large_batch(folder: Path, finis
 
 def test_a_finished_run_resumed_has_nothing_left_to_do(folder: Path) -> None:
     before = (folder / "checkpoints" / "checkpoint_step_6.pt").read_bytes()
-    result = dsv3("train", "--config", folder / "run.yaml", "--resume", "latest")
+    result = dsv3("train", "--device", "cpu", "--config", folder / "run.yaml", "--resume", "latest")
     assert result.exit_code == 0, result.output
     assert (folder / "checkpoints" / "checkpoint_step_6.pt").read_bytes() == before
 
 
 def test_documents_can_be_masked(folder: Path) -> None:
     shutil.rmtree(folder / "checkpoints")
-    result = dsv3("train", "--config", folder / "run.yaml", "--set", "data.mask_documents=true")
+    result = dsv3("train", "--device", "cpu", "--config", folder / "run.yaml", "--set", "data.mask_documents=true")
     assert result.exit_code == 0, result.output
 
 
@@ -172,26 +172,28 @@ class TestBadInput:
     """Each ends in one clear line; what lies on disk stays as it was."""
 
     def test_a_fresh_run_among_the_checkpoints_of_another(self, folder: Path) -> None:
-        message = message_of(dsv3("train", "--config", folder / "run.yaml"))
+        message = message_of(dsv3("train", "--device", "cpu", "--config", folder / "run.yaml"))
         assert "already holds checkpoints up to step 6" in message
         assert "--resume latest" in message
 
     def test_resuming_another_model(self, folder: Path) -> None:
         words = ["--set", "model.num_hidden_layers=3", "--resume", "latest"]
-        message = message_of(dsv3("train", "--config", folder / "run.yaml", *words))
+        message = message_of(dsv3("train", "--device", "cpu", "--config", folder / "run.yaml", *words))
         assert "is of another model: num_hidden_layers = 2 there, 3 here" in message
 
     def test_resuming_on_another_corpus(self, folder: Path) -> None:
         shutil.rmtree(folder / "tokens")
         words = ["--set", "data.corpus.holdout=0.4", "--resume", "latest"]
-        assert "trained on other tokens" in message_of(dsv3("train", "--config", folder / "run.yaml", *words))
+        assert "trained on other tokens" in message_of(
+            dsv3("train", "--device", "cpu", "--config", folder / "run.yaml", *words)
+        )
 
     def test_a_damaged_newest_checkpoint_is_passed_over_and_named(
         self, folder: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         newest = folder / "checkpoints" / "checkpoint_step_6.pt"
         newest.write_bytes(newest.read_bytes()[:-1000])
-        result = dsv3("train", "--config", folder / "run.yaml", "--resume", "latest")
+        result = dsv3("train", "--device", "cpu", "--config", folder / "run.yaml", "--resume", "latest")
         assert result.exit_code == 0, result.output
         assert "checkpoint_step_6.pt" in caplog.text
         assert "checkpoint_step_4.pt after step 4" in caplog.text
@@ -201,7 +203,7 @@ class TestBadInput:
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
-        message = message_of(dsv3("train", "--config", folder / "run.yaml", "--resume", path))
+        message = message_of(dsv3("train", "--device", "cpu", "--config", folder / "run.yaml", "--resume", path))
         assert "checkpoint_step_4.pt" in message
         assert "damaged" in message
 
@@ -210,7 +212,9 @@ class TestBadInput:
         data = bytearray(path.read_bytes())
         data[0] ^= 1
         path.write_bytes(data)
-        message = message_of(dsv3("train", "--config", folder / "run.yaml", "--resume", "latest"))
+        message = message_of(
+            dsv3("train", "--device", "cpu", "--config", folder / "run.yaml", "--resume", "latest")
+        )
         assert "00000.bin" in message
 
     def test_a_tokenizer_larger_than_the_vocabulary(self, folder: Path) -> None:
@@ -219,7 +223,7 @@ class TestBadInput:
         del fields["data"]["corpus"]
         (folder / "run.yaml").write_text(yaml.safe_dump(fields), encoding="utf-8")
         shutil.rmtree(folder / "checkpoints")
-        message = message_of(dsv3("train", "--config", folder / "run.yaml"))
+        message = message_of(dsv3("train", "--device", "cpu", "--config", folder / "run.yaml"))
         assert "model.vocab_size = 262" in message
         assert not (folder / "checkpoints").exists()
 
@@ -229,19 +233,25 @@ class TestBadInput:
         (folder / "run.yaml").write_text(yaml.safe_dump(fields), encoding="utf-8")
         shutil.rmtree(folder / "tokens")
         shutil.rmtree(folder / "checkpoints")
-        assert "dsv3 tokenize" in message_of(dsv3("train", "--config", folder / "run.yaml"))
+        assert "dsv3 tokenize" in message_of(dsv3("train", "--device", "cpu", "--config", folder / "run.yaml"))
 
     def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(self, folder: Path) -> None:
         shutil.rmtree(folder / "checkpoints")
         words = ["--set", "training.optimizer.learning_rate=1e30", "--set", "training.schedule.warmup_steps=0"]
-        message = message_of(dsv3("train", "--config", folder / "run.yaml", *words))
+        message = message_of(dsv3("train", "--device", "cpu", "--config", folder / "run.yaml", *words))
         assert "learning_rate" in message
         for path in (folder / "checkpoints").glob("*.pt"):
             assert all(value.isfinite().all() for value in load_checkpoint(path)["model"].values())
 
+    def test_compiling_what_cannot_be_compiled(self, folder: Path) -> None:
+        shutil.rmtree(folder / "checkpoints")
+        words = ["--set", "parallel.compile=true"]
+        message = message_of(dsv3("train", "--device", "cpu", "--config", folder / "run.yaml", *words))
+        assert "parallel.compile = true" in message
+
     def test_several_processes(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("WORLD_SIZE", "2")
-        assert "WORLD_SIZE" in message_of(dsv3("train", "--config", folder / "run.yaml"))
+        assert "WORLD_SIZE" in message_of(dsv3("train", "--device", "cpu", "--config", folder / "run.yaml"))
 
     def test_the_launcher_prints_one_line_and_fails(self, tmp_path: Path) -> None:
         command = [sys.executable, str(ROOT / "src/training/train.py"), "--config", str(tmp_path / "none.yaml")]

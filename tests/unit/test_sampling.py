@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek_v3.inference.sampling import SamplingConfig, choose_next, next_token_probabilities, row_generator
@@ -84,14 +84,12 @@ def test_draws_of_one_row_follow_the_distribution_too():
 logits_lists = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=40)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
 @given(logits_lists, st.integers(1, 45))
 def test_top_k_keeps_the_most_probable_and_the_lowest_ids_among_equals(logits_V, top_k):
     kept = [i for i, p in enumerate(probabilities(logits_V, top_k=top_k)) if p > 0]
     assert kept == sorted(sorted(range(len(logits_V)), key=lambda i: (-logits_V[i], i))[:top_k])
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
 @given(logits_lists, st.floats(0.01, 1), st.floats(0.1, 5))
 def test_top_p_keeps_the_fewest_that_hold_the_share(logits_V, top_p, temperature):
     whole = probabilities(logits_V, temperature=temperature)
@@ -104,7 +102,6 @@ def test_top_p_keeps_the_fewest_that_hold_the_share(logits_V, top_p, temperature
     assert min(whole[i] for i in nucleus) >= max((p for i, p in enumerate(whole) if i not in nucleus), default=0)
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
 @given(logits_lists, st.floats(1.01, 100), st.data())
 def test_a_penalty_above_one_never_makes_a_seen_token_more_probable(logits_V, penalty, data):
     seen = data.draw(st.integers(0, len(logits_V) - 1))

@@ -14,8 +14,9 @@ from deepseek_v3.ops.grouped_gemm import fastest_grouped_linear
 def choose_back_ends(model: DeepSeekV3, device: torch.device) -> str:
     """Sets the fastest that suits the device and the model's `compute_dtype`; returns their names for a log."""
     dtype = model.compute_dtype or torch.float32
-    attention = fastest_attention(device, dtype)
-    grouped_linear = fastest_grouped_linear(device, dtype)
+    config = model.config
+    attention = fastest_attention(device, dtype, config.qk_head_dim, config.v_head_dim)
+    grouped_linear = fastest_grouped_linear(device, dtype, config.hidden_size, config.moe_intermediate_size)
     for module in model.modules():
         if isinstance(module, MultiHeadLatentAttention):
             module.attend = attention

@@ -13,8 +13,9 @@ GroupedLinear = Callable[[Tensor, Tensor, Tensor], Tensor]
 __all__ = ["GroupedLinear", "fastest_grouped_linear", "reference_grouped_linear", "torch_grouped_linear"]
 
 
-def fastest_grouped_linear(device: torch.device, dtype: torch.dtype) -> GroupedLinear:
-    """The back end to use: the grouped kernel for bfloat16 on CUDA, the loop elsewhere."""
-    if device.type == "cuda" and dtype == torch.bfloat16:
+def fastest_grouped_linear(device: torch.device, dtype: torch.dtype, *row_widths: int) -> GroupedLinear:
+    """The back end for rows of these widths: the grouped kernel for bfloat16 on CUDA, the loop elsewhere."""
+    fits_kernel = dtype == torch.bfloat16 and all(width % 8 == 0 for width in row_widths)
+    if device.type == "cuda" and fits_kernel:
         return torch_grouped_linear
     return reference_grouped_linear

@@ -13,6 +13,9 @@ from deepseek_v3.model.back_ends import choose_back_ends
 from deepseek_v3.model.init import initialize
 from deepseek_v3.model.precision import compute_dtype
 from deepseek_v3.model.transformer import DeepSeekV3
+from deepseek_v3.moe.experts import RoutedExperts
+from deepseek_v3.ops.grouped_gemm import reference_grouped_linear
+from deepseek_v3.utils.errors import ConfigError
 from deepseek_v3.utils.logging import get_logger
 
 # Layer kinds (dense, mixture, prediction) × with and without gradient, and room for masks.
@@ -28,16 +31,24 @@ def prepare_model(config: RunConfig, device: torch.device) -> DeepSeekV3:
     get_logger("Plan").info(f"{model.compute_dtype} compute, float32 weights | back ends: {back_ends}")
     if config.parallel.recomputation == "full":
         model.run_layer = _recomputing
-    if compiles(config, device):
+    if _compiles(model, config, device):
         _compile_layers(model)
     model.to_empty(device=device)
     initialize(model, config.model.initializer_range, config.training.seed)
     return model.train()
 
 
-def compiles(config: RunConfig, device: torch.device) -> bool:
-    """Whether layers are compiled: as the config says, or by default on CUDA only."""
-    return device.type == "cuda" if config.parallel.compile == "auto" else config.parallel.compile
+def _compiles(model: DeepSeekV3, config: RunConfig, device: torch.device) -> bool:
+    """Whether layers are compiled: as the config says, or by default where CUDA runs them without a break."""
+    experts = [module for module in model.modules() if isinstance(module, RoutedExperts)]
+    in_one_piece = all(module.grouped_linear is not reference_grouped_linear for module in experts)
+    wanted = config.parallel.compile
+    if wanted is True and not in_one_piece:
+        raise ConfigError(
+            "parallel.compile = true: the experts run as a loop here, which cannot be compiled whole; that takes CUDA, "
+            "bfloat16, and hidden_size and moe_intermediate_size in multiples of 8. Use --set parallel.compile=auto"
+        )
+    return in_one_piece and (device.type == "cuda" if wanted == "auto" else wanted)
 
 
 def _recomputing(layer: nn.Module, *inputs: Any) -> Any:
