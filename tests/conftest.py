@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the suite runs one process per core
 settings.register_profile("same examples on every run", derandomize=True, deadline=None, database=None)
 settings.load_profile("same examples on every run")
 

@@ -12,7 +12,7 @@ YARN = RopeScaling(factor=4.0, original_max_position_embeddings=16, mscale=1.0, 
 
 
 def small_config(**changes: Any) -> ModelConfig:
-    """Every part of the architecture, each width different from the others so that none can stand in for another."""
+    """Every part of the architecture, in widths that differ so that none can stand in for another."""
     fields: dict[str, Any] = {
         "vocab_size": 97,
         "hidden_size": 40,
@@ -62,3 +62,11 @@ def largest_difference(one: Tensor, other: Tensor) -> float:
     """The largest absolute difference of two tensors of the same shape."""
     assert one.shape == other.shape
     return (one - other).abs().max().item()
+
+
+def relative_difference(found: Tensor, expected: Tensor) -> float:
+    """The largest difference over the largest expected number.
+
+    An expert that no token met has no gradient to compare with, so the divisor is at least 1e-3.
+    """
+    return largest_difference(found, expected) / max(expected.abs().max().item(), 1e-3)

@@ -198,10 +198,3 @@ def test_options_that_cannot_be_meant_are_refused(checkpoint):
 def test_a_gpu_that_is_not_there_is_refused(checkpoint, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "finds no CUDA device" in refusal(checkpoint, "--prompt", "a", "--device", "cuda")
-    assert command._torch_device(command.Device.AUTO) == torch.device("cpu")
-
-
-def test_auto_is_the_gpu_where_there_is_one(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert command._torch_device(command.Device.AUTO) == torch.device("cuda")
-    assert command._torch_device(command.Device.CPU) == torch.device("cpu")

@@ -4,8 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import random_tokens, small_config
-from run_helpers import dsv3, write_run
 
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.model.back_ends import choose_back_ends
@@ -15,6 +13,8 @@ from deepseek_v3.training.batches import token_batches
 from deepseek_v3.training.loss import training_losses
 from deepseek_v3.training.trainer import Trainer
 from deepseek_v3.utils.checkpointing import load_checkpoint
+from helpers import random_tokens, small_config
+from run_helpers import dsv3, write_run
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)

@@ -14,7 +14,7 @@ from torch import Tensor
 from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.interop.huggingface import load_released, to_released_names
 from deepseek_v3.model.transformer import DeepSeekV3
-from helpers import YARN, largest_difference, random_tokens, small_config
+from helpers import YARN, largest_difference, random_tokens, relative_difference, small_config
 from transformers_reference import released_names, transformers_model
 
 TOLERANCE = 1e-5
@@ -79,7 +79,7 @@ def test_logits_loss_and_every_gradient_agree(
     logits = largest_difference(found.logits, expected.logits)
     loss = largest_difference(found.loss, expected.loss)
     gradients = max(
-        _relative_difference(found.gradients[name], gradient) for name, gradient in expected.gradients.items()
+        relative_difference(found.gradients[name], gradient) for name, gradient in expected.gradients.items()
     )
     largest = expected.logits.abs().max().item()
     parity_table.append(
@@ -89,11 +89,6 @@ def test_logits_loss_and_every_gradient_agree(
     assert logits <= TOLERANCE * largest
     assert loss <= TOLERANCE
     assert gradients <= TOLERANCE
-
-
-def _relative_difference(found: Tensor, expected: Tensor) -> float:
-    """Over the largest gradient of the tensor; an expert that no token met has none, so at least over 1e-3."""
-    return largest_difference(found, expected) / max(expected.abs().max().item(), 1e-3)
 
 
 def _run_theirs(model: torch.nn.Module, tokens_BS: Tensor) -> Outcome:

@@ -39,6 +39,12 @@ def engine(model, tokenizer):
     return Generator(model, tokenizer)
 
 
+def _answers_with(monkeypatch, model, forward):
+    """Lets a function of tokens and cache stand in for the whole model."""
+    monkeypatch.setattr(model, "final_states", forward, raising=False)
+    monkeypatch.setattr(model, "logits", lambda logits: logits, raising=False)
+
+
 @pytest.fixture
 def scripted(model, tokenizer, monkeypatch):
     """Makes an engine whose model answers the prompt "a" with the given ids, cached or not."""
@@ -52,7 +58,7 @@ def scripted(model, tokenizer, monkeypatch):
             positions_BS = torch.arange(length)[None] if cache is None else cache.next_positions(length)
             return torch.nn.functional.one_hot(script[positions_BS], model.config.vocab_size).float()
 
-        monkeypatch.setattr(model, "forward", forward, raising=False)
+        _answers_with(monkeypatch, model, forward)
         return Generator(model, tokenizer)
 
     return make
@@ -145,7 +151,7 @@ def test_ids_beyond_the_tokenizer_are_never_chosen(engine, model, tokenizer, mon
         logits_BSV[..., tokenizer.vocab_size :] = 50.0
         return logits_BSV
 
-    monkeypatch.setattr(model, "forward", forward, raising=False)
+    _answers_with(monkeypatch, model, forward)
     [completion] = engine.generate(["a"], SamplingConfig(temperature=1.0, max_new_tokens=10))
     assert max(completion.tokens) < tokenizer.vocab_size
 
@@ -199,7 +205,7 @@ def test_weights_that_are_not_numbers_are_reported(tokenizer, model, monkeypatch
     def forward(tokens_BS, cache=None):
         return torch.full((*tokens_BS.shape, model.config.vocab_size), float("nan"))
 
-    monkeypatch.setattr(model, "forward", forward, raising=False)
+    _answers_with(monkeypatch, model, forward)
     with pytest.raises(GenerationError, match="NaN"):
         Generator(model, tokenizer).generate(["a"], GREEDY)
 

@@ -50,8 +50,6 @@ def rows_and_weights(sizes: list[int], dtype: torch.dtype, device: torch.device)
 def test_every_row_meets_the_weight_of_its_group(
     groups: str, grouped_linear: GroupedLinear, dtype: torch.dtype, tolerance: float, device: torch.device
 ) -> None:
-    if grouped_linear is torch_grouped_linear and device.type == "cuda" and dtype == torch.float32:
-        pytest.skip("the kernel is for bfloat16 there")
     sizes = GROUPS[groups]
     x_XI, weight_EOI, ends_E = rows_and_weights(sizes, dtype, device)
     exact_inputs = [x.detach().double().requires_grad_() for x in (x_XI, weight_EOI)]

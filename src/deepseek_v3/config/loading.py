@@ -17,20 +17,33 @@ from deepseek_v3.utils.errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses repeated keys and reads 1e-4 as the number it is (YAML 1.2)."""
+    """Safe YAML that refuses repeated keys and aliases and reads 1e-4 as the number it is (YAML 1.2)."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="aliases (*name) are not supported", problem_mark=mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a field's name must be a word", problem_mark=key.start_mark)
             if key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that `_Loader` would otherwise read as a number."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -52,7 +65,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def config_to_yaml(config: RunConfig) -> str:
     """The resolved config, every default spelled out; `load_config` reads it back to an equal object."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def config_from_dict(fields: dict[str, Any], source: str) -> RunConfig:
@@ -114,4 +127,7 @@ def _apply(override: str, fields: dict[str, Any], where: dict[FieldPath, str]) -
             raise ConfigError(f"--set {override}: {part} is the value {inner!r}, not a section")
         section = inner
     section[path[-1]] = value
-    where[path] = f"--set {override}"
+    for known in [known for known in where if known[: len(path)] == path]:
+        del where[known]
+    for length in range(1, len(path) + 1):
+        where.setdefault(path[:length], f"--set {override}")

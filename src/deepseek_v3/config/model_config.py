@@ -182,10 +182,9 @@ def _shape_fields(released: dict[str, Any]) -> dict[str, Any]:
     if released.get("model_type", "deepseek_v3") != "deepseek_v3":
         raise ValueError(f"model_type = {released['model_type']!r}, expected 'deepseek_v3'")
     stated = fields.pop("qk_head_dim", None)
-    if stated is not None:
-        parts = fields.get("qk_nope_head_dim", 0), fields.get("qk_rope_head_dim", 0)
-        if stated != sum(parts):
-            raise ValueError(f"qk_head_dim = {stated} is not qk_nope_head_dim + qk_rope_head_dim = {sum(parts)}")
+    nope, rope = fields.get("qk_nope_head_dim"), fields.get("qk_rope_head_dim")
+    if stated is not None and isinstance(nope, int) and isinstance(rope, int) and stated != nope + rope:
+        raise ValueError(f"qk_head_dim = {stated!r} is not qk_nope_head_dim + qk_rope_head_dim = {nope + rope}")
     return _with_released_rope(fields)
 
 
@@ -193,11 +192,13 @@ def _with_released_rope(fields: dict[str, Any]) -> dict[str, Any]:
     """Turns Transformers' `rope_parameters` into the released pair `rope_theta` and `rope_scaling`."""
     rope = fields.pop("rope_parameters", None)
     if rope is not None:
+        if not isinstance(rope, dict):
+            raise ValueError(f"rope_parameters = {rope!r}: expected an object of fields")
         rope = dict(rope)
         fields["rope_theta"] = rope.pop("rope_theta", fields.get("rope_theta", 10000.0))
         if rope.get("rope_type", rope.get("type", "default")) != "default":
             fields["rope_scaling"] = rope
     scaling = fields.get("rope_scaling")
-    if isinstance(scaling, dict) and "rope_type" in scaling:
+    if isinstance(scaling, dict) and scaling.get("type") == scaling.get("rope_type", None):
         fields["rope_scaling"] = {name: value for name, value in scaling.items() if name != "type"}
     return fields

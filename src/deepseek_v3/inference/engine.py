@@ -190,11 +190,11 @@ class Generator:
         new = [torch.tensor(row.ids if whole else row.ids[-1:]) for row in rows]
         lengths_B = torch.tensor([len(ids) for ids in new], device=self._device)
         tokens_BS = pad_sequence(new, batch_first=True, padding_value=self._tokenizer.end_of_text)
-        logits_BSV = self._model(tokens_BS.to(self._device), cache)
+        hidden_BSD = self._model.final_states(tokens_BS.to(self._device), cache)
         if cache is not None:
             cache.advance(lengths_B)
         rows_B = torch.arange(len(rows), device=self._device)
-        return logits_BSV[rows_B, lengths_B - 1, : self._tokenizer.vocab_size]
+        return self._model.logits(hidden_BSD[rows_B, lengths_B - 1])[:, : self._tokenizer.vocab_size]
 
     def _seen(self, rows: list[_Row]) -> Tensor:
         """Which ids stand in each row, (B, V) bool."""

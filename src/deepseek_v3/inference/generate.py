@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,18 +17,10 @@ import typer
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.inference.engine import Completion, Generator
 from deepseek_v3.inference.sampling import SamplingConfig
-from deepseek_v3.model.saved import load_model
-from deepseek_v3.utils.checkpointing import CheckpointDirectory
+from deepseek_v3.model.saved import load_model, load_newest_model
+from deepseek_v3.utils.distributed import select_device
 from deepseek_v3.utils.errors import GenerationError
 from deepseek_v3.utils.files import written_atomically
-
-
-class Device(str, Enum):
-    """Where to run: `auto` is the GPU if there is one."""
-
-    AUTO = "auto"
-    CPU = "cpu"
-    CUDA = "cuda"
 
 
 def generate(
@@ -53,7 +44,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = SamplingConfig.seed,
     stop: Annotated[list[str] | None, typer.Option(help="End before this string; may be repeated.")] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Recompute the whole text at every step.")] = False,
-    device: Annotated[Device, typer.Option(help="Where to run.")] = Device.AUTO,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     output: Annotated[
         Path | None, typer.Option(help="Also write the results to this new file, as JSON lines.")
     ] = None,
@@ -65,7 +56,7 @@ def generate(
     prompts = _prompts(prompt, prompts_file)
     if output is not None and output.exists():
         raise GenerationError(f"--output {output}: exists and is left as it is; choose a new file")
-    generator = _load(checkpoint, _torch_device(device))
+    generator = _load(checkpoint, select_device(device))
     start = time.perf_counter()
     if prompt is not None:
         completions = [_stream(generator, prompt, sampling, use_cache=not no_cache)]
@@ -115,16 +106,8 @@ def _prompt_of(line: str, where: str) -> str:
     return prompt
 
 
-def _torch_device(device: Device) -> torch.device:
-    if device is Device.CUDA and not torch.cuda.is_available():
-        raise GenerationError("--device cuda: torch finds no CUDA device; expected auto or cpu on this machine")
-    cuda = device is Device.CUDA or (device is Device.AUTO and torch.cuda.is_available())
-    return torch.device("cuda" if cuda else "cpu")
-
-
 def _load(checkpoint: Path, device: torch.device) -> Generator:
-    file = CheckpointDirectory(checkpoint, keep=1).latest()[0] if checkpoint.is_dir() else checkpoint
-    saved = load_model(file, device)
+    saved = load_newest_model(checkpoint, device) if checkpoint.is_dir() else load_model(checkpoint, device)
     return Generator(saved.model, Tokenizer.from_json(saved.tokenizer_json))
 
 

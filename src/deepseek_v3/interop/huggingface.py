@@ -40,7 +40,7 @@ def to_released_names(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dic
                 released[_expert(match["mlp"], e, "gate_proj")] = gate
                 released[_expert(match["mlp"], e, "up_proj")] = up
     for copy, original in _shared_copies(config).items():
-        if original in released:
+        if original in released and copy != _HEAD:
             released[copy] = released[original]
     return released
 
@@ -56,10 +56,10 @@ def load_released(model: DeepSeekV3, tensors: Mapping[str, Tensor]) -> None:
     expected = to_released_names(model.config, model.state_dict())
     copies = _shared_copies(model.config)
     _check_names(expected.keys(), tensors.keys(), optional=copies.keys())
-    _check_shapes(expected, tensors)
+    _check_shapes(expected | {copy: expected[original] for copy, original in copies.items()}, tensors)
     _check_copies(copies, tensors)
     for name, target in expected.items():
-        if name in tensors and name not in copies:
+        if name not in copies:
             target.copy_(tensors[name])
 
 
@@ -68,7 +68,7 @@ def _expert(mlp: str, index: int, projection: str) -> str:
 
 
 def _shared_copies(config: ModelConfig) -> dict[str, str]:
-    """Released names that repeat a weight of the main model, and the name of that weight."""
+    """Released names that may repeat a weight of the main model, and the name of that weight."""
     head = _EMBEDDING if config.tie_word_embeddings else _HEAD
     copies = {_HEAD: _EMBEDDING} if config.tie_word_embeddings else {}
     main, depth = config.num_hidden_layers, config.num_nextn_predict_layers
@@ -80,7 +80,7 @@ def _shared_copies(config: ModelConfig) -> dict[str, str]:
 
 def _check_names(expected: Iterable[str], found: Iterable[str], optional: Iterable[str]) -> None:
     missing = sorted(set(expected) - set(found) - set(optional))
-    left_over = sorted(set(found) - set(expected))
+    left_over = sorted(set(found) - set(expected) - set(optional))
     if missing or left_over:
         parts = [
             f"{len(names)} {what}: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"

@@ -13,7 +13,7 @@ from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.model.back_ends import choose_back_ends
 from deepseek_v3.model.precision import compute_dtype
 from deepseek_v3.model.transformer import DeepSeekV3
-from deepseek_v3.utils.checkpointing import load_checkpoint
+from deepseek_v3.utils.checkpointing import CheckpointDirectory, load_checkpoint
 from deepseek_v3.utils.errors import CheckpointError
 
 FORMAT = 1
@@ -52,7 +52,16 @@ def load_model(path: Path, device: torch.device) -> SavedModel:
 
     Raises CheckpointError where the file is damaged or not a checkpoint of this project.
     """
-    state = load_checkpoint(path)
+    return _rebuilt(load_checkpoint(path), path, device)
+
+
+def load_newest_model(folder: Path, device: torch.device) -> SavedModel:
+    """The same from the newest undamaged checkpoint of a folder; each passed over is logged as a warning."""
+    path, state = CheckpointDirectory(folder, keep=1).latest()
+    return _rebuilt(state, path, device)
+
+
+def _rebuilt(state: dict[str, Any], path: Path, device: torch.device) -> SavedModel:
     config = config_of(state, path)
     with torch.device("meta"):
         model = DeepSeekV3(config.model)

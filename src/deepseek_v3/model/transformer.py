@@ -82,13 +82,20 @@ class DeepSeekV3(nn.Module):
 
         With a cache, `tokens_BS` continue what it holds; the caller then counts them with `cache.advance`.
         """
+        return self.logits(self.final_states(tokens_BS, cache))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of states (..., D) that the head reads."""
+        return F.linear(hidden, self.head_weight_VD.to(hidden.dtype))
+
+    def final_states(self, tokens_BS: Tensor, cache: LatentCache | None = None) -> Tensor:
+        """The states (B, S, D) that the head reads, with a cache as in `forward`."""
         if cache is None:
             positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)[None]
         else:
             positions_BS = cache.next_positions(tokens_BS.shape[1])
         placement = Placement(positions_BS, *rotary_tables(positions_BS, self.config))
-        hidden_BSD, _ = self._run_main_layers(self._embed(tokens_BS), placement, cache)
-        return F.linear(hidden_BSD, self.head_weight_VD.to(hidden_BSD.dtype))
+        return self._run_main_layers(self._embed(tokens_BS), placement, cache)[0]
 
     def hidden_states(
         self, tokens_BS: Tensor, documents_BS: Tensor | None = None, predict: bool = True

@@ -52,8 +52,9 @@ def update_biases(routers: Sequence[Router], counts_LE: Tensor, speed: float) ->
 
     `counts_LE` (layers, E): tokens per expert over the whole global batch, one row per router in order.
     """
-    counts_LE = counts_LE.float()
-    steps_LE = speed * torch.sign(counts_LE.mean(-1, keepdim=True) - counts_LE)
+    # Whole numbers, so that a load one token off the mean is seen at any scale.
+    below_mean_LE = counts_LE.sum(-1, keepdim=True) - counts_LE * counts_LE.shape[-1]
+    steps_LE = speed * torch.sign(below_mean_LE)
     torch._foreach_add_([router.e_score_correction_bias for router in routers], list(steps_LE.unbind()))
 
 

@@ -196,10 +196,7 @@ class CheckpointDirectory:
             except CheckpointError as error:
                 _log.warning("passed over %s", error)
         found = f"none of its {len(steps)} checkpoints can be loaded" if steps else "holds no checkpoint"
-        raise CheckpointError(
-            f"{self.path}: {found}; "
-            "name another folder with --set checkpoint.directory=..., or start without --resume"
-        )
+        raise CheckpointError(f"{self.path}: {found}; name another folder, or start afresh")
 
     def refuse_if_used(self) -> None:
         """Raises CheckpointError where a fresh run would write among the checkpoints of an earlier one."""

@@ -52,8 +52,7 @@ def _accumulate_product(total_VD: Tensor, grad_TV: Tensor, hidden_TD: Tensor) ->
 
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
-        needs_gradient = any(ctx.needs_input_grad)
+    def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, needs_gradient: bool) -> Tensor:
         narrow_VD = weight_VD.to(hidden_TD.dtype)
         loss = hidden_TD.new_zeros((), dtype=torch.promote_types(hidden_TD.dtype, torch.float32))
         loss_and_gradient = _fused_loss_and_gradient() if hidden_TD.is_cuda else _loss_and_gradient
@@ -76,15 +75,15 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_hidden_TD, grad_weight_VD = ctx.saved_tensors
         scaled_TD = (at_least_float32(grad_hidden_TD) * grad_loss).to(grad_hidden_TD.dtype)
-        return scaled_TD, grad_weight_VD.mul_(grad_loss.to(grad_weight_VD.dtype)), None
+        return scaled_TD, grad_weight_VD.mul_(grad_loss.to(grad_weight_VD.dtype)), None, None
 
 
 def _chunk_size(num_tokens: int, vocab_size: int) -> int:
     chunks = math.ceil(num_tokens * vocab_size / _CHUNK_LOGITS)
-    return math.ceil(num_tokens / max(chunks, 1))
+    return max(1, math.ceil(num_tokens / max(chunks, 1)))
 
 
 def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
@@ -92,4 +91,5 @@ def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor
 
     Differentiable once, and backward may run once: it scales the weight's gradient where it lies.
     """
-    return _ChunkedLinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T)
+    needs_gradient = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
+    return _ChunkedLinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T, needs_gradient)

@@ -45,8 +45,9 @@ def _compiles(model: DeepSeekV3, config: RunConfig, device: torch.device) -> boo
     wanted = config.parallel.compile
     if wanted is True and not in_one_piece:
         raise ConfigError(
-            "parallel.compile = true: the experts run as a loop here, which cannot be compiled whole; that takes CUDA, "
-            "bfloat16, and hidden_size and moe_intermediate_size in multiples of 8. Use --set parallel.compile=auto"
+            "parallel.compile = true: the experts run as a loop here, which cannot be compiled whole; that takes "
+            "CUDA, bfloat16, and hidden_size and moe_intermediate_size in multiples of 8; "
+            "use --set parallel.compile=auto"
         )
     return in_one_piece and (device.type == "cuda" if wanted == "auto" else wanted)
 

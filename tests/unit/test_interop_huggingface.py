@@ -1,0 +1,229 @@
+"""Weights in and out under the released names: nothing missing, nothing left over, nothing half done."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import DeepseekV3ForCausalLM
+
+from deepseek_v3.config.model_config import ModelConfig
+from deepseek_v3.interop.huggingface import load_released, released_state, to_released_names
+from deepseek_v3.model.transformer import DeepSeekV3
+from deepseek_v3.utils.errors import CheckpointError
+from helpers import largest_difference, random_tokens, small_config, small_model
+from transformers_reference import transformers_config, transformers_model
+
+COPIES = {
+    "model.layers.3.embed_tokens.weight": "model.embed_tokens.weight",
+    "model.layers.3.shared_head.head.weight": "lm_head.weight",
+}
+
+
+def expected_names(config: ModelConfig) -> set[str]:
+    """The released names of an untied model with one prediction layer, spelled out."""
+    attention = "q_a_proj q_a_layernorm q_b_proj kv_a_proj_with_mqa kv_a_layernorm kv_b_proj o_proj".split()
+    projections = "gate_proj up_proj down_proj".split()
+    names = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    for layer in range(4):
+        own = {f"self_attn.{part}.weight" for part in attention}
+        own |= {"input_layernorm.weight", "post_attention_layernorm.weight"}
+        if layer < config.first_k_dense_replace:
+            own |= {f"mlp.{projection}.weight" for projection in projections}
+        else:
+            experts = [f"experts.{e}" for e in range(config.n_routed_experts)]
+            networks = [*experts, "shared_experts"]
+            own |= {f"mlp.{network}.{projection}.weight" for network in networks for projection in projections}
+            own |= {"mlp.gate.weight", "mlp.gate.e_score_correction_bias"}
+        names |= {f"model.layers.{layer}.{name}" for name in own}
+    prediction = "enorm hnorm eh_proj embed_tokens shared_head.norm shared_head.head".split()
+    return names | {f"model.layers.3.{part}.weight" for part in prediction}
+
+
+def same_state(one: DeepSeekV3, other: DeepSeekV3) -> bool:
+    ours, theirs = one.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.fixture
+def config() -> ModelConfig:
+    return small_config(num_nextn_predict_layers=1)
+
+
+@pytest.fixture
+def weights(config: ModelConfig) -> dict[str, Tensor]:
+    """Released weights of some model."""
+    return {name: tensor.clone() for name, tensor in released_state(small_model(config)).items()}
+
+
+def test_names_are_the_released_ones(config: ModelConfig, weights: dict[str, Tensor]) -> None:
+    assert set(weights) == expected_names(config)
+
+
+def test_experts_stand_one_by_one(config: ModelConfig) -> None:
+    model = small_model(config)
+    weights = released_state(model)
+    width = config.moe_intermediate_size
+    for layer in (1, 2, 3):
+        stacked = model.model.layers[layer].mlp.experts
+        for e in range(config.n_routed_experts):
+            expert = f"model.layers.{layer}.mlp.experts.{e}"
+            assert torch.equal(weights[f"{expert}.gate_proj.weight"], stacked.gate_up_proj[e, :width])
+            assert torch.equal(weights[f"{expert}.up_proj.weight"], stacked.gate_up_proj[e, width:])
+            assert torch.equal(weights[f"{expert}.down_proj.weight"], stacked.down_proj[e])
+
+
+def test_a_prediction_layer_repeats_what_it_shares(weights: dict[str, Tensor]) -> None:
+    for copy, original in COPIES.items():
+        assert torch.equal(weights[copy], weights[original])
+
+
+def test_released_weights_need_no_gradient(config: ModelConfig) -> None:
+    assert not any(tensor.requires_grad for tensor in released_state(small_model(config)).values())
+
+
+def test_gradients_are_renamed_like_weights(config: ModelConfig) -> None:
+    tensors = dict(small_model(config).named_parameters())
+    renamed = to_released_names(config, tensors)
+    biases = {name for name in expected_names(config) if name.endswith("e_score_correction_bias")}
+    assert set(renamed) == expected_names(config) - biases
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_nextn_predict_layers": 2},
+        {"q_lora_rank": None},
+        {"first_k_dense_replace": 3},
+        {"first_k_dense_replace": 0, "n_shared_experts": 0},
+        {"tie_word_embeddings": True},
+        {"tie_word_embeddings": True, "num_nextn_predict_layers": 1},
+    ],
+    ids=str,
+)
+def test_out_and_in_again_changes_nothing(changes: dict[str, object]) -> None:
+    config = small_config(**changes)
+    first, second = small_model(config), small_model(config)
+    assert not same_state(first, second)
+    load_released(second, released_state(first))
+    assert same_state(first, second)
+
+
+def test_values_take_on_the_type_of_the_model(config: ModelConfig, weights: dict[str, Tensor]) -> None:
+    model = small_model(config)
+    load_released(model, {name: tensor.bfloat16() for name, tensor in weights.items()})
+    for name, tensor in released_state(model).items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, weights[name].bfloat16().float())
+
+
+def test_copies_may_be_left_out(config: ModelConfig, weights: dict[str, Tensor]) -> None:
+    whole, without = small_model(config), small_model(config)
+    load_released(whole, weights)
+    load_released(without, {name: tensor for name, tensor in weights.items() if name not in COPIES})
+    assert same_state(whole, without)
+
+
+def without(*names: str) -> Callable[[dict[str, Tensor]], None]:
+    def damage(weights: dict[str, Tensor]) -> None:
+        for name in names:
+            del weights[name]
+
+    return damage
+
+
+def with_other(name: str, tensor: Tensor) -> Callable[[dict[str, Tensor]], None]:
+    return lambda weights: weights.update({name: tensor})
+
+
+EXPERT = "model.layers.1.mlp.experts.5.up_proj.weight"
+DAMAGES: list[tuple[Callable[[dict[str, Tensor]], None], str]] = [
+    (without(EXPERT), f"1 missing: {EXPERT}"),
+    (without("model.norm.weight"), "1 missing: model.norm.weight"),
+    (without("lm_head.weight"), "1 missing: lm_head.weight"),
+    (
+        without(*(f"model.layers.2.mlp.experts.{e}.down_proj.weight" for e in range(5))),
+        "5 missing: model.layers.2.mlp.experts.0.down_proj.weight, model.layers.2.mlp.experts.1.down_proj.weight, "
+        "model.layers.2.mlp.experts.2.down_proj.weight, …",
+    ),
+    (with_other(f"{EXPERT}_scale_inv", torch.ones(1)), f"1 left over: {EXPERT}_scale_inv"),
+    (with_other("model.layers.4.eh_proj.weight", torch.ones(1)), "1 left over: model.layers.4.eh_proj.weight"),
+    (with_other("model.layers.1.mlp.experts.gate_up_proj", torch.ones(1)), "1 left over"),
+    (
+        with_other("model.norm.weight", torch.ones(41)),
+        "model.norm.weight: found shape (41,), expected (40,)",
+    ),
+    (with_other(EXPERT, torch.ones(40, 20)), f"{EXPERT}: found shape (40, 20), expected (20, 40)"),
+    *(
+        (with_other(copy, torch.ones(97, 40)), f"{copy} differs from {original}")
+        for copy, original in COPIES.items()
+    ),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES, ids=[message for _, message in DAMAGES])
+def test_weights_that_do_not_fit_are_refused_and_change_nothing(
+    config: ModelConfig,
+    weights: dict[str, Tensor],
+    damage: Callable[[dict[str, Tensor]], None],
+    message: str,
+) -> None:
+    model = small_model(config)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    damage(weights)
+
+    with pytest.raises(CheckpointError) as refusal:
+        load_released(model, weights)
+
+    assert message in str(refusal.value)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_tied_model_has_no_head_of_its_own() -> None:
+    config = small_config(tie_word_embeddings=True)
+    assert "lm_head.weight" not in released_state(small_model(config))
+
+
+def test_a_tied_model_takes_a_head_only_if_it_is_the_embedding() -> None:
+    config = small_config(tie_word_embeddings=True)
+    weights = {name: t for name, t in released_state(small_model(config)).items() if name != "lm_head.weight"}
+    model = small_model(config)
+    load_released(model, weights)
+    load_released(model, weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()})
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+        load_released(model, weights | {"lm_head.weight": torch.ones(97, 40)})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_transformers_saves_loads_here(tmp_path: Path, tied: bool) -> None:
+    config = small_config(tie_word_embeddings=tied)
+    theirs = transformers_model(config)
+    theirs.save_pretrained(tmp_path)
+
+    ours = DeepSeekV3(ModelConfig.from_json(tmp_path / "config.json"))
+    load_released(ours, load_file(tmp_path / "model.safetensors"))
+
+    tokens_BS = random_tokens(config, 2, 9)
+    assert largest_difference(ours(tokens_BS), theirs(tokens_BS).logits) < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_is_saved_here_loads_in_transformers(tmp_path: Path, tied: bool) -> None:
+    config = small_config(tie_word_embeddings=tied)
+    ours = small_model(config)
+    weights = {name: tensor.clone() for name, tensor in released_state(ours).items()}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    transformers_config(config).save_pretrained(tmp_path)
+
+    theirs, report = DeepseekV3ForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="eager", output_loading_info=True
+    )
+
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    tokens_BS = random_tokens(config, 2, 9)
+    assert largest_difference(ours(tokens_BS), theirs(tokens_BS).logits) < 1e-4
