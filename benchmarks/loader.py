@@ -6,19 +6,16 @@ Reads from a warm page cache, on one thread where it says so. Writes `benchmarks
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from itertools import count
-from os import cpu_count
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from surroundings import RESULTS, surroundings
 
 from deepseek_v3.data.stdlib_corpus import stdlib_documents
 from deepseek_v3.data.tokens.build import tokenize_corpus
@@ -27,7 +24,6 @@ from deepseek_v3.data.tokens.loader import TokenLoader
 from deepseek_v3.data.tokens.shards import ShardWriter, TokenShards
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 
-RESULTS = Path(__file__).parent / "results" / "loader.json"
 VOCAB_SIZE = 8192
 SYNTHETIC_DOCUMENTS, SYNTHETIC_LENGTH = 2048, 2**16  # 134 million tokens, 268 MB
 SHAPES = ((256, 32), (4096, 8))  # sequence length, batch size
@@ -47,8 +43,8 @@ def main() -> None:
         for name, directory in (("python-stdlib", stdlib), ("synthetic", synthetic)):
             rows += measure_loader(name, TokenShards.open(directory))
     show(rows)
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({**surroundings(), "results": rows}, indent=2) + "\n")
+    text = json.dumps({**surroundings("numpy", "tokenizers"), "results": rows}, indent=2)
+    (RESULTS / "loader.json").write_text(text + "\n", encoding="utf-8")
 
 
 def write_synthetic(directory: Path) -> None:
@@ -98,24 +94,6 @@ def calls_per_second(run: Callable[[], object]) -> float:
             calls += 1
         best = max(best, calls / elapsed)
     return best
-
-
-def surroundings() -> dict[str, object]:
-    """The device, the versions and the commit that the figures belong to."""
-    cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
-    return {
-        "device": f"{cpu.partition(': ')[2] or platform.processor()}, {cpu_count()} cores",
-        "versions": {"python": platform.python_version(), **{n: version(n) for n in ("numpy", "tokenizers")}},
-        "commit": git("rev-parse", "HEAD"),
-        "uncommitted": git("status", "--porcelain", "--", "src/deepseek_v3/data", "benchmarks/loader.py") != "",
-    }
-
-
-def git(*arguments: str) -> str:
-    run = subprocess.run(
-        ["git", *arguments], cwd=Path(__file__).parents[1], check=True, capture_output=True, text=True
-    )
-    return run.stdout.strip()
 
 
 def show(rows: list[Row]) -> None:

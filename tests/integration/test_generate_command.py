@@ -12,7 +12,7 @@ from deepseek_v3.inference.engine import Generator
 from deepseek_v3.inference.sampling import SamplingConfig
 from deepseek_v3.model.saved import load_model, model_entries
 from deepseek_v3.utils.checkpointing import save_checkpoint
-from deepseek_v3.utils.errors import CheckpointError, DataError, GenerationError
+from deepseek_v3.utils.errors import UserError
 from helpers import small_config, small_model
 
 SAMPLING = SamplingConfig(temperature=0, max_new_tokens=6)
@@ -59,7 +59,7 @@ def run(checkpoint, *arguments):
 def refusal(checkpoint, *arguments):
     """The message of the error that ends the command."""
     result = run(checkpoint, *arguments)
-    assert isinstance(result.exception, (GenerationError, CheckpointError, DataError)), result.exception
+    assert isinstance(result.exception, UserError), result.exception
     assert result.stdout == ""
     return str(result.exception)
 

@@ -1,0 +1,36 @@
+"""The device, the versions and the commit that a benchmark's figures belong to."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib.metadata import version
+from os import cpu_count
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def surroundings(*packages: str, commit: str | None = None) -> dict[str, object]:
+    """For the head of a result file; `commit` where the code was copied without its history."""
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "commit": commit or _git("rev-parse", "HEAD"),
+        "uncommitted": commit is None and _git("status", "--porcelain", "--", "src", "benchmarks/*.py") != "",
+    }
+
+
+def cpu_name() -> str:
+    """Model and number of cores."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    model = next((line.partition(": ")[2] for line in lines if "model name" in line), platform.processor())
+    return f"{model}, {cpu_count()} cores"
+
+
+def _git(*arguments: str) -> str:
+    run = subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True)
+    return run.stdout.strip()
