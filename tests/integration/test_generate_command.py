@@ -12,7 +12,7 @@ from deepseek_v3.inference.engine import Generator
 from deepseek_v3.inference.sampling import SamplingConfig
 from deepseek_v3.model.saved import load_model, model_entries
 from deepseek_v3.utils.checkpointing import save_checkpoint
-from deepseek_v3.utils.errors import UserError
+from deepseek_v3.utils.errors import GenerationError, UserError
 from helpers import small_config, small_model
 
 SAMPLING = SamplingConfig(temperature=0, max_new_tokens=6)
