@@ -22,7 +22,8 @@ def states_head_targets(
 @pytest.fixture(params=[1, 2, 5, TOKENS], ids="{} chunks".format)
 def _chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the logits of all tokens take this many chunks, the last one shorter where that does not divide."""
-    monkeypatch.setattr(chunked, "_CHUNK_LOGITS", -(-TOKENS * VOCABULARY // request.param))
+    limit = -(-TOKENS * VOCABULARY // request.param)
+    monkeypatch.setattr(chunked, "_CHUNK_LOGITS", {"cpu": limit, "cuda": limit})
 
 
 def test_the_reference_is_minus_the_log_probability_of_the_target() -> None:

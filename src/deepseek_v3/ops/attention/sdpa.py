@@ -8,8 +8,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 def attention(
     q_BSHK: Tensor, k_BSHK: Tensor, v_BSHV: Tensor, scale: float, allowed_BSS: Tensor | None = None
 ) -> Tensor:
-    """The reference's operation, by whichever of torch's kernels fits the tensors."""
+    """The reference's operation, by whichever of torch's kernels fits the tensors.
+
+    On the CPU only the kernel for equal widths is fused, so narrower values are padded there.
+    """
     mask = None if allowed_BSS is None else allowed_BSS[:, None]
+    width, missing = v_BSHV.shape[-1], q_BSHK.shape[-1] - v_BSHV.shape[-1]
+    if missing > 0 and v_BSHV.device.type == "cpu":
+        v_BSHV = F.pad(v_BSHV, (0, missing))
     out_BHSV = F.scaled_dot_product_attention(
         q_BSHK.transpose(1, 2),
         k_BSHK.transpose(1, 2),
@@ -18,7 +24,7 @@ def attention(
         is_causal=mask is None,
         scale=scale,
     )
-    return out_BHSV.transpose(1, 2)
+    return out_BHSV.transpose(1, 2)[..., :width]
 
 
 def cudnn_attention(

@@ -16,8 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from deepseek_v3.ops.dtypes import at_least_float32
 
-# A chunk's logits stay under this many numbers: 0.5 GiB in bfloat16.
-_CHUNK_LOGITS = 1 << 28
+# A chunk's logits stay under this many numbers: 0.5 GiB in bfloat16 on a GPU, what caches hold on a CPU.
+_CHUNK_LOGITS = {"cuda": 1 << 28, "cpu": 1 << 20}
 
 
 def _loss_of(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         loss_and_gradient = _fused_loss_and_gradient() if hidden_TD.is_cuda else _loss_and_gradient
         grad_hidden_TD = torch.empty_like(hidden_TD) if needs_gradient else None
         grad_weight_VD = torch.zeros_like(weight_VD) if needs_gradient else None
-        size = _chunk_size(hidden_TD.shape[0], weight_VD.shape[0])
+        size = _chunk_size(hidden_TD.shape[0], weight_VD.shape[0], hidden_TD.device.type)
         for start in range(0, hidden_TD.shape[0], size):
             chunk = slice(start, start + size)
             logits_TV = hidden_TD[chunk] @ narrow_VD.T
@@ -81,8 +81,8 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         return scaled_TD, grad_weight_VD.mul_(grad_loss.to(grad_weight_VD.dtype)), None, None
 
 
-def _chunk_size(num_tokens: int, vocab_size: int) -> int:
-    chunks = math.ceil(num_tokens * vocab_size / _CHUNK_LOGITS)
+def _chunk_size(num_tokens: int, vocab_size: int, device_type: str) -> int:
+    chunks = math.ceil(num_tokens * vocab_size / _CHUNK_LOGITS[device_type])
     return max(1, math.ceil(num_tokens / max(chunks, 1)))
 
 
