@@ -27,9 +27,11 @@ def attend(query_K: Tensor, keys_TK: Tensor, values_TV: Tensor) -> Tensor:
     return (weights_T / weights_T.sum()) @ values_TV
 
 
-def queries_keys_values(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Values narrower than keys, an odd length, two sequences."""
-    shapes = [(2, 7, 3, 16), (2, 7, 3, 16), (2, 7, 3, 8)]
+def queries_keys_values(
+    dtype: torch.dtype, device: torch.device, value_width: int = 8
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys of width 16, an odd length, two sequences."""
+    shapes = [(2, 7, 3, 16), (2, 7, 3, 16), (2, 7, 3, value_width)]
     q, k, v = (torch.randn(shape, dtype=dtype, device=device, requires_grad=True) for shape in shapes)
     return q, k, v
 
@@ -76,10 +78,11 @@ def outputs_and_gradients(attention: Attention, inputs: tuple[Tensor, ...], allo
 
 @pytest.mark.parametrize("masked", [False, True], ids=["causal", "documents"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, EXACT), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("value_width", [8, 16, 24])
 def test_torch_kernels_equal_the_reference(
-    masked: bool, dtype: torch.dtype, tolerance: float, device: torch.device
+    masked: bool, dtype: torch.dtype, tolerance: float, value_width: int, device: torch.device
 ) -> None:
-    inputs = queries_keys_values(dtype, device)
+    inputs = queries_keys_values(dtype, device, value_width)
     allowed = documents_mask(device) if masked else None
     expected = outputs_and_gradients(reference_attention, inputs, allowed)
     for found, wanted in zip(outputs_and_gradients(sdpa_attention, inputs, allowed), expected, strict=True):

@@ -80,7 +80,7 @@ class ModelConfig(Section):
     initializer_range: PositiveFloat = 0.006
     rms_norm_eps: PositiveFloat = 1e-6
     max_position_embeddings: PositiveInt = 4096
-    rope_theta: PositiveFloat = 10000.0
+    rope_theta: Annotated[float, Field(gt=1)] = 10000.0
     rope_scaling: RopeScaling | None = None
 
     # The released file names these choices; we implement exactly one of each.

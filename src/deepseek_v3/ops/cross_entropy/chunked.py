@@ -82,7 +82,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
 
 
 def _chunk_size(num_tokens: int, vocab_size: int, device_type: str) -> int:
-    chunks = math.ceil(num_tokens * vocab_size / _CHUNK_LOGITS[device_type])
+    chunks = math.ceil(num_tokens * vocab_size / _CHUNK_LOGITS.get(device_type, _CHUNK_LOGITS["cuda"]))
     return max(1, math.ceil(num_tokens / max(chunks, 1)))
 
 

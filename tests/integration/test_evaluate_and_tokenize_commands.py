@@ -1,0 +1,96 @@
+"""`dsv3 tokenize`, `dsv3 eval` and `dsv3 quickstart` on a small corpus, and what they refuse."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deepseek_v3.data.tokens.shards import TokenShards
+from deepseek_v3.utils.monitoring import read_metrics
+from run_helpers import dsv3, message_of, run_fields, write_corpus, write_run
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    result = dsv3("train", "--device", "cpu", "--config", write_run(folder, steps=30))
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def _losses_in(output: str) -> dict[str, float]:
+    rows = re.findall(r"(trained model|bigram|unigram) +│ +(\d+\.\d+)", output)
+    return {name: float(loss) for name, loss in rows}
+
+
+def test_a_folder_of_text_becomes_shards(tmp_path: Path) -> None:
+    command = ["tokenize", "--input", write_corpus(tmp_path / "text"), "--output", tmp_path / "tokens"]
+    result = dsv3(*command, "--vocab-size", 300, "--holdout", 0.2, "--fim-rate", 0.5)
+    assert result.exit_code == 0, result.output
+    shards = TokenShards.open(tmp_path / "tokens")
+    assert shards.num_documents("train") + shards.num_documents("holdout") == 40
+    again = dsv3(*command, "--vocab-size", 300)
+    assert "exists and is left as it is" in message_of(again)
+
+
+def test_a_tokenizer_can_be_used_again(tmp_path: Path, run_folder: Path) -> None:
+    command = ["tokenize", "--input", run_folder / "text", "--output", tmp_path / "tokens", "--holdout", 0.2]
+    assert dsv3(*command, "--tokenizer", run_folder / "tokens" / "tokenizer.json").exit_code == 0
+    index = TokenShards.open(tmp_path / "tokens").index
+    assert index.tokenizer_sha256 == TokenShards.open(run_folder / "tokens").index.tokenizer_sha256
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "give one of --input and --corpus"),
+        (["--corpus", "wikipedia", "--vocab-size", "300"], "expected python-stdlib"),
+        (["--corpus", "python-stdlib"], "expected one of the two"),
+        (["--input", "nothing-here", "--vocab-size", "300"], "nothing-here"),
+    ],
+)
+def test_requests_that_cannot_be_meant(tmp_path: Path, words: list[str], expected: str) -> None:
+    assert expected in message_of(dsv3("tokenize", "--output", tmp_path / "tokens", *words))
+    assert not (tmp_path / "tokens").exists()
+
+
+def test_evaluation_repeats_what_training_measured(run_folder: Path) -> None:
+    checkpoint = run_folder / "checkpoints" / "checkpoint_step_30.pt"
+    result = dsv3("eval", "--device", "cpu", "--checkpoint", checkpoint, "--tokens", 256)
+    assert result.exit_code == 0, result.output
+    measured = [
+        r["holdout_loss"] for r in read_metrics(run_folder / "run" / "metrics.jsonl") if "holdout_loss" in r
+    ]
+    losses = _losses_in(result.output)
+    assert losses["trained model"] == pytest.approx(measured[-1], abs=1e-4)
+    assert losses["bigram"] < losses["unigram"]
+
+
+def test_evaluation_on_other_tokens_than_the_model_knows(run_folder: Path, tmp_path: Path) -> None:
+    words = ["--input", run_folder / "text", "--vocab-size", 320, "--holdout", 0.2, "--output", tmp_path / "tokens"]
+    text = run_folder / "text" / "many_words.txt"
+    text.write_text(" ".join(f"{a}{b}{a}" for a in "ghijklmnop" for b in "qrstuvwxyz") * 20, encoding="utf-8")
+    assert dsv3("tokenize", *words).exit_code == 0
+    text.unlink()
+    checkpoint = run_folder / "checkpoints" / "checkpoint_step_30.pt"
+    message = message_of(dsv3("eval", "--checkpoint", checkpoint, "--data", tmp_path / "tokens"))
+    assert "model.vocab_size = 300" in message
+
+
+def test_the_quickstart_goes_the_whole_way_twice(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    write_corpus(tmp_path / "text")
+    config.write_text(yaml.safe_dump(run_fields(tmp_path, steps=30)), encoding="utf-8")
+    outputs = [dsv3("quickstart", "--config", config, "--runs", tmp_path / "runs") for _ in range(2)]
+    for result, name in zip(outputs, ("quickstart", "quickstart-2"), strict=True):
+        assert result.exit_code == 0, result.output
+        assert (tmp_path / "runs" / name / "loss.png").exists()
+        assert "the model writes" in result.output
+        assert "dsv3 generate --checkpoint" in result.output
+        assert _losses_in(result.output).keys() == {"trained model", "bigram", "unigram"}
+    first, second = (
+        [r["loss"] for r in read_metrics(tmp_path / "runs" / name / "metrics.jsonl") if "loss" in r]
+        for name in ("quickstart", "quickstart-2")
+    )
+    assert first == second
