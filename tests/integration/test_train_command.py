@@ -115,6 +115,15 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(folder: Path, fi
     assert timeless[0] == timeless[1]
 
 
+def test_going_back_to_an_earlier_checkpoint_warns_of_the_later_ones(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    earlier = folder / "checkpoints" / "checkpoint_step_4.pt"
+    result = dsv3("train", "--device", "cpu", "--config", folder / "run.yaml", "--resume", earlier)
+    assert result.exit_code == 0, result.output
+    assert "also holds later checkpoints, up to step 6" in caplog.text
+
+
 def test_two_runs_of_one_config_are_equal(folder: Path, finished: Path) -> None:
     shutil.rmtree(folder / "checkpoints")
     assert dsv3("train", "--device", "cpu", "--config", folder / "run.yaml").exit_code == 0

@@ -310,7 +310,7 @@ def model_configs(draw: st.DrawFn) -> ModelConfig:
         topk_group=kept,
         num_experts_per_tok=draw(st.integers(1, kept * group_size)),
         routed_scaling_factor=draw(positive_number),
-        rope_theta=draw(positive_number),
+        rope_theta=draw(st.floats(min_value=1, max_value=1e30, exclude_min=True)),
         rope_scaling=draw(st.none() | st.just(YARN)),
         tie_word_embeddings=draw(st.booleans()),
         max_position_embeddings=draw(st.integers(64, 10**6)),

@@ -21,6 +21,7 @@ from deepseek_v3.model.saved import load_model, load_newest_model
 from deepseek_v3.utils.distributed import select_device
 from deepseek_v3.utils.errors import GenerationError
 from deepseek_v3.utils.files import written_atomically
+from deepseek_v3.utils.logging import configure_logging
 
 
 def generate(
@@ -50,6 +51,7 @@ def generate(
     ] = None,
 ) -> None:
     """Continue text with a trained model."""
+    configure_logging(stderr=True)
     sampling = SamplingConfig(
         temperature, top_p, top_k, repetition_penalty, seed, max_new_tokens, tuple(stop or ())
     )

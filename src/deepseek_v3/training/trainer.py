@@ -134,7 +134,14 @@ class Trainer:
             state = load_checkpoint(path)
         self._steps_done = restore_run(state, path, self.model, self.optimizer, self.config, self.shards)
         self._checkpoint = path
-        get_logger("Trainer").info(f"Resuming {path} after step {self._steps_done}")
+        log = get_logger("Trainer")
+        log.info(f"Resuming {path} after step {self._steps_done}")
+        later = [step for step in self.checkpoints.steps() if step > self._steps_done]
+        if later and resume != "latest":
+            log.warning(
+                f"{self.checkpoints.path} also holds later checkpoints, up to step {later[-1]}; until this run "
+                "passes them, --resume latest means those"
+            )
 
     def _result(self) -> TrainingResult:
         if self._checkpoint is None:
