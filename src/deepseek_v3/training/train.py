@@ -38,6 +38,7 @@ def train(
     if not result.finished:
         words = ["dsv3", "train", "--config", str(config), "--resume", "latest"]
         words += [word for setting in overrides for word in ("--set", setting)]
+        words += [] if device == "auto" else ["--device", device]
         get_logger("Trainer").info(f"Stopped after step {result.step}; continue with: {shlex.join(words)}")
 
 
