@@ -104,8 +104,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[FieldPath, str]]:
 def _locate(node: yaml.Node | None, at: FieldPath, path: Path, where: dict[FieldPath, str]) -> None:
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            where[(*at, key.value)] = f"{path}:{key.start_mark.line + 1}"
-            _locate(value, (*at, key.value), path, where)
+            field = (*at, key.value)
+            where[field] = f"{path}:{key.start_mark.line + 1}"
+            _locate(value, field, path, where)
 
 
 def _apply(override: str, fields: dict[str, Any], where: dict[FieldPath, str]) -> None:
