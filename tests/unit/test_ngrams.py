@@ -40,6 +40,20 @@ def test_losses_equal_brute_force_counts() -> None:
     assert bigram_loss(fitted, held_out, VOCAB) == pytest.approx(-np.log(bigram).mean())
 
 
+def test_no_pair_is_counted_across_windows() -> None:
+    windows = np.array([[0, 1, 2], [3, 4, 5], [0, 1, 2], [0, 1, 4], [2, 3, 4]])
+    held_out = np.array([0, 1, 2, 3])
+    # Pairs within windows: 01 three times, 12 and 34 twice, 45, 14 and 23 once; so d = 3 / (3 + 2 * 2).
+    discount = 3 / 7
+    unigram = [(windows.flatten().tolist().count(token) + 1) / (windows.size + VOCAB) for token in range(VOCAB)]
+    expected = [
+        (3 - discount) / 3 + discount / 3 * unigram[1],
+        (2 - discount) / 3 + discount * 2 / 3 * unigram[2],
+        (1 - discount) / 1 + discount * unigram[3],
+    ]
+    assert bigram_loss(windows, held_out, VOCAB) == pytest.approx(-np.log(expected).mean())
+
+
 @pytest.mark.parametrize("before", range(VOCAB))
 def test_probabilities_after_any_token_sum_to_one(before: int) -> None:
     fitted = _tokens(2, 80)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +56,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         _apply(override, fields, where)
     try:
-        return RunConfig.model_validate_json(json.dumps(fields))
-    except ValidationError as error:
-        raise ConfigError(describe(error, RunConfig, where)) from None
+        return _checked(fields, where)
     except TypeError as error:
         raise ConfigError(f"{path}: {error}; quote the value if text is meant") from None
 
@@ -70,10 +68,14 @@ def config_to_yaml(config: RunConfig) -> str:
 
 def config_from_dict(fields: dict[str, Any], source: str) -> RunConfig:
     """Rebuilds a config from `model_dump(mode="json")`, as a checkpoint stores it; `source` names it in errors."""
+    return _checked(fields, {(): source})
+
+
+def _checked(fields: dict[str, Any], where: Mapping[FieldPath, str]) -> RunConfig:
     try:
         return RunConfig.model_validate_json(json.dumps(fields))
     except ValidationError as error:
-        raise ConfigError(describe(error, RunConfig, {(): source})) from None
+        raise ConfigError(describe(error, RunConfig, where)) from None
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[FieldPath, str]]:

@@ -10,17 +10,21 @@ Floats = NDArray[np.float64]
 
 
 def unigram_loss(fitted: Ids, held_out: Ids, vocab_size: int) -> float:
-    """Mean -log P(token), in nats, over `held_out[1:]`, with add-one counts of `fitted`; both int64 (tokens,)."""
+    """Mean -log P(token), in nats, over `held_out[1:]` with add-one counts of `fitted`.
+
+    `held_out` int64 (tokens,); `fitted` int64 (tokens,), or (windows, tokens) where it is no single text.
+    """
     return float(-np.log(_unigram(fitted, vocab_size)[held_out[1:]]).mean())
 
 
 def bigram_loss(fitted: Ids, held_out: Ids, vocab_size: int) -> float:
-    """Mean -log P(token | token before), in nats, over `held_out[1:]`; both int64 (tokens,).
+    """Mean -log P(token | token before), in nats, over `held_out[1:]`; both as in `unigram_loss`.
 
+    No pair is counted across the border of two windows.
     Absolute discounting with one discount, estimated from how many pairs occur once and twice, and backing off
     to the unigram (Ney, Essen and Kneser 1994, eq. 18 and 26).
     """
-    pairs, counts = np.unique(fitted[:-1] * vocab_size + fitted[1:], return_counts=True)
+    pairs, counts = np.unique(fitted[..., :-1] * vocab_size + fitted[..., 1:], return_counts=True)
     once, twice = (counts == 1).sum(), (counts == 2).sum()
     discount = float(once / max(once + 2 * twice, 1))
     contexts = pairs // vocab_size
@@ -37,7 +41,7 @@ def bigram_loss(fitted: Ids, held_out: Ids, vocab_size: int) -> float:
 
 
 def _unigram(fitted: Ids, vocab_size: int) -> Floats:
-    counts = np.bincount(fitted, minlength=vocab_size) + 1.0
+    counts = np.bincount(fitted.ravel(), minlength=vocab_size) + 1.0
     return counts / counts.sum()
 
 

@@ -75,10 +75,10 @@ def evaluate(
 
 
 def _tokens_trained_on(shards: TokenShards, config: RunConfig, trained_tokens: int) -> Ids:
-    """The training split as far as the run has read it, each window once."""
+    """The training split as far as the run has read it: whole, or the windows (windows, tokens) of a part."""
     length = config.training.sequence_length
     loader = TokenLoader(shards, sequence_length=length, seed=config.training.seed)
     windows = trained_tokens // length
     if windows >= loader.num_samples:
         return shards.read("train", 0, shards.num_tokens("train")).astype(np.int64)
-    return loader.batch(0, max(windows, 1))[:, :-1].reshape(-1)
+    return loader.batch(0, max(windows, 1))

@@ -6,6 +6,7 @@ single sequence from leaning on few experts. Axes as in `routing.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -66,9 +67,8 @@ def load_metrics(counts_LE: Tensor) -> dict[str, Tensor]:
     """
     counts_LE = counts_LE.float()
     share_LE = counts_LE / counts_LE.sum(-1, keepdim=True).clamp(min=1)
-    most = torch.log(torch.tensor(float(max(counts_LE.shape[-1], 2)), device=counts_LE.device))
     return {
-        "entropy": torch.special.entr(share_LE).sum(-1) / most,
+        "entropy": torch.special.entr(share_LE).sum(-1) / math.log(max(counts_LE.shape[-1], 2)),
         "utilisation": (counts_LE > 0).float().mean(-1),
         "max_violation": share_LE.amax(-1) * counts_LE.shape[-1] - 1,
     }

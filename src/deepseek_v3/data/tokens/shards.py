@@ -153,6 +153,7 @@ class TokenShards:
         self._dtype = np.dtype(index.dtype).newbyteorder("<")
         self._starts = {split: [0, *accumulate(shard.tokens for shard in index.shards(split))] for split in SPLITS}
         self._mapped = lru_cache(_MOST_OPEN)(self._map)
+        self._tokenizer: Tokenizer | None = None
 
     @classmethod
     def open(cls, path: str | Path, verify: bool = True) -> TokenShards:
@@ -173,8 +174,10 @@ class TokenShards:
         return cls(directory, index)
 
     def load_tokenizer(self) -> Tokenizer:
-        """The tokenizer that made these tokens."""
-        return Tokenizer.load(self.directory / _TOKENIZER_FILE)
+        """The tokenizer that made these tokens; read once."""
+        if self._tokenizer is None:
+            self._tokenizer = Tokenizer.load(self.directory / _TOKENIZER_FILE)
+        return self._tokenizer
 
     def num_documents(self, split: Split) -> int:
         """Documents in a split."""
