@@ -3,32 +3,72 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
+from typer.main import get_command
 
 from deepseek_v3.config.loading import config_to_yaml, load_config
 from deepseek_v3.config.train_config import RunConfig
-from deepseek_v3.data.tokens.tokenize import tokenize
-from deepseek_v3.evaluation.perplexity import evaluate
-from deepseek_v3.inference.generate import generate
-from deepseek_v3.quickstart import quickstart
-from deepseek_v3.training.train import train
 from deepseek_v3.utils.commands import run_app
+
+# Name -> where its function lives, and its line of help. Imported only when run: planning waits for no torch.
+COMMANDS = {
+    "validate": (
+        "deepseek_v3.planning.validate:validate",
+        "Check token budgets: 20 to 26 tokens per active parameter.",
+    ),
+    "tokenize": (
+        "deepseek_v3.data.tokens.tokenize:tokenize",
+        "Turn text into memory-mapped token shards, with a hold-out split.",
+    ),
+    "train": ("deepseek_v3.training.train:train", "Train a model, from the first step or from a checkpoint."),
+    "generate": ("deepseek_v3.inference.generate:generate", "Continue text with a trained model."),
+    "eval": (
+        "deepseek_v3.evaluation.perplexity:evaluate",
+        "Measure a checkpoint's held-out loss, beside a unigram and a bigram model.",
+    ),
+    "quickstart": (
+        "deepseek_v3.quickstart:quickstart",
+        "Build a corpus, train a tokenizer and a small model, measure it, and let it write.",
+    ),
+}
+
+
+class _LazyGroup(TyperGroup):
+    """Knows the commands of `COMMANDS` by name and help alone, and imports the one that is run."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        if name in COMMANDS:
+            command = _imported(name)
+        return name, command, rest
+
+
+def _imported(name: str) -> Any:
+    module, function = COMMANDS[name][0].split(":")
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    single.command(name)(getattr(import_module(module), function))
+    return get_command(single)
+
+
+def _stand_in() -> None:
+    """Stands for a command that is not imported yet."""
+
 
 app = typer.Typer(
     name="dsv3",
+    cls=_LazyGroup,
     help="From raw text to a trained, exported and generating DeepSeek-V3-style model.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("tokenize")(tokenize)
-app.command("train")(train)
-app.command("generate")(generate)
-app.command("eval")(evaluate)
-app.command("quickstart")(quickstart)
+for _name, (_, _help) in COMMANDS.items():
+    app.command(_name, help=_help)(_stand_in)
 
 config_app = typer.Typer(no_args_is_help=True, help="Look at configurations.")
 app.add_typer(config_app, name="config")

@@ -52,7 +52,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises ConfigError with one line per problem: file and line (or override), field, what is wrong.
     """
     path = Path(path)
-    fields, where = _read(path)
+    fields, where = read_fields(path)
     for override in overrides:
         _apply(override, fields, where)
     try:
@@ -78,8 +78,11 @@ def _checked(fields: dict[str, Any], where: Mapping[FieldPath, str]) -> RunConfi
         raise ConfigError(describe(error, RunConfig, where)) from None
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[FieldPath, str]]:
-    """The file's fields, and for each field's path the place that gave it."""
+def read_fields(path: Path) -> tuple[dict[str, Any], dict[FieldPath, str]]:
+    """A YAML file's fields, and for each field's path the place that gave it, for `problems.describe`.
+
+    Raises ConfigError, naming file and line, where it cannot be read or holds no fields.
+    """
     try:
         loader = _Loader(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -96,7 +99,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[FieldPath, str]]:
         loader.dispose()
     if not isinstance(fields, dict):
         raise ConfigError(
-            f"{path}: holds a {type(fields).__name__}, expected sections such as model: and training:"
+            f"{path}: holds a {type(fields).__name__}, expected sections such as model: or fields such as name: x"
         )
     where: dict[FieldPath, str] = {(): str(path)}
     _locate(node, (), path, where)

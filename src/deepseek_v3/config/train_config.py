@@ -84,10 +84,14 @@ class EvaluationConfig(Section):
 
 
 class TrainingConfig(Section):
-    """The recipe. `total_tokens` is a number of tokens, or like `20x`: that many per active parameter."""
+    """The recipe. `total_tokens` is a number of tokens, or like `20x`: that many per active parameter.
+
+    `deliberate_overtraining` marks a budget above 26 tokens per active parameter as meant; it changes no step.
+    """
 
     seed: NonNegativeInt = 0
     total_tokens: Budget
+    deliberate_overtraining: bool = False
     sequence_length: Annotated[int, Field(ge=2)]
     global_batch_size: PositiveInt
     batch_ramp: BatchRampConfig | None = None
@@ -99,12 +103,31 @@ class TrainingConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How the work meets the hardware; nothing here changes what is computed, only rounding."""
+    """How the work meets the hardware; nothing here changes what is computed, only rounding.
 
+    The data is split over `data_replicate` × `data_shard` ranks: groups of `data_shard` ranks share out one copy
+    of weights, gradients and moments, and there are `data_replicate` such copies. Of these ranks, each `expert`
+    consecutive ones share out the experts. `pipeline` cuts the layers into stages, each on ranks of its own.
+    """
+
+    data_replicate: PositiveInt = 1
+    data_shard: PositiveInt = 1
+    expert: PositiveInt = 1
+    pipeline: PositiveInt = 1
     micro_batch_size: PositiveInt = 1
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     recomputation: Literal["none", "full"] = "none"
     compile: Literal["auto", True, False] = "auto"
+
+    @property
+    def data_ranks(self) -> int:
+        """Ranks that see different samples of a step."""
+        return self.data_replicate * self.data_shard
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks, one per GPU."""
+        return self.data_ranks * self.pipeline
 
 
 class CheckpointConfig(Section):
@@ -135,7 +158,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> RunConfig:
-        training, model, micro = self.training, self.model, self.parallel.micro_batch_size
+        training, model = self.training, self.model
         if training.sequence_length > model.max_position_embeddings:
             raise ValueError(
                 f"training.sequence_length = {training.sequence_length} is more than "
@@ -146,12 +169,12 @@ class RunConfig(Section):
                 f"training.sequence_length = {training.sequence_length} leaves nothing to predict at depth "
                 f"model.num_nextn_predict_layers = {model.num_nextn_predict_layers}"
             )
+        _check_ranks(self.parallel, model)
         sizes = {"training.global_batch_size": training.global_batch_size}
         if training.batch_ramp:
             sizes["training.batch_ramp.initial"] = training.batch_ramp.initial
         for name, size in sizes.items():
-            if size % micro:
-                raise ValueError(f"{name} = {size} is not a multiple of parallel.micro_batch_size = {micro}")
+            _check_batch(name, size, self.parallel)
         if training.batch_ramp and training.batch_ramp.initial > training.global_batch_size:
             raise ValueError(
                 f"training.batch_ramp.initial = {training.batch_ramp.initial} is more than "
@@ -163,3 +186,31 @@ class RunConfig(Section):
                 f"data.corpus.vocab_size = {corpus.vocab_size} is more than model.vocab_size = {model.vocab_size}"
             )
         return self
+
+
+def _check_batch(name: str, size: int, parallel: ParallelConfig) -> None:
+    micro, ranks = parallel.micro_batch_size, parallel.data_ranks
+    if size % (micro * ranks):
+        over_ranks = f" × {ranks} data-parallel ranks" if ranks > 1 else ""
+        raise ValueError(f"{name} = {size} is not a multiple of parallel.micro_batch_size = {micro}{over_ranks}")
+
+
+def _check_ranks(parallel: ParallelConfig, model: ModelConfig) -> None:
+    expert, experts, ranks = parallel.expert, model.n_routed_experts, parallel.data_ranks
+    if experts % expert:
+        raise ValueError(
+            f"parallel.expert = {expert} does not divide model.n_routed_experts = {experts}; "
+            f"nearest that does: {_nearest_divisor(experts, expert)}"
+        )
+    if ranks % expert:
+        raise ValueError(
+            f"parallel.expert = {expert} does not divide the {ranks} data-parallel ranks "
+            f"(data_replicate × data_shard); nearest that does: {_nearest_divisor(ranks, expert)}"
+        )
+    layers = model.num_hidden_layers + model.num_nextn_predict_layers
+    if parallel.pipeline > layers:
+        raise ValueError(f"parallel.pipeline = {parallel.pipeline} is more than the {layers} layers of the model")
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda divisor: abs(divisor - wanted))

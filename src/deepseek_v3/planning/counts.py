@@ -1,12 +1,8 @@
-"""Parameters and floating-point operations of a model, from its config alone.
-
-Axes as in the model: D width, H heads, N qk_nope, R qk_rope, V v_head, Q q rank, C kv rank, E experts, F expert
-width. An operation is one multiplication or one addition, so a product with a weight costs two per token.
-"""
+"""Parameters of a model, from its config alone."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from deepseek_v3.config.model_config import ModelConfig
 
@@ -18,15 +14,15 @@ class ParameterCounts:
     The routing biases are not parameters: no gradient moves them.
     """
 
-    embedding: int
-    head: int
-    attention: int
-    dense_ffn: int
-    routed_experts: int
-    shared_experts: int
-    gates: int
-    norms: int
-    prediction: int
+    embedding: int = 0
+    head: int = 0
+    attention: int = 0
+    dense_ffn: int = 0
+    routed_experts: int = 0
+    shared_experts: int = 0
+    gates: int = 0
+    norms: int = 0
+    prediction: int = 0
 
     @property
     def total(self) -> int:
@@ -40,21 +36,18 @@ class ParameterCounts:
 
 
 def count_parameters(config: ModelConfig) -> ParameterCounts:
-    """Exact counts, equal to those of the built module."""
-    layers, moe_layers = config.num_hidden_layers, config.num_moe_layers
+    """Exact counts, equal to those of the built module; a tied head counts once, as the embedding."""
     vocabulary = config.vocab_size * config.hidden_size
-    depth = config.num_nextn_predict_layers
-    return ParameterCounts(
-        embedding=vocabulary,
-        head=0 if config.tie_word_embeddings else vocabulary,
-        attention=layers * _attention(config),
-        dense_ffn=(layers - moe_layers) * _ffn(config, config.intermediate_size),
-        routed_experts=moe_layers * config.n_routed_experts * _ffn(config, config.moe_intermediate_size),
-        shared_experts=moe_layers * config.n_shared_experts * _ffn(config, config.moe_intermediate_size),
-        gates=moe_layers * _gate(config),
-        norms=layers * _layer_norms(config) + config.hidden_size,
-        prediction=depth * _prediction_layer(config),
-    )
+    counts = _count_model(config, config.n_routed_experts)
+    return replace(counts, embedding=vocabulary, head=0 if config.tie_word_embeddings else vocabulary)
+
+
+def count_active_parts(config: ModelConfig) -> ParameterCounts:
+    """What one token multiplies with: of the routed experts the chosen ones, the head also where it is tied.
+
+    The embedding is 0: a token looks its row up.
+    """
+    return replace(_count_model(config, config.num_experts_per_tok), head=config.vocab_size * config.hidden_size)
 
 
 def count_active_parameters(config: ModelConfig) -> int:
@@ -62,22 +55,44 @@ def count_active_parameters(config: ModelConfig) -> int:
 
     The one convention for "active" throughout this project; 36.6 billion for the published model.
     """
-    counts = count_parameters(config)
-    idle_experts = config.n_routed_experts - config.num_experts_per_tok
-    idle = config.num_moe_layers * idle_experts * _ffn(config, config.moe_intermediate_size)
-    head = config.vocab_size * config.hidden_size
-    return counts.total - counts.embedding - counts.head + head - idle
+    return count_active_parts(config).total
 
 
-def training_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
-    """Operations of forward and backward per token, prediction layers included, recomputation not.
+def active_conventions(config: ModelConfig) -> dict[str, int]:
+    """What "active parameters" come to by this project's convention, the first, and by three others in use."""
+    active = count_active_parts(config)
+    return {
+        "with_head": active.total,
+        "with_head_and_embedding": active.total + count_parameters(config).head,  # tied, both are one matrix
+        "without_head_or_embedding": active.total - active.head,
+        "with_head_and_prediction": active.with_prediction,
+    }
 
-    6 × (active matrix weights, head included, + attention scores and their use, causal: half the length).
-    """
-    matrices = count_active_parameters(config) - count_parameters(config).norms
-    scores = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim) * sequence_length / 2
-    per_depth = _active_prediction_matrices(config) + config.vocab_size * config.hidden_size + scores
-    return 6 * (matrices + config.num_hidden_layers * scores + config.num_nextn_predict_layers * per_depth)
+
+def count_layers(config: ModelConfig, dense: int, mixture: int, experts: int) -> ParameterCounts:
+    """Parameters of so many dense and mixture layers, `experts` of the routed experts counted in each mixture."""
+    expert = _ffn(config, config.moe_intermediate_size)
+    return ParameterCounts(
+        attention=(dense + mixture) * _attention(config),
+        dense_ffn=dense * _ffn(config, config.intermediate_size),
+        routed_experts=mixture * experts * expert,
+        shared_experts=mixture * config.n_shared_experts * expert,
+        gates=mixture * config.n_routed_experts * config.hidden_size,
+        norms=(dense + mixture) * (2 * config.hidden_size + config.kv_lora_rank + (config.q_lora_rank or 0)),
+    )
+
+
+def joining_weights(config: ModelConfig) -> int:
+    """Weights of the matrix with which one prediction layer joins states and embeddings."""
+    return 2 * config.hidden_size * config.hidden_size
+
+
+def _count_model(config: ModelConfig, experts: int) -> ParameterCounts:
+    """All but embedding and head, `experts` of the routed experts counted in each mixture layer."""
+    layers = count_layers(config, config.first_k_dense_replace, config.num_moe_layers, experts)
+    depth, width = config.num_nextn_predict_layers, config.hidden_size
+    prediction = count_layers(config, 0, depth, experts).total + depth * (joining_weights(config) + 3 * width)
+    return replace(layers, norms=layers.norms + width, prediction=prediction)
 
 
 def _attention(config: ModelConfig) -> int:
@@ -92,24 +107,3 @@ def _attention(config: ModelConfig) -> int:
 
 def _ffn(config: ModelConfig, hidden_width: int) -> int:
     return 3 * config.hidden_size * hidden_width
-
-
-def _gate(config: ModelConfig) -> int:
-    return config.n_routed_experts * config.hidden_size
-
-
-def _layer_norms(config: ModelConfig) -> int:
-    return 2 * config.hidden_size + config.kv_lora_rank + (config.q_lora_rank or 0)
-
-
-def _prediction_layer(config: ModelConfig) -> int:
-    experts = config.n_routed_experts + config.n_shared_experts
-    layer = _attention(config) + experts * _ffn(config, config.moe_intermediate_size) + _gate(config)
-    joining = 2 * config.hidden_size * config.hidden_size
-    return layer + _layer_norms(config) + joining + 3 * config.hidden_size
-
-
-def _active_prediction_matrices(config: ModelConfig) -> int:
-    idle_experts = config.n_routed_experts - config.num_experts_per_tok
-    idle = idle_experts * _ffn(config, config.moe_intermediate_size)
-    return _prediction_layer(config) - _layer_norms(config) - 3 * config.hidden_size - idle

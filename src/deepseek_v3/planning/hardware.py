@@ -1,15 +1,140 @@
-"""Published peak rates of accelerators, for model FLOP utilisation."""
+"""What accelerators can do and cost: published figures, or the user's own from a file."""
 
-# Dense bfloat16 operations per second, NVIDIA data sheets (without sparsity); the first match names the card.
-_PEAK_BFLOAT16 = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-}
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
+
+from deepseek_v3.config.base import Section
+from deepseek_v3.config.loading import read_fields
+from deepseek_v3.config.problems import describe
+from deepseek_v3.utils.errors import ConfigError
+
+
+class Device(Section):
+    """One accelerator, or one CPU host.
+
+    `memory_gib` as the driver reports it. Rates are dense, without sparsity: 10¹² operations per second, and 10⁹
+    bytes per second. `link_gb_per_s` and `network_gb_per_s` are what one device sends to others of its node and to
+    other nodes, each in one direction. `dollars_per_hour` is the rent of one device.
+    """
+
+    name: str
+    memory_gib: PositiveFloat
+    bfloat16_tflops: PositiveFloat | None = None
+    float32_tflops: PositiveFloat
+    memory_gb_per_s: PositiveFloat
+    link_gb_per_s: PositiveFloat
+    network_gb_per_s: PositiveFloat = 50.0  # one 400 Gb/s adapter per device
+    devices_per_node: PositiveInt = 8
+    dollars_per_hour: NonNegativeFloat
+    is_cpu: bool = False
+    source: str = Field(min_length=1)
+
+    @property
+    def memory_bytes(self) -> float:
+        """Memory in bytes."""
+        return self.memory_gib * 2**30
+
+    def peak(self, width: int) -> float:
+        """Operations per second of matrix products on numbers of 2 or 4 bytes."""
+        tflops = self.bfloat16_tflops if width == 2 and self.bfloat16_tflops else self.float32_tflops
+        return tflops * 1e12
+
+
+_DATA_SHEET = "NVIDIA data sheet; rent: middle of on-demand offers in mid-2026"
+
+
+def _nvidia(
+    name: str, memory_gib: float, bfloat16: float, float32: float, memory: float, link: float, rent: float
+) -> Device:
+    return Device(
+        name=name,
+        memory_gib=memory_gib,
+        bfloat16_tflops=bfloat16,
+        float32_tflops=float32,
+        memory_gb_per_s=memory,
+        link_gb_per_s=link,
+        dollars_per_hour=rent,
+        source=_DATA_SHEET,
+    )
+
+
+# Name, GiB, dense bfloat16 and float32 TFLOP/s, memory, link (NVLink per direction, else PCIe) GB/s, $ per hour.
+# float32 is that of the ordinary units, as torch multiplies float32 unless told to use TF32. A longer name stands
+# before one that it contains. On consumer cards the bfloat16 rate is the one with float32 sums.
+_DEVICES = (
+    _nvidia("B200", 179.0, 2250, 75, 7700, 900, 5.00),
+    _nvidia("H200", 140.0, 989, 67, 4800, 450, 3.80),
+    _nvidia("H100 PCIe", 79.6, 756, 51, 2000, 64, 2.50),
+    _nvidia("H100", 79.2, 989, 67, 3350, 450, 3.00),
+    _nvidia("A100 40GB", 39.4, 312, 19.5, 1555, 300, 1.10),
+    _nvidia("A100", 79.2, 312, 19.5, 2039, 300, 1.50),
+    _nvidia("L40S", 44.4, 362, 91.6, 864, 32, 0.90),
+    _nvidia("RTX 5090", 31.4, 209.5, 104.8, 1792, 64, 0.60),
+    _nvidia("RTX 4090", 23.6, 165.2, 82.6, 1008, 32, 0.40),
+    _nvidia("RTX 3090", 23.6, 71, 35.6, 936, 32, 0.20),
+    Device(
+        name="CPU",
+        memory_gib=16.0,
+        float32_tflops=0.2,
+        memory_gb_per_s=40.0,
+        link_gb_per_s=1.0,
+        network_gb_per_s=1.0,
+        devices_per_node=1,
+        dollars_per_hour=0.10,
+        is_cpu=True,
+        source="two cores of a server CPU, 32 float32 operations a cycle each at 3.1 GHz",
+    ),
+)
+
+
+def known_devices() -> tuple[Device, ...]:
+    """The table of this project."""
+    return _DEVICES
+
+
+def device_named(name: str, devices: tuple[Device, ...] = _DEVICES) -> Device | None:
+    """The first device whose name's words all occur in `name`, say in what a driver calls the card."""
+    words = name.lower().replace("-", " ")
+    return next((device for device in devices if all(word in words for word in device.name.lower().split())), None)
+
+
+def device_with_memory(gigabytes: float) -> Device:
+    """The usual device that is sold as having so many gigabytes: 80 is an H100, 24 an RTX 4090.
+
+    Raises ConfigError, naming the sizes that are known, where none is within a twentieth.
+    """
+    usual = {sold: device_named(name) for sold, name in _SOLD_AS.items()}
+    nearest = min(usual, key=lambda sold: abs(sold - gigabytes))
+    device = usual[nearest]
+    if device is None or abs(nearest - gigabytes) > 0.05 * nearest:
+        raise ConfigError(
+            f"--gpu-memory {gigabytes:g}: no known GPU has that much; known are "
+            f"{', '.join(f'{sold} ({name})' for sold, name in _SOLD_AS.items())}; "
+            "name one with --gpu, or describe yours in a file for --hardware"
+        )
+    return device
+
+
+_SOLD_AS = {24: "RTX 4090", 32: "RTX 5090", 40: "A100 40GB", 48: "L40S", 80: "H100", 141: "H200", 192: "B200"}
+
+
+def load_device(path: str | Path) -> Device:
+    """A device from a YAML file with the fields of `Device`.
+
+    Raises ConfigError with one line per problem: file, line, field, what is wrong.
+    """
+    fields, where = read_fields(Path(path))
+    try:
+        return Device.model_validate_json(json.dumps(fields))
+    except ValidationError as error:
+        raise ConfigError(describe(error, Device, where)) from None
 
 
 def peak_bfloat16_flops(device_name: str) -> float | None:
     """Operations per second of the card that `device_name` names, or None where we know no published figure."""
-    return next((peak for card, peak in _PEAK_BFLOAT16.items() if card in device_name), None)
+    device = device_named(device_name)
+    return device.peak(2) if device and device.bfloat16_tflops else None

@@ -12,7 +12,8 @@ import torch
 
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.mla.kv_compression import expanded_width, latent_width
-from deepseek_v3.planning.counts import count_active_parameters, count_parameters, training_flops_per_token
+from deepseek_v3.planning.counts import count_active_parameters, count_parameters
+from deepseek_v3.planning.flops import training_flops_per_token
 from deepseek_v3.planning.hardware import peak_bfloat16_flops
 from deepseek_v3.training.holdout import HeldOutLoss
 from deepseek_v3.training.schedule import Step, TokenPlan

@@ -10,8 +10,8 @@ import math
 from dataclasses import dataclass
 from itertools import pairwise
 
-from deepseek_v3.config.train_config import RunConfig, ScheduleConfig, TrainingConfig
-from deepseek_v3.planning.counts import count_active_parameters
+from deepseek_v3.config.train_config import RunConfig, ScheduleConfig
+from deepseek_v3.planning.budget import budget_in_tokens, sample_borders
 
 # Shares of the report's 14.8T tokens: constant to 10T, cosine over 4.3T, constant for 333B, lower for 167B.
 _CONSTANT_UNTIL = 10e12 / 14.8e12
@@ -39,7 +39,7 @@ class TokenPlan:
     def __init__(self, config: RunConfig) -> None:
         self.training = config.training
         self.total_tokens = budget_in_tokens(config)
-        self._borders = _sample_borders(config.training, config.parallel.micro_batch_size, self.total_tokens)
+        self._borders = sample_borders(config)
 
     @property
     def total_steps(self) -> int:
@@ -71,14 +71,6 @@ class TokenPlan:
         return [(first, end - first) for first, end in pairwise(ends)]
 
 
-def budget_in_tokens(config: RunConfig) -> int:
-    """`training.total_tokens` as a number: given, or that many times the active parameters."""
-    budget = config.training.total_tokens
-    if isinstance(budget, int):
-        return budget
-    return round(float(budget.removesuffix("x")) * count_active_parameters(config.model))
-
-
 def learning_rate_ratio(schedule: ScheduleConfig, step: int, used: float) -> float:
     """Learning rate over its peak at step `step` (from 1), with the share `used` of the budget behind it."""
     warmup = min(1.0, step / schedule.warmup_steps) if schedule.warmup_steps else 1.0
@@ -100,21 +92,3 @@ def _report_ratio(used: float) -> float:
 
 def _cosine(share: float, start: float, end: float) -> float:
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
-
-
-def _sample_borders(training: TrainingConfig, micro_batch_size: int, total_tokens: int) -> list[int]:
-    """Samples used before each step, and at last after the final one."""
-    needed = math.ceil(total_tokens / training.sequence_length)
-    borders = [0]
-    while borders[-1] < needed:
-        borders.append(borders[-1] + _batch_size(training, micro_batch_size, borders[-1] / needed))
-    return borders
-
-
-def _batch_size(training: TrainingConfig, micro_batch_size: int, used: float) -> int:
-    """Sequences of a step that starts with the share `used` of the budget behind it."""
-    final, ramp = training.global_batch_size, training.batch_ramp
-    if ramp is None or used >= ramp.fraction:
-        return final
-    size = ramp.initial + (final - ramp.initial) * used / ramp.fraction
-    return max(micro_batch_size, round(size / micro_batch_size) * micro_batch_size)

@@ -11,6 +11,8 @@ from deepseek_v3.utils.errors import ConfigError
 
 def select_device(name: str) -> torch.device:
     """`auto` is the first CUDA device, or the CPU where there is none. Raises ConfigError for a missing one."""
+    # Read at CUDA's first allocation: segments that grow leave fewer holes than segments of fixed sizes.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if name == "auto":
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if name not in ("cpu", "cuda"):

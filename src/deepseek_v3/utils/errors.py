@@ -26,5 +26,9 @@ class GenerationError(UserError):
     """A request for text that the model cannot serve."""
 
 
+class PlanError(UserError):
+    """A plan that the hardware cannot hold."""
+
+
 class TrainingError(UserError):
     """A run that cannot go on, such as one whose loss is no longer a number."""

@@ -64,11 +64,13 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             logits_TV = hidden_TD[chunk] @ narrow_VD.T
             if grad_hidden_TD is None or grad_weight_VD is None:
                 loss += _loss_of(logits_TV, targets_T[chunk])
-                continue
-            chunk_loss, grad_TV = loss_and_gradient(logits_TV, targets_T[chunk])
-            loss += chunk_loss
-            torch.mm(grad_TV, narrow_VD, out=grad_hidden_TD[chunk])
-            _accumulate_product(grad_weight_VD, grad_TV, hidden_TD[chunk])
+            else:
+                chunk_loss, grad_TV = loss_and_gradient(logits_TV, targets_T[chunk])
+                loss += chunk_loss
+                torch.mm(grad_TV, narrow_VD, out=grad_hidden_TD[chunk])
+                _accumulate_product(grad_weight_VD, grad_TV, hidden_TD[chunk])
+                del grad_TV
+            del logits_TV  # before the next chunk's, so that only one is ever held
         if needs_gradient:
             ctx.save_for_backward(grad_hidden_TD, grad_weight_VD)
         return loss

@@ -1,0 +1,254 @@
+"""Measures training steps on this GPU, and fits the planner to them: `python benchmarks/calibrate_planner.py`.
+
+Runs the trainer's own step on each point of `planner_points.yaml`, records memory, time, and time by kind of
+kernel, fits the factors of the step-time model to the kinds, and writes both `results/planner_points.json` and
+`src/deepseek_v3/planning/calibration.json`. With --fit-only it fits again to the points already measured.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import re
+import time
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+import yaml
+from surroundings import RESULTS, ROOT, surroundings
+from torch.profiler import ProfilerActivity, profile
+
+from deepseek_v3.config.loading import load_config
+from deepseek_v3.config.train_config import RunConfig
+from deepseek_v3.planning.calibration import CALIBRATION_FILE, Calibration, Rates
+from deepseek_v3.planning.execution import execution_on
+from deepseek_v3.planning.hardware import Device, device_named
+from deepseek_v3.planning.memory import estimate_memory
+from deepseek_v3.planning.timing import computing_time, step_work
+from deepseek_v3.training.batches import token_batches
+from deepseek_v3.training.trainer import Trainer
+from deepseek_v3.utils.distributed import select_device
+from deepseek_v3.utils.logging import configure_logging
+
+POINTS = Path(__file__).with_name("planner_points.yaml")
+_WARM_UP_STEPS, _TIMED_STEPS = 4, 8
+
+# Kinds of kernels by what their names contain; the first that matches. The rest move memory.
+_KINDS = {
+    "attention": "cudnn|sdpa|fmha|flash",
+    "experts": "group",
+    "matrices": "nvjet|gemm|cutlass|xmma|cublas",
+}
+
+
+def main(
+    fit_only: Annotated[bool, typer.Option("--fit-only", help="Fit to the points already measured.")] = False,
+    commit: Annotated[str | None, typer.Option(help="Where the code has no history beside it.")] = None,
+) -> None:
+    """Measure, fit, compare, write."""
+    configure_logging()
+    results = RESULTS / "planner_points.json"
+    if fit_only:
+        record = json.loads(results.read_text(encoding="utf-8"))
+    else:
+        wanted = yaml.safe_load(POINTS.read_text(encoding="utf-8"))
+        points = [measure({**point, "overrides": wanted["run"] + point["overrides"]}) for point in wanted["points"]]
+        record = {**surroundings("torch", commit=commit), "points": points}
+    device = device_named(str(record["device"]))
+    if device is None:
+        raise SystemExit(f"{record['device']}: not in the planner's table of devices; add it there first")
+    calibration = fit(record, device)
+    CALIBRATION_FILE.write_text(json.dumps(asdict(calibration), indent=2) + "\n", encoding="utf-8")
+    for point in record["points"]:
+        point.update(compare(point, calibration, device))
+        others = {**record, "points": [other for other in record["points"] if other is not point]}
+        point["time_error_left_out"] = compare(point, fit(others, device), device)["time_error"]
+        typer.echo(
+            f"{point['name']:24} {point['measured_gib']:7.2f} GiB {point['memory_error']:+7.2%}   "
+            f"{point['measured_seconds'] * 1e3:7.1f} ms {point['time_error']:+7.2%} "
+            f"(fitted without it {point['time_error_left_out']:+7.2%})"
+        )
+    results.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def measure(point: dict[str, Any]) -> dict[str, Any]:
+    """Memory of all steps, first included; median time of warm ones; and kernel time by kind."""
+    config = _config(point)
+    _forget_earlier_points()
+    trainer = Trainer(config, select_device("cuda"))
+    batches = token_batches(trainer.loader, trainer._micro_batches(), trainer.device)
+    seconds = [_timed_step(trainer, batches, number) for number in range(1, 1 + _WARM_UP_STEPS + _TIMED_STEPS)]
+    gib = 2**30
+    free, total = torch.cuda.mem_get_info()
+    measured = {
+        **point,
+        "measured_gib": torch.cuda.max_memory_allocated() / gib,
+        "reserved_gib": torch.cuda.max_memory_reserved() / gib,
+        "context_gib": (total - free - torch.cuda.memory_reserved()) / gib,
+        "measured_seconds": median(seconds[_WARM_UP_STEPS:]),
+        "kernel_seconds": _kernel_seconds(trainer, batches),
+    }
+    batches.close()
+    typer.echo(json.dumps(measured))
+    return measured
+
+
+def _config(point: dict[str, Any]) -> RunConfig:
+    return load_config(ROOT / point["config"], point["overrides"])
+
+
+def _forget_earlier_points() -> None:
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    left = torch.cuda.memory_allocated() / 2**20
+    if left > 128:
+        raise SystemExit(f"{left:.0f} MiB of an earlier point are still held; its memory would count twice")
+
+
+def _timed_step(trainer: Trainer, batches: Any, number: int) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    trainer._train_step(trainer.plan.step(number), batches)
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _kernel_seconds(trainer: Trainer, batches: Any) -> dict[str, float]:
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        _timed_step(trainer, batches, 1)
+    seconds: Counter[str] = Counter()
+    for event in profiler.events() or []:
+        if event.device_type.name == "CUDA":
+            seconds[_kind(event.name)] += event.device_time / 1e6
+    return dict(seconds)
+
+
+def _kind(kernel: str) -> str:
+    return next((kind for kind, names in _KINDS.items() if re.search(names, kernel.lower())), "memory")
+
+
+def fit(record: dict[str, Any], device: Device) -> Calibration:
+    """Factors by least squares on relative errors, each kind of kernel by itself."""
+    points = record["points"]
+    bfloat16 = [point for point in points if _width(point, device) == 2]
+    float32 = [point for point in points if _width(point, device) == 4]
+    narrow = _fit_compiled(bfloat16, device)
+    return Calibration(
+        fitted_on=f"{record['device']}, torch {record['versions']['torch']}",
+        bfloat16=narrow,
+        float32=_fit_eager(float32, device, narrow),
+        allocator_overhead=max(point["reserved_gib"] / point["measured_gib"] for point in points) - 1,
+        context_bytes=max(point["context_gib"] for point in points) * 2**30,
+    )
+
+
+def _fit_compiled(points: list[dict[str, Any]], device: Device) -> Rates:
+    """Every factor of its own; the experts' kernels are told apart from other products."""
+    ideal = [_ideal_seconds(point, device) for point in points]
+    matrices = _factors(points, ideal, "matrices", ["matrices"])
+    experts, expert_bytes = _factors(points, ideal, "experts", ["experts", "expert_bytes"])
+    attention = _factors(points, ideal, "attention", ["attention"])
+    activations, logits, weights = _factors(points, ideal, "memory", ["activations", "logits", "weights"])
+    per_layer, per_step = _gaps(points, ideal)
+    return Rates(
+        matrices[0], experts, expert_bytes, attention[0], activations, logits, weights, per_layer, per_step
+    )
+
+
+def _fit_eager(points: list[dict[str, Any]], device: Device, compiled: Rates) -> Rates:
+    """The experts run as ordinary products; logits and weights pass through the same kernels as when compiled."""
+    ideal = [_ideal_seconds(point, device) for point in points]
+    for point, seconds in zip(points, ideal, strict=True):
+        seconds["products"] = seconds["matrices"] + seconds["experts"]
+        kernels = point["kernel_seconds"]
+        known = compiled.logits * seconds["logits"] + compiled.weights * seconds["weights"]
+        kernels["other memory"] = kernels["memory"] - known
+    products = _factors(points, ideal, "matrices", ["products"])[0]
+    attention = _factors(points, ideal, "attention", ["attention"])[0]
+    activations = _factors(points, ideal, "other memory", ["activations"])[0]
+    for point in points:
+        del point["kernel_seconds"]["other memory"]
+    per_layer, per_step = _gaps(points, ideal)
+    return Rates(
+        products, products, 0.0, attention, activations, compiled.logits, compiled.weights, per_layer, per_step
+    )
+
+
+def _ideal_seconds(point: dict[str, Any], device: Device) -> dict[str, float]:
+    """What each kind of work would take at the device's peak rates: every factor 1, no fixed time."""
+    config = _config(point)
+    run = execution_on(device, config)
+    work = step_work(config, run)
+    peak, memory = device.peak(run.width), device.memory_gb_per_s * 1e9
+    return {
+        "matrices": work.matrix_operations / peak,
+        "experts": work.expert_operations / peak,
+        "expert_bytes": work.expert_bytes / memory,
+        "attention": work.attention_operations / peak,
+        "activations": work.activation_bytes / memory,
+        "logits": work.logit_bytes / memory,
+        "weights": work.weight_bytes / memory,
+        "layers": work.layer_runs,
+        "step": 1.0,
+    }
+
+
+def _factors(
+    points: list[dict[str, Any]], ideal: list[dict[str, float]], kernel: str, kinds: list[str]
+) -> list[float]:
+    measured = [point["kernel_seconds"][kernel] for point in points]
+    return _least_squares([[seconds[kind] for kind in kinds] for seconds in ideal], measured, measured)
+
+
+def _gaps(points: list[dict[str, Any]], ideal: list[dict[str, float]]) -> list[float]:
+    """Time in which no kernel ran: seconds per layer and seconds per step, as shares of the whole step."""
+    whole = [point["measured_seconds"] for point in points]
+    idle = [
+        max(0.0, seconds - sum(point["kernel_seconds"].values()))
+        for seconds, point in zip(whole, points, strict=True)
+    ]
+    return _least_squares([[seconds["layers"], seconds["step"]] for seconds in ideal], idle, whole)
+
+
+def _least_squares(columns: list[list[float]], measured: list[float], scale: list[float]) -> list[float]:
+    """Factors of least squared error over `scale`; one that came out negative is 0, and the rest fitted again."""
+    matrix, target = np.array(columns) / np.array(scale)[:, None], np.array(measured) / np.array(scale)
+    used = list(range(matrix.shape[1]))
+    while True:
+        solution = np.linalg.lstsq(matrix[:, used], target, rcond=None)[0]
+        if solution.min() >= 0:
+            break
+        used.pop(int(solution.argmin()))
+    factors = np.zeros(matrix.shape[1])
+    factors[used] = solution
+    return [float(factor) for factor in factors]
+
+
+def compare(point: dict[str, Any], calibration: Calibration, device: Device) -> dict[str, float]:
+    """The planner's estimates beside the measurement, and their relative errors."""
+    config = _config(point)
+    run = execution_on(device, config)
+    memory = estimate_memory(config, run)
+    seconds = sum(computing_time(step_work(config, run), calibration.rates(run.width), run, device).values())
+    return {
+        "estimated_gib": memory.total / 2**30,
+        "memory_error": memory.total / 2**30 / point["measured_gib"] - 1,
+        "estimated_seconds": seconds,
+        "time_error": seconds / point["measured_seconds"] - 1,
+    }
+
+
+def _width(point: dict[str, Any], device: Device) -> int:
+    return execution_on(device, _config(point)).width
+
+
+if __name__ == "__main__":
+    typer.run(main)

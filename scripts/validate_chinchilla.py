@@ -1,0 +1,12 @@
+"""Says whether configs keep to 20 to 26 tokens per active parameter: `validate_chinchilla.py [--config FILE]`.
+
+Without --config it checks every model size in `configs`. The same command as `dsv3 validate`.
+"""
+
+from __future__ import annotations
+
+from deepseek_v3.planning.validate import validate
+from deepseek_v3.utils.commands import run_command
+
+if __name__ == "__main__":
+    run_command(validate)

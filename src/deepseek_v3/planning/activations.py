@@ -1,0 +1,90 @@
+"""Bytes that one layer holds for its backward pass, tensor by tensor, as autograd and the compiler keep them.
+
+Axes as in the model: D width, H heads, N qk_nope, R qk_rope, V v_head, Q q rank, C kv rank, E experts, K experts
+per token, F expert width. All figures are bytes per token of a micro-batch, the layer's input left out (it is the
+output of the layer before) and its output included.
+"""
+
+from __future__ import annotations
+
+from deepseek_v3.config.model_config import ModelConfig
+from deepseek_v3.planning.execution import Execution, LayerKind
+
+
+def saved_bytes(model: ModelConfig, kind: LayerKind, run: Execution) -> float:
+    """What a layer of this kind keeps between its forward and its backward pass, for one token."""
+    parts = _compiled_attention(model) if run.compiled else _eager_attention(model, run.width)
+    if kind == "dense":
+        parts["dense"] = _feed_forward(model.intermediate_size, run)
+    else:
+        parts |= _mixture(model, run)
+    if kind == "prediction":
+        parts |= _prediction(model, run)
+    parts["output"] = run.width * model.hidden_size
+    return sum(parts.values())
+
+
+def _compiled_attention(model: ModelConfig) -> dict[str, float]:
+    """Attention, both norms and the residual around it, as the compiler's partition of the graph keeps them."""
+    width, heads = model.hidden_size, model.num_attention_heads
+    kv_rank, rope, nope = model.kv_lora_rank, model.qk_rope_head_dim, model.qk_nope_head_dim
+    return {
+        "normed input": 2 * width,
+        "compressed queries, before and after their norm": 2 * 2 * (model.q_lora_rank or 0),
+        "latent with rotary key, normed latent": 2 * (kv_rank + rope) + 2 * kv_rank,
+        "queries and keys": 2 * 2 * heads * model.qk_head_dim,
+        "expanded keys and values": 2 * heads * (nope + model.v_head_dim),
+        "attention output": 2 * heads * model.v_head_dim,
+        "softmax and norm statistics": 4 * heads + 4 * 4,
+        "output projection, and the state normed": 2 * 2 * width,
+    }
+
+
+def _eager_attention(model: ModelConfig, number: int) -> dict[str, float]:
+    """The same where every operation keeps its own inputs; norms keep float32, before and after scaling."""
+    width, heads, q_rank = model.hidden_size, model.num_attention_heads, model.q_lora_rank or 0
+    kv_rank, rope, nope = model.kv_lora_rank, model.qk_rope_head_dim, model.qk_nope_head_dim
+    input_copy = 4 * width if number == 2 else 0
+    latent = 4 * (kv_rank + rope) if number == 4 else 4 * kv_rank
+    return {
+        "input and its norm": input_copy + (4 + number) * width,
+        "compressed queries and their norm": (8 + number) * q_rank,
+        "latent and its norm": latent + (4 + number) * kv_rank,
+        "queries and keys": 2 * number * heads * model.qk_head_dim,
+        "expanded keys and values": number * heads * (nope + model.v_head_dim),
+        "attention output": number * heads * model.v_head_dim,
+        "softmax and norm statistics": 4 * heads + 4 * 4,
+        "state after attention and its norm": (8 + number) * width,
+    }
+
+
+def _feed_forward(hidden: int, run: Execution) -> float:
+    """Gate, up and their product; without the compiler also the activated gate, all but the product float32."""
+    return 3 * 2 * hidden if run.compiled else (3 * 4 + run.width) * hidden
+
+
+def _mixture(model: ModelConfig, run: Execution) -> dict[str, float]:
+    width, experts, chosen = model.hidden_size, model.n_routed_experts, model.num_experts_per_tok
+    hidden = model.moe_intermediate_size
+    rows = chosen * run.row_factor
+    # Without the compiler each row keeps gate, up, activated gate and their product in float32, then the result.
+    per_row = 2 * (width + 3 * hidden) if run.compiled else run.width * width + (4 * 4 + run.width) * hidden
+    return {
+        "router's input in float32": 4 * width if run.width == 2 else 0,
+        "scores, and their shares for the balance loss": 2 * 4 * experts,
+        "choice, gates, order and its inverse": (8 + 4 + 8 + 8) * chosen,
+        "rows of the experts": rows * per_row,
+        "shared experts": _feed_forward(model.n_shared_experts * hidden, run),
+    }
+
+
+def _prediction(model: ModelConfig, run: Execution) -> dict[str, float]:
+    """What a prediction layer has besides: two norms joined, their projection, and a norm at its end."""
+    width = model.hidden_size
+    if run.compiled:
+        return {"joined states, projected; state before the last norm": 2 * (2 * width + width + width)}
+    return {
+        "norms of states and embeddings": 2 * (4 + (4 if run.width == 2 else 0)) * width,
+        "joined states, projected": run.width * 2 * width + (4 * width if run.width == 4 else 0),
+        "last norm": 8 * width,
+    }

@@ -1,0 +1,62 @@
+"""How a run's layers are executed: the width of activations, compilation, and their division over ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from deepseek_v3.config.model_config import ModelConfig
+from deepseek_v3.config.train_config import RunConfig
+from deepseek_v3.planning.hardware import Device
+
+LayerKind = Literal["dense", "mixture", "prediction"]
+
+# As in ops/cross_entropy/chunked.py.
+_LOGITS_AT_ONCE = {"gpu": 1 << 28, "cpu": 1 << 20}
+
+# Rows that the busiest rank gets over those that even loads would give it; an assumption, not measured.
+_UNEVEN_EXPERTS = 1.2
+
+
+@dataclass(frozen=True)
+class Execution:
+    """`width`: bytes of an activation. `compiled`: each layer is fused whole, in bfloat16.
+
+    `row_factor`: rows that the experts of the busiest rank see over those of even loads; 1 where one rank holds
+    all experts. `logits_at_once`: numbers in one chunk of the loss.
+    """
+
+    width: Literal[2, 4]
+    compiled: bool
+    row_factor: float = 1.0
+    logits_at_once: int = _LOGITS_AT_ONCE["gpu"]
+
+
+def execution_on(device: Device, config: RunConfig) -> Execution:
+    """What `training/parallel/plan.py` makes of `parallel.precision` and `parallel.compile` on this device."""
+    parallel, model = config.parallel, config.model
+    has_bfloat16 = device.bfloat16_tflops is not None
+    narrow = parallel.precision == "bfloat16" or (parallel.precision == "auto" and has_bfloat16)
+    fits_kernels = model.hidden_size % 8 == 0 and model.moe_intermediate_size % 8 == 0
+    compiled = narrow and has_bfloat16 and fits_kernels and parallel.compile is not False
+    return Execution(
+        width=2 if narrow else 4,
+        compiled=compiled,
+        row_factor=_UNEVEN_EXPERTS if parallel.expert > 1 else 1.0,
+        logits_at_once=_LOGITS_AT_ONCE["cpu" if device.is_cpu else "gpu"],
+    )
+
+
+def pipeline_stages(model: ModelConfig, stages: int) -> list[list[LayerKind]]:
+    """The kinds of layers of each stage: contiguous, as equal in number as can be, longer ones first."""
+    kinds = _layer_kinds(model)
+    size, longer = divmod(len(kinds), stages)
+    ends = [size * (stage + 1) + min(stage + 1, longer) for stage in range(stages)]
+    return [kinds[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _layer_kinds(model: ModelConfig) -> list[LayerKind]:
+    dense: list[LayerKind] = ["dense"] * model.first_k_dense_replace
+    mixtures: list[LayerKind] = ["mixture"] * model.num_moe_layers
+    predictions: list[LayerKind] = ["prediction"] * model.num_nextn_predict_layers
+    return dense + mixtures + predictions

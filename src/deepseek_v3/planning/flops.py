@@ -1,0 +1,109 @@
+"""Floating-point operations of training, per token, from the config and the sequence length alone.
+
+An operation is one multiplication or one addition, so a product with a weight costs a token two. Attention is
+causal: on average a query meets half the sequence. Every prediction layer is counted as running on all tokens,
+though depth k misses the last k of a sequence. Look-ups, norms, softmax and activations are left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from deepseek_v3.config.model_config import ModelConfig
+from deepseek_v3.planning.counts import (
+    ParameterCounts,
+    count_active_parts,
+    count_layers,
+    joining_weights,
+)
+
+
+@dataclass(frozen=True)
+class ForwardFlops:
+    """Operations per token of one forward pass, by part; `joining` is that of prediction layers."""
+
+    attention_projections: int
+    attention_scores: int  # queries times keys, and weights times values
+    dense_ffn: int
+    routed_experts: int
+    shared_experts: int
+    gates: int
+    joining: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        """All parts."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True)
+class FlopCounts:
+    """Operations per token of a training step; `attention` is the share of scores and their use in all three."""
+
+    forward: int
+    backward: int
+    recomputation: int
+    attention: int
+
+    @property
+    def total(self) -> int:
+        """All that the hardware executes; without recomputation, what the model asks for."""
+        return self.forward + self.backward + self.recomputation
+
+
+def flops_per_token(
+    config: ModelConfig, sequence_length: int, recomputation: Literal["none", "full"] = "none"
+) -> FlopCounts:
+    """Operations of forward, backward (twice the forward) and recomputation, prediction layers included.
+
+    Full recomputation runs every decoder and prediction layer forward once more, but not the head.
+    """
+    parts = (forward_parts(config, sequence_length), prediction_parts(config, sequence_length))
+    forward = sum(part.total for part in parts)
+    repeated = forward - sum(part.head for part in parts) if recomputation == "full" else 0
+    passes = 4 if recomputation == "full" else 3
+    return FlopCounts(forward, 2 * forward, repeated, passes * sum(part.attention_scores for part in parts))
+
+
+def training_flops_per_token(config: ModelConfig, sequence_length: int) -> int:
+    """Operations that model FLOP utilisation counts: forward and backward, recomputation not.
+
+    6 × (active matrix weights, head included, + attention scores and their use, causal: half the length).
+    """
+    return flops_per_token(config, sequence_length).total
+
+
+def forward_parts(config: ModelConfig, sequence_length: int) -> ForwardFlops:
+    """The main model's forward pass, by part."""
+    active = count_active_parts(config)
+    scores = config.num_hidden_layers * _scores(config, sequence_length)
+    return _doubled(active, scores, joining=0, head=active.head)
+
+
+def prediction_parts(config: ModelConfig, sequence_length: int) -> ForwardFlops:
+    """The forward pass of all prediction layers together, by part; each also runs the shared head."""
+    depth = config.num_nextn_predict_layers
+    active = count_layers(config, 0, depth, config.num_experts_per_tok)
+    head = depth * config.vocab_size * config.hidden_size
+    return _doubled(active, depth * _scores(config, sequence_length), depth * joining_weights(config), head)
+
+
+def _doubled(active: ParameterCounts, scores: int, joining: int, head: int) -> ForwardFlops:
+    """Two operations for each weight; `scores` are operations already."""
+    return ForwardFlops(
+        attention_projections=2 * active.attention,
+        attention_scores=scores,
+        dense_ffn=2 * active.dense_ffn,
+        routed_experts=2 * active.routed_experts,
+        shared_experts=2 * active.shared_experts,
+        gates=2 * active.gates,
+        joining=2 * joining,
+        head=2 * head,
+    )
+
+
+def _scores(config: ModelConfig, sequence_length: int) -> int:
+    """Operations per token of one layer's scores and their use: two per number, over half the length."""
+    return config.num_attention_heads * (config.qk_head_dim + config.v_head_dim) * sequence_length

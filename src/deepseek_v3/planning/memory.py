@@ -1,0 +1,229 @@
+"""Memory of training, from the config alone: what one rank holds at the worst moment of a step.
+
+A step is walked through as it happens: the forward pass fills memory with what the layers keep, the losses add
+their own, the backward pass trades it for gradients layer by layer. The largest moment is the estimate; on one GPU
+it is compared with torch's own count in benchmarks/results/planner_points.json.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+from deepseek_v3.config.model_config import ModelConfig
+from deepseek_v3.config.train_config import RunConfig
+from deepseek_v3.planning.activations import saved_bytes
+from deepseek_v3.planning.calibration import calibration
+from deepseek_v3.planning.counts import count_layers, joining_weights
+from deepseek_v3.planning.execution import Execution, LayerKind, pipeline_stages
+from deepseek_v3.planning.hardware import Device
+
+# What cuBLAS keeps for itself on Hopper.
+_WORKSPACE = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one rank at the worst moment of a step, and the name of that moment.
+
+    `weights`, `moments`, `gradients`: this rank's shares. `weight_copies`: bfloat16 copies of the weights that
+    layers keep for their backward pass. `head`: a chunk of logits, and the gradients that the losses make at once.
+    `communication`: whole layers gathered from shares, and rows on their way to experts of other ranks.
+    """
+
+    moment: str
+    weights: float
+    moments: float
+    gradients: float
+    activations: float
+    weight_copies: float
+    head: float
+    communication: float
+    workspace: float = _WORKSPACE
+
+    @property
+    def total(self) -> float:
+        """All parts: what torch counts as allocated."""
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, float]:
+        """Bytes by part."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "moment"}
+
+
+def estimate_memory(config: RunConfig, run: Execution) -> MemoryEstimate:
+    """The worst moment of the rank that needs most: of several pipeline stages, the largest one's."""
+    stages = pipeline_stages(config.model, config.parallel.pipeline)
+    return max(
+        (moment for stage in range(len(stages)) for moment in _Stage(config, run, stages, stage).moments()),
+        key=lambda moment: moment.total,
+    )
+
+
+def needed_bytes(estimate: MemoryEstimate, device: Device) -> float:
+    """What the device must have free: allocated, held besides by torch's allocator, and kept by the driver."""
+    calibrated = calibration()
+    context = 0.0 if device.is_cpu else calibrated.context_bytes
+    return estimate.total * (1 + calibrated.allocator_overhead) + context
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer on one rank. `parameters`: how many are this rank's own share; all others in bytes.
+
+    `saved`: activations kept for the backward pass. `copies`: bfloat16 weights kept with them. `gathered`: the
+    whole layer's weights in activations' width, where they are sharded. `working`: gradients made, less what is
+    let go, at the worst moment of the layer's own backward pass.
+    """
+
+    parameters: float
+    saved: float
+    copies: float
+    gathered: float
+    working: float
+
+
+def _layer(config: RunConfig, run: Execution, kind: LayerKind) -> _Layer:
+    model, parallel = config.model, config.parallel
+    tokens = parallel.micro_batch_size * config.training.sequence_length
+    dense = kind == "dense"
+    counts = count_layers(model, int(dense), int(not dense), model.n_routed_experts)
+    joining = joining_weights(model) + 3 * model.hidden_size if kind == "prediction" else 0
+    routed, others = counts.routed_experts / parallel.expert, counts.total - counts.routed_experts + joining
+    is_sharded, recomputes = parallel.data_shard > 1, parallel.recomputation == "full"
+    matrices = routed + others - counts.norms - counts.gates
+    return _Layer(
+        parameters=counts.routed_experts / max(parallel.data_shard, parallel.expert) + others / parallel.data_shard,
+        saved=saved_bytes(model, kind, run) * tokens,
+        copies=0.0 if run.width == 4 or is_sharded else 2 * matrices,
+        gathered=run.width * (routed + others) if is_sharded else 0.0,
+        working=_working_bytes(model, dense, run, tokens, parallel.expert, lets_go=not (recomputes or is_sharded)),
+    )
+
+
+def _working_bytes(
+    model: ModelConfig, dense: bool, run: Execution, tokens: int, expert_ranks: int, lets_go: bool
+) -> float:
+    """The feed-forward network's backward pass: rows' gradients first, the widest weight's gradient later.
+
+    A compiled backward pass makes a weight's gradient in bfloat16 beside its float32 copy, an eager one makes
+    the experts' one by one and then stacks them. `lets_go`: saved tensors and copies of weights are freed as
+    soon as they have been used.
+    """
+    hidden = model.intermediate_size if dense else model.moe_intermediate_size
+    rows = tokens if dense else tokens * model.num_experts_per_tok * run.row_factor
+    weight = model.hidden_size * hidden * (1.0 if dense else model.n_routed_experts / expert_ranks)
+    early = run.width * rows * (model.hidden_size + hidden)
+    if not run.compiled:
+        late = 20 * weight + run.width * rows * (model.hidden_size - 2 * hidden)
+    elif lets_go:
+        late = 10 * weight - 3 * run.width * rows * hidden
+    else:
+        late = 16 * weight - run.width * rows * hidden
+    return max(early, late)
+
+
+class _Stage:
+    """One rank of one pipeline stage."""
+
+    def __init__(self, config: RunConfig, run: Execution, stages: list[list[LayerKind]], stage: int) -> None:
+        parallel, model = config.parallel, config.model
+        self.config, self.run, self.kinds = config, run, stages[stage]
+        self.is_first, self.is_last = stage == 0, stage == len(stages) - 1
+        self.recomputes = parallel.recomputation == "full"
+        self.tokens = parallel.micro_batch_size * config.training.sequence_length
+        micro_batches = config.training.global_batch_size // (parallel.micro_batch_size * parallel.data_ranks)
+        self.accumulates = micro_batches > 1
+        # 1F1B: a stage starts as many micro-batches ahead as there are stages after it.
+        self.in_flight = min(len(stages) - stage, micro_batches)
+        self.states = float(run.width * self.tokens * model.hidden_size)
+        self.vocabulary = model.vocab_size * model.hidden_size
+        self.layers = {kind: _layer(config, run, kind) for kind in sorted(set(self.kinds))}
+        ends = int(self.is_first) + int(self.is_last and not (self.is_first and model.tie_word_embeddings))
+        own = ends * self.vocabulary / parallel.data_shard
+        self.parameters = own + sum(self.layers[kind].parameters for kind in self.kinds)
+
+    def moments(self) -> Iterator[MemoryEstimate]:
+        """Every moment that can be the worst; across equal layers memory changes evenly, so their ends suffice."""
+        if self.is_last:
+            yield self._losses()
+        last = len(self.kinds) - 1
+        for index, kind in enumerate(self.kinds):
+            if index in (0, last) or not self.kinds[index - 1] == kind == self.kinds[index + 1]:
+                yield self._backward(index)
+        yield self._end()
+
+    def _losses(self) -> MemoryEstimate:
+        """In the last depth's loss: everything is kept, and a chunk of logits is out."""
+        model, narrow = self.config.model, self.run.width == 2
+        chunks = math.ceil(self.tokens * model.vocab_size / self.run.logits_at_once)
+        chunk = self.run.width * math.ceil(self.tokens / chunks) * model.vocab_size
+        per_loss = 4 * self.vocabulary + self.states  # gradients of the head and of the states, made at once
+        # The norm before the head is not compiled: its input and product in float32, in place of the last states.
+        last_norm = (8 if narrow else 4) * self.tokens * model.hidden_size
+        return self._moment(
+            "loss",
+            made=0.0,
+            activations=self._kept(len(self.kinds)) + self.states + last_norm,
+            copies=self._copies(len(self.kinds)),
+            head=(1 + model.num_nextn_predict_layers) * per_loss + chunk + (2 * self.vocabulary if narrow else 0),
+        )
+
+    def _backward(self, index: int) -> MemoryEstimate:
+        """In layer `index` of the stage, going backward, those after it done."""
+        layer = self.layers[self.kinds[index]]
+        kept, copies = self._kept(index + 1), self._copies(index + 1)
+        if self.recomputes:
+            kept, copies = self._kept(index) + layer.saved, layer.copies
+        return self._moment(
+            f"backward pass of layer {index}",
+            made=self._made(index + 1) + (self.vocabulary if self.is_last else 0),
+            activations=kept + self.states + layer.working,
+            copies=copies,
+        )
+
+    def _end(self) -> MemoryEstimate:
+        """All gradients are made, the embedding's last, whole and from float32 states."""
+        return self._moment(
+            "end of the backward pass",
+            made=self.parameters,
+            activations=self.states + 4 * self.tokens * self.config.model.hidden_size,
+            head=4 * self.vocabulary if self.is_first and self.accumulates else 0.0,
+        )
+
+    def _moment(
+        self, name: str, made: float, activations: float, copies: float = 0.0, head: float = 0.0
+    ) -> MemoryEstimate:
+        """`made`: parameters whose gradients are there, if none are left from an earlier micro-batch."""
+        moment_width = 2 if self.config.training.optimizer.moments == "bfloat16" else 4
+        waiting = self.in_flight - 1
+        return MemoryEstimate(
+            moment=name,
+            weights=4 * self.parameters,
+            moments=2 * moment_width * self.parameters,
+            gradients=4 * (self.parameters if self.accumulates else made),
+            activations=activations + waiting * self._kept(len(self.kinds)),
+            weight_copies=copies + waiting * self._copies(len(self.kinds)),
+            head=head,
+            communication=self._communication(),
+        )
+
+    def _kept(self, layers: int) -> float:
+        """Activations that the first `layers` layers keep, and the states that enter the first."""
+        if self.recomputes:
+            return (1 + layers) * self.states
+        return self.states + sum(self.layers[kind].saved for kind in self.kinds[:layers])
+
+    def _copies(self, layers: int) -> float:
+        return 0.0 if self.recomputes else sum(self.layers[kind].copies for kind in self.kinds[:layers])
+
+    def _made(self, first: int) -> float:
+        return sum(self.layers[kind].parameters for kind in self.kinds[first:])
+
+    def _communication(self) -> float:
+        """Two layers gathered, one computing and one to come; rows to and from experts of other ranks."""
+        gathered = 2 * max(layer.gathered for layer in self.layers.values())
+        if self.config.parallel.expert == 1:
+            return gathered
+        return gathered + 2 * self.states * self.config.model.num_experts_per_tok * self.run.row_factor

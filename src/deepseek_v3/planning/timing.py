@@ -1,0 +1,191 @@
+"""Time of a training step, from the config alone: quantities of work over the rates of a device.
+
+Each kind of work is counted first (operations, bytes moved), then divided by the device's peak and multiplied by a
+factor over that peak, fitted to measured steps of this trainer on one H100 (`calibration.py`). Collectives over
+several devices follow from their bytes; they have not been measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from deepseek_v3.config.train_config import RunConfig
+from deepseek_v3.planning.activations import saved_bytes
+from deepseek_v3.planning.calibration import Rates, calibration
+from deepseek_v3.planning.counts import count_layers, count_parameters
+from deepseek_v3.planning.execution import Execution, pipeline_stages
+from deepseek_v3.planning.flops import forward_parts, prediction_parts
+from deepseek_v3.planning.hardware import Device
+
+# Of a link's published rate, what large messages reach; an assumption.
+_LINK_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """What one rank does in one step, were the pipeline always full.
+
+    Operations of dense matrices, of experts and of attention scores; bytes of experts' rows and weights, of other
+    activations, of logits, and of weights with their gradients and moments; layers run.
+    """
+
+    matrix_operations: float
+    expert_operations: float
+    attention_operations: float
+    expert_bytes: float
+    activation_bytes: float
+    logit_bytes: float
+    weight_bytes: float
+    layer_runs: float
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step by part. `waiting`: pipeline stages without work; `communication`: what is not hidden."""
+
+    matrices: float
+    experts: float
+    attention: float
+    elementwise: float
+    weights: float
+    launches: float
+    communication: float
+    waiting: float
+
+    @property
+    def total(self) -> float:
+        """All parts."""
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, float]:
+        """Seconds by part."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def estimate_step(config: RunConfig, run: Execution, device: Device) -> StepTime:
+    """A step of the full batch on the slowest rank."""
+    work, rates = step_work(config, run), calibration().rates(run.width)
+    computing = computing_time(work, rates, run, device)
+    busy = sum(computing.values())
+    hidden, exposed = _collectives(config, run, device)
+    stages = config.parallel.pipeline
+    waiting = busy * (stages - 1) / _micro_batches(config)
+    return StepTime(**computing, communication=exposed + max(0.0, hidden - busy), waiting=waiting)
+
+
+def computing_time(work: StepWork, rates: Rates, run: Execution, device: Device) -> dict[str, float]:
+    """Seconds by kind of work."""
+    peak, memory = device.peak(run.width), device.memory_gb_per_s * 1e9
+    return {
+        "matrices": rates.matrices * work.matrix_operations / peak,
+        "experts": rates.experts * work.expert_operations / peak + rates.expert_bytes * work.expert_bytes / memory,
+        "attention": rates.attention * work.attention_operations / peak,
+        "elementwise": (rates.activations * work.activation_bytes + rates.logits * work.logit_bytes) / memory,
+        "weights": rates.weights * work.weight_bytes / memory,
+        "launches": rates.seconds_per_layer * work.layer_runs + rates.seconds_per_step,
+    }
+
+
+def step_work(config: RunConfig, run: Execution) -> StepWork:
+    """The work of one rank, equal shares of it on every pipeline stage."""
+    model, parallel = config.model, config.parallel
+    length = config.training.sequence_length
+    recomputes = parallel.recomputation == "full"
+    passes = 4 if recomputes else 3
+    tokens = parallel.micro_batch_size * length * _micro_batches(config) / parallel.pipeline
+    parts = (forward_parts(model, length), prediction_parts(model, length))
+    inside = sum(p.attention_projections + p.dense_ffn + p.shared_experts + p.gates + p.joining for p in parts)
+    kinds = pipeline_stages(model, 1)[0]
+    saved = sum(saved_bytes(model, kind, run) for kind in kinds)
+    depths = 1 + model.num_nextn_predict_layers
+    return StepWork(
+        matrix_operations=tokens * (passes * inside + 3 * sum(p.head for p in parts)),
+        expert_operations=tokens * run.row_factor * passes * sum(p.routed_experts for p in parts),
+        attention_operations=tokens * passes * sum(p.attention_scores for p in parts),
+        expert_bytes=passes * _expert_bytes(config, run, tokens),
+        activation_bytes=tokens * saved * passes / 3,
+        logit_bytes=tokens * depths * 3 * run.width * model.vocab_size,
+        weight_bytes=_weight_bytes(config, run, recomputes),
+        layer_runs=_micro_batches(config) * len(kinds) / parallel.pipeline * passes / 3,
+    )
+
+
+def _micro_batches(config: RunConfig) -> int:
+    parallel = config.parallel
+    return config.training.global_batch_size // (parallel.micro_batch_size * parallel.data_ranks)
+
+
+def _expert_bytes(config: RunConfig, run: Execution, tokens: float) -> float:
+    """Rows into and out of both products of the experts, and their weights, for one pass."""
+    model = config.model
+    mixtures = model.num_moe_layers + model.num_nextn_predict_layers
+    rows = mixtures * tokens * model.num_experts_per_tok * run.row_factor
+    weights = _micro_batches(config) * _parameters(config).experts
+    return run.width * (rows * (2 * model.hidden_size + 3 * model.moe_intermediate_size) + weights)
+
+
+def _weight_bytes(config: RunConfig, run: Execution, recomputes: bool) -> float:
+    """Casts of weights and of their gradients at every micro-batch, their sums, and the optimizer's pass."""
+    own, micro_batches = _parameters(config), _micro_batches(config)
+    casts = ((2 if recomputes else 1) + 1) * (4 + 2) if run.width == 2 else 0
+    moments = 2 if config.training.optimizer.moments == "bfloat16" else 4
+    norm, update = 4, 3 * 4 + 2 * 2 * moments
+    summing = (micro_batches - 1) * 3 * 4
+    return own.layers * (micro_batches * casts) + own.share * (summing + norm + update)
+
+
+@dataclass(frozen=True)
+class _Parameters:
+    """How many parameters a rank works on: in whole layers, of these in experts, and in the share it updates."""
+
+    layers: float
+    experts: float
+    share: float
+
+
+def _parameters(config: RunConfig) -> _Parameters:
+    model, parallel = config.model, config.parallel
+    mixtures = model.num_moe_layers + model.num_nextn_predict_layers
+    routed = count_layers(model, 0, mixtures, model.n_routed_experts).routed_experts
+    counts = count_parameters(model)
+    others = counts.with_prediction - counts.embedding - counts.head - routed
+    share = routed / max(parallel.data_shard, parallel.expert)
+    share += (counts.with_prediction - routed) / parallel.data_shard
+    experts = routed / parallel.expert
+    stages = parallel.pipeline
+    return _Parameters((experts + others) / stages, experts / stages, share / stages)
+
+
+def _collectives(config: RunConfig, run: Execution, device: Device) -> tuple[float, float]:
+    """Seconds of collectives that can run beside the computation, and of those that cannot."""
+    parallel, own = config.parallel, _parameters(config)
+    shards, copies = parallel.data_shard, parallel.data_replicate
+    gathers = 2 * run.width * own.layers * _micro_batches(config)
+    reductions = 4 * own.layers * _micro_batches(config)
+    hidden = (gathers + reductions) * _left_over(shards) / _bandwidth(device, shards)
+    hidden += 2 * 4 * own.share * _left_over(copies) / _bandwidth(device, shards * copies)
+    exposed = _expert_traffic(config, run) * _left_over(parallel.expert) / _bandwidth(device, parallel.expert)
+    return hidden, exposed
+
+
+def _expert_traffic(config: RunConfig, run: Execution) -> float:
+    """Bytes that a rank sends to experts and back, in every pass."""
+    model, parallel = config.model, config.parallel
+    if parallel.expert == 1:
+        return 0.0
+    mixtures = (model.num_moe_layers + model.num_nextn_predict_layers) / parallel.pipeline
+    tokens = parallel.micro_batch_size * config.training.sequence_length * _micro_batches(config)
+    passes = 3 if parallel.recomputation == "full" else 2
+    row = run.width * model.hidden_size * model.num_experts_per_tok * run.row_factor
+    return 2 * passes * mixtures * tokens * row
+
+
+def _left_over(ranks: int) -> float:
+    """The share of a rank's data that is another rank's, of so many."""
+    return (ranks - 1) / ranks
+
+
+def _bandwidth(device: Device, ranks: int) -> float:
+    """Bytes per second between ranks: the link inside a node, the network beyond."""
+    inside = ranks <= device.devices_per_node
+    return _LINK_SHARE * 1e9 * (device.link_gb_per_s if inside else device.network_gb_per_s)

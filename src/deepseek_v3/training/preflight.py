@@ -1,0 +1,65 @@
+"""Checks before anything is allocated: that the plan is for this process, and fits its memory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from deepseek_v3.config.train_config import RunConfig
+from deepseek_v3.planning.calibration import calibration
+from deepseek_v3.planning.fitting import refuse_unless_it_fits
+from deepseek_v3.planning.hardware import Device, device_named
+from deepseek_v3.utils.errors import ConfigError, PlanError
+from deepseek_v3.utils.logging import get_logger
+
+_GIB = 2**30
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+def check_plan(config: RunConfig, device: torch.device, force: bool = False) -> None:
+    """Raises ConfigError for a plan over several ranks, and PlanError for one that does not fit in memory.
+
+    With `force` the second is only a warning.
+    """
+    parallel = config.parallel
+    if parallel.world_size > 1:
+        raise ConfigError(
+            "parallel: data_replicate × data_shard × pipeline = "
+            f"{parallel.data_replicate} × {parallel.data_shard} × {parallel.pipeline} asks for "
+            f"{parallel.world_size} processes, and training runs in one; set all three, and parallel.expert, to 1, "
+            "or see with dsv3 plan --gpus 1 what fits"
+        )
+    try:
+        refuse_unless_it_fits(config, describe_device(device))
+    except PlanError as error:
+        if not force:
+            raise
+        get_logger("Plan").warning(f"started by --force although {error}")
+
+
+def describe_device(device: torch.device) -> Device:
+    """The planner's description of a device of this machine, with the memory that is free on it now."""
+    if device.type == "cpu":
+        cpu = device_named("CPU")
+        assert cpu is not None
+        return cpu.model_copy(update={"memory_gib": host_memory_bytes() / _GIB})
+    name = torch.cuda.get_device_name(device)
+    known = device_named(name) or device_named("A100")
+    assert known is not None
+    free, _ = torch.cuda.mem_get_info(device)
+    changes: dict[str, object] = {"name": name, "memory_gib": (free + calibration().context_bytes) / _GIB}
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        changes["bfloat16_tflops"] = None
+    return known.model_copy(update=changes)
+
+
+def host_memory_bytes() -> int:
+    """Memory of this machine, or of the container that this process runs in."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = _CGROUP_LIMIT.read_text(encoding="ascii").strip()
+    except OSError:
+        return physical
+    return min(physical, int(limit)) if limit.isdigit() else physical

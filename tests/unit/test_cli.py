@@ -1,0 +1,68 @@
+"""`dsv3`: all commands are listed at once, and each is imported only when it is run."""
+
+import inspect
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from deepseek_v3.cli import COMMANDS
+from run_helpers import dsv3
+
+TINY = Path(__file__).parents[2] / "configs" / "deepseek_v3_tiny.yaml"
+HEAVY = ("torch", "matplotlib", "transformers", "tokenizers", "tensorboard", "numpy")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_exists_under_its_own_line_of_help(name: str) -> None:
+    place, line = COMMANDS[name]
+    module, function = place.split(":")
+    command = getattr(import_module(module), function)
+    assert inspect.getdoc(command).splitlines()[0] == line
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("validate", "--strict"),
+        ("tokenize", "--fim-rate"),
+        ("train", "--resume"),
+        ("generate", "--prompt"),
+        ("eval", "--checkpoint"),
+        ("quickstart", "--runs"),
+    ],
+)
+def test_a_command_s_own_help_has_its_options(name: str, option: str) -> None:
+    result = dsv3(name, "--help")
+    assert result.exit_code == 0, result.output
+    assert f" {name} [OPTIONS]" in result.output
+    assert option in result.output
+
+
+def test_help_lists_every_command() -> None:
+    result = dsv3("--help")
+    assert result.exit_code == 0, result.output
+    for name in (*COMMANDS, "config"):
+        assert f" {name} " in result.output
+
+
+def test_an_unknown_command_is_refused() -> None:
+    result = dsv3("no-such-command")
+    assert result.exit_code == 2
+    assert "No such command" in result.output
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["validate"], ["validate", "--help"], ["config", "show", str(TINY)], ["config", "schema"]]
+)
+def test_planning_waits_for_no_torch(words: list[str]) -> None:
+    program = (
+        "import sys\n"
+        "from deepseek_v3.cli import app\n"
+        f"app({words!r}, standalone_mode=False)\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=TINY.parents[1], capture_output=True, text=True)
+    assert (result.returncode, result.stderr.strip()) == (0, "[]")
