@@ -14,7 +14,6 @@ import time
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from statistics import median
 from typing import Annotated, Any
 
 import numpy as np
@@ -53,22 +52,26 @@ def main(
 ) -> None:
     """Measure, fit, compare, write."""
     configure_logging()
+    device = select_device("cpu" if fit_only else "cuda")
     results = RESULTS / "planner_points.json"
     if fit_only:
         record = json.loads(results.read_text(encoding="utf-8"))
     else:
         wanted = yaml.safe_load(POINTS.read_text(encoding="utf-8"))
-        points = [measure({**point, "overrides": wanted["run"] + point["overrides"]}) for point in wanted["points"]]
+        points = [
+            measure({**point, "overrides": wanted["run"] + point["overrides"]}, device)
+            for point in wanted["points"]
+        ]
         record = {**surroundings("torch", commit=commit), "points": points}
-    device = device_named(str(record["device"]))
-    if device is None:
+    described = device_named(str(record["device"]))
+    if described is None:
         raise SystemExit(f"{record['device']}: not in the planner's table of devices; add it there first")
-    calibration = fit(record, device)
+    calibration = fit(record, described)
     CALIBRATION_FILE.write_text(json.dumps(asdict(calibration), indent=2) + "\n", encoding="utf-8")
     for point in record["points"]:
-        point.update(compare(point, calibration, device))
+        point.update(compare(point, calibration, described))
         others = {**record, "points": [other for other in record["points"] if other is not point]}
-        point["time_error_left_out"] = compare(point, fit(others, device), device)["time_error"]
+        point["time_error_left_out"] = compare(point, fit(others, described), described)["time_error"]
         typer.echo(
             f"{point['name']:24} {point['measured_gib']:7.2f} GiB {point['memory_error']:+7.2%}   "
             f"{point['measured_seconds'] * 1e3:7.1f} ms {point['time_error']:+7.2%} "
@@ -77,13 +80,14 @@ def main(
     results.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def measure(point: dict[str, Any]) -> dict[str, Any]:
-    """Memory of all steps, first included; median time of warm ones; and kernel time by kind."""
+def measure(point: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Memory of all steps, first included; time of warm ones, run as in training; and kernel time by kind."""
     config = _config(point)
     _forget_earlier_points()
-    trainer = Trainer(config, select_device("cuda"))
+    trainer = Trainer(config, device)
     batches = token_batches(trainer.loader, trainer._micro_batches(), trainer.device)
-    seconds = [_timed_step(trainer, batches, number) for number in range(1, 1 + _WARM_UP_STEPS + _TIMED_STEPS)]
+    _seconds(trainer, batches, _WARM_UP_STEPS)
+    seconds = _seconds(trainer, batches, _TIMED_STEPS) / _TIMED_STEPS
     gib = 2**30
     free, total = torch.cuda.mem_get_info()
     measured = {
@@ -91,7 +95,7 @@ def measure(point: dict[str, Any]) -> dict[str, Any]:
         "measured_gib": torch.cuda.max_memory_allocated() / gib,
         "reserved_gib": torch.cuda.max_memory_reserved() / gib,
         "context_gib": (total - free - torch.cuda.memory_reserved()) / gib,
-        "measured_seconds": median(seconds[_WARM_UP_STEPS:]),
+        "measured_seconds": seconds,
         "kernel_seconds": _kernel_seconds(trainer, batches),
     }
     batches.close()
@@ -113,17 +117,19 @@ def _forget_earlier_points() -> None:
         raise SystemExit(f"{left:.0f} MiB of an earlier point are still held; its memory would count twice")
 
 
-def _timed_step(trainer: Trainer, batches: Any, number: int) -> float:
+def _seconds(trainer: Trainer, batches: Any, steps: int) -> float:
+    """Time of so many steps, the host running ahead of the GPU as it does in training."""
     torch.cuda.synchronize()
     start = time.perf_counter()
-    trainer._train_step(trainer.plan.step(number), batches)
+    for number in range(1, 1 + steps):
+        trainer._train_step(trainer.plan.step(number), batches)
     torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
 def _kernel_seconds(trainer: Trainer, batches: Any) -> dict[str, float]:
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        _timed_step(trainer, batches, 1)
+        _seconds(trainer, batches, 1)
     seconds: Counter[str] = Counter()
     for event in profiler.events() or []:
         if event.device_type.name == "CUDA":

@@ -19,8 +19,9 @@ from deepseek_v3.planning.counts import count_layers, joining_weights
 from deepseek_v3.planning.execution import Execution, LayerKind, pipeline_stages
 from deepseek_v3.planning.hardware import Device
 
-# What cuBLAS keeps for itself on Hopper.
+# What cuBLAS keeps for itself on Hopper; and the interpreter with torch and its libraries on a host.
 _WORKSPACE = 64 * 2**20
+_CPU_PROCESS = 0.5 * 2**30
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,9 @@ def estimate_memory(config: RunConfig, run: Execution) -> MemoryEstimate:
 
 
 def needed_bytes(estimate: MemoryEstimate, device: Device) -> float:
-    """What the device must have free: allocated, held besides by torch's allocator, and kept by the driver."""
+    """What the device must have: allocated, held besides by torch's allocator, and kept by driver and libraries."""
     calibrated = calibration()
-    context = 0.0 if device.is_cpu else calibrated.context_bytes
+    context = _CPU_PROCESS if device.is_cpu else calibrated.context_bytes
     return estimate.total * (1 + calibrated.allocator_overhead) + context
 
 

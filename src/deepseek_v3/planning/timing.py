@@ -82,7 +82,7 @@ def computing_time(work: StepWork, rates: Rates, run: Execution, device: Device)
         "attention": rates.attention * work.attention_operations / peak,
         "elementwise": (rates.activations * work.activation_bytes + rates.logits * work.logit_bytes) / memory,
         "weights": rates.weights * work.weight_bytes / memory,
-        "launches": rates.seconds_per_layer * work.layer_runs + rates.seconds_per_step,
+        "launches": 0.0 if device.is_cpu else rates.seconds_per_layer * work.layer_runs + rates.seconds_per_step,
     }
 
 
