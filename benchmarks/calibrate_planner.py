@@ -12,8 +12,9 @@ import json
 import re
 import time
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import mean
 from typing import Annotated, Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.calibration import CALIBRATION_FILE, Calibration, Rates
-from deepseek_v3.planning.execution import execution_on
+from deepseek_v3.planning.execution import Execution, execution_on
 from deepseek_v3.planning.hardware import Device, device_named
 from deepseek_v3.planning.memory import estimate_memory
 from deepseek_v3.planning.timing import computing_time, step_work
@@ -62,7 +63,7 @@ def main(
             measure({**point, "overrides": wanted["run"] + point["overrides"]}, device)
             for point in wanted["points"]
         ]
-        record = {**surroundings("torch", commit=commit), "points": points}
+        record = {**surroundings("torch", commit=commit), "context_gib": _context_gib(), "points": points}
     described = device_named(str(record["device"]))
     if described is None:
         raise SystemExit(f"{record['device']}: not in the planner's table of devices; add it there first")
@@ -89,12 +90,10 @@ def measure(point: dict[str, Any], device: torch.device) -> dict[str, Any]:
     _seconds(trainer, batches, _WARM_UP_STEPS)
     seconds = _seconds(trainer, batches, _TIMED_STEPS) / _TIMED_STEPS
     gib = 2**30
-    free, total = torch.cuda.mem_get_info()
     measured = {
         **point,
         "measured_gib": torch.cuda.max_memory_allocated() / gib,
         "reserved_gib": torch.cuda.max_memory_reserved() / gib,
-        "context_gib": (total - free - torch.cuda.memory_reserved()) / gib,
         "measured_seconds": seconds,
         "kernel_seconds": _kernel_seconds(trainer, batches),
     }
@@ -105,6 +104,12 @@ def measure(point: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 def _config(point: dict[str, Any]) -> RunConfig:
     return load_config(ROOT / point["config"], point["overrides"])
+
+
+def _context_gib() -> float:
+    """What is taken on the GPU beside torch's allocator: the driver's context and loaded kernels."""
+    free, total = torch.cuda.mem_get_info()
+    return (total - free - torch.cuda.memory_reserved()) / 2**30
 
 
 def _forget_earlier_points() -> None:
@@ -144,47 +149,65 @@ def _kind(kernel: str) -> str:
 def fit(record: dict[str, Any], device: Device) -> Calibration:
     """Factors by least squares on relative errors, each kind of kernel by itself."""
     points = record["points"]
-    bfloat16 = [point for point in points if _width(point, device) == 2]
-    float32 = [point for point in points if _width(point, device) == 4]
-    narrow = _fit_compiled(bfloat16, device)
+    compiled = _fit_compiled([point for point in points if _run(point, device).compiled], device)
     return Calibration(
         fitted_on=f"{record['device']}, torch {record['versions']['torch']}",
-        bfloat16=narrow,
-        float32=_fit_eager(float32, device, narrow),
-        allocator_overhead=max(point["reserved_gib"] / point["measured_gib"] for point in points) - 1,
-        context_bytes=max(point["context_gib"] for point in points) * 2**30,
+        bfloat16=compiled,
+        float32=_fit_eager([point for point in points if not _run(point, device).compiled], device, compiled),
+        # The mean, not the most: what the allocator holds beyond its peak, it gives back when memory runs short.
+        allocator_overhead=mean(point["reserved_gib"] / point["measured_gib"] for point in points) - 1,
+        context_bytes=record["context_gib"] * 2**30,
     )
 
 
 def _fit_compiled(points: list[dict[str, Any]], device: Device) -> Rates:
-    """Every factor of its own; the experts' kernels are told apart from other products."""
+    """Every factor by itself; the experts' kernels are told apart from other products."""
     ideal = [_ideal_seconds(point, device) for point in points]
-    matrices = _factors(points, ideal, "matrices", ["matrices"])
+    (matrices,) = _factors(points, ideal, "matrices", ["matrices"])
     experts, expert_bytes = _factors(points, ideal, "experts", ["experts", "expert_bytes"])
-    attention = _factors(points, ideal, "attention", ["attention"])
+    attention, masked_attention = _factors(points, ideal, "attention", ["attention", "masked_attention"])
     activations, logits, weights = _factors(points, ideal, "memory", ["activations", "logits", "weights"])
     per_layer, per_step = _gaps(points, ideal)
     return Rates(
-        matrices[0], experts, expert_bytes, attention[0], activations, logits, weights, per_layer, per_step
+        matrices=matrices,
+        experts=experts,
+        expert_bytes=expert_bytes,
+        attention=attention,
+        masked_attention=masked_attention,
+        activations=activations,
+        logits=logits,
+        weights=weights,
+        seconds_per_layer=per_layer,
+        seconds_per_step=per_step,
     )
 
 
 def _fit_eager(points: list[dict[str, Any]], device: Device, compiled: Rates) -> Rates:
-    """The experts run as ordinary products; logits and weights pass through the same kernels as when compiled."""
+    """The experts run as ordinary products; logits and weights pass through the same kernels as when compiled.
+
+    Products and attention are fitted in float32 alone: eager bfloat16 shares those of compiled layers.
+    """
     ideal = [_ideal_seconds(point, device) for point in points]
-    for point, seconds in zip(points, ideal, strict=True):
+    known = [compiled.logits * seconds["logits"] + compiled.weights * seconds["weights"] for seconds in ideal]
+    moved = [point["kernel_seconds"]["memory"] - other for point, other in zip(points, known, strict=True)]
+    (activations,) = _least_squares([[seconds["activations"]] for seconds in ideal], moved, moved)
+    wide = [index for index, point in enumerate(points) if _run(point, device).width == 4]
+    points, ideal = [points[index] for index in wide], [ideal[index] for index in wide]
+    for seconds in ideal:
         seconds["products"] = seconds["matrices"] + seconds["experts"]
-        kernels = point["kernel_seconds"]
-        known = compiled.logits * seconds["logits"] + compiled.weights * seconds["weights"]
-        kernels["other memory"] = kernels["memory"] - known
-    products = _factors(points, ideal, "matrices", ["products"])[0]
-    attention = _factors(points, ideal, "attention", ["attention"])[0]
-    activations = _factors(points, ideal, "other memory", ["activations"])[0]
-    for point in points:
-        del point["kernel_seconds"]["other memory"]
+    (products,) = _factors(points, ideal, "matrices", ["products"])
+    (attention,) = _factors(points, ideal, "attention", ["attention"])
     per_layer, per_step = _gaps(points, ideal)
-    return Rates(
-        products, products, 0.0, attention, activations, compiled.logits, compiled.weights, per_layer, per_step
+    return replace(
+        compiled,
+        matrices=products,
+        experts=products,
+        expert_bytes=0.0,
+        attention=attention,
+        masked_attention=attention,
+        activations=activations,
+        seconds_per_layer=per_layer,
+        seconds_per_step=per_step,
     )
 
 
@@ -198,7 +221,8 @@ def _ideal_seconds(point: dict[str, Any], device: Device) -> dict[str, float]:
         "matrices": work.matrix_operations / peak,
         "experts": work.expert_operations / peak,
         "expert_bytes": work.expert_bytes / memory,
-        "attention": work.attention_operations / peak,
+        "attention": 0.0 if run.mask_bytes else work.attention_operations / peak,
+        "masked_attention": work.attention_operations / peak if run.mask_bytes else 0.0,
         "activations": work.activation_bytes / memory,
         "logits": work.logit_bytes / memory,
         "weights": work.weight_bytes / memory,
@@ -243,7 +267,7 @@ def compare(point: dict[str, Any], calibration: Calibration, device: Device) -> 
     config = _config(point)
     run = execution_on(device, config)
     memory = estimate_memory(config, run)
-    seconds = sum(computing_time(step_work(config, run), calibration.rates(run.width), run, device).values())
+    seconds = sum(computing_time(step_work(config, run), calibration.rates(run), run, device).values())
     return {
         "estimated_gib": memory.total / 2**30,
         "memory_error": memory.total / 2**30 / point["measured_gib"] - 1,
@@ -252,8 +276,8 @@ def compare(point: dict[str, Any], calibration: Calibration, device: Device) -> 
     }
 
 
-def _width(point: dict[str, Any], device: Device) -> int:
-    return execution_on(device, _config(point)).width
+def _run(point: dict[str, Any], device: Device) -> Execution:
+    return execution_on(device, _config(point))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,10 @@ from deepseek_v3.utils.commands import run_app
 
 # Name -> where its function lives, and its line of help. Imported only when run: planning waits for no torch.
 COMMANDS = {
+    "plan": (
+        "deepseek_v3.planning.plan:plan",
+        "Say what a budget can train: fit, time, cost and expected loss of every size.",
+    ),
     "validate": (
         "deepseek_v3.planning.validate:validate",
         "Check token budgets: 20 to 26 tokens per active parameter.",

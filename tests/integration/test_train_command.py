@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from deepseek_v3.config.loading import load_config
+from deepseek_v3.planning.counts import count_active_parameters
 from deepseek_v3.utils.checkpointing import load_checkpoint
 from deepseek_v3.utils.monitoring import read_metrics
 from run_helpers import TOKENS_PER_STEP, dsv3, message_of, run_fields, write_run
@@ -113,6 +114,51 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(folder: Path, fi
         for records in (read_metrics(path / "run" / "metrics.jsonl") for path in (folder, finished))
     ]
     assert timeless[0] == timeless[1]
+
+
+@pytest.mark.parametrize("budget", [700, 768, 769])
+def test_a_run_ends_with_the_first_step_that_reaches_its_budget_and_says_so(folder: Path, budget: int) -> None:
+    shutil.rmtree(folder / "checkpoints")
+    setting = f"training.total_tokens={budget}"
+    result = dsv3("train", "--device", "cpu", "--config", folder / "run.yaml", "--set", setting)
+    assert result.exit_code == 0, result.output
+    steps = -(-budget // TOKENS_PER_STEP)
+    config = load_config(folder / "run.yaml", [setting])
+    ratio = steps * TOKENS_PER_STEP / count_active_parameters(config.model)
+    last = read_metrics(folder / "run" / "metrics.jsonl")[-2]
+    assert (last["step"], last["tokens"]) == (steps, steps * TOKENS_PER_STEP)
+    assert last["tokens_per_parameter"] == pytest.approx(ratio)
+    assert f"Tokens/param: {ratio:.2f}" in result.output
+    end = f"Finished: {steps * TOKENS_PER_STEP:,} tokens in {steps} steps, {ratio:.2f} per active parameter"
+    assert f"{end}; the budget was {budget:,}" in result.output
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        (
+            ["training.global_batch_size=8"],
+            "512 tokens after step 4, and by this config that step is beyond the end",
+        ),
+        (["training.global_batch_size=2"], "512 tokens after step 4, and by this config that step ends at 256"),
+        (["training.sequence_length=16"], "that step ends at 256: samples would be skipped or seen twice"),
+        (["training.batch_ramp.initial=2", "training.batch_ramp.fraction=1.0"], "that step ends at"),
+        (["training.total_tokens=256"], "had trained on 512 tokens, and this run's budget of 256 ends with step 2"),
+    ],
+)
+def test_a_resumed_run_keeps_the_plan_of_its_tokens(folder: Path, changes: list[str], problem: str) -> None:
+    checkpoint = folder / "checkpoints" / "checkpoint_step_4.pt"
+    words = [word for change in changes for word in ("--set", change)]
+    result = dsv3("train", "--device", "cpu", "--config", folder / "run.yaml", "--resume", checkpoint, *words)
+    assert problem in message_of(result)
+
+
+def test_a_resumed_run_may_be_given_a_larger_budget(folder: Path) -> None:
+    checkpoint = folder / "checkpoints" / "checkpoint_step_6.pt"
+    longer = ["--set", f"training.total_tokens={8 * TOKENS_PER_STEP}"]
+    result = dsv3("train", "--device", "cpu", "--config", folder / "run.yaml", "--resume", checkpoint, *longer)
+    assert result.exit_code == 0, result.output
+    assert read_metrics(folder / "run" / "metrics.jsonl")[-2]["tokens"] == 8 * TOKENS_PER_STEP
 
 
 def test_going_back_to_an_earlier_checkpoint_warns_of_the_later_ones(

@@ -27,6 +27,7 @@ def test_every_command_exists_under_its_own_line_of_help(name: str) -> None:
     ("name", "option"),
     [
         ("validate", "--strict"),
+        ("plan", "--gpus"),
         ("tokenize", "--fim-rate"),
         ("train", "--resume"),
         ("generate", "--prompt"),
@@ -55,7 +56,15 @@ def test_an_unknown_command_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["validate"], ["validate", "--help"], ["config", "show", str(TINY)], ["config", "schema"]]
+    "words",
+    [
+        ["--help"],
+        ["validate"],
+        ["validate", "--help"],
+        ["plan", "--gpus", "1"],
+        ["config", "show", str(TINY)],
+        ["config", "schema"],
+    ],
 )
 def test_planning_waits_for_no_torch(words: list[str]) -> None:
     program = (

@@ -14,6 +14,7 @@ from deepseek_v3.planning.execution import Execution, LayerKind
 def saved_bytes(model: ModelConfig, kind: LayerKind, run: Execution) -> float:
     """What a layer of this kind keeps between its forward and its backward pass, for one token."""
     parts = _compiled_attention(model) if run.compiled else _eager_attention(model, run.width)
+    parts["mask"] = run.mask_bytes
     if kind == "dense":
         parts["dense"] = _feed_forward(model.intermediate_size, run)
     else:
@@ -71,8 +72,10 @@ def _mixture(model: ModelConfig, run: Execution) -> dict[str, float]:
     per_row = 2 * (width + 3 * hidden) if run.compiled else run.width * width + (4 * 4 + run.width) * hidden
     return {
         "router's input in float32": 4 * width if run.width == 2 else 0,
-        "scores, and their shares for the balance loss": 2 * 4 * experts,
-        "choice, gates, order and its inverse": (8 + 4 + 8 + 8) * chosen,
+        "scores, and their shares for the balance loss": (2 if run.compiled else 1) * 4 * experts,
+        "choice, gates and their sum": (8 + 4) * chosen + 4,
+        "order and its inverse, and without the compiler sorted gates": (8 + 8 + (0 if run.compiled else 4))
+        * chosen,
         "rows of the experts": rows * per_row,
         "shared experts": _feed_forward(model.n_shared_experts * hidden, run),
     }

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+
+from deepseek_v3.planning.execution import Execution
 
 CALIBRATION_FILE = Path(__file__).with_name("calibration.json")
 
@@ -18,6 +20,7 @@ class Rates:
     experts: float
     expert_bytes: float
     attention: float
+    masked_attention: float  # where a mask parts documents, by another kernel
     activations: float
     logits: float
     weights: float
@@ -27,8 +30,11 @@ class Rates:
 
 @dataclass(frozen=True)
 class Calibration:
-    """`fitted_on`: device and versions. `allocator_overhead`: share by which the allocator holds more than it gave
-    out. `context_bytes`: what driver and libraries keep on a GPU."""
+    """`fitted_on`: device and versions. `bfloat16`: of compiled layers; `float32`: of layers that are not.
+
+    `allocator_overhead`: share by which the allocator holds more than it gave out. `context_bytes`: what driver and
+    libraries keep on a GPU.
+    """
 
     fitted_on: str
     bfloat16: Rates
@@ -36,9 +42,11 @@ class Calibration:
     allocator_overhead: float
     context_bytes: float
 
-    def rates(self, width: int) -> Rates:
-        """Those for activations of 2 or 4 bytes."""
-        return self.bfloat16 if width == 2 else self.float32
+    def rates(self, run: Execution) -> Rates:
+        """Those for layers run so; bfloat16 without the compiler has its products and the other's activations."""
+        if run.width == 4:
+            return self.float32
+        return self.bfloat16 if run.compiled else replace(self.bfloat16, activations=self.float32.activations)
 
 
 @cache

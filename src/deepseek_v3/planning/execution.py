@@ -23,13 +23,15 @@ class Execution:
     """`width`: bytes of an activation. `compiled`: each layer is fused whole, in bfloat16.
 
     `row_factor`: rows that the experts of the busiest rank see over those of even loads; 1 where one rank holds
-    all experts. `logits_at_once`: numbers in one chunk of the loss.
+    all experts. `logits_at_once`: numbers in one chunk of the loss. `mask_bytes`: what a layer keeps per token of
+    the mask that parts documents, 0 without one.
     """
 
     width: Literal[2, 4]
     compiled: bool
     row_factor: float = 1.0
     logits_at_once: int = _LOGITS_AT_ONCE["gpu"]
+    mask_bytes: int = 0
 
 
 def execution_on(device: Device, config: RunConfig) -> Execution:
@@ -38,12 +40,14 @@ def execution_on(device: Device, config: RunConfig) -> Execution:
     has_bfloat16 = device.bfloat16_tflops is not None
     narrow = parallel.precision == "bfloat16" or (parallel.precision == "auto" and has_bfloat16)
     fits_kernels = model.hidden_size % 8 == 0 and model.moe_intermediate_size % 8 == 0
+    width: Literal[2, 4] = 2 if narrow else 4
     compiled = narrow and has_bfloat16 and fits_kernels and parallel.compile is not False
     return Execution(
-        width=2 if narrow else 4,
+        width=width,
         compiled=compiled,
         row_factor=_UNEVEN_EXPERTS if parallel.expert > 1 else 1.0,
         logits_at_once=_LOGITS_AT_ONCE["cpu" if device.is_cpu else "gpu"],
+        mask_bytes=width * config.training.sequence_length if config.data.mask_documents else 0,
     )
 
 

@@ -57,19 +57,24 @@ def _nvidia(
         float32_tflops=float32,
         memory_gb_per_s=memory,
         link_gb_per_s=link,
+        network_gb_per_s=50.0 if link > 64 else 12.5,
         dollars_per_hour=rent,
         source=_DATA_SHEET,
     )
 
 
 # Name, GiB, dense bfloat16 and float32 TFLOP/s, memory, link (NVLink per direction, else PCIe) GB/s, $ per hour.
+# The network is taken to be 400 Gb/s per device where there is NVLink, and 100 Gb/s elsewhere.
 # float32 is that of the ordinary units, as torch multiplies float32 unless told to use TF32. A longer name stands
 # before one that it contains. On consumer cards the bfloat16 rate is the one with float32 sums.
 _DEVICES = (
     _nvidia("B200", 179.0, 2250, 75, 7700, 900, 5.00),
     _nvidia("H200", 140.0, 989, 67, 4800, 450, 3.80),
     _nvidia("H100 PCIe", 79.6, 756, 51, 2000, 64, 2.50),
+    _nvidia("H100 NVL", 93.0, 835, 60, 3900, 64, 2.70),
     _nvidia("H100", 79.2, 989, 67, 3350, 450, 3.00),
+    _nvidia("A100 40GB PCIe", 39.4, 312, 19.5, 1555, 32, 1.00),
+    _nvidia("A100 80GB PCIe", 79.2, 312, 19.5, 1935, 32, 1.30),
     _nvidia("A100 40GB", 39.4, 312, 19.5, 1555, 300, 1.10),
     _nvidia("A100", 79.2, 312, 19.5, 2039, 300, 1.50),
     _nvidia("L40S", 44.4, 362, 91.6, 864, 32, 0.90),
@@ -98,7 +103,7 @@ def known_devices() -> tuple[Device, ...]:
 
 def device_named(name: str, devices: tuple[Device, ...] = _DEVICES) -> Device | None:
     """The first device whose name's words all occur in `name`, say in what a driver calls the card."""
-    words = name.lower().replace("-", " ")
+    words = name.lower().replace("-", " ").split()
     return next((device for device in devices if all(word in words for word in device.name.lower().split())), None)
 
 
@@ -110,7 +115,7 @@ def device_with_memory(gigabytes: float) -> Device:
     usual = {sold: device_named(name) for sold, name in _SOLD_AS.items()}
     nearest = min(usual, key=lambda sold: abs(sold - gigabytes))
     device = usual[nearest]
-    if device is None or abs(nearest - gigabytes) > 0.05 * nearest:
+    if device is None or not abs(nearest - gigabytes) <= 0.05 * nearest:  # not a number is refused too
         raise ConfigError(
             f"--gpu-memory {gigabytes:g}: no known GPU has that much; known are "
             f"{', '.join(f'{sold} ({name})' for sold, name in _SOLD_AS.items())}; "

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
 from deepseek_v3.config.train_config import ParallelConfig, RunConfig
+from deepseek_v3.planning.counts import count_layers, count_parameters
 from deepseek_v3.planning.execution import execution_on
 from deepseek_v3.planning.hardware import Device
 from deepseek_v3.planning.memory import MemoryEstimate, estimate_memory, needed_bytes
@@ -47,27 +49,70 @@ def fastest_layout(config: RunConfig, device: Device, devices: int) -> Layout | 
 
     Where the batch does not divide over all of them, the most devices over which it does.
     """
-    layouts = _on_most_devices(config, device, devices)
-    fitting = [layout for layout in layouts if layout.needed_bytes <= device.memory_bytes]
-    return min(fitting, key=lambda layout: layout.step.total, default=None)
+    timed = [(run, _step(run, device)) for run in _holding_states(config, device, devices)]
+    for run, step in sorted(timed, key=lambda timed_run: timed_run[1].total):
+        memory = _memory(run, device)
+        if needed_bytes(memory, device) <= device.memory_bytes:
+            return Layout(run, memory, needed_bytes(memory, device), step)
+    return None
 
 
 def leanest_layout(config: RunConfig, device: Device, devices: int) -> Layout:
     """The layout over so many devices that needs the least memory."""
-    return min(_on_most_devices(config, device, devices), key=lambda layout: layout.needed_bytes)
+    runs = _on_most_devices(config, device, devices)
+    return measure_layout(min(runs, key=lambda run: needed_bytes(_memory(run, device), device)), device)
 
 
-def _on_most_devices(config: RunConfig, device: Device, devices: int) -> list[Layout]:
-    for used in range(devices, 0, -1):
-        layouts = [measure_layout(candidate, device) for candidate in _candidates(config, device, used)]
-        if layouts:
-            return layouts
+def fits_on(config: RunConfig, device: Device, devices: int) -> bool:
+    """Whether any layout over so many devices fits their memory."""
+    runs = sorted(_holding_states(config, device, devices), key=lambda run: run.parallel.micro_batch_size)
+    return any(needed_bytes(_memory(run, device), device) <= device.memory_bytes for run in runs)
+
+
+def _memory(config: RunConfig, device: Device) -> MemoryEstimate:
+    return estimate_memory(config, execution_on(device, config))
+
+
+def _step(config: RunConfig, device: Device) -> StepTime:
+    return estimate_step(config, execution_on(device, config), device)
+
+
+def _holding_states(config: RunConfig, device: Device, devices: int) -> list[RunConfig]:
+    """The layouts for which weights, gradients and moments alone are not too large: quick, and drops most."""
+    counts = count_parameters(config.model)
+    per_mixture = count_layers(config.model, 0, 1, config.model.n_routed_experts).routed_experts
+    routed = counts.routed_experts + config.model.num_nextn_predict_layers * per_mixture
+    others = counts.with_prediction - routed
+    width = 4 + 4 + 2 * (2 if config.training.optimizer.moments == "bfloat16" else 4)
+
+    def states(parallel: ParallelConfig) -> float:
+        ranks = max(parallel.data_shard, parallel.expert)
+        return width * (routed / ranks + others / parallel.data_shard) / parallel.pipeline
+
+    runs = _on_most_devices(config, device, devices)
+    return [run for run in runs if states(run.parallel) <= device.memory_bytes]
+
+
+def _on_most_devices(config: RunConfig, device: Device, devices: int) -> list[RunConfig]:
+    most = min(devices, config.training.global_batch_size * max(_DEGREES))
+    for used in range(most, 0, -1):
+        if any(used % stages == 0 and _batch(config) % (used // stages) == 0 for stages in _DEGREES):
+            runs = list(_candidates(config, device, used))
+            if runs:
+                return runs
     raise AssertionError("one device takes any batch")
+
+
+def _batch(config: RunConfig) -> int:
+    """Sequences that must divide evenly: those of a full step, and of the first one where the batch grows."""
+    training = config.training
+    initial = training.batch_ramp.initial if training.batch_ramp else 0
+    return math.gcd(training.global_batch_size, initial)
 
 
 def _candidates(config: RunConfig, device: Device, devices: int) -> Iterator[RunConfig]:
     """Every layout on exactly so many devices that the model and the batch divide into."""
-    model, batch = config.model, config.training.global_batch_size
+    model, batch = config.model, _batch(config)
     layers = model.num_hidden_layers + model.num_nextn_predict_layers
     for pipeline in _DEGREES:
         if devices % pipeline or pipeline > layers:

@@ -56,8 +56,11 @@ class MemoryEstimate:
 def estimate_memory(config: RunConfig, run: Execution) -> MemoryEstimate:
     """The worst moment of the rank that needs most: of several pipeline stages, the largest one's."""
     stages = pipeline_stages(config.model, config.parallel.pipeline)
+    # Of equal stages in the middle the first has most micro-batches under way.
+    ends = {0, 1, len(stages) - 1}
+    worst = [stage for stage in range(len(stages)) if stage in ends or stages[stage] != stages[stage - 1]]
     return max(
-        (moment for stage in range(len(stages)) for moment in _Stage(config, run, stages, stage).moments()),
+        (moment for stage in worst for moment in _Stage(config, run, stages, stage).moments()),
         key=lambda moment: moment.total,
     )
 
@@ -90,10 +93,11 @@ def _layer(config: RunConfig, run: Execution, kind: LayerKind) -> _Layer:
     tokens = parallel.micro_batch_size * config.training.sequence_length
     dense = kind == "dense"
     counts = count_layers(model, int(dense), int(not dense), model.n_routed_experts)
-    joining = joining_weights(model) + 3 * model.hidden_size if kind == "prediction" else 0
-    routed, others = counts.routed_experts / parallel.expert, counts.total - counts.routed_experts + joining
+    joining, more_norms = (joining_weights(model), 3 * model.hidden_size) if kind == "prediction" else (0, 0)
+    routed = counts.routed_experts / parallel.expert
+    others = counts.total - counts.routed_experts + joining + more_norms
     is_sharded, recomputes = parallel.data_shard > 1, parallel.recomputation == "full"
-    matrices = routed + others - counts.norms - counts.gates
+    matrices = routed + others - counts.norms - more_norms - counts.gates
     return _Layer(
         parameters=counts.routed_experts / max(parallel.data_shard, parallel.expert) + others / parallel.data_shard,
         saved=saved_bytes(model, kind, run) * tokens,
@@ -115,7 +119,7 @@ def _working_bytes(
     hidden = model.intermediate_size if dense else model.moe_intermediate_size
     rows = tokens if dense else tokens * model.num_experts_per_tok * run.row_factor
     weight = model.hidden_size * hidden * (1.0 if dense else model.n_routed_experts / expert_ranks)
-    early = run.width * rows * (model.hidden_size + hidden)
+    early = (run.width if run.compiled else 4) * rows * (model.hidden_size + hidden)
     if not run.compiled:
         late = 20 * weight + run.width * rows * (model.hidden_size - 2 * hidden)
     elif lets_go:
@@ -142,7 +146,8 @@ class _Stage:
         self.vocabulary = model.vocab_size * model.hidden_size
         self.layers = {kind: _layer(config, run, kind) for kind in sorted(set(self.kinds))}
         ends = int(self.is_first) + int(self.is_last and not (self.is_first and model.tie_word_embeddings))
-        own = ends * self.vocabulary / parallel.data_shard
+        last_norm = model.hidden_size if self.is_last else 0
+        own = (ends * self.vocabulary + last_norm) / parallel.data_shard
         self.parameters = own + sum(self.layers[kind].parameters for kind in self.kinds)
 
     def moments(self) -> Iterator[MemoryEstimate]:

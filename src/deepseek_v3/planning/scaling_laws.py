@@ -91,7 +91,7 @@ def training_compute(model: ModelConfig, tokens: float) -> float:
 
     The laws below were fitted on non-embedding operations, which leave the head out and count attention scores.
     """
-    return 6 * count_active_parameters(model) * tokens
+    return 6.0 * count_active_parameters(model) * tokens
 
 
 def suggested_learning_rate(compute: float) -> float:

@@ -7,14 +7,18 @@ several devices follow from their bytes; they have not been measured.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from dataclasses import dataclass, fields
+from functools import lru_cache
 
+from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.activations import saved_bytes
 from deepseek_v3.planning.calibration import Rates, calibration
 from deepseek_v3.planning.counts import count_layers, count_parameters
 from deepseek_v3.planning.execution import Execution, pipeline_stages
-from deepseek_v3.planning.flops import forward_parts, prediction_parts
+from deepseek_v3.planning.flops import ForwardFlops, forward_parts, prediction_parts
 from deepseek_v3.planning.hardware import Device
 
 # Of a link's published rate, what large messages reach; an assumption.
@@ -63,23 +67,23 @@ class StepTime:
 
 
 def estimate_step(config: RunConfig, run: Execution, device: Device) -> StepTime:
-    """A step of the full batch on the slowest rank."""
-    work, rates = step_work(config, run), calibration().rates(run.width)
+    """A step of the full batch on a rank of the stage with most layers; embedding and head are not weighed in."""
+    work, rates = step_work(config, run), calibration().rates(run)
     computing = computing_time(work, rates, run, device)
     busy = sum(computing.values())
     hidden, exposed = _collectives(config, run, device)
-    stages = config.parallel.pipeline
-    waiting = busy * (stages - 1) / _micro_batches(config)
+    waiting = busy * (_longest_stage(config) * (1 + (config.parallel.pipeline - 1) / _micro_batches(config)) - 1)
     return StepTime(**computing, communication=exposed + max(0.0, hidden - busy), waiting=waiting)
 
 
 def computing_time(work: StepWork, rates: Rates, run: Execution, device: Device) -> dict[str, float]:
     """Seconds by kind of work."""
     peak, memory = device.peak(run.width), device.memory_gb_per_s * 1e9
+    attention = rates.masked_attention if run.mask_bytes else rates.attention
     return {
         "matrices": rates.matrices * work.matrix_operations / peak,
         "experts": rates.experts * work.expert_operations / peak + rates.expert_bytes * work.expert_bytes / memory,
-        "attention": rates.attention * work.attention_operations / peak,
+        "attention": attention * work.attention_operations / peak,
         "elementwise": (rates.activations * work.activation_bytes + rates.logits * work.logit_bytes) / memory,
         "weights": rates.weights * work.weight_bytes / memory,
         "launches": 0.0 if device.is_cpu else rates.seconds_per_layer * work.layer_runs + rates.seconds_per_step,
@@ -93,10 +97,10 @@ def step_work(config: RunConfig, run: Execution) -> StepWork:
     recomputes = parallel.recomputation == "full"
     passes = 4 if recomputes else 3
     tokens = parallel.micro_batch_size * length * _micro_batches(config) / parallel.pipeline
-    parts = (forward_parts(model, length), prediction_parts(model, length))
+    parts = _forward(model, length)
     inside = sum(p.attention_projections + p.dense_ffn + p.shared_experts + p.gates + p.joining for p in parts)
     kinds = pipeline_stages(model, 1)[0]
-    saved = sum(saved_bytes(model, kind, run) for kind in kinds)
+    saved = sum(count * saved_bytes(model, kind, run) for kind, count in Counter(kinds).items())
     depths = 1 + model.num_nextn_predict_layers
     return StepWork(
         matrix_operations=tokens * (passes * inside + 3 * sum(p.head for p in parts)),
@@ -108,6 +112,12 @@ def step_work(config: RunConfig, run: Execution) -> StepWork:
         weight_bytes=_weight_bytes(config, run, recomputes),
         layer_runs=_micro_batches(config) * len(kinds) / parallel.pipeline * passes / 3,
     )
+
+
+def _longest_stage(config: RunConfig) -> float:
+    """Layers of the stage that has most, over those of even stages."""
+    layers = config.model.num_hidden_layers + config.model.num_nextn_predict_layers
+    return math.ceil(layers / config.parallel.pipeline) * config.parallel.pipeline / layers
 
 
 def _micro_batches(config: RunConfig) -> int:
@@ -144,26 +154,40 @@ class _Parameters:
 
 
 def _parameters(config: RunConfig) -> _Parameters:
-    model, parallel = config.model, config.parallel
+    parallel, (routed, others, outside) = config.parallel, _in_and_outside_layers(config.model)
+    experts, stages = routed / parallel.expert, parallel.pipeline
+    share = routed / max(parallel.data_shard, parallel.expert) + (others + outside) / parallel.data_shard
+    return _Parameters((experts + others) / stages, experts / stages, share / stages)
+
+
+@lru_cache
+def _in_and_outside_layers(model: ModelConfig) -> tuple[int, int, int]:
+    """Parameters of routed experts, of all else in layers, and of embedding and head."""
     mixtures = model.num_moe_layers + model.num_nextn_predict_layers
     routed = count_layers(model, 0, mixtures, model.n_routed_experts).routed_experts
     counts = count_parameters(model)
-    others = counts.with_prediction - counts.embedding - counts.head - routed
-    share = routed / max(parallel.data_shard, parallel.expert)
-    share += (counts.with_prediction - routed) / parallel.data_shard
-    experts = routed / parallel.expert
-    stages = parallel.pipeline
-    return _Parameters((experts + others) / stages, experts / stages, share / stages)
+    outside = counts.embedding + counts.head
+    return routed, counts.with_prediction - outside - routed, outside
+
+
+@lru_cache
+def _forward(model: ModelConfig, sequence_length: int) -> tuple[ForwardFlops, ForwardFlops]:
+    """Operations per token of the main model and of its prediction layers; the same for every layout."""
+    return forward_parts(model, sequence_length), prediction_parts(model, sequence_length)
 
 
 def _collectives(config: RunConfig, run: Execution, device: Device) -> tuple[float, float]:
     """Seconds of collectives that can run beside the computation, and of those that cannot."""
     parallel, own = config.parallel, _parameters(config)
-    shards, copies = parallel.data_shard, parallel.data_replicate
-    gathers = 2 * run.width * own.layers * _micro_batches(config)
-    reductions = 4 * own.layers * _micro_batches(config)
-    hidden = (gathers + reductions) * _left_over(shards) / _bandwidth(device, shards)
-    hidden += 2 * 4 * own.share * _left_over(copies) / _bandwidth(device, shards * copies)
+    vocabulary = 2 * config.model.vocab_size * config.model.hidden_size / parallel.pipeline
+    hidden = 0.0
+    for parameters, ranks in ((own.layers - own.experts + vocabulary, 1), (own.experts, parallel.expert)):
+        # Experts that live apart on several ranks are sharded and copied over that many fewer.
+        shards = max(1, parallel.data_shard // ranks)
+        copies = parallel.data_ranks // (shards * ranks)
+        per_micro_batch = (2 * run.width + 4) * parameters * _left_over(shards)
+        hidden += _micro_batches(config) * per_micro_batch / _bandwidth(device, parallel.data_shard)
+        hidden += 2 * 4 * parameters / shards * _left_over(copies) / _bandwidth(device, parallel.data_ranks)
     exposed = _expert_traffic(config, run) * _left_over(parallel.expert) / _bandwidth(device, parallel.expert)
     return hidden, exposed
 

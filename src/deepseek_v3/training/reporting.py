@@ -116,6 +116,14 @@ class Reporter:
         """Logs where a checkpoint was saved."""
         _log.info(f"Saved {path}")
 
+    def report_end(self, step_number: int) -> None:
+        """Logs what the whole run trained on, beside its budget."""
+        tokens = self._plan.tokens_after(step_number)
+        _log.info(
+            f"Finished: {tokens:,} tokens in {step_number:,} steps, {tokens / self._active:.2f} per active "
+            f"parameter; the budget was {self._plan.total_tokens:,}"
+        )
+
     def _speed(self, tokens_per_second: float) -> dict[str, float]:
         speed = {"tokens_per_second": tokens_per_second}
         if self._peak_flops:

@@ -13,6 +13,7 @@ from deepseek_v3.data.tokens.shards import TokenShards
 from deepseek_v3.model.saved import config_of, model_entries
 from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.training.optimizer import AdamW
+from deepseek_v3.training.schedule import TokenPlan
 from deepseek_v3.utils.errors import CheckpointError
 from deepseek_v3.utils.logging import get_logger
 
@@ -39,10 +40,12 @@ def restore_run(
 ) -> int:
     """Puts a checkpoint's state in place and returns the step that it ended with.
 
-    Raises CheckpointError, before anything is changed, where it is of another model or another corpus.
+    Raises CheckpointError, before anything is changed, where it is of another model, another corpus or a run laid
+    out in other steps.
     """
     saved = config_of(state, path)
     _check_same_model(saved.model, config.model, path)
+    _check_same_steps(state, config, path)
     if state["corpus"] != _identity(shards):
         raise CheckpointError(
             f"{path}: was trained on other tokens than those in {shards.directory}; a resumed run must continue "
@@ -68,6 +71,24 @@ def _check_same_model(saved: ModelConfig, current: ModelConfig, path: Path) -> N
     ]
     if differences:
         raise CheckpointError(f"{path}: is of another model: {'; '.join(differences)}")
+
+
+def _check_same_steps(state: dict[str, Any], config: RunConfig, path: Path) -> None:
+    """The data goes on where it stopped only if the plan has used as many tokens by this step."""
+    step, tokens, plan = state["step"], state["tokens"], TokenPlan(config)
+    if step <= plan.total_steps and tokens == plan.tokens_after(step):
+        return
+    if step > plan.total_steps and tokens >= plan.total_tokens:
+        raise CheckpointError(
+            f"{path}: had trained on {tokens:,} tokens, and this run's budget of {plan.total_tokens:,} ends with "
+            f"step {plan.total_steps:,}; raise training.total_tokens to go on"
+        )
+    here = f"ends at {plan.tokens_after(step):,}" if step <= plan.total_steps else "is beyond the end"
+    raise CheckpointError(
+        f"{path}: had trained on {tokens:,} tokens after step {step:,}, and by this config that step {here}: "
+        "samples would be skipped or seen twice. Keep training.global_batch_size, training.sequence_length and "
+        "training.batch_ramp as they were"
+    )
 
 
 def _tell_changes(saved: RunConfig, current: RunConfig) -> None:

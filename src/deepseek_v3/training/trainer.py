@@ -80,6 +80,8 @@ class Trainer:
                 self._steps_done = step.number
                 stopping = stop.requested
                 self._after_step(step, losses, norm, reporter, stopping)
+            if self._steps_done == self.plan.total_steps:
+                reporter.report_end(self._steps_done)
         return self._result()
 
     def _train_step(self, step: Step, batches: Iterator[Tensor]) -> tuple[Losses, Tensor]:

@@ -1,0 +1,12 @@
+"""Says what can be trained on given GPUs within a budget: `select_config.py --gpus 8 --budget-hours 72`.
+
+Without options it asks. The same command as `dsv3 plan`.
+"""
+
+from __future__ import annotations
+
+from deepseek_v3.planning.plan import plan
+from deepseek_v3.utils.commands import run_command
+
+if __name__ == "__main__":
+    run_command(plan)

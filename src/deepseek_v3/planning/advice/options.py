@@ -1,0 +1,88 @@
+"""The options of `dsv3 plan`, checked and turned into a request, and back into words."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from deepseek_v3.planning.advice.requests import PlanRequest
+from deepseek_v3.planning.hardware import Device, device_named, device_with_memory, known_devices, load_device
+from deepseek_v3.planning.quantities import parse_tokens
+from deepseek_v3.utils.errors import ConfigError
+
+_USUAL_GPU = "H100"
+_USUAL_GPUS = 8
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What was asked for, each None where it was not said; the device by at most one of three ways."""
+
+    gpus: int | None = None
+    gpu: str | None = None
+    gpu_memory: float | None = None
+    hardware: Path | None = None
+    price: float | None = None
+    budget_hours: float | None = None
+    budget_dollars: float | None = None
+    tokens: str | None = None
+    objective: str | None = None
+
+    def request(self) -> PlanRequest:
+        """The request that this means. Raises ConfigError, naming the option, for what cannot be meant."""
+        device = self._device()
+        usual = 1 if device.is_cpu else _USUAL_GPUS
+        return PlanRequest(
+            device=device,
+            devices=usual if self.gpus is None else self.gpus,
+            budget_hours=self.budget_hours,
+            budget_dollars=self.budget_dollars,
+            tokens=None if self.tokens is None else parse_tokens(self.tokens),
+            **({} if self.objective is None else {"objective": self.objective}),
+        )
+
+    def command(self) -> str:
+        """The words that ask for the same without questions."""
+        given = {name.replace("_", "-"): value for name, value in vars(self).items() if value is not None}
+        words = [word for name, value in given.items() for word in (f"--{name}", _typed(value))]
+        return shlex.join(["dsv3", "plan", *words])
+
+    def _device(self) -> Device:
+        ways = {"--gpu": self.gpu, "--gpu-memory": self.gpu_memory, "--hardware": self.hardware}
+        given = [f"{name} {_typed(value)}" for name, value in ways.items() if value is not None]
+        if len(given) > 1:
+            raise ConfigError(f"{' and '.join(given)}: expected one way to name the device, not several")
+        if self.hardware is not None:
+            device = load_device(self.hardware)
+        elif self.gpu_memory is not None:
+            device = device_with_memory(_positive("--gpu-memory", self.gpu_memory))
+        else:
+            device = device_called(_USUAL_GPU if self.gpu is None else self.gpu)
+        if self.price is None:
+            return device
+        if not (math.isfinite(self.price) and self.price >= 0):
+            raise ConfigError(f"--price {self.price:g}: expected dollars per hour of one device, 0 or more")
+        return device.model_copy(update={"dollars_per_hour": self.price})
+
+
+def device_called(name: str) -> Device:
+    """The known device of that name. Raises ConfigError, listing all, where there is none."""
+    device = device_named(name)
+    if device is None:
+        known = ", ".join(device.name for device in known_devices())
+        raise ConfigError(
+            f"--gpu {name}: not known here; known are {known}; describe others in a file for --hardware"
+        )
+    return device
+
+
+def _positive(name: str, number: float) -> float:
+    if not (math.isfinite(number) and number > 0):
+        raise ConfigError(f"{name} {number:g}: expected a number above 0")
+    return number
+
+
+def _typed(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)

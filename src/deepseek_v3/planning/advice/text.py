@@ -1,0 +1,175 @@
+"""How the advice of `dsv3 plan` is printed: what fits, what it takes, why not, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import typer
+
+from deepseek_v3.planning.advice.advisor import Advice, sources
+from deepseek_v3.planning.advice.launching import ESTIMATE_ONLY, launch_command
+from deepseek_v3.planning.advice.requests import OBJECTIVES, PlanRequest
+from deepseek_v3.planning.advice.size_plans import SizePlan
+from deepseek_v3.planning.execution import execution_on
+from deepseek_v3.planning.hardware import Device
+from deepseek_v3.planning.layouts import Layout
+from deepseek_v3.planning.quantities import dollars, figures, gibibytes, short_count
+from deepseek_v3.planning.scaling_laws import ExpectedLoss
+from deepseek_v3.utils.printing import paragraph, showable, side_by_side, table
+
+_LEGEND = (
+    "layout: copies × shards of the data; ep, pp: devices that share out the experts, the layers; mb: micro-batch; "
+    "re: layers run again in the backward pass. MFU: the model's operations over the devices' peak. "
+    "T/P: tokens per active parameter. *: outside what the law was fitted on."
+)
+
+
+def print_advice(advice: Advice, price_given: bool) -> None:
+    """Prints the whole answer to standard output."""
+    for text in _header(advice.request, price_given):
+        typer.echo(paragraph(text))
+    _print_table(_fit_table(advice), advice)
+    _print_table(side_by_side(_cost_table(advice), _loss_table(advice)), advice)
+    typer.echo(f"\n{paragraph(_LEGEND)}")
+    _print_missing(advice)
+    if advice.recommended and advice.recommended.layout:
+        _print_parts(advice.recommended, advice.recommended.layout, advice.request.device)
+    typer.echo()
+    for name, source in sources().items():
+        typer.echo(paragraph(f"{name.capitalize()}: {source}."))
+    _print_recommendation(advice)
+
+
+def print_devices(devices: Iterable[Device]) -> None:
+    """Prints what is known of each device, and from where."""
+    header = "device GiB bf16_TFLOP/s fp32_TFLOP/s memory_GB/s link_GB/s network_GB/s $_an_hour"
+    rows: list[list[str]] = []
+    named: dict[str, list[str]] = {}
+    for device in devices:
+        rates = (device.memory_gib, device.bfloat16_tflops, device.float32_tflops, device.memory_gb_per_s)
+        links = (device.link_gb_per_s, device.network_gb_per_s)
+        shown = ["–" if rate is None else f"{rate:,g}" for rate in (*rates, *links)]
+        rows.append([device.name, *shown, f"{device.dollars_per_hour:.2f}"])
+        named.setdefault(device.source, []).append(device.name)
+    typer.echo("\n".join(table([name.replace("_", " ") for name in header.split()], rows)) + "\n")
+    for source, names in named.items():
+        typer.echo(paragraph(f"{', '.join(names)}: {source}."))
+    typer.echo(paragraph("Choose one with --gpu, or describe yours in a file for --hardware. Rates are dense."))
+
+
+def _header(request: PlanRequest, price_given: bool) -> tuple[str, str]:
+    device = request.device
+    limits = (
+        None if request.budget_hours is None else f"{figures(request.budget_hours)} hours",
+        None if request.budget_dollars is None else dollars(request.budget_dollars),
+        None if request.tokens is None else f"{short_count(request.tokens)} tokens",
+    )
+    within = ", ".join(limit for limit in limits if limit)
+    return (
+        f"{request.devices:,} × {device.name}, {device.memory_gib:g} GiB each, "
+        f"${device.dollars_per_hour:.2f} an hour each ({'rent as given' if price_given else device.source})",
+        f"{f'Within {within}' if within else 'No limits'}; the aim is {OBJECTIVES[request.objective]} "
+        f"(--objective {request.objective})",
+    )
+
+
+def _fit_table(advice: Advice) -> list[str]:
+    device = advice.request.device
+    memory = f"GiB of {gibibytes(device.memory_bytes)}"
+    rows = []
+    for row in advice.rows:
+        layout = row.layout
+        counts = (short_count(row.total_parameters), short_count(row.active_parameters))
+        shape = (f"{layout.devices:,}", _shape(layout, device)) if layout else ("–", "–")
+        rows.append([row.name, *counts, "✓" if row.fits else "✗", *shape, gibibytes(row.needed_bytes)])
+    return table(["size", "total", "active", "fits", "devices", "layout", memory], rows, left=["layout"])
+
+
+def _cost_table(advice: Advice) -> list[str]:
+    header = ["size", "step s", "MFU", "hours", "device hours", "cost"]
+    return table(header, [[row.name, *_costs(row)] for row in advice.rows])
+
+
+def _loss_table(advice: Advice) -> list[str]:
+    rows = [
+        [
+            row.name,
+            short_count(row.tokens),
+            f"{row.ratio:.1f}",
+            f"{row.steps:,}",
+            f"{row.compute:.1e}",
+            _loss(row.loss) if row.loss else "–",
+        ]
+        for row in advice.rows
+    ]
+    return table(["size", "tokens", "T/P", "steps", "FLOPs", "loss (low–high)"], rows)
+
+
+def _costs(row: SizePlan) -> tuple[str, ...]:
+    layout, cost = row.layout, row.cost
+    if layout is None or cost is None:
+        return ("–",) * 5
+    hours = (figures(hours) if hours >= 0.001 else "<0.001" for hours in (cost.hours, cost.device_hours))
+    return figures(layout.step.total), f"{cost.mfu:.0%}", *hours, dollars(cost.dollars)
+
+
+def _print_table(lines: list[str], advice: Advice) -> None:
+    """The recommended size's lines stand out, and those that do not fit stand back."""
+    typer.echo()
+    unfit = {row.name for row in advice.rows if not row.fits}
+    best = advice.recommended.name if advice.recommended else None
+    for line in lines:
+        name = line.split(" ")[0]
+        styled = typer.style(line.rstrip(), bold=name == best or None, dim=name in unfit or None)
+        typer.echo(styled if name in {best, *unfit} else line.rstrip())
+
+
+def _print_missing(advice: Advice) -> None:
+    lines = [f"✗ {row.name} {reason}" for row in advice.rows for reason in row.reasons]
+    if lines:
+        typer.echo("\n" + "\n".join(map(paragraph, lines)))
+
+
+def _print_parts(row: SizePlan, layout: Layout, device: Device) -> None:
+    """Memory and time of a size side by side, each with its sum."""
+    memory = [[_spelled(name), gibibytes(part)] for name, part in row.memory_parts.items()]
+    memory.append([f"of {gibibytes(device.memory_bytes)}", gibibytes(row.needed_bytes)])
+    time = [[_spelled(name), f"{seconds:.3f}"] for name, seconds in layout.step.parts().items()]
+    time.append(["a step", f"{layout.step.total:.3f}"])
+    typer.echo("\n" + paragraph(f"{row.name} on each device; its memory is fullest in the {layout.memory.moment}:"))
+    for line in side_by_side(table(["memory", "GiB"], memory), table(["time", "seconds"], time)):
+        typer.echo(line.rstrip())
+
+
+def _print_recommendation(advice: Advice) -> None:
+    typer.echo()
+    row = advice.recommended
+    if row is None or row.cost is None:
+        typer.echo(paragraph(f"Recommended: none; {advice.reason}."))
+        return
+    loss = f", expected loss {row.loss.value:.2f}" if row.loss else ""
+    takes = f"{figures(row.cost.hours)} hours, {dollars(row.cost.dollars)}{loss}"
+    typer.secho(paragraph(f"Recommended: {row.name} ({takes}); {advice.reason}."), bold=True)
+    if row.config.parallel.world_size > 1:
+        typer.echo(paragraph(f"Note: {ESTIMATE_ONLY}."))
+    typer.echo(showable(f"  {launch_command(row, advice.request.device.devices_per_node)}"))
+
+
+def _shape(layout: Layout, device: Device) -> str:
+    """How the run is laid out, in the words of the legend."""
+    parallel = layout.config.parallel
+    words = [f"{parallel.data_replicate}×{parallel.data_shard}"]
+    words += [f"ep{parallel.expert}"] if parallel.expert > 1 else []
+    words += [f"pp{parallel.pipeline}"] if parallel.pipeline > 1 else []
+    words += [f"mb{parallel.micro_batch_size}"]
+    words += ["re"] if parallel.recomputation == "full" else []
+    return " ".join([*words, "bf16" if execution_on(device, layout.config).width == 2 else "fp32"])
+
+
+def _loss(loss: ExpectedLoss) -> str:
+    mark = "*" if loss.extrapolated else ""
+    return f"{loss.value:.2f}{mark} ({loss.low:.2f}–{loss.high:.2f})"
+
+
+def _spelled(field: str) -> str:
+    return field.replace("_", " ")

@@ -1,0 +1,98 @@
+"""What a run is checked for before anything is allocated."""
+
+import logging
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from deepseek_v3.config.loading import load_config
+from deepseek_v3.config.train_config import RunConfig
+from deepseek_v3.planning.calibration import calibration
+from deepseek_v3.training import preflight
+from deepseek_v3.training.preflight import check_plan, describe_device, host_memory_bytes
+from deepseek_v3.training.train import train_run
+from deepseek_v3.utils.errors import ConfigError, PlanError
+from run_helpers import write_run
+
+CPU = torch.device("cpu")
+
+
+def _with(config: RunConfig, section: str, **changes: object) -> RunConfig:
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=changes)})
+
+
+def test_a_host_has_no_more_than_its_memory_and_no_more_than_its_container(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(preflight, "_CGROUP_LIMIT", limit)
+    assert host_memory_bytes() == physical
+    limit.write_text("max\n")
+    assert host_memory_bytes() == physical
+    limit.write_text(f"{physical // 2}\n")
+    assert host_memory_bytes() == physical // 2
+    assert describe_device(CPU).memory_bytes == pytest.approx(physical // 2)
+
+
+def test_a_run_too_large_is_refused_before_any_folder_or_weight_exists(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(preflight, "host_memory_bytes", lambda: 2**29)
+    config = load_config(write_run(tmp_path))
+    with pytest.raises(PlanError, match="GiB on CPU"):
+        train_run(config, "cpu")
+    assert not config.logging.directory.exists()
+    assert not config.checkpoint.directory.exists()
+
+
+def test_force_starts_it_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(preflight, "host_memory_bytes", lambda: 2**29)
+    with caplog.at_level(logging.WARNING, logger="deepseek_v3"):
+        check_plan(load_config(write_run(tmp_path)), CPU, force=True)
+    assert "started by --force although this run needs" in caplog.text
+
+
+def test_a_plan_over_several_ranks_is_refused_even_by_force(tmp_path: Path) -> None:
+    config = _with(load_config(write_run(tmp_path)), "parallel", data_shard=4, pipeline=2)
+    with pytest.raises(ConfigError, match=r"1 × 4 × 2 asks for 8 processes"):
+        check_plan(config, CPU, force=True)
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_known_by_name_with_the_memory_that_is_free() -> None:
+    device = torch.device("cuda", 0)
+    described = describe_device(device)
+    assert described.name == torch.cuda.get_device_name(device)
+    _, total = torch.cuda.mem_get_info(device)
+    held = torch.empty(2**30, dtype=torch.uint8, device=device)
+    assert described.memory_bytes - describe_device(device).memory_bytes == pytest.approx(2**30, rel=0.05)
+    assert 0.5 * total < described.memory_bytes <= 1.02 * total
+    del held
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "bfloat16", "bandwidth"),
+    [
+        ("NVIDIA H100 80GB HBM3", (9, 0), 989, 3350),
+        ("Tesla V100-SXM2-32GB", (7, 0), None, 2039),
+        ("a card that nobody knows yet", (13, 0), 312, 2039),
+    ],
+)
+def test_a_gpu_is_described_by_its_name_its_units_and_what_is_free(
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    capability: tuple[int, int],
+    bfloat16: float | None,
+    bandwidth: float,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30 * 2**30, 32 * 2**30))
+    described = describe_device(torch.device("cuda", 0))
+    assert (described.name, described.bfloat16_tflops, described.memory_gb_per_s) == (name, bfloat16, bandwidth)
+    assert described.memory_bytes == pytest.approx(30 * 2**30 + calibration().context_bytes)

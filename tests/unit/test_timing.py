@@ -1,0 +1,338 @@
+"""The time of a step: its quantities of work against operations and bytes counted by hand, and what must hold."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deepseek_v3.config.loading import load_config
+from deepseek_v3.config.train_config import RunConfig
+from deepseek_v3.model.transformer import DeepSeekV3
+from deepseek_v3.planning.calibration import calibration
+from deepseek_v3.planning.execution import Execution, execution_on
+from deepseek_v3.planning.flops import flops_per_token, training_flops_per_token
+from deepseek_v3.planning.hardware import Device, device_named
+from deepseek_v3.planning.timing import StepTime, StepWork, computing_time, estimate_step, step_work
+from run_helpers import run_fields
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("deepseek_v3_*.yaml"))
+COMPILED = Execution(2, compiled=True)
+RANKS = {"data_replicate": 2, "data_shard": 4, "expert": 2, "pipeline": 2}
+RATES = ("bfloat16_tflops", "float32_tflops", "memory_gb_per_s", "link_gb_per_s", "network_gb_per_s")
+
+# A tenth of a second for a gigabyte between neighbours, ten times that beyond a node of four. Of a link's rate
+# messages reach 0.8.
+DEVICE = Device(
+    name="a device for hand counts",
+    memory_gib=10.0,
+    bfloat16_tflops=100.0,
+    float32_tflops=50.0,
+    memory_gb_per_s=1000.0,
+    link_gb_per_s=12.5,
+    network_gb_per_s=1.25,
+    devices_per_node=4,
+    dollars_per_hour=1.0,
+    source="made up",
+)
+LINK, NETWORK = 10e9, 1e9
+
+
+def _run(model: dict[str, Any] | None = None, moments: str = "bfloat16", **changes: Any) -> RunConfig:
+    """A small run; `changes` are fields of `parallel`, or of `training` where they are its."""
+    fields = run_fields(Path("run"))
+    del fields["data"]["corpus"]
+    fields["model"] |= model or {}
+    fields["training"]["optimizer"]["moments"] = moments
+    for name, value in changes.items():
+        fields["training" if name in ("sequence_length", "global_batch_size") else "parallel"][name] = value
+    return RunConfig.model_validate(fields, strict=False)
+
+
+def _operations(work: StepWork) -> float:
+    return work.matrix_operations + work.expert_operations + work.attention_operations
+
+
+def _busy(step: StepTime) -> float:
+    return step.total - step.communication - step.waiting
+
+
+def _weights(config: RunConfig, *parts: str) -> int:
+    """Parameters of the built model whose name holds any of `parts`."""
+    with torch.device("meta"):
+        named = list(DeepSeekV3(config.model).named_parameters())
+    return sum(parameter.numel() for name, parameter in named if any(part in name for part in parts))
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("ranks", [{}, RANKS], ids=["one rank", "many ranks"])
+def test_operations_of_all_ranks_are_those_of_every_token(depth: int, ranks: dict[str, int]) -> None:
+    config = _run({"num_nextn_predict_layers": depth}, global_batch_size=64, **ranks)
+    tokens = 64 * config.training.sequence_length
+    kept = _operations(step_work(config, COMPILED)) * config.parallel.world_size
+    assert kept == training_flops_per_token(config.model, config.training.sequence_length) * tokens
+    again = _run({"num_nextn_predict_layers": depth}, global_batch_size=64, recomputation="full", **ranks)
+    repeated = _operations(step_work(again, COMPILED)) * config.parallel.world_size
+    assert repeated == flops_per_token(config.model, config.training.sequence_length, "full").total * tokens
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_operations_of_shipped_runs(path: Path) -> None:
+    config = load_config(path)
+    training, model = config.training, config.model
+    tokens = training.global_batch_size * training.sequence_length
+    found = _operations(step_work(config, COMPILED)) * config.parallel.world_size
+    counts = flops_per_token(model, training.sequence_length, config.parallel.recomputation)
+    assert found == pytest.approx(counts.total * tokens, rel=1e-12)
+
+
+def test_experts_of_the_busiest_rank_do_more() -> None:
+    config = _run()
+    even, uneven = step_work(config, COMPILED), step_work(config, Execution(2, compiled=True, row_factor=1.5))
+    assert uneven.expert_operations == 1.5 * even.expert_operations
+    assert uneven.matrix_operations == even.matrix_operations
+    assert uneven.attention_operations == even.attention_operations
+
+
+@given(
+    factor=st.integers(2, 5),
+    micro=st.integers(1, 4),
+    recomputation=st.sampled_from(["none", "full"]),
+    precision=st.sampled_from(["bfloat16", "float32"]),
+)
+def test_work_is_linear_in_tokens(factor: int, micro: int, recomputation: str, precision: str) -> None:
+    def work(sequences: int, at_once: int) -> StepWork:
+        config = _run(global_batch_size=sequences, micro_batch_size=at_once, recomputation=recomputation)
+        return step_work(config, Execution(2 if precision == "bfloat16" else 4, precision == "bfloat16"))
+
+    once, more = work(4 * micro, micro), work(4 * micro * factor, micro)
+    for part in ("matrix_operations", "expert_operations", "attention_operations"):
+        assert getattr(more, part) == pytest.approx(factor * getattr(once, part))
+    for part in ("expert_bytes", "activation_bytes", "logit_bytes", "layer_runs"):
+        assert getattr(more, part) == pytest.approx(factor * getattr(once, part))
+    # More at once is the same work on fewer and longer passes: the weights are read less often.
+    longer = work(4 * micro * factor, micro * factor)
+    assert _operations(longer) == pytest.approx(_operations(more))
+    assert longer.layer_runs == pytest.approx(once.layer_runs)
+    assert longer.weight_bytes == once.weight_bytes < more.weight_bytes
+    assert longer.expert_bytes < more.expert_bytes
+
+
+def test_weights_are_passed_over_once_a_step_and_cast_at_every_micro_batch() -> None:
+    config = {"vocab_size": 7, "num_nextn_predict_layers": 1}
+    inside = _weights(_run(config), ".layers.", "model.norm")
+    whole = inside + 2 * 7 * 32
+
+    def weight_bytes(
+        micro_batches: int, width: int, moments: str = "bfloat16", recomputation: str = "none"
+    ) -> float:
+        run = _run(
+            config,
+            moments,
+            micro_batch_size=1,
+            global_batch_size=micro_batches,
+            recomputation=recomputation,
+        )
+        return step_work(run, Execution(2 if width == 2 else 4, compiled=width == 2)).weight_bytes
+
+    # The norm reads gradients; the update reads weights, gradients and moments, and writes weights and moments.
+    update = 4 + 3 * 4
+    assert weight_bytes(1, 4) == (update + 2 * 4) * whole
+    assert weight_bytes(1, 4, "float32") == (update + 2 * 8) * whole
+    # A later micro-batch's gradients are read, and read and written where they are summed.
+    assert weight_bytes(3, 4) - weight_bytes(1, 4) == 2 * 3 * 4 * whole
+    # Each cast reads one type and writes the other: of the weights forward, of their gradients backward.
+    assert weight_bytes(1, 2) - weight_bytes(1, 4) == 2 * 6 * inside
+    assert weight_bytes(1, 2, recomputation="full") - weight_bytes(1, 4) == 3 * 6 * inside
+    assert weight_bytes(3, 2) - weight_bytes(3, 4) == 3 * 2 * 6 * inside
+
+
+def test_seconds_are_work_over_the_rates_of_the_device() -> None:
+    work = StepWork(
+        matrix_operations=1e14,
+        expert_operations=2e14,
+        attention_operations=3e14,
+        expert_bytes=1e12,
+        activation_bytes=2e12,
+        logit_bytes=3e12,
+        weight_bytes=4e12,
+        layer_runs=5.0,
+    )
+    rates = calibration().rates(Execution(2, compiled=True))
+    seconds = computing_time(work, rates, COMPILED, DEVICE)
+    assert seconds == {
+        "matrices": pytest.approx(rates.matrices),
+        "experts": pytest.approx(2 * rates.experts + rates.expert_bytes),
+        "attention": pytest.approx(3 * rates.attention),
+        "elementwise": pytest.approx(2 * rates.activations + 3 * rates.logits),
+        "weights": pytest.approx(4 * rates.weights),
+        "launches": pytest.approx(5 * rates.seconds_per_layer + rates.seconds_per_step),
+    }
+    half_as_fast = computing_time(work, rates, Execution(4, compiled=False), DEVICE)
+    assert half_as_fast["attention"] == pytest.approx(2 * seconds["attention"])
+
+
+@given(
+    micro=st.integers(1, 3),
+    micro_batches=st.integers(1, 3),
+    recomputation=st.sampled_from(["none", "full"]),
+    precision=st.sampled_from(["bfloat16", "float32"]),
+)
+def test_one_device_waits_for_nobody(micro: int, micro_batches: int, recomputation: str, precision: str) -> None:
+    config = _run(
+        micro_batch_size=micro,
+        global_batch_size=micro * micro_batches,
+        recomputation=recomputation,
+        precision=precision,
+    )
+    step = estimate_step(config, execution_on(DEVICE, config), DEVICE)
+    assert step.communication == step.waiting == 0
+    assert step.total == pytest.approx(sum(step.parts().values()))
+    assert all(math.isfinite(seconds) and seconds >= 0 for seconds in step.parts().values())
+    assert step.total > 0
+
+
+def _sending_seconds(config: RunConfig) -> float:
+    """Seconds of all collectives but the experts', on links so slow that they outlast the computation."""
+    changes = {rate: 1e-4 * getattr(DEVICE, rate) for rate in ("link_gb_per_s", "network_gb_per_s")}
+    step = estimate_step(config, COMPILED, DEVICE.model_copy(update=changes))
+    assert step.communication > 0
+    return 1e-4 * (step.communication + _busy(step))
+
+
+@pytest.mark.parametrize(("shards", "bandwidth"), [(2, LINK), (4, LINK), (8, NETWORK)])
+def test_gathers_and_reductions_of_shares(shards: int, bandwidth: float) -> None:
+    config = _run({"vocab_size": 1}, data_shard=shards, micro_batch_size=1, global_batch_size=3 * shards)
+    weights = _weights(config, ".layers.", "model.norm")
+    # In each of three micro-batches layers are gathered twice in bfloat16, and gradients reduced in float32.
+    sent = 3 * (2 * 2 + 4) * weights * (shards - 1) / shards
+    assert _sending_seconds(config) == pytest.approx(sent / bandwidth, rel=0.01)
+
+
+@pytest.mark.parametrize(("copies", "bandwidth"), [(2, LINK), (4, LINK), (8, NETWORK)])
+def test_gradients_of_copies_are_summed_once_a_step(copies: int, bandwidth: float) -> None:
+    config = _run({"vocab_size": 1}, data_replicate=copies, micro_batch_size=1, global_batch_size=3 * copies)
+    weights = _weights(config, "")
+    # A ring sends every gradient twice but for one rank's share, in float32.
+    assert _sending_seconds(config) == pytest.approx(2 * 4 * weights * (copies - 1) / copies / bandwidth, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("replicate", "shard", "expert", "expert_shards", "expert_copies"),
+    [(1, 4, 2, 2, 1), (1, 4, 4, 1, 1), (2, 2, 2, 1, 2), (2, 2, 4, 1, 1)],
+)
+def test_experts_that_live_apart_are_gathered_and_summed_over_fewer_ranks(
+    replicate: int, shard: int, expert: int, expert_shards: int, expert_copies: int
+) -> None:
+    config = _run(
+        {"vocab_size": 1},
+        data_replicate=replicate,
+        data_shard=shard,
+        expert=expert,
+        micro_batch_size=1,
+        global_batch_size=replicate * shard,
+    )
+    experts = _weights(config, ".mlp.experts.")
+    others = _weights(config, "") - experts
+    kinds = ((others, shard, replicate), (experts / expert, expert_shards, expert_copies))
+    sent = sum(
+        (2 * 2 + 4) * weights * (shards - 1) / shards + 2 * 4 * weights / shards * (copies - 1) / copies
+        for weights, shards, copies in kinds
+    )
+    rows = estimate_step(config, COMPILED, DEVICE.model_copy(update={"bfloat16_tflops": 1e-6})).communication
+    assert _sending_seconds(config) - rows == pytest.approx(sent / LINK, rel=0.01)
+
+
+@pytest.mark.parametrize(("recomputation", "passes"), [("none", 2), ("full", 3)])
+@pytest.mark.parametrize("row_factor", [1.0, 1.2])
+def test_rows_travel_to_experts_and_back(recomputation: str, passes: int, row_factor: float) -> None:
+    def seconds(expert: int) -> StepTime:
+        config = _run(
+            data_replicate=4,
+            expert=expert,
+            micro_batch_size=2,
+            global_batch_size=24,
+            sequence_length=32,
+            recomputation=recomputation,
+        )
+        # So slow at computing that all other communication hides behind it.
+        device = DEVICE.model_copy(update={"bfloat16_tflops": 1e-6})
+        return estimate_step(config, Execution(2, compiled=True, row_factor=row_factor), device)
+
+    tokens, chosen, width, mixtures = 3 * 2 * 32, 2, 32, 2
+    rows = tokens * chosen * row_factor * mixtures
+    for expert in (2, 4):
+        sent = 2 * passes * rows * 2 * width * (expert - 1) / expert
+        assert seconds(expert).communication == pytest.approx(sent / LINK)
+    assert seconds(1).communication == 0
+
+
+def test_communication_hides_behind_computing() -> None:
+    config = _run(data_shard=4, micro_batch_size=1, global_batch_size=12)
+    run = execution_on(DEVICE, config)
+    slow = DEVICE.model_copy(update={"bfloat16_tflops": 1e-6})
+    assert estimate_step(config, run, slow).communication == 0
+    for link in (1e-3, 1e-4):
+        step = estimate_step(config, run, DEVICE.model_copy(update={"link_gb_per_s": link}))
+        assert step.communication + _busy(step) == pytest.approx(_sending_seconds(config) * 12.5 / link)
+        assert step.total == pytest.approx(_busy(step) + step.communication)
+
+
+@pytest.mark.parametrize(("stages", "micro_batches"), [(1, 4), (2, 4), (3, 6), (3, 1)])
+def test_stages_without_work_wait(stages: int, micro_batches: int) -> None:
+    config = _run(pipeline=stages, micro_batch_size=2, global_batch_size=2 * micro_batches)
+    step = estimate_step(config, execution_on(DEVICE, config), DEVICE)
+    layers = config.model.num_hidden_layers + config.model.num_nextn_predict_layers
+    uneven = math.ceil(layers / stages) / (layers / stages)
+    assert step.waiting + _busy(step) == pytest.approx(uneven * (1 + (stages - 1) / micro_batches) * _busy(step))
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> RunConfig:
+    """A small run over any ranks."""
+    ranks = {name: draw(st.sampled_from([1, 2, 4])) for name in ("data_replicate", "data_shard")}
+    every = ranks["data_replicate"] * ranks["data_shard"]
+    micro, micro_batches = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    return _run(
+        **ranks,
+        expert=draw(st.sampled_from([expert for expert in (1, 2, 4) if every % expert == 0])),
+        pipeline=draw(st.integers(1, 3)),
+        micro_batch_size=micro,
+        global_batch_size=micro * micro_batches * every,
+        recomputation=draw(st.sampled_from(["none", "full"])),
+        precision=draw(st.sampled_from(["bfloat16", "float32"])),
+    )
+
+
+@given(layouts(), st.sampled_from(RATES), st.floats(1, 1000))
+def test_a_device_that_does_anything_faster_is_never_slower(config: RunConfig, rate: str, factor: float) -> None:
+    faster = DEVICE.model_copy(update={rate: factor * getattr(DEVICE, rate)})
+    run = execution_on(DEVICE, config)
+    usual, found = estimate_step(config, run, DEVICE), estimate_step(config, run, faster)
+    assert found.total <= usual.total * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_known_devices_come_in_the_order_of_their_rates(path: Path) -> None:
+    overrides = [f"parallel.{name}=1" for name in ("data_replicate", "data_shard", "expert", "pipeline")]
+    config = load_config(path, [*overrides, "parallel.precision=bfloat16"])
+    seconds = []
+    for name in ("B200", "H200", "H100", "A100", "RTX 3090"):
+        device = device_named(name)
+        assert device is not None
+        seconds.append(estimate_step(config, execution_on(device, config), device).total)
+    assert seconds == sorted(set(seconds))
+
+
+@given(layouts())
+def test_recomputation_costs_up_to_half_as_much_again(config: RunConfig) -> None:
+    def total(**changes: str) -> float:
+        changed = config.model_copy(update={"parallel": config.parallel.model_copy(update=changes)})
+        return _busy(estimate_step(changed, execution_on(DEVICE, changed), DEVICE))
+
+    # A fourth pass beside three; casts of weights, twice a micro-batch, become three.
+    none, full = total(recomputation="none"), total(recomputation="full")
+    assert none < full <= 1.5 * none
