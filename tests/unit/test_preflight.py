@@ -90,9 +90,9 @@ def test_a_gpu_is_described_by_its_name_its_units_and_what_is_free(
     bfloat16: float | None,
     bandwidth: float,
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30 * 2**30, 32 * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (30 * 2**30, 32 * 2**30))
     described = describe_device(torch.device("cuda", 0))
     assert (described.name, described.bfloat16_tflops, described.memory_gb_per_s) == (name, bfloat16, bandwidth)
     assert described.memory_bytes == pytest.approx(30 * 2**30 + calibration().context_bytes)

@@ -44,12 +44,23 @@ class Device(Section):
         return tflops * 1e12
 
 
-_DATA_SHEET = "NVIDIA data sheet; rent: middle of on-demand offers in mid-2026"
+# Where the rates of a card come from whose name begins so.
+_PUBLICATIONS = {
+    "B200": "NVIDIA DGX B200 data sheet, an eighth of it",
+    "H200": "NVIDIA H200 Tensor Core GPU data sheet",
+    "H100": "NVIDIA H100 Tensor Core GPU data sheet",
+    "A100": "NVIDIA A100 Tensor Core GPU data sheet",
+    "L40S": "NVIDIA L40S data sheet",
+    "RTX 5090": "NVIDIA RTX Blackwell GPU architecture white paper",
+    "RTX 4090": "NVIDIA Ada GPU architecture white paper",
+    "RTX 3090": "NVIDIA Ampere GA102 GPU architecture white paper",
+}
 
 
 def _nvidia(
     name: str, memory_gib: float, bfloat16: float, float32: float, memory: float, link: float, rent: float
 ) -> Device:
+    publication = next(title for card, title in _PUBLICATIONS.items() if name.startswith(card))
     return Device(
         name=name,
         memory_gib=memory_gib,
@@ -59,7 +70,7 @@ def _nvidia(
         link_gb_per_s=link,
         network_gb_per_s=50.0 if link > 64 else 12.5,
         dollars_per_hour=rent,
-        source=_DATA_SHEET,
+        source=f"{publication}; rent: middle of on-demand offers in mid-2026",
     )
 
 
