@@ -13,6 +13,7 @@ from typer.main import get_command
 
 from deepseek_v3.config.loading import config_to_yaml, load_config
 from deepseek_v3.config.train_config import RunConfig
+from deepseek_v3.planning.counts_command import counts
 from deepseek_v3.utils.commands import run_app
 
 # Name -> where its function lives, and its line of help. Imported only when run: planning waits for no torch.
@@ -85,6 +86,9 @@ def show(
 ) -> None:
     """Print a config as a run would use it, every default spelled out."""
     typer.echo(config_to_yaml(load_config(config, override or [])), nl=False)
+
+
+config_app.command("counts")(counts)
 
 
 @config_app.command("schema")

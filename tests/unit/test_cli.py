@@ -1,6 +1,7 @@
 """`dsv3`: all commands are listed at once, and each is imported only when it is run."""
 
 import inspect
+import json
 import subprocess
 import sys
 from importlib import import_module
@@ -75,3 +76,19 @@ def test_planning_waits_for_no_torch(words: list[str]) -> None:
     )
     result = subprocess.run([sys.executable, "-c", program], cwd=TINY.parents[1], capture_output=True, text=True)
     assert (result.returncode, result.stderr.strip()) == (0, "[]")
+
+
+def test_counts_are_printed_whole_and_as_json() -> None:
+    base = TINY.with_name("deepseek_v3_base.yaml")
+    found = json.loads(dsv3("config", "counts", base, "--json").output)
+    parameters, operations = found["parameters"], found["operations_per_token"]
+    assert parameters.pop("total") == 671_026_404_352
+    assert parameters.pop("with_prediction") == sum(parameters.values())
+    assert found["active_parameters"]["total"] == found["active_by_convention"]["with_head"] == 36_625_603_584
+    assert operations["total"] == operations["forward"] + operations["backward"] + operations["recomputation"]
+    assert operations["forward"] == sum(sum(part.values()) for part in found["forward_operations"].values())
+    printed = dsv3("config", "counts", base).output
+    for count in (*parameters.values(), *found["active_by_convention"].values(), *operations.values()):
+        assert f"{count:,}" in printed
+    without = json.loads(dsv3("config", "counts", base, "--set", "parallel.recomputation=none", "--json").output)
+    assert without["operations_per_token"]["recomputation"] == 0

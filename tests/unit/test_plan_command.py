@@ -107,15 +107,21 @@ def test_every_size_and_every_figure_is_printed() -> None:
             assert f"({loss['low']:.2f}–{loss['high']:.2f})" in cells
 
 
-def test_the_recommended_size_is_taken_apart_and_its_command_given() -> None:
+def test_the_memory_of_every_size_is_taken_apart() -> None:
+    output, found = dsv3("plan", "--gpus", 8).output, _json("--gpus", 8)
+    for row in found["rows"]:
+        parts = row["memory"]["parts"]
+        assert sum(parts.values()) == pytest.approx(row["memory"]["needed_bytes"])
+    for part in found["rows"][0]["memory"]["parts"]:
+        gib = [f"{row['memory']['parts'][part] / 2**30:,.1f}" for row in found["rows"]]
+        assert re.search(rf"^{part.replace('_', ' ')} +{' +'.join(map(re.escape, gib))}( |$)", output, re.MULTILINE)
+
+
+def test_the_recommended_size_s_step_is_taken_apart_and_its_command_given() -> None:
     output, found = dsv3("plan", "--budget-hours", 72).output, _json("--budget-hours", 72)
     [row] = [row for row in found["rows"] if row["name"] == found["recommendation"]["name"]]
-    parts = row["memory"]["parts"]
-    assert sum(parts.values()) == pytest.approx(row["memory"]["needed_bytes"])
-    for name, size in parts.items():
-        assert re.search(rf"^{name.replace('_', ' ')} +{size / 2**30:,.1f} ", output, re.MULTILINE), name
     for name, seconds in row["step_seconds"]["parts"].items():
-        assert re.search(rf"    {name} +{seconds:.3f}$", output, re.MULTILINE), name
+        assert re.search(rf"    {name} +{re.escape(figures(seconds))}$", output, re.MULTILINE), name
     assert sum(row["step_seconds"]["parts"].values()) == pytest.approx(row["step_seconds"]["total"])
     assert f"\nRecommended: {row['name']} (" in output
     assert output.splitlines()[-1] == f"  {found['recommendation']['command']}"
@@ -410,3 +416,14 @@ def test_numbers_that_look_alike_are_told_apart() -> None:
     assert told_apart(72.0001, 72.0, figures) == ("72.0001", "72.0")
     assert told_apart(3_749_248_000, 3_749_000_000, short_count) == ("3,749,248,000", "3,749,000,000")
     assert told_apart(1200.0, 24.0, figures) == ("1,200", "24")
+
+
+def test_a_picture_goes_to_the_file_named_or_to_the_usual_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert dsv3("plan", "--gpus", 1, "--plot").exit_code == 0
+    assert dsv3("plan", "--plot", "mine.png", "--gpus", 1).exit_code == 0
+    for name in ("plan.png", "mine.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert "--plot other.png draws to it" in message_of(dsv3("plan", "other.png"))

@@ -46,8 +46,11 @@ def plan(
     ] = None,
     configs: Annotated[Path | None, typer.Option(help="Folder of the sizes.", show_default="configs")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw loss against compute.")] = None,
+    plot: Annotated[bool, typer.Option("--plot", help="Draw loss against compute to FILE.png.")] = False,
     list_gpus: Annotated[bool, typer.Option("--list-gpus", help="Print the known devices and leave.")] = False,
+    picture: Annotated[
+        Path | None, typer.Argument(metavar="FILE.png", help="Where --plot draws.", show_default="plan.png")
+    ] = None,
 ) -> None:
     """Say what a budget can train: fit, time, cost and expected loss of every size.
 
@@ -56,10 +59,9 @@ def plan(
     if list_gpus:
         print_devices(known_devices())
         return
-    if plot and plot.suffix.lower() != ".png":
-        raise ConfigError(f"--plot {plot}: expected a file name that ends in .png")
+    picture = _picture(plot, picture)
     options = PlanOptions(gpus, gpu, gpu_memory, hardware, price, budget_hours, budget_dollars, tokens, objective)
-    asks = options == PlanOptions() and not (configs or as_json or plot) and _in_a_terminal()
+    asks = options == PlanOptions() and not (configs or as_json or picture) and _in_a_terminal()
     if asks:
         options = ask_for_options()
     advice = _advise(options.request(), configs)
@@ -67,14 +69,23 @@ def plan(
         typer.echo(json.dumps(advice_as_json(advice), indent=2, allow_nan=False))
     else:
         print_advice(advice, price_given=options.price is not None)
-    if plot:
-        _plot(advice, plot)
+    if picture:
+        _plot(advice, picture)
     if asks:
         typer.echo(showable(f"\nThe same without questions: {options.command()}"))
 
 
 def _advise(request: PlanRequest, configs: Path | None) -> Advice:
     return advise(request, {path: load_config(path) for path in config_files(configs)})
+
+
+def _picture(plot: bool, picture: Path | None) -> Path | None:
+    """The file to draw to, if any is wanted."""
+    if picture and not plot:
+        raise ConfigError(f"{picture}: no argument is expected but a file for --plot; --plot {picture} draws to it")
+    if picture and picture.suffix.lower() != ".png":
+        raise ConfigError(f"--plot {picture}: expected a file name that ends in .png")
+    return picture or (Path("plan.png") if plot else None)
 
 
 def _in_a_terminal() -> bool:

@@ -55,8 +55,8 @@ def _row(row: SizePlan, device: Device) -> dict[str, Any]:
         "memory": {
             "available_bytes": device.memory_bytes,
             "needed_bytes": row.needed_bytes,
-            "moment": layout.memory.moment if layout else None,
-            "parts": row.memory_parts or None,
+            "moment": row.memory.moment,
+            "parts": row.memory_parts,
         },
         "step_seconds": {"total": layout.step.total, "parts": layout.step.parts()} if layout else None,
         "tokens": row.tokens,

@@ -21,6 +21,7 @@ from deepseek_v3.planning.budget import budget_in_tokens, planned_steps
 from deepseek_v3.planning.config_files import PREFIX
 from deepseek_v3.planning.counts import count_active_parameters, count_parameters
 from deepseek_v3.planning.layouts import Layout, fits_on, leanest_layout
+from deepseek_v3.planning.memory import MemoryEstimate
 from deepseek_v3.planning.quantities import dollars, figures, gibibytes, short_count, told_apart
 from deepseek_v3.planning.scaling_laws import ExpectedLoss, expected_loss, training_compute
 
@@ -46,14 +47,15 @@ class SizePlan:
     """A size as it would be trained.
 
     `given` is the config of the file `path`, `config` the same with layout and tokens filled in; `layout` and
-    `cost` are None where no layout fits the memory. `needed_bytes`: on the fullest device, of that layout or else
-    of the leanest. `loss` is None where the laws say nothing: with a vocabulary that is only for trying out.
+    `cost` are None where no layout fits the memory. `memory`, `needed_bytes`: on the fullest device, of that layout
+    or else of the leanest. `loss` is None where the laws say nothing: with a vocabulary only for trying out.
     """
 
     path: Path
     given: RunConfig
     config: RunConfig
     layout: Layout | None
+    memory: MemoryEstimate
     needed_bytes: float
     cost: RunCost | None
     loss: ExpectedLoss | None
@@ -67,10 +69,7 @@ class SizePlan:
     @property
     def memory_parts(self) -> dict[str, float]:
         """Bytes by part on the fullest device, at its worst moment; together `needed_bytes`."""
-        if self.layout is None:
-            return {}
-        memory = self.layout.memory
-        return {**memory.parts(), "allocator_and_driver": self.needed_bytes - memory.total}
+        return {**self.memory.parts(), "allocator_and_driver": self.needed_bytes - self.memory.total}
 
     @property
     def fits(self) -> bool:
@@ -126,6 +125,7 @@ def plan_size(path: Path, config: RunConfig, request: PlanRequest) -> SizePlan:
         given=config,
         config=planned,
         layout=layout,
+        memory=least.memory,
         needed_bytes=least.needed_bytes,
         cost=cost,
         loss=expected_loss(config.model, budget_in_tokens(planned)) if has_loss else None,

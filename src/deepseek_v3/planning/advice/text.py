@@ -32,8 +32,7 @@ def print_advice(advice: Advice, price_given: bool) -> None:
     _print_table(side_by_side(_cost_table(advice), _loss_table(advice)), advice)
     typer.echo(f"\n{paragraph(_LEGEND)}")
     _print_missing(advice)
-    if advice.recommended and advice.recommended.layout:
-        _print_parts(advice.recommended, advice.recommended.layout, advice.request.device)
+    _print_parts(advice)
     typer.echo()
     for name, source in sources().items():
         typer.echo(paragraph(f"{name.capitalize()}: {source}."))
@@ -85,6 +84,13 @@ def _fit_table(advice: Advice) -> list[str]:
     return table(["size", "total", "active", "fits", "devices", "layout", memory], rows, left=["layout"])
 
 
+def _memory_table(advice: Advice) -> list[str]:
+    """GiB by part on the fullest device of each size; of what does not fit, in its leanest layout."""
+    parts = [row.memory_parts for row in advice.rows]
+    rows = [[_spelled(name), *(gibibytes(part[name]) for part in parts)] for name in parts[0]]
+    return table(["GiB", *(row.name for row in advice.rows)], rows)
+
+
 def _cost_table(advice: Advice) -> list[str]:
     header = ["size", "step s", "MFU", "hours", "device hours", "cost"]
     return table(header, [[row.name, *_costs(row)] for row in advice.rows])
@@ -130,14 +136,17 @@ def _print_missing(advice: Advice) -> None:
         typer.echo("\n" + "\n".join(map(paragraph, lines)))
 
 
-def _print_parts(row: SizePlan, layout: Layout, device: Device) -> None:
-    """Memory and time of a size side by side, each with its sum."""
-    memory = [[_spelled(name), gibibytes(part)] for name, part in row.memory_parts.items()]
-    memory.append([f"of {gibibytes(device.memory_bytes)}", gibibytes(row.needed_bytes)])
-    time = [[_spelled(name), f"{seconds:.3f}"] for name, seconds in layout.step.parts().items()]
-    time.append(["a step", f"{layout.step.total:.3f}"])
-    typer.echo("\n" + paragraph(f"{row.name} on each device; its memory is fullest in the {layout.memory.moment}:"))
-    for line in side_by_side(table(["memory", "GiB"], memory), table(["time", "seconds"], time)):
+def _print_parts(advice: Advice) -> None:
+    """Memory of every size, and time of the recommended one, by part."""
+    row, lines = advice.recommended, _memory_table(advice)
+    title = "Memory by part on the fullest device, at its fullest moment"
+    if row and row.layout:
+        seconds = {**row.layout.step.parts(), "a step": row.layout.step.total}
+        times = [[_spelled(name), figures(part)] for name, part in seconds.items()]
+        lines = side_by_side(lines, table([f"{row.name}, seconds", ""], times))
+        title += f"; for {row.name} the {row.memory.moment}"
+    typer.echo("\n" + paragraph(f"{title}:"))
+    for line in lines:
         typer.echo(line.rstrip())
 
 
