@@ -28,7 +28,7 @@ def test_a_host_has_no_more_than_its_memory_and_no_more_than_its_container(
 ) -> None:
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr(preflight, "_CGROUP_LIMIT", limit)
+    monkeypatch.setattr(preflight, "_CGROUP_LIMITS", (limit, tmp_path / "missing"))
     assert host_memory_bytes() == physical
     limit.write_text("max\n")
     assert host_memory_bytes() == physical

@@ -15,7 +15,8 @@ from deepseek_v3.utils.errors import ConfigError, PlanError
 from deepseek_v3.utils.logging import get_logger
 
 _GIB = 2**30
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+# Where version 2 and version 1 of control groups keep a container's limit.
+_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 def check_plan(config: RunConfig, device: torch.device, force: bool = False) -> None:
@@ -58,8 +59,5 @@ def describe_device(device: torch.device) -> Device:
 def host_memory_bytes() -> int:
     """Memory of this machine, or of the container that this process runs in."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        limit = _CGROUP_LIMIT.read_text(encoding="ascii").strip()
-    except OSError:
-        return physical
-    return min(physical, int(limit)) if limit.isdigit() else physical
+    limits = [path.read_text(encoding="ascii").strip() for path in _CGROUP_LIMITS if path.is_file()]
+    return min([physical, *(int(limit) for limit in limits if limit.isdigit())])
