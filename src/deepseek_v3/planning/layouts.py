@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from itertools import product
 
 from deepseek_v3.config.train_config import ParallelConfig, RunConfig
-from deepseek_v3.planning.counts import count_layers, count_parameters
 from deepseek_v3.planning.execution import execution_on
 from deepseek_v3.planning.hardware import Device
 from deepseek_v3.planning.memory import MemoryEstimate, estimate_memory, needed_bytes
+from deepseek_v3.planning.shares import parameters_by_place
 from deepseek_v3.planning.timing import StepTime, estimate_step
 
 _MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
@@ -79,15 +79,12 @@ def _step(config: RunConfig, device: Device) -> StepTime:
 
 def _holding_states(config: RunConfig, device: Device, devices: int) -> list[RunConfig]:
     """The layouts for which weights, gradients and moments alone are not too large: quick, and drops most."""
-    counts = count_parameters(config.model)
-    per_mixture = count_layers(config.model, 0, 1, config.model.n_routed_experts).routed_experts
-    routed = counts.routed_experts + config.model.num_nextn_predict_layers * per_mixture
-    others = counts.with_prediction - routed
+    routed, in_layers, outside = parameters_by_place(config.model)
     width = 4 + 4 + 2 * (2 if config.training.optimizer.moments == "bfloat16" else 4)
 
     def states(parallel: ParallelConfig) -> float:
         ranks = max(parallel.data_shard, parallel.expert)
-        return width * (routed / ranks + others / parallel.data_shard) / parallel.pipeline
+        return width * (routed / ranks + (in_layers + outside) / parallel.data_shard) / parallel.pipeline
 
     runs = _on_most_devices(config, device, devices)
     return [run for run in runs if states(run.parallel) <= device.memory_bytes]

@@ -18,6 +18,7 @@ from deepseek_v3.planning.calibration import calibration
 from deepseek_v3.planning.counts import count_layers, joining_weights
 from deepseek_v3.planning.execution import Execution, LayerKind, pipeline_stages
 from deepseek_v3.planning.hardware import Device
+from deepseek_v3.planning.shares import micro_batches
 
 # What cuBLAS keeps for itself on Hopper; and the interpreter with torch and its libraries on a host.
 _WORKSPACE = 64 * 2**20
@@ -138,10 +139,9 @@ class _Stage:
         self.is_first, self.is_last = stage == 0, stage == len(stages) - 1
         self.recomputes = parallel.recomputation == "full"
         self.tokens = parallel.micro_batch_size * config.training.sequence_length
-        micro_batches = config.training.global_batch_size // (parallel.micro_batch_size * parallel.data_ranks)
-        self.accumulates = micro_batches > 1
+        self.accumulates = micro_batches(config) > 1
         # 1F1B: a stage starts as many micro-batches ahead as there are stages after it.
-        self.in_flight = min(len(stages) - stage, micro_batches)
+        self.in_flight = min(len(stages) - stage, micro_batches(config))
         self.states = float(run.width * self.tokens * model.hidden_size)
         self.vocabulary = model.vocab_size * model.hidden_size
         self.layers = {kind: _layer(config, run, kind) for kind in sorted(set(self.kinds))}
@@ -184,7 +184,7 @@ class _Stage:
             kept, copies = self._kept(index) + layer.saved, layer.copies
         return self._moment(
             f"backward pass of layer {index}",
-            made=self._made(index + 1) + (self.vocabulary if self.is_last else 0),
+            made=self._made(index + 1) + (self.vocabulary / self.config.parallel.data_shard if self.is_last else 0),
             activations=kept + self.states + layer.working,
             copies=copies,
         )

@@ -16,13 +16,11 @@ from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.activations import saved_bytes
 from deepseek_v3.planning.calibration import Rates, calibration
-from deepseek_v3.planning.counts import count_layers, count_parameters
+from deepseek_v3.planning.collectives import collective_seconds
 from deepseek_v3.planning.execution import Execution, pipeline_stages
 from deepseek_v3.planning.flops import ForwardFlops, forward_parts, prediction_parts
 from deepseek_v3.planning.hardware import Device
-
-# Of a link's published rate, what large messages reach; an assumption.
-_LINK_SHARE = 0.8
+from deepseek_v3.planning.shares import micro_batches, rank_parameters
 
 
 @dataclass(frozen=True)
@@ -71,8 +69,8 @@ def estimate_step(config: RunConfig, run: Execution, device: Device) -> StepTime
     work, rates = step_work(config, run), calibration().rates(run)
     computing = computing_time(work, rates, run, device)
     busy = sum(computing.values())
-    hidden, exposed = _collectives(config, run, device)
-    waiting = busy * (_longest_stage(config) * (1 + (config.parallel.pipeline - 1) / _micro_batches(config)) - 1)
+    hidden, exposed = collective_seconds(config, run, device)
+    waiting = busy * (_longest_stage(config) * (1 + (config.parallel.pipeline - 1) / micro_batches(config)) - 1)
     return StepTime(**computing, communication=exposed + max(0.0, hidden - busy), waiting=waiting)
 
 
@@ -96,7 +94,7 @@ def step_work(config: RunConfig, run: Execution) -> StepWork:
     length = config.training.sequence_length
     recomputes = parallel.recomputation == "full"
     passes = 4 if recomputes else 3
-    tokens = parallel.micro_batch_size * length * _micro_batches(config) / parallel.pipeline
+    tokens = parallel.micro_batch_size * length * micro_batches(config) / parallel.pipeline
     parts = _forward(model, length)
     inside = sum(p.attention_projections + p.dense_ffn + p.shared_experts + p.gates + p.joining for p in parts)
     kinds = pipeline_stages(model, 1)[0]
@@ -110,7 +108,7 @@ def step_work(config: RunConfig, run: Execution) -> StepWork:
         activation_bytes=tokens * saved * passes / 3,
         logit_bytes=tokens * depths * 3 * run.width * model.vocab_size,
         weight_bytes=_weight_bytes(config, run, recomputes),
-        layer_runs=_micro_batches(config) * len(kinds) / parallel.pipeline * passes / 3,
+        layer_runs=micro_batches(config) * len(kinds) / parallel.pipeline * passes / 3,
     )
 
 
@@ -120,96 +118,26 @@ def _longest_stage(config: RunConfig) -> float:
     return math.ceil(layers / config.parallel.pipeline) * config.parallel.pipeline / layers
 
 
-def _micro_batches(config: RunConfig) -> int:
-    parallel = config.parallel
-    return config.training.global_batch_size // (parallel.micro_batch_size * parallel.data_ranks)
-
-
 def _expert_bytes(config: RunConfig, run: Execution, tokens: float) -> float:
     """Rows into and out of both products of the experts, and their weights, for one pass."""
     model = config.model
     mixtures = model.num_moe_layers + model.num_nextn_predict_layers
     rows = mixtures * tokens * model.num_experts_per_tok * run.row_factor
-    weights = _micro_batches(config) * _parameters(config).experts
+    weights = micro_batches(config) * rank_parameters(config).experts
     return run.width * (rows * (2 * model.hidden_size + 3 * model.moe_intermediate_size) + weights)
 
 
 def _weight_bytes(config: RunConfig, run: Execution, recomputes: bool) -> float:
     """Casts of weights and of their gradients at every micro-batch, their sums, and the optimizer's pass."""
-    own, micro_batches = _parameters(config), _micro_batches(config)
+    own, repeats = rank_parameters(config), micro_batches(config)
     casts = ((2 if recomputes else 1) + 1) * (4 + 2) if run.width == 2 else 0
     moments = 2 if config.training.optimizer.moments == "bfloat16" else 4
     norm, update = 4, 3 * 4 + 2 * 2 * moments
-    summing = (micro_batches - 1) * 3 * 4
-    return own.layers * (micro_batches * casts) + own.share * (summing + norm + update)
-
-
-@dataclass(frozen=True)
-class _Parameters:
-    """How many parameters a rank works on: in whole layers, of these in experts, and in the share it updates."""
-
-    layers: float
-    experts: float
-    share: float
-
-
-def _parameters(config: RunConfig) -> _Parameters:
-    parallel, (routed, others, outside) = config.parallel, _in_and_outside_layers(config.model)
-    experts, stages = routed / parallel.expert, parallel.pipeline
-    share = routed / max(parallel.data_shard, parallel.expert) + (others + outside) / parallel.data_shard
-    return _Parameters((experts + others) / stages, experts / stages, share / stages)
-
-
-@lru_cache
-def _in_and_outside_layers(model: ModelConfig) -> tuple[int, int, int]:
-    """Parameters of routed experts, of all else in layers, and of embedding and head."""
-    mixtures = model.num_moe_layers + model.num_nextn_predict_layers
-    routed = count_layers(model, 0, mixtures, model.n_routed_experts).routed_experts
-    counts = count_parameters(model)
-    outside = counts.embedding + counts.head
-    return routed, counts.with_prediction - outside - routed, outside
+    summing = (repeats - 1) * 3 * 4
+    return own.layers * (repeats * casts) + own.share * (summing + norm + update)
 
 
 @lru_cache
 def _forward(model: ModelConfig, sequence_length: int) -> tuple[ForwardFlops, ForwardFlops]:
     """Operations per token of the main model and of its prediction layers; the same for every layout."""
     return forward_parts(model, sequence_length), prediction_parts(model, sequence_length)
-
-
-def _collectives(config: RunConfig, run: Execution, device: Device) -> tuple[float, float]:
-    """Seconds of collectives that can run beside the computation, and of those that cannot."""
-    parallel, own = config.parallel, _parameters(config)
-    vocabulary = 2 * config.model.vocab_size * config.model.hidden_size / parallel.pipeline
-    hidden = 0.0
-    for parameters, ranks in ((own.layers - own.experts + vocabulary, 1), (own.experts, parallel.expert)):
-        # Experts that live apart on several ranks are sharded and copied over that many fewer.
-        shards = max(1, parallel.data_shard // ranks)
-        copies = parallel.data_ranks // (shards * ranks)
-        per_micro_batch = (2 * run.width + 4) * parameters * _left_over(shards)
-        hidden += _micro_batches(config) * per_micro_batch / _bandwidth(device, parallel.data_shard)
-        hidden += 2 * 4 * parameters / shards * _left_over(copies) / _bandwidth(device, parallel.data_ranks)
-    exposed = _expert_traffic(config, run) * _left_over(parallel.expert) / _bandwidth(device, parallel.expert)
-    return hidden, exposed
-
-
-def _expert_traffic(config: RunConfig, run: Execution) -> float:
-    """Bytes that a rank sends to experts and back, in every pass."""
-    model, parallel = config.model, config.parallel
-    if parallel.expert == 1:
-        return 0.0
-    mixtures = (model.num_moe_layers + model.num_nextn_predict_layers) / parallel.pipeline
-    tokens = parallel.micro_batch_size * config.training.sequence_length * _micro_batches(config)
-    passes = 3 if parallel.recomputation == "full" else 2
-    row = run.width * model.hidden_size * model.num_experts_per_tok * run.row_factor
-    return 2 * passes * mixtures * tokens * row
-
-
-def _left_over(ranks: int) -> float:
-    """The share of a rank's data that is another rank's, of so many."""
-    return (ranks - 1) / ranks
-
-
-def _bandwidth(device: Device, ranks: int) -> float:
-    """Bytes per second between ranks: the link inside a node, the network beyond."""
-    inside = ranks <= device.devices_per_node
-    return _LINK_SHARE * 1e9 * (device.link_gb_per_s if inside else device.network_gb_per_s)

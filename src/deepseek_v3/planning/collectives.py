@@ -1,0 +1,50 @@
+"""Time of what the ranks of a layout send each other, from its bytes; it has not been measured."""
+
+from __future__ import annotations
+
+from deepseek_v3.config.train_config import RunConfig
+from deepseek_v3.planning.execution import Execution
+from deepseek_v3.planning.hardware import Device
+from deepseek_v3.planning.shares import micro_batches, rank_parameters
+
+# Of a link's published rate, what large messages reach; an assumption.
+_LINK_SHARE = 0.8
+
+
+def collective_seconds(config: RunConfig, run: Execution, device: Device) -> tuple[float, float]:
+    """Seconds of collectives that can run beside the computation, and of those that cannot."""
+    parallel, own = config.parallel, rank_parameters(config)
+    vocabulary = 2 * config.model.vocab_size * config.model.hidden_size / parallel.pipeline
+    hidden = 0.0
+    for parameters, ranks in ((own.layers - own.experts + vocabulary, 1), (own.experts, parallel.expert)):
+        # Experts that live apart on several ranks are sharded and copied over that many fewer.
+        shards = max(1, parallel.data_shard // ranks)
+        copies = parallel.data_ranks // (shards * ranks)
+        per_micro_batch = (2 * run.width + 4) * parameters * _left_over(shards)
+        hidden += micro_batches(config) * per_micro_batch / _bandwidth(device, parallel.data_shard)
+        hidden += 2 * 4 * parameters / shards * _left_over(copies) / _bandwidth(device, parallel.data_ranks)
+    exposed = _expert_traffic(config, run) * _left_over(parallel.expert) / _bandwidth(device, parallel.expert)
+    return hidden, exposed
+
+
+def _expert_traffic(config: RunConfig, run: Execution) -> float:
+    """Bytes that a rank sends to experts and back, in every pass."""
+    model, parallel = config.model, config.parallel
+    if parallel.expert == 1:
+        return 0.0
+    mixtures = (model.num_moe_layers + model.num_nextn_predict_layers) / parallel.pipeline
+    tokens = parallel.micro_batch_size * config.training.sequence_length * micro_batches(config)
+    passes = 3 if parallel.recomputation == "full" else 2
+    row = run.width * model.hidden_size * model.num_experts_per_tok * run.row_factor
+    return 2 * passes * mixtures * tokens * row
+
+
+def _left_over(ranks: int) -> float:
+    """The share of a rank's data that is another rank's, of so many."""
+    return (ranks - 1) / ranks
+
+
+def _bandwidth(device: Device, ranks: int) -> float:
+    """Bytes per second between ranks: the link inside a node, the network beyond."""
+    inside = ranks <= device.devices_per_node
+    return _LINK_SHARE * 1e9 * (device.link_gb_per_s if inside else device.network_gb_per_s)
