@@ -31,6 +31,8 @@ from deepseek_v3.utils import printing
 from deepseek_v3.utils.errors import ConfigError
 from run_helpers import dsv3, message_of
 
+CONFIG_1B = Path(__file__).parents[2] / "configs" / "deepseek_v3_1b.yaml"
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "select_config.py"
 SIZES = "tiny 1b 5b 10b 15b 20b base".split()
@@ -427,3 +429,14 @@ def test_a_picture_goes_to_the_file_named_or_to_the_usual_one(
     for name in ("plan.png", "mine.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert "--plot other.png draws to it" in message_of(dsv3("plan", "other.png"))
+
+
+def test_runs_of_one_s_own_are_planned_instead_of_the_sizes(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(CONFIG_1B.read_text(encoding="utf-8").replace("total_tokens: 20x", "total_tokens: 24x"))
+    found = _json("--gpus", 1, "--config", mine, "--config", CONFIG_1B)
+    assert {row["name"]: row["tokens_per_active_parameter"] for row in found["rows"]} == {"mine": 24.0, "1b": 20.0}
+    assert f"--config {mine}" in _json("--gpus", 1, "--config", mine)["recommendation"]["command"]
+    refused = dsv3("plan", "--config", mine, "--configs", tmp_path)
+    assert "expected either --config files or a --configs folder" in message_of(refused)
+    assert "cannot be read" in message_of(dsv3("plan", "--config", tmp_path / "none.yaml"))

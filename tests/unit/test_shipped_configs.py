@@ -20,6 +20,8 @@ from deepseek_v3.planning.counts import (
     count_parameters,
 )
 from deepseek_v3.planning.flops import flops_per_token, forward_parts, prediction_parts
+from deepseek_v3.planning.hardware import device_named
+from deepseek_v3.planning.layouts import measure_layout
 from deepseek_v3.training.schedule import TokenPlan
 
 ROOT = Path(__file__).parents[2]
@@ -218,6 +220,23 @@ def recipe_row(size: str, config: RunConfig) -> str:
     )
 
 
+def plan_row(size: str, config: RunConfig) -> str:
+    device = device_named("CPU" if size == "tiny" else "H100")
+    assert device is not None
+    layout, parallel = measure_layout(config, device), config.parallel
+    return _row(
+        size,
+        f"{layout.devices:,} × {device.name}",
+        f"{parallel.data_replicate} × {parallel.data_shard}",
+        parallel.expert,
+        parallel.pipeline,
+        parallel.micro_batch_size,
+        parallel.recomputation,
+        f"{layout.needed_bytes / 2**30:.1f}",
+        f"{layout.step.total:.2f}",
+    )
+
+
 def conventions_row(size: str, config: RunConfig) -> str:
     return _row(size, *(_billions(count) for count in active_conventions(config.model).values()))
 
@@ -265,7 +284,7 @@ def test_the_page_sets_the_original_sheet_beside_the_configs(size: str) -> None:
     assert sheet_row(size) in PAGE.splitlines()
 
 
-ROWS = [shape_row, parts_row, recipe_row, conventions_row, flops_row]
+ROWS = [shape_row, parts_row, recipe_row, plan_row, conventions_row, flops_row]
 
 
 @pytest.mark.parametrize("size", ALL)

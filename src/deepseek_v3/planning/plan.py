@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated
@@ -44,6 +45,9 @@ def plan(
     objective: Annotated[
         str | None, typer.Option(help=f"{', '.join(OBJECTIVES)}.", show_default=next(iter(OBJECTIVES)))
     ] = None,
+    config: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="Plan this run's YAML file instead; repeatable.")
+    ] = None,
     configs: Annotated[Path | None, typer.Option(help="Folder of the sizes.", show_default="configs")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False,
     plot: Annotated[bool, typer.Option("--plot", help="Draw loss against compute to FILE.png.")] = False,
@@ -61,10 +65,12 @@ def plan(
         return
     picture = _picture(plot, picture)
     options = PlanOptions(gpus, gpu, gpu_memory, hardware, price, budget_hours, budget_dollars, tokens, objective)
-    asks = options == PlanOptions() and not (configs or as_json or picture) and _in_a_terminal()
+    asks = options == PlanOptions() and not (config or configs or as_json or picture) and _in_a_terminal()
     if asks:
         options = ask_for_options()
-    advice = _advise(options.request(), configs)
+    if config and configs:
+        raise ConfigError(f"--configs {configs}: expected either --config files or a --configs folder, not both")
+    advice = _advise(options.request(), config or config_files(configs))
     if as_json:
         typer.echo(json.dumps(advice_as_json(advice), indent=2, allow_nan=False))
     else:
@@ -75,8 +81,8 @@ def plan(
         typer.echo(showable(f"\nThe same without questions: {options.command()}"))
 
 
-def _advise(request: PlanRequest, configs: Path | None) -> Advice:
-    return advise(request, {path: load_config(path) for path in config_files(configs)})
+def _advise(request: PlanRequest, paths: Sequence[Path]) -> Advice:
+    return advise(request, {path: load_config(path) for path in paths})
 
 
 def _picture(plot: bool, picture: Path | None) -> Path | None:
