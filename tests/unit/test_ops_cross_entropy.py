@@ -24,6 +24,7 @@ def _chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Makes the logits of all tokens take this many chunks, the last one shorter where that does not divide."""
     limit = -(-TOKENS * VOCABULARY // request.param)
     monkeypatch.setattr(chunked, "_CHUNK_LOGITS", {"cpu": limit, "cuda": limit})
+    monkeypatch.setattr(chunked, "_LEAST_ROWS", 1)
 
 
 def test_the_reference_is_minus_the_log_probability_of_the_target() -> None:
@@ -158,3 +159,19 @@ def test_no_tokens_make_no_loss() -> None:
     inputs = torch.zeros(0, WIDTH), torch.randn(VOCABULARY, WIDTH), torch.zeros(0, dtype=torch.int64)
     assert reference_linear_cross_entropy(*inputs).item() == 0
     assert linear_cross_entropy(*inputs).item() == 0
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words", "device_type", "rows"),
+    [
+        (16384, 129280, "cuda", 2048),  # eight chunks of half a gigabyte
+        (8192, 512, "cpu", 2048),
+        (4096, 129280, "cpu", 256),  # not eight rows at a time, each time with the whole head
+        (100, 129280, "cpu", 100),
+        (1, 7, "cpu", 1),
+    ],
+)
+def test_a_chunk_is_small_but_worth_its_pass_over_the_head(
+    tokens: int, words: int, device_type: str, rows: int
+) -> None:
+    assert chunked._chunk_size(tokens, words, device_type) == rows

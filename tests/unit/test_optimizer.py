@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_v3.config.train_config import OptimizerConfig
+from deepseek_v3.training import optimizer as optimizer_module
 from deepseek_v3.training.optimizer import AdamW
 
 SHAPES = [(6, 5), (7,), (3, 4, 2)]
@@ -41,6 +42,23 @@ def test_equals_torch_adamw_with_clipping_and_decay_on_matrices_only(device: tor
         reference.step()
         for mine, other in zip(ours, theirs, strict=True):
             torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+
+
+def test_pieces_on_a_cpu_give_the_same_bits_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = [torch.randn(shape) for shape in SHAPES]
+    gradients = [torch.randn(shape) for shape in SHAPES]
+    results = []
+    for piece in (1 << 18, 7):
+        monkeypatch.setattr(optimizer_module, "_CPU_PIECE", piece)
+        parameters = [nn.Parameter(tensor.clone()) for tensor in start]
+        optimizer = AdamW(parameters, _config(moments="bfloat16"))
+        for _ in range(3):
+            _with_gradients(parameters, gradients)
+            optimizer.step(0.1)
+        moments = [moment for state in optimizer.state.values() for moment in state.values()]
+        results.append([*(parameter.detach() for parameter in parameters), *moments])
+    for whole, pieces in zip(*results, strict=True):
+        assert torch.equal(whole, pieces)
 
 
 def test_bfloat16_moments_stay_close_to_float32_ones(device: torch.device) -> None:

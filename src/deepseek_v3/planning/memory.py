@@ -20,6 +20,8 @@ from deepseek_v3.planning.execution import Execution, LayerKind, pipeline_stages
 from deepseek_v3.planning.hardware import Device
 from deepseek_v3.planning.shares import micro_batches
 
+# Tokens in one chunk of the loss at least, as in ops/cross_entropy/chunked.py.
+_LEAST_ROWS = 256
 # What cuBLAS keeps for itself on Hopper; and the interpreter with torch and its libraries on a host.
 _WORKSPACE = 64 * 2**20
 _CPU_PROCESS = 0.5 * 2**30
@@ -164,7 +166,8 @@ class _Stage:
         """In the last depth's loss: everything is kept, and a chunk of logits is out."""
         model, narrow = self.config.model, self.run.width == 2
         chunks = math.ceil(self.tokens * model.vocab_size / self.run.logits_at_once)
-        chunk = self.run.width * math.ceil(self.tokens / chunks) * model.vocab_size
+        rows = max(math.ceil(self.tokens / chunks), min(self.tokens, _LEAST_ROWS))
+        chunk = self.run.width * rows * model.vocab_size
         per_loss = 4 * self.vocabulary + self.states  # gradients of the head and of the states, made at once
         # The norm before the head is not compiled: its input and product in float32, in place of the last states.
         last_norm = (8 if narrow else 4) * self.tokens * model.hidden_size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_v3.config.train_config import OptimizerConfig
+
+# Numbers updated at a time on a CPU: what the update makes on its way then stays in the caches, and small.
+_CPU_PIECE = 1 << 18
 
 
 class UpdateScalars(NamedTuple):
@@ -93,16 +96,16 @@ class AdamW(torch.optim.Optimizer):
     def _update_one(self, parameter: nn.Parameter, scalars: UpdateScalars) -> None:
         assert parameter.grad is not None
         state = self.state[parameter]
-        update = _fused_update() if parameter.is_cuda else _update
-        update(
-            parameter.view(-1),
-            parameter.grad.view(-1),
-            state["exp_avg"].view(-1),
-            state["exp_avg_sq"].view(-1),
-            scalars,
-            (self.config.beta1, self.config.beta2),
-            self.config.eps,
-        )
+        tensors = [t.view(-1) for t in (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])]
+        if parameter.is_cuda:
+            self._apply(_fused_update(), tensors, scalars)
+            return
+        for pieces in zip(*(tensor.split(_CPU_PIECE) for tensor in tensors), strict=True):
+            self._apply(_update, pieces, scalars)
+
+    def _apply(self, update: Callable[..., None], tensors: Sequence[Tensor], scalars: UpdateScalars) -> None:
+        """Runs `update` on a parameter, its gradient, mean and square, or on a piece of each."""
+        update(*tensors, scalars, (self.config.beta1, self.config.beta2), self.config.eps)
 
     def state_dict(self) -> dict[str, Any]:
         """The moments in parameter order and the number of steps taken."""

@@ -18,6 +18,8 @@ from deepseek_v3.ops.dtypes import at_least_float32
 
 # A chunk's logits stay under this many numbers: 0.5 GiB in bfloat16 on a GPU, what caches hold on a CPU.
 _CHUNK_LOGITS = {"cuda": 1 << 28, "cpu": 1 << 20}
+# Every chunk reads the head and reads and writes its gradient; fewer rows than this are not worth that.
+_LEAST_ROWS = 256
 
 
 def _loss_of(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
@@ -85,7 +87,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
 
 def _chunk_size(num_tokens: int, vocab_size: int, device_type: str) -> int:
     chunks = math.ceil(num_tokens * vocab_size / _CHUNK_LOGITS.get(device_type, _CHUNK_LOGITS["cuda"]))
-    return max(1, math.ceil(num_tokens / max(chunks, 1)))
+    return max(1, math.ceil(num_tokens / max(chunks, 1)), min(num_tokens, _LEAST_ROWS))
 
 
 def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
