@@ -26,8 +26,7 @@ def refuse_unless_it_fits(config: RunConfig, device: Device) -> None:
     )
     raise PlanError(
         f"this run needs {layout.needed_bytes / _GIB:.1f} GiB on {device.name}, where {device.memory_gib:.1f} GiB "
-        f"can be had: {parts}, and what the allocator and the driver take. {way_out(config, device)}; "
-        "--force starts it as it is"
+        f"can be had: {parts}, and what the allocator and the driver take. {way_out(config, device)}"
     )
 
 

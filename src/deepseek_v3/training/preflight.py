@@ -36,7 +36,7 @@ def check_plan(config: RunConfig, device: torch.device, force: bool = False) -> 
         refuse_unless_it_fits(config, describe_device(device))
     except PlanError as error:
         if not force:
-            raise
+            raise PlanError(f"{error}; --force starts it as it is") from None
         get_logger("Plan").warning(f"started by --force although {error}")
 
 
