@@ -1,5 +1,6 @@
 """The table of accelerators: found by names and by size, plausible, and replaced by a user's file."""
 
+import datetime
 from pathlib import Path
 from typing import Any
 
@@ -232,3 +233,8 @@ def test_a_file_that_is_no_device_is_refused(tmp_path: Path, text: str, problem:
         load_device(path)
     with pytest.raises(ConfigError, match=r"nowhere\.yaml: cannot be read"):
         load_device(tmp_path / "nowhere.yaml")
+
+
+def test_a_date_where_text_is_meant_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="quote the value if text is meant"):
+        load_device(_own(tmp_path, source=datetime.date(2026, 1, 1)))

@@ -6,14 +6,17 @@ import json
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
+from deepseek_v3.config.base import Section
 from deepseek_v3.config.problems import FieldPath, describe
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.utils.errors import ConfigError
+
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 class _Loader(yaml.SafeLoader):
@@ -51,12 +54,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises ConfigError with one line per problem: file and line (or override), field, what is wrong.
     """
+    return load_section(RunConfig, path, overrides)
+
+
+def load_section(kind: type[AnySection], path: str | Path, overrides: Sequence[str] = ()) -> AnySection:
+    """As `load_config`, for a YAML file that holds the fields of any one kind of section."""
     path = Path(path)
-    fields, where = read_fields(path)
+    fields, where = _read(path)
     for override in overrides:
         _apply(override, fields, where)
     try:
-        return _checked(fields, where)
+        return _checked(kind, fields, where)
     except TypeError as error:
         raise ConfigError(f"{path}: {error}; quote the value if text is meant") from None
 
@@ -68,21 +76,18 @@ def config_to_yaml(config: RunConfig) -> str:
 
 def config_from_dict(fields: dict[str, Any], source: str) -> RunConfig:
     """Rebuilds a config from `model_dump(mode="json")`, as a checkpoint stores it; `source` names it in errors."""
-    return _checked(fields, {(): source})
+    return _checked(RunConfig, fields, {(): source})
 
 
-def _checked(fields: dict[str, Any], where: Mapping[FieldPath, str]) -> RunConfig:
+def _checked(kind: type[AnySection], fields: dict[str, Any], where: Mapping[FieldPath, str]) -> AnySection:
     try:
-        return RunConfig.model_validate_json(json.dumps(fields))
+        return kind.model_validate_json(json.dumps(fields))
     except ValidationError as error:
-        raise ConfigError(describe(error, RunConfig, where)) from None
+        raise ConfigError(describe(error, kind, where)) from None
 
 
-def read_fields(path: Path) -> tuple[dict[str, Any], dict[FieldPath, str]]:
-    """A YAML file's fields, and for each field's path the place that gave it, for `problems.describe`.
-
-    Raises ConfigError, naming file and line, where it cannot be read or holds no fields.
-    """
+def _read(path: Path) -> tuple[dict[str, Any], dict[FieldPath, str]]:
+    """The file's fields, and for each field's path the place that gave it."""
     try:
         loader = _Loader(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from deepseek_v3.config.base import Section
-from deepseek_v3.config.loading import read_fields
-from deepseek_v3.config.problems import describe
+from deepseek_v3.config.loading import load_section
 from deepseek_v3.utils.errors import ConfigError
 
 
@@ -143,11 +141,7 @@ def load_device(path: str | Path) -> Device:
 
     Raises ConfigError with one line per problem: file, line, field, what is wrong.
     """
-    fields, where = read_fields(Path(path))
-    try:
-        return Device.model_validate_json(json.dumps(fields))
-    except ValidationError as error:
-        raise ConfigError(describe(error, Device, where)) from None
+    return load_section(Device, path)
 
 
 def peak_bfloat16_flops(device_name: str) -> float | None:
