@@ -30,7 +30,7 @@ from deepseek_v3.planning.calibration import CALIBRATION_FILE, Calibration, Rate
 from deepseek_v3.planning.execution import Execution, execution_on
 from deepseek_v3.planning.hardware import Device, device_named
 from deepseek_v3.planning.memory import estimate_memory
-from deepseek_v3.planning.timing import computing_time, step_work
+from deepseek_v3.planning.timing import computing_time, ideal_seconds, step_work
 from deepseek_v3.training.batches import token_batches
 from deepseek_v3.training.trainer import Trainer
 from deepseek_v3.utils.distributed import select_device
@@ -212,23 +212,10 @@ def _fit_eager(points: list[dict[str, Any]], device: Device, compiled: Rates) ->
 
 
 def _ideal_seconds(point: dict[str, Any], device: Device) -> dict[str, float]:
-    """What each kind of work would take at the device's peak rates: every factor 1, no fixed time."""
+    """What each factor is multiplied with at this point."""
     config = _config(point)
     run = execution_on(device, config)
-    work = step_work(config, run)
-    peak, memory = device.peak(run.width), device.memory_gb_per_s * 1e9
-    return {
-        "matrices": work.matrix_operations / peak,
-        "experts": work.expert_operations / peak,
-        "expert_bytes": work.expert_bytes / memory,
-        "attention": 0.0 if run.mask_bytes else work.attention_operations / peak,
-        "masked_attention": work.attention_operations / peak if run.mask_bytes else 0.0,
-        "activations": work.activation_bytes / memory,
-        "logits": work.logit_bytes / memory,
-        "weights": work.weight_bytes / memory,
-        "layers": work.layer_runs,
-        "step": 1.0,
-    }
+    return ideal_seconds(step_work(config, run), run, device)
 
 
 def _factors(
@@ -245,7 +232,8 @@ def _gaps(points: list[dict[str, Any]], ideal: list[dict[str, float]]) -> list[f
         max(0.0, seconds - sum(point["kernel_seconds"].values()))
         for seconds, point in zip(whole, points, strict=True)
     ]
-    return _least_squares([[seconds["layers"], seconds["step"]] for seconds in ideal], idle, whole)
+    fixed = [[seconds["seconds_per_layer"], seconds["seconds_per_step"]] for seconds in ideal]
+    return _least_squares(fixed, idle, whole)
 
 
 def _least_squares(columns: list[list[float]], measured: list[float], scale: list[float]) -> list[float]:

@@ -12,7 +12,6 @@ import yaml
 
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.config.train_config import RunConfig
-from deepseek_v3.planning.advice import size_plans
 from deepseek_v3.planning.advice.advisor import Advice, advise
 from deepseek_v3.planning.advice.launching import launch_command
 from deepseek_v3.planning.advice.requests import PlanRequest
@@ -21,7 +20,7 @@ from deepseek_v3.planning.budget import budget_in_tokens, planned_steps, planned
 from deepseek_v3.planning.counts import count_active_parameters, count_parameters
 from deepseek_v3.planning.flops import training_flops_per_token
 from deepseek_v3.planning.hardware import Device, device_named
-from deepseek_v3.planning.layouts import fastest_layout, fits_on, leanest_layout, measure_layout
+from deepseek_v3.planning.layouts import MOST_DEVICES, fastest_layout, fits_on, leanest_layout, measure_layout
 from deepseek_v3.planning.scaling_laws import expected_loss
 from deepseek_v3.utils.errors import ConfigError
 from run_helpers import SEQUENCE_LENGTH, run_fields
@@ -363,4 +362,4 @@ def test_a_huge_number_of_devices_is_no_more_than_the_batch_can_use() -> None:
     plan = _plan("1b", _device(), 10**9)
     assert plan.layout
     assert plan.layout.devices <= _config("1b").training.global_batch_size * 64
-    assert plan.layout.devices <= size_plans._MOST_DEVICES
+    assert plan.layout.devices <= MOST_DEVICES

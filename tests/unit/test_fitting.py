@@ -7,9 +7,9 @@ import pytest
 
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.config.train_config import RunConfig
-from deepseek_v3.planning.fitting import fewest_devices, refuse_unless_it_fits, way_out
+from deepseek_v3.planning.fitting import refuse_unless_it_fits, way_out
 from deepseek_v3.planning.hardware import Device, device_named
-from deepseek_v3.planning.layouts import measure_layout
+from deepseek_v3.planning.layouts import fastest_layout, fewest_devices, measure_layout
 from deepseek_v3.utils.errors import PlanError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -62,7 +62,9 @@ def test_one_change_is_preferred_to_two_and_the_faster_to_the_slower() -> None:
 
 def test_a_model_too_large_for_one_device_names_how_many_it_takes() -> None:
     config, device = _config("10b", "parallel.data_shard=1"), _device(79.2)
-    several = fewest_devices(config, device)
+    enough = fewest_devices(config, device)
+    assert enough
+    several = fastest_layout(config, device, enough)
     assert several
     assert several.needed_bytes <= device.memory_bytes
     message = way_out(config, device)

@@ -43,6 +43,11 @@ class OptimizerConfig(Section):
     max_grad_norm: PositiveFloat = 1.0
     moments: Literal["bfloat16", "float32"] = "bfloat16"
 
+    @property
+    def moment_bytes(self) -> int:
+        """Bytes of one number of a moment."""
+        return 2 if self.moments == "bfloat16" else 4
+
 
 class ScheduleConfig(Section):
     """Learning rate over the run. `deepseek_v3` has the report's own phases and takes only the warm-up."""

@@ -7,11 +7,10 @@ from itertools import product
 
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.hardware import Device
-from deepseek_v3.planning.layouts import Layout, fastest_layout, leanest_layout, measure_layout
+from deepseek_v3.planning.layouts import fastest_layout, fewest_devices, leanest_layout, measure_layout
 from deepseek_v3.utils.errors import PlanError
 
 _GIB = 2**30
-_MOST_DEVICES = 4096
 
 
 def refuse_unless_it_fits(config: RunConfig, device: Device) -> None:
@@ -42,24 +41,14 @@ def way_out(config: RunConfig, device: Device) -> str:
         settings = " ".join(f"--set {field}={value}" for field, value in changes.items())
         return f"It fits with {settings} ({layout.needed_bytes / _GIB:.1f} GiB)"
     least = leanest_layout(config, device, devices=1).needed_bytes / _GIB
-    several = None if device.is_cpu else fewest_devices(config, device)
+    enough = None if device.is_cpu else fewest_devices(config, device)
+    several = fastest_layout(config, device, enough) if enough else None
     if several is None:
         return f"The least that one device can do with is {least:.1f} GiB; take a smaller model"
     return (
         f"The least that one device can do with is {least:.1f} GiB; it takes {several.devices} of this kind "
         f"({several.needed_bytes / _GIB:.1f} GiB on each), or a smaller model"
     )
-
-
-def fewest_devices(config: RunConfig, device: Device) -> Layout | None:
-    """The fastest layout over the smallest power of two of devices that fits; None up to 4,096 of them."""
-    devices = 1
-    while devices <= _MOST_DEVICES:
-        layout = fastest_layout(config, device, devices)
-        if layout is not None:
-            return layout
-        devices *= 2
-    return None
 
 
 def _smaller(config: RunConfig) -> Iterator[tuple[dict[str, object], RunConfig]]:

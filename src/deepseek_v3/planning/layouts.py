@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from itertools import product
 
 from deepseek_v3.config.train_config import ParallelConfig, RunConfig
-from deepseek_v3.planning.execution import execution_on
+from deepseek_v3.planning.execution import Execution, execution_on
 from deepseek_v3.planning.hardware import Device
 from deepseek_v3.planning.memory import MemoryEstimate, estimate_memory, needed_bytes
-from deepseek_v3.planning.shares import parameters_by_place
+from deepseek_v3.planning.shares import own_share, parameters_by_place
 from deepseek_v3.planning.timing import StepTime, estimate_step
 
+MOST_DEVICES = 4096
 _MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 _DEGREES = (1, 2, 4, 8, 16, 32, 64)
 _RECOMPUTATION = ("none", "full")
@@ -23,10 +24,11 @@ _RECOMPUTATION = ("none", "full")
 class Layout:
     """A run with its `parallel` section filled in, and what it costs: memory of the fullest rank, time of a step.
 
-    `needed_bytes` is what each device must have free.
+    `run`: how its layers are executed. `needed_bytes` is what each device must have free.
     """
 
     config: RunConfig
+    run: Execution
     memory: MemoryEstimate
     needed_bytes: float
     step: StepTime
@@ -41,7 +43,7 @@ def measure_layout(config: RunConfig, device: Device) -> Layout:
     """Memory and time of a run as its `parallel` section lays it out."""
     run = execution_on(device, config)
     memory = estimate_memory(config, run)
-    return Layout(config, memory, needed_bytes(memory, device), estimate_step(config, run, device))
+    return Layout(config, run, memory, needed_bytes(memory, device), estimate_step(config, run, device))
 
 
 def fastest_layout(config: RunConfig, device: Device, devices: int) -> Layout | None:
@@ -49,45 +51,50 @@ def fastest_layout(config: RunConfig, device: Device, devices: int) -> Layout | 
 
     Where the batch does not divide over all of them, the most devices over which it does.
     """
-    timed = [(run, _step(run, device)) for run in _holding_states(config, device, devices)]
-    for run, step in sorted(timed, key=lambda timed_run: timed_run[1].total):
-        memory = _memory(run, device)
-        if needed_bytes(memory, device) <= device.memory_bytes:
-            return Layout(run, memory, needed_bytes(memory, device), step)
+    candidates = _holding_states(config, device, devices)
+    executed = [(candidate, execution_on(device, candidate)) for candidate in candidates]
+    timed = [(estimate_step(candidate, run, device), candidate, run) for candidate, run in executed]
+    for step, candidate, run in sorted(timed, key=lambda found: found[0].total):
+        memory = estimate_memory(candidate, run)
+        needed = needed_bytes(memory, device)
+        if needed <= device.memory_bytes:
+            return Layout(candidate, run, memory, needed, step)
     return None
 
 
 def leanest_layout(config: RunConfig, device: Device, devices: int) -> Layout:
     """The layout over so many devices that needs the least memory."""
-    runs = _on_most_devices(config, device, devices)
-    return measure_layout(min(runs, key=lambda run: needed_bytes(_memory(run, device), device)), device)
+    candidates = _on_most_devices(config, device, devices)
+    return measure_layout(min(candidates, key=lambda candidate: _needed(candidate, device)), device)
+
+
+def fewest_devices(config: RunConfig, device: Device, above: int = 0) -> int | None:
+    """The smallest power of two of devices, more than `above`, that some layout fits; None up to `MOST_DEVICES`."""
+    powers = (2**power for power in range(MOST_DEVICES.bit_length()))
+    return next((number for number in powers if number > above and fits_on(config, device, number)), None)
 
 
 def fits_on(config: RunConfig, device: Device, devices: int) -> bool:
     """Whether any layout over so many devices fits their memory."""
-    runs = sorted(_holding_states(config, device, devices), key=lambda run: run.parallel.micro_batch_size)
-    return any(needed_bytes(_memory(run, device), device) <= device.memory_bytes for run in runs)
+    candidates = _holding_states(config, device, devices)
+    smallest_first = sorted(candidates, key=lambda candidate: candidate.parallel.micro_batch_size)
+    return any(_needed(candidate, device) <= device.memory_bytes for candidate in smallest_first)
 
 
-def _memory(config: RunConfig, device: Device) -> MemoryEstimate:
-    return estimate_memory(config, execution_on(device, config))
-
-
-def _step(config: RunConfig, device: Device) -> StepTime:
-    return estimate_step(config, execution_on(device, config), device)
+def _needed(config: RunConfig, device: Device) -> float:
+    return needed_bytes(estimate_memory(config, execution_on(device, config)), device)
 
 
 def _holding_states(config: RunConfig, device: Device, devices: int) -> list[RunConfig]:
     """The layouts for which weights, gradients and moments alone are not too large: quick, and drops most."""
     routed, in_layers, outside = parameters_by_place(config.model)
-    width = 4 + 4 + 2 * (2 if config.training.optimizer.moments == "bfloat16" else 4)
+    width = 4 + 4 + 2 * config.training.optimizer.moment_bytes
 
     def states(parallel: ParallelConfig) -> float:
-        ranks = max(parallel.data_shard, parallel.expert)
-        return width * (routed / ranks + (in_layers + outside) / parallel.data_shard) / parallel.pipeline
+        return width * own_share(parallel, routed, in_layers + outside) / parallel.pipeline
 
-    runs = _on_most_devices(config, device, devices)
-    return [run for run in runs if states(run.parallel) <= device.memory_bytes]
+    candidates = _on_most_devices(config, device, devices)
+    return [candidate for candidate in candidates if states(candidate.parallel) <= device.memory_bytes]
 
 
 def _on_most_devices(config: RunConfig, device: Device, devices: int) -> list[RunConfig]:

@@ -18,7 +18,7 @@ from deepseek_v3.planning.calibration import calibration
 from deepseek_v3.planning.counts import count_layers, joining_weights
 from deepseek_v3.planning.execution import Execution, LayerKind, pipeline_stages
 from deepseek_v3.planning.hardware import Device
-from deepseek_v3.planning.shares import micro_batches
+from deepseek_v3.planning.shares import micro_batches, own_share
 
 # Tokens in one chunk of the loss at least, as in ops/cross_entropy/chunked.py.
 _LEAST_ROWS = 256
@@ -102,7 +102,7 @@ def _layer(config: RunConfig, run: Execution, kind: LayerKind) -> _Layer:
     is_sharded, recomputes = parallel.data_shard > 1, parallel.recomputation == "full"
     matrices = routed + others - counts.norms - more_norms - counts.gates
     return _Layer(
-        parameters=counts.routed_experts / max(parallel.data_shard, parallel.expert) + others / parallel.data_shard,
+        parameters=own_share(parallel, counts.routed_experts, others),
         saved=saved_bytes(model, kind, run) * tokens,
         copies=0.0 if run.width == 4 or is_sharded else 2 * matrices,
         gathered=run.width * (routed + others) if is_sharded else 0.0,
@@ -205,12 +205,11 @@ class _Stage:
         self, name: str, made: float, activations: float, copies: float = 0.0, head: float = 0.0
     ) -> MemoryEstimate:
         """`made`: parameters whose gradients are there, if none are left from an earlier micro-batch."""
-        moment_width = 2 if self.config.training.optimizer.moments == "bfloat16" else 4
         waiting = self.in_flight - 1
         return MemoryEstimate(
             moment=name,
             weights=4 * self.parameters,
-            moments=2 * moment_width * self.parameters,
+            moments=2 * self.config.training.optimizer.moment_bytes * self.parameters,
             gradients=4 * (self.parameters if self.accumulates else made),
             activations=activations + waiting * self._kept(len(self.kinds)),
             weight_copies=copies + waiting * self._copies(len(self.kinds)),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from deepseek_v3.config.model_config import ModelConfig
-from deepseek_v3.config.train_config import RunConfig
+from deepseek_v3.config.train_config import ParallelConfig, RunConfig
 from deepseek_v3.planning.counts import count_layers, count_parameters
 
 
@@ -23,8 +23,13 @@ def rank_parameters(config: RunConfig) -> RankParameters:
     """Those of one rank, on average over pipeline stages."""
     parallel, (routed, others, outside) = config.parallel, parameters_by_place(config.model)
     experts, stages = routed / parallel.expert, parallel.pipeline
-    share = routed / max(parallel.data_shard, parallel.expert) + (others + outside) / parallel.data_shard
+    share = own_share(parallel, routed, others + outside)
     return RankParameters((experts + others) / stages, experts / stages, share / stages)
+
+
+def own_share(parallel: ParallelConfig, routed: float, others: float) -> float:
+    """How many a rank owns of parameters in routed experts, which live apart already, and of others."""
+    return routed / max(parallel.data_shard, parallel.expert) + others / parallel.data_shard
 
 
 @lru_cache

@@ -22,6 +22,16 @@ from deepseek_v3.planning.flops import ForwardFlops, forward_parts, prediction_p
 from deepseek_v3.planning.hardware import Device
 from deepseek_v3.planning.shares import micro_batches, rank_parameters
 
+# The factors that each part of a step's time is made of.
+_FACTORS_OF_PARTS = {
+    "matrices": ("matrices",),
+    "experts": ("experts", "expert_bytes"),
+    "attention": ("attention", "masked_attention"),
+    "elementwise": ("activations", "logits"),
+    "weights": ("weights",),
+    "launches": ("seconds_per_layer", "seconds_per_step"),
+}
+
 
 @dataclass(frozen=True)
 class StepWork:
@@ -74,17 +84,30 @@ def estimate_step(config: RunConfig, run: Execution, device: Device) -> StepTime
     return StepTime(**computing, communication=exposed + max(0.0, hidden - busy), waiting=waiting)
 
 
+def ideal_seconds(work: StepWork, run: Execution, device: Device) -> dict[str, float]:
+    """What each factor of `Rates` is multiplied with: seconds at the device's peak, or how often it is paid."""
+    peak, memory = device.peak(run.width), device.memory_gb_per_s * 1e9
+    attention = work.attention_operations / peak
+    return {
+        "matrices": work.matrix_operations / peak,
+        "experts": work.expert_operations / peak,
+        "expert_bytes": work.expert_bytes / memory,
+        "attention": 0.0 if run.mask_bytes else attention,
+        "masked_attention": attention if run.mask_bytes else 0.0,
+        "activations": work.activation_bytes / memory,
+        "logits": work.logit_bytes / memory,
+        "weights": work.weight_bytes / memory,
+        "seconds_per_layer": 0.0 if device.is_cpu else work.layer_runs,
+        "seconds_per_step": 0.0 if device.is_cpu else 1.0,
+    }
+
+
 def computing_time(work: StepWork, rates: Rates, run: Execution, device: Device) -> dict[str, float]:
     """Seconds by kind of work."""
-    peak, memory = device.peak(run.width), device.memory_gb_per_s * 1e9
-    attention = rates.masked_attention if run.mask_bytes else rates.attention
+    ideal = ideal_seconds(work, run, device)
     return {
-        "matrices": rates.matrices * work.matrix_operations / peak,
-        "experts": rates.experts * work.expert_operations / peak + rates.expert_bytes * work.expert_bytes / memory,
-        "attention": attention * work.attention_operations / peak,
-        "elementwise": (rates.activations * work.activation_bytes + rates.logits * work.logit_bytes) / memory,
-        "weights": rates.weights * work.weight_bytes / memory,
-        "launches": 0.0 if device.is_cpu else rates.seconds_per_layer * work.layer_runs + rates.seconds_per_step,
+        part: sum(getattr(rates, factor) * ideal[factor] for factor in factors)
+        for part, factors in _FACTORS_OF_PARTS.items()
     }
 
 
@@ -131,8 +154,7 @@ def _weight_bytes(config: RunConfig, run: Execution, recomputes: bool) -> float:
     """Casts of weights and of their gradients at every micro-batch, their sums, and the optimizer's pass."""
     own, repeats = rank_parameters(config), micro_batches(config)
     casts = ((2 if recomputes else 1) + 1) * (4 + 2) if run.width == 2 else 0
-    moments = 2 if config.training.optimizer.moments == "bfloat16" else 4
-    norm, update = 4, 3 * 4 + 2 * 2 * moments
+    norm, update = 4, 3 * 4 + 2 * 2 * config.training.optimizer.moment_bytes
     summing = (repeats - 1) * 3 * 4
     return own.layers * (repeats * casts) + own.share * (summing + norm + update)
 

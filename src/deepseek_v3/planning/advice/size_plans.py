@@ -20,12 +20,11 @@ from deepseek_v3.planning.advice.spending import (
 from deepseek_v3.planning.budget import budget_in_tokens, planned_steps
 from deepseek_v3.planning.config_files import PREFIX
 from deepseek_v3.planning.counts import count_active_parameters, count_parameters
-from deepseek_v3.planning.layouts import Layout, fits_on, leanest_layout
+from deepseek_v3.planning.layouts import MOST_DEVICES, Layout, fewest_devices, leanest_layout
 from deepseek_v3.planning.memory import MemoryEstimate
 from deepseek_v3.planning.quantities import dollars, figures, gibibytes, short_count, told_apart
 from deepseek_v3.planning.scaling_laws import ExpectedLoss, expected_loss, training_compute
 
-_MOST_DEVICES = 4096
 # Without a limit of hours, longer than anybody waits.
 _HOURS_OF_A_YEAR = 24 * 365
 # Losses per token compare only between vocabularies alike; those of the laws had at least so many entries.
@@ -160,9 +159,8 @@ def _too_few_tokens(config: RunConfig, request: PlanRequest) -> tuple[Shortage, 
 def _too_large(config: RunConfig, leanest: Layout, request: PlanRequest) -> tuple[Shortage, ...]:
     """What a size lacks that does not fit the memory."""
     device, devices = request.device, request.devices
-    powers = (2**power for power in range(_MOST_DEVICES.bit_length()))
-    enough = next((number for number in powers if number > devices and fits_on(config, device, number)), None)
-    instead = f"fits from {enough:,} on" if enough else f"does not fit on {max(_MOST_DEVICES, devices):,} either"
+    enough = fewest_devices(config, device, above=devices)
+    instead = f"fits from {enough:,} on" if enough else f"does not fit on {max(MOST_DEVICES, devices):,} either"
     reason = (
         f"needs {gibibytes(leanest.needed_bytes)} GiB on each of {leanest.devices:,} × {device.name}, which has "
         f"{gibibytes(device.memory_bytes)}: the least of any layout; {instead}"

@@ -9,7 +9,6 @@ from deepseek_v3.planning.advice.requests import PlanRequest
 from deepseek_v3.planning.budget import budget_in_tokens, planned_tokens
 from deepseek_v3.planning.chinchilla import MAX_RATIO, TARGET_RATIO, Verdict, check_compliance
 from deepseek_v3.planning.counts import count_active_parameters
-from deepseek_v3.planning.execution import execution_on
 from deepseek_v3.planning.flops import training_flops_per_token
 from deepseek_v3.planning.layouts import Layout, fastest_layout
 
@@ -36,7 +35,7 @@ def run_cost(layout: Layout, request: PlanRequest) -> RunCost:
     batch = _batch_tokens(config)
     hours = planned_tokens(config) / batch * layout.step.total / 3600
     operations = batch * training_flops_per_token(config.model, config.training.sequence_length)
-    peak = layout.devices * device.peak(execution_on(device, config).width)
+    peak = layout.devices * device.peak(layout.run.width)
     return RunCost(
         hours=hours,
         device_hours=hours * layout.devices,
