@@ -3,6 +3,7 @@
 import pytest
 import torch
 from hypothesis import settings
+from matplotlib.figure import Figure
 
 torch.set_num_threads(1)  # the suite runs one process per core
 settings.register_profile("same examples on every run", derandomize=True, deadline=None, database=None)
@@ -23,3 +24,17 @@ def _same_random_numbers() -> None:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Each device on which an operation has to hold."""
     return torch.device(request.param)
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that are saved from here on."""
+    figures: list[Figure] = []
+    save = Figure.savefig
+
+    def remember(figure: Figure, *args: object, **options: object) -> None:
+        figures.append(figure)
+        save(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", remember)
+    return figures

@@ -16,7 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.model.transformer import DeepSeekV3
-from deepseek_v3.ops.cross_entropy import linear_cross_entropy
+from deepseek_v3.ops.cross_entropy import chunked, linear_cross_entropy
+from deepseek_v3.planning import execution, memory
 from deepseek_v3.planning.activations import saved_bytes
 from deepseek_v3.planning.calibration import calibration
 from deepseek_v3.planning.counts import count_parameters
@@ -474,3 +475,9 @@ def test_the_documentation_prints_the_measurements() -> None:
                 f"| {measured * 1e3:.1f} | {seconds * 1e3:.1f} | {seconds / measured - 1:+.1%} |"
             )
             assert any(line.startswith(row) for line in page), row
+
+
+def test_the_planner_s_chunks_are_those_of_the_loss() -> None:
+    """Planning cannot import the loss, which needs torch."""
+    assert {"gpu": chunked._CHUNK_LOGITS["cuda"], "cpu": chunked._CHUNK_LOGITS["cpu"]} == execution._LOGITS_AT_ONCE
+    assert memory._LEAST_ROWS == chunked._LEAST_ROWS

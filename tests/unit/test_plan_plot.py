@@ -33,20 +33,6 @@ def _advice(devices: int = 8, **limits: Any) -> Advice:
     return advise(PlanRequest(device, devices, **limits), configs)
 
 
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that are saved from here on."""
-    figures: list[Figure] = []
-    save = Figure.savefig
-
-    def remember(figure: Figure, *args: object, **options: object) -> None:
-        figures.append(figure)
-        save(figure, *args, **options)
-
-    monkeypatch.setattr(Figure, "savefig", remember)
-    return figures
-
-
 def _axes(advice: Advice, folder: Path, figures: list[Figure]) -> Axes:
     plot_plan(advice, folder / "plan.png")
     return figures[-1].axes[0]

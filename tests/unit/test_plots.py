@@ -15,20 +15,6 @@ from deepseek_v3.utils.plots import plot_losses
 RECORDS = [{"step": step, "tokens": 2048 * step, "loss": 2 + 8 / step} for step in range(1, 200)]
 
 
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that are saved from here on."""
-    figures: list[Figure] = []
-    save = Figure.savefig
-
-    def remember(figure: Figure, *args: object, **options: object) -> None:
-        figures.append(figure)
-        save(figure, *args, **options)
-
-    monkeypatch.setattr(Figure, "savefig", remember)
-    return figures
-
-
 def test_the_picture_is_a_png_of_its_own(tmp_path: Path) -> None:
     path = tmp_path / "report" / "loss.png"
     plot_losses(RECORDS, path)

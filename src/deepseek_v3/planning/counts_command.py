@@ -13,7 +13,7 @@ from deepseek_v3.config.loading import load_config
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.counts import active_conventions, count_active_parts, count_parameters
 from deepseek_v3.planning.flops import flops_per_token, forward_parts, prediction_parts
-from deepseek_v3.utils.printing import paragraph, side_by_side, table
+from deepseek_v3.utils.printing import paragraph, side_by_side, spelled, table
 
 
 def counts(
@@ -50,16 +50,20 @@ def counts_of(config: RunConfig) -> dict[str, Any]:
 
 def _print(found: dict[str, Any]) -> None:
     total, active = found["parameters"], found["active_parameters"]
-    rows = [[_spelled(part), f"{total[part]:,}", f"{active[part]:,}"] for part in total]
-    conventions = [[_spelled(name), f"{count:,}"] for name, count in found["active_by_convention"].items()]
-    _print_lines(table(["parameters", "all", "active"], rows), table(["active by convention", ""], conventions))
+    rows = [[spelled(part), f"{total[part]:,}", f"{active[part]:,}"] for part in total]
+    conventions = [[spelled(name), f"{count:,}"] for name, count in found["active_by_convention"].items()]
+    parameters, others = (
+        table(["parameters", "all", "active"], rows),
+        table(["active by convention", ""], conventions),
+    )
+    typer.echo("\n".join(side_by_side(parameters, others)))
     typer.echo(paragraph("Here and throughout, active is the first: every weight that a token multiplies with."))
     forward = found["forward_operations"]
     parts = [
-        [_spelled(part), f"{forward['model'][part]:,}", f"{forward['prediction'][part]:,}"]
+        [spelled(part), f"{forward['model'][part]:,}", f"{forward['prediction'][part]:,}"]
         for part in forward["model"]
     ]
-    passes = [[_spelled(name), f"{count:,}"] for name, count in found["operations_per_token"].items()]
+    passes = [[spelled(name), f"{count:,}"] for name, count in found["operations_per_token"].items()]
     typer.echo(
         "\n"
         + paragraph(
@@ -67,13 +71,5 @@ def _print(found: dict[str, Any]) -> None:
             "attention is the share of scores in all passes:"
         )
     )
-    _print_lines(table(["forward", "model", "prediction"], parts), table(["passes", ""], passes))
-
-
-def _print_lines(left: list[str], right: list[str]) -> None:
-    for line in side_by_side(left, right):
-        typer.echo(line.rstrip())
-
-
-def _spelled(name: str) -> str:
-    return name.replace("_", " ")
+    operations = side_by_side(table(["forward", "model", "prediction"], parts), table(["passes", ""], passes))
+    typer.echo("\n".join(operations))

@@ -9,6 +9,7 @@ from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.hardware import Device
 from deepseek_v3.planning.layouts import fastest_layout, fewest_devices, leanest_layout, measure_layout
 from deepseek_v3.utils.errors import PlanError
+from deepseek_v3.utils.printing import spelled
 
 _GIB = 2**30
 
@@ -19,9 +20,7 @@ def refuse_unless_it_fits(config: RunConfig, device: Device) -> None:
     if layout.needed_bytes <= device.memory_bytes:
         return
     parts = ", ".join(
-        f"{name.replace('_', ' ')} {size / _GIB:.1f}"
-        for name, size in layout.memory.parts().items()
-        if size >= 0.05 * _GIB
+        f"{spelled(name)} {size / _GIB:.1f}" for name, size in layout.memory.parts().items() if size >= 0.05 * _GIB
     )
     raise PlanError(
         f"this run needs {layout.needed_bytes / _GIB:.1f} GiB on {device.name}, where {device.memory_gib:.1f} GiB "

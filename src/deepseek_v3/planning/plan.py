@@ -18,7 +18,7 @@ from deepseek_v3.planning.advice.options import PlanOptions
 from deepseek_v3.planning.advice.questions import ask_for_options
 from deepseek_v3.planning.advice.requests import OBJECTIVES, PlanRequest
 from deepseek_v3.planning.advice.text import print_advice, print_devices
-from deepseek_v3.planning.config_files import config_files
+from deepseek_v3.planning.config_files import chosen_files
 from deepseek_v3.planning.hardware import known_devices
 from deepseek_v3.utils.errors import ConfigError
 from deepseek_v3.utils.printing import showable
@@ -68,9 +68,7 @@ def plan(
     asks = options == PlanOptions() and not (config or configs or as_json or picture) and _in_a_terminal()
     if asks:
         options = ask_for_options()
-    if config and configs:
-        raise ConfigError(f"--configs {configs}: expected either --config files or a --configs folder, not both")
-    advice = _advise(options.request(), config or config_files(configs))
+    advice = _advise(options.request(), chosen_files(config, configs))
     if as_json:
         typer.echo(json.dumps(advice_as_json(advice), indent=2, allow_nan=False))
     else:

@@ -12,7 +12,7 @@ import typer
 
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.planning.chinchilla import Compliance, Verdict, check_compliance, shown_ratio
-from deepseek_v3.planning.config_files import PATTERN, config_files
+from deepseek_v3.planning.config_files import PATTERN, chosen_files
 from deepseek_v3.planning.quantities import short_count
 from deepseek_v3.utils.errors import ConfigError
 from deepseek_v3.utils.printing import showable
@@ -36,12 +36,9 @@ def validate(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list instead.")] = False,
 ) -> None:
     """Check token budgets: 20 to 26 tokens per active parameter."""
-    if config and configs:
-        raise ConfigError(f"--configs {configs}: expected either --config files or a --configs folder, not both")
     if override and not config:
         raise ConfigError(f"--set {override[0]}: expected --config with the file that it changes")
-    paths = config or config_files(configs)
-    results, problems = _check(paths, override or [])
+    results, problems = _check(chosen_files(config, configs), override or [])
     if not config:
         results.sort(key=lambda result: result.active_parameters)
     if as_json:

@@ -36,7 +36,13 @@ def run_state(
 
 
 def restore_run(
-    state: dict[str, Any], path: Path, model: DeepSeekV3, optimizer: AdamW, config: RunConfig, shards: TokenShards
+    state: dict[str, Any],
+    path: Path,
+    model: DeepSeekV3,
+    optimizer: AdamW,
+    config: RunConfig,
+    plan: TokenPlan,
+    shards: TokenShards,
 ) -> int:
     """Puts a checkpoint's state in place and returns the step that it ended with.
 
@@ -45,7 +51,7 @@ def restore_run(
     """
     saved = config_of(state, path)
     _check_same_model(saved.model, config.model, path)
-    _check_same_steps(state, config, path)
+    _check_same_steps(state, plan, path)
     if state["corpus"] != _identity(shards):
         raise CheckpointError(
             f"{path}: was trained on other tokens than those in {shards.directory}; a resumed run must continue "
@@ -73,9 +79,9 @@ def _check_same_model(saved: ModelConfig, current: ModelConfig, path: Path) -> N
         raise CheckpointError(f"{path}: is of another model: {'; '.join(differences)}")
 
 
-def _check_same_steps(state: dict[str, Any], config: RunConfig, path: Path) -> None:
+def _check_same_steps(state: dict[str, Any], plan: TokenPlan, path: Path) -> None:
     """The data goes on where it stopped only if the plan has used as many tokens by this step."""
-    step, tokens, plan = state["step"], state["tokens"], TokenPlan(config)
+    step, tokens = state["step"], state["tokens"]
     if step <= plan.total_steps and tokens == plan.tokens_after(step):
         return
     if step > plan.total_steps and tokens >= plan.total_tokens:

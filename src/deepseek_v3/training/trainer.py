@@ -134,7 +134,7 @@ class Trainer:
         else:
             path = Path(resume)
             state = load_checkpoint(path)
-        self._steps_done = restore_run(state, path, self.model, self.optimizer, self.config, self.shards)
+        self._steps_done = restore_run(state, path, self.model, self.optimizer, self.config, self.plan, self.shards)
         self._checkpoint = path
         log = get_logger("Trainer")
         log.info(f"Resuming {path} after step {self._steps_done}")

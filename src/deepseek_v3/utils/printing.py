@@ -53,8 +53,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[s
 
 
 def side_by_side(one: Sequence[str], other: Sequence[str]) -> list[str]:
-    """Both blocks of lines beside each other where the output is wide enough, else one below the other."""
+    """Both blocks beside each other where the output is wide enough, else one below the other; ends stripped."""
     gap, width = "    ", max(map(len, one))
     if width + len(gap) + max(map(len, other)) > output_width():
-        return [*one, "", *other]
-    return [left.ljust(width) + gap + right for left, right in zip_longest(one, other, fillvalue="")]
+        return [line.rstrip() for line in (*one, "", *other)]
+    return [(left.ljust(width) + gap + right).rstrip() for left, right in zip_longest(one, other, fillvalue="")]
+
+
+def spelled(name: str) -> str:
+    """The name of a field or a part in words."""
+    return name.replace("_", " ")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.advice.size_plans import SizePlan
+from deepseek_v3.utils.files import here_or_in_checkout
 
 ESTIMATE_ONLY = "training over several processes is not in this version yet; the plan is an estimate"
 
@@ -17,7 +18,7 @@ def launch_command(plan: SizePlan, devices_per_node: int) -> str:
     """The words to type, with an override for each field in which the plan differs from the size's file."""
     devices = plan.config.parallel.world_size
     words = ["python"] if devices == 1 else ["torchrun", *_processes(devices, devices_per_node)]
-    words += [str(_launcher()), "--config", str(plan.path)]
+    words += [str(here_or_in_checkout(_LAUNCHER)), "--config", str(plan.path)]
     words += [word for override in overrides(plan.given, plan.config) for word in ("--set", override)]
     return shlex.join(words)
 
@@ -36,8 +37,3 @@ def _processes(devices: int, devices_per_node: int) -> list[str]:
     on_node = next(number for number in range(min(devices, devices_per_node), 0, -1) if devices % number == 0)
     nodes = devices // on_node
     return [f"--nproc_per_node={on_node}", *([f"--nnodes={nodes}"] if nodes > 1 else [])]
-
-
-def _launcher() -> Path:
-    """Where we stand, or else in the checkout that this package runs from."""
-    return _LAUNCHER if _LAUNCHER.is_file() else Path(__file__).parents[4] / _LAUNCHER

@@ -16,7 +16,6 @@ from deepseek_v3.planning.advice.advisor import Advice, sources
 from deepseek_v3.planning.advice.requests import PlanRequest
 from deepseek_v3.planning.advice.size_plans import SizePlan
 from deepseek_v3.planning.chinchilla import MAX_RATIO, TARGET_RATIO
-from deepseek_v3.planning.quantities import dollars, figures
 from deepseek_v3.planning.scaling_laws import expected_loss, training_compute
 from deepseek_v3.utils.errors import ConfigError
 from deepseek_v3.utils.files import written_atomically
@@ -65,7 +64,7 @@ def _draw_laws(axes: Axes, rows: Sequence[SizePlan]) -> None:
 def _curve(points: Sequence[tuple[SizePlan, float]]) -> tuple[list[float], list[float]]:
     """Compute and expected loss of sizes at so many tokens per active parameter."""
     trained = [(row.config.model, ratio * row.active_parameters) for row, ratio in points]
-    compute = [float(training_compute(model, tokens)) for model, tokens in trained]
+    compute = [training_compute(model, tokens) for model, tokens in trained]
     return compute, [expected_loss(model, tokens).value for model, tokens in trained]
 
 
@@ -103,7 +102,7 @@ def _draw_budget(axes: Axes, advice: Advice) -> None:
     """The operations that the devices do within hours and dollars, as fast as they run one of the sizes."""
     request = advice.request
     timed = [row for row in advice.rows if row.loss and row.layout]
-    if not timed or (request.budget_hours is None and request.budget_dollars is None):
+    if not timed or not request.budgets:
         return
     row = advice.recommended if advice.recommended in timed else max(timed, key=_operations_per_second)
     assert row.layout, "only sizes with a layout are timed"
@@ -113,7 +112,7 @@ def _draw_budget(axes: Axes, advice: Advice) -> None:
     axes.axvline(compute, color=_LIMIT, linewidth=1.2, linestyle=":", zorder=0)
     on_left = compute > low**0.25 * high**0.75  # in the last quarter
     axes.annotate(
-        f"{_limits(request)}:\n{_power(compute)} FLOPs\nat the speed of {row.name}",
+        f"{' and '.join(request.budgets)}:\n{_power(compute)} FLOPs\nat the speed of {row.name}",
         (compute, 1),
         xycoords=("data", "axes fraction"),
         xytext=(-6 if on_left else 6, -4),
@@ -132,12 +131,6 @@ def _operations_per_second(row: SizePlan) -> float:
 def _power(number: float) -> str:
     digits, exponent = f"{number:.1e}".split("e")
     return f"{digits} × 10$^{{{int(exponent)}}}$"
-
-
-def _limits(request: PlanRequest) -> str:
-    hours, budget = request.budget_hours, request.budget_dollars
-    shown = (None if hours is None else f"{figures(hours)} hours", None if budget is None else dollars(budget))
-    return " and ".join(limit for limit in shown if limit)
 
 
 def _label(axes: Axes, request: PlanRequest) -> None:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from deepseek_v3.planning.hardware import Device
+from deepseek_v3.planning.quantities import dollars, figures
 from deepseek_v3.utils.errors import ConfigError
 
 OBJECTIVES = {
@@ -44,6 +45,13 @@ class PlanRequest:
     def limited(self) -> bool:
         """Whether there is a budget, or only so many tokens."""
         return any(limit is not None for limit in (self.budget_hours, self.budget_dollars, self.tokens))
+
+    @property
+    def budgets(self) -> list[str]:
+        """Hours and dollars, as they are read, where there is a limit of them."""
+        hours, rent = self.budget_hours, self.budget_dollars
+        shown = (None if hours is None else f"{figures(hours)} hours", None if rent is None else dollars(rent))
+        return [budget for budget in shown if budget]
 
     def seconds(self, devices: int) -> float:
         """How long so many of the devices may train: until the hours or the dollars are used up."""

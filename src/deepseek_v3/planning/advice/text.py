@@ -10,12 +10,11 @@ from deepseek_v3.planning.advice.advisor import Advice, sources
 from deepseek_v3.planning.advice.launching import ESTIMATE_ONLY, launch_command
 from deepseek_v3.planning.advice.requests import OBJECTIVES, PlanRequest
 from deepseek_v3.planning.advice.size_plans import SizePlan
-from deepseek_v3.planning.execution import execution_on
 from deepseek_v3.planning.hardware import Device
 from deepseek_v3.planning.layouts import Layout
 from deepseek_v3.planning.quantities import dollars, figures, gibibytes, short_count
 from deepseek_v3.planning.scaling_laws import ExpectedLoss
-from deepseek_v3.utils.printing import paragraph, showable, side_by_side, table
+from deepseek_v3.utils.printing import paragraph, showable, side_by_side, spelled, table
 
 _LEGEND = (
     "layout: copies × shards of the data; ep, pp: devices that share out the experts, the layers; mb: micro-batch; "
@@ -58,12 +57,8 @@ def print_devices(devices: Iterable[Device]) -> None:
 
 def _header(request: PlanRequest, price_given: bool) -> tuple[str, str]:
     device = request.device
-    limits = (
-        None if request.budget_hours is None else f"{figures(request.budget_hours)} hours",
-        None if request.budget_dollars is None else dollars(request.budget_dollars),
-        None if request.tokens is None else f"{short_count(request.tokens)} tokens",
-    )
-    within = ", ".join(limit for limit in limits if limit)
+    limits = request.budgets + ([f"{short_count(request.tokens)} tokens"] if request.tokens else [])
+    within = ", ".join(limits)
     return (
         f"{request.devices:,} × {device.name}, {device.memory_gib:g} GiB each, "
         f"${device.dollars_per_hour:.2f} an hour each ({'rent as given' if price_given else device.source})",
@@ -79,7 +74,7 @@ def _fit_table(advice: Advice) -> list[str]:
     for row in advice.rows:
         layout = row.layout
         counts = (short_count(row.total_parameters), short_count(row.active_parameters))
-        shape = (f"{layout.devices:,}", _shape(layout, device)) if layout else ("–", "–")
+        shape = (f"{layout.devices:,}", _shape(layout)) if layout else ("–", "–")
         rows.append([row.name, *counts, "✓" if row.fits else "✗", *shape, gibibytes(row.needed_bytes)])
     return table(["size", "total", "active", "fits", "devices", "layout", memory], rows, left=["layout"])
 
@@ -87,7 +82,7 @@ def _fit_table(advice: Advice) -> list[str]:
 def _memory_table(advice: Advice) -> list[str]:
     """GiB by part on the fullest device of each size; of what does not fit, in its leanest layout."""
     parts = [row.memory_parts for row in advice.rows]
-    rows = [[_spelled(name), *(gibibytes(part[name]) for part in parts)] for name in parts[0]]
+    rows = [[spelled(name), *(gibibytes(part[name]) for part in parts)] for name in parts[0]]
     return table(["GiB", *(row.name for row in advice.rows)], rows)
 
 
@@ -142,12 +137,11 @@ def _print_parts(advice: Advice) -> None:
     title = "Memory by part on the fullest device, at its fullest moment"
     if row and row.layout:
         seconds = {**row.layout.step.parts(), "a step": row.layout.step.total}
-        times = [[_spelled(name), figures(part)] for name, part in seconds.items()]
+        times = [[spelled(name), figures(part)] for name, part in seconds.items()]
         lines = side_by_side(lines, table([f"{row.name}, seconds", ""], times))
         title += f"; for {row.name} the {row.memory.moment}"
     typer.echo("\n" + paragraph(f"{title}:"))
-    for line in lines:
-        typer.echo(line.rstrip())
+    typer.echo("\n".join(lines))
 
 
 def _print_recommendation(advice: Advice) -> None:
@@ -164,7 +158,7 @@ def _print_recommendation(advice: Advice) -> None:
     typer.echo(showable(f"  {launch_command(row, advice.request.device.devices_per_node)}"))
 
 
-def _shape(layout: Layout, device: Device) -> str:
+def _shape(layout: Layout) -> str:
     """How the run is laid out, in the words of the legend."""
     parallel = layout.config.parallel
     words = [f"{parallel.data_replicate}×{parallel.data_shard}"]
@@ -172,13 +166,9 @@ def _shape(layout: Layout, device: Device) -> str:
     words += [f"pp{parallel.pipeline}"] if parallel.pipeline > 1 else []
     words += [f"mb{parallel.micro_batch_size}"]
     words += ["re"] if parallel.recomputation == "full" else []
-    return " ".join([*words, "bf16" if execution_on(device, layout.config).width == 2 else "fp32"])
+    return " ".join([*words, "bf16" if layout.run.width == 2 else "fp32"])
 
 
 def _loss(loss: ExpectedLoss) -> str:
     mark = "*" if loss.extrapolated else ""
     return f"{loss.value:.2f}{mark} ({loss.low:.2f}–{loss.high:.2f})"
-
-
-def _spelled(field: str) -> str:
-    return field.replace("_", " ")
