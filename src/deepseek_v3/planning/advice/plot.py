@@ -41,7 +41,7 @@ def plot_plan(advice: Advice, path: Path) -> None:
     names = [_draw_size(axes, row, row is advice.recommended) for row in rows]
     _draw_budget(axes, advice)
     _label(axes, advice.request)
-    figure.supxlabel(_source(rows), x=0.01, ha="left", fontsize=6.5, color=_LIMIT)
+    figure.supxlabel(_source(advice.rows), x=0.01, ha="left", fontsize=6.5, color=_LIMIT)
     _keep_apart(figure, names)
     with written_atomically(path) as partial:
         figure.savefig(partial, format="png")
@@ -161,11 +161,10 @@ def _legend() -> list[Line2D]:
 def _source(rows: Sequence[SizePlan]) -> str:
     outside = ", ".join(row.name for row in rows if row.loss and row.loss.extrapolated)
     missing = ", ".join(row.name for row in rows if not row.loss)
-    notes = (
-        f"Outside what the law was fitted on: {outside}." if outside else "",
-        f"Not drawn, its vocabulary being too small for the laws: {missing}." if missing else "",
-    )
-    return f"Loss: {sources()['loss']}.\n{' '.join(notes).strip()}".strip()
+    lines = [f"Loss: {sources()['loss']}."]
+    lines += [f"Not drawn, its vocabulary being too small for the laws: {missing}."] if missing else []
+    lines += [f"Outside what the law was fitted on: {outside}."] if outside else []
+    return "\n".join(lines)
 
 
 def _keep_apart(figure: Figure, names: Sequence[Annotation]) -> None:
