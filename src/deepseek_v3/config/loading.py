@@ -76,7 +76,18 @@ def config_to_yaml(config: RunConfig) -> str:
 
 def config_from_dict(fields: dict[str, Any], source: str) -> RunConfig:
     """Rebuilds a config from `model_dump(mode="json")`, as a checkpoint stores it; `source` names it in errors."""
-    return _checked(RunConfig, fields, {(): source})
+    return section_from_dict(RunConfig, fields, source)
+
+
+def section_from_dict(kind: type[AnySection], fields: dict[str, Any], source: str) -> AnySection:
+    """A section of any kind from its fields; `source` names them in errors.
+
+    Raises ConfigError with one line per problem: source, field, what is wrong.
+    """
+    try:
+        return _checked(kind, fields, {(): source})
+    except TypeError as error:
+        raise ConfigError(f"{source}: {error}; expected numbers, text, true or false, and lists of them") from None
 
 
 def _checked(kind: type[AnySection], fields: dict[str, Any], where: Mapping[FieldPath, str]) -> AnySection:
