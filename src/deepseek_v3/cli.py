@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +14,7 @@ from deepseek_v3.config.loading import config_to_yaml, load_config
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.counts_command import counts
 from deepseek_v3.utils.commands import run_app
+from deepseek_v3.utils.lazily import imported
 
 # Name -> where its function lives, and its line of help. Imported only when run: planning waits for no torch.
 COMMANDS = {
@@ -25,6 +25,14 @@ COMMANDS = {
     "validate": (
         "deepseek_v3.planning.validate:validate",
         "Check token budgets: 20 to 26 tokens per active parameter.",
+    ),
+    "preprocess": (
+        "deepseek_v3.data.pipeline.command:preprocess",
+        "Clean, deduplicate and filter raw text, with a reason for every document that goes.",
+    ),
+    "quality": (
+        "deepseek_v3.data.quality.commands:quality_app",
+        "Train and try the models of the quality stage.",
     ),
     "tokenize": (
         "deepseek_v3.data.tokens.tokenize:tokenize",
@@ -54,9 +62,11 @@ class _LazyGroup(TyperGroup):
 
 
 def _imported(name: str) -> Any:
-    module, function = COMMANDS[name][0].split(":")
+    found = imported(COMMANDS[name][0])
+    if isinstance(found, typer.Typer):  # a group of commands
+        return get_command(found)
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    single.command(name)(getattr(import_module(module), function))
+    single.command(name)(found)
     return get_command(single)
 
 

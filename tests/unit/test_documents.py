@@ -1,12 +1,18 @@
 """Reading text: every document once, in an order that does not depend on the disk, and every fault by name."""
 
+import gzip
 import json
 import os
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from deepseek_v3.data.documents import Document, read_documents
+from deepseek_v3.data.documents import Document
+from deepseek_v3.data.formats.strict import read_documents
+from deepseek_v3.data.formats.writing import RecordWriter
+from deepseek_v3.data.records import record_batch
 from deepseek_v3.utils.errors import DataError
 
 
@@ -32,8 +38,8 @@ def test_a_folder_is_read_recursively_in_the_order_of_paths(tmp_path):
     assert list(read_documents(tmp_path)) == [
         Document("a/z.md", "first"),
         Document("b.txt", "second"),
-        Document("c.jsonl:1", "third"),
-        Document("c.jsonl:3", "fourth"),
+        Document("7", "third"),
+        Document("c.jsonl:28", "fourth"),
         Document("d.py", "print('five')\r\n"),
     ]
 
@@ -41,7 +47,7 @@ def test_a_folder_is_read_recursively_in_the_order_of_paths(tmp_path):
 def test_one_file_is_a_source_too(tmp_path):
     assert list(read_documents(write(tmp_path / "a.txt", "text"))) == [Document("a.txt", "text")]
     lines = write(tmp_path / "b.JSONL", '{"body": "text"}')
-    assert list(read_documents(lines, text_field="body")) == [Document("b.JSONL:1", "text")]
+    assert list(read_documents(lines, text_field="body")) == [Document("b.JSONL:0", "text")]
 
 
 def test_hidden_files_caches_and_empty_documents_are_left_out(tmp_path):
@@ -75,7 +81,8 @@ def test_links_are_followed_and_loops_end(tmp_path):
 
 def test_what_is_neither_file_nor_folder_does_not_block(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    assert "holds no text" in error_of(tmp_path)
+    message = error_of(tmp_path)
+    assert "holds no text: found only pipe: is a link to nowhere, or no regular file" in message
 
 
 def test_a_missing_source_is_named(tmp_path):
@@ -98,19 +105,19 @@ def test_bytes_that_are_not_utf8_are_named_with_file_and_offset(tmp_path):
 def test_the_offset_in_json_lines_counts_from_the_start_of_the_file(tmp_path):
     first = b'{"text": "a"}\n'
     path = write(tmp_path / "a.jsonl", first + b'{"text": "\xff"}\n')
-    assert f"{path}: byte 0xff at offset {len(first) + 10} is not UTF-8" in error_of(path)
+    assert f"{path}:2: byte 0xff at offset {len(first) + 10} is not UTF-8" in error_of(path)
 
 
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
         ("{'text': 'a'}", "is not JSON"),
-        ("[" * 100_000, "is not JSON"),
+        ("[" * 100_000, "is nested too deep"),
         ("9" * 10_000, "is not JSON"),
         ('["a"]', "holds a list, expected an object with a field 'text'"),
         ('{"content": "a", "b": 1}', "has no field 'text', only ['b', 'content']"),
-        ('{"text": null}', "field 'text' holds a NoneType, expected a string"),
-        (r'{"text": "a\ud800b"}', r"lone surrogate '\ud800' at character 1"),
+        ('{"text": null}', "field 'text' holds null, expected a string"),
+        (r'{"text": "a\ud800b"}', r"lone surrogate '\ud800'"),
     ],
 )
 def test_a_line_that_is_no_document_is_named(tmp_path, line, complaint):
@@ -125,9 +132,33 @@ def test_an_escaped_pair_of_surrogates_is_one_character(tmp_path):
     assert [document.text for document in read_documents(path)] == ["😀"]
 
 
-def test_json_that_is_not_lines_is_refused_rather_than_read_as_prose(tmp_path):
-    path = write(tmp_path / "a.json", '[{"text": "a"}]')
-    assert f"{path}: JSON is read as .jsonl" in error_of(tmp_path)
+def test_a_json_array_holds_documents_and_its_faults_are_named_by_offset(tmp_path):
+    path = write(tmp_path / "a.json", '[{"text": "a"}, {"text": "b", "id": "x"}]')
+    assert list(read_documents(path)) == [Document("a.json:1", "a"), Document("x", "b")]
+    write(path, '[{"text": "a"}, {"body": "b"}]')
+    assert error_of(path).startswith(f"{path}: byte 16: has no field 'text', only ['body']")
+
+
+@pytest.mark.parametrize("name", ["data/a.parquet", "data/a.jsonl", "data/a.jsonl.gz", "data/a.jsonl.zst"])
+def test_what_the_pipeline_writes_is_a_source(tmp_path, name):
+    with RecordWriter(tmp_path / name) as writer:
+        writer.write(record_batch(["x", "y"], ["one", "two"], ["s", "s"], [1, 2], [None, '{"u": 1}']))
+    assert list(read_documents(tmp_path / "data")) == [Document("x", "one"), Document("y", "two")]
+
+
+def test_a_row_and_a_line_of_a_compressed_file_are_named(tmp_path):
+    table = pa.table({"text": ["a", None]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert error_of(tmp_path / "a.parquet").startswith(f"{tmp_path}/a.parquet: row 2: field 'text' holds null")
+    path = write(tmp_path / "a.jsonl.gz", gzip.compress(b'{"text": "a"}\n\n{"text": 1}\n'))
+    assert error_of(path).startswith(f"{path}:3: field 'text' holds a number, expected a string")
+
+
+def test_files_that_nothing_can_read_are_left_out_and_named(tmp_path, caplog):
+    write(tmp_path / "a.txt", "a")
+    write(tmp_path / "picture.png", b"\x89PNG")
+    assert len(list(read_documents(tmp_path))) == 1
+    assert f"{tmp_path}: 1 files are left out, of no known format: picture.png" in caplog.text
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
@@ -140,8 +171,10 @@ def test_an_unreadable_file_is_named(tmp_path):
 def test_errors_of_the_disk_are_named(tmp_path, monkeypatch):
     path = write(tmp_path / "a.txt", "a")
 
-    def fail(self: Path) -> bytes:
+    def fail(self: Path, mode: str) -> None:
         raise OSError(5, "Input/output error", str(self))
 
-    monkeypatch.setattr(Path, "read_bytes", fail)
-    assert f"{path}: cannot be read: Input/output error" in error_of(tmp_path)
+    lines = write(tmp_path / "b.jsonl", '{"text": "a"}')
+    monkeypatch.setattr(Path, "open", fail)
+    assert error_of(path) == f"{path}: cannot be read: Input/output error"
+    assert error_of(lines) == f"{lines}: cannot be read: Input/output error"

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from deepseek_v3.data.documents import Document
-from deepseek_v3.data.tokens.build import CorpusSummary, is_held_out, tokenize_corpus
+from deepseek_v3.data.tokens.build import CorpusSummary, tokenize_corpus
+from deepseek_v3.data.tokens.encoding import is_held_out
 from deepseek_v3.data.tokens.index import SPLITS
 from deepseek_v3.data.tokens.shards import TokenShards
 from deepseek_v3.data.tokens.tokenizer import Tokenizer

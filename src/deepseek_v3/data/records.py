@@ -13,8 +13,9 @@ import pyarrow as pa
 from deepseek_v3.data.documents import Document, check_unicode
 from deepseek_v3.utils.errors import DataError
 
-# `source` and `place` say where a document was read: a file's name below the input, and the line, row or record in
-# it, counted from 1. `metadata` is a JSON object of the input's other fields, or null. Stages may append columns.
+# `source` and `place` say where a document was read: a file's name below the input, and the byte offset of its line
+# or record in that file once decompressed, or its row in Parquet and Arrow, counted from 1. `metadata` is a JSON
+# object of the input's other fields, or null. Stages may append columns.
 RECORDS = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),

@@ -163,18 +163,20 @@ class Part:
 
     The documents of all parts are numbered in order: this part's are `first` to `first + rows - 1`. `keys` is the
     folder that `write_keys` filled, `records` the Arrow file with the documents, or None for those of an earlier
-    corpus, of which only the keys are left.
+    corpus, of which only the keys are left. `removed` is a .npy file, bool [rows], of documents that an earlier
+    stage removed and that count no more, or None where there are none.
     """
 
     keys: Path
     records: Path | None
     first: int
     rows: int
+    removed: Path | None = None
 
 
 @dataclass(frozen=True)
 class Task:
-    """Independent work on the keys: calls the stage's `method` with an output path and `arguments`, which pickle."""
+    """Independent work on the keys: calls `method` of the stage with a path to write, and `arguments`, which pickle."""
 
     method: str
     arguments: tuple[Any, ...]
@@ -214,6 +216,22 @@ class CorpusStage(ABC):
 
     @abstractmethod
     def apply(
-        self, batch: pa.RecordBatch, first: int, folder: Path, ids_of: Callable[[NDArray[np.int64]], list[str]]
+        self,
+        batch: pa.RecordBatch,
+        documents: NDArray[np.int64],
+        folder: Path,
+        ids_of: Callable[[NDArray[np.int64]], list[str]],
     ) -> Outcome:
-        """Carries out the decisions for documents `first`, `first + 1` and on; `ids_of` names any document."""
+        """Carries out the decisions in `folder` for a batch of the `documents` with these numbers, ascending.
+
+        Documents that an earlier stage removed are missing from it. `ids_of` gives the ids of any documents.
+        """
+
+    @abstractmethod
+    def removed(self, parts: Sequence[Part], folder: Path) -> NDArray[np.bool_]:
+        """Which of all documents the decisions in `folder` remove."""
+
+    @property
+    def changes_texts(self) -> bool:
+        """Whether `apply` shortens texts, so that the next stage must not judge by those that were before."""
+        return False

@@ -23,7 +23,7 @@ def stdlib_documents() -> Iterator[Document]:
     root = Path(sysconfig.get_path("stdlib"))
     for path in walk_files(root, _SKIPPED):
         name = path.relative_to(root).as_posix()
-        if path.suffix == ".py" and not name.startswith(_BUILD_RECORDS):
+        if path.suffix == ".py" and path.is_file() and not name.startswith(_BUILD_RECORDS):
             yield from _as_document(name, path.read_bytes())
     for topic in sorted(topics):
         yield Document(f"pydoc_data/topics/{topic}", topics[topic])

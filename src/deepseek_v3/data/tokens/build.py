@@ -6,16 +6,15 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from hashlib import blake2b
-from itertools import chain
 from pathlib import Path
 from types import TracebackType
 
-from deepseek_v3.data.documents import Document, read_documents
+from deepseek_v3.data.documents import Document
+from deepseek_v3.data.formats.strict import read_documents
 from deepseek_v3.data.stdlib_corpus import stdlib_documents
-from deepseek_v3.data.tokens.fim import FillInMiddle
+from deepseek_v3.data.tokens.encoding import CorpusEncoder, encoded_batches, is_held_out
 from deepseek_v3.data.tokens.index import CorpusOptions, SplitTotals
 from deepseek_v3.data.tokens.shards import ShardWriter
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
@@ -24,7 +23,7 @@ from deepseek_v3.utils.logging import get_console, get_logger
 
 PYTHON_STDLIB = "python-stdlib"
 
-_BATCH_CHARACTERS = 2**22  # text encoded at a time: enough for every core, little enough to hold
+_BATCH_CHARACTERS = 2**20  # text encoded at a time: enough to outweigh the way to another process and back
 
 _log = get_logger("Tokens")
 
@@ -50,35 +49,37 @@ def tokenize_corpus(
     seed: int,
     text_field: str = "text",
     shard_tokens: int = 2**27,
+    workers: int | None = None,
 ) -> CorpusSummary:
     """Writes token shards of `source`, a file or folder of text or `python-stdlib`, to the new directory `output`.
 
     Takes the tokenizer from a file, or trains one of `vocab_size` on the training split. A document is held out if
     the hash of its text says so, so copies of a text never stand on both sides. Of the training documents the share
-    `fim_rate` is rearranged for fill-in-the-middle. Memory holds a few megabytes of text, or the longest document.
+    `fim_rate` is rearranged for fill-in-the-middle. What is written does not depend on `workers`, the processes
+    that encode (None: one for each core). Memory holds a few megabytes of text for each, or the longest documents.
 
     `output` appears when all is written, or not at all. Raises DataError if it exists, if the source cannot be used
     as it is, or if either split would be empty.
     """
-    _check_options(vocab_size, tokenizer, holdout, fim_rate)
+    _check_options(vocab_size, tokenizer, holdout, fim_rate, workers)
     options = CorpusOptions(source=source, text_field=text_field, holdout=holdout, fim_rate=fim_rate, seed=seed)
     with _appearing_whole(output) as partial:
         coder = _train(options, vocab_size) if tokenizer is None else Tokenizer.load(tokenizer)
-        fim = FillInMiddle(fim_rate, seed, coder.fim)
+        encoder = CorpusEncoder(coder, options)
         with ShardWriter(partial, coder, shard_tokens) as writer, _Meter("Tokenizing", "tokens") as meter:
-            for batch in _batches(_documents(options)):
-                meter.add(len(batch), _write(batch, writer, coder, fim, holdout))
+            batches = _batches(_documents(options))
+            with closing(encoded_batches(encoder, batches, workers or os.cpu_count() or 1)) as encoded:
+                for batch in encoded:
+                    for split, ids, num_bytes in batch.documents():
+                        writer.add(split, ids, num_bytes)
+                    meter.add(len(batch.lengths), len(batch.ids) + len(batch.lengths))
             index = writer.finish(options)
     return CorpusSummary(output, coder.vocab_size, index.totals("train"), index.totals("holdout"))
 
 
-def is_held_out(text: str, holdout: float) -> bool:
-    """Whether a text belongs to the share `holdout` that is never trained on: a pure function of the text."""
-    digest = blake2b(text.encode("utf-8"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") < holdout * 2**64
-
-
-def _check_options(vocab_size: int | None, tokenizer: Path | None, holdout: float, fim_rate: float) -> None:
+def _check_options(
+    vocab_size: int | None, tokenizer: Path | None, holdout: float, fim_rate: float, workers: int | None
+) -> None:
     if (vocab_size is None) == (tokenizer is None):
         raise DataError(
             f"vocab_size = {vocab_size} and tokenizer = {tokenizer}: expected one of the two, a size to train a "
@@ -88,6 +89,8 @@ def _check_options(vocab_size: int | None, tokenizer: Path | None, holdout: floa
         raise DataError(f"holdout = {holdout}: expected a share between 0 and 1, such as 0.02")
     if not 0 <= fim_rate <= 1:
         raise DataError(f"fim_rate = {fim_rate}: expected a share from 0 to 1, such as 0.1")
+    if workers is not None and workers < 1:
+        raise DataError(f"workers = {workers}: expected at least 1")
 
 
 @contextmanager
@@ -125,32 +128,17 @@ def _train(options: CorpusOptions, vocab_size: int | None) -> Tokenizer:
         return Tokenizer.train(texts(), vocab_size)
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
+def _batches(documents: Iterable[Document]) -> Iterator[list[str]]:
+    batch: list[str] = []
     characters = 0
     for document in documents:
-        batch.append(document)
+        batch.append(document.text)
         characters += len(document.text)
         if characters >= _BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-def _write(
-    batch: list[Document], writer: ShardWriter, tokenizer: Tokenizer, fim: FillInMiddle, holdout: float
-) -> int:
-    """Writes a batch of documents in their order and returns how many tokens they are."""
-    held_out = [is_held_out(document.text, holdout) for document in batch]
-    parts = [[d.text] if held else fim.split(d.text) for d, held in zip(batch, held_out, strict=True)]
-    encoded = iter(tokenizer.encode_batch(list(chain.from_iterable(parts))))
-    num_tokens = 0
-    for document, held, texts in zip(batch, held_out, parts, strict=True):
-        ids = fim.join([next(encoded) for _ in texts])
-        writer.add("holdout" if held else "train", ids, len(document.text.encode("utf-8")))
-        num_tokens += len(ids) + 1
-    return num_tokens
 
 
 class _Meter:

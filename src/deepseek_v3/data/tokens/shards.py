@@ -29,7 +29,6 @@ from deepseek_v3.data.tokens.index import (
     Shard,
     ShardIndex,
     Split,
-    TokenType,
     token_type,
 )
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
@@ -52,8 +51,9 @@ class ShardWriter:
     def __init__(self, directory: Path, tokenizer: Tokenizer, shard_tokens: int = 2**27) -> None:
         self._directory = directory
         self._tokenizer = tokenizer
-        self._dtype = token_type(tokenizer.vocab_size)
-        self._splits = {split: _SplitWriter(directory, split, self._dtype, shard_tokens) for split in SPLITS}
+        self._dtype = np.dtype(token_type(tokenizer.vocab_size)).newbyteorder("<")
+        end = np.asarray(tokenizer.end_of_text, self._dtype).tobytes()
+        self._splits = {split: _SplitWriter(directory, split, end, shard_tokens) for split in SPLITS}
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -64,9 +64,9 @@ class ShardWriter:
         for writer in self._splits.values():
             writer.close()
 
-    def add(self, split: Split, ids: Sequence[int], num_bytes: int) -> None:
+    def add(self, split: Split, ids: Sequence[int] | Tokens, num_bytes: int) -> None:
         """Appends a document of `num_bytes` bytes of text, at least 1, and end-of-text behind it."""
-        self._splits[split].add([*ids, self._tokenizer.end_of_text], num_bytes)
+        self._splits[split].add(np.asarray(ids, self._dtype), num_bytes)
 
     def finish(self, options: CorpusOptions) -> ShardIndex:
         """Writes the tokenizer, then the index. Raises DataError if a split has no document."""
@@ -80,7 +80,7 @@ class ShardWriter:
                 )
         self._tokenizer.save(self._directory / _TOKENIZER_FILE)
         index = ShardIndex(
-            dtype=self._dtype,
+            dtype=token_type(self._tokenizer.vocab_size),
             vocab_size=self._tokenizer.vocab_size,
             end_of_text=self._tokenizer.end_of_text,
             tokenizer_sha256=sha256_of_file(self._directory / _TOKENIZER_FILE),
@@ -95,18 +95,18 @@ class ShardWriter:
 class _SplitWriter:
     """Writes the numbered files of one split."""
 
-    def __init__(self, directory: Path, split: Split, dtype: TokenType, shard_tokens: int) -> None:
+    def __init__(self, directory: Path, split: Split, end_of_text: bytes, shard_tokens: int) -> None:
         self.shards: list[Shard] = []
         self._directory, self._split, self._shard_tokens = directory, split, shard_tokens
-        self._dtype = np.dtype(dtype).newbyteorder("<")
+        self._end_of_text = end_of_text
         self._file: BinaryIO | None = None
 
-    def add(self, ids: list[int], num_bytes: int) -> None:
+    def add(self, ids: Tokens, num_bytes: int) -> None:
         file = self._file or self._begin_shard()
-        data = np.array(ids, self._dtype).tobytes()
+        data = ids.tobytes() + self._end_of_text
         file.write(data)
         self._digest.update(data)
-        self._tokens += len(ids)
+        self._tokens += len(ids) + 1
         self._documents += 1
         self._bytes += num_bytes
         if self._tokens >= self._shard_tokens:

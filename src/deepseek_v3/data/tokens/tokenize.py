@@ -28,6 +28,9 @@ def tokenize(
     holdout: Annotated[float, typer.Option(help="Share of documents kept for evaluation.")] = 0.02,
     fim_rate: Annotated[float, typer.Option(help="Share of documents rearranged for fill-in-the-middle.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Chooses where fill-in-the-middle splits documents.")] = 0,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that encode; by default one for each core.")
+    ] = None,
 ) -> None:
     """Turn text into memory-mapped token shards, with a hold-out split."""
     configure_logging()
@@ -44,6 +47,7 @@ def tokenize(
         fim_rate=fim_rate,
         seed=seed,
         text_field=text_field,
+        workers=workers,
     )
     get_logger("Data").info(
         f"{summary.output}: {summary.train.tokens:,} training tokens in {summary.train.documents:,} documents, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,17 +11,12 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
 from deepseek_v3.data.documents import check_unicode
+from deepseek_v3.data.tokens.splits import DEEPSEEK
+from deepseek_v3.data.tokens.tiktoken_encoder import NotExpressibleError, TiktokenEncoder
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.files import written_atomically
+from deepseek_v3.utils.logging import get_logger
 
-# How DeepSeek-V3's own tokenizer cuts text before merging: digits in groups of three, runs of Chinese and Japanese,
-# then words with the one sign before them, punctuation with the line breaks after it, and white space.
-_PRE_TOKENS = (
-    r"\p{N}{1,3}",
-    "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
-    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
-    r"""| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
-)
 _MARKERS = ("<|endoftext|>", "<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>")
 
 # The names that published tokenizers give to the end of a text, and to the three marks of fill-in-the-middle.
@@ -40,6 +36,8 @@ _FIM = (
 )
 
 _REPLACEMENT = "\ufffd"  # what decoding shows for bytes that are not, or not yet, a character
+
+_log = get_logger("Tokens")
 
 
 class FimMarkers(NamedTuple):
@@ -73,7 +71,7 @@ class Tokenizer:
         self.fim = FimMarkers(*(ids[name] for name in fim)) if fim else None
         self.vocab_size: int = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
         for name in (end_of_text, *(fim or ())):
-            if ids[name] in self.encode(name):
+            if ids[name] in self._encode_with_tokenizers([name])[0]:
                 raise DataError(
                     f"{source}: encodes the text {name!r} as the marker of that name; "
                     "use a tokenizer that tells the two apart, such as any byte-level BPE"
@@ -92,7 +90,7 @@ class Tokenizer:
                 f"vocab_size = {vocab_size} is too small: {len(_MARKERS)} markers and 256 bytes need {smallest}"
             )
         tokenizer = HuggingFaceTokenizer(models.BPE())
-        cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _PRE_TOKENS]
+        cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in DEEPSEEK]
         to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, to_bytes])
         tokenizer.decoder = decoders.ByteLevel()
@@ -137,9 +135,30 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of several texts, encoded in parallel. Raises DataError if one holds a lone surrogate."""
+        """The ids of several texts. Raises DataError if one holds a lone surrogate.
+
+        Encoded by tiktoken, on one core, or where it cannot express this tokenizer by the tokenizers library, in
+        parallel; the ids are the same.
+        """
         for text in texts:
             check_unicode(text, "text to encode")
+        tiktoken = self._tiktoken
+        if tiktoken is None:
+            return self._encode_with_tokenizers(texts)
+        return [
+            tiktoken.encode(text) if tiktoken.takes(text) else self._encode_with_tokenizers([text])[0]
+            for text in texts
+        ]
+
+    @cached_property
+    def _tiktoken(self) -> TiktokenEncoder | None:
+        try:
+            return TiktokenEncoder(self._tokenizer)
+        except NotExpressibleError as reason:
+            _log.debug("text is encoded by the tokenizers library, not by tiktoken: %s", reason)
+            return None
+
+    def _encode_with_tokenizers(self, texts: Sequence[str]) -> list[list[int]]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 

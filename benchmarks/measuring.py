@@ -1,0 +1,76 @@
+"""Runs a program and measures it from outside: the time until it ends, and the memory of it and all it starts."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+_INTERVAL = 0.2  # seconds between two looks at the memory
+
+
+class Measured(NamedTuple):
+    """Wall-clock time, start and end of the program included, and the most memory at any look, in 10^6 bytes."""
+
+    seconds: float
+    peak_megabytes: float
+
+
+def measured(command: Sequence[str | Path]) -> Measured:
+    """Runs a command, which must succeed. Its output is shown where it fails."""
+    start = time.perf_counter()
+    process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    peak = _Peak(process.pid)
+    peak.start()
+    output = process.communicate()[0]
+    seconds = time.perf_counter() - start
+    peak.stop()
+    if process.returncode:
+        raise SystemExit(f"{' '.join(map(str, command))}\n{output.decode(errors='replace')}")
+    return Measured(seconds, peak.bytes / 1e6)
+
+
+class _Peak(threading.Thread):
+    """The largest memory of a tree of processes; pages that several share count once (proportional set size)."""
+
+    def __init__(self, root: int) -> None:
+        super().__init__(daemon=True)
+        self.bytes = 0
+        self._root = root
+        self._ended = threading.Event()
+
+    def run(self) -> None:
+        while not self._ended.wait(_INTERVAL):
+            self.bytes = max(self.bytes, sum(map(_proportional_set_size, _tree(self._root))))
+
+    def stop(self) -> None:
+        self._ended.set()
+        self.join()
+
+
+def _tree(root: int) -> set[int]:
+    """A process and all its descendants."""
+    parents = dict(filter(None, map(_parent, Path("/proc").glob("[0-9]*"))))
+    tree = {root}
+    while more := {pid for pid, parent in parents.items() if parent in tree} - tree:
+        tree |= more
+    return tree
+
+
+def _parent(process: Path) -> tuple[int, int] | None:
+    try:
+        fields = (process / "stat").read_text().rpartition(")")[2].split()
+    except OSError:  # it has ended
+        return None
+    return int(process.name), int(fields[1])
+
+
+def _proportional_set_size(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)

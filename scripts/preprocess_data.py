@@ -1,0 +1,12 @@
+"""Turns raw text into a clean corpus: `preprocess_data.py --config configs/data_config.yaml`.
+
+The same command as `dsv3 preprocess`.
+"""
+
+from __future__ import annotations
+
+from deepseek_v3.data.pipeline.command import preprocess
+from deepseek_v3.utils.commands import run_command
+
+if __name__ == "__main__":
+    run_command(preprocess)

@@ -1,0 +1,9 @@
+"""Tries the whole data pipeline on made-up text, in less than 30 seconds: `run_data_tests.py`."""
+
+from __future__ import annotations
+
+from deepseek_v3.data.pipeline.smoke_test import smoke_test
+from deepseek_v3.utils.commands import run_command
+
+if __name__ == "__main__":
+    run_command(smoke_test)

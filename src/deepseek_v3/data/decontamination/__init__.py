@@ -1,0 +1,5 @@
+"""Removing documents that hold texts of evaluation sets."""
+
+from deepseek_v3.data.decontamination.filter import Decontaminator
+
+__all__ = ["Decontaminator"]

@@ -1,0 +1,91 @@
+"""The stage that drops documents that hold texts of evaluation sets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from deepseek_v3.config.loading import section_from_dict
+from deepseek_v3.config.preprocessing.decontamination import DecontaminationConfig
+from deepseek_v3.data.chunks import chunks
+from deepseek_v3.data.decontamination.evaluation import Matches, evaluation_index
+from deepseek_v3.data.decontamination.ngrams import Int64s, word_pattern, words
+from deepseek_v3.data.stages import Drop, Outcome, Stage, outcome
+from deepseek_v3.utils.errors import ConfigError, DataError
+
+
+class _Overlap(NamedTuple):
+    """By document: how many n-grams match, and the share of its words that they cover."""
+
+    ngrams: Int64s
+    shares: list[float]
+
+
+class Decontaminator(Stage):
+    """Drops documents that share n-grams of words with evaluation sets (Brown et al. 2020, appendix C).
+
+    Letter case and punctuation do not count; a character of a script without spaces is a word. Options:
+    `DecontaminationConfig`. Reason: `evaluation_text`, with the first text that matches, in lower case, and what
+    the evaluation set calls it. Raises ConfigError without evaluation sets, DataError where one cannot be read.
+    """
+
+    name = "decontamination"
+
+    def __init__(self, **options: Any) -> None:
+        self.options = section_from_dict(DecontaminationConfig, options, "Decontaminator")
+        if not self.options.evaluation:
+            raise ConfigError("decontamination.evaluation: is empty, expected files or folders of evaluation sets")
+        for path in self.options.evaluation:
+            if not path.exists():
+                raise DataError(f"decontamination.evaluation: {path} does not exist; expected a file or a folder")
+
+    def apply(self, batch: pa.RecordBatch) -> Outcome:
+        """Judges a batch by the n-grams of its texts."""
+        drops: list[Drop] = []
+        shares: list[float] = []
+        for texts in chunks(batch.column("text").to_pylist()):
+            self._judge([text.lower() for text in texts], drops, shares)
+        return outcome(self.name, batch, drops, {"evaluation_overlap": shares})
+
+    def _judge(self, texts: Sequence[str], drops: list[Drop], shares: list[float]) -> None:
+        """Adds what becomes of further texts to `drops`, and how much of them is in evaluation sets to `shares`."""
+        index = evaluation_index(self.options)
+        lists = [words(text) for text in texts]
+        matches = index.find(lists)
+        sizes = np.array([*map(len, lists)], np.int64)
+        firsts = np.cumsum(sizes) - sizes
+        overlap = _overlap(matches, sizes)
+        for row in np.flatnonzero(overlap.ngrams).tolist():
+            if overlap.shares[row] >= self.options.min_share:
+                match = int(np.searchsorted(matches.starts, firsts[row]))
+                figures = {
+                    "ngrams": int(overlap.ngrams[row]),
+                    "found": overlap.shares[row],
+                    "limit": self.options.min_share,
+                    "evaluation": index.names[matches.owners[match]],
+                }
+                start = int(matches.starts[match] - firsts[row])
+                trigger = _excerpt(texts[row], start, int(matches.lengths[match]))
+                drops.append(Drop(len(shares) + row, "evaluation_text", figures, trigger))
+        shares += overlap.shares
+
+
+def _overlap(matches: Matches, sizes: Int64s) -> _Overlap:
+    """From matches in documents of so many words each."""
+    document_of = np.repeat(np.arange(len(sizes)), sizes)
+    ngrams = np.bincount(document_of[matches.starts], minlength=len(sizes))
+    changes = np.zeros(len(document_of) + 1, np.int64)
+    np.add.at(changes, matches.starts, 1)
+    np.add.at(changes, matches.starts + matches.lengths, -1)
+    covered = np.bincount(document_of[np.cumsum(changes[:-1]) > 0], minlength=len(sizes))
+    return _Overlap(ngrams, np.round(covered / np.maximum(sizes, 1), 4).tolist())
+
+
+def _excerpt(text: str, start: int, length: int) -> str:
+    """So many words of a text from word `start` on, with what stands between them."""
+    found = [*islice(word_pattern(text).finditer(text), start, start + length)]
+    return text[found[0].start() : found[-1].end()]

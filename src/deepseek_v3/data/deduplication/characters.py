@@ -1,0 +1,78 @@
+"""What a character is to the deduplication: part of a word, a word by itself, or neither."""
+
+from __future__ import annotations
+
+import unicodedata
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Blocks of scripts that put no spaces between words (Unicode, Blocks.txt): first and last code point.
+_UNSPACED = (
+    (0x0E00, 0x0FFF),  # Thai, Lao, Tibetan
+    (0x1000, 0x109F),  # Myanmar
+    (0x1780, 0x17FF),  # Khmer
+    (0x1950, 0x19DF),  # Tai Le, New Tai Lue
+    (0x1A20, 0x1AAF),  # Tai Tham
+    (0x1B00, 0x1B7F),  # Balinese
+    (0x3005, 0x3007),  # 々 〆 〇
+    (0x3021, 0x3029),  # Hangzhou numerals
+    (0x3031, 0x312F),  # kana repeat marks, Hiragana, Katakana, Bopomofo
+    (0x31A0, 0x31FF),  # Bopomofo Extended, Katakana Phonetic Extensions
+    (0x3400, 0x4DBF),  # CJK Extension A
+    (0x4E00, 0xA4CF),  # CJK Unified Ideographs, Yi
+    (0xA980, 0xA9FF),  # Javanese, Myanmar Extended-B
+    (0xAA60, 0xAA7F),  # Myanmar Extended-A
+    (0xF900, 0xFAFF),  # CJK Compatibility Ideographs
+    (0xFF66, 0xFF9F),  # halfwidth Katakana
+    (0x1AFF0, 0x1B16F),  # Kana supplements
+    (0x20000, 0x33FFF),  # CJK Extensions B and on
+)
+_VARIATION_SELECTORS = range(0xFE00, 0xFE10)
+_END = 0x34000  # behind it stand no letters
+
+
+def is_word(character: str) -> bool:
+    """Whether it is a letter, a mark on one, a digit or other number, or the underscore."""
+    code_point = ord(character)
+    if code_point >= _END or code_point in _VARIATION_SELECTORS:
+        return False
+    return character == "_" or unicodedata.category(character)[0] in "LMN"
+
+
+def is_unspaced(character: str) -> bool:
+    """Whether it belongs to a script that puts no spaces between words."""
+    return any(first <= ord(character) <= last for first, last in _UNSPACED)
+
+
+def folded(character: str) -> str:
+    """The character without its case, where that is one character of as many bytes in UTF-8; else as it is."""
+    for candidate in (character.casefold(), character.lower()):
+        if len(candidate) == 1 and len(candidate.encode()) == len(character.encode()):
+            return candidate
+    return character
+
+
+class Tables(NamedTuple):
+    """By code point, the last entry standing for all from there on.
+
+    `folded` (uint32) holds the UTF-8 bytes, the first one lowest, of the folded character, or 0 where it is no part
+    of a word; `alone` (bool) says that it is a word by itself.
+    """
+
+    folded: NDArray[np.uint32]
+    alone: NDArray[np.bool_]
+
+
+@lru_cache(maxsize=1)
+def tables() -> Tables:
+    """The tables of all characters; made once per process."""
+    encoded = np.zeros(_END + 1, np.uint32)
+    words = [character for character in map(chr, range(_END)) if is_word(character)]
+    encoded[[*map(ord, words)]] = [int.from_bytes(folded(character).encode(), "little") for character in words]
+    alone = np.zeros(_END + 1, np.bool_)
+    for first, last in _UNSPACED:
+        alone[first : last + 1] = encoded[first : last + 1] != 0
+    return Tables(encoded, alone)

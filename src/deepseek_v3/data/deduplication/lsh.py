@@ -1,0 +1,85 @@
+"""Locality-sensitive hashing (Leskovec et al., MMDS, §3.4): which documents are worth comparing.
+
+Documents that agree in all signature values of a band fall into the same bucket and become candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deepseek_v3.data.deduplication.hashing import mixed, random_bits
+from deepseek_v3.data.deduplication.utf8 import Int64s, UInt8s, UInt32s, UInt64s
+
+Floats = NDArray[np.float64]
+
+_BAND_SEED = 16
+_BYTE_MULTIPLIER = np.uint32(0x9E3779B1)  # near 2^32 divided by the golden ratio
+_NEAR = 8  # members of a bucket
+_PAIRS_AT_ONCE = 2**12
+
+
+def band_keys(signatures: UInt32s, bands: int, rows: int) -> UInt64s:
+    """Keys of 64 bits for bands of `rows` values: uint64 [bands, documents] from uint32 [documents, values]."""
+    multipliers = random_bits(_BAND_SEED, rows) | np.uint64(1)
+    values = signatures[:, : bands * rows].reshape(-1, bands, rows)
+    totals = np.zeros((len(signatures), bands), np.uint64)
+    for row in range(rows):
+        totals += values[:, :, row] * multipliers[row]
+    return mixed(totals.T)
+
+
+def shortened(signatures: UInt32s) -> UInt8s:
+    """8 bits of each value (b-bit minwise hashing, Li and König 2010): a quarter to keep, hardly less to tell."""
+    return (signatures * _BYTE_MULTIPLIER >> np.uint32(24)).astype(np.uint8)
+
+
+def estimates(signatures: UInt8s, one: Int64s, other: Int64s) -> Floats:
+    """Estimated Jaccard similarities of pairs of documents: float64 [pairs], without bias.
+
+    `signatures`: uint8 [documents, values]; `one` and `other` are rows of it. Values that differ agree by chance in
+    one of 256 cases (Li and König 2010, theorem 1).
+    """
+    agreeing = np.empty(len(one), np.int64)
+    for start in range(0, len(one), _PAIRS_AT_ONCE):
+        some = slice(start, start + _PAIRS_AT_ONCE)
+        agreeing[some] = (signatures[one[some]] == signatures[other[some]]).sum(axis=1)
+    return (256 * agreeing / signatures.shape[1] - 1) / 255
+
+
+def similar_pairs(signatures: UInt8s, buckets: Int64s, least: float, sure: float) -> tuple[Int64s, Int64s, Floats]:
+    """Pairs of documents of the same bucket whose estimated similarity is at least `least`.
+
+    `signatures`: uint8 [documents, values]. `buckets`: int64 [documents], ascending. Returns the documents' indices
+    (in each pair the earlier and the later one) and the estimates.
+
+    In a bucket of up to 9 documents all pairs are compared; in a larger one each document with the first 8 and with
+    the 8 before it, so that the work grows no faster than the bucket. Two documents that are both more than `sure`
+    alike to the bucket's first are connected by it, so they are not compared.
+    """
+    first = np.searchsorted(buckets, buckets)
+    other = np.flatnonzero(first < np.arange(len(buckets)))
+    one = first[other]
+    found = [(one, other, estimates(signatures, one, other))]
+    settled = np.ones(len(buckets), np.bool_)
+    settled[other] = found[0][2] > sure
+    for one, other in _candidates(buckets, first):
+        needed = np.flatnonzero(~(settled[one] & settled[other]) & (one > first[one]))
+        one, other = one[needed], other[needed]
+        found.append((one, other, estimates(signatures, one, other)))
+    one, other, similarities = (np.concatenate(column) for column in zip(*found, strict=True))
+    kept = similarities >= least
+    return one[kept], other[kept], similarities[kept]
+
+
+def _candidates(buckets: Int64s, first: Int64s) -> Iterator[tuple[Int64s, Int64s]]:
+    """Pairs of near members of a bucket, then those of its first few with all that are further away."""
+    for distance in range(1, _NEAR + 1):
+        one = np.flatnonzero(buckets[distance:] == buckets[:-distance])
+        yield one, one + distance
+    ranks = np.arange(len(buckets)) - first
+    for leader in range(1, _NEAR):
+        other = np.flatnonzero(ranks > leader + _NEAR)
+        yield first[other] + leader, other

@@ -1,0 +1,132 @@
+"""Near duplicates: documents that share most of their word n-grams with an earlier one are dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from deepseek_v3.config.loading import section_from_dict
+from deepseek_v3.config.preprocessing.deduplication import DeduplicationConfig
+from deepseek_v3.data.deduplication import keys, lsh, verification
+from deepseek_v3.data.deduplication.clusters import keepers
+from deepseek_v3.data.deduplication.decisions import drop_duplicates, removed_documents, write_decisions
+from deepseek_v3.data.deduplication.minhash import MinHasher
+from deepseek_v3.data.deduplication.pairs import (
+    Pairs,
+    as_pairs,
+    estimated,
+    have_texts,
+    margin,
+    read_pairs,
+    unique_pairs,
+)
+from deepseek_v3.data.deduplication.sorting import grouped, repeated
+from deepseek_v3.data.deduplication.standalone import Deduplicator
+from deepseek_v3.data.deduplication.utf8 import Int64s
+from deepseek_v3.data.stages import Outcome, Part, Task
+
+_BYTES_PER_KEY = 500  # what a match task needs for each document of its range
+
+
+class MinHashDeduplicator(Deduplicator):
+    """Keeps the earliest of documents that are alike (`DeduplicationConfig`).
+
+    Signatures propose pairs; where they leave it open whether a pair is alike, the exact Jaccard similarity of the
+    shingles decides. Documents without words have no duplicates.
+    """
+
+    name = "deduplication"
+
+    def __init__(self, **options: Any) -> None:
+        self.options = section_from_dict(DeduplicationConfig, options, type(self).__name__)
+        self._bands, self._rows = self.options.banding()
+        self._margin = margin(self.options.threshold, self.options.num_perm)
+        self._hasher = MinHasher(
+            self.options.num_perm, self.options.ngram, self.options.seed, self.options.accelerator
+        )
+
+    def write_keys(self, table: pa.Table, folder: Path) -> None:
+        signatures = np.empty((table.num_rows, self.options.num_perm), np.uint8)
+        band_keys = np.empty((self._bands, table.num_rows), np.uint64)
+        sizes = np.empty(table.num_rows, np.uint32)
+        first = 0
+        for texts in table.column("text").chunks:
+            for shingles in self._hasher.shingles(texts):
+                found = self._hasher.signatures(shingles)
+                some = slice(first, first + len(found))
+                signatures[some] = lsh.shortened(found)
+                band_keys[:, some] = lsh.band_keys(found, self._bands, self._rows)
+                sizes[some] = np.diff(shingles.offsets)
+                first += len(found)
+        keys.write_keys(folder, signatures, sizes, band_keys)
+
+    def match_tasks(self, parts: Sequence[Part], memory: int) -> list[Task]:
+        documents = sum(part.rows for part in parts)
+        ranges = keys.key_ranges(documents * _BYTES_PER_KEY, memory)
+        return [Task("match", (tuple(parts), band, *limits)) for band in range(self._bands) for limits in ranges]
+
+    def match(self, output: Path, parts: Sequence[Part], band: int, low: int, high: int) -> None:
+        """Writes the pairs that a band proposes among the keys from `low` to below `high`, and their estimates."""
+        band_keys, documents = keys.read_band(parts, band, low, high)
+        buckets = repeated(grouped(band_keys))
+        members = documents[buckets.places]
+        one, other, similarity = lsh.similar_pairs(
+            keys.read_signatures(parts, members),
+            buckets.groups,
+            self.options.threshold - self._margin,
+            self.options.threshold + self._margin,
+        )
+        np.save(output, as_pairs(members[one], members[other], similarity))
+
+    def refine_tasks(self, parts: Sequence[Part], memory: int, matches: Sequence[Path]) -> list[Task]:
+        pairs = read_pairs(matches)
+        pairs = unique_pairs(pairs[self._judged(parts, pairs)[1]])
+        return [
+            Task("refine", (tuple(parts), some["one"], some["other"]))
+            for some in verification.in_chunks(parts, pairs, memory)
+        ]
+
+    def refine(self, output: Path, parts: Sequence[Part], one: Int64s, other: Int64s) -> None:
+        """Writes those of the pairs whose exact similarity reaches the threshold."""
+        similarity = verification.similarities(parts, one, other, self._hasher)
+        alike = similarity >= self.options.threshold
+        np.save(output, as_pairs(one[alike], other[alike], similarity[alike]))
+
+    def resolve(
+        self, parts: Sequence[Part], matches: Sequence[Path], refined: Sequence[Path], folder: Path
+    ) -> dict[str, Any]:
+        pairs = read_pairs(matches)
+        alike, _ = self._judged(parts, pairs)
+        pairs = np.concatenate([pairs[alike], read_pairs(refined)])
+
+        def close(kept: Int64s, documents: Int64s) -> NDArray[np.bool_]:
+            return estimated(parts, kept, documents) >= self.options.least_to_kept
+
+        kept = keepers(pairs["one"], pairs["other"], sum(part.rows for part in parts), close)
+        duplicates = np.flatnonzero(kept != np.arange(len(kept)))
+        similarity = np.ones(len(kept))
+        similarity[duplicates] = estimated(parts, kept[duplicates], duplicates)
+        return write_decisions(folder, parts, kept, similarity)
+
+    def apply(
+        self, batch: pa.RecordBatch, documents: Int64s, folder: Path, ids_of: Callable[[Int64s], list[str]]
+    ) -> Outcome:
+        return drop_duplicates(self.name, "near_duplicate", batch, documents, folder, ids_of)
+
+    def removed(self, parts: Sequence[Part], folder: Path) -> NDArray[np.bool_]:  # noqa: ARG002
+        return removed_documents(folder)
+
+    def _judged(self, parts: Sequence[Part], pairs: Pairs) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Which pairs the estimates show to be alike, and for which the texts have to be compared.
+
+        Where texts are missing, the estimate alone decides.
+        """
+        similarity = pairs["similarity"]
+        sure = similarity > self.options.threshold + self._margin
+        texts = have_texts(parts, pairs)
+        return sure | (~texts & (similarity >= self.options.threshold)), ~sure & texts

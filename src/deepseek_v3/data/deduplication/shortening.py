@@ -1,0 +1,96 @@
+"""Paragraphs and lines that stood in the corpus before, taken out of the documents that repeat them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from deepseek_v3.data.deduplication import repeats
+from deepseek_v3.data.deduplication.decisions import judged_documents
+from deepseek_v3.data.deduplication.keys import mapped
+from deepseek_v3.data.deduplication.normal_form import normal_hashes
+from deepseek_v3.data.deduplication.repeats import Repeats
+from deepseek_v3.data.deduplication.utf8 import Int64s
+from deepseek_v3.data.records import with_texts
+from deepseek_v3.data.stages import Drop, Outcome, Part, outcome
+
+_BLANK_LINES = re.compile(r"(\n\s*\n)")
+_UNITS_FILE = "units.npy"  # of a part: uint32 [documents], how many paragraphs or lines are not blank
+_REPEATS_FILE = "repeats.npy"
+_REMOVED_FILE = "removed.npy"
+
+
+@dataclass(frozen=True)
+class Shortening:
+    """Works on one kind of `unit`, `paragraph` or `line`, and leaves those below `min_characters` alone."""
+
+    unit: str
+    min_characters: int
+
+    def split(self, text: str) -> list[str]:
+        """The paragraphs, which blank lines end, or the lines, each with what ends it."""
+        if self.unit == "line":
+            return text.splitlines(keepends=True)
+        pieces = _BLANK_LINES.split(text)
+        return [body + end for body, end in zip(pieces[::2], [*pieces[1::2], ""], strict=True)]
+
+    def write_keys(self, table: pa.Table, folder: Path) -> None:
+        """Writes the keys of all units that are long enough."""
+        filled = np.zeros(table.num_rows, np.uint32)
+        rows: list[int] = []
+        places: list[int] = []
+        texts: list[str] = []
+        for row, text in enumerate(table.column("text").to_pylist()):
+            for place, unit in enumerate(self.split(text)):
+                characters = len(unit.strip())
+                filled[row] += characters > 0
+                if characters >= max(self.min_characters, 1):
+                    rows.append(row)
+                    places.append(place)
+                    texts.append(unit)
+        hashes = normal_hashes(pa.array(texts, pa.large_string()))
+        repeats.write_keys(folder, hashes, np.array(rows, np.uint32), np.array(places, np.uint32))
+        np.save(folder / _UNITS_FILE, filled)
+
+    def resolve(self, parts: Sequence[Part], found: Repeats, folder: Path) -> dict[str, Any]:
+        """Writes which units go, and which documents have no others. Returns figures for the report."""
+        counts = np.bincount(found["document"], minlength=sum(part.rows for part in parts))
+        filled = np.concatenate([np.zeros(0, np.uint32), *(mapped(part, _UNITS_FILE) for part in parts)])
+        removed = (counts > 0) & (counts == filled)
+        np.save(folder / _REPEATS_FILE, found)
+        np.save(folder / _REMOVED_FILE, removed)
+        judged = judged_documents(parts)
+        return {
+            "documents": int(judged.sum()),
+            "duplicates": int((removed & judged).sum()),
+            "shortened": int(((counts > 0) & ~removed & judged).sum()),
+            f"repeated_{self.unit}s": int(counts[judged].sum()),
+        }
+
+    def apply(self, stage: str, batch: pa.RecordBatch, documents: Int64s, folder: Path) -> Outcome:
+        """Takes the repeated units out of a batch of these documents, and drops those of which nothing is left."""
+        found = np.load(folder / _REPEATS_FILE, mmap_mode="r")
+        starts = np.searchsorted(found["document"], documents)
+        ends = np.searchsorted(found["document"], documents, side="right")
+        removed = np.load(folder / _REMOVED_FILE, mmap_mode="r")[documents]
+        texts = batch.column("text").to_pylist()
+        drops = []
+        for row in np.flatnonzero(ends > starts).tolist():
+            units = self.split(texts[row])
+            gone = {*found["place"][starts[row] : ends[row]].tolist()}
+            if removed[row]:
+                drops.append(Drop(row, f"repeated_{self.unit}s", {f"{self.unit}s": len(gone)}, units[min(gone)]))
+            else:
+                texts[row] = "".join(unit for place, unit in enumerate(units) if place not in gone)
+        return outcome(stage, with_texts(batch, texts), drops)
+
+    def removed(self, folder: Path) -> NDArray[np.bool_]:
+        """Which documents have nothing left: bool [documents]."""
+        return np.load(folder / _REMOVED_FILE)

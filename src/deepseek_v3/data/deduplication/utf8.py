@@ -1,0 +1,73 @@
+"""Text in UTF-8 as arrays of bytes: runs of documents, and the characters outside ASCII among them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+Int64s = NDArray[np.int64]
+UInt8s = NDArray[np.uint8]
+UInt32s = NDArray[np.uint32]
+UInt64s = NDArray[np.uint64]
+
+PIECE = 8  # bytes read at once
+
+_BLOCK_BYTES = 2**17  # of text, so that all that is made of it fits the second-level cache
+_MULTIBYTE = 0xC0  # from here on a byte begins a character of several bytes
+
+
+def blocks(texts: pa.Array) -> Iterator[tuple[UInt8s, Int64s]]:
+    """Runs of texts: UTF-8 (uint8 [n]), and where each document begins in it (int64 [documents + 1], 0 to n)."""
+    if not len(texts):
+        return
+    _, offsets_buffer, data = texts.buffers()
+    width = np.int64 if pa.types.is_large_string(texts.type) else np.int32
+    offsets = np.frombuffer(offsets_buffer, width)[texts.offset : texts.offset + len(texts) + 1].astype(np.int64)
+    text = np.frombuffer(data or b"", np.uint8)
+    first = 0
+    while first < len(texts):
+        end = max(int(np.searchsorted(offsets, offsets[first] + _BLOCK_BYTES, side="right")) - 1, first + 1)
+        yield text[offsets[first] : offsets[end]], offsets[first : end + 1] - offsets[first]
+        first = end
+
+
+def padded(text: UInt8s) -> bytearray:
+    """A copy with `PIECE` zeros behind."""
+    return bytearray().join((text.data, bytes(PIECE)))
+
+
+def pieces_of(text: UInt8s) -> UInt64s:
+    """The 8 bytes from any place of a padded text on, the first one lowest: uint64 [n + 1], overlapping itself."""
+    return np.ndarray(len(text) - PIECE + 1, "<u8", text.data, strides=(1,))
+
+
+class Multibyte(NamedTuple):
+    """Characters outside ASCII: the places of their first bytes, their code points, how many bytes they take."""
+
+    places: Int64s
+    code_points: UInt32s
+    sizes: UInt32s
+
+
+def multibyte(text: UInt8s) -> Multibyte:
+    """Those of a padded text, in order."""
+    places = np.flatnonzero(text >= _MULTIBYTE)
+    bytes_ = pieces_of(text)[places].astype(np.uint32)
+    first, second, third = bytes_ & 255, bytes_ >> 8 & 63, bytes_ >> 16 & 63
+    code_points = np.where(first < 0xE0, (first & 31) << 6 | second, (first & 15) << 12 | second << 6 | third)
+    sizes = 2 + (first >= 0xE0).astype(np.uint32) + (first >= 0xF0)
+    four = np.flatnonzero(sizes == 4)
+    code_points[four] = (first[four] & 7) << 18 | second[four] << 12 | third[four] << 6 | bytes_[four] >> 24 & 63
+    return Multibyte(places, code_points, sizes)
+
+
+def overwrite(text: UInt8s, places: Int64s, encoded: UInt32s, sizes: UInt32s) -> None:
+    """Puts other characters of the same sizes at these places: their UTF-8, the first byte lowest."""
+    text[places], text[places + 1] = encoded, encoded >> np.uint32(8)
+    for byte in (2, 3):
+        longer = np.flatnonzero(sizes > byte)
+        text[places[longer] + byte] = encoded[longer] >> np.uint32(8 * byte)

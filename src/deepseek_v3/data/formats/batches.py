@@ -1,0 +1,170 @@
+"""What reading takes and gives: spans of files, options, and batches of records and of what is none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import orjson
+import pyarrow as pa
+
+from deepseek_v3.data.formats.inputs import InputFile
+from deepseek_v3.data.formats.json_values import plain
+from deepseek_v3.data.formats.quarantine import QUARANTINED, RAW_BYTES, Rejected
+from deepseek_v3.data.records import record_batch
+
+BATCH_BYTES = 2**22
+BATCH_RECORDS = 10_000
+END = 2**63 - 1  # the position from which nothing is left to read
+
+_MISSING = object()
+_NAMES_SHOWN = 20
+_ERROR_CHARACTERS = 500
+_TYPES = {
+    type(None): "null",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+}
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """Where a record holds its text and its id (`a.b` is field b of the object a), and the bytes it may have."""
+
+    text_field: str = "text"
+    id_field: str = "id"
+    max_record_bytes: int = 2**26
+
+
+@dataclass(frozen=True)
+class Span:
+    """A piece of a file, from `start` up to `stop`, or to the end: rows of Parquet and Arrow, else bytes."""
+
+    file: InputFile
+    start: int = 0
+    stop: int | None = None
+
+
+class ReadBatch(NamedTuple):
+    """A batch of `RECORDS`, one of `QUARANTINED`, and the position from which reading goes on after them."""
+
+    records: pa.RecordBatch
+    quarantined: pa.RecordBatch
+    position: int
+
+
+class Collector:
+    """Gathers the records of one batch, and what was rejected."""
+
+    def __init__(self, source: str, options: ReadOptions) -> None:
+        self._source, self._options = source, options
+        self._ids: list[str] = []
+        self._texts: list[str] = []
+        self._places: list[int] = []
+        self._metadata: list[str | None] = []
+        self._rejected: list[dict[str, Any]] = []
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is neither a record nor anything rejected."""
+        return not self._ids and not self._rejected
+
+    def add(self, place: int, record: Any) -> None:
+        """Takes a record, whose fields are used up. Raises Rejected, and takes nothing, where it is no document."""
+        if type(record) is not dict:
+            raise Rejected(
+                "not_object",
+                f"holds {_type(record)}, expected an object with a field {self._options.text_field!r}",
+            )
+        text = _take(record, self._options.text_field)
+        if type(text) is not str:
+            raise self._no_text(text, record)
+        id_ = _take(record, self._options.id_field)
+        if type(id_) is not str:
+            id_ = self._id(id_, place)
+        self.add_text(place, id_, text, record)
+
+    def add_text(self, place: int, id_: str, text: str, metadata: dict[str, Any]) -> None:
+        """Takes a document. Raises Rejected, and takes nothing, where its text or metadata cannot be meant."""
+        if "\0" in text:
+            raise Rejected("nul", f"the text has a NUL at character {text.index(chr(0))}; is it binary data?")
+        limit = self._options.max_record_bytes
+        if len(text) > limit // 4 and (size := len(text.encode())) > limit:
+            raise Rejected("too_long", f"the text has {size} bytes, expected at most {limit} (max_record_bytes)")
+        self._metadata.append(_as_json(metadata) if metadata else None)
+        self._ids.append(id_)
+        self._texts.append(text)
+        self._places.append(place)
+
+    def reject(
+        self,
+        place: int,
+        why: Rejected,
+        *,
+        offset: int = -1,
+        length: int = -1,
+        records: int = 1,
+        raw: bytes | None = None,
+    ) -> None:
+        """Notes what is no document, as `QUARANTINED` says."""
+        self._rejected.append(
+            {
+                "source": self._source,
+                "place": place,
+                "offset": offset,
+                "length": length,
+                "records": records,
+                "reason": why.reason,
+                "error": why.error[:_ERROR_CHARACTERS],
+                "raw": raw if raw is not None and len(raw) <= RAW_BYTES else None,
+            }
+        )
+
+    def batch(self, position: int) -> ReadBatch:
+        """All of it; reading goes on at `position`."""
+        sources = [self._source] * len(self._ids)
+        records = record_batch(self._ids, self._texts, sources, self._places, self._metadata)
+        return ReadBatch(records, pa.RecordBatch.from_pylist(self._rejected, schema=QUARANTINED), position)
+
+    def _no_text(self, text: Any, record: dict[str, Any]) -> Rejected:
+        field = self._options.text_field
+        if text is _MISSING:
+            names = ", ".join(map(repr, sorted(record)[:_NAMES_SHOWN]))
+            return Rejected("text_missing", f"has no field {field!r}, only [{names}]; say which one holds the text")
+        reason = "text_null" if text is None else "text_type"
+        return Rejected(reason, f"field {field!r} holds {_type(text)}, expected a string")
+
+    def _id(self, id_: Any, place: int) -> str:
+        """The id that a record has as a number, or that it is given because it has none."""
+        if id_ is None or id_ is _MISSING:
+            return f"{self._source}:{place}"
+        if type(id_) is int:
+            return str(id_)
+        field = self._options.id_field
+        raise Rejected("id_type", f"field {field!r} holds {_type(id_)}, expected a string or an integer")
+
+
+def _type(value: Any) -> str:
+    return _TYPES.get(type(value), f"a {type(value).__name__}")
+
+
+def _take(record: dict[str, Any], field: str) -> Any:
+    """Removes a field, or where there is none of that name, one of an object inside; `_MISSING` where it is not."""
+    value = record.pop(field, _MISSING)
+    if value is not _MISSING or "." not in field:
+        return value
+    outer, _, inner = field.partition(".")
+    holder = record.get(outer)
+    return _take(holder, inner) if isinstance(holder, dict) else _MISSING
+
+
+def _as_json(fields: dict[str, Any]) -> str:
+    try:
+        return orjson.dumps(fields, default=plain).decode()
+    except TypeError as error:
+        reason = "nesting" if "ecursion" in str(error) else "metadata"
+        raise Rejected(reason, f"the other fields cannot be written as JSON: {error}") from None

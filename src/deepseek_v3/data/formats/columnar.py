@@ -1,0 +1,169 @@
+"""Rows of Arrow data as documents: what reading Parquet and Arrow files has in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, NamedTuple
+
+import pyarrow as pa
+
+from deepseek_v3.data.formats.batches import (
+    BATCH_BYTES,
+    BATCH_RECORDS,
+    END,
+    Collector,
+    ReadBatch,
+    ReadOptions,
+    Span,
+)
+from deepseek_v3.data.formats.inputs import InputFile
+from deepseek_v3.data.formats.quarantine import Rejected
+from deepseek_v3.data.formats.streams import open_raw, unreadable
+
+
+class Group(NamedTuple):
+    """Rows that are stored together, as batches of about 4 MiB."""
+
+    rows: int
+    batches: Iterator[pa.RecordBatch]
+
+
+# Opens a file and yields its groups in order. Both iterators may raise what `_DAMAGE` lists.
+Groups = Callable[[BinaryIO], Iterator[Group]]
+
+# What pyarrow raises for data that it cannot decode.
+_DAMAGE = (pa.ArrowException, OSError, ValueError, MemoryError)
+# What it raises for values that Python has no type for, such as a date in the year 10,000.
+_UNWRITABLE = (*_DAMAGE, ArithmeticError, LookupError)
+_AS_TEXT = {pa.binary(): pa.string(), pa.large_binary(): pa.large_string(), pa.binary_view(): pa.string_view()}
+
+
+def rows_per_batch(num_bytes: int, rows: int) -> int:
+    """How many of a group's rows make about 4 MiB, at most 10,000."""
+    return min(max(BATCH_BYTES * rows // max(num_bytes, 1), 1), BATCH_RECORDS)
+
+
+def columnar_spans(groups: Groups, file: InputFile, span_bytes: int) -> list[Span]:
+    """Spans of whole groups, each of about `span_bytes` of the file; one span where it cannot be read."""
+    try:
+        with open_raw(file) as raw:
+            rows = [group.rows for group in groups(raw)]
+    except _DAMAGE:
+        return [Span(file)]
+    rows_per_span = max(sum(rows) * span_bytes // max(file.size, 1), 1)
+    starts, end = [0], 0
+    for count in rows:
+        if end - starts[-1] >= rows_per_span:
+            starts.append(end)
+        end += count
+    return [Span(file, one, other) for one, other in zip(starts, [*starts[1:], None], strict=True)]
+
+
+def read_columnar(groups: Groups, span: Span, options: ReadOptions, start: int | None) -> Iterator[ReadBatch]:
+    """Reads the groups that start in a span, or from row `start` on, counted from 0."""
+    first = 0
+    begin = span.start if start is None else start
+    for group in _groups_or_damage(groups, span.file):
+        if isinstance(group, Rejected):
+            collector = Collector(span.file.name, options)
+            collector.reject(first + 1, group, records=0 if group.reason == "empty" else 1)
+            yield collector.batch(END)
+            return
+        if span.stop is not None and first >= span.stop:
+            return
+        if first + group.rows > begin:
+            yield from _read_group(group, first, begin, span.file, options)
+        first += group.rows
+
+
+def _groups_or_damage(groups: Groups, file: InputFile) -> Iterator[Group | Rejected]:
+    """The groups of a file, and last, where the file ends in damage, what that is."""
+    try:
+        with open_raw(file) as raw:
+            if raw.read(1):
+                yield from groups(raw)
+            else:
+                yield Rejected("empty", "holds no bytes")
+    except _DAMAGE as error:
+        yield _damage(file, error)
+
+
+def _read_group(group: Group, first: int, begin: int, file: InputFile, options: ReadOptions) -> Iterator[ReadBatch]:
+    """Reads a group whose first row is row `first`, and of it the batches behind row `begin`."""
+    end = first + group.rows
+    while first < end:
+        collector = Collector(file.name, options)
+        try:
+            batch = next(group.batches, None)
+            if batch is None:
+                raise Rejected("damaged", "the group has fewer rows than the file says")
+            batch = _with_plain_types(batch, (options.text_field, options.id_field))
+            read = batch.num_rows
+        except (Rejected, *_DAMAGE) as error:
+            read = end - first
+            collector.reject(first + 1, _damage(file, error), records=read)
+        else:
+            if first >= begin:
+                _collect(batch, first, collector)
+        if read and first >= begin:
+            yield collector.batch(first + read)
+        first += read
+
+
+def _damage(file: InputFile, error: Exception) -> Rejected:
+    if isinstance(error, Rejected):
+        return error
+    if isinstance(error, OSError) and error.errno is not None:
+        return unreadable(file, error)
+    return Rejected("damaged", f"cannot be decoded: {_one_line(error)}")
+
+
+def _collect(batch: pa.RecordBatch, first: int, collector: Collector) -> None:
+    """Takes a batch's rows, the first of which is row `first` of its file, counted from 0."""
+    try:
+        batch.validate(full=True)
+        rows = batch.to_pylist()
+    except _UNWRITABLE:
+        rows = [_row(batch.slice(index, 1)) for index in range(batch.num_rows)]
+    for place, row in enumerate(rows, start=first + 1):
+        try:
+            if isinstance(row, Rejected):
+                raise row
+            collector.add(place, row)
+        except Rejected as why:
+            collector.reject(place, why)
+
+
+def _row(row: pa.RecordBatch) -> dict[str, Any] | Rejected:
+    """The one row of a batch, or why it cannot be read."""
+    try:
+        row.validate(full=True)
+    except _DAMAGE as error:
+        reason = "not_utf8" if "UTF8" in str(error) else "damaged"
+        return Rejected(reason, f"cannot be decoded: {_one_line(error)}")
+    try:
+        return row.to_pylist()[0]
+    except _UNWRITABLE as error:
+        return Rejected("metadata", f"a column cannot be written as JSON: {_one_line(error)}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _with_plain_types(batch: pa.RecordBatch, texts: tuple[str, ...]) -> pa.RecordBatch:
+    """The batch with texts and ids stored as bytes taken for UTF-8, and with nanoseconds cut to microseconds."""
+    columns = []
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        if name in texts and column.type in _AS_TEXT:
+            column = column.view(_AS_TEXT[column.type])
+        elif pa.types.is_temporal(column.type) and getattr(column.type, "unit", None) == "ns":
+            column = column.cast(_in_microseconds(column.type), safe=False)
+        columns.append(column)
+    return pa.RecordBatch.from_arrays(columns, batch.schema.names)
+
+
+def _in_microseconds(type_: pa.DataType) -> pa.DataType:
+    if pa.types.is_timestamp(type_):
+        return pa.timestamp("us", type_.tz)
+    return pa.duration("us") if pa.types.is_duration(type_) else pa.time64("us")

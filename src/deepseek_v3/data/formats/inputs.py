@@ -1,0 +1,216 @@
+"""The files of an input: found below files, folders, patterns and addresses in stores, and named."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from glob import has_magic
+from itertools import pairwise, takewhile
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from fsspec import AbstractFileSystem
+from fsspec.core import url_to_fs
+from fsspec.utils import glob_translate
+
+from deepseek_v3.data.documents import walk_files
+from deepseek_v3.data.formats.extras import archive_iterator
+from deepseek_v3.data.formats.names import READABLE, Format, format_of
+from deepseek_v3.utils.errors import DataError
+
+# What a store may say about the version of an object, best first.
+_VERSIONS = (
+    "ETag",
+    "etag",
+    "oid",
+    "blob_id",
+    "md5Hash",
+    "LastModified",
+    "last_modified",
+    "mtime",
+    "updated",
+    "created",
+)
+_LIBRARIES = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "hf": "huggingface_hub",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "http": "aiohttp requests",
+    "https": "aiohttp requests",
+}
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file to read.
+
+    `name` is its path below the input and differs between all files, `path` a whole local path or an address such
+    as s3://bucket/key, `size` its bytes, `modified` its time in ns or whatever the store changes when it changes.
+    """
+
+    name: str
+    path: str
+    size: int
+    modified: str
+
+    @property
+    def format(self) -> Format:
+        """How it holds documents."""
+        known = format_of(self.name)
+        assert known is not None, f"{self.name} is no file of find_inputs"
+        return known
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether fsspec has to open it."""
+        return "://" in self.path
+
+
+class Ignored(NamedTuple):
+    """What lies below the input and is not read, and why."""
+
+    name: str
+    reason: str
+
+
+class Inputs(NamedTuple):
+    """The files to read and those left out, both sorted by name."""
+
+    files: list[InputFile]
+    ignored: list[Ignored]
+
+
+class _Found(NamedTuple):
+    file: InputFile
+    fault: str | None
+
+
+def find_inputs(input_path: str | Path | Sequence[str | Path]) -> Inputs:
+    """Finds the files of one input or several: files, folders, patterns with *, ?, [] and **, and addresses.
+
+    A name is a path below the folder that was given, or below the part of a pattern before its first wildcard.
+    Hidden files and folders are left out, and __pycache__. Every link is followed once. A pattern that matches a
+    folder stands for what is below it. A file that is found twice is taken once.
+
+    Raises DataError where an input does not exist or holds nothing that can be read, where two files would have the
+    same name, and where a library that is needed to read them is not installed.
+    """
+    given = [input_path] if isinstance(input_path, (str, Path)) else list(input_path)
+    if not given:
+        raise DataError("input: nothing was given; expected a file, a folder, a pattern or an address")
+    names: dict[str, _Found] = {}
+    for one in sorted(map(str, given)):
+        for found in _readable(one):
+            known = names.get(found.file.path)
+            # The longer name, whichever input was given first.
+            if known is None or _rank(known.file.name) < _rank(found.file.name):
+                names[found.file.path] = found
+    return _checked(sorted(names.values(), key=lambda found: (found.file.name, found.file.path)))
+
+
+def _rank(name: str) -> tuple[int, str]:
+    return name.count("/"), name
+
+
+def _checked(found: list[_Found]) -> Inputs:
+    """Splits them into files and ignored, once their names differ and their libraries are there."""
+    files = [one.file for one in found if one.fault is None]
+    for file, following in pairwise(files):
+        if file.name == following.name:
+            raise DataError(
+                f"{file.path} and {following.path}: would both be called {file.name!r}; give the folder that holds "
+                "both instead, or a pattern such as folder/*/*.jsonl, so that their names differ"
+            )
+    for file in files:
+        if file.format.kind == "warc":
+            archive_iterator(file.path)
+    return Inputs(files, [Ignored(one.file.name, one.fault) for one in found if one.fault is not None])
+
+
+def _readable(given: str) -> list[_Found]:
+    """What one input holds; at least one file of it can be read."""
+    try:
+        found = list(_in_store(given) if "://" in given else _on_disk(Path(given)))
+    except OSError as error:
+        raise DataError(f"{error.filename or given}: cannot be read: {error.strerror or error}") from None
+    if not any(one.fault is None for one in found):
+        others = f"found only {found[0].file.name}: {found[0].fault}; " if found else ""
+        raise DataError(f"{given}: holds no text: {others}expected {READABLE}")
+    return found
+
+
+def _on_disk(given: Path) -> Iterator[_Found]:
+    root, pattern = (str(given), None) if given.exists() else _split(given.as_posix())
+    if not Path(root).exists():
+        raise DataError(f"{given}: does not exist; expected a file, a folder, a pattern or an address")
+    for path in walk_files(Path(root)):
+        name = path.name if path == Path(root) else path.relative_to(root).as_posix()
+        if not path.is_file():
+            yield _Found(InputFile(name, str(path.absolute()), 0, ""), "is a link to nowhere, or no regular file")
+        elif _matches(pattern, name):
+            status = path.stat()
+            yield _found(name, str(path.absolute()), status.st_size, str(status.st_mtime_ns))
+
+
+def _in_store(given: str) -> Iterator[_Found]:
+    store, path = _store(given)
+    if store.protocol == "file" or "file" in store.protocol:
+        yield from _on_disk(Path(path))
+        return
+    root, pattern = _split(path.rstrip("/"))
+    infos: dict[str, dict[str, Any]] = store.find(root, detail=True)
+    if not infos:
+        raise DataError(f"{given}: nothing was found there; check the address and that you may read it")
+    for key, info in infos.items():
+        name = PurePosixPath(key).name if key == root else PurePosixPath(key).relative_to(root).as_posix()
+        if _matches(pattern, name) and not _hidden(name):
+            version = next((str(info[field]) for field in _VERSIONS if info.get(field) is not None), "")
+            yield _found(name, store.unstrip_protocol(key), info["size"] or 0, version)
+
+
+def _store(given: str) -> tuple[AbstractFileSystem, str]:
+    try:
+        return url_to_fs(given)
+    except ImportError as error:
+        library = _LIBRARIES.get(given.partition("://")[0])
+        run = f"run `pip install {library}`" if library else "install what it names"
+        raise DataError(f"{given}: cannot be opened: {error}; {run}") from None
+    except ValueError as error:
+        raise DataError(
+            f"{given}: cannot be opened: {error}; expected a path or an address such as s3://bucket/folder"
+        ) from None
+
+
+def _found(name: str, path: str, size: int, modified: str) -> _Found:
+    if name != (printable := name.encode(errors="replace").decode()):
+        return _Found(InputFile(printable, path, size, modified), "its name is no UTF-8; rename it")
+    fault = None if format_of(name) else f"no format is known by the suffix {PurePosixPath(name).suffix!r}"
+    return _Found(InputFile(name, path, size, modified), fault)
+
+
+def _hidden(name: str) -> bool:
+    return any(part.startswith(".") or part == "__pycache__" for part in name.split("/"))
+
+
+def _split(pattern: str) -> tuple[str, re.Pattern[str] | None]:
+    """The folder before the first wildcard, and what matches the paths below it: None where there is none."""
+    parts = pattern.split("/")
+    fixed = list(takewhile(lambda part: not has_magic(part), parts))
+    if len(fixed) == len(parts):
+        return pattern, None
+    try:
+        matcher = re.compile(glob_translate("/".join(parts[len(fixed) :])))
+    except ValueError as error:
+        raise DataError(f"{pattern}: {error}; write ** between slashes, as in folder/**/*.jsonl") from None
+    return "/".join(fixed) or ("/" if pattern.startswith("/") else "."), matcher
+
+
+def _matches(pattern: re.Pattern[str] | None, name: str) -> bool:
+    """Whether a pattern matches the file, or a folder that it is in."""
+    parts = name.split("/")
+    return pattern is None or any(pattern.match("/".join(parts[: n + 1])) for n in range(len(parts)))

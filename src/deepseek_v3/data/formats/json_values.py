@@ -1,0 +1,77 @@
+"""One JSON value from its bytes, and what is wrong with bytes that are none."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from typing import Any
+
+import orjson
+
+from deepseek_v3.data.formats.quarantine import Rejected
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+
+
+def json_value(data: bytes, offset: int) -> Any:
+    """The value that the bytes at `offset` of a file spell. Raises Rejected."""
+    try:
+        return orjson.loads(data)
+    except orjson.JSONDecodeError:
+        raise _why(data, offset) from None
+
+
+def decoded(data: bytes, offset: int) -> str:
+    """The text whose UTF-8 stands at `offset` of a file. Raises Rejected."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        if data.startswith(_UTF16_MARKS):
+            advice = "it looks like UTF-16, convert it with `iconv -f utf-16 -t utf-8`"
+        else:
+            advice = (
+                "convert the file, for example with `iconv -f latin1 -t utf-8`, or move it away if it is no text"
+            )
+        raise Rejected(
+            "not_utf8", f"byte 0x{data[error.start]:02x} at offset {offset + error.start} is not UTF-8; {advice}"
+        ) from None
+
+
+class _NotFiniteError(ValueError):
+    pass
+
+
+def _why(data: bytes, offset: int) -> Rejected:
+    """Asks the standard library, which takes all of JSON and more, about what orjson refuses."""
+    try:
+        value = json.loads(decoded(data, offset), parse_float=_finite, parse_int=_finite, parse_constant=_finite)
+        json.dumps(value, ensure_ascii=False).encode()
+    except Rejected as not_utf8:
+        return not_utf8
+    except _NotFiniteError as number:
+        return Rejected("number", f"is not JSON: the number {number} is no finite double")
+    except UnicodeEncodeError as half:
+        found = half.object[half.start]
+        return Rejected(
+            "lone_surrogate",
+            f"holds the lone surrogate {found!r}, which no UTF-8 can express; remove it, or write both halves",
+        )
+    except RecursionError:
+        pass
+    except ValueError as malformed:
+        return Rejected("not_json", f"is not JSON: {malformed}; expected an object")
+    return Rejected("nesting", "is nested too deep, expected fewer than 1,024 levels")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise _NotFiniteError(digits[:20])
+    return number
+
+
+def plain(value: Any) -> str:
+    """What JSON has no type for: bytes in base64, and anything else as Python writes it."""
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)

@@ -1,0 +1,50 @@
+"""Input that holds no document: what is kept of it, and the codes that say what was wrong."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+# `place` is as in `RECORDS`, `offset` and `length` bytes of the decompressed file, -1 where unknown, `records` how
+# many records the entry stands for, and `raw` the record's bytes where they are known and few.
+QUARANTINED = pa.schema(
+    [
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("place", pa.int64(), nullable=False),
+        pa.field("offset", pa.int64(), nullable=False),
+        pa.field("length", pa.int64(), nullable=False),
+        pa.field("records", pa.int64(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("error", pa.string(), nullable=False),
+        pa.field("raw", pa.binary()),
+    ]
+)
+RAW_BYTES = 2**16
+
+REASONS = {
+    "empty": "the file holds no bytes, or none once decompressed",
+    "unreadable": "the file cannot be opened or read: it vanished, access is denied, or the disk reports an error",
+    "truncated": "the file ends inside compressed data, a record or an array",
+    "damaged": "the compressed data or the structure of the file is corrupt; what stands before it was read",
+    "too_long": "a line, file, row's text or payload has more bytes than `max_record_bytes`",
+    "not_utf8": "bytes that are no UTF-8",
+    "not_json": "a line or value that is no JSON",
+    "number": "JSON with NaN, Infinity or a number beyond the range of a double",
+    "nesting": "JSON nested deeper than can be read (1,024 levels) or written as metadata (253)",
+    "lone_surrogate": "JSON whose \\u escapes hold one half of a surrogate pair, which no UTF-8 can express",
+    "not_object": "a JSON value that is no object",
+    "text_missing": "a record without the text field",
+    "text_null": "a record whose text is null",
+    "text_type": "a record whose text is no string",
+    "id_type": "a record whose id is neither a string nor an integer",
+    "nul": "a text with NUL characters, the sign of binary data",
+    "metadata": "a row with a value in another column that cannot be read or written as JSON",
+    "not_text": "a WARC record whose content type is no text, such as an image",
+}
+
+
+class Rejected(Exception):  # noqa: N818 -- no failure: what reading gives in place of a document
+    """Something read that is no document: a code of `REASONS`, and what was found and expected."""
+
+    def __init__(self, reason: str, error: str) -> None:
+        super().__init__(reason, error)
+        self.reason, self.error = reason, error

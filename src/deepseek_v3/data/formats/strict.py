@@ -1,0 +1,72 @@
+"""Reading documents one by one, and stopping at the first thing that is none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+
+from deepseek_v3.data.documents import Document
+from deepseek_v3.data.formats.batches import ReadOptions, Span
+from deepseek_v3.data.formats.inputs import InputFile, find_inputs
+from deepseek_v3.data.formats.reading import read_span
+from deepseek_v3.data.formats.streams import ByteStream
+from deepseek_v3.utils.errors import DataError
+from deepseek_v3.utils.logging import get_logger
+
+_SHOWN = 3
+_log = get_logger("Reading")
+
+
+def read_documents(source: str | Path, text_field: str = "text") -> Iterator[Document]:
+    """Yields the documents of a file, a folder, a pattern or an address, leaving out those that are white space.
+
+    The files are read as `find_inputs` and `read_span` say, in the order of their names; their text stands in
+    `text_field`. Files of no known format are left out, and the log names them.
+
+    Raises DataError, naming file and line, byte or row, where something is no document, and at the end where there
+    was no text at all.
+    """
+    files, ignored = find_inputs(source)
+    if ignored:
+        names = ", ".join(one.name for one in ignored[:_SHOWN])
+        _log.warning(f"{source}: {len(ignored)} files are left out, of no known format: {names}")
+    options = ReadOptions(text_field)
+    found = False
+    for file in files:
+        for records, quarantined, _ in read_span(Span(file), options):
+            _check(quarantined, file)
+            for id_, text in zip(records["id"].to_pylist(), records["text"].to_pylist(), strict=True):
+                if text and not text.isspace():
+                    found = True
+                    yield Document(id_, text)
+    if not found:
+        raise DataError(f"{source}: holds no text; expected text files, or records with text in {text_field!r}")
+
+
+def _check(quarantined: pa.RecordBatch, file: InputFile) -> None:
+    """Raises DataError at the first entry, unless that says that the file is empty."""
+    for entry in quarantined.to_pylist():
+        if entry["reason"] != "empty":
+            where = file.path if entry["reason"] == "unreadable" else _where(file, entry["place"])
+            raise DataError(f"{where}: {entry['error']}")
+
+
+def _where(file: InputFile, place: int) -> str:
+    kind = file.format.kind
+    if kind in ("parquet", "arrow"):
+        return f"{file.path}: row {place}"
+    if kind == "json_lines":
+        return f"{file.path}:{_line(file, place)}"
+    return f"{file.path}: byte {place}" if kind != "text" else file.path
+
+
+def _line(file: InputFile, offset: int) -> int:
+    """The number, counted from 1, of the line that starts at a byte."""
+    line = 1
+    with ByteStream(file) as stream:
+        while offset > 0 and (data := stream.read(min(offset, 2**20))):
+            line += data.count(b"\n")
+            offset -= len(data)
+    return line

@@ -1,0 +1,77 @@
+"""Equal items, and sums over runs of items. A run i is the items starts[i] to starts[i + 1] - 1, perhaps none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+
+
+def numbered(strings: pa.Array) -> tuple[Ints, pa.Array]:
+    """A number for each string, the same for equal ones, and the string of each number."""
+    encoded = pc.dictionary_encode(strings)
+    return encoded.indices.to_numpy().astype(np.int64), encoded.dictionary
+
+
+def lengths(strings: pa.Array) -> Ints:
+    """Characters of each string."""
+    return pc.utf8_length(strings).to_numpy().astype(np.int64)
+
+
+def mask(truths: pa.Array) -> Mask:
+    """Arrow's truth values in NumPy."""
+    return truths.to_numpy(zero_copy_only=False)
+
+
+def any_of(test: Callable[..., pa.Array], strings: pa.Array, patterns: Sequence[str]) -> Mask:
+    """Which strings pass one of Arrow's tests with any of the patterns."""
+    return np.logical_or.reduce([mask(test(strings, pattern)) for pattern in patterns])
+
+
+def flattened(lists: pa.ListArray) -> tuple[pa.Array, Ints]:
+    """The items of all lists, and the runs that are the lists."""
+    starts = lists.offsets.to_numpy().astype(np.int64)
+    return lists.flatten(), starts - starts[0]
+
+
+def totals(values: Ints | Mask) -> Ints:
+    """The sum of all values before each one, and of all of them: one number more than there are values."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(values, dtype=np.int64)])
+
+
+def sums(values: Ints | Mask, starts: Ints) -> Ints:
+    """The sum over each run."""
+    return np.diff(totals(values)[starts])
+
+
+def run_of(starts: Ints) -> Ints:
+    """For each item of all runs, the number of its run."""
+    return np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+
+
+def first_equal(keys: Ints) -> Ints:
+    """For each key (not negative) the index of the first equal one."""
+    count = len(keys)
+    bits = max(count - 1, 0).bit_length()
+    if int(keys.max(initial=0)).bit_length() + bits < 64:  # sorting key and index as one number is 10 times faster
+        packed = np.sort(keys << bits | np.arange(count))
+        order, ordered = packed & ((1 << bits) - 1), packed >> bits
+    else:
+        order = np.argsort(keys, kind="stable")
+        ordered = keys[order]
+    begins = np.flatnonzero(np.diff(ordered, prepend=-1))
+    first = np.empty(count, np.int64)
+    first[order] = np.repeat(order[begins], np.diff(begins, append=count))
+    return first
+
+
+def repeats(numbers: Ints, starts: Ints) -> Mask:
+    """Whether each item stood before in its run."""
+    keys = run_of(starts) * (int(numbers.max(initial=0)) + 1) + numbers
+    return first_equal(keys) != np.arange(len(keys))

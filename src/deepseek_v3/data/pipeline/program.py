@@ -1,0 +1,67 @@
+"""The stages of a configuration, in the passes over the corpus that they need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from deepseek_v3.config.preprocessing.pipeline import PreprocessConfig
+from deepseek_v3.data.pipeline.unique_ids import UniqueIds
+from deepseek_v3.data.stages import CorpusStage, Stage
+from deepseek_v3.data.token_counts import TokenCounter
+from deepseek_v3.utils.lazily import imported
+
+# Imported only where a pipeline has them: some bring libraries and tables that take their time.
+STAGES = {
+    "preliminary_cleaning": "deepseek_v3.data.preliminary_cleaning:PreliminaryCleaner",
+    "exact_deduplication": "deepseek_v3.data.deduplication:ExactDeduplicator",
+    "deduplication": "deepseek_v3.data.deduplication:MinHashDeduplicator",
+    "heuristic_filters": "deepseek_v3.data.heuristics:HeuristicFilter",
+    "language": "deepseek_v3.data.language:LanguageFilter",
+    "quality_filtering": "deepseek_v3.data.quality_filtering:QualityFilter",
+    "pii": "deepseek_v3.data.pii:PiiMasker",
+    "decontamination": "deepseek_v3.data.decontamination:Decontaminator",
+    "mixing": "deepseek_v3.data.mixing:Mixer",
+}
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One reading of the corpus: first the decisions of `corpus` stages are carried out, then `stages` applied."""
+
+    corpus: tuple[CorpusStage, ...]
+    stages: tuple[Stage, ...]
+
+
+def passes_of(config: PreprocessConfig) -> tuple[Pass, ...]:
+    """The passes of a configuration: at least two, since ids must be unique in the whole corpus.
+
+    Neighbouring corpus stages share a pass, unless one of them changes texts that the next one judges.
+    """
+    groups: list[tuple[list[CorpusStage], list[Stage]]] = [([], [])]
+    for name in config.pipeline:
+        stage = _stage(config, name)
+        corpus, stages = groups[-1]
+        if isinstance(stage, Stage):
+            stages.append(stage)
+            continue
+        if len(groups) == 1 or stages or corpus[-1].changes_texts:
+            groups.append(([], []))
+        groups[-1][0].append(stage)
+    if len(groups) == 1:
+        groups.append(([], []))
+    groups[1][0].insert(0, UniqueIds())
+    return tuple(Pass(tuple(corpus), tuple(stages)) for corpus, stages in groups)
+
+
+def modules_of(config: PreprocessConfig) -> list[str]:
+    """The modules that the stages of a configuration live in."""
+    return [STAGES[name].split(":")[0] for name in config.pipeline]
+
+
+def _stage(config: PreprocessConfig, name: str) -> Stage | CorpusStage:
+    options: dict[str, Any] = getattr(config, name).model_dump(mode="json")
+    if name == "mixing":
+        options["counter"] = TokenCounter(config.tokenizer, config.bytes_per_token)
+    stage: Stage | CorpusStage = imported(STAGES[name])(**options)
+    return stage

@@ -1,0 +1,227 @@
+"""The data pipeline as a whole: reads, judges, compares and writes, going on wherever it was interrupted."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deepseek_v3.config.preprocessing.pipeline import PreprocessConfig
+from deepseek_v3.data.formats.batches import ReadOptions
+from deepseek_v3.data.formats.inputs import Inputs, find_inputs
+from deepseek_v3.data.pipeline import inventory, state
+from deepseek_v3.data.pipeline.barrier import Decision, decide
+from deepseek_v3.data.pipeline.earlier import KEPT_STAGES, earlier_parts, keep_keys, key_options
+from deepseek_v3.data.pipeline.engines import Engine, InProcess, Processes, Ray
+from deepseek_v3.data.pipeline.finish import finish
+from deepseek_v3.data.pipeline.judging import judge_part, write_shard
+from deepseek_v3.data.pipeline.layout import Layout
+from deepseek_v3.data.pipeline.parts import RECORDS_FILE, SHARD_PREFIX, FinishedPart, read_part
+from deepseek_v3.data.pipeline.program import Pass, modules_of, passes_of
+from deepseek_v3.data.pipeline.progress import Progress
+from deepseek_v3.data.pipeline.reading import Unit, finished_parts, read_unit
+from deepseek_v3.data.stages import CorpusStage
+from deepseek_v3.data.token_counts import TokenCounter
+from deepseek_v3.utils.errors import ConfigError, DataError
+from deepseek_v3.utils.logging import get_logger
+
+_log = get_logger("Preprocess")
+
+
+def preprocess(
+    config: PreprocessConfig, *, shard: tuple[int, int] | None = None, merge: bool = False
+) -> dict[str, Any]:
+    """Runs the pipeline and returns the manifest, the content of `manifest.json`.
+
+    Goes on where an earlier, interrupted run with the same configuration and input stopped; a run that is complete
+    is left as it is. `shard=(i, n)` only reads the i-th of n shares of the input (i from 0), for machines with one
+    file system, and returns {}; `merge` then does the rest, and refuses to where shares are missing.
+
+    Raises ConfigError or DataError for what cannot be meant or done. Records that cannot be read are set aside in
+    `quarantine/` and raise nothing.
+    """
+    if shard is not None and (merge or not 0 <= shard[0] < shard[1]):
+        raise ConfigError(f"shard = {shard[0]}/{shard[1]}: expected i/n with i from 0 to n - 1, and not with merge")
+    inputs = find_inputs(config.input_path)
+    layout = Layout(config.output_dir)
+    described = state.description(config, inputs.files)
+    if layout.manifest.exists():
+        return _existing(layout, described)
+    passes = passes_of(config)
+    workers = inventory.workers_for(config)
+    with state.at_work(layout, shared=shard is not None):
+        resumed = state.begin(layout, described)
+        _announce(config, inputs, workers, resumed)
+        if resumed and shard is None:
+            _discard_damaged(layout, len(passes))
+        with _engine(config, workers) as engine, Progress() as progress:
+            run = _Run(config, layout, passes, engine, progress, inventory.memory_of(config) // workers)
+            units = inventory.units_of(inputs.files, config.piece_size)
+            if shard is not None:
+                run.read(units[shard[0] :: shard[1]])
+                return {}
+            if not merge:
+                run.read(units)
+            return run.finish(units, inputs)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run under way. `memory` is what one task may take, in bytes."""
+
+    config: PreprocessConfig
+    layout: Layout
+    passes: tuple[Pass, ...]
+    engine: Engine
+    progress: Progress
+    memory: int
+
+    def read(self, units: Sequence[Unit]) -> None:
+        """The first pass, for some units or all."""
+        folder = self.layout.parts(0)
+        folder.mkdir(parents=True, exist_ok=True)
+        if state.complete_parts(folder) is not None:
+            return
+        options = ReadOptions(self.config.text_field, self.config.id_field, self.config.max_record_size)
+        arguments = [
+            (unit, options, self.passes[0], self._following(0), folder, self.config.piece_size) for unit in units
+        ]
+        title = ", ".join(["reading", *(stage.name for stage in self.passes[0].stages)])
+        sizes = {unit.number: unit.size for unit in units}
+        with self.progress.step(title, sum(sizes.values()), "bytes") as step:
+            self.engine.run(read_unit, arguments, lambda number: step.advance(sizes[number]))
+
+    def finish(self, units: Sequence[Unit], inputs: Inputs) -> dict[str, Any]:
+        """Everything after the first pass."""
+        finished = self._read_parts(units)
+        last = len(self.passes) - 1
+        for number in range(1, last + 1):
+            target = self.layout.shards if number == last else self.layout.parts(number)
+            complete = state.complete_parts(target)
+            if complete is None:
+                complete = self._carry_out(number, finished, target)
+                state.mark_complete(target, complete)
+            self._release(number - 1, finished)
+            finished = complete
+        return finish(self.config, self.layout, self.passes, finished, inputs)
+
+    def _read_parts(self, units: Sequence[Unit]) -> list[FinishedPart]:
+        """All parts of the first pass. Raises DataError where a unit was not read to its end."""
+        folder = self.layout.parts(0)
+        parts = state.complete_parts(folder)
+        if parts is None:
+            by_unit = [finished_parts(unit.number, folder) for unit in units]
+            missing = sum(not parts or parts[-1].resume is not None for parts in by_unit)
+            if missing:
+                raise DataError(
+                    f"{self.layout.output}: {missing} of {len(units)} pieces of the input are not read yet; "
+                    "run the missing --shard i/n first, or run without --merge to read them here"
+                )
+            parts = [part for parts in by_unit for part in parts]
+            state.mark_complete(folder, parts)
+        return parts
+
+    def _carry_out(self, number: int, finished: Sequence[FinishedPart], target: Path) -> list[FinishedPart]:
+        """Decides what pass `number` has to decide about the parts before it, and carries it out."""
+        this = self.passes[number]
+        decisions = self._decide(number, finished)
+        names = [*(stage.name for stage in this.corpus[1:]), *(stage.name for stage in this.stages)]
+        if target == self.layout.shards:
+            tokens = TokenCounter(self.config.tokenizer, self.config.bytes_per_token)
+            shards = [
+                (target / f"{index:05d}", numbers, decisions, this, self._shard_name(index), tokens)
+                for index, numbers in enumerate(_shards(finished, self.config.shard_size))
+            ]
+            return self._run_missing([*names, "writing"], "files", write_shard, shards)
+        pieces = [
+            (target / part.name, index, decisions, this, self._following(number))
+            for index, part in enumerate(finished)
+        ]
+        return self._run_missing(names, "pieces", judge_part, pieces)
+
+    def _decide(self, number: int, finished: Sequence[FinishedPart]) -> tuple[Decision, ...]:
+        stages = self.passes[number].corpus
+        earlier = [
+            earlier_parts(stage.name, key_options(self.config, stage.name), self.config.earlier) for stage in stages
+        ]
+        folders = [self.layout.decisions(number, stage.name) for stage in stages]
+        return decide(stages, finished, earlier, folders, self.engine, self.memory, self.progress)
+
+    def _following(self, number: int) -> tuple[CorpusStage, ...]:
+        """The stages whose keys pass `number` writes."""
+        return self.passes[number + 1].corpus if number + 1 < len(self.passes) else ()
+
+    def _shard_name(self, index: int) -> str:
+        return f"{SHARD_PREFIX}{index:05d}.{self.config.output_format}"
+
+    def _run_missing(
+        self, names: Sequence[str], unit: str, function: Callable[..., None], arguments: Sequence[tuple[Any, ...]]
+    ) -> list[FinishedPart]:
+        """Runs the tasks whose target, their first argument, is not finished; returns what all of them wrote."""
+        missing = [each for each in arguments if read_part(each[0]) is None]
+        with self.progress.step(", ".join(names), len(missing), unit) as step:
+            self.engine.run(function, missing, lambda _: step.advance(1))
+        return [part for each in arguments if (part := read_part(each[0]))]
+
+    def _release(self, number: int, finished: Sequence[FinishedPart]) -> None:
+        """Frees the disk of what only the next pass needed; keeps the keys where a later run shall see them."""
+        for stage in self._following(number):
+            if self.config.keep_keys and stage.name in KEPT_STAGES:
+                keep_keys(stage.name, key_options(self.config, stage.name), finished, self.layout.output)
+        for part in finished:
+            shutil.rmtree(part.folder / "keys", ignore_errors=True)
+            (part.folder / RECORDS_FILE).unlink(missing_ok=True)
+
+
+def _engine(config: PreprocessConfig, workers: int) -> Engine:
+    if config.engine == "ray":
+        return Ray(workers, config.ray_address)
+    return Processes(workers, modules_of(config)) if workers > 1 else InProcess()
+
+
+def _shards(finished: Sequence[FinishedPart], shard_bytes: int) -> list[list[int]]:
+    """The numbers of neighbouring parts that go into one output file, by the bytes of text in them."""
+    groups: list[list[int]] = []
+    filled = 0
+    for number, part in enumerate(finished):
+        if not groups or filled + part.text_bytes > shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(number)
+        filled += part.text_bytes
+    return groups
+
+
+def _existing(layout: Layout, described: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of a run that is complete."""
+    manifest = state.read_json(layout.manifest)
+    state.check_same(manifest, described, layout.manifest, f"remove {layout.output} to start anew")
+    _log.info("%s: is complete already; nothing to do", layout.output)
+    return manifest
+
+
+def _announce(config: PreprocessConfig, inputs: Inputs, workers: int, resumed: bool) -> None:
+    """Says what is to come, and refuses what the disk cannot hold."""
+    for name, reason in inputs.ignored:
+        _log.warning("%s: not read: %s", name, reason)
+    need = inventory.disk_need(inputs.files, config)
+    size = sum(file.size for file in inputs.files)
+    _log.info(
+        "%s: %s files, %.1f MB, about %.1f MB of text; %s with up to %.1f GB of memory and %.2f GB of disk%s",
+        *(config.output_dir, f"{len(inputs.files):,}", size / 1e6, need.text / 1e6),
+        *(f"{workers} workers" if workers > 1 else "1 worker", workers * inventory.worker_memory(config) / 1e9),
+        *(need.disk / 1e9, "; going on with unfinished work" if resumed else ""),
+    )
+    if not resumed:
+        inventory.check_disk(need, config.output_dir)
+
+
+def _discard_damaged(layout: Layout, passes: int) -> None:
+    """Removes what an interruption left half-written, and finished work that is not as it was written."""
+    for folder in [*(layout.parts(number) for number in range(passes - 1)), layout.shards]:
+        if state.complete_parts(folder) is None:
+            damaged = state.discard_damaged(folder)
+            if damaged:
+                _log.warning("%s: %d finished pieces were damaged and are done again", folder, damaged)

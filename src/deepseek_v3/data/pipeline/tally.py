@@ -1,0 +1,200 @@
+"""Counts of what went in, what came out and why, that add up over the parts of a corpus in any order."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
+from numpy.typing import NDArray
+
+from deepseek_v3.data.stages import Outcome
+
+_SAMPLES = 5  # of each stage and reason
+_EXCERPT_CHARACTERS = 600
+
+
+class Tally:
+    """Nested counts, and a few samples for each reason: those whose place hashes lowest, whoever finds them.
+
+    `counts` holds
+    - `read`: `documents`, `bytes`, `records` (quarantined ones included), and `lengths`;
+    - `quarantined`: records by reason;
+    - `stages`: by name `in` and `out` (`documents`, `bytes`), `reasons` (`documents`, `bytes`), `sources` (`in`,
+      `out`), and `observed` (`before`, `after`: counts of numbers to two significant digits, or of words);
+    - `kept`: `documents`, `bytes`, `tokens`, `copies`, `lengths`, `sources`.
+    Bytes are of text in UTF-8. `lengths` counts documents by the floor of log2 of 1 + their bytes.
+    """
+
+    def __init__(
+        self, counts: dict[str, Any] | None = None, samples: dict[str, list[dict[str, Any]]] | None = None
+    ):
+        self.counts: dict[str, Any] = counts or {}
+        self.samples: dict[str, list[dict[str, Any]]] = samples or {}
+
+    def read(self, records: pa.RecordBatch, quarantined: pa.RecordBatch) -> None:
+        """Counts a batch as it was read."""
+        lengths = pc.binary_length(records.column("text"))
+        failed = int(pc.sum(quarantined.column("records")).as_py() or 0)
+        self._add(
+            "read",
+            {
+                "documents": records.num_rows,
+                "records": records.num_rows + failed,
+                "bytes": _sum(lengths),
+                "lengths": _by_log2(lengths),
+            },
+        )
+        self.quarantine(quarantined)
+
+    def quarantine(self, quarantined: pa.RecordBatch) -> None:
+        """Counts records that were set aside."""
+        reasons = zip(
+            quarantined.column("reason").to_pylist(), quarantined.column("records").to_pylist(), strict=True
+        )
+        for reason, records in reasons:
+            self._add("quarantined", {reason: records})
+
+    def stage(self, name: str, before: pa.RecordBatch, result: Outcome) -> None:
+        """Counts what a stage made of a batch, and takes samples of what it dropped."""
+        lengths = pc.binary_length(before.column("text")).to_numpy(zero_copy_only=False)
+        gone = np.flatnonzero(~result.kept_rows)
+        groups = source_groups(before.column("source"))
+        kept_groups = Counter(group for group, kept in zip(groups, result.kept_rows.tolist(), strict=True) if kept)
+        reasons: dict[str, dict[str, int]] = {}
+        for row, reason in zip(gone.tolist(), result.dropped.column("reason").to_pylist(), strict=True):
+            removed = reasons.setdefault(reason, {"documents": 0, "bytes": 0})
+            removed["documents"] += 1
+            removed["bytes"] += int(lengths[row])
+        count = {
+            "in": {"documents": before.num_rows, "bytes": int(lengths.sum())},
+            "out": {
+                "documents": int(result.kept_rows.sum()),
+                "bytes": _sum(pc.binary_length(result.kept.column("text"))),
+            },
+            "reasons": reasons,
+            "sources": {group: {"in": n, "out": kept_groups[group]} for group, n in Counter(groups).items()},
+            "observed": {
+                what: {"before": _histogram(values), "after": _histogram(_chosen(values, result.kept_rows))}
+                for what, values in result.observed.items()
+            },
+        }
+        self._add("stages", {name: count})
+        self._sample(name, before, gone, result.dropped)
+
+    def kept(self, batch: pa.RecordBatch, tokens: int) -> None:
+        """Counts a batch that is written."""
+        lengths = pc.binary_length(batch.column("text"))
+        count = {
+            "documents": batch.num_rows,
+            "bytes": _sum(lengths),
+            "tokens": tokens,
+            "lengths": _by_log2(lengths),
+            "sources": dict(Counter(source_groups(batch.column("source")))),
+        }
+        self._add("kept", count)
+        self._keep_lowest("kept", [_sample_of(batch, row, {}) for row in range(min(batch.num_rows, _SAMPLES))])
+
+    def copies(self, copies: int) -> None:
+        """Notes that so many of the documents that were written are copies of others."""
+        self._add("kept", {"documents": -copies, "copies": copies})
+
+    def add(self, other: Tally) -> None:
+        """Adds another tally to this one."""
+        _merge(self.counts, other.counts)
+        for key, samples in other.samples.items():
+            self._keep_lowest(key, samples)
+
+    def to_json(self) -> bytes:
+        """Both, as JSON with sorted keys."""
+        return orjson.dumps({"counts": self.counts, "samples": self.samples}, option=orjson.OPT_SORT_KEYS)
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Tally:
+        """What `to_json` wrote."""
+        fields = orjson.loads(data)
+        return cls(fields["counts"], fields["samples"])
+
+    def _add(self, name: str, counts: dict[str, Any]) -> None:
+        _merge(self.counts.setdefault(name, {}), counts)
+
+    def _sample(self, stage: str, before: pa.RecordBatch, gone: NDArray[np.int64], dropped: pa.RecordBatch) -> None:
+        rows = dropped.select(["reason", "figures", "trigger"]).to_pylist()
+        found: dict[str, list[tuple[int, int]]] = {}
+        for index, (row, drop) in enumerate(zip(gone.tolist(), rows, strict=True)):
+            found.setdefault(drop["reason"], []).append((row, index))
+        for reason, places in found.items():
+            # In a batch the first few stand for all; between batches the lowest hash decides.
+            samples = [_sample_of(before, row, rows[index]) for row, index in places[:_SAMPLES]]
+            self._keep_lowest(f"{stage}/{reason}", samples)
+
+    def _keep_lowest(self, key: str, samples: Sequence[dict[str, Any]]) -> None:
+        everyone = sorted([*self.samples.get(key, []), *samples], key=lambda sample: sample["order"])
+        self.samples[key] = everyone[:_SAMPLES]
+
+
+def empty_stage() -> dict[str, Any]:
+    """The counts of a stage that no document reached."""
+    nothing = {"documents": 0, "bytes": 0}
+    return {"in": {**nothing}, "out": {**nothing}, "reasons": {}, "sources": {}, "observed": {}}
+
+
+def source_groups(sources: pa.Array) -> list[str]:
+    """What the report counts by: the first folder of a source's name, or the name where it stands in none."""
+    encoded = sources.dictionary_encode()
+    groups = [name.split("/", 1)[0] for name in encoded.dictionary.to_pylist()]
+    return [groups[index] for index in encoded.indices.to_pylist()]
+
+
+def _sample_of(batch: pa.RecordBatch, row: int, drop: Mapping[str, Any]) -> dict[str, Any]:
+    source, place = batch.column("source")[row].as_py(), batch.column("place")[row].as_py()
+    text = batch.column("text")[row].as_py()
+    return {
+        "order": xxhash.xxh3_64_hexdigest(f"{source}:{place}".encode()),
+        "id": batch.column("id")[row].as_py(),
+        "source": source,
+        "place": place,
+        "figures": drop.get("figures"),
+        "trigger": drop.get("trigger"),
+        "text": text[:_EXCERPT_CHARACTERS],
+        "characters": len(text),
+    }
+
+
+def _merge(total: dict[str, Any], other: Mapping[str, Any]) -> None:
+    for name, value in other.items():
+        if isinstance(value, Mapping):
+            _merge(total.setdefault(name, {}), value)
+        else:
+            total[name] = total.get(name, 0) + value
+
+
+def _sum(lengths: pa.Array) -> int:
+    return int(pc.sum(lengths).as_py() or 0)
+
+
+def _by_log2(lengths: pa.Array) -> dict[str, int]:
+    bins = np.floor(np.log2(1 + lengths.to_numpy(zero_copy_only=False))).astype(np.int64)
+    return {str(size): int(count) for size, count in enumerate(np.bincount(bins)) if count} if len(bins) else {}
+
+
+def _chosen(values: Sequence[Any], rows: NDArray[np.bool_]) -> list[Any]:
+    return [value for value, chosen in zip(values, rows.tolist(), strict=True) if chosen]
+
+
+def _histogram(values: Sequence[Any]) -> dict[str, int]:
+    return dict(Counter(_shown(value) for value in values if value is not None))
+
+
+def _shown(value: Any) -> str:
+    """A number to two significant digits, which keeps a histogram small whatever is in it; a word as it is."""
+    if isinstance(value, str):
+        return value
+    number = float(value)
+    return f"{number:.2g}" if math.isfinite(number) else "not finite"

@@ -1,0 +1,73 @@
+"""Characters that no text needs, and white space."""
+
+from __future__ import annotations
+
+import re
+
+BIDI_CONTROLS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+
+_LINE_ENDS = "\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"  # with \n, all that Python's splitlines knows
+_SPACES = "\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
+_CONTROLS = "".join(chr(code) for code in (*range(0x20), *range(0x7F, 0xA0)) if code not in (0x09, 0x0A))
+_NONCHARACTERS = "".join(
+    [chr(code) for code in range(0xFDD0, 0xFDF0)]
+    + [chr(plane * 0x10000 + low) for plane in range(17) for low in (0xFFFE, 0xFFFF)]
+)
+# Soft hyphen, zero-width space, word joiner, invisible operators, deprecated controls, byte order mark, annotation.
+_INVISIBLE = (
+    "\u00ad\u200b\u2060\u2061\u2062\u2063\u2064\u206a\u206b\u206c\u206d\u206e\u206f\ufeff\ufff9\ufffa\ufffb"
+)
+REPLACED = {
+    **dict.fromkeys(_CONTROLS + _NONCHARACTERS + _INVISIBLE, ""),
+    **dict.fromkeys(_LINE_ENDS, "\n"),
+    **dict.fromkeys(_SPACES, " "),
+}
+
+JOINERS = "\u200c\u200d"  # zero-width non-joiner, zero-width joiner
+# Scripts in which joiners change what is read: Arabic to Malayalam, Sinhala, Myanmar, Khmer, Mongolian and kin.
+_JOINING = (
+    "\u0600-\u08ff\u0900-\u0dff\u1000-\u109f\u1780-\u18af\ua840-\ua87f\ua8e0-\ua8ff\ua9e0-\ua9ff\uaa60-\uaa7f"
+)
+_EMOJI = (
+    "\u00a9\u00ae\u203c\u2049\u2122\u2139\u2190-\u21ff\u2300-\u27bf\u2900-\u297f\u2b00-\u2bff\U0001f000-\U0001faff"
+)
+_STRAY_JOINER = re.compile(
+    rf"(?<![{_JOINING}])\u200c|(?<![{_JOINING}{_EMOJI}\ufe0f\u20e3])\u200d|(?<![{_JOINING}])\u200d(?![{_EMOJI}])"
+)
+TAGS = "".join(map(chr, range(0xE0000, 0xE0080)))  # only the flags of regions are written with them
+_FLAG_OR_TAG = re.compile(rf"(\U0001f3f4[\U000e0020-\U000e007e]+\U000e007f)|[{TAGS}]")
+
+
+def without_surrogates(text: str) -> str:
+    """The text with pairs of surrogates joined, and U+FFFD for those that stand alone."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
+def replace_characters(text: str, remove_bidi_controls: bool) -> str:
+    """The text with \\n for every line end, spaces of one kind, and without control and invisible characters.
+
+    Joiners stay in scripts that need them and in emoji, tags in flags.
+    """
+    text = text.replace("\r\n", "\n")
+    present = set(text)
+    for char in present & REPLACED.keys():
+        text = text.replace(char, REPLACED[char])
+    if remove_bidi_controls:
+        for char in present.intersection(BIDI_CONTROLS):
+            text = text.replace(char, "")
+    if not present.isdisjoint(TAGS):
+        text = _FLAG_OR_TAG.sub(r"\1", text)
+    return text if present.isdisjoint(JOINERS) else _STRAY_JOINER.sub("", text)
+
+
+def tidy_white_space(text: str, max_blank_lines: int) -> str:
+    """The text without white space at the ends of lines or blank lines at its own, and few of those in a row."""
+    text = "\n".join([line.rstrip() for line in text.split("\n")])
+    widest = "\n" * (max_blank_lines + 1)
+    if widest + "\n" in text:
+        text = re.sub(widest + "\n+", widest, text)
+    return text.strip("\n")

@@ -1,0 +1,1 @@
+"""Models of quality: fastText classifiers and n-gram language models, trained, stored and applied."""

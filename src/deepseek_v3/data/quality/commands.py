@@ -1,0 +1,129 @@
+"""The commands `dsv3 quality train` and `dsv3 quality score`: models for the quality stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deepseek_v3.data.formats.strict import read_documents
+from deepseek_v3.data.quality.arpa import write_arpa
+from deepseek_v3.data.quality.fasttext import load_fasttext
+from deepseek_v3.data.quality.fasttext_format import is_fasttext
+from deepseek_v3.data.quality.fasttext_training import GOOD, TrainingOptions, held_out_figures, train_classifier
+from deepseek_v3.data.quality.language_model_training import PERCENTILES, Limits, train_language_model
+from deepseek_v3.data.quality.perplexity import ArpaModel, load_language_model
+from deepseek_v3.data.tokens.encoding import is_held_out
+from deepseek_v3.utils.errors import DataError
+
+quality_app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Train and try the models of the quality stage."
+)
+
+_Files = list[str] | None
+_FIELD = typer.Option(help="Field of a record that holds the text.")
+
+
+@quality_app.command("train")
+def train(
+    output: Annotated[Path, typer.Option(help="The model's file: .bin for a classifier, .arpa for --text.")],
+    good: Annotated[_Files, typer.Option(help="Documents to keep, for a classifier; may be repeated.")] = None,
+    bad: Annotated[_Files, typer.Option(help="Documents to drop, for a classifier; may be repeated.")] = None,
+    text: Annotated[_Files, typer.Option(help="Good documents, for a language model; may be repeated.")] = None,
+    reference: Annotated[
+        _Files, typer.Option(help="With --text: documents whose perplexities set the limits; else those held out.")
+    ] = None,
+    order: Annotated[int, typer.Option(min=2, max=5, help="With --text: words of the longest n-grams.")] = 3,
+    epochs: Annotated[int, typer.Option(min=1, help="With --good: how often each document is seen.")] = 5,
+    seed: Annotated[int, typer.Option(min=0, help="With --good: draws the start and the order.")] = 0,
+    holdout: Annotated[float, typer.Option(help="Share of documents to measure by, and not to train on.")] = 0.05,
+    text_field: Annotated[str, _FIELD] = "text",
+) -> None:
+    """Train a fastText classifier of --good against --bad, or an n-gram language model of --text."""
+    if not 0 < holdout < 1:
+        raise DataError(f"--holdout {holdout}: expected a share between 0 and 1, such as 0.05")
+    try:
+        if good and bad and not text and not reference:
+            _train_classifier(good, bad, output, TrainingOptions(epochs=epochs, seed=seed), holdout, text_field)
+        elif text and not good and not bad:
+            _train_language_model(text, reference or [], output, order, holdout, text_field)
+        else:
+            raise DataError(
+                "expected --good and --bad for a classifier, or --text and perhaps --reference for a language model"
+            )
+    except OSError as error:
+        raise DataError(f"{output}: cannot be written: {error}; make room, or choose another file") from None
+
+
+@quality_app.command("score")
+def score(
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Documents to score.")],
+    model: Annotated[Path, typer.Option(help="A fastText classifier or a language model.")],
+    label: Annotated[str, typer.Option(help="The label of a classifier whose probability to print.")] = GOOD,
+    text_field: Annotated[str, _FIELD] = "text",
+) -> None:
+    """Print the score of each document, a probability or a perplexity, and its id."""
+    texts, ids = [], []
+    for document in chain.from_iterable(read_documents(file, text_field) for file in files):
+        texts.append(document.text)
+        ids.append(document.id)
+    if is_fasttext(model):
+        classifier = load_fasttext(model)
+        scores = [f"{found:.4f}" for found in classifier.probabilities(texts)[:, classifier.index(label)].tolist()]
+    else:
+        scores = [f"{found:.1f}" for found in load_language_model(model).perplexities(texts).tolist()]
+    for found, id_ in zip(scores, ids, strict=True):
+        typer.echo(f"{found}\t{id_}")
+
+
+def _train_classifier(
+    good: Sequence[str], bad: Sequence[str], output: Path, options: TrainingOptions, holdout: float, text_field: str
+) -> None:
+    split = [_split(_texts(files, text_field), holdout) for files in (good, bad)]
+    (good_texts, good_held), (bad_texts, bad_held) = split
+    model = train_classifier(good_texts, bad_texts, options)
+    model.write(output)
+    typer.echo(
+        f"{output}: {len(good_texts):,} good and {len(bad_texts):,} bad documents, {len(model.words):,} words, "
+        f"{output.stat().st_size:,} bytes"
+    )
+    if not good_held or not bad_held:
+        typer.echo("held out: too few documents to measure by; raise --holdout or give more")
+        return
+    held = held_out_figures(model, output, good_held, bad_held)
+    typer.echo(
+        f"held out: {held.documents:,} documents, precision {held.precision:.3f} and recall {held.recall:.3f} of "
+        f"the good ones at a score of 0.5, area under the ROC curve {held.auc:.3f}"
+    )
+
+
+def _train_language_model(
+    text: Sequence[str], reference: Sequence[str], output: Path, order: int, holdout: float, text_field: str
+) -> None:
+    texts, held = _split(_texts(text, text_field), holdout)
+    model = train_language_model(texts, order)
+    limits = Limits.of(ArpaModel(model), [*_texts(reference, text_field)] if reference else held)
+    write_arpa(model, output)
+    limits.write(output)
+    numbers = ", ".join(f"{len(rows):,} {length}-grams" for length, rows in enumerate(model.log_probs, start=1))
+    source = "reference" if reference else "held-out"
+    typer.echo(f"{output}: {len(texts):,} documents, {numbers}")
+    typer.echo(
+        f"perplexity of {limits.documents:,} {source} documents: {PERCENTILES[0]} % below {limits.head:.1f} "
+        f"(head), {PERCENTILES[1]} % below {limits.middle:.1f} (head and middle)"
+    )
+
+
+def _texts(files: Sequence[str], text_field: str) -> Iterator[str]:
+    return (document.text for file in files for document in read_documents(file, text_field))
+
+
+def _split(texts: Iterator[str], holdout: float) -> tuple[list[str], list[str]]:
+    """Texts to train on, and those held out."""
+    parts: tuple[list[str], list[str]] = ([], [])
+    for text in texts:
+        parts[is_held_out(text, holdout)].append(text)
+    return parts

@@ -1,0 +1,102 @@
+"""How long documents are, and all that stages observed about them, before and after."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from deepseek_v3.data.report import histograms
+from deepseek_v3.data.report.charts import bars_before_after, histogram_chart, legend
+from deepseek_v3.data.report.markup import Body, Html, element, joined, shortened, table
+from deepseek_v3.data.report.wording import count, figure, share, stage_title
+from deepseek_v3.utils.printing import spelled
+
+_WORDS = 15
+_WORD_CHARACTERS = 40
+
+
+def distributions(stats: dict[str, Any]) -> Html:
+    """A chart for each quantity."""
+    charts = [_lengths(stats)]
+    for number, stage in enumerate(stats.get("stages", [])):
+        for index, (quantity, counts) in enumerate(sorted(stage.get("observed", {}).items())):
+            title = _title(stage["name"], quantity)
+            charts.append(_observed(f"observed-{number}-{index}", title, quantity, counts))
+    shown = [chart for chart in charts if chart]
+    if not shown:
+        return element("p", "Nothing was observed.")
+    return joined([legend(), element("div", *shown, class_="charts")])
+
+
+def _title(stage: str, quantity: str) -> str:
+    return stage_title(stage) if stage == quantity else f"{stage_title(stage)}: {spelled(quantity)}"
+
+
+def _lengths(stats: dict[str, Any]) -> Html | None:
+    read, kept = stats.get("read", {}), stats.get("kept", {})
+    histogram = histograms.of_lengths(read.get("lengths", {}), kept.get("lengths", {}))
+    if histogram is None:
+        return None
+    means = [
+        _mean(read.get("bytes", 0), read.get("documents", 0)),
+        _mean(kept.get("bytes", 0), sum(kept.get("lengths", {}).values())),
+    ]
+    caption = f"UTF-8 bytes of text, as read and as written; on average {means[0]} before, {means[1]} after."
+    return histogram_chart(histogram, "lengths", "Length of documents", caption, _bytes, "bytes")
+
+
+def _observed(key: str, title: str, quantity: str, counts: dict[str, Any]) -> Html | None:
+    """What a stage saw of the documents that came to it, and of those that went on."""
+    before, after = counts.get("before", {}), counts.get("after", {})
+    numbers = histograms.numeric(before)
+    if not numbers:
+        return _words(title, before, after) if before else None
+    histogram = histograms.of_numbers(numbers, histograms.numeric(after), quantity)
+    caption = _number_caption(before, after)
+    return histogram_chart(histogram, key, title, caption, _edge, spelled(quantity))
+
+
+def _number_caption(before: dict[str, int], after: dict[str, int]) -> str:
+    medians = [histograms.median(histograms.numeric(counts)) for counts in (before, after)]
+    was, is_ = (figure(middle) if middle is not None else "none" for middle in medians)
+    left_out = sum(before.values()) - sum(histograms.numeric(before).values())
+    odd = f" {count(left_out)} more have no finite number." if left_out else ""
+    came, went = (count(sum(histograms.numeric(counts).values())) for counts in (before, after))
+    return f"{came} documents that came to the stage, {went} that went on; median {was} before, {is_} after.{odd}"
+
+
+def _words(title: str, before: dict[str, int], after: dict[str, int]) -> Html:
+    rows = histograms.of_words(before, after, _WORDS)
+    most = max(max(row[1:]) for row in rows)
+    total = sum(before.values())
+    body = [
+        (
+            element("bdi", shortened(word, _WORD_CHARACTERS)),
+            bars_before_after(was / most, is_ / most),
+            count(was),
+            share(was, total),
+            count(is_),
+            share(is_, was),
+        )
+        for word, was, is_ in rows
+    ]
+    header = ["", "", "before", "share", "after", "kept"]
+    return element("figure", element("h4", title), table(title, header, Body(body)), class_="words")
+
+
+def _bytes(edge: float) -> str:
+    """The first length of a bin, rounded to the power of two beside it where it is long."""
+    size, units = round(edge), ["B", "KiB", "MiB", "GiB", "TiB"]
+    if size < 1023:
+        return f"{size} B"
+    power = (size + 1).bit_length() - 1
+    return f"{2 ** (power % 10):,} {units[power // 10]}"
+
+
+def _edge(edge: float) -> str:
+    nearest = round(edge)
+    return figure(nearest if math.isclose(edge, nearest, abs_tol=1e-9) else float(f"{edge:.3g}"))
+
+
+def _mean(num_bytes: int, documents: int) -> str:
+    return f"{num_bytes / documents:,.0f}" if documents else "none"

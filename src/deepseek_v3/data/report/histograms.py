@@ -1,0 +1,139 @@
+"""Counts by value, brought into few bins of equal width on a linear or a logarithmic axis."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+_NUMBER = re.compile(r"-?\d+(\.\d+)?(e[+-]?\d+)?")
+_MOST_BINS = 25
+_MOST_TICKS = 6
+_NEARLY = 1e-9  # what rounding may take from a value that stands on an edge
+
+
+@dataclass(frozen=True)
+class Scale:
+    """An axis: what it is called, where a value lies on it, the value at a place, and the width of a bin there."""
+
+    name: str
+    place: Callable[[float], float]
+    value: Callable[[float], float]
+    width: float
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Documents before and after, by bin; `edges` are the limits of the bins, `ticks` indices of those to label."""
+
+    scale: Scale
+    edges: list[float]
+    before: list[int]
+    after: list[int]
+    ticks: list[int]
+
+
+def numeric(counts: Mapping[str, int]) -> dict[float, int]:
+    """The counts of those keys that are numbers, such as "0.93" and "1.2e+02", but not "nan"."""
+    return {float(key): number for key, number in counts.items() if _NUMBER.fullmatch(key)}
+
+
+def of_lengths(before: Mapping[str, int], after: Mapping[str, int]) -> Histogram | None:
+    """Counts whose keys are the floor of log2 of 1 + bytes: bin k holds 2^k - 1 to 2^(k+1) - 2 bytes."""
+    if not before and not after:
+        return None
+    scale = Scale("logarithmic", lambda size: math.log2(1 + size), _doubled, 1)
+    bins = [Counter({int(key): number for key, number in counts.items()}) for counts in (before, after)]
+    return _histogram(scale, bins[0], bins[1])
+
+
+def of_numbers(before: Mapping[float, int], after: Mapping[float, int], name: str) -> Histogram:
+    """Counts by value, of which there is at least one, on the axis that suits them and what is called `name`."""
+    values = {*before, *after}
+    smallest, largest = min(values), max(values)
+    whole = all(value.is_integer() for value in values)
+    scale = _scale(smallest, largest, name, 1 if whole else 0)
+    last = _bin(scale, largest)
+    if not whole and last > _bin(scale, smallest) and last * scale.width >= scale.place(largest) - _NEARLY:
+        last -= 1  # the largest value stands on an edge, as a score of 1 does: no bin for it alone
+    bins = []
+    for counts in (before, after):
+        binned: Counter[int] = Counter()
+        for value, number in counts.items():
+            binned[min(_bin(scale, value), last)] += number
+        bins.append(binned)
+    return _histogram(scale, bins[0], bins[1])
+
+
+def of_words(before: Mapping[str, int], after: Mapping[str, int], most: int) -> list[tuple[str, int, int]]:
+    """Words with their counts before and after, the frequent ones first, all beyond the first `most` as "other"."""
+    ranked = sorted({*before, *after}, key=lambda word: (-before.get(word, 0), word))
+    rows = [(word, before.get(word, 0), after.get(word, 0)) for word in ranked]
+    rest = rows[most:]
+    if rest:
+        others = f"{len(rest):,} others"
+        rows[most:] = [(others, sum(row[1] for row in rest), sum(row[2] for row in rest))]
+    return rows
+
+
+def median(counts: Mapping[float, int]) -> float | None:
+    """The lower median of values that are counted, or None where there are none."""
+    total = sum(counts.values())
+    seen = 0
+    for value in sorted(counts):
+        seen += counts[value]
+        if 2 * seen >= total:
+            return value
+    return None
+
+
+def _histogram(scale: Scale, before: Counter[int], after: Counter[int]) -> Histogram:
+    first, last = min([*before, *after]), max([*before, *after])
+    bins = range(first, last + 1)
+    every = next(
+        step for step in _tick_steps() if sum(place % step == 0 for place in range(first, last + 2)) <= _MOST_TICKS
+    )
+    return Histogram(
+        scale,
+        [scale.value(place * scale.width) for place in range(first, last + 2)],
+        [before[place] for place in bins],
+        [after[place] for place in bins],
+        [index for index, place in enumerate(range(first, last + 2)) if place % every == 0],
+    )
+
+
+def _tick_steps() -> list[int]:
+    return [digit * 10**power for power in range(6) for digit in (1, 2, 5)]
+
+
+def _bin(scale: Scale, value: float) -> int:
+    return math.floor(scale.place(value) / scale.width + _NEARLY)
+
+
+def _scale(smallest: float, largest: float, name: str, narrowest: float) -> Scale:
+    """Logarithmic for perplexities and for positive values that span decades; from 0 on, steps that double.
+
+    A linear axis has no bins narrower than `narrowest`.
+    """
+    if smallest > 0 and ("perplexity" in name or (largest > 1 and largest / smallest >= 100)):
+        decades = math.log10(largest) - math.log10(smallest)
+        return Scale("logarithmic", math.log10, lambda place: 10**place, _width(decades, 0.1))
+    if smallest == 0 and largest > 100:
+        doublings = math.log2(1 + largest)
+        return Scale("logarithmic", lambda value: math.log2(1 + value), _doubled, _width(doublings, 1))
+    extent = max(abs(smallest), abs(largest)) or 1
+    finest = 10.0 ** (math.ceil(math.log10(extent)) - 2)  # values are counted to two digits
+    return Scale("linear", float, float, _width(largest - smallest, max(finest, narrowest)))
+
+
+def _doubled(place: float) -> float:
+    return 2**place - 1
+
+
+def _width(extent: float, finest: float) -> float:
+    """1, 2 or 5 times a power of ten: a width for at most 25 bins, none narrower than `finest`."""
+    wanted = max(extent / _MOST_BINS, finest)
+    power = 10.0 ** math.floor(math.log10(wanted) + _NEARLY)
+    return next(digit * power for digit in (1, 2, 5, 10) if digit * power >= wanted * (1 - _NEARLY))

@@ -1,0 +1,68 @@
+"""The report of a run: one HTML file that asks for nothing beyond itself and runs no script."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from deepseek_v3.data.report.distributions import distributions
+from deepseek_v3.data.report.duplicates import duplicates
+from deepseek_v3.data.report.funnel import funnel
+from deepseek_v3.data.report.markup import Html, element, joined
+from deepseek_v3.data.report.overview import overview
+from deepseek_v3.data.report.reasons import quarantine, reasons
+from deepseek_v3.data.report.samples import samples
+from deepseek_v3.data.report.sources import mixture, sources
+from deepseek_v3.data.report.style import STYLE
+from deepseek_v3.utils.files import written_atomically
+
+_TITLE = "Data preprocessing report"
+_SECTIONS = {
+    "Funnel": funnel,
+    "Reasons": reasons,
+    "Quarantine": quarantine,
+    "Distributions": distributions,
+    "Duplicates": duplicates,
+    "Mixture": mixture,
+    "Sources": sources,
+    "Samples": samples,
+}
+# Should a text ever get past the escaping, the browser still neither runs nor loads anything.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+_PAGE = f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{_TITLE}</title>
+<style>
+{STYLE}</style>
+</head>
+"""
+
+
+def write_report(stats: dict[str, Any], path: Path) -> None:
+    """Writes the page that shows `stats`, the content of stats.json; the same bytes for the same stats."""
+    with written_atomically(path) as partial:
+        partial.write_bytes(page(stats).encode())
+
+
+def page(stats: dict[str, Any]) -> str:
+    """The whole page. What `stats` lacks is left out."""
+    links = [element("a", title, href=f"#{title.lower()}") for title in _SECTIONS]
+    parts = [_section(title, show(stats)) for title, show in _SECTIONS.items()]
+    body = element(
+        "body",
+        element("header", element("h1", _TITLE), overview(stats)),
+        element("nav", *links, aria_label="Sections"),
+        element("main", *parts),
+    )
+    return f"{_PAGE}{body}\n</html>\n"
+
+
+def _section(title: str, content: Html) -> Html:
+    key = title.lower()
+    heading = element("h2", title, id=key)
+    return joined(["\n", element("section", heading, content, aria_labelledby=key)])

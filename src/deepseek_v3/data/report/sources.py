@@ -1,0 +1,98 @@
+"""What was removed of each source, and what each source gave to the mixture."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from deepseek_v3.data.report.charts import bar
+from deepseek_v3.data.report.markup import Body, Html, element, shortened, table
+from deepseek_v3.data.report.wording import count, figure, share, stage_title
+
+_SHOWN = 30
+_NAME_CHARACTERS = 80
+
+
+class Source(NamedTuple):
+    """Documents of a source that came to the first stage and that left the last one; the stage that took most."""
+
+    name: str
+    given: int
+    left: int
+    taker: str
+
+    @property
+    def removed(self) -> int:
+        """Documents that were removed."""
+        return self.given - self.left
+
+    @property
+    def share(self) -> float:
+        """What part of the documents that is."""
+        return self.removed / max(self.given, 1)
+
+
+def sources(stats: dict[str, Any]) -> Html:
+    """The sources of which most was removed, and a line for all others."""
+    found = _sources([stage for stage in stats.get("stages", []) if stage.get("sources")])
+    if not found:
+        return element("p", "No stage ran on any document.")
+    found.sort(key=lambda source: (-source.share, -source.removed, source.name))
+    rest = found[_SHOWN:]
+    rows = [_row(source) for source in found[:_SHOWN]]
+    if rest:
+        others = f"{count(len(rest))} others"
+        rows.append(_row(Source(others, sum(s.given for s in rest), sum(s.left for s in rest), "")))
+    header = ["source", "", "share removed", "documents", "removed", "left", "mostly by"]
+    return table("Documents removed, by source", header, Body(rows), left=[6])
+
+
+def mixture(stats: dict[str, Any]) -> Html:
+    """Tokens that each source gives to the corpus, beside what was aimed at."""
+    mixed = [stage["figures"] for stage in stats.get("stages", []) if stage.get("figures", {}).get("sources")]
+    if not mixed:
+        return element("p", "Sources were not mixed: every document stands in the output once.")
+    figures = mixed[-1]
+    parts = sorted(figures["sources"].items(), key=lambda item: (-item[1].get("tokens", 0), item[0]))
+    total = figures.get("tokens", sum(part.get("tokens", 0) for _, part in parts))
+    rows = [
+        (
+            element("bdi", shortened(name, _NAME_CHARACTERS)),
+            bar(("kept", part.get("tokens", 0) / max(total, 1))),
+            share(part.get("tokens", 0), total),
+            *(figure(part.get(key)) if key in part else "–" for key in ("tokens", "target", "documents", "epochs")),
+        )
+        for name, part in parts
+    ]
+    header = ["source", "", "share", "tokens", "target", "documents", "epochs"]
+    return table(f"Tokens by source, {count(total)} in all", header, Body(rows))
+
+
+def _sources(stages: list[dict[str, Any]]) -> list[Source]:
+    """Sources of the first stage. One that no later stage saw was removed before it."""
+    if not stages:
+        return []
+    found = []
+    for name, counts in stages[0]["sources"].items():
+        taken = [(_taken(stage, name), stage_title(stage["name"])) for stage in stages]
+        most = max(taken, key=lambda pair: pair[0])
+        left = stages[-1]["sources"].get(name, {}).get("out", 0)
+        found.append(Source(name, counts.get("in", 0), left, most[1] if most[0] else ""))
+    return found
+
+
+def _taken(stage: dict[str, Any], name: str) -> int:
+    counts = stage["sources"].get(name, {})
+    taken: int = counts.get("in", 0) - counts.get("out", 0)
+    return taken
+
+
+def _row(source: Source) -> tuple[str, ...]:
+    return (
+        element("bdi", shortened(source.name, _NAME_CHARACTERS)),
+        bar(("dropped", source.share)),
+        share(source.removed, source.given),
+        count(source.given),
+        count(source.removed),
+        count(source.left),
+        source.taker,
+    )

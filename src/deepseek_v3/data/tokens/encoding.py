@@ -1,0 +1,139 @@
+"""Documents to ids: a pure function of their texts, run in this process or in several."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deepseek_v3.data.tokens.fim import FillInMiddle
+from deepseek_v3.data.tokens.index import CorpusOptions, Split, token_type
+from deepseek_v3.data.tokens.tokenizer import Tokenizer
+from deepseek_v3.utils.errors import DataError
+
+_ALONE_CHARACTERS = 2**24  # about what is encoded in the time that other processes need to start
+
+
+def is_held_out(text: str, holdout: float) -> bool:
+    """Whether a text belongs to the share `holdout` that is never trained on: a pure function of the text."""
+    digest = blake2b(text.encode("utf-8"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") < holdout * 2**64
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """Documents in their order: `ids`, uint16 or uint32, holds one after another, without end-of-text.
+
+    `lengths` counts the ids of each, `num_bytes` the bytes of its text.
+    """
+
+    ids: NDArray[Any]
+    lengths: list[int]
+    num_bytes: list[int]
+    splits: list[Split]
+
+    def documents(self) -> Iterator[tuple[Split, NDArray[Any], int]]:
+        """Split, ids and bytes of each document."""
+        start = 0
+        for split, length, num_bytes in zip(self.splits, self.lengths, self.num_bytes, strict=True):
+            yield split, self.ids[start : start + length], num_bytes
+            start += length
+
+
+class CorpusEncoder:
+    """Encodes documents as `options` say. Raises DataError if the tokenizer has no markers for a `fim_rate`."""
+
+    def __init__(self, tokenizer: Tokenizer, options: CorpusOptions) -> None:
+        self.tokenizer = tokenizer
+        self.options = options
+        self._fim = FillInMiddle(options.fim_rate, options.seed, tokenizer.fim)
+        self._dtype = np.dtype(token_type(tokenizer.vocab_size))
+
+    def encode(self, texts: Sequence[str]) -> EncodedBatch:
+        """The ids of texts; those that are not held out may be rearranged for fill-in-the-middle."""
+        held_out = [is_held_out(text, self.options.holdout) for text in texts]
+        parts = [[text] if held else self._fim.split(text) for text, held in zip(texts, held_out, strict=True)]
+        encoded = iter(self.tokenizer.encode_batch(list(chain.from_iterable(parts))))
+        documents = [self._fim.join([next(encoded) for _ in part]) for part in parts]
+        return EncodedBatch(
+            ids=np.fromiter(chain.from_iterable(documents), self._dtype),
+            lengths=[len(ids) for ids in documents],
+            num_bytes=[len(text.encode("utf-8")) for text in texts],
+            splits=["holdout" if held else "train" for held in held_out],
+        )
+
+
+def encoded_batches(encoder: CorpusEncoder, batches: Iterator[list[str]], workers: int) -> Generator[EncodedBatch]:
+    """Each batch of texts encoded, in order: the first 16 million characters here, more in `workers` processes.
+
+    At most two batches for each worker are read ahead. The processes end with the iterator, for which it has to be
+    closed, and with this process, however it ends. Raises DataError where one of them dies.
+    """
+    characters = 0
+    for batch in batches:
+        yield encoder.encode(batch)
+        characters += sum(map(len, batch))
+        if workers > 1 and characters >= _ALONE_CHARACTERS:
+            break
+    first = next(batches, None)
+    if first is not None:
+        yield from _encoded_by_processes(encoder, chain([first], batches), workers)
+
+
+def _encoded_by_processes(
+    encoder: CorpusEncoder, batches: Iterator[list[str]], workers: int
+) -> Generator[EncodedBatch]:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    arguments = (encoder.tokenizer.to_json(), encoder.options)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=arguments)
+    waiting: deque[Future[EncodedBatch]] = deque()
+    for _ in range(workers):
+        pool.submit(os.getpid)  # starts a process; one that starts while another dies may never end (Python 3.11)
+    try:
+        for batch in batches:
+            waiting.append(pool.submit(_encode, batch))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise DataError(
+            "a worker process was killed, perhaps for want of memory; run the command again with fewer workers"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(tokenizer: str, options: CorpusOptions) -> None:
+    global _encoder
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process for each core is enough
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _encoder = CorpusEncoder(Tokenizer.from_json(tokenizer), options)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _encode(texts: list[str]) -> EncodedBatch:
+    return _encoder.encode(texts)
+
+
+_encoder: CorpusEncoder  # a worker's own

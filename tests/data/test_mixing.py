@@ -1,0 +1,118 @@
+"""Mixing: shares of sources, repetition up to a limit, a budget of tokens met by whole documents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deepseek_v3.data.mixing import copies_for, shares_of_budget
+from deepseek_v3.data.pipeline.run import preprocess
+from pipeline_helpers import pipeline_config, rows_of, write_lines
+
+TINY = Path(__file__).parents[2] / "configs" / "deepseek_v3_tiny.yaml"
+
+
+def shares(weights: list[float], available: list[int], budget: int, max_epochs: float) -> list[float]:
+    return shares_of_budget(np.array(weights), np.array(available), budget, max_epochs).tolist()
+
+
+def test_shares_follow_the_weights() -> None:
+    assert shares([3, 1], [1000, 1000], 400, 4) == [300, 100]
+
+
+def test_what_a_small_source_cannot_give_the_others_share_by_weight() -> None:
+    assert shares([2, 1, 1], [10, 1000, 1000], 440, 4) == [40, 200, 200]
+
+
+def test_nobody_is_repeated_more_often_than_allowed() -> None:
+    assert shares([1, 1], [100, 50], 10_000, 2) == [200, 100]
+
+
+def test_a_source_without_documents_gives_nothing() -> None:
+    assert shares([1, 1], [0, 500], 100, 4) == [0, 100]
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.01, 100), st.integers(0, 10**9)), min_size=1, max_size=6),
+    st.integers(1, 10**10),
+    st.floats(1, 8),
+)
+def test_shares_reach_the_budget_or_everything(
+    sources: list[tuple[float, int]], budget: int, max_epochs: float
+) -> None:
+    weights, available = [weight for weight, _ in sources], [tokens for _, tokens in sources]
+    targets = np.array(shares(weights, available, budget, max_epochs))
+    most = np.array(available) * max_epochs
+    assert (targets <= most * (1 + 1e-9)).all()
+    assert targets.sum() == pytest.approx(min(budget, most.sum()), rel=1e-9)
+    # Whoever is not exhausted has its share by weight, and no exhausted one would have had less.
+    open_ = targets < most * (1 - 1e-9)
+    levels = targets / np.array(weights)
+    if open_.any():
+        assert levels[open_] == pytest.approx(levels[open_].max(), rel=1e-9)
+        assert levels.max() <= levels[open_].max() * (1 + 1e-9)
+
+
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=50), st.floats(0, 5000), st.integers(0, 5))
+def test_copies_come_as_close_to_the_target_as_whole_documents_can(
+    tokens: list[int], target: float, seed: int
+) -> None:
+    counts = np.array(tokens, np.int64)
+    order = np.random.default_rng(seed).integers(0, 2**64, len(tokens), np.uint64)
+    copies = copies_for(counts, order, target)
+    assert copies.max() - copies.min() <= 1
+    assert abs(int((counts * copies).sum()) - target) <= max(tokens)
+
+
+def _corpus(tmp_path: Path) -> Path:
+    for name, number in (("wiki", 40), ("code", 60)):
+        rows = [{"id": f"{name}-{index}", "text": f"{name} {index} " + "word " * 20} for index in range(number)]
+        write_lines(tmp_path / "in" / name / "a.jsonl", rows)
+    return tmp_path / "in"
+
+
+def test_a_mixture_on_disk(tmp_path: Path) -> None:
+    options = {"weights": {"wiki/*": 3, "code/*": 1}, "tokens": 4000}
+    config = pipeline_config(str(_corpus(tmp_path)), tmp_path / "out", ["mixing"], mixing=options)
+    counts = preprocess(config)["counts"]
+    rows = rows_of(tmp_path / "out", "data")
+    sizes = {name: sum(len(row["text"]) for row in rows if row["id"].startswith(name)) for name in ("wiki", "code")}
+    assert sizes["wiki"] / sizes["code"] == pytest.approx(3, rel=0.1)
+    assert sum(sizes.values()) / 4 + len(rows) == pytest.approx(4000, rel=0.03)
+    assert counts["copies"] == sum("#" in row["id"] for row in rows) > 0
+    assert len({row["id"] for row in rows}) == len(rows)
+    dropped = rows_of(tmp_path / "out", "dropped")
+    assert {row["reason"] for row in dropped} == {"over_budget"}
+    assert counts["input"] == 100 == counts["kept"] + counts["dropped"]
+
+
+def test_a_document_of_no_listed_source_is_dropped_with_that_reason(tmp_path: Path) -> None:
+    config = pipeline_config(
+        str(_corpus(tmp_path)), tmp_path / "out", ["mixing"], mixing={"weights": {"wiki/*": 1}}
+    )
+    assert preprocess(config)["counts"]["dropped"] == 60
+    assert {row["reason"] for row in rows_of(tmp_path / "out", "dropped")} == {"no_weight"}
+
+
+def test_another_seed_chooses_other_documents(tmp_path: Path) -> None:
+    source = _corpus(tmp_path)
+    chosen = []
+    for seed in (0, 0, 1):
+        output = tmp_path / f"out-{len(chosen)}"
+        preprocess(pipeline_config(str(source), output, ["mixing"], mixing={"tokens": 1000, "seed": seed}))
+        chosen.append([row["id"] for row in rows_of(output, "data")])
+    assert chosen[0] == chosen[1] != chosen[2]
+
+
+def test_the_budget_of_a_model_and_the_warning_where_the_text_is_too_little(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = pipeline_config(str(_corpus(tmp_path)), tmp_path / "out", ["mixing"], mixing={"for_config": str(TINY)})
+    counts = preprocess(config)["counts"]
+    assert counts["kept"] == 100
+    assert counts["copies"] == 300
+    assert "that is all with max_epochs = 4.0" in caplog.text
