@@ -1,14 +1,13 @@
 """All pairs of near duplicates in a corpus, exactly: `python benchmarks/pairs_truth.py FOLDER`.
 
 Two documents are alike from a Jaccard similarity of 0.8 on between their sets of five consecutive words; words are
-runs of letters, digits and underscores, lower-cased. Nothing is hashed and nothing is estimated. Beside the corpus,
+those of words.py. Nothing is hashed and nothing is estimated. Beside the corpus,
 `pairs.npy` gets the documents of each pair, int64 [pairs, 2], counted from 0 in the order of the corpus, smaller
 numbers first, sorted; `similarities.npy` their similarities, float64 [pairs].
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, TypeAlias
@@ -18,6 +17,7 @@ import typer
 from corpus import read_corpus
 from numpy.typing import NDArray
 from scipy import sparse
+from words import words_of
 
 THRESHOLD = 0.8
 SHINGLE = 5
@@ -78,7 +78,7 @@ def _numbered_words(texts: Iterable[str]) -> tuple[Int64s, Int64s]:
     words: list[NDArray[np.int32]] = []
     starts = [0]
     for text in texts:
-        found = [numbers.setdefault(word, len(numbers) + 1) for word in re.findall(r"\w+", text.lower())]
+        found = [numbers.setdefault(word, len(numbers) + 1) for word in words_of(text)]
         found += [0] * (SHINGLE - len(found)) if found else []
         words.append(np.array(found, np.int32))
         starts.append(starts[-1] + len(found))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -22,6 +22,9 @@ from typing import Any
 import numpy as np
 import orjson
 from datasketch import LeanMinHash, MinHash, MinHashLSH  # type: ignore[import-not-found]
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from words import words_of
 
 PERMUTATIONS, THRESHOLD, SHINGLE = 128, 0.8, 5
 CHUNKS = 8  # of a shard, so that both processes are busy to the end
@@ -67,7 +70,7 @@ def sketch(chunk: tuple[Path, int]) -> Any:
 
 
 def shingles(text: str) -> set[bytes]:
-    words = re.findall(r"\w+", text.lower())
+    words = words_of(text)
     last = max(len(words) - SHINGLE + 1, 1) if words else 0
     return {" ".join(words[start : start + SHINGLE]).encode() for start in range(last)}
 

@@ -1,7 +1,6 @@
 """The truth that benchmarks of near-duplicate removal are measured against, beside every pair compared by hand."""
 
 import random
-import re
 import sys
 from itertools import combinations
 from pathlib import Path
@@ -14,12 +13,13 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from corpus import edit
 from pairs_truth import similar_pairs
+from words import words_of
 
 from deepseek_v3.data.stdlib_corpus import stdlib_documents
 
 
 def shingles(text: str) -> set[tuple[str, ...]]:
-    words = re.findall(r"\w+", text.lower())
+    words = words_of(text)
     return {tuple(words[i : i + 5]) for i in range(max(len(words) - 4, 1))} if words else set()
 
 

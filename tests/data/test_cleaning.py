@@ -139,6 +139,7 @@ def test_plain_ascii_is_left_alone(text):
         ("\ufeffa\u200bb\u00adc\u2060d\ufeff", "abcd"),
         ("e\u0301 \u1100\u1161\u11a8", "é 각"),
         ("e\u200b\u0301", "é"),
+        ("e" + "\u0301\u0327" * 50, "ȩ" + "\u0327" * 14 + "\u0301" * 15),
         ("ﬁ x² ①", "ﬁ x² ①"),
         ("right \u202eleft\u202c", "right \u202eleft\u202c"),
         ("Auf\u200clage, a\u200db", "Auflage, ab"),
@@ -195,6 +196,11 @@ def test_empty_documents_are_dropped_with_their_former_size():
         | {"figures": figures, "trigger": None}
         for id_, place, figures in (("1", 2, '{"characters":3}'), ("2", 3, '{"characters":0}'))
     ]
+
+
+def test_hostile_text_takes_no_quadratic_time():
+    for text in ("e" + "\u0327\u0301" * 10**6, "<!--" * 10**5, "<?xml " * 10**5, "Ã" * 10**5, "\n \t" * 10**5):
+        CLEANERS[1].clean(text)
 
 
 def test_clean_batches_pass_as_they_are():

@@ -176,7 +176,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Task:
-    """Independent work on the keys: calls `method` of the stage with a path to write, and `arguments`, which pickle."""
+    """Independent work on the keys: calls `method` of the stage with a path and `arguments`, which pickle."""
 
     method: str
     arguments: tuple[Any, ...]

@@ -13,7 +13,7 @@ STEP = 0x9E3779B97F4A7C15
 MIX_1 = 0xBF58476D1CE4E5B9
 MIX_2 = 0x94D049BB133111EB
 MIX_32 = 0x85EBCA6B
-_SHINGLE_SEED = 5
+_SHINGLE_SEED = 2**32 + 5  # no seed of permutations
 
 
 def random_bits(seed: int, count: int) -> UInt64s:

@@ -15,7 +15,7 @@ from deepseek_v3.data.deduplication.utf8 import Int64s, UInt8s, UInt32s, UInt64s
 
 Floats = NDArray[np.float64]
 
-_BAND_SEED = 16
+_BAND_SEED = 2**32 + 16
 _BYTE_MULTIPLIER = np.uint32(0x9E3779B1)  # near 2^32 divided by the golden ratio
 _NEAR = 8  # members of a bucket
 _PAIRS_AT_ONCE = 2**12

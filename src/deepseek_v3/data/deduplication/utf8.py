@@ -16,7 +16,7 @@ UInt64s = NDArray[np.uint64]
 
 PIECE = 8  # bytes read at once
 
-_BLOCK_BYTES = 2**17  # of text, so that all that is made of it fits the second-level cache
+_BLOCK_BYTES = 2**18  # of text, so that most of what is made of it fits the second-level cache
 _MULTIBYTE = 0xC0  # from here on a byte begins a character of several bytes
 
 

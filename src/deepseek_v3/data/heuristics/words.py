@@ -16,10 +16,8 @@ chunk in a thousand; smileys, for one, are no words here. Chunks longer than `LO
 from __future__ import annotations
 
 import re
-import sys
 import unicodedata
 from collections.abc import Sequence
-from functools import lru_cache
 
 LONGEST = 1000
 
@@ -34,7 +32,8 @@ SENTENCE_ENDS = frozenset(
 
 
 def _of_category(*categories: str) -> str:
-    beyond_ascii = map(chr, range(0x80, sys.maxunicode + 1))
+    """Those beyond ASCII; the planes from U+20000 on have none of the categories asked for here."""
+    beyond_ascii = map(chr, range(0x80, 0x20000))
     return "".join(char for char in beyond_ascii if unicodedata.category(char) in categories)
 
 
@@ -110,7 +109,6 @@ def _contractions() -> dict[str, tuple[str, str]]:
 _CONTRACTIONS = _contractions()
 
 
-@lru_cache(maxsize=2**17)
 def split_chunk(chunk: str) -> tuple[str, ...]:
     """The words of a chunk, a text without white space. Joined they give the chunk again."""
     if chunk.isalpha():
@@ -191,7 +189,6 @@ def is_punctuation(word: str) -> bool:
 SYMBOL, LETTER, PUNCTUATION, SENTENCE_END = 1, 2, 4, 8
 
 
-@lru_cache(maxsize=2**17)
 def traits(word: str) -> int:
     """All of this about a word: the sum of SYMBOL, LETTER, PUNCTUATION and SENTENCE_END, where they apply."""
     if word.isalpha():

@@ -16,7 +16,7 @@ _INDEX = "keys.json"
 
 
 KEPT_STAGES = ("exact_deduplication", "deduplication")
-_NO_PART_OF_KEYS = ("alarm", "accelerator")
+_NO_PART_OF_KEYS = ("alarm", "accelerator", "kept_threshold")
 
 
 def key_options(config: PreprocessConfig, stage: str) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import unicodedata
+from typing import Literal
 
 BIDI_CONTROLS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
@@ -37,6 +39,9 @@ _STRAY_JOINER = re.compile(
 TAGS = "".join(map(chr, range(0xE0000, 0xE0080)))  # only the flags of regions are written with them
 _FLAG_OR_TAG = re.compile(rf"(\U0001f3f4[\U000e0020-\U000e007e]+\U000e007f)|[{TAGS}]")
 
+_MARKS = "".join(char for char in map(chr, range(0x300, 0x20000)) if unicodedata.combining(char))
+_MANY_MARKS = re.compile(rf"([{_MARKS}]{{30}})[{_MARKS}]+")
+
 
 def without_surrogates(text: str) -> str:
     """The text with pairs of surrogates joined, and U+FFFD for those that stand alone."""
@@ -62,6 +67,17 @@ def replace_characters(text: str, remove_bidi_controls: bool) -> str:
     if not present.isdisjoint(TAGS):
         text = _FLAG_OR_TAG.sub(r"\1", text)
     return text if present.isdisjoint(JOINERS) else _STRAY_JOINER.sub("", text)
+
+
+def normalize(text: str, form: Literal["NFC", "NFKC"]) -> str:
+    """The text in a Unicode normal form.
+
+    Of more than 30 combining marks in a row, which no language writes, 30 stay where they have to be ordered: that
+    takes quadratic time (Unicode Standard Annex 15, stream-safe text format).
+    """
+    if unicodedata.is_normalized(form, text):
+        return text
+    return unicodedata.normalize(form, _MANY_MARKS.sub(r"\1", text))
 
 
 def tidy_white_space(text: str, max_blank_lines: int) -> str:

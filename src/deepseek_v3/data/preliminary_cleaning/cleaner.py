@@ -17,6 +17,7 @@ from deepseek_v3.data.preliminary_cleaning.characters import (
     JOINERS,
     REPLACED,
     TAGS,
+    normalize,
     replace_characters,
     tidy_white_space,
     without_surrogates,
@@ -60,7 +61,7 @@ class PreliminaryCleaner(Stage):
         if options.repair_mojibake:
             text = repair_mojibake(text)
         text = replace_characters(text, options.remove_bidi_controls)
-        text = unicodedata.normalize(options.unicode_form, text)
+        text = normalize(text, options.unicode_form)
         return tidy_white_space(text, options.max_blank_lines)
 
     def apply(self, batch: pa.RecordBatch) -> Outcome:

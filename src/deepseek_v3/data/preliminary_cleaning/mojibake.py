@@ -40,7 +40,7 @@ def _suspect() -> str:
 
 
 SUSPECT = _suspect()
-_SUSPECT = re.compile(SUSPECT)
+_SUSPECT = re.compile(rf"(?=[^\x00-\x7f])(?:{SUSPECT})")  # the first look passes over ASCII quickly
 
 
 def repair_mojibake(text: str) -> str:
