@@ -6,8 +6,6 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from deepseek_v3.data.deduplication.utf8 import Int64s
 
@@ -42,15 +40,25 @@ def keepers(
 
 
 def earliest_connected(one: Int64s, other: Int64s, documents: int) -> Int64s:
-    """For each of so many documents the earliest that pairs connect it with, perhaps itself: int64 [documents]."""
+    """For each of so many documents the earliest that pairs connect it with, perhaps itself: int64 [documents].
+
+    Every document points at an earlier one that it is connected with, or at itself. What two of a pair point at is
+    made to point at the earlier of both, and pointers are followed to their ends, until all pairs agree.
+    """
     paired = np.zeros(documents, np.bool_)
     paired[one] = paired[other] = True
     nodes = np.flatnonzero(paired)
     numbers = np.cumsum(paired) - 1
-    edges = coo_array((np.ones(len(one), np.bool_), (numbers[one], numbers[other])), shape=(len(nodes), len(nodes)))
-    _, labels = connected_components(edges, directed=False)
-    earliest = np.full(len(nodes), documents)
-    np.minimum.at(earliest, labels, nodes)
+    one, other = numbers[one], numbers[other]
+    pointers = np.arange(len(nodes))
+    while len(one):
+        earlier = np.minimum(pointers[one], pointers[other])
+        np.minimum.at(pointers, pointers[one], earlier)
+        np.minimum.at(pointers, pointers[other], earlier)
+        while not np.array_equal(ends := pointers[pointers], pointers):
+            pointers = ends
+        apart = pointers[one] != pointers[other]
+        one, other = one[apart], other[apart]
     kept = np.arange(documents)
-    kept[nodes] = earliest[labels]
+    kept[nodes] = nodes[pointers]
     return kept

@@ -19,8 +19,6 @@ import pyarrow as pa
 
 from deepseek_v3.utils.errors import DataError
 
-_PRELOADED = "deepseek_v3.data.pipeline.judging"  # and with it all that tasks are made of, but for the stages
-
 
 class Engine(ABC):
     """Runs independent tasks, which leave their work whole or not at all, and so may be stopped or run twice."""
@@ -62,10 +60,8 @@ class InProcess(Engine):
 class Processes(Engine):
     """Worker processes on this machine. They start while the run is still being planned, and end when it ends."""
 
-    def __init__(self, workers: int, modules: Sequence[str]) -> None:
-        """`modules` are those that tasks will need; they are loaded once for all workers."""
+    def __init__(self, workers: int) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([_PRELOADED, *modules])
         self._pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
         self._started = [self._pool.submit(os.getpid) for _ in range(workers)]
 

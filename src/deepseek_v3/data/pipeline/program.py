@@ -6,23 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from deepseek_v3.config.preprocessing.pipeline import PreprocessConfig
+from deepseek_v3.data.pipeline.registry import STAGES
 from deepseek_v3.data.pipeline.unique_ids import UniqueIds
 from deepseek_v3.data.stages import CorpusStage, Stage
 from deepseek_v3.data.token_counts import TokenCounter
 from deepseek_v3.utils.lazily import imported
-
-# Imported only where a pipeline has them: some bring libraries and tables that take their time.
-STAGES = {
-    "preliminary_cleaning": "deepseek_v3.data.preliminary_cleaning:PreliminaryCleaner",
-    "exact_deduplication": "deepseek_v3.data.deduplication:ExactDeduplicator",
-    "deduplication": "deepseek_v3.data.deduplication:MinHashDeduplicator",
-    "heuristic_filters": "deepseek_v3.data.heuristics:HeuristicFilter",
-    "language": "deepseek_v3.data.language:LanguageFilter",
-    "quality_filtering": "deepseek_v3.data.quality_filtering:QualityFilter",
-    "pii": "deepseek_v3.data.pii:PiiMasker",
-    "decontamination": "deepseek_v3.data.decontamination:Decontaminator",
-    "mixing": "deepseek_v3.data.mixing:Mixer",
-}
 
 
 @dataclass(frozen=True)
@@ -52,11 +40,6 @@ def passes_of(config: PreprocessConfig) -> tuple[Pass, ...]:
         groups.append(([], []))
     groups[1][0].insert(0, UniqueIds())
     return tuple(Pass(tuple(corpus), tuple(stages)) for corpus, stages in groups)
-
-
-def modules_of(config: PreprocessConfig) -> list[str]:
-    """The modules that the stages of a configuration live in."""
-    return [STAGES[name].split(":")[0] for name in config.pipeline]
 
 
 def _stage(config: PreprocessConfig, name: str) -> Stage | CorpusStage:

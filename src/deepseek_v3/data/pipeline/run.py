@@ -19,9 +19,10 @@ from deepseek_v3.data.pipeline.finish import finish
 from deepseek_v3.data.pipeline.judging import judge_part, write_shard
 from deepseek_v3.data.pipeline.layout import Layout
 from deepseek_v3.data.pipeline.parts import RECORDS_FILE, SHARD_PREFIX, FinishedPart, read_part
-from deepseek_v3.data.pipeline.program import Pass, modules_of, passes_of
+from deepseek_v3.data.pipeline.program import Pass, passes_of
 from deepseek_v3.data.pipeline.progress import Progress
 from deepseek_v3.data.pipeline.reading import Unit, finished_parts, read_unit
+from deepseek_v3.data.pipeline.registry import preload
 from deepseek_v3.data.stages import CorpusStage
 from deepseek_v3.data.token_counts import TokenCounter
 from deepseek_v3.utils.errors import ConfigError, DataError
@@ -178,7 +179,10 @@ class _Run:
 def _engine(config: PreprocessConfig, workers: int) -> Engine:
     if config.engine == "ray":
         return Ray(workers, config.ray_address)
-    return Processes(workers, modules_of(config)) if workers > 1 else InProcess()
+    if workers == 1:
+        return InProcess()
+    preload(config)
+    return Processes(workers)
 
 
 def _shards(finished: Sequence[FinishedPart], shard_bytes: int) -> list[list[int]]:

@@ -1,0 +1,34 @@
+"""Where the stages live. Nothing heavy is imported here: a run brings in the stages that it has."""
+
+from __future__ import annotations
+
+import multiprocessing
+from multiprocessing import forkserver
+
+from deepseek_v3.config.preprocessing.pipeline import PreprocessConfig
+
+STAGES = {
+    "preliminary_cleaning": "deepseek_v3.data.preliminary_cleaning:PreliminaryCleaner",
+    "exact_deduplication": "deepseek_v3.data.deduplication:ExactDeduplicator",
+    "deduplication": "deepseek_v3.data.deduplication:MinHashDeduplicator",
+    "heuristic_filters": "deepseek_v3.data.heuristics:HeuristicFilter",
+    "language": "deepseek_v3.data.language:LanguageFilter",
+    "quality_filtering": "deepseek_v3.data.quality_filtering:QualityFilter",
+    "pii": "deepseek_v3.data.pii:PiiMasker",
+    "decontamination": "deepseek_v3.data.decontamination:Decontaminator",
+    "mixing": "deepseek_v3.data.mixing:Mixer",
+}
+_TASKS = "deepseek_v3.data.pipeline.judging"  # and with it all that tasks are made of, but for the stages
+_KERNELS = "deepseek_v3.data.deduplication.numba_kernels"  # passed over where Numba is not installed
+
+
+def preload(config: PreprocessConfig) -> None:
+    """Starts the process that worker processes are forked from, which imports what they will need.
+
+    It does so beside the caller, who may have imports and plans of its own to make meanwhile.
+    """
+    modules = [_TASKS, *(STAGES[name].split(":")[0] for name in config.pipeline)]
+    if "deduplication" in config.pipeline and config.deduplication.accelerator != "numpy":
+        modules.append(_KERNELS)
+    multiprocessing.get_context("forkserver").set_forkserver_preload(modules)
+    forkserver.ensure_running()
