@@ -47,15 +47,15 @@ def test_killed_in_a_loop(corpus: Path, expected: dict[str, str], tmp_path: Path
     while not (output / "manifest.json").exists():
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as run:
             before = _finished(output)
-            while run.poll() is None and _finished(output) < before + 1 + killed % 4:
+            while run.poll() is None and _finished(output) <= before:
                 time.sleep(0.01)
-            time.sleep(chooser.random() / 20)
+            time.sleep(chooser.random() / 50)
             if run.poll() is None and killed < 8:
                 run.send_signal(signal.SIGKILL)
                 killed += 1
             error = run.communicate()[1]
         assert run.returncode in (0, -signal.SIGKILL), error.decode()
-    assert killed >= 5
+    assert killed >= 3
     assert digests(output) == expected
 
 
