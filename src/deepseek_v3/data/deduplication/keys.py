@@ -82,7 +82,7 @@ def mapped(part: Part, name: str) -> NDArray[Any]:
     try:
         return np.asarray(np.load(path, mmap_mode="r"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: keys of a part are damaged: {error}; start anew with --restart") from None
+        raise DataError(f"{path}: keys of a part are damaged: {error}; make them anew") from None
 
 
 def _read_rows(parts: Sequence[Part], documents: Int64s, name: str) -> NDArray[Any]:

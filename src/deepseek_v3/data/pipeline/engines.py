@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from copy import deepcopy
 from importlib import import_module
-from multiprocessing import connection
 from types import TracebackType
 from typing import Any
 
 import pyarrow as pa
 
 from deepseek_v3.utils.errors import DataError
+from deepseek_v3.utils.workers import end_with_parent
 
 
 class Engine(ABC):
@@ -63,7 +62,8 @@ class Processes(Engine):
     def __init__(self, workers: int) -> None:
         context = multiprocessing.get_context("forkserver")
         self._pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
-        self._started = [self._pool.submit(os.getpid) for _ in range(workers)]
+        for _ in range(workers):
+            self._pool.submit(os.getpid)
 
     def run(
         self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], done: Callable[[Any], None]
@@ -128,13 +128,6 @@ def _with_copies(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _start_worker() -> None:
-    """Keeps a worker to one thread, and lets it end with the process that started the run, however that ends."""
+    """Keeps a worker to one thread, and lets it end with the process that started the run."""
     pa.set_cpu_count(1)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-
-
-def _end_with(sentinel: int) -> None:
-    connection.wait([sentinel])
-    os._exit(1)
+    end_with_parent()

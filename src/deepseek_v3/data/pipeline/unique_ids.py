@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,12 @@ import xxhash
 from numpy.typing import NDArray
 from typing_extensions import override
 
+from deepseek_v3.data.deduplication import repeats
+from deepseek_v3.data.deduplication.keys import key_ranges
 from deepseek_v3.data.formats.quarantine import QUARANTINED, RAW_BYTES
 from deepseek_v3.data.stages import CorpusStage, Drop, Outcome, Part, Task, outcome
 
-_BYTES_PER_DOCUMENT = 64  # while matching: hashes, numbers, sorting
+_BYTES_PER_KEY = 200  # a match task's need for each id of its range, at most
 
 Int64s = NDArray[np.int64]
 
@@ -29,25 +30,18 @@ class UniqueIds(CorpusStage):
 
     @override
     def write_keys(self, table: pa.Table, folder: Path) -> None:
-        ids = table.column("id").to_pylist()
-        digests = b"".join(xxhash.xxh3_128_digest(id_.encode()) for id_ in ids)
-        np.save(folder / "hashes.npy", np.frombuffer(digests, np.uint64).reshape(-1, 2))
+        digests = b"".join(xxhash.xxh3_128_digest(id_.encode()) for id_ in table.column("id").to_pylist())
+        rows = np.arange(table.num_rows, dtype=np.uint32)
+        repeats.write_keys(folder, np.frombuffer(digests, np.uint64).reshape(-1, 2), rows, np.zeros_like(rows))
 
     @override
     def match_tasks(self, parts: Sequence[Part], memory: int) -> list[Task]:
-        documents = sum(part.rows for part in parts)
-        ranges = max(1, -(-documents * _BYTES_PER_DOCUMENT // memory))
-        cuts = [2**64 * index // ranges for index in range(ranges + 1)]
-        return [Task("match", (tuple(parts), low, high - 1)) for low, high in pairwise(cuts)]
+        ranges = key_ranges(repeats.count_texts(parts) * _BYTES_PER_KEY, memory)
+        return [Task("match", (tuple(parts), low, high)) for low, high in ranges]
 
     def match(self, output: Path, parts: Sequence[Part], low: int, high: int) -> None:
-        """Writes the documents whose id an earlier one has, int64 [n], for hashes from `low` to `high`."""
-        hashes, numbers = _in_range(parts, np.uint64(low), np.uint64(high))
-        order = np.lexsort((numbers, hashes[:, 1], hashes[:, 0]))
-        hashes, numbers = hashes[order], numbers[order]
-        repeated = np.zeros(len(numbers), np.bool_)
-        repeated[1:] = (hashes[1:] == hashes[:-1]).all(axis=1)
-        np.save(output, numbers[repeated])
+        """Writes the repeats among the hashes that begin with `low` to below `high`."""
+        np.save(output, repeats.find_repeats(parts, low, high))
 
     @override
     def refine_tasks(self, parts: Sequence[Part], memory: int, matches: Sequence[Path]) -> list[Task]:
@@ -57,7 +51,7 @@ class UniqueIds(CorpusStage):
     def resolve(
         self, parts: Sequence[Part], matches: Sequence[Path], refined: Sequence[Path], folder: Path
     ) -> dict[str, Any]:
-        repeated = np.sort(np.concatenate([np.load(file) for file in matches]))
+        repeated = repeats.read_repeats(matches)["document"]
         np.save(folder / "repeated.npy", repeated)
         return {"duplicates": len(repeated)}
 
@@ -101,14 +95,3 @@ def set_aside(batch: pa.RecordBatch, result: Outcome) -> pa.RecordBatch:
 def _raw(record: dict[str, Any]) -> bytes | None:
     raw = orjson.dumps({name: record[name] for name in ("id", "text", "metadata")})
     return raw if len(raw) <= RAW_BYTES else None
-
-
-def _in_range(parts: Sequence[Part], low: np.uint64, high: np.uint64) -> tuple[NDArray[np.uint64], Int64s]:
-    hashes = [np.zeros((0, 2), np.uint64)]
-    numbers: list[Int64s] = [np.zeros(0, np.int64)]
-    for part in parts:
-        keys = np.load(part.keys / "hashes.npy", mmap_mode="r")
-        chosen = np.flatnonzero((keys[:, 0] >= low) & (keys[:, 0] <= high))
-        hashes.append(keys[chosen])
-        numbers.append((chosen + part.first).astype(np.int64))
-    return np.concatenate(hashes), np.concatenate(numbers)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -22,6 +20,7 @@ from deepseek_v3.data.tokens.fim import FillInMiddle
 from deepseek_v3.data.tokens.index import CorpusOptions, Split, token_type
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.utils.errors import DataError
+from deepseek_v3.utils.workers import end_with_parent
 
 _ALONE_CHARACTERS = 2**24  # about what is encoded in the time that other processes need to start
 
@@ -120,16 +119,8 @@ def _encoded_by_processes(
 def _start_worker(tokenizer: str, options: CorpusOptions) -> None:
     global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process for each core is enough
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     _encoder = CorpusEncoder(Tokenizer.from_json(tokenizer), options)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _encode(texts: list[str]) -> EncodedBatch:
