@@ -28,13 +28,17 @@ import typer
 from resiliparse.extract.html2text import extract_plain_text
 from resiliparse.parse.html import HTMLTree
 
-# Mostly English prose, with some French, German, Ukrainian and Japanese; of Debian 12.
+# Prose in English and other languages, and reference pages; of Debian 12.
 PACKAGES = (
     "apache2-doc cmake-doc debian-handbook debian-policy debian-reference-de debian-reference-en "
-    "debian-reference-fr developers-reference erlang-doc git-doc installation-guide-amd64 libboost1.81-doc "
-    "libreoffice-help-de libreoffice-help-en-us libreoffice-help-fr linux-doc-6.1 manpages-de manpages-dev "
-    "manpages-fr manpages-ja manpages-uk perl-doc postgresql-doc-15 python-django-doc python-pandas-doc "
-    "python-scipy-doc python-sqlalchemy-doc python3.11-doc sphinx-doc sqlite3-doc vim-doc"
+    "debian-reference-fr developers-reference erlang-doc ghc-doc git-doc installation-guide-amd64 "
+    "libboost1.81-doc libglib2.0-doc libgtk-3-doc libreoffice-help-de libreoffice-help-en-us "
+    "libreoffice-help-es libreoffice-help-fr libreoffice-help-it libreoffice-help-ja libreoffice-help-nl "
+    "libreoffice-help-pl libreoffice-help-pt libreoffice-help-ru libreoffice-help-zh-cn linux-doc-6.1 "
+    "llvm-15-doc manpages-de manpages-dev manpages-es manpages-fr manpages-ja manpages-pl manpages-uk "
+    "manpages-zh maxima-doc nodejs-doc octave-doc perl-doc postgresql-doc-15 python-django-doc "
+    "python-pandas-doc python-scipy-doc python-sqlalchemy-doc python-sympy-doc python3.11-doc qtbase5-doc-html "
+    "racket-doc rust-doc sphinx-doc sqlite3-doc vim-doc"
 ).split()
 
 DOCUMENTS = "documents"

@@ -16,7 +16,7 @@ from typing_extensions import override
 from deepseek_v3.config.loading import load_config, section_from_dict
 from deepseek_v3.config.preprocessing.mixing import MixingConfig
 from deepseek_v3.data.records import RECORDS, with_column
-from deepseek_v3.data.stages import CorpusStage, Drop, Outcome, Part, Task, outcome
+from deepseek_v3.data.stages import CorpusStage, Drop, Outcome, Part, outcome
 from deepseek_v3.data.token_counts import TokenCounter
 from deepseek_v3.planning.budget import budget_in_tokens
 from deepseek_v3.utils.logging import get_logger
@@ -62,19 +62,11 @@ class Mixer(CorpusStage):
         np.save(folder / "sources.npy", groups[encoded.indices.to_numpy()] if len(ids) else groups)
 
     @override
-    def match_tasks(self, parts: Sequence[Part], memory: int) -> list[Task]:
-        return []
-
-    @override
-    def refine_tasks(self, parts: Sequence[Part], memory: int, matches: Sequence[Path]) -> list[Task]:
-        return []
-
-    @override
     def resolve(
         self, parts: Sequence[Part], matches: Sequence[Path], refined: Sequence[Path], folder: Path
     ) -> dict[str, Any]:
         tokens, order, sources = (_joined(parts, name) for name in ("tokens", "order", "sources"))
-        present = ~_removed_before(parts)
+        present = ~np.concatenate([part.removed_rows() for part in parts])
         available = np.array(
             [int(tokens[present & (sources == number)].sum()) for number in range(len(self._patterns))], np.int64
         )
@@ -190,9 +182,3 @@ def _repeated(kept: pa.RecordBatch, copies: Int64s) -> pa.RecordBatch:
 
 def _joined(parts: Sequence[Part], name: str) -> Any:
     return np.concatenate([np.load(part.keys / f"{name}.npy") for part in parts])
-
-
-def _removed_before(parts: Sequence[Part]) -> NDArray[np.bool_]:
-    return np.concatenate(
-        [np.zeros(part.rows, np.bool_) if part.removed is None else np.load(part.removed) for part in parts]
-    )

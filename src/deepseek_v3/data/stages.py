@@ -173,6 +173,18 @@ class Part:
     rows: int
     removed: Path | None = None
 
+    def removed_rows(self) -> NDArray[np.bool_]:
+        """Which documents an earlier stage removed: bool [rows]."""
+        return np.zeros(self.rows, np.bool_) if self.removed is None else np.load(self.removed)
+
+
+def split_by_part(parts: Sequence[Part], documents: NDArray[np.int64]) -> list[tuple[Part, NDArray[np.int64]]]:
+    """The parts that any of the documents belong to, with the indices of those documents."""
+    owners = np.searchsorted([part.first + part.rows for part in parts], documents, side="right")
+    order = np.argsort(owners, kind="stable")
+    edges = np.searchsorted(owners[order], np.arange(len(parts) + 1))
+    return [(part, order[edges[i] : edges[i + 1]]) for i, part in enumerate(parts) if edges[i] < edges[i + 1]]
+
 
 @dataclass(frozen=True)
 class Task:
@@ -200,13 +212,13 @@ class CorpusStage(ABC):
     def write_keys(self, table: pa.Table, folder: Path) -> None:
         """Writes the keys of a part's documents (`RECORDS`) into an empty folder."""
 
-    @abstractmethod
-    def match_tasks(self, parts: Sequence[Part], memory: int) -> list[Task]:
+    def match_tasks(self, parts: Sequence[Part], memory: int) -> list[Task]:  # noqa: ARG002
         """Tasks none of which needs more than `memory` bytes, where that is possible at all."""
+        return []
 
-    @abstractmethod
-    def refine_tasks(self, parts: Sequence[Part], memory: int, matches: Sequence[Path]) -> list[Task]:
+    def refine_tasks(self, parts: Sequence[Part], memory: int, matches: Sequence[Path]) -> list[Task]:  # noqa: ARG002
         """Tasks made from the files of the match tasks, in their order; often none."""
+        return []
 
     @abstractmethod
     def resolve(

@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from deepseek_v3.data.deduplication.keys import removed_rows
 from deepseek_v3.data.deduplication.utf8 import Int64s
 from deepseek_v3.data.stages import Drop, Outcome, Part, outcome
 
@@ -44,7 +43,7 @@ def write_decisions(
 
 def judged_documents(parts: Sequence[Part]) -> NDArray[np.bool_]:
     """Which documents this run judges: none of an earlier corpus, none that a stage before it removed."""
-    rows = [np.zeros(part.rows, np.bool_) if part.records is None else ~removed_rows(part) for part in parts]
+    rows = [np.zeros(part.rows, np.bool_) if part.records is None else ~part.removed_rows() for part in parts]
     return np.concatenate([np.zeros(0, np.bool_), *rows])
 
 

@@ -60,9 +60,6 @@ class ExactDeduplicator(Deduplicator):
         """Writes the repeats among the hashes that begin with `low` to below `high`."""
         np.save(output, repeats.find_repeats(parts, low, high))
 
-    def refine_tasks(self, parts: Sequence[Part], memory: int, matches: Sequence[Path]) -> list[Task]:  # noqa: ARG002
-        return []
-
     def resolve(
         self,
         parts: Sequence[Part],

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from deepseek_v3.data.deduplication.sorting import grouped
 from deepseek_v3.data.deduplication.utf8 import Int64s, UInt8s, UInt32s, UInt64s
-from deepseek_v3.data.stages import Part
+from deepseek_v3.data.stages import Part, split_by_part
 from deepseek_v3.utils.errors import DataError
 
 
@@ -42,7 +42,7 @@ def read_band(parts: Sequence[Part], band: int, low: int, high: int) -> tuple[UI
         start = int(np.searchsorted(keys, np.uint64(low)))
         stop = int(np.searchsorted(keys, np.uint64(high - 1), side="right"))
         rows = mapped(part, "rows.npy")[band, start:stop]
-        left = ~removed_rows(part)[rows]
+        left = ~part.removed_rows()[rows]
         found.append((keys[start:stop][left], rows[left].astype(np.int64) + part.first))
     return np.concatenate([keys for keys, _ in found]), np.concatenate([documents for _, documents in found])
 
@@ -61,19 +61,6 @@ def key_ranges(needed: int, memory: int) -> list[tuple[int, int]]:
     """Ranges of all keys of 64 bits, each from a first key to below another, that divide what is needed evenly."""
     ranges = -(-needed // memory)
     return list(pairwise([*(number * 2**64 // ranges for number in range(ranges)), 2**64])) if ranges else []
-
-
-def removed_rows(part: Part) -> NDArray[np.bool_]:
-    """Which documents of a part an earlier stage removed: bool [rows]."""
-    return np.zeros(part.rows, np.bool_) if part.removed is None else np.load(part.removed)
-
-
-def split_by_part(parts: Sequence[Part], documents: Int64s) -> list[tuple[Part, Int64s]]:
-    """The parts that any of the documents belong to, with the indices of those documents."""
-    owners = np.searchsorted([part.first + part.rows for part in parts], documents, side="right")
-    order = np.argsort(owners, kind="stable")
-    edges = np.searchsorted(owners[order], np.arange(len(parts) + 1))
-    return [(part, order[edges[i] : edges[i + 1]]) for i, part in enumerate(parts) if edges[i] < edges[i + 1]]
 
 
 def mapped(part: Part, name: str) -> NDArray[Any]:

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from deepseek_v3.data.deduplication.keys import read_signatures, split_by_part
+from deepseek_v3.data.deduplication.keys import read_signatures
 from deepseek_v3.data.deduplication.lsh import Floats, estimates
 from deepseek_v3.data.deduplication.utf8 import Int64s
-from deepseek_v3.data.stages import Part
+from deepseek_v3.data.stages import Part, split_by_part
 
 # The earlier and the later document, by number, and their Jaccard similarity, be it exact or estimated.
 PAIR = np.dtype([("one", "<i8"), ("other", "<i8"), ("similarity", "<f8")])

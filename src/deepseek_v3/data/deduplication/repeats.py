@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from deepseek_v3.data.deduplication.keys import mapped, removed_rows
+from deepseek_v3.data.deduplication.keys import mapped
 from deepseek_v3.data.deduplication.sorting import grouped, repeated
 from deepseek_v3.data.deduplication.utf8 import UInt32s, UInt64s
 from deepseek_v3.data.stages import Part
@@ -66,7 +66,7 @@ def _read_range(parts: Sequence[Part], low: int, high: int) -> tuple[UInt64s, Re
         start = int(np.searchsorted(hashes[0], np.uint64(low)))
         stop = int(np.searchsorted(hashes[0], np.uint64(high - 1), side="right"))
         rows = mapped(part, "rows.npy")[start:stop]
-        left = ~removed_rows(part)[rows]
+        left = ~part.removed_rows()[rows]
         some = np.zeros(int(left.sum()), REPEAT)
         some["document"] = rows[left].astype(np.int64) + part.first
         some["place"] = mapped(part, "places.npy")[start:stop][left]

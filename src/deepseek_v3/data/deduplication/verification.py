@@ -8,12 +8,12 @@ import numpy as np
 import pyarrow as pa
 
 from deepseek_v3.data.deduplication.clusters import earliest_connected
-from deepseek_v3.data.deduplication.keys import read_sizes, split_by_part
+from deepseek_v3.data.deduplication.keys import read_sizes
 from deepseek_v3.data.deduplication.lsh import Floats
 from deepseek_v3.data.deduplication.minhash import MinHasher
 from deepseek_v3.data.deduplication.pairs import Pairs
 from deepseek_v3.data.deduplication.utf8 import Int64s, UInt64s
-from deepseek_v3.data.stages import Part
+from deepseek_v3.data.stages import Part, split_by_part
 
 _HASH_BITS = np.uint64(32)
 _HASH_MASK = np.uint64(2**32 - 1)

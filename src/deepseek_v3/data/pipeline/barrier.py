@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from deepseek_v3.data.pipeline.engines import Engine
 from deepseek_v3.data.pipeline.parts import IDS_FILE, RECORDS_FILE, FinishedPart, appearing_folder, read_table
 from deepseek_v3.data.pipeline.progress import Progress
-from deepseek_v3.data.stages import CorpusStage, Part, Task
+from deepseek_v3.data.stages import CorpusStage, Part, Task, split_by_part
 
 _FIGURES_FILE = "figures.json"
 _EXCERPT_CHARACTERS = 1500
@@ -135,7 +135,9 @@ def _removed(stage: CorpusStage, decision: Decision, before: Sequence[Path | Non
 def _shown(parts: Sequence[Part], documents: Sequence[int]) -> list[dict[str, Any]]:
     """Documents of an example as the report shows them; of an earlier run's, only the ids are left."""
     numbers = np.array(documents, np.int64)
-    known = [_owner(parts, number).records is not None for number in documents]
+    known = np.zeros(len(numbers), np.bool_)
+    for part, chosen in split_by_part(parts, numbers):
+        known[chosen] = part.records is not None
     texts = iter(_column(parts, "text", numbers[known]))
     return [
         {"id": id_, "text": next(texts)[:_EXCERPT_CHARACTERS] if has_text else None}
@@ -143,19 +145,10 @@ def _shown(parts: Sequence[Part], documents: Sequence[int]) -> list[dict[str, An
     ]
 
 
-def _owner(parts: Sequence[Part], document: int) -> Part:
-    firsts = np.array([part.first for part in parts])
-    return parts[int(np.searchsorted(firsts, document, side="right")) - 1]
-
-
 def _column(parts: Sequence[Part], name: str, documents: NDArray[np.int64]) -> list[str]:
     """A column's values for documents by their numbers."""
-    firsts = np.array([part.first for part in parts])
-    owners = np.searchsorted(firsts, documents, side="right") - 1
     values = np.empty(len(documents), object)
-    for owner in np.unique(owners):
-        part = parts[owner]
-        chosen = np.flatnonzero(owners == owner)
+    for part, chosen in split_by_part(parts, documents):
         column = read_table(part.records or part.keys / IDS_FILE).column(name)
         values[chosen] = column.take(pa.array(documents[chosen] - part.first)).to_pylist()
     return values.tolist()

@@ -25,10 +25,10 @@ class Engine(ABC):
     @abstractmethod
     def run(
         self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], done: Callable[[Any], None]
-    ) -> list[Any]:
+    ) -> None:
         """Calls `function` with each tuple of arguments; `done` hears of each result as it comes.
 
-        Returns the results in the order of the arguments. Raises DataError where a worker died.
+        Raises DataError where a worker died.
         """
 
     def close(self) -> None:  # noqa: B027 -- there may be nobody to let go
@@ -48,12 +48,9 @@ class InProcess(Engine):
 
     def run(
         self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], done: Callable[[Any], None]
-    ) -> list[Any]:
-        results = []
+    ) -> None:
         for each in arguments:
-            results.append(function(*each))
-            done(results[-1])
-        return results
+            done(function(*each))
 
 
 class Processes(Engine):
@@ -67,7 +64,7 @@ class Processes(Engine):
 
     def run(
         self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], done: Callable[[Any], None]
-    ) -> list[Any]:
+    ) -> None:
         futures = [self._pool.submit(function, *each) for each in arguments]
         try:
             waiting: set[Future[Any]] = set(futures)
@@ -83,7 +80,6 @@ class Processes(Engine):
         finally:
             for future in futures:
                 future.cancel()
-        return [future.result() for future in futures]
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -105,16 +101,14 @@ class Ray(Engine):
 
     def run(
         self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], done: Callable[[Any], None]
-    ) -> list[Any]:
+    ) -> None:
         remote = self._ray.remote(_with_copies)
-        references = [remote.remote(function, *each) for each in arguments]
-        waiting = list(references)
+        waiting = [remote.remote(function, *each) for each in arguments]
         try:
             while waiting:
                 finished, waiting = self._ray.wait(waiting)
                 for reference in finished:
                     done(self._ray.get(reference))
-            return self._ray.get(references) if references else []
         except self._ray.exceptions.RayTaskError as error:
             raise error.as_instanceof_cause() from None
 

@@ -87,8 +87,8 @@ def disk_need(files: Sequence[InputFile], config: PreprocessConfig) -> DiskNeed:
     return DiskNeed(text, int(text * per_byte))
 
 
-def check_disk(need: DiskNeed, output: Path) -> int:
-    """The bytes free where `output` will stand. Raises DataError where they are too few."""
+def check_disk(need: DiskNeed, output: Path) -> None:
+    """Raises DataError where the disk that `output` will stand on has too little room."""
     place = next(parent for parent in (output, *output.absolute().parents) if parent.exists())
     free = shutil.disk_usage(place).free
     if need.disk > free:
@@ -96,7 +96,6 @@ def check_disk(need: DiskNeed, output: Path) -> int:
             f"{output}: about {need.text / 1e9:,.2f} GB of text need {need.disk / 1e9:,.2f} GB on disk "
             f"during the run, and {free / 1e9:,.2f} GB are free; make room, or choose another output_dir"
         )
-    return free
 
 
 def _is_compressed(file: InputFile) -> bool:

@@ -202,6 +202,7 @@ def _existing(layout: Layout, described: dict[str, Any]) -> dict[str, Any]:
     """The manifest of a run that is complete."""
     manifest = state.read_json(layout.manifest)
     state.check_same(manifest, described, layout.manifest, f"remove {layout.output} to start anew")
+    shutil.rmtree(layout.work, ignore_errors=True)  # left where a run was killed after its last file
     _log.info("%s: is complete already; nothing to do", layout.output)
     return manifest
 

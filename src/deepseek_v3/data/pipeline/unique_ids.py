@@ -44,10 +44,6 @@ class UniqueIds(CorpusStage):
         np.save(output, repeats.find_repeats(parts, low, high))
 
     @override
-    def refine_tasks(self, parts: Sequence[Part], memory: int, matches: Sequence[Path]) -> list[Task]:
-        return []
-
-    @override
     def resolve(
         self, parts: Sequence[Part], matches: Sequence[Path], refined: Sequence[Path], folder: Path
     ) -> dict[str, Any]:
