@@ -3,7 +3,7 @@
 Near-duplicate removal from JSONL to JSONL, time and memory from outside and quality against the exact truth; its
 growth with the number of documents; heuristic filters; text to token ids. Peers run under a Python of their own:
 
-`python -m venv PEERS && PEERS/bin/pip install datatrove==0.10.1 spacy datasketch==2.0.0 orjson`
+`python -m venv .peers && .peers/bin/pip install 'datatrove[processing]==0.10.1' spacy datasketch==2.0.0 orjson`
 
 Writes `benchmarks/results/data_pipeline_<machine>.json` and prints what is required, aimed at and seen.
 """

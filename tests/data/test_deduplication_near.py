@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek_v3.config.preprocessing.deduplication import DeduplicationConfig, candidate_probability
-from deepseek_v3.data.deduplication import MinHashDeduplicator, verification
+from deepseek_v3.data.deduplication import MinHashDeduplicator
 from deepseek_v3.data.deduplication.lsh import similar_pairs
 from deepseek_v3.data.deduplication.reference import jaccard, shingles
 from deepseek_v3.data.stages import Part
@@ -149,10 +149,9 @@ def test_tasks_are_cut_to_fit_the_memory(tmp_path: Path) -> None:
     assert documents == 16 * len(texts)
 
 
-def test_refined_pairs_are_cut_to_fit_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refined_pairs_are_cut_to_fit_the_memory(tmp_path: Path) -> None:
     texts = _corpus(5, 30)
     whole = _run(texts, tmp_path / "a")
-    monkeypatch.setattr(verification, "_SHINGLES_AT_ONCE", 700)
     assert _run(texts, tmp_path / "b", memory=40_000) == whole
     stage = MinHashDeduplicator()
     parts = write_parts(stage, texts, [], tmp_path / "c")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from deepseek_v3.config.preprocessing.deduplication import DeduplicationConfig, candidate_probability
-from deepseek_v3.data.deduplication import minhash, numba_kernels, numpy_kernels
+from deepseek_v3.data.deduplication import kernels, numba_kernels, numpy_kernels
 from deepseek_v3.data.deduplication.hashing import odd_multipliers
 from deepseek_v3.data.deduplication.lsh import band_keys, estimates, shortened
 from deepseek_v3.data.deduplication.minhash import MinHasher, Shingles
@@ -27,11 +27,11 @@ def _random_hashes(seed: int, count: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(1, 2**32, count, dtype=np.uint32)
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
-def test_values_are_the_least_products(kernels: ModuleType) -> None:
+@pytest.mark.parametrize("module", KERNELS)
+def test_values_are_the_least_products(module: ModuleType) -> None:
     hashes, multipliers = _random_hashes(0, 30), odd_multipliers(0, 20)
     offsets = np.array([0, 0, 1, 9, 9, 30, 30])
-    found = kernels.minima(hashes, offsets, multipliers)
+    found = module.minima(hashes, offsets, multipliers)
     for document, (start, end) in enumerate(pairwise(offsets)):
         for value, multiplier in enumerate(multipliers.tolist()):
             products = [h * multiplier % 2**32 for h in hashes[start:end].tolist()]
@@ -42,10 +42,40 @@ def test_values_are_the_least_products(kernels: ModuleType) -> None:
 def test_numpy_and_numba_agree_bit_for_bit(sizes: list[int], values: int, seed: int) -> None:
     offsets = np.cumsum([0, *sizes])
     hashes, multipliers = _random_hashes(seed, sum(sizes)), odd_multipliers(seed, values)
-    one, other = (kernels.minima(hashes, offsets, multipliers) for kernels in KERNELS)
+    one, other = (module.minima(hashes, offsets, multipliers) for module in KERNELS)
     assert one.dtype == other.dtype == np.uint32
     assert one.shape == (len(sizes), values)
     assert one.tobytes() == other.tobytes()
+
+
+@pytest.mark.parametrize("module", KERNELS)
+@given(sets=st.lists(st.sets(st.integers(0, 60)), min_size=1, max_size=12), seed=st.integers(0, 99))
+def test_common_members_are_those_of_both_sets(module: ModuleType, sets: list[set[int]], seed: int) -> None:
+    members = np.array(
+        [number << 32 | value for number, some in enumerate(sets) for value in sorted(some)], np.uint64
+    )
+    offsets = np.cumsum([0, *map(len, sets)])
+    one, other = np.random.default_rng(seed).integers(0, len(sets), (2, 20))
+    found = module.common(members, offsets, one, other)
+    assert found.tolist() == [len(sets[a] & sets[b]) for a, b in zip(one, other, strict=True)]
+
+
+def test_many_pairs_are_taken_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numpy_kernels, "_SHINGLES_AT_ONCE", 7)
+    members, offsets = np.array([1, 2, 3, 4, 2, 3, 5, 9], np.uint64), np.array([0, 4, 4, 8])
+    one, other = np.array([0, 0, 2, 1, 0]), np.array([2, 1, 2, 1, 0])
+    assert numpy_kernels.common(members, offsets, one, other).tolist() == [2, 0, 4, 0, 4]
+
+
+@pytest.mark.parametrize("module", KERNELS)
+@given(documents=st.lists(st.binary(max_size=40), max_size=12), left_out=st.binary(max_size=5))
+def test_bytes_are_left_out_wherever_they_stand(
+    module: ModuleType, documents: list[bytes], left_out: bytes
+) -> None:
+    text, offsets = np.frombuffer(bytearray(b"".join(documents)), np.uint8), np.cumsum([0, *map(len, documents)])
+    left, places = module.without(text, offsets, left_out)
+    found = [left[start:end].tobytes() for start, end in pairwise(places)]
+    assert found == [bytes(byte for byte in document if byte not in left_out) for document in documents]
 
 
 @pytest.mark.parametrize(("size", "similarity"), [(20, 0.5), (200, 0.8), (2000, 0.8), (200, 0.95)])
@@ -131,13 +161,13 @@ def test_without_numba_numpy_takes_its_place(monkeypatch: pytest.MonkeyPatch) ->
     expected = [
         hasher.signatures(found) for hasher in [MinHasher(16, 5, 0, "numba")] for found in hasher.shingles(texts)
     ]
-    monkeypatch.setattr(minhash, "import_module", _without_numba)
-    minhash._kernels.cache_clear()
+    monkeypatch.setattr(kernels, "import_module", _without_numba)
+    kernels.kernels.cache_clear()
     hasher = MinHasher(16, 5, 0, "auto")
     assert [hasher.signatures(found).tolist() for found in hasher.shingles(texts)] == [f.tolist() for f in expected]
     with pytest.raises(DataError, match=r"pip install 'deepseek_v3\[numba\]'"):
         MinHasher(16, 5, 0, "numba")
-    minhash._kernels.cache_clear()
+    kernels.kernels.cache_clear()
 
 
 def test_where_no_cache_is_writable_numba_compiles_without(monkeypatch: pytest.MonkeyPatch) -> None:

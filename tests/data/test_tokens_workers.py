@@ -127,13 +127,14 @@ def test_workers_load_no_torch():
 
 
 ENDLESS = """
-import itertools, multiprocessing
+import itertools, multiprocessing, signal
 from deepseek_v3.data.tokens import encoding
 from deepseek_v3.data.tokens.encoding import CorpusEncoder, encoded_batches
 from deepseek_v3.data.tokens.index import CorpusOptions
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
     encoding._ALONE_CHARACTERS = 1
     options = CorpusOptions(source="x", text_field="text", holdout=0.1, fim_rate=0.0, seed=0)
     encoder = CorpusEncoder(Tokenizer.train([], 260), options)

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from deepseek_v3.data.deduplication.utf8 import utf8_of
+
 # Blocks of scripts that put no spaces between words (Unicode, Blocks.txt): first and last code point.
 _UNSPACED = (
     (0x0E00, 0x0FFF),  # Thai, Lao, Tibetan
@@ -36,10 +38,9 @@ _END = 0x34000  # behind it stand no letters
 
 def is_word(character: str) -> bool:
     """Whether it is a letter, a mark on one, a digit or other number, or the underscore."""
-    code_point = ord(character)
-    if code_point >= _END or code_point in _VARIATION_SELECTORS:
-        return False
-    return character == "_" or unicodedata.category(character)[0] in "LMN"
+    if unicodedata.category(character)[0] not in "LMN":
+        return character == "_"
+    return ord(character) < _END and ord(character) not in _VARIATION_SELECTORS
 
 
 def is_unspaced(character: str) -> bool:
@@ -69,9 +70,15 @@ class Tables(NamedTuple):
 @lru_cache(maxsize=1)
 def tables() -> Tables:
     """The tables of all characters; made once per process."""
-    encoded = np.zeros(_END + 1, np.uint32)
     words = [character for character in map(chr, range(_END)) if is_word(character)]
-    encoded[[*map(ord, words)]] = [int.from_bytes(folded(character).encode(), "little") for character in words]
+    changed = [
+        character for character in words if character != character.casefold() or character != character.lower()
+    ]
+    folds = np.arange(_END, dtype=np.uint32)
+    folds[[*map(ord, changed)]] = [ord(folded(character)) for character in changed]
+    encoded = np.zeros(_END + 1, np.uint32)
+    in_words = [*map(ord, words)]
+    encoded[in_words] = utf8_of(folds[in_words])
     alone = np.zeros(_END + 1, np.bool_)
     for first, last in _UNSPACED:
         alone[first : last + 1] = encoded[first : last + 1] != 0

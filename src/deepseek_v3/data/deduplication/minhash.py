@@ -4,20 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from importlib import import_module
-from types import ModuleType
 from typing import NamedTuple
 
 import pyarrow as pa
 
-from deepseek_v3.data.deduplication import numpy_kernels
 from deepseek_v3.data.deduplication.folding import fold
 from deepseek_v3.data.deduplication.hashing import odd_multipliers, shingle_multipliers
-from deepseek_v3.data.deduplication.utf8 import Int64s, UInt32s, blocks
-from deepseek_v3.utils.errors import DataError
-
-_PACKAGE = __name__.rpartition(".")[0]
+from deepseek_v3.data.deduplication.kernels import kernels
+from deepseek_v3.data.deduplication.utf8 import Int64s, UInt32s, UInt64s, blocks
 
 
 class Shingles(NamedTuple):
@@ -45,31 +39,23 @@ class MinHasher:
 
     def __post_init__(self) -> None:
         if self.accelerator == "numba":
-            _kernels(self.accelerator)
+            kernels(self.accelerator)
 
     def shingles(self, texts: pa.Array) -> Iterator[Shingles]:
         """The shingles of runs of documents, which together are all of them."""
-        kernels = _kernels(self.accelerator)
+        shingle_hashes = kernels(self.accelerator).shingle_hashes
         multipliers = shingle_multipliers(self.ngram)
         for text, offsets in blocks(texts):
-            yield Shingles(*kernels.shingle_hashes(fold(text, offsets), offsets, multipliers))
+            yield Shingles(*shingle_hashes(fold(text, offsets), offsets, multipliers))
 
     def signatures(self, shingles: Shingles) -> UInt32s:
         """uint32 [documents, num_perm]; all 2^32 - 1 for a document without words."""
         multipliers = odd_multipliers(self.seed, self.num_perm)
-        return _kernels(self.accelerator).minima(*shingles, multipliers)
+        return kernels(self.accelerator).minima(*shingles, multipliers)
 
+    def common(self, sets: UInt64s, offsets: Int64s, one: Int64s, other: Int64s) -> Int64s:
+        """How many members two sets have in common, for pairs of sets: int64 [pairs].
 
-@lru_cache(maxsize=3)
-def _kernels(accelerator: str) -> ModuleType:
-    """The module with the two loops that cost the time. Raises DataError if Numba is asked for and missing."""
-    if accelerator != "numpy":
-        try:
-            return import_module(f"{_PACKAGE}.numba_kernels")
-        except ImportError as error:
-            if accelerator == "numba":
-                raise DataError(
-                    f"accelerator: numba cannot be loaded: {error}; run pip install 'deepseek_v3[numba]', or take "
-                    "numpy, which gives the same results"
-                ) from None
-    return numpy_kernels
+        Set s stands, ascending and without repeats, from `offsets[s]` to `offsets[s + 1]`; the lower 32 bits count.
+        """
+        return kernels(self.accelerator).common(sets, offsets, one, other)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
 import xxhash
 
+from deepseek_v3.data.deduplication.kernels import kernels
 from deepseek_v3.data.deduplication.utf8 import (
     Int64s,
     UInt8s,
@@ -38,29 +40,28 @@ def normal_hashes(texts: pa.Array) -> UInt64s:
 
 def _digests(text: UInt8s, offsets: Int64s) -> list[bytes]:
     lowered, hard = _lowered(text, offsets)
-    digests = []
-    for document, (start, end) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
-        if document in hard:
-            normal = normal_form(text[start:end].tobytes().decode()).encode()
-        else:
-            normal = lowered[start:end].translate(_LOWERED_BYTES, _SPACES)
-        digests.append(xxhash.xxh3_128_digest(normal))
+    left, places = kernels("auto").without(lowered, offsets, _SPACES)
+    normal, ends = memoryview(left), places.tolist()
+    digests = [xxhash.xxh3_128_digest(normal[start:end]) for start, end in pairwise(ends)]
+    for document in hard:
+        whole = text[offsets[document] : offsets[document + 1]].tobytes().decode()
+        digests[document] = xxhash.xxh3_128_digest(normal_form(whole).encode())
     return digests
 
 
-def _lowered(text: UInt8s, offsets: Int64s) -> tuple[bytes, set[int]]:
+def _lowered(text: UInt8s, offsets: Int64s) -> tuple[UInt8s, set[int]]:
     """The text with lower case and ASCII spaces in place of other capitals and spaces.
 
     Returns also the documents in which that is not all there is to do.
     """
-    copy = np.frombuffer(padded(text), np.uint8)
-    places, code_points, sizes = multibyte(copy)
+    lowered = np.frombuffer(padded(text).translate(_LOWERED_BYTES), np.uint8)
+    places, code_points, sizes = multibyte(lowered)
     known = _replacements()
     found = known[np.minimum(code_points, len(known) - 1)]
     changed = np.flatnonzero(found)
     hard = places[changed[found[changed] == _HARD]]
-    overwrite(copy, places[changed], found[changed], sizes[changed])
-    return copy.tobytes(), {*(np.searchsorted(offsets, hard, side="right") - 1).tolist()}
+    overwrite(lowered, places[changed], found[changed], sizes[changed])
+    return lowered[: len(text)], {*(np.searchsorted(offsets, hard, side="right") - 1).tolist()}
 
 
 @lru_cache(maxsize=1)

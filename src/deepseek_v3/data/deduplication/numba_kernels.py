@@ -14,7 +14,7 @@ import numpy as np
 
 from deepseek_v3.data.deduplication import folding, hashing, utf8
 from deepseek_v3.data.deduplication.folding import Folded
-from deepseek_v3.data.deduplication.utf8 import Int64s, UInt32s
+from deepseek_v3.data.deduplication.utf8 import Int64s, UInt8s, UInt32s, UInt64s
 
 _PIECE = utf8.PIECE
 _LONGEST = folding.LONGEST
@@ -24,6 +24,7 @@ _STEP = np.uint64(hashing.STEP)
 _MIX_32 = np.uint32(hashing.MIX_32)
 _LOW_BYTES = np.array([2 ** (8 * size) - 1 for size in range(_PIECE + 1)], np.uint64)
 _GREATEST = np.uint32(2**32 - 1)
+_HASH_MASK = np.uint64(2**32 - 1)
 
 
 def _compiled(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -46,6 +47,18 @@ def shingle_hashes(folded: Folded, offsets: Int64s, multipliers: UInt32s) -> tup
 def minima(hashes: UInt32s, offsets: Int64s, multipliers: UInt32s) -> UInt32s:
     """As `numpy_kernels.minima`."""
     return _minima(hashes, offsets, multipliers)
+
+
+def common(sets: UInt64s, offsets: Int64s, one: Int64s, other: Int64s) -> Int64s:
+    """As `numpy_kernels.common`."""
+    return _common(sets, offsets, one, other)
+
+
+def without(text: UInt8s, offsets: Int64s, left_out: bytes) -> tuple[UInt8s, Int64s]:
+    """As `numpy_kernels.without`."""
+    kept = np.ones(256, np.uint8)
+    kept[[*left_out]] = 0
+    return _without(text, offsets, kept)
 
 
 @numba.njit(inline="always")
@@ -79,7 +92,7 @@ def _word_hash(text, start, size):  # type: ignore[no-untyped-def]  # pragma: no
     return np.uint32(total >> np.uint64(32))
 
 
-@_compiled("int64(uint8[::1], boolean[::1], boolean[::1], int64[::1])")
+@numba.njit
 def _word_starts(text, cuts, begins, starts):  # type: ignore[no-untyped-def]  # pragma: no cover
     """Writes where words begin, and the end behind; returns how many begin. `begins` is room for as many bytes."""
     begins[0] = text[0] != 0
@@ -93,7 +106,7 @@ def _word_starts(text, cuts, begins, starts):  # type: ignore[no-untyped-def]  #
     return count
 
 
-@_compiled("int64(uint8[::1], int64[::1], int64, uint32[::1])")
+@numba.njit
 def _word_hashes(text, starts, runs, words):  # type: ignore[no-untyped-def]  # pragma: no cover
     """Writes the hashes of the words in as many runs of letters; returns how many words they are."""
     count = 0
@@ -108,7 +121,7 @@ def _word_hashes(text, starts, runs, words):  # type: ignore[no-untyped-def]  # 
     return count
 
 
-@_compiled("int64(uint32[::1], int64, uint32[::1], uint32[::1])")
+@numba.njit
 def _combined(words, count, multipliers, hashes):  # type: ignore[no-untyped-def]  # pragma: no cover
     """Writes the hashes of the shingles of so many words; returns how many they are."""
     if not count:
@@ -165,3 +178,34 @@ def _minima(hashes, offsets, multipliers):  # type: ignore[no-untyped-def]  # pr
                 high = min(min(np.uint32(m * e), np.uint32(m * f)), min(np.uint32(m * g), np.uint32(m * h)))
                 row[j] = min(row[j], min(low, high))
     return least
+
+
+@_compiled("int64[::1](uint64[::1], int64[::1], int64[::1], int64[::1])")
+def _common(sets, offsets, one, other):  # type: ignore[no-untyped-def]  # pragma: no cover
+    """Goes through both sets of a pair side by side; no branch depends on what is in them."""
+    counts = np.zeros(len(one), np.int64)
+    for pair in range(len(one)):
+        i, i_end = offsets[one[pair]], offsets[one[pair] + 1]
+        j, j_end = offsets[other[pair]], offsets[other[pair] + 1]
+        count = 0
+        while i < i_end and j < j_end:
+            a, b = sets[i] & _HASH_MASK, sets[j] & _HASH_MASK
+            count += a == b
+            i += a <= b
+            j += b <= a
+        counts[pair] = count
+    return counts
+
+
+@_compiled("Tuple((uint8[::1], int64[::1]))(uint8[::1], int64[::1], uint8[::1])")
+def _without(text, offsets, kept):  # type: ignore[no-untyped-def]  # pragma: no cover
+    """Writes every byte, and goes on behind those that are kept."""
+    left = np.empty(len(text) + 1, np.uint8)
+    places = np.zeros(len(offsets), np.int64)
+    end = 0
+    for document in range(len(offsets) - 1):
+        for place in range(offsets[document], offsets[document + 1]):
+            left[end] = text[place]
+            end += kept[text[place]]
+        places[document + 1] = end
+    return left[:end], places

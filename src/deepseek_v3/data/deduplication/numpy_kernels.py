@@ -1,16 +1,22 @@
-"""The two loops over all text that cost the time, in NumPy. `numba_kernels` computes the same bit for bit."""
+"""The loops over all text that cost the time, in NumPy. `numba_kernels` computes the same bit for bit."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 
 from deepseek_v3.data.deduplication.folding import LONGEST, Folded
 from deepseek_v3.data.deduplication.hashing import MIX_1, MIX_2, MIX_32, STEP
-from deepseek_v3.data.deduplication.utf8 import PIECE, Int64s, UInt32s, UInt64s, pieces_of
+from deepseek_v3.data.deduplication.utf8 import PIECE, Int64s, UInt8s, UInt32s, UInt64s, pieces_of
 
 _LOW_BYTES = np.array([2 ** (8 * size) - 1 for size in range(PIECE + 1)], np.uint64)
 _EIGHT_BYTES = np.uint64(2**56)  # the least piece whose last byte is not 0
 _AT_ONCE = 2**17  # products of shingles and multipliers: half a megabyte
+_SHINGLES_AT_ONCE = 2**18
+_HASH_BITS = np.uint64(32)
+_HASH_MASK = np.uint64(2**32 - 1)
 
 
 def shingle_hashes(folded: Folded, offsets: Int64s, multipliers: UInt32s) -> tuple[UInt32s, Int64s]:
@@ -40,6 +46,53 @@ def minima(hashes: UInt32s, offsets: Int64s, multipliers: UInt32s) -> UInt32s:
             found = np.minimum.reduceat(products[: len(some)], offsets[filled], axis=1)
             least[first : first + len(some), filled] = found
     return np.ascontiguousarray(least.T)
+
+
+def common(sets: UInt64s, offsets: Int64s, one: Int64s, other: Int64s) -> Int64s:
+    """How many members two sets have in common, for pairs of sets: int64 [pairs].
+
+    Set s stands, ascending and without repeats, from `offsets[s]` to `offsets[s + 1]` (int64 [sets + 1]) in `sets`;
+    the lower 32 bits of each number count.
+    """
+    sizes = np.diff(offsets)
+    counts = np.zeros(len(one), np.int64)
+    for some in _runs(sizes[one] + sizes[other]):
+        # The members of both sets of a pair, tagged with the pair, are sorted; those in common stand there twice.
+        tagged = np.concatenate([_tagged(sets, offsets, one[some]), _tagged(sets, offsets, other[some])])
+        tagged.sort()
+        twice = tagged[1:][tagged[1:] == tagged[:-1]] >> _HASH_BITS
+        counts[some] = np.bincount(twice.astype(np.int64), minlength=len(one[some]))
+    return counts
+
+
+def without(text: UInt8s, offsets: Int64s, left_out: bytes) -> tuple[UInt8s, Int64s]:
+    """The documents of a block without certain bytes.
+
+    `offsets`: int64 [documents + 1], where each begins in `text` (uint8). Returns the same of what is left.
+    """
+    documents = [text[a:b].tobytes().translate(None, left_out) for a, b in pairwise(offsets.tolist())]
+    ends = np.cumsum([len(document) for document in documents], dtype=np.int64)
+    return np.frombuffer(b"".join(documents), np.uint8), np.append(np.int64(0), ends)
+
+
+def _tagged(sets: UInt64s, offsets: Int64s, chosen: Int64s) -> UInt64s:
+    """The members of these sets, each with the index of its set among them in the upper half."""
+    sizes = offsets[chosen + 1] - offsets[chosen]
+    ends = np.cumsum(sizes)
+    places = np.arange(ends[-1]) + np.repeat(offsets[chosen] - (ends - sizes), sizes)
+    tags = np.arange(len(chosen), dtype=np.uint64) << _HASH_BITS
+    return sets[places] & _HASH_MASK | np.repeat(tags, sizes)
+
+
+def _runs(sizes: Int64s) -> Iterator[slice]:
+    """Runs of pairs that take about `_SHINGLES_AT_ONCE` shingles, or one pair that takes more."""
+    ends = np.cumsum(sizes)
+    start = 0
+    while start < len(sizes):
+        limit = (ends[start - 1] if start else 0) + _SHINGLES_AT_ONCE
+        stop = max(int(np.searchsorted(ends, limit, side="right")), start + 1)
+        yield slice(start, stop)
+        start = stop
 
 
 def _word_starts(folded: Folded) -> Int64s:

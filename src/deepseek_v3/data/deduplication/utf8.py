@@ -65,6 +65,16 @@ def multibyte(text: UInt8s) -> Multibyte:
     return Multibyte(places, code_points, sizes)
 
 
+def utf8_of(code_points: UInt32s) -> UInt32s:
+    """The UTF-8 of characters, the first byte lowest."""
+    last, third, second = (0x80 | code_points >> shift & 63 for shift in (0, 6, 12))
+    kinds = [code_points < 0x80, code_points < 0x800, code_points < 0x10000]
+    ascii_, two = code_points, 0xC0 | code_points >> 6 | last << 8
+    three = 0xE0 | code_points >> 12 | third << 8 | last << 16
+    four = 0xF0 | code_points >> 18 | second << 8 | third << 16 | last << 24
+    return np.select(kinds, [ascii_, two, three], four)
+
+
 def overwrite(text: UInt8s, places: Int64s, encoded: UInt32s, sizes: UInt32s) -> None:
     """Puts other characters of the same sizes at these places: their UTF-8, the first byte lowest."""
     text[places], text[places + 1] = encoded, encoded >> np.uint32(8)

@@ -16,10 +16,8 @@ from deepseek_v3.data.deduplication.utf8 import Int64s, UInt64s
 from deepseek_v3.data.stages import Part, split_by_part
 
 _HASH_BITS = np.uint64(32)
-_HASH_MASK = np.uint64(2**32 - 1)
-_SHINGLES_AT_ONCE = 2**18
 _BYTES_PER_SHINGLE = 50  # what `similarities` needs for each shingle of a document
-_CHUNK_MEMORY = 2**27  # more would only leave fewer chunks to share
+_CHUNK_MEMORY = 2**25  # more would only leave fewer chunks to share
 
 
 def in_chunks(parts: Sequence[Part], pairs: Pairs, memory: int) -> list[Pairs]:
@@ -41,25 +39,31 @@ def similarities(parts: Sequence[Part], one: Int64s, other: Int64s, hasher: MinH
     one, other = np.split(indices, 2)
     sets, offsets = _shingle_sets(parts, documents, hasher)
     sizes = np.diff(offsets)
-    common = np.zeros(len(one), np.int64)
-    for some in _runs(sizes[one] + sizes[other]):
-        common[some] = _common(sets, offsets, one[some], other[some])
+    common = hasher.common(sets, offsets, one, other)
     return common / (sizes[one] + sizes[other] - common)
 
 
 def _shingle_sets(parts: Sequence[Part], documents: Int64s, hasher: MinHasher) -> tuple[UInt64s, Int64s]:
     """The different shingles of each of these documents, ascending, as uint64, and where each document's begin."""
-    tagged: list[UInt64s] = []
+    sets: list[UInt64s] = []
     for part, chosen in split_by_part(parts, documents):
         document = int(chosen[0])
         for texts in _texts(part, documents[chosen] - part.first):
             for shingles in hasher.shingles(texts):
                 counts = np.diff(shingles.offsets)
                 tags = np.arange(document, document + len(counts), dtype=np.uint64) << _HASH_BITS
-                tagged.append(np.repeat(tags, counts) | shingles.hashes)
+                sets.append(_sorted_set(np.repeat(tags, counts) | shingles.hashes))
                 document += len(counts)
-    sets = np.unique(np.concatenate(tagged))
-    return sets, np.searchsorted(sets, np.arange(len(documents) + 1, dtype=np.uint64) << _HASH_BITS)
+    joined = np.concatenate(sets)  # ascending, for the runs are
+    return joined, np.searchsorted(joined, np.arange(len(documents) + 1, dtype=np.uint64) << _HASH_BITS)
+
+
+def _sorted_set(values: UInt64s) -> UInt64s:
+    """The different values, ascending. Few at a time, so that they stay in the caches while they are sorted."""
+    values.sort()
+    new = np.ones(len(values), np.bool_)
+    new[1:] = values[1:] != values[:-1]
+    return values[new]
 
 
 def _texts(part: Part, rows: Int64s) -> Iterator[pa.Array]:
@@ -71,34 +75,3 @@ def _texts(part: Part, rows: Int64s) -> Iterator[pa.Array]:
             start, stop = np.searchsorted(rows, [first, first + len(texts)])
             yield texts.take(pa.array(rows[start:stop] - first))
             first += len(texts)
-
-
-def _common(sets: UInt64s, offsets: Int64s, one: Int64s, other: Int64s) -> Int64s:
-    """How many shingles the documents of each pair have in common.
-
-    The shingles of both, tagged with the pair, are sorted; those in common stand there twice.
-    """
-    tagged = np.concatenate([_tagged(sets, offsets, one), _tagged(sets, offsets, other)])
-    tagged.sort()
-    twice = tagged[1:][tagged[1:] == tagged[:-1]] >> _HASH_BITS
-    return np.bincount(twice.astype(np.int64), minlength=len(one))
-
-
-def _tagged(sets: UInt64s, offsets: Int64s, documents: Int64s) -> UInt64s:
-    """The shingles of these documents, each with the index of its document among them in the upper half."""
-    sizes = offsets[documents + 1] - offsets[documents]
-    ends = np.cumsum(sizes)
-    places = np.arange(ends[-1]) + np.repeat(offsets[documents] - (ends - sizes), sizes)
-    tags = np.arange(len(documents), dtype=np.uint64) << _HASH_BITS
-    return sets[places] & _HASH_MASK | np.repeat(tags, sizes)
-
-
-def _runs(sizes: Int64s) -> Iterator[slice]:
-    """Runs of pairs that take about `_SHINGLES_AT_ONCE` shingles, or one pair that takes more."""
-    ends = np.cumsum(sizes)
-    start = 0
-    while start < len(sizes):
-        limit = (ends[start - 1] if start else 0) + _SHINGLES_AT_ONCE
-        stop = max(int(np.searchsorted(ends, limit, side="right")), start + 1)
-        yield slice(start, stop)
-        start = stop

@@ -28,7 +28,7 @@ def preload(config: PreprocessConfig) -> None:
     It does so beside the caller, who may have imports and plans of its own to make meanwhile.
     """
     modules = [_TASKS, *(STAGES[name].split(":")[0] for name in config.pipeline)]
-    if "deduplication" in config.pipeline and config.deduplication.accelerator != "numpy":
+    if {"deduplication", "exact_deduplication"} & {*config.pipeline}:
         modules.append(_KERNELS)
     multiprocessing.get_context("forkserver").set_forkserver_preload(modules)
     forkserver.ensure_running()
