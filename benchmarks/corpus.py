@@ -72,7 +72,7 @@ class Copy(NamedTuple):
 
 def main(
     output: Annotated[Path, typer.Option(help="Folder to write; it must not exist yet.")],
-    megabytes: Annotated[int, typer.Option(min=1, help="Text in all documents, 10^6 bytes.")] = 220,
+    megabytes: Annotated[int, typer.Option(min=1, help="Text in all documents, 10^6 bytes.")] = 640,
     cache: Annotated[Path, typer.Option(help="Where packages are kept.")] = Path("~/.cache/deepseek_v3/corpus"),
     seed: Annotated[int, typer.Option(help="Chooses documents, copies and edits.")] = 0,
     workers: Annotated[int, typer.Option(min=1, help="Processes that turn files into text.")] = 2,
