@@ -16,6 +16,7 @@ from surroundings import RESULTS, surroundings
 
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.training.train import train_run
+from deepseek_v3.utils.distributed import select_device
 from deepseek_v3.utils.logging import configure_logging
 from deepseek_v3.utils.monitoring import read_metrics
 
@@ -31,7 +32,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         places = [f"checkpoint.directory={folder}/checkpoints", f"logging.directory={folder}/run"]
         config = load_config(Path(__file__).parent / "shapes" / f"{shape}.yaml", [*places, *(override or [])])
-        train_run(config)
+        train_run(config, select_device("auto"))
         steps = [record for record in read_metrics(Path(folder) / "run" / "metrics.jsonl") if "loss" in record]
     rates = [record["tokens_per_second"] for record in steps[1:]]  # the first contains the compilation
     figures = {

@@ -39,7 +39,7 @@ def quickstart(
     start = time.perf_counter()
     folder = _unused_folder(runs)
     run = load_config(config, [f"logging.directory={folder}", f"checkpoint.directory={folder / 'checkpoints'}"])
-    result = train_run(run)
+    result = train_run(run, select_device("auto"))
     if not result.finished or result.held_out is None:
         raise UserError(f"stopped after step {result.step}; start again for another run, this one is in {folder}")
     comparison = compare_with_ngrams(result.held_out, TokenShards.open(run.data.path), run, result.tokens)

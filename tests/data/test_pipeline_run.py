@@ -128,6 +128,26 @@ def test_a_changed_input_file_is_noticed(tmp_path: Path) -> None:
         preprocess(config)
 
 
+def test_a_changed_file_of_a_stage_is_noticed(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", [{"text": f"Document number {n}."} for n in range(9)])
+    questions = write_lines(
+        tmp_path / "sets" / "questions.jsonl", [{"text": "What is the number of a document, and who asks?"}]
+    )
+    config = pipeline_config(
+        str(tmp_path / "in"),
+        tmp_path / "out",
+        ["decontamination"],
+        decontamination={"evaluation": [str(tmp_path / "sets")]},
+    )
+    preprocess(config, shard=(0, 1))
+    write_lines(questions, [{"text": "What else is the number of a document, and who asks?"}])
+    with pytest.raises(DataError, match=r"the file .*questions\.jsonl was changed since the run began"):
+        preprocess(config)
+    questions.rename(tmp_path / "sets" / "more.jsonl")
+    with pytest.raises(DataError, match=r"the file .*more\.jsonl is new"):
+        preprocess(config)
+
+
 @pytest.mark.parametrize("pipeline", [[], ["preliminary_cleaning"], ["exact_deduplication"], ALL_STAGES])
 def test_any_list_of_stages_runs(tmp_path: Path, pipeline: list[str]) -> None:
     rows = [{"text": f"The {word} was seen and heard by all of us."} for word in ("cat", "dog", "cat", "bird")]

@@ -78,7 +78,7 @@ def test_bfloat16_losses_and_gradients_stay_near_float32() -> None:
 
 def test_training_steps_are_compiled_whole_and_wait_for_nothing(tmp_path: Path) -> None:
     trainer = Trainer(load_config(write_run(tmp_path), WIDTHS), CUDA)
-    assert trainer.model.compute_dtype == torch.bfloat16
+    assert trainer.engine.models[0].compute_dtype == torch.bfloat16
     batches = token_batches(trainer.loader, trainer._micro_batches(), CUDA)
     for number in (1, 2):
         trainer._train_step(trainer.plan.step(number), batches)

@@ -67,8 +67,20 @@ def test_a_ramp_grows_in_a_line_and_ends_with_the_step_that_reaches_the_budget(
     for start, size in zip(borders, sizes, strict=False):
         share = start / math.ceil(total / length)
         exact = first + (last - first) * min(1, share / fraction)
-        assert size % micro == 0
-        assert abs(size - exact) <= micro / 2 + 1e-6
+        unit = math.gcd(first, last)
+        assert size % unit == 0
+        assert abs(size - exact) <= unit / 2 + 1e-6
+
+
+def test_the_steps_of_a_ramp_are_the_same_under_every_layout() -> None:
+    fields = {
+        "total_tokens": 40_000,
+        "sequence_length": 16,
+        "global_batch_size": 48,
+        "batch_ramp": {"initial": 16, "fraction": 0.6},
+    }
+    borders = [sample_borders(_run(micro, **fields)) for micro in (1, 2, 4, 8, 16)]
+    assert all(each == borders[0] for each in borders)
 
 
 def test_a_constant_batch_needs_no_list_of_its_steps() -> None:

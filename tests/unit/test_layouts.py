@@ -75,7 +75,7 @@ def _every_layout(config: RunConfig, devices: int) -> Iterator[RunConfig]:
     for replicate, shard, pipeline in product(numbers, numbers, numbers):
         if replicate * shard * pipeline != devices:
             continue
-        for expert, micro, recomputation in product(numbers, sequences, ("none", "full")):
+        for expert, micro, recomputation in product(numbers, sequences, ("none", "selective", "full")):
             fields = config.model_dump(mode="json")
             fields["parallel"] |= {
                 "data_replicate": replicate,

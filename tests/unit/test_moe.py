@@ -15,6 +15,7 @@ from deepseek_v3.moe.dispatch import LocalDispatcher
 from deepseek_v3.moe.experts import RoutedExperts
 from deepseek_v3.moe.layer import MixtureOfExperts
 from deepseek_v3.moe.routing import Router
+from deepseek_v3.ops.grouped_gemm import torch_grouped_linear
 from helpers import fill_with_noise, largest_difference, random_tokens, small_config, small_model
 
 EXACT = 1e-12
@@ -175,6 +176,14 @@ CHOICES: dict[str, list[list[int]]] = {
 }
 
 
+def routed(x_TD: Tensor, gates_TK: Tensor, experts_TK: Tensor, experts: RoutedExperts) -> Tensor:
+    """Tokens through experts that are all here."""
+    dispatcher = LocalDispatcher(experts.num_experts)
+    arrived = dispatcher.receive(dispatcher.dispatch(x_TD, gates_TK, experts_TK))
+    rows_XD = experts(arrived.rows_XD, arrived.gates_X, arrived.ends_E)
+    return dispatcher.collect(dispatcher.combine(rows_XD, arrived.handle))
+
+
 @pytest.mark.parametrize("choice", CHOICES)
 @torch.no_grad()
 def test_dispatch_equals_a_loop_over_tokens(choice: str) -> None:
@@ -183,7 +192,7 @@ def test_dispatch_equals_a_loop_over_tokens(choice: str) -> None:
     experts_TK = torch.tensor(CHOICES[choice])
     x_TD, gates_TK = tokens_of(config, len(experts_TK)), torch.rand(experts_TK.shape, dtype=torch.float64)
 
-    y_TD = LocalDispatcher(config.n_routed_experts)(x_TD, gates_TK, experts_TK, experts)
+    y_TD = routed(x_TD, gates_TK, experts_TK, experts)
 
     for t, x_D in enumerate(x_TD):
         gates = dict(zip(experts_TK[t].tolist(), gates_TK[t].tolist(), strict=True))
@@ -194,14 +203,13 @@ def test_dispatch_equals_a_loop_over_tokens(choice: str) -> None:
 def test_neither_the_order_of_tokens_nor_of_choices_matters() -> None:
     config = small_config()
     experts = layer_filled_with_noise(RoutedExperts(config))
-    dispatch = LocalDispatcher(config.n_routed_experts)
     experts_TK = torch.stack([torch.randperm(8)[:3] for _ in range(12)])
     x_TD, gates_TK = tokens_of(config, 12), torch.rand(12, 3, dtype=torch.float64)
-    y_TD = dispatch(x_TD, gates_TK, experts_TK, experts)
+    y_TD = routed(x_TD, gates_TK, experts_TK, experts)
 
     tokens = torch.randperm(12)
-    moved_TD = dispatch(x_TD[tokens], gates_TK[tokens], experts_TK[tokens], experts)
-    turned_TD = dispatch(x_TD, gates_TK.flip(1), experts_TK.flip(1), experts)
+    moved_TD = routed(x_TD[tokens], gates_TK[tokens], experts_TK[tokens], experts)
+    turned_TD = routed(x_TD, gates_TK.flip(1), experts_TK.flip(1), experts)
 
     assert largest_difference(moved_TD, y_TD[tokens]) < EXACT
     assert largest_difference(turned_TD, y_TD) < EXACT
@@ -214,13 +222,30 @@ def test_an_expert_without_tokens_gets_a_gradient_of_zeros() -> None:
     gates_TK = torch.rand(4, 2, dtype=torch.float64, requires_grad=True)
     experts_TK = torch.tensor(CHOICES["most experts empty"])
 
-    LocalDispatcher(config.n_routed_experts)(x_TD, gates_TK, experts_TK, experts).sum().backward()
+    routed(x_TD, gates_TK, experts_TK, experts).sum().backward()
 
     for weight in (experts.gate_up_proj, experts.down_proj):
         used = [expert for expert, gradient in enumerate(weight.grad) if gradient.abs().sum() > 0]
         assert used == [1, 6]
     assert gates_TK.grad is not None
     assert gates_TK.grad.abs().min() > 0
+
+
+def test_a_layer_whose_experts_are_all_here_compiles_in_one_piece() -> None:
+    """A break in the graph is an error; so would be a number that the program reads from the device."""
+    layer = MixtureOfExperts(small_config(moe_intermediate_size=24)).bfloat16()
+    fill_with_noise(layer)
+    layer.experts.grouped_linear = torch_grouped_linear
+    x_BSD = torch.randn(2, 9, layer.config.hidden_size).bfloat16().requires_grad_()
+    inputs = [x_BSD, *layer.parameters()]
+
+    def results(run: Callable[[Tensor], Any]) -> list[Tensor]:
+        y_BSD = run(x_BSD)[0]
+        return [y_BSD, *torch.autograd.grad(y_BSD, inputs, torch.ones_like(y_BSD))]
+
+    expected = results(layer)
+    found = results(torch.compile(layer, fullgraph=True, dynamic=False, backend="aot_eager"))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 # Load balance.

@@ -19,6 +19,10 @@ def _config(**changes: object) -> OptimizerConfig:
     return OptimizerConfig(**{"learning_rate": 0.1, "moments": "float32", **changes})  # type: ignore[arg-type]
 
 
+def _named(parameters: list[nn.Parameter]) -> dict[str, nn.Parameter]:
+    return {str(number): parameter for number, parameter in enumerate(parameters)}
+
+
 def _with_gradients(parameters: list[nn.Parameter], gradients: list[Tensor]) -> None:
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient.clone()
@@ -27,7 +31,7 @@ def _with_gradients(parameters: list[nn.Parameter], gradients: list[Tensor]) -> 
 def test_equals_torch_adamw_with_clipping_and_decay_on_matrices_only(device: torch.device) -> None:
     ours = _parameters(device)
     theirs = [nn.Parameter(parameter.detach().clone()) for parameter in ours]
-    optimizer = AdamW(ours, _config(max_grad_norm=0.5))
+    optimizer = AdamW(_named(ours), _config(max_grad_norm=0.5))
     matrices, vectors = [theirs[0], theirs[2]], [theirs[1]]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     reference = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
@@ -51,7 +55,7 @@ def test_pieces_on_a_cpu_give_the_same_bits_as_the_whole(monkeypatch: pytest.Mon
     for piece in (1 << 18, 7):
         monkeypatch.setattr(optimizer_module, "_CPU_PIECE", piece)
         parameters = [nn.Parameter(tensor.clone()) for tensor in start]
-        optimizer = AdamW(parameters, _config(moments="bfloat16"))
+        optimizer = AdamW(_named(parameters), _config(moments="bfloat16"))
         for _ in range(3):
             _with_gradients(parameters, gradients)
             optimizer.step(0.1)
@@ -65,7 +69,7 @@ def test_bfloat16_moments_stay_close_to_float32_ones(device: torch.device) -> No
     exact, rounded = _parameters(device), _parameters(device)
     for mine, other in zip(rounded, exact, strict=True):
         mine.data.copy_(other)
-    optimizers = [AdamW(exact, _config()), AdamW(rounded, _config(moments="bfloat16"))]
+    optimizers = [AdamW(_named(exact), _config()), AdamW(_named(rounded), _config(moments="bfloat16"))]
     for _ in range(10):
         gradients = [torch.randn_like(parameter) for parameter in exact]
         for parameters, optimizer in zip((exact, rounded), optimizers, strict=True):
@@ -80,13 +84,13 @@ def test_bfloat16_moments_stay_close_to_float32_ones(device: torch.device) -> No
 @pytest.mark.parametrize("moments", ["float32", "bfloat16"])
 def test_a_restored_optimizer_goes_on_bit_for_bit(moments: str) -> None:
     parameters = _parameters(torch.device("cpu"))
-    optimizer = AdamW(parameters, _config(moments=moments))
+    optimizer = AdamW(_named(parameters), _config(moments=moments))
     gradients = [[torch.randn_like(parameter) for parameter in parameters] for _ in range(6)]
     for step in range(3):
         _with_gradients(parameters, gradients[step])
         optimizer.step(0.1)
     copies = [nn.Parameter(parameter.detach().clone()) for parameter in parameters]
-    restored = AdamW(copies, _config(moments=moments))
+    restored = AdamW(_named(copies), _config(moments=moments))
     restored.load_state_dict(optimizer.state_dict())
     for step in range(3, 6):
         for group, twin in ((parameters, optimizer), (copies, restored)):
@@ -99,5 +103,5 @@ def test_parameters_without_a_gradient_stay_as_they_are() -> None:
     parameters = _parameters(torch.device("cpu"))
     before = parameters[1].detach().clone()
     parameters[0].grad = torch.ones_like(parameters[0])
-    AdamW(parameters, _config()).step(0.1)
+    AdamW(_named(parameters), _config()).step(0.1)
     assert torch.equal(parameters[1], before)

@@ -158,7 +158,7 @@ def test_the_header_of_base_gives_the_run_of_the_report() -> None:
     assert plan.step(1).num_samples == 3072
     assert plan.step(plan.total_steps).num_samples == 15_360
     grown = next(n for n in range(1, plan.total_steps) if plan.step(n).num_samples == 15_360)
-    assert plan.tokens_after(grown) == pytest.approx(469e9, rel=1e-3)
+    assert plan.tokens_after(grown) == pytest.approx(469e9, rel=5e-3)
     assert f"in {plan.total_steps:,} steps" in PAGE
 
 

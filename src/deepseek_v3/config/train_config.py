@@ -59,9 +59,14 @@ class ScheduleConfig(Section):
 
 
 class BatchRampConfig(Section):
-    """The global batch grows linearly from `initial` sequences over the first `fraction` of the budget."""
+    """The global batch grows linearly from `initial` sequences over the first `fraction` of the budget.
+
+    It grows in steps of `increment` sequences, which divide over all ranks and micro-batches, so that it is the
+    same under every layout; null is what divides the first and the last batch.
+    """
 
     initial: PositiveInt
+    increment: PositiveInt | None = None
     fraction: Annotated[float, Field(gt=0, le=1)] = 469e9 / _REPORT_TOKENS
 
 
@@ -107,21 +112,36 @@ class TrainingConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
 
 
+# One forward, one backward (Narayanan et al. 2019), and schedules that leave fewer gaps because each rank has two
+# stages: interleaved (Narayanan et al. 2021), zero bubble (Qi et al. 2023), and the report's DualPipe, cut in half.
+PipelineSchedule = Literal["1f1b", "interleaved", "zero_bubble", "dualpipe_v"]
+
+
 class ParallelConfig(Section):
     """How the work meets the hardware; nothing here changes what is computed, only rounding.
 
     The data is split over `data_replicate` × `data_shard` ranks: groups of `data_shard` ranks share out one copy
     of weights, gradients and moments, and there are `data_replicate` such copies. Of these ranks, each `expert`
-    consecutive ones share out the experts. `pipeline` cuts the layers into stages, each on ranks of its own.
+    consecutive ones share out the experts. `pipeline` cuts the layers into stages, each on ranks of its own. With
+    `layout: auto` the planner chooses all of these for the processes that are started, and `micro_batch_size` and
+    `recomputation` with them.
+
+    `zero_stage` says how long a rank holds what others own (Rajbhandari et al. 2020): weights only while their
+    layer runs (3), from its forward to its backward pass (2), or weights and gradients for the whole step (1).
     """
 
+    layout: Literal["given", "auto"] = "given"
     data_replicate: PositiveInt = 1
     data_shard: PositiveInt = 1
     expert: PositiveInt = 1
     pipeline: PositiveInt = 1
+    zero_stage: Literal[1, 2, 3] = 3
+    pipeline_schedule: PipelineSchedule = "1f1b"
+    expert_back_end: Literal["auto", "torch", "deepep"] = "auto"
+    dispatch_precision: Literal["activations", "fp8"] = "activations"
     micro_batch_size: PositiveInt = 1
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    recomputation: Literal["none", "full"] = "none"
+    recomputation: Literal["none", "selective", "full"] = "none"
     compile: Literal["auto", True, False] = "auto"
 
     @property
@@ -133,6 +153,21 @@ class ParallelConfig(Section):
     def world_size(self) -> int:
         """Number of ranks, one per GPU."""
         return self.data_ranks * self.pipeline
+
+    @property
+    def expert_shard(self) -> int:
+        """Ranks that share out one copy of the same experts."""
+        return max(1, self.data_shard // self.expert)
+
+    @property
+    def expert_replicate(self) -> int:
+        """Copies of each expert."""
+        return self.data_ranks // (self.expert * self.expert_shard)
+
+    @property
+    def stages_per_rank(self) -> int:
+        """Pipeline stages on each rank."""
+        return 1 if self.pipeline == 1 or self.pipeline_schedule == "1f1b" else 2
 
 
 class CheckpointConfig(Section):
@@ -178,6 +213,7 @@ class RunConfig(Section):
         sizes = {"training.global_batch_size": training.global_batch_size}
         if training.batch_ramp:
             sizes["training.batch_ramp.initial"] = training.batch_ramp.initial
+            sizes |= _increment(training.batch_ramp, training.global_batch_size)
         for name, size in sizes.items():
             _check_batch(name, size, self.parallel)
         if training.batch_ramp and training.batch_ramp.initial > training.global_batch_size:
@@ -191,6 +227,18 @@ class RunConfig(Section):
                 f"data.corpus.vocab_size = {corpus.vocab_size} is more than model.vocab_size = {model.vocab_size}"
             )
         return self
+
+
+def _increment(ramp: BatchRampConfig, last: int) -> dict[str, int]:
+    """The increment as a size to check, where one is given. Raises ValueError where the batch cannot grow by it."""
+    if ramp.increment is None:
+        return {}
+    for name, size in (("training.batch_ramp.initial", ramp.initial), ("training.global_batch_size", last)):
+        if size % ramp.increment:
+            raise ValueError(
+                f"{name} = {size} is not a multiple of training.batch_ramp.increment = {ramp.increment}"
+            )
+    return {"training.batch_ramp.increment": ramp.increment}
 
 
 def _check_batch(name: str, size: int, parallel: ParallelConfig) -> None:
@@ -212,9 +260,19 @@ def _check_ranks(parallel: ParallelConfig, model: ModelConfig) -> None:
             f"parallel.expert = {expert} does not divide the {ranks} data-parallel ranks "
             f"(data_replicate × data_shard); nearest that does: {_nearest_divisor(ranks, expert)}"
         )
-    layers = model.num_hidden_layers + model.num_nextn_predict_layers
-    if parallel.pipeline > layers:
-        raise ValueError(f"parallel.pipeline = {parallel.pipeline} is more than the {layers} layers of the model")
+    larger, smaller = max(parallel.data_shard, expert), min(parallel.data_shard, expert)
+    if larger % smaller:
+        raise ValueError(
+            f"parallel.expert = {expert} and parallel.data_shard = {parallel.data_shard}: one must divide the "
+            "other, so that a copy of the experts lies inside whole copies of the rest; nearest expert degree that "
+            f"does: {_nearest_divisor(parallel.data_shard, expert)}"
+        )
+    stages, layers = parallel.pipeline * parallel.stages_per_rank, model.num_hidden_layers
+    if stages > layers:
+        on_each = f" × {parallel.stages_per_rank} stages on each" if parallel.stages_per_rank > 1 else ""
+        raise ValueError(
+            f"parallel.pipeline = {parallel.pipeline}{on_each} is more than the {layers} layers of the main model"
+        )
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -16,8 +17,9 @@ from deepseek_v3.data.tokens.loader import TokenLoader
 from deepseek_v3.data.tokens.shards import TokenShards
 from deepseek_v3.evaluation.ngrams import Ids, bigram_loss, unigram_loss
 from deepseek_v3.model.saved import load_model
-from deepseek_v3.training.batches import check_vocabulary
-from deepseek_v3.training.holdout import HeldOutEvaluation, HeldOutLoss
+from deepseek_v3.training.batches import Documents, check_vocabulary
+from deepseek_v3.training.holdout import HeldOutEvaluation, HeldOutLoss, main_losses
+from deepseek_v3.training.loss import Objective
 from deepseek_v3.utils.distributed import select_device
 from deepseek_v3.utils.logging import configure_logging, get_console
 
@@ -55,7 +57,7 @@ def compare_with_ngrams(
 
 
 def evaluate(
-    checkpoint: Annotated[Path, typer.Option(help="A checkpoint_step_N.pt file.")],
+    checkpoint: Annotated[Path, typer.Option(help="A checkpoint, or a folder of them: the newest undamaged.")],
     data: Annotated[Path | None, typer.Option(help="Token shards; those of the run if left out.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Held-out tokens to read; all if left out.", min=1)] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -67,7 +69,8 @@ def evaluate(
     shards = TokenShards.open(data or saved.config.data.path)
     check_vocabulary(shards, saved.config.model)
     evaluation = HeldOutEvaluation(shards, saved.config, tokens or shards.num_tokens("holdout"))
-    held_out = evaluation.measure(saved.model, place)
+    documents = Documents(shards, saved.config.data.mask_documents)
+    held_out = evaluation.measure(partial(main_losses, Objective(saved.model), documents), place)
     comparison = compare_with_ngrams(held_out, shards, saved.config, saved.tokens)
     console = get_console()
     console.print(f"{checkpoint}, step {saved.step}, on {held_out.tokens:,} held-out tokens of {shards.directory}")

@@ -17,7 +17,7 @@ import typer
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.inference.engine import Completion, Generator
 from deepseek_v3.inference.sampling import SamplingConfig
-from deepseek_v3.model.saved import load_model, load_newest_model
+from deepseek_v3.model.saved import load_model
 from deepseek_v3.utils.distributed import select_device
 from deepseek_v3.utils.errors import GenerationError
 from deepseek_v3.utils.files import written_atomically
@@ -25,7 +25,7 @@ from deepseek_v3.utils.logging import configure_logging
 
 
 def generate(
-    checkpoint: Annotated[Path, typer.Option(help="A checkpoint file, or a folder: its newest that is undamaged.")],
+    checkpoint: Annotated[Path, typer.Option(help="A checkpoint, or a folder of them: the newest undamaged.")],
     prompt: Annotated[str | None, typer.Option(help="The text to continue.")] = None,
     prompts_file: Annotated[
         Path | None,
@@ -109,7 +109,7 @@ def _prompt_of(line: str, where: str) -> str:
 
 
 def _load(checkpoint: Path, device: torch.device) -> Generator:
-    saved = load_newest_model(checkpoint, device) if checkpoint.is_dir() else load_model(checkpoint, device)
+    saved = load_model(checkpoint, device)
     return Generator(saved.model, Tokenizer.from_json(saved.tokenizer_json))
 
 

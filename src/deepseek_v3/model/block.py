@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor, nn
 
 from deepseek_v3.config.model_config import ModelConfig
@@ -13,11 +16,17 @@ from deepseek_v3.moe.layer import MixtureOfExperts
 from deepseek_v3.ops.layers import RMSNorm
 
 
+def call_directly(module: nn.Module, *inputs: Any) -> Any:
+    """Runs a module. Where this is held as a function, another may take its place: one that runs it again later."""
+    return module(*inputs)
+
+
 class DecoderLayer(nn.Module):
     """Pre-norm residual layer (DeepSeek-V3 report, figure 2); layer `layer` counts from 0."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
+        self.run_feed_forward: Callable[..., Any] = call_directly
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = MultiHeadLatentAttention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -32,6 +41,6 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Tensor, RoutingStats | None]:
         """(B, S, D) to (B, S, D), and what the router did where the layer has one."""
         x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), placement, cache)
-        y_BSD = self.mlp(self.post_attention_layernorm(x_BSD))
+        y_BSD = self.run_feed_forward(self.mlp, self.post_attention_layernorm(x_BSD))
         y_BSD, stats = y_BSD if isinstance(y_BSD, tuple) else (y_BSD, None)
         return x_BSD + y_BSD, stats

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -36,11 +37,34 @@ def initialize(model: nn.Module, std: float, seed: int) -> None:
     Raises KeyError for a parameter without a row.
     """
     for name, parameter in model.named_parameters():
-        factor = _start_of(name)
-        if factor is None:
-            parameter.fill_(1.0)
-        else:
-            parameter.normal_(0.0, factor * std, generator=_generator(seed, name, parameter))
+        everything = range(len(parameter))
+        for rows, values in initial_values(name, parameter.shape, everything, std, seed, parameter.device):
+            parameter[rows].copy_(values)
+    reset_buffers(model)
+
+
+def initial_values(
+    name: str, shape: Sequence[int], rows: range, std: float, seed: int, device: torch.device
+) -> Iterator[tuple[slice, Tensor]]:
+    """The first values of some rows of the parameter `name`, which has `shape` as a whole: piece by piece, float32.
+
+    Each piece comes with its place among these rows. Experts are drawn one by one, so that whoever holds a few of
+    them draws no others; of any other parameter all rows are drawn.
+    """
+    factor = _start_of(name)
+    if factor is None:
+        yield slice(None), torch.ones(len(rows), *shape[1:], device=device)
+    elif len(shape) < 3:
+        yield slice(None), _normal(name, shape, factor * std, seed, device)[rows.start : rows.stop]
+    else:
+        for place, expert in enumerate(rows):
+            values = _normal(f"{name}.{expert}", shape[1:], factor * std, seed, device)
+            yield slice(place, place + 1), values[None]
+
+
+@torch.no_grad()
+def reset_buffers(model: nn.Module) -> None:
+    """Sets every routing bias to zero. Raises KeyError for any other buffer."""
     for name, buffer in model.named_buffers():
         if not name.endswith("e_score_correction_bias"):
             raise KeyError(f"buffer {name} has no initial value")
@@ -54,6 +78,7 @@ def _start_of(name: str) -> float | None:
     raise KeyError(f"parameter {name} has no row in the initialisation table of {__name__}")
 
 
-def _generator(seed: int, name: str, parameter: Tensor) -> torch.Generator:
+def _normal(name: str, shape: Sequence[int], std: float, seed: int, device: torch.device) -> Tensor:
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-    return torch.Generator(parameter.device).manual_seed(int.from_bytes(digest, "little") >> 1)
+    generator = torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.empty(*shape, device=device).normal_(0.0, std, generator=generator)

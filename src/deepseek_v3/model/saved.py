@@ -1,4 +1,4 @@
-"""A model as a checkpoint holds it: weights, the config of its run, and its tokenizer, in one file."""
+"""A model as a checkpoint holds it: weights, the config of its run, and its tokenizer, in one file or folder."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from deepseek_v3.config.loading import config_from_dict
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.model.back_ends import choose_back_ends
 from deepseek_v3.model.precision import compute_dtype
 from deepseek_v3.model.transformer import DeepSeekV3
-from deepseek_v3.utils.checkpointing import CheckpointDirectory, load_checkpoint
+from deepseek_v3.utils.checkpointing import CheckpointDirectory, is_checkpoint, load_checkpoint
 from deepseek_v3.utils.errors import CheckpointError
 
-FORMAT = 1
+# 2: the optimizer's moments by parameter name; 1: in the order of its parameters.
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -41,27 +43,43 @@ def model_entries(model: DeepSeekV3, config: RunConfig, tokenizer_json: str) -> 
 
 
 def config_of(state: dict[str, Any], path: Path) -> RunConfig:
-    """The config of the run that wrote a checkpoint. Raises CheckpointError where it is of another format."""
-    if state.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: has checkpoint format {state.get('format')!r}, this version reads {FORMAT}")
+    """The config of the run that wrote a checkpoint. Raises CheckpointError where it is of a later format."""
+    if state.get("format") not in range(1, FORMAT + 1):
+        raise CheckpointError(
+            f"{path}: has checkpoint format {state.get('format')!r}, this version reads up to {FORMAT}; "
+            "load it with the version of the program that wrote it"
+        )
     return config_from_dict(state["config"], str(path))
+
+
+def moments_by_name(optimizer: dict[str, Any], model: dict[str, Tensor]) -> dict[str, Any]:
+    """The optimizer's entry of a checkpoint of format 1 as one of format 2; one of format 2 as it is.
+
+    Format 1 has `{"num_steps", "moments": [{"exp_avg", "exp_avg_sq"}, …]}`, first those of matrices, then those of
+    vectors, either in the order of `model`, the checkpoint's weights, whose routing biases have no moments.
+    Format 2 has `{"num_steps", "exp_avg": {name: tensor}, "exp_avg_sq": {name: tensor}}`.
+    """
+    if "moments" not in optimizer:
+        return optimizer
+    trained = [name for name in model if not name.endswith("e_score_correction_bias")]
+    names = sorted(trained, key=lambda name: model[name].ndim < 2)
+    moments = dict(zip(names, optimizer["moments"], strict=True))
+    return {
+        "num_steps": optimizer["num_steps"],
+        **{kind: {name: moments[name][kind] for name in names} for kind in ("exp_avg", "exp_avg_sq")},
+    }
 
 
 def load_model(path: Path, device: torch.device) -> SavedModel:
     """Rebuilds the model of a checkpoint on `device`, computing in the format that suits it.
 
-    Raises CheckpointError where the file is damaged or not a checkpoint of this project.
+    `path` is a checkpoint, or a folder of them: the newest that is undamaged, each passed over logged as a warning.
+    Raises CheckpointError where it is damaged or not a checkpoint of this project.
     """
-    return _rebuilt(load_checkpoint(path), path, device)
-
-
-def load_newest_model(folder: Path, device: torch.device) -> SavedModel:
-    """The same from the newest undamaged checkpoint of a folder; each passed over is logged as a warning."""
-    path, state = CheckpointDirectory(folder, keep=1).latest()
-    return _rebuilt(state, path, device)
-
-
-def _rebuilt(state: dict[str, Any], path: Path, device: torch.device) -> SavedModel:
+    if is_checkpoint(path):
+        state = load_checkpoint(path)
+    else:
+        path, state = CheckpointDirectory(path, keep=1).latest()
     config = config_of(state, path)
     with torch.device("meta"):
         model = DeepSeekV3(config.model)

@@ -16,7 +16,7 @@ from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.mla.attention import Placement
 from deepseek_v3.mla.kv_compression import LatentCache
 from deepseek_v3.mla.rotary import rotary_tables
-from deepseek_v3.model.block import DecoderLayer
+from deepseek_v3.model.block import DecoderLayer, call_directly
 from deepseek_v3.model.init import initialize
 from deepseek_v3.model.mtp import PredictionLayer
 from deepseek_v3.moe.balance import RoutingStats
@@ -33,11 +33,6 @@ class HiddenStates(NamedTuple):
     main_BSD: Tensor
     predictions: list[Tensor]
     routing: list[RoutingStats]
-
-
-def call_directly(layer: nn.Module, *inputs: Any) -> Any:
-    """Runs a layer. The model's `run_layer` may be set to another such function, say one that recomputes."""
-    return layer(*inputs)
 
 
 class Backbone(nn.Module):
@@ -90,12 +85,9 @@ class DeepSeekV3(nn.Module):
 
     def final_states(self, tokens_BS: Tensor, cache: LatentCache | None = None) -> Tensor:
         """The states (B, S, D) that the head reads, with a cache as in `forward`."""
-        if cache is None:
-            positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)[None]
-        else:
-            positions_BS = cache.next_positions(tokens_BS.shape[1])
-        placement = Placement(positions_BS, *rotary_tables(positions_BS, self.config))
-        return self._run_main_layers(self._embed(tokens_BS), placement, cache)[0]
+        placement = self.placement(tokens_BS) if cache is None else self._continued(tokens_BS, cache)
+        x_BSD, _ = self.run_layers(self.embed(tokens_BS), placement, cache=cache)
+        return self.model.norm(x_BSD)
 
     def hidden_states(
         self, tokens_BS: Tensor, documents_BS: Tensor | None = None, predict: bool = True
@@ -105,35 +97,53 @@ class DeepSeekV3(nn.Module):
         `documents_BS` int64 numbers the document of each token; tokens then see only their own document. Without
         `predict` the prediction layers do not run.
         """
-        length = tokens_BS.shape[1]
-        positions_BS = torch.arange(length, device=tokens_BS.device)[None]
+        placement, embedded_BSD = self.placement(tokens_BS, documents_BS), self.embed(tokens_BS)
+        x_BSD, routing = self.run_layers(embedded_BSD, placement)
+        main_BSD = self.model.norm(x_BSD)
+        if not predict:
+            return HiddenStates(main_BSD, [], routing)
+        predictions, more = self.run_predictions(main_BSD, embedded_BSD, placement)
+        return HiddenStates(main_BSD, predictions, routing + more)
+
+    def placement(self, tokens_BS: Tensor, documents_BS: Tensor | None = None) -> Placement:
+        """Where the tokens of sequences stand that begin with their first token."""
+        positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)[None]
         allowed_BSS = None if documents_BS is None else _same_document(documents_BS)
-        placement = Placement(positions_BS, *rotary_tables(positions_BS, self.config), allowed_BSS)
-        embedded_BSD = self._embed(tokens_BS)
-        main_BSD, routing = self._run_main_layers(embedded_BSD, placement)
+        return Placement(positions_BS, *rotary_tables(positions_BS, self.config), allowed_BSS)
+
+    def embed(self, tokens_BS: Tensor) -> Tensor:
+        """The states (B, S, D) that enter the first layer."""
+        embedded_BSD = self.model.embed_tokens(tokens_BS)
+        return embedded_BSD if self.compute_dtype is None else embedded_BSD.to(self.compute_dtype)
+
+    def run_layers(
+        self, x_BSD: Tensor, placement: Placement, layers: range | None = None, cache: LatentCache | None = None
+    ) -> tuple[Tensor, list[RoutingStats]]:
+        """States (B, S, D) through some layers of the main model, or all, and what their routers did."""
+        routing: list[RoutingStats] = []
+        for layer in range(self.config.num_hidden_layers) if layers is None else layers:
+            x_BSD, stats = self.run_layer(self.model.layers[layer], x_BSD, placement, cache)
+            routing += [stats] if stats else []
+        return x_BSD, routing
+
+    def run_predictions(
+        self, main_BSD: Tensor, embedded_BSD: Tensor, placement: Placement
+    ) -> tuple[list[Tensor], list[RoutingStats]]:
+        """The states of every prediction depth, from the main model's and the embeddings of the same tokens."""
         predictions: list[Tensor] = []
-        hidden_BSD = main_BSD
-        prediction_layers = self.model.layers[self.config.num_hidden_layers :]
-        for depth, layer in enumerate(prediction_layers if predict else (), start=1):
+        routing: list[RoutingStats] = []
+        hidden_BSD, length = main_BSD, main_BSD.shape[1]
+        for depth, layer in enumerate(self.model.layers[self.config.num_hidden_layers :], start=1):
             hidden_BSD, stats = self.run_layer(
                 layer, hidden_BSD[:, :-1], embedded_BSD[:, depth:], _shortened(placement, length - depth)
             )
             predictions.append(hidden_BSD)
             routing += [stats] if stats else []
-        return HiddenStates(main_BSD, predictions, routing)
+        return predictions, routing
 
-    def _embed(self, tokens_BS: Tensor) -> Tensor:
-        embedded_BSD = self.model.embed_tokens(tokens_BS)
-        return embedded_BSD if self.compute_dtype is None else embedded_BSD.to(self.compute_dtype)
-
-    def _run_main_layers(
-        self, x_BSD: Tensor, placement: Placement, cache: LatentCache | None = None
-    ) -> tuple[Tensor, list[RoutingStats]]:
-        routing: list[RoutingStats] = []
-        for layer in self.model.layers[: self.config.num_hidden_layers]:
-            x_BSD, stats = self.run_layer(layer, x_BSD, placement, cache)
-            routing += [stats] if stats else []
-        return self.model.norm(x_BSD), routing
+    def _continued(self, tokens_BS: Tensor, cache: LatentCache) -> Placement:
+        positions_BS = cache.next_positions(tokens_BS.shape[1])
+        return Placement(positions_BS, *rotary_tables(positions_BS, self.config))
 
 
 def _same_document(documents_BS: Tensor) -> Tensor:

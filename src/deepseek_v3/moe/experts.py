@@ -21,21 +21,35 @@ class FeedForward(nn.Module):
         self.down_proj = Linear(hidden_width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(self.hidden(x))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """All but the last projection: (..., D) to (..., F)."""
+        return swiglu(self.gate_proj(x), self.up_proj(x))
 
 
 class RoutedExperts(nn.Module):
     """All routed experts of a layer, stacked: one tensor per projection, gate above up in the first.
 
+    After `keep_share` a run of them, from `first_expert` on, of `num_experts` in all.
     Axes: X rows in expert order, D model width, F expert width, E experts.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         experts, width, hidden = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.num_experts, self.first_expert = experts, 0
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * hidden, width))
         self.down_proj = nn.Parameter(torch.empty(experts, width, hidden))
         self.grouped_linear: GroupedLinear = reference_grouped_linear
+
+    def keep_share(self, number: int, shares: int) -> None:
+        """Leaves share `number`, from 0, of so many equal ones. Their count must divide that of the experts."""
+        size = self.num_experts // shares
+        self.first_expert = number * size
+        for name, stack in list(self.named_parameters()):
+            kept = stack.detach()[self.first_expert : self.first_expert + size].clone()
+            setattr(self, name, nn.Parameter(kept))
 
     def forward(self, rows_XD: Tensor, gates_X: Tensor, ends_E: Tensor) -> Tensor:
         """Every row through its expert, times its gate; `ends_E` int32, where each expert's rows end.

@@ -9,7 +9,7 @@ from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.moe.balance import RoutingStats, sequence_balance_loss
 from deepseek_v3.moe.dispatch import Dispatcher, LocalDispatcher
 from deepseek_v3.moe.experts import FeedForward, RoutedExperts
-from deepseek_v3.moe.routing import Router
+from deepseek_v3.moe.routing import Router, Routing
 
 
 class MixtureOfExperts(nn.Module):
@@ -31,12 +31,21 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, RoutingStats]:
         """(B, S, D) to the layer's output of the same shape and type, and what its router did."""
-        x_TD = x_BSD.flatten(0, 1)
-        routing = self.gate(x_TD)
-        y_BSD = self.dispatcher(x_TD, routing.gates_TK, routing.experts_TK, self.experts).view_as(x_BSD)
-        if self.config.n_shared_experts:
-            y_BSD = y_BSD + self.shared_experts(x_BSD)
+        routing = self.gate(x_BSD.flatten(0, 1))
+        y_BSD = self._mixed(x_BSD, routing)
         experts_E = torch.arange(self.config.n_routed_experts, device=x_BSD.device)
         counts_E = (routing.experts_TK.flatten()[:, None] == experts_E).sum(0)
         balance_loss = sequence_balance_loss(routing.scores_TE, x_BSD.shape[0], self.config.num_experts_per_tok)
         return y_BSD, RoutingStats(counts_E, balance_loss)
+
+    def _mixed(self, x_BSD: Tensor, routing: Routing) -> Tensor:
+        """Routed and shared experts; the shared ones compute while rows travel to the others and back."""
+        shared = self.shared_experts if self.config.n_shared_experts else None
+        sent = self.dispatcher.dispatch(x_BSD.flatten(0, 1), routing.gates_TK, routing.experts_TK)
+        hidden_BSF = shared.hidden(x_BSD) if shared else None
+        arrived = self.dispatcher.receive(sent)
+        rows_XD = self.experts(arrived.rows_XD, arrived.gates_X, arrived.ends_E)
+        returned = self.dispatcher.combine(rows_XD, arrived.handle)
+        shared_BSD = shared.down_proj(hidden_BSF) if shared else None
+        y_BSD = self.dispatcher.collect(returned).view_as(x_BSD)
+        return y_BSD if shared_BSD is None else y_BSD + shared_BSD

@@ -15,14 +15,20 @@ def saved_bytes(model: ModelConfig, kind: LayerKind, run: Execution) -> float:
     """What a layer of this kind keeps between its forward and its backward pass, for one token."""
     parts = _compiled_attention(model) if run.compiled else _eager_attention(model, run.width)
     parts["mask"] = run.mask_bytes
-    if kind == "dense":
-        parts["dense"] = _feed_forward(model.intermediate_size, run)
-    else:
-        parts |= _mixture(model, run)
+    parts["feed-forward network"] = feed_forward_bytes(model, kind, run)
     if kind == "prediction":
         parts |= _prediction(model, run)
     parts["output"] = run.width * model.hidden_size
     return sum(parts.values())
+
+
+def feed_forward_bytes(model: ModelConfig, kind: LayerKind, run: Execution) -> float:
+    """Of that, what belongs to its dense network or to its experts."""
+    return (
+        feed_forward_network_bytes(model.intermediate_size, run)
+        if kind == "dense"
+        else sum(_mixture(model, run).values())
+    )
 
 
 def _compiled_attention(model: ModelConfig) -> dict[str, float]:
@@ -59,7 +65,7 @@ def _eager_attention(model: ModelConfig, number: int) -> dict[str, float]:
     }
 
 
-def _feed_forward(hidden: int, run: Execution) -> float:
+def feed_forward_network_bytes(hidden: int, run: Execution) -> float:
     """Gate, up and their product; without the compiler also the activated gate, all but the product float32."""
     return 3 * 2 * hidden if run.compiled else (3 * 4 + run.width) * hidden
 
@@ -77,7 +83,7 @@ def _mixture(model: ModelConfig, run: Execution) -> dict[str, float]:
         "order and its inverse, and without the compiler sorted gates": (8 + 8 + (0 if run.compiled else 4))
         * chosen,
         "rows of the experts": rows * per_row,
-        "shared experts": _feed_forward(model.n_shared_experts * hidden, run),
+        "shared experts": feed_forward_network_bytes(model.n_shared_experts * hidden, run),
     }
 
 

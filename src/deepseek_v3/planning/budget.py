@@ -6,6 +6,7 @@ A run ends with the first step that reaches its budget: steps = tokens ÷
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 from deepseek_v3.config.train_config import BatchRampConfig, RunConfig
@@ -61,9 +62,10 @@ def _ramp_borders(config: RunConfig) -> list[int]:
 
 def _batch_size(ramp: BatchRampConfig, config: RunConfig, used: float) -> int:
     """Sequences of a step that starts with the share `used` of the budget behind it, inside the ramp."""
-    micro = config.parallel.micro_batch_size
-    size = ramp.initial + (config.training.global_batch_size - ramp.initial) * used / ramp.fraction
-    return max(micro, round(size / micro) * micro)
+    last = config.training.global_batch_size
+    unit = ramp.increment or math.gcd(ramp.initial, last)
+    size = ramp.initial + (last - ramp.initial) * used / ramp.fraction
+    return max(unit, round(size / unit) * unit)
 
 
 def _ceil_div(number: int, divisor: int) -> int:

@@ -15,13 +15,16 @@ def collective_seconds(config: RunConfig, run: Execution, device: Device) -> tup
     """Seconds of collectives that can run beside the computation, and of those that cannot."""
     parallel, own = config.parallel, rank_parameters(config)
     vocabulary = 2 * config.model.vocab_size * config.model.hidden_size / parallel.pipeline
+    # ZeRO's third stage gathers weights for each pass of a micro-batch, its first once for all of a step.
+    gathers = 1 if parallel.zero_stage < 3 else 2
+    repeats = 1 if parallel.zero_stage == 1 or parallel.pipeline > 1 else micro_batches(config)
     hidden = 0.0
     for parameters, ranks in ((own.layers - own.experts + vocabulary, 1), (own.experts, parallel.expert)):
         # Experts that live apart on several ranks are sharded and copied over that many fewer.
         shards = max(1, parallel.data_shard // ranks)
         copies = parallel.data_ranks // (shards * ranks)
-        per_micro_batch = (2 * run.width + 4) * parameters * _left_over(shards)
-        hidden += micro_batches(config) * per_micro_batch / _bandwidth(device, parallel.data_shard)
+        each_time = (gathers * run.width + 4) * parameters * _left_over(shards)
+        hidden += repeats * each_time / _bandwidth(device, parallel.data_shard)
         hidden += 2 * 4 * parameters / shards * _left_over(copies) / _bandwidth(device, parallel.data_ranks)
     exposed = _expert_traffic(config, run) * _left_over(parallel.expert) / _bandwidth(device, parallel.expert)
     return hidden, exposed
@@ -34,7 +37,7 @@ def _expert_traffic(config: RunConfig, run: Execution) -> float:
         return 0.0
     mixtures = (model.num_moe_layers + model.num_nextn_predict_layers) / parallel.pipeline
     tokens = parallel.micro_batch_size * config.training.sequence_length * micro_batches(config)
-    passes = 3 if parallel.recomputation == "full" else 2
+    passes = 2 if parallel.recomputation == "none" else 3
     row = run.width * model.hidden_size * model.num_experts_per_tok * run.row_factor
     return 2 * passes * mixtures * tokens * row
 

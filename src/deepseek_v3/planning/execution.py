@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.hardware import Device
 
@@ -49,18 +48,3 @@ def execution_on(device: Device, config: RunConfig) -> Execution:
         logits_at_once=_LOGITS_AT_ONCE["cpu" if device.is_cpu else "gpu"],
         mask_bytes=width * config.training.sequence_length if config.data.mask_documents else 0,
     )
-
-
-def pipeline_stages(model: ModelConfig, stages: int) -> list[list[LayerKind]]:
-    """The kinds of layers of each stage: contiguous, as equal in number as can be, longer ones first."""
-    kinds = _layer_kinds(model)
-    size, longer = divmod(len(kinds), stages)
-    ends = [size * (stage + 1) + min(stage + 1, longer) for stage in range(stages)]
-    return [kinds[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-
-
-def _layer_kinds(model: ModelConfig) -> list[LayerKind]:
-    dense: list[LayerKind] = ["dense"] * model.first_k_dense_replace
-    mixtures: list[LayerKind] = ["mixture"] * model.num_moe_layers
-    predictions: list[LayerKind] = ["prediction"] * model.num_nextn_predict_layers
-    return dense + mixtures + predictions

@@ -55,7 +55,7 @@ def _smaller(config: RunConfig) -> Iterator[tuple[dict[str, object], RunConfig]]
     parallel, optimizer = config.parallel, config.training.optimizer
     micro_batches = [size for size in range(1, parallel.micro_batch_size + 1) if _divides(config, size)]
     for micro, recomputation, moments in product(
-        micro_batches, {parallel.recomputation, "full"}, {optimizer.moments, "bfloat16"}
+        micro_batches, {parallel.recomputation, "selective", "full"}, {optimizer.moments, "bfloat16"}
     ):
         wanted: dict[str, tuple[object, object]] = {
             "parallel.micro_batch_size": (micro, parallel.micro_batch_size),
@@ -77,5 +77,5 @@ def _smaller(config: RunConfig) -> Iterator[tuple[dict[str, object], RunConfig]]
 def _divides(config: RunConfig, micro_batch_size: int) -> bool:
     at_once = micro_batch_size * config.parallel.data_ranks
     ramp = config.training.batch_ramp
-    sizes = [config.training.global_batch_size] + ([ramp.initial] if ramp else [])
+    sizes = [config.training.global_batch_size] + ([ramp.initial, ramp.increment or ramp.initial] if ramp else [])
     return all(size % at_once == 0 for size in sizes)

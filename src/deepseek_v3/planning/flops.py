@@ -17,6 +17,9 @@ from deepseek_v3.planning.counts import (
     count_layers,
     joining_weights,
 )
+from deepseek_v3.planning.execution import LayerKind
+
+Recomputation = Literal["none", "selective", "full"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,11 @@ class ForwardFlops:
         """All parts."""
         return sum(getattr(self, field.name) for field in fields(self))
 
+    @property
+    def feed_forward(self) -> int:
+        """The parts behind attention."""
+        return self.dense_ffn + self.routed_experts + self.shared_experts + self.gates
+
 
 @dataclass(frozen=True)
 class FlopCounts:
@@ -53,16 +61,16 @@ class FlopCounts:
         return self.forward + self.backward + self.recomputation
 
 
-def flops_per_token(
-    config: ModelConfig, sequence_length: int, recomputation: Literal["none", "full"] = "none"
-) -> FlopCounts:
+def flops_per_token(config: ModelConfig, sequence_length: int, recomputation: Recomputation = "none") -> FlopCounts:
     """Operations of forward, backward (twice the forward) and recomputation, prediction layers included.
 
-    Full recomputation runs every decoder and prediction layer forward once more, but not the head.
+    Full recomputation runs every decoder and prediction layer forward once more, but not the head; selective
+    recomputation only what comes behind attention.
     """
     parts = (forward_parts(config, sequence_length), prediction_parts(config, sequence_length))
     forward = sum(part.total for part in parts)
-    repeated = forward - sum(part.head for part in parts) if recomputation == "full" else 0
+    again = {"none": 0, "selective": sum(part.feed_forward for part in parts)}
+    repeated = again.get(recomputation, forward - sum(part.head for part in parts))
     passes = 4 if recomputation == "full" else 3
     return FlopCounts(forward, 2 * forward, repeated, passes * sum(part.attention_scores for part in parts))
 
@@ -88,6 +96,19 @@ def prediction_parts(config: ModelConfig, sequence_length: int) -> ForwardFlops:
     active = count_layers(config, 0, depth, config.num_experts_per_tok)
     head = depth * config.vocab_size * config.hidden_size
     return _doubled(active, depth * _scores(config, sequence_length), depth * joining_weights(config), head)
+
+
+def layer_flops(config: ModelConfig, kind: LayerKind, sequence_length: int) -> int:
+    """The forward pass of one layer of a kind, for one token."""
+    dense = kind == "dense"
+    active = count_layers(config, int(dense), int(not dense), config.num_experts_per_tok)
+    joining = joining_weights(config) if kind == "prediction" else 0
+    return _doubled(active, _scores(config, sequence_length), joining, head=0).total
+
+
+def head_flops(config: ModelConfig) -> int:
+    """The logits of one token."""
+    return 2 * config.vocab_size * config.hidden_size
 
 
 def _doubled(active: ParameterCounts, scores: int, joining: int, head: int) -> ForwardFlops:

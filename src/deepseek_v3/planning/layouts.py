@@ -17,7 +17,7 @@ from deepseek_v3.planning.timing import StepTime, estimate_step
 MOST_DEVICES = 4096
 _MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 _DEGREES = (1, 2, 4, 8, 16, 32, 64)
-_RECOMPUTATION = ("none", "full")
+_RECOMPUTATION = ("none", "selective", "full")
 
 
 @dataclass(frozen=True)
@@ -110,22 +110,24 @@ def _on_most_devices(config: RunConfig, device: Device, devices: int) -> list[Ru
 def _batch(config: RunConfig) -> int:
     """Sequences that must divide evenly: those of a full step, and of the first one where the batch grows."""
     training = config.training
-    initial = training.batch_ramp.initial if training.batch_ramp else 0
-    return math.gcd(training.global_batch_size, initial)
+    ramp = training.batch_ramp
+    growing = (ramp.initial, ramp.increment or ramp.initial) if ramp else ()
+    return math.gcd(training.global_batch_size, *growing)
 
 
 def _candidates(config: RunConfig, device: Device, devices: int) -> Iterator[RunConfig]:
     """Every layout on exactly so many devices that the model and the batch divide into."""
     model, batch = config.model, _batch(config)
-    layers = model.num_hidden_layers + model.num_nextn_predict_layers
     for pipeline in _DEGREES:
-        if devices % pipeline or pipeline > layers:
+        if devices % pipeline or pipeline > model.num_hidden_layers:
             continue
         ranks = devices // pipeline
         for shard, expert, micro, recomputation in product(
             _shards(ranks, device), _DEGREES, _MICRO_BATCHES, _RECOMPUTATION
         ):
             if batch % (micro * ranks) or ranks % expert or model.n_routed_experts % expert:
+                continue
+            if max(shard, expert) % min(shard, expert):
                 continue
             yield _with_parallel(config, ranks // shard, shard, expert, pipeline, micro, recomputation)
 

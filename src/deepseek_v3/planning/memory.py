@@ -13,12 +13,13 @@ from dataclasses import dataclass, fields
 
 from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.config.train_config import RunConfig
-from deepseek_v3.planning.activations import saved_bytes
+from deepseek_v3.planning.activations import feed_forward_bytes, feed_forward_network_bytes, saved_bytes
 from deepseek_v3.planning.calibration import calibration
 from deepseek_v3.planning.counts import count_layers, joining_weights
-from deepseek_v3.planning.execution import Execution, LayerKind, pipeline_stages
+from deepseek_v3.planning.execution import Execution, LayerKind
 from deepseek_v3.planning.hardware import Device
 from deepseek_v3.planning.shares import micro_batches, own_share
+from deepseek_v3.planning.stages import pipeline_stages
 
 # Tokens in one chunk of the loss at least, as in ops/cross_entropy/chunked.py.
 _LEAST_ROWS = 256
@@ -58,7 +59,7 @@ class MemoryEstimate:
 
 def estimate_memory(config: RunConfig, run: Execution) -> MemoryEstimate:
     """The worst moment of the rank that needs most: of several pipeline stages, the largest one's."""
-    stages = pipeline_stages(config.model, config.parallel.pipeline)
+    stages = pipeline_stages(config.model, config.parallel.pipeline, config.training.sequence_length)
     # Of equal stages in the middle the first has most micro-batches under way.
     ends = {0, 1, len(stages) - 1}
     worst = [stage for stage in range(len(stages)) if stage in ends or stages[stage] != stages[stage - 1]]
@@ -79,13 +80,15 @@ def needed_bytes(estimate: MemoryEstimate, device: Device) -> float:
 class _Layer:
     """One layer on one rank. `parameters`: how many are this rank's own share; all others in bytes.
 
-    `saved`: activations kept for the backward pass. `copies`: bfloat16 weights kept with them. `gathered`: the
-    whole layer's weights in activations' width, where they are sharded. `working`: gradients made, less what is
-    let go, at the worst moment of the layer's own backward pass.
+    `saved`: activations kept for the backward pass. `again`: those that are made anew in it instead, where only a
+    part of the layer is. `copies`: bfloat16 weights kept with them. `gathered`: the whole layer's weights in
+    activations' width, where they are sharded. `working`: gradients made, less what is let go, at the worst moment
+    of the layer's own backward pass.
     """
 
     parameters: float
     saved: float
+    again: float
     copies: float
     gathered: float
     working: float
@@ -99,11 +102,14 @@ def _layer(config: RunConfig, run: Execution, kind: LayerKind) -> _Layer:
     joining, more_norms = (joining_weights(model), 3 * model.hidden_size) if kind == "prediction" else (0, 0)
     routed = counts.routed_experts / parallel.expert
     others = counts.total - counts.routed_experts + joining + more_norms
-    is_sharded, recomputes = parallel.data_shard > 1, parallel.recomputation == "full"
-    matrices = routed + others - counts.norms - more_norms - counts.gates
+    is_sharded, recomputes = parallel.data_shard > 1, parallel.recomputation != "none"
+    partly = parallel.recomputation == "selective"
+    matrices = counts.attention + joining if partly else routed + others - counts.norms - more_norms - counts.gates
+    again = feed_forward_bytes(model, kind, run) * tokens if partly else 0.0
     return _Layer(
         parameters=own_share(parallel, counts.routed_experts, others),
-        saved=saved_bytes(model, kind, run) * tokens,
+        saved=saved_bytes(model, kind, run) * tokens - again,
+        again=again,
         copies=0.0 if run.width == 4 or is_sharded else 2 * matrices,
         gathered=run.width * (routed + others) if is_sharded else 0.0,
         working=_working_bytes(model, dense, run, tokens, parallel.expert, lets_go=not (recomputes or is_sharded)),
@@ -123,6 +129,9 @@ def _working_bytes(
     rows = tokens if dense else tokens * model.num_experts_per_tok * run.row_factor
     weight = model.hidden_size * hidden * (1.0 if dense else model.n_routed_experts / expert_ranks)
     early = (run.width if run.compiled else 4) * rows * (model.hidden_size + hidden)
+    if not (dense or lets_go):  # what the shared experts keep, and a gradient inside, wait for that of the rows
+        shared = model.n_shared_experts * hidden
+        early += tokens * (feed_forward_network_bytes(shared, run) + (run.width if run.compiled else 4) * shared)
     if not run.compiled:
         late = 20 * weight + run.width * rows * (model.hidden_size - 2 * hidden)
     elif lets_go:
@@ -147,10 +156,22 @@ class _Stage:
         self.states = float(run.width * self.tokens * model.hidden_size)
         self.vocabulary = model.vocab_size * model.hidden_size
         self.layers = {kind: _layer(config, run, kind) for kind in sorted(set(self.kinds))}
-        ends = int(self.is_first) + int(self.is_last and not (self.is_first and model.tie_word_embeddings))
+        # A stage of a pipeline, like ZeRO's first, keeps weights and gradients whole until the step's end.
+        self.holds_whole = parallel.zero_stage == 1 or parallel.pipeline > 1
+        self.ends = self._vocabulary_copies(model)
         last_norm = model.hidden_size if self.is_last else 0
-        own = (ends * self.vocabulary + last_norm) / parallel.data_shard
+        own = (self.ends * self.vocabulary + last_norm) / parallel.data_shard
         self.parameters = own + sum(self.layers[kind].parameters for kind in self.kinds)
+
+    def _vocabulary_copies(self, model: ModelConfig) -> int:
+        """Matrices of the vocabulary's size: the embedding on the first stage, the head on the last one.
+
+        The last one also has the embedding where it is the head, or where it predicts further tokens.
+        """
+        if self.is_first and self.is_last:
+            return 1 if model.tie_word_embeddings else 2
+        again = model.num_nextn_predict_layers > 0 and not model.tie_word_embeddings
+        return int(self.is_first) + (1 + int(again) if self.is_last else 0)
 
     def moments(self) -> Iterator[MemoryEstimate]:
         """Every moment that can be the worst; across equal layers memory changes evenly, so their ends suffice."""
@@ -188,7 +209,7 @@ class _Stage:
         return self._moment(
             f"backward pass of layer {index}",
             made=self._made(index + 1) + (self.vocabulary / self.config.parallel.data_shard if self.is_last else 0),
-            activations=kept + self.states + layer.working,
+            activations=kept + self.states + layer.again + layer.working,
             copies=copies,
         )
 
@@ -210,7 +231,7 @@ class _Stage:
             moment=name,
             weights=4 * self.parameters,
             moments=2 * self.config.training.optimizer.moment_bytes * self.parameters,
-            gradients=4 * (self.parameters if self.accumulates else made),
+            gradients=4 * (self._summed() if self.accumulates else made),
             activations=activations + waiting * self._kept(len(self.kinds)),
             weight_copies=copies + waiting * self._copies(len(self.kinds)),
             head=head,
@@ -229,9 +250,17 @@ class _Stage:
     def _made(self, first: int) -> float:
         return sum(self.layers[kind].parameters for kind in self.kinds[first:])
 
+    def _summed(self) -> float:
+        """Numbers in the gradients of several micro-batches: of own parameters, or of all until the last."""
+        if self.config.parallel.data_shard == 1 or not self.holds_whole:
+            return self.parameters
+        return sum(self.layers[kind].gathered for kind in self.kinds) / self.run.width + self.ends * self.vocabulary
+
     def _communication(self) -> float:
-        """Two layers gathered, one computing and one to come; rows to and from experts of other ranks."""
-        gathered = 2 * max(layer.gathered for layer in self.layers.values())
+        """Layers gathered: all of them, or one computing and one to come; rows to and from experts elsewhere."""
+        every = [self.layers[kind].gathered for kind in self.kinds]
+        keeps = self.holds_whole or self.config.parallel.zero_stage < 3
+        gathered = sum(every) if keeps else 2 * max(every, default=0.0)
         if self.config.parallel.expert == 1:
             return gathered
         return gathered + 2 * self.states * self.config.model.num_experts_per_tok * self.run.row_factor

@@ -7,7 +7,6 @@ several devices follow from their bytes; they have not been measured.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -17,10 +16,11 @@ from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.activations import saved_bytes
 from deepseek_v3.planning.calibration import Rates, calibration
 from deepseek_v3.planning.collectives import collective_seconds
-from deepseek_v3.planning.execution import Execution, pipeline_stages
+from deepseek_v3.planning.execution import Execution
 from deepseek_v3.planning.flops import ForwardFlops, forward_parts, prediction_parts
 from deepseek_v3.planning.hardware import Device
 from deepseek_v3.planning.shares import micro_batches, rank_parameters
+from deepseek_v3.planning.stages import longest_stage, pipeline_stages
 
 # The factors that each part of a step's time is made of.
 _FACTORS_OF_PARTS = {
@@ -80,7 +80,9 @@ def estimate_step(config: RunConfig, run: Execution, device: Device) -> StepTime
     computing = computing_time(work, rates, run, device)
     busy = sum(computing.values())
     hidden, exposed = collective_seconds(config, run, device)
-    waiting = busy * (_longest_stage(config) * (1 + (config.parallel.pipeline - 1) / micro_batches(config)) - 1)
+    stages = config.parallel.pipeline
+    longest = longest_stage(config.model, stages, config.training.sequence_length)
+    waiting = busy * (longest * (1 + (stages - 1) / micro_batches(config)) - 1)
     return StepTime(**computing, communication=exposed + max(0.0, hidden - busy), waiting=waiting)
 
 
@@ -115,30 +117,26 @@ def step_work(config: RunConfig, run: Execution) -> StepWork:
     """The work of one rank, equal shares of it on every pipeline stage."""
     model, parallel = config.model, config.parallel
     length = config.training.sequence_length
-    recomputes = parallel.recomputation == "full"
-    passes = 4 if recomputes else 3
+    passes = 4 if parallel.recomputation == "full" else 3
+    behind = 3 if parallel.recomputation == "none" else 4  # passes through what comes behind attention
     tokens = parallel.micro_batch_size * length * micro_batches(config) / parallel.pipeline
     parts = _forward(model, length)
-    inside = sum(p.attention_projections + p.dense_ffn + p.shared_experts + p.gates + p.joining for p in parts)
-    kinds = pipeline_stages(model, 1)[0]
+    inside = sum(
+        passes * (p.attention_projections + p.joining) + behind * (p.feed_forward - p.routed_experts) for p in parts
+    )
+    kinds = pipeline_stages(model, 1, length)[0]
     saved = sum(count * saved_bytes(model, kind, run) for kind, count in Counter(kinds).items())
     depths = 1 + model.num_nextn_predict_layers
     return StepWork(
-        matrix_operations=tokens * (passes * inside + 3 * sum(p.head for p in parts)),
-        expert_operations=tokens * run.row_factor * passes * sum(p.routed_experts for p in parts),
+        matrix_operations=tokens * (inside + 3 * sum(p.head for p in parts)),
+        expert_operations=tokens * run.row_factor * behind * sum(p.routed_experts for p in parts),
         attention_operations=tokens * passes * sum(p.attention_scores for p in parts),
-        expert_bytes=passes * _expert_bytes(config, run, tokens),
-        activation_bytes=tokens * saved * passes / 3,
+        expert_bytes=behind * _expert_bytes(config, run, tokens),
+        activation_bytes=tokens * saved * behind / 3,
         logit_bytes=tokens * depths * 3 * run.width * model.vocab_size,
-        weight_bytes=_weight_bytes(config, run, recomputes),
+        weight_bytes=_weight_bytes(config, run, recomputes=behind == 4),
         layer_runs=micro_batches(config) * len(kinds) / parallel.pipeline * passes / 3,
     )
-
-
-def _longest_stage(config: RunConfig) -> float:
-    """Layers of the stage that has most, over those of even stages."""
-    layers = config.model.num_hidden_layers + config.model.num_nextn_predict_layers
-    return math.ceil(layers / config.parallel.pipeline) * config.parallel.pipeline / layers
 
 
 def _expert_bytes(config: RunConfig, run: Execution, tokens: float) -> float:

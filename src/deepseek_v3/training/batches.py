@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.tokens.build import tokenize_corpus
 from deepseek_v3.data.tokens.loader import TokenLoader, prefetched
 from deepseek_v3.data.tokens.shards import TokenShards
+from deepseek_v3.utils.checkpoints.ranks import together
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.logging import get_logger
 
@@ -33,6 +36,15 @@ def open_tokens(config: RunConfig) -> TokenShards:
     shards = TokenShards.open(data.path, verify=data.verify_checksums)
     check_vocabulary(shards, config.model)
     return shards
+
+
+def open_tokens_together(config: RunConfig, group: ProcessGroup) -> TokenShards:
+    """The same on all ranks of a job, of which the first one builds what is missing while the others wait."""
+    if dist.get_rank(group) == 0:
+        together(group, lambda: open_tokens(config))
+    else:
+        together(group, lambda: None)
+    return together(group, lambda: open_tokens(config))
 
 
 def check_vocabulary(shards: TokenShards, model: ModelConfig) -> None:
@@ -57,3 +69,14 @@ def document_numbers(tokens_BS: Tensor, end_of_text: int) -> Tensor:
     """Numbers the documents of each packed sequence from 0; end-of-text belongs to the document it ends."""
     ends_BS = (tokens_BS == end_of_text).long()
     return ends_BS.cumsum(1) - ends_BS
+
+
+class Documents:
+    """Says which document each input token belongs to, where a run keeps documents apart."""
+
+    def __init__(self, shards: TokenShards, masked: bool) -> None:
+        self._end_of_text = shards.index.end_of_text if masked else None
+
+    def __call__(self, tokens_BX: Tensor) -> Tensor | None:
+        """`document_numbers` of all but the last token; None where all tokens see those before them."""
+        return None if self._end_of_text is None else document_numbers(tokens_BX[:, :-1], self._end_of_text)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from deepseek_v3.config.train_config import OptimizerConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 # Numbers updated at a time on a CPU: what the update makes on its way then stays in the caches, and small.
 _CPU_PIECE = 1 << 18
@@ -52,52 +55,73 @@ def _fused_update() -> Callable[..., None]:
     return torch.compile(_update, dynamic=True, fullgraph=True)
 
 
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, which shares its memory: the tensor itself where it is whole."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def norm_of_all(gradients: Mapping[str, Tensor]) -> Tensor:
+    """The norm of all these gradients as one vector, 0-d."""
+    return nn.utils.get_total_norm(list(gradients.values()))
+
+
 class AdamW(torch.optim.Optimizer):
     """Decoupled weight decay on matrices only, and clipping by the global norm folded into the update.
 
-    Parameters and gradients are float32. `step` reads no value back from the device.
+    Parameters and gradients are float32, whole or sharded (DTensor): each rank updates what it holds. `total_norm`
+    makes one norm of the gradients that a rank holds, by name. `step` reads no value back from the device.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> None:
-        parameters = list(parameters)
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        config: OptimizerConfig,
+        total_norm: Callable[[Mapping[str, Tensor]], Tensor] = norm_of_all,
+    ) -> None:
         groups = [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for p in parameters.values() if p.ndim >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0},
         ]
         super().__init__(groups, {"lr": config.learning_rate})
+        self.parameters = dict(parameters)
         self.config = config
         self.num_steps = 0
-        moments = torch.bfloat16 if config.moments == "bfloat16" else torch.float32
-        for parameter in parameters:
-            self.state[parameter] = {
-                "exp_avg": torch.zeros_like(parameter, dtype=moments),
-                "exp_avg_sq": torch.zeros_like(parameter, dtype=moments),
-            }
+        self._total_norm = total_norm
+        self._moments = torch.bfloat16 if config.moments == "bfloat16" else torch.float32
+        for parameter in parameters.values():
+            self.state[parameter] = {name: torch.zeros_like(parameter, dtype=self._moments) for name in MOMENTS}
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> Tensor:  # type: ignore[override]  # the schedule owns the rate
         """Clips, updates every parameter that has a gradient, and returns the norm before clipping (0-d)."""
         config = self.config
         self.num_steps += 1
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        gradients = {name: local(p.grad) for name, p in self.parameters.items() if p.grad is not None}
+        norm = self._total_norm(gradients)
         scale = (config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        step_size = norm.new_full((), learning_rate / (1 - config.beta1**self.num_steps))
-        square_correction = norm.new_full((), 1 / (1 - config.beta2**self.num_steps))
         for group in self.param_groups:
             group["lr"] = learning_rate
-            decay = norm.new_full((), 1 - learning_rate * group["weight_decay"])
-            scalars = UpdateScalars(scale, decay, step_size, square_correction)
+        self._update_all(scale)
+        return norm
+
+    def _update_all(self, scale: Tensor) -> None:
+        """Updates every parameter that has a gradient, at its group's rate, with gradients times `scale` (0-d)."""
+        config = self.config
+        mean_share, square_share = 1 - config.beta1**self.num_steps, 1 - config.beta2**self.num_steps
+        for group in self.param_groups:
+            rate = group["lr"]
+            decay = scale.new_full((), 1 - rate * group["weight_decay"])
+            step_size, correction = scale.new_full((), rate / mean_share), scale.new_full((), 1 / square_share)
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update_one(parameter, scalars)
-        return norm
+                    self._update_one(parameter, UpdateScalars(scale, decay, step_size, correction))
 
     def _update_one(self, parameter: nn.Parameter, scalars: UpdateScalars) -> None:
         assert parameter.grad is not None
-        state = self.state[parameter]
-        tensors = [t.view(-1) for t in (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])]
-        if parameter.is_cuda:
+        moments = self.state[parameter]
+        whole = (parameter, parameter.grad, *(moments[name] for name in MOMENTS))
+        tensors = [local(tensor).view(-1) for tensor in whole]
+        if tensors[0].is_cuda:
             self._apply(_fused_update(), tensors, scalars)
             return
         for pieces in zip(*(tensor.split(_CPU_PIECE) for tensor in tensors), strict=True):
@@ -108,16 +132,45 @@ class AdamW(torch.optim.Optimizer):
         update(*tensors, scalars, (self.config.beta1, self.config.beta2), self.config.eps)
 
     def state_dict(self) -> dict[str, Any]:
-        """The moments in parameter order and the number of steps taken."""
-        return {"num_steps": self.num_steps, "moments": [dict(self.state[p]) for p in self._ordered()]}
+        """The number of steps taken, and for each moment its values by the parameters' names."""
+        moments = {
+            moment: {name: self.state[parameter][moment] for name, parameter in self.parameters.items()}
+            for moment in MOMENTS
+        }
+        return {"num_steps": self.num_steps, **moments}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned, for the same parameters in the same order."""
+        """Restores what `state_dict` returned, for parameters of the same names."""
         self.num_steps = state_dict["num_steps"]
-        for parameter, saved in zip(self._ordered(), state_dict["moments"], strict=True):
-            for name, moment in self.state[parameter].items():
-                moment.copy_(saved[name])
+        for moment in MOMENTS:
+            for name, parameter in self.parameters.items():
+                self.state[parameter][moment].copy_(state_dict[moment][name])
 
-    def _ordered(self) -> list[nn.Parameter]:
-        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+class PartitionedAdamW(AdamW):
+    """The same for an engine that puts flat partitions in the parameters' place, and clips by itself.
+
+    `before_step` says when a step begins; the engine may then call `step` several times, each for other partitions.
+    Their moments are made when they first have a gradient.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> None:
+        super().__init__(parameters, config)
+        self.state.clear()
+
+    def before_step(self, learning_rate: float) -> None:
+        """Counts a step, and sets its learning rate."""
+        self.num_steps += 1
+        for group in self.param_groups:
+            group["lr"] = learning_rate
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]  # as the engine calls it
+        """Updates the partitions that have gradients; before the first step, only makes their moments."""
+        for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            if not self.state[parameter]:
+                self.state[parameter] = {name: torch.zeros_like(parameter, dtype=self._moments) for name in MOMENTS}
+        if self.num_steps and self.state:
+            device = next(iter(self.state)).device
+            self._update_all(torch.ones((), device=device))

@@ -1,4 +1,4 @@
-"""Checks before anything is allocated: that the plan is for this process, and fits its memory."""
+"""Checks before anything is allocated: that the plan fits the memory of the device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.calibration import calibration
 from deepseek_v3.planning.fitting import refuse_unless_it_fits
 from deepseek_v3.planning.hardware import Device, device_named
-from deepseek_v3.utils.errors import ConfigError, PlanError
+from deepseek_v3.utils.errors import PlanError
 from deepseek_v3.utils.logging import get_logger
 
 _GIB = 2**30
@@ -19,33 +19,25 @@ _GIB = 2**30
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
-def check_plan(config: RunConfig, device: torch.device, force: bool = False) -> None:
-    """Raises ConfigError for a plan over several ranks, and PlanError for one that does not fit in memory.
-
-    With `force` the second is only a warning.
-    """
-    parallel = config.parallel
-    if parallel.world_size > 1:
-        raise ConfigError(
-            "parallel: data_replicate × data_shard × pipeline = "
-            f"{parallel.data_replicate} × {parallel.data_shard} × {parallel.pipeline} asks for "
-            f"{parallel.world_size} processes, and training runs in one; set all three, and parallel.expert, to 1, "
-            "or see with dsv3 plan --gpus 1 what fits"
-        )
+def check_plan(config: RunConfig, described: Device, force: bool = False) -> None:
+    """Raises PlanError for a plan that does not fit in the device's memory; with `force` it is only a warning."""
     try:
-        refuse_unless_it_fits(config, describe_device(device))
+        refuse_unless_it_fits(config, described)
     except PlanError as error:
         if not force:
             raise PlanError(f"{error}; --force starts it as it is") from None
         get_logger("Plan").warning(f"started by --force although {error}")
 
 
-def describe_device(device: torch.device) -> Device:
-    """The planner's description of a device of this machine, with the memory that is free on it now."""
+def describe_device(device: torch.device, local_ranks: int = 1) -> Device:
+    """The planner's description of a device of this machine, with the memory that is free on it now.
+
+    A host's memory is shared by so many ranks on it.
+    """
     if device.type == "cpu":
         cpu = device_named("CPU")
         assert cpu is not None
-        return cpu.model_copy(update={"memory_gib": host_memory_bytes() / _GIB})
+        return cpu.model_copy(update={"memory_gib": host_memory_bytes() / _GIB / local_ranks})
     name = torch.cuda.get_device_name(device)
     known = device_named(name) or device_named("A100")
     assert known is not None

@@ -49,14 +49,31 @@ class Clock:
         self._since += time.perf_counter() - start
 
 
+class _Nowhere:
+    """Takes what other ranks write already."""
+
+    def write(self, step: int, values: object) -> None:
+        """Drops it."""
+
+    def update(self, step: int, **values: float) -> None:
+        """Drops it."""
+
+
 class Reporter:
     """Reports one run; a context manager that holds the metrics files and the terminal's live display.
 
-    `first_step` is the first step to be trained; a resumed run drops metrics from there on.
+    `first_step` is the first step to be trained; a resumed run drops metrics from there on. Of the ranks of a job
+    one `writes` metrics and shows progress; what the others log is left to their log levels.
     """
 
     def __init__(
-        self, config: RunConfig, plan: TokenPlan, device: torch.device, compute_dtype: torch.dtype, first_step: int
+        self,
+        config: RunConfig,
+        plan: TokenPlan,
+        device: torch.device,
+        compute_dtype: torch.dtype,
+        first_step: int,
+        writes: bool = True,
     ) -> None:
         self._config, self._plan, self._device = config, plan, device
         self._active = count_active_parameters(config.model)
@@ -65,16 +82,19 @@ class Reporter:
             peak_bfloat16_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         )
         self._cache_figures = _cache_bytes_per_token(config, compute_dtype)
-        self._first_step = first_step
+        self._first_step, self._writes = first_step, writes
         self._stack = ExitStack()
 
     def __enter__(self) -> Reporter:
         logging, done = self._config.logging, self._first_step - 1
         self._announce()
-        self._writer = self._stack.enter_context(
-            MetricsWriter(logging.directory, logging.tensorboard, resume_step=done or None)
-        )
-        self._progress = self._stack.enter_context(ProgressDisplay(self._plan.total_steps, done))
+        self._writer: MetricsWriter | _Nowhere = _Nowhere()
+        self._progress: ProgressDisplay | _Nowhere = _Nowhere()
+        if self._writes:
+            self._writer = self._stack.enter_context(
+                MetricsWriter(logging.directory, logging.tensorboard, resume_step=done or None)
+            )
+            self._progress = self._stack.enter_context(ProgressDisplay(self._plan.total_steps, done))
         self.clock = Clock(self._plan, done)
         return self
 
@@ -127,7 +147,8 @@ class Reporter:
     def _speed(self, tokens_per_second: float) -> dict[str, float]:
         speed = {"tokens_per_second": tokens_per_second}
         if self._peak_flops:
-            speed["mfu"] = tokens_per_second * self._flops_per_token / self._peak_flops
+            peak = self._peak_flops * self._config.parallel.world_size
+            speed["mfu"] = tokens_per_second * self._flops_per_token / peak
         return speed
 
     def _announce(self) -> None:

@@ -6,62 +6,103 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import ProcessGroup
 
 from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.tokens.shards import TokenShards
-from deepseek_v3.model.saved import config_of, model_entries
-from deepseek_v3.model.transformer import DeepSeekV3
-from deepseek_v3.training.optimizer import AdamW
+from deepseek_v3.model.saved import config_of, model_entries, moments_by_name
+from deepseek_v3.training.parallel.engine import Engine
 from deepseek_v3.training.schedule import TokenPlan
+from deepseek_v3.utils.checkpointing import load_checkpoint
+from deepseek_v3.utils.checkpoints.contents import open_checkpoint
+from deepseek_v3.utils.checkpoints.loading import load_sharded
+from deepseek_v3.utils.checkpoints.nesting import split
+from deepseek_v3.utils.checkpoints.ranks import together
 from deepseek_v3.utils.errors import CheckpointError
 from deepseek_v3.utils.logging import get_logger
 
+_RANDOM = "random."  # what the names of random states begin with, among a checkpoint's tensors
 
-def run_state(
-    model: DeepSeekV3, optimizer: AdamW, config: RunConfig, shards: TokenShards, step: int, tokens: int
-) -> dict[str, Any]:
+
+def run_state(engine: Engine, config: RunConfig, shards: TokenShards, step: int, tokens: int) -> dict[str, Any]:
     """The entries of a checkpoint: the model's own, then progress, optimizer, random state and data identity.
 
     Data order and schedules need no entry: they are functions of the config and the step.
     """
     return {
-        **model_entries(model, config, shards.load_tokenizer().to_json()),
+        **model_entries(engine.models[0], config, shards.load_tokenizer().to_json()),
+        **engine.state(),
         "step": step,
         "tokens": tokens,
-        "optimizer": optimizer.state_dict(),
         "random": _random_state(),
         "corpus": _identity(shards),
     }
 
 
 def restore_run(
-    state: dict[str, Any],
     path: Path,
-    model: DeepSeekV3,
-    optimizer: AdamW,
+    group: ProcessGroup | None,
+    engine: Engine,
     config: RunConfig,
     plan: TokenPlan,
     shards: TokenShards,
+    *,
+    verify: bool = True,
 ) -> int:
-    """Puts a checkpoint's state in place and returns the step that it ended with.
+    """Puts a checkpoint's state in place, on all ranks of `group` together, and returns the step it ended with.
 
-    Raises CheckpointError, before anything is changed, where it is of another model, another corpus or a run laid
-    out in other steps.
+    `verify=False` skips the checksums of one that has just been verified.
+    Raises CheckpointError, before anything is changed, where it is damaged, of another model, another corpus or a
+    run laid out in other steps.
     """
-    saved = config_of(state, path)
-    _check_same_model(saved.model, config.model, path)
-    _check_same_steps(state, plan, path)
-    if state["corpus"] != _identity(shards):
+    if group is None:
+        saved = load_checkpoint(path, verify=verify)
+        _check(saved, path, config, plan, shards)
+        state = engine.state()
+        _fill(state, saved, path)
+        random, plain = saved["random"], saved
+    else:
+        contents = together(group, lambda: open_checkpoint(path))
+        plain = contents.plain
+        together(group, lambda: _check(plain, path, config, plan, shards))
+        state = engine.state()
+        random = {
+            name: torch.empty(info.shape, dtype=info.dtype)
+            for name, info in contents.tensors.items()
+            if name.startswith(_RANDOM)
+        }
+        load_sharded(path, {**split(state)[0], **random}, group, verify=verify)
+    _restore_random_state({name.removeprefix(_RANDOM): value for name, value in random.items()})
+    engine.loaded(state, plain["optimizer"]["num_steps"])
+    return plain["step"]
+
+
+def _fill(state: dict[str, Any], saved: dict[str, Any], path: Path) -> None:
+    """Copies what a checkpoint holds into the tensors of a run in one process."""
+    optimizer = moments_by_name(saved["optimizer"], saved["model"])
+    tensors, _ = split(state)
+    found, _ = split({"model": saved["model"], "optimizer": optimizer})
+    if different := tensors.keys() ^ found.keys():
+        raise CheckpointError(
+            f"{path}: {min(different)!r} is only on one side, the checkpoint's or this run's; "
+            "resume with the config that it was saved with"
+        )
+    for name, tensor in tensors.items():
+        tensor.detach().copy_(found[name])
+
+
+def _check(saved: dict[str, Any], path: Path, config: RunConfig, plan: TokenPlan, shards: TokenShards) -> None:
+    """Raises CheckpointError where a checkpoint's plain values are not of this run."""
+    before = config_of(saved, path)
+    _check_same_model(before.model, config.model, path)
+    _check_same_steps(saved, plan, path)
+    if saved["corpus"] != _identity(shards):
         raise CheckpointError(
             f"{path}: was trained on other tokens than those in {shards.directory}; a resumed run must continue "
             "the same data, so point data.path to them"
         )
-    _tell_changes(saved, config)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    _restore_random_state(state["random"])
-    return state["step"]
+    _tell_changes(before, config)
 
 
 def _identity(shards: TokenShards) -> list[str]:

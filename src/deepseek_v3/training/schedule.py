@@ -65,10 +65,15 @@ class TokenPlan:
             bias_update_speed=balance.bias_update_speed if used < balance.bias_update_until else 0.0,
         )
 
-    def micro_batches(self, step: Step, micro_batch_size: int) -> list[tuple[int, int]]:
-        """First sample and number of samples of each micro-batch of a step, in order."""
-        ends = range(step.first_sample, step.first_sample + step.num_samples + 1, micro_batch_size)
-        return [(first, end - first) for first, end in pairwise(ends)]
+    def micro_batches(self, step: Step, size: int, rank: int = 0, ranks: int = 1) -> list[tuple[int, int]]:
+        """First sample and number of samples of each micro-batch of a step, in order.
+
+        Of `ranks` ranks each has as many neighbouring samples of the step, which divides evenly.
+        """
+        share = step.num_samples // ranks
+        first = step.first_sample + rank * share
+        ends = range(first, first + share + 1, size)
+        return [(start, end - start) for start, end in pairwise(ends)]
 
 
 def learning_rate_ratio(schedule: ScheduleConfig, step: int, used: float) -> float:

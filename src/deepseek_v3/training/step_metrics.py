@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.moe.balance import load_metrics
-from deepseek_v3.moe.routing import Router
 from deepseek_v3.training.loss import Losses
 
 Figures = dict[str, float | list[float]]
 
 
-def step_figures(config: ModelConfig, losses: Losses, gradient_norm: Tensor, routers: Sequence[Router]) -> Figures:
-    """Losses in nats per token, gradient norm, and for each figure of the experts a list over mixture layers."""
+def step_figures(config: ModelConfig, losses: Losses, gradient_norm: Tensor, biases_LE: Tensor) -> Figures:
+    """Losses in nats per token, gradient norm, and for each figure of the experts a list over mixture layers.
+
+    `biases_LE` (layers, experts): the routing biases after the step.
+    """
     figures = {"loss": losses.main, "gradient_norm": gradient_norm}
     if config.num_nextn_predict_layers:
         figures["mtp_loss"] = losses.prediction
-    if routers:
+    if len(biases_LE):
         figures["balance_loss"] = losses.balance
-        biases_LE = torch.stack([router.e_score_correction_bias for router in routers])
         figures |= {f"experts/{name}": values_L for name, values_L in load_metrics(losses.counts_LE).items()}
         figures |= {"experts/bias_min": biases_LE.amin(-1), "experts/bias_max": biases_LE.amax(-1)}
     return _to_host(figures)

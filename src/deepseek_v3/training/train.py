@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from deepseek_v3.config.loading import config_to_yaml, load_config
 from deepseek_v3.config.train_config import RunConfig
-from deepseek_v3.training.preflight import check_plan
+from deepseek_v3.training.parallel.layout import laid_out
+from deepseek_v3.training.parallel.ranks import arrange
+from deepseek_v3.training.preflight import check_plan, describe_device
 from deepseek_v3.training.trainer import Trainer, TrainingResult
 from deepseek_v3.utils.commands import run_command
-from deepseek_v3.utils.distributed import refuse_several_processes, select_device
+from deepseek_v3.utils.distributed import ALONE, World, process_group, select_device
 from deepseek_v3.utils.files import written_atomically
 from deepseek_v3.utils.logging import configure_logging, get_logger
 from deepseek_v3.utils.monitoring import read_metrics
 from deepseek_v3.utils.plots import plot_losses
+from deepseek_v3.utils.watchdog import Watchdog
 
 
 def train(
@@ -27,17 +34,27 @@ def train(
         typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Override one field; repeatable."),
     ] = None,
     resume: Annotated[
-        str | None, typer.Option(metavar="PATH|latest", help="Continue a checkpoint, or the newest good one.")
+        str | None,
+        typer.Option(
+            metavar="PATH|latest|auto",
+            help="Continue a checkpoint, or the newest good one; auto: the newest one if there is any.",
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Start even where memory is expected not to do.")] = False,
+    timeout: Annotated[
+        int, typer.Option(min=1, metavar="SECONDS", help="Of several processes, how long one waits for the others.")
+    ] = 600,
 ) -> None:
     """Train a model, from the first step or from a checkpoint."""
-    configure_logging()
-    refuse_several_processes()
+    world = World.from_environment()
+    configure_logging(logging.INFO if world.rank == 0 else logging.ERROR)
     overrides = override or []
-    result = train_run(load_config(config, overrides), device, resume, force)
-    if not result.finished:
+    place = select_device(device, world)
+    limit = timedelta(seconds=timeout)
+    with process_group(world, place, limit), Watchdog(world, limit) as watchdog:
+        result = train_run(load_config(config, overrides), place, resume, force, world, watchdog.step)
+    if not result.finished and world.rank == 0:
         words = ["dsv3", "train", "--config", str(config), "--resume", "latest"]
         words += [word for setting in overrides for word in ("--set", setting)]
         words += [] if device == "auto" else ["--device", device]
@@ -46,20 +63,30 @@ def train(
 
 
 def train_run(
-    config: RunConfig, device: str = "auto", resume: str | None = None, force: bool = False
+    config: RunConfig,
+    device: torch.device,
+    resume: str | None = None,
+    force: bool = False,
+    world: World = ALONE,
+    step_begins: Callable[[int], None] | None = None,
 ) -> TrainingResult:
     """Trains as `config` says; leaves the resolved config, metrics and a plot of the losses in its run folder.
 
-    A run that is expected not to fit in memory is refused before anything is allocated, unless by `force`.
+    Every process of a job calls it; `step_begins` hears the number of every step. A run that is expected not to fit
+    in memory is refused before anything is allocated, unless by `force`.
     """
-    chosen = select_device(device)
-    check_plan(config, chosen, force)
-    trainer = Trainer(config, chosen, resume)
+    described = describe_device(device, world.local_size)
+    config = laid_out(config, world.size, described)
+    check_plan(config, described, force)
+    ranks = arrange(config.parallel, device.type, world.local_size)
+    trainer = Trainer(config, device, resume, ranks, step_begins)
     folder = config.logging.directory
-    with written_atomically(folder / "config.yaml") as partial:
-        partial.write_text(config_to_yaml(config), encoding="utf-8")
+    if world.rank == 0:
+        with written_atomically(folder / "config.yaml") as partial:
+            partial.write_text(config_to_yaml(config), encoding="utf-8")
     result = trainer.run()
-    plot_losses(read_metrics(folder / "metrics.jsonl"), folder / "loss.png")
+    if world.rank == 0:
+        plot_losses(read_metrics(folder / "metrics.jsonl"), folder / "loss.png")
     return result
 
 

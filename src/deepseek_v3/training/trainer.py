@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.tokens.loader import TokenLoader
-from deepseek_v3.moe.balance import routers_of, update_biases
-from deepseek_v3.training.batches import document_numbers, open_tokens, token_batches
+from deepseek_v3.data.tokens.shards import TokenShards
+from deepseek_v3.training.batches import Documents, open_tokens, open_tokens_together, token_batches
 from deepseek_v3.training.holdout import HeldOutEvaluation, HeldOutLoss
 from deepseek_v3.training.interruption import StopRequest
-from deepseek_v3.training.loss import Losses, training_losses
-from deepseek_v3.training.optimizer import AdamW
-from deepseek_v3.training.parallel.plan import prepare_model
+from deepseek_v3.training.loss import Losses
+from deepseek_v3.training.parallel.engines import engine_for
+from deepseek_v3.training.parallel.ranks import Ranks
 from deepseek_v3.training.reporting import Reporter
+from deepseek_v3.training.run_checkpoints import RunCheckpoints
 from deepseek_v3.training.run_state import restore_run, run_state
 from deepseek_v3.training.schedule import Step, TokenPlan
 from deepseek_v3.training.step_metrics import step_figures
-from deepseek_v3.utils.checkpointing import CheckpointDirectory, load_checkpoint
 from deepseek_v3.utils.errors import TrainingError
 from deepseek_v3.utils.logging import get_logger
+
+_BUILDING = timedelta(days=1)  # for tokenizing a large corpus
 
 
 @dataclass(frozen=True)
@@ -40,45 +44,61 @@ class TrainingResult:
 
 
 class Trainer:
-    """One run on one device, from its config to its last checkpoint.
+    """One rank of a run, from its config to its last checkpoint; alone where no `ranks` are given.
 
-    `resume` is a checkpoint file or `latest`. Raises a UserError, with no earlier file overwritten, where the
-    config, the tokens or the checkpoint cannot be used.
+    `step_begins` hears the number of every step.
+
+    `resume` is a checkpoint, `latest`, or `auto`: the latest if there is one. Raises a UserError, with no earlier
+    file overwritten, where the config, the tokens or the checkpoint cannot be used.
     """
 
-    def __init__(self, config: RunConfig, device: torch.device, resume: str | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        device: torch.device,
+        resume: str | None = None,
+        ranks: Ranks | None = None,
+        step_begins: Callable[[int], None] | None = None,
+    ) -> None:
         self.config, self.device = config, device
+        self.ranks = ranks or Ranks(config.parallel)
+        self._step_begins = step_begins
         self.plan = TokenPlan(config)
-        self.checkpoints = CheckpointDirectory(config.checkpoint.directory, config.checkpoint.keep)
-        if resume is None:
-            self.checkpoints.refuse_if_used()
-        self.shards = open_tokens(config)
+        self.checkpoints = RunCheckpoints(config.checkpoint, self.ranks)
+        start = self.checkpoints.start(resume)
+        self.shards = open_tokens(config) if self.ranks.is_alone else self._tokens_of_all()
         self.loader = TokenLoader(
             self.shards, sequence_length=config.training.sequence_length, seed=config.training.seed
         )
         torch.manual_seed(config.training.seed)
-        self.evaluation = HeldOutEvaluation(self.shards, config, config.training.evaluation.tokens)
-        self.model = prepare_model(config, device)
-        self.routers = routers_of(self.model)
-        self.optimizer = AdamW(self.model.parameters(), config.training.optimizer)
+        share = (self.ranks.data_rank, self.ranks.parallel.data_ranks)
+        self.evaluation = HeldOutEvaluation(self.shards, config, config.training.evaluation.tokens, *share)
+        self.engine = engine_for(config, self.ranks, device, Documents(self.shards, config.data.mask_documents))
         self._steps_done = 0
         self._checkpoint: Path | None = None
         self._held_out: HeldOutLoss | None = None
-        if resume is not None:
-            self._restore(resume)
+        if start is not None:
+            self._restore(start, str(resume))
+
+    def _tokens_of_all(self) -> TokenShards:
+        """The tokens, which one rank may have to build first, for hours if need be."""
+        return open_tokens_together(self.config, dist.new_group(backend="gloo", timeout=_BUILDING))
 
     def run(self) -> TrainingResult:
         """Trains to the end of the token budget, or until a signal asks to stop; either way saves last."""
         batches = token_batches(self.loader, self._micro_batches(), self.device)
-        dtype = self.model.compute_dtype or torch.float32
-        reporter = Reporter(self.config, self.plan, self.device, dtype, self._steps_done + 1)
-        with closing(batches), reporter, StopRequest() as stop:
+        dtype = self.engine.models[0].compute_dtype or torch.float32
+        writes = self.ranks.rank == 0
+        reporter = Reporter(self.config, self.plan, self.device, dtype, self._steps_done + 1, writes)
+        with self.checkpoints, closing(batches), reporter, StopRequest(self.ranks.size) as stop:
             stopping = False
             while self._steps_done < self.plan.total_steps and not stopping:
                 step = self.plan.step(self._steps_done + 1)
+                if self._step_begins:
+                    self._step_begins(step.number)
                 losses, norm = self._train_step(step, batches)
                 self._steps_done = step.number
-                stopping = stop.requested
+                stopping = stop.agreed()
                 self._after_step(step, losses, norm, reporter, stopping)
             if self._steps_done == self.plan.total_steps:
                 reporter.report_end(self._steps_done)
@@ -86,21 +106,8 @@ class Trainer:
 
     def _train_step(self, step: Step, batches: Iterator[Tensor]) -> tuple[Losses, Tensor]:
         """One optimizer step; returns mean losses with summed expert loads, and the gradient norm."""
-        alpha = self.config.training.balance.sequence_loss_weight
-        num_micro_batches = step.num_samples // self.config.parallel.micro_batch_size
-        parts: list[Losses] = []
-        for _ in range(num_micro_batches):
-            tokens_BX = next(batches)
-            documents_BS = self._documents(tokens_BX)
-            losses = training_losses(self.model, tokens_BX, step.prediction_weight, alpha, documents_BS)
-            (losses.total / num_micro_batches).backward()
-            parts.append(losses._replace(total=losses.total.detach()))
-        norm = self.optimizer.step(step.learning_rate)
-        self.optimizer.zero_grad()
-        whole = _combined(parts)
-        if self.routers:
-            update_biases(self.routers, whole.counts_LE, step.bias_update_speed)
-        return whole, norm
+        losses, norm = self.engine.run_step(batches, step)
+        return self.engine.finish_step(losses, step), norm
 
     def _after_step(self, step: Step, losses: Losses, norm: Tensor, reporter: Reporter, stopping: bool) -> None:
         """Reports, measures and saves where any of it is due; what is saved has been seen to be finite."""
@@ -108,40 +115,37 @@ class Trainer:
         last = number == self.plan.total_steps
         saves = last or stopping or _is_due(number, config.checkpoint.interval_steps)
         if saves or number == 1 or _is_due(number, config.logging.interval_steps):
-            reporter.report_step(step, step_figures(config.model, losses, norm, self.routers))
+            reporter.report_step(step, step_figures(config.model, losses, norm, self.engine.biases()))
         with reporter.clock.paused():
             if last or _is_due(number, config.training.evaluation.interval_steps):
-                self._held_out = self.evaluation.measure(self.model, self.device)
+                self._held_out = self.evaluation.measure(self.engine.main_losses, self.device, self.ranks.summed)
                 reporter.report_held_out(number, self._held_out)
             if saves:
                 tokens = self.plan.tokens_after(number)
-                state = run_state(self.model, self.optimizer, config, self.shards, number, tokens)
+                state = run_state(self.engine, config, self.shards, number, tokens)
                 self._checkpoint = self.checkpoints.save(number, state)
                 reporter.report_checkpoint(self._checkpoint)
 
     def _micro_batches(self) -> Iterator[tuple[int, int]]:
+        parallel = self.config.parallel
         for number in range(self._steps_done + 1, self.plan.total_steps + 1):
-            yield from self.plan.micro_batches(self.plan.step(number), self.config.parallel.micro_batch_size)
+            yield from self.plan.micro_batches(
+                self.plan.step(number), parallel.micro_batch_size, self.ranks.data_rank, parallel.data_ranks
+            )
 
-    def _documents(self, tokens_BX: Tensor) -> Tensor | None:
-        if not self.config.data.mask_documents:
-            return None
-        return document_numbers(tokens_BX[:, :-1], self.shards.index.end_of_text)
-
-    def _restore(self, resume: str) -> None:
-        if resume == "latest":
-            path, state = self.checkpoints.latest()
-        else:
-            path = Path(resume)
-            state = load_checkpoint(path)
-        self._steps_done = restore_run(state, path, self.model, self.optimizer, self.config, self.plan, self.shards)
+    def _restore(self, path: Path, resume: str) -> None:
+        seen = resume in ("latest", "auto")
+        self._steps_done = restore_run(
+            path, self.checkpoints.group, self.engine, self.config, self.plan, self.shards, verify=not seen
+        )
         self._checkpoint = path
         log = get_logger("Trainer")
         log.info(f"Resuming {path} after step {self._steps_done}")
-        later = [step for step in self.checkpoints.steps() if step > self._steps_done]
-        if later and resume != "latest":
+        directory = self.checkpoints.directory
+        later = [step for step in directory.steps() if step > self._steps_done]
+        if later and resume not in ("latest", "auto"):
             log.warning(
-                f"{self.checkpoints.path} also holds later checkpoints, up to step {later[-1]}; until this run "
+                f"{directory.path} also holds later checkpoints, up to step {later[-1]}; until this run "
                 "passes them, --resume latest means those"
             )
 
@@ -159,9 +163,3 @@ class Trainer:
 
 def _is_due(step_number: int, interval: int) -> bool:
     return interval > 0 and step_number % interval == 0
-
-
-def _combined(parts: list[Losses]) -> Losses:
-    """Means of the losses of equal micro-batches, and the sums of their expert loads."""
-    total, main, prediction, balance, counts = (torch.stack(values) for values in zip(*parts, strict=True))
-    return Losses(total.mean(), main.mean(), prediction.mean(), balance.mean(), counts.sum(0))

@@ -30,12 +30,12 @@ def written_atomically(path: Path) -> Iterator[Path]:
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
     """Makes a rename inside `directory` survive a power cut."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:

@@ -18,13 +18,13 @@ from deepseek_v3.data.pipeline.parts import FinishedPart, is_whole, read_part
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.files import written_atomically
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # They say how a run is carried out, and change nothing about what comes out.
 _FREE = ("output_dir", "engine", "ray_address", "workers", "memory")
 
 
 def description(config: PreprocessConfig, files: Sequence[InputFile]) -> dict[str, Any]:
-    """What decides about the result: the configuration and the input, as JSON."""
+    """What decides about the result: the configuration, the input and what stages read besides, as JSON."""
     fields = {name: value for name, value in config.model_dump(mode="json").items() if name not in _FREE}
     described: dict[str, Any] = orjson.loads(
         orjson.dumps(
@@ -32,10 +32,26 @@ def description(config: PreprocessConfig, files: Sequence[InputFile]) -> dict[st
                 "format_version": FORMAT_VERSION,
                 "config": fields,
                 "inputs": [{"name": file.name, "size": file.size, "modified": file.modified} for file in files],
+                "read_by_stages": _read_by_stages(config),
             },
         )
     )
     return described
+
+
+def _read_by_stages(config: PreprocessConfig) -> list[dict[str, Any]]:
+    """The models, evaluation sets and other files that the configured stages name, those that there are."""
+    named = [config.tokenizer]
+    for stage in config.pipeline:
+        for _, value in getattr(config, stage):
+            named += value if isinstance(value, tuple) else [value]
+    paths = [path for path in named if isinstance(path, Path)]
+    files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    return [
+        {"name": str(file), "size": file.stat().st_size, "modified": str(file.stat().st_mtime_ns)}
+        for file in files
+        if file.is_file()
+    ]
 
 
 def begin(layout: Layout, described: dict[str, Any]) -> bool:
@@ -61,18 +77,21 @@ def begin(layout: Layout, described: dict[str, Any]) -> bool:
 
 def check_same(before: dict[str, Any], now: dict[str, Any], where: Path, advice: str) -> None:
     """Raises DataError, naming the first field or file that differs, unless both describe the same run."""
-    _check_files(before["inputs"], now["inputs"], where, advice)
+    if before["format_version"] != now["format_version"]:
+        raise DataError(f"{where}: was written by another version of this program; {advice}")
+    _check_files("input file", before["inputs"], now["inputs"], where, advice)
+    _check_files("file", before["read_by_stages"], now["read_by_stages"], where, advice)
     for name, value in now["config"].items():
         if before["config"].get(name) != value:
             raise DataError(
                 f"{where}: the run began with another {name}: {before['config'].get(name)!r}, now {value!r}; "
                 f"set it back, choose another output_dir, or {advice}"
             )
-    if before["format_version"] != now["format_version"]:
-        raise DataError(f"{where}: was written by another version of this program; {advice}")
 
 
-def _check_files(before: list[dict[str, Any]], now: list[dict[str, Any]], where: Path, advice: str) -> None:
+def _check_files(
+    kind: str, before: list[dict[str, Any]], now: list[dict[str, Any]], where: Path, advice: str
+) -> None:
     known = {file["name"]: file for file in before}
     found = {file["name"]: file for file in now}
     for name in sorted(known.keys() | found.keys()):
@@ -80,7 +99,7 @@ def _check_files(before: list[dict[str, Any]], now: list[dict[str, Any]], where:
             continue
         change = "was changed" if name in known and name in found else "is new" if name in found else "is gone"
         raise DataError(
-            f"{where}: the input file {name} {change} since the run began; put it back, choose another output_dir, "
+            f"{where}: the {kind} {name} {change} since the run began; put it back, choose another output_dir, "
             f"or {advice}"
         )
 

@@ -59,7 +59,8 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         loss = hidden_TD.new_zeros((), dtype=torch.promote_types(hidden_TD.dtype, torch.float32))
         loss_and_gradient = _fused_loss_and_gradient() if hidden_TD.is_cuda else _loss_and_gradient
         grad_hidden_TD = torch.empty_like(hidden_TD) if needs_gradient else None
-        grad_weight_VD = torch.zeros_like(weight_VD) if needs_gradient else None
+        sum_dtype = torch.promote_types(weight_VD.dtype, torch.float32)
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=sum_dtype) if needs_gradient else None
         size = _chunk_size(hidden_TD.shape[0], weight_VD.shape[0], hidden_TD.device.type)
         for start in range(0, hidden_TD.shape[0], size):
             chunk = slice(start, start + size)
@@ -75,6 +76,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             del logits_TV  # before the next chunk's, so that only one is ever held
         if needs_gradient:
             ctx.save_for_backward(grad_hidden_TD, grad_weight_VD)
+            ctx.weight_dtype, ctx.scale = weight_VD.dtype, None
         return loss
 
     @staticmethod
@@ -82,7 +84,13 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_hidden_TD, grad_weight_VD = ctx.saved_tensors
         scaled_TD = (at_least_float32(grad_hidden_TD) * grad_loss).to(grad_hidden_TD.dtype)
-        return scaled_TD, grad_weight_VD.mul_(grad_loss.to(grad_weight_VD.dtype)), None, None
+        grad_loss = grad_loss.to(grad_weight_VD.dtype)
+        if ctx.scale is None:
+            ctx.scale = grad_loss
+            grad_weight_VD.data.mul_(grad_loss)
+        else:  # a zero-bubble pipeline goes back in two halves and comes here in both
+            grad_weight_VD = grad_weight_VD * (grad_loss / ctx.scale)
+        return scaled_TD, grad_weight_VD.to(ctx.weight_dtype), None, None
 
 
 def _chunk_size(num_tokens: int, vocab_size: int, device_type: str) -> int:
@@ -91,9 +99,9 @@ def _chunk_size(num_tokens: int, vocab_size: int, device_type: str) -> int:
 
 
 def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
-    """The reference's operation without ever holding all logits; the weight's gradient sums in its own type.
+    """The reference's operation without ever holding all logits; the weight's gradient sums in float32 at least.
 
-    Differentiable once, and backward may run once: it scales the weight's gradient where it lies.
+    Differentiable once. Backward scales the weight's gradient where it lies, so its first gradient must not be 0.
     """
     needs_gradient = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
     return _ChunkedLinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T, needs_gradient)

@@ -9,7 +9,7 @@ from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.advice.size_plans import SizePlan
 from deepseek_v3.utils.files import here_or_in_checkout
 
-ESTIMATE_ONLY = "training over several processes is not in this version yet; the plan is an estimate"
+ESTIMATE_ONLY = "what several devices take has been computed, not measured; the plan is an estimate"
 
 _LAUNCHER = Path("src/training/train.py")
 

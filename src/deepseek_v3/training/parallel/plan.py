@@ -2,40 +2,106 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.model.back_ends import choose_back_ends
-from deepseek_v3.model.init import initialize
+from deepseek_v3.model.block import DecoderLayer
+from deepseek_v3.model.init import initial_values, reset_buffers
 from deepseek_v3.model.precision import compute_dtype
 from deepseek_v3.model.transformer import DeepSeekV3
+from deepseek_v3.moe.deepep import Traffic, expert_dispatcher
 from deepseek_v3.moe.experts import RoutedExperts
+from deepseek_v3.moe.layer import MixtureOfExperts
 from deepseek_v3.ops.grouped_gemm import reference_grouped_linear
+from deepseek_v3.training.optimizer import local
+from deepseek_v3.training.parallel.fsdp import shard
+from deepseek_v3.training.parallel.pieces import pieces_of
+from deepseek_v3.training.parallel.ranks import Ranks
+from deepseek_v3.training.parallel.recomputation import recompute
 from deepseek_v3.utils.errors import ConfigError
 from deepseek_v3.utils.logging import get_logger
 
 # Layer kinds (dense, mixture, prediction) × with and without gradient, and room for masks.
 _COMPILED_VARIANTS = 16
 
+Root = TypeVar("Root", bound=nn.Module)
 
-def prepare_model(config: RunConfig, device: torch.device) -> DeepSeekV3:
-    """Builds the model on `device`, initialised from the run's seed; weights are float32."""
+
+def prepare(
+    config: RunConfig,
+    device: torch.device,
+    ranks: Ranks,
+    wrap: Callable[[DeepSeekV3], Root],
+    keep: Callable[[DeepSeekV3], Sequence[int]] | None = None,
+) -> Root:
+    """Builds this rank's part of the model on `device`, initialised from the run's seed; weights are float32.
+
+    `wrap` makes the module that is called of the model. `keep` takes away what other stages of a pipeline have and
+    returns the numbers of the layers that are left.
+    """
     with torch.device("meta"):
         model = DeepSeekV3(config.model)
+    layers = range(len(model.model.layers)) if keep is None else keep(model)
     model.compute_dtype = compute_dtype(config.parallel.precision, device)
     back_ends = choose_back_ends(model, device)
     get_logger("Plan").info(f"{model.compute_dtype} compute, float32 weights | back ends: {back_ends}")
-    if config.parallel.recomputation == "full":
-        model.run_layer = _recomputing
+    _spread_experts(model, config, ranks)
+    recompute(model, config.parallel.recomputation)
     if _compiles(model, config, device):
-        _compile_layers(model)
-    model.to_empty(device=device)
-    initialize(model, config.model.initializer_range, config.training.seed)
-    return model.train()
+        _compile_layers(_layers(model, layers), whole=config.parallel.expert == 1)
+    root = wrap(model)
+    shard(root, model, ranks, layers)
+    root.to_empty(device=device)
+    _initialize(model, config, ranks)
+    root.train()
+    return root
+
+
+def _spread_experts(model: DeepSeekV3, config: RunConfig, ranks: Ranks) -> None:
+    """Leaves each rank its share of the experts, and gives the layers a dispatcher that reaches the others."""
+    parallel = config.parallel
+    if parallel.expert == 1:
+        return
+    model_config = config.model
+    traffic = Traffic(
+        tokens=parallel.micro_batch_size * config.training.sequence_length,
+        width=model_config.hidden_size,
+        experts_per_token=model_config.num_experts_per_tok,
+        dtype=model.compute_dtype or torch.float32,
+    )
+    dispatcher = expert_dispatcher(
+        parallel.expert_back_end,
+        model_config.n_routed_experts,
+        ranks.group("expert"),
+        traffic,
+        precision=parallel.dispatch_precision,
+        ranks_per_node=ranks.ranks_per_node,
+    )
+    for module in model.modules():
+        if isinstance(module, MixtureOfExperts):
+            module.experts.keep_share(ranks.expert_rank, parallel.expert)
+            module.dispatcher = dispatcher
+
+
+@torch.no_grad()
+def _initialize(model: DeepSeekV3, config: RunConfig, ranks: Ranks) -> None:
+    """As `model/init.py` does, for what this rank holds."""
+    pieces, std, seed = pieces_of(model, ranks), config.model.initializer_range, config.training.seed
+    for name, parameter in model.named_parameters():
+        piece, held = pieces[name], local(parameter)
+        for place, values in initial_values(name, piece.shape, piece.rows, std, seed, held.device):
+            held[place].copy_(piece.of_rows(values))
+    reset_buffers(model)
+
+
+def _layers(model: DeepSeekV3, numbers: Sequence[int]) -> list[DecoderLayer]:
+    layers = [model.model.layers[number] for number in numbers]
+    return [layer for layer in layers if isinstance(layer, DecoderLayer)]
 
 
 def _compiles(model: DeepSeekV3, config: RunConfig, device: torch.device) -> bool:
@@ -52,13 +118,16 @@ def _compiles(model: DeepSeekV3, config: RunConfig, device: torch.device) -> boo
     return in_one_piece and (device.type == "cuda" if wanted == "auto" else wanted)
 
 
-def _recomputing(layer: nn.Module, *inputs: Any) -> Any:
-    """Runs a layer now and once more in the backward pass, keeping only its inputs between."""
-    return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+def _compile_layers(layers: Sequence[DecoderLayer], whole: bool) -> None:
+    """Compiles each layer whole; layers of one kind share the compiled code.
 
-
-def _compile_layers(model: DeepSeekV3) -> None:
-    """Compiles each layer whole; layers of one kind share the compiled code."""
+    Not `whole`, the parts around what experts on other ranks need: rows that are counted while they travel.
+    """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _COMPILED_VARIANTS)
-    for layer in model.model.layers:
-        layer.compile(fullgraph=True, dynamic=False)
+    for layer in layers:
+        if whole or not isinstance(layer.mlp, MixtureOfExperts):
+            layer.compile(fullgraph=True, dynamic=False)
+            continue
+        for part in (layer.input_layernorm, layer.self_attn, layer.post_attention_layernorm, layer.mlp.gate):
+            part.compile(fullgraph=True, dynamic=False)
+        layer.mlp.experts.compile(fullgraph=True, dynamic=True)

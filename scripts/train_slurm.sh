@@ -1,0 +1,131 @@
+#!/usr/bin/env bash
+# Trains on the nodes of a Slurm job, which comes back after every interruption until the run has finished:
+#
+#   sbatch scripts/train_slurm.sh configs/deepseek_v3_base.yaml [more options of `dsv3 train`]
+#
+# Submit it from the root of the checkout, which all nodes see. The options below are defaults; those on sbatch's
+# own command line come first: sbatch --nodes=16 --time=12:00:00 scripts/train_slurm.sh ...
+#
+# Variables that are read: DSV3_MAX_RESTARTS (20), PYTHON (that of .venv where there is one, else python3).
+# Left in slurm_jobs/<job>/: environment_<start>.txt, and for every node node_<n>/ with the logs of its ranks.
+#
+#SBATCH --job-name=deepseek_v3
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@180
+#SBATCH --requeue
+#SBATCH --open-mode=append
+
+set -euo pipefail
+
+say() { echo "[Slurm] $*"; }
+refuse() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+check_arguments() {
+    local usage="sbatch scripts/train_slurm.sh CONFIG.yaml [more options of dsv3 train]"
+    [[ -n ${SLURM_JOB_ID:-} ]] || refuse "this is no Slurm job; start it with: $usage"
+    [[ -f src/training/train.py ]] || refuse "$PWD: holds no src/training/train.py; submit from the checkout's root"
+    [[ $# -ge 1 && $1 != -* ]] || refuse "the config is missing; expected: $usage"
+    [[ -f $1 ]] || refuse "$1: no such config; expected: $usage"
+    [[ $max_restarts =~ ^[0-9]+$ ]] || refuse "DSV3_MAX_RESTARTS = $max_restarts: expected a number"
+    local option
+    for option in "${@:2}"; do
+        [[ ! $option =~ ^--(config|resume)(=|$) ]] || refuse "$option: is set by this script; leave it out"
+    done
+}
+
+# What a reader needs to understand, or repeat, this start; of the variables only those that steer and hide nothing.
+describe_environment() {
+    date --iso-8601=seconds
+    echo "job $SLURM_JOB_ID, start $restarts, nodes $SLURM_JOB_NODELIST, command: $*"
+    echo "commit $(git rev-parse HEAD 2>/dev/null || echo unknown)"
+    git status --short 2>/dev/null || true
+    "$python" -VV
+    "$python" -m pip freeze 2>/dev/null || true
+    env | grep -E '^(CUDA|DSV3|GLOO|LD_LIBRARY_PATH|NCCL|NVIDIA|OMP|PATH|PYTHON|PYTORCH|SLURM|TORCH|UCX)' |
+        grep -viE '^[^=]*(auth|cookie|credential|jwt|key|passw|secret|token)' | sort
+}
+
+# On every node: torchrun, and the notice passed on to the training processes, which are its children.
+# shellcheck disable=SC2329 # sent there as text
+run_node() {
+    trap '' USR1 # which Slurm sends to every process: torchrun, and what is not ready to hear it, would die of it
+    local folder=$1 endpoint=$2 python=$3 agent
+    shift 3
+    local here="$folder/node_${SLURM_NODEID}"
+    mkdir -p "$here"
+    local gpus=${SLURM_GPUS_ON_NODE:-}
+    if command -v nvidia-smi >/dev/null; then
+        nvidia-smi >"$here/nvidia-smi.txt" 2>&1 || true
+        gpus=${gpus:-$(nvidia-smi --list-gpus | wc -l)}
+    fi
+    "$python" -m torch.distributed.run --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="${gpus:-1}" \
+        --rdzv-backend=c10d --rdzv-endpoint="$endpoint" --rdzv-id="$SLURM_JOB_ID" --max-restarts=0 \
+        --log-dir="$here" --tee=3 src/training/train.py "$@" &
+    agent=$!
+    trap 'pkill -USR1 -P "$agent" || true' USR1
+    while kill -0 "$agent" 2>/dev/null; do wait "$agent" || true; done  # a trap ends a wait, not the process
+    wait "$agent"
+}
+
+run_nodes() {
+    local host port
+    host=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    host=${host%%$'\n'*}
+    port=$((20000 + SLURM_JOB_ID % 10000))
+    srun --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 \
+        bash -c "$(declare -f run_node); run_node \"\$@\"" run_node "$folder" "$host:$port" "$python" "$@" &
+    step=$!
+}
+
+# Waits for the step; once noticed it repeats the notice, for training processes that were not ready to hear it.
+wait_for_nodes() {
+    while kill -0 "$step" 2>/dev/null; do
+        if [[ $noticed == no ]]; then
+            wait "$step" || true
+        else
+            kill -USR1 "$step" 2>/dev/null || true
+            sleep 5
+        fi
+    done
+    wait "$step"
+}
+
+requeue_or_end() {
+    local status=$1 state
+    if [[ $status == 0 && $noticed == no ]]; then
+        say "the run has finished"
+        exit 0
+    fi
+    state=$(scontrol show job --oneliner "$SLURM_JOB_ID" | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p')
+    if [[ $state != RUNNING ]]; then
+        say "Slurm has the job as $state; it is not requeued from here"
+    elif ((restarts >= max_restarts)); then
+        say "exit code $status; not requeued after $restarts restarts (DSV3_MAX_RESTARTS = $max_restarts)"
+    else
+        say "exit code $status; requeued, to resume from the newest checkpoint"
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
+    exit "$status"
+}
+
+max_restarts=${DSV3_MAX_RESTARTS:-20}
+restarts=${SLURM_RESTART_COUNT:-0}
+noticed=no
+cd "${SLURM_SUBMIT_DIR:-.}"
+check_arguments "$@"
+python=${PYTHON:-$([[ -x .venv/bin/python ]] && echo "$PWD/.venv/bin/python" || echo python3)}
+folder="$PWD/slurm_jobs/$SLURM_JOB_ID"
+mkdir -p "$folder"
+describe_environment "$@" >"$folder/environment_$restarts.txt"
+trap 'noticed=yes; say "notice of the end: the training processes save and stop"' USR1
+run_nodes --config "$1" --resume auto "${@:2}"
+status=0
+wait_for_nodes || status=$?
+requeue_or_end "$status"

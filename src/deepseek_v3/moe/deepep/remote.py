@@ -1,0 +1,86 @@
+"""What all ways to experts on other ranks have in common.
+
+Axes: T tokens, R received tokens, K experts per token, X rows in expert order, D width, E experts of this rank.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from deepseek_v3.moe.deepep.crossing import Crossing, arrive, depart
+from deepseek_v3.moe.dispatch import Arrived
+from deepseek_v3.ops.moe_permute import Copies, copies_at, sort_by_expert, spread, sum_copies
+
+NOWHERE = -1  # in place of an expert that another rank holds
+
+
+class Dispatching(Crossing, Protocol):
+    """The way of tokens (T, D), gates (T, K) and chosen experts (T, K) int64 to the ranks that hold these experts.
+
+    Each token arrives once, with its gates and experts. The latter are then numbered from the first one of this
+    rank, and `NOWHERE` where others hold them.
+    """
+
+    @property
+    def num_copies(self) -> int:
+        """How many experts of this rank the tokens that have arrived chose."""
+
+    def combining(self) -> Crossing:
+        """The way back, of one row (R, D) for each token that has arrived, to sums (T, D)."""
+
+
+class Handle(NamedTuple):
+    """How to get back: the way that tokens came, and which rows are copies of which of them."""
+
+    dispatching: Dispatching
+    copies: Copies
+
+
+class RemoteDispatcher(ABC):
+    """A `Dispatcher` to experts that lie in equal runs on the ranks of a group.
+
+    Each received token is copied to its experts here; their results are summed in float32 before they go back, and
+    once more where they come home.
+    """
+
+    def __init__(self, num_local_experts: int) -> None:
+        self.num_local_experts = num_local_experts
+
+    @abstractmethod
+    def _dispatching(self, experts_TK: Tensor) -> Dispatching:
+        """The way of tokens that chose these experts."""
+
+    def dispatch(self, x_TD: Tensor, gates_TK: Tensor, experts_TK: Tensor) -> tuple[Dispatching, Tensor]:
+        """Sends tokens off to the ranks that hold their experts."""
+        dispatching = self._dispatching(experts_TK)
+        return dispatching, depart(dispatching, x_TD, gates_TK, experts_TK)
+
+    def receive(self, sent: tuple[Dispatching, Tensor]) -> Arrived:
+        """Waits for the tokens of all ranks for experts of this one."""
+        dispatching, ticket = sent
+        rows_RD, gates_RK, experts_RK = arrive(dispatching, ticket)
+        copies, gate_copies, ends_E = _in_expert_order(experts_RK, self.num_local_experts, dispatching.num_copies)
+        gates_X = spread(gates_RK.reshape(-1, 1), gate_copies).squeeze(1)
+        return Arrived(spread(rows_RD, copies), gates_X, ends_E, Handle(dispatching, copies))
+
+    def combine(self, rows_XD: Tensor, handle: Handle) -> tuple[Crossing, Tensor]:
+        """Sends one row for each received token back to where it came from."""
+        combining = handle.dispatching.combining()
+        return combining, depart(combining, sum_copies(rows_XD, handle.copies))
+
+    def collect(self, returned: tuple[Crossing, Tensor]) -> Tensor:
+        """Waits for the sums over all experts of this rank's tokens; (T, D)."""
+        return arrive(*returned)[0]
+
+
+def _in_expert_order(experts_RK: Tensor, num_experts: int, num_copies: int) -> tuple[Copies, Copies, Tensor]:
+    """Copies of received tokens and of their flattened gates in expert order, and where each expert's end."""
+    rows, chosen = experts_RK.shape
+    order = sort_by_expert(torch.where(experts_RK == NOWHERE, num_experts, experts_RK), num_experts)
+    flat_X, places_RK = order.order_X[:num_copies], order.inverse_X.clamp(max=num_copies).view(rows, chosen)
+    copies = Copies(flat_X // chosen, copies_at(places_RK, min(chosen, num_experts)))
+    return copies, Copies(flat_X, places_RK.view(-1, 1)), order.ends_E

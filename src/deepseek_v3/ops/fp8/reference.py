@@ -1,0 +1,36 @@
+"""Rows in 8-bit floating point, with one scale for each 1×128 block (DeepSeek-V3 report, §3.3), in plain torch.
+
+Axes: T rows, D width, G blocks of 128 numbers of a row, the last of which may be shorter, N numbers of a block.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 128
+E4M3 = torch.float8_e4m3fn
+_LARGEST = torch.finfo(E4M3).max  # 448
+_SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+
+
+def quantize_1x128(x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (T, D) of any float type as (T, D) e4m3 and scales (T, G) float32, whose product they are again.
+
+    The largest number of a block becomes 448. A number comes back within 1/16 of itself, or within 2⁻¹⁰ of the
+    scale where it is below 2⁻⁶ of it. One number that is not finite turns its whole block into NaN.
+    """
+    x_TGN = _in_blocks(x_TD.float())
+    # No less than normal numbers: blocks of zeros are divided by it, and GPUs may take smaller ones for zero.
+    scales_TG = (x_TGN.abs().amax(-1) / _LARGEST).clamp(min=_SMALLEST_SCALE)
+    quantized_TGN = (x_TGN / scales_TG.unsqueeze(-1)).to(E4M3)
+    return quantized_TGN.flatten(1)[:, : x_TD.shape[1]].contiguous(), scales_TG
+
+
+def dequantize_1x128(quantized_TD: Tensor, scales_TG: Tensor, dtype: torch.dtype) -> Tensor:
+    """The rows again, (T, D) in `dtype`."""
+    x_TGN = _in_blocks(quantized_TD.float()) * scales_TG.unsqueeze(-1)
+    return x_TGN.flatten(1)[:, : quantized_TD.shape[1]].to(dtype)
+
+
+def _in_blocks(x_TD: Tensor) -> Tensor:
+    return F.pad(x_TD, (0, -x_TD.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))

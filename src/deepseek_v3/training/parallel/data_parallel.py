@@ -1,0 +1,52 @@
+"""The whole model on every rank, shared out or not, each with a part of the data; one process is a case of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from deepseek_v3.config.train_config import RunConfig
+from deepseek_v3.training.batches import Documents
+from deepseek_v3.training.holdout import main_losses
+from deepseek_v3.training.loss import Losses, Objective
+from deepseek_v3.training.optimizer import AdamW, norm_of_all
+from deepseek_v3.training.parallel.engine import Engine, combined
+from deepseek_v3.training.parallel.fsdp import before_micro_batch
+from deepseek_v3.training.parallel.pieces import NormOverRanks, pieces_of
+from deepseek_v3.training.parallel.plan import prepare
+from deepseek_v3.training.parallel.ranks import Ranks
+from deepseek_v3.training.schedule import Step
+
+
+class DataParallel(Engine):
+    """Forward and backward micro-batch by micro-batch; FSDP and expert parallelism sit inside the model."""
+
+    def __init__(self, config: RunConfig, ranks: Ranks, device: torch.device, documents: Documents) -> None:
+        self.objective = prepare(config, device, ranks, Objective)
+        super().__init__(ranks, [self.objective.model])
+        self._parallel, self._documents = config.parallel, documents
+        self._balance_weight = config.training.balance.sequence_loss_weight
+        model = self.objective.model
+        norm = norm_of_all if ranks.is_alone else NormOverRanks(pieces_of(model, ranks), ranks)
+        self.optimizer = AdamW(dict(model.named_parameters()), config.training.optimizer, norm)
+
+    def run_step(self, batches: Iterator[Tensor], step: Step) -> tuple[Losses, Tensor]:
+        parallel = self._parallel
+        count = step.num_samples // (parallel.micro_batch_size * parallel.data_ranks)
+        parts: list[Losses] = []
+        for number in range(count):
+            before_micro_batch(self.objective, parallel.zero_stage, is_last=number == count - 1)
+            tokens_BX = next(batches)
+            losses = self.objective(
+                tokens_BX, step.prediction_weight, self._balance_weight, self._documents(tokens_BX)
+            )
+            (losses.total / (count * parallel.data_ranks)).backward()
+            parts.append(losses._replace(total=losses.total.detach()))
+        norm = self.optimizer.step(step.learning_rate)
+        self.optimizer.zero_grad()
+        return combined(parts), norm
+
+    def main_losses(self, batches: Iterable[Tensor]) -> Tensor:
+        return main_losses(self.objective, self._documents, batches)

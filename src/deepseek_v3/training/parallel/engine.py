@@ -1,0 +1,115 @@
+"""What carries out the steps of a run on the ranks of a layout. The training loop is the same for all of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepseek_v3.model.transformer import DeepSeekV3
+from deepseek_v3.moe.balance import routers_of, update_biases
+from deepseek_v3.moe.routing import Router
+from deepseek_v3.training.loss import Losses
+from deepseek_v3.training.optimizer import MOMENTS, AdamW
+from deepseek_v3.training.parallel.pieces import Views
+from deepseek_v3.training.parallel.ranks import Ranks
+from deepseek_v3.training.schedule import Step
+
+
+class Engine(ABC):
+    """Forward and backward passes and the update, of which each rank does its part.
+
+    `models`: what this rank has of the model, in one piece or, of a pipeline, in several.
+    """
+
+    optimizer: AdamW
+
+    def __init__(self, ranks: Ranks, models: Sequence[DeepSeekV3]) -> None:
+        self.ranks = ranks
+        self.models = models
+        self.config = models[0].config
+        self._routers = [router for model in models for router in routers_of(model)]
+        device = next(models[0].parameters()).device
+        self._rows = torch.tensor([row for model in models for row in _router_rows(model)], device=device)
+
+    @abstractmethod
+    def run_step(self, batches: Iterator[Tensor], step: Step) -> tuple[Losses, Tensor]:
+        """One optimizer step on this rank's micro-batches, int64 (sequences, length + 1).
+
+        Returns the means of this rank's losses, with the summed loads of its own routers, and the norm of all
+        gradients. Parts of the model that other ranks have count as 0.
+        """
+
+    @abstractmethod
+    def main_losses(self, batches: Iterable[Tensor]) -> Tensor:
+        """The main model's loss on each of these micro-batches, without gradient: float32 [batches].
+
+        All ranks take part, with equally many batches; where the head is on another rank the losses are 0.
+        """
+
+    def state(self) -> dict[str, Any]:
+        """This rank's parts of weights, routing biases and moments, as nested dicts: what a checkpoint holds.
+
+        Parts of what is shared out are DTensors of the whole, in the memory of the run: who fills them loads them.
+        """
+        model: dict[str, Tensor] = {}
+        moments: dict[str, dict[str, Tensor]] = {moment: {} for moment in MOMENTS}
+        for part in self.models:
+            view = Views(part, self.ranks)
+            for name, tensor in part.state_dict().items():
+                model.setdefault(name, view(name, tensor))
+            for name, parameter in part.named_parameters():
+                for moment, values in self.optimizer.state[parameter].items():
+                    moments[moment].setdefault(name, view(name, values))
+        return {"model": model, "optimizer": {"num_steps": self.optimizer.num_steps, **moments}}
+
+    def loaded(self, state: dict[str, Any], num_steps: int) -> None:  # noqa: ARG002
+        """Takes on what `state` returned, once it has been filled from a checkpoint of so many steps."""
+        self.optimizer.num_steps = num_steps
+
+    def finish_step(self, losses: Losses, step: Step) -> Losses:
+        """Combines the losses of all ranks, and moves the routing biases by the loads of the whole batch."""
+        whole = self._combined(losses)
+        if self._routers:
+            update_biases(self._routers, whole.counts_LE[self._rows], step.bias_update_speed)
+        return whole
+
+    def biases(self) -> Tensor:
+        """The routing biases of all layers, (layers, experts), on every rank."""
+        found = self._spread([router.e_score_correction_bias for router in self._routers], torch.float32)
+        return self.ranks.summed(found) / self.ranks.parallel.data_ranks
+
+    def _combined(self, losses: Losses) -> Losses:
+        """Means of the losses over all ranks with different data, and sums of the loads: one collective."""
+        counts_LE = self._spread(list(losses.counts_LE), torch.float64)
+        means = torch.stack([losses.total, losses.main, losses.prediction, losses.balance]).double()
+        values = torch.cat([means / self.ranks.parallel.data_ranks, counts_LE.flatten()])
+        self.ranks.summed(values)
+        total, main, prediction, balance = values[:4].float()
+        return Losses(total, main, prediction, balance, values[4:].view_as(counts_LE).round().long())
+
+    def _spread(self, rows: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """Rows of this rank's routers in a table of all routers, the others 0."""
+        layers = self.config.num_moe_layers + self.config.num_nextn_predict_layers
+        table = torch.zeros(layers, self.config.n_routed_experts, dtype=dtype, device=self._rows.device)
+        if rows:
+            table.index_copy_(0, self._rows, torch.stack(list(rows)).to(dtype))
+        return table
+
+
+def combined(parts: Sequence[Losses]) -> Losses:
+    """Means of the losses of equal micro-batches, and the sums of their expert loads."""
+    total, main, prediction, balance, counts = (torch.stack(values) for values in zip(*parts, strict=True))
+    return Losses(total.mean(), main.mean(), prediction.mean(), balance.mean(), counts.sum(0))
+
+
+def _router_rows(model: DeepSeekV3) -> list[int]:
+    """The place of each of a model's routers among those of all layers."""
+    return [
+        number - model.config.first_k_dense_replace
+        for number, layer in enumerate(model.model.layers)
+        if any(isinstance(module, Router) for module in layer.modules())
+    ]

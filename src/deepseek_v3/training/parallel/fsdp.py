@@ -1,0 +1,91 @@
+"""Weights, gradients and moments shared out over ranks by PyTorch's fully sharded data parallelism (FSDP2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
+
+from deepseek_v3.model.transformer import DeepSeekV3
+from deepseek_v3.moe.layer import MixtureOfExperts
+from deepseek_v3.training.parallel.ranks import Ranks
+
+
+def shard(root: nn.Module, model: DeepSeekV3, ranks: Ranks, layers: Sequence[int]) -> None:
+    """Shards the model inside `root`, of which this rank has `layers`; nothing happens where one rank has it all.
+
+    Each layer is gathered by itself, its experts over the ranks that hold the same ones. Weights travel in the
+    compute type, gradients are summed in float32 and not divided: losses must be shares of the whole batch.
+    """
+    mesh = ranks.dense_mesh()
+    if mesh is None:
+        return
+    policy = MixedPrecisionPolicy(
+        param_dtype=model.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    # A pipeline's schedules find the weights that a backward pass is about on the modules.
+    lets_go = ranks.parallel.zero_stage == 3 and ranks.parallel.pipeline == 1
+    wrap = partial(fully_shard, mp_policy=policy, reshard_after_forward=lets_go)
+    whole: set[nn.Parameter] = set()
+    chosen = [model.model.layers[number] for number in layers]
+    for layer in chosen:
+        whole |= _shard_experts(layer, ranks, wrap)
+        wrap(layer, mesh=mesh, ignored_params=whole)
+    if not model.config.tie_word_embeddings and not isinstance(model.model.embed_tokens, nn.Identity):
+        wrap(model.model.embed_tokens, mesh=mesh)
+    wrap(root, mesh=mesh, ignored_params=whole)
+    for module in fsdp_modules(root):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sums
+    _prefetch(chosen)
+
+
+def fsdp_modules(root: nn.Module) -> list[FSDPModule]:
+    """Every module of `root` that gathers and reduces by itself."""
+    return [module for module in root.modules() if isinstance(module, FSDPModule)]
+
+
+def before_micro_batch(root: nn.Module, zero_stage: int, is_last: bool) -> None:
+    """Leaves to the last micro-batch of a step what need not be done for each.
+
+    Copies of a shard are summed once. At stage 1 gradients are also shared out once, in float32, and weights stay
+    gathered until then.
+    """
+    if isinstance(root, FSDPModule):
+        root.set_is_last_backward(is_last)
+        root.set_requires_all_reduce(is_last)
+        if zero_stage == 1:
+            root.set_requires_gradient_sync(is_last)
+            root.set_reshard_after_backward(is_last)
+
+
+def _shard_experts(layer: nn.Module, ranks: Ranks, wrap: Callable[..., Any]) -> set[nn.Parameter]:
+    """Shards the experts of a layer that live apart on several ranks; returns those that a rank has for itself."""
+    if ranks.parallel.expert == 1 or not isinstance(layer.mlp, MixtureOfExperts):
+        return set()
+    experts, mesh = layer.mlp.experts, ranks.expert_mesh()
+    if mesh is None:
+        return set(experts.parameters())
+    shards = ranks.parallel.expert_shard
+    wrap(experts, mesh=mesh, shard_placement_fn=lambda stack: _cut(stack, shards))
+    return set()
+
+
+def _cut(stack: nn.Parameter, shards: int) -> Shard:
+    """Whole experts where they divide evenly; else a part of each, where that does."""
+    return Shard(1) if stack.shape[0] % shards and stack.shape[1] % shards == 0 else Shard(0)
+
+
+def _prefetch(layers: Sequence[nn.Module]) -> None:
+    """Gathers the next layer while one computes, in both directions."""
+    units = [fsdp_modules(layer) for layer in layers]
+    for (before, *_), following in pairwise(units):
+        before.set_modules_to_forward_prefetch(following)
+    for preceding, (after, *_) in pairwise(units):
+        after.set_modules_to_backward_prefetch(preceding[::-1])

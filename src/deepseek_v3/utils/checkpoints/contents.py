@@ -1,0 +1,154 @@
+"""A checkpoint opened for reading, whichever form it has: its plain values at once, its numbers when touched."""
+
+from __future__ import annotations
+
+import math
+import os
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from deepseek_v3.utils.checkpoints.failures import REPAIR, damaged, unreadable
+from deepseek_v3.utils.checkpoints.index import Index
+from deepseek_v3.utils.checkpoints.nesting import split
+from deepseek_v3.utils.checkpoints.single_file import load_file, verify_file
+from deepseek_v3.utils.checkpoints.tensor_file import DTYPES, map_bytes
+from deepseek_v3.utils.errors import CheckpointError
+from deepseek_v3.utils.files import sha256_of_file
+
+Numbers = tuple[int, ...]
+
+
+class TensorInfo(NamedTuple):
+    """What a checkpoint says of a tensor before it is read."""
+
+    dtype: torch.dtype
+    shape: Numbers
+
+
+class Contents(ABC):
+    """What a checkpoint holds: the tensors by their dotted names (see `nesting`), in `plain` all the rest."""
+
+    path: Path
+    plain: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+
+    files: list[str]
+
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Compares checksums with the bytes of every `parts`-th file, from number `part` on.
+
+        Raises CheckpointError for one that is damaged, missing or unreadable.
+        """
+        for name in self.files[part::parts]:
+            self.verify_file(name)
+
+    @abstractmethod
+    def verify_file(self, name: str) -> None:
+        """The same for one file."""
+
+    @abstractmethod
+    def chunks(self, name: str) -> list[tuple[Numbers, Numbers]]:
+        """The offsets and sizes of the boxes in which a tensor is stored."""
+
+    @abstractmethod
+    def chunk(self, name: str, offsets: Numbers) -> Tensor:
+        """The box at `offsets`, mapped into memory; not to be written to."""
+
+    def whole(self, name: str) -> Tensor:
+        """A tensor put together in memory of its own."""
+        info = self.tensors[name]
+        tensor = torch.empty(info.shape, dtype=info.dtype)
+        for offsets, sizes in self.chunks(name):
+            box = tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))
+            tensor[box] = self.chunk(name, offsets)
+        return tensor
+
+
+def open_checkpoint(path: Path) -> Contents:
+    """Opens a checkpoint folder or file; its checksums are left to `verify`.
+
+    Raises CheckpointError where it is missing, or so damaged that it cannot even be listed.
+    """
+    return FolderContents(path) if path.is_dir() else FileContents(path)
+
+
+class FolderContents(Contents):
+    """A folder that several ranks wrote."""
+
+    def __init__(self, path: Path) -> None:
+        index = Index.read(path)
+        self.path, self.plain = path, index.plain
+        self.files, self._files = sorted(index.files), index.files
+        self.tensors = {
+            name: TensorInfo(DTYPES[tensor.dtype], tensor.shape) for name, tensor in index.tensors.items()
+        }
+        self._chunks = {
+            name: {chunk.offsets: chunk for chunk in tensor.chunks} for name, tensor in index.tensors.items()
+        }
+        self._mapped: dict[str, Tensor] = {}
+
+    def verify_file(self, name: str) -> None:
+        path = self._path_of_size(name)
+        found, expected = sha256_of_file(path), self._files[name].sha256
+        if found != expected:
+            raise damaged(path, found, expected)
+
+    def chunks(self, name: str) -> list[tuple[Numbers, Numbers]]:
+        return [(chunk.offsets, chunk.sizes) for chunk in self._chunks[name].values()]
+
+    def chunk(self, name: str, offsets: Numbers) -> Tensor:
+        chunk, dtype = self._chunks[name][offsets], self.tensors[name].dtype
+        if chunk.file not in self._mapped:
+            path = self._path_of_size(chunk.file)
+            self._mapped[chunk.file] = map_bytes(path, self._files[chunk.file].bytes)
+        num_bytes = math.prod(chunk.sizes) * dtype.itemsize
+        return self._mapped[chunk.file][chunk.begin :][:num_bytes].view(dtype).view(chunk.sizes)
+
+    def _path_of_size(self, name: str) -> Path:
+        """The path of a file, which has been seen to be there with all its bytes."""
+        path, expected = self.path / name, self._files[name].bytes
+        try:
+            with path.open("rb") as file:
+                found = file.seek(0, os.SEEK_END)
+        except OSError as error:
+            raise unreadable(path, error) from None
+        if found != expected:
+            raise CheckpointError(f"{path}: has {found:,} bytes, expected {expected:,}; {REPAIR}")
+        return path
+
+
+class FileContents(Contents):
+    """A single file; each of its tensors is one chunk."""
+
+    def __init__(self, path: Path) -> None:
+        state = load_file(path, verify=False, mmap=True)
+        try:
+            self._tensors, self.plain = split(state)
+        except TypeError as error:
+            raise CheckpointError(
+                f"{path}: cannot be shared out among ranks: {error}; "
+                "resume it once in a single process, whose next checkpoint can"
+            ) from None
+        self.path, self.files = path, [path.name]
+        self.tensors = {
+            name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()
+        }
+
+    def verify_file(self, name: str) -> None:
+        assert name == self.path.name
+        try:
+            verify_file(self.path)
+        except OSError as error:
+            raise unreadable(self.path, error) from error
+
+    def chunks(self, name: str) -> list[tuple[Numbers, Numbers]]:
+        shape = self.tensors[name].shape
+        return [((0,) * len(shape), shape)]
+
+    def chunk(self, name: str, offsets: Numbers) -> Tensor:
+        assert not any(offsets)
+        return self._tensors[name]

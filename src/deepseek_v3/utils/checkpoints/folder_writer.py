@@ -1,0 +1,154 @@
+"""How `torch.distributed.checkpoint` writes our folders: tensors as safetensors, the index as JSON.
+
+Its own storage keeps the index as a pickle. Its safetensors storage has none: every rank that loads would open
+every file, shapes and missing files would be guesses, and each rank's file is built in memory before it is written.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+from torch.futures import Future
+
+from deepseek_v3.utils.checkpoints.failures import unwritable
+from deepseek_v3.utils.checkpoints.folders import partial_folder, publish_folder, remove_leftovers
+from deepseek_v3.utils.checkpoints.index import Chunk, Index, StoredFile, StoredTensor
+from deepseek_v3.utils.checkpoints.tensor_file import NAMES, write_tensor_file
+from deepseek_v3.utils.errors import CheckpointError
+
+
+class _Written(NamedTuple):
+    """What a rank tells the coordinator of the file that it wrote."""
+
+    name: str
+    file: StoredFile
+    chunks: list[tuple[str, Chunk]]
+
+
+class FolderWriter(StorageWriter):
+    """Writes one folder: each rank its file, then the coordinator the index, and the name by which it is seen.
+
+    `plain` is the coordinator's; `completed` is called by the coordinator, last of all.
+    """
+
+    def __init__(self, folder: Path, plain: dict[str, Any], completed: Callable[[], None]) -> None:
+        self.folder, self.partial = folder, partial_folder(folder)
+        self.plain, self.completed = plain, completed
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Nothing: a writer serves one folder."""
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the plan names the files."""
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:  # noqa: ARG003
+        """Any; none is ever given."""
+        return True
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """The plan as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """On the coordinator, before anyone writes: makes the folder and names each rank's file."""
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.folder.parent)
+            self.partial.mkdir()
+        except OSError as error:
+            raise unwritable(self.folder, error) from None
+        return [replace(plan, storage_data=f"rank_{rank:05d}.safetensors") for rank, plan in enumerate(plans)]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """On each rank: writes its file, if it has anything to write."""
+        written: Future[list[WriteResult]] = Future()
+        written.set_result([self._write(plan.storage_data, plan.items, planner)] if plan.items else [])
+        return written
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """On the coordinator, when all have written: the index, and then the folder's name."""
+        written: list[_Written] = [result.storage_data for rank in results for result in rank]
+        self._require_all(written)
+        index = Index(
+            files={entry.name: entry.file for entry in written},
+            tensors=_stored_tensors(metadata, written),
+            plain=self.plain,
+        )
+        try:
+            index.write(self.partial)
+            publish_folder(self.folder)
+        except OSError as error:
+            raise unwritable(self.folder, error) from None
+        self.completed()
+
+    def _write(self, name: str, items: list[WriteItem], planner: SavePlanner) -> WriteResult:
+        tensors = {_key(item): _resolved(item, planner) for item in items}
+        try:
+            self.partial.mkdir(exist_ok=True)  # a network file system may not have shown it to this host yet
+            num_bytes, sha256, begins = write_tensor_file(self.partial / name, tensors)
+        except OSError as error:
+            raise unwritable(self.folder / name, error) from None
+        chunks = [
+            (item.index.fqn, Chunk(file=name, begin=begins[_key(item)], offsets=box.offsets, sizes=box.sizes))
+            for item in items
+            for box in [_box(item)]
+        ]
+        entry = _Written(name, StoredFile(bytes=num_bytes, sha256=sha256), chunks)
+        return WriteResult(MetadataIndex(name), num_bytes, entry)
+
+    def _require_all(self, written: list[_Written]) -> None:
+        for entry in written:
+            path = self.partial / entry.name
+            if not path.is_file():
+                raise CheckpointError(
+                    f"{path}: was written by another host and is not seen by this one; "
+                    "set checkpoint.directory to a folder that all hosts share"
+                )
+
+
+def _stored_tensors(metadata: Metadata, written: list[_Written]) -> dict[str, StoredTensor]:
+    chunks: dict[str, list[Chunk]] = {name: [] for name in sorted(metadata.state_dict_metadata)}
+    for entry in written:
+        for name, chunk in entry.chunks:
+            chunks[name].append(chunk)
+    return {name: _stored_tensor(metadata.state_dict_metadata[name], boxes) for name, boxes in chunks.items()}
+
+
+def _stored_tensor(entry: Any, chunks: list[Chunk]) -> StoredTensor:
+    assert isinstance(entry, TensorStorageMetadata)
+    return StoredTensor(dtype=NAMES[entry.properties.dtype], shape=tuple(entry.size), chunks=tuple(chunks))
+
+
+def _resolved(item: WriteItem, planner: SavePlanner) -> Tensor:
+    data = planner.resolve_data(item)
+    assert isinstance(data, Tensor)
+    return data.detach()
+
+
+def _box(item: WriteItem) -> ChunkStorageMetadata:
+    assert item.tensor_data is not None
+    return item.tensor_data.chunk
+
+
+def _key(item: WriteItem) -> str:
+    """A name within a file: the tensor's, and where it is cut the part of it, as in `w[0:2,4:8]`."""
+    box = _box(item)
+    assert item.tensor_data is not None
+    if box.sizes == item.tensor_data.size:
+        return item.index.fqn
+    spans = (f"{offset}:{offset + size}" for offset, size in zip(box.offsets, box.sizes, strict=True))
+    return f"{item.index.fqn}[{','.join(spans)}]"

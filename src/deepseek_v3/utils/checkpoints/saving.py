@@ -1,0 +1,127 @@
+"""Saving a sharded checkpoint: all ranks together, in the background.
+
+    with ShardedWriter(checkpoints, checkpoint_group()) as writer:
+        ...
+        writer.save(step, state)  # a pause for a copy into CPU memory; a thread does the rest
+
+The engine is torch.distributed.checkpoint: it plans who writes what, so that nothing is written twice, runs the
+thread, and tells every rank of the error of any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint.state_dict_saver import async_save
+
+from deepseek_v3.utils.checkpointing import CheckpointDirectory
+from deepseek_v3.utils.checkpoints.folder_writer import FolderWriter
+from deepseek_v3.utils.checkpoints.nesting import split
+from deepseek_v3.utils.checkpoints.ranks import shared_errors
+from deepseek_v3.utils.checkpoints.staging import CopiesPlanner, CpuCopies
+from deepseek_v3.utils.checkpoints.tensor_file import NAMES
+from deepseek_v3.utils.errors import CheckpointError
+from deepseek_v3.utils.logging import get_logger
+
+_log = get_logger("Checkpoint")
+
+
+class PendingSave:
+    """A checkpoint that is being written; `path` is what it will be called. A process that ends waits for it."""
+
+    def __init__(self, path: Path, future: Future[Any]) -> None:
+        self.path, self._future = path, future
+
+    def finished(self) -> bool:
+        """Whether this rank has nothing left to do: the checkpoint is complete, or has failed."""
+        return self._future.done()
+
+    def wait(self) -> Path:
+        """Waits until the checkpoint is complete. Raises the CheckpointError of any rank on all ranks."""
+        with shared_errors():
+            self._future.result()
+        return self.path
+
+
+def save_sharded(
+    folder: Path,
+    tensors: dict[str, Tensor],
+    plain: dict[str, Any],
+    group: ProcessGroup | None,
+    *,
+    completed: Callable[[], None] = lambda: None,
+    copies: CpuCopies | None = None,
+) -> PendingSave:
+    """Begins to write `folder`, which appears whole or not at all and replaces an earlier one.
+
+    `tensors` by name: a DTensor is written by those who hold its parts, a plain tensor once, by one of those who
+    have the name. They have been copied when this returns, and may change. `plain` holds what JSON can; rank 0's
+    counts. `completed` is called on rank 0 when the folder has got its name. All ranks of `group`, which is gloo,
+    call this; one save has to end before the next begins, which may then use its `copies`. Raises TypeError for
+    numbers that cannot be saved.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in NAMES:
+            raise TypeError(f"{name} is of {tensor.dtype}; a sharded checkpoint holds {', '.join(map(str, NAMES))}")
+    copies = copies or CpuCopies()
+    future = async_save(
+        {name: tensor.detach() for name, tensor in tensors.items()},
+        storage_writer=FolderWriter(folder, plain, completed),
+        planner=CopiesPlanner(copies),
+        async_stager=copies,
+        process_group=group,
+        no_dist=group is None,
+    )
+    assert isinstance(future, Future)
+    return PendingSave(folder, future)
+
+
+class ShardedWriter:
+    """Saves the checkpoints of a run one after another; for a `with` block, which ends when all are written.
+
+    The block has to end before torch.distributed is shut down.
+    """
+
+    def __init__(self, checkpoints: CheckpointDirectory, group: ProcessGroup | None) -> None:
+        self._checkpoints, self._group = checkpoints, group
+        self._copies = CpuCopies()
+        self._pending: PendingSave | None = None
+
+    def __enter__(self) -> ShardedWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.wait()
+        except CheckpointError as failure:
+            if error is None:
+                raise
+            _log.warning("%s", failure)  # the error that ended the block is the one to be told
+
+    def save(self, step: int, state: dict[str, Any]) -> PendingSave:
+        """Begins to save nested dicts as `CheckpointDirectory.save` would, among them DTensors, on all ranks.
+
+        First waits for the save before, and raises its CheckpointError. Outdated checkpoints go when this one is
+        complete. Raises TypeError, naming the entry, for what a sharded checkpoint cannot hold.
+        """
+        self.wait()
+        tensors, plain = split(state)
+        folder = self._checkpoints.folder_of(step)
+        completed = partial(self._checkpoints.remove_outdated, folder)
+        self._pending = save_sharded(folder, tensors, plain, self._group, completed=completed, copies=self._copies)
+        return self._pending
+
+    def wait(self) -> None:
+        """Waits until the last save is complete. Raises its CheckpointError on all ranks."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.wait()

@@ -1,0 +1,93 @@
+"""What the ranks of a job tell each other about themselves, and how one that is dead or hangs is known by it.
+
+No rank trusts another's clock: it notes by its own when it saw something change.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class Beat:
+    """One message of a rank.
+
+    `count` rises with every message. `step` is the step that the rank is in, 0 before its first; `waits` is for how
+    many seconds its main thread has stood in one and the same collective operation, and `place` the line of code
+    where that thread is. After `ended` nothing more is to be expected.
+    """
+
+    count: int = 0
+    step: int = 0
+    waits: float = 0.0
+    place: str = ""
+    ended: bool = False
+
+    def encode(self) -> str:
+        """As text, for a key-value store."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def decode(cls, text: str | bytes) -> Beat:
+        """The inverse of `encode`."""
+        return cls(**json.loads(text))
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """A rank's last message; when a newer one was last seen and when its step last changed, by our own clock."""
+
+    beat: Beat
+    beat_at: float
+    step_at: float
+
+
+class Sightings:
+    """What one rank has seen of the others; times in seconds, of one clock."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, Sighting] = {}
+
+    def see(self, rank: int, beat: Beat, now: float) -> None:
+        """Takes note of the message that lies there for a rank now, be it new or not."""
+        earlier = self._seen.get(rank)
+        if earlier is None:
+            self._seen[rank] = Sighting(beat, now, now)
+            return
+        beat_at = earlier.beat_at if beat.count == earlier.beat.count else now
+        step_at = earlier.step_at if beat.step == earlier.beat.step else now
+        self._seen[rank] = Sighting(beat, beat_at, step_at)
+
+    def forget_all_but(self, ranks: Iterable[int]) -> None:
+        """Drops ranks that are no longer looked at, whose messages would seem old."""
+        kept = set(ranks)
+        self._seen = {rank: sighting for rank, sighting in self._seen.items() if rank in kept}
+
+    def beat_of(self, rank: int) -> Beat:
+        """The last message of a rank."""
+        return self._seen[rank].beat
+
+    def silent(self, now: float, seconds: float) -> list[int]:
+        """Ranks that have not ended and sent nothing new for longer than `seconds`."""
+        return [rank for rank, sighting in self._running() if now - sighting.beat_at > seconds]
+
+    def hanging(self, now: float, seconds: float) -> list[int]:
+        """Ranks that all others wait for: they alone have not moved on for longer than `seconds`.
+
+        Either they are in an earlier step than others, or in the same one, where another rank has waited in one
+        collective operation for so long and they have not joined it. Where all wait, nobody can be blamed.
+        """
+        running = self._running()
+        stuck = [(rank, sighting) for rank, sighting in running if now - sighting.step_at > seconds]
+        newest = max((sighting.beat.step for _, sighting in running), default=0)
+        oldest = min((sighting.beat.step for _, sighting in stuck), default=newest)
+        if oldest < newest:
+            return [rank for rank, sighting in stuck if sighting.beat.step == oldest]
+        if len(stuck) < len(running) or all(sighting.beat.waits <= seconds for _, sighting in stuck):
+            return []
+        return [rank for rank, sighting in stuck if sighting.beat.waits == 0]
+
+    def _running(self) -> list[tuple[int, Sighting]]:
+        return [(rank, sighting) for rank, sighting in sorted(self._seen.items()) if not sighting.beat.ended]

@@ -1,0 +1,223 @@
+"""Ends a job of several ranks, with one message, when one of them is killed, hangs, or loses its host.
+
+Without it the others wait in a collective operation for a rank that is no more, each until its own timeout, and end
+in as many tracebacks, none of which names the rank. Here every rank leaves a sign of life on a noticeboard and
+looks for those of others, in a thread that takes part in no collective operation. Whoever misses one writes down a
+finding, of which the board keeps the first; the rank that it names as speaker logs it, and all of them end.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from datetime import timedelta
+from types import TracebackType
+
+import torch.distributed as dist
+
+from deepseek_v3.utils.distributed import World
+from deepseek_v3.utils.heartbeats import Beat, Sightings
+from deepseek_v3.utils.logging import get_logger
+from deepseek_v3.utils.noticeboard import Finding, Noticeboard
+from deepseek_v3.utils.whereabouts import Whereabouts
+
+_BEATS_PER_SILENCE = 10
+_WATCHED = 32  # ranks that each rank looks after: enough that the loss of a few hosts leaves somebody who does
+_SECONDS_TO_PRINT = 1.0  # that others stay for one that prints its own error: launchers end all after the first
+_ADVICE = "the job stops: resume with --resume latest"
+
+
+class Watchdog:
+    """While entered, ends this process with exit code 1 as soon as the job cannot go on; alone it does nothing.
+
+    A rank that is silent for longer than `silence` is dead to the others. One that stays in a step while others
+    wait for it is named after nine tenths of `timeout`, the time of a collective operation, so that this comes
+    before that operation's own error. Before a process ends, `before_exit` gets up to `grace` to finish what must
+    not be torn, such as a checkpoint that is being written. The process ends even when its main thread hangs.
+
+    An error that leaves the block on one rank ends all others, in silence: it is the one to be read. One that may
+    be the echo of another rank's death is held back until that would have been found.
+
+    Raises TrainingError, on entering, where ranks are missing after `timeout`.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        timeout: timedelta,
+        *,
+        silence: timedelta = timedelta(seconds=10),
+        before_exit: Callable[[], None] | None = None,
+        grace: timedelta = timedelta(seconds=20),
+    ) -> None:
+        self._world, self._timeout = world, timeout
+        self._silence, self._hang = silence.total_seconds(), 0.9 * timeout.total_seconds()
+        self._before_exit, self._grace = before_exit, grace.total_seconds()
+        self._interval = self._silence / _BEATS_PER_SILENCE
+        self._sightings = Sightings()
+        self._count = self._step = self._beats_unanswered = 0
+        self._released, self._store_failed, self._closed = threading.Event(), threading.Event(), threading.Event()
+        self._leaving = threading.Lock()  # taken once, by the thread that ends the process
+
+    def step(self, number: int) -> None:
+        """Says that this rank enters a step; best called when its data is there, before it first meets others."""
+        self._step = number
+
+    def __enter__(self) -> Watchdog:
+        if self._world.is_alone:
+            return self
+        self._whereabouts = Whereabouts(threading.get_ident())
+        self._board = Noticeboard(self._world, self._timeout)
+        self._talker = threading.Thread(target=self._talk_until_released, name="watchdog", daemon=True)
+        self._talker.start()
+        threading.Thread(target=self._guard_store, name="watchdog of the store", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._world.is_alone:
+            return
+        if any(_may_be_an_echo(cause) for cause in _causes(error)):
+            # The process ends in here where somebody has died. A launcher that ends all after the first shall wait.
+            earlier = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(1.5 * self._silence)
+            signal.signal(signal.SIGTERM, earlier)
+        self._released.set()
+        self._talker.join()
+        with suppress(dist.DistError):  # this rank's own end counts, whatever has become of the store
+            if error is None:
+                self._finish()
+            else:
+                self._fail()
+        self._closed.set()
+
+    def _finish(self) -> None:
+        """Ends in good order; rank 0, with the store, stays and watches until nobody needs it any more."""
+        self._board.end(self._beat(ended=True))
+        while self._world.rank == 0 and self._board.num_ended() < self._world.size:
+            time.sleep(self._interval)
+            self._look()
+
+    def _fail(self) -> None:
+        """Lets all others end with this rank, whose error is about to be printed."""
+        if not self._board.publish(Finding(lost=(self._world.rank,))):
+            self._look()  # at the finding of another, which ends the process
+        self._board.end(self._beat(ended=True))
+        self._board.wait_for_ended(self._world.size, self._silence / 2)
+
+    def _talk_until_released(self) -> None:
+        try:
+            while not self._released.wait(self._interval):
+                self._board.set_beat(self._beat())
+                self._look()
+        except dist.DistError:
+            self._store_failed.set()
+
+    def _guard_store(self) -> None:
+        """Ends the process when the store does not answer; another thread asks it, which it may keep for ever.
+
+        Beats are counted, not seconds: a process that was stopped for a while must not think that the store was.
+        """
+        while not self._closed.is_set():
+            self._store_failed.wait(self._interval)
+            self._beats_unanswered += 1
+            if self._store_failed.is_set() or self._beats_unanswered > _BEATS_PER_SILENCE:
+                self._leave_without_store()
+
+    def _beat(self, ended: bool = False) -> Beat:
+        place, waits = self._whereabouts.look(time.monotonic())
+        self._count += 1
+        return Beat(self._count, self._step, waits, place, ended)
+
+    def _look(self) -> None:
+        """Looks for the signs of life of others, and acts on what is missing."""
+        watched = self._watched()
+        finding, beats = self._board.read(watched)
+        self._beats_unanswered = 0
+        if finding is not None:
+            self._leave(finding)
+        now = time.monotonic()
+        self._sightings.forget_all_but(watched)
+        for rank, beat in zip(watched, beats, strict=True):
+            self._sightings.see(rank, beat, now)
+        self._judge(now)
+
+    def _watched(self) -> list[int]:
+        """Some ranks, from our own on; and all of them from the time that one seems silent, to know who else is."""
+        rank, size = self._world.rank, self._world.size
+        if self._sightings.silent(time.monotonic(), self._silence / 2):
+            return list(range(size))
+        return [(rank + distance) % size for distance in range(min(size, _WATCHED + 1))]
+
+    def _judge(self, now: float) -> None:
+        """Reports who is silent or hangs; the next look at the board finds that, or an earlier finding."""
+        if self._sightings.silent(now, self._silence):
+            lost = self._sightings.silent(now, 0.4 * self._silence)
+            what = f"not answered for {self._silence:g} s"
+        elif lost := self._sightings.hanging(now, self._hang):
+            beat = self._sightings.beat_of(lost[0])
+            what = f"not left step {beat.step} for {self._hang:g} s while others wait, and stands at {beat.place}"
+        if lost:
+            self._board.report(lost, f"{self._board.described(lost)} {what}; {_ADVICE}")
+
+    def _leave(self, finding: Finding) -> None:
+        """Says what there is to say, waits until all others have said theirs, and ends the process."""
+        self._leaving.acquire()
+        if finding.speaker == self._world.rank:
+            get_logger("Watchdog").error(finding.text)
+        self._clean_up()
+        self._within(self._grace, lambda: self._end_with_others(self._world.size - len(finding.lost)))
+        if finding.speaker is None:
+            time.sleep(_SECONDS_TO_PRINT)
+        os._exit(1)
+
+    def _leave_without_store(self) -> None:
+        """As `_leave`, for ranks that can no longer agree: each knows by itself who speaks."""
+        self._leaving.acquire()
+        lost = [0] if self._board.host_answers(self._silence / 2) else self._board.same_host(0)
+        speaker = next((rank for rank in range(self._world.size) if rank not in lost), None)
+        if speaker == self._world.rank:
+            get_logger("Watchdog").error(f"{self._board.described(lost)} gone; {_ADVICE}")
+        self._clean_up()
+        os._exit(1)
+
+    def _end_with_others(self, number: int) -> None:
+        with suppress(dist.DistError):
+            self._board.end(self._beat(ended=True))
+            self._board.wait_for_ended(number, self._grace)
+
+    def _clean_up(self) -> None:
+        if self._before_exit is not None:
+            self._within(self._grace, self._before_exit)
+        self._within(self._silence, _flush)
+
+    @staticmethod
+    def _within(seconds: float, work: Callable[[], None]) -> None:
+        """Does some work in a thread of its own, and leaves it alone when it hangs."""
+        worker = threading.Thread(target=work, daemon=True)
+        worker.start()
+        worker.join(seconds)
+
+
+def _flush() -> None:
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _may_be_an_echo(error: BaseException) -> bool:
+    """Whether an error can come from a collective operation whose other end has gone."""
+    return type(error) is RuntimeError or isinstance(error, dist.DistError)

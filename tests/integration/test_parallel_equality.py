@@ -1,0 +1,70 @@
+"""Every layout trains the same model: losses, norms, gradients, loads and biases equal those of one process."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import parallel_helpers
+from rank_pool import RankPool
+
+STEPS = 10
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "FSDP 2": {"data_shard": 2},
+    "FSDP 4": {"data_shard": 4},
+    "FSDP 4, ZeRO 2": {"data_shard": 4, "zero_stage": 2},
+    "FSDP 4, ZeRO 1": {"data_shard": 4, "zero_stage": 1},
+    "copies 2": {"data_replicate": 2},
+    "HSDP 2 × 2": {"data_replicate": 2, "data_shard": 2},
+    "EP 2": {"data_replicate": 2, "expert": 2},
+    "EP 4": {"data_replicate": 4, "expert": 4},
+    "EP 2 × FSDP 4": {"data_shard": 4, "expert": 2},
+    "EP 4 × FSDP 2": {"data_replicate": 2, "data_shard": 2, "expert": 4},
+    "EP 2 × HSDP 2 × 2": {"data_replicate": 2, "data_shard": 2, "expert": 2},
+    "EP 2, recomputed": {"data_shard": 2, "expert": 2, "recomputation": "full"},
+    "EP 2, partly recomputed": {"data_shard": 2, "expert": 2, "recomputation": "selective"},
+    "PP 2 × EP 2": {"pipeline": 2, "data_shard": 2, "expert": 2},
+    "PP 2, zero bubble, × EP 2": {"pipeline": 2, "pipeline_schedule": "zero_bubble", "data_shard": 2, "expert": 2},
+    "PP 2": {"pipeline": 2},
+    "PP 4": {"pipeline": 4},
+    "PP 2, interleaved": {"pipeline": 2, "pipeline_schedule": "interleaved"},
+    "PP 2, zero bubble": {"pipeline": 2, "pipeline_schedule": "zero_bubble"},
+    "PP 2, DualPipeV": {"pipeline": 2, "pipeline_schedule": "dualpipe_v"},
+    "PP 2 × FSDP 2": {"pipeline": 2, "data_shard": 2},
+    "PP 2 × copies 2": {"pipeline": 2, "data_replicate": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[RankPool]:
+    found = RankPool(4)
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def alone(pool: RankPool) -> dict[str, Any]:
+    return pool.run(1, parallel_helpers.train, STEPS, {})[0]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_trains_as_one_process_does(pool: RankPool, alone: dict[str, Any], name: str) -> None:
+    layout = LAYOUTS[name]
+    world = np.prod([layout.get(key, 1) for key in ("data_replicate", "data_shard", "pipeline")])
+    results = pool.run(int(world), parallel_helpers.train, STEPS, layout)
+    for result in results:
+        for (found, counts, biases), (expected, all_counts, all_biases) in zip(
+            result["rows"], alone["rows"], strict=True
+        ):
+            np.testing.assert_allclose(found, expected, rtol=1e-5)
+            np.testing.assert_array_equal(counts, all_counts)
+            np.testing.assert_array_equal(biases, all_biases)
+    held_out = sum(result["held_out"] for result in results[:: max(int(world) // layout.get("pipeline", 1), 1)])
+    np.testing.assert_allclose(held_out, alone["held_out"], rtol=1e-5)
+    for what in ("gradients", "weights"):
+        found, expected = parallel_helpers.whole(results, what), parallel_helpers.whole([alone], what)
+        assert found.keys() == expected.keys()
+        for tensor, values in expected.items():
+            bound = 1e-5 * np.abs(values).max() + 1e-9
+            np.testing.assert_allclose(found[tensor], values, rtol=0, atol=bound, err_msg=tensor)

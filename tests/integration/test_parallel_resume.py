@@ -1,0 +1,99 @@
+"""A run saved under one layout goes on under any other as if nothing had happened."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import parallel_helpers
+from deepseek_v3.config.loading import load_config
+from deepseek_v3.training.batches import open_tokens
+from deepseek_v3.utils.checkpointing import load_checkpoint
+from rank_pool import RankPool
+from run_helpers import TOKENS_PER_STEP, write_run
+
+HALF, WHOLE = 5, 10
+ALONE: list[str] = []
+FSDP = ["parallel.data_shard=4"]
+HSDP = ["parallel.data_replicate=2", "parallel.data_shard=2"]
+EXPERTS = ["parallel.data_replicate=2", "parallel.data_shard=2", "parallel.expert=2"]
+EXPERTS_APART = ["parallel.data_shard=2", "parallel.expert=2"]
+PIPELINE = ["parallel.pipeline=2"]
+PIPELINE_V = ["parallel.pipeline=2", "parallel.pipeline_schedule=dualpipe_v", "model.num_hidden_layers=4"]
+PIPELINE_EXPERTS = ["parallel.pipeline=2", "parallel.data_shard=2", "parallel.expert=2"]
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[RankPool]:
+    found = RankPool(4)
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The config of a run whose tokens are there."""
+    path = write_run(tmp_path_factory.mktemp("run"), WHOLE)
+    open_tokens(load_config(path, []))
+    return path
+
+
+def train(pool: RankPool, run: Path, layout: list[str], checkpoints: Path, resume: str | None = None) -> float:
+    """The held-out loss at the end; a checkpoint is left in the middle."""
+    overrides = [
+        "parallel.micro_batch_size=1",
+        "training.global_batch_size=8",
+        "training.optimizer.learning_rate=0.001",
+        "training.optimizer.moments=float32",
+        f"checkpoint.interval_steps={HALF}",
+        "model.num_hidden_layers=4",
+        f"training.total_tokens={WHOLE * 2 * TOKENS_PER_STEP}",
+        f"checkpoint.directory={checkpoints}",
+        f"logging.directory={checkpoints}/log",
+        *layout,
+    ]
+    world = load_config(run, overrides).parallel.world_size
+    results = pool.run(world, parallel_helpers.train_run, run, overrides, resume)
+    assert all(result == results[0] for result in results)
+    assert results[0][0] == WHOLE
+    return results[0][1]
+
+
+def in_the_middle(checkpoints: Path) -> str:
+    (found,) = checkpoints.glob(f"checkpoint_step_{HALF}*")
+    return str(found)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(pool: RankPool, run: Path, tmp_path_factory: pytest.TempPathFactory) -> float:
+    return train(pool, run, ALONE, tmp_path_factory.mktemp("whole"))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (ALONE, FSDP),
+        (FSDP, ALONE),
+        (FSDP, EXPERTS),
+        (EXPERTS, PIPELINE),
+        (EXPERTS_APART, HSDP),
+        (PIPELINE, EXPERTS_APART),
+        (PIPELINE_V, FSDP),
+        (PIPELINE_EXPERTS, ALONE),
+        (ALONE, PIPELINE_EXPERTS),
+    ],
+)
+def test_a_run_goes_on_under_another_layout(
+    pool: RankPool, run: Path, uninterrupted: float, tmp_path: Path, first: list[str], second: list[str]
+) -> None:
+    train(pool, run, first, tmp_path / "first")
+    found = train(pool, run, second, tmp_path / "second", resume=in_the_middle(tmp_path / "first"))
+    assert found == pytest.approx(uninterrupted, rel=1e-5)
+
+
+def test_the_same_layout_goes_on_bit_for_bit(pool: RankPool, run: Path, tmp_path: Path) -> None:
+    whole = train(pool, run, EXPERTS, tmp_path / "a")
+    assert train(pool, run, EXPERTS, tmp_path / "b", resume=in_the_middle(tmp_path / "a")) == whole
+    states = [load_checkpoint(tmp_path / name / f"checkpoint_step_{WHOLE}") for name in "ab"]
+    for name, tensor in states[0]["model"].items():
+        assert tensor.equal(states[1]["model"][name]), name

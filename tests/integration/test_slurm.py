@@ -1,0 +1,217 @@
+"""The Slurm script on two "nodes" of this machine: notice, requeue, resume, a rank's death, and bad arguments."""
+
+import os
+import random
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "train_slurm.sh"
+FIRST_PORT = 20_000  # of those that the script chooses from, by the job's number
+
+# Stands for the trainer: counts steps on all ranks, saves the number when asked to stop, resumes from it.
+PROGRAM = """
+import os, signal, sys, time
+from datetime import timedelta
+from pathlib import Path
+import torch, torch.distributed as dist
+from deepseek_v3.training.interruption import StopRequest
+from deepseek_v3.utils.commands import run_app
+from deepseek_v3.utils.distributed import World, process_group, select_device
+from deepseek_v3.utils.logging import configure_logging
+from deepseek_v3.utils.watchdog import Watchdog
+
+assert sys.argv[1:] == ["--config", "run.yaml", "--resume", "auto", "--set", "a.b=two words"], sys.argv
+saved, state = Path("saved"), Path(os.environ["STAND_IN"])
+
+def train():
+    world = World.from_environment()
+    timeout = timedelta(seconds=60)
+    first = int(saved.read_text()) + 1 if saved.exists() else 1
+    last = first + 2 if first > 1 else 10_000
+    with (
+        process_group(world, select_device("cpu", world), timeout),
+        Watchdog(world, timeout, silence=timedelta(seconds=2)) as watchdog,
+        StopRequest(world.size) as stop,
+    ):
+        for step in range(first, last + 1):
+            watchdog.step(step)
+            total = torch.tensor(world.rank + step)
+            dist.all_reduce(total)
+            assert total == 1 + 2 * step
+            if step == 3 and world.rank == 1:
+                if "DIES" in os.environ:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                (state / "notify").touch()
+            time.sleep(0.02)
+            if stop.agreed() or step == last:
+                break
+        if world.rank == 0:
+            saved.write_text(str(step))
+        print(f"rank {world.rank} of {world.size}, local {world.local_rank}: steps {first} to {step}", flush=True)
+
+configure_logging()
+run_app(train)
+"""
+
+
+@pytest.fixture
+def job_number() -> str:
+    """The number of a job whose port is free."""
+    while True:
+        port = random.randrange(FIRST_PORT, FIRST_PORT + 10_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return str(4_270_000 + port - FIRST_PORT)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A folder that looks like a checkout, with the stand-in for the trainer and one for each command of Slurm."""
+    folder = tmp_path / "checkout"
+    (folder / "src" / "training").mkdir(parents=True)
+    (folder / "src" / "training" / "train.py").write_text(PROGRAM, encoding="utf-8")
+    (folder / "run.yaml").touch()
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    text = (ROOT / "tests" / "slurm_stand_in.py").read_text(encoding="utf-8")
+    for name in ("sbatch", "srun", "scontrol"):
+        (commands / name).write_text(f"#!{sys.executable}\n{text}", encoding="utf-8")
+        (commands / name).chmod(0o755)
+    return folder
+
+
+def _environment(checkout: Path, job: str, **variables: str) -> dict[str, str]:
+    return {
+        **{name: value for name, value in os.environ.items() if not name.startswith("SLURM_")},
+        "PATH": f"{checkout.parent / 'bin'}:{os.environ['PATH']}",
+        "STAND_IN": str(checkout.parent),
+        "STAND_IN_JOB": job,
+        "PYTHON": sys.executable,
+        "PYTHONPATH": str(ROOT / "src"),
+        **variables,
+    }
+
+
+def _submit(checkout: Path, job: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    words = ["sbatch", str(SCRIPT), "run.yaml", "--set", "a.b=two words"]
+    return subprocess.run(
+        words,
+        cwd=checkout,
+        env=_environment(checkout, job, **variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+    )
+
+
+def _of_script(output: str) -> list[str]:
+    return [line for line in output.splitlines() if line.startswith("[Slurm]")]
+
+
+def test_a_noticed_job_saves_comes_back_and_finishes(checkout: Path, job_number: str) -> None:
+    variables = {"NCCL_DEBUG": "WARN", "NCCL_API_KEY": "hidden", "DSV3_TOKEN": "hidden", "HOME_PAGE": "unrelated"}
+    job = _submit(checkout, job_number, **variables)
+    assert job.returncode == 0, job.stdout
+    assert _of_script(job.stdout) == [
+        "[Slurm] notice of the end: the training processes save and stop",
+        "[Slurm] exit code 0; requeued, to resume from the newest checkpoint",
+        "[Slurm] the run has finished",
+    ]
+    assert job.stdout.count("[Trainer] SIGUSR1: all ranks stop after this step and save") == 1
+    spans = _spans(job.stdout)
+    stopped = spans[0][2]
+    assert 3 <= stopped < 10_000
+    later = [(rank, stopped + 1, stopped + 3) for rank in (0, 1)]
+    assert sorted(spans) == sorted([(0, 1, stopped), (1, 1, stopped), *later])
+
+    folder = checkout / "slurm_jobs" / job_number
+    logs = [path.read_text() for path in folder.glob("node_[01]/*/attempt_0/0/stdout.log")]
+    assert sorted(span for log in logs for span in _spans(log)) == sorted(_spans(job.stdout))
+    assert [len(_spans(log)) for log in logs] == [1, 1, 1, 1]
+    for start in (0, 1):
+        described = (folder / f"environment_{start}.txt").read_text()
+        assert f"job {job_number}, start {start}" in described
+        assert "NCCL_DEBUG=WARN" in described
+        assert "Python 3" in described
+        assert "hidden" not in described
+        assert "unrelated" not in described
+
+
+def _spans(output: str) -> list[tuple[int, int, int]]:
+    """Rank, first and last step of every report in an output."""
+    found = re.findall(r"rank (\d) of 2, local 0: steps (\d+) to (\d+)", output)
+    return [(int(rank), int(first), int(last)) for rank, first, last in found]
+
+
+def test_the_death_of_a_rank_ends_the_job_with_its_name(checkout: Path, job_number: str) -> None:
+    job = _submit(checkout, job_number, DIES="1", DSV3_MAX_RESTARTS="0")
+    assert job.returncode != 0
+    named = re.findall(r"\[Watchdog\] error: (.*)", job.stdout)
+    assert len(named) == 1, job.stdout
+    assert re.match(r"rank 1 \(host .*\) has not answered for 2 s; the job stops: resume with", named[0])
+    assert re.fullmatch(r"\[Slurm\] exit code \d+; not requeued after 0 restarts .*", _of_script(job.stdout)[-1])
+
+
+@pytest.mark.parametrize(
+    ("status", "variables", "expected"),
+    [
+        (0, {}, ["the run has finished"]),
+        (1, {"DSV3_MAX_RESTARTS": "2"}, ["exit code 1; requeued, to resume from the newest checkpoint"] * 2
+         + ["exit code 1; not requeued after 2 restarts (DSV3_MAX_RESTARTS = 2)"]),
+        (1, {"STAND_IN_STATE": "CANCELLED"}, ["Slurm has the job as CANCELLED; it is not requeued from here"]),
+    ],
+)  # fmt: skip
+def test_when_a_job_comes_back(checkout: Path, status: int, variables: dict[str, str], expected: list[str]) -> None:
+    job = _submit(checkout, "1", STAND_IN_SRUN=str(status), **variables)
+    assert _of_script(job.stdout) == [f"[Slurm] {line}" for line in expected], job.stdout
+    assert job.returncode == status
+
+
+@pytest.mark.parametrize(
+    ("words", "variables", "message"),
+    [
+        ([], {}, "the config is missing; expected: sbatch scripts/train_slurm.sh CONFIG.yaml"),
+        (["--set", "a=1"], {}, "the config is missing"),
+        (["missing.yaml"], {}, "missing.yaml: no such config"),
+        (["run.yaml", "--resume", "latest"], {}, "--resume: is set by this script"),
+        (["run.yaml", "--config=other.yaml"], {}, "--config=other.yaml: is set by this script"),
+        (["run.yaml"], {"DSV3_MAX_RESTARTS": "many"}, "DSV3_MAX_RESTARTS = many: expected a number"),
+        (
+            ["run.yaml"],
+            {"SLURM_SUBMIT_DIR": "/"},
+            "holds no src/training/train.py; submit from the checkout's root",
+        ),
+        (["run.yaml"], {"SLURM_JOB_ID": ""}, "this is no Slurm job; start it with: sbatch"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_in_one_line(
+    checkout: Path, words: list[str], variables: dict[str, str], message: str
+) -> None:
+    environment = _environment(checkout, "1", **{"SLURM_JOB_ID": "1", **variables})
+    run = subprocess.run(
+        ["bash", str(SCRIPT), *words], cwd=checkout, env=environment, capture_output=True, text=True, timeout=30
+    )
+    assert run.returncode == 2
+    assert run.stdout == ""
+    assert len(run.stderr.splitlines()) == 1
+    assert run.stderr.startswith("error: ")
+    assert message in run.stderr
+    assert not (checkout / "slurm_jobs").exists()
+
+
+def test_shellcheck_finds_nothing() -> None:
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert shellcheck is not None, "install requirements-dev.txt"
+    scripts = sorted(str(path) for path in (ROOT / "scripts").glob("*.sh"))
+    run = subprocess.run([shellcheck, *scripts], capture_output=True, text=True)
+    assert run.stdout == ""
+    assert run.returncode == 0

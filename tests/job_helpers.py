@@ -1,0 +1,94 @@
+"""Jobs of a few real ranks, each with an output of its own, that may end in any way."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from deepseek_v3.utils.commands import run_app
+from deepseek_v3.utils.distributed import World
+from deepseek_v3.utils.logging import configure_logging
+
+_PRINTED_BY_US = re.compile(
+    r"\[(?!Gloo)[A-Z][a-z]+\] |error: |Traceback|\w*Error: "
+)  # torch logs `[W1128 08:10 ...`
+
+
+def fork_server() -> ForkServerContext:
+    """Starts processes that have torch imported already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed", "deepseek_v3.utils.watchdog"])
+    return context
+
+
+def free_port() -> int:
+    """A port on which nobody listens."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended: each rank's exit code, None where it did not end by itself, and the lines of all ranks."""
+
+    codes: list[int | None]
+    lines: list[str]
+
+
+class Job:
+    """`size` ranks that each run `work(world)` as a command line would; the store is rank 0's, or a launcher's."""
+
+    def __init__(self, folder: Path, size: int, work: Callable[[World], None], *, launcher: bool = False) -> None:
+        self._folder, port = folder, free_port()
+        self.launcher = _started(_host_store, port) if launcher else None
+        worlds = [World(rank, size, rank, size, "127.0.0.1", port, launcher) for rank in range(size)]
+        self.ranks = [_started(_run_rank, world, work, folder / f"{world.rank}.txt") for world in worlds]
+
+    def outcome(self, deadline: float, stopped: tuple[int, ...] = ()) -> Outcome:
+        """Waits for all ranks but the `stopped` ones; after `deadline` seconds ends every process that is left."""
+        end = time.monotonic() + deadline
+        for rank, process in enumerate(self.ranks):
+            if rank not in stopped:
+                process.join(max(0.0, end - time.monotonic()))
+        codes = [process.exitcode for process in self.ranks]
+        for process in [*self.ranks, *([self.launcher] if self.launcher else [])]:
+            process.kill()
+            process.join()
+        text = "".join(path.read_text(encoding="utf-8") for path in sorted(self._folder.glob("*.txt")))
+        return Outcome(codes, [line for line in text.splitlines() if _PRINTED_BY_US.match(line)])
+
+
+def _started(function: Callable[..., None], *arguments: Any) -> ForkServerProcess:
+    process = fork_server().Process(target=function, args=arguments, daemon=True)
+    process.start()
+    return process
+
+
+def _run_rank(world: World, work: Callable[[World], None], output: Path) -> None:
+    with output.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", buffering=1, closefd=False) for descriptor in (1, 2))
+    torch.set_num_threads(1)
+    configure_logging()
+    run_app(lambda: work(world))
+
+
+def _host_store(port: int) -> None:
+    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+    assert store
+    time.sleep(600)

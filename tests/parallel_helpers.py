@@ -1,0 +1,119 @@
+"""Training a few steps on the ranks of a layout, with everything that has to be the same under all layouts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from deepseek_v3.config.loading import load_config
+from deepseek_v3.config.train_config import RunConfig
+from deepseek_v3.training.optimizer import local
+from deepseek_v3.training.parallel.engine import Engine
+from deepseek_v3.training.parallel.engines import engine_for
+from deepseek_v3.training.parallel.pieces import pieces_of
+from deepseek_v3.training.parallel.ranks import arrange
+from deepseek_v3.training.schedule import TokenPlan
+from deepseek_v3.training.trainer import Trainer
+from run_helpers import SEQUENCE_LENGTH, run_fields
+
+SEQUENCES = 8
+
+
+def run_config(steps: int, parallel: dict[str, Any], **model: Any) -> RunConfig:
+    """A run whose batch divides over four ranks twice."""
+    fields = run_fields(Path("run"))
+    fields["model"] |= {"num_hidden_layers": 4, "n_routed_experts": 8, "n_group": 4, "topk_group": 2, **model}
+    fields["training"] |= {
+        "total_tokens": steps * SEQUENCES * SEQUENCE_LENGTH,
+        "global_batch_size": SEQUENCES,
+        "balance": {"sequence_loss_weight": 0.01, "bias_update_speed": 0.01},
+    }
+    fields["training"]["optimizer"] = {"learning_rate": 1e-3, "moments": "float32"}
+    fields["parallel"] = {"micro_batch_size": 1, **parallel}
+    return RunConfig.model_validate(fields, strict=False)
+
+
+def batches_of(config: RunConfig, number: int) -> Tensor:
+    """The sequences of a step, int64 (sequences, length + 1): a function of its number alone."""
+    generator = torch.Generator().manual_seed(number)
+    return torch.randint(0, config.model.vocab_size, (SEQUENCES, SEQUENCE_LENGTH + 1), generator=generator)
+
+
+def train(steps: int, parallel: dict[str, Any], **model: Any) -> dict[str, Any]:
+    """Losses, norms, loads and biases of every step; this rank's blocks of the first gradients and last weights."""
+    config = run_config(steps, parallel, **model)
+    ranks = arrange(config.parallel, "cpu")
+    engine = engine_for(config, ranks, torch.device("cpu"), _no_documents)
+    first: dict[str, Any] = {}
+    rows = []
+    plan = TokenPlan(config)
+    for number in range(1, steps + 1):
+        step = plan.step(number)
+        micro = plan.micro_batches(
+            step, config.parallel.micro_batch_size, ranks.data_rank, config.parallel.data_ranks
+        )
+        tokens = batches_of(config, number)
+        batches = iter([tokens[start - step.first_sample :][:size] for start, size in micro])
+        if number == 1:
+            _keep_gradients(engine, first)
+        losses, norm = engine.run_step(batches, step)
+        whole = engine.finish_step(losses, step)
+        figures = [whole.total, whole.main, whole.prediction, whole.balance, norm]
+        rows.append((np.array([float(f) for f in figures]), whole.counts_LE.numpy(), engine.biases().numpy()))
+    weights = _blocks(engine, lambda parameter: parameter)
+    held_out = engine.main_losses([batches_of(config, 99)[:1]]).numpy()
+    return {"rows": rows, "gradients": first, "weights": weights, "held_out": held_out}
+
+
+def whole(results: list[dict[str, Any]], what: str) -> dict[str, np.ndarray]:
+    """Tensors put together from the blocks of all ranks, each number held by somebody."""
+    tensors: dict[str, np.ndarray] = {}
+    for result in results:
+        for name, (shape, starts, values) in result[what].items():
+            tensor = tensors.setdefault(name, np.full(shape, np.nan, values.dtype))
+            tensor[tuple(slice(s, s + n) for s, n in zip(starts, values.shape, strict=True))] = values
+    assert not any(np.isnan(tensor).any() for tensor in tensors.values())
+    return tensors
+
+
+def _no_documents(tokens_BX: Tensor) -> None:
+    return None
+
+
+def _keep_gradients(engine: Engine, kept: dict[str, Any]) -> None:
+    step = engine.optimizer.step
+
+    def keeping(learning_rate: float) -> Tensor:
+        if not kept:
+            kept.update(_blocks(engine, lambda parameter: parameter.grad))
+        return step(learning_rate)
+
+    engine.optimizer.step = keeping
+
+
+def _blocks(engine: Engine, tensor_of: Any) -> dict[str, Any]:
+    blocks = {}
+    for model in engine.models:
+        for name, piece in pieces_of(model, engine.ranks).items():
+            values = local(tensor_of(model.get_parameter(name))).detach().numpy().copy()
+            blocks[name] = (piece.shape, piece.starts, values)
+    return blocks
+
+
+def rank() -> int:
+    """The rank of this process."""
+    return dist.get_rank()
+
+
+def train_run(path: Path, overrides: list[str], resume: str | None) -> tuple[int, float]:
+    """Runs the trainer as the command does; returns the last step and the held-out loss."""
+    config = load_config(path, overrides)
+    trainer = Trainer(config, torch.device("cpu"), resume, arrange(config.parallel, "cpu"))
+    result = trainer.run()
+    assert result.held_out is not None
+    return result.step, result.held_out.loss

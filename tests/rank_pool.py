@@ -1,0 +1,85 @@
+"""Real processes for tests of several ranks: started once, then given one function after another.
+
+Starting Python with torch takes seconds, so the ranks of many tests are the same few processes; each call gives as
+many of them as it asks for a process group of its own, over gloo.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+TIMEOUT = 60  # seconds for one call
+
+
+class RankPool:
+    """Up to `size` ranks."""
+
+    def __init__(self, size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._ends: list[Connection] = []
+        self._processes = []
+        for _ in range(size):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(there,), daemon=True)
+            process.start()
+            self._ends.append(here)
+            self._processes.append(process)
+
+    def run(self, world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """What `function(*arguments)` returns on each rank; raises the first error of any."""
+        with tempfile.TemporaryDirectory() as folder:
+            for rank in range(world):
+                self._ends[rank].send((function, arguments, rank, world, Path(folder) / "store"))
+            answers = [self._answer(rank) for rank in range(world)]
+        errors = [text for ok, text in answers if not ok]
+        if errors:
+            raise AssertionError("\n".join(errors))
+        return [result for _, result in answers]
+
+    def close(self) -> None:
+        """Ends the processes, in good order where they answer."""
+        for end, process in zip(self._ends, self._processes, strict=True):
+            with suppress(OSError):
+                end.send(None)
+            process.join(10)
+            process.kill()
+
+    def _answer(self, rank: int) -> tuple[bool, Any]:
+        if not self._ends[rank].poll(2 * TIMEOUT):
+            self.close()
+            raise AssertionError(f"rank {rank} does not answer")
+        return self._ends[rank].recv()
+
+
+def _serve(end: Connection) -> None:
+    import os
+
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    while (task := end.recv()) is not None:
+        function, arguments, rank, world, store = task
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+        try:
+            dist.init_process_group(
+                "gloo",
+                store=dist.FileStore(str(store), world),
+                rank=rank,
+                world_size=world,
+                timeout=timedelta(seconds=TIMEOUT),
+            )
+            end.send((True, function(*arguments)))
+        except BaseException:  # noqa: BLE001 -- the test that asked shall see any of them
+            end.send((False, f"rank {rank}: {traceback.format_exc()}"))
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()

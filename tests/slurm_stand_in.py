@@ -1,0 +1,113 @@
+"""Stands for sbatch, srun and scontrol, under whose names it lies on the PATH: two "nodes" on this machine.
+
+Like Slurm it runs a copy of the script, signals every process of a step, and starts a requeued job again; where
+sbatch is killed, its steps end. $STAND_IN_JOB is the job's number. The folder $STAND_IN holds notes: `notify` asks
+for the notice of the end, `requeued` says that the job is to come back.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+STATE = Path(os.environ.get("STAND_IN", "."))
+NODES = 2
+
+
+def sbatch(arguments: list[str]) -> int:
+    """Runs a job to its end, as often as it is requeued."""
+    script = STATE / "slurm_script"  # not where it was submitted from
+    shutil.copy(arguments[0], script)
+    restarts, status, requeued = 0, 0, True
+    while requeued:
+        variables = {
+            "SLURM_JOB_ID": os.environ["STAND_IN_JOB"],
+            "SLURM_SUBMIT_DIR": str(Path.cwd()),
+            "STAND_IN_PID": str(os.getpid()),
+            "SLURM_JOB_NUM_NODES": str(NODES),
+            "SLURM_JOB_NODELIST": "127.0.0.[1,1]",
+            **({"SLURM_RESTART_COUNT": str(restarts)} if restarts else {}),
+        }
+        job = subprocess.Popen(["bash", str(script), *arguments[1:]], cwd="/", env={**os.environ, **variables})
+        while job.poll() is None:
+            if _taken("notify"):
+                job.send_signal(signal.SIGUSR1)  # --signal=B: means the script alone
+            time.sleep(0.05)
+        status, requeued, restarts = job.returncode, _taken("requeued"), restarts + 1
+    return status
+
+
+def srun(arguments: list[str]) -> int:
+    """Runs a task on each node; passes signals on to all of its processes, and ends all after one that failed."""
+    command = _without_options(arguments)
+    if "STAND_IN_SRUN" in os.environ:
+        return int(os.environ["STAND_IN_SRUN"])
+    tasks = [
+        subprocess.Popen(
+            command,
+            env={
+                **os.environ,
+                "SLURM_STEP_ID": "0",
+                "SLURM_NODEID": str(node),
+                "SLURM_PROCID": str(node),
+                "SLURM_LOCALID": "0",
+                "SLURM_NTASKS": str(NODES),
+                "SLURM_GPUS_ON_NODE": "1",
+            },
+            start_new_session=True,
+        )
+        for node in range(NODES)
+    ]
+    signal.signal(signal.SIGUSR1, lambda number, _frame: [_signal_all(task, number) for task in tasks])
+    ending = False
+    while any(task.poll() is None for task in tasks):
+        failed = any(task.poll() for task in tasks) or not Path("/proc", os.environ["STAND_IN_PID"]).exists()
+        if failed and not ending:
+            ending = True
+            for task in tasks:
+                _signal_all(task, signal.SIGTERM)
+        time.sleep(0.05)
+    return max(abs(task.returncode) for task in tasks)
+
+
+def scontrol(arguments: list[str]) -> int:
+    """Knows the nodes and the state of the job, and takes note of a requeue."""
+    if arguments[:2] == ["show", "hostnames"]:
+        print("127.0.0.1\n127.0.0.1")
+    elif arguments[:2] == ["show", "job"]:
+        print(f"JobId={arguments[-1]} JobName=x JobState={os.environ.get('STAND_IN_STATE', 'RUNNING')} Reason=None")
+    elif arguments[0] == "requeue":
+        (STATE / "requeued").touch()
+    else:
+        return 1
+    return 0
+
+
+def _signal_all(task: subprocess.Popen[bytes], number: int) -> None:
+    """Signals all processes of a task, as long as it runs."""
+    if task.poll() is None:
+        os.killpg(task.pid, number)
+
+
+def _without_options(arguments: list[str]) -> list[str]:
+    while arguments[0].startswith("--"):
+        arguments = arguments[1:]
+    return arguments
+
+
+def _taken(name: str) -> bool:
+    """Whether a note lies there; removes it."""
+    try:
+        (STATE / name).unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit({"sbatch": sbatch, "srun": srun, "scontrol": scontrol}[Path(sys.argv[0]).name](sys.argv[1:]))
