@@ -39,7 +39,7 @@ class DeduplicationConfig(StageConfig):
     `accelerator: auto` takes Numba where it is installed; results are the same bit for bit.
 
     Sources of the defaults: shingles of 5 words as in Lee et al. 2022 (arXiv:2107.06499) and FineWeb, the threshold
-    of SlimPajama (Soboleva et al. 2023), as many values as datasketch's MinHash has.
+    of Lee et al. (appendix A) and SlimPajama (Soboleva et al. 2023), as many values as datasketch's MinHash has.
     """
 
     num_perm: Annotated[int, Field(ge=16, le=2048)] = 128

@@ -21,7 +21,8 @@ class HeuristicsConfig(StageConfig):
     """Thresholds of each rule; null switches a rule off. A value equal to its threshold passes.
 
     Sources: Gopher is Rae et al. 2021 (arXiv:2112.11446), appendix A.1; C4 is Raffel et al. 2020 (JMLR 21), §2.2,
-    with the numbers and phrases of the code that made C4; FineWeb is Penedo et al. 2024 (arXiv:2406.17557), §3.6.
+    with the phrases of the code that made C4 and the numbers of datatrove, which made FineWeb; FineWeb is Penedo et
+    al. 2024 (arXiv:2406.17557), §3.6.
     "Share" is a fraction of a whole between 0 and 1; lengths are characters (Unicode code points).
     """
 
@@ -53,20 +54,20 @@ class HeuristicsConfig(StageConfig):
 
     # C4. Lines go that lack final punctuation, have too few words or too long ones, or name JavaScript or a policy.
     require_final_punctuation: bool = True
-    min_words_per_line: Count = 3
+    min_words_per_line: Count = 3  # 5 in C4's code and published paper
     max_word_length: PositiveInt | None = 1000  # characters
     remove_citations: bool = True  # such as [1] and [citation needed]
     remove_javascript_lines: bool = True
     remove_policy_lines: bool = True
     drop_lorem_ipsum: bool = True
     drop_curly_brackets: bool = True
-    min_sentences: Count = 5  # in the lines that are left
+    min_sentences: Count = 5  # in the lines that are left; 3 in C4's code and published paper
 
     # FineWeb.
     min_punctuated_lines: Share = 0.12
     max_short_lines: Share = 0.67
     short_line_length: PositiveInt = 30  # characters
-    max_repeated_line_characters: Share = 0.01  # as its code has it; the paper prints 0.1
+    max_repeated_line_characters: Share = 0.01  # as in its code and appendix E.4; §3.6 prints 0.1
     max_newlines_per_word: Ratio = 0.3
 
     @model_validator(mode="after")

@@ -17,8 +17,8 @@ class MixingConfig(StageConfig):
     `weights`: shares of the tokens by source; a name is a pattern such as `wiki/*.jsonl` over the files' names, the
     first that fits counts, and they are brought to a sum of 1. Without weights everything is one source.
     `tokens`: the size of the corpus; `for_config` takes it from a model's YAML file (its `training.total_tokens`).
-    With neither, all tokens that there are. `max_epochs`: no document is repeated more often; up to 4 repetitions
-    train nearly as well as fresh text (Muennighoff et al. 2023, §5). `seed` chooses the documents.
+    With neither, all tokens that there are. `max_epochs`: no document is repeated more often; 4 epochs train nearly
+    as well as fresh text (Muennighoff et al. 2023, §6). `seed` chooses the documents.
     """
 
     alarm: Annotated[float, Field(gt=0, le=1)] = 1.0  # a token budget is meant to leave documents out

@@ -1,4 +1,4 @@
-"""Gopher's quality rules (Rae et al. 2021, A.1.1) for a batch."""
+"""Gopher's quality rules (Rae et al. 2021, A.1) for a batch."""
 
 from __future__ import annotations
 

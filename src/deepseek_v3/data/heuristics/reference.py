@@ -140,7 +140,7 @@ def duplicate_ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
 
 
 def gopher_quality(text: str, options: HeuristicsConfig) -> Iterator[Broken]:
-    """Quality (Rae et al. 2021, A.1.1). Word counts and lengths leave symbols out; lines include blank ones."""
+    """Quality (Rae et al. 2021, A.1). Word counts and lengths leave symbols out; lines include blank ones."""
     words = words_of(text)
     total = max(len(words), 1)
     proper = [word for word in words if not is_symbol(word)]

@@ -14,7 +14,7 @@ _AT_DOMAIN = re.compile(rf"{_DOMAIN}(?![\w-])", re.ASCII)
 _LOCAL = re.compile(r"[\w.%+-]*\Z", re.ASCII)
 
 _IPV4 = r"\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}"
-# 2000::/3 is all that has been given out (RFC 4291 §2.4).
+# 2000::/3 is all that has been given out (RFC 3587 §3).
 _IPV6 = r"[23][0-9A-Fa-f]{3}:[0-9A-Fa-f:]{2,34}"
 _IP = re.compile(rf"(?<![\w.]){_IPV4}(?!\w|\.\d|-[A-Za-z])|(?<![\w.:]){_IPV6}(?!\w)", re.ASCII)
 # What stands before numbers with four parts that are no addresses: name-1.2.3.4, version 1.2.3.4, section 1.2.3.4.
