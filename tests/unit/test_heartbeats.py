@@ -59,6 +59,19 @@ def test_those_that_have_ended_are_not_silent() -> None:
     assert sightings.silent(100, LIMIT) == [0]
 
 
+@given(st.integers(2, 100))
+def test_every_rank_is_looked_after_by_others_and_the_silence_of_one_draws_all_eyes(size: int) -> None:
+    looks = [Sightings().to_look_at(rank, size, 0, LIMIT) for rank in range(size)]
+    for rank in range(size):
+        assert rank in looks[rank]
+        assert len(set(looks[rank])) == len(looks[rank])
+        watchers = [other for other in range(size) if other != rank and rank in looks[other]]
+        assert len(watchers) == min(size - 1, 32)
+    sightings = _watch([(0, {1: Beat(1)})])
+    assert sightings.to_look_at(size - 1, size, LIMIT - 1, LIMIT) == looks[size - 1]
+    assert sightings.to_look_at(size - 1, size, LIMIT + 1, LIMIT) == list(range(size))
+
+
 def test_ranks_that_are_no_longer_looked_at_are_forgotten() -> None:
     sightings = _watch([(0, {0: Beat(1), 1: Beat(1)})])
     sightings.forget_all_but([1])

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
@@ -69,8 +70,8 @@ def _hang(rank: int, step: int, *, culprit: int, where: int) -> None:
         time.sleep(100)
 
 
-def _fail(rank: int, step: int, *, error: Exception, where: int = 3) -> None:
-    if rank == 1 and step == where:
+def _fail(rank: int, step: int, *, error: Exception, failing: int = 1) -> None:
+    if rank == failing and step == 3:
         raise error
 
 
@@ -79,9 +80,9 @@ def _fail_everywhere(rank: int, step: int) -> None:
         raise DataError("no tokens")
 
 
-def _end_one_after_another(rank: int, step: int, *, last: int) -> None:
-    if step == 5:
-        time.sleep(1.5 * SILENCE.total_seconds() if rank == last else 0.0)
+def _end_one_after_another(rank: int, step: int, *, last: int, seconds: float = 4.0) -> None:
+    if rank == last and step == 5:
+        time.sleep(seconds)
 
 
 def _name(job: Job, rank: int) -> str:
@@ -134,6 +135,18 @@ def test_a_launcher_that_ends_the_others_gets_the_name_first(tmp_path: Path) -> 
     _assert_one_line(f"{_name(job, 1)} has not answered for 2.5 s", outcome.lines)
 
 
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_launcher_that_ends_the_others_gets_the_error_first(tmp_path: Path, failing: int) -> None:
+    deed = partial(_fail, error=DataError("shard 7 is damaged"), failing=failing)
+    job = Job(tmp_path, 3, partial(_work, deed=deed), launcher=True)
+    wait([process.sentinel for process in job.ranks], DEADLINE)
+    for process in job.ranks:
+        process.terminate()
+    outcome = job.outcome(DEADLINE)
+    assert 0 not in outcome.codes
+    assert outcome.lines == ["error: shard 7 is damaged"]
+
+
 def test_the_end_of_the_launcher_hides_nothing(tmp_path: Path) -> None:
     job = Job(tmp_path, 3, partial(_work, deed=partial(_kill_with_launcher, launcher=tmp_path)), launcher=True)
     assert job.launcher is not None
@@ -173,8 +186,10 @@ def test_a_mistake_that_all_ranks_notice_is_told_once(tmp_path: Path) -> None:
     assert outcome.lines == ["error: no tokens"]
 
 
-def test_a_users_mistake_on_one_rank_is_the_only_line(tmp_path: Path) -> None:
-    job = Job(tmp_path, 3, partial(_work, deed=partial(_fail, error=DataError("shard 7 is damaged"))))
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_users_mistake_on_one_rank_is_the_only_line(tmp_path: Path, failing: int) -> None:
+    deed = partial(_fail, error=DataError("shard 7 is damaged"), failing=failing)
+    job = Job(tmp_path, 3, partial(_work, deed=deed))
     outcome = job.outcome(DEADLINE)
     assert outcome.codes == [1, 1, 1]
     assert outcome.lines == ["error: shard 7 is damaged"]
@@ -197,6 +212,16 @@ def test_ranks_may_end_at_different_times(tmp_path: Path, last: int, launcher: b
     outcome = job.outcome(DEADLINE)
     assert outcome.codes == [0, 0, 0]
     assert outcome.lines == []
+
+
+def test_a_rank_that_has_ended_is_not_the_one_to_speak(tmp_path: Path) -> None:
+    job = Job(tmp_path, 3, partial(_work, deed=partial(_end_one_after_another, last=2, seconds=100)))
+    job.ranks[1].join(DEADLINE)
+    time.sleep(SILENCE.total_seconds() / 2)
+    job.ranks[0].kill()
+    outcome = job.outcome(DEADLINE)
+    assert outcome.codes == [-signal.SIGKILL, 0, 1]
+    _assert_one_line(f"{_name(job, 0)} has gone", outcome.lines)
 
 
 def test_alone_it_does_nothing() -> None:

@@ -9,6 +9,8 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
+_WATCHED = 32  # others that each rank looks after: enough that the loss of a few hosts leaves somebody who does
+
 
 @dataclass(frozen=True)
 class Beat:
@@ -60,6 +62,12 @@ class Sightings:
         step_at = earlier.step_at if beat.step == earlier.beat.step else now
         self._seen[rank] = Sighting(beat, beat_at, step_at)
 
+    def to_look_at(self, rank: int, size: int, now: float, seconds: float) -> list[int]:
+        """Ranks from our own on; all, to know who else is, while one has been silent for longer than `seconds`."""
+        if self.silent(now, seconds):
+            return list(range(size))
+        return [(rank + distance) % size for distance in range(min(size, _WATCHED + 1))]
+
     def forget_all_but(self, ranks: Iterable[int]) -> None:
         """Drops ranks that are no longer looked at, whose messages would seem old."""
         kept = set(ranks)
@@ -68,6 +76,10 @@ class Sightings:
     def beat_of(self, rank: int) -> Beat:
         """The last message of a rank."""
         return self._seen[rank].beat
+
+    def has_ended(self, rank: int) -> bool:
+        """Whether a rank is known to have ended."""
+        return rank in self._seen and self._seen[rank].beat.ended
 
     def silent(self, now: float, seconds: float) -> list[int]:
         """Ranks that have not ended and sent nothing new for longer than `seconds`."""

@@ -21,7 +21,7 @@ from deepseek_v3.utils.distributed import World
 from deepseek_v3.utils.errors import TrainingError
 from deepseek_v3.utils.heartbeats import Beat
 
-_PLACE, _FINDING, _NOTHING, _ENDED = "watchdog", "finding", "-", "ended"
+_PLACE, _FINDING, _NOTHING = "watchdog", "finding", "-"
 
 
 @dataclass(frozen=True)
@@ -97,26 +97,15 @@ class Noticeboard:
         text = json.dumps(asdict(finding))
         return self._store.compare_set(_FINDING, _NOTHING, text).decode() == text
 
-    def report(self, lost: Sequence[int], text: str) -> None:
-        """Publishes what the lowest rank that still can is to say."""
-        _, beats = self.read(range(self.size))
-        able = [rank for rank, beat in enumerate(beats) if rank not in lost and not beat.ended]
-        self.publish(Finding(tuple(lost), text, able[0] if able else None))
-
-    def end(self, beat: Beat) -> None:
-        """Leaves the last message of this rank, and counts it among those that have ended."""
-        self.set_beat(beat)
-        self._store.add(_ENDED, 1)
-
-    def num_ended(self) -> int:
-        """How many ranks have ended."""
-        return self._store.add(_ENDED, 0)
-
-    def wait_for_ended(self, number: int, seconds: float) -> None:
-        """Waits until so many ranks have ended, or for so long."""
+    def wait_for_end(self, ranks: Sequence[int], seconds: float) -> None:
+        """Waits until these ranks have ended, or for so long."""
         deadline = time.monotonic() + seconds
-        while self.num_ended() < number and time.monotonic() < deadline:
+        while not self.have_ended(ranks) and time.monotonic() < deadline:
             time.sleep(0.05)
+
+    def have_ended(self, ranks: Sequence[int]) -> bool:
+        """Whether nothing more is to be expected of any of these ranks."""
+        return all(beat.ended for beat in self.read(ranks)[1])
 
 
 def _rank_0s_store(world: World, timeout: timedelta) -> TCPStore:

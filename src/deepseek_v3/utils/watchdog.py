@@ -28,7 +28,6 @@ from deepseek_v3.utils.noticeboard import Finding, Noticeboard
 from deepseek_v3.utils.whereabouts import Whereabouts
 
 _BEATS_PER_SILENCE = 10
-_WATCHED = 32  # ranks that each rank looks after: enough that the loss of a few hosts leaves somebody who does
 _SECONDS_TO_PRINT = 1.0  # that others stay for one that prints its own error: launchers end all after the first
 _ADVICE = "the job stops: resume with --resume latest"
 
@@ -100,8 +99,8 @@ class Watchdog:
 
     def _finish(self) -> None:
         """Ends in good order; rank 0, with the store, stays and watches until nobody needs it any more."""
-        self._board.end(self._beat(ended=True))
-        while self._world.rank == 0 and self._board.num_ended() < self._world.size:
+        self._board.set_beat(self._beat(ended=True))
+        while self._world.rank == 0 and not self._board.have_ended(range(self._world.size)):
             time.sleep(self._interval)
             self._look()
 
@@ -109,8 +108,9 @@ class Watchdog:
         """Lets all others end with this rank, whose error is about to be printed."""
         if not self._board.publish(Finding(lost=(self._world.rank,))):
             self._look()  # at the finding of another, which ends the process
-        self._board.end(self._beat(ended=True))
-        self._board.wait_for_ended(self._world.size, self._silence / 2)
+        self._board.set_beat(self._beat(ended=True))
+        if self._world.rank == 0:
+            self._board.wait_for_end(range(self._world.size), self._silence / 2)
 
     def _talk_until_released(self) -> None:
         try:
@@ -138,7 +138,9 @@ class Watchdog:
 
     def _look(self) -> None:
         """Looks for the signs of life of others, and acts on what is missing."""
-        watched = self._watched()
+        watched = self._sightings.to_look_at(
+            self._world.rank, self._world.size, time.monotonic(), self._silence / 2
+        )
         finding, beats = self._board.read(watched)
         self._beats_unanswered = 0
         if finding is not None:
@@ -149,13 +151,6 @@ class Watchdog:
             self._sightings.see(rank, beat, now)
         self._judge(now)
 
-    def _watched(self) -> list[int]:
-        """Some ranks, from our own on; and all of them from the time that one seems silent, to know who else is."""
-        rank, size = self._world.rank, self._world.size
-        if self._sightings.silent(time.monotonic(), self._silence / 2):
-            return list(range(size))
-        return [(rank + distance) % size for distance in range(min(size, _WATCHED + 1))]
-
     def _judge(self, now: float) -> None:
         """Reports who is silent or hangs; the next look at the board finds that, or an earlier finding."""
         if self._sightings.silent(now, self._silence):
@@ -165,15 +160,25 @@ class Watchdog:
             beat = self._sightings.beat_of(lost[0])
             what = f"not left step {beat.step} for {self._hang:g} s while others wait, and stands at {beat.place}"
         if lost:
-            self._board.report(lost, f"{self._board.described(lost)} {what}; {_ADVICE}")
+            text = f"{self._board.described(lost)} {what}; {_ADVICE}"
+            self._board.publish(Finding(tuple(lost), text, self._speaker(lost)))
+
+    def _speaker(self, lost: list[int]) -> int | None:
+        """The lowest rank that is left, as far as this one knows."""
+        ranks = range(self._world.size)
+        return next((rank for rank in ranks if rank not in lost and not self._sightings.has_ended(rank)), None)
 
     def _leave(self, finding: Finding) -> None:
-        """Says what there is to say, waits until all others have said theirs, and ends the process."""
+        """Ends the process after whoever has something to say; rank 0, with the store, after all who read there."""
         self._leaving.acquire()
         if finding.speaker == self._world.rank:
             get_logger("Watchdog").error(finding.text)
         self._clean_up()
-        self._within(self._grace, lambda: self._end_with_others(self._world.size - len(finding.lost)))
+        if self._world.rank == 0:
+            others = [rank for rank in range(self._world.size) if rank not in finding.lost]
+        else:
+            others = [] if finding.speaker is None else [finding.speaker]
+        self._within(self._grace, lambda: self._end_after(others))
         if finding.speaker is None:
             time.sleep(_SECONDS_TO_PRINT)
         os._exit(1)
@@ -182,16 +187,15 @@ class Watchdog:
         """As `_leave`, for ranks that can no longer agree: each knows by itself who speaks."""
         self._leaving.acquire()
         lost = [0] if self._board.host_answers(self._silence / 2) else self._board.same_host(0)
-        speaker = next((rank for rank in range(self._world.size) if rank not in lost), None)
-        if speaker == self._world.rank:
+        if self._speaker(lost) == self._world.rank:
             get_logger("Watchdog").error(f"{self._board.described(lost)} gone; {_ADVICE}")
         self._clean_up()
         os._exit(1)
 
-    def _end_with_others(self, number: int) -> None:
+    def _end_after(self, others: list[int]) -> None:
         with suppress(dist.DistError):
-            self._board.end(self._beat(ended=True))
-            self._board.wait_for_ended(number, self._grace)
+            self._board.set_beat(self._beat(ended=True))
+            self._board.wait_for_end(others, self._grace)
 
     def _clean_up(self) -> None:
         if self._before_exit is not None:
