@@ -1,37 +1,41 @@
-"""Training a few steps with DeepSpeed, with everything that has to be the same as in one process."""
+"""Training with DeepSpeed, with everything that has to be the same as in one process."""
 
 from __future__ import annotations
 
-import logging
-import os
+import json
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+import torch.distributed as dist
 
 import parallel_helpers
+from deepseek_v3.config.loading import load_config
+from deepseek_v3.training.parallel.deepspeed_settings import DeepSpeedFile
+from deepseek_v3.training.parallel.engines import engine_for
 from deepseek_v3.training.parallel.ranks import arrange
-from deepseek_v3.training.schedule import TokenPlan
+from deepseek_v3.training.trainer import Trainer
+from deepseek_v3.utils.distributed import World, announce
+
+CPU = torch.device("cpu")
 
 
-def train(steps: int, stage: int, micro_batch_size: int) -> dict[str, Any]:
-    """Losses, norms, loads and biases of every step, and gradients of the first, on two ranks."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    from deepspeed.utils import logger, safe_get_full_fp32_param, safe_get_full_grad
+def write_settings(folder: Path, settings: dict[str, Any]) -> Path:
+    """A DeepSpeed JSON file in `folder`."""
+    path = folder / "deepspeed.json"
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    return path
 
-    from deepseek_v3.training.parallel.deepspeed import DeepSpeed
 
-    logger.setLevel(logging.WARNING)
-    config = parallel_helpers.run_config(steps, {"data_shard": 2, "micro_batch_size": micro_batch_size})
+def train(file: Path, steps: int, parallel: dict[str, Any], training: dict[str, Any]) -> dict[str, Any]:
+    """Losses, norms, loads and biases of every step; gradients of the first and weights of the last, whole."""
+    _announce()
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+
+    settings = DeepSpeedFile(file)
+    config = settings.laid_out(parallel_helpers.run_config(steps, parallel, training), dist.get_world_size())
     ranks = arrange(config.parallel, "cpu")
-    settings = {
-        "train_batch_size": parallel_helpers.SEQUENCES,
-        "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_clipping": config.training.optimizer.max_grad_norm,
-        "zero_optimization": {"stage": stage},
-        "zero_allow_untested_optimizer": True,
-    }
-    engine = DeepSpeed(config, ranks, torch.device("cpu"), lambda _: None, settings)
+    engine = engine_for(config, ranks, CPU, lambda _: None, settings)
     parameters = dict(engine.models[0].named_parameters())
     gradients: dict[str, Any] = {}
     take_step = engine._engine.step
@@ -42,17 +46,22 @@ def train(steps: int, stage: int, micro_batch_size: int) -> dict[str, Any]:
         take_step()
 
     engine._engine.step = keeping
-    rows = []
-    plan = TokenPlan(config)
-    for number in range(1, steps + 1):
-        step = plan.step(number)
-        micro = plan.micro_batches(step, micro_batch_size, ranks.data_rank, 2)
-        tokens = parallel_helpers.batches_of(config, number)
-        batches = iter([tokens[start - step.first_sample :][:size] for start, size in micro])
-        losses, norm = engine.run_step(batches, step)
-        all_losses = engine.finish_step(losses, step)
-        figures = [all_losses.total, all_losses.main, all_losses.prediction, all_losses.balance, norm]
-        rows.append((np.array([float(f) for f in figures]), all_losses.counts_LE.numpy(), engine.biases().numpy()))
+    rows = parallel_helpers.take_steps(engine, config)
     weights = {name: safe_get_full_fp32_param(p).numpy().copy() for name, p in parameters.items()}
     held_out = engine.main_losses([parallel_helpers.batches_of(config, 99)[:1]]).numpy()
     return {"rows": rows, "gradients": gradients, "weights": weights, "held_out": held_out}
+
+
+def train_run(file: Path, path: Path, overrides: list[str], resume: str | None) -> tuple[int, float]:
+    """Runs the trainer as the command does; returns the last step and the held-out loss."""
+    _announce()
+    settings = DeepSpeedFile(file)
+    config = settings.laid_out(load_config(path, overrides), dist.get_world_size())
+    result = Trainer(config, CPU, resume, arrange(config.parallel, "cpu"), deepspeed=settings).run()
+    assert result.held_out is not None
+    return result.step, result.held_out.loss
+
+
+def _announce() -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    announce(World(rank, size, rank, size), CPU)

@@ -24,14 +24,15 @@ from run_helpers import SEQUENCE_LENGTH, run_fields
 SEQUENCES = 8
 
 
-def run_config(steps: int, parallel: dict[str, Any], **model: Any) -> RunConfig:
+def run_config(steps: int, parallel: dict[str, Any], training: dict[str, Any]) -> RunConfig:
     """A run whose batch divides over four ranks twice."""
     fields = run_fields(Path("run"))
-    fields["model"] |= {"num_hidden_layers": 4, "n_routed_experts": 8, "n_group": 4, "topk_group": 2, **model}
+    fields["model"] |= {"num_hidden_layers": 4, "n_routed_experts": 8, "n_group": 4, "topk_group": 2}
     fields["training"] |= {
         "total_tokens": steps * SEQUENCES * SEQUENCE_LENGTH,
         "global_batch_size": SEQUENCES,
         "balance": {"sequence_loss_weight": 0.01, "bias_update_speed": 0.01},
+        **training,
     }
     fields["training"]["optimizer"] = {"learning_rate": 1e-3, "moments": "float32"}
     fields["parallel"] = {"micro_batch_size": 1, **parallel}
@@ -44,30 +45,33 @@ def batches_of(config: RunConfig, number: int) -> Tensor:
     return torch.randint(0, config.model.vocab_size, (SEQUENCES, SEQUENCE_LENGTH + 1), generator=generator)
 
 
-def train(steps: int, parallel: dict[str, Any], **model: Any) -> dict[str, Any]:
+def train(steps: int, parallel: dict[str, Any], training: dict[str, Any] | None = None) -> dict[str, Any]:
     """Losses, norms, loads and biases of every step; this rank's blocks of the first gradients and last weights."""
-    config = run_config(steps, parallel, **model)
+    config = run_config(steps, parallel, training or {})
     ranks = arrange(config.parallel, "cpu")
     engine = engine_for(config, ranks, torch.device("cpu"), _no_documents)
     first: dict[str, Any] = {}
+    _keep_gradients(engine, first)
+    rows = take_steps(engine, config)
+    weights = _blocks(engine, lambda parameter: parameter)
+    held_out = engine.main_losses([batches_of(config, 99)[:1]]).numpy()
+    return {"rows": rows, "gradients": first, "weights": weights, "held_out": held_out}
+
+
+def take_steps(engine: Engine, config: RunConfig) -> list[Any]:
+    """Figures, loads and biases of every step of a run."""
     rows = []
-    plan = TokenPlan(config)
-    for number in range(1, steps + 1):
+    plan, parallel = TokenPlan(config), config.parallel
+    for number in range(1, plan.total_steps + 1):
         step = plan.step(number)
-        micro = plan.micro_batches(
-            step, config.parallel.micro_batch_size, ranks.data_rank, config.parallel.data_ranks
-        )
+        micro = plan.micro_batches(step, parallel.micro_batch_size, engine.ranks.data_rank, parallel.data_ranks)
         tokens = batches_of(config, number)
         batches = iter([tokens[start - step.first_sample :][:size] for start, size in micro])
-        if number == 1:
-            _keep_gradients(engine, first)
         losses, norm = engine.run_step(batches, step)
         whole = engine.finish_step(losses, step)
         figures = [whole.total, whole.main, whole.prediction, whole.balance, norm]
         rows.append((np.array([float(f) for f in figures]), whole.counts_LE.numpy(), engine.biases().numpy()))
-    weights = _blocks(engine, lambda parameter: parameter)
-    held_out = engine.main_losses([batches_of(config, 99)[:1]]).numpy()
-    return {"rows": rows, "gradients": first, "weights": weights, "held_out": held_out}
+    return rows
 
 
 def whole(results: list[dict[str, Any]], what: str) -> dict[str, np.ndarray]:

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -20,25 +21,26 @@ TIMEOUT = 60  # seconds for one call
 
 
 class RankPool:
-    """Up to `size` ranks."""
+    """Up to `size` ranks; with `one_group`, always all of them, in the same process group."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, one_group: bool = False) -> None:
         context = multiprocessing.get_context("spawn")
+        self._folder, self._calls = tempfile.TemporaryDirectory(), count()
         self._ends: list[Connection] = []
         self._processes = []
         for _ in range(size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there,), daemon=True)
+            process = context.Process(target=_serve, args=(there, one_group), daemon=True)
             process.start()
             self._ends.append(here)
             self._processes.append(process)
 
     def run(self, world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """What `function(*arguments)` returns on each rank; raises the first error of any."""
-        with tempfile.TemporaryDirectory() as folder:
-            for rank in range(world):
-                self._ends[rank].send((function, arguments, rank, world, Path(folder) / "store"))
-            answers = [self._answer(rank) for rank in range(world)]
+        store = Path(self._folder.name) / f"store_{next(self._calls)}"
+        for rank in range(world):
+            self._ends[rank].send((function, arguments, rank, world, store))
+        answers = [self._answer(rank) for rank in range(world)]
         errors = [text for ok, text in answers if not ok]
         if errors:
             raise AssertionError("\n".join(errors))
@@ -51,6 +53,7 @@ class RankPool:
                 end.send(None)
             process.join(10)
             process.kill()
+        self._folder.cleanup()
 
     def _answer(self, rank: int) -> tuple[bool, Any]:
         if not self._ends[rank].poll(2 * TIMEOUT):
@@ -59,7 +62,7 @@ class RankPool:
         return self._ends[rank].recv()
 
 
-def _serve(end: Connection) -> None:
+def _serve(end: Connection, one_group: bool) -> None:
     import os
 
     import torch
@@ -70,16 +73,17 @@ def _serve(end: Connection) -> None:
         function, arguments, rank, world, store = task
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
         try:
-            dist.init_process_group(
-                "gloo",
-                store=dist.FileStore(str(store), world),
-                rank=rank,
-                world_size=world,
-                timeout=timedelta(seconds=TIMEOUT),
-            )
+            if not dist.is_initialized():
+                dist.init_process_group(
+                    "gloo",
+                    store=dist.FileStore(str(store), world),
+                    rank=rank,
+                    world_size=world,
+                    timeout=timedelta(seconds=TIMEOUT),
+                )
             end.send((True, function(*arguments)))
         except BaseException:  # noqa: BLE001 -- the test that asked shall see any of them
             end.send((False, f"rank {rank}: {traceback.format_exc()}"))
         finally:
-            if dist.is_initialized():
+            if dist.is_initialized() and not one_group:
                 dist.destroy_process_group()

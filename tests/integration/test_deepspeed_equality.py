@@ -1,6 +1,8 @@
 """DeepSpeed trains the same model under every ZeRO stage: all figures equal those of one process."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,39 +14,63 @@ from rank_pool import RankPool
 
 pytest.importorskip("deepspeed")
 STEPS = 10
+TRAINING: dict[str, dict[str, Any]] = {
+    "constant batch": {},
+    "growing batch": {"batch_ramp": {"initial": 2, "increment": 2, "fraction": 0.5}},
+}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def pool() -> Iterator[RankPool]:
-    """New processes for each test: DeepSpeed keeps the first process group that it saw."""
-    found = RankPool(2)
+    found = RankPool(2, one_group=True)  # DeepSpeed keeps the first group that it saw
     yield found
     found.close()
 
 
 @pytest.fixture(scope="module")
-def alone() -> dict[str, Any]:
+def alone() -> Iterator[Callable[[str], dict[str, Any]]]:
+    """The same run in one process, by the name of its training section."""
     pool = RankPool(1)
-    try:
-        return pool.run(1, parallel_helpers.train, STEPS, {})[0]
-    finally:
-        pool.close()
+
+    @cache
+    def trained(name: str) -> dict[str, Any]:
+        return pool.run(1, parallel_helpers.train, STEPS, {}, TRAINING[name])[0]
+
+    yield trained
+    pool.close()
 
 
-@pytest.mark.parametrize(("stage", "micro_batch_size"), [(1, 4), (2, 4), (3, 4), (3, 1)])
+@pytest.mark.parametrize(
+    ("stage", "parallel", "training"),
+    [
+        (1, {"micro_batch_size": 4}, "constant batch"),
+        (2, {"micro_batch_size": 4}, "constant batch"),
+        (3, {"micro_batch_size": 4}, "constant batch"),
+        (3, {"micro_batch_size": 1, "recomputation": "full"}, "constant batch"),
+        (2, {"micro_batch_size": 1}, "growing batch"),
+    ],
+)
 def test_zero_trains_as_one_process_does(
-    pool: RankPool, alone: dict[str, Any], stage: int, micro_batch_size: int
+    pool: RankPool,
+    alone: Callable[[str], dict[str, Any]],
+    tmp_path: Path,
+    stage: int,
+    parallel: dict[str, Any],
+    training: str,
 ) -> None:
-    for result in pool.run(2, deepspeed_helpers.train, STEPS, stage, micro_batch_size):
+    file = deepspeed_helpers.write_settings(tmp_path, {"zero_optimization": {"stage": stage}})
+    expected_run = alone(training)
+    for result in pool.run(2, deepspeed_helpers.train, file, STEPS, parallel, TRAINING[training]):
+        assert len(result["rows"]) == len(expected_run["rows"]) >= STEPS
         for (found, counts, biases), (expected, all_counts, all_biases) in zip(
-            result["rows"], alone["rows"], strict=True
+            result["rows"], expected_run["rows"], strict=True
         ):
             np.testing.assert_allclose(found, expected, rtol=1e-5)
             np.testing.assert_array_equal(counts, all_counts)
             np.testing.assert_array_equal(biases, all_biases)
-        np.testing.assert_allclose(result["held_out"], alone["held_out"], rtol=1e-5)
+        np.testing.assert_allclose(result["held_out"], expected_run["held_out"], rtol=1e-5)
         for what in ("gradients", "weights"):
-            expected = parallel_helpers.whole([alone], what)
+            expected = parallel_helpers.whole([expected_run], what)
             assert result[what].keys() == expected.keys()
             for name, values in expected.items():
                 bound = 1e-5 * np.abs(values).max() + 1e-9

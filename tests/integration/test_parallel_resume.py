@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import deepspeed_helpers
 import parallel_helpers
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.training.batches import open_tokens
@@ -21,11 +22,21 @@ EXPERTS_APART = ["parallel.data_shard=2", "parallel.expert=2"]
 PIPELINE = ["parallel.pipeline=2"]
 PIPELINE_V = ["parallel.pipeline=2", "parallel.pipeline_schedule=dualpipe_v", "model.num_hidden_layers=4"]
 PIPELINE_EXPERTS = ["parallel.pipeline=2", "parallel.data_shard=2", "parallel.expert=2"]
+FSDP_2 = ["parallel.data_shard=2"]
 
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[RankPool]:
     found = RankPool(4)
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def deepspeed_pool() -> Iterator[RankPool]:
+    """For DeepSpeed, which keeps the first group that it saw."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is an extra")
+    found = RankPool(2, one_group=True)
     yield found
     found.close()
 
@@ -40,7 +51,29 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(pool: RankPool, run: Path, layout: list[str], checkpoints: Path, resume: str | None = None) -> float:
     """The held-out loss at the end; a checkpoint is left in the middle."""
-    overrides = [
+    overrides = recipe(checkpoints, layout)
+    world = load_config(run, overrides).parallel.world_size
+    return ended(pool.run(world, parallel_helpers.train_run, run, overrides, resume))
+
+
+def train_by_deepspeed(
+    pool: RankPool, run: Path, stage: int, checkpoints: Path, resume: str | None = None
+) -> float:
+    """The same, by a ZeRO stage on two ranks."""
+    checkpoints.mkdir()
+    file = deepspeed_helpers.write_settings(checkpoints, {"zero_optimization": {"stage": stage}})
+    return ended(pool.run(2, deepspeed_helpers.train_run, file, run, recipe(checkpoints, []), resume))
+
+
+def ended(results: list[tuple[int, float]]) -> float:
+    """The held-out loss on which all ranks agree, after the last step."""
+    assert all(result == results[0] for result in results)
+    assert results[0][0] == WHOLE
+    return results[0][1]
+
+
+def recipe(checkpoints: Path, layout: list[str]) -> list[str]:
+    return [
         "parallel.micro_batch_size=1",
         "training.global_batch_size=8",
         "training.optimizer.learning_rate=0.001",
@@ -52,11 +85,6 @@ def train(pool: RankPool, run: Path, layout: list[str], checkpoints: Path, resum
         f"logging.directory={checkpoints}/log",
         *layout,
     ]
-    world = load_config(run, overrides).parallel.world_size
-    results = pool.run(world, parallel_helpers.train_run, run, overrides, resume)
-    assert all(result == results[0] for result in results)
-    assert results[0][0] == WHOLE
-    return results[0][1]
 
 
 def in_the_middle(checkpoints: Path) -> str:
@@ -89,6 +117,27 @@ def test_a_run_goes_on_under_another_layout(
     train(pool, run, first, tmp_path / "first")
     found = train(pool, run, second, tmp_path / "second", resume=in_the_middle(tmp_path / "first"))
     assert found == pytest.approx(uninterrupted, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [(1, ALONE), (FSDP_2, 2), (2, 3), (3, 1)], ids=["1-alone", "FSDP-2", "2-3", "3-1"]
+)
+def test_a_run_goes_on_by_deepspeed_and_from_it(
+    pool: RankPool,
+    deepspeed_pool: RankPool,
+    run: Path,
+    uninterrupted: float,
+    tmp_path: Path,
+    first: list[str] | int,
+    second: list[str] | int,
+) -> None:
+    def part(layout: list[str] | int, name: str, resume: str | None = None) -> float:
+        if isinstance(layout, int):
+            return train_by_deepspeed(deepspeed_pool, run, layout, tmp_path / name, resume)
+        return train(pool, run, layout, tmp_path / name, resume)
+
+    part(first, "first")
+    assert part(second, "second", in_the_middle(tmp_path / "first")) == pytest.approx(uninterrupted, rel=1e-5)
 
 
 def test_the_same_layout_goes_on_bit_for_bit(pool: RankPool, run: Path, tmp_path: Path) -> None:

@@ -192,3 +192,13 @@ def test_a_port_in_use_is_named() -> None:
         world = World(0, 2, 0, 2, "127.0.0.1", other.getsockname()[1])
         with pytest.raises(TrainingError, match="address already in use"):
             world.connect(timedelta(seconds=1))
+
+
+def test_a_process_that_is_alone_has_a_group_only_where_it_is_asked_for() -> None:
+    with process_group(ALONE, torch.device("cpu"), timedelta(seconds=5)):
+        assert not dist.is_initialized()
+    with process_group(ALONE, torch.device("cpu"), timedelta(seconds=5), even_alone=True):
+        numbers = torch.ones(3)
+        dist.all_reduce(numbers)
+        assert (dist.get_world_size(), numbers.sum()) == (1, 3)
+    assert not dist.is_initialized()

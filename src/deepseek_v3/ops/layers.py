@@ -22,7 +22,7 @@ class Linear(nn.Module):
         return F.linear(x, self.weight.to(x.dtype))
 
     def extra_repr(self) -> str:
-        return f"{self.weight.shape[1]} -> {self.weight.shape[0]}"
+        return " -> ".join(str(size) for size in reversed(self.weight.shape))
 
 
 class RMSNorm(nn.Module):

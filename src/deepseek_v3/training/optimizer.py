@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -72,24 +72,35 @@ class AdamW(torch.optim.Optimizer):
     makes one norm of the gradients that a rank holds, by name. `step` reads no value back from the device.
     """
 
+    _has_whole_parameters = True
+
     def __init__(
         self,
         parameters: Mapping[str, nn.Parameter],
         config: OptimizerConfig,
         total_norm: Callable[[Mapping[str, Tensor]], Tensor] = norm_of_all,
     ) -> None:
+        matrices = [p for p in parameters.values() if self._is_matrix(p)]
+        others = [p for p in parameters.values() if not self._is_matrix(p)]
         groups = [
-            {"params": [p for p in parameters.values() if p.ndim >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0},
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": others, "weight_decay": 0.0},
         ]
         super().__init__(groups, {"lr": config.learning_rate})
         self.parameters = dict(parameters)
         self.config = config
         self.num_steps = 0
         self._total_norm = total_norm
-        self._moments = torch.bfloat16 if config.moments == "bfloat16" else torch.float32
-        for parameter in parameters.values():
-            self.state[parameter] = {name: torch.zeros_like(parameter, dtype=self._moments) for name in MOMENTS}
+        self.moment_dtype = torch.bfloat16 if config.moments == "bfloat16" else torch.float32
+        if self._has_whole_parameters:
+            self.make_moments(parameters.values())
+
+    def make_moments(self, parameters: Iterable[Tensor]) -> None:
+        """Makes the moments of those of these parameters, or parts of them, that have none yet."""
+        for parameter in parameters:
+            if not self.state[parameter]:
+                moments = {name: torch.zeros_like(parameter, dtype=self.moment_dtype) for name in MOMENTS}
+                self.state[parameter] = moments
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> Tensor:  # type: ignore[override]  # the schedule owns the rate
@@ -103,6 +114,9 @@ class AdamW(torch.optim.Optimizer):
             group["lr"] = learning_rate
         self._update_all(scale)
         return norm
+
+    def _is_matrix(self, parameter: nn.Parameter) -> bool:
+        return parameter.ndim >= 2
 
     def _update_all(self, scale: Tensor) -> None:
         """Updates every parameter that has a gradient, at its group's rate, with gradients times `scale` (0-d)."""
@@ -152,12 +166,11 @@ class PartitionedAdamW(AdamW):
     """The same for an engine that puts flat partitions in the parameters' place, and clips by itself.
 
     `before_step` says when a step begins; the engine may then call `step` several times, each for other partitions.
-    Their moments are made when they first have a gradient.
+    Their moments are made by `make_moments` or when they first have a gradient. Where DeepSpeed has shared out a
+    parameter already, `ds_shape` is the shape of the whole.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> None:
-        super().__init__(parameters, config)
-        self.state.clear()
+    _has_whole_parameters = False
 
     def before_step(self, learning_rate: float) -> None:
         """Counts a step, and sets its learning rate."""
@@ -168,9 +181,10 @@ class PartitionedAdamW(AdamW):
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # as the engine calls it
         """Updates the partitions that have gradients; before the first step, only makes their moments."""
-        for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
-            if not self.state[parameter]:
-                self.state[parameter] = {name: torch.zeros_like(parameter, dtype=self._moments) for name in MOMENTS}
+        self.make_moments(p for group in self.param_groups for p in group["params"] if p.grad is not None)
         if self.num_steps and self.state:
             device = next(iter(self.state)).device
             self._update_all(torch.ones((), device=device))
+
+    def _is_matrix(self, parameter: nn.Parameter) -> bool:
+        return len(getattr(parameter, "ds_shape", parameter.shape)) >= 2

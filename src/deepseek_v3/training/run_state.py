@@ -59,29 +59,29 @@ def restore_run(
     if group is None:
         saved = load_checkpoint(path, verify=verify)
         _check(saved, path, config, plan, shards)
-        state = engine.state()
-        _fill(state, saved, path)
+        places = engine.places()
+        _fill(places, saved, path)
         random, plain = saved["random"], saved
     else:
         contents = together(group, lambda: open_checkpoint(path))
         plain = contents.plain
         together(group, lambda: _check(plain, path, config, plan, shards))
-        state = engine.state()
+        places = engine.places()
         random = {
             name: torch.empty(info.shape, dtype=info.dtype)
             for name, info in contents.tensors.items()
             if name.startswith(_RANDOM)
         }
-        load_sharded(path, {**split(state)[0], **random}, group, verify=verify)
+        load_sharded(path, {**split(places)[0], **random}, group, verify=verify)
     _restore_random_state({name.removeprefix(_RANDOM): value for name, value in random.items()})
-    engine.loaded(state, plain["optimizer"]["num_steps"])
+    engine.loaded(places, plain["optimizer"]["num_steps"])
     return plain["step"]
 
 
-def _fill(state: dict[str, Any], saved: dict[str, Any], path: Path) -> None:
+def _fill(places: dict[str, Any], saved: dict[str, Any], path: Path) -> None:
     """Copies what a checkpoint holds into the tensors of a run in one process."""
     optimizer = moments_by_name(saved["optimizer"], saved["model"])
-    tensors, _ = split(state)
+    tensors, _ = split(places)
     found, _ = split({"model": saved["model"], "optimizer": optimizer})
     if different := tensors.keys() ^ found.keys():
         raise CheckpointError(

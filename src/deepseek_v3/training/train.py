@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -14,12 +15,13 @@ import typer
 
 from deepseek_v3.config.loading import config_to_yaml, load_config
 from deepseek_v3.config.train_config import RunConfig
+from deepseek_v3.training.parallel.deepspeed_settings import DeepSpeedFile
 from deepseek_v3.training.parallel.layout import laid_out
 from deepseek_v3.training.parallel.ranks import arrange
 from deepseek_v3.training.preflight import check_plan, describe_device
 from deepseek_v3.training.trainer import Trainer, TrainingResult
 from deepseek_v3.utils.commands import run_command
-from deepseek_v3.utils.distributed import ALONE, World, process_group, select_device
+from deepseek_v3.utils.distributed import ALONE, World, announce, process_group, select_device
 from deepseek_v3.utils.files import written_atomically
 from deepseek_v3.utils.logging import configure_logging, get_logger
 from deepseek_v3.utils.monitoring import read_metrics
@@ -45,6 +47,11 @@ def train(
     timeout: Annotated[
         int, typer.Option(min=1, metavar="SECONDS", help="Of several processes, how long one waits for the others.")
     ] = 600,
+    deepspeed: Annotated[
+        Path | None,
+        typer.Option(metavar="JSON", help="Train by DeepSpeed's ZeRO, as this file says."),
+    ] = None,
+    local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,  # noqa: ARG001 -- deepspeed's
 ) -> None:
     """Train a model, from the first step or from a checkpoint."""
     world = World.from_environment()
@@ -52,14 +59,23 @@ def train(
     overrides = override or []
     place = select_device(device, world)
     limit = timedelta(seconds=timeout)
-    with process_group(world, place, limit), Watchdog(world, limit) as watchdog:
-        result = train_run(load_config(config, overrides), place, resume, force, world, watchdog.step)
+    with process_group(world, place, limit, even_alone=deepspeed is not None), Watchdog(world, limit) as watchdog:
+        settings = DeepSpeedFile(deepspeed) if deepspeed else None
+        result = train_run(load_config(config, overrides), place, resume, force, world, watchdog.step, settings)
     if not result.finished and world.rank == 0:
-        words = ["dsv3", "train", "--config", str(config), "--resume", "latest"]
+        words = ["--config", str(config), "--resume", "latest"]
         words += [word for setting in overrides for word in ("--set", setting)]
         words += [] if device == "auto" else ["--device", device]
         words += ["--force"] if force else []
-        get_logger("Trainer").info(f"Stopped after step {result.step}; continue with: {shlex.join(words)}")
+        words += ["--deepspeed", str(deepspeed)] if deepspeed else []
+        get_logger("Trainer").info(f"Stopped after step {result.step}; continue with: {_command(world, words)}")
+
+
+def _command(world: World, words: list[str]) -> str:
+    """The line that starts this command again; of several processes it is the launcher's to begin with."""
+    if world.is_alone:
+        return shlex.join(["dsv3", "train", *words])
+    return f"LAUNCHER {shlex.join([sys.argv[0], *words])}, where LAUNCHER starts {world.size} processes as before"
 
 
 def train_run(
@@ -69,17 +85,23 @@ def train_run(
     force: bool = False,
     world: World = ALONE,
     step_begins: Callable[[int], None] | None = None,
+    deepspeed: DeepSpeedFile | None = None,
 ) -> TrainingResult:
     """Trains as `config` says; leaves the resolved config, metrics and a plot of the losses in its run folder.
 
-    Every process of a job calls it; `step_begins` hears the number of every step. A run that is expected not to fit
-    in memory is refused before anything is allocated, unless by `force`.
+    Every process of a job calls it; `step_begins` hears the number of every step. With `deepspeed` the steps are
+    DeepSpeed's, and need a process group even of one. A run that is expected not to fit in memory is refused before
+    anything is allocated, unless by `force`.
     """
     described = describe_device(device, world.local_size)
-    config = laid_out(config, world.size, described)
+    if deepspeed is None:
+        config = laid_out(config, world.size, described)
+    else:
+        announce(world, device)
+        config = deepspeed.laid_out(config, world.size)
     check_plan(config, described, force)
     ranks = arrange(config.parallel, device.type, world.local_size)
-    trainer = Trainer(config, device, resume, ranks, step_begins)
+    trainer = Trainer(config, device, resume, ranks, step_begins, deepspeed)
     folder = config.logging.directory
     if world.rank == 0:
         with written_atomically(folder / "config.yaml") as partial:

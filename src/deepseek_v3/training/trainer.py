@@ -19,6 +19,7 @@ from deepseek_v3.training.batches import Documents, open_tokens, open_tokens_tog
 from deepseek_v3.training.holdout import HeldOutEvaluation, HeldOutLoss
 from deepseek_v3.training.interruption import StopRequest
 from deepseek_v3.training.loss import Losses
+from deepseek_v3.training.parallel.deepspeed_settings import DeepSpeedFile
 from deepseek_v3.training.parallel.engines import engine_for
 from deepseek_v3.training.parallel.ranks import Ranks
 from deepseek_v3.training.reporting import Reporter
@@ -46,7 +47,7 @@ class TrainingResult:
 class Trainer:
     """One rank of a run, from its config to its last checkpoint; alone where no `ranks` are given.
 
-    `step_begins` hears the number of every step.
+    `step_begins` hears the number of every step. `deepspeed` are the settings where DeepSpeed is to take the steps.
 
     `resume` is a checkpoint, `latest`, or `auto`: the latest if there is one. Raises a UserError, with no earlier
     file overwritten, where the config, the tokens or the checkpoint cannot be used.
@@ -59,6 +60,7 @@ class Trainer:
         resume: str | None = None,
         ranks: Ranks | None = None,
         step_begins: Callable[[int], None] | None = None,
+        deepspeed: DeepSpeedFile | None = None,
     ) -> None:
         self.config, self.device = config, device
         self.ranks = ranks or Ranks(config.parallel)
@@ -73,7 +75,8 @@ class Trainer:
         torch.manual_seed(config.training.seed)
         share = (self.ranks.data_rank, self.ranks.parallel.data_ranks)
         self.evaluation = HeldOutEvaluation(self.shards, config, config.training.evaluation.tokens, *share)
-        self.engine = engine_for(config, self.ranks, device, Documents(self.shards, config.data.mask_documents))
+        documents = Documents(self.shards, config.data.mask_documents)
+        self.engine = engine_for(config, self.ranks, device, documents, deepspeed)
         self._steps_done = 0
         self._checkpoint: Path | None = None
         self._held_out: HeldOutLoss | None = None

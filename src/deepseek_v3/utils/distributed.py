@@ -10,7 +10,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not said to be so
+from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]  # public, but not said to be so
 
 from deepseek_v3.utils.errors import ConfigError, TrainingError
 from deepseek_v3.utils.slurm import first_host, tasks_on_node
@@ -83,19 +83,22 @@ ALONE = World()
 
 
 @contextmanager
-def process_group(world: World, device: torch.device, timeout: timedelta) -> Iterator[None]:
+def process_group(
+    world: World, device: torch.device, timeout: timedelta, even_alone: bool = False
+) -> Iterator[None]:
     """While entered, torch.distributed works over all processes: NCCL for CUDA tensors, gloo for those of CPUs.
 
     `timeout` is for the meeting of all processes and for every collective operation. A process that is alone needs
-    no group and gets none. Raises TrainingError where the processes do not find each other in time.
+    no group and gets one only where `even_alone` asks for it. Raises TrainingError where the processes do not find
+    each other in time.
     """
-    if world.is_alone:
+    if world.is_alone and not even_alone:
         yield
         return
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
-    store = world.connect(timeout)
+    store = HashStore() if world.is_alone else world.connect(timeout)
     try:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
@@ -116,6 +119,12 @@ def process_group(world: World, device: torch.device, timeout: timedelta) -> Ite
             failed and on_gpu
         ):  # NCCL would wait for operations that others never join; the process ends anyway
             dist.destroy_process_group()
+
+
+def announce(world: World, device: torch.device) -> None:
+    """Tells DeepSpeed, which reads the environment, what was found there or chosen otherwise."""
+    os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank))
+    os.environ["DS_ACCELERATOR"] = device.type
 
 
 def select_device(name: str, world: World = ALONE) -> torch.device:

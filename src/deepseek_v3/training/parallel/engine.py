@@ -53,7 +53,7 @@ class Engine(ABC):
     def state(self) -> dict[str, Any]:
         """This rank's parts of weights, routing biases and moments, as nested dicts: what a checkpoint holds.
 
-        Parts of what is shared out are DTensors of the whole, in the memory of the run: who fills them loads them.
+        Parts of what is shared out are DTensors of the whole.
         """
         model: dict[str, Tensor] = {}
         moments: dict[str, dict[str, Tensor]] = {moment: {} for moment in MOMENTS}
@@ -66,8 +66,12 @@ class Engine(ABC):
                     moments[moment].setdefault(name, view(name, values))
         return {"model": model, "optimizer": {"num_steps": self.optimizer.num_steps, **moments}}
 
-    def loaded(self, state: dict[str, Any], num_steps: int) -> None:  # noqa: ARG002
-        """Takes on what `state` returned, once it has been filled from a checkpoint of so many steps."""
+    def places(self) -> dict[str, Any]:
+        """The same, to be filled from a checkpoint and then given to `loaded`; here in the memory of the run."""
+        return self.state()
+
+    def loaded(self, places: dict[str, Any], num_steps: int) -> None:  # noqa: ARG002
+        """Takes on what `places` returned, once it has been filled from a checkpoint of so many steps."""
         self.optimizer.num_steps = num_steps
 
     def finish_step(self, losses: Losses, step: Step) -> Losses:

@@ -39,7 +39,22 @@ def prepare(
     wrap: Callable[[DeepSeekV3], Root],
     keep: Callable[[DeepSeekV3], Sequence[int]] | None = None,
 ) -> Root:
-    """Builds this rank's part of the model on `device`, initialised from the run's seed; weights are float32.
+    """Builds this rank's part of the model on `device`, initialised from the run's seed; weights are float32."""
+    root, model = assembled(config, device, ranks, wrap, keep)
+    root.to_empty(device=device)
+    _initialize(model, config, ranks)
+    root.train()
+    return root
+
+
+def assembled(
+    config: RunConfig,
+    device: torch.device,
+    ranks: Ranks,
+    wrap: Callable[[DeepSeekV3], Root],
+    keep: Callable[[DeepSeekV3], Sequence[int]] | None = None,
+) -> tuple[Root, DeepSeekV3]:
+    """The module that is called and the model in it, ready to train on `device` but without any memory yet.
 
     `wrap` makes the module that is called of the model. `keep` takes away what other stages of a pipeline have and
     returns the numbers of the layers that are left.
@@ -56,10 +71,7 @@ def prepare(
         _compile_layers(_layers(model, layers), whole=config.parallel.expert == 1)
     root = wrap(model)
     shard(root, model, ranks, layers)
-    root.to_empty(device=device)
-    _initialize(model, config, ranks)
-    root.train()
-    return root
+    return root, model
 
 
 def _spread_experts(model: DeepSeekV3, config: RunConfig, ranks: Ranks) -> None:

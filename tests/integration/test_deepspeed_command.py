@@ -1,0 +1,87 @@
+"""`--deepspeed` as people type it: by its own launcher, with two processes on a CPU, and what is refused."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deepseek_v3.utils.checkpoints.contents import open_checkpoint
+from deepseek_v3.utils.monitoring import read_metrics
+from job_helpers import free_port
+from run_helpers import dsv3, write_run
+
+pytest.importorskip("deepspeed", reason="DeepSpeed is an extra")
+ROOT = Path(__file__).parents[2]
+SHIPPED = ROOT / "configs" / "deepspeed_config.json"
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a run lies that the launcher took from its first step to its last."""
+    folder = tmp_path_factory.mktemp("run")
+    config = write_run(folder, STEPS)
+    done = launched(config, SHIPPED)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder / "output.txt").write_text(done.stdout, encoding="utf-8")
+    return folder
+
+
+def launched(config: Path, settings: Path, *words: object) -> subprocess.CompletedProcess[str]:
+    """The command of the README, on two CPU processes of this machine."""
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus=2", f"--master_port={free_port()}"]
+    script = [
+        ROOT / "src/training/train.py",
+        "--config",
+        config,
+        "--deepspeed",
+        settings,
+        "--device",
+        "cpu",
+        *words,
+    ]
+    variables = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    variables["PATH"] = f"{Path(sys.executable).parent}:{variables['PATH']}"
+    return subprocess.run(
+        [*launcher, *map(str, [*script, *words])], env=variables, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_the_launcher_trains_to_the_end(folder: Path) -> None:
+    steps = re.findall(r"\[Trainer\] Step (\d)/4 \| Loss: \d", (folder / "output.txt").read_text())
+    assert steps == ["1", "2", "3", "4"]
+    losses = [row["loss"] for row in read_metrics(folder / "run" / "metrics.jsonl") if "loss" in row]
+    assert len(losses) == STEPS
+    assert losses[-1] < losses[0]
+    assert open_checkpoint(folder / "checkpoints" / f"checkpoint_step_{STEPS}").plain["step"] == STEPS
+
+
+def test_one_process_goes_on_from_it(folder: Path, tmp_path: Path) -> None:
+    middle = folder / "checkpoints" / "checkpoint_step_2"
+    places = ["--set", f"checkpoint.directory={tmp_path}/c", "--set", f"logging.directory={tmp_path}/l"]
+    result = dsv3("train", "--config", folder / "run.yaml", "--resume", middle, "--device", "cpu", *places)
+    assert result.exit_code == 0, result.output
+    first, second = (read_metrics(place / "metrics.jsonl") for place in (folder / "run", tmp_path / "l"))
+    assert [row["loss"] for row in second if "loss" in row] == pytest.approx(
+        [row["loss"] for row in first if "loss" in row][2:], rel=1e-4
+    )
+
+
+def test_a_field_that_deepspeed_does_not_know_is_refused_in_one_line(folder: Path, tmp_path: Path) -> None:
+    settings = tmp_path / "wrong.json"
+    settings.write_text('{"zero_optimization": {"stage": 2, "bucket": 1}}', encoding="utf-8")
+    done = launched(
+        folder / "run.yaml",
+        settings,
+        "--set",
+        f"checkpoint.directory={tmp_path}/c",
+        "--set",
+        f"logging.directory={tmp_path}/l",
+    )
+    assert done.returncode == 1
+    printed = done.stdout + done.stderr
+    assert re.search(r"error: \S*wrong\.json: DeepSpeed refuses it: .*bucket", printed)
+    assert "Traceback" not in printed
