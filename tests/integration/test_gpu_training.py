@@ -7,10 +7,12 @@ import torch
 
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.model.back_ends import choose_back_ends
+from deepseek_v3.model.block import DecoderLayer
 from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.ops.attention import cudnn_attention, reference_attention
 from deepseek_v3.training.batches import token_batches
 from deepseek_v3.training.loss import training_losses
+from deepseek_v3.training.parallel.plan import _compile_layers
 from deepseek_v3.training.trainer import Trainer
 from deepseek_v3.utils.checkpointing import load_checkpoint
 from helpers import random_tokens, small_config
@@ -89,6 +91,23 @@ def test_training_steps_are_compiled_whole_and_wait_for_nothing(tmp_path: Path) 
             trainer._train_step(trainer.plan.step(number), batches)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("recomputation", ["none", "selective", "full"])
+def test_layers_in_compiled_parts_train_as_whole_ones_do(tmp_path: Path, recomputation: str) -> None:
+    """The parts are those of layers whose experts live apart, here with all experts on one GPU."""
+    settings = [*WIDTHS, "training.optimizer.moments=float32", f"parallel.recomputation={recomputation}"]
+    losses = []
+    for name, compiles in (("whole", "auto"), ("parts", "false")):
+        folder = tmp_path / name
+        trainer = Trainer(load_config(write_run(folder), [*settings, f"parallel.compile={compiles}"]), CUDA)
+        if name == "parts":
+            (model,) = trainer.engine.models
+            _compile_layers([layer for layer in model.model.layers if isinstance(layer, DecoderLayer)], whole=False)
+        batches = token_batches(trainer.loader, trainer._micro_batches(), CUDA)
+        losses.append([trainer._train_step(trainer.plan.step(n), batches)[0].total.item() for n in range(1, 5)])
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
 
 
 def test_a_run_resumes_and_generates_on_the_gpu(tmp_path: Path) -> None:

@@ -31,12 +31,16 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, RoutingStats]:
         """(B, S, D) to the layer's output of the same shape and type, and what its router did."""
+        routing, stats = self.route(x_BSD)
+        return self._mixed(x_BSD, routing), stats
+
+    def route(self, x_BSD: Tensor) -> tuple[Routing, RoutingStats]:
+        """Which experts take each token, and how that loads and balances them."""
         routing = self.gate(x_BSD.flatten(0, 1))
-        y_BSD = self._mixed(x_BSD, routing)
         experts_E = torch.arange(self.config.n_routed_experts, device=x_BSD.device)
         counts_E = (routing.experts_TK.flatten()[:, None] == experts_E).sum(0)
         balance_loss = sequence_balance_loss(routing.scores_TE, x_BSD.shape[0], self.config.num_experts_per_tok)
-        return y_BSD, RoutingStats(counts_E, balance_loss)
+        return routing, RoutingStats(counts_E, balance_loss)
 
     def _mixed(self, x_BSD: Tensor, routing: Routing) -> Tensor:
         """Routed and shared experts; the shared ones compute while rows travel to the others and back."""

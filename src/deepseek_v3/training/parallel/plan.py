@@ -140,6 +140,13 @@ def _compile_layers(layers: Sequence[DecoderLayer], whole: bool) -> None:
         if whole or not isinstance(layer.mlp, MixtureOfExperts):
             layer.compile(fullgraph=True, dynamic=False)
             continue
-        for part in (layer.input_layernorm, layer.self_attn, layer.post_attention_layernorm, layer.mlp.gate):
+        for part in (layer.input_layernorm, layer.self_attn, layer.post_attention_layernorm):
             part.compile(fullgraph=True, dynamic=False)
+        _compile_method(layer.mlp, "route")
         layer.mlp.experts.compile(fullgraph=True, dynamic=True)
+        if layer.mlp.config.n_shared_experts:
+            _compile_method(layer.mlp.shared_experts, "hidden")
+
+
+def _compile_method(module: nn.Module, name: str) -> None:
+    setattr(module, name, torch.compile(getattr(module, name), fullgraph=True, dynamic=False))
