@@ -45,17 +45,23 @@ def batches_of(config: RunConfig, number: int) -> Tensor:
     return torch.randint(0, config.model.vocab_size, (SEQUENCES, SEQUENCE_LENGTH + 1), generator=generator)
 
 
-def train(steps: int, parallel: dict[str, Any], training: dict[str, Any] | None = None) -> dict[str, Any]:
+def train(
+    steps: int, parallel: dict[str, Any], training: dict[str, Any] | None = None, device: str = "cpu"
+) -> dict[str, Any]:
     """Losses, norms, loads and biases of every step; this rank's blocks of the first gradients and last weights."""
-    config = run_config(steps, parallel, training or {})
-    ranks = arrange(config.parallel, "cpu")
-    engine = engine_for(config, ranks, torch.device("cpu"), _no_documents)
+    config = run_config(steps, {"precision": "float32", **parallel}, training or {})
+    engine = engine_for(config, arrange(config.parallel, device), own(device), _no_documents)
     first: dict[str, Any] = {}
     _keep_gradients(engine, first)
     rows = take_steps(engine, config)
     weights = _blocks(engine, lambda parameter: parameter)
-    held_out = engine.main_losses([batches_of(config, 99)[:1]]).numpy()
+    held_out = engine.main_losses([batches_of(config, 99)[:1].to(own(device))]).cpu().numpy()
     return {"rows": rows, "gradients": first, "weights": weights, "held_out": held_out}
+
+
+def own(device: str) -> torch.device:
+    """This rank's device of a kind."""
+    return torch.device(device, dist.get_rank()) if device == "cuda" else torch.device(device)
 
 
 def take_steps(engine: Engine, config: RunConfig) -> list[Any]:
@@ -65,12 +71,14 @@ def take_steps(engine: Engine, config: RunConfig) -> list[Any]:
     for number in range(1, plan.total_steps + 1):
         step = plan.step(number)
         micro = plan.micro_batches(step, parallel.micro_batch_size, engine.ranks.data_rank, parallel.data_ranks)
-        tokens = batches_of(config, number)
+        tokens = batches_of(config, number).to(engine.biases().device)
         batches = iter([tokens[start - step.first_sample :][:size] for start, size in micro])
         losses, norm = engine.run_step(batches, step)
         whole = engine.finish_step(losses, step)
         figures = [whole.total, whole.main, whole.prediction, whole.balance, norm]
-        rows.append((np.array([float(f) for f in figures]), whole.counts_LE.numpy(), engine.biases().numpy()))
+        rows.append(
+            (np.array([float(f) for f in figures]), whole.counts_LE.cpu().numpy(), engine.biases().cpu().numpy())
+        )
     return rows
 
 
@@ -104,7 +112,7 @@ def _blocks(engine: Engine, tensor_of: Any) -> dict[str, Any]:
     blocks = {}
     for model in engine.models:
         for name, piece in pieces_of(model, engine.ranks).items():
-            values = local(tensor_of(model.get_parameter(name))).detach().numpy().copy()
+            values = local(tensor_of(model.get_parameter(name))).detach().cpu().numpy().copy()
             blocks[name] = (piece.shape, piece.starts, values)
     return blocks
 
@@ -114,10 +122,10 @@ def rank() -> int:
     return dist.get_rank()
 
 
-def train_run(path: Path, overrides: list[str], resume: str | None) -> tuple[int, float]:
+def train_run(path: Path, overrides: list[str], resume: str | None, device: str = "cpu") -> tuple[int, float]:
     """Runs the trainer as the command does; returns the last step and the held-out loss."""
     config = load_config(path, overrides)
-    trainer = Trainer(config, torch.device("cpu"), resume, arrange(config.parallel, "cpu"))
+    trainer = Trainer(config, own(device), resume, arrange(config.parallel, device))
     result = trainer.run()
     assert result.held_out is not None
     return result.step, result.held_out.loss

@@ -1,7 +1,7 @@
 """Real processes for tests of several ranks: started once, then given one function after another.
 
 Starting Python with torch takes seconds, so the ranks of many tests are the same few processes; each call gives as
-many of them as it asks for a process group of its own, over gloo.
+many of them as it asks for a process group of its own: over gloo, and over NCCL for those that have a GPU each.
 """
 
 from __future__ import annotations
@@ -21,16 +21,20 @@ TIMEOUT = 60  # seconds for one call
 
 
 class RankPool:
-    """Up to `size` ranks; with `one_group`, always all of them, in the same process group."""
+    """Up to `size` ranks on the CPU or, as "cuda", each on its GPU.
 
-    def __init__(self, size: int, *, one_group: bool = False) -> None:
+    With `one_group` every call is for all of them, in the same process group.
+    """
+
+    def __init__(self, size: int, device: str = "cpu", *, one_group: bool = False) -> None:
+        self.size, self.device = size, device
         context = multiprocessing.get_context("spawn")
         self._folder, self._calls = tempfile.TemporaryDirectory(), count()
         self._ends: list[Connection] = []
         self._processes = []
         for _ in range(size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, one_group), daemon=True)
+            process = context.Process(target=_serve, args=(there, device, one_group), daemon=True)
             process.start()
             self._ends.append(here)
             self._processes.append(process)
@@ -62,7 +66,7 @@ class RankPool:
         return self._ends[rank].recv()
 
 
-def _serve(end: Connection, one_group: bool) -> None:
+def _serve(end: Connection, device: str, one_group: bool) -> None:
     import os
 
     import torch
@@ -73,9 +77,11 @@ def _serve(end: Connection, one_group: bool) -> None:
         function, arguments, rank, world, store = task
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
         try:
+            if device == "cuda":
+                torch.cuda.set_device(rank)
             if not dist.is_initialized():
                 dist.init_process_group(
-                    "gloo",
+                    "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
                     store=dist.FileStore(str(store), world),
                     rank=rank,
                     world_size=world,

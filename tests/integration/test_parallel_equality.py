@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import parallel_helpers
 from rank_pool import RankPool
@@ -50,21 +51,49 @@ def alone(pool: RankPool) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_layout_trains_as_one_process_does(pool: RankPool, alone: dict[str, Any], name: str) -> None:
-    layout = LAYOUTS[name]
-    world = np.prod([layout.get(key, 1) for key in ("data_replicate", "data_shard", "pipeline")])
-    results = pool.run(int(world), parallel_helpers.train, STEPS, layout)
+    check(pool, alone, LAYOUTS[name], 1e-5)
+
+
+@pytest.fixture(scope="module")
+def gpus() -> Iterator[RankPool]:
+    found = RankPool(min(4, torch.cuda.device_count()), "cuda")
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def one_gpu(gpus: RankPool) -> dict[str, Any]:
+    return gpus.run(1, parallel_helpers.train, STEPS, {}, {}, "cuda")[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_trains_as_one_gpu_does(gpus: RankPool, one_gpu: dict[str, Any], name: str) -> None:
+    if ranks_of(LAYOUTS[name]) > gpus.size:
+        pytest.skip(f"needs {ranks_of(LAYOUTS[name])} GPUs")
+    check(gpus, one_gpu, LAYOUTS[name], 1e-4)
+
+
+def ranks_of(layout: dict[str, Any]) -> int:
+    return int(np.prod([layout.get(key, 1) for key in ("data_replicate", "data_shard", "pipeline")]))
+
+
+def check(pool: RankPool, alone: dict[str, Any], layout: dict[str, Any], tolerance: float) -> None:
+    """Trains on the ranks of a layout, and compares everything with one process."""
+    world = ranks_of(layout)
+    results = pool.run(world, parallel_helpers.train, STEPS, layout, {}, pool.device)
     for result in results:
         for (found, counts, biases), (expected, all_counts, all_biases) in zip(
             result["rows"], alone["rows"], strict=True
         ):
-            np.testing.assert_allclose(found, expected, rtol=1e-5)
+            np.testing.assert_allclose(found, expected, rtol=tolerance)
             np.testing.assert_array_equal(counts, all_counts)
             np.testing.assert_array_equal(biases, all_biases)
-    held_out = sum(result["held_out"] for result in results[:: max(int(world) // layout.get("pipeline", 1), 1)])
-    np.testing.assert_allclose(held_out, alone["held_out"], rtol=1e-5)
+    held_out = sum(result["held_out"] for result in results[:: max(world // layout.get("pipeline", 1), 1)])
+    np.testing.assert_allclose(held_out, alone["held_out"], rtol=tolerance)
     for what in ("gradients", "weights"):
         found, expected = parallel_helpers.whole(results, what), parallel_helpers.whole([alone], what)
         assert found.keys() == expected.keys()
         for tensor, values in expected.items():
-            bound = 1e-5 * np.abs(values).max() + 1e-9
+            bound = tolerance * np.abs(values).max() + 1e-9
             np.testing.assert_allclose(found[tensor], values, rtol=0, atol=bound, err_msg=tensor)

@@ -1,9 +1,11 @@
 """A run saved under one layout goes on under any other as if nothing had happened."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 
 import deepspeed_helpers
 import parallel_helpers
@@ -23,6 +25,7 @@ PIPELINE = ["parallel.pipeline=2"]
 PIPELINE_V = ["parallel.pipeline=2", "parallel.pipeline_schedule=dualpipe_v", "model.num_hidden_layers=4"]
 PIPELINE_EXPERTS = ["parallel.pipeline=2", "parallel.data_shard=2", "parallel.expert=2"]
 FSDP_2 = ["parallel.data_shard=2"]
+EXPERTS_2 = ["parallel.data_replicate=2", "parallel.expert=2"]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +56,7 @@ def train(pool: RankPool, run: Path, layout: list[str], checkpoints: Path, resum
     """The held-out loss at the end; a checkpoint is left in the middle."""
     overrides = recipe(checkpoints, layout)
     world = load_config(run, overrides).parallel.world_size
-    return ended(pool.run(world, parallel_helpers.train_run, run, overrides, resume))
+    return ended(pool.run(world, parallel_helpers.train_run, run, overrides, resume, pool.device))
 
 
 def train_by_deepspeed(
@@ -117,6 +120,23 @@ def test_a_run_goes_on_under_another_layout(
     train(pool, run, first, tmp_path / "first")
     found = train(pool, run, second, tmp_path / "second", resume=in_the_middle(tmp_path / "first"))
     assert found == pytest.approx(uninterrupted, rel=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_run_goes_on_under_another_layout_on_gpus(run: Path, tmp_path: Path) -> None:
+    pool = RankPool(2, "cuda")
+    exact = ["parallel.precision=float32"]
+    uninterrupted = train(pool, run, exact, tmp_path / "whole")
+    layouts = [FSDP_2, EXPERTS_2, PIPELINE, ALONE, FSDP_2]
+    try:
+        for number, (first, second) in enumerate(pairwise(layouts)):
+            places = [tmp_path / f"{number}_{part}" for part in ("first", "second")]
+            train(pool, run, [*exact, *first], places[0])
+            found = train(pool, run, [*exact, *second], places[1], in_the_middle(places[0]))
+            assert found == pytest.approx(uninterrupted, rel=1e-4), (first, second)
+    finally:
+        pool.close()
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ Defaults are the recipe of the DeepSeek-V3 technical report (§4.2), its phases 
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Literal
@@ -210,17 +211,20 @@ class RunConfig(Section):
                 f"model.num_nextn_predict_layers = {model.num_nextn_predict_layers}"
             )
         _check_ranks(self.parallel, model)
+        if training.batch_ramp and training.batch_ramp.initial > training.global_batch_size:
+            raise ValueError(
+                f"training.batch_ramp.initial = {training.batch_ramp.initial} is more than "
+                f"training.global_batch_size = {training.global_batch_size}"
+            )
         sizes = {"training.global_batch_size": training.global_batch_size}
         if training.batch_ramp:
             sizes["training.batch_ramp.initial"] = training.batch_ramp.initial
             sizes |= _increment(training.batch_ramp, training.global_batch_size)
         for name, size in sizes.items():
             _check_batch(name, size, self.parallel)
-        if training.batch_ramp and training.batch_ramp.initial > training.global_batch_size:
-            raise ValueError(
-                f"training.batch_ramp.initial = {training.batch_ramp.initial} is more than "
-                f"training.global_batch_size = {training.global_batch_size}"
-            )
+        for size in batch_sizes(training):
+            if problem := pipeline_problem(self.parallel, size):
+                raise ValueError(problem)
         corpus = self.data.corpus
         if corpus and corpus.vocab_size > model.vocab_size:
             raise ValueError(
@@ -246,6 +250,31 @@ def _check_batch(name: str, size: int, parallel: ParallelConfig) -> None:
     if size % (micro * ranks):
         over_ranks = f" × {ranks} data-parallel ranks" if ranks > 1 else ""
         raise ValueError(f"{name} = {size} is not a multiple of parallel.micro_batch_size = {micro}{over_ranks}")
+
+
+def batch_sizes(training: TrainingConfig) -> range:
+    """Sequences of a step: every size that the batch has in the course of a run, ascending."""
+    last, ramp = training.global_batch_size, training.batch_ramp
+    if ramp is None:
+        return range(last, last + 1)
+    return range(ramp.initial, last + 1, ramp.increment or math.gcd(ramp.initial, last))
+
+
+def pipeline_problem(parallel: ParallelConfig, batch: int) -> str | None:
+    """Why the pipeline's schedule cannot take a batch of so many sequences; None where it can."""
+    stages, kind = parallel.pipeline, parallel.pipeline_schedule
+    if stages == 1:
+        return None
+    count = batch // (parallel.micro_batch_size * parallel.data_ranks)
+    found = (
+        f"a batch of {batch} is {count} micro-batches for each pipeline, and parallel.pipeline_schedule = {kind}"
+    )
+    at_least = {"1f1b": stages, "dualpipe_v": 2 * stages}.get(kind, 1)
+    if count < at_least:
+        return f"{found} needs {at_least}; lower parallel.micro_batch_size or the degrees, or raise the batch"
+    if kind == "interleaved" and count % max(1, count // stages):
+        return f"{found} needs a multiple of parallel.pipeline = {stages}; change the batch or the micro-batch"
+    return None
 
 
 def _check_ranks(parallel: ParallelConfig, model: ModelConfig) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
-from deepseek_v3.config.train_config import ParallelConfig, RunConfig
+from deepseek_v3.config.train_config import ParallelConfig, RunConfig, batch_sizes, pipeline_problem
 from deepseek_v3.planning.execution import Execution, execution_on
 from deepseek_v3.planning.hardware import Device
 from deepseek_v3.planning.memory import MemoryEstimate, estimate_memory, needed_bytes
@@ -109,10 +109,7 @@ def _on_most_devices(config: RunConfig, device: Device, devices: int) -> list[Ru
 
 def _batch(config: RunConfig) -> int:
     """Sequences that must divide evenly: those of a full step, and of the first one where the batch grows."""
-    training = config.training
-    ramp = training.batch_ramp
-    growing = (ramp.initial, ramp.increment or ramp.initial) if ramp else ()
-    return math.gcd(training.global_batch_size, *growing)
+    return math.gcd(*batch_sizes(config.training))
 
 
 def _candidates(config: RunConfig, device: Device, devices: int) -> Iterator[RunConfig]:
@@ -129,7 +126,9 @@ def _candidates(config: RunConfig, device: Device, devices: int) -> Iterator[Run
                 continue
             if max(shard, expert) % min(shard, expert):
                 continue
-            yield _with_parallel(config, ranks // shard, shard, expert, pipeline, micro, recomputation)
+            laid_out = _with_parallel(config, ranks // shard, shard, expert, pipeline, micro, recomputation)
+            if not any(pipeline_problem(laid_out.parallel, size) for size in batch_sizes(config.training)):
+                yield laid_out
 
 
 def _shards(ranks: int, device: Device) -> list[int]:
