@@ -222,9 +222,8 @@ class RunConfig(Section):
             sizes |= _increment(training.batch_ramp, training.global_batch_size)
         for name, size in sizes.items():
             _check_batch(name, size, self.parallel)
-        for size in batch_sizes(training):
-            if problem := pipeline_problem(self.parallel, size):
-                raise ValueError(problem)
+        if problem := pipeline_problem(self.parallel, batch_sizes(training)):
+            raise ValueError(problem)
         corpus = self.data.corpus
         if corpus and corpus.vocab_size > model.vocab_size:
             raise ValueError(
@@ -260,21 +259,28 @@ def batch_sizes(training: TrainingConfig) -> range:
     return range(ramp.initial, last + 1, ramp.increment or math.gcd(ramp.initial, last))
 
 
-def pipeline_problem(parallel: ParallelConfig, batch: int) -> str | None:
-    """Why the pipeline's schedule cannot take a batch of so many sequences; None where it can."""
+def pipeline_problem(parallel: ParallelConfig, batches: range) -> str | None:
+    """Why the pipeline's schedule cannot take batches of these sizes, which divide evenly; None where it can."""
     stages, kind = parallel.pipeline, parallel.pipeline_schedule
     if stages == 1:
         return None
-    count = batch // (parallel.micro_batch_size * parallel.data_ranks)
-    found = (
-        f"a batch of {batch} is {count} micro-batches for each pipeline, and parallel.pipeline_schedule = {kind}"
-    )
+    together = parallel.micro_batch_size * parallel.data_ranks
     at_least = {"1f1b": stages, "dualpipe_v": 2 * stages}.get(kind, 1)
-    if count < at_least:
-        return f"{found} needs {at_least}; lower parallel.micro_batch_size or the degrees, or raise the batch"
-    if kind == "interleaved" and count % max(1, count // stages):
-        return f"{found} needs a multiple of parallel.pipeline = {stages}; change the batch or the micro-batch"
+    if batches[0] < at_least * together:
+        count, needed = batches[0] // together, f"{at_least}; lower parallel.micro_batch_size, or raise the batch"
+        return _unsuited(batches[0], count, kind, needed)
+    for batch in batches if kind == "interleaved" else ():
+        count = batch // together
+        if count % max(1, count // stages):
+            return _unsuited(batch, count, kind, f"a multiple of parallel.pipeline = {stages}; change the batch")
     return None
+
+
+def _unsuited(batch: int, count: int, schedule: str, needed: str) -> str:
+    return (
+        f"a batch of {batch} is {count} micro-batches for each pipeline, and "
+        f"parallel.pipeline_schedule = {schedule} needs {needed}"
+    )
 
 
 def _check_ranks(parallel: ParallelConfig, model: ModelConfig) -> None:

@@ -109,12 +109,13 @@ def _on_most_devices(config: RunConfig, device: Device, devices: int) -> list[Ru
 
 def _batch(config: RunConfig) -> int:
     """Sequences that must divide evenly: those of a full step, and of the first one where the batch grows."""
-    return math.gcd(*batch_sizes(config.training))
+    sizes = batch_sizes(config.training)
+    return math.gcd(sizes[0], sizes[-1], sizes.step if len(sizes) > 1 else 0)
 
 
 def _candidates(config: RunConfig, device: Device, devices: int) -> Iterator[RunConfig]:
     """Every layout on exactly so many devices that the model and the batch divide into."""
-    model, batch = config.model, _batch(config)
+    model, batch, batches = config.model, _batch(config), batch_sizes(config.training)
     for pipeline in _DEGREES:
         if devices % pipeline or pipeline > model.num_hidden_layers:
             continue
@@ -127,7 +128,7 @@ def _candidates(config: RunConfig, device: Device, devices: int) -> Iterator[Run
             if max(shard, expert) % min(shard, expert):
                 continue
             laid_out = _with_parallel(config, ranks // shard, shard, expert, pipeline, micro, recomputation)
-            if not any(pipeline_problem(laid_out.parallel, size) for size in batch_sizes(config.training)):
+            if pipeline_problem(laid_out.parallel, batches) is None:
                 yield laid_out
 
 
