@@ -1,7 +1,13 @@
 """What holds for every test: the same random numbers on every run, no more threads than the work needs."""
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels then run on the CPU, line by line; read when triton is imported
+
 from hypothesis import settings
 from matplotlib.figure import Figure
 

@@ -20,6 +20,7 @@ from deepseek_v3.config.train_config import (
 )
 from deepseek_v3.utils.errors import ConfigError
 from helpers import YARN, small_config
+from run_helpers import run_fields
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHIPPED = sorted(CONFIGS.glob("deepseek_v3_*.yaml"))
@@ -351,3 +352,39 @@ def test_a_corpus_survives_the_round_trip(tmp_path: Path) -> None:
     corpus = CorpusConfig(source="python-stdlib", vocab_size=260)
     config = run_config(model=small_config(vocab_size=300), data=DataConfig(path=Path("data/small"), corpus=corpus))
     assert load_config(write(tmp_path, config_to_yaml(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("parallel", "batch", "message"),
+    [
+        ({"pipeline": 2}, 1, r"a batch of 1 is 1 micro-batches for each pipeline, and .* = 1f1b needs 2"),
+        ({"pipeline": 2, "micro_batch_size": 2}, 2, "needs 2; lower parallel.micro_batch_size, or raise the batch"),
+        ({"pipeline": 2, "pipeline_schedule": "dualpipe_v"}, 3, "dualpipe_v needs 4"),
+        ({"pipeline": 2, "pipeline_schedule": "interleaved"}, 5, "needs a multiple of parallel.pipeline = 2"),
+        ({"pipeline": 2, "data_shard": 2}, 2, "1 micro-batches for each pipeline"),
+    ],
+)
+def test_batches_that_a_schedule_cannot_take_are_refused(
+    tmp_path: Path, parallel: dict[str, Any], batch: int, message: str
+) -> None:
+    fields = run_fields(tmp_path)
+    fields["model"]["num_hidden_layers"] = 4
+    fields["training"]["global_batch_size"] = batch
+    fields["parallel"] = {"micro_batch_size": 1, **parallel}
+    with pytest.raises(ConfigError, match=message):
+        config_from_dict(fields, "here")
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zero_bubble", "dualpipe_v"])
+def test_every_size_of_a_ramp_must_suit_the_schedule(tmp_path: Path, schedule: str) -> None:
+    fields = run_fields(tmp_path)
+    fields["model"]["num_hidden_layers"] = 4
+    fields["parallel"] = {"micro_batch_size": 1, "pipeline": 2, "pipeline_schedule": schedule}
+    fields["training"] |= {"global_batch_size": 8, "batch_ramp": {"initial": 4, "increment": 2}}
+    assert config_from_dict(fields, "here").parallel.pipeline_schedule == schedule
+    fields["training"]["batch_ramp"] = {"initial": 1, "increment": 1}
+    if schedule == "zero_bubble":
+        config_from_dict(fields, "here")
+    else:
+        with pytest.raises(ConfigError, match="micro-batches for each pipeline"):
+            config_from_dict(fields, "here")

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_v3.config.train_config import OptimizerConfig
-from deepseek_v3.training import optimizer as optimizer_module
+from deepseek_v3.ops.multi_tensor import reference
 from deepseek_v3.training.optimizer import AdamW
 
 SHAPES = [(6, 5), (7,), (3, 4, 2)]
@@ -53,7 +53,7 @@ def test_pieces_on_a_cpu_give_the_same_bits_as_the_whole(monkeypatch: pytest.Mon
     gradients = [torch.randn(shape) for shape in SHAPES]
     results = []
     for piece in (1 << 18, 7):
-        monkeypatch.setattr(optimizer_module, "_CPU_PIECE", piece)
+        monkeypatch.setattr(reference, "_PIECE", piece)
         parameters = [nn.Parameter(tensor.clone()) for tensor in start]
         optimizer = AdamW(_named(parameters), _config(moments="bfloat16"))
         for _ in range(3):

@@ -2,57 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from deepseek_v3.config.train_config import OptimizerConfig
+from deepseek_v3.ops.multi_tensor import AdamWStep, adamw_, sum_of_squares
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-# Numbers updated at a time on a CPU: what the update makes on its way then stays in the caches, and small.
-_CPU_PIECE = 1 << 18
-
-
-class UpdateScalars(NamedTuple):
-    """What changes between steps, each a 0-d tensor on the device so that compiled code stays the same.
-
-    `decay` = 1 - lr · weight decay; `step_size` = lr / (1 - β1^t); `square_correction` = 1 / (1 - β2^t).
-    """
-
-    gradient_scale: Tensor
-    decay: Tensor
-    step_size: Tensor
-    square_correction: Tensor
-
-
-def _update(
-    parameter: Tensor,
-    gradient: Tensor,
-    mean: Tensor,
-    square: Tensor,
-    scalars: UpdateScalars,
-    betas: tuple[float, float],
-    eps: float,
-) -> None:
-    """One parameter's step, in place."""
-    gradient = gradient.float() * scalars.gradient_scale
-    new_mean = mean.float() * betas[0] + gradient * (1 - betas[0])
-    new_square = square.float() * betas[1] + gradient.square() * (1 - betas[1])
-    direction = new_mean / ((new_square * scalars.square_correction).sqrt() + eps)
-    parameter.copy_(parameter * scalars.decay - direction * scalars.step_size)
-    mean.copy_(new_mean)
-    square.copy_(new_square)
-
-
-@cache
-def _fused_update() -> Callable[..., None]:
-    """The same in one kernel; made at first use, because importing the compiler takes seconds."""
-    return torch.compile(_update, dynamic=True, fullgraph=True)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -62,7 +22,7 @@ def local(tensor: Tensor) -> Tensor:
 
 def norm_of_all(gradients: Mapping[str, Tensor]) -> Tensor:
     """The norm of all these gradients as one vector, 0-d."""
-    return nn.utils.get_total_norm(list(gradients.values()))
+    return sum_of_squares(list(gradients.values()), [1.0] * len(gradients)).sqrt()
 
 
 class AdamW(torch.optim.Optimizer):
@@ -123,27 +83,19 @@ class AdamW(torch.optim.Optimizer):
         config = self.config
         mean_share, square_share = 1 - config.beta1**self.num_steps, 1 - config.beta2**self.num_steps
         for group in self.param_groups:
-            rate = group["lr"]
-            decay = scale.new_full((), 1 - rate * group["weight_decay"])
-            step_size, correction = scale.new_full((), rate / mean_share), scale.new_full((), 1 / square_share)
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update_one(parameter, UpdateScalars(scale, decay, step_size, correction))
-
-    def _update_one(self, parameter: nn.Parameter, scalars: UpdateScalars) -> None:
-        assert parameter.grad is not None
-        moments = self.state[parameter]
-        whole = (parameter, parameter.grad, *(moments[name] for name in MOMENTS))
-        tensors = [local(tensor).view(-1) for tensor in whole]
-        if tensors[0].is_cuda:
-            self._apply(_fused_update(), tensors, scalars)
-            return
-        for pieces in zip(*(tensor.split(_CPU_PIECE) for tensor in tensors), strict=True):
-            self._apply(_update, pieces, scalars)
-
-    def _apply(self, update: Callable[..., None], tensors: Sequence[Tensor], scalars: UpdateScalars) -> None:
-        """Runs `update` on a parameter, its gradient, mean and square, or on a piece of each."""
-        update(*tensors, scalars, (self.config.beta1, self.config.beta2), self.config.eps)
+            rate, updated = group["lr"], [p for p in group["params"] if p.grad is not None]
+            if updated:
+                step = AdamWStep(
+                    decay=1 - rate * group["weight_decay"],
+                    size=rate / mean_share,
+                    correction=1 / square_share,
+                    beta1=config.beta1,
+                    beta2=config.beta2,
+                    eps=config.eps,
+                )
+                means, squares = ([local(self.state[p][name]) for p in updated] for name in MOMENTS)
+                gradients = [local(p.grad) for p in updated]
+                adamw_([local(p) for p in updated], gradients, means, squares, scale, step)
 
     def state_dict(self) -> dict[str, Any]:
         """The number of steps taken, and for each moment its values by the parameters' names."""

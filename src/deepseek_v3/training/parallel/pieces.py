@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from deepseek_v3.moe.experts import RoutedExperts
+from deepseek_v3.ops.multi_tensor import sum_of_squares
 from deepseek_v3.training.optimizer import local
 from deepseek_v3.training.parallel.ranks import Ranks
 from deepseek_v3.utils.checkpoints.placement import as_sharded
@@ -92,9 +92,8 @@ class NormOverRanks:
         self._ranks = ranks
 
     def __call__(self, gradients: Mapping[str, Tensor]) -> Tensor:
-        norms = torch.stack(torch._foreach_norm([local(gradient) for gradient in gradients.values()]))
-        copies = norms.new_tensor([self._copies[name] for name in gradients])
-        return self._ranks.summed((norms.square() / copies).sum()).sqrt()
+        shares = [1 / self._copies[name] for name in gradients]
+        return self._ranks.summed(sum_of_squares(list(gradients.values()), shares)).sqrt()
 
 
 def _cut_dimension(tensor: Tensor) -> int:
