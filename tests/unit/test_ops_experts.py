@@ -1,5 +1,7 @@
 """Products per expert and the way to expert order and back, against loops over rows."""
 
+from importlib import import_module
+
 import pytest
 import torch
 from torch import Tensor
@@ -143,3 +145,26 @@ def test_copies_are_summed_in_float32_both_ways() -> None:
     x_TD = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)
     (gradient,) = torch.autograd.grad(permute(x_TD, order), x_TD, rows_XD)
     assert gradient.item() == 260.0
+
+
+@pytest.mark.parametrize("where", ["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 1), (torch.float32, 1025), (torch.bfloat16, 40)])
+def test_sums_of_listed_rows_equal_a_loop(where: str, dtype: torch.dtype, width: int) -> None:
+    """Rows that lie apart in memory full of NaN, lists of any length, the empty one among them."""
+    pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds only")
+    if where == "interpreted" and torch.cuda.is_available():
+        pytest.skip("the same process cannot both interpret and compile")
+    sum_rows = import_module("deepseek_v3.ops.moe_permute.triton").sum_rows
+    device = torch.device("cuda" if where == "cuda" else "cpu")
+    number = 7
+    memory = torch.full((number + 1, width + 3), torch.nan, device=device, dtype=dtype)
+    rows_XD = memory[:number, :width]
+    rows_XD.copy_(torch.randint(-8, 8, (number, width)))
+    lists = [[0, 3, 6], [2], [], [5, 5, 1], [6]]
+    slots_TM = torch.tensor([[*each, *[number] * (3 - len(each))] for each in lists], device=device)
+    found = sum_rows(rows_XD, slots_TM)
+    expected = torch.stack([rows_XD[each].float().sum(0) for each in lists])  # whole numbers: no rounding
+    assert found.dtype == dtype
+    assert torch.equal(found.float(), expected)
+    nothing = sum_rows(rows_XD[:0], torch.zeros(4, 3, dtype=torch.int64, device=device))
+    assert torch.equal(nothing, torch.zeros(4, width, dtype=dtype, device=device))

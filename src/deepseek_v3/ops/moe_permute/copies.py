@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from deepseek_v3.utils.lazily import imported
+
+_SUMMED_BY_KERNEL = (torch.float32, torch.bfloat16)  # its sums are float32
+
 
 class Copies(NamedTuple):
     """Which copies there are of T rows.
@@ -64,6 +68,8 @@ class _SumCopies(torch.autograd.Function):
 
 
 def _sums(rows_XD: Tensor, slots_TM: Tensor) -> Tensor:
+    if rows_XD.is_cuda and rows_XD.dtype in _SUMMED_BY_KERNEL:
+        return imported("deepseek_v3.ops.moe_permute.triton:sum_rows")(rows_XD, slots_TM)
     with_none_XD = torch.cat([rows_XD, rows_XD.new_zeros(1, rows_XD.shape[1])])
     wide = torch.promote_types(rows_XD.dtype, torch.float32)
     return with_none_XD[slots_TM].sum(1, dtype=wide).to(rows_XD.dtype)

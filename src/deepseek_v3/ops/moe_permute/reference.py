@@ -23,10 +23,11 @@ class ExpertOrder(NamedTuple):
 
 def sort_by_expert(experts_TK: Tensor, num_experts: int) -> ExpertOrder:
     """Sorts the copies by expert, and within an expert by token; all on the tensor's own device."""
-    sorted_X, order_X = experts_TK.flatten().sort(stable=True)
+    narrow = torch.int16 if num_experts <= torch.iinfo(torch.int16).max else torch.int64  # a GPU sorts bit by bit
+    sorted_X, order_X = experts_TK.flatten().to(narrow).sort(stable=True)
     places_X = torch.arange(order_X.numel(), device=order_X.device)
     inverse_X = torch.empty_like(order_X).scatter_(0, order_X, places_X)
-    experts_E = torch.arange(num_experts, device=order_X.device)
+    experts_E = torch.arange(num_experts, device=order_X.device, dtype=narrow)
     ends_E = torch.searchsorted(sorted_X, experts_E, right=True, out_int32=True)
     return ExpertOrder(order_X, inverse_X, ends_E)
 
