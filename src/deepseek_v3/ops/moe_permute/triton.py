@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -28,15 +26,15 @@ def sum_rows(rows_XD: Tensor, slots_TM: Tensor) -> Tensor:
 
 @triton.jit
 def _sum_rows_kernel(
-    rows: Any,
-    slots: Any,
-    out: Any,
-    number: Any,
-    width: Any,
-    stride: Any,
+    rows,
+    slots,
+    out,
+    number,
+    width,
+    stride,
     MOST: tl.constexpr,
     COLUMNS: tl.constexpr,
-) -> None:
+):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((COLUMNS,), dtype=tl.float32)

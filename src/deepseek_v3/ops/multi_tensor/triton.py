@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,7 +18,7 @@ from torch import Tensor
 from deepseek_v3.ops.multi_tensor.reference import AdamWStep
 
 _BLOCK = 4096
-_ALIGNED = 16  # bytes; then numbers are moved in fours
+_TOGETHER = 4  # numbers that are moved at once, where all tensors begin and end with whole fours
 
 
 def adamw_(
@@ -87,43 +87,55 @@ def _weights(weights: tuple[float, ...], device: torch.device) -> Tensor:
 
 
 def _addresses(tensors: Sequence[Tensor], device: torch.device) -> tuple[Tensor, bool]:
-    """Where the tensors begin, int64 on the device, and whether vectors can be loaded there."""
+    """Where the tensors begin, int64 on the device, and whether their numbers can be moved in fours."""
     found = [tensor.data_ptr() for tensor in tensors]
     table = torch.tensor(found, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return table.to(device, non_blocking=True), all(address % _ALIGNED == 0 for address in found)
+    begin_so = all(tensor.data_ptr() % (_TOGETHER * tensor.element_size()) == 0 for tensor in tensors)
+    end_so = all(tensor.numel() % _TOGETHER == 0 for tensor in tensors)
+    return table.to(device, non_blocking=True), begin_so and end_so
 
 
 @triton.jit
-def _begin(table: Any, tensor: Any, type: tl.constexpr, aligned: tl.constexpr) -> Any:
+def _begin(table, tensor, type: tl.constexpr, aligned: tl.constexpr):
     begin = tl.load(table + tensor).to(tl.pointer_type(type))
     if aligned:
-        begin = tl.multiple_of(begin, 16)
+        begin = tl.multiple_of(begin, 4 * (type.primitive_bitwidth // 8))
     return begin
 
 
 @triton.jit
+def _places(first_of, size_at, aligned: tl.constexpr, BLOCK: tl.constexpr):
+    """This block's places in its tensor, and which of them there are."""
+    first = tl.multiple_of(tl.load(first_of + tl.program_id(0)), BLOCK)
+    size = tl.load(size_at)
+    if aligned:
+        size = tl.multiple_of(size, 4)
+    place = first + tl.arange(0, BLOCK)
+    return place, place < size
+
+
+@triton.jit
 def _adamw_kernel(
-    table: Any,
-    tensor_of: Any,
-    first_of: Any,
-    size_of: Any,
-    scale: Any,
-    decay: Any,
-    size: Any,
-    correction: Any,
-    beta1: Any,
-    beta2: Any,
-    eps: Any,
-    mean_share: Any,
-    square_share: Any,
-    count: Any,
+    table,
+    tensor_of,
+    first_of,
+    size_of,
+    scale,
+    decay,
+    size,
+    correction,
+    beta1,
+    beta2,
+    eps,
+    mean_share,
+    square_share,
+    count,
     moment: tl.constexpr,
     aligned: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> None:
+):
     tensor = tl.load(tensor_of + tl.program_id(0))
-    place = tl.load(first_of + tl.program_id(0)) + tl.arange(0, BLOCK)
-    inside = place < tl.load(size_of + tensor)
+    place, inside = _places(first_of, size_of + tensor, aligned, BLOCK)
     parameter_at = _begin(table, tensor, tl.float32, aligned) + place
     gradient_at = _begin(table + count, tensor, tl.float32, aligned) + place
     mean_at = _begin(table + 2 * count, tensor, moment, aligned) + place
@@ -140,17 +152,16 @@ def _adamw_kernel(
 
 @triton.jit
 def _squares_kernel(
-    table: Any,
-    tensor_of: Any,
-    first_of: Any,
-    size_of: Any,
-    weight_of: Any,
-    sums: Any,
+    table,
+    tensor_of,
+    first_of,
+    size_of,
+    weight_of,
+    sums,
     aligned: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> None:
+):
     tensor = tl.load(tensor_of + tl.program_id(0))
-    place = tl.load(first_of + tl.program_id(0)) + tl.arange(0, BLOCK)
-    inside = place < tl.load(size_of + tensor)
+    place, inside = _places(first_of, size_of + tensor, aligned, BLOCK)
     values = tl.load(_begin(table, tensor, tl.float32, aligned) + place, mask=inside, other=0.0)
     tl.store(sums + tl.program_id(0), tl.sum(values * values) * tl.load(weight_of + tensor))
