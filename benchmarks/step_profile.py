@@ -1,0 +1,114 @@
+"""Where the time of a training step goes, on one GPU or, by a launcher, on several:
+
+    torchrun --nproc_per_node=2 benchmarks/step_profile.py --output fsdp.json --set parallel.data_shard=2
+
+Steps are timed with and without waiting for the GPU after each. Where launching them takes as long as the step, the
+CPU is what holds it up. Then three steps are traced, and kernels summed by name.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import defaultdict
+from datetime import timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import torch
+import typer
+from surroundings import ROOT, surroundings
+from torch.autograd import DeviceType  # type: ignore[attr-defined]  # public, but not said to be so
+from torch.profiler import ProfilerActivity, profile
+
+from deepseek_v3.config.loading import load_config
+from deepseek_v3.training.batches import token_batches
+from deepseek_v3.training.parallel.ranks import arrange
+from deepseek_v3.training.trainer import Trainer
+from deepseek_v3.utils.distributed import World, process_group, select_device
+from deepseek_v3.utils.logging import configure_logging
+
+WARM_UP, TIMED, TRACED, LISTED = 6, 8, 3, 30
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="Where rank 0 writes its JSON.")],
+    shape: Annotated[Path, typer.Option(help="A run's YAML file.")] = ROOT / "benchmarks/shapes/1b.yaml",
+    override: Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE")] = None,
+    commit: Annotated[str | None, typer.Option(help="Where the code has no history beside it.")] = None,
+) -> None:
+    """Time and trace the first steps of a run."""
+    world = World.from_environment()
+    configure_logging(logging.WARNING)
+    device = select_device("cuda", world)
+    with process_group(world, device, timedelta(minutes=5)), TemporaryDirectory() as folder:
+        places = [f"checkpoint.directory={folder}/checkpoints", f"logging.directory={folder}/run"]
+        config = load_config(shape, [*places, *(override or [])])
+        trainer = Trainer(config, device, ranks=arrange(config.parallel, "cuda", world.local_size))
+        steps = Steps(trainer)
+        steps.take(WARM_UP)
+        found = {
+            **surroundings("torch", commit=commit),
+            "shape": shape.stem,
+            "overrides": override or [],
+            "tokens_per_step": config.training.global_batch_size * config.training.sequence_length,
+            "in_a_row": steps.timed(wait=False),
+            "one_by_one": steps.timed(wait=True),
+            **steps.traced(),
+        }
+    if world.rank == 0:
+        output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        typer.echo(json.dumps(found, indent=2))
+
+
+class Steps:
+    """The steps of a run, one after another."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer, self._number = trainer, 0
+        self._batches = token_batches(trainer.loader, trainer._micro_batches(), trainer.device)
+
+    def take(self, count: int) -> None:
+        """Launches so many steps; does not wait for them."""
+        for _ in range(count):
+            self._number += 1
+            self._trainer._train_step(self._trainer.plan.step(self._number), self._batches)
+
+    def timed(self, wait: bool) -> dict[str, float]:
+        """Milliseconds of a step, and of launching it; `wait` for the GPU after each step or only at the end."""
+        torch.cuda.synchronize()
+        start, launching = time.perf_counter(), 0.0
+        for _ in range(TIMED):
+            before = time.perf_counter()
+            self.take(1)
+            launching += time.perf_counter() - before
+            if wait:
+                torch.cuda.synchronize()
+        torch.cuda.synchronize()
+        step = (time.perf_counter() - start) / TIMED
+        return {"step_ms": round(1e3 * step, 1), "launching_ms": round(1e3 * launching / TIMED, 1)}
+
+    def traced(self) -> dict[str, Any]:
+        """Kernels of a step, with the milliseconds that each takes."""
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
+            self.take(TRACED)
+            torch.cuda.synchronize()
+        table: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
+        for event in trace.events() or []:
+            if event.device_type == DeviceType.CUDA:
+                table[event.name][0] += 1 / TRACED
+                table[event.name][1] += event.time_range.elapsed_us() / 1e3 / TRACED
+        longest = sorted(table.items(), key=lambda entry: -entry[1][1])
+        return {
+            "kernels": round(sum(count for count, _ in table.values())),
+            "longest": [
+                {"name": name[:100], "times": round(count, 1), "ms": round(ms, 2)}
+                for name, (count, ms) in longest[:LISTED]
+            ],
+        }
+
+
+if __name__ == "__main__":
+    typer.run(main)
