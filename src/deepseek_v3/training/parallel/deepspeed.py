@@ -47,13 +47,7 @@ class DeepSpeed(Engine):
     def __init__(
         self, config: RunConfig, ranks: Ranks, device: torch.device, documents: Documents, file: DeepSpeedFile
     ) -> None:
-        logger.setLevel(logging.WARNING)  # it tells every phase of its start
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
-            False  # gloo serves CPUs; this compiles for a minute
-        )
-        deepspeed.init_distributed(
-            dist_init_required=False, verbose=False
-        )  # on the processes that have met already
+        _enter_the_group()
         self.objective, model = assembled(config, device, Ranks(config.parallel, ranks.rank), Objective)
         is_bfloat16 = model.compute_dtype == torch.bfloat16
         settings = _accepted(file, config, is_bfloat16)
