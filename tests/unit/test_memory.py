@@ -119,7 +119,7 @@ def runs(draw: st.DrawFn) -> RunConfig:
     for name in ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "kv_lora_rank"):
         model[name] = draw(st.integers(1, 300))
     replicate, shard = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 2, 4]))
-    micro, micro_batches = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    micro, micro_batches = draw(st.integers(1, 4)), draw(st.integers(1, 6))
     return _run(
         model,
         moments=draw(st.sampled_from(["bfloat16", "float32"])),
@@ -129,7 +129,7 @@ def runs(draw: st.DrawFn) -> RunConfig:
         data_replicate=replicate,
         data_shard=shard,
         expert=draw(st.sampled_from([e for e in (1, 2, 4, 8) if experts % e == 0 and replicate * shard % e == 0])),
-        pipeline=draw(st.integers(1, layers)),
+        pipeline=draw(st.integers(1, min(layers, micro_batches))),
         precision=draw(st.sampled_from(["bfloat16", "float32"])),
         recomputation=draw(st.sampled_from(["none", "selective", "full"])),
         compile=draw(st.sampled_from(["auto", False])),

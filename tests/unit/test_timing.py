@@ -301,7 +301,7 @@ def layouts(draw: st.DrawFn) -> RunConfig:
     return _run(
         **ranks,
         expert=draw(st.sampled_from(fitting)),
-        pipeline=draw(st.integers(1, 2)),
+        pipeline=draw(st.integers(1, min(2, micro_batches))),
         micro_batch_size=micro,
         global_batch_size=micro * micro_batches * every,
         recomputation=draw(st.sampled_from(["none", "selective", "full"])),
