@@ -6,10 +6,9 @@ A run ends with the first step that reaches its budget: steps = tokens ÷
 
 from __future__ import annotations
 
-import math
 from fractions import Fraction
 
-from deepseek_v3.config.train_config import BatchRampConfig, RunConfig
+from deepseek_v3.config.train_config import BatchRampConfig, RunConfig, batch_sizes
 from deepseek_v3.planning.counts import count_active_parameters
 
 
@@ -63,7 +62,7 @@ def _ramp_borders(config: RunConfig) -> list[int]:
 def _batch_size(ramp: BatchRampConfig, config: RunConfig, used: float) -> int:
     """Sequences of a step that starts with the share `used` of the budget behind it, inside the ramp."""
     last = config.training.global_batch_size
-    unit = ramp.increment or math.gcd(ramp.initial, last)
+    unit = batch_sizes(config.training).step
     size = ramp.initial + (last - ramp.initial) * used / ramp.fraction
     return max(unit, round(size / unit) * unit)
 
