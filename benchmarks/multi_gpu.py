@@ -6,6 +6,9 @@
                type, beside the planner's estimate; the planner's own choice is one of them
     peer       torchtitan on the same model, where it is installed
 
+A run ends with its last timed step, before it would save anything. Rates are those of `INTERVAL` steps each, in
+which nothing waits for the GPUs, ours and torchtitan's alike.
+
 Writes `results/multi_gpu_<name>.json` after each part, so that what was measured stays if the time runs out.
 """
 
@@ -16,11 +19,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
+import psutil  # type: ignore[import-untyped]
 import torch
 import typer
 from surroundings import RESULTS, ROOT, surroundings
@@ -31,8 +37,9 @@ from deepseek_v3.planning.layouts import measure_layout
 from deepseek_v3.utils.monitoring import read_metrics
 
 PARTS = ("ranks", "tests", "training", "peer")
-WARM_UP = 5  # steps that are left out: they compile, and meet the first memory
-LONGEST = 400  # seconds for one program
+INTERVAL = 5  # steps of one rate; the first ones are left out: they compile, and meet the first memory
+LONGEST = 300  # seconds for one program
+POLL = 0.2  # seconds between two looks at a run's metrics
 TESTS = ["tests/integration/test_parallel_equality.py", "tests/integration/test_parallel_resume.py"]
 
 
@@ -44,6 +51,18 @@ class Run:
     gpus: int
     settings: dict[str, Any] = field(default_factory=dict)
     deepspeed_stage: int | None = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every run does: a shape's first steps, of `batch` sequences in all and `micro` at once on each GPU."""
+
+    shape: Path
+    gpus: int
+    steps: int
+    micro: int
+    batch: int
+    overrides: list[str]
 
 
 def runs_on(gpus: int, micro: int) -> list[Run]:
@@ -77,9 +96,12 @@ def main(
     shape: Annotated[Path, typer.Option(help="A run's YAML file.")] = ROOT / "benchmarks/shapes/1b.yaml",
     gpus: Annotated[int, typer.Option(help="How many; 0 takes all.")] = 0,
     part: Annotated[list[str] | None, typer.Option(help="Only these parts; repeatable.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Only runs whose names begin so; repeatable.")] = None,
-    steps: Annotated[int, typer.Option(help="Steps of each training run.")] = 20,
+    only: Annotated[list[str] | None, typer.Option(help="Only the runs of these names; repeatable.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps of each training run, a multiple of 5.")] = 25,
     micro: Annotated[int, typer.Option(help="Sequences of a micro-batch on each GPU.")] = 4,
+    batch: Annotated[int, typer.Option(help="Sequences of a step, for each GPU; 0 takes one micro-batch.")] = 0,
+    peer_micro: Annotated[int, typer.Option(help="As --micro, for torchtitan; 0 takes the same.")] = 0,
+    peer_recompute: Annotated[str, typer.Option(help="none, selective or full, for torchtitan.")] = "none",
     override: Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE")] = None,
     seconds: Annotated[int, typer.Option(help="Nothing is begun after so long.")] = 3000,
     output: Annotated[Path, typer.Option(help="Folder of the result.")] = RESULTS,
@@ -94,6 +116,7 @@ def main(
         "shape": shape.stem,
         "overrides": override or [],
     }
+    work = Work(shape, gpus, steps, micro, gpus * (batch or micro), override or [])
 
     def keep(key: str, value: Any) -> None:
         results[key] = value
@@ -107,13 +130,13 @@ def main(
         keep("tests", tests())
     trained: list[dict[str, Any]] = []
     for run in runs_on(gpus, micro) if "training" in wanted else []:
-        if time.monotonic() < end and (not only or run.name.startswith(tuple(only))):
-            trained.append(train(run, shape, gpus, steps, micro, override or []))
+        if time.monotonic() < end and (not only or run.name in only):
+            trained.append(train(run, work))
             keep("training", trained)
     peers: list[dict[str, Any]] = []
     for expert in (1, gpus) if "peer" in wanted else []:
         if time.monotonic() < end:
-            peers.append(torchtitan(shape, gpus, expert, steps, micro))
+            peers.append(torchtitan(work, expert, peer_micro or micro, peer_recompute))
             keep("torchtitan", peers)
 
 
@@ -134,50 +157,50 @@ def tests() -> str:
     return "; ".join([*failures[:20], done.stdout.strip().splitlines()[-1]])
 
 
-def train(run: Run, shape: Path, gpus: int, steps: int, micro: int, overrides: list[str]) -> dict[str, Any]:
+def train(run: Run, work: Work) -> dict[str, Any]:
     """Trains a shape's first steps under a layout; the batch is the same under all of them."""
+    found: dict[str, Any] = {"layout": run.name, "gpus": run.gpus}
     with tempfile.TemporaryDirectory() as folder:
-        parallel = {"micro_batch_size": micro, **run.settings}
-        words = command_settings(shape, folder, gpus * micro, steps, parallel, overrides)
         extra: list[str] = []
         if run.deepspeed_stage is not None:
             file = Path(folder) / "deepspeed.json"
             file.write_text(json.dumps({"zero_optimization": {"stage": run.deepspeed_stage}}), encoding="utf-8")
             extra = ["--deepspeed", str(file)]
-        settings = [word for setting in words for word in ("--set", setting)]
-        program = ["src/training/train.py", "--config", str(shape), *settings, *extra]
-        failure = run_program(launcher(run.gpus), *program)
-        found: dict[str, Any] = {"layout": run.name, "gpus": run.gpus}
-        if failure is not None:
-            return {**found, "failed": failure}
-        return {**found, **figures(Path(folder), gpus * micro)}
+        settings = [word for setting in command_settings(run, work, folder) for word in ("--set", setting)]
+        program = ["src/training/train.py", "--config", str(work.shape), *settings, *extra]
+        metrics = Path(folder) / "run" / "metrics.jsonl"
+        failure = run_program(launcher(run.gpus), *program, until=lambda: last_step(metrics) >= work.steps)
+        return {**found, **({"failed": failure} if failure else figures(Path(folder), work))}
 
 
-def command_settings(
-    shape: Path, folder: str, batch: int, steps: int, parallel: dict[str, Any], overrides: list[str]
-) -> list[str]:
-    """The overrides of one run, which leaves everything in `folder`."""
-    length = load_config(shape).training.sequence_length
+def command_settings(run: Run, work: Work, folder: str) -> list[str]:
+    """The overrides of one run, which leaves everything in `folder`; it would go on long after its last step."""
+    length = load_config(work.shape).training.sequence_length
+    parallel = {"micro_batch_size": work.micro, **run.settings}
     return [
-        f"training.global_batch_size={batch}",
-        f"training.total_tokens={batch * length * steps}",
+        f"training.global_batch_size={work.batch}",
+        f"training.total_tokens={work.batch * length * 10 * work.steps}",
         "checkpoint.interval_steps=0",
         f"checkpoint.directory={folder}/checkpoints",
         f"logging.directory={folder}/run",
-        "logging.interval_steps=1",
+        f"logging.interval_steps={INTERVAL}",
+        *work.overrides,
         *(f"parallel.{name}={value}" for name, value in parallel.items()),
-        *overrides,
     ]
 
 
-def figures(folder: Path, batch: int) -> dict[str, Any]:
+def last_step(metrics: Path) -> int:
+    """The last step that a run has written figures of; 0 before the first."""
+    return max((record["step"] for record in read_metrics(metrics)), default=0) if metrics.exists() else 0
+
+
+def figures(folder: Path, work: Work) -> dict[str, Any]:
     """What a run's metrics say, and what the planner expected of its layout."""
     config = load_config(folder / "run" / "config.yaml")
-    records = read_metrics(folder / "run" / "metrics.jsonl")
-    steps = [record for record in records if "loss" in record]
-    rates = [record["tokens_per_second"] for record in steps if record["step"] > WARM_UP]
+    steps = [record for record in read_metrics(folder / "run" / "metrics.jsonl") if "loss" in record]
+    rates = [record["tokens_per_second"] for record in steps if record["step"] > INTERVAL]
     estimate = measure_layout(config, this_device())
-    expected = batch * config.training.sequence_length / estimate.step.total
+    expected = work.batch * config.training.sequence_length / estimate.step.total
     return {
         "parallel": {k: v for k, v in config.parallel.model_dump().items() if v not in (1, "given", "auto")},
         "tokens_per_second": round(median(rates)),
@@ -185,20 +208,20 @@ def figures(folder: Path, batch: int) -> dict[str, Any]:
         "planned_tokens_per_second": round(expected),
         "memory_gib": round(max(record["memory_bytes"] for record in steps) / 2**30, 1),
         "planned_memory_gib": round(estimate.needed_bytes / 2**30, 1),
-        "losses": {str(steps[n]["step"]): steps[n]["loss"] for n in (0, len(steps) // 2 - 1, -1)},
-        "held_out_loss": [record["holdout_loss"] for record in records if "holdout_loss" in record][-1],
+        "losses": {str(record["step"]): round(record["loss"], 4) for record in steps},
     }
 
 
-def torchtitan(shape: Path, gpus: int, expert: int, steps: int, micro: int) -> dict[str, Any]:
-    """torchtitan's FSDP on the same model, with experts apart or not."""
+def torchtitan(work: Work, expert: int, micro: int, recompute: str) -> dict[str, Any]:
+    """torchtitan's FSDP on the same model and batch, with experts apart or not."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "result.json"
-        words = ["--shape", str(shape), "--data-shard", str(gpus), "--expert", str(expert)]
-        words += ["--micro-batch", str(micro), "--steps", str(steps), "--output", str(output)]
-        failure = run_program(launcher(gpus), "benchmarks/peers/torchtitan_training.py", *words)
-        found = json.loads(output.read_text(encoding="utf-8")) if failure is None else {"failed": failure}
-        return {"expert": expert, **found}
+        words = ["--shape", str(work.shape), "--data-shard", str(work.gpus), "--expert", str(expert)]
+        words += ["--micro-batch", str(micro), "--batch", str(work.batch), "--recompute", recompute]
+        words += ["--steps", str(work.steps), "--interval", str(INTERVAL), "--output", str(output)]
+        failure = run_program(launcher(work.gpus), "benchmarks/peers/torchtitan_training.py", *words)
+        found = {"failed": failure} if failure else json.loads(output.read_text(encoding="utf-8"))
+        return {"expert": expert, "micro_batch": micro, "recompute": recompute, **found}
 
 
 def this_device() -> Device:
@@ -213,17 +236,40 @@ def launcher(gpus: int) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
 
 
-def run_program(*words: str | list[str]) -> str | None:
-    """Runs a program from the root of the project; where it fails, its error or the end of its output."""
+def run_program(*words: str | list[str], until: Callable[[], bool] = lambda: False) -> str | None:
+    """Runs a program from the root of the project; where it fails, its error or the end of its output.
+
+    It is ended, with all that it started, where it takes too long, and as soon as what it is run `until` holds.
+    """
     command = [part for word in words for part in ([word] if isinstance(word, str) else word)]
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LONGEST)
-    except subprocess.TimeoutExpired:
-        return f"took longer than {LONGEST} s"
-    if done.returncode == 0:
-        return None
-    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    end = time.monotonic() + LONGEST
+    with tempfile.TemporaryFile("w+") as output:
+        program = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
+        while program.poll() is None and time.monotonic() < end:
+            if until():
+                kill(program)
+                return None
+            time.sleep(POLL)
+        if program.returncode == 0:
+            return None
+        kill(program)
+        output.seek(0)
+        lines = [line for line in output.read().splitlines() if line.strip()]
+    if program.returncode < 0:
+        lines.append(f"took longer than {LONGEST} s")
     return next((line for line in lines if "error: " in line), "\n".join(lines[-20:]))
+
+
+def kill(program: subprocess.Popen[bytes]) -> None:
+    """Ends a program and all that it started, at once: there is nothing to save."""
+    with suppress(psutil.NoSuchProcess):
+        started = psutil.Process(program.pid).children(recursive=True)
+        program.kill()
+        for process in started:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(started)
+    program.wait()
 
 
 if __name__ == "__main__":

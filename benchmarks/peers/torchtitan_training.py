@@ -1,6 +1,6 @@
 """torchtitan's own trainer on the shape of one of our runs, for a Python that has torchtitan 0.2.2:
 
-`torchrun --nproc_per_node=2 torchtitan_training.py --shape 1b.yaml --data-shard 2 --micro-batch 4 --output OUTPUT`
+`torchrun --nproc_per_node=2 torchtitan_training.py --shape 1b.yaml --data-shard 2 --batch 2 --output OUTPUT`
 
 Model, FSDP and expert parallelism, compilation, clipping, fused AdamW on float32 weights and bias updates are all
 torchtitan's and at its defaults; the tokens are random. YaRN and prediction layers of the shape are left out.
@@ -27,8 +27,6 @@ import torch.distributed as dist
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.counts import count_parameters
-
-WARM_UP = 3  # steps that compile and let the allocator settle
 
 
 class _Absent(ModuleType):
@@ -60,24 +58,31 @@ from torchtitan.train import Trainer  # type: ignore[import-not-found]  # noqa: 
 
 
 class TimedTrainer(Trainer):
-    """torchtitan's trainer that keeps the seconds and the loss of every step."""
+    """torchtitan's trainer that keeps the loss of every step, and the seconds of every `interval` steps."""
+
+    interval = 1
 
     def __init__(self, job: JobConfig) -> None:
         super().__init__(job)
-        self.seconds: list[float] = []
         self.losses: list[torch.Tensor] = []
+        self.ends = [time.perf_counter()]
 
     def train_step(self, data_iterator: Iterator[Any]) -> None:
-        device_module.synchronize()
-        start = time.perf_counter()
+        self.losses.append(torch.zeros((), device=self.device))
         super().train_step(data_iterator)
-        device_module.synchronize()
-        self.seconds.append(time.perf_counter() - start)
+        if len(self.losses) % self.interval == 0:
+            device_module.synchronize()
+            self.ends.append(time.perf_counter())
 
     def forward_backward_step(self, **batch: Any) -> torch.Tensor:
         loss: torch.Tensor = super().forward_backward_step(**batch)
-        self.losses.append(loss.detach())
+        self.losses[-1] += loss.detach()
         return loss
+
+    def rates(self, tokens_per_step: int) -> list[float]:
+        """Tokens per second in each interval but the first, which compiles and lets the allocator settle."""
+        times = zip(self.ends[1:], self.ends[2:], strict=False)
+        return [self.interval * tokens_per_step / (end - start) for start, end in times]
 
 
 def model_args(config: RunConfig) -> titan.DeepSeekV3ModelArgs:
@@ -125,6 +130,7 @@ def job_config(config: RunConfig, arguments: argparse.Namespace, folder: str) ->
     job.lr_scheduler.warmup_steps = min(config.training.schedule.warmup_steps, arguments.steps)
     job.training.seq_len = config.training.sequence_length
     job.training.local_batch_size = arguments.micro_batch
+    job.training.global_batch_size = arguments.batch
     job.training.steps = arguments.steps
     job.parallelism.data_parallel_shard_degree = arguments.data_shard
     job.parallelism.data_parallel_replicate_degree = arguments.data_replicate
@@ -147,7 +153,7 @@ def random_batches(
 
 def figures(trainer: TimedTrainer, world: int, tokens_per_step: int) -> dict[str, object]:
     """Tokens per second over all GPUs, the most memory on any of them from the second step on, and the loss."""
-    rates = [tokens_per_step / seconds for seconds in trainer.seconds[WARM_UP:]]
+    rates = trainer.rates(tokens_per_step)
     losses = torch.stack(trainer.losses)  # each rank's part of the mean over the tokens of all
     peak = torch.tensor(device_module.max_memory_allocated(), device=trainer.device)
     dist.all_reduce(losses)
@@ -157,7 +163,7 @@ def figures(trainer: TimedTrainer, world: int, tokens_per_step: int) -> dict[str
         "versions": {"torch": torch.__version__, "torchtitan": version("torchtitan")},
         "parameters": sum(weight.numel() for weight in trainer.model_parts[0].parameters()),
         "tokens_per_step": tokens_per_step,
-        "timed_steps": len(rates),
+        "timed_steps": len(rates) * trainer.interval,
         "tokens_per_second_median": median(rates),
         "tokens_per_second_range": [min(rates), max(rates)],
         "memory_gib": peak.item() / 2**30,
@@ -172,12 +178,15 @@ def main() -> None:
     parser.add_argument("--data-replicate", type=int, default=1)
     parser.add_argument("--expert", type=int, default=1)
     parser.add_argument("--micro-batch", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--batch", type=int, required=True, help="sequences of a step over all GPUs")
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--interval", type=int, default=5, help="steps of one rate")
     parser.add_argument("--recompute", choices=("none", "full", "selective"), default="none")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    if arguments.steps <= WARM_UP:
-        parser.error(f"--steps {arguments.steps}: the first {WARM_UP} are not counted, so give more")
+    if arguments.steps < 2 * arguments.interval:
+        parser.error(f"--steps {arguments.steps}: the first {arguments.interval} are not counted, so give more")
+    TimedTrainer.interval = arguments.interval
     config = load_config(arguments.shape)
     batch, length = arguments.micro_batch, config.training.sequence_length
     spec = replace(
@@ -193,7 +202,7 @@ def main() -> None:
         trainer = TimedTrainer(job_config(config, arguments, folder))
         trainer.train()
         world = dist.get_world_size()
-        found = figures(trainer, world, world * batch * length)
+        found = figures(trainer, world, arguments.batch * length)
         if found["parameters"] != (expected := count_parameters(config.model).total):
             raise SystemExit(f"torchtitan built {found['parameters']} parameters; the shape has {expected}")
         if dist.get_rank() == 0:

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deepseek_v3.moe.deepep.layout import dispatch_layout
 from expert_helpers import (
     Case,
     alone,
@@ -167,31 +166,6 @@ def test_a_token_goes_once_to_each_node_and_on_from_there(pool: RankPool, situat
         there_and_back = [(table[here], [table[there][here] for there in range(4)]) for table in (between, within)]
         expected = there_and_back + [(received, sent) for sent, received in reversed(there_and_back)]
         assert exchanges[:4] == expected
-
-
-@given(
-    ranks_per_node=st.integers(1, 3),
-    nodes=st.integers(1, 3),
-    experts_per_rank=st.integers(1, 3),
-    tokens=st.integers(0, 5),
-    data=st.data(),
-)
-def test_a_layout_counts_tokens_by_rank_node_and_expert(
-    ranks_per_node: int, nodes: int, experts_per_rank: int, tokens: int, data: st.DataObject
-) -> None:
-    ranks = ranks_per_node * nodes
-    experts = ranks * experts_per_rank
-    chosen = data.draw(st.integers(1, experts))
-    choice = [data.draw(st.permutations(range(experts)))[:chosen] for _ in range(tokens)]
-
-    layout = dispatch_layout(torch.tensor(choice).view(tokens, chosen).long(), experts, ranks, ranks_per_node)
-
-    owners = [{e // experts_per_rank for e in token} for token in choice]
-    homes = [{rank // ranks_per_node for rank in token} for token in owners]
-    assert layout.is_token_in_rank_TW.tolist() == [[rank in token for rank in range(ranks)] for token in owners]
-    assert layout.tokens_per_rank_W.tolist() == [sum(rank in token for token in owners) for rank in range(ranks)]
-    assert layout.tokens_per_node_N.tolist() == [sum(node in token for token in homes) for node in range(nodes)]
-    assert layout.tokens_per_expert_E.tolist() == [sum(e in token for token in choice) for e in range(experts)]
 
 
 # When it travels.

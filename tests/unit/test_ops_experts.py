@@ -1,9 +1,12 @@
 """Products per expert and the way to expert order and back, against loops over rows."""
 
 from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
@@ -13,7 +16,7 @@ from deepseek_v3.ops.grouped_gemm import (
     reference_grouped_linear,
     torch_grouped_linear,
 )
-from deepseek_v3.ops.moe_permute import permute, reference, sort_by_expert, unpermute
+from deepseek_v3.ops.moe_permute import BinOrder, Bins, line_up, permute, reference, sort_by_expert, unpermute
 from helpers import largest_difference
 
 BACK_ENDS = [reference_grouped_linear, torch_grouped_linear]
@@ -147,14 +150,82 @@ def test_copies_are_summed_in_float32_both_ways() -> None:
     assert gradient.item() == 260.0
 
 
+def kernel(name: str, where: str) -> Any:
+    """A function of the Triton back end, for `where` it shall run."""
+    pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds only")
+    if where == "interpreted" and torch.cuda.is_available():
+        pytest.skip("the same process cannot both interpret and compile")
+    return getattr(import_module("deepseek_v3.ops.moe_permute.triton"), name)
+
+
+def check_order(order: BinOrder, choice: list[list[int]], bins: Bins, once: bool) -> None:
+    """Compares an order with loops over tokens and bins."""
+    chosen, nowhere = len(choice[0]) if choice else 1, sum(map(len, choice))
+    runs = [range(bins.first + b * bins.size, bins.first + (b + 1) * bins.size) for b in range(bins.number)]
+    there = [
+        [(t, k) for t, experts in enumerate(choice) for k, expert in enumerate(experts) if expert in run]
+        for run in runs
+    ]
+    placed = [
+        [pair for pair in pairs if not once or (pair[0], pair[1]) == min(p for p in pairs if p[0] == pair[0])]
+        for pairs in there
+    ]
+    places = {pair: place for place, pair in enumerate(pair for pairs in placed for pair in pairs)}
+    assert order.counts_B2.tolist() == [[len(few), len(all_)] for few, all_ in zip(placed, there, strict=True)]
+    assert order.ends_B.tolist() == [sum(map(len, placed[: b + 1])) for b in range(bins.number)]
+    assert order.ends_B.dtype == torch.int32
+    number = len(places)
+    assert order.copies(number).source_X.tolist() == [t for t, _ in places]
+    assert order.copies_of_choices(number).source_X.tolist() == [t * chosen + k for t, k in places]
+    expected = [[places.get((t, k), nowhere) for k in range(chosen)] for t in range(len(choice))]
+    assert order.places_TK.tolist() == expected
+
+
+@given(
+    first=st.integers(0, 3),
+    size=st.integers(1, 3),
+    number=st.integers(1, 4),
+    others=st.integers(0, 3),
+    tokens=st.integers(0, 6),
+    once=st.booleans(),
+    data=st.data(),
+)
+def test_choices_line_up_by_bins(
+    first: int, size: int, number: int, others: int, tokens: int, once: bool, data: st.DataObject
+) -> None:
+    """Runs of experts before and after the bins belong to other ranks; -1 stands for an expert of another rank."""
+    experts = first + size * number + others
+    chosen = data.draw(st.integers(1, experts))
+    choice = [data.draw(st.permutations(range(-1, experts)))[:chosen] for _ in range(tokens)]
+    bins = Bins(first, size, number)
+    order = line_up(torch.tensor(choice, dtype=torch.int32).view(tokens, chosen), bins, once)
+    check_order(order, choice, bins, once)
+
+
+@pytest.mark.parametrize("where", ["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("once", [False, True])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    ("tokens", "chosen", "bins"), [(1, 1, Bins(0, 1, 1)), (700, 6, Bins(8, 4, 3)), (9, 3, Bins(0, 1, 40))]
+)
+def test_kernels_line_choices_up_as_loops_do(
+    where: str, once: bool, dtype: torch.dtype, tokens: int, chosen: int, bins: Bins
+) -> None:
+    """Tables that lie apart in memory full of what looks like choices; 700 tokens take several programs."""
+    kernels = kernel("line_up", where)
+    device = torch.device("cuda" if where == "cuda" else "cpu")
+    scores_TE = torch.rand(tokens, bins.first + bins.number * bins.size + 5)
+    memory = torch.full((tokens + 1, chosen + 2), bins.first, dtype=dtype, device=device)
+    experts_TK = memory[:tokens, :chosen]
+    experts_TK.copy_(scores_TE.topk(chosen).indices - 1)
+    check_order(BinOrder(*kernels(experts_TK, *bins, once)), experts_TK.tolist(), bins, once)
+
+
 @pytest.mark.parametrize("where", ["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 1), (torch.float32, 1025), (torch.bfloat16, 40)])
 def test_sums_of_listed_rows_equal_a_loop(where: str, dtype: torch.dtype, width: int) -> None:
     """Rows that lie apart in memory full of NaN, lists of any length, the empty one among them."""
-    pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds only")
-    if where == "interpreted" and torch.cuda.is_available():
-        pytest.skip("the same process cannot both interpret and compile")
-    sum_rows = import_module("deepseek_v3.ops.moe_permute.triton").sum_rows
+    sum_rows = kernel("sum_rows", where)
     device = torch.device("cuda" if where == "cuda" else "cpu")
     number = 7
     memory = torch.full((number + 1, width + 3), torch.nan, device=device, dtype=dtype)

@@ -12,13 +12,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import final
 
-import torch
 from torch import Tensor
 
 from deepseek_v3.moe.deepep.hops import Homecoming, Hop, Leg
-from deepseek_v3.moe.deepep.layout import Layout, dispatch_layout
 from deepseek_v3.moe.deepep.payload import columns_of, pack, unpack
-from deepseek_v3.moe.deepep.remote import NOWHERE, RemoteDispatcher
+from deepseek_v3.moe.deepep.remote import RemoteDispatcher
 from deepseek_v3.ops.fp8 import dequantize_1x128, quantize_1x128
 
 
@@ -30,19 +28,14 @@ class AllToAllDispatcher(RemoteDispatcher):
         super().__init__(num_experts // hops[0].group.size())
         self.num_experts, self.hops, self.fp8 = num_experts, hops, fp8
 
-    def layout(self, experts_TK: Tensor) -> Layout:
-        """Where tokens that chose these experts go."""
-        return dispatch_layout(experts_TK, self.num_experts, self.hops[0].group.size(), self.hops[-1].ranks)
+    @property
+    def first_expert(self) -> int:
+        """The number of this rank's first expert."""
+        return self.hops[0].group.rank() * self.num_local_experts
 
     def leg(self, hop: Hop, experts_TK: Tensor) -> Leg:
         """One step of tokens that chose these experts."""
-        return hop.leg(self.layout(experts_TK), experts_TK.shape[1])
-
-    def numbered_here(self, experts_RK: Tensor) -> Tensor:
-        """Experts by their place on this rank, or `NOWHERE`."""
-        size = self.num_local_experts
-        places_RK = experts_RK - self.hops[0].group.rank() * size
-        return torch.where((places_RK >= 0) & (places_RK < size), places_RK, NOWHERE)
+        return hop.leg(experts_TK, self.num_experts)
 
     def _dispatching(self, experts_TK: Tensor) -> _Dispatching:
         return _Dispatching(self, experts_TK)
@@ -65,12 +58,12 @@ class _Dispatching:
     def finish(self) -> tuple[Tensor, ...]:
         packed = self._flight.land()
         for hop in self._dispatcher.hops[1:]:
-            experts_RK = unpack(packed, self._columns)[-1].long()
+            experts_RK = unpack(packed, self._columns)[-1]
             self._legs.append(self._dispatcher.leg(hop, experts_RK))
             packed = self._legs[-1].outward(packed).land()
         *rows, gates_RK, experts_RK = unpack(packed, self._columns)
         x_RD = dequantize_1x128(rows[0], rows[1], self._dtype) if self._dispatcher.fp8 else rows[0]
-        return x_RD, gates_RK, self._dispatcher.numbered_here(experts_RK.long())
+        return x_RD, gates_RK, experts_RK
 
     def start_back(self, *gradients: Tensor) -> None:
         self._homecoming = _homeward(self._legs, gradients[:2])
@@ -81,6 +74,10 @@ class _Dispatching:
     @property
     def num_copies(self) -> int:
         return self._legs[-1].num_copies
+
+    @property
+    def first_expert(self) -> int:
+        return self._dispatcher.first_expert
 
     def combining(self) -> _Combining:
         return _Combining(self._legs)

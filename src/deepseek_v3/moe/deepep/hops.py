@@ -1,6 +1,6 @@
 """The steps on which tokens go to the ranks of their experts, and what moves on each.
 
-Axes: T tokens, S sent rows, R received rows, D width, P ranks of a hop, C counts.
+Axes: T tokens, K experts per token, R received rows, D width, P ranks of a hop, C counts.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepseek_v3.moe.deepep.layout import Layout
 from deepseek_v3.moe.deepep.payload import Flight, columns_of, pack, unpack
-from deepseek_v3.ops.moe_permute import Copies, copies_at, sum_copies
+from deepseek_v3.ops.moe_permute import Bins, Copies, line_up, sum_copies
 from deepseek_v3.utils.errors import ConfigError
 
 
@@ -58,13 +57,13 @@ class Hop(NamedTuple):
     ranks: int
     stride: int = 1
 
-    def leg(self, layout: Layout, experts_per_token: int) -> Leg:
-        """The step as tokens of this layout take it. Exchanges counts, for which the program waits."""
+    def leg(self, experts_TK: Tensor, num_experts: int) -> Leg:
+        """The step as tokens take it that chose these of so many experts. Exchanges counts and waits for them."""
         runs, run = self._runs()
-        is_sent_TP = layout.is_token_in_rank_TW.unflatten(1, (runs, self.ranks, self.stride))[:, run].any(-1)
-        experts_P = layout.tokens_per_expert_E.unflatten(0, (runs, self.ranks, -1))[run].sum(-1)
-        going, coming = self._exchanged(torch.stack([is_sent_TP.sum(0), experts_P], dim=1))
-        copies = _copies(is_sent_TP, sum(rows for rows, _ in going), experts_per_token)
+        size = num_experts // (runs * self.ranks)
+        order = line_up(experts_TK, Bins(run * self.ranks * size, size, self.ranks), once=True)
+        going, coming = self._exchanged(order.counts_B2)
+        copies = order.copies(sum(rows for rows, _ in going))
         num_copies = sum(experts for _, experts in coming)
         sent, received = (self._by_rank([rows for rows, _ in counts]) for counts in (going, coming))
         return Leg(self.group, copies, sent, received, num_copies)
@@ -105,13 +104,3 @@ def hops(group: dist.ProcessGroup, ranks_per_node: int | None = None) -> list[Ho
             "choose a degree that is a multiple or a divisor of the ranks of a node"
         )
     return [Hop(group, ranks // ranks_per_node, stride=ranks_per_node), Hop(group, ranks_per_node)]
-
-
-def _copies(is_sent_TP: Tensor, num_sent: int, experts_per_token: int) -> Copies:
-    """The sent rows, by rank and then by token, as copies of the tokens."""
-    is_sent_PT = is_sent_TP.T.contiguous()
-    # The number is known, so that no GPU is asked for it.
-    _, token_S = torch.nonzero_static(is_sent_PT, size=num_sent).unbind(1)
-    place_PT = is_sent_PT.flatten().cumsum(0).view_as(is_sent_PT) - 1
-    places_TP = torch.where(is_sent_PT, place_PT, num_sent).T
-    return Copies(token_S, copies_at(places_TP, min(is_sent_TP.shape[1], experts_per_token)))

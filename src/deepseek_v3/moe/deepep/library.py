@@ -45,6 +45,8 @@ class _Kernels:
 class _Dispatching:
     """Tokens on their way to experts, a dispatch; the way back of their gradients is a combine."""
 
+    first_expert = 0  # the library numbers the experts of each rank from 0, and names others -1
+
     def __init__(self, buffer: Buffer, fp8: bool) -> None:
         self._buffer, self._fp8 = buffer, fp8
         self.num_copies = 0

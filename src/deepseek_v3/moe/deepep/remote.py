@@ -8,22 +8,22 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from deepseek_v3.moe.deepep.crossing import Crossing, arrive, depart
 from deepseek_v3.moe.dispatch import Arrived
-from deepseek_v3.ops.moe_permute import Copies, copies_at, sort_by_expert, spread, sum_copies
-
-NOWHERE = -1  # in place of an expert that another rank holds
+from deepseek_v3.ops.moe_permute import Bins, Copies, line_up, spread, sum_copies
 
 
 class Dispatching(Crossing, Protocol):
     """The way of tokens (T, D), gates (T, K) and chosen experts (T, K) int64 to the ranks that hold these experts.
 
-    Each token arrives once, with its gates and experts. The latter are then numbered from the first one of this
-    rank, and `NOWHERE` where others hold them.
+    Each token arrives once, with its gates and experts, of which some may be other ranks'.
     """
+
+    @property
+    def first_expert(self) -> int:
+        """The number by which arriving tokens name this rank's first expert; the others follow."""
 
     @property
     def num_copies(self) -> int:
@@ -63,9 +63,11 @@ class RemoteDispatcher(ABC):
         """Waits for the tokens of all ranks for experts of this one."""
         dispatching, ticket = sent
         rows_RD, gates_RK, experts_RK = arrive(dispatching, ticket)
-        copies, gate_copies, ends_E = _in_expert_order(experts_RK, self.num_local_experts, dispatching.num_copies)
-        gates_X = spread(gates_RK.reshape(-1, 1), gate_copies).squeeze(1)
-        return Arrived(spread(rows_RD, copies), gates_X, ends_E, Handle(dispatching, copies))
+        bins = Bins(dispatching.first_expert, 1, self.num_local_experts)
+        order, number = line_up(experts_RK, bins), dispatching.num_copies
+        copies = order.copies(number)
+        gates_X = spread(gates_RK.reshape(-1, 1), order.copies_of_choices(number)).squeeze(1)
+        return Arrived(spread(rows_RD, copies), gates_X, order.ends_B, Handle(dispatching, copies))
 
     def combine(self, rows_XD: Tensor, handle: Handle) -> tuple[Crossing, Tensor]:
         """Sends one row for each received token back to where it came from."""
@@ -75,12 +77,3 @@ class RemoteDispatcher(ABC):
     def collect(self, returned: tuple[Crossing, Tensor]) -> Tensor:
         """Waits for the sums over all experts of this rank's tokens; (T, D)."""
         return arrive(*returned)[0]
-
-
-def _in_expert_order(experts_RK: Tensor, num_experts: int, num_copies: int) -> tuple[Copies, Copies, Tensor]:
-    """Copies of received tokens and of their flattened gates in expert order, and where each expert's end."""
-    rows, chosen = experts_RK.shape
-    order = sort_by_expert(torch.where(experts_RK == NOWHERE, num_experts, experts_RK), num_experts)
-    flat_X, places_RK = order.order_X[:num_copies], order.inverse_X.clamp(max=num_copies).view(rows, chosen)
-    copies = Copies(flat_X // chosen, copies_at(places_RK, min(chosen, num_experts)))
-    return copies, Copies(flat_X, places_RK.view(-1, 1)), order.ends_E

@@ -18,17 +18,12 @@ _SUMMED_BY_KERNEL = (torch.float32, torch.bfloat16)  # its sums are float32
 class Copies(NamedTuple):
     """Which copies there are of T rows.
 
-    `source_X` int64: the row that each copy is of. `slots_TM` int64: for each row its copies, X where it has fewer
-    than M.
+    `source_X` int64: the row that each copy is of. `slots_TM` int64: for each row its copies, and in slots that are
+    left over X or more.
     """
 
     source_X: Tensor
     slots_TM: Tensor
-
-
-def copies_at(places_TN: Tensor, most: int) -> Tensor:
-    """Slots from a table of places in which the largest means none, and of others a row has `most` at most."""
-    return places_TN.sort(dim=1).values[:, :most]
 
 
 def spread(x_TD: Tensor, copies: Copies) -> Tensor:
@@ -72,4 +67,4 @@ def _sums(rows_XD: Tensor, slots_TM: Tensor) -> Tensor:
         return imported("deepseek_v3.ops.moe_permute.triton:sum_rows")(rows_XD, slots_TM)
     with_none_XD = torch.cat([rows_XD, rows_XD.new_zeros(1, rows_XD.shape[1])])
     wide = torch.promote_types(rows_XD.dtype, torch.float32)
-    return with_none_XD[slots_TM].sum(1, dtype=wide).to(rows_XD.dtype)
+    return with_none_XD[slots_TM.clamp(max=len(rows_XD))].sum(1, dtype=wide).to(rows_XD.dtype)

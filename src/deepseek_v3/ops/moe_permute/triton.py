@@ -1,4 +1,8 @@
-"""Sums of rows without a table of all copies in between: every row is read once, and every sum written once."""
+"""Rows of tokens on a GPU in as few kernels as they can be.
+
+`sum_rows` reads every row once and writes every sum once, without a table of all copies in between. `line_up` plans
+where rows go in two kernels: one counts, by bin and block of tokens, and one places.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 _MOST_COLUMNS = 1024  # of one program
+_CHOICES = 2048  # of one program
+_COUNTS = 4096  # that a program adds up at a time
 
 
 def sum_rows(rows_XD: Tensor, slots_TM: Tensor) -> Tensor:
@@ -43,3 +49,112 @@ def _sum_rows_kernel(
         inside = (column < width) & (slot < number)
         total += tl.load(rows + slot * stride + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * width + column, total.to(out.dtype.element_ty), mask=column < width)
+
+
+def line_up(
+    experts_TK: Tensor, first: int, size: int, bins: int, once: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fields of a `BinOrder`, for at least one choice."""
+    experts_TK = experts_TK if experts_TK.stride(1) == 1 else experts_TK.contiguous()
+    (tokens, chosen), device = experts_TK.shape, experts_TK.device
+    tokens_N, choices_N = torch.empty(2, experts_TK.numel(), dtype=torch.int64, device=device)
+    places_TK = torch.empty(tokens, chosen, dtype=torch.int64, device=device)
+    ends_B = torch.empty(bins, dtype=torch.int32, device=device)
+    counts_B2 = torch.empty(bins, 2, dtype=torch.int64, device=device)
+    columns = triton.next_power_of_2(chosen)
+    rows = max(1, _CHOICES // columns)
+    blocks = triton.cdiv(tokens, rows)
+    table = torch.empty(2, bins, blocks, dtype=torch.int32, device=device)
+    choice = (experts_TK, experts_TK.stride(0), tokens, first, size)
+    shape = {"CHOSEN": chosen, "COLUMNS": columns, "ROWS": rows, "ONCE": once}
+    _count_kernel[bins, blocks](*choice, table, **shape)
+    _place_kernel[bins, blocks](
+        *choice, table, tokens_N, choices_N, places_TK, ends_B, counts_B2, COUNTS=_COUNTS, **shape
+    )
+    return tokens_N, choices_N, places_TK, ends_B, counts_B2
+
+
+@triton.jit(do_not_specialize=["stride", "tokens", "first", "size"])
+def _count_kernel(
+    experts,
+    stride,
+    tokens,
+    first,
+    size,
+    table,
+    CHOSEN: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    ONCE: tl.constexpr,
+):
+    own, block = tl.program_id(0), tl.program_id(1)
+    _, _, offset = _offsets(experts, stride, tokens, first, CHOSEN, COLUMNS, ROWS)
+    chosen = ((offset >= own * size) & (offset < (own + 1) * size)).to(tl.int32)
+    per_token = tl.max(chosen, 1) if ONCE else tl.sum(chosen, 1)
+    entry = table + own * tl.num_programs(1) + block
+    tl.store(entry, tl.sum(per_token, 0))
+    tl.store(entry + tl.num_programs(0) * tl.num_programs(1), tl.sum(tl.sum(chosen, 1), 0))
+
+
+@triton.jit(do_not_specialize=["stride", "tokens", "first", "size"])
+def _place_kernel(
+    experts,
+    stride,
+    tokens,
+    first,
+    size,
+    table,
+    tokens_out,
+    choices_out,
+    places_out,
+    ends_out,
+    counts_out,
+    CHOSEN: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    ONCE: tl.constexpr,
+    COUNTS: tl.constexpr,
+):
+    own, block = tl.program_id(0), tl.program_id(1)
+    bins, blocks = tl.num_programs(0), tl.num_programs(1)
+    token, inside, offset = _offsets(experts, stride, tokens, first, CHOSEN, COLUMNS, ROWS)
+    choice = token.to(tl.int64)[:, None] * CHOSEN + tl.arange(0, COLUMNS)[None, :]
+    nowhere = tokens.to(tl.int64) * CHOSEN
+    chosen = (offset >= own * size) & (offset < (own + 1) * size)
+    nth = tl.cumsum(chosen.to(tl.int32), 1)
+    placed = chosen & (nth == 1) if ONCE else chosen
+    per_token = tl.sum(placed.to(tl.int32), 1)
+    start = _sum_of(table, own * blocks + block, COUNTS)
+    place = start + (tl.cumsum(per_token, 0) - per_token)[:, None] + nth - 1
+
+    tl.store(tokens_out + place, tl.broadcast_to(token.to(tl.int64)[:, None], (ROWS, COLUMNS)), mask=placed)
+    tl.store(choices_out + place, choice, mask=placed)
+    tl.store(places_out + choice, place.to(tl.int64), mask=placed)
+    tl.store(places_out + choice, tl.zeros_like(choice) + nowhere, mask=chosen & (placed == 0))
+    if own == 0:
+        outside = inside & ((offset < 0) | (offset >= bins * size))
+        tl.store(places_out + choice, tl.zeros_like(choice) + nowhere, mask=outside)
+    if block == blocks - 1:
+        tl.store(ends_out + own, start + tl.sum(per_token, 0))
+        tl.store(counts_out + 2 * own, _sum_of(table + own * blocks, blocks, COUNTS).to(tl.int64))
+        tl.store(counts_out + 2 * own + 1, _sum_of(table + (bins + own) * blocks, blocks, COUNTS).to(tl.int64))
+
+
+@triton.jit
+def _offsets(experts, stride, tokens, first, CHOSEN: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    """Tokens of this program's block, which of its entries are choices, and these as offsets from `first`."""
+    token = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    inside = (token[:, None] < tokens) & (column[None, :] < CHOSEN)
+    at = token.to(tl.int64)[:, None] * stride + column[None, :]
+    expert = tl.load(experts + at, mask=inside, other=0).to(tl.int32)
+    return token, inside, tl.where(inside, expert - first, -1)
+
+
+@triton.jit
+def _sum_of(counts, number, COUNTS: tl.constexpr):
+    total = 0
+    for start in range(0, number, COUNTS):
+        at = start + tl.arange(0, COUNTS)
+        total += tl.sum(tl.load(counts + at, mask=at < number, other=0), 0)
+    return total
