@@ -10,6 +10,9 @@ from deepseek_v3.model.back_ends import choose_back_ends
 from deepseek_v3.model.block import DecoderLayer
 from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.ops.attention import cudnn_attention, reference_attention
+from deepseek_v3.planning.execution import execution_on
+from deepseek_v3.planning.hardware import device_named
+from deepseek_v3.planning.memory import estimate_memory
 from deepseek_v3.training.batches import token_batches
 from deepseek_v3.training.loss import training_losses
 from deepseek_v3.training.parallel.plan import _compile_layers
@@ -27,6 +30,27 @@ WIDTHS = [
     "model.qk_nope_head_dim=24",
     "model.qk_rope_head_dim=8",
     "model.v_head_dim=16",
+]
+
+# Layers of which most of the memory is what they keep for their backward pass.
+WIDE = [
+    "model.hidden_size=1024",
+    "model.num_hidden_layers=6",
+    "model.num_attention_heads=8",
+    "model.kv_lora_rank=512",
+    "model.qk_nope_head_dim=128",
+    "model.qk_rope_head_dim=64",
+    "model.v_head_dim=128",
+    "model.intermediate_size=2816",
+    "model.n_routed_experts=16",
+    "model.num_experts_per_tok=6",
+    "model.moe_intermediate_size=512",
+    "model.num_nextn_predict_layers=0",
+    "model.max_position_embeddings=1024",
+    "training.sequence_length=1024",
+    "training.global_batch_size=16",
+    "training.total_tokens=65536",
+    "parallel.micro_batch_size=16",
 ]
 
 
@@ -103,11 +127,29 @@ def test_layers_in_compiled_parts_train_as_whole_ones_do(tmp_path: Path, recompu
         trainer = Trainer(load_config(write_run(folder), [*settings, f"parallel.compile={compiles}"]), CUDA)
         if name == "parts":
             (model,) = trainer.engine.models
-            _compile_layers([layer for layer in model.model.layers if isinstance(layer, DecoderLayer)], whole=False)
+            layers = [layer for layer in model.model.layers if isinstance(layer, DecoderLayer)]
+            _compile_layers(layers, trainer.config.parallel.model_copy(update={"expert": 2}))
         batches = token_batches(trainer.loader, trainer._micro_batches(), CUDA)
         losses.append([trainer._train_step(trainer.plan.step(n), batches)[0].total.item() for n in range(1, 5)])
     assert not torch._dynamo.utils.counters["graph_break"]
     assert losses[1] == pytest.approx(losses[0], rel=2e-3)
+
+
+@pytest.mark.parametrize("recomputation", ["none", "selective", "full"])
+def test_steps_need_the_memory_that_was_planned(tmp_path: Path, recomputation: str) -> None:
+    """Nothing that shall be made again is kept by the compiler all the same. Activations are most of it here."""
+    settings = [*WIDE, f"parallel.recomputation={recomputation}"]
+    config = load_config(write_run(tmp_path), settings)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    trainer = Trainer(config, CUDA)
+    tokens = torch.randint(config.model.vocab_size, (16, 1025), device=CUDA)
+    for number in (1, 2):
+        trainer._train_step(trainer.plan.step(number), iter([tokens]))
+    device = device_named(torch.cuda.get_device_name())
+    assert device is not None
+    planned = estimate_memory(config, execution_on(device, config)).total
+    assert torch.cuda.max_memory_allocated() - before == pytest.approx(planned, rel=0.05)
 
 
 def test_a_run_resumes_and_generates_on_the_gpu(tmp_path: Path) -> None:

@@ -83,6 +83,17 @@ def test_the_planner_lays_out_what_was_started(tmp_path: Path, caplog: pytest.Lo
         laid_out(config, 3, describe_device(CPU, 3))
 
 
+def test_the_planner_may_replace_degrees_that_do_not_suit_the_batch(tmp_path: Path) -> None:
+    """As where a config for eight ranks is tried on two with a smaller batch."""
+    unsuited = ["parallel.data_shard=8", "parallel.micro_batch_size=3"]
+    with pytest.raises(ConfigError, match="is not a multiple of parallel.micro_batch_size"):
+        load_config(write_run(tmp_path), unsuited)
+    config = load_config(write_run(tmp_path), [*unsuited, "parallel.layout=auto"])
+    chosen = laid_out(config, 2, describe_device(CPU, 2)).parallel
+    assert chosen.world_size == 2
+    assert config.training.global_batch_size % (chosen.micro_batch_size * chosen.data_ranks) == 0
+
+
 def test_a_layout_that_no_memory_holds_is_refused(tmp_path: Path) -> None:
     config = _with(load_config(write_run(tmp_path)), "parallel", layout="auto")
     small = describe_device(CPU).model_copy(update={"memory_gib": 0.1})

@@ -210,7 +210,6 @@ class RunConfig(Section):
                 f"training.sequence_length = {training.sequence_length} leaves nothing to predict at depth "
                 f"model.num_nextn_predict_layers = {model.num_nextn_predict_layers}"
             )
-        _check_ranks(self.parallel, model)
         if training.batch_ramp and training.batch_ramp.initial > training.global_batch_size:
             raise ValueError(
                 f"training.batch_ramp.initial = {training.batch_ramp.initial} is more than "
@@ -220,10 +219,12 @@ class RunConfig(Section):
         if training.batch_ramp:
             sizes["training.batch_ramp.initial"] = training.batch_ramp.initial
             sizes |= _increment(training.batch_ramp, training.global_batch_size)
-        for name, size in sizes.items():
-            _check_batch(name, size, self.parallel)
-        if problem := pipeline_problem(self.parallel, batch_sizes(training)):
-            raise ValueError(problem)
+        if self.parallel.layout == "given":  # the planner's degrees, which replace these, divide everything
+            _check_ranks(self.parallel, model)
+            for name, size in sizes.items():
+                _check_batch(name, size, self.parallel)
+            if problem := pipeline_problem(self.parallel, batch_sizes(training)):
+                raise ValueError(problem)
         corpus = self.data.corpus
         if corpus and corpus.vocab_size > model.vocab_size:
             raise ValueError(

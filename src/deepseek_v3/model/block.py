@@ -40,7 +40,14 @@ class DecoderLayer(nn.Module):
         self, x_BSD: Tensor, placement: Placement, cache: LatentCache | None = None
     ) -> tuple[Tensor, RoutingStats | None]:
         """(B, S, D) to (B, S, D), and what the router did where the layer has one."""
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), placement, cache)
-        y_BSD = self.run_feed_forward(self.mlp, self.post_attention_layernorm(x_BSD))
+        x_BSD, normed_BSD = self.attend(x_BSD, placement, cache)
+        y_BSD = self.run_feed_forward(self.mlp, normed_BSD)
         y_BSD, stats = y_BSD if isinstance(y_BSD, tuple) else (y_BSD, None)
         return x_BSD + y_BSD, stats
+
+    def attend(
+        self, x_BSD: Tensor, placement: Placement, cache: LatentCache | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The first half of the layer: its result (B, S, D), and the same normed for the feed-forward network."""
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), placement, cache)
+        return x_BSD, self.post_attention_layernorm(x_BSD)

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from deepseek_v3.config.train_config import RunConfig
+from deepseek_v3.config.train_config import ParallelConfig, RunConfig
 from deepseek_v3.model.back_ends import choose_back_ends
 from deepseek_v3.model.block import DecoderLayer
 from deepseek_v3.model.init import initial_values, reset_buffers
@@ -68,7 +68,7 @@ def assembled(
     _spread_experts(model, config, ranks)
     recompute(model, config.parallel.recomputation)
     if _compiles(model, config, device):
-        _compile_layers(_layers(model, layers), whole=config.parallel.expert == 1)
+        _compile_layers(_layers(model, layers), config.parallel)
     root = wrap(model)
     shard(root, model, ranks, layers)
     return root, model
@@ -130,22 +130,28 @@ def _compiles(model: DeepSeekV3, config: RunConfig, device: torch.device) -> boo
     return in_one_piece and (device.type == "cuda" if wanted == "auto" else wanted)
 
 
-def _compile_layers(layers: Sequence[DecoderLayer], whole: bool) -> None:
-    """Compiles each layer whole; layers of one kind share the compiled code.
+def _compile_layers(layers: Sequence[DecoderLayer], parallel: ParallelConfig) -> None:
+    """Compiles each layer whole where it can be; layers of one kind share the compiled code.
 
-    Not `whole`, the parts around what experts on other ranks need: rows that are counted while they travel.
+    Where the feed-forward network runs again in the backward pass it is compiled by itself: within one graph the
+    compiler keeps rows of experts that should be made anew. Around experts on other ranks only parts are compiled,
+    because rows that travel are counted on the way.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _COMPILED_VARIANTS)
     for layer in layers:
-        if whole or not isinstance(layer.mlp, MixtureOfExperts):
+        mixture = layer.mlp if isinstance(layer.mlp, MixtureOfExperts) else None
+        apart = mixture is not None and parallel.expert > 1
+        if parallel.recomputation != "selective" and not apart:
             layer.compile(fullgraph=True, dynamic=False)
             continue
-        for part in (layer.input_layernorm, layer.self_attn, layer.post_attention_layernorm):
-            part.compile(fullgraph=True, dynamic=False)
-        _compile_method(layer.mlp, "route")
-        layer.mlp.experts.compile(fullgraph=True, dynamic=True)
-        if layer.mlp.config.n_shared_experts:
-            _compile_method(layer.mlp.shared_experts, "hidden")
+        _compile_method(layer, "attend")
+        if mixture is None or not apart:
+            layer.mlp.compile(fullgraph=True, dynamic=False)
+            continue
+        _compile_method(mixture, "route")
+        mixture.experts.compile(fullgraph=True, dynamic=True)
+        if mixture.config.n_shared_experts:
+            _compile_method(mixture.shared_experts, "hidden")
 
 
 def _compile_method(module: nn.Module, name: str) -> None:
