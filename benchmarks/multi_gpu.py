@@ -110,13 +110,14 @@ def main(
     """Measure on the GPUs of this host."""
     gpus = gpus or torch.cuda.device_count()
     end = time.monotonic() + seconds
+    work = Work(shape, gpus, steps, micro, gpus * (batch or micro), override or [])
     results: dict[str, Any] = {
         **surroundings("torch", "numpy", commit=commit),
         "gpus": gpus,
+        "sequences_of_a_step": work.batch,
         "shape": shape.stem,
-        "overrides": override or [],
+        "overrides": work.overrides,
     }
-    work = Work(shape, gpus, steps, micro, gpus * (batch or micro), override or [])
 
     def keep(key: str, value: Any) -> None:
         results[key] = value

@@ -1,4 +1,4 @@
-"""Time of what the ranks of a layout send each other, from its bytes; it has not been measured."""
+"""Time of what the ranks of a layout send each other, from its bytes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from deepseek_v3.planning.execution import Execution
 from deepseek_v3.planning.hardware import Device
 from deepseek_v3.planning.shares import micro_batches, rank_parameters
 
-# Of a link's published rate, what large messages reach; an assumption.
-_LINK_SHARE = 0.8
+# Of the published rate, what collectives reach in the midst of training steps. Inside a node as measured on two
+# H200 (0.21 to 0.28; alone they reach 0.47 to 0.61: benchmarks/results/multi_gpu_h200_x2.json), beyond it assumed.
+_LINK_SHARE, _NETWORK_SHARE = 0.25, 0.8
 
 
 def collective_seconds(config: RunConfig, run: Execution, device: Device) -> tuple[float, float]:
@@ -26,20 +27,29 @@ def collective_seconds(config: RunConfig, run: Execution, device: Device) -> tup
         each_time = (gathers * run.width + 4) * parameters * _left_over(shards)
         hidden += repeats * each_time / _bandwidth(device, parallel.data_shard)
         hidden += 2 * 4 * parameters / shards * _left_over(copies) / _bandwidth(device, parallel.data_ranks)
-    exposed = _expert_traffic(config, run) * _left_over(parallel.expert) / _bandwidth(device, parallel.expert)
-    return hidden, exposed
+    return hidden, _expert_seconds(config, run, device)
 
 
-def _expert_traffic(config: RunConfig, run: Execution) -> float:
-    """Bytes that a rank sends to experts and back, in every pass."""
+def _expert_seconds(config: RunConfig, run: Execution, device: Device) -> float:
+    """Seconds that rows take to experts and back, in every pass."""
     model, parallel = config.model, config.parallel
     if parallel.expert == 1:
         return 0.0
     mixtures = (model.num_moe_layers + model.num_nextn_predict_layers) / parallel.pipeline
     tokens = parallel.micro_batch_size * config.training.sequence_length * micro_batches(config)
     passes = 2 if parallel.recomputation == "none" else 3
-    row = run.width * model.hidden_size * model.num_experts_per_tok * run.row_factor
-    return 2 * passes * mixtures * tokens * row
+    bytes_each_way = mixtures * tokens * run.row_factor * run.width * model.hidden_size
+    inside = min(parallel.expert, device.devices_per_node)
+    chosen = model.num_experts_per_tok
+    way = _others_reached(parallel.expert, chosen) / _bandwidth(device, inside)
+    if parallel.expert > inside:
+        way += _others_reached(parallel.expert / inside, chosen) / _bandwidth(device, parallel.expert)
+    return 2 * passes * bytes_each_way * way
+
+
+def _others_reached(places: float, chosen: int) -> float:
+    """How many other ranks, or nodes, a token goes to on average: once to each that holds any of its experts."""
+    return (places - 1) * (1 - (1 - 1 / places) ** chosen)
 
 
 def _left_over(ranks: int) -> float:
@@ -49,5 +59,6 @@ def _left_over(ranks: int) -> float:
 
 def _bandwidth(device: Device, ranks: int) -> float:
     """Bytes per second between ranks: the link inside a node, the network beyond."""
-    inside = ranks <= device.devices_per_node
-    return _LINK_SHARE * 1e9 * (device.link_gb_per_s if inside else device.network_gb_per_s)
+    if ranks <= device.devices_per_node:
+        return _LINK_SHARE * 1e9 * device.link_gb_per_s
+    return _NETWORK_SHARE * 1e9 * device.network_gb_per_s

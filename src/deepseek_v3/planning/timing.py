@@ -2,7 +2,7 @@
 
 Each kind of work is counted first (operations, bytes moved), then divided by the device's peak and multiplied by a
 factor over that peak, fitted to measured steps of this trainer on one H100 (`calibration.py`). Collectives over
-several devices follow from their bytes; they have not been measured.
+several devices follow from their bytes (`collectives.py`), and no step is shorter than launching it takes the host.
 """
 
 from __future__ import annotations
@@ -32,6 +32,16 @@ _FACTORS_OF_PARTS = {
     "launches": ("seconds_per_layer", "seconds_per_step"),
 }
 
+# Seconds in which a host launches both passes of a layer with its share of all else in a step: on a rank of a
+# pipeline alone, where ranks share out or sum gradients, and where experts live apart and it waits for counts of
+# rows. Of hosts of two H200, on which shape 1b takes no less (benchmarks/results/multi_gpu_h200_x2.json). On one
+# GPU the factors of `Rates` hold all of it.
+_LAUNCHING, _LAUNCHING_SHARED, _LAUNCHING_APART = 0.005, 0.011, 0.018
+
+# Of the time of collectives that run beside the computation, how much it takes longer for them: they use the same
+# multiprocessors and memory. From shape 15b under FSDP on two H200 (results/multi_gpu_15b_h200_x2.json there).
+_HIDDEN_COSTS = 0.5
+
 
 @dataclass(frozen=True)
 class StepWork:
@@ -53,7 +63,11 @@ class StepWork:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step by part. `waiting`: pipeline stages without work; `communication`: what is not hidden."""
+    """Seconds of one step by part.
+
+    `launches`: gaps between kernels, and how much longer than all else the host takes to launch a step. `waiting`:
+    pipeline stages without work. `communication`: what is not hidden, and what the rest slows the computation by.
+    """
 
     matrices: float
     experts: float
@@ -80,10 +94,23 @@ def estimate_step(config: RunConfig, run: Execution, device: Device) -> StepTime
     computing = computing_time(work, rates, run, device)
     busy = sum(computing.values())
     hidden, exposed = collective_seconds(config, run, device)
+    communication = exposed + max(0.0, hidden - busy) + _HIDDEN_COSTS * min(hidden, busy)
+    launching = launching_seconds(config, work, device)
+    computing["launches"] += max(0.0, launching - busy - communication)
     stages = config.parallel.pipeline
     longest = longest_stage(config.model, stages, config.training.sequence_length)
-    waiting = busy * (longest * (1 + (stages - 1) / micro_batches(config)) - 1)
-    return StepTime(**computing, communication=exposed + max(0.0, hidden - busy), waiting=waiting)
+    waiting = max(busy, launching) * (longest * (1 + (stages - 1) / micro_batches(config)) - 1)
+    return StepTime(**computing, communication=communication, waiting=waiting)
+
+
+def launching_seconds(config: RunConfig, work: StepWork, device: Device) -> float:
+    """How long the host of one of several GPUs takes to launch a step; the GPU works meanwhile."""
+    parallel = config.parallel
+    if device.is_cpu or parallel.world_size == 1:
+        return 0.0
+    if parallel.expert > 1:
+        return work.layer_runs * _LAUNCHING_APART
+    return work.layer_runs * (_LAUNCHING if parallel.data_ranks == 1 else _LAUNCHING_SHARED)
 
 
 def ideal_seconds(work: StepWork, run: Execution, device: Device) -> dict[str, float]:
