@@ -7,9 +7,10 @@ from deepseek_v3.planning.execution import Execution
 from deepseek_v3.planning.hardware import Device
 from deepseek_v3.planning.shares import micro_batches, rank_parameters
 
-# Of the published rate, what collectives reach in the midst of training steps. Inside a node as measured on two
-# H200 (0.21 to 0.28; alone they reach 0.47 to 0.61: benchmarks/results/multi_gpu_h200_x2.json), beyond it assumed.
-_LINK_SHARE, _NETWORK_SHARE = 0.25, 0.8
+# Of the published rate. Gathers and reductions inside a node, alone on two H200: 0.47 and 0.61. Rows to experts in
+# the midst of training steps there, with waiting for other ranks: 0.2 to 0.28. Beyond a node an assumption.
+# benchmarks/results/multi_gpu_h200_x2.json and multi_gpu_15b_h200_x2.json.
+_LINK_SHARE, _LINK_SHARE_OF_ROWS, _NETWORK_SHARE = 0.5, 0.25, 0.8
 
 
 def collective_seconds(config: RunConfig, run: Execution, device: Device) -> tuple[float, float]:
@@ -41,7 +42,7 @@ def _expert_seconds(config: RunConfig, run: Execution, device: Device) -> float:
     bytes_each_way = mixtures * tokens * run.row_factor * run.width * model.hidden_size
     inside = min(parallel.expert, device.devices_per_node)
     chosen = model.num_experts_per_tok
-    way = _others_reached(parallel.expert, chosen) / _bandwidth(device, inside)
+    way = _others_reached(parallel.expert, chosen) / (_LINK_SHARE_OF_ROWS * 1e9 * device.link_gb_per_s)
     if parallel.expert > inside:
         way += _others_reached(parallel.expert / inside, chosen) / _bandwidth(device, parallel.expert)
     return 2 * passes * bytes_each_way * way

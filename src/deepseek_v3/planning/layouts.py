@@ -15,7 +15,7 @@ from deepseek_v3.planning.shares import own_share, parameters_by_place
 from deepseek_v3.planning.timing import StepTime, estimate_step
 
 MOST_DEVICES = 4096
-_MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
+_LARGEST_MICRO_BATCH = 32
 _DEGREES = (1, 2, 4, 8, 16, 32, 64)
 _RECOMPUTATION = ("none", "selective", "full")
 
@@ -120,10 +120,14 @@ def _candidates(config: RunConfig, device: Device, devices: int) -> Iterator[Run
         if devices % pipeline or pipeline > model.num_hidden_layers:
             continue
         ranks = devices // pipeline
+        if batch % ranks:
+            continue
+        largest = min(batch // ranks, _LARGEST_MICRO_BATCH)
+        micro_batches = [size for size in range(1, largest + 1) if batch // ranks % size == 0]
         for shard, expert, micro, recomputation in product(
-            _shards(ranks, device), _DEGREES, _MICRO_BATCHES, _RECOMPUTATION
+            _shards(ranks, device), _DEGREES, micro_batches, _RECOMPUTATION
         ):
-            if batch % (micro * ranks) or ranks % expert or model.n_routed_experts % expert:
+            if ranks % expert or model.n_routed_experts % expert:
                 continue
             if max(shard, expert) % min(shard, expert):
                 continue

@@ -31,6 +31,7 @@ def pipeline_stages(model: ModelConfig, stages: int, sequence_length: int) -> li
     return found
 
 
+@lru_cache
 def longest_stage(model: ModelConfig, stages: int, sequence_length: int) -> float:
     """The cost of the slowest stage over that of an even share."""
     costs = [
