@@ -260,6 +260,12 @@ def batch_sizes(training: TrainingConfig) -> range:
     return range(ramp.initial, last + 1, ramp.increment or math.gcd(ramp.initial, last))
 
 
+def batch_unit(training: TrainingConfig) -> int:
+    """Sequences that the batch of every step is a multiple of: the most that a layout can always take at once."""
+    sizes = batch_sizes(training)
+    return math.gcd(sizes[0], sizes[-1], sizes.step if len(sizes) > 1 else 0)
+
+
 def pipeline_problem(parallel: ParallelConfig, batches: range) -> str | None:
     """Why the pipeline's schedule cannot take batches of these sizes, which divide evenly; None where it can."""
     stages, kind = parallel.pipeline, parallel.pipeline_schedule

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import product
 
-from deepseek_v3.config.train_config import RunConfig
+from deepseek_v3.config.train_config import RunConfig, batch_unit
 from deepseek_v3.planning.hardware import Device
 from deepseek_v3.planning.layouts import fastest_layout, fewest_devices, leanest_layout, measure_layout
 from deepseek_v3.utils.errors import PlanError
@@ -53,7 +53,8 @@ def way_out(config: RunConfig, device: Device) -> str:
 def _smaller(config: RunConfig) -> Iterator[tuple[dict[str, object], RunConfig]]:
     """The same run, its steps unchanged, with less at once: each set of changed fields and its config."""
     parallel, optimizer = config.parallel, config.training.optimizer
-    micro_batches = [size for size in range(1, parallel.micro_batch_size + 1) if _divides(config, size)]
+    of_each_rank = batch_unit(config.training) // parallel.data_ranks
+    micro_batches = [size for size in range(1, parallel.micro_batch_size + 1) if of_each_rank % size == 0]
     for micro, recomputation, moments in product(
         micro_batches, {parallel.recomputation, "selective", "full"}, {optimizer.moments, "bfloat16"}
     ):
@@ -72,10 +73,3 @@ def _smaller(config: RunConfig) -> Iterator[tuple[dict[str, object], RunConfig]]
             }
         )
         yield changes, changed
-
-
-def _divides(config: RunConfig, micro_batch_size: int) -> bool:
-    at_once = micro_batch_size * config.parallel.data_ranks
-    ramp = config.training.batch_ramp
-    sizes = [config.training.global_batch_size] + ([ramp.initial, ramp.increment or ramp.initial] if ramp else [])
-    return all(size % at_once == 0 for size in sizes)

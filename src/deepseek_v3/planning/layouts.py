@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
-from deepseek_v3.config.train_config import ParallelConfig, RunConfig, batch_sizes, pipeline_problem
+from deepseek_v3.config.train_config import ParallelConfig, RunConfig, batch_sizes, batch_unit, pipeline_problem
 from deepseek_v3.planning.execution import Execution, execution_on
 from deepseek_v3.planning.hardware import Device
 from deepseek_v3.planning.memory import MemoryEstimate, estimate_memory, needed_bytes
@@ -100,22 +99,16 @@ def _holding_states(config: RunConfig, device: Device, devices: int) -> list[Run
 def _on_most_devices(config: RunConfig, device: Device, devices: int) -> list[RunConfig]:
     most = min(devices, config.training.global_batch_size * max(_DEGREES))
     for used in range(most, 0, -1):
-        if any(used % stages == 0 and _batch(config) % (used // stages) == 0 for stages in _DEGREES):
+        if any(used % stages == 0 and batch_unit(config.training) % (used // stages) == 0 for stages in _DEGREES):
             runs = list(_candidates(config, device, used))
             if runs:
                 return runs
     raise AssertionError("one device takes any batch")
 
 
-def _batch(config: RunConfig) -> int:
-    """Sequences that must divide evenly: those of a full step, and of the first one where the batch grows."""
-    sizes = batch_sizes(config.training)
-    return math.gcd(sizes[0], sizes[-1], sizes.step if len(sizes) > 1 else 0)
-
-
 def _candidates(config: RunConfig, device: Device, devices: int) -> Iterator[RunConfig]:
     """Every layout on exactly so many devices that the model and the batch divide into."""
-    model, batch, batches = config.model, _batch(config), batch_sizes(config.training)
+    model, batch, batches = config.model, batch_unit(config.training), batch_sizes(config.training)
     for pipeline in _DEGREES:
         if devices % pipeline or pipeline > model.num_hidden_layers:
             continue

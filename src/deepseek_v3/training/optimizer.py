@@ -117,9 +117,9 @@ class AdamW(torch.optim.Optimizer):
 class PartitionedAdamW(AdamW):
     """The same for an engine that puts flat partitions in the parameters' place, and clips by itself.
 
-    `before_step` says when a step begins; the engine may then call `step` several times, each for other partitions.
-    Their moments are made by `make_moments` or when they first have a gradient. Where DeepSpeed has shared out a
-    parameter already, `ds_shape` is the shape of the whole.
+    `make_moments` makes those of the partitions. `before_step` says when a step begins; the engine may then call
+    `step` several times, each for other partitions. Where DeepSpeed has shared out a parameter already, `ds_shape` is
+    the shape of the whole.
     """
 
     _has_whole_parameters = False
@@ -132,8 +132,7 @@ class PartitionedAdamW(AdamW):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # as the engine calls it
-        """Updates the partitions that have gradients; before the first step, only makes their moments."""
-        self.make_moments(p for group in self.param_groups for p in group["params"] if p.grad is not None)
+        """Updates the partitions that have gradients; the engine also calls it before there is any step."""
         if self.num_steps and self.state:
             device = next(iter(self.state)).device
             self._update_all(torch.ones((), device=device))
