@@ -38,6 +38,7 @@ from deepseek_v3.utils.monitoring import read_metrics
 
 PARTS = ("ranks", "tests", "training", "peer")
 INTERVAL = 5  # steps of one rate; the first ones are left out: they compile, and meet the first memory
+COMPARED_STEPS = 20  # in which rounding has not yet led two runs apart
 LONGEST = 300  # seconds for one program
 POLL = 0.2  # seconds between two looks at a run's metrics
 TESTS = ["tests/integration/test_parallel_equality.py", "tests/integration/test_parallel_resume.py"]
@@ -133,6 +134,7 @@ def main(
     for run in runs_on(gpus, micro) if "training" in wanted else []:
         if time.monotonic() < end and (not only or run.name in only):
             trained.append(train(run, work))
+            trained[-1] |= loss_difference(trained[-1], trained[0])
             keep("training", trained)
     peers: list[dict[str, Any]] = []
     for expert in (1, gpus) if "peer" in wanted else []:
@@ -211,6 +213,13 @@ def figures(folder: Path, work: Work) -> dict[str, Any]:
         "planned_memory_gib": round(estimate.needed_bytes / 2**30, 1),
         "losses": {str(record["step"]): round(record["loss"], 4) for record in steps},
     }
+
+
+def loss_difference(found: dict[str, Any], first: dict[str, Any]) -> dict[str, float]:
+    """How far a run's losses are at most from those of the first one, which saw the same tokens, in 20 steps."""
+    early = [step for step in found.get("losses", {}) if int(step) <= COMPARED_STEPS and "losses" in first]
+    differences = [abs(found["losses"][step] - first["losses"][step]) for step in early]
+    return {"loss_difference": round(max(differences), 4)} if differences else {}
 
 
 def torchtitan(work: Work, expert: int, micro: int, recompute: str) -> dict[str, Any]:
