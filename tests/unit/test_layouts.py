@@ -224,6 +224,19 @@ def test_measuring_changes_nothing() -> None:
     _assert_measured(layout, config)
 
 
+def test_of_layouts_as_fast_as_each_other_the_leanest_is_taken() -> None:
+    """Where the host's launching is all that counts, copies are no faster than shares."""
+    device = device_named("H200")
+    assert device is not None
+    config = load_config(COMPARISON, ["training.global_batch_size=8"])
+    chosen = fastest_layout(config, device, 2)
+    assert chosen is not None
+    copies = config.parallel.model_copy(update={"data_replicate": 2})
+    other = measure_layout(config.model_copy(update={"parallel": copies}), device)
+    assert other.step.total == pytest.approx(chosen.step.total)
+    assert (chosen.config.parallel.data_shard, chosen.config.parallel.data_replicate) == (2, 1)
+
+
 MEASURED = {
     "benchmarks/shapes/1b.yaml": "multi_gpu_h200_x2.json",
     "configs/deepseek_v3_15b.yaml": "multi_gpu_15b_h200_x2.json",

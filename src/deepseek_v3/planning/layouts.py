@@ -10,7 +10,7 @@ from deepseek_v3.config.train_config import ParallelConfig, RunConfig, batch_siz
 from deepseek_v3.planning.execution import Execution, execution_on
 from deepseek_v3.planning.hardware import Device
 from deepseek_v3.planning.memory import MemoryEstimate, estimate_memory, needed_bytes
-from deepseek_v3.planning.shares import own_share, parameters_by_place
+from deepseek_v3.planning.shares import own_share, parameters_by_place, rank_parameters
 from deepseek_v3.planning.timing import StepTime, estimate_step
 
 MOST_DEVICES = 4096
@@ -48,17 +48,23 @@ def measure_layout(config: RunConfig, device: Device) -> Layout:
 def fastest_layout(config: RunConfig, device: Device, devices: int) -> Layout | None:
     """The layout over so many devices with the shortest step among those that fit; None where none does.
 
+    Of steps that are equal to three digits it is the one with the smallest share of the weights on each device.
     Where the batch does not divide over all of them, the most devices over which it does.
     """
     candidates = _holding_states(config, device, devices)
     executed = [(candidate, execution_on(device, candidate)) for candidate in candidates]
     timed = [(estimate_step(candidate, run, device), candidate, run) for candidate, run in executed]
-    for step, candidate, run in sorted(timed, key=lambda found: found[0].total):
+    for step, candidate, run in sorted(timed, key=_preference):
         memory = estimate_memory(candidate, run)
         needed = needed_bytes(memory, device)
         if needed <= device.memory_bytes:
             return Layout(candidate, run, memory, needed, step)
     return None
+
+
+def _preference(timed: tuple[StepTime, RunConfig, Execution]) -> tuple[float, float, float]:
+    step, config, _ = timed
+    return float(f"{step.total:.3g}"), rank_parameters(config).share, step.total
 
 
 def leanest_layout(config: RunConfig, device: Device, devices: int) -> Layout:

@@ -118,8 +118,8 @@ class PartitionedAdamW(AdamW):
     """The same for an engine that puts flat partitions in the parameters' place, and clips by itself.
 
     `make_moments` makes those of the partitions. `before_step` says when a step begins; the engine may then call
-    `step` several times, each for other partitions. Where DeepSpeed has shared out a parameter already, `ds_shape` is
-    the shape of the whole.
+    `step` several times, each for other partitions. Where DeepSpeed has shared out a parameter already, `ds_shape`
+    is the shape of the whole.
     """
 
     _has_whole_parameters = False
