@@ -54,7 +54,7 @@ def best_layout(config: RunConfig, request: PlanRequest) -> Layout | None:
     devices = request.devices
     while devices:
         layout = fastest_layout(config, request.device, devices)
-        if layout is None or (best and _rank(layout, request) >= _rank(best, request)):
+        if layout is None or (best and _rank(layout, request) > _rank(best, request)):
             break
         best = layout
         work = _work_share(layout)
@@ -65,7 +65,8 @@ def best_layout(config: RunConfig, request: PlanRequest) -> Layout | None:
 
 
 def _rank(layout: Layout, request: PlanRequest) -> tuple[float, float]:
-    return max(1.0, _overrun(layout, request)), layout.step.total
+    """How far over its limits a plan is, then how long a step takes, to six digits: equal ones shall be equal."""
+    return max(1.0, _overrun(layout, request)), float(f"{layout.step.total:.6g}")
 
 
 def _overrun(layout: Layout, request: PlanRequest) -> float:
