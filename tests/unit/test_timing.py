@@ -210,6 +210,7 @@ def _sending_seconds(config: RunConfig) -> float:
     """Seconds of all collectives but the experts', on links so slow that they outlast the computation."""
     changes = {rate: 1e-4 * getattr(DEVICE, rate) for rate in ("link_gb_per_s", "network_gb_per_s")}
     step = estimate_step(config, COMPILED, DEVICE.model_copy(update=changes))
+    assert step.communication > 0
     return 1e-4 * (step.communication + (1 - SLOWED) * _busy(step))
 
 

@@ -105,10 +105,8 @@ def _holding_states(config: RunConfig, device: Device, devices: int) -> list[Run
 def _on_most_devices(config: RunConfig, device: Device, devices: int) -> list[RunConfig]:
     most = min(devices, config.training.global_batch_size * max(_DEGREES))
     for used in range(most, 0, -1):
-        if any(used % stages == 0 and batch_unit(config.training) % (used // stages) == 0 for stages in _DEGREES):
-            runs = list(_candidates(config, device, used))
-            if runs:
-                return runs
+        if runs := list(_candidates(config, device, used)):
+            return runs
     raise AssertionError("one device takes any batch")
 
 

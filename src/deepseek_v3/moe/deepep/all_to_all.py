@@ -28,15 +28,6 @@ class AllToAllDispatcher(RemoteDispatcher):
         super().__init__(num_experts // hops[0].group.size())
         self.num_experts, self.hops, self.fp8 = num_experts, hops, fp8
 
-    @property
-    def first_expert(self) -> int:
-        """The number of this rank's first expert."""
-        return self.hops[0].group.rank() * self.num_local_experts
-
-    def leg(self, hop: Hop, experts_TK: Tensor) -> Leg:
-        """One step of tokens that chose these experts."""
-        return hop.leg(experts_TK, self.num_experts)
-
     def _dispatching(self, experts_TK: Tensor) -> _Dispatching:
         return _Dispatching(self, experts_TK)
 
@@ -46,7 +37,7 @@ class _Dispatching:
 
     def __init__(self, dispatcher: AllToAllDispatcher, experts_TK: Tensor) -> None:
         self._dispatcher = dispatcher
-        self._legs = [dispatcher.leg(dispatcher.hops[0], experts_TK)]
+        self._legs = [dispatcher.hops[0].leg(experts_TK, dispatcher.num_experts)]
 
     def start(self, *tensors: Tensor) -> None:
         x_TD, gates_TK, experts_TK = tensors
@@ -59,7 +50,7 @@ class _Dispatching:
         packed = self._flight.land()
         for hop in self._dispatcher.hops[1:]:
             experts_RK = unpack(packed, self._columns)[-1]
-            self._legs.append(self._dispatcher.leg(hop, experts_RK))
+            self._legs.append(hop.leg(experts_RK, self._dispatcher.num_experts))
             packed = self._legs[-1].outward(packed).land()
         *rows, gates_RK, experts_RK = unpack(packed, self._columns)
         x_RD = dequantize_1x128(rows[0], rows[1], self._dtype) if self._dispatcher.fp8 else rows[0]
@@ -77,7 +68,7 @@ class _Dispatching:
 
     @property
     def first_expert(self) -> int:
-        return self._dispatcher.first_expert
+        return self._dispatcher.hops[0].group.rank() * self._dispatcher.num_local_experts
 
     def combining(self) -> _Combining:
         return _Combining(self._legs)
