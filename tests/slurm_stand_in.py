@@ -1,7 +1,7 @@
 """Stands for sbatch, srun and scontrol, under whose names it lies on the PATH: two "nodes" on this machine.
 
-Like Slurm it runs a copy of the script, signals every process of a step, and starts a requeued job again; where
-sbatch is killed, its steps end. $STAND_IN_JOB is the job's number. The folder $STAND_IN holds notes: `notify` asks
+Like Slurm it runs a copy of the script, signals every process of a step, kills what is left of one a while after it
+should have ended, and starts a requeued job again; where sbatch is killed, its steps end. $STAND_IN_JOB is the job's number. The folder $STAND_IN holds notes: `notify` asks
 for the notice of the end, `requeued` says that the job is to come back.
 """
 
@@ -13,10 +13,12 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 STATE = Path(os.environ.get("STAND_IN", "."))
 NODES = 2
+KILL_WAIT = 10.0  # seconds; Slurm's own is 30
 
 
 def sbatch(arguments: list[str]) -> int:
@@ -72,6 +74,8 @@ def srun(arguments: list[str]) -> int:
             for task in tasks:
                 _signal_all(task, signal.SIGTERM)
         time.sleep(0.05)
+    for task in tasks:
+        _end_what_is_left(task)
     return max(abs(task.returncode) for task in tasks)
 
 
@@ -92,6 +96,16 @@ def _signal_all(task: subprocess.Popen[bytes], number: int) -> None:
     """Signals all processes of a task, as long as it runs."""
     if task.poll() is None:
         os.killpg(task.pid, number)
+
+
+def _end_what_is_left(task: subprocess.Popen[bytes]) -> None:
+    """Lets the processes that an ended task has left behind come to their end, and kills them if they do not."""
+    deadline = time.monotonic() + KILL_WAIT
+    with suppress(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(task.pid, 0)
+            time.sleep(0.05)
+        os.killpg(task.pid, signal.SIGKILL)
 
 
 def _without_options(arguments: list[str]) -> list[str]:

@@ -30,8 +30,13 @@ RESUME = "; the job stops: resume with --resume latest"
 Deed = Callable[[int, int], None]  # what a rank does in a step, given both numbers
 
 
-def _work(world: World, deed: Deed, timeout: timedelta = PATIENT, saved: Path | None = None) -> None:
-    """Four steps with a sum over all ranks in each, and a slow save where the watchdog ends the process."""
+def _work(
+    world: World, deed: Deed, timeout: timedelta = PATIENT, saved: Path | None = None, drowsy: int | None = None
+) -> None:
+    """Four steps with a sum over all ranks in each, and a slow save where the watchdog ends the process.
+
+    A `drowsy` rank looks at the others, and is seen, four times more seldom.
+    """
 
     def save() -> None:
         assert saved is not None
@@ -39,9 +44,10 @@ def _work(world: World, deed: Deed, timeout: timedelta = PATIENT, saved: Path | 
         (saved / f"saved_{world.rank}").touch()
 
     before_exit = save if saved else None
+    silence = 4 * SILENCE if world.rank == drowsy else SILENCE
     with (
         process_group(world, torch.device("cpu"), PATIENT),
-        Watchdog(world, timeout, silence=SILENCE, before_exit=before_exit) as watchdog,
+        Watchdog(world, timeout, silence=silence, before_exit=before_exit) as watchdog,
     ):
         for step in range(1, 5):
             watchdog.step(step)
@@ -160,7 +166,8 @@ def test_the_end_of_the_launcher_hides_nothing(tmp_path: Path) -> None:
 def test_a_living_rank_that_hangs_is_named_with_its_place(
     tmp_path: Path, size: int, culprit: int, where: int
 ) -> None:
-    job = Job(tmp_path, size, partial(_work, timeout=HASTY, deed=partial(_hang, culprit=culprit, where=where)))
+    deed = partial(_hang, culprit=culprit, where=where)
+    job = Job(tmp_path, size, partial(_work, timeout=HASTY, deed=deed, drowsy=culprit))
     outcome = job.outcome(DEADLINE)
     assert outcome.codes == [1] * size
     _assert_one_line(

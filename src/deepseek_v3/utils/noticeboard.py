@@ -28,12 +28,14 @@ _PLACE, _FINDING, _NOTHING = "watchdog", "finding", "-"
 class Finding:
     """Why the job ends: `lost` ranks answer no more, or nobody waits for them; `speaker` is to say `text`.
 
-    Without a speaker there is nothing to say: a lost rank says it itself.
+    Without a speaker there is nothing to say: a lost rank says it itself. One that only hangs is `alive`: it too
+    will come to read this.
     """
 
     lost: tuple[int, ...]
     text: str = ""
     speaker: int | None = None
+    alive: bool = False
 
 
 class Noticeboard:
@@ -133,7 +135,7 @@ def _decoded(finding: bytes) -> Finding | None:
     if finding.decode() == _NOTHING:
         return None
     fields = json.loads(finding)
-    return Finding(tuple(fields["lost"]), fields["text"], fields["speaker"])
+    return Finding(tuple(fields["lost"]), fields["text"], fields["speaker"], fields["alive"])
 
 
 def _listed(names: list[str], most: int = 8) -> str:

@@ -153,7 +153,8 @@ class Watchdog:
 
     def _judge(self, now: float) -> None:
         """Reports who is silent or hangs; the next look at the board finds that, or an earlier finding."""
-        if self._sightings.silent(now, self._silence):
+        silent = bool(self._sightings.silent(now, self._silence))
+        if silent:
             lost = self._sightings.silent(now, 0.4 * self._silence)
             what = f"not answered for {self._silence:g} s"
         elif lost := self._sightings.hanging(now, self._hang):
@@ -161,7 +162,7 @@ class Watchdog:
             what = f"not left step {beat.step} for {self._hang:g} s while others wait, and stands at {beat.place}"
         if lost:
             text = f"{self._board.described(lost)} {what}; {_ADVICE}"
-            self._board.publish(Finding(tuple(lost), text, self._speaker(lost)))
+            self._board.publish(Finding(tuple(lost), text, self._speaker(lost), alive=not silent))
 
     def _speaker(self, lost: list[int]) -> int | None:
         """The lowest rank that is left, as far as this one knows."""
@@ -175,7 +176,8 @@ class Watchdog:
             get_logger("Watchdog").error(finding.text)
         self._clean_up()
         if self._world.rank == 0:
-            others = [rank for rank in range(self._world.size) if rank not in finding.lost]
+            gone = () if finding.alive else finding.lost
+            others = [rank for rank in range(self._world.size) if rank not in gone]
         else:
             others = [] if finding.speaker is None else [finding.speaker]
         self._within(self._grace, lambda: self._end_after(others))
