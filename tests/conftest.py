@@ -1,6 +1,7 @@
 """What holds for every test: the same random numbers on every run, no more threads than the work needs."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ if not torch.cuda.is_available():
 from hypothesis import settings
 from matplotlib.figure import Figure
 
+import fork_server
+from rank_pool import RankPool
+
 torch.set_num_threads(1)  # the suite runs one process per core
 settings.register_profile("same examples on every run", derandomize=True, deadline=None, database=None)
 settings.load_profile("same examples on every run")
@@ -19,6 +23,28 @@ settings.load_profile("same examples on every run")
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fork_server() -> None:
+    fork_server.start()
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[RankPool]:
+    """Four ranks over gloo."""
+    found = RankPool(4)
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="session")
+def deepspeed_pool() -> Iterator[RankPool]:
+    """Two ranks for DeepSpeed, which keeps the first group that it saw."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is an extra")
+    found = RankPool(2, one_group=True)
+    yield found
+    found.close()
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import re
 import socket
@@ -11,13 +10,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+import fork_server
 from deepseek_v3.utils.commands import run_app
 from deepseek_v3.utils.distributed import World
 from deepseek_v3.utils.logging import configure_logging
@@ -25,13 +25,6 @@ from deepseek_v3.utils.logging import configure_logging
 _PRINTED_BY_US = re.compile(
     r"\[(?!Gloo)[A-Z][a-z]+\] |error: |Traceback|\w*Error: "
 )  # torch logs `[W1128 08:10 ...`
-
-
-def fork_server() -> ForkServerContext:
-    """Starts processes that have torch imported already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed", "deepseek_v3.utils.watchdog"])
-    return context
 
 
 def free_port() -> int:
@@ -73,7 +66,7 @@ class Job:
 
 
 def _started(function: Callable[..., None], *arguments: Any) -> ForkServerProcess:
-    process = fork_server().Process(target=function, args=arguments, daemon=True)
+    process = fork_server.CONTEXT.Process(target=function, args=arguments, daemon=True)
     process.start()
     return process
 

@@ -1,12 +1,13 @@
 """Real processes for tests of several ranks: started once, then given one function after another.
 
-Starting Python with torch takes seconds, so the ranks of many tests are the same few processes; each call gives as
-many of them as it asks for a process group of its own: over gloo, and over NCCL for those that have a GPU each.
+The ranks of many tests are the same few processes; each call gives as many of them as it asks for a process group
+of its own: over gloo, and over NCCL for those that have a GPU each.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -16,6 +17,11 @@ from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import fork_server
 
 TIMEOUT = 60  # seconds for one call
 
@@ -28,7 +34,7 @@ class RankPool:
 
     def __init__(self, size: int, device: str = "cpu", *, one_group: bool = False) -> None:
         self.size, self.device = size, device
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("spawn") if device == "cuda" else fork_server.CONTEXT
         self._folder, self._calls = tempfile.TemporaryDirectory(), count()
         self._ends: list[Connection] = []
         self._processes = []
@@ -52,9 +58,10 @@ class RankPool:
 
     def close(self) -> None:
         """Ends the processes, in good order where they answer."""
-        for end, process in zip(self._ends, self._processes, strict=True):
+        for end in self._ends:
             with suppress(OSError):
                 end.send(None)
+        for process in self._processes:
             process.join(10)
             process.kill()
         self._folder.cleanup()
@@ -63,15 +70,13 @@ class RankPool:
         if not self._ends[rank].poll(2 * TIMEOUT):
             self.close()
             raise AssertionError(f"rank {rank} does not answer")
-        return self._ends[rank].recv()
+        try:
+            return self._ends[rank].recv()
+        except EOFError:
+            return False, f"rank {rank} has died"
 
 
 def _serve(end: Connection, device: str, one_group: bool) -> None:
-    import os
-
-    import torch
-    import torch.distributed as dist
-
     torch.set_num_threads(1)
     while (task := end.recv()) is not None:
         function, arguments, rank, world, store = task

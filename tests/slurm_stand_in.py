@@ -1,8 +1,9 @@
 """Stands for sbatch, srun and scontrol, under whose names it lies on the PATH: two "nodes" on this machine.
 
-Like Slurm it runs a copy of the script, signals every process of a step, kills what is left of one a while after it
-should have ended, and starts a requeued job again; where sbatch is killed, its steps end. $STAND_IN_JOB is the job's number. The folder $STAND_IN holds notes: `notify` asks
-for the notice of the end, `requeued` says that the job is to come back.
+Like Slurm it runs a copy of the script, signals every process of a step, kills what is left of one a while after
+it should have ended, and starts a requeued job again; where sbatch is killed, its steps end. $STAND_IN_JOB is the
+number of the job. The folder $STAND_IN holds notes: `notify` asks for the notice of the end, `requeued` says that
+the job is to come back.
 """
 
 from __future__ import annotations

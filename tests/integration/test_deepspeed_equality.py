@@ -1,6 +1,6 @@
 """DeepSpeed trains the same model under every ZeRO stage: all figures equal those of one process."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,23 +21,14 @@ TRAINING: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    found = RankPool(2, one_group=True)  # DeepSpeed keeps the first group that it saw
-    yield found
-    found.close()
-
-
-@pytest.fixture(scope="module")
-def alone() -> Iterator[Callable[[str], dict[str, Any]]]:
+def alone(pool: RankPool) -> Callable[[str], dict[str, Any]]:
     """The same run in one process, by the name of its training section."""
-    pool = RankPool(1)
 
     @cache
     def trained(name: str) -> dict[str, Any]:
         return pool.run(1, parallel_helpers.train, STEPS, {}, TRAINING[name])[0]
 
-    yield trained
-    pool.close()
+    return trained
 
 
 @pytest.mark.parametrize(
@@ -51,7 +42,7 @@ def alone() -> Iterator[Callable[[str], dict[str, Any]]]:
     ],
 )
 def test_zero_trains_as_one_process_does(
-    pool: RankPool,
+    deepspeed_pool: RankPool,
     alone: Callable[[str], dict[str, Any]],
     tmp_path: Path,
     stage: int,
@@ -60,7 +51,7 @@ def test_zero_trains_as_one_process_does(
 ) -> None:
     file = deepspeed_helpers.write_settings(tmp_path, {"zero_optimization": {"stage": stage}})
     expected_run = alone(training)
-    for result in pool.run(2, deepspeed_helpers.train, file, STEPS, parallel, TRAINING[training]):
+    for result in deepspeed_pool.run(2, deepspeed_helpers.train, file, STEPS, parallel, TRAINING[training]):
         assert len(result["rows"]) == len(expected_run["rows"]) >= STEPS
         for (found, counts, biases), (expected, all_counts, all_biases) in zip(
             result["rows"], expected_run["rows"], strict=True

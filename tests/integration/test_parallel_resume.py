@@ -1,6 +1,5 @@
 """A run saved under one layout goes on under any other as if nothing had happened."""
 
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from deepseek_v3.utils.checkpointing import load_checkpoint
 from rank_pool import RankPool
 from run_helpers import TOKENS_PER_STEP, write_run
 
-HALF, WHOLE = 5, 10
+HALF, WHOLE = 2, 4
 ALONE: list[str] = []
 FSDP = ["parallel.data_shard=4"]
 HSDP = ["parallel.data_replicate=2", "parallel.data_shard=2"]
@@ -26,22 +25,6 @@ PIPELINE_V = ["parallel.pipeline=2", "parallel.pipeline_schedule=dualpipe_v", "m
 PIPELINE_EXPERTS = ["parallel.pipeline=2", "parallel.data_shard=2", "parallel.expert=2"]
 FSDP_2 = ["parallel.data_shard=2"]
 EXPERTS_2 = ["parallel.data_replicate=2", "parallel.expert=2"]
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    found = RankPool(4)
-    yield found
-    found.close()
-
-
-@pytest.fixture(scope="module")
-def deepspeed_pool() -> Iterator[RankPool]:
-    """For DeepSpeed, which keeps the first group that it saw."""
-    pytest.importorskip("deepspeed", reason="DeepSpeed is an extra")
-    found = RankPool(2, one_group=True)
-    yield found
-    found.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Experts on several ranks, real processes over gloo, against one process that has all experts."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -26,13 +25,6 @@ from rank_pool import RankPool
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10}
 ANYWHERE = {"n_group": 1, "topk_group": 1}
 ONE = {"num_experts_per_tok": 1}
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    ranks = RankPool(4)
-    yield ranks
-    ranks.close()
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:

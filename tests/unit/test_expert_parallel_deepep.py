@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -31,13 +30,6 @@ SITUATIONS: dict[str, dict[str, Any]] = {
     "8 bits": {"lengths": (5, 4, 3, 7), "fp8": True},
     "recomputed": {"lengths": (5, 4), "recomputed": True},
 }
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    ranks = RankPool(4)
-    yield ranks
-    ranks.close()
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)

@@ -22,7 +22,7 @@ from deepseek_v3.utils.checkpoints.placement import as_sharded
 from deepseek_v3.utils.checkpoints.ranks import checkpoint_group
 from deepseek_v3.utils.checkpoints.saving import save_sharded
 from deepseek_v3.utils.errors import CheckpointError
-from rank_helpers import run_ranks
+from rank_pool import RankPool
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -77,9 +77,9 @@ def placements_of(name: str, ndim: int, mesh: DeviceMesh, draw: random.Random) -
     return [draw.choice(choices) for _ in range(mesh.ndim)]
 
 
-def cut(rank: int, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
+def cut(seed: int) -> dict[str, tuple[Tensor, Tensor]]:
     """For each name that this rank has: its tensor, and the part of the truth that must stand in it."""
-    world, draw = dist.get_world_size(), random.Random(seed)
+    rank, world, draw = dist.get_rank(), dist.get_world_size(), random.Random(seed)
     grids = meshes(world)
     tensors = {}
     for name, whole in wholes().items():
@@ -105,18 +105,18 @@ def bits(tensor: Tensor) -> list[int]:
     return tensor.contiguous().reshape(-1).view(torch.uint8).tolist()
 
 
-def save_by_ranks(rank: int, folder: Path) -> None:
+def save_by_ranks(folder: Path) -> None:
     group = checkpoint_group()
-    tensors = {name: tensor for name, (tensor, _) in cut(rank, seed=1).items()}
-    plain = PLAIN if rank == 0 else {"step": "of no account"}
+    tensors = {name: tensor for name, (tensor, _) in cut(seed=1).items()}
+    plain = PLAIN if dist.get_rank() == 0 else {"step": "of no account"}
     assert save_sharded(folder, tensors, plain, group).wait() == folder
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What four ranks saved, each with its parts."""
     path = tmp_path_factory.mktemp("four") / "checkpoint_step_7"
-    run_ranks(save_by_ranks, 4, path)
+    pool.run(4, save_by_ranks, path)
     return path
 
 
@@ -128,10 +128,10 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def load_by_ranks(rank: int, *paths: Path) -> None:
+def load_by_ranks(*paths: Path) -> None:
     group = checkpoint_group()
     for seed, path in enumerate(paths, start=2):
-        parts = cut(rank, seed)
+        parts = cut(seed)
         tensors = {name: tensor for name, (tensor, _) in parts.items()}
         places = {name: local(tensor).data_ptr() for name, tensor in tensors.items()}
         for tensor in tensors.values():
@@ -142,12 +142,12 @@ def load_by_ranks(rank: int, *paths: Path) -> None:
             assert local(tensor).shape == expected.shape, name
             assert bits(local(tensor)) == bits(expected), name
             assert local(tensor).data_ptr() == places[name], f"{name} was not filled in place"
-    check_refusals(rank, paths[0], group)
+    check_refusals(paths[0], group)
 
 
-def check_refusals(rank: int, path: Path, group: ProcessGroup | None) -> None:
+def check_refusals(path: Path, group: ProcessGroup | None) -> None:
     """What only the last rank has wrong is the same error on all of them, and nothing has changed."""
-    last = rank == dist.get_world_size() - 1
+    last = dist.get_rank() == dist.get_world_size() - 1
     for wrong, message in (
         ({"model.other": torch.zeros(1)}, "has no tensor 'model.other'"),
         ({"model.scale": torch.zeros(2)}, r"'model.scale' is torch.float32 \[\] there, torch.float32 \[2\] here"),
@@ -165,8 +165,8 @@ def check_refusals(rank: int, path: Path, group: ProcessGroup | None) -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_other_ranks_find_every_bit(world: int, folder: Path, file: Path) -> None:
-    run_ranks(load_by_ranks, world, folder, file)
+def test_other_ranks_find_every_bit(pool: RankPool, world: int, folder: Path, file: Path) -> None:
+    pool.run(world, load_by_ranks, folder, file)
 
 
 @pytest.mark.parametrize("form", ["folder", "file"])
@@ -206,27 +206,28 @@ def test_numbers_are_written_once_and_any_program_can_read_them(folder: Path) ->
         ), name
 
 
-def test_a_part_of_another_shape_is_refused() -> None:
-    run_ranks(check_parts, 2)
+def test_a_part_of_another_shape_is_refused(pool: RankPool) -> None:
+    pool.run(2, check_parts)
 
 
-def check_parts(rank: int) -> None:
+def check_parts() -> None:
     mesh = init_device_mesh("cpu", (2,))
-    with pytest.raises(ValueError, match=rf"part of shape \[3\] of \[3\], expected \[{2 - rank}\] on this rank"):
+    expected = 2 - dist.get_rank()
+    with pytest.raises(ValueError, match=rf"part of shape \[3\] of \[3\], expected \[{expected}\] on this rank"):
         as_sharded(torch.zeros(3), mesh, [Shard(0)], (3,))
 
 
-def damaged_for_one(rank: int, folder: Path) -> None:
+def damaged_for_one(folder: Path) -> None:
     group = checkpoint_group()
     with pytest.raises(CheckpointError, match=r"rank_00001\.safetensors: is damaged"):
         verify_checkpoint(folder, group)
 
 
-def test_damage_that_one_rank_finds_is_raised_on_all(folder: Path) -> None:
+def test_damage_that_one_rank_finds_is_raised_on_all(pool: RankPool, folder: Path) -> None:
     path = folder / "rank_00001.safetensors"
     good = path.read_bytes()
     path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     try:
-        run_ranks(damaged_for_one, 2, folder)
+        pool.run(2, damaged_for_one, folder)
     finally:
         path.write_bytes(good)

@@ -26,7 +26,7 @@ from deepseek_v3.utils.checkpoints.ranks import checkpoint_group
 from deepseek_v3.utils.checkpoints.saving import ShardedWriter
 from deepseek_v3.utils.errors import CheckpointError
 from helpers import fill_with_noise, small_config, small_model
-from rank_helpers import run_ranks
+from rank_pool import RankPool
 
 CPU = torch.device("cpu")
 
@@ -67,7 +67,7 @@ def shard(model: DeepSeekV3) -> DeepSeekV3:
     return model
 
 
-def sharded_both_ways(rank: int, folder: Path) -> None:
+def sharded_both_ways(folder: Path) -> None:
     """Saves a sharded model as a folder, and fills another one from the file that the test saved."""
     group = checkpoint_group()
     with ShardedWriter(CheckpointDirectory(folder / "out", keep=1), group) as writer:
@@ -82,11 +82,11 @@ def sharded_both_ways(rank: int, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoints(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`in` with a file that one process saved, `out` with a folder that three ranks saved."""
     folder = tmp_path_factory.mktemp("checkpoints")
     CheckpointDirectory(folder / "in", keep=1).save(7, state_of(noisy_model()))
-    run_ranks(sharded_both_ways, 3, folder)
+    pool.run(3, sharded_both_ways, folder)
     return folder
 
 

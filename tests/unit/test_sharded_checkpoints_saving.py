@@ -10,8 +10,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,7 +21,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
-from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from deepseek_v3.utils.checkpointing import CheckpointDirectory, load_checkpoint
 from deepseek_v3.utils.checkpoints import folder_writer
@@ -28,7 +29,7 @@ from deepseek_v3.utils.checkpoints.ranks import checkpoint_group
 from deepseek_v3.utils.checkpoints.saving import ShardedWriter, save_sharded
 from deepseek_v3.utils.checkpoints.staging import CpuCopies
 from deepseek_v3.utils.errors import CheckpointError, TrainingError
-from rank_helpers import run_ranks
+from rank_pool import RankPool
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -50,6 +51,11 @@ def with_slow_disk(gate: threading.Event) -> Callable[..., Any]:
         return write(path, tensors)
 
     return wait_and_write
+
+
+def writing(function: Callable[..., Any]) -> AbstractContextManager[Any]:
+    """Within it this process writes files by another function."""
+    return patch.object(folder_writer, "write_tensor_file", function)
 
 
 # One process
@@ -219,19 +225,18 @@ def test_a_process_that_is_killed_leaves_complete_checkpoints_only(tmp_path: Pat
 # Several
 
 
-def background(rank: int, folder: Path) -> None:
+def background(folder: Path) -> None:
     """Training goes on while the ranks save, each at its own pace."""
     group, mesh = checkpoint_group(), init_device_mesh("cpu", (3,))
     checkpoints = CheckpointDirectory(folder, keep=2)
     gate = threading.Event()
-    folder_writer.write_tensor_file = with_slow_disk(gate)
     whole = torch.arange(14.0).view(7, 2)
     weight = distribute_tensor(whole.clone(), mesh, [Shard(0)])
-    with ShardedWriter(checkpoints, group) as writer:
+    with writing(with_slow_disk(gate)), ShardedWriter(checkpoints, group) as writer:
         pending = writer.save(1, {"step": 1, "model": {"weight": weight}})
         for step in range(20):
             weight.to_local().add_(1)
-            total = torch.tensor(float(rank))
+            total = torch.tensor(float(dist.get_rank()))
             dist.all_reduce(total)
             assert total.item() == 3, step
         assert not pending.finished()
@@ -246,35 +251,31 @@ def background(rank: int, folder: Path) -> None:
     assert newest_checkpoint(checkpoints, group) == checkpoints.folder_of(2)
 
 
-def test_training_goes_on_while_ranks_save(tmp_path: Path) -> None:
-    run_ranks(background, 3, tmp_path)
+def test_training_goes_on_while_ranks_save(pool: RankPool, tmp_path: Path) -> None:
+    pool.run(3, background, tmp_path)
     assert names(tmp_path) == ["checkpoint_step_1", "checkpoint_step_2"]
 
 
-def one_full_disk(rank: int, folder: Path) -> None:
+def one_full_disk(folder: Path) -> None:
     """The disk of rank 1 fills up; all ranks are told, and the next save is as good as ever."""
     group, mesh = checkpoint_group(), init_device_mesh("cpu", (2,))
     weight = distribute_tensor(torch.arange(4.0), mesh, [Shard(0)])
-    write = folder_writer.write_tensor_file
-    if rank == 1:
-        folder_writer.write_tensor_file = full_disk
-    pending = save_sharded(folder / "checkpoint_step_1", {"w": weight}, {}, group)
-    with pytest.raises(
-        CheckpointError, match=r"checkpoint_step_1/rank_00001\.safetensors: cannot be written: No space"
-    ):
-        pending.wait()
+    message = r"checkpoint_step_1/rank_00001\.safetensors: cannot be written: No space"
+    with writing(full_disk) if dist.get_rank() == 1 else nullcontext():
+        pending = save_sharded(folder / "checkpoint_step_1", {"w": weight}, {}, group)
+        with pytest.raises(CheckpointError, match=message):
+            pending.wait()
     assert names(folder) == [".checkpoint_step_1.partial"]
     dist.barrier()
-    folder_writer.write_tensor_file = write
     save_sharded(folder / "checkpoint_step_2", {"w": weight}, {}, group).wait()
     assert names(folder) == ["checkpoint_step_2"]
 
 
-def hosts_without_a_shared_disk(rank: int, folder: Path) -> None:
+def hosts_without_a_shared_disk(folder: Path) -> None:
     """Each rank on a disk of its own: nothing but a CheckpointError that says so."""
     group, mesh = checkpoint_group(), init_device_mesh("cpu", (2,))
     weight = distribute_tensor(torch.arange(4.0), mesh, [Shard(0)])
-    mine = folder / f"host{rank}" / "checkpoint_step_1"
+    mine = folder / f"host{dist.get_rank()}" / "checkpoint_step_1"
     mine.parent.mkdir()
     with pytest.raises(
         CheckpointError, match=r"rank_00001.safetensors: .* set checkpoint.directory to a folder that all"
@@ -283,37 +284,39 @@ def hosts_without_a_shared_disk(rank: int, folder: Path) -> None:
     assert names(mine.parent) == [".checkpoint_step_1.partial"]
 
 
-def two_ranks(rank: int, folder: Path) -> None:
+def two_ranks(folder: Path) -> None:
     for case in (one_full_disk, hosts_without_a_shared_disk):
         (folder / case.__name__).mkdir(exist_ok=True)
         dist.barrier()
-        case(rank, folder / case.__name__)
+        case(folder / case.__name__)
         dist.barrier()
 
 
-def test_what_fails_on_one_rank_fails_on_all(tmp_path: Path) -> None:
-    run_ranks(two_ranks, 2, tmp_path)
+def test_what_fails_on_one_rank_fails_on_all(pool: RankPool, tmp_path: Path) -> None:
+    pool.run(2, two_ranks, tmp_path)
 
 
-def killed_while_writing(rank: int, folder: Path) -> None:
+def killed_while_writing(folder: Path) -> None:
     group, mesh = checkpoint_group(), init_device_mesh("cpu", (2,))
     weight = distribute_tensor(torch.arange(4.0), mesh, [Shard(0)])
     save_sharded(folder / "checkpoint_step_1", {"w": weight}, {}, group).wait()
-    if rank == 1:
+    if dist.get_rank() == 1:
         folder_writer.write_tensor_file = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     save_sharded(folder / "checkpoint_step_2", {"w": weight}, {}, group).wait()
 
 
 def test_a_rank_that_is_killed_leaves_complete_checkpoints_only(tmp_path: Path) -> None:
-    with pytest.raises((ProcessExitedException, ProcessRaisedException)):
-        run_ranks(killed_while_writing, 2, tmp_path)
+    pool = RankPool(2)
+    with pytest.raises(AssertionError, match="rank 1 has died"):
+        pool.run(2, killed_while_writing, tmp_path)
+    pool.close()
     assert names(tmp_path) == [".checkpoint_step_2.partial", "checkpoint_step_1"]
     assert CheckpointDirectory(tmp_path, keep=1).latest()[1]["w"].tolist() == [0, 1, 2, 3]
 
 
-def newest_of_damaged(rank: int, folder: Path) -> None:
+def newest_of_damaged(folder: Path) -> None:
     """All ranks agree on the newest that is whole; only the first says what it passed over."""
-    group, checkpoints = checkpoint_group(), CheckpointDirectory(folder, keep=9)
+    rank, group, checkpoints = dist.get_rank(), checkpoint_group(), CheckpointDirectory(folder, keep=9)
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
@@ -333,7 +336,8 @@ def newest_of_damaged(rank: int, folder: Path) -> None:
     assert weight.tolist() == [2, 2]
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         newest_checkpoint(CheckpointDirectory(folder / "none", keep=1), group)
+    logging.getLogger("deepseek_v3").removeHandler(handler)
 
 
-def test_ranks_agree_on_the_newest(tmp_path: Path) -> None:
-    run_ranks(newest_of_damaged, 2, tmp_path)
+def test_ranks_agree_on_the_newest(pool: RankPool, tmp_path: Path) -> None:
+    pool.run(2, newest_of_damaged, tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 
 from deepseek_v3.config.train_config import ParallelConfig, RunConfig, batch_sizes, batch_unit, pipeline_problem
@@ -45,6 +46,7 @@ def measure_layout(config: RunConfig, device: Device) -> Layout:
     return Layout(config, run, memory, needed_bytes(memory, device), estimate_step(config, run, device))
 
 
+@lru_cache
 def fastest_layout(config: RunConfig, device: Device, devices: int) -> Layout | None:
     """The layout over so many devices with the shortest step among those that fit; None where none does.
 
@@ -67,6 +69,7 @@ def _preference(timed: tuple[StepTime, RunConfig, Execution]) -> tuple[float, fl
     return float(f"{step.total:.3g}"), rank_parameters(config).share, step.total
 
 
+@lru_cache
 def leanest_layout(config: RunConfig, device: Device, devices: int) -> Layout:
     """The layout over so many devices that needs the least memory."""
     candidates = _on_most_devices(config, device, devices)
@@ -79,6 +82,7 @@ def fewest_devices(config: RunConfig, device: Device, above: int = 0) -> int | N
     return next((number for number in powers if number > above and fits_on(config, device, number)), None)
 
 
+@lru_cache
 def fits_on(config: RunConfig, device: Device, devices: int) -> bool:
     """Whether any layout over so many devices fits their memory."""
     candidates = _holding_states(config, device, devices)
