@@ -8,7 +8,7 @@ quickstart: .venv/installed  ## train a small model on the text inside Python, a
 	$(BIN)/dsv3 quickstart
 
 test: .venv/installed-dev  ## every test that needs no GPU, with coverage
-	$(BIN)/pytest -n 2 --cov --cov-report=term
+	$(BIN)/pytest -n 2 --dist worksteal --cov --cov-report=term
 
 checks: .venv/installed-dev  ## lint, format, types, import rules
 	$(BIN)/ruff check .

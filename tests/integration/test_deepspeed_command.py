@@ -46,7 +46,7 @@ def launched(config: Path, settings: Path, *words: object) -> subprocess.Complet
     variables = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     variables["PATH"] = f"{Path(sys.executable).parent}:{variables['PATH']}"
     return subprocess.run(
-        [*launcher, *map(str, [*script, *words])], env=variables, capture_output=True, text=True, timeout=300
+        [*launcher, *map(str, script)], env=variables, capture_output=True, text=True, timeout=300
     )
 
 

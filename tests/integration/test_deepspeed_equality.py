@@ -37,7 +37,7 @@ def alone(pool: RankPool) -> Callable[[str], dict[str, Any]]:
         (1, {"micro_batch_size": 4}, "constant batch"),
         (2, {"micro_batch_size": 4}, "constant batch"),
         (3, {"micro_batch_size": 4}, "constant batch"),
-        (3, {"micro_batch_size": 1, "recomputation": "full"}, "constant batch"),
+        (3, {"micro_batch_size": 2, "recomputation": "full"}, "constant batch"),
         (2, {"micro_batch_size": 1}, "growing batch"),
     ],
 )

@@ -50,7 +50,7 @@ def sources() -> dict[str, str]:
     return {
         "loss": f"{SOURCE.split(';')[0].removeprefix('loss: ')}; the bar spans these laws",
         "memory and time": f"fitted on {calibration().fitted_on}; other devices are scaled by their published "
-        "rates, and what several devices send each other has not been measured",
+        "rates. Several devices: from two H200 of one host; networks between hosts have not been measured",
     }
 
 
