@@ -65,6 +65,7 @@ run_node() {
         nvidia-smi >"$here/nvidia-smi.txt" 2>&1 || true
         gpus=${gpus:-$(nvidia-smi --list-gpus | wc -l)}
     fi
+    export PYTHONUNBUFFERED=1  # or what the ranks print waits in torchrun, and is lost where that is killed
     "$python" -m torch.distributed.run --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="${gpus:-1}" \
         --rdzv-backend=c10d --rdzv-endpoint="$endpoint" --rdzv-id="$SLURM_JOB_ID" --max-restarts=0 \
         --log-dir="$here" --tee=3 src/training/train.py "$@" &

@@ -89,9 +89,10 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def _environment(checkout: Path, job: str, **variables: str) -> dict[str, str]:
+    # Without measuring coverage in a dozen processes, hardly any of which runs code of ours.
+    left_out = ("SLURM_", "COVERAGE_", "PYTHONUNBUFFERED")
     return {
-        # Without measuring coverage in a dozen processes, hardly any of which runs code of ours.
-        **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "COVERAGE_"))},
+        **{name: value for name, value in os.environ.items() if not name.startswith(left_out)},
         "PATH": f"{checkout.parent / 'bin'}:{os.environ['PATH']}",
         "STAND_IN": str(checkout.parent),
         "STAND_IN_JOB": job,
