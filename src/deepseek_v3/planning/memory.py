@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import cached_property
+from itertools import accumulate
 
 from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.config.train_config import RunConfig
@@ -161,7 +163,10 @@ class _Stage:
         self.ends = self._vocabulary_copies(model)
         last_norm = model.hidden_size if self.is_last else 0
         own = (self.ends * self.vocabulary + last_norm) / parallel.data_shard
-        self.parameters = own + sum(self.layers[kind].parameters for kind in self.kinds)
+        each = [self.layers[kind] for kind in self.kinds]
+        self.parameters = own + sum(layer.parameters for layer in each)
+        self.saved_before = [*accumulate((layer.saved for layer in each), initial=0.0)]
+        self.copies_before = [*accumulate((layer.copies for layer in each), initial=0.0)]
 
     def _vocabulary_copies(self, model: ModelConfig) -> int:
         """Matrices of the vocabulary's size: the embedding on the first stage, the head on the last one.
@@ -235,17 +240,17 @@ class _Stage:
             activations=activations + waiting * self._kept(len(self.kinds)),
             weight_copies=copies + waiting * self._copies(len(self.kinds)),
             head=head,
-            communication=self._communication(),
+            communication=self._communication,
         )
 
     def _kept(self, layers: int) -> float:
         """Activations that the first `layers` layers keep, and the states that enter the first."""
         if self.recomputes:
             return (1 + layers) * self.states
-        return self.states + sum(self.layers[kind].saved for kind in self.kinds[:layers])
+        return self.states + self.saved_before[layers]
 
     def _copies(self, layers: int) -> float:
-        return 0.0 if self.recomputes else sum(self.layers[kind].copies for kind in self.kinds[:layers])
+        return 0.0 if self.recomputes else self.copies_before[layers]
 
     def _made(self, first: int) -> float:
         return sum(self.layers[kind].parameters for kind in self.kinds[first:])
@@ -256,6 +261,7 @@ class _Stage:
             return self.parameters
         return sum(self.layers[kind].gathered for kind in self.kinds) / self.run.width + self.ends * self.vocabulary
 
+    @cached_property
     def _communication(self) -> float:
         """Layers gathered: all of them, or one computing and one to come; rows to and from experts elsewhere."""
         every = [self.layers[kind].gathered for kind in self.kinds]
