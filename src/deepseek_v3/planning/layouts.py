@@ -1,4 +1,7 @@
-"""How a run can be laid out over devices, and which layout is the fastest that fits."""
+"""How a run can be laid out over devices, and which layout is the fastest that fits.
+
+Answers are kept: the same ones are asked for under every limit of a budget.
+"""
 
 from __future__ import annotations
 
