@@ -15,16 +15,17 @@ from rank_pool import RankPool
 from run_helpers import TOKENS_PER_STEP, write_run
 
 HALF, WHOLE = 2, 4
-ALONE: list[str] = []
+ALONE = ["parallel.micro_batch_size=4"]  # two micro-batches on each rank, as four ranks have them
+TWO_RANKS = ["parallel.micro_batch_size=2"]
 FSDP = ["parallel.data_shard=4"]
 HSDP = ["parallel.data_replicate=2", "parallel.data_shard=2"]
 EXPERTS = ["parallel.data_replicate=2", "parallel.data_shard=2", "parallel.expert=2"]
-EXPERTS_APART = ["parallel.data_shard=2", "parallel.expert=2"]
+EXPERTS_APART = ["parallel.data_shard=2", "parallel.expert=2", *TWO_RANKS]
 PIPELINE = ["parallel.pipeline=2"]
 PIPELINE_V = ["parallel.pipeline=2", "parallel.pipeline_schedule=dualpipe_v", "model.num_hidden_layers=4"]
 PIPELINE_EXPERTS = ["parallel.pipeline=2", "parallel.data_shard=2", "parallel.expert=2"]
-FSDP_2 = ["parallel.data_shard=2"]
-EXPERTS_2 = ["parallel.data_replicate=2", "parallel.expert=2"]
+FSDP_2 = ["parallel.data_shard=2", *TWO_RANKS]
+EXPERTS_2 = ["parallel.data_replicate=2", "parallel.expert=2", *TWO_RANKS]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def train_by_deepspeed(
     """The same, by a ZeRO stage on two ranks."""
     checkpoints.mkdir()
     file = deepspeed_helpers.write_settings(checkpoints, {"zero_optimization": {"stage": stage}})
-    return ended(pool.run(2, deepspeed_helpers.train_run, file, run, recipe(checkpoints, []), resume))
+    return ended(pool.run(2, deepspeed_helpers.train_run, file, run, recipe(checkpoints, TWO_RANKS), resume))
 
 
 def ended(results: list[tuple[int, float]]) -> float:
