@@ -89,7 +89,8 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def _environment(checkout: Path, job: str, **variables: str) -> dict[str, str]:
-    # Without measuring coverage in a dozen processes, hardly any of which runs code of ours.
+    # Coverage would be measured in a dozen processes, hardly any of which runs code of ours; and the script itself
+    # has to see to it that output is not held back.
     left_out = ("SLURM_", "COVERAGE_", "PYTHONUNBUFFERED")
     return {
         **{name: value for name, value in os.environ.items() if not name.startswith(left_out)},
