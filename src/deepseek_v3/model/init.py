@@ -53,7 +53,7 @@ def initial_values(
     """
     factor = _start_of(name)
     if factor is None:
-        yield slice(None), torch.ones(len(rows), *shape[1:], device=device)
+        yield slice(None), torch.ones(len(rows), *shape[1:], dtype=torch.float32, device=device)
     elif len(shape) < 3:
         yield slice(None), _normal(name, shape, factor * std, seed, device)[rows.start : rows.stop]
     else:
@@ -81,4 +81,4 @@ def _start_of(name: str) -> float | None:
 def _normal(name: str, shape: Sequence[int], std: float, seed: int, device: torch.device) -> Tensor:
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     generator = torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
-    return torch.empty(*shape, device=device).normal_(0.0, std, generator=generator)
+    return torch.empty(*shape, dtype=torch.float32, device=device).normal_(0.0, std, generator=generator)

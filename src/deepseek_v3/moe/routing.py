@@ -5,7 +5,8 @@ Axes: B batch, S sequence, T = B·S tokens, D model width, E experts, G groups, 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,14 +32,18 @@ class Router(nn.Module):
 
     The bias steers the choice alone; the gate values come from the unbiased scores. It is a buffer, moved by
     `balance.update_biases` once per optimizer step, not by a gradient.
+
+    Weight and bias stay float32 (or float64) when the model is built in, converted to or loaded from a narrower
+    type: rounding them to bfloat16 sends tokens to other experts.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        dtype = _wide(torch.get_default_dtype())
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size, dtype=dtype))
         self.e_score_correction_bias: Tensor
-        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=dtype))
 
     def forward(self, x_TD: Tensor) -> Routing:
         """Routes (T, D) tokens of any float type; scores are taken in float32 (float64 for float64)."""
@@ -50,6 +55,24 @@ class Router(nn.Module):
             gates_TK = gates_TK / (gates_TK.sum(-1, keepdim=True) + 1e-20)
         return Routing(gates_TK * self.config.routed_scaling_factor, experts_TK, scores_TE)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        """Converts and moves as any module does, but never to less than float32."""
+
+        def convert(tensor: Tensor) -> Tensor:
+            converted = fn(tensor)
+            dtype = _wide(converted.dtype)
+            return converted if converted.dtype == dtype else tensor.to(converted.device, dtype)
+
+        return super()._apply(convert, recurse)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        """Widens narrower tensors first: with `assign=True` they take the place of the router's own."""
+        for name in ("weight", "e_score_correction_bias"):
+            loaded = state_dict.get(prefix + name)
+            if isinstance(loaded, Tensor):
+                state_dict[prefix + name] = loaded.to(_wide(loaded.dtype))
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
     def _choose(self, biased_TE: Tensor) -> Tensor:
         """The K best experts inside the best groups; experts of losing groups can never win."""
         groups, kept = self.config.n_group, self.config.topk_group
@@ -60,3 +83,8 @@ class Router(nn.Module):
             loses_TG = torch.ones_like(worth_TG, dtype=torch.bool).scatter(1, winners, False)
             biased_TE = biased_TGE.masked_fill(loses_TG.unsqueeze(-1), float("-inf")).flatten(-2)
         return biased_TE.topk(self.config.num_experts_per_tok, dim=-1).indices
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The type itself, or float32 where it is a narrower float."""
+    return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
