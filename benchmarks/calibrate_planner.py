@@ -31,7 +31,6 @@ from deepseek_v3.planning.execution import Execution, execution_on
 from deepseek_v3.planning.hardware import Device, device_named
 from deepseek_v3.planning.memory import estimate_memory
 from deepseek_v3.planning.timing import computing_time, ideal_seconds, step_work
-from deepseek_v3.training.batches import token_batches
 from deepseek_v3.training.trainer import Trainer
 from deepseek_v3.utils.distributed import select_device
 from deepseek_v3.utils.logging import configure_logging
@@ -86,7 +85,7 @@ def measure(point: dict[str, Any], device: torch.device) -> dict[str, Any]:
     config = _config(point)
     _forget_earlier_points()
     trainer = Trainer(config, device)
-    batches = token_batches(trainer.loader, trainer._micro_batches(), trainer.device)
+    batches = trainer.batches()
     _seconds(trainer, batches, _WARM_UP_STEPS)
     seconds = _seconds(trainer, batches, _TIMED_STEPS) / _TIMED_STEPS
     gib = 2**30
@@ -127,7 +126,7 @@ def _seconds(trainer: Trainer, batches: Any, steps: int) -> float:
     torch.cuda.synchronize()
     start = time.perf_counter()
     for number in range(1, 1 + steps):
-        trainer._train_step(trainer.plan.step(number), batches)
+        trainer._train_step(trainer.plan.step(number), next(batches))
     torch.cuda.synchronize()
     return time.perf_counter() - start
 

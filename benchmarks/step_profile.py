@@ -24,7 +24,6 @@ from torch.autograd import DeviceType  # type: ignore[attr-defined]  # public, b
 from torch.profiler import ProfilerActivity, profile
 
 from deepseek_v3.config.loading import load_config
-from deepseek_v3.training.batches import token_batches
 from deepseek_v3.training.parallel.ranks import arrange
 from deepseek_v3.training.trainer import Trainer
 from deepseek_v3.utils.distributed import World, process_group, select_device
@@ -68,13 +67,13 @@ class Steps:
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer, self._number = trainer, 0
-        self._batches = token_batches(trainer.loader, trainer._micro_batches(), trainer.device)
+        self._batches = trainer.batches()
 
     def take(self, count: int) -> None:
         """Launches so many steps; does not wait for them."""
         for _ in range(count):
             self._number += 1
-            self._trainer._train_step(self._trainer.plan.step(self._number), self._batches)
+            self._trainer._train_step(self._trainer.plan.step(self._number), next(self._batches))
 
     def timed(self, wait: bool) -> dict[str, float]:
         """Milliseconds of a step, and of launching it; `wait` for the GPU after each step or only at the end."""

@@ -59,12 +59,30 @@ def test_evaluation_repeats_what_training_measured(run_folder: Path) -> None:
     checkpoint = run_folder / "checkpoints" / "checkpoint_step_30.pt"
     result = dsv3("eval", "--device", "cpu", "--checkpoint", checkpoint, "--tokens", 256)
     assert result.exit_code == 0, result.output
-    measured = [
-        r["holdout_loss"] for r in read_metrics(run_folder / "run" / "metrics.jsonl") if "holdout_loss" in r
-    ]
+    measured = [r for r in read_metrics(run_folder / "run" / "metrics.jsonl") if "holdout_loss" in r][-1]
     losses = _losses_in(result.output)
-    assert losses["trained model"] == pytest.approx(measured[-1], abs=1e-4)
+    assert losses["trained model"] == pytest.approx(measured["holdout_loss"], abs=1e-4)
     assert losses["bigram"] < losses["unigram"]
+    assert f"{measured['holdout_bits_per_byte']:.4f}" in result.output
+
+
+def test_evaluation_on_ids_of_another_tokenizer(run_folder: Path, tmp_path: Path) -> None:
+    text = write_corpus(tmp_path / "text", documents=20)
+    (text / "more.txt").write_text("a page of other words, so that other pairs are merged\n" * 50, encoding="utf-8")
+    words = ["--input", text, "--vocab-size", 300, "--holdout", 0.2, "--output", tmp_path / "tokens"]
+    assert dsv3("tokenize", *words).exit_code == 0
+    checkpoint = run_folder / "checkpoints" / "checkpoint_step_30.pt"
+    message = message_of(dsv3("eval", "--checkpoint", checkpoint, "--data", tmp_path / "tokens"))
+    assert "was tokenized by another tokenizer" in message
+    assert "dsv3 tokenize --tokenizer" in message
+
+
+def test_evaluation_on_other_text_by_the_same_tokenizer(run_folder: Path, tmp_path: Path) -> None:
+    words = ["--input", write_corpus(tmp_path / "text", 20), "--output", tmp_path / "tokens", "--holdout", 0.2]
+    assert dsv3("tokenize", *words, "--tokenizer", run_folder / "tokens").exit_code == 0
+    checkpoint = run_folder / "checkpoints" / "checkpoint_step_30.pt"
+    result = dsv3("eval", "--device", "cpu", "--checkpoint", checkpoint, "--data", tmp_path / "tokens")
+    assert result.exit_code == 0, result.output
 
 
 def test_evaluation_on_other_tokens_than_the_model_knows(run_folder: Path, tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from deepseek_v3.ops.attention import cudnn_attention, reference_attention
 from deepseek_v3.planning.execution import execution_on
 from deepseek_v3.planning.hardware import device_named
 from deepseek_v3.planning.memory import estimate_memory
-from deepseek_v3.training.batches import token_batches
 from deepseek_v3.training.loss import training_losses
 from deepseek_v3.training.parallel.plan import _compile_layers
 from deepseek_v3.training.trainer import Trainer
@@ -105,14 +104,14 @@ def test_bfloat16_losses_and_gradients_stay_near_float32() -> None:
 def test_training_steps_are_compiled_whole_and_wait_for_nothing(tmp_path: Path) -> None:
     trainer = Trainer(load_config(write_run(tmp_path), WIDTHS), CUDA)
     assert trainer.engine.models[0].compute_dtype == torch.bfloat16
-    batches = token_batches(trainer.loader, trainer._micro_batches(), CUDA)
+    batches = trainer.batches()
     for number in (1, 2):
-        trainer._train_step(trainer.plan.step(number), batches)
+        trainer._train_step(trainer.plan.step(number), next(batches))
     assert not torch._dynamo.utils.counters["graph_break"]
     torch.cuda.set_sync_debug_mode("error")
     try:
         for number in (3, 4, 5):
-            trainer._train_step(trainer.plan.step(number), batches)
+            trainer._train_step(trainer.plan.step(number), next(batches))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -129,8 +128,10 @@ def test_layers_in_compiled_parts_train_as_whole_ones_do(tmp_path: Path, recompu
             (model,) = trainer.engine.models
             layers = [layer for layer in model.model.layers if isinstance(layer, DecoderLayer)]
             _compile_layers(layers, trainer.config.parallel.model_copy(update={"expert": 2}))
-        batches = token_batches(trainer.loader, trainer._micro_batches(), CUDA)
-        losses.append([trainer._train_step(trainer.plan.step(n), batches)[0].total.item() for n in range(1, 5)])
+        batches = trainer.batches()
+        losses.append(
+            [trainer._train_step(trainer.plan.step(n), next(batches))[0].total.item() for n in range(1, 5)]
+        )
     assert not torch._dynamo.utils.counters["graph_break"]
     assert losses[1] == pytest.approx(losses[0], rel=2e-3)
 

@@ -1,51 +1,137 @@
-"""The simplest language models there are, as yardsticks for a trained one: unigrams and bigrams of tokens."""
+"""The simplest language models there are, as baselines for a trained one: unigrams and bigrams of tokens.
+
+Both are counted in one or more passes over the training tokens, a block at a time, in memory that does not grow
+with them.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float64]
+# Makes the blocks of a text anew, each int64 (windows, tokens). No pair is counted across two windows.
+Blocks = Callable[[], Iterable[Ids]]
+
+TABLE_BYTES = 2**28
+_DISCOUNT_WITHOUT_RARE_PAIRS = 0.5  # above 0, so that a pair never seen has a probability
+_MOST = 3  # the largest count that the table tells apart: the discount asks for pairs seen once and twice
 
 
-def unigram_loss(fitted: Ids, held_out: Ids, vocab_size: int) -> float:
-    """Mean -log P(token), in nats, over `held_out[1:]` with add-one counts of `fitted`.
+@dataclass(frozen=True)
+class NgramLosses:
+    """Mean losses in nats per token over the targets of some windows."""
 
-    `held_out` int64 (tokens,); `fitted` int64 (tokens,), or (windows, tokens) where it is no single text.
+    unigram: float
+    bigram: float
+
+
+def ngram_losses(fitted: Blocks, measured: Blocks, vocab_size: int, table_bytes: int = TABLE_BYTES) -> NgramLosses:
+    """Mean -log P(token) and -log P(token | token before) over the tokens of `measured`, but a window's first.
+
+    Both models are fitted on such pairs of `fitted`. The unigram adds one to each count. The bigram discounts
+    absolutely with one discount, estimated from how many pairs occur once and twice, and backs off to the unigram
+    (Ney, Essen and Kneser 1994, eq. 18 and 26).
+
+    Takes `table_bytes` of memory at most for the pairs of `fitted`, in ceil(vocab_size² / 4 / `table_bytes`) passes
+    over it, and 24 bytes for each different pair of `measured`.
     """
-    return float(-np.log(_unigram(fitted, vocab_size)[held_out[1:]]).mean())
+    pairs, occurrences = _different_pairs(measured, vocab_size)
+    counts = _counted(fitted, pairs, vocab_size, table_bytes)
+    before, after = np.divmod(pairs, vocab_size)
+    unigram = (counts.tokens + 1.0) / (counts.tokens.sum() + vocab_size)
+
+    once, twice = counts.once, counts.twice
+    discount = once / (once + 2 * twice) if once else _DISCOUNT_WITHOUT_RARE_PAIRS
+    totals = counts.contexts[before]
+    discounted = np.maximum(counts.pairs - discount, 0) / np.maximum(totals, 1)
+    left_for_unigram = np.where(totals > 0, discount * counts.followers[before] / np.maximum(totals, 1), 1)
+    bigram = discounted + left_for_unigram * unigram[after]
+    return NgramLosses(_mean_loss(unigram[after], occurrences), _mean_loss(bigram, occurrences))
 
 
-def bigram_loss(fitted: Ids, held_out: Ids, vocab_size: int) -> float:
-    """Mean -log P(token | token before), in nats, over `held_out[1:]`; both as in `unigram_loss`.
+@dataclass
+class _Counts:
+    """Of a text: each token, each context (a token with one behind it), its different followers, the wanted pairs.
 
-    No pair is counted across the border of two windows.
-    Absolute discounting with one discount, estimated from how many pairs occur once and twice, and backing off
-    to the unigram (Ney, Essen and Kneser 1994, eq. 18 and 26).
+    `once` and `twice` say how many different pairs occur that often.
     """
-    pairs, counts = np.unique(fitted[..., :-1] * vocab_size + fitted[..., 1:], return_counts=True)
-    once, twice = (counts == 1).sum(), (counts == 2).sum()
-    discount = float(once / max(once + 2 * twice, 1))
-    contexts = pairs // vocab_size
-    context_totals = np.bincount(contexts, weights=counts, minlength=vocab_size)
-    distinct_followers = np.bincount(contexts, minlength=vocab_size)
-    left_for_unigram = np.where(
-        context_totals > 0, discount * distinct_followers / np.maximum(context_totals, 1), 1
-    )
 
-    before, after = held_out[:-1], held_out[1:]
-    pair_counts = _counts_of(before * vocab_size + after, pairs, counts)
-    discounted = np.maximum(pair_counts - discount, 0) / np.maximum(context_totals[before], 1)
-    return float(-np.log(discounted + left_for_unigram[before] * _unigram(fitted, vocab_size)[after]).mean())
+    tokens: Ids
+    contexts: Ids
+    followers: Ids
+    pairs: Ids
+    once: int = 0
+    twice: int = 0
 
 
-def _unigram(fitted: Ids, vocab_size: int) -> Floats:
-    counts = np.bincount(fitted.ravel(), minlength=vocab_size) + 1.0
-    return counts / counts.sum()
+def _counted(fitted: Blocks, pairs: Ids, vocab_size: int, table_bytes: int) -> _Counts:
+    """Counts a text, in each pass the pairs of as many contexts as there is memory for; `pairs` is sorted."""
+    counts = _Counts(_zeros(vocab_size), _zeros(vocab_size), _zeros(vocab_size), _zeros(len(pairs)))
+    row_bytes = -(-vocab_size // 4)  # two bits for each token that may follow
+    rows = max(1, min(vocab_size, table_bytes // row_bytes))
+    for first in range(0, vocab_size, rows):
+        table = np.zeros(min(rows, vocab_size - first) * row_bytes, np.uint8)
+        for before, after in _targets(fitted):
+            if first == 0:
+                counts.tokens += np.bincount(after, minlength=vocab_size)
+                counts.contexts += np.bincount(before, minlength=vocab_size)
+            if rows < vocab_size:
+                here = (before >= first) & (before < first + rows)
+                before, after = before[here], after[here]
+            found, times = np.unique(before * vocab_size + after, return_counts=True)
+            _add_wanted(counts.pairs, pairs, found, times)
+            _add_to_table(counts, table, first, found, times, vocab_size)
+    return counts
 
 
-def _counts_of(wanted: Ids, pairs: Ids, counts: Ids) -> Ids:
-    """The count of each wanted pair; `pairs` is sorted."""
-    places = np.searchsorted(pairs, wanted).clip(max=len(pairs) - 1)
-    return np.where(pairs[places] == wanted, counts[places], 0)
+def _add_wanted(sums: Ids, pairs: Ids, found: Ids, times: Ids) -> None:
+    """Adds how often the wanted pairs were found; both `pairs` and `found` are sorted."""
+    if len(pairs):
+        places = np.searchsorted(pairs, found).clip(max=len(pairs) - 1)
+        wanted = pairs[places] == found
+        sums[places[wanted]] += times[wanted]
+
+
+def _add_to_table(
+    counts: _Counts, table: NDArray[np.uint8], first: int, found: Ids, times: Ids, vocab: int
+) -> None:
+    """Adds different pairs to the table of contexts from `first` on, and updates what is known of all pairs."""
+    contexts, after = np.divmod(found, vocab)
+    places = (contexts - first) * -(-vocab // 4) + (after >> 2)
+    shifts = ((after & 3) << 1).astype(np.uint8)
+    old = (table[places] >> shifts) & 3
+    new = np.minimum(old + times, _MOST).astype(np.uint8)
+    np.add.at(table, places, (new - old) << shifts)
+    counts.followers += np.bincount(contexts[old == 0], minlength=vocab)
+    counts.once += int((new == 1).sum()) - int((old == 1).sum())
+    counts.twice += int((new == 2).sum()) - int((old == 2).sum())
+
+
+def _different_pairs(blocks: Blocks, vocab_size: int) -> tuple[Ids, Ids]:
+    """The different pairs of a text, sorted, and how often each occurs."""
+    pairs, times = _zeros(0), _zeros(0)
+    for before, after in _targets(blocks):
+        found, counts = np.unique(before * vocab_size + after, return_counts=True)
+        places: Ids
+        pairs, places = np.unique(np.concatenate([pairs, found]), return_inverse=True)
+        times = np.bincount(places, weights=np.concatenate([times, counts])).astype(np.int64)
+    return pairs, times
+
+
+def _targets(blocks: Blocks) -> Iterator[tuple[Ids, Ids]]:
+    """Each block's tokens but the last of a window, and the tokens behind them, both flat."""
+    for windows in blocks():
+        yield windows[:, :-1].ravel(), windows[:, 1:].ravel()
+
+
+def _zeros(size: int) -> Ids:
+    return np.zeros(size, np.int64)
+
+
+def _mean_loss(probabilities: Floats, occurrences: Ids) -> float:
+    return float(-(np.log(probabilities) * occurrences).sum() / occurrences.sum())

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
+from rich.progress import track
 from rich.table import Table
 
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.tokens.loader import TokenLoader
 from deepseek_v3.data.tokens.shards import TokenShards
-from deepseek_v3.evaluation.ngrams import Ids, bigram_loss, unigram_loss
-from deepseek_v3.model.saved import load_model
+from deepseek_v3.data.tokens.tokenizer import Tokenizer
+from deepseek_v3.evaluation.ngrams import Ids, ngram_losses
+from deepseek_v3.model.saved import SavedModel, load_model
 from deepseek_v3.training.batches import Documents, check_vocabulary
-from deepseek_v3.training.holdout import HeldOutEvaluation, HeldOutLoss, main_losses
+from deepseek_v3.training.holdout import HeldOutEvaluation, HeldOutLoss, HeldOutWindows, main_losses
 from deepseek_v3.training.loss import Objective
 from deepseek_v3.utils.distributed import select_device
+from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.logging import configure_logging, get_console
+
+_TOKENS_AT_ONCE = 2**20
 
 
 @dataclass(frozen=True)
@@ -35,25 +40,27 @@ class Comparison:
     def table(self) -> Table:
         """The three, best first, in nats per token, bits per byte and perplexity."""
         table = Table("model", "nats per token", "bits per byte", "perplexity")
-        bits_per_nat = self.model.bits_per_byte / self.model.loss
         rows = [("trained model", self.model.loss), ("bigram", self.bigram), ("unigram", self.unigram)]
         for name, loss in sorted(rows, key=lambda row: row[1]):
-            table.add_row(name, f"{loss:.4f}", f"{loss * bits_per_nat:.4f}", f"{math.exp(loss):,.1f}")
+            table.add_row(name, f"{loss:.4f}", f"{self.model.in_bits_per_byte(loss):.4f}", f"{math.exp(loss):,.1f}")
         return table
 
 
 def compare_with_ngrams(
     held_out: HeldOutLoss, shards: TokenShards, config: RunConfig, trained_tokens: int
 ) -> Comparison:
-    """Sets a measured loss beside n-gram models of the first `trained_tokens` tokens in training order."""
-    fitted = _tokens_trained_on(shards, config, trained_tokens)
-    measured = shards.read("holdout", 0, held_out.tokens + 1).astype(np.int64)
-    vocab_size = shards.index.vocab_size
-    return Comparison(
-        model=held_out,
-        bigram=bigram_loss(fitted, measured, vocab_size),
-        unigram=unigram_loss(fitted, measured, vocab_size),
-    )
+    """Sets a measured loss beside n-gram models of the first `trained_tokens` tokens in training order.
+
+    They are measured on the same windows. Tokens that were trained on several times are counted once.
+    """
+    length = config.training.sequence_length
+    loader = TokenLoader(shards, sequence_length=length, seed=config.training.seed)
+    trained = min(max(1, trained_tokens // length), loader.num_samples)
+    if trained == loader.num_samples:
+        loader = TokenLoader(shards, sequence_length=length, shuffle=False)  # the whole epoch, and faster to read
+    measured = HeldOutWindows(shards, length, held_out.tokens)
+    losses = ngram_losses(partial(_blocks, loader, trained), measured.blocks, shards.index.vocab_size)
+    return Comparison(held_out, losses.bigram, losses.unigram)
 
 
 def evaluate(
@@ -68,6 +75,7 @@ def evaluate(
     saved = load_model(checkpoint, place)
     shards = TokenShards.open(data or saved.config.data.path)
     check_vocabulary(shards, saved.config.model)
+    _check_tokenizer(shards, saved, checkpoint)
     evaluation = HeldOutEvaluation(shards, saved.config, tokens or shards.num_tokens("holdout"))
     documents = Documents(shards, saved.config.data.mask_documents)
     held_out = evaluation.measure(partial(main_losses, Objective(saved.model), documents), place)
@@ -77,11 +85,26 @@ def evaluate(
     console.print(comparison.table())
 
 
-def _tokens_trained_on(shards: TokenShards, config: RunConfig, trained_tokens: int) -> Ids:
-    """The training split as far as the run has read it: whole, or the windows (windows, tokens) of a part."""
-    length = config.training.sequence_length
-    loader = TokenLoader(shards, sequence_length=length, seed=config.training.seed)
-    windows = trained_tokens // length
-    if windows >= loader.num_samples:
-        return shards.read("train", 0, shards.num_tokens("train")).astype(np.int64)
-    return loader.batch(0, max(windows, 1))
+def _check_tokenizer(shards: TokenShards, saved: SavedModel, checkpoint: Path) -> None:
+    """Raises DataError where the ids of the shards do not mean what the model was trained to take them for."""
+    if shards.load_tokenizer().to_json() != saved.tokenizer_json:
+        known = Tokenizer.from_json(saved.tokenizer_json).vocab_size
+        raise DataError(
+            f"{shards.directory}: was tokenized by another tokenizer, of {shards.index.vocab_size:,} ids, than the "
+            f"one of {known:,} ids that {checkpoint} was trained with, so its ids mean other text; tokenize the "
+            "text with `dsv3 tokenize --tokenizer` and the tokenizer.json of the run's own token shards"
+        )
+
+
+def _blocks(loader: TokenLoader, windows: int) -> Iterator[Ids]:
+    """The first `windows` samples of a loader, about a million tokens at a time; shows how far it is."""
+    at_once = max(1, _TOKENS_AT_ONCE // loader.sequence_length)
+    console = get_console()
+    for first in track(
+        range(0, windows, at_once),
+        "Counting n-grams",
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ):
+        yield loader.batch(first, min(at_once, windows - first))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,11 +14,13 @@ from torch.distributed import ProcessGroup
 from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.tokens.build import tokenize_corpus
-from deepseek_v3.data.tokens.loader import TokenLoader, prefetched
+from deepseek_v3.data.tokens.loader import Int64s, prefetched
 from deepseek_v3.data.tokens.shards import TokenShards
 from deepseek_v3.utils.checkpoints.ranks import together
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.logging import get_logger
+
+Item = TypeVar("Item")
 
 
 def open_tokens(config: RunConfig) -> TokenShards:
@@ -57,12 +61,25 @@ def check_vocabulary(shards: TokenShards, model: ModelConfig) -> None:
 
 
 def token_batches(
-    loader: TokenLoader, micro_batches: Iterable[tuple[int, int]], device: torch.device
-) -> Generator[Tensor]:
-    """The micro-batches on `device`, int64 (sequences, sequence_length + 1), read ahead in the background."""
-    for batch in prefetched(loader, micro_batches):
+    read: Callable[[Item], Int64s],
+    groups: Iterable[Sequence[Item]],
+    device: torch.device,
+    ranks: ProcessGroup | None = None,
+) -> Generator[Iterator[Tensor]]:
+    """For each group of items the micro-batches `read(item)` on `device`, int64 (sequences, sequence_length + 1).
+
+    The next group is read in the background, and a group is handed out when all of it has been read: a step or an
+    evaluation that has begun cannot fail for want of tokens. Raises the DataError of reading in place of the group,
+    on all of `ranks` if any of them has one; `ranks` None speaks for this rank alone.
+    """
+
+    def on_device(batch: Int64s) -> Tensor:
         tokens = torch.from_numpy(batch)
-        yield tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens
+        return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens
+
+    with closing(prefetched(lambda group: [read(item) for item in group], groups)) as ahead:
+        while (batches := together(ranks, lambda: next(ahead, None))) is not None:
+            yield map(on_device, batches)
 
 
 def document_numbers(tokens_BS: Tensor, end_of_text: int) -> Tensor:

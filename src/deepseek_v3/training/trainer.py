@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,6 +27,7 @@ from deepseek_v3.training.run_checkpoints import RunCheckpoints
 from deepseek_v3.training.run_state import restore_run, run_state
 from deepseek_v3.training.schedule import Step, TokenPlan
 from deepseek_v3.training.step_metrics import step_figures
+from deepseek_v3.utils.checkpoints.ranks import together
 from deepseek_v3.utils.errors import TrainingError
 from deepseek_v3.utils.logging import get_logger
 
@@ -73,8 +74,7 @@ class Trainer:
             self.shards, sequence_length=config.training.sequence_length, seed=config.training.seed
         )
         torch.manual_seed(config.training.seed)
-        share = (self.ranks.data_rank, self.ranks.parallel.data_ranks)
-        self.evaluation = HeldOutEvaluation(self.shards, config, config.training.evaluation.tokens, *share)
+        self.evaluation = together(self.checkpoints.group, self._evaluation)
         documents = Documents(self.shards, config.data.mask_documents)
         self.engine = engine_for(config, self.ranks, device, documents, deepspeed)
         self._steps_done = 0
@@ -87,9 +87,17 @@ class Trainer:
         """The tokens, which one rank may have to build first, for hours if need be."""
         return open_tokens_together(self.config, dist.new_group(backend="gloo", timeout=_BUILDING))
 
+    def _evaluation(self) -> HeldOutEvaluation:
+        share = (self.ranks.data_rank, self.ranks.parallel.data_ranks)
+        return HeldOutEvaluation(self.shards, self.config, self.config.training.evaluation.tokens, *share)
+
+    def batches(self) -> Generator[Iterator[Tensor]]:
+        """The micro-batches of each step from the next one on, as `run_step` of the engine takes them."""
+        return token_batches(lambda samples: self.loader.batch(*samples), self._micro_batches(), self.device)
+
     def run(self) -> TrainingResult:
         """Trains to the end of the token budget, or until a signal asks to stop; either way saves last."""
-        batches = token_batches(self.loader, self._micro_batches(), self.device)
+        batches = self.batches()
         dtype = self.engine.models[0].compute_dtype or torch.float32
         writes = self.ranks.rank == 0
         reporter = Reporter(self.config, self.plan, self.device, dtype, self._steps_done + 1, writes)
@@ -99,7 +107,7 @@ class Trainer:
                 step = self.plan.step(self._steps_done + 1)
                 if self._step_begins:
                     self._step_begins(step.number)
-                losses, norm = self._train_step(step, batches)
+                losses, norm = self._train_step(step, next(batches))
                 self._steps_done = step.number
                 stopping = stop.agreed()
                 self._after_step(step, losses, norm, reporter, stopping)
@@ -121,7 +129,9 @@ class Trainer:
             reporter.report_step(step, step_figures(config.model, losses, norm, self.engine.biases()))
         with reporter.clock.paused():
             if last or _is_due(number, config.training.evaluation.interval_steps):
-                self._held_out = self.evaluation.measure(self.engine.main_losses, self.device, self.ranks.summed)
+                self._held_out = self.evaluation.measure(
+                    self.engine.main_losses, self.device, self.ranks.summed, self.checkpoints.group
+                )
                 reporter.report_held_out(number, self._held_out)
             if saves:
                 tokens = self.plan.tokens_after(number)
@@ -129,10 +139,10 @@ class Trainer:
                 self._checkpoint = self.checkpoints.save(number, state)
                 reporter.report_checkpoint(self._checkpoint)
 
-    def _micro_batches(self) -> Iterator[tuple[int, int]]:
+    def _micro_batches(self) -> Iterator[list[tuple[int, int]]]:
         parallel = self.config.parallel
         for number in range(self._steps_done + 1, self.plan.total_steps + 1):
-            yield from self.plan.micro_batches(
+            yield self.plan.micro_batches(
                 self.plan.step(number), parallel.micro_batch_size, self.ranks.data_rank, parallel.data_ranks
             )
 

@@ -6,9 +6,10 @@ A run that knows how many samples it has taken resumes bit for bit, on any numbe
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from hashlib import blake2b
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,7 +23,11 @@ UInt64s = NDArray[np.uint64]
 
 _ROUNDS = 6
 _LEAST_HALF_BITS = 3  # on smaller halves this many rounds leave some orders of the indices likelier than others
-_PREFETCHED = 2  # batches that are read ahead of the one in use
+_GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)  # the step of SplitMix64
+_PREFETCHED = 1  # items that are read ahead of the one in use
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Permutation:
@@ -72,8 +77,8 @@ class TokenLoader:
     """Cuts a split into windows of `sequence_length` tokens and deals them out, each once in every epoch.
 
     A sample is one window and the token behind it: inputs are all its tokens but the last, targets all but the
-    first. With `shuffle` each epoch has an order of its own; without, as for evaluation, samples come as they
-    stand. A tail of the split too short for a window is left out.
+    first. With `shuffle` each epoch has an order of its own; without, samples come in the order of the split. A
+    tail of the split too short for a window is left out.
 
     Raises DataError if the split holds no window.
     """
@@ -102,10 +107,17 @@ class TokenLoader:
 
     def batch(self, first: int, count: int) -> Int64s:
         """Samples `first` to `first + count`: [count, sequence_length + 1] int64."""
-        samples = np.empty((count, self.sequence_length + 1), np.int64)
-        for sample, position in zip(samples, self._positions(first, count), strict=True):
-            start = int(position) * self.sequence_length
-            sample[:] = self._shards.read(self._split, start, self.sequence_length + 1)
+        return self.windows(self._positions(first, count))
+
+    def windows(self, numbers: ArrayLike) -> Int64s:
+        """The windows of these numbers, from 0 in the order of the split: [count, sequence_length + 1] int64.
+
+        Raises DataError where a shard can no longer be read.
+        """
+        numbers = np.asarray(numbers, np.int64)
+        samples = np.empty((len(numbers), self.sequence_length + 1), np.int64)
+        for sample, number in zip(samples, numbers.tolist(), strict=True):
+            sample[:] = self._shards.read(self._split, number * self.sequence_length, self.sequence_length + 1)
         return samples
 
     def _positions(self, first: int, count: int) -> Int64s:
@@ -118,17 +130,32 @@ class TokenLoader:
         return positions
 
 
-def prefetched(loader: TokenLoader, batches: Iterable[tuple[int, int]]) -> Iterator[Int64s]:
-    """Yields `loader.batch(first, count)` for each pair, in order, read ahead by one background thread.
+def drawn_windows(num_windows: int, count: int) -> Int64s:
+    """The numbers of `count` out of `num_windows` windows of a split, ascending: int64 [count].
 
-    An error in the thread is raised here, in place of its batch. The thread ends with this iterator, be it closed
+    The split is cut into `count` equal stretches, and a hash of a stretch's number chooses one window in it. So
+    every source is drawn in its share, whatever the order of the sources, and a draw depends on nothing but its
+    arguments.
+    """
+    quotient, remainder = divmod(num_windows, count)
+    stretches = np.arange(count + 1)
+    borders = stretches * quotient + stretches * remainder // count
+    widths = np.diff(borders).astype(np.uint64)
+    hashes = _mixed(stretches[1:].astype(np.uint64) * _GOLDEN_GAMMA)
+    return borders[:-1] + (hashes % widths).astype(np.int64)
+
+
+def prefetched(read: Callable[[Item], Result], items: Iterable[Item]) -> Generator[Result]:
+    """Yields `read(item)` for each item, in order, read ahead by one background thread.
+
+    An error in the thread is raised here, in place of its result. The thread ends with this iterator, be it closed
     early or exhausted.
     """
-    waiting: deque[Future[Int64s]] = deque()
+    waiting: deque[Future[Result]] = deque()
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="token-loader")
     try:
-        for first, count in batches:
-            waiting.append(pool.submit(loader.batch, first, count))
+        for item in items:
+            waiting.append(pool.submit(read, item))
             if len(waiting) > _PREFETCHED:
                 yield waiting.popleft().result()
         while waiting:

@@ -191,10 +191,6 @@ class TokenShards:
         """Bytes of UTF-8 text in a split."""
         return self.index.totals(split).bytes
 
-    def tokens_per_byte(self, split: Split) -> float:
-        """Tokens for each byte of text: a loss per token times this is a loss per byte."""
-        return self.num_tokens(split) / self.num_bytes(split)
-
     def read(self, split: Split, start: int, length: int) -> Tokens:
         """Tokens `start` to `start + length` of a split, [length] uint16 or uint32, across borders of shards.
 

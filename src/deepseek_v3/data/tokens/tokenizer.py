@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json as json_text
+import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
@@ -162,6 +166,31 @@ class Tokenizer:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
+    @cached_property
+    def byte_lengths(self) -> NDArray[np.int64]:
+        """Bytes of UTF-8 text that each id stands for: int64 [vocab_size]; 0 for markers, which stand for no text.
+
+        Exact where `is_byte_exact`; of other tokenizers each id is counted as it is spelled in the vocabulary.
+        """
+        spelled = _is_byte_level(json_text.loads(self._json))
+        lengths = np.zeros(self.vocab_size, np.int64)
+        for piece, id_ in self._tokenizer.get_vocab(with_added_tokens=False).items():
+            lengths[id_] = len(piece) if spelled else _spelled_bytes(piece)
+        for id_, token in self._tokenizer.get_added_tokens_decoder().items():
+            lengths[id_] = len(token.content.encode()) if token.content.isspace() else 0
+        return lengths
+
+    @cached_property
+    def is_byte_exact(self) -> bool:
+        """Whether the `byte_lengths` of a text's ids sum to its bytes: byte-level, and text goes in as it is."""
+        fields = json_text.loads(self._json)
+        return (
+            _is_byte_level(fields)
+            and fields.get("normalizer") in (None, {"type": "Sequence", "normalizers": []})
+            and not any(step.get("add_prefix_space") for step in _steps(fields.get("pre_tokenizer")))
+            and not fields["model"].get("unk_token")
+        )
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids. Markers appear by name, bytes that are no UTF-8 as U+FFFD, unknown ids not at all."""
         return self._tokenizer.decode(ids, skip_special_tokens=False)
@@ -198,6 +227,23 @@ class StreamDecoder:
         rest = self._tokenizer.decode(self._ids)[len(self._shown) :]
         self._ids, self._num_context, self._shown = [], 0, ""
         return rest
+
+
+def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The steps of a pre-tokenizer or decoder of a `tokenizer.json`, which may be one or a sequence."""
+    if part is None:
+        return []
+    return part.get("pretokenizers") or part.get("decoders") or [part]
+
+
+def _is_byte_level(fields: dict[str, Any]) -> bool:
+    """Whether the vocabulary spells each byte as one character."""
+    return any(step["type"] == "ByteLevel" for step in _steps(fields.get("decoder")))
+
+
+def _spelled_bytes(piece: str) -> int:
+    """Bytes of a piece as SentencePiece spells them: `<0x0A>` is one byte, U+2581 is a space."""
+    return 1 if re.fullmatch("<0x[0-9A-F]{2}>", piece) else len(piece.replace("\u2581", " ").encode())
 
 
 def _build(json: str, source: str) -> HuggingFaceTokenizer:
