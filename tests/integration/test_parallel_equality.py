@@ -47,6 +47,15 @@ def test_a_layout_trains_as_one_process_does(pool: RankPool, alone: dict[str, An
     check(pool, alone, LAYOUTS[name], 1e-5)
 
 
+def test_a_pipeline_may_give_predictions_no_weight(pool: RankPool) -> None:
+    """A zero-bubble schedule goes back twice through the loss of the predictions, whose gradient is then 0."""
+    layout, training = LAYOUTS["PP 2, zero bubble"], {"prediction": {"weight": 0.0, "final_weight": 0.0}}
+    expected = pool.run(1, parallel_helpers.train, 2, {}, training)[0]["rows"]
+    for result in pool.run(2, parallel_helpers.train, 2, layout, training):
+        for (found, _, _), (figures, _, _) in zip(result["rows"], expected, strict=True):
+            np.testing.assert_allclose(found, figures, rtol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def gpus() -> Iterator[RankPool]:
     found = RankPool(min(4, torch.cuda.device_count()), "cuda")

@@ -293,6 +293,81 @@ def test_the_sequence_loss_is_one_when_load_is_even_and_grows_when_it_leans() ->
     assert sequence_balance_loss(leaning_TE, 1, 1).item() == pytest.approx(4.0, rel=0.02)
 
 
+# Logits of one token in float32, whose sigmoid is 0 for all experts, for some, or loses digits.
+FAR_LOGITS = {
+    "all equal": [-90.0] * 8,
+    "all different": [-90.0, -91.0, -92.5, -94.0, -90.5, -95.0, -93.0, -91.5],
+    "below any exponent": [-1e4, -1e4 - 1, -1e4 - 2, -2e4, -1e4 - 3, -1e4 - 4, -1e4 - 0.5, -3e4],
+    "far below any": [-1e30, -2e30, -1e30, -3e30, -1e30, -1e30, -1e30, -1e30],
+    "denormal scores": [-88.0, -88.5, -87.5, -87.0, -89.0, -100.0, -103.0, -88.25],
+    "on both sides of the limit": [-63.0, -64.0, -65.0, -66.0, -90.0, -110.0, -63.5, -64.5],
+    "high": [90.0, 1e4, 89.0, 20.0, -90.0, 0.0, 1.0, 88.0],
+    "as in training": [0.1, -0.2, 0.3, -1.0, 2.0, 0.0, -3.0, 0.5],
+}
+
+
+def layer_with_logits(logits_E: Tensor) -> tuple[MixtureOfExperts, Tensor]:
+    """A layer, and two tokens: one whose logits are these, and an ordinary one."""
+    config = small_config(n_group=1, topk_group=1)
+    layer = MixtureOfExperts(config).to(logits_E.dtype)
+    fill_with_noise(layer)
+    with torch.no_grad():
+        layer.gate.weight[:, 0] = logits_E
+        layer.gate.e_score_correction_bias.zero_()
+    x_BSD = torch.zeros(1, 2, config.hidden_size, dtype=logits_E.dtype)
+    x_BSD[0, 0, 0] = 1.0
+    x_BSD[0, 1, 1:] = torch.linspace(-1, 1, config.hidden_size - 1)
+    return layer, x_BSD.requires_grad_()
+
+
+@pytest.mark.parametrize("name", FAR_LOGITS)
+def test_logits_of_any_size_balance_as_in_log_space(name: str) -> None:
+    layer, x_BSD = layer_with_logits(torch.tensor(FAR_LOGITS[name]))
+    y_BSD, stats = layer(x_BSD)
+    (y_BSD.square().mean() + stats.balance_loss).backward()
+    gradients = [x_BSD.grad, *(parameter.grad for parameter in layer.parameters())]
+    assert all(g is None or g.isfinite().all() for g in gradients)
+    assert y_BSD.isfinite().all()
+
+    weight_ED = layer.gate.weight.detach().double().requires_grad_()
+    logits_TE = x_BSD[0].detach().double() @ weight_ED.T
+    shares_TE = torch.softmax(torch.nn.functional.logsigmoid(logits_TE), -1)
+    best_TK = layer.gate(x_BSD[0]).scores_TE.topk(layer.config.num_experts_per_tok).indices
+    f_E = torch.zeros_like(shares_TE).scatter(1, best_TK, 1.0).mean(0) * 8 / layer.config.num_experts_per_tok
+    expected = (f_E * shares_TE.mean(0)).sum()
+    assert stats.balance_loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    (gradient_ED,) = torch.autograd.grad(expected, weight_ED)
+    layer.zero_grad()
+    layer(x_BSD)[1].balance_loss.backward()
+    torch.testing.assert_close(layer.gate.weight.grad, gradient_ED.float(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FAR_LOGITS)
+@torch.no_grad()
+def test_gates_of_far_logits_are_those_of_the_released_gate(name: str) -> None:
+    layer, x_BSD = layer_with_logits(torch.tensor(FAR_LOGITS[name]))
+    routing = layer.gate(x_BSD[0])
+    scores_TE = torch.sigmoid(x_BSD[0].double() @ layer.gate.weight.double().T)
+    chosen_TK = scores_TE.gather(1, routing.experts_TK)
+    expected_TK = chosen_TK / (chosen_TK.sum(-1, keepdim=True) + 1e-20) * layer.config.routed_scaling_factor
+    torch.testing.assert_close(routing.gates_TK.double(), expected_TK, rtol=1e-5, atol=1e-7)
+
+
+def test_scores_of_zero_add_nothing_to_the_sequence_loss() -> None:
+    scores_TE = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.5, 0.1, 0.1, 0.1]], requires_grad=True)
+    loss = sequence_balance_loss(scores_TE, 2, 1)
+    loss.backward()
+    assert loss.item() == pytest.approx(4 * 0.5 / 0.8 / 2)
+    assert scores_TE.grad is not None
+    assert scores_TE.grad.isfinite().all()
+
+
+def test_no_tokens_give_finite_load_figures_and_no_step() -> None:
+    counts_LE = torch.zeros(2, 4, dtype=torch.int64)
+    assert all(values_L.isfinite().all() for values_L in load_metrics(counts_LE).values())
+    assert torch.equal(moved_bias(counts_LE, 0.001), torch.full((2, 4), 0.5))
+
+
 def moved_bias(counts_LE: Tensor, speed: float) -> Tensor:
     """Where one update takes the biases of as many routers, all starting at 0.5."""
     config = small_config(n_routed_experts=counts_LE.shape[1], n_group=1, topk_group=1)

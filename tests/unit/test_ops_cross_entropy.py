@@ -127,6 +127,17 @@ def test_a_head_used_twice_in_one_graph_sums_its_gradients() -> None:
         assert largest_difference(one, other) < 1e-12
 
 
+@pytest.mark.parametrize("factor", [0.0, 0.7])
+def test_going_back_twice_through_one_graph(factor: float) -> None:
+    """As a zero-bubble pipeline does. The factor is 0 for a prediction loss without weight."""
+    inputs = states_head_targets(torch.float64, torch.float64, torch.device("cpu"))
+    loss = factor * linear_cross_entropy(*inputs)
+    (expected,) = torch.autograd.grad(reference_linear_cross_entropy(*inputs), inputs[1])
+    torch.autograd.grad(loss, inputs[0], retain_graph=True)
+    (found,) = torch.autograd.grad(loss, inputs[1])
+    assert largest_difference(found, factor * expected) < 1e-12
+
+
 def test_gradients_accumulate_over_micro_batches() -> None:
     hidden_TD, weight_VD, targets_T = states_head_targets(torch.float64, torch.float64, torch.device("cpu"))
     linear_cross_entropy(hidden_TD, weight_VD, targets_T).backward()

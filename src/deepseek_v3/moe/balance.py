@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from deepseek_v3.moe.routing import Router
 
+_LEAST_SUM = 1e-30  # of scores; the router's are larger
+
 
 class RoutingStats(NamedTuple):
     """What one mixture layer reports of one forward pass.
@@ -31,14 +33,14 @@ def sequence_balance_loss(scores_TE: Tensor, batch_size: int, experts_per_token:
     """Eq. 17-20 without α, averaged over the sequences of the batch; a float32 scalar with a gradient.
 
     `scores_TE` (B·S, E) unbiased sigmoid scores. As in eq. 18, f counts an expert where it is among the K best
-    by unbiased score, whatever bias and group limit then choose.
+    by unbiased score, whatever bias and group limit then choose. A token whose scores are all 0 adds nothing.
     """
     scores_BSE = scores_TE.unflatten(0, (batch_size, -1))
     num_experts = scores_BSE.shape[-1]
     best_BSK = scores_BSE.detach().topk(experts_per_token, dim=-1).indices
     is_best_BSE = torch.zeros_like(scores_BSE).scatter(-1, best_BSK, 1.0)
     f_BE = is_best_BSE.mean(1) * (num_experts / experts_per_token)
-    p_BE = (scores_BSE / scores_BSE.sum(-1, keepdim=True)).mean(1)
+    p_BE = (scores_BSE / scores_BSE.sum(-1, keepdim=True).clamp(min=_LEAST_SUM)).mean(1)
     return (f_BE * p_BE).sum(-1).mean()
 
 

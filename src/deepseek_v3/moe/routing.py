@@ -18,9 +18,15 @@ from deepseek_v3.ops.dtypes import at_least_float32
 # A group is worth the sum of its best two experts, as in the released gate.
 _EXPERTS_THAT_SCORE_A_GROUP = 2
 
+# Below it sigmoid equals exp to 27 digits. In float32 it loses digits from -87 on, and is 0 from -89 on.
+_LEAST_BEST_LOGIT = -64.0
+
 
 class Routing(NamedTuple):
-    """The choice for each token: `gates_TK` float32, `experts_TK` int64, and all `scores_TE` float32."""
+    """The choice for each token: `gates_TK` float32, `experts_TK` int64, and all `scores_TE` float32.
+
+    At least one score of a token is above 1e-28 if its logits are finite.
+    """
 
     gates_TK: Tensor
     experts_TK: Tensor
@@ -48,10 +54,11 @@ class Router(nn.Module):
     def forward(self, x_TD: Tensor) -> Routing:
         """Routes (T, D) tokens of any float type; scores are taken in float32 (float64 for float64)."""
         x_TD = at_least_float32(x_TD)
-        scores_TE = torch.sigmoid(F.linear(x_TD, self.weight.to(x_TD.dtype)))
+        scores_TE = _scores(F.linear(x_TD, self.weight.to(x_TD.dtype)))
         experts_TK = self._choose(scores_TE.detach() + self.e_score_correction_bias)
         gates_TK = scores_TE.gather(1, experts_TK)
         if self.config.norm_topk_prob:
+            # The constant is the released gate's: far below it a token's gates are 0.
             gates_TK = gates_TK / (gates_TK.sum(-1, keepdim=True) + 1e-20)
         return Routing(gates_TK * self.config.routed_scaling_factor, experts_TK, scores_TE)
 
@@ -88,3 +95,13 @@ class Router(nn.Module):
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """The type itself, or float32 where it is a narrower float."""
     return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
+
+
+def _scores(logits_TE: Tensor) -> Tensor:
+    """Sigmoid of the logits, which never is 0 for all experts of a token: their ratios hold at any size.
+
+    Where the best logit of a token is too low for that, all of its logits are raised by the same amount.
+    """
+    best_T1 = logits_TE.detach().amax(-1, keepdim=True)
+    raised_TE = logits_TE - best_T1 + _LEAST_BEST_LOGIT
+    return torch.sigmoid(torch.where(best_T1 < _LEAST_BEST_LOGIT, raised_TE, logits_TE))

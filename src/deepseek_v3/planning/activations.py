@@ -79,7 +79,7 @@ def _mixture(model: ModelConfig, run: Execution) -> dict[str, float]:
     return {
         "router's input in float32": 4 * width if run.width == 2 else 0,
         "scores, and their shares for the balance loss": (2 if run.compiled else 1) * 4 * experts,
-        "choice, gates and their sum": (8 + 4) * chosen + 4,
+        "choice, gates and sums": (8 + 4) * chosen + (4 if run.compiled else 3 * 4 + 1),
         "order and its inverse, and without the compiler sorted gates": (8 + 8 + (0 if run.compiled else 4))
         * chosen,
         "rows of the experts": rows * per_row,

@@ -89,7 +89,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             ctx.scale = grad_loss
             grad_weight_VD.data.mul_(grad_loss)
         else:  # a zero-bubble pipeline goes back in two halves and comes here in both
-            grad_weight_VD = grad_weight_VD * (grad_loss / ctx.scale)
+            grad_weight_VD = grad_weight_VD * torch.where(grad_loss == ctx.scale, 1.0, grad_loss / ctx.scale)
         return scaled_TD, grad_weight_VD.to(ctx.weight_dtype), None, None
 
 
@@ -101,7 +101,8 @@ def _chunk_size(num_tokens: int, vocab_size: int, device_type: str) -> int:
 def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
     """The reference's operation without ever holding all logits; the weight's gradient sums in float32 at least.
 
-    Differentiable once. Backward scales the weight's gradient where it lies, so its first gradient must not be 0.
+    Differentiable once. Backward scales the weight's gradient where it lies: after a first gradient of 0, a second
+    one through the same graph must be 0 too.
     """
     needs_gradient = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
     return _ChunkedLinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T, needs_gradient)
