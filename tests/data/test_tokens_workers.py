@@ -105,7 +105,7 @@ def test_a_fault_in_the_source_ends_the_workers(tmp_path, monkeypatch):
         nonlocal passes
         passes += 1
         yield from read_documents()
-        if passes == 2:  # the first trains the tokenizer
+        if passes == 3:  # the first chooses the hold-out, the second trains the tokenizer
             assert len(multiprocessing.active_children()) == 2
             raise DataError("the last line is bad")
 

@@ -17,11 +17,12 @@ class CorpusConfig(Section):
     """How to build the token shards where `data.path` does not exist yet.
 
     `source` is `python-stdlib` (the text that ships inside every Python) or a file or folder of text.
+    `holdout` is the share of the text to hold out; null: 0.02, or more where that is less than one window.
     """
 
     source: str
     vocab_size: Annotated[int, Field(ge=260)]
-    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    holdout: Annotated[float, Field(gt=0, lt=1)] | None = None
     fim_rate: Fraction = 0.0
     seed: int = 0
 

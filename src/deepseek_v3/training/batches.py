@@ -36,7 +36,8 @@ def open_tokens(config: RunConfig) -> TokenShards:
             )
         get_logger("Data").info(f"{data.path} does not exist yet: building it from {data.corpus.source}")
         options = data.corpus.model_dump()
-        tokenize_corpus(output=data.path, tokenizer=None, **options)
+        length = config.training.sequence_length
+        tokenize_corpus(output=data.path, tokenizer=None, sequence_length=length, **options)
     shards = TokenShards.open(data.path, verify=data.verify_checksums)
     check_vocabulary(shards, config.model)
     return shards

@@ -63,3 +63,8 @@ def side_by_side(one: Sequence[str], other: Sequence[str]) -> list[str]:
 def spelled(name: str) -> str:
     """The name of a field or a part in words."""
     return name.replace("_", " ")
+
+
+def counted(number: int, thing: str) -> str:
+    """`1 document`, `2 documents`."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"

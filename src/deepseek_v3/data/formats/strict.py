@@ -19,17 +19,17 @@ _SHOWN = 3
 _log = get_logger("Reading")
 
 
-def read_documents(source: str | Path, text_field: str = "text") -> Iterator[Document]:
+def read_documents(source: str | Path, text_field: str = "text", *, warn: bool = True) -> Iterator[Document]:
     """Yields the documents of a file, a folder, a pattern or an address, leaving out those that are white space.
 
     The files are read as `find_inputs` and `read_span` say, in the order of their names; their text stands in
-    `text_field`. Files of no known format are left out, and the log names them.
+    `text_field`. Files of no known format are left out, and with `warn` the log names them.
 
     Raises DataError, naming file and line, byte or row, where something is no document, and at the end where there
     was no text at all.
     """
     files, ignored = find_inputs(source)
-    if ignored:
+    if ignored and warn:
         names = ", ".join(one.name for one in ignored[:_SHOWN])
         _log.warning(f"{source}: {len(ignored)} files are left out, of no known format: {names}")
     options = ReadOptions(text_field)

@@ -16,7 +16,7 @@ from deepseek_v3.data.quality.fasttext_format import is_fasttext
 from deepseek_v3.data.quality.fasttext_training import GOOD, TrainingOptions, held_out_figures, train_classifier
 from deepseek_v3.data.quality.language_model_training import PERCENTILES, Limits, train_language_model
 from deepseek_v3.data.quality.perplexity import ArpaModel, load_language_model
-from deepseek_v3.data.tokens.encoding import is_held_out
+from deepseek_v3.data.tokens.holdout import is_held_out
 from deepseek_v3.utils.errors import DataError
 
 quality_app = typer.Typer(

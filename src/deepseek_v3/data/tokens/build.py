@@ -11,17 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from deepseek_v3.data.documents import Document
 from deepseek_v3.data.formats.strict import read_documents
 from deepseek_v3.data.stdlib_corpus import stdlib_documents
-from deepseek_v3.data.tokens.encoding import CorpusEncoder, encoded_batches, is_held_out
-from deepseek_v3.data.tokens.index import CorpusOptions, SplitTotals
+from deepseek_v3.data.tokens.encoding import CorpusEncoder, encoded_batches
+from deepseek_v3.data.tokens.fim import FillInMiddle
+from deepseek_v3.data.tokens.holdout import DEFAULT_SHARE, HoldOut, HoldOutPlanner, TokenBounds
+from deepseek_v3.data.tokens.index import SPLITS, CorpusOptions, ShardIndex, SplitTotals
 from deepseek_v3.data.tokens.shards import ShardWriter
-from deepseek_v3.data.tokens.tokenizer import Tokenizer
+from deepseek_v3.data.tokens.tokenizer import Tokenizer, check_vocab_size, least_tokens
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.logging import get_console, get_logger
+from deepseek_v3.utils.printing import counted
 
 PYTHON_STDLIB = "python-stdlib"
+SEQUENCE_LENGTH = 256  # tokens in a window, where nobody says what the model will read
 
 _BATCH_CHARACTERS = 2**20  # text encoded at a time: enough to outweigh the way to another process and back
 
@@ -44,53 +47,89 @@ def tokenize_corpus(
     *,
     vocab_size: int | None,
     tokenizer: Path | None,
-    holdout: float,
+    holdout: float | None,
     fim_rate: float,
     seed: int,
+    sequence_length: int = SEQUENCE_LENGTH,
     text_field: str = "text",
     shard_tokens: int = 2**27,
     workers: int | None = None,
 ) -> CorpusSummary:
     """Writes token shards of `source`, a file or folder of text or `python-stdlib`, to the new directory `output`.
 
-    Takes the tokenizer from a file, or trains one of `vocab_size` on the training split. A document is held out if
-    the hash of its text says so, so copies of a text never stand on both sides. Of the training documents the share
-    `fim_rate` is rearranged for fill-in-the-middle. What is written does not depend on `workers`, the processes
-    that encode (None: one for each core). Memory holds a few megabytes of text for each, or the longest documents.
+    Takes the tokenizer from a file, or trains one of `vocab_size` on the training split. `HoldOutPlanner.choose`
+    says what is held out of the text for a `holdout` share and windows of `sequence_length` tokens; copies of a
+    text never stand on both sides. Of the training documents the share `fim_rate` is rearranged for
+    fill-in-the-middle. What is written does not depend on `workers`, the processes that encode (None: one for each
+    core). Memory holds a few megabytes of text for each, or the longest documents.
 
     `output` appears when all is written, or not at all. Raises DataError if it exists, if the source cannot be used
-    as it is, or if either split would be empty.
+    as it is, or if either split would be shorter than one window.
     """
     _check_options(vocab_size, tokenizer, holdout, fim_rate, workers)
-    options = CorpusOptions(source=source, text_field=text_field, holdout=holdout, fim_rate=fim_rate, seed=seed)
+    share = DEFAULT_SHARE if holdout is None else holdout
+    options = CorpusOptions(source=source, text_field=text_field, holdout=share, fim_rate=fim_rate, seed=seed)
     with _appearing_whole(output) as partial:
-        coder = _train(options, vocab_size) if tokenizer is None else Tokenizer.load(tokenizer)
-        encoder = CorpusEncoder(coder, options)
+        coder = None if tokenizer is None else Tokenizer.load(tokenizer)
+        if coder is not None:
+            FillInMiddle(
+                fim_rate, seed, coder.fim
+            )  # refuses a tokenizer without the markers before the text is read
+        split = _choose_holdout(options, holdout, coder, sequence_length)
+        if coder is None:
+            coder = _train(options, split, vocab_size)
+        encoder = CorpusEncoder(coder, options, split)
         with ShardWriter(partial, coder, shard_tokens) as writer, _Meter("Tokenizing", "tokens") as meter:
-            batches = _batches(_documents(options))
+            batches = _batches(_texts(options, warn=True))
             with closing(encoded_batches(encoder, batches, workers or os.cpu_count() or 1)) as encoded:
                 for batch in encoded:
-                    for split, ids, num_bytes in batch.documents():
-                        writer.add(split, ids, num_bytes)
+                    for side, ids, num_bytes in batch.documents():
+                        writer.add(side, ids, num_bytes)
                     meter.add(len(batch.lengths), len(batch.ids) + len(batch.lengths))
             index = writer.finish(options)
+        _check_windows(index, sequence_length)
     return CorpusSummary(output, coder.vocab_size, index.totals("train"), index.totals("holdout"))
 
 
 def _check_options(
-    vocab_size: int | None, tokenizer: Path | None, holdout: float, fim_rate: float, workers: int | None
+    vocab_size: int | None, tokenizer: Path | None, holdout: float | None, fim_rate: float, workers: int | None
 ) -> None:
     if (vocab_size is None) == (tokenizer is None):
         raise DataError(
             f"vocab_size = {vocab_size} and tokenizer = {tokenizer}: expected one of the two, a size to train a "
             "tokenizer of or a tokenizer.json to use"
         )
-    if not 0 < holdout < 1:
+    if vocab_size is not None:
+        check_vocab_size(vocab_size)
+    if holdout is not None and not 0 < holdout < 1:
         raise DataError(f"holdout = {holdout}: expected a share between 0 and 1, such as 0.02")
     if not 0 <= fim_rate <= 1:
         raise DataError(f"fim_rate = {fim_rate}: expected a share from 0 to 1, such as 0.1")
     if workers is not None and workers < 1:
         raise DataError(f"workers = {workers}: expected at least 1")
+
+
+def _choose_holdout(
+    options: CorpusOptions, share: float | None, tokenizer: Tokenizer | None, sequence_length: int
+) -> HoldOut:
+    if tokenizer is None:
+        bounds = TokenBounds(least_tokens, lambda text: len(text.encode("utf-8")) + 1)
+    else:
+        bounds = TokenBounds(*(2 * [lambda text: len(tokenizer.encode(text)) + 1]))
+    return HoldOutPlanner(options.source, lambda: _texts(options), bounds, sequence_length + 1).choose(share)
+
+
+def _check_windows(index: ShardIndex, sequence_length: int) -> None:
+    """Raises DataError where the tokenizer made fewer tokens of the text than it was expected to make."""
+    for split in SPLITS:
+        tokens, size = index.totals(split).tokens, index.totals(split).bytes
+        if tokens <= sequence_length:
+            raise DataError(
+                f"{index.options.source}: the split {split!r} holds {tokens:,} tokens, made of {size:,} bytes; "
+                f"expected at least {sequence_length + 1:,} for one window, about "
+                f"{-(-size * (sequence_length + 1) // tokens):,} bytes; add text, change holdout = "
+                f"{index.options.holdout}, or lower the sequence length"
+            )
 
 
 @contextmanager
@@ -109,31 +148,30 @@ def _appearing_whole(output: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _documents(options: CorpusOptions) -> Iterator[Document]:
+def _texts(options: CorpusOptions, *, warn: bool = False) -> Iterator[str]:
     if options.source == PYTHON_STDLIB:
-        return stdlib_documents()
-    return read_documents(options.source, options.text_field)
+        return (document.text for document in stdlib_documents())
+    return (document.text for document in read_documents(options.source, options.text_field, warn=warn))
 
 
-def _train(options: CorpusOptions, vocab_size: int | None) -> Tokenizer:
+def _train(options: CorpusOptions, holdout: HoldOut, vocab_size: int | None) -> Tokenizer:
     assert vocab_size is not None
     with _Meter("Training the tokenizer", "characters") as meter:
 
         def texts() -> Iterator[str]:
-            for document in _documents(options):
-                if not is_held_out(document.text, options.holdout):
-                    meter.add(1, len(document.text))
-                    yield document.text
+            for text in holdout.training_texts(_texts(options)):
+                meter.add(1, len(text))
+                yield text
 
         return Tokenizer.train(texts(), vocab_size)
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[str]]:
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
     batch: list[str] = []
     characters = 0
-    for document in documents:
-        batch.append(document.text)
-        characters += len(document.text)
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
         if characters >= _BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
@@ -170,4 +208,4 @@ class _Meter:
     def _line(self) -> str:
         amount, unit = self._amount, self._unit
         rate = amount / max(time.monotonic() - self._start, 1e-9)
-        return f"{self._title}: {self._documents:,} documents, {amount:,} {unit}, {rate:,.0f} {unit}/s"
+        return f"{self._title}: {counted(self._documents, 'document')}, {amount:,} {unit}, {rate:,.0f} {unit}/s"

@@ -9,7 +9,6 @@ from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from hashlib import blake2b
 from itertools import chain
 from typing import Any
 
@@ -17,18 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepseek_v3.data.tokens.fim import FillInMiddle
+from deepseek_v3.data.tokens.holdout import HoldOut
 from deepseek_v3.data.tokens.index import CorpusOptions, Split, token_type
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.workers import end_with_parent
 
 _ALONE_CHARACTERS = 2**24  # about what is encoded in the time that other processes need to start
-
-
-def is_held_out(text: str, holdout: float) -> bool:
-    """Whether a text belongs to the share `holdout` that is never trained on: a pure function of the text."""
-    digest = blake2b(text.encode("utf-8"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") < holdout * 2**64
 
 
 @dataclass(frozen=True)
@@ -52,25 +46,29 @@ class EncodedBatch:
 
 
 class CorpusEncoder:
-    """Encodes documents as `options` say. Raises DataError if the tokenizer has no markers for a `fim_rate`."""
+    """Encodes documents as `options` say, split as `holdout` says; without it, by the share in `options`.
 
-    def __init__(self, tokenizer: Tokenizer, options: CorpusOptions) -> None:
+    Raises DataError if the tokenizer has no markers for a `fim_rate`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, options: CorpusOptions, holdout: HoldOut | None = None) -> None:
         self.tokenizer = tokenizer
         self.options = options
+        self.holdout = holdout or HoldOut(options.holdout * 2**64)
         self._fim = FillInMiddle(options.fim_rate, options.seed, tokenizer.fim)
         self._dtype = np.dtype(token_type(tokenizer.vocab_size))
 
     def encode(self, texts: Sequence[str]) -> EncodedBatch:
         """The ids of texts; those that are not held out may be rearranged for fill-in-the-middle."""
-        held_out = [is_held_out(text, self.options.holdout) for text in texts]
-        parts = [[text] if held else self._fim.split(text) for text, held in zip(texts, held_out, strict=True)]
+        split_texts = list(chain.from_iterable(map(self.holdout.split, texts)))
+        parts = [self._fim.split(text) if split == "train" else [text] for split, text in split_texts]
         encoded = iter(self.tokenizer.encode_batch(list(chain.from_iterable(parts))))
         documents = [self._fim.join([next(encoded) for _ in part]) for part in parts]
         return EncodedBatch(
             ids=np.fromiter(chain.from_iterable(documents), self._dtype),
             lengths=[len(ids) for ids in documents],
-            num_bytes=[len(text.encode("utf-8")) for text in texts],
-            splits=["holdout" if held else "train" for held in held_out],
+            num_bytes=[len(text.encode("utf-8")) for _, text in split_texts],
+            splits=[split for split, _ in split_texts],
         )
 
 
@@ -96,7 +94,7 @@ def _encoded_by_processes(
 ) -> Generator[EncodedBatch]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    arguments = (encoder.tokenizer.to_json(), encoder.options)
+    arguments = (encoder.tokenizer.to_json(), encoder.options, encoder.holdout)
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=arguments)
     waiting: deque[Future[EncodedBatch]] = deque()
     for _ in range(workers):
@@ -116,11 +114,11 @@ def _encoded_by_processes(
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker(tokenizer: str, options: CorpusOptions) -> None:
+def _start_worker(tokenizer: str, options: CorpusOptions, holdout: HoldOut) -> None:
     global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process for each core is enough
     end_with_parent()
-    _encoder = CorpusEncoder(Tokenizer.from_json(tokenizer), options)
+    _encoder = CorpusEncoder(Tokenizer.from_json(tokenizer), options, holdout)
 
 
 def _encode(texts: list[str]) -> EncodedBatch:

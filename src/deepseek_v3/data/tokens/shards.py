@@ -73,11 +73,7 @@ class ShardWriter:
         for split, writer in self._splits.items():
             writer.end_shard()
             if not writer.shards:
-                raise DataError(
-                    f"{options.source}: no document fell to the split {split!r} at holdout = {options.holdout}; "
-                    f"{'raise' if split == 'holdout' else 'lower'} holdout, or add documents: a text file is one, "
-                    "and so is each line of a .jsonl file"
-                )
+                raise DataError(f"{options.source}: the split {split!r} holds no document, expected at least one")
         self._tokenizer.save(self._directory / _TOKENIZER_FILE)
         index = ShardIndex(
             dtype=token_type(self._tokenizer.vocab_size),

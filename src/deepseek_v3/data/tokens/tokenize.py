@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from deepseek_v3.data.tokens.build import PYTHON_STDLIB, tokenize_corpus
+from deepseek_v3.data.tokens.build import PYTHON_STDLIB, SEQUENCE_LENGTH, tokenize_corpus
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.logging import configure_logging, get_logger
 
@@ -25,7 +25,13 @@ def tokenize(
         int | None, typer.Option(help="Train a byte-level BPE tokenizer with this many ids.")
     ] = None,
     text_field: Annotated[str, typer.Option(help="Field of a JSONL line that holds the text.")] = "text",
-    holdout: Annotated[float, typer.Option(help="Share of documents kept for evaluation.")] = 0.02,
+    holdout: Annotated[
+        float | None,
+        typer.Option(help="Share of the text kept for evaluation.", show_default="0.02, at least one window"),
+    ] = None,
+    sequence_length: Annotated[
+        int, typer.Option(min=2, help="Tokens in a window of the model to train; each split holds at least one.")
+    ] = SEQUENCE_LENGTH,
     fim_rate: Annotated[float, typer.Option(help="Share of documents rearranged for fill-in-the-middle.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Chooses where fill-in-the-middle splits documents.")] = 0,
     workers: Annotated[
@@ -46,6 +52,7 @@ def tokenize(
         holdout=holdout,
         fim_rate=fim_rate,
         seed=seed,
+        sequence_length=sequence_length,
         text_field=text_field,
         workers=workers,
     )

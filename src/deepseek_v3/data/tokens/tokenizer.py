@@ -44,6 +44,9 @@ _REPLACEMENT = "\ufffd"  # what decoding shows for bytes that are not, or not ye
 _log = get_logger("Tokens")
 
 
+SMALLEST_VOCABULARY = len(_MARKERS) + 256
+
+
 class FimMarkers(NamedTuple):
     """Ids of the marks before the prefix, before the suffix, and before the middle."""
 
@@ -88,15 +91,9 @@ class Tokenizer:
         The vocabulary holds 4 markers, 256 bytes and merges up to `vocab_size`, or fewer where the texts have no
         pair left that occurs twice. Raises DataError if `vocab_size` is less than 260.
         """
-        smallest = len(_MARKERS) + 256
-        if vocab_size < smallest:
-            raise DataError(
-                f"vocab_size = {vocab_size} is too small: {len(_MARKERS)} markers and 256 bytes need {smallest}"
-            )
+        check_vocab_size(vocab_size)
         tokenizer = HuggingFaceTokenizer(models.BPE())
-        cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in DEEPSEEK]
-        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, to_bytes])
+        tokenizer.pre_tokenizer = _pre_tokenizer()
         tokenizer.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
@@ -244,6 +241,25 @@ def _is_byte_level(fields: dict[str, Any]) -> bool:
 def _spelled_bytes(piece: str) -> int:
     """Bytes of a piece as SentencePiece spells them: `<0x0A>` is one byte, U+2581 is a space."""
     return 1 if re.fullmatch("<0x[0-9A-F]{2}>", piece) else len(piece.replace("\u2581", " ").encode())
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """Raises DataError for a size that a tokenizer trained here cannot have."""
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise DataError(
+            f"vocab_size = {vocab_size} is too small: {len(_MARKERS)} markers and 256 bytes need "
+            f"{SMALLEST_VOCABULARY}"
+        )
+
+
+def least_tokens(text: str) -> int:
+    """How many tokens a document has at least, by any tokenizer trained here: no token crosses these cuts."""
+    return len(_pre_tokenizer().pre_tokenize_str(text)) + 1
+
+
+def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
+    cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in DEEPSEEK]
+    return pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def _build(json: str, source: str) -> HuggingFaceTokenizer:
