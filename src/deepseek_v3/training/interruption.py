@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,7 +17,10 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """While entered, the first SIGINT (Ctrl-C), SIGTERM or SIGUSR1 asks to stop; a second one acts at once.
+    """From `listen` to the end of the `with` block, the first SIGINT (Ctrl-C), SIGTERM or SIGUSR1 asks to stop.
+
+    In a process alone a second signal acts at once, except in `saving`, where it waits until the checkpoint is
+    complete. From the last save on only SIGINT acts: nothing is left that another signal could stop.
 
     Of several ranks each may be asked, and `agreed` tells all of them after the same step. There a second signal
     changes nothing: launchers pass theirs on to ranks that the terminal has signalled already, and kill those that
@@ -24,6 +30,9 @@ class StopRequest:
     def __init__(self, num_ranks: int = 1) -> None:
         self._is_alone = num_ranks == 1
         self._asked_by = 0  # the signal's number, or 0
+        self._waiting = 0  # the number of a further signal that waits for the end of a save, or 0
+        self._saves = self._ends = False
+        self._earlier: dict[signal.Signals, Any] = {}
 
     @property
     def requested(self) -> bool:
@@ -44,8 +53,22 @@ class StopRequest:
             _log(number, "all ranks stop after this step and save")
         return number != 0
 
-    def __enter__(self) -> StopRequest:
+    @contextmanager
+    def saving(self, last: bool) -> Iterator[None]:
+        """While entered, no signal interrupts; `last` says that this is the last checkpoint of the process."""
+        self._saves, self._ends = True, self._ends or last
+        try:
+            yield
+        finally:
+            self._saves = False
+        if self._waiting:
+            self._act(self._waiting)
+
+    def listen(self) -> None:
+        """Takes the signals over from whoever has them."""
         self._earlier = {number: signal.signal(number, self._ask) for number in _SIGNALS}
+
+    def __enter__(self) -> StopRequest:
         return self
 
     def __exit__(
@@ -54,14 +77,28 @@ class StopRequest:
         self._restore()
 
     def _ask(self, number: int, _frame: FrameType | None) -> None:
-        self._asked_by = number
-        if self._is_alone:
-            self._restore()
+        repeated, self._asked_by = self.requested, number
+        if not self._is_alone:
+            return
+        if not repeated:
             _log(number, "finishing this step and saving; once more to stop at once")
+        elif self._ends and number != signal.SIGINT:
+            return
+        elif not self._saves:
+            self._act(number)
+        elif not self._waiting:
+            self._waiting = number
+            _log(number, "stopping as soon as the checkpoint that is being written is complete")
+
+    def _act(self, number: int) -> None:
+        """Does what the signal would have done without us."""
+        self._restore()
+        signal.raise_signal(number)
 
     def _restore(self) -> None:
         for number, handler in self._earlier.items():
             signal.signal(number, handler)
+        self._earlier = {}
 
 
 def _log(number: int, consequence: str) -> None:

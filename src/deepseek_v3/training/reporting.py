@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 import torch
 
@@ -131,10 +130,6 @@ class Reporter:
             f"Held-out loss after step {step_number}: {held_out.loss:.4f} nats per token, "
             f"{held_out.bits_per_byte:.4f} bits per byte"
         )
-
-    def report_checkpoint(self, path: Path) -> None:
-        """Logs where a checkpoint was saved."""
-        _log.info(f"Saved {path}")
 
     def report_end(self, step_number: int) -> None:
         """Logs what the whole run trained on, beside its budget."""

@@ -12,6 +12,7 @@ from deepseek_v3.utils.checkpointing import CheckpointDirectory
 from deepseek_v3.utils.checkpoints.loading import newest_checkpoint
 from deepseek_v3.utils.checkpoints.ranks import checkpoint_group, together
 from deepseek_v3.utils.checkpoints.saving import ShardedWriter
+from deepseek_v3.utils.logging import get_logger
 
 
 class RunCheckpoints:
@@ -23,7 +24,7 @@ class RunCheckpoints:
     def __init__(self, config: CheckpointConfig, ranks: Ranks) -> None:
         self.directory = CheckpointDirectory(config.directory, config.keep)
         self.group = None if ranks.is_alone else checkpoint_group()
-        self._writer = None if ranks.is_alone else ShardedWriter(self.directory, self.group)
+        self._writer = None if ranks.is_alone else ShardedWriter(self.directory, self.group, _tell_saved)
 
     def __enter__(self) -> RunCheckpoints:
         return self
@@ -48,7 +49,21 @@ class RunCheckpoints:
         return newest_checkpoint(self.directory, self.group) if resume == "latest" else Path(resume)
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Saves, or begins to, the checkpoint of a step. Raises the CheckpointError of this one or the last."""
-        if self._writer is None:
-            return self.directory.save(step, state)
-        return self._writer.save(step, state).path
+        """Saves, or begins to, the checkpoint of a step, and logs each one that is complete.
+
+        Raises the CheckpointError of this one or the last.
+        """
+        if self._writer is not None:
+            return self._writer.save(step, state).path
+        path = self.directory.save(step, state)
+        _tell_saved(path)
+        return path
+
+    def finish(self) -> None:
+        """Waits, from another thread, for a checkpoint that is being written."""
+        if self._writer is not None:
+            self._writer.finish()
+
+
+def _tell_saved(path: Path) -> None:
+    get_logger("Trainer").info(f"Saved {path}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +14,7 @@ import typer
 
 from deepseek_v3.config.loading import config_to_yaml, load_config
 from deepseek_v3.config.train_config import RunConfig
+from deepseek_v3.training.interruption import StopRequest
 from deepseek_v3.training.parallel.deepspeed_settings import DeepSpeedFile
 from deepseek_v3.training.parallel.layout import laid_out
 from deepseek_v3.training.parallel.ranks import arrange
@@ -59,9 +59,10 @@ def train(
     overrides = override or []
     place = select_device(device, world)
     limit = timedelta(seconds=timeout)
-    with process_group(world, place, limit, even_alone=deepspeed is not None), Watchdog(world, limit) as watchdog:
+    group = process_group(world, place, limit, even_alone=deepspeed is not None)
+    with StopRequest(world.size) as stop, group, Watchdog(world, limit) as watchdog:
         settings = DeepSpeedFile(deepspeed) if deepspeed else None
-        result = train_run(load_config(config, overrides), place, resume, force, world, watchdog.step, settings)
+        result = train_run(load_config(config, overrides), place, resume, force, world, watchdog, settings, stop)
     if not result.finished and world.rank == 0:
         words = ["--config", str(config), "--resume", "latest"]
         words += [word for setting in overrides for word in ("--set", setting)]
@@ -84,14 +85,16 @@ def train_run(
     resume: str | None = None,
     force: bool = False,
     world: World = ALONE,
-    step_begins: Callable[[int], None] | None = None,
+    watchdog: Watchdog | None = None,
     deepspeed: DeepSpeedFile | None = None,
+    stop: StopRequest | None = None,
 ) -> TrainingResult:
     """Trains as `config` says; leaves the resolved config, metrics and a plot of the losses in its run folder.
 
-    Every process of a job calls it; `step_begins` hears the number of every step. With `deepspeed` the steps are
-    DeepSpeed's, and need a process group even of one. A run that is expected not to fit in memory is refused before
-    anything is allocated, unless by `force`.
+    Every process of a job calls it. `watchdog` hears of every step, and waits for a checkpoint that is being
+    written before it ends the process; `stop` is as in `Trainer.run`. With `deepspeed` the steps are DeepSpeed's,
+    and need a process group even of one. A run that is expected not to fit in memory is refused before anything is
+    allocated, unless by `force`.
     """
     described = describe_device(device, world.local_size)
     if deepspeed is None:
@@ -101,12 +104,14 @@ def train_run(
         config = deepspeed.laid_out(config, world.size)
     check_plan(config, described, force)
     ranks = arrange(config.parallel, device.type, world.local_size)
-    trainer = Trainer(config, device, resume, ranks, step_begins, deepspeed)
+    trainer = Trainer(config, device, resume, ranks, watchdog.step if watchdog else None, deepspeed)
+    if watchdog is not None:
+        watchdog.finish_first(trainer.checkpoints.finish)
     folder = config.logging.directory
     if world.rank == 0:
         with written_atomically(folder / "config.yaml") as partial:
             partial.write_text(config_to_yaml(config), encoding="utf-8")
-    result = trainer.run()
+    result = trainer.run(stop)
     if world.rank == 0:
         plot_losses(read_metrics(folder / "metrics.jsonl"), folder / "loss.png")
     return result

@@ -95,13 +95,20 @@ class Trainer:
         """The micro-batches of each step from the next one on, as `run_step` of the engine takes them."""
         return token_batches(lambda samples: self.loader.batch(*samples), self._micro_batches(), self.device)
 
-    def run(self) -> TrainingResult:
-        """Trains to the end of the token budget, or until a signal asks to stop; either way saves last."""
+    def run(self, stop: StopRequest | None = None) -> TrainingResult:
+        """Trains to the end of the token budget, or until a signal asks to stop; either way saves last.
+
+        Signals are given back when the last checkpoint is complete, or, with a `stop` of the caller, by the caller.
+        """
+        if stop is None:
+            with StopRequest(self.ranks.size) as own:
+                return self.run(own)
         batches = self.batches()
         dtype = self.engine.models[0].compute_dtype or torch.float32
         writes = self.ranks.rank == 0
         reporter = Reporter(self.config, self.plan, self.device, dtype, self._steps_done + 1, writes)
-        with self.checkpoints, closing(batches), reporter, StopRequest(self.ranks.size) as stop:
+        stop.listen()
+        with self.checkpoints, closing(batches), reporter:
             stopping = False
             while self._steps_done < self.plan.total_steps and not stopping:
                 step = self.plan.step(self._steps_done + 1)
@@ -110,7 +117,7 @@ class Trainer:
                 losses, norm = self._train_step(step, next(batches))
                 self._steps_done = step.number
                 stopping = stop.agreed()
-                self._after_step(step, losses, norm, reporter, stopping)
+                self._after_step(step, losses, norm, reporter, stop, stopping)
             if self._steps_done == self.plan.total_steps:
                 reporter.report_end(self._steps_done)
         return self._result()
@@ -120,7 +127,9 @@ class Trainer:
         losses, norm = self.engine.run_step(batches, step)
         return self.engine.finish_step(losses, step), norm
 
-    def _after_step(self, step: Step, losses: Losses, norm: Tensor, reporter: Reporter, stopping: bool) -> None:
+    def _after_step(
+        self, step: Step, losses: Losses, norm: Tensor, reporter: Reporter, stop: StopRequest, stopping: bool
+    ) -> None:
         """Reports, measures and saves where any of it is due; what is saved has been seen to be finite."""
         config, number = self.config, step.number
         last = number == self.plan.total_steps
@@ -136,8 +145,8 @@ class Trainer:
             if saves:
                 tokens = self.plan.tokens_after(number)
                 state = run_state(self.engine, config, self.shards, number, tokens)
-                self._checkpoint = self.checkpoints.save(number, state)
-                reporter.report_checkpoint(self._checkpoint)
+                with stop.saving(last or stopping):
+                    self._checkpoint = self.checkpoints.save(number, state)
 
     def _micro_batches(self) -> Iterator[list[tuple[int, int]]]:
         parallel = self.config.parallel

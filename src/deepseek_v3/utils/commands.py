@@ -1,28 +1,42 @@
-"""Running a command line so that a user's mistake ends in one clear line."""
+"""Running a command line so that a user's mistake ends in one clear line, and a signal in none."""
 
 from __future__ import annotations
 
+import atexit
+import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import typer
 
-from deepseek_v3.utils.errors import UserError
+from deepseek_v3.utils.errors import UserError, chain_of
+
+_INTERRUPTED = 130  # as shells report Ctrl-C: 128 + SIGINT
 
 
 def run_app(app: Callable[[], Any]) -> None:
     """Runs a command-line app; a UserError is printed to standard error without a traceback, exit code 1.
 
-    Ctrl-C where nothing handles it exits with 130, as shells expect.
+    Ctrl-C where nothing handles it exits with 130, as shells expect, also where the KeyboardInterrupt became
+    another error on its way up, and where it is pressed again while the process cleans up. A SIGTERM that comes
+    when the command has done its work changes nothing.
     """
     try:
         app()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except BaseException as error:
+        # Typer makes an exit of it, torch's archive writer a RuntimeError.
+        if any(isinstance(cause, KeyboardInterrupt) for cause in chain_of(error)):
+            signal.signal(signal.SIGINT, lambda *_: os._exit(_INTERRUPTED))
+            atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # the interpreter takes handlers away
+            sys.exit(_INTERRUPTED)
+        if isinstance(error, UserError):
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
+        if isinstance(error, SystemExit) and not error.code:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise
 
 
 def run_command(command: Callable[..., None]) -> None:

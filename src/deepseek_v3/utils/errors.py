@@ -5,6 +5,10 @@ this project and shows its traceback. A message names the file, field or tensor,
 expected, and what to do next.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+
 
 class UserError(Exception):
     """Something that the person who called us can mend."""
@@ -32,3 +36,10 @@ class PlanError(UserError):
 
 class TrainingError(UserError):
     """A run that cannot go on, such as one whose loss is no longer a number."""
+
+
+def chain_of(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, then the one that it came from or was raised while handling, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
@@ -22,6 +22,7 @@ from types import TracebackType
 import torch.distributed as dist
 
 from deepseek_v3.utils.distributed import World
+from deepseek_v3.utils.errors import chain_of
 from deepseek_v3.utils.heartbeats import Beat, Sightings
 from deepseek_v3.utils.logging import get_logger
 from deepseek_v3.utils.noticeboard import Finding, Noticeboard
@@ -68,6 +69,10 @@ class Watchdog:
         """Says that this rank enters a step; best called when its data is there, before it first meets others."""
         self._step = number
 
+    def finish_first(self, work: Callable[[], None]) -> None:
+        """Sets `before_exit`, for work that is known only later."""
+        self._before_exit = work
+
     def __enter__(self) -> Watchdog:
         if self._world.is_alone:
             return self
@@ -83,7 +88,7 @@ class Watchdog:
     ) -> None:
         if self._world.is_alone:
             return
-        if any(_may_be_an_echo(cause) for cause in _causes(error)):
+        if any(_may_be_an_echo(cause) for cause in chain_of(error)):
             # The process ends in here where somebody has died. A launcher that ends all after the first shall wait.
             earlier = signal.signal(signal.SIGTERM, signal.SIG_IGN)
             time.sleep(1.5 * self._silence)
@@ -216,12 +221,6 @@ def _flush() -> None:
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _may_be_an_echo(error: BaseException) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -86,11 +87,17 @@ def save_sharded(
 class ShardedWriter:
     """Saves the checkpoints of a run one after another; for a `with` block, which ends when all are written.
 
+    `saved` is called on rank 0, in the thread that writes, with the path of each checkpoint that is complete.
     The block has to end before torch.distributed is shut down.
     """
 
-    def __init__(self, checkpoints: CheckpointDirectory, group: ProcessGroup | None) -> None:
-        self._checkpoints, self._group = checkpoints, group
+    def __init__(
+        self,
+        checkpoints: CheckpointDirectory,
+        group: ProcessGroup | None,
+        saved: Callable[[Path], None] = lambda _: None,
+    ) -> None:
+        self._checkpoints, self._group, self._saved = checkpoints, group, saved
         self._copies = CpuCopies()
         self._pending: PendingSave | None = None
 
@@ -116,12 +123,25 @@ class ShardedWriter:
         self.wait()
         tensors, plain = split(state)
         folder = self._checkpoints.folder_of(step)
-        completed = partial(self._checkpoints.remove_outdated, folder)
+        completed = partial(self._completed, folder)
         self._pending = save_sharded(folder, tensors, plain, self._group, completed=completed, copies=self._copies)
         return self._pending
 
+    def finish(self) -> None:
+        """Waits until what is being written is complete or has failed; for another thread than that which saves."""
+        pending = self._pending
+        if pending is not None:
+            with suppress(CheckpointError):
+                pending.wait()
+
     def wait(self) -> None:
         """Waits until the last save is complete. Raises its CheckpointError on all ranks."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.wait()
+        try:
+            if self._pending is not None:
+                self._pending.wait()
+        finally:
+            self._pending = None
+
+    def _completed(self, folder: Path) -> None:
+        self._saved(folder)
+        self._checkpoints.remove_outdated(folder)
