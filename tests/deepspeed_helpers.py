@@ -52,6 +52,17 @@ def train(file: Path, steps: int, parallel: dict[str, Any], training: dict[str, 
     return {"rows": rows, "gradients": gradients, "weights": weights, "held_out": held_out}
 
 
+def routings(file: Path) -> dict[tuple[str, int], Any]:
+    """As `parallel_helpers.routings`, by DeepSpeed in bfloat16."""
+    _announce()
+    settings = DeepSpeedFile(file)
+    config = settings.laid_out(parallel_helpers.run_config(1, {"precision": "bfloat16"}, {}), dist.get_world_size())
+    engine = engine_for(config, arrange(config.parallel, "cpu"), CPU, lambda _: None, settings)
+    for name, parameter in engine.models[0].named_parameters():
+        engine._set_weight(parameter, parallel_helpers.noise(name, parameter.shape))
+    return parallel_helpers.routings_of(engine, config)
+
+
 def train_run(file: Path, path: Path, overrides: list[str], resume: str | None) -> tuple[int, float]:
     """Runs the trainer as the command does; returns the last step and the held-out loss."""
     _announce()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.config.train_config import RunConfig
+from deepseek_v3.moe.routing import Router, Routing
 from deepseek_v3.training.optimizer import local
 from deepseek_v3.training.parallel.engine import Engine
 from deepseek_v3.training.parallel.engines import engine_for
@@ -80,6 +82,45 @@ def take_steps(engine: Engine, config: RunConfig) -> list[Any]:
             (np.array([float(f) for f in figures]), whole.counts_LE.cpu().numpy(), engine.biases().cpu().numpy())
         )
     return rows
+
+
+def routings(parallel: dict[str, Any]) -> dict[tuple[str, int], tuple[np.ndarray, np.ndarray]]:
+    """As `routings_of`, of the engine of a layout in bfloat16, whose weights are noise."""
+    config = run_config(1, {"precision": "bfloat16", **parallel}, {})
+    engine = engine_for(config, arrange(config.parallel, "cpu"), own("cpu"), _no_documents)
+    for part in engine.models:
+        for name, piece in pieces_of(part, engine.ranks).items():
+            local(part.get_parameter(name)).detach().copy_(piece.of(noise(name, piece.shape)))
+    return routings_of(engine, config)
+
+
+def noise(name: str, shape: Sequence[int]) -> Tensor:
+    """Values of a parameter that bfloat16 would round: a function of its name and shape alone."""
+    values = 0.2 * torch.randn(*shape, generator=torch.Generator().manual_seed(len(name)))
+    return 1 + values if name.endswith("norm.weight") else values
+
+
+def routings_of(engine: Engine, config: RunConfig) -> dict[tuple[str, int], tuple[np.ndarray, np.ndarray]]:
+    """Experts and gates that each router gives each sequence in a step, by router and number of the sequence."""
+    found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    for part in engine.models:
+        for name, module in part.named_modules():
+            if isinstance(module, Router):
+                kept = found.setdefault(name, [])
+                module.register_forward_hook(lambda _, __, routing, kept=kept: kept.append(_as_arrays(routing)))
+    step = TokenPlan(config).step(1)
+    samples = TokenPlan(config).micro_batches(step, 1, engine.ranks.data_rank, engine.ranks.parallel.data_ranks)
+    tokens = batches_of(config, 1)
+    engine.run_step(iter([tokens[first:][:size] for first, size in samples]), step)
+    return {
+        (name, first): routing
+        for name, kept in found.items()
+        for (first, _), routing in zip(samples, kept, strict=True)
+    }
+
+
+def _as_arrays(routing: Routing) -> tuple[np.ndarray, np.ndarray]:
+    return routing.experts_TK.numpy(), routing.gates_TK.detach().numpy()
 
 
 def whole(results: list[dict[str, Any]], what: str) -> dict[str, np.ndarray]:

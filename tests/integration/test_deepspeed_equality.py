@@ -66,3 +66,18 @@ def test_zero_trains_as_one_process_does(
             for name, values in expected.items():
                 bound = 1e-5 * np.abs(values).max() + 1e-9
                 np.testing.assert_allclose(result[what][name], values, rtol=0, atol=bound, err_msg=name)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_bfloat16_routers_choose_as_in_one_process(
+    pool: RankPool, deepspeed_pool: RankPool, tmp_path: Path, stage: int
+) -> None:
+    file = deepspeed_helpers.write_settings(tmp_path, {"zero_optimization": {"stage": stage}})
+    found: dict[Any, Any] = {}
+    for result in deepspeed_pool.run(2, deepspeed_helpers.routings, file):
+        found |= result
+    (expected,) = pool.run(1, parallel_helpers.routings, {})
+    assert found.keys() == expected.keys()
+    for place, routing in expected.items():
+        np.testing.assert_array_equal(found[place][0], routing[0], err_msg=str(place))
+        np.testing.assert_array_equal(found[place][1], routing[1], err_msg=str(place))

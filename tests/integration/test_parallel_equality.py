@@ -57,6 +57,26 @@ def test_a_pipeline_may_give_predictions_no_weight(pool: RankPool) -> None:
 
 
 @pytest.fixture(scope="module")
+def routings_alone(pool: RankPool) -> dict[Any, Any]:
+    return pool.run(1, parallel_helpers.routings, {})[0]
+
+
+@pytest.mark.parametrize(
+    "name", ["FSDP 2", "FSDP 4, ZeRO 1", "copies 2", "HSDP 2 × 2", "PP 2 × FSDP 2", "PP 2, zero bubble"]
+)
+def test_bfloat16_routers_choose_as_in_one_process(
+    pool: RankPool, routings_alone: dict[Any, Any], name: str
+) -> None:
+    found: dict[Any, Any] = {}
+    for result in pool.run(ranks_of(LAYOUTS[name]), parallel_helpers.routings, LAYOUTS[name]):
+        found |= result
+    assert found.keys() == routings_alone.keys()
+    for place, (experts_TK, gates_TK) in routings_alone.items():
+        np.testing.assert_array_equal(found[place][0], experts_TK, err_msg=str(place))
+        np.testing.assert_array_equal(found[place][1], gates_TK, err_msg=str(place))
+
+
+@pytest.fixture(scope="module")
 def gpus() -> Iterator[RankPool]:
     found = RankPool(min(4, torch.cuda.device_count()), "cuda")
     yield found

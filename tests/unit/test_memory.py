@@ -101,6 +101,16 @@ def _numbers(config: RunConfig, *parts: str) -> int:
     )
 
 
+def _whole(config: RunConfig, *parts: str) -> int:
+    """Weights of routers and norms, which every rank holds, of all layers or of those whose name holds `parts`."""
+    kept = ("norm.weight", "mlp.gate.weight")
+    return sum(
+        parameter.numel()
+        for name, parameter in _built(config).named_parameters()
+        if name.endswith(kept) and (not parts or any(part in name for part in parts))
+    )
+
+
 @st.composite
 def runs(draw: st.DrawFn) -> RunConfig:
     """Any valid run of a small shape, over any ranks."""
@@ -231,8 +241,9 @@ def test_recomputation_never_needs_more_in_shipped_runs(path: Path, precision: s
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_sharding_divides_weights_moments_and_gradients(ranks: int) -> None:
     config = _run({"tie_word_embeddings": True}, data_shard=ranks, micro_batch_size=2, global_batch_size=4 * ranks)
-    estimate, parameters = _estimate(config), _numbers(config)
-    assert estimate.weights * ranks == estimate.gradients * ranks == estimate.moments * ranks == 4 * parameters
+    estimate, whole = _estimate(config), _whole(config)
+    own = whole + (_numbers(config) - whole) / ranks
+    assert estimate.weights == estimate.gradients == estimate.moments == 4 * own
 
 
 @pytest.mark.parametrize(
@@ -248,9 +259,10 @@ def test_expert_parallelism_divides_the_experts(replicate: int, shard: int, expe
         global_batch_size=4 * replicate * shard,
     )
     routed = _numbers(config, ".mlp.experts.")
-    others = _numbers(config) - routed
+    whole = _whole(config)
+    others = _numbers(config) - routed - whole
     assert routed > others / 2
-    assert _estimate(config).weights == 4 * (routed / expert_ranks + others / shard)
+    assert _estimate(config).weights == 4 * (routed / expert_ranks + whole + others / shard)
 
 
 @given(runs())
@@ -286,7 +298,8 @@ def test_a_stage_keeps_a_micro_batch_for_every_stage_after_it() -> None:
 
 def test_gathered_layers_and_travelling_rows_are_communication() -> None:
     sharded = _run(data_shard=4, micro_batch_size=2, global_batch_size=16, sequence_length=64)
-    largest = max(_numbers(sharded, f".layers.{layer}.") for layer in range(5))
+    layers = [f".layers.{layer}." for layer in range(5)]
+    largest = max(_numbers(sharded, layer) - _whole(sharded, layer) for layer in layers)
     assert _estimate(sharded).communication == 2 * 2 * largest
     spread = _run(data_replicate=4, expert=4, micro_batch_size=2, global_batch_size=16, sequence_length=64)
     rows = 2 * 64 * 3 * execution_on(H100, spread).row_factor

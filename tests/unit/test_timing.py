@@ -27,6 +27,8 @@ COMPILED = Execution(2, compiled=True)
 RANKS = {"data_replicate": 2, "data_shard": 4, "expert": 2, "pipeline": 2}
 RATES = ("bfloat16_tflops", "float32_tflops", "memory_gb_per_s", "link_gb_per_s", "network_gb_per_s")
 
+WHOLE = ("norm.weight", "mlp.gate.weight")  # routers and norms, which every rank holds
+
 # A tenth of a second for a gigabyte between neighbours, ten times that beyond a node of four: collectives reach
 # half of a link's published rate, rows to experts a quarter, and all of them 0.8 of the network's.
 DEVICE = Device(
@@ -155,10 +157,12 @@ def test_weights_are_passed_over_once_a_step_and_cast_at_every_micro_batch() -> 
     assert weight_bytes(1, 2) - weight_bytes(1, 4) == 2 * 6 * inside
     assert weight_bytes(1, 2, recomputation="full") - weight_bytes(1, 4) == 3 * 6 * inside
     assert weight_bytes(3, 2) - weight_bytes(3, 4) == 3 * 2 * 6 * inside
-    # Shared out, a rank updates half; all parameters of layers are gathered and reduced for each micro-batch.
+    # Shared out, a rank updates half, and all routers and norms; all parameters of layers are gathered and reduced
+    # for each micro-batch.
+    updated = (1 + _weights(_run(config), *WHOLE) / whole) / 2
     for micro_batches in (1, 3):
         shared = weight_bytes(micro_batches, 2, shards=2)
-        assert shared == (weight_bytes(micro_batches, 4) / 2) + micro_batches * 41 * inside
+        assert shared == pytest.approx(weight_bytes(micro_batches, 4) * updated + micro_batches * 41 * inside)
 
 
 def test_seconds_are_work_over_the_rates_of_the_device() -> None:
@@ -217,9 +221,11 @@ def _sending_seconds(config: RunConfig) -> float:
 @pytest.mark.parametrize(("shards", "bandwidth"), [(2, LINK), (4, LINK), (8, NETWORK)])
 def test_gathers_and_reductions_of_shares(shards: int, bandwidth: float) -> None:
     config = _run({"vocab_size": 1}, data_shard=shards, micro_batch_size=1, global_batch_size=3 * shards)
-    weights = _weights(config, ".layers.", "model.norm")
-    # In each of three micro-batches layers are gathered twice in bfloat16, and gradients reduced in float32.
-    sent = 3 * (2 * 2 + 4) * weights * (shards - 1) / shards
+    whole = _weights(config, *WHOLE)
+    weights = _weights(config, ".layers.", "model.norm") - whole
+    # In each of three micro-batches layers are gathered twice in bfloat16, and gradients reduced in float32. Those
+    # of routers and norms are summed once.
+    sent = (3 * (2 * 2 + 4) * weights + 2 * 4 * whole) * (shards - 1) / shards
     assert _sending_seconds(config) == pytest.approx(sent / bandwidth, rel=0.01)
 
 
@@ -246,9 +252,13 @@ def test_experts_that_live_apart_are_gathered_and_summed_over_fewer_ranks(
         micro_batch_size=1,
         global_batch_size=replicate * shard,
     )
-    experts = _weights(config, ".mlp.experts.")
-    others = _weights(config, "") - experts
-    kinds = ((others, shard, replicate), (experts / expert, expert_shards, expert_copies))
+    experts, whole = _weights(config, ".mlp.experts."), _weights(config, *WHOLE)
+    others = _weights(config, "") - experts - whole
+    kinds = (
+        (whole, 1, replicate * shard),
+        (others, shard, replicate),
+        (experts / expert, expert_shards, expert_copies),
+    )
     sent = sum(
         (2 * 2 + 4) * weights * (shards - 1) / shards + 2 * 4 * weights / shards * (copies - 1) / copies
         for weights, shards, copies in kinds

@@ -21,13 +21,15 @@ def collective_seconds(config: RunConfig, run: Execution, device: Device) -> tup
     gathers = 1 if parallel.zero_stage < 3 else 2
     repeats = 1 if parallel.zero_stage == 1 or parallel.pipeline > 1 else micro_batches(config)
     hidden = 0.0
-    for parameters, ranks in ((own.layers - own.experts + vocabulary, 1), (own.experts, parallel.expert)):
+    others = own.layers - own.experts - own.whole + vocabulary
+    for parameters, ranks in ((others, 1), (own.experts, parallel.expert)):
         # Experts that live apart on several ranks are sharded and copied over that many fewer.
         shards = max(1, parallel.data_shard // ranks)
         copies = parallel.data_ranks // (shards * ranks)
         each_time = (gathers * run.width + 4) * parameters * _left_over(shards)
         hidden += repeats * each_time / _bandwidth(device, parallel.data_shard)
         hidden += 2 * 4 * parameters / shards * _left_over(copies) / _bandwidth(device, parallel.data_ranks)
+    hidden += 2 * 4 * own.whole * _left_over(parallel.data_ranks) / _bandwidth(device, parallel.data_ranks)
     return hidden, _expert_seconds(config, run, device)
 
 

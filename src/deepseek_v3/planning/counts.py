@@ -82,6 +82,13 @@ def count_layers(config: ModelConfig, dense: int, mixture: int, experts: int) ->
     )
 
 
+def count_float32_weights(config: ModelConfig) -> int:
+    """Weights of all routers and norms, prediction layers included: those that every rank holds whole."""
+    mixtures = config.num_moe_layers + config.num_nextn_predict_layers
+    counts = count_layers(config, config.first_k_dense_replace, mixtures, 0)
+    return counts.gates + counts.norms + (1 + 3 * config.num_nextn_predict_layers) * config.hidden_size
+
+
 def joining_weights(config: ModelConfig) -> int:
     """Weights of the matrix with which one prediction layer joins states and embeddings."""
     return 2 * config.hidden_size * config.hidden_size

@@ -11,6 +11,7 @@ from functools import lru_cache
 from itertools import product
 
 from deepseek_v3.config.train_config import ParallelConfig, RunConfig, batch_sizes, batch_unit, pipeline_problem
+from deepseek_v3.planning.counts import count_float32_weights
 from deepseek_v3.planning.execution import Execution, execution_on
 from deepseek_v3.planning.hardware import Device
 from deepseek_v3.planning.memory import MemoryEstimate, estimate_memory, needed_bytes
@@ -100,10 +101,11 @@ def _needed(config: RunConfig, device: Device) -> float:
 def _holding_states(config: RunConfig, device: Device, devices: int) -> list[RunConfig]:
     """The layouts for which weights, gradients and moments alone are not too large: quick, and drops most."""
     routed, in_layers, outside = parameters_by_place(config.model)
+    whole = count_float32_weights(config.model)
     width = 4 + 4 + 2 * config.training.optimizer.moment_bytes
 
     def states(parallel: ParallelConfig) -> float:
-        return width * own_share(parallel, routed, in_layers + outside) / parallel.pipeline
+        return width * own_share(parallel, routed, whole, in_layers + outside - whole) / parallel.pipeline
 
     candidates = _on_most_devices(config, device, devices)
     return [candidate for candidate in candidates if states(candidate.parallel) <= device.memory_bytes]

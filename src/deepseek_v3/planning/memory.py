@@ -80,15 +80,17 @@ def needed_bytes(estimate: MemoryEstimate, device: Device) -> float:
 
 @dataclass(frozen=True)
 class _Layer:
-    """One layer on one rank. `parameters`: how many are this rank's own share; all others in bytes.
+    """One layer on one rank. `parameters`: how many are this rank's own share, of which it holds `whole` like every
+    rank; all others in bytes.
 
     `saved`: activations kept for the backward pass. `again`: those that are made anew in it instead, where only a
-    part of the layer is. `copies`: bfloat16 weights kept with them. `gathered`: the whole layer's weights in
+    part of the layer is. `copies`: bfloat16 weights kept with them. `gathered`: the layer's other weights in
     activations' width, where they are sharded. `working`: gradients made, less what is let go, at the worst moment
     of the layer's own backward pass.
     """
 
     parameters: float
+    whole: float
     saved: float
     again: float
     copies: float
@@ -103,13 +105,15 @@ def _layer(config: RunConfig, run: Execution, kind: LayerKind) -> _Layer:
     counts = count_layers(model, int(dense), int(not dense), model.n_routed_experts)
     joining, more_norms = (joining_weights(model), 3 * model.hidden_size) if kind == "prediction" else (0, 0)
     routed = counts.routed_experts / parallel.expert
-    others = counts.total - counts.routed_experts + joining + more_norms
+    whole = counts.norms + more_norms + counts.gates
+    others = counts.total - counts.routed_experts + joining + more_norms - whole
     is_sharded, recomputes = parallel.data_shard > 1, parallel.recomputation != "none"
     partly = parallel.recomputation == "selective"
-    matrices = counts.attention + joining if partly else routed + others - counts.norms - more_norms - counts.gates
+    matrices = counts.attention + joining if partly else routed + others
     again = feed_forward_bytes(model, kind, run) * tokens if partly else 0.0
     return _Layer(
-        parameters=own_share(parallel, counts.routed_experts, others),
+        parameters=own_share(parallel, counts.routed_experts, whole, others),
+        whole=whole,
         saved=saved_bytes(model, kind, run) * tokens - again,
         again=again,
         copies=0.0 if run.width == 4 or is_sharded else 2 * matrices,
@@ -161,8 +165,8 @@ class _Stage:
         # A stage of a pipeline, like ZeRO's first, keeps weights and gradients whole until the step's end.
         self.holds_whole = parallel.zero_stage == 1 or parallel.pipeline > 1
         self.ends = self._vocabulary_copies(model)
-        last_norm = model.hidden_size if self.is_last else 0
-        own = (self.ends * self.vocabulary + last_norm) / parallel.data_shard
+        self.last_norm = model.hidden_size if self.is_last else 0
+        own = self.ends * self.vocabulary / parallel.data_shard + self.last_norm
         each = [self.layers[kind] for kind in self.kinds]
         self.parameters = own + sum(layer.parameters for layer in each)
         self.saved_before = [*accumulate((layer.saved for layer in each), initial=0.0)]
@@ -259,7 +263,9 @@ class _Stage:
         """Numbers in the gradients of several micro-batches: of own parameters, or of all until the last."""
         if self.config.parallel.data_shard == 1 or not self.holds_whole:
             return self.parameters
-        return sum(self.layers[kind].gathered for kind in self.kinds) / self.run.width + self.ends * self.vocabulary
+        each = [self.layers[kind] for kind in self.kinds]
+        in_layers = sum(layer.gathered / self.run.width + layer.whole for layer in each)
+        return in_layers + self.ends * self.vocabulary + self.last_norm
 
     @cached_property
     def _communication(self) -> float:

@@ -7,29 +7,34 @@ from functools import lru_cache
 
 from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.config.train_config import ParallelConfig, RunConfig
-from deepseek_v3.planning.counts import count_layers, count_parameters
+from deepseek_v3.planning.counts import count_float32_weights, count_layers, count_parameters
 
 
 @dataclass(frozen=True)
 class RankParameters:
-    """How many parameters a rank works on: in whole layers, of these in experts, and in the share it updates."""
+    """How many parameters a rank works on.
+
+    `layers`: in whole layers; of these `experts` in routed experts, and `whole` in routers and norms, which every
+    rank holds whole. `share`: those that the rank updates.
+    """
 
     layers: float
     experts: float
+    whole: float
     share: float
 
 
 def rank_parameters(config: RunConfig) -> RankParameters:
     """Those of one rank, on average over pipeline stages."""
     parallel, (routed, others, outside) = config.parallel, parameters_by_place(config.model)
-    experts, stages = routed / parallel.expert, parallel.pipeline
-    share = own_share(parallel, routed, others + outside)
-    return RankParameters((experts + others) / stages, experts / stages, share / stages)
+    experts, whole, stages = routed / parallel.expert, count_float32_weights(config.model), parallel.pipeline
+    share = own_share(parallel, routed, whole, others + outside - whole)
+    return RankParameters((experts + others) / stages, experts / stages, whole / stages, share / stages)
 
 
-def own_share(parallel: ParallelConfig, routed: float, others: float) -> float:
-    """How many a rank owns of parameters in routed experts, which live apart already, and of others."""
-    return routed / max(parallel.data_shard, parallel.expert) + others / parallel.data_shard
+def own_share(parallel: ParallelConfig, routed: float, whole: float, others: float) -> float:
+    """How many a rank owns of parameters in routed experts, in what every rank holds whole, and of others."""
+    return routed / max(parallel.data_shard, parallel.expert) + whole + others / parallel.data_shard
 
 
 @lru_cache

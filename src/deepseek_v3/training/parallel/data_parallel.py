@@ -13,7 +13,7 @@ from deepseek_v3.training.holdout import main_losses
 from deepseek_v3.training.loss import Losses, Objective
 from deepseek_v3.training.optimizer import AdamW, norm_of_all
 from deepseek_v3.training.parallel.engine import Engine, combined
-from deepseek_v3.training.parallel.fsdp import before_micro_batch
+from deepseek_v3.training.parallel.fsdp import before_micro_batch, sum_whole_gradients
 from deepseek_v3.training.parallel.pieces import NormOverRanks, pieces_of
 from deepseek_v3.training.parallel.plan import prepare
 from deepseek_v3.training.parallel.ranks import Ranks
@@ -44,6 +44,7 @@ class DataParallel(Engine):
             )
             (losses.total / (count * parallel.data_ranks)).backward()
             parts.append(losses._replace(total=losses.total.detach()))
+        sum_whole_gradients(self.models, self.ranks)
         norm = self.optimizer.step(step.learning_rate)
         self.optimizer.zero_grad()
         return combined(parts), norm

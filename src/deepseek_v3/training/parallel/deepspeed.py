@@ -28,18 +28,21 @@ from deepseek_v3.training.loss import Losses, Objective
 from deepseek_v3.training.optimizer import MOMENTS, PartitionedAdamW, local
 from deepseek_v3.training.parallel.deepspeed_settings import DeepSpeedFile
 from deepseek_v3.training.parallel.engine import Engine, combined
+from deepseek_v3.training.parallel.fsdp import float32_parameters
 from deepseek_v3.training.parallel.plan import assembled
 from deepseek_v3.training.parallel.ranks import Ranks
 from deepseek_v3.training.schedule import Step
 from deepseek_v3.utils.checkpoints.placement import as_sharded
 from deepseek_v3.utils.errors import ConfigError
+from deepseek_v3.utils.logging import get_logger
 
 
 class DeepSpeed(Engine):
     """Each rank has a part of the data; DeepSpeed shares out moments (stage 1), gradients (2) and weights (3).
 
     `file`: the settings, for a config that it has laid out. In bfloat16 the weights that compute are rounded copies
-    of float32 ones, which are shared out too. torch.distributed has to run, also on a single rank.
+    of float32 ones, which are shared out too. Routers and norms compute in float32 under stages 1 and 2; stage 3
+    holds all weights in one bfloat16 buffer. torch.distributed has to run, also on a single rank.
     """
 
     optimizer: PartitionedAdamW
@@ -58,8 +61,17 @@ class DeepSpeed(Engine):
         self._parameters = dict(model.named_parameters())
         self.optimizer = PartitionedAdamW(self._parameters, config.training.optimizer)
         self.objective.train()
+        wide = float32_parameters(model) if is_bfloat16 and file.stage < 3 else []
+        if is_bfloat16 and not wide:
+            get_logger("Plan").warning(
+                "DeepSpeed's stage 3 rounds the weights of routers and norms to bfloat16, which sends a few tokens "
+                "to other experts; stages 1 and 2, and runs without --deepspeed, keep them in float32"
+            )
         self._engine, *_ = deepspeed.initialize(
-            model=self.objective, optimizer=self.optimizer, config=settings, dist_init_required=False
+            model=self.objective,
+            optimizer=lambda _: self._optimizer_of(wide),
+            config=settings,
+            dist_init_required=False,
         )
         self._link_moments()
         if file.stage == 3:
@@ -67,7 +79,10 @@ class DeepSpeed(Engine):
             deepspeed.zero.register_external_parameter(self.objective, model.head_weight_VD)
         if is_bfloat16:  # the float32 weights were made of rounded ones
             for name, parameter in self._parameters.items():
-                safe_set_full_fp32_param(parameter, self._first_values(name, _shape(parameter), device))
+                values = self._first_values(name, _shape(parameter), device)
+                safe_set_full_fp32_param(parameter, values)
+                if parameter.dtype == torch.float32:
+                    parameter.data.copy_(values)
 
     def run_step(self, batches: Iterator[Tensor], step: Step) -> tuple[Losses, Tensor]:
         parts: list[Losses] = []
@@ -140,6 +155,23 @@ class DeepSpeed(Engine):
         for rows, values in initial_values(name, shape, range(shape[0]), std, seed, device):
             whole[rows] = values
         return whole
+
+    def _optimizer_of(self, wide: Sequence[nn.Parameter]) -> PartitionedAdamW:
+        """The optimizer, with `wide` parameters in float32 and in groups of their own.
+
+        DeepSpeed asks for it after it has cast every parameter, and then flattens each group into a buffer of one
+        type.
+        """
+        ids = {id(parameter) for parameter in wide}
+        for parameter in wide:
+            parameter.data = parameter.data.float()
+        for group in list(self.optimizer.param_groups):
+            kept = [parameter for parameter in group["params"] if id(parameter) not in ids]
+            taken = [parameter for parameter in group["params"] if id(parameter) in ids]
+            if kept and taken:
+                group["params"] = kept
+                self.optimizer.add_param_group({**group, "params": taken})
+        return self.optimizer
 
     def _link_moments(self) -> None:
         """Makes all moments before the first step, and lets the library know to which parameters they belong."""

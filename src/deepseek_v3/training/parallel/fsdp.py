@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.moe.layer import MixtureOfExperts
+from deepseek_v3.moe.routing import Router
+from deepseek_v3.ops.layers import RMSNorm
 from deepseek_v3.training.parallel.ranks import Ranks
 
 
@@ -22,6 +25,9 @@ def shard(root: nn.Module, model: DeepSeekV3, ranks: Ranks, layers: Sequence[int
 
     Each layer is gathered by itself, its experts over the ranks that hold the same ones. Weights travel in the
     compute type, gradients are summed in float32 and not divided: losses must be shares of the whole batch.
+
+    Routers and norms compute with float32 weights, as in one process, so FSDP leaves them whole on every rank;
+    `sum_whole_gradients` sums their gradients.
     """
     mesh = ranks.dense_mesh()
     if mesh is None:
@@ -32,7 +38,7 @@ def shard(root: nn.Module, model: DeepSeekV3, ranks: Ranks, layers: Sequence[int
     # A pipeline's schedules find the weights that a backward pass is about on the modules.
     lets_go = ranks.parallel.zero_stage == 3 and ranks.parallel.pipeline == 1
     wrap = partial(fully_shard, mp_policy=policy, reshard_after_forward=lets_go)
-    whole: set[nn.Parameter] = set()
+    whole = set(float32_parameters(model))
     chosen = [model.model.layers[number] for number in layers]
     for layer in chosen:
         whole |= _shard_experts(layer, ranks, wrap)
@@ -44,6 +50,12 @@ def shard(root: nn.Module, model: DeepSeekV3, ranks: Ranks, layers: Sequence[int
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sums
     _prefetch(chosen)
+
+
+def float32_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of routers and norms in the order of the modules: those that compute in float32."""
+    small = [module for module in model.modules() if isinstance(module, (Router, RMSNorm))]
+    return [parameter for module in small for parameter in module.parameters()]
 
 
 def fsdp_modules(root: nn.Module) -> list[FSDPModule]:
@@ -63,6 +75,24 @@ def before_micro_batch(root: nn.Module, zero_stage: int, is_last: bool) -> None:
         if zero_stage == 1:
             root.set_requires_gradient_sync(is_last)
             root.set_reshard_after_backward(is_last)
+
+
+@torch.no_grad()
+def sum_whole_gradients(models: Iterable[nn.Module], ranks: Ranks) -> None:
+    """Sums the gradients of routers and norms over the ranks with other data, all in one buffer.
+
+    Call it once a step, after the last micro-batch's backward pass.
+    """
+    mesh = ranks.dense_mesh()
+    whole = [parameter.grad for model in models for parameter in float32_parameters(model)]
+    gradients = [gradient for gradient in whole if gradient is not None]
+    if mesh is None or not gradients:
+        return
+    summed = torch.cat([gradient.flatten() for gradient in gradients])
+    for group in mesh.get_all_groups():
+        dist.all_reduce(summed, group=group)
+    parts = summed.split([gradient.numel() for gradient in gradients])
+    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
 
 
 def _shard_experts(layer: nn.Module, ranks: Ranks, wrap: Callable[..., Any]) -> set[nn.Parameter]:

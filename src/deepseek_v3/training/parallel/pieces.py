@@ -60,7 +60,10 @@ def pieces_of(model: nn.Module, ranks: Ranks) -> dict[str, Piece]:
         if name in experts:
             starts[0] += experts[name].first_expert
             shape[0] = experts[name].num_experts
-        copies = parallel.expert_replicate if name in experts else parallel.data_replicate
+        if name in experts:
+            copies = parallel.expert_replicate
+        else:
+            copies = parallel.data_replicate if isinstance(parameter, DTensor) else parallel.data_ranks
         pieces[name] = Piece(tuple(shape), tuple(starts), tuple(sizes), copies, name in experts)
     return pieces
 

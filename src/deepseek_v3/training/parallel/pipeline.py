@@ -31,6 +31,7 @@ from deepseek_v3.training.batches import Documents
 from deepseek_v3.training.loss import Losses, losses_of, stacked_counts, sum_of_balance
 from deepseek_v3.training.optimizer import AdamW, local
 from deepseek_v3.training.parallel.engine import Engine, combined
+from deepseek_v3.training.parallel.fsdp import sum_whole_gradients
 from deepseek_v3.training.parallel.pieces import NormOverRanks, pieces_of
 from deepseek_v3.training.parallel.plan import prepare
 from deepseek_v3.training.parallel.ranks import Ranks
@@ -137,6 +138,7 @@ class Pipelined(Engine):
             stage.balance_weight = self._training.balance.sequence_loss_weight
             stage.share = 1 / (count * parallel.data_ranks)
         found = self._run(list(islice(batches, count)))
+        sum_whole_gradients(self.models, self.ranks)
         self._embeddings.sum_gradients()
         norm = self.optimizer.step(step.learning_rate)
         self.optimizer.zero_grad()
