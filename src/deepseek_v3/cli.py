@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
+from deepseek_v3 import __version__
 from deepseek_v3.config.loading import config_to_yaml, load_config
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.counts_command import counts
@@ -70,6 +71,12 @@ def _imported(name: str) -> Any:
     return get_command(single)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"deepseek_v3 {__version__}")
+        raise typer.Exit
+
+
 def _stand_in() -> None:
     """Stands for a command that is not imported yet."""
 
@@ -82,6 +89,17 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """From raw text to a trained, exported and generating DeepSeek-V3-style model."""
+
+
 for _name, (_, _help) in COMMANDS.items():
     app.command(_name, help=_help)(_stand_in)
 
@@ -91,7 +109,7 @@ app.add_typer(config_app, name="config")
 
 @config_app.command("show")
 def show(
-    config: Annotated[Path, typer.Argument(help="A run's YAML file.")],
+    config: Annotated[Path, typer.Argument(help="A run's YAML file, or a shipped size such as 1b.")],
     override: Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE")] = None,
 ) -> None:
     """Print a config as a run would use it, every default spelled out."""

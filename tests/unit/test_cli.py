@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import typer
 
+from deepseek_v3 import __version__
 from deepseek_v3.cli import COMMANDS
 from run_helpers import dsv3
 
@@ -52,6 +53,11 @@ def test_help_lists_every_command() -> None:
     assert result.exit_code == 0, result.output
     for name in (*COMMANDS, "config"):
         assert f" {name} " in result.output
+
+
+def test_the_version_is_printed() -> None:
+    result = dsv3("--version")
+    assert (result.exit_code, result.output) == (0, f"deepseek_v3 {__version__}\n")
 
 
 def test_an_unknown_command_is_refused() -> None:

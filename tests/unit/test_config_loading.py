@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from deepseek_v3.config.data_config import CorpusConfig, DataConfig
 from deepseek_v3.config.loading import config_from_dict, config_to_yaml, load_config
 from deepseek_v3.config.model_config import ModelConfig
+from deepseek_v3.config.shipped import find_config, shown_config
 from deepseek_v3.config.train_config import (
     BatchRampConfig,
     LoggingConfig,
@@ -20,7 +21,7 @@ from deepseek_v3.config.train_config import (
 )
 from deepseek_v3.utils.errors import ConfigError
 from helpers import YARN, small_config
-from run_helpers import run_fields
+from run_helpers import dsv3, message_of, run_fields
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHIPPED = sorted(CONFIGS.glob("deepseek_v3_*.yaml"))
@@ -269,10 +270,8 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, content: byt
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    assert (
-        refusal_of(tmp_path / "absent.yaml")
-        == f"{tmp_path / 'absent.yaml'}: cannot be read: No such file or directory"
-    )
+    message = refusal_of(tmp_path / "absent.yaml")
+    assert message.startswith(f"{tmp_path / 'absent.yaml'}: cannot be read: No such file or directory; expected a")
 
 
 def test_a_stored_config_names_its_source_when_it_is_wrong() -> None:
@@ -388,3 +387,44 @@ def test_every_size_of_a_ramp_must_suit_the_schedule(tmp_path: Path, schedule: s
     else:
         with pytest.raises(ConfigError, match="micro-batches for each pipeline"):
             config_from_dict(fields, "here")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["1b", "deepseek_v3_1b", "deepseek_v3_1b.yaml", "configs/1b", "configs/deepseek_v3_1b.yaml"],
+)
+def test_a_shipped_config_goes_by_its_name_anywhere(name: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "1b").mkdir()  # such as the folder of a run
+    assert load_config(name) == load_config(CONFIGS / "deepseek_v3_1b.yaml")
+    assert shown_config(find_config(name)) == "1b"
+
+
+def test_a_file_comes_before_a_shipped_config_of_its_name(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (CONFIGS / "deepseek_v3_tiny.yaml").read_text().replace("hidden_size: 96", "hidden_size: 104")
+    (tmp_path / "tiny").write_text(text)
+    assert load_config("tiny").model.hidden_size == 104
+    assert load_config("deepseek_v3_tiny").model.hidden_size == 96
+
+
+def test_a_name_that_is_nothing_is_told_what_ships(tmp_path: Path) -> None:
+    for name in ("2b", "elsewhere/1b", "../1b", tmp_path / "1b"):
+        with pytest.raises(
+            ConfigError, match=r"[12]b: cannot be read: .* config: 10b, 15b, 1b, 20b, 5b, base, data_"
+        ):
+            load_config(name)
+
+
+def test_every_command_that_takes_a_config_takes_a_name(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for words in (
+        ["config", "show", "tiny"],
+        ["config", "counts", "tiny"],
+        ["validate", "--config", "tiny"],
+        ["plan", "--gpus", "1", "--config", "tiny"],
+    ):
+        assert dsv3(*words).exit_code == 0
+    assert "data/raw" in message_of(dsv3("preprocess", "--config", "data_config"))
+    words = ["train", "--config", "tiny", "--set", "data.corpus=null", "--set", "data.path=nowhere"]
+    assert "nowhere: no token shards here" in message_of(dsv3(*words, "--device", "cpu"))

@@ -184,7 +184,10 @@ def test_the_script_ends_a_mistake_in_one_line(tmp_path: Path) -> None:
     result = _script("--config", tmp_path / "nothing.yaml")
     assert result.returncode == 1
     assert result.stdout == ""
-    assert result.stderr == f"error: {tmp_path / 'nothing.yaml'}: cannot be read: No such file or directory\n"
+    assert result.stderr.startswith(
+        f"error: {tmp_path / 'nothing.yaml'}: cannot be read: No such file or directory;"
+    )
+    assert result.stderr.count("\n") == 1
 
 
 def test_a_terminal_without_the_marks_shows_words(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from deepseek_v3.config.base import Section
 from deepseek_v3.config.problems import FieldPath, describe
+from deepseek_v3.config.shipped import find_config, shipped_names
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.utils.errors import ConfigError
 
@@ -52,14 +53,15 @@ for _side in (_Loader, _Dumper):
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a YAML file, applies overrides such as `model.num_hidden_layers=4`, and checks the whole.
 
-    Raises ConfigError with one line per problem: file and line (or override), field, what is wrong.
+    `path` is a file, or the name of a shipped one, such as `1b`. Raises ConfigError with one line per problem: file
+    and line (or override), field, what is wrong.
     """
     return load_section(RunConfig, path, overrides)
 
 
 def load_section(kind: type[AnySection], path: str | Path, overrides: Sequence[str] = ()) -> AnySection:
     """As `load_config`, for a YAML file that holds the fields of any one kind of section."""
-    path = Path(path)
+    path = find_config(path)
     fields, where = _read(path)
     for override in overrides:
         _apply(override, fields, where)
@@ -101,6 +103,11 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[FieldPath, str]]:
     """The file's fields, and for each field's path the place that gave it."""
     try:
         loader = _Loader(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        names = ", ".join(shipped_names())
+        raise ConfigError(
+            f"{path}: cannot be read: {error.strerror}; expected a file, or a shipped config: {names}"
+        ) from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:

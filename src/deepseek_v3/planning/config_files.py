@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from deepseek_v3.config.shipped import FOLDER, PATTERN, find_config, shipped_folder
 from deepseek_v3.utils.errors import ConfigError
-from deepseek_v3.utils.files import here_or_in_checkout
-
-PREFIX = "deepseek_v3_"
-PATTERN = f"{PREFIX}*.yaml"
 
 
 def chosen_files(files: Sequence[Path] | None, folder: Path | None) -> Sequence[Path]:
@@ -19,15 +16,15 @@ def chosen_files(files: Sequence[Path] | None, folder: Path | None) -> Sequence[
     """
     if files and folder:
         raise ConfigError(f"--configs {folder}: expected either --config files or a --configs folder, not both")
-    return files or config_files(folder)
+    return [find_config(file) for file in files] if files else config_files(folder)
 
 
 def config_files(folder: Path | None = None) -> list[Path]:
-    """Every size in `folder`, by default `configs` where we stand or else in the checkout that this runs from.
+    """Every size in `folder`, by default `configs` in the working directory or else those that ship.
 
     Raises ConfigError where there is no such folder, or none in it.
     """
-    folder = folder or here_or_in_checkout(Path("configs"))
+    folder = folder or (FOLDER if FOLDER.is_dir() else shipped_folder())
     if not folder.is_dir():
         raise ConfigError(f"{folder}: is not a folder; --configs names one that holds {PATTERN} files")
     paths = sorted(folder.glob(PATTERN))

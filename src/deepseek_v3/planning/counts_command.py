@@ -17,7 +17,7 @@ from deepseek_v3.utils.printing import paragraph, side_by_side, spelled, table
 
 
 def counts(
-    config: Annotated[Path, typer.Argument(help="A run's YAML file.")],
+    config: Annotated[Path, typer.Argument(help="A run's YAML file, or a shipped size such as 1b.")],
     override: Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the raw numbers as one JSON object.")] = False,
 ) -> None:

@@ -46,7 +46,8 @@ def plan(
         str | None, typer.Option(help=f"{', '.join(OBJECTIVES)}.", show_default=next(iter(OBJECTIVES)))
     ] = None,
     config: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="Plan this run's YAML file instead; repeatable.")
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Plan this run's YAML file, or a shipped size such as 1b; repeatable."),
     ] = None,
     configs: Annotated[Path | None, typer.Option(help="Folder of the sizes.", show_default="configs")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False,

@@ -11,8 +11,9 @@ from typing import Annotated
 import typer
 
 from deepseek_v3.config.loading import load_config
+from deepseek_v3.config.shipped import PATTERN
 from deepseek_v3.planning.chinchilla import Compliance, Verdict, check_compliance, shown_ratio
-from deepseek_v3.planning.config_files import PATTERN, chosen_files
+from deepseek_v3.planning.config_files import chosen_files
 from deepseek_v3.planning.quantities import short_count
 from deepseek_v3.utils.errors import ConfigError
 from deepseek_v3.utils.printing import showable
@@ -21,7 +22,9 @@ _RULE = "=" * 80
 
 
 def validate(
-    config: Annotated[list[Path] | None, typer.Option(help="A run's YAML file; repeatable.")] = None,
+    config: Annotated[
+        list[Path] | None, typer.Option(help="A run's YAML file, or a shipped size such as 1b; repeatable.")
+    ] = None,
     configs: Annotated[
         Path | None,
         typer.Option(help=f"Without --config: check every {PATTERN} in this folder.", show_default="configs"),

@@ -30,7 +30,7 @@ from deepseek_v3.utils.watchdog import Watchdog
 
 
 def train(
-    config: Annotated[Path, typer.Option(help="The run's YAML file, such as configs/deepseek_v3_tiny.yaml.")],
+    config: Annotated[Path, typer.Option(help="The run's YAML file, or a shipped size such as tiny or 1b.")],
     override: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Override one field; repeatable."),

@@ -9,14 +9,6 @@ from pathlib import Path
 _CHUNK_BYTES = 1 << 22
 
 
-_CHECKOUT = Path(__file__).parents[3]
-
-
-def here_or_in_checkout(path: Path) -> Path:
-    """`path` where we stand, or else in the checkout that this package runs from; as it is where neither has it."""
-    return next((place for place in (path, _CHECKOUT / path) if place.exists()), path)
-
-
 @contextmanager
 def written_atomically(path: Path) -> Iterator[Path]:
     """Yields a path beside `path` to write to; on success the file is fsynced and renamed to `path`.

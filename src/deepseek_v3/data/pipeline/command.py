@@ -12,7 +12,6 @@ from deepseek_v3.config.loading import load_section
 from deepseek_v3.config.preprocessing.pipeline import PreprocessConfig
 from deepseek_v3.data.pipeline.registry import preload
 from deepseek_v3.utils.errors import ConfigError
-from deepseek_v3.utils.files import here_or_in_checkout
 from deepseek_v3.utils.lazily import imported
 from deepseek_v3.utils.logging import configure_logging, get_logger
 
@@ -30,7 +29,7 @@ def preprocess(
 ) -> None:
     """Clean, deduplicate and filter raw text, with a reason for every document that goes."""
     configure_logging()
-    settings = load_section(PreprocessConfig, here_or_in_checkout(config), override or [])
+    settings = load_section(PreprocessConfig, config, override or [])
     if settings.engine == "local" and settings.workers != 1:
         preload(settings)
     run_preprocess = imported("deepseek_v3.data.pipeline.run:preprocess")  # what it needs takes as long to import

@@ -5,20 +5,23 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from deepseek_v3.config.shipped import shown_config
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.advice.size_plans import SizePlan
-from deepseek_v3.utils.files import here_or_in_checkout
 
 ESTIMATE_ONLY = "what several devices take has been computed, not measured; the plan is an estimate"
 
 _LAUNCHER = Path("src/training/train.py")
+_CHECKOUT = Path(__file__).parents[4]
 
 
 def launch_command(plan: SizePlan, devices_per_node: int) -> str:
     """The words to type, with an override for each field in which the plan differs from the size's file."""
     devices = plan.config.parallel.world_size
+    launcher = next((path for path in (_LAUNCHER, _CHECKOUT / _LAUNCHER) if path.is_file()), None)
     words = ["python"] if devices == 1 else ["torchrun", *_processes(devices, devices_per_node)]
-    words += [str(here_or_in_checkout(_LAUNCHER)), "--config", str(plan.path)]
+    words += [str(launcher)] if launcher else ["-m", "deepseek_v3", "train"]
+    words += ["--config", shown_config(plan.path)]
     words += [word for override in overrides(plan.given, plan.config) for word in ("--set", override)]
     return shlex.join(words)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from deepseek_v3.config.shipped import PREFIX
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.advice.requests import PlanRequest
 from deepseek_v3.planning.advice.spending import (
@@ -18,7 +19,6 @@ from deepseek_v3.planning.advice.spending import (
     with_tokens,
 )
 from deepseek_v3.planning.budget import budget_in_tokens, planned_steps
-from deepseek_v3.planning.config_files import PREFIX
 from deepseek_v3.planning.counts import count_active_parameters, count_parameters
 from deepseek_v3.planning.layouts import MOST_DEVICES, Layout, fewest_devices, leanest_layout
 from deepseek_v3.planning.memory import MemoryEstimate

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from deepseek_v3.config.problems import describe
+from deepseek_v3.config.shipped import find_config
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.utils.errors import ConfigError
 from deepseek_v3.utils.logging import get_logger
@@ -126,6 +127,7 @@ def _defaults(is_bfloat16: bool) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    path = find_config(path)
     try:
         text = path.read_text(encoding="utf-8")
         settings = json.loads(text, object_pairs_hook=_without_repeats)
