@@ -44,12 +44,14 @@ def train(pool: RankPool, run: Path, layout: list[str], checkpoints: Path, resum
 
 
 def train_by_deepspeed(
-    pool: RankPool, run: Path, stage: int, checkpoints: Path, resume: str | None = None
+    pool: RankPool, run: Path, stage: int, checkpoints: Path, resume: str | None = None, *changes: str
 ) -> float:
     """The same, by a ZeRO stage on two ranks."""
     checkpoints.mkdir()
     file = deepspeed_helpers.write_settings(checkpoints, {"zero_optimization": {"stage": stage}})
-    return ended(pool.run(2, deepspeed_helpers.train_run, file, run, recipe(checkpoints, TWO_RANKS), resume))
+    return ended(
+        pool.run(2, deepspeed_helpers.train_run, file, run, recipe(checkpoints, [*TWO_RANKS, *changes]), resume)
+    )
 
 
 def ended(results: list[tuple[int, float]]) -> float:
@@ -140,6 +142,20 @@ def test_a_run_goes_on_by_deepspeed_and_from_it(
 
     part(first, "first")
     assert part(second, "second", in_the_middle(tmp_path / "first")) == pytest.approx(uninterrupted, rel=1e-5)
+
+
+def test_other_samples_are_refused_and_moments_converted_by_all(
+    pool: RankPool, deepspeed_pool: RankPool, run: Path, uninterrupted: float, tmp_path: Path
+) -> None:
+    """As in one process, where `test_train_command` has the same."""
+    train(pool, run, ALONE, tmp_path / "first")
+    middle = in_the_middle(tmp_path / "first")
+    with pytest.raises(AssertionError, match=r"CheckpointError: .*training\.seed: 0 -> 1"):
+        train(pool, run, [*FSDP_2, "training.seed=1"], tmp_path / "seed", middle)
+    rounded = "training.optimizer.moments=bfloat16"
+    assert train(pool, run, [*FSDP_2, rounded], tmp_path / "fsdp", middle) == pytest.approx(uninterrupted, rel=1e-3)
+    found = train_by_deepspeed(deepspeed_pool, run, 3, tmp_path / "deepspeed", middle, rounded)
+    assert found == pytest.approx(uninterrupted, rel=1e-3)
 
 
 def test_the_same_layout_goes_on_bit_for_bit(pool: RankPool, run: Path, tmp_path: Path) -> None:

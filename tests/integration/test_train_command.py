@@ -18,7 +18,7 @@ from deepseek_v3.config.loading import load_config
 from deepseek_v3.planning.counts import count_active_parameters
 from deepseek_v3.utils.checkpointing import load_checkpoint
 from deepseek_v3.utils.monitoring import read_metrics
-from run_helpers import TOKENS_PER_STEP, dsv3, message_of, run_fields, write_run
+from run_helpers import TOKENS_PER_STEP, dsv3, message_of, run_fields, write_corpus, write_run
 
 ROOT = Path(__file__).parents[2]
 STEPS = 6
@@ -136,21 +136,61 @@ def test_a_run_ends_with_the_first_step_that_reaches_its_budget_and_says_so(fold
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        (
-            ["training.global_batch_size=8"],
-            "512 tokens after step 4, and by this config that step is beyond the end",
-        ),
-        (["training.global_batch_size=2"], "512 tokens after step 4, and by this config that step ends at 256"),
-        (["training.sequence_length=16"], "that step ends at 256: samples would be skipped or seen twice"),
-        (["training.batch_ramp.initial=2", "training.batch_ramp.fraction=1.0"], "that step ends at"),
-        (["training.total_tokens=256"], "had trained on 512 tokens, and this run's budget of 256 ends with step 2"),
+        (["training.seed=1"], "training.seed: 0 -> 1"),
+        (["training.global_batch_size=8"], "training.global_batch_size: 4 -> 8"),
+        (["training.sequence_length=16"], "training.sequence_length: 32 -> 16"),
+        (["training.batch_ramp.initial=2"], "training.batch_ramp.initial: None -> 2"),
+        (["data.mask_documents=true"], "data.mask_documents: False -> True"),
     ],
 )
-def test_a_resumed_run_keeps_the_plan_of_its_tokens(folder: Path, changes: list[str], problem: str) -> None:
+def test_a_resumed_run_takes_the_samples_it_would_have(folder: Path, changes: list[str], problem: str) -> None:
     checkpoint = folder / "checkpoints" / "checkpoint_step_4.pt"
     words = [word for change in changes for word in ("--set", change)]
     result = dsv3("train", "--device", "cpu", "--config", folder / "run.yaml", "--resume", checkpoint, *words)
     assert problem in message_of(result)
+    assert "--allow-changed-data" in message_of(result)
+
+
+@pytest.mark.parametrize("batch", [2, 8])
+def test_changed_data_can_be_allowed(folder: Path, caplog: pytest.LogCaptureFixture, batch: int) -> None:
+    checkpoint = folder / "checkpoints" / "checkpoint_step_4.pt"
+    changes = [f"training.global_batch_size={batch}", "training.seed=3", "training.total_tokens=1280"]
+    words = [word for change in changes for word in ("--set", change)]
+    command = ["train", "--device", "cpu", "--config", folder / "run.yaml", "--resume", checkpoint]
+    result = dsv3(*command, "--allow-changed-data", *words)
+    assert result.exit_code == 0, result.output
+    assert (
+        f"training.seed: 0 -> 3; training.total_tokens: 768 -> 1280; training.global_batch_size: 4 -> {batch}"
+        in (caplog.text)
+    )
+    assert read_metrics(folder / "run" / "metrics.jsonl")[-2]["step"] == -(-1280 // (32 * batch))
+
+
+def test_changed_data_leave_some_steps_to_take(folder: Path) -> None:
+    checkpoint = folder / "checkpoints" / "checkpoint_step_4.pt"
+    words = ["--allow-changed-data", "--set", "training.global_batch_size=16"]
+    result = dsv3("train", "--device", "cpu", "--config", folder / "run.yaml", "--resume", checkpoint, *words)
+    assert "ends with step 2, before the checkpoint's step 4; raise training.total_tokens" in message_of(result)
+
+
+def test_a_smaller_budget_than_was_trained_is_refused(folder: Path) -> None:
+    checkpoint = folder / "checkpoints" / "checkpoint_step_4.pt"
+    words = ["--set", "training.total_tokens=256"]
+    result = dsv3("train", "--device", "cpu", "--config", folder / "run.yaml", "--resume", checkpoint, *words)
+    assert "had trained on 512 tokens, and this run's budget of 256 ends with step 2" in message_of(result)
+
+
+def test_a_changed_recipe_is_named_in_one_line(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoint = folder / "checkpoints" / "checkpoint_step_4.pt"
+    changes = ["training.optimizer.moments=float32", "parallel.micro_batch_size=4", "checkpoint.keep=2"]
+    words = [word for change in changes for word in ("--set", change)]
+    result = dsv3("train", "--device", "cpu", "--config", folder / "run.yaml", "--resume", checkpoint, *words)
+    assert result.exit_code == 0, result.output
+    changes = [line for line in caplog.messages if "differs from the checkpoint's" in line]
+    assert changes == [
+        "the config differs from the checkpoint's: training.optimizer.moments: bfloat16 -> float32; "
+        "parallel.micro_batch_size: 2 -> 4"
+    ]
 
 
 def test_a_resumed_run_may_be_given_a_larger_budget(folder: Path) -> None:
@@ -234,14 +274,25 @@ class TestBadInput:
     def test_resuming_another_model(self, folder: Path) -> None:
         words = ["--set", "model.num_hidden_layers=3", "--resume", "latest"]
         message = message_of(dsv3("train", "--device", "cpu", "--config", folder / "run.yaml", *words))
-        assert "is of another model: num_hidden_layers = 2 there, 3 here" in message
+        assert "is of another model: model.num_hidden_layers: 2 -> 3" in message
 
-    def test_resuming_on_another_corpus(self, folder: Path) -> None:
+    def test_resuming_on_another_corpus(self, folder: Path, tmp_path: Path) -> None:
+        tokenizer = (folder / "tokens").rename(tmp_path / "tokens before")
+        write_corpus(folder / "text", documents=30)
+        words = ["--input", folder / "text", "--output", folder / "tokens", "--holdout", 0.4]
+        assert dsv3("tokenize", *words, "--tokenizer", tokenizer).exit_code == 0
+        command = ["train", "--device", "cpu", "--config", folder / "run.yaml"]
+        command += ["--resume", folder / "checkpoints" / "checkpoint_step_4.pt"]
+        message = message_of(dsv3(*command))
+        assert "trained on other tokens" in message
+        assert "--allow-changed-data" in message
+        assert dsv3(*command, "--allow-changed-data").exit_code == 0
+
+    def test_resuming_on_ids_of_another_tokenizer(self, folder: Path) -> None:
         shutil.rmtree(folder / "tokens")
-        words = ["--set", "data.corpus.holdout=0.4", "--resume", "latest"]
-        assert "trained on other tokens" in message_of(
-            dsv3("train", "--device", "cpu", "--config", folder / "run.yaml", *words)
-        )
+        words = ["--set", "data.corpus.vocab_size=262", "--resume", "latest", "--allow-changed-data"]
+        message = message_of(dsv3("train", "--device", "cpu", "--config", folder / "run.yaml", *words))
+        assert "was trained on the ids of another tokenizer" in message
 
     def test_a_damaged_newest_checkpoint_is_passed_over_and_named(
         self, folder: Path, caplog: pytest.LogCaptureFixture

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.tokens.shards import TokenShards
 from deepseek_v3.model.saved import config_of, model_entries, moments_by_name
 from deepseek_v3.training.parallel.engine import Engine
+from deepseek_v3.training.resume_rules import ALLOW, check_changes
 from deepseek_v3.training.schedule import TokenPlan
 from deepseek_v3.utils.checkpointing import load_checkpoint
 from deepseek_v3.utils.checkpoints.contents import open_checkpoint
@@ -49,33 +50,48 @@ def restore_run(
     shards: TokenShards,
     *,
     verify: bool = True,
+    allow_changed_data: bool = False,
 ) -> int:
     """Puts a checkpoint's state in place, on all ranks of `group` together, and returns the step it ended with.
 
     `verify=False` skips the checksums of one that has just been verified.
-    Raises CheckpointError, before anything is changed, where it is damaged, of another model, another corpus or a
-    run laid out in other steps.
+    Raises CheckpointError, before anything is changed, where it is damaged, of another model or tokenizer, and,
+    unless `allow_changed_data`, where other samples would come next or the loss would mean something else. Then
+    steps keep their numbers, and the samples and schedules are those that the config gives to these steps.
     """
     if group is None:
         saved = load_checkpoint(path, verify=verify)
-        _check(saved, path, config, plan, shards)
+        _check(saved, path, config, plan, shards, allow_changed_data)
         places = engine.places()
         _fill(places, saved, path)
         random, plain = saved["random"], saved
     else:
         contents = together(group, lambda: open_checkpoint(path))
         plain = contents.plain
-        together(group, lambda: _check(plain, path, config, plan, shards))
+        together(group, lambda: _check(plain, path, config, plan, shards, allow_changed_data))
         places = engine.places()
         random = {
             name: torch.empty(info.shape, dtype=info.dtype)
             for name, info in contents.tensors.items()
             if name.startswith(_RANDOM)
         }
-        load_sharded(path, {**split(places)[0], **random}, group, verify=verify)
+        tensors = split(places)[0]
+        converted = _of_saved_type(tensors, {name: info.dtype for name, info in contents.tensors.items()})
+        load_sharded(path, {**tensors, **converted, **random}, group, verify=verify)
+        for name, values in converted.items():
+            tensors[name].copy_(values)
     _restore_random_state({name.removeprefix(_RANDOM): value for name, value in random.items()})
     engine.loaded(places, plain["optimizer"]["num_steps"])
     return plain["step"]
+
+
+def _of_saved_type(tensors: dict[str, Tensor], saved: dict[str, torch.dtype]) -> dict[str, Tensor]:
+    """Room for the moments that a checkpoint holds in another type than this run."""
+    return {
+        name: torch.empty_like(tensor, dtype=saved[name])
+        for name, tensor in tensors.items()
+        if name.startswith("optimizer.") and saved.get(name, tensor.dtype) != tensor.dtype
+    }
 
 
 def _fill(places: dict[str, Any], saved: dict[str, Any], path: Path) -> None:
@@ -92,17 +108,30 @@ def _fill(places: dict[str, Any], saved: dict[str, Any], path: Path) -> None:
         tensor.detach().copy_(found[name])
 
 
-def _check(saved: dict[str, Any], path: Path, config: RunConfig, plan: TokenPlan, shards: TokenShards) -> None:
+def _check(
+    saved: dict[str, Any],
+    path: Path,
+    config: RunConfig,
+    plan: TokenPlan,
+    shards: TokenShards,
+    allow_changed_data: bool,
+) -> None:
     """Raises CheckpointError where a checkpoint's plain values are not of this run."""
-    before = config_of(saved, path)
-    _check_same_model(before.model, config.model, path)
-    _check_same_steps(saved, plan, path)
-    if saved["corpus"] != _identity(shards):
+    check_changes(config_of(saved, path), config, path, allow_changed_data)
+    _check_same_steps(saved, plan, path, allow_changed_data)
+    (tokenizer, *train), (own_tokenizer, *own_train) = saved["corpus"], _identity(shards)
+    if tokenizer != own_tokenizer:
+        raise CheckpointError(
+            f"{path}: was trained on the ids of another tokenizer than that of {shards.directory}; point data.path "
+            "to shards of its own tokenizer, such as `dsv3 tokenize --tokenizer` writes"
+        )
+    if train != own_train and not allow_changed_data:
         raise CheckpointError(
             f"{path}: was trained on other tokens than those in {shards.directory}; a resumed run must continue "
-            "the same data, so point data.path to them"
+            f"the same data, so point data.path to them, or {ALLOW}"
         )
-    _tell_changes(before, config)
+    if train != own_train:
+        get_logger("Trainer").warning(f"{path} was trained on other tokens than those in {shards.directory}")
 
 
 def _identity(shards: TokenShards) -> list[str]:
@@ -110,40 +139,23 @@ def _identity(shards: TokenShards) -> list[str]:
     return [shards.index.tokenizer_sha256, *(shard.sha256 for shard in shards.index.train)]
 
 
-def _check_same_model(saved: ModelConfig, current: ModelConfig, path: Path) -> None:
-    differences = [
-        f"{name} = {getattr(saved, name)} there, {getattr(current, name)} here"
-        for name in ModelConfig.model_fields
-        if getattr(saved, name) != getattr(current, name)
-    ]
-    if differences:
-        raise CheckpointError(f"{path}: is of another model: {'; '.join(differences)}")
-
-
-def _check_same_steps(state: dict[str, Any], plan: TokenPlan, path: Path) -> None:
+def _check_same_steps(state: dict[str, Any], plan: TokenPlan, path: Path, allow_changed_data: bool) -> None:
     """The data goes on where it stopped only if the plan has used as many tokens by this step."""
     step, tokens = state["step"], state["tokens"]
-    if step <= plan.total_steps and tokens == plan.tokens_after(step):
+    if step <= plan.total_steps and (tokens == plan.tokens_after(step) or allow_changed_data):
         return
-    if step > plan.total_steps and tokens >= plan.total_tokens:
+    if step > plan.total_steps and (tokens >= plan.total_tokens or allow_changed_data):
         raise CheckpointError(
             f"{path}: had trained on {tokens:,} tokens, and this run's budget of {plan.total_tokens:,} ends with "
-            f"step {plan.total_steps:,}; raise training.total_tokens to go on"
+            f"step {plan.total_steps:,}, before the checkpoint's step {step:,}; raise training.total_tokens to "
+            "go on"
         )
     here = f"ends at {plan.tokens_after(step):,}" if step <= plan.total_steps else "is beyond the end"
     raise CheckpointError(
         f"{path}: had trained on {tokens:,} tokens after step {step:,}, and by this config that step {here}: "
-        "samples would be skipped or seen twice. Keep training.global_batch_size, training.sequence_length and "
-        "training.batch_ramp as they were"
+        "samples would be skipped or seen twice. Keep training.global_batch_size, training.sequence_length, "
+        f"training.batch_ramp and, with a ramp, training.total_tokens as they were, or {ALLOW}"
     )
-
-
-def _tell_changes(saved: RunConfig, current: RunConfig) -> None:
-    """A changed recipe is allowed on resuming, but must not go unnoticed."""
-    if saved.training != current.training:
-        old, new = saved.training.model_dump(), current.training.model_dump()
-        changes = [f"training.{name}: {old[name]} -> {new[name]}" for name in old if old[name] != new[name]]
-        get_logger("Trainer").warning(f"the recipe differs from the checkpoint's: {'; '.join(changes)}")
 
 
 def _random_state() -> dict[str, torch.Tensor]:

@@ -44,6 +44,10 @@ def train(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Start even where memory is expected not to do.")] = False,
+    allow_changed_data: Annotated[
+        bool,
+        typer.Option("--allow-changed-data", help="Resume even where other samples come next than in that run."),
+    ] = False,
     timeout: Annotated[
         int, typer.Option(min=1, metavar="SECONDS", help="Of several processes, how long one waits for the others.")
     ] = 600,
@@ -62,7 +66,17 @@ def train(
     group = process_group(world, place, limit, even_alone=deepspeed is not None)
     with StopRequest(world.size) as stop, group, Watchdog(world, limit) as watchdog:
         settings = DeepSpeedFile(deepspeed) if deepspeed else None
-        result = train_run(load_config(config, overrides), place, resume, force, world, watchdog, settings, stop)
+        result = train_run(
+            load_config(config, overrides),
+            place,
+            resume,
+            force,
+            world,
+            watchdog,
+            settings,
+            stop,
+            allow_changed_data=allow_changed_data,
+        )
     if not result.finished and world.rank == 0:
         words = ["--config", str(config), "--resume", "latest"]
         words += [word for setting in overrides for word in ("--set", setting)]
@@ -88,13 +102,15 @@ def train_run(
     watchdog: Watchdog | None = None,
     deepspeed: DeepSpeedFile | None = None,
     stop: StopRequest | None = None,
+    *,
+    allow_changed_data: bool = False,
 ) -> TrainingResult:
     """Trains as `config` says; leaves the resolved config, metrics and a plot of the losses in its run folder.
 
     Every process of a job calls it. `watchdog` hears of every step, and waits for a checkpoint that is being
     written before it ends the process; `stop` is as in `Trainer.run`. With `deepspeed` the steps are DeepSpeed's,
     and need a process group even of one. A run that is expected not to fit in memory is refused before anything is
-    allocated, unless by `force`.
+    allocated, unless by `force`. `allow_changed_data` is for `resume`, as `Trainer` says.
     """
     described = describe_device(device, world.local_size)
     if deepspeed is None:
@@ -104,7 +120,8 @@ def train_run(
         config = deepspeed.laid_out(config, world.size)
     check_plan(config, described, force)
     ranks = arrange(config.parallel, device.type, world.local_size)
-    trainer = Trainer(config, device, resume, ranks, watchdog.step if watchdog else None, deepspeed)
+    step_begins = watchdog.step if watchdog else None
+    trainer = Trainer(config, device, resume, ranks, step_begins, deepspeed, allow_changed_data=allow_changed_data)
     if watchdog is not None:
         watchdog.finish_first(trainer.checkpoints.finish)
     folder = config.logging.directory

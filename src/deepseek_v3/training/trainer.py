@@ -50,8 +50,9 @@ class Trainer:
 
     `step_begins` hears the number of every step. `deepspeed` are the settings where DeepSpeed is to take the steps.
 
-    `resume` is a checkpoint, `latest`, or `auto`: the latest if there is one. Raises a UserError, with no earlier
-    file overwritten, where the config, the tokens or the checkpoint cannot be used.
+    `resume` is a checkpoint, `latest`, or `auto`: the latest if there is one. With `allow_changed_data` it goes on
+    with other samples or another loss than the checkpoint's run would, as `resume_rules` says. Raises a UserError,
+    with no earlier file overwritten, where the config, the tokens or the checkpoint cannot be used.
     """
 
     def __init__(
@@ -62,6 +63,8 @@ class Trainer:
         ranks: Ranks | None = None,
         step_begins: Callable[[int], None] | None = None,
         deepspeed: DeepSpeedFile | None = None,
+        *,
+        allow_changed_data: bool = False,
     ) -> None:
         self.config, self.device = config, device
         self.ranks = ranks or Ranks(config.parallel)
@@ -81,7 +84,7 @@ class Trainer:
         self._checkpoint: Path | None = None
         self._held_out: HeldOutLoss | None = None
         if start is not None:
-            self._restore(start, str(resume))
+            self._restore(start, str(resume), allow_changed_data)
 
     def _tokens_of_all(self) -> TokenShards:
         """The tokens, which one rank may have to build first, for hours if need be."""
@@ -155,10 +158,16 @@ class Trainer:
                 self.plan.step(number), parallel.micro_batch_size, self.ranks.data_rank, parallel.data_ranks
             )
 
-    def _restore(self, path: Path, resume: str) -> None:
-        seen = resume in ("latest", "auto")
+    def _restore(self, path: Path, resume: str, allow_changed_data: bool) -> None:
         self._steps_done = restore_run(
-            path, self.checkpoints.group, self.engine, self.config, self.plan, self.shards, verify=not seen
+            path,
+            self.checkpoints.group,
+            self.engine,
+            self.config,
+            self.plan,
+            self.shards,
+            verify=resume not in ("latest", "auto"),
+            allow_changed_data=allow_changed_data,
         )
         self._checkpoint = path
         log = get_logger("Trainer")

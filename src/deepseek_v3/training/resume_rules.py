@@ -1,0 +1,130 @@
+"""What a resumed run may change: one rule for every field of the config, the same on every layout."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Any, get_args
+
+from deepseek_v3.config.base import Section
+from deepseek_v3.config.train_config import RunConfig
+from deepseek_v3.utils.errors import CheckpointError
+from deepseek_v3.utils.logging import get_logger
+
+
+class Rule(Enum):
+    """What becomes of a run that resumes with another value of a field."""
+
+    REFUSED = "another model, which the checkpoint's weights do not fit"
+    DATA = "changes which samples come next, or what the loss means: refused unless changed data are allowed"
+    LOGGED = "changes the recipe or how it is carried out: allowed, and logged"
+    FREE = "changes nothing of the training: allowed"
+
+
+RULES: dict[str, Rule] = {
+    "model": Rule.REFUSED,  # every field of it
+    "training.seed": Rule.DATA,
+    "training.total_tokens": Rule.LOGGED,
+    "training.deliberate_overtraining": Rule.FREE,
+    "training.sequence_length": Rule.DATA,
+    "training.global_batch_size": Rule.DATA,
+    "training.batch_ramp.initial": Rule.DATA,
+    "training.batch_ramp.increment": Rule.DATA,
+    "training.batch_ramp.fraction": Rule.DATA,
+    "training.optimizer.learning_rate": Rule.LOGGED,
+    "training.optimizer.beta1": Rule.LOGGED,
+    "training.optimizer.beta2": Rule.LOGGED,
+    "training.optimizer.eps": Rule.LOGGED,
+    "training.optimizer.weight_decay": Rule.LOGGED,
+    "training.optimizer.max_grad_norm": Rule.LOGGED,
+    "training.optimizer.moments": Rule.LOGGED,
+    "training.schedule.kind": Rule.LOGGED,
+    "training.schedule.warmup_steps": Rule.LOGGED,
+    "training.schedule.decay_fraction": Rule.LOGGED,
+    "training.schedule.final_ratio": Rule.LOGGED,
+    "training.prediction.weight": Rule.LOGGED,
+    "training.prediction.final_weight": Rule.LOGGED,
+    "training.prediction.switch_at": Rule.LOGGED,
+    "training.balance.bias_update_speed": Rule.LOGGED,
+    "training.balance.bias_update_until": Rule.LOGGED,
+    "training.balance.sequence_loss_weight": Rule.LOGGED,
+    "training.evaluation.interval_steps": Rule.LOGGED,
+    "training.evaluation.tokens": Rule.LOGGED,
+    "parallel.layout": Rule.FREE,  # the degrees that it leads to are compared themselves
+    "parallel.data_replicate": Rule.LOGGED,
+    "parallel.data_shard": Rule.LOGGED,
+    "parallel.expert": Rule.LOGGED,
+    "parallel.pipeline": Rule.LOGGED,
+    "parallel.zero_stage": Rule.LOGGED,
+    "parallel.pipeline_schedule": Rule.LOGGED,
+    "parallel.expert_back_end": Rule.LOGGED,
+    "parallel.dispatch_precision": Rule.LOGGED,
+    "parallel.micro_batch_size": Rule.LOGGED,
+    "parallel.precision": Rule.LOGGED,
+    "parallel.recomputation": Rule.LOGGED,
+    "parallel.compile": Rule.LOGGED,
+    "data.path": Rule.FREE,  # what lies there is compared by its checksums
+    "data.corpus.source": Rule.FREE,
+    "data.corpus.vocab_size": Rule.LOGGED,
+    "data.corpus.holdout": Rule.LOGGED,
+    "data.corpus.fim_rate": Rule.LOGGED,
+    "data.corpus.seed": Rule.LOGGED,
+    "data.mask_documents": Rule.DATA,
+    "data.verify_checksums": Rule.FREE,
+    "checkpoint.directory": Rule.FREE,
+    "checkpoint.interval_steps": Rule.FREE,
+    "checkpoint.keep": Rule.FREE,
+    "logging.directory": Rule.FREE,
+    "logging.interval_steps": Rule.FREE,
+    "logging.tensorboard": Rule.FREE,
+}
+
+
+def rule_of(field: str) -> Rule:
+    """The rule of a dotted field. Raises KeyError for one that the table does not know."""
+    return RULES["model"] if field.startswith("model.") else RULES[field]
+
+
+def check_changes(saved: RunConfig, current: RunConfig, path: Path, allow_changed_data: bool) -> None:
+    """Compares the config of the checkpoint at `path` with that of the run which resumes it.
+
+    Logs in one line what is changed. Raises CheckpointError, with the fields and both values, for another model,
+    and for changes of the data unless `allow_changed_data`.
+    """
+    changes = [
+        (rule_of(field), f"{field}: {before} -> {after}")
+        for (field, before), (_, after) in zip(
+            fields_of(RunConfig, saved), fields_of(RunConfig, current), strict=True
+        )
+        if before != after
+    ]
+
+    def of(*rules: Rule) -> str:
+        return "; ".join(change for rule, change in changes if rule in rules)
+
+    if different := of(Rule.REFUSED):
+        raise CheckpointError(f"{path}: is of another model: {different}; resume with the values before ->")
+    if (different := of(Rule.DATA)) and not allow_changed_data:
+        raise CheckpointError(
+            f"{path}: this config changes which samples come next, or what the loss means: {different}; "
+            f"resume with the values before ->, or {ALLOW}"
+        )
+    if different := of(Rule.DATA, Rule.LOGGED):
+        get_logger("Trainer").warning(f"the config differs from the checkpoint's: {different}")
+
+
+ALLOW = "change them on purpose by --allow-changed-data (allow_changed_data=True)"
+
+
+def fields_of(section: type[Section], values: Section | None, prefix: str = "") -> list[tuple[str, Any]]:
+    """Every field of a section and of those inside it, dotted, with its value; None in one that is left out."""
+    found: list[tuple[str, Any]] = []
+    for name, field in section.model_fields.items():
+        value = None if values is None else getattr(values, name)
+        kinds = (field.annotation, *get_args(field.annotation))
+        inner = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
+        if inner is None:
+            found.append((prefix + name, value))
+        else:
+            found += fields_of(inner, value, f"{prefix}{name}.")
+    return found
