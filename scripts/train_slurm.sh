@@ -85,17 +85,24 @@ run_nodes() {
     step=$!
 }
 
-# Waits for the step; once noticed it repeats the notice, for training processes that were not ready to hear it.
+# Passes the notice on to the step, at once and again every 5 s, for training processes that were not ready to hear it.
+# shellcheck disable=SC2329 # called by a trap
+pass_notice_on() {
+    [[ $noticed == yes ]] || say "notice of the end: the training processes save and stop"
+    noticed=yes
+    [[ -z $step ]] || kill -USR1 "$step" 2>/dev/null || true
+    { sleep 5 && kill -USR1 $$; } >/dev/null 2>&1 &
+    reminder=$!
+}
+
+# Waits for the step, whatever signals come meanwhile, and returns its status.
 wait_for_nodes() {
-    while kill -0 "$step" 2>/dev/null; do
-        if [[ $noticed == no ]]; then
-            wait "$step" || true
-        else
-            kill -USR1 "$step" 2>/dev/null || true
-            sleep 5
-        fi
-    done
-    wait "$step"
+    local status=0
+    while kill -0 "$step" 2>/dev/null; do wait "$step" || true; done  # a trap ends a wait, not the process
+    wait "$step" || status=$?
+    trap '' USR1
+    [[ -z $reminder ]] || kill "$reminder" 2>/dev/null || true
+    return "$status"
 }
 
 requeue_or_end() {
@@ -119,13 +126,15 @@ requeue_or_end() {
 max_restarts=${DSV3_MAX_RESTARTS:-20}
 restarts=${SLURM_RESTART_COUNT:-0}
 noticed=no
+step=""
+reminder=""
 cd "${SLURM_SUBMIT_DIR:-.}"
 check_arguments "$@"
 python=${PYTHON:-$([[ -x .venv/bin/python ]] && echo "$PWD/.venv/bin/python" || echo python3)}
 folder="$PWD/slurm_jobs/$SLURM_JOB_ID"
 mkdir -p "$folder"
 describe_environment "$@" >"$folder/environment_$restarts.txt"
-trap 'noticed=yes; say "notice of the end: the training processes save and stop"' USR1
+trap pass_notice_on USR1
 run_nodes --config "$1" --resume auto "${@:2}"
 status=0
 wait_for_nodes || status=$?

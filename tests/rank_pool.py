@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 import fork_server
 
-TIMEOUT = 60  # seconds for one call
+TIMEOUT = 600  # seconds; ends what hangs, and is far more than any call takes
 
 
 class RankPool:

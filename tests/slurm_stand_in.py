@@ -77,6 +77,7 @@ def srun(arguments: list[str]) -> int:
         time.sleep(0.05)
     for task in tasks:
         _end_what_is_left(task)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # one that comes from here on is not to change the exit code
     return max(abs(task.returncode) for task in tasks)
 
 
@@ -100,13 +101,30 @@ def _signal_all(task: subprocess.Popen[bytes], number: int) -> None:
 
 
 def _end_what_is_left(task: subprocess.Popen[bytes]) -> None:
-    """Lets the processes that an ended task has left behind come to their end, and kills them if they do not."""
+    """Lets the processes that an ended task has left behind come to their end, and kills a launcher that does not.
+
+    One that gets SIGTERM while it closes its ranks never ends: nobody stops the threads that pass on their output.
+    The wait begins when the ranks have ended, however long a busy machine takes for that.
+    """
     deadline = time.monotonic() + KILL_WAIT
     with suppress(ProcessLookupError):
         while time.monotonic() < deadline:
             os.killpg(task.pid, 0)
+            if _has_ranks(task.pid):
+                deadline = time.monotonic() + KILL_WAIT
             time.sleep(0.05)
         os.killpg(task.pid, signal.SIGKILL)
+
+
+def _has_ranks(group: int) -> bool:
+    """Whether a process of a group has a child outside of it, as a launcher's ranks are."""
+    parents_and_groups = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            _, parent, own_group = status.read_text().rpartition(")")[2].split()[:3]
+            parents_and_groups[int(status.parent.name)] = (int(parent), int(own_group))
+    members = {pid for pid, (_, own_group) in parents_and_groups.items() if own_group == group}
+    return any(parent in members for pid, (parent, _) in parents_and_groups.items() if pid not in members)
 
 
 def _without_options(arguments: list[str]) -> list[str]:

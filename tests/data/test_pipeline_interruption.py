@@ -16,6 +16,7 @@ import yaml
 from deepseek_v3.data.pipeline.run import preprocess
 from deepseek_v3.data.synthetic import write_damaged_corpus
 from deepseek_v3.utils.errors import DataError
+from job_helpers import HANGS
 from pipeline_helpers import digests, pipeline_config
 
 PIPELINE = ["preliminary_cleaning", "exact_deduplication", "deduplication", "heuristic_filters"]
@@ -69,7 +70,7 @@ def test_workers_end_with_the_run_that_started_them(corpus: Path, tmp_path: Path
         while _finished(tmp_path / "out") < 1 and run.poll() is None:
             time.sleep(0.01)
         run.kill()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + HANGS
     while _group(run.pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not _group(run.pid)
@@ -108,6 +109,7 @@ import resource, sys
 from pathlib import Path
 from deepseek_v3.data.pipeline.run import preprocess
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from job_helpers import HANGS
 from pipeline_helpers import pipeline_config
 resource.setrlimit(resource.RLIMIT_DATA, (600_000_000, 600_000_000))
 preprocess(pipeline_config({str(tmp_path / "in")!r}, Path({str(tmp_path / "out")!r}), {PIPELINE!r}, memory="600MB",

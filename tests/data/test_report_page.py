@@ -19,6 +19,7 @@ from deepseek_v3.data.records import RECORDS
 from deepseek_v3.data.report.markup import visible
 from deepseek_v3.data.report.page import page, write_report
 from deepseek_v3.data.stages import Drop, Outcome, outcome
+from job_helpers import HANGS
 
 SECTIONS = [
     "Funnel",
@@ -460,7 +461,7 @@ def test_a_browser_sees_the_page_as_it_was_written(stats: dict[str, Any], tmp_pa
     seen = subprocess.run(
         ["chromium", *options.split(), f"--user-data-dir={tmp_path}/profile", f"file://{tmp_path}/report.html"],
         capture_output=True,
-        timeout=60,
+        timeout=HANGS,
         check=True,
     )
     written, shown = (Read(text) for text in ((tmp_path / "report.html").read_text("utf-8"), seen.stdout.decode()))

@@ -18,6 +18,7 @@ from deepseek_v3.data.tokens.encoding import CorpusEncoder, encoded_batches
 from deepseek_v3.data.tokens.index import CorpusOptions
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.utils.errors import DataError
+from job_helpers import HANGS
 
 TEXTS = [f"Document {i}: " + "Grüße, <|endoftext|> 世界! " * (i % 7) for i in range(300)]
 OPTIONS = CorpusOptions(source="corpus", text_field="text", holdout=0.2, fim_rate=0.5, seed=0)
@@ -61,7 +62,14 @@ def test_a_small_corpus_stays_in_this_process(tmp_path, monkeypatch):
     build(read_documents, tmp_path / "out", monkeypatch, workers=8)
 
 
-def test_little_is_read_ahead(tokenizer):
+@pytest.fixture
+def own_workers():
+    """Lists the processes that the test has started; others are there for the whole session."""
+    before = multiprocessing.active_children()
+    return lambda: [process for process in multiprocessing.active_children() if process not in before]
+
+
+def test_little_is_read_ahead(tokenizer, own_workers):
     read = 0
 
     def batches():
@@ -79,15 +87,15 @@ def test_little_is_read_ahead(tokenizer):
             ]
             assert read <= number + 4
     assert number == read == 100
-    assert not multiprocessing.active_children()
+    assert not own_workers()
 
 
-def test_a_killed_worker_is_reported_and_leaves_nothing(tmp_path, monkeypatch):
+def test_a_killed_worker_is_reported_and_leaves_nothing(tmp_path, monkeypatch, own_workers):
     def documents():
         killed = False
         for document in [*read_documents()] * 9:
             yield document
-            workers = multiprocessing.active_children()
+            workers = own_workers()
             if workers and not killed:
                 os.kill(workers[0].pid, signal.SIGKILL)
                 killed = True
@@ -95,10 +103,10 @@ def test_a_killed_worker_is_reported_and_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="a worker process was killed, perhaps for want of memory"):
         build(documents, tmp_path / "out", monkeypatch, workers=2)
     assert not list(tmp_path.iterdir())
-    assert not multiprocessing.active_children()
+    assert not own_workers()
 
 
-def test_a_fault_in_the_source_ends_the_workers(tmp_path, monkeypatch):
+def test_a_fault_in_the_source_ends_the_workers(tmp_path, monkeypatch, own_workers):
     passes = 0
 
     def documents():
@@ -106,13 +114,13 @@ def test_a_fault_in_the_source_ends_the_workers(tmp_path, monkeypatch):
         passes += 1
         yield from read_documents()
         if passes == 3:  # the first chooses the hold-out, the second trains the tokenizer
-            assert len(multiprocessing.active_children()) == 2
+            assert len(own_workers()) == 2
             raise DataError("the last line is bad")
 
     with pytest.raises(DataError, match="the last line is bad"):
         build(documents, tmp_path / "out", monkeypatch, workers=2)
     assert not list(tmp_path.iterdir())
-    assert not multiprocessing.active_children()
+    assert not own_workers()
 
 
 def test_no_workers_are_refused(tmp_path, monkeypatch):
@@ -153,9 +161,9 @@ def test_workers_end_with_their_parent_however_it_ends(tmp_path, how):
     assert len(workers) == 2
     assert all(is_running(worker) for worker in workers)
     parent.send_signal(how)
-    errors = parent.communicate(timeout=20)[1]
+    errors = parent.communicate(timeout=HANGS)[1]
     assert errors.count("KeyboardInterrupt\n") == (how == signal.SIGINT)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + HANGS
     while any(is_running(worker) for worker in workers) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(is_running(worker) for worker in workers)

@@ -10,7 +10,7 @@ import pytest
 
 from deepseek_v3.utils.checkpoints.contents import open_checkpoint
 from deepseek_v3.utils.monitoring import read_metrics
-from job_helpers import free_port
+from job_helpers import HANGS, free_port
 from run_helpers import dsv3, write_run
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is an extra")
@@ -46,7 +46,7 @@ def launched(config: Path, settings: Path, *words: object) -> subprocess.Complet
     variables = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     variables["PATH"] = f"{Path(sys.executable).parent}:{variables['PATH']}"
     return subprocess.run(
-        [*launcher, *map(str, script)], env=variables, capture_output=True, text=True, timeout=300
+        [*launcher, *map(str, script)], env=variables, capture_output=True, text=True, timeout=HANGS
     )
 
 
@@ -84,7 +84,7 @@ def test_a_field_that_deepspeed_does_not_know_is_refused_in_one_line(folder: Pat
         "cpu",
         *places,
     ]
-    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 1
     assert re.search(r"error: \S*wrong\.json: DeepSpeed refuses it: .*bucket", done.stderr)
     assert "Traceback" not in done.stdout + done.stderr

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from job_helpers import HANGS
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "train_slurm.sh"
 FIRST_PORT = 20_000  # of those that the script chooses from, by the job's number
@@ -33,14 +35,15 @@ saved, state = Path("saved"), Path(os.environ["STAND_IN"])
 
 def train():
     world = World.from_environment()
-    timeout = timedelta(seconds=60)
+    timeout = timedelta(seconds=300)
     first = int(saved.read_text()) + 1 if saved.exists() else 1
     last = first + 2 if first > 1 else 10_000
     with (
         process_group(world, select_device("cpu", world), timeout),
-        Watchdog(world, timeout, silence=timedelta(seconds=2)) as watchdog,
+        Watchdog(world, timeout, silence=timedelta(seconds=2 if "DIES" in os.environ else 60)) as watchdog,
         StopRequest(world.size) as stop,
     ):
+        stop.listen()
         for step in range(first, last + 1):
             watchdog.step(step)
             total = torch.tensor(world.rank + step)
@@ -112,7 +115,7 @@ def _submit(checkout: Path, job: str, **variables: str) -> subprocess.CompletedP
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=120,
+        timeout=HANGS,
     )
 
 
@@ -201,7 +204,7 @@ def test_what_cannot_be_meant_is_refused_in_one_line(
 ) -> None:
     environment = _environment(checkout, "1", **{"SLURM_JOB_ID": "1", **variables})
     run = subprocess.run(
-        ["bash", str(SCRIPT), *words], cwd=checkout, env=environment, capture_output=True, text=True, timeout=30
+        ["bash", str(SCRIPT), *words], cwd=checkout, env=environment, capture_output=True, text=True, timeout=HANGS
     )
     assert run.returncode == 2
     assert run.stdout == ""

@@ -18,6 +18,7 @@ from deepseek_v3.config.loading import load_config
 from deepseek_v3.planning.counts import count_active_parameters
 from deepseek_v3.utils.checkpointing import load_checkpoint
 from deepseek_v3.utils.monitoring import read_metrics
+from job_helpers import HANGS
 from run_helpers import TOKENS_PER_STEP, dsv3, message_of, run_fields, write_corpus, write_run
 
 ROOT = Path(__file__).parents[2]
@@ -250,12 +251,10 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, number: signal.Sig
     command = [sys.executable, str(ROOT / "src/training/train.py"), "--config", str(config)]
     metrics = tmp_path / "run" / "metrics.jsonl"
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        for _ in range(600):
-            if metrics.exists() and metrics.stat().st_size:
-                break
+        while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
             time.sleep(0.1)
         process.send_signal(number)
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=HANGS)
     assert process.returncode == 0, errors
     newest = max(int(path.stem.split("_")[-1]) for path in (tmp_path / "checkpoints").iterdir())
     assert f"Stopped after step {newest}" in output

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from deepseek_v3.utils.checkpointing import CheckpointDirectory, load_checkpoint, save_checkpoint
 from deepseek_v3.utils.errors import CheckpointError
+from job_helpers import HANGS
 
 
 def small_state(step: int = 0) -> dict[str, Any]:
@@ -283,7 +284,7 @@ checkpoints.save(1, {"step": 1, "weights": torch.ones(1000)})
 
 def stall(descriptor):  # all bytes are written, the file has not got its name yet
     print("saving", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 
 os.fsync = stall
 checkpoints.save(2, {"step": 2, "weights": torch.ones(1000)})
@@ -296,7 +297,7 @@ def test_a_run_killed_while_it_saves_leaves_complete_checkpoints_only(tmp_path: 
         assert run.stdout is not None
         assert run.stdout.readline() == "saving\n"
         run.kill()
-        assert run.wait(timeout=10) == -signal.SIGKILL
+        assert run.wait(timeout=HANGS) == -signal.SIGKILL
     checkpoints = CheckpointDirectory(tmp_path, keep=2)
     assert checkpoints.steps() == [1]
     path, state = checkpoints.latest()

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from deepseek_v3.utils.distributed import ALONE, World, process_group, select_device
 from deepseek_v3.utils.errors import ConfigError, TrainingError
+from job_helpers import HANGS
 
 TORCHRUN = {
     "RANK": "11",
@@ -143,7 +144,7 @@ def _free_port() -> int:
 
 
 def _meet(rank: int, size: int, port: int, answers: Any) -> None:
-    world, timeout = World(rank, size, rank, size, "127.0.0.1", port), timedelta(seconds=30)
+    world, timeout = World(rank, size, rank, size, "127.0.0.1", port), timedelta(seconds=HANGS)
     with process_group(world, torch.device("cpu"), timeout):
         second = world.connect(timeout)  # the host's as well
         second.set(f"second {rank}", str(rank))
@@ -161,7 +162,7 @@ def test_processes_meet_and_part() -> None:
     processes = [context.Process(target=_meet, args=(rank, size, port, answers)) for rank in range(size)]
     for process in processes:
         process.start()
-    found = [answers.get(timeout=60) for _ in range(2 * size)]
+    found = [answers.get(timeout=HANGS) for _ in range(2 * size)]
     for process in processes:
         process.join()
     assert sorted(answer for answer in found if answer is not False) == [

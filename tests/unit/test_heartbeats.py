@@ -1,6 +1,8 @@
 """Who is dead and who hangs, by messages and times made up for the purpose."""
 
+import sys
 import threading
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepseek_v3.utils.heartbeats import Beat, Sightings
+from deepseek_v3.utils.heartbeats import AwakeTime, Beat, Sightings
 from deepseek_v3.utils.whereabouts import Whereabouts
 
 LIMIT = 10.0
@@ -121,6 +123,20 @@ def test_ranks_that_have_ended_hang_no_more_and_keep_nobody_waiting() -> None:
     assert sightings.hanging(100, LIMIT) == []
 
 
+def test_time_in_which_this_process_stood_still_does_not_count() -> None:
+    awake, sightings = AwakeTime(longest=2.0), Sightings()
+    sightings.see(1, Beat(1), awake.look(5.0))
+    sightings.see(1, Beat(1), awake.look(6.5))
+    assert awake.seconds == 1.5
+    sightings.see(1, Beat(1), awake.look(10_006.5))  # suspended; the other rank wakes up after this one
+    assert sightings.silent(awake.seconds, LIMIT) == []
+    sightings.see(1, Beat(2), awake.look(10_007.5))
+    assert (awake.seconds, sightings.silent(awake.seconds, 0.5)) == (4.5, [])
+    for second in range(10_008, 10_020):
+        sightings.see(1, Beat(2), awake.look(second))
+    assert sightings.silent(awake.seconds, LIMIT) == [1]
+
+
 class _Elsewhere(threading.Thread):
     """A thread at a known place until it is let go."""
 
@@ -158,9 +174,8 @@ def test_waiting_counts_inside_collective_operations_only(folder: Path, waits: f
     thread.start()
     assert thread.ident is not None
     whereabouts = Whereabouts(thread.ident)
-    while not held.locked():
-        pass
-    thread.join(0.1)  # the way to its second acquire
+    while thread.ident not in sys._current_frames() or sys._current_frames()[thread.ident].f_lineno != 3:
+        time.sleep(0.001)
     whereabouts.look(70.0)
     assert whereabouts.look(100.0)[1] == waits
     held.release()

@@ -22,7 +22,7 @@ from deepseek_v3.utils.checkpoints import folder_writer
 from deepseek_v3.utils.checkpoints.saving import ShardedWriter
 from deepseek_v3.utils.checkpoints.tensor_file import WrittenFile
 from deepseek_v3.utils.distributed import World, process_group
-from job_helpers import Job
+from job_helpers import HANGS, Job
 from run_helpers import write_run
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
@@ -112,7 +112,7 @@ def test_the_error_of_a_save_comes_before_a_signal() -> None:
 
 def _train(world: World, signals: dict[tuple[int, int], signal.Signals], folder: Path) -> None:
     """Steps that signal this rank as `signals`, by rank and step, says; writes down the last one."""
-    with process_group(world, torch.device("cpu"), timedelta(seconds=30)), StopRequest(world.size) as stop:
+    with process_group(world, torch.device("cpu"), timedelta(seconds=HANGS)), StopRequest(world.size) as stop:
         stop.listen()
         for step in range(1, 9):
             if (world.rank, step) in signals:
@@ -135,7 +135,7 @@ def _train(world: World, signals: dict[tuple[int, int], signal.Signals], folder:
 def test_all_ranks_stop_after_the_same_step(
     tmp_path: Path, signals: dict[tuple[int, int], signal.Signals], last_step: int, name: str | None
 ) -> None:
-    outcome = Job(tmp_path, 3, partial(_train, signals=signals, folder=tmp_path)).outcome(30)
+    outcome = Job(tmp_path, 3, partial(_train, signals=signals, folder=tmp_path)).outcome()
     assert outcome.codes == [0, 0, 0]
     assert {path.read_text() for path in tmp_path.glob("stopped_*")} == {str(last_step)}
     assert len(list(tmp_path.glob("stopped_*"))) == 3
@@ -152,7 +152,7 @@ def _train_and_signal_in_the_last_save(world: World, config: Path) -> None:
         wait(writer)
 
     def signalled_write(path: Path, tensors: dict[str, torch.Tensor]) -> WrittenFile:
-        assert waiting.wait(timeout=30)
+        assert waiting.wait(timeout=HANGS)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             os.kill(os.getpid(), number)
         return write(path, tensors)
@@ -167,7 +167,7 @@ def _train_and_signal_in_the_last_save(world: World, config: Path) -> None:
 
 def test_signals_in_the_last_save_of_several_ranks_lose_nothing(tmp_path: Path) -> None:
     config = write_run(tmp_path, steps=1)
-    outcome = Job(tmp_path, 2, partial(_train_and_signal_in_the_last_save, config=config)).outcome(60)
+    outcome = Job(tmp_path, 2, partial(_train_and_signal_in_the_last_save, config=config)).outcome()
     assert outcome.codes == [0, 0], outcome.lines
     saved = tmp_path / "checkpoints" / "checkpoint_step_1"
     assert load_checkpoint(saved)["step"] == 1
@@ -182,7 +182,7 @@ def test_saved_is_said_when_it_is(kind: str, tmp_path: Path, caplog: pytest.LogC
     gate, write = threading.Event(), folder_writer.write_tensor_file
 
     def gated(path: Path, tensors: dict[str, torch.Tensor]) -> WrittenFile:
-        assert gate.wait(timeout=30)
+        assert gate.wait(timeout=HANGS)
         return write(path, tensors)
 
     with pytest.MonkeyPatch.context() as patch:

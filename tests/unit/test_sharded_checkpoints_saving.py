@@ -29,6 +29,7 @@ from deepseek_v3.utils.checkpoints.ranks import checkpoint_group
 from deepseek_v3.utils.checkpoints.saving import ShardedWriter, save_sharded
 from deepseek_v3.utils.checkpoints.staging import CpuCopies
 from deepseek_v3.utils.errors import CheckpointError, TrainingError
+from job_helpers import HANGS
 from rank_pool import RankPool
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -47,7 +48,7 @@ def with_slow_disk(gate: threading.Event) -> Callable[..., Any]:
     write = folder_writer.write_tensor_file
 
     def wait_and_write(path: Path, tensors: dict[str, Tensor]) -> Any:
-        assert gate.wait(timeout=30)
+        assert gate.wait(timeout=HANGS)
         return write(path, tensors)
 
     return wait_and_write
@@ -201,17 +202,17 @@ save_sharded(folder / "checkpoint_step_2", {"w": torch.ones(1000)}, {"step": 2},
 
 
 def test_a_process_that_ends_waits_for_the_disk(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path), "0.3"], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path), "0.3"], check=True, timeout=HANGS)
     assert load_checkpoint(tmp_path / "checkpoint_step_2")["w"].tolist() == [1] * 1000
 
 
 def test_a_process_that_is_killed_leaves_complete_checkpoints_only(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", PROGRAM, str(tmp_path), "60"]
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path), str(HANGS)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
         assert run.stdout is not None
         assert run.stdout.readline() == "writing\n"
         run.kill()
-        assert run.wait(timeout=10) == -signal.SIGKILL
+        assert run.wait(timeout=HANGS) == -signal.SIGKILL
     checkpoints = CheckpointDirectory(tmp_path, keep=5)
     assert names(tmp_path) == [".checkpoint_step_2.partial", "checkpoint_step_1"]
     assert checkpoints.steps() == [1]

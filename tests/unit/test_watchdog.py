@@ -17,14 +17,10 @@ import torch.distributed as dist
 from deepseek_v3.utils.distributed import ALONE, World, process_group
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.watchdog import Watchdog
-from job_helpers import Job
+from job_helpers import HANGS, Job
 
 SILENCE = timedelta(seconds=2.5)
-PATIENT, HASTY = (
-    timedelta(seconds=60),
-    timedelta(seconds=5),
-)  # a watchdog's timeout where it must not, or must, matter
-DEADLINE = 30.0  # seconds for a whole job: well below PATIENT
+PATIENT, HASTY = timedelta(seconds=2 * HANGS), timedelta(seconds=5)  # where a timeout must not, or must, matter
 RESUME = "; the job stops: resume with --resume latest"
 
 Deed = Callable[[int, int], None]  # what a rank does in a step, given both numbers
@@ -73,7 +69,7 @@ def _kill_with_launcher(rank: int, step: int, *, launcher: Path) -> None:
 
 def _hang(rank: int, step: int, *, culprit: int, where: int) -> None:
     if rank == culprit and step == where:
-        time.sleep(100)
+        time.sleep(2 * HANGS)
 
 
 def _fail(rank: int, step: int, *, error: Exception, failing: int = 1) -> None:
@@ -91,6 +87,24 @@ def _end_one_after_another(rank: int, step: int, *, last: int, seconds: float = 
         time.sleep(seconds)
 
 
+def _stay_until_killed(world: World, seen: Path) -> None:
+    """Rank 1 ends at once; rank 2 says when it knows."""
+    with process_group(world, torch.device("cpu"), PATIENT), Watchdog(world, PATIENT, silence=SILENCE) as watchdog:
+        watchdog.step(1)
+        while world.rank == 2 and not watchdog._sightings.has_ended(1):
+            time.sleep(0.01)
+        if world.rank == 2:
+            seen.touch()
+        if world.rank != 1:
+            time.sleep(2 * HANGS)
+
+
+def _ignores(number: signal.Signals, pid: int | None) -> bool:
+    """Whether a process ignores a signal."""
+    (mask,) = re.findall(r"SigIgn:\s*([0-9a-f]+)", Path(f"/proc/{pid}/status").read_text())
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
 def _name(job: Job, rank: int) -> str:
     return rf"rank {rank} \(host [^ ]+, pid {job.ranks[rank].pid}\)"
 
@@ -103,21 +117,21 @@ def _assert_one_line(line_pattern: str, lines: list[str]) -> None:
 @pytest.mark.parametrize(("size", "victim", "launcher"), [(2, 1, False), (4, 2, True)])
 def test_a_rank_killed_in_mid_step_is_named(tmp_path: Path, size: int, victim: int, launcher: bool) -> None:
     job = Job(tmp_path, size, partial(_work, deed=partial(_kill, victims=(victim,))), launcher=launcher)
-    outcome = job.outcome(DEADLINE)
+    outcome = job.outcome()
     assert outcome.codes == [-signal.SIGKILL if rank == victim else 1 for rank in range(size)]
     _assert_one_line(f"{_name(job, victim)} has not answered for 2.5 s", outcome.lines)
 
 
 def test_several_ranks_killed_at_once_are_named_together(tmp_path: Path) -> None:
     job = Job(tmp_path, 4, partial(_work, deed=partial(_kill, victims=(1, 3))))
-    outcome = job.outcome(DEADLINE)
+    outcome = job.outcome()
     assert outcome.codes == [1, -signal.SIGKILL, 1, -signal.SIGKILL]
     _assert_one_line(f"{_name(job, 1)}, {_name(job, 3)} have not answered for 2.5 s", outcome.lines)
 
 
 def test_a_stopped_rank_is_named(tmp_path: Path) -> None:
     job = Job(tmp_path, 3, partial(_work, deed=partial(_kill, victims=(1,), number=signal.SIGSTOP)))
-    outcome = job.outcome(DEADLINE, stopped=(1,))
+    outcome = job.outcome(stopped=(1,))
     assert outcome.codes == [1, None, 1]
     _assert_one_line(f"{_name(job, 1)} has not answered for 2.5 s", outcome.lines)
 
@@ -126,17 +140,18 @@ def test_a_stopped_rank_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("launcher", [False, True])
 def test_the_rank_with_the_store_is_named(tmp_path: Path, number: int, launcher: bool) -> None:
     job = Job(tmp_path, 3, partial(_work, deed=partial(_kill, victims=(0,), number=number)), launcher=launcher)
-    outcome = job.outcome(DEADLINE, stopped=(0,))
+    outcome = job.outcome(stopped=(0,))
     assert outcome.codes[1:] == [1, 1]
     _assert_one_line(f"{_name(job, 0)} has gone", outcome.lines)
 
 
 def test_a_launcher_that_ends_the_others_gets_the_name_first(tmp_path: Path) -> None:
     job = Job(tmp_path, 2, partial(_work, deed=partial(_kill, victims=(1,))), launcher=True)
-    job.ranks[1].join(DEADLINE)
-    time.sleep(0.5)  # by now rank 0 has got an error of the operation that both were in
+    job.ranks[1].join(HANGS)
+    while not _ignores(signal.SIGTERM, job.ranks[0].pid):  # until it has got an error of the operation of both
+        time.sleep(0.01)
     job.ranks[0].terminate()
-    outcome = job.outcome(DEADLINE)
+    outcome = job.outcome()
     assert outcome.codes == [1, -signal.SIGKILL]
     _assert_one_line(f"{_name(job, 1)} has not answered for 2.5 s", outcome.lines)
 
@@ -145,10 +160,10 @@ def test_a_launcher_that_ends_the_others_gets_the_name_first(tmp_path: Path) -> 
 def test_a_launcher_that_ends_the_others_gets_the_error_first(tmp_path: Path, failing: int) -> None:
     deed = partial(_fail, error=DataError("shard 7 is damaged"), failing=failing)
     job = Job(tmp_path, 3, partial(_work, deed=deed), launcher=True)
-    wait([process.sentinel for process in job.ranks], DEADLINE)
+    wait([process.sentinel for process in job.ranks], HANGS)
     for process in job.ranks:
         process.terminate()
-    outcome = job.outcome(DEADLINE)
+    outcome = job.outcome()
     assert 0 not in outcome.codes
     assert outcome.lines == ["error: shard 7 is damaged"]
 
@@ -157,7 +172,7 @@ def test_the_end_of_the_launcher_hides_nothing(tmp_path: Path) -> None:
     job = Job(tmp_path, 3, partial(_work, deed=partial(_kill_with_launcher, launcher=tmp_path)), launcher=True)
     assert job.launcher is not None
     (tmp_path / "launcher").write_text(str(job.launcher.pid))
-    outcome = job.outcome(DEADLINE)
+    outcome = job.outcome()
     assert outcome.codes == [1, -signal.SIGKILL, 1]
     _assert_one_line(f"{_name(job, 1)} has not answered for 2.5 s", outcome.lines)
 
@@ -168,7 +183,7 @@ def test_a_living_rank_that_hangs_is_named_with_its_place(
 ) -> None:
     deed = partial(_hang, culprit=culprit, where=where)
     job = Job(tmp_path, size, partial(_work, timeout=HASTY, deed=deed, drowsy=culprit))
-    outcome = job.outcome(DEADLINE)
+    outcome = job.outcome()
     assert outcome.codes == [1] * size
     _assert_one_line(
         rf"{_name(job, culprit)} has not left step {where} for 4.5 s while others wait, "
@@ -181,14 +196,14 @@ def test_a_living_rank_that_hangs_is_named_with_its_place(
 def test_what_must_not_be_torn_is_finished_first(tmp_path: Path, launcher: bool) -> None:
     deed = partial(_kill, victims=(1,))
     job = Job(tmp_path, 3, partial(_work, deed=deed, saved=tmp_path), launcher=launcher)
-    outcome = job.outcome(DEADLINE)
+    outcome = job.outcome()
     assert outcome.codes == [1, -signal.SIGKILL, 1]
     assert sorted(path.name for path in tmp_path.glob("saved_*")) == ["saved_0", "saved_2"]
     assert len(outcome.lines) == 1
 
 
 def test_a_mistake_that_all_ranks_notice_is_told_once(tmp_path: Path) -> None:
-    outcome = Job(tmp_path, 4, partial(_work, deed=_fail_everywhere)).outcome(DEADLINE)
+    outcome = Job(tmp_path, 4, partial(_work, deed=_fail_everywhere)).outcome()
     assert outcome.codes == [1, 1, 1, 1]
     assert outcome.lines == ["error: no tokens"]
 
@@ -197,7 +212,7 @@ def test_a_mistake_that_all_ranks_notice_is_told_once(tmp_path: Path) -> None:
 def test_a_users_mistake_on_one_rank_is_the_only_line(tmp_path: Path, failing: int) -> None:
     deed = partial(_fail, error=DataError("shard 7 is damaged"), failing=failing)
     job = Job(tmp_path, 3, partial(_work, deed=deed))
-    outcome = job.outcome(DEADLINE)
+    outcome = job.outcome()
     assert outcome.codes == [1, 1, 1]
     assert outcome.lines == ["error: shard 7 is damaged"]
 
@@ -205,7 +220,7 @@ def test_a_users_mistake_on_one_rank_is_the_only_line(tmp_path: Path, failing: i
 @pytest.mark.parametrize("error", [RuntimeError("a defect"), ValueError("a defect")])
 def test_a_defect_on_one_rank_is_the_only_traceback(tmp_path: Path, error: Exception) -> None:
     job = Job(tmp_path, 3, partial(_work, deed=partial(_fail, error=error)))
-    outcome = job.outcome(DEADLINE)
+    outcome = job.outcome()
     assert outcome.codes == [1, 1, 1]
     assert [line for line in outcome.lines if line.startswith(("[", "error"))] == []
     assert sum("Traceback" in line for line in outcome.lines) == 1
@@ -216,17 +231,17 @@ def test_a_defect_on_one_rank_is_the_only_traceback(tmp_path: Path, error: Excep
 @pytest.mark.parametrize("launcher", [False, True])
 def test_ranks_may_end_at_different_times(tmp_path: Path, last: int, launcher: bool) -> None:
     job = Job(tmp_path, 3, partial(_work, deed=partial(_end_one_after_another, last=last)), launcher=launcher)
-    outcome = job.outcome(DEADLINE)
+    outcome = job.outcome()
     assert outcome.codes == [0, 0, 0]
     assert outcome.lines == []
 
 
 def test_a_rank_that_has_ended_is_not_the_one_to_speak(tmp_path: Path) -> None:
-    job = Job(tmp_path, 3, partial(_work, deed=partial(_end_one_after_another, last=2, seconds=100)))
-    job.ranks[1].join(DEADLINE)
-    time.sleep(SILENCE.total_seconds() / 2)
+    job = Job(tmp_path, 3, partial(_stay_until_killed, seen=tmp_path / "seen"))
+    while not (tmp_path / "seen").exists():
+        time.sleep(0.01)
     job.ranks[0].kill()
-    outcome = job.outcome(DEADLINE)
+    outcome = job.outcome()
     assert outcome.codes == [-signal.SIGKILL, 0, 1]
     _assert_one_line(f"{_name(job, 0)} has gone", outcome.lines)
 

@@ -1,6 +1,7 @@
 """What the ranks of a job tell each other about themselves, and how one that is dead or hangs is known by it.
 
-No rank trusts another's clock: it notes by its own when it saw something change.
+No rank trusts another's clock: it notes by its own when it saw something change. That clock stands still while the
+process itself does, so that nobody takes its own pause for the silence of the others.
 """
 
 from __future__ import annotations
@@ -35,6 +36,26 @@ class Beat:
     def decode(cls, text: str | bytes) -> Beat:
         """The inverse of `encode`."""
         return cls(**json.loads(text))
+
+
+class AwakeTime:
+    """Seconds in which this process was running, from its own looks at a clock.
+
+    Between two looks no more than `longest` seconds count: a process that was suspended, or that a busy machine
+    kept waiting, has not watched anybody for the rest of that time.
+    """
+
+    def __init__(self, longest: float) -> None:
+        self.seconds = 0.0
+        self._longest = longest
+        self._last: float | None = None
+
+    def look(self, now: float) -> float:
+        """The seconds so far; `now` is the clock's time in seconds."""
+        if self._last is not None:
+            self.seconds += min(now - self._last, self._longest)
+        self._last = now
+        return self.seconds
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from deepseek_v3.utils.distributed import World
 from deepseek_v3.utils.errors import chain_of
-from deepseek_v3.utils.heartbeats import Beat, Sightings
+from deepseek_v3.utils.heartbeats import AwakeTime, Beat, Sightings
 from deepseek_v3.utils.logging import get_logger
 from deepseek_v3.utils.noticeboard import Finding, Noticeboard
 from deepseek_v3.utils.whereabouts import Whereabouts
@@ -36,13 +36,15 @@ _ADVICE = "the job stops: resume with --resume latest"
 class Watchdog:
     """While entered, ends this process with exit code 1 as soon as the job cannot go on; alone it does nothing.
 
-    A rank that is silent for longer than `silence` is dead to the others. One that stays in a step while others
+    A rank that is silent for longer than `silence` is dead to the others, who count only the time in which they
+    were running themselves: a job that is suspended and resumed goes on. One that stays in a step while others
     wait for it is named after nine tenths of `timeout`, the time of a collective operation, so that this comes
     before that operation's own error. Before a process ends, `before_exit` gets up to `grace` to finish what must
     not be torn, such as a checkpoint that is being written. The process ends even when its main thread hangs.
 
-    An error that leaves the block on one rank ends all others, in silence: it is the one to be read. One that may
-    be the echo of another rank's death is held back until that would have been found.
+    An error that leaves the block on one rank ends all others, in silence: it is the one to be read, and SIGTERM is
+    ignored from then on, so that no launcher ends the process before it has said it. An error that may be the echo
+    of another rank's death is held back until that would have been found.
 
     Raises TrainingError, on entering, where ranks are missing after `timeout`.
     """
@@ -61,6 +63,7 @@ class Watchdog:
         self._before_exit, self._grace = before_exit, grace.total_seconds()
         self._interval = self._silence / _BEATS_PER_SILENCE
         self._sightings = Sightings()
+        self._awake = AwakeTime(longest=2 * self._interval)
         self._count = self._step = self._beats_unanswered = 0
         self._released, self._store_failed, self._closed = threading.Event(), threading.Event(), threading.Event()
         self._leaving = threading.Lock()  # taken once, by the thread that ends the process
@@ -88,11 +91,10 @@ class Watchdog:
     ) -> None:
         if self._world.is_alone:
             return
+        if error is not None:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # launchers end all after the first; this one must speak
         if any(_may_be_an_echo(cause) for cause in chain_of(error)):
-            # The process ends in here where somebody has died. A launcher that ends all after the first shall wait.
-            earlier = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            time.sleep(1.5 * self._silence)
-            signal.signal(signal.SIGTERM, earlier)
+            self._await_finding()
         self._released.set()
         self._talker.join()
         with suppress(dist.DistError):  # this rank's own end counts, whatever has become of the store
@@ -101,6 +103,12 @@ class Watchdog:
             else:
                 self._fail()
         self._closed.set()
+
+    def _await_finding(self) -> None:
+        """Returns when the death of another rank would have been found, which would have ended this process."""
+        end = self._awake.seconds + 1.5 * self._silence
+        while self._awake.seconds < end:
+            time.sleep(self._interval)
 
     def _finish(self) -> None:
         """Ends in good order; rank 0, with the store, stays and watches until nobody needs it any more."""
@@ -114,8 +122,18 @@ class Watchdog:
         if not self._board.publish(Finding(lost=(self._world.rank,))):
             self._look()  # at the finding of another, which ends the process
         self._board.set_beat(self._beat(ended=True))
-        if self._world.rank == 0:
-            self._board.wait_for_end(range(self._world.size), self._silence / 2)
+        while self._world.rank == 0 and self._others_live():
+            time.sleep(self._interval)
+
+    def _others_live(self) -> bool:
+        """Whether any other rank neither has ended nor is silent."""
+        now = self._awake.look(time.monotonic())
+        others = [rank for rank in range(self._world.size) if rank != self._world.rank]
+        for rank, beat in zip(others, self._board.read(others)[1], strict=True):
+            self._sightings.see(rank, beat, now)
+        self._beats_unanswered = 0
+        gone = self._sightings.silent(now, self._silence)
+        return any(not self._sightings.has_ended(rank) and rank not in gone for rank in others)
 
     def _talk_until_released(self) -> None:
         try:
@@ -143,14 +161,13 @@ class Watchdog:
 
     def _look(self) -> None:
         """Looks for the signs of life of others, and acts on what is missing."""
-        watched = self._sightings.to_look_at(
-            self._world.rank, self._world.size, time.monotonic(), self._silence / 2
-        )
+        now = self._awake.look(time.monotonic())
+        watched = self._sightings.to_look_at(self._world.rank, self._world.size, now, self._silence / 2)
         finding, beats = self._board.read(watched)
         self._beats_unanswered = 0
         if finding is not None:
             self._leave(finding)
-        now = time.monotonic()
+        now = self._awake.look(time.monotonic())
         self._sightings.forget_all_but(watched)
         for rank, beat in zip(watched, beats, strict=True):
             self._sightings.see(rank, beat, now)
