@@ -1,5 +1,6 @@
 """The compiled bfloat16 path on a GPU: the kernels that it should run, and none of the waits that it should not."""
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -136,11 +137,24 @@ def test_layers_in_compiled_parts_train_as_whole_ones_do(tmp_path: Path, recompu
     assert losses[1] == pytest.approx(losses[0], rel=2e-3)
 
 
-@pytest.mark.parametrize("recomputation", ["none", "selective", "full"])
-def test_steps_need_the_memory_that_was_planned(tmp_path: Path, recomputation: str) -> None:
-    """Nothing that shall be made again is kept by the compiler all the same. Activations are most of it here."""
-    settings = [*WIDE, f"parallel.recomputation={recomputation}"]
+@pytest.mark.parametrize(
+    ("recomputation", "changes"),
+    [
+        ("none", []),
+        ("selective", []),
+        ("full", []),
+        ("none", ["model.first_k_dense_replace=6"]),
+        ("selective", ["model.num_nextn_predict_layers=1"]),
+        ("full", ["model.moe_intermediate_size=1024", "model.n_routed_experts=8", "model.num_experts_per_tok=2"]),
+    ],
+    ids=["none", "selective", "full", "none-dense", "selective-prediction", "full-wide-experts"],
+)
+def test_steps_need_the_memory_that_was_planned(tmp_path: Path, recomputation: str, changes: list[str]) -> None:
+    """The compiler keeps nothing that is to be recomputed. Most of the memory here is activations."""
+    settings = [*WIDE, f"parallel.recomputation={recomputation}", *changes]
     config = load_config(write_run(tmp_path), settings)
+    gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()  # an earlier test's workspace would count as there before
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     trainer = Trainer(config, CUDA)

@@ -90,7 +90,7 @@ def _mixture(model: ModelConfig, run: Execution) -> dict[str, float]:
 def _prediction(model: ModelConfig, run: Execution) -> dict[str, float]:
     """What a prediction layer has besides: two norms joined, their projection, and a norm at its end."""
     width = model.hidden_size
-    if run.compiled:
+    if run.compiled and not run.in_parts:
         return {"joined states, projected; state before the last norm": 2 * (2 * width + width + width)}
     return {
         "norms of states and embeddings": 2 * (4 + (4 if run.width == 2 else 0)) * width,

@@ -19,7 +19,8 @@ _UNEVEN_EXPERTS = 1.2
 
 @dataclass(frozen=True)
 class Execution:
-    """`width`: bytes of an activation. `compiled`: each layer is fused whole, in bfloat16.
+    """`width`: bytes of an activation. `compiled`: layers are compiled, in bfloat16; `in_parts`: attention and
+    feed-forward network each by itself, so that what joins a prediction layer's inputs is not compiled.
 
     `row_factor`: rows that the experts of the busiest rank see over those of even loads; 1 where one rank holds
     all experts. `logits_at_once`: numbers in one chunk of the loss. `mask_bytes`: what a layer keeps per token of
@@ -31,6 +32,7 @@ class Execution:
     row_factor: float = 1.0
     logits_at_once: int = _LOGITS_AT_ONCE["gpu"]
     mask_bytes: int = 0
+    in_parts: bool = False
 
 
 def execution_on(device: Device, config: RunConfig) -> Execution:
@@ -44,6 +46,7 @@ def execution_on(device: Device, config: RunConfig) -> Execution:
     return Execution(
         width=width,
         compiled=compiled,
+        in_parts=compiled and (parallel.recomputation == "selective" or parallel.expert > 1),
         row_factor=_UNEVEN_EXPERTS if parallel.expert > 1 else 1.0,
         logits_at_once=_LOGITS_AT_ONCE["cpu" if device.is_cpu else "gpu"],
         mask_bytes=width * config.training.sequence_length if config.data.mask_documents else 0,

@@ -134,10 +134,14 @@ def _working_bytes(
     hidden = model.intermediate_size if dense else model.moe_intermediate_size
     rows = tokens if dense else tokens * model.num_experts_per_tok * run.row_factor
     weight = model.hidden_size * hidden * (1.0 if dense else model.n_routed_experts / expert_ranks)
-    early = (run.width if run.compiled else 4) * rows * (model.hidden_size + hidden)
-    if not (dense or lets_go):  # what the shared experts keep, and a gradient inside, wait for that of the rows
-        shared = model.n_shared_experts * hidden
-        early += tokens * (feed_forward_network_bytes(shared, run) + (run.width if run.compiled else 4) * shared)
+    if run.compiled:
+        # The inner gradient replaces the saved product. A dense network's output gradient is that of the states.
+        early = run.width * (rows * (hidden if dense else model.hidden_size) + weight)
+    else:
+        early = 4 * rows * (model.hidden_size + hidden)
+        if not (dense or lets_go):  # what the shared experts keep, and a gradient inside, wait for that of the rows
+            shared = model.n_shared_experts * hidden
+            early += tokens * (feed_forward_network_bytes(shared, run) + 4 * shared)
     if not run.compiled:
         late = 20 * weight + run.width * rows * (model.hidden_size - 2 * hidden)
     elif lets_go:
@@ -186,6 +190,7 @@ class _Stage:
         """Every moment that can be the worst; across equal layers memory changes evenly, so their ends suffice."""
         if self.is_last:
             yield self._losses()
+            yield self._last_norm()
         last = len(self.kinds) - 1
         for index, kind in enumerate(self.kinds):
             if index in (0, last) or not self.kinds[index - 1] == kind == self.kinds[index + 1]:
@@ -199,15 +204,32 @@ class _Stage:
         rows = max(math.ceil(self.tokens / chunks), min(self.tokens, _LEAST_ROWS))
         chunk = self.run.width * rows * model.vocab_size
         per_loss = 4 * self.vocabulary + self.states  # gradients of the head and of the states, made at once
-        # The norm before the head is not compiled: its input and product in float32, in place of the last states.
-        last_norm = (8 if narrow else 4) * self.tokens * model.hidden_size
         return self._moment(
             "loss",
             made=0.0,
-            activations=self._kept(len(self.kinds)) + self.states + last_norm,
+            activations=self._kept(len(self.kinds)) + self.states + self._saved_by_last_norm,
             copies=self._copies(len(self.kinds)),
             head=(1 + model.num_nextn_predict_layers) * per_loss + chunk + (2 * self.vocabulary if narrow else 0),
         )
+
+    def _last_norm(self) -> MemoryEstimate:
+        """In the backward pass of the norm before the head: all layers are kept, the head's gradient is made.
+
+        The norm is not compiled. As torch runs it, its gradients and the products they come from are five float32
+        tensors of the states' shape (counted on an H200, torch 2.11).
+        """
+        working = 5 * 4 * self.tokens * self.config.model.hidden_size
+        return self._moment(
+            "backward pass of the last norm",
+            made=self.vocabulary / self.config.parallel.data_shard,
+            activations=self._kept(len(self.kinds)) + self._saved_by_last_norm + working,
+            copies=self._copies(len(self.kinds)),
+        )
+
+    @property
+    def _saved_by_last_norm(self) -> float:
+        """The norm's input and product in float32, the former in place of the last states."""
+        return (8 if self.run.width == 2 else 4) * self.tokens * self.config.model.hidden_size
 
     def _backward(self, index: int) -> MemoryEstimate:
         """In layer `index` of the stage, going backward, those after it done."""
