@@ -14,6 +14,7 @@ from torch import Tensor
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.moe.routing import Router, Routing
+from deepseek_v3.training.batches import document_numbers
 from deepseek_v3.training.optimizer import local
 from deepseek_v3.training.parallel.engine import Engine
 from deepseek_v3.training.parallel.engines import engine_for
@@ -48,11 +49,19 @@ def batches_of(config: RunConfig, number: int) -> Tensor:
 
 
 def train(
-    steps: int, parallel: dict[str, Any], training: dict[str, Any] | None = None, device: str = "cpu"
+    steps: int,
+    parallel: dict[str, Any],
+    training: dict[str, Any] | None = None,
+    device: str = "cpu",
+    masked: bool = False,
 ) -> dict[str, Any]:
-    """Losses, norms, loads and biases of every step; this rank's blocks of the first gradients and last weights."""
+    """Losses, norms, loads and biases of every step; this rank's blocks of the first gradients and last weights.
+
+    With `masked` documents are kept apart, of which one sequence has more than another.
+    """
     config = run_config(steps, {"precision": "float32", **parallel}, training or {})
-    engine = engine_for(config, arrange(config.parallel, device), own(device), _no_documents)
+    documents = _documents if masked else _no_documents
+    engine = engine_for(config, arrange(config.parallel, device), own(device), documents)
     first: dict[str, Any] = {}
     _keep_gradients(engine, first)
     rows = take_steps(engine, config)
@@ -136,6 +145,10 @@ def whole(results: list[dict[str, Any]], what: str) -> dict[str, np.ndarray]:
 
 def _no_documents(tokens_BX: Tensor) -> None:
     return None
+
+
+def _documents(tokens_BX: Tensor) -> Tensor:
+    return document_numbers(tokens_BX % 5, end_of_text=0)
 
 
 def _keep_gradients(engine: Engine, kept: dict[str, Any]) -> None:

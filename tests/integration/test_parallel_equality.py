@@ -57,6 +57,16 @@ def test_a_pipeline_may_give_predictions_no_weight(pool: RankPool) -> None:
 
 
 @pytest.fixture(scope="module")
+def masked_alone(pool: RankPool) -> dict[str, Any]:
+    return pool.run(1, parallel_helpers.train, 2, {}, {}, "cpu", True)[0]
+
+
+@pytest.mark.parametrize("name", ["FSDP 4", "EP 2", "PP 2 × FSDP 2", "PP 2, zero bubble"])
+def test_masked_documents_train_as_in_one_process(pool: RankPool, masked_alone: dict[str, Any], name: str) -> None:
+    check(pool, masked_alone, LAYOUTS[name], 1e-5, masked=True)
+
+
+@pytest.fixture(scope="module")
 def routings_alone(pool: RankPool) -> dict[Any, Any]:
     return pool.run(1, parallel_helpers.routings, {})[0]
 
@@ -100,12 +110,14 @@ def ranks_of(layout: dict[str, Any]) -> int:
     return int(np.prod([layout.get(key, 1) for key in ("data_replicate", "data_shard", "pipeline")]))
 
 
-def check(pool: RankPool, alone: dict[str, Any], layout: dict[str, Any], tolerance: float) -> None:
+def check(
+    pool: RankPool, alone: dict[str, Any], layout: dict[str, Any], tolerance: float, masked: bool = False
+) -> None:
     """Trains on the ranks of a layout, and compares everything with one process."""
     world, stages = ranks_of(layout), layout.get("pipeline", 1)
     if stages == 1:  # every rank sums the gradients of two micro-batches
         layout = {**layout, "micro_batch_size": parallel_helpers.SEQUENCES // world // 2}
-    results = pool.run(world, parallel_helpers.train, STEPS, layout, {}, pool.device)
+    results = pool.run(world, parallel_helpers.train, len(alone["rows"]), layout, {}, pool.device, masked)
     for result in results:
         for (found, counts, biases), (expected, all_counts, all_biases) in zip(
             result["rows"], alone["rows"], strict=True

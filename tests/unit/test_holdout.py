@@ -16,6 +16,7 @@ from deepseek_v3.data.tokens.index import CorpusOptions
 from deepseek_v3.data.tokens.shards import ShardWriter, TokenShards
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.training.holdout import HeldOutEvaluation, HeldOutLoss, HeldOutWindows
+from deepseek_v3.utils.errors import DataError
 from run_helpers import write_run
 
 CPU = torch.device("cpu")
@@ -72,7 +73,7 @@ def test_windows_are_drawn_from_every_source(shards: TokenShards) -> None:
     share = tokens / shards.num_tokens("holdout")
     first = (windows.numbers < share * windows.numbers.max()).sum()
     assert 10 * share - 1 <= first <= 10 * share + 1
-    assert windows.num_tokens == 320
+    assert windows.num_targets == 320
 
 
 @pytest.mark.parametrize("tokens", [1, 7 * 32, 10**9])
@@ -99,6 +100,44 @@ def test_layouts_measure_the_same_windows(
     found = measured(shards, config, 23 * 32, micro_batch, ranks)
     assert (found.tokens, found.num_bytes) == (expected.tokens, expected.num_bytes)
     assert found.loss == pytest.approx(expected.loss)
+
+
+@pytest.mark.parametrize(("micro_batch", "ranks"), [(1, 1), (3, 1), (4, 3)])
+def test_masked_documents_begin_with_no_target(
+    tmp_path: Path, config: RunConfig, micro_batch: int, ranks: int
+) -> None:
+    """The loss is a mean over the targets that are left, however they spread over batches and ranks."""
+    shards = shards_of(tmp_path, ["ab" * size for size in (1, 40, 2, 3, 90, 1, 1, 1, 60)], Tokenizer.train([], 260))
+    end = shards.index.end_of_text
+    parallel = config.parallel.model_copy(update={"micro_batch_size": micro_batch})
+    data = config.data.model_copy(update={"mask_documents": True})
+    config = config.model_copy(update={"parallel": parallel, "data": data})
+    sums = []
+
+    def losses(batches: list[Tensor]) -> Tensor:
+        counted = [(batch[:, 1:].double().square() * (batch[:, :-1] != end)).mean() for batch in batches]
+        return torch.stack(counted)
+
+    def summed(values: Tensor) -> Tensor:
+        sums.append(values)
+        return torch.stack(sums).sum(0)
+
+    for rank in range(ranks):
+        found = HeldOutEvaluation(shards, config, 10**6, rank, ranks).measure(losses, CPU, summed)
+
+    windows = np.concatenate(list(HeldOutWindows(shards, 32, 10**6).blocks()))
+    targets = windows[:, 1:][windows[:, :-1] != end]
+    assert targets.size < windows[:, 1:].size
+    assert found.tokens == targets.size
+    assert found.windows == len(windows)
+    assert found.loss == pytest.approx((targets.astype(float) ** 2).mean())
+    assert found.num_bytes == (targets != end).sum()
+
+
+def test_masked_documents_of_one_token_leave_nothing_to_measure(tmp_path: Path) -> None:
+    shards = shards_of(tmp_path, [""] * 40 + ["ab"], Tokenizer.train([], 260))
+    with pytest.raises(DataError, match=r"first token of a document, .* set data\.mask_documents=false"):
+        HeldOutWindows(shards, 8, 100, masked=True)
 
 
 def test_a_character_of_several_tokens_has_its_bytes(tmp_path: Path) -> None:
@@ -129,4 +168,4 @@ def test_a_tokenizer_that_is_not_of_bytes_is_calibrated(tmp_path: Path) -> None:
     shards = shards_of(tmp_path, ["A b a B " * 100], tokenizer)
     assert not tokenizer.is_byte_exact
     windows = HeldOutWindows(shards, 10, 50)
-    assert windows.num_bytes() == pytest.approx(2 * windows.num_tokens, rel=0.01)
+    assert windows.num_bytes() == pytest.approx(2 * windows.num_targets, rel=0.01)

@@ -56,6 +56,13 @@ def test_losses_equal_brute_force_counts(table_bytes: int) -> None:
     assert astuple(found) == pytest.approx(astuple(_brute(fitted, measured)))
 
 
+def test_targets_right_after_one_token_are_left_out() -> None:
+    fitted, window = [_tokens(0, 60)], np.array([1, 0, 2, 3, 0, 0, 4, 1])
+    found = ngram_losses(_blocks(*fitted), _blocks(window), VOCAB, not_before=0)
+    counted = [window[0:2], window[2:4], window[3:5], window[6:8]]
+    assert astuple(found) == pytest.approx(astuple(_brute(fitted, counted)))
+
+
 @settings(max_examples=15)
 @given(st.lists(st.lists(st.integers(0, 29), min_size=2, max_size=40), min_size=1, max_size=8), st.integers(1, 300))
 def test_passes_and_blocks_change_no_count(windows: list[list[int]], table_bytes: int) -> None:

@@ -5,7 +5,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from deepseek_v3.ops.cross_entropy import chunked, linear_cross_entropy, reference_linear_cross_entropy
+from deepseek_v3.ops.cross_entropy import (
+    IGNORED,
+    chunked,
+    linear_cross_entropy,
+    reference_linear_cross_entropy,
+)
 from helpers import largest_difference
 
 TOKENS, WIDTH, VOCABULARY = 13, 8, 31
@@ -61,6 +66,24 @@ def test_loss_and_gradients_do_not_depend_on_the_chunks(
     expected_gradients = torch.autograd.grad(expected, wide)
     for found, exact in zip((loss, *gradients), (expected, *expected_gradients), strict=True):
         assert largest_difference(found.double(), exact) <= tolerance * exact.abs().max()
+
+
+@pytest.mark.usefixtures("_chunks")
+@pytest.mark.parametrize("ignored", [[0], [1, 5, 6, 12], list(range(TOKENS))], ids=str)
+def test_ignored_targets_have_no_loss_and_no_gradient(ignored: list[int], device: torch.device) -> None:
+    hidden_TD, weight_VD, targets_T = states_head_targets(torch.float64, torch.float64, device)
+    kept = [token for token in range(TOKENS) if token not in ignored]
+    expected = reference_linear_cross_entropy(hidden_TD[kept], weight_VD, targets_T[kept])
+    expected_gradients = torch.autograd.grad(expected, (hidden_TD, weight_VD))
+    targets_T[ignored] = IGNORED
+
+    with torch.no_grad():
+        assert largest_difference(linear_cross_entropy(hidden_TD, weight_VD, targets_T), expected) < 1e-12
+    for operation in (linear_cross_entropy, reference_linear_cross_entropy):
+        loss = operation(hidden_TD, weight_VD, targets_T)
+        gradients = torch.autograd.grad(loss, (hidden_TD, weight_VD))
+        for found, exact in zip((loss, *gradients), (expected, *expected_gradients), strict=True):
+            assert largest_difference(found, exact) < 1e-12
 
 
 @pytest.mark.parametrize("offset", [1e4, -1e4])

@@ -30,8 +30,15 @@ class NgramLosses:
     bigram: float
 
 
-def ngram_losses(fitted: Blocks, measured: Blocks, vocab_size: int, table_bytes: int = TABLE_BYTES) -> NgramLosses:
-    """Mean -log P(token) and -log P(token | token before) over the tokens of `measured`, but a window's first.
+def ngram_losses(
+    fitted: Blocks,
+    measured: Blocks,
+    vocab_size: int,
+    table_bytes: int = TABLE_BYTES,
+    not_before: int | None = None,
+) -> NgramLosses:
+    """Mean -log P(token) and -log P(token | token before) over the tokens of `measured`, but a window's first
+    and those right after the token `not_before`.
 
     Both models are fitted on such pairs of `fitted`. The unigram adds one to each count. The bigram discounts
     absolutely with one discount, estimated from how many pairs occur once and twice, and backs off to the unigram
@@ -43,6 +50,7 @@ def ngram_losses(fitted: Blocks, measured: Blocks, vocab_size: int, table_bytes:
     pairs, occurrences = _different_pairs(measured, vocab_size)
     counts = _counted(fitted, pairs, vocab_size, table_bytes)
     before, after = np.divmod(pairs, vocab_size)
+    occurrences = np.where(before == not_before, 0, occurrences)
     unigram = (counts.tokens + 1.0) / (counts.tokens.sum() + vocab_size)
 
     once, twice = counts.once, counts.twice

@@ -51,15 +51,20 @@ def compare_with_ngrams(
 ) -> Comparison:
     """Sets a measured loss beside n-gram models of the first `trained_tokens` tokens in training order.
 
-    They are measured on the same windows. Tokens that were trained on several times are counted once.
+    They are measured on the same targets. Tokens that were trained on several times are counted once.
     """
     length = config.training.sequence_length
     loader = TokenLoader(shards, sequence_length=length, seed=config.training.seed)
     trained = min(max(1, trained_tokens // length), loader.num_samples)
     if trained == loader.num_samples:
         loader = TokenLoader(shards, sequence_length=length, shuffle=False)  # the whole epoch, and faster to read
-    measured = HeldOutWindows(shards, length, held_out.tokens)
-    losses = ngram_losses(partial(_blocks, loader, trained), measured.blocks, shards.index.vocab_size)
+    measured = HeldOutWindows(shards, length, held_out.windows * length)
+    losses = ngram_losses(
+        partial(_blocks, loader, trained),
+        measured.blocks,
+        shards.index.vocab_size,
+        not_before=shards.index.end_of_text if config.data.mask_documents else None,
+    )
     return Comparison(held_out, losses.bigram, losses.unigram)
 
 

@@ -90,11 +90,11 @@ def document_numbers(tokens_BS: Tensor, end_of_text: int) -> Tensor:
 
 
 class Documents:
-    """Says which document each input token belongs to, where a run keeps documents apart."""
+    """Says which document each token belongs to, where a run keeps documents apart."""
 
     def __init__(self, shards: TokenShards, masked: bool) -> None:
         self._end_of_text = shards.index.end_of_text if masked else None
 
     def __call__(self, tokens_BX: Tensor) -> Tensor | None:
-        """`document_numbers` of all but the last token; None where all tokens see those before them."""
-        return None if self._end_of_text is None else document_numbers(tokens_BX[:, :-1], self._end_of_text)
+        """`document_numbers`; None where all tokens see those before them."""
+        return None if self._end_of_text is None else document_numbers(tokens_BX, self._end_of_text)

@@ -18,6 +18,7 @@ from deepseek_v3.data.tokens.loader import TokenLoader, drawn_windows
 from deepseek_v3.data.tokens.shards import TokenShards
 from deepseek_v3.training.batches import Documents, token_batches
 from deepseek_v3.training.loss import Objective
+from deepseek_v3.utils.errors import DataError
 
 _TOKENS_READ_AT_ONCE = 2**20  # by each rank, between two agreements of all ranks that all could read
 
@@ -26,11 +27,15 @@ Batch = NDArray[np.int64]  # numbers of windows
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    """`loss` in nats per token over `tokens` target tokens, which stand for `num_bytes` bytes of UTF-8 text."""
+    """`loss` in nats per token over `tokens` target tokens, which stand for `num_bytes` bytes of UTF-8 text.
+
+    `windows`: how many windows of the hold-out split these tokens stand in.
+    """
 
     loss: float
     tokens: int
     num_bytes: float
+    windows: int
 
     @property
     def bits_per_byte(self) -> float:
@@ -46,14 +51,21 @@ class HeldOutWindows:
     """The windows of the hold-out split that are measured: `max_tokens` tokens at most, and at least one window.
 
     They are drawn from the whole split by `drawn_windows`, so they are the same for every run, rank, batch size and
-    baseline. Raises DataError where the split is shorter than one window.
+    baseline. With `masked` documents the first token of a document is no target, because no token of its own
+    document stands before it. Raises DataError where the split is shorter than one window, or no target is left.
     """
 
-    def __init__(self, shards: TokenShards, sequence_length: int, max_tokens: int) -> None:
+    def __init__(self, shards: TokenShards, sequence_length: int, max_tokens: int, masked: bool = False) -> None:
         self._loader = TokenLoader(shards, "holdout", sequence_length=sequence_length, shuffle=False)
         count = max(1, min(self._loader.num_samples, max_tokens // sequence_length))
         self.numbers = drawn_windows(self._loader.num_samples, count)
-        self.num_tokens = count * sequence_length
+        self._end_of_text = shards.index.end_of_text if masked else None
+        self.num_targets = sum(targets.size for targets in self._targets()) if masked else count * sequence_length
+        if not self.num_targets:
+            raise DataError(
+                f"{shards.directory}: every target of the {count} held-out windows measured is the first token of "
+                "a document, expected some within documents; measure more tokens, or set data.mask_documents=false"
+            )
         self._byte_lengths = self._calibrated(shards)
 
     def read(self, numbers: Batch) -> NDArray[np.int64]:
@@ -67,8 +79,14 @@ class HeldOutWindows:
             yield self.read(self.numbers[first : first + at_once])
 
     def num_bytes(self) -> float:
-        """Bytes of text that the targets, all tokens of the windows but the first, stand for."""
-        return float(sum(self._byte_lengths[windows[:, 1:]].sum() for windows in self.blocks()))
+        """Bytes of text that the targets stand for."""
+        return float(sum(self._byte_lengths[targets].sum() for targets in self._targets()))
+
+    def _targets(self) -> Iterator[NDArray[np.int64]]:
+        """All tokens of the windows but the first, less those that begin a masked document."""
+        for windows in self.blocks():
+            targets = windows[:, 1:]
+            yield targets if self._end_of_text is None else targets[windows[:, :-1] != self._end_of_text]
 
     def _calibrated(self, shards: TokenShards) -> NDArray[np.float64]:
         """Bytes of each id. Where ids do not tell them exactly, scaled so that the whole split has its bytes."""
@@ -91,7 +109,9 @@ class HeldOutEvaluation:
     def __init__(
         self, shards: TokenShards, config: RunConfig, max_tokens: int, rank: int = 0, ranks: int = 1
     ) -> None:
-        self.windows = HeldOutWindows(shards, config.training.sequence_length, max_tokens)
+        length = config.training.sequence_length
+        self.windows = HeldOutWindows(shards, length, max_tokens, config.data.mask_documents)
+        self._length = length
         self._num_bytes = self.windows.num_bytes()
         batches = list(_batches(self.windows.numbers, config.parallel.micro_batch_size))
         own = batches[rank::ranks]
@@ -99,7 +119,7 @@ class HeldOutEvaluation:
         padding = -(-len(batches) // ranks) - len(own)
         self._batches = [batch for batch, _ in own] + [batches[0][0]] * padding
         self._weights = [weight for _, weight in own] + [0] * padding
-        self._at_once = max(1, _TOKENS_READ_AT_ONCE // (batches[0][0].size * config.training.sequence_length))
+        self._at_once = max(1, _TOKENS_READ_AT_ONCE // (batches[0][0].size * length))
 
     def measure(
         self,
@@ -110,7 +130,8 @@ class HeldOutEvaluation:
     ) -> HeldOutLoss:
         """Runs the model over the windows; nothing of the model changes.
 
-        `main_losses` gives the loss of each of some batches of tokens, `summed` the sum of a tensor over all ranks.
+        `main_losses` gives the summed loss of each of some batches of tokens over the number of their positions,
+        `summed` the sum of a tensor over all ranks.
         Raises DataError, on all ranks of `group` before any of them runs the model, where one cannot read tokens.
         """
         numbers = [
@@ -121,9 +142,9 @@ class HeldOutEvaluation:
         for batches in token_batches(self.windows.read, numbers, device, group):
             losses = main_losses(batches).double()
             total += (losses * losses.new_tensor(list(islice(weights, len(losses))))).sum()
-        return HeldOutLoss(
-            summed(total).item() / len(self.windows.numbers), self.windows.num_tokens, self._num_bytes
-        )
+        windows = self.windows
+        loss = summed(total).item() * self._length / windows.num_targets
+        return HeldOutLoss(loss, windows.num_targets, self._num_bytes, len(windows.numbers))
 
 
 def _batches(windows: Batch, size: int) -> Iterator[tuple[Batch, int]]:
@@ -140,6 +161,17 @@ def _batches(windows: Batch, size: int) -> Iterator[tuple[Batch, int]]:
 
 @torch.no_grad()
 def main_losses(objective: Objective, documents: Documents, batches: Iterable[Tensor]) -> Tensor:
-    """The main model's loss on each micro-batch: float32 [batches]."""
-    losses = [objective(tokens_BX, 0.0, 0.0, documents(tokens_BX), predict=False).main for tokens_BX in batches]
-    return torch.stack(losses)
+    """The main model's summed loss on each micro-batch over the number of its positions: float32 [batches]."""
+    return torch.stack(
+        [
+            objective(
+                tokens_BX,
+                0.0,
+                0.0,
+                documents(tokens_BX),
+                predict=False,
+                num_targets=tokens_BX[:, 1:].numel(),
+            ).main
+            for tokens_BX in batches
+        ]
+    )

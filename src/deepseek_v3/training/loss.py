@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deepseek_v3.model.transformer import DeepSeekV3, HiddenStates
 from deepseek_v3.moe.balance import RoutingStats
-from deepseek_v3.ops.cross_entropy import linear_cross_entropy
+from deepseek_v3.ops.cross_entropy import IGNORED, linear_cross_entropy
 
 
 class Losses(NamedTuple):
@@ -39,12 +39,20 @@ class Objective(nn.Module):
         tokens_BX: Tensor,
         prediction_weight: float,
         balance_weight: float,
-        documents_BS: Tensor | None = None,
+        documents_BX: Tensor | None = None,
         predict: bool = True,
+        num_targets: Tensor | int | None = None,
     ) -> Losses:
-        """Losses of S inputs and their targets, given as `tokens_BX` int64 with X = S + 1."""
+        """Losses of S inputs and their targets, given as `tokens_BX` int64 with X = S + 1.
+
+        `documents_BX` int64 numbers the document of each token: attention and targets then stay inside a document.
+        `num_targets` as in `losses_of`.
+        """
+        documents_BS = None if documents_BX is None else documents_BX[:, :-1]
         states = self.model.hidden_states(tokens_BX[:, :-1], documents_BS, predict)
-        return losses_of(self.model, states, tokens_BX, prediction_weight, balance_weight)
+        return losses_of(
+            self.model, states, tokens_BX, prediction_weight, balance_weight, documents_BX, num_targets
+        )
 
 
 def training_losses(
@@ -52,24 +60,38 @@ def training_losses(
     tokens_BX: Tensor,
     prediction_weight: float,
     balance_weight: float,
-    documents_BS: Tensor | None = None,
+    documents_BX: Tensor | None = None,
 ) -> Losses:
     """As `Objective` makes them."""
-    return Objective(model)(tokens_BX, prediction_weight, balance_weight, documents_BS)
+    return Objective(model)(tokens_BX, prediction_weight, balance_weight, documents_BX)
 
 
 def losses_of(
-    model: DeepSeekV3, states: HiddenStates, tokens_BX: Tensor, prediction_weight: float, balance_weight: float
+    model: DeepSeekV3,
+    states: HiddenStates,
+    tokens_BX: Tensor,
+    prediction_weight: float,
+    balance_weight: float,
+    documents_BX: Tensor | None = None,
+    num_targets: Tensor | int | None = None,
 ) -> Losses:
-    """Losses of the states that `tokens_BX` led to."""
-    num_tokens = tokens_BX[:, 1:].numel()
-    main = next_token_loss(model, states.main_BSD, tokens_BX[:, 1:]) / num_tokens
+    """Losses of the states that `tokens_BX` led to.
+
+    With `documents_BX` a target counts only where it belongs to the document of its position. As in eq. 24 the sum
+    of every depth is divided by the number of the main model's targets: `num_targets`, or those of `tokens_BX` that
+    count. Where several micro-batches make a batch, give the mean number of one, so that the mean of their losses
+    is the mean over all targets of the batch.
+    """
+    if num_targets is None:
+        num_targets = tokens_BX[:, 1:].numel() if documents_BX is None else count_targets(documents_BX).clamp(min=1)
+
+    def loss(hidden_BSD: Tensor, depth: int) -> Tensor:
+        summed = next_token_loss(model, hidden_BSD, _targets(tokens_BX, documents_BX, depth))
+        return summed / torch.as_tensor(num_targets, dtype=summed.dtype, device=summed.device)
+
+    main = loss(states.main_BSD, depth=0)
     zero = torch.zeros_like(main)
-    # Depth k predicts token i + k + 1 from position i; as in eq. 24 its sum is divided by the full length.
-    depths = [
-        next_token_loss(model, hidden_BSD, tokens_BX[:, depth + 1 :]) / num_tokens
-        for depth, hidden_BSD in enumerate(states.predictions, start=1)
-    ]
+    depths = [loss(hidden_BSD, depth) for depth, hidden_BSD in enumerate(states.predictions, start=1)]
     prediction = torch.stack(depths).mean() if depths else zero
     balance = sum_of_balance(states.routing, zero)
     return Losses(
@@ -79,6 +101,20 @@ def losses_of(
         balance=balance.detach(),
         counts_LE=stacked_counts(states.routing, model.config.n_routed_experts, tokens_BX.device),
     )
+
+
+def count_targets(documents_BX: Tensor) -> Tensor:
+    """How many targets of the main model belong to the document of the token before them; int64, 0-d."""
+    return (documents_BX[:, 1:] == documents_BX[:, :-1]).sum()
+
+
+def _targets(tokens_BX: Tensor, documents_BX: Tensor | None, depth: int) -> Tensor:
+    """Token i + depth + 1 for each position i, `IGNORED` where it belongs to another document."""
+    targets_BS = tokens_BX[:, depth + 1 :]
+    if documents_BX is None:
+        return targets_BS
+    leaves_BS = documents_BX[:, depth + 1 :] != documents_BX[:, : -depth - 1]
+    return targets_BS.masked_fill(leaves_BS, IGNORED)
 
 
 def sum_of_balance(routing: Sequence[RoutingStats], zero: Tensor) -> Tensor:
@@ -93,5 +129,5 @@ def stacked_counts(routing: Sequence[RoutingStats], num_experts: int, device: to
 
 
 def next_token_loss(model: DeepSeekV3, hidden_BSD: Tensor, targets_BS: Tensor) -> Tensor:
-    """Summed cross-entropy of the shared head on states `hidden_BSD`; 0-d, nats."""
+    """Summed cross-entropy of the shared head on states `hidden_BSD`, `IGNORED` targets left out; 0-d, nats."""
     return linear_cross_entropy(hidden_BSD.flatten(0, 1), model.head_weight_VD, targets_BS.flatten())

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from deepseek_v3.ops.cross_entropy.reference import IGNORED
 from deepseek_v3.ops.dtypes import at_least_float32
 
 # A chunk's logits stay under this many numbers: 0.5 GiB in bfloat16 on a GPU, what caches hold on a CPU.
@@ -24,16 +25,24 @@ _LEAST_ROWS = 256
 
 def _loss_of(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
     wide_TV = at_least_float32(logits_TV)
-    return (wide_TV.logsumexp(-1) - wide_TV.gather(-1, targets_T[:, None]).squeeze(-1)).sum()
+    return _summed(wide_TV, wide_TV.logsumexp(-1, keepdim=True), targets_T)
+
+
+def _summed(wide_TV: Tensor, log_sum_T1: Tensor, targets_T: Tensor) -> Tensor:
+    """The loss of all tokens together, those with an `IGNORED` target left out."""
+    losses_T1 = log_sum_T1 - wide_TV.gather(-1, targets_T.clamp(min=0)[:, None])
+    return losses_T1.masked_fill((targets_T == IGNORED)[:, None], 0).sum()
 
 
 def _loss_and_gradient(logits_TV: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:
     """The summed loss, and its gradient in the place and type of the logits."""
     wide_TV = at_least_float32(logits_TV)
-    log_sum_T = wide_TV.logsumexp(-1, keepdim=True)
-    loss = (log_sum_T - wide_TV.gather(-1, targets_T[:, None])).sum()
+    log_sum_T1 = wide_TV.logsumexp(-1, keepdim=True)
+    loss = _summed(wide_TV, log_sum_T1, targets_T)
     is_target_TV = torch.arange(wide_TV.shape[-1], device=wide_TV.device) == targets_T[:, None]
-    return loss, logits_TV.copy_((wide_TV - log_sum_T).exp() - is_target_TV.to(wide_TV.dtype))
+    # An infinite sum makes every probability 0, and so the gradient of a token that is left out.
+    log_sum_T1 = log_sum_T1.masked_fill((targets_T == IGNORED)[:, None], math.inf)
+    return loss, logits_TV.copy_((wide_TV - log_sum_T1).exp() - is_target_TV.to(wide_TV.dtype))
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -36,11 +37,17 @@ class DataParallel(Engine):
         parallel = self._parallel
         count = step.num_samples // (parallel.micro_batch_size * parallel.data_ranks)
         parts: list[Losses] = []
-        for number in range(count):
-            before_micro_batch(self.objective, parallel.zero_stage, is_last=number == count - 1)
-            tokens_BX = next(batches)
+        tokens = list(islice(batches, count))
+        documents = [self._documents(tokens_BX) for tokens_BX in tokens]
+        num_targets = self._targets_per_micro_batch(documents)
+        for number, (tokens_BX, documents_BX) in enumerate(zip(tokens, documents, strict=True), start=1):
+            before_micro_batch(self.objective, parallel.zero_stage, is_last=number == count)
             losses = self.objective(
-                tokens_BX, step.prediction_weight, self._balance_weight, self._documents(tokens_BX)
+                tokens_BX,
+                step.prediction_weight,
+                self._balance_weight,
+                documents_BX,
+                num_targets=num_targets,
             )
             (losses.total / (count * parallel.data_ranks)).backward()
             parts.append(losses._replace(total=losses.total.detach()))

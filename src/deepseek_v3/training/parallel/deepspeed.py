@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import deepspeed
@@ -89,11 +90,17 @@ class DeepSpeed(Engine):
         self.optimizer.before_step(step.learning_rate)
         self._engine.set_train_batch_size(step.num_samples)
         count = self._engine.gradient_accumulation_steps()
-        for number in range(count):
-            self._engine.set_gradient_accumulation_boundary(number == count - 1)
-            tokens_BX = next(batches)
+        tokens = list(islice(batches, count))
+        documents = [self._documents(tokens_BX) for tokens_BX in tokens]
+        num_targets = self._targets_per_micro_batch(documents)
+        for number, (tokens_BX, documents_BX) in enumerate(zip(tokens, documents, strict=True), start=1):
+            self._engine.set_gradient_accumulation_boundary(number == count)
             losses = self._engine(
-                tokens_BX, step.prediction_weight, self._balance_weight, self._documents(tokens_BX)
+                tokens_BX,
+                step.prediction_weight,
+                self._balance_weight,
+                documents_BX,
+                num_targets=num_targets,
             )
             self._engine.backward(losses.total)  # divides by the micro-batches, and the sum by the ranks
             self._engine.step()

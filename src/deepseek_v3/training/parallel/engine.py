@@ -12,7 +12,7 @@ from torch import Tensor
 from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.moe.balance import routers_of, update_biases
 from deepseek_v3.moe.routing import Router
-from deepseek_v3.training.loss import Losses
+from deepseek_v3.training.loss import Losses, count_targets
 from deepseek_v3.training.optimizer import MOMENTS, AdamW
 from deepseek_v3.training.parallel.pieces import Views
 from deepseek_v3.training.parallel.ranks import Ranks
@@ -45,9 +45,10 @@ class Engine(ABC):
 
     @abstractmethod
     def main_losses(self, batches: Iterable[Tensor]) -> Tensor:
-        """The main model's loss on each of these micro-batches, without gradient: float32 [batches].
+        """The main model's summed loss on each of these micro-batches over its positions: float32 [batches].
 
-        All ranks take part, with equally many batches; where the head is on another rank the losses are 0.
+        No gradient is taken. All ranks take part, with equally many batches; where the head is on another rank the
+        losses are 0.
         """
 
     def state(self) -> dict[str, Any]:
@@ -73,6 +74,18 @@ class Engine(ABC):
     def loaded(self, places: dict[str, Any], num_steps: int) -> None:  # noqa: ARG002
         """Takes on what `places` returned, once it has been filled from a checkpoint of so many steps."""
         self.optimizer.num_steps = num_steps
+
+    def _targets_per_micro_batch(self, documents: Sequence[Tensor | None]) -> Tensor | None:
+        """Targets of the main model that count, on average over all micro-batches of all ranks; None where all do.
+
+        `documents` number the documents of this rank's micro-batches of a step.
+        """
+        numbered = [documents_BX for documents_BX in documents if documents_BX is not None]
+        if not numbered:
+            return None
+        own = torch.stack([count_targets(documents_BX) for documents_BX in numbered]).sum().double()
+        total = self.ranks.summed(own) / self.ranks.parallel.pipeline  # all stages see the same tokens
+        return total.clamp(min=1) / (len(numbered) * self.ranks.parallel.data_ranks)
 
     def finish_step(self, losses: Losses, step: Step) -> Losses:
         """Combines the losses of all ranks, and moves the routing biases by the loads of the whole batch."""

@@ -48,8 +48,9 @@ _SCHEDULES = {
 class Stage(nn.Module):
     """Some layers of a model, with the embedding if they are the first, with head and losses if the last.
 
-    `prediction_weight`, `balance_weight` and `share`, the factor of a micro-batch's loss, hold for a step and are
-    set before it. `found` gathers the losses of each micro-batch; what other stages compute counts as 0.
+    `prediction_weight`, `balance_weight`, `share`, the factor of a micro-batch's loss, and `num_targets`, as in
+    `losses_of`, hold for a step and are set before it. `found` gathers the losses of each micro-batch; what other
+    stages compute counts as 0.
     """
 
     def __init__(
@@ -61,13 +62,16 @@ class Stage(nn.Module):
         self.documents = documents
         self.prediction_weight = self.balance_weight = 0.0
         self.share = 1.0
+        self.num_targets: Tensor | int | None = None
         self.predicts = True
         self.found: list[Losses] = []
 
     def forward(self, x: Tensor, *, tokens_BX: Tensor) -> Tensor:
         """States (B, S, D) of the stage before, or tokens, to states; of the last stage to a loss [1]."""
         inputs_BS = tokens_BX[:, :-1]
-        placement = self.model.placement(inputs_BS, self.documents(tokens_BX))
+        documents_BX = self.documents(tokens_BX)
+        documents_BS = None if documents_BX is None else documents_BX[:, :-1]
+        placement = self.model.placement(inputs_BS, documents_BS)
         x_BSD = self.model.embed(inputs_BS) if self.is_first else x
         x_BSD, routing = self.model.run_layers(x_BSD, placement, self.layers)
         if not self.is_last:
@@ -80,7 +84,15 @@ class Stage(nn.Module):
         if self.predicts and self.model.config.num_nextn_predict_layers:
             predictions, more = self.model.run_predictions(states.main_BSD, self.model.embed(inputs_BS), placement)
             states = HiddenStates(states.main_BSD, predictions, routing + more)
-        losses = losses_of(self.model, states, tokens_BX, self.prediction_weight, self.balance_weight)
+        losses = losses_of(
+            self.model,
+            states,
+            tokens_BX,
+            self.prediction_weight,
+            self.balance_weight,
+            documents_BX,
+            self.num_targets,
+        )
         self.found.append(losses._replace(total=losses.total.detach()))
         return self.share * losses.total.view(1)
 
@@ -119,7 +131,7 @@ class Pipelined(Engine):
             keep = partial(_keep_only, layers=cut[number], is_first=ends[0], is_last=ends[1])
             self._stages.append(prepare(config, device, ranks, wrap, keep))
         super().__init__(ranks, [stage.model for stage in self._stages])
-        self._training, self._device = config.training, device
+        self._training, self._device, self._documents = config.training, device, documents
         self._schedules: dict[int, Any] = {}
         self._embeddings = SharedEmbeddings(self._stages, ranks)
         parameters, pieces = {}, {}
@@ -133,11 +145,14 @@ class Pipelined(Engine):
     def run_step(self, batches: Iterator[Tensor], step: Step) -> tuple[Losses, Tensor]:
         parallel = self.ranks.parallel
         count = step.num_samples // (parallel.micro_batch_size * parallel.data_ranks)
+        micro_batches = list(islice(batches, count))
+        num_targets = self._targets_per_micro_batch([self._documents(tokens_BX) for tokens_BX in micro_batches])
         for stage in self._stages:
+            stage.num_targets = num_targets
             stage.prediction_weight = step.prediction_weight
             stage.balance_weight = self._training.balance.sequence_loss_weight
             stage.share = 1 / (count * parallel.data_ranks)
-        found = self._run(list(islice(batches, count)))
+        found = self._run(micro_batches)
         sum_whole_gradients(self.models, self.ranks)
         self._embeddings.sum_gradients()
         norm = self.optimizer.step(step.learning_rate)
@@ -152,7 +167,7 @@ class Pipelined(Engine):
         """One micro-batch forward through all stages; the schedules of a V cannot do without the way back."""
         states = tokens_BX
         for number, stage in zip(self._numbers, self._stages, strict=True):
-            stage.predicts = False
+            stage.predicts, stage.num_targets = False, tokens_BX[:, 1:].numel()
             if number > 0 and number - 1 not in self._numbers:
                 size, length = tokens_BX.shape
                 states = torch.empty(
