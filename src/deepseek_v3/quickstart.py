@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Annotated
@@ -20,7 +22,7 @@ from deepseek_v3.inference.sampling import SamplingConfig
 from deepseek_v3.model.saved import load_model
 from deepseek_v3.training.train import train_run
 from deepseek_v3.utils.distributed import select_device
-from deepseek_v3.utils.errors import UserError
+from deepseek_v3.utils.errors import DataError, UserError
 from deepseek_v3.utils.logging import configure_logging, get_console, get_logger
 from deepseek_v3.utils.monitoring import read_metrics
 from deepseek_v3.utils.plots import plot_losses
@@ -37,9 +39,9 @@ def quickstart(
     """Build a corpus, train a tokenizer and a small model, measure it, and let it write."""
     configure_logging()
     start = time.perf_counter()
-    folder = _unused_folder(runs)
-    run = load_config(config, [f"logging.directory={folder}", f"checkpoint.directory={folder / 'checkpoints'}"])
-    result = train_run(run, select_device("auto"))
+    with _new_folder(runs) as folder:
+        run = load_config(config, [f"logging.directory={folder}", f"checkpoint.directory={folder / 'checkpoints'}"])
+        result = train_run(run, select_device("auto"))
     if not result.finished or result.held_out is None:
         raise UserError(f"stopped after step {result.step}; start again for another run, this one is in {folder}")
     comparison = compare_with_ngrams(result.held_out, TokenShards.open(run.data.path), run, result.tokens)
@@ -52,10 +54,26 @@ def quickstart(
     _show_next_steps(config, folder, result.checkpoint)
 
 
-def _unused_folder(runs: Path) -> Path:
-    """runs/quickstart, or the first of quickstart-2, quickstart-3, … that does not exist yet."""
-    names = (runs / ("quickstart" if number == 1 else f"quickstart-{number}") for number in count(1))
-    return next(folder for folder in names if not folder.exists())
+@contextmanager
+def _new_folder(runs: Path) -> Iterator[Path]:
+    """Makes runs/quickstart, or the first of quickstart-2, quickstart-3, … that does not exist yet.
+
+    Where nothing has been written to it at the end of the block it goes away again.
+    """
+    for number in count(1):
+        folder = runs / ("quickstart" if number == 1 else f"quickstart-{number}")
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise DataError(f"{folder}: cannot be written: {error.strerror}; choose another --runs") from error
+    try:
+        yield folder
+    finally:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _verdict(comparison: Comparison) -> str:

@@ -19,7 +19,9 @@ from deepseek_v3.training.parallel.deepspeed_settings import DeepSpeedFile
 from deepseek_v3.training.parallel.layout import laid_out
 from deepseek_v3.training.parallel.ranks import arrange
 from deepseek_v3.training.preflight import check_plan, describe_device
+from deepseek_v3.training.run_folders import held_folders
 from deepseek_v3.training.trainer import Trainer, TrainingResult
+from deepseek_v3.utils.checkpoints.ranks import checkpoint_group
 from deepseek_v3.utils.commands import run_command
 from deepseek_v3.utils.distributed import ALONE, World, announce, process_group, select_device
 from deepseek_v3.utils.files import written_atomically
@@ -120,17 +122,20 @@ def train_run(
         config = deepspeed.laid_out(config, world.size)
     check_plan(config, described, force)
     ranks = arrange(config.parallel, device.type, world.local_size)
-    step_begins = watchdog.step if watchdog else None
-    trainer = Trainer(config, device, resume, ranks, step_begins, deepspeed, allow_changed_data=allow_changed_data)
-    if watchdog is not None:
-        watchdog.finish_first(trainer.checkpoints.finish)
-    folder = config.logging.directory
-    if world.rank == 0:
-        with written_atomically(folder / "config.yaml") as partial:
-            partial.write_text(config_to_yaml(config), encoding="utf-8")
-    result = trainer.run(stop)
-    if world.rank == 0:
-        plot_losses(read_metrics(folder / "metrics.jsonl"), folder / "loss.png")
+    with held_folders(config, None if world.is_alone else checkpoint_group()):
+        step_begins = watchdog.step if watchdog else None
+        trainer = Trainer(
+            config, device, resume, ranks, step_begins, deepspeed, allow_changed_data=allow_changed_data
+        )
+        if watchdog is not None:
+            watchdog.finish_first(trainer.checkpoints.finish)
+        folder = config.logging.directory
+        if world.rank == 0:
+            with written_atomically(folder / "config.yaml") as partial:
+                partial.write_text(config_to_yaml(config), encoding="utf-8")
+        result = trainer.run(stop)
+        if world.rank == 0:
+            plot_losses(read_metrics(folder / "metrics.jsonl"), folder / "loss.png")
     return result
 
 

@@ -22,6 +22,10 @@ class DataError(UserError):
     """Text, tokens or token shards that cannot be used as they are."""
 
 
+class InUseError(DataError):
+    """A folder that another process works in."""
+
+
 class CheckpointError(UserError):
     """A checkpoint that is damaged, missing, or belongs to another model."""
 

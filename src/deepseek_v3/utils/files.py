@@ -2,8 +2,10 @@
 
 import hashlib
 import os
+import re
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _CHUNK_BYTES = 1 << 22
@@ -16,7 +18,7 @@ def written_atomically(path: Path) -> Iterator[Path]:
     On an exception nothing appears at `path`, and the partial file is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = partial_path(path)
     try:
         yield partial
         with partial.open("rb") as file:
@@ -25,6 +27,31 @@ def written_atomically(path: Path) -> Iterator[Path]:
         sync_directory(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def partial_path(path: Path) -> Path:
+    """Where this process writes what is going to be `path`."""
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+def remove_partials(path: Path) -> None:
+    """Removes what processes that were killed have left half written of the file or folder `path`.
+
+    For whoever holds the lock under which `path` is written. What cannot be removed is left.
+    """
+    ours = re.compile(rf"\.{re.escape(path.name)}\.[0-9]+\.partial")
+    for entry in path.parent.iterdir() if path.parent.is_dir() else ():
+        if ours.fullmatch(entry.name):
+            remove_entry(entry)
+
+
+def remove_entry(path: Path) -> None:
+    """Removes a file or a folder with all that is in it, as far as the file system allows."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def sync_directory(directory: Path) -> None:

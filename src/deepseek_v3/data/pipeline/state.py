@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from deepseek_v3.data.pipeline.layout import Layout
 from deepseek_v3.data.pipeline.parts import FinishedPart, is_whole, read_part
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.files import written_atomically
+from deepseek_v3.utils.locks import locked
 
 FORMAT_VERSION = 2
 # They say how a run is carried out, and change nothing about what comes out.
@@ -106,18 +106,8 @@ def _check_files(
 
 @contextmanager
 def at_work(layout: Layout, shared: bool) -> Iterator[None]:
-    """Holds the run's lock, which ends with the process and which shards share.
-
-    Raises DataError where another process has it.
-    """
-    layout.work.mkdir(parents=True, exist_ok=True)
-    with (layout.work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except OSError:
-            raise DataError(
-                f"{layout.output}: another process works on this run; wait for it, or stop it"
-            ) from None
+    """Holds the run's lock, which shards share; raises as `locked` does."""
+    with locked(layout.work / "lock", layout.output, "choose another output_dir", shared=shared):
         yield
 
 

@@ -20,6 +20,8 @@ from deepseek_v3.data.tokens.index import SPLITS, CorpusOptions, ShardIndex, Spl
 from deepseek_v3.data.tokens.shards import ShardWriter
 from deepseek_v3.data.tokens.tokenizer import Tokenizer, check_vocab_size, least_tokens
 from deepseek_v3.utils.errors import DataError
+from deepseek_v3.utils.files import partial_path, remove_partials
+from deepseek_v3.utils.locks import locked
 from deepseek_v3.utils.logging import get_console, get_logger
 from deepseek_v3.utils.printing import counted
 
@@ -134,18 +136,30 @@ def _check_windows(index: ShardIndex, sequence_length: int) -> None:
 
 @contextmanager
 def _appearing_whole(output: Path) -> Iterator[Path]:
-    """Yields an empty directory beside `output` that takes its name on success and is removed otherwise."""
+    """Yields an empty directory beside `output` that takes its name on success and is removed otherwise.
+
+    Also removes those of processes that were killed. Raises InUseError where another process writes `output`.
+    """
+    _refuse_if_there(output)
+    with locked(output.with_name(f".{output.name}.lock"), output, "choose another output directory"):
+        _refuse_if_there(output)  # another process may have finished it meanwhile
+        remove_partials(output)
+        partial = partial_path(output)
+        try:
+            partial.mkdir()
+            yield partial
+            partial.rename(output)
+        except OSError as error:
+            raise DataError(
+                f"{output}: cannot be written: {error}; make room, or choose another directory"
+            ) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _refuse_if_there(output: Path) -> None:
     if output.exists() or output.is_symlink():
         raise DataError(f"{output}: exists and is left as it is; remove it, or choose another output directory")
-    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        partial.rename(output)
-    except OSError as error:
-        raise DataError(f"{output}: cannot be written: {error}; make room, or choose another directory") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _texts(options: CorpusOptions, *, warn: bool = False) -> Iterator[str]:

@@ -1,0 +1,186 @@
+"""Locks on folders, so that one process at a time works there. A lock ends with its process.
+
+The kernel drops a `flock` when its process dies, but some network file systems do not show it to other hosts, and
+some have none. The lock file therefore also names its owner, who touches it every few seconds: where the kernel
+cannot tell whether the owner is alive, the time of the last touch does.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shlex
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from deepseek_v3.utils.errors import DataError, InUseError
+from deepseek_v3.utils.logging import get_logger
+
+_TOUCH_SECONDS = 10.0
+_SILENCE_SECONDS = 60.0  # after which an owner on another host is taken to be dead
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what file systems say that have no flock
+_OPEN = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_SYNC  # other hosts shall see the owner at once
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+_COMMAND_CHARACTERS = 200
+
+_log = get_logger("Lock")
+
+
+class _Owner(NamedTuple):
+    """Who holds a lock. `kernel` tells machines and their restarts apart; containers share their machine's."""
+
+    host: str
+    kernel: str
+    pid: int
+    command: str
+
+    @property
+    def described(self) -> str:
+        return f"process {self.pid} on host {self.host}: {self.command}"
+
+
+@contextmanager
+def locked(path: Path, subject: Path, advice: str, *, shared: bool = False) -> Iterator[None]:
+    """Holds the lock file `path`, which is made with its folder and removed with it where that is left empty.
+
+    Messages name `subject`, what the lock is for, and end with `advice`, what else can be done. `shared` locks
+    exclude only those that are not shared. The lock of a process that has died is taken over. Raises InUseError
+    where another process has the lock, and DataError where the file cannot be written.
+    """
+    made = [folder for folder in path.parents if not folder.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _acquired(path, subject, advice, shared)
+    except OSError as error:
+        _remove_empty(made)
+        raise DataError(f"{subject}: cannot be written: {error.strerror}; {advice}") from error
+    except InUseError:
+        _remove_empty(made)
+        raise
+    released = threading.Event()
+    toucher = threading.Thread(target=_touch, args=(descriptor, released), name="lock", daemon=True)
+    toucher.start()
+    try:
+        yield
+    finally:
+        released.set()
+        toucher.join()
+        if not shared:
+            path.unlink(missing_ok=True)
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # also for a worker process that was forked meanwhile
+        os.close(descriptor)
+        _remove_empty(made)
+
+
+def _acquired(path: Path, subject: Path, advice: str, shared: bool) -> int:
+    """The descriptor of the lock file, locked and, unless `shared`, naming this process."""
+    while True:
+        descriptor = os.open(path, _OPEN, 0o644)
+        try:
+            decided = _flock(descriptor, path, subject, advice, shared)
+            if _is_still(path, descriptor):
+                _check_owner(descriptor, path, subject, advice, decided)
+                if not shared:
+                    _write_owner(descriptor, path)
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # of a file that its owner has removed meanwhile
+
+
+def _flock(descriptor: int, path: Path, subject: Path, advice: str, shared: bool) -> bool:
+    """Locks a file, or returns False where the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _in_use(subject, _read_owner(path), advice) from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return False
+    return True
+
+
+def _is_still(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _check_owner(descriptor: int, path: Path, subject: Path, advice: str, decided: bool) -> None:
+    """Raises InUseError where the owner that the file names may be alive.
+
+    `decided`: the file system has locks and gave us this one, so no process of this kernel has it.
+    """
+    owner = _read_owner(path)
+    if owner is None:
+        return
+    known_dead = decided and owner.kernel == _kernel()
+    if not known_dead and _silence(descriptor, path.parent) < _SILENCE_SECONDS:
+        raise _in_use(subject, owner, advice)
+    os.ftruncate(descriptor, 0)
+    _log.info(f"{subject}: took over the lock of a process that has died ({owner.described})")
+
+
+def _in_use(subject: Path, owner: _Owner | None, advice: str) -> InUseError:
+    who = f" ({owner.described})" if owner else ""
+    elsewhere = ""
+    if owner and owner.kernel != _kernel():
+        elsewhere = f"; if it has died, start again {_SILENCE_SECONDS:.0f} s after that"
+    return InUseError(
+        f"{subject}: another process works on this run{who}; wait for it, or stop it{elsewhere}; or {advice}"
+    )
+
+
+def _read_owner(path: Path) -> _Owner | None:
+    """Who the lock file names; None where it names nobody, or its last owner died while writing it."""
+    try:
+        return _Owner(**json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _write_owner(descriptor: int, path: Path) -> None:
+    command = shlex.join(sys.argv)[:_COMMAND_CHARACTERS]
+    owner = _Owner(socket.gethostname(), _kernel(), os.getpid(), command)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(owner._asdict()).encode(), 0)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _silence(descriptor: int, folder: Path) -> float:
+    """Seconds since the lock file was touched, by the clock of the file system."""
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        os.utime(probe.fileno())
+        return os.fstat(probe.fileno()).st_mtime - os.fstat(descriptor).st_mtime
+
+
+def _touch(descriptor: int, released: threading.Event) -> None:
+    while not released.wait(_TOUCH_SECONDS):
+        with suppress(OSError):
+            os.utime(descriptor)
+
+
+def _kernel() -> str:
+    return _BOOT.read_text(encoding="ascii").strip() if _BOOT.exists() else socket.gethostname()
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Removes those of `folders`, inner ones first, that hold nothing."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
