@@ -9,7 +9,7 @@ import yaml
 
 from deepseek_v3.config.loading import load_section
 from deepseek_v3.config.preprocessing.pipeline import PreprocessConfig
-from deepseek_v3.config.preprocessing.sizes import parse_size, parse_tokens
+from deepseek_v3.utils.numbers import parse_size
 
 CONFIG = Path(__file__).parents[2] / "configs" / "data_config.yaml"
 
@@ -28,20 +28,13 @@ def test_the_shipped_config_spells_out_every_option_with_its_default() -> None:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("4GB", 4 * 10**9), ("512MiB", 2**29), ("1.5 kB", 1500), ("7", 7), ("2T", 2 * 10**12), (12, 12)],
+    [("4GB", 4 * 10**9), ("512MiB", 2**29), ("1.5 kB", 1500), ("7", 7), ("2T", 2 * 10**12), ("1e9", 10**9)],
 )
-def test_sizes(text: object, size: int) -> None:
+def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize(
-    ("text", "tokens"), [("3.75B", 3_750_000_000), ("500M", 5 * 10**8), ("20k", 20_000), (9, 9)]
-)
-def test_tokens(text: object, tokens: int) -> None:
-    assert parse_tokens(text) == tokens
-
-
-@pytest.mark.parametrize("text", ["", "GB", "4iB", "-1GB", "4 GB extra", "1e9"])
+@pytest.mark.parametrize("text", ["", "GB", "4iB", "-1GB", "4 GB extra", "1e9 GB extra", "1e-400"])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="expected a size such as 4GB"):
         parse_size(text)

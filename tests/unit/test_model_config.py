@@ -139,8 +139,8 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"n_shared_experts": -1}, "n_shared_experts"),
     ({"initializer_range": 0.0}, "initializer_range"),
     ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
-    ({"hidden_size": "40"}, "hidden_size"),
-    ({"hidden_size": 40.0}, "hidden_size"),
+    ({"hidden_size": "40 wide"}, "hidden_size"),
+    ({"hidden_size": 40.5}, "hidden_size"),
     ({"norm_topk_prob": "yes"}, "norm_topk_prob"),
     ({"hidden_act": "gelu"}, "hidden_act"),
     ({"scoring_func": "softmax"}, "scoring_func"),
@@ -149,7 +149,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"attention_dropout": 0.1}, "attention_dropout"),
     ({"moe_layer_freq": 2}, "moe_layer_freq"),
     ({"rope_interleave": False}, "rope_interleave"),
-    ({"rope_scaling": {**YARN.model_dump(), "rope_type": "linear"}}, "rope_scaling.rope_type: found 'linear'"),
+    ({"rope_scaling": {**YARN.model_dump(), "rope_type": "linear"}}, "rope_scaling.rope_type: found linear"),
     ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling.original_max_position_embeddings: missing"),
     ({"rope_scaling": "yarn"}, "rope_scaling"),
     ({"rope_scaling": {**YARN.model_dump(), "factor": 0.5}}, "rope_scaling.factor"),
@@ -179,9 +179,9 @@ def test_a_contradiction_is_refused_by_name(tmp_path: Path, changes: dict[str, A
 FILE_CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"qk_head_dim": 20}, "qk_head_dim = 20"),
     ({"qk_head_dim": "18"}, "qk_head_dim"),
-    ({"qk_head_dim": 18, "qk_nope_head_dim": "10"}, "qk_nope_head_dim"),
+    ({"qk_head_dim": 19, "qk_nope_head_dim": "10"}, "qk_nope_head_dim"),
     ({"qk_head_dim": 18, "qk_nope_head_dim": None}, "qk_nope_head_dim"),
-    ({"model_type": "llama"}, "model_type = 'llama'"),
+    ({"model_type": "llama"}, "model_type = llama"),
     ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling.rope_type"),
     ({"rope_parameters": "yarn"}, "rope_parameters"),
     ({"rope_parameters": 5}, "rope_parameters"),
@@ -218,12 +218,17 @@ def test_every_problem_has_its_own_line(tmp_path: Path) -> None:
     lines = str(refusal.value).splitlines()
     assert len(lines) == 2
     assert "vocab_size: found -1" in lines[0]
-    assert "hidden_size: found 'wide'" in lines[1]
+    assert "hidden_size: found wide" in lines[1]
 
 
 @pytest.mark.parametrize(
     ("content", "expected"),
-    [(b"{", "is not JSON"), (b"\xff\xfe", "is not JSON"), (b"[1]", "expected an object of fields")],
+    [
+        (b"{", "is not JSON"),
+        (b"\xff\xfe", "is in UTF-16"),
+        (b"{}\xff", ":1: is not UTF-8"),
+        (b"[1]", "expected an object of fields"),
+    ],
 )
 def test_a_file_that_holds_no_fields_is_refused(tmp_path: Path, content: bytes, expected: str) -> None:
     path = tmp_path / "config.json"

@@ -22,11 +22,11 @@ from deepseek_v3.planning import plan as plan_module
 from deepseek_v3.planning.advice.advisor import advise
 from deepseek_v3.planning.advice.as_json import advice_as_json
 from deepseek_v3.planning.advice.launching import ESTIMATE_ONLY
-from deepseek_v3.planning.advice.options import PlanOptions
+from deepseek_v3.planning.advice.options import PlanOptions, parse_tokens
 from deepseek_v3.planning.advice.requests import PlanRequest
 from deepseek_v3.planning.config_files import config_files
 from deepseek_v3.planning.hardware import known_devices
-from deepseek_v3.planning.quantities import dollars, figures, parse_tokens, short_count, told_apart
+from deepseek_v3.planning.quantities import dollars, figures, short_count, told_apart
 from deepseek_v3.utils import printing
 from deepseek_v3.utils.errors import ConfigError
 from run_helpers import dsv3, message_of

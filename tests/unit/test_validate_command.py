@@ -149,7 +149,7 @@ def test_a_broken_file_is_an_error_and_the_others_are_still_judged(
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"total_tokens": "twenty"}, "training.total_tokens: found 'twenty'"),
+        ({"total_tokens": "twenty"}, "training.total_tokens: found twenty"),
         ({"total_tokens": 0}, "training.total_tokens: found 0"),
         ({"deliberate_overtraining": "yes"}, "training.deliberate_overtraining"),
         ({"deliberate_overtrainig": True}, "did you mean deliberate_overtraining?"),

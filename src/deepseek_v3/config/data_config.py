@@ -5,12 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from deepseek_v3.config.base import Section
+from deepseek_v3.config.base import Fraction, Integer, NonNegativeInt, Real, Section
+from deepseek_v3.utils.printing import value_text
 
-AnyPath = Annotated[Path, Field(strict=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+
+def _without_nul(path: Path) -> Path:
+    if "\0" in str(path):
+        raise ValueError(f"found {value_text(path)}: expected a path without a NUL character")
+    return path
+
+
+AnyPath = Annotated[Path, Field(strict=False), AfterValidator(_without_nul)]
 
 
 class CorpusConfig(Section):
@@ -21,10 +28,10 @@ class CorpusConfig(Section):
     """
 
     source: str
-    vocab_size: Annotated[int, Field(ge=260)]
-    holdout: Annotated[float, Field(gt=0, lt=1)] | None = None
+    vocab_size: Annotated[Integer, Field(ge=260)]
+    holdout: Annotated[Real, Field(gt=0, lt=1)] | None = None
     fim_rate: Fraction = 0.0
-    seed: int = 0
+    seed: NonNegativeInt = 0
 
 
 class DataConfig(Section):

@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import AliasChoices, Field, ValidationError, model_validator
 
-from deepseek_v3.config.base import Section
+from deepseek_v3.config.base import NonNegativeInt, PositiveFloat, PositiveInt, Real, Section
 from deepseek_v3.config.problems import describe
+from deepseek_v3.config.text_files import read_json_object, shown_path
 from deepseek_v3.utils.errors import ConfigError
-
-NonNegativeInt = Annotated[int, Field(ge=0)]
+from deepseek_v3.utils.printing import value_text
 
 # Fields of a released or Transformers-written config.json that say nothing about the model's shape:
 # library bookkeeping, serving hints, the weights' storage format and the released modules' import table.
@@ -32,12 +32,12 @@ class RopeScaling(Section):
     """
 
     rope_type: Literal["yarn"] = Field(default="yarn", validation_alias=AliasChoices("rope_type", "type"))
-    factor: Annotated[float, Field(ge=1)]
+    factor: Annotated[Real, Field(ge=1)]
     original_max_position_embeddings: PositiveInt
     beta_fast: PositiveFloat = 32.0
     beta_slow: PositiveFloat = 1.0
-    mscale: Annotated[float, Field(ge=0)] = 1.0
-    mscale_all_dim: Annotated[float, Field(ge=0)] = 0.0
+    mscale: Annotated[Real, Field(ge=0)] = 1.0
+    mscale_all_dim: Annotated[Real, Field(ge=0)] = 0.0
 
     @model_validator(mode="after")
     def _ordered(self) -> RopeScaling:
@@ -54,7 +54,7 @@ class ModelConfig(Section):
 
     vocab_size: PositiveInt
     hidden_size: PositiveInt
-    num_hidden_layers: PositiveInt
+    num_hidden_layers: Annotated[PositiveInt, Field(le=1024)]
     first_k_dense_replace: NonNegativeInt
     intermediate_size: PositiveInt
 
@@ -66,7 +66,7 @@ class ModelConfig(Section):
     qk_rope_head_dim: PositiveInt
     v_head_dim: PositiveInt
 
-    n_routed_experts: PositiveInt
+    n_routed_experts: Annotated[PositiveInt, Field(le=2**16)]
     n_shared_experts: NonNegativeInt = 1
     num_experts_per_tok: PositiveInt
     moe_intermediate_size: PositiveInt
@@ -75,12 +75,12 @@ class ModelConfig(Section):
     norm_topk_prob: bool = True
     routed_scaling_factor: PositiveFloat = 1.0
 
-    num_nextn_predict_layers: NonNegativeInt = 0
+    num_nextn_predict_layers: Annotated[NonNegativeInt, Field(le=64)] = 0
     tie_word_embeddings: bool = False
     initializer_range: PositiveFloat = 0.006
     rms_norm_eps: PositiveFloat = 1e-6
     max_position_embeddings: PositiveInt = 4096
-    rope_theta: Annotated[float, Field(gt=1)] = 10000.0
+    rope_theta: Annotated[Real, Field(gt=1)] = 10000.0
     rope_scaling: RopeScaling | None = None
 
     # The released file names these choices; we implement exactly one of each.
@@ -88,7 +88,7 @@ class ModelConfig(Section):
     scoring_func: Literal["sigmoid"] = "sigmoid"
     topk_method: Literal["noaux_tc"] = "noaux_tc"
     attention_bias: Literal[False] = False
-    attention_dropout: Annotated[float, Field(ge=0, le=0)] = 0.0
+    attention_dropout: Annotated[Real, Field(ge=0, le=0)] = 0.0
     moe_layer_freq: Literal[1] = 1
     rope_interleave: Literal[True] = True
 
@@ -160,32 +160,31 @@ class ModelConfig(Section):
         unknown one, or describes a model that this project does not build.
         """
         path = Path(path)
+        fields = read_json_object(path)
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-        except ValueError as error:
-            raise ConfigError(f"{path}: is not JSON: {error}") from None
-        if not isinstance(fields, dict):
-            raise ConfigError(f"{path}: holds a {type(fields).__name__}, expected an object of fields")
-        try:
-            return cls.model_validate_json(json.dumps(_shape_fields(fields)))
+            config = cls.model_validate_json(json.dumps(_shape_fields(fields)))
+            _check_head_dim(fields.get("qk_head_dim"), config)
         except ValidationError as error:
-            raise ConfigError(describe(error, cls, {(): str(path)})) from None
+            raise ConfigError(describe(error, cls, {(): shown_path(path)})) from None
         except ValueError as error:
-            raise ConfigError(f"{path}: {error}") from None
+            raise ConfigError(f"{shown_path(path)}: {error}") from None
+        return config
 
 
 def _shape_fields(released: dict[str, Any]) -> dict[str, Any]:
     """The fields of a config.json that shape the model, in the released spelling."""
-    fields = {name: value for name, value in released.items() if name not in _WITHOUT_EFFECT}
+    left_out = _WITHOUT_EFFECT | {"qk_head_dim"}
     if released.get("model_type", "deepseek_v3") != "deepseek_v3":
-        raise ValueError(f"model_type = {released['model_type']!r}, expected 'deepseek_v3'")
-    stated = fields.pop("qk_head_dim", None)
-    nope, rope = fields.get("qk_nope_head_dim"), fields.get("qk_rope_head_dim")
-    if stated is not None and isinstance(nope, int) and isinstance(rope, int) and stated != nope + rope:
-        raise ValueError(f"qk_head_dim = {stated!r} is not qk_nope_head_dim + qk_rope_head_dim = {nope + rope}")
-    return _with_released_rope(fields)
+        raise ValueError(f"model_type = {value_text(released['model_type'])}, expected deepseek_v3")
+    return _with_released_rope({name: value for name, value in released.items() if name not in left_out})
+
+
+def _check_head_dim(stated: object, config: ModelConfig) -> None:
+    """Raises ValueError where the file's `qk_head_dim` is not the sum that it stands for."""
+    if stated not in (None, config.qk_head_dim):
+        raise ValueError(
+            f"qk_head_dim = {value_text(stated)} is not qk_nope_head_dim + qk_rope_head_dim = {config.qk_head_dim}"
+        )
 
 
 def _with_released_rope(fields: dict[str, Any]) -> dict[str, Any]:
@@ -193,7 +192,7 @@ def _with_released_rope(fields: dict[str, Any]) -> dict[str, Any]:
     rope = fields.pop("rope_parameters", None)
     if rope is not None:
         if not isinstance(rope, dict):
-            raise ValueError(f"rope_parameters = {rope!r}: expected an object of fields")
+            raise ValueError(f"rope_parameters = {value_text(rope)}: expected an object of fields")
         rope = dict(rope)
         fields["rope_theta"] = rope.pop("rope_theta", fields.get("rope_theta", 10000.0))
         if rope.get("rope_type", rope.get("type", "default")) != "default":

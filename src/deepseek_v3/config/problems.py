@@ -8,6 +8,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from deepseek_v3.utils.printing import value_text
+
 FieldPath = tuple[str, ...]
 
 
@@ -29,8 +31,8 @@ def _explain(problem: dict[str, Any], root: type[BaseModel], path: FieldPath) ->
     explain = _EXPLANATIONS.get(problem["type"])
     if explain:
         return explain(problem, root, path)
-    message = str(problem["msg"])
-    return f"found {problem['input']!r}: {message[0].lower()}{message[1:]}"
+    message = str(problem["msg"]).removeprefix("Input should be ")
+    return f"found {value_text(problem['input'])}: expected {message[0].lower()}{message[1:]}"
 
 
 def _unknown(_problem: dict[str, Any], root: type[BaseModel], path: FieldPath) -> str:
@@ -48,9 +50,21 @@ def _contradiction(problem: dict[str, Any], _root: type[BaseModel], _path: Field
     return str(problem["ctx"]["error"])
 
 
+def _not_a_section(problem: dict[str, Any], root: type[BaseModel], path: FieldPath) -> str:
+    fields = ", ".join(_section_at(root, path).model_fields)
+    return f"found {value_text(problem['input'])}: expected a section, with fields such as {fields}"
+
+
+def _not_a_choice(problem: dict[str, Any], _root: type[BaseModel], _path: FieldPath) -> str:
+    choices = str(problem["ctx"]["expected"]).replace("'", "").replace("True", "true").replace("False", "false")
+    return f"found {value_text(problem['input'])}: expected {choices}"
+
+
 _EXPLANATIONS: dict[str, Callable[[dict[str, Any], type[BaseModel], FieldPath], str]] = {
     "extra_forbidden": _unknown,
     "missing": _missing,
+    "model_type": _not_a_section,
+    "literal_error": _not_a_choice,
     "value_error": _contradiction,
 }
 

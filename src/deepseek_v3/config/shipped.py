@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 PREFIX = "deepseek_v3_"
@@ -24,7 +25,7 @@ def find_config(path: str | Path) -> Path:
     `deepspeed_config.json`. What is neither is returned as it is.
     """
     path = Path(path)
-    if path.is_file() or path.parent not in (Path(), FOLDER):
+    if os.path.isfile(path) or path.parent not in (Path(), FOLDER):  # noqa: PTH113 -- False for names too long
         return path
     folder = shipped_folder()
     names = [path.name] if path.suffix else [f"{path.name}.yaml", f"{PREFIX}{path.name}.yaml"]

@@ -10,24 +10,43 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, PlainValidator, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PlainValidator, TypeAdapter, ValidationError, model_validator
 
-from deepseek_v3.config.base import Section
-from deepseek_v3.config.data_config import AnyPath, DataConfig, Fraction
-from deepseek_v3.config.model_config import ModelConfig, NonNegativeInt
+from deepseek_v3.config.base import (
+    Fraction,
+    Integer,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Real,
+    Section,
+)
+from deepseek_v3.config.data_config import AnyPath, DataConfig
+from deepseek_v3.config.model_config import ModelConfig
+from deepseek_v3.utils.numbers import MOST_TOKENS
+from deepseek_v3.utils.printing import value_text
 
-NonNegativeFloat = Annotated[float, Field(ge=0)]
+# Beyond these the lists of a step's micro-batches and of the ways to divide ranks take too long.
+Degree = Annotated[PositiveInt, Field(le=2**20)]
+BatchSize = Annotated[PositiveInt, Field(le=2**24)]
 
 
 def _check_budget(value: object) -> int | str:
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+    if isinstance(value, str) and re.fullmatch(r"\d{1,7}(\.\d{1,20})?x", value, re.ASCII) and float(value[:-1]) > 0:
         return value
-    if isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?x", value) and float(value[:-1]) > 0:
-        return value
-    raise ValueError(f"found {value!r}: expected a number of tokens, or like 20x: so many per active parameter")
+    try:
+        return _TOKENS.validate_python(value)
+    except ValidationError:
+        raise ValueError(
+            f"found {value_text(value)}: expected a number of tokens from 1 to 1e18, such as 3.8e9 or 10B, or a "
+            "multiple of the active parameters such as 20x"
+        ) from None
 
 
 Budget = Annotated[int | str, PlainValidator(_check_budget, json_schema_input_type=int | str)]
+
+_TOKENS = TypeAdapter[int](Annotated[PositiveInt, Field(le=MOST_TOKENS)], config={"strict": True})
 
 # The report's 14.8T tokens are the unit in which it dates every change of the recipe.
 _REPORT_TOKENS = 14.8e12
@@ -37,8 +56,8 @@ class OptimizerConfig(Section):
     """AdamW. Weight decay acts on matrices only; moments are kept in bfloat16 as in the report (§3.3.2)."""
 
     learning_rate: PositiveFloat
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    beta1: Annotated[Real, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[Real, Field(ge=0, lt=1)] = 0.95
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.1
     max_grad_norm: PositiveFloat = 1.0
@@ -55,7 +74,7 @@ class ScheduleConfig(Section):
 
     kind: Literal["deepseek_v3", "cosine", "wsd"] = "deepseek_v3"
     warmup_steps: NonNegativeInt = 2000
-    decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2  # wsd: the share of the budget that decays
+    decay_fraction: Annotated[Real, Field(gt=0, le=1)] = 0.2  # wsd: the share of the budget that decays
     final_ratio: Fraction = 0.1  # cosine and wsd: last over highest learning rate
 
 
@@ -66,9 +85,9 @@ class BatchRampConfig(Section):
     same under every layout; null is what divides the first and the last batch.
     """
 
-    initial: PositiveInt
-    increment: PositiveInt | None = None
-    fraction: Annotated[float, Field(gt=0, le=1)] = 469e9 / _REPORT_TOKENS
+    initial: BatchSize
+    increment: BatchSize | None = None
+    fraction: Annotated[Real, Field(gt=0, le=1)] = 469e9 / _REPORT_TOKENS
 
 
 class PredictionConfig(Section):
@@ -103,8 +122,8 @@ class TrainingConfig(Section):
     seed: NonNegativeInt = 0
     total_tokens: Budget
     deliberate_overtraining: bool = False
-    sequence_length: Annotated[int, Field(ge=2)]
-    global_batch_size: PositiveInt
+    sequence_length: Annotated[Integer, Field(ge=2)]
+    global_batch_size: BatchSize
     batch_ramp: BatchRampConfig | None = None
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
@@ -132,15 +151,15 @@ class ParallelConfig(Section):
     """
 
     layout: Literal["given", "auto"] = "given"
-    data_replicate: PositiveInt = 1
-    data_shard: PositiveInt = 1
-    expert: PositiveInt = 1
-    pipeline: PositiveInt = 1
+    data_replicate: Degree = 1
+    data_shard: Degree = 1
+    expert: Degree = 1
+    pipeline: Degree = 1
     zero_stage: Literal[1, 2, 3] = 3
     pipeline_schedule: PipelineSchedule = "1f1b"
     expert_back_end: Literal["auto", "torch", "deepep"] = "auto"
     dispatch_precision: Literal["activations", "fp8"] = "activations"
-    micro_batch_size: PositiveInt = 1
+    micro_batch_size: BatchSize = 1
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     recomputation: Literal["none", "selective", "full"] = "none"
     compile: Literal["auto", True, False] = "auto"
@@ -318,4 +337,6 @@ def _check_ranks(parallel: ParallelConfig, model: ModelConfig) -> None:
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:
-    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda divisor: abs(divisor - wanted))
+    """The divisor of `number` nearest to `wanted`, of two equally near the smaller."""
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return min(*small, *(number // divisor for divisor in small), key=lambda each: (abs(each - wanted), each))

@@ -22,6 +22,7 @@ from deepseek_v3.model.saved import SavedModel, load_model
 from deepseek_v3.training.batches import Documents, check_vocabulary
 from deepseek_v3.training.holdout import HeldOutEvaluation, HeldOutLoss, HeldOutWindows, main_losses
 from deepseek_v3.training.loss import Objective
+from deepseek_v3.utils.commands import whole_option
 from deepseek_v3.utils.distributed import select_device
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.logging import configure_logging, get_console
@@ -71,7 +72,12 @@ def compare_with_ngrams(
 def evaluate(
     checkpoint: Annotated[Path, typer.Option(help="A checkpoint, or a folder of them: the newest undamaged.")],
     data: Annotated[Path | None, typer.Option(help="Token shards; those of the run if left out.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Held-out tokens to read; all if left out.", min=1)] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="NUMBER", parser=whole_option(at_least=1), help="Held-out tokens to read; all if left out."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Measure a checkpoint's held-out loss, beside a unigram and a bigram model."""

@@ -18,6 +18,7 @@ from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.inference.engine import Completion, Generator
 from deepseek_v3.inference.sampling import SamplingConfig
 from deepseek_v3.model.saved import load_model
+from deepseek_v3.utils.commands import number_option, whole_option
 from deepseek_v3.utils.distributed import select_device
 from deepseek_v3.utils.errors import GenerationError
 from deepseek_v3.utils.files import written_atomically
@@ -31,18 +32,38 @@ def generate(
         Path | None,
         typer.Option(help='One prompt per line, or .jsonl with a field "prompt"; blank lines are skipped.'),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="The most tokens to add.")] = SamplingConfig.max_new_tokens,
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="NUMBER", parser=whole_option(), help="The most tokens to add.")
+    ] = SamplingConfig.max_new_tokens,
     temperature: Annotated[
-        float, typer.Option(help="0: always the most probable token; 1: the model's own distribution.")
+        float,
+        typer.Option(
+            metavar="NUMBER",
+            parser=number_option,
+            help="0: always the most probable token; 1: the model's own distribution.",
+        ),
     ] = SamplingConfig.temperature,
     top_p: Annotated[
-        float, typer.Option(help="Sample from the fewest tokens that hold this share of the probability.")
+        float,
+        typer.Option(
+            metavar="NUMBER",
+            parser=number_option,
+            help="Sample from the fewest tokens that hold this share of the probability.",
+        ),
     ] = SamplingConfig.top_p,
-    top_k: Annotated[int | None, typer.Option(help="Sample from so many most probable tokens.")] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(metavar="NUMBER", parser=whole_option(), help="Sample from so many most probable tokens."),
+    ] = None,
     repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1: tokens already in the text become less probable.")
+        float,
+        typer.Option(
+            metavar="NUMBER", parser=number_option, help="Above 1: tokens already in the text become less probable."
+        ),
     ] = SamplingConfig.repetition_penalty,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = SamplingConfig.seed,
+    seed: Annotated[
+        int, typer.Option(metavar="NUMBER", parser=whole_option(), help="The same seed gives the same text.")
+    ] = SamplingConfig.seed,
     stop: Annotated[list[str] | None, typer.Option(help="End before this string; may be repeated.")] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Recompute the whole text at every step.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",

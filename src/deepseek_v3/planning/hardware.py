@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field
 
-from deepseek_v3.config.base import Section
+from deepseek_v3.config.base import NonNegativeFloat, PositiveFloat, PositiveInt, Section
 from deepseek_v3.config.loading import load_section
 from deepseek_v3.utils.errors import ConfigError
 

@@ -20,25 +20,38 @@ from deepseek_v3.planning.advice.requests import OBJECTIVES, PlanRequest
 from deepseek_v3.planning.advice.text import print_advice, print_devices
 from deepseek_v3.planning.config_files import chosen_files
 from deepseek_v3.planning.hardware import known_devices
+from deepseek_v3.utils.commands import number_option, whole_option
 from deepseek_v3.utils.errors import ConfigError
 from deepseek_v3.utils.printing import showable
 
 
 def plan(
-    gpus: Annotated[int | None, typer.Option(help="Number of devices.", show_default="8; 1 CPU")] = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option(metavar="NUMBER", parser=whole_option(), help="Number of devices.", show_default="8; 1 CPU"),
+    ] = None,
     gpu: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Such as A100 or 'RTX 4090'; see --list-gpus.", show_default="H100"),
     ] = None,
     gpu_memory: Annotated[
-        float | None, typer.Option(metavar="GB", help="Instead of --gpu: the usual device sold with so much.")
+        float | None,
+        typer.Option(
+            metavar="GB", parser=number_option, help="Instead of --gpu: the usual device sold with so much."
+        ),
     ] = None,
     hardware: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Instead of --gpu: a YAML file with the device's figures.")
     ] = None,
-    price: Annotated[float | None, typer.Option(metavar="DOLLARS", help="Rent of one device for an hour.")] = None,
-    budget_hours: Annotated[float | None, typer.Option(metavar="HOURS", help="Longest training time.")] = None,
-    budget_dollars: Annotated[float | None, typer.Option(metavar="DOLLARS", help="Highest rent.")] = None,
+    price: Annotated[
+        float | None, typer.Option(metavar="DOLLARS", parser=number_option, help="Rent of one device for an hour.")
+    ] = None,
+    budget_hours: Annotated[
+        float | None, typer.Option(metavar="HOURS", parser=number_option, help="Longest training time.")
+    ] = None,
+    budget_dollars: Annotated[
+        float | None, typer.Option(metavar="DOLLARS", parser=number_option, help="Highest rent.")
+    ] = None,
     tokens: Annotated[
         str | None, typer.Option(metavar="NUMBER", help="Tokens that there are, such as 3.8e9, 10B or 1.5T.")
     ] = None,

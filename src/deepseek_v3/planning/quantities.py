@@ -1,31 +1,9 @@
-"""Numbers as people write and read them: 3.8e9, 10B, $1,200."""
+"""Numbers as people read them: 3.80B, $1,200."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from decimal import Decimal
 from typing import Any
-
-from deepseek_v3.utils.errors import ConfigError
-
-_UNITS = {"": 0, "K": 3, "M": 6, "B": 9, "T": 12}
-_MOST_TOKENS = 10**18
-
-
-def parse_tokens(text: str) -> int:
-    """A number of tokens from text such as `3.8e9`, `10B`, `1.5T`, `10_000_000` or `10,000,000`.
-
-    Raises ConfigError unless it is a whole number from 1 to 10¹⁸.
-    """
-    match = re.fullmatch(r"(\d+(?:[_,]\d+)*(?:\.\d+)?(?:e\+?\d{1,2})?) ?([kmbt]?)", text.strip(), re.I | re.A)
-    tokens = Decimal(0)
-    if match:
-        number, unit = match.groups()
-        tokens = Decimal(number.replace("_", "").replace(",", "")).scaleb(_UNITS[unit.upper()])
-    if not (1 <= tokens <= _MOST_TOKENS and tokens == tokens.to_integral_value()):
-        raise ConfigError(f"--tokens {text}: expected a whole number from 1 to 1e18, such as 3.8e9, 10B or 1.5T")
-    return int(tokens)
 
 
 def short_count(number: int) -> str:

@@ -22,7 +22,7 @@ from deepseek_v3.training.preflight import check_plan, describe_device
 from deepseek_v3.training.run_folders import held_folders
 from deepseek_v3.training.trainer import Trainer, TrainingResult
 from deepseek_v3.utils.checkpoints.ranks import checkpoint_group
-from deepseek_v3.utils.commands import run_command
+from deepseek_v3.utils.commands import run_command, whole_option
 from deepseek_v3.utils.distributed import ALONE, World, announce, process_group, select_device
 from deepseek_v3.utils.files import written_atomically
 from deepseek_v3.utils.logging import configure_logging, get_logger
@@ -51,7 +51,12 @@ def train(
         typer.Option("--allow-changed-data", help="Resume even where other samples come next than in that run."),
     ] = False,
     timeout: Annotated[
-        int, typer.Option(min=1, metavar="SECONDS", help="Of several processes, how long one waits for the others.")
+        int,
+        typer.Option(
+            parser=whole_option(at_least=1),
+            metavar="SECONDS",
+            help="Of several processes, how long one waits for the others.",
+        ),
     ] = 600,
     deepspeed: Annotated[
         Path | None,

@@ -12,6 +12,8 @@ from typing import Any
 import typer
 
 from deepseek_v3.utils.errors import UserError, chain_of
+from deepseek_v3.utils.numbers import LARGEST_COUNT, parse_count, parse_number
+from deepseek_v3.utils.printing import value_text
 
 _INTERRUPTED = 130  # as shells report Ctrl-C: 128 + SIGINT
 
@@ -44,3 +46,30 @@ def run_command(command: Callable[..., None]) -> None:
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(command)
     run_app(app)
+
+
+def whole_option(at_least: int = -LARGEST_COUNT) -> Callable[[Any], int]:
+    """The parser of a command line's whole number, written as `parse_count` reads it and at least so large."""
+
+    def parse(value: Any) -> int:
+        number = _read(value, parse_count)
+        if not at_least <= number <= LARGEST_COUNT:
+            raise typer.BadParameter(f"{value}: expected a whole number from {at_least} to {LARGEST_COUNT:.1e}")
+        return number
+
+    return parse
+
+
+def number_option(value: Any) -> float:
+    """The parser of a command line's number, written as `parse_number` reads it."""
+    return float(_read(value, parse_number))
+
+
+def _read(value: Any, parse: Callable[[str], Any]) -> Any:
+    """What the text means; a default is already a number."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse(value)
+    except ValueError as error:
+        raise typer.BadParameter(f"{value_text(value)}: {error}") from None

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
+from enum import Enum
 from itertools import zip_longest
+from typing import Any
 
 _PLAIN = {"✓": "OK", "✗": "X", "×": "x", "–": "-", "─": "-"}
 _WIDTH = 110
+# Text that stands in a YAML file or on a command line without quotes, unless it reads as a number or the like.
+_PLAIN_TEXT = re.compile(r"[\w./+~@%-]+")
+_READ_AS_OTHER = re.compile(r"[-+.]?\d.*|[-+]?\.(inf|nan)|~|null|true|false|yes|no|on|off", re.IGNORECASE)
+_LONGEST_VALUE = 200
+_DEEPEST_VALUE = 8
 
 
 def showable(text: str) -> str:
@@ -22,6 +31,52 @@ def showable(text: str) -> str:
             text = text.replace(sign, plain)
         return text.encode(encoding, "replace").decode(encoding)
     return text
+
+
+def value_text(value: Any) -> str:
+    """A value as a YAML file or a command line writes it, on one line: null, true, 5, name, 'two words', [1, 2].
+
+    Text that would be read as something else is quoted; what is longer than 200 characters is cut in the middle.
+    """
+    text = _value_text(value)
+    if len(text) <= _LONGEST_VALUE:
+        return text
+    half = _LONGEST_VALUE // 2
+    return f"{text[:half]} … {text[-half:]} ({len(text):,} characters)"
+
+
+def _value_text(value: Any, depth: int = 0) -> str:
+    if depth > _DEEPEST_VALUE:
+        return "…"
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Enum):
+        return _value_text(value.value, depth)
+    if isinstance(value, Mapping):
+        pairs = (f"{_value_text(key)}: {_value_text(each, depth + 1)}" for key, each in value.items())
+        return f"{{{', '.join(pairs)}}}"
+    if isinstance(value, (Sequence, Set)) and not isinstance(value, (str, bytes)):
+        return f"[{', '.join(_value_text(each, depth + 1) for each in value)}]"
+    if isinstance(value, (int, float)):
+        return _number_text(value)
+    return _quoted(value.decode(errors="replace") if isinstance(value, bytes) else str(value))
+
+
+def _number_text(number: float) -> str:
+    try:
+        return str(number)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return f"a number of {number.bit_length():,} bits" if isinstance(number, int) else "a number"
+
+
+def _quoted(text: str) -> str:
+    if _PLAIN_TEXT.fullmatch(text) and not _READ_AS_OTHER.fullmatch(text):
+        return text
+    if text.isprintable() and "'" not in text:
+        return f"'{text}'"
+    return json.dumps(text, ensure_ascii=not text.isprintable())
 
 
 def output_width() -> int:

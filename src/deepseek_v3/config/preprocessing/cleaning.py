@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from deepseek_v3.config.base import Integer
 from deepseek_v3.config.preprocessing.stage import StageConfig
 
 
@@ -23,4 +24,4 @@ class CleaningConfig(StageConfig):
     repair_mojibake: bool = True
     unicode_form: Literal["NFC", "NFKC"] = "NFC"
     remove_bidi_controls: bool = False
-    max_blank_lines: Annotated[int, Field(ge=0, le=100)] = 1
+    max_blank_lines: Annotated[Integer, Field(ge=0, le=100)] = 1

@@ -6,10 +6,11 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from deepseek_v3.config.data_config import AnyPath, Fraction
+from deepseek_v3.config.base import Fraction, Integer
+from deepseek_v3.config.data_config import AnyPath
 from deepseek_v3.config.preprocessing.stage import StageConfig
 
-NgramLength = Annotated[int, Field(ge=1, le=100)]
+NgramLength = Annotated[Integer, Field(ge=1, le=100)]
 
 
 class DecontaminationConfig(StageConfig):

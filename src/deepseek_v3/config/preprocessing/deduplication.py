@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
+from deepseek_v3.config.base import Fraction, Integer, NonNegativeInt, PositiveInt, Real
 from deepseek_v3.config.preprocessing.stage import StageConfig
 
 # The least probability with which two documents exactly as similar as the threshold become candidates.
@@ -42,10 +43,10 @@ class DeduplicationConfig(StageConfig):
     of Lee et al. (appendix A) and SlimPajama (Soboleva et al. 2023), as many values as datasketch's MinHash has.
     """
 
-    num_perm: Annotated[int, Field(ge=16, le=2048)] = 128
-    threshold: Annotated[float, Field(gt=0, le=1)] = 0.8
-    kept_threshold: Annotated[float, Field(ge=0, le=1)] | None = None
-    ngram: Annotated[int, Field(ge=1, le=64)] = 5
+    num_perm: Annotated[Integer, Field(ge=16, le=2048)] = 128
+    threshold: Annotated[Real, Field(gt=0, le=1)] = 0.8
+    kept_threshold: Fraction | None = None
+    ngram: Annotated[Integer, Field(ge=1, le=64)] = 5
     bands: PositiveInt | None = None
     seed: NonNegativeInt = 0
     accelerator: Literal["auto", "numpy", "numba"] = "auto"

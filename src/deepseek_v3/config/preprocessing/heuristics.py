@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
+from deepseek_v3.config.base import Fraction, Integer, PositiveInt, Real
 from deepseek_v3.config.preprocessing.stage import StageConfig
 
 RuleGroup = Literal["gopher_repetition", "gopher_quality", "c4", "fineweb"]
 RULE_GROUPS: tuple[RuleGroup, ...] = ("gopher_repetition", "gopher_quality", "c4", "fineweb")
 
-Share: TypeAlias = Annotated[float, Field(ge=0, le=1)] | None
-Ratio: TypeAlias = Annotated[float, Field(ge=0)] | None
-Count: TypeAlias = Annotated[int, Field(ge=0)] | None
-NgramLength = Annotated[int, Field(ge=1, le=100)]
+Share: TypeAlias = Fraction | None
+Ratio: TypeAlias = Annotated[Real, Field(ge=0)] | None
+Count: TypeAlias = Annotated[Integer, Field(ge=0)] | None
+NgramLength = Annotated[Integer, Field(ge=1, le=100)]
 
 
 class HeuristicsConfig(StageConfig):

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from pydantic import Field, PositiveInt
-
+from deepseek_v3.config.base import Fraction, PositiveInt
 from deepseek_v3.config.data_config import AnyPath
 from deepseek_v3.config.preprocessing.stage import StageConfig
 
@@ -19,6 +16,6 @@ class LanguageConfig(StageConfig):
     """
 
     languages: tuple[str, ...] = ()
-    min_score: Annotated[float, Field(ge=0, le=1)] = 0.65
+    min_score: Fraction = 0.65
     characters: PositiveInt = 1000
     model: AnyPath | None = None

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import Field, model_validator
 
+from deepseek_v3.config.base import NonNegativeInt, PositiveFloat, PositiveInt, Real
 from deepseek_v3.config.data_config import AnyPath
-from deepseek_v3.config.preprocessing.sizes import Tokens
 from deepseek_v3.config.preprocessing.stage import StageConfig
 
 
@@ -21,12 +21,12 @@ class MixingConfig(StageConfig):
     as well as fresh text (Muennighoff et al. 2023, §6). `seed` chooses the documents.
     """
 
-    alarm: Annotated[float, Field(gt=0, le=1)] = 1.0  # a token budget is meant to leave documents out
+    alarm: Annotated[Real, Field(gt=0, le=1)] = 1.0  # a token budget is meant to leave documents out
     weights: dict[str, PositiveFloat] = Field(default_factory=dict)
-    tokens: Tokens | None = None
+    tokens: PositiveInt | None = None
     for_config: AnyPath | None = None
-    max_epochs: Annotated[float, Field(ge=1)] = 4.0
-    seed: int = 0
+    max_epochs: Annotated[Real, Field(ge=1)] = 4.0
+    seed: NonNegativeInt = 0
 
     @model_validator(mode="after")
     def _one_budget(self) -> MixingConfig:

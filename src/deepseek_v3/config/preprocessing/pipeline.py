@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
-from deepseek_v3.config.base import Section
+from deepseek_v3.config.base import PositiveFloat, PositiveInt, Section, Size
 from deepseek_v3.config.data_config import AnyPath
 from deepseek_v3.config.preprocessing.cleaning import CleaningConfig
 from deepseek_v3.config.preprocessing.decontamination import DecontaminationConfig
@@ -16,7 +16,6 @@ from deepseek_v3.config.preprocessing.language import LanguageConfig
 from deepseek_v3.config.preprocessing.mixing import MixingConfig
 from deepseek_v3.config.preprocessing.pii import PiiConfig
 from deepseek_v3.config.preprocessing.quality import QualityConfig
-from deepseek_v3.config.preprocessing.sizes import Size
 
 StageName = Literal[
     "preliminary_cleaning",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import Field, model_validator
 
-from deepseek_v3.config.data_config import AnyPath, Fraction
+from deepseek_v3.config.base import Fraction, PositiveFloat
+from deepseek_v3.config.data_config import AnyPath
 from deepseek_v3.config.preprocessing.stage import StageConfig
 
 Bucket = Literal["head", "middle", "tail"]

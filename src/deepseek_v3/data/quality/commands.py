@@ -17,6 +17,7 @@ from deepseek_v3.data.quality.fasttext_training import GOOD, TrainingOptions, he
 from deepseek_v3.data.quality.language_model_training import PERCENTILES, Limits, train_language_model
 from deepseek_v3.data.quality.perplexity import ArpaModel, load_language_model
 from deepseek_v3.data.tokens.holdout import is_held_out
+from deepseek_v3.utils.commands import number_option, whole_option
 from deepseek_v3.utils.errors import DataError
 
 quality_app = typer.Typer(
@@ -37,9 +38,24 @@ def train(
         _Files, typer.Option(help="With --text: documents whose perplexities set the limits; else those held out.")
     ] = None,
     order: Annotated[int, typer.Option(min=2, max=5, help="With --text: words of the longest n-grams.")] = 3,
-    epochs: Annotated[int, typer.Option(min=1, help="With --good: how often each document is seen.")] = 5,
-    seed: Annotated[int, typer.Option(min=0, help="With --good: draws the start and the order.")] = 0,
-    holdout: Annotated[float, typer.Option(help="Share of documents to measure by, and not to train on.")] = 0.05,
+    epochs: Annotated[
+        int,
+        typer.Option(
+            metavar="NUMBER", parser=whole_option(at_least=1), help="With --good: how often each document is seen."
+        ),
+    ] = 5,
+    seed: Annotated[
+        int,
+        typer.Option(
+            metavar="NUMBER", parser=whole_option(at_least=0), help="With --good: draws the start and the order."
+        ),
+    ] = 0,
+    holdout: Annotated[
+        float,
+        typer.Option(
+            metavar="SHARE", parser=number_option, help="Share of documents to measure by, and not to train on."
+        ),
+    ] = 0.05,
     text_field: Annotated[str, _FIELD] = "text",
 ) -> None:
     """Train a fastText classifier of --good against --bad, or an n-gram language model of --text."""

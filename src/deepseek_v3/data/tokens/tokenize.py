@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from deepseek_v3.data.tokens.build import PYTHON_STDLIB, SEQUENCE_LENGTH, tokenize_corpus
+from deepseek_v3.utils.commands import number_option, whole_option
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.logging import configure_logging, get_logger
 
@@ -22,20 +23,48 @@ def tokenize(
     ] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Use this tokenizer.json instead of training one.")] = None,
     vocab_size: Annotated[
-        int | None, typer.Option(help="Train a byte-level BPE tokenizer with this many ids.")
+        int | None,
+        typer.Option(
+            metavar="NUMBER", parser=whole_option(), help="Train a byte-level BPE tokenizer with this many ids."
+        ),
     ] = None,
     text_field: Annotated[str, typer.Option(help="Field of a JSONL line that holds the text.")] = "text",
     holdout: Annotated[
         float | None,
-        typer.Option(help="Share of the text kept for evaluation.", show_default="0.02, at least one window"),
+        typer.Option(
+            metavar="SHARE",
+            parser=number_option,
+            help="Share of the text kept for evaluation.",
+            show_default="0.02, at least one window",
+        ),
     ] = None,
     sequence_length: Annotated[
-        int, typer.Option(min=2, help="Tokens in a window of the model to train; each split holds at least one.")
+        int,
+        typer.Option(
+            metavar="NUMBER",
+            parser=whole_option(at_least=2),
+            help="Tokens in a window of the model to train; each split holds at least one.",
+        ),
     ] = SEQUENCE_LENGTH,
-    fim_rate: Annotated[float, typer.Option(help="Share of documents rearranged for fill-in-the-middle.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Chooses where fill-in-the-middle splits documents.")] = 0,
+    fim_rate: Annotated[
+        float,
+        typer.Option(
+            metavar="SHARE", parser=number_option, help="Share of documents rearranged for fill-in-the-middle."
+        ),
+    ] = 0.0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            metavar="NUMBER", parser=whole_option(), help="Chooses where fill-in-the-middle splits documents."
+        ),
+    ] = 0,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes that encode; by default one for each core.")
+        int | None,
+        typer.Option(
+            metavar="NUMBER",
+            parser=whole_option(at_least=1),
+            help="Processes that encode; by default one for each core.",
+        ),
     ] = None,
 ) -> None:
     """Turn text into memory-mapped token shards, with a hold-out split."""

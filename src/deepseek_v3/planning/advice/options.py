@@ -9,8 +9,8 @@ from pathlib import Path
 
 from deepseek_v3.planning.advice.requests import PlanRequest
 from deepseek_v3.planning.hardware import Device, device_named, device_with_memory, known_devices, load_device
-from deepseek_v3.planning.quantities import parse_tokens
 from deepseek_v3.utils.errors import ConfigError
+from deepseek_v3.utils.numbers import MOST_TOKENS, parse_count
 
 _USUAL_GPU = "H100"
 _USUAL_GPUS = 8
@@ -76,6 +76,17 @@ def device_called(name: str) -> Device:
             f"--gpu {name}: not known here; known are {known}; describe others in a file for --hardware"
         )
     return device
+
+
+def parse_tokens(text: str) -> int:
+    """The number of tokens that `--tokens` gives. Raises ConfigError unless it is a whole number from 1 to 10¹⁸."""
+    try:
+        tokens = parse_count(text)
+    except ValueError:
+        tokens = 0
+    if not 1 <= tokens <= MOST_TOKENS:
+        raise ConfigError(f"--tokens {text}: expected a whole number from 1 to 1e18, such as 3.8e9, 10B or 1.5T")
+    return tokens
 
 
 def _positive(name: str, number: float) -> float:

@@ -11,6 +11,7 @@ from deepseek_v3.planning.advice.options import PlanOptions
 from deepseek_v3.planning.advice.requests import OBJECTIVES
 from deepseek_v3.planning.hardware import known_devices
 from deepseek_v3.utils.errors import ConfigError
+from deepseek_v3.utils.numbers import parse_count, parse_number
 from deepseek_v3.utils.printing import showable
 
 
@@ -53,7 +54,7 @@ def _device(options: PlanOptions, answer: str) -> PlanOptions:
     """A place in the list, gigabytes beyond it, or a name."""
     devices = known_devices()
     try:
-        number = float(answer)
+        number = parse_number(answer)
     except ValueError:
         return replace(options, gpu=answer)
     if number.is_integer() and 1 <= number <= len(devices):
@@ -63,13 +64,13 @@ def _device(options: PlanOptions, answer: str) -> PlanOptions:
 
 def _whole(answer: str) -> int:
     try:
-        return int(answer)
-    except ValueError:
-        raise ConfigError(f"{answer}: expected a whole number") from None
+        return parse_count(answer)
+    except ValueError as error:
+        raise ConfigError(f"{answer}: {error}") from None
 
 
 def _number(answer: str) -> float:
     try:
-        return float(answer.replace(",", "").removeprefix("$"))
-    except ValueError:
-        raise ConfigError(f"{answer}: expected a number") from None
+        return parse_number(answer.removeprefix("$"))
+    except ValueError as error:
+        raise ConfigError(f"{answer}: {error}") from None

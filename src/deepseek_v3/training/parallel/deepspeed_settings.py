@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from pydantic import ValidationError
 
 from deepseek_v3.config.problems import describe
 from deepseek_v3.config.shipped import find_config
+from deepseek_v3.config.text_files import read_json_object
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.utils.errors import ConfigError
 from deepseek_v3.utils.logging import get_logger
@@ -128,30 +130,9 @@ def _defaults(is_bfloat16: bool) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     path = find_config(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-        settings = json.loads(text, object_pairs_hook=_without_repeats)
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{path}: there is no such file; configs/deepspeed_config.json is one to start from"
-        ) from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}, line {error.lineno}, column {error.colno}: is not JSON: {error.msg}") from None
-    except ValueError as error:  # bytes that are no UTF-8, or a repeated field
-        raise ConfigError(f"{path}: {error}") from None
-    if not isinstance(settings, dict):
-        raise ConfigError(f"{path}: holds {type(settings).__name__}, expected an object: {{...}}")
-    return settings
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is given twice")
-    return found
+    if not os.path.exists(path):  # noqa: PTH110 -- False too for names that no file can have
+        raise ConfigError(f"{path}: there is no such file; configs/deepspeed_config.json is one to start from")
+    return read_json_object(path)
 
 
 def _without_auto(settings: Mapping[str, Any]) -> dict[str, Any]:

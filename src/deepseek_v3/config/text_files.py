@@ -1,0 +1,111 @@
+"""Reads the small text files that people write for this project: configurations in YAML and JSON."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import math
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from deepseek_v3.utils.errors import ConfigError
+from deepseek_v3.utils.numbers import LONGEST_NUMBER
+from deepseek_v3.utils.printing import value_text
+
+LONGEST_FILE = 2**20
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file of up to 1 MiB, with or without a byte order mark.
+
+    Raises ConfigError for a file that cannot be read, a folder, a pipe or a device, and for other encodings.
+    """
+    data = _read(path)
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ConfigError(f"{shown_path(path)}: is in UTF-16, expected UTF-8 text; save it in that encoding")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ConfigError(
+            f"{shown_path(path)}:{line}: is not UTF-8 text: found the byte 0x{data[error.start]:02x}"
+        ) from None
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The fields of the object that a JSON file holds.
+
+    Raises ConfigError as `read_text` does, and for text that is no JSON, for another value than an object, for
+    fields that are given twice, and for numbers that are not finite.
+    """
+    text, where = read_text(path), shown_path(path)
+    try:
+        fields = json.loads(
+            text,
+            object_pairs_hook=_without_repeats,
+            parse_int=_integer,
+        )
+        json.dumps(fields, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{where}:{error.lineno}:{error.colno}: is not JSON: {error.msg}") from None
+    except UnicodeEncodeError:
+        raise ConfigError(f"{where}: holds half of a surrogate pair, expected text that UTF-8 can hold") from None
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{where}: its values are nested too deeply for a configuration") from None
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{where}: holds {described(fields)}, expected an object of fields: {{...}}")
+    return fields
+
+
+def described(value: Any) -> str:
+    """What a file holds in place of fields."""
+    return "a list" if isinstance(value, list) else value_text(value)
+
+
+def shown_path(path: Path) -> str:
+    """The path as it is, quoted where it holds characters that cannot be printed."""
+    return str(path) if str(path).isprintable() else value_text(path)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        # Without O_NONBLOCK a pipe that nobody writes to would be waited for.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:  # noqa: PTH123 -- of a descriptor
+            mode = os.fstat(descriptor).st_mode
+            if not stat.S_ISREG(mode):
+                raise ConfigError(f"{shown_path(path)}: is a {_kind(mode)}, expected a file")
+            data = file.read(LONGEST_FILE + 1)
+    except OSError as error:
+        raise ConfigError(f"{shown_path(path)}: cannot be read: {error.strerror or error}") from None
+    except ValueError as error:  # a NUL in the path
+        raise ConfigError(f"{shown_path(path)}: cannot be read: {error}") from None
+    if len(data) > LONGEST_FILE:
+        raise ConfigError(f"{shown_path(path)}: has more than {LONGEST_FILE:,} bytes, expected a configuration")
+    return data
+
+
+def _kind(mode: int) -> str:
+    kinds = {"folder": stat.S_ISDIR, "pipe": stat.S_ISFIFO, "socket": stat.S_ISSOCK}
+    return next((name for name, matches in kinds.items() if matches(mode)), "device")
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{value_text(name)} is given twice")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{value_text(name)}: found {value}, expected a finite number")
+        found[name] = value
+    return found
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > LONGEST_NUMBER:
+        raise ValueError(f"holds a number of {len(digits):,} digits, expected at most {LONGEST_NUMBER}")
+    return int(digits)
