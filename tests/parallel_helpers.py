@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from deepseek_v3.training.parallel.pieces import pieces_of
 from deepseek_v3.training.parallel.ranks import arrange
 from deepseek_v3.training.schedule import TokenPlan
 from deepseek_v3.training.trainer import Trainer
+from deepseek_v3.utils.errors import DataError
 from run_helpers import SEQUENCE_LENGTH, run_fields
 
 SEQUENCES = 8
@@ -174,6 +177,28 @@ def _blocks(engine: Engine, tensor_of: Any) -> dict[str, Any]:
 def rank() -> int:
     """The rank of this process."""
     return dist.get_rank()
+
+
+def train_until_tokens_are_lost(path: Path, overrides: list[str], split: str, rank: int) -> tuple[int, str]:
+    """Trains while one rank's shards become unreadable in step 3; the last step, and the error of this rank."""
+    config = load_config(path, overrides)
+    loses = dist.get_rank() == rank
+
+    def lose(step: int) -> None:
+        if step == 3 and loses:
+            copy = Path(f"{config.data.path} of rank {rank}")
+            shutil.copytree(config.data.path, copy)
+            trainer.shards.directory = copy
+            trainer.shards._file.cache_clear()
+            for file in (copy / split).iterdir():
+                os.truncate(file, 9)
+
+    trainer = Trainer(config, own("cpu"), None, arrange(config.parallel, "cpu"), lose)
+    try:
+        trainer.run()
+    except DataError as error:
+        return trainer._steps_done, str(error)
+    return trainer._steps_done, "nothing was lost"
 
 
 def train_run(path: Path, overrides: list[str], resume: str | None, device: str = "cpu") -> tuple[int, float]:

@@ -37,7 +37,7 @@ COMMANDS = {
     ),
     "tokenize": (
         "deepseek_v3.data.tokens.tokenize:tokenize",
-        "Turn text into memory-mapped token shards, with a hold-out split.",
+        "Turn text into token shards, with a hold-out split.",
     ),
     "train": ("deepseek_v3.training.train:train", "Train a model, from the first step or from a checkpoint."),
     "generate": ("deepseek_v3.inference.generate:generate", "Continue text with a trained model."),

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -53,9 +54,10 @@ def directory(tmp_path: Path) -> Path:
 
 
 def edit_index(directory: Path, **changes: object) -> None:
-    """Sets fields of the index; `train__tokens` means the first shard's."""
+    """Makes the index one without a checksum, and sets fields; `train__tokens` is the first shard's."""
     path = directory / "index.json"
     index = json.loads(path.read_text())
+    index.pop("index_sha256", None)
     for name, value in changes.items():
         split, _, field = name.partition("__")
         (index[split][0] if field else index)[field or split] = value
@@ -245,3 +247,72 @@ def test_an_index_comes_back_as_it_was_written(directory):
     before = (directory / "index.json").read_bytes()
     index.write(directory)
     assert (directory / "index.json").read_bytes() == before
+
+
+def test_a_flipped_bit_anywhere_in_an_index_is_found(tmp_path):
+    path = write(tmp_path, DOCUMENTS[:1]) / "index.json"
+    content = path.read_bytes()
+    for place in range(0, len(content), 3):
+        flipped = bytes([content[place] ^ 1 << place % 8])
+        path.write_bytes(content[:place] + flipped + content[place + 1 :])
+        with pytest.raises(DataError, match=r"index\.json: "):
+            ShardIndex.read(tmp_path)
+
+
+def test_an_edited_index_is_found(directory):
+    path = directory / "index.json"
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
+    assert "index.json: is damaged or was edited: its SHA-256 is " in error_of(directory)
+
+
+@pytest.fixture
+def older(tmp_path: Path) -> Path:
+    """Shards of a version whose index had no checksum."""
+    with ShardWriter(tmp_path, TOKENIZER, 50) as writer:
+        for split in ("train", "holdout"):
+            for ids in DOCUMENTS[1:9]:
+                writer.add(split, ids, len(ids))
+        writer.finish(OPTIONS)
+    edit_index(tmp_path)
+    return tmp_path
+
+
+def test_an_index_without_a_checksum_is_read_and_named_once(older, caplog):
+    for _ in range(2):
+        assert TokenShards.open(older).num_tokens("train") == len(flat(DOCUMENTS[1:9]))
+    assert [line for line in caplog.messages if "without a checksum of its own" in line] == caplog.messages[:1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"end_of_text": 1}, "end_of_text = 1, and that of tokenizer.json is 0"),
+        ({"vocab_size": 261}, "vocab_size = 261, and that of tokenizer.json is 260"),
+        ({"train__documents": 9}, "documents = 9 of train/00000.bin, which holds 8"),
+        ({"holdout__bytes": 37}, "bytes = 37 of holdout/00000.bin, which holds 36"),
+    ],
+)
+def test_an_index_without_a_checksum_is_held_against_all_else(older, changes, complaint):
+    edit_index(older, **changes)
+    assert f"{older / 'index.json'}: {complaint}" in error_of(older)
+
+
+def test_a_shard_that_is_removed_while_it_is_open_stays_readable(directory):
+    shards = TokenShards.open(directory)
+    before = shards.read("train", 0, 20).tolist()
+    for file in (directory / "train").iterdir():
+        file.unlink()
+    assert shards.read("train", 0, 20).tolist() == before
+    last = shards.num_tokens("train") - 1
+    with pytest.raises(DataError, match=rf"{directory}/train/0000\d\.bin: can no longer be read: No such file"):
+        shards.read("train", last, 1)
+
+
+@pytest.mark.parametrize("kept", [0, 7])
+def test_a_shard_that_becomes_shorter_while_it_is_open_is_named(directory, kept):
+    shards = TokenShards.open(directory)
+    assert len(shards.read("train", 0, 20)) == 20
+    os.truncate(directory / "train/00000.bin", kept)
+    message = rf"{directory}/train/00000\.bin: has become shorter .* ends after {kept} bytes, expected at least 40"
+    with pytest.raises(DataError, match=message):
+        shards.read("train", 0, 20)

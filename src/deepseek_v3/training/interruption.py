@@ -14,6 +14,7 @@ import torch.distributed as dist
 from deepseek_v3.utils.logging import get_logger
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_FAILURE = max(signal.valid_signals()) + 1  # in place of a signal's number
 
 
 class StopRequest:
@@ -30,6 +31,7 @@ class StopRequest:
     def __init__(self, num_ranks: int = 1) -> None:
         self._is_alone = num_ranks == 1
         self._asked_by = 0  # the signal's number, or 0
+        self._has_failed = False
         self._waiting = 0  # the number of a further signal that waits for the end of a save, or 0
         self._saves = self._ends = False
         self._earlier: dict[signal.Signals, Any] = {}
@@ -39,17 +41,21 @@ class StopRequest:
         """Whether this rank has been asked."""
         return self._asked_by != 0
 
+    def ask_after_failure(self) -> None:
+        """Asks for the reason that this rank has nothing to go on with; what it is, the caller tells."""
+        self._has_failed = True
+
     def agreed(self) -> bool:
         """Whether to stop after this step: to be called by every rank, once in each step.
 
         Of several ranks it takes one reduction of a single number on the CPUs, which waits for no GPU.
         """
         if self._is_alone:
-            return self.requested
-        highest = torch.tensor(self._asked_by)
+            return self.requested or self._has_failed
+        highest = torch.tensor(_FAILURE if self._has_failed else self._asked_by)
         dist.all_reduce(highest, dist.ReduceOp.MAX)
         number = int(highest)
-        if number and dist.get_rank() == 0:
+        if 0 < number < _FAILURE and dist.get_rank() == 0:
             _log(number, "all ranks stop after this step and save")
         return number != 0
 

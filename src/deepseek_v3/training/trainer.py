@@ -28,7 +28,7 @@ from deepseek_v3.training.run_state import restore_run, run_state
 from deepseek_v3.training.schedule import Step, TokenPlan
 from deepseek_v3.training.step_metrics import step_figures
 from deepseek_v3.utils.checkpoints.ranks import together
-from deepseek_v3.utils.errors import TrainingError
+from deepseek_v3.utils.errors import DataError, TrainingError
 from deepseek_v3.utils.logging import get_logger
 
 _BUILDING = timedelta(days=1)  # for tokenizing a large corpus
@@ -72,17 +72,20 @@ class Trainer:
         self.plan = TokenPlan(config)
         self.checkpoints = RunCheckpoints(config.checkpoint, self.ranks)
         start = self.checkpoints.start(resume)
+        # For what ranks agree on while a checkpoint is written in the background over the group of checkpoints.
+        self._group = None if self.ranks.is_alone else dist.new_group(backend="gloo")
         self.shards = open_tokens(config) if self.ranks.is_alone else self._tokens_of_all()
         self.loader = TokenLoader(
             self.shards, sequence_length=config.training.sequence_length, seed=config.training.seed
         )
         torch.manual_seed(config.training.seed)
-        self.evaluation = together(self.checkpoints.group, self._evaluation)
+        self.evaluation = together(self._group, self._evaluation)
         documents = Documents(self.shards, config.data.mask_documents)
         self.engine = engine_for(config, self.ranks, device, documents, deepspeed)
         self._steps_done = 0
         self._checkpoint: Path | None = None
         self._held_out: HeldOutLoss | None = None
+        self._failure: DataError | None = None
         if start is not None:
             self._restore(start, str(resume), allow_changed_data)
 
@@ -113,17 +116,39 @@ class Trainer:
         stop.listen()
         with self.checkpoints, closing(batches), reporter:
             stopping = False
+            tokens = together(self._group, lambda: next(batches, None))
             while self._steps_done < self.plan.total_steps and not stopping:
+                assert tokens is not None
                 step = self.plan.step(self._steps_done + 1)
                 if self._step_begins:
                     self._step_begins(step.number)
-                losses, norm = self._train_step(step, next(batches))
+                losses, norm = self._train_step(step, tokens)
                 self._steps_done = step.number
+                tokens = self._next(batches, stop)
                 stopping = stop.agreed()
                 self._after_step(step, losses, norm, reporter, stop, stopping)
-            if self._steps_done == self.plan.total_steps:
+                stopping = stopping or self._failure is not None
+            if self._steps_done == self.plan.total_steps and self._failure is None:
                 reporter.report_end(self._steps_done)
+        if stopping:
+            together(self._group, self._raise_failure)
         return self._result()
+
+    def _next(self, batches: Iterator[Iterator[Tensor]], stop: StopRequest) -> Iterator[Tensor] | None:
+        """The tokens of the next step; None at the end of the run, and, having asked to stop, if they are lost."""
+        try:
+            return next(batches, None)
+        except DataError as error:
+            self._failure = error
+            stop.ask_after_failure()
+            return None
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise DataError(
+                f"{self._failure}. The run stopped after step {self._steps_done} and saved {self._checkpoint}; go "
+                "on with --resume latest when the tokens are there again"
+            )
 
     def _train_step(self, step: Step, batches: Iterator[Tensor]) -> tuple[Losses, Tensor]:
         """One optimizer step; returns mean losses with summed expert loads, and the gradient norm."""
@@ -133,23 +158,32 @@ class Trainer:
     def _after_step(
         self, step: Step, losses: Losses, norm: Tensor, reporter: Reporter, stop: StopRequest, stopping: bool
     ) -> None:
-        """Reports, measures and saves where any of it is due; what is saved has been seen to be finite."""
+        """Measures, reports and saves where any of it is due; what is saved has been seen to be finite."""
         config, number = self.config, step.number
         last = number == self.plan.total_steps
         saves = last or stopping or _is_due(number, config.checkpoint.interval_steps)
-        if saves or number == 1 or _is_due(number, config.logging.interval_steps):
+        measures = last or _is_due(number, config.training.evaluation.interval_steps)
+        if saves or measures or number == 1 or _is_due(number, config.logging.interval_steps):
             reporter.report_step(step, step_figures(config.model, losses, norm, self.engine.biases()))
         with reporter.clock.paused():
-            if last or _is_due(number, config.training.evaluation.interval_steps):
-                self._held_out = self.evaluation.measure(
-                    self.engine.main_losses, self.device, self.ranks.summed, self.checkpoints.group
-                )
-                reporter.report_held_out(number, self._held_out)
-            if saves:
+            if measures:
+                self._measure(number, reporter)
+            if saves or self._failure is not None:
                 tokens = self.plan.tokens_after(number)
                 state = run_state(self.engine, config, self.shards, number, tokens)
                 with stop.saving(last or stopping):
                     self._checkpoint = self.checkpoints.save(number, state)
+
+    def _measure(self, number: int, reporter: Reporter) -> None:
+        """The held-out loss; a split that cannot be read ends the run, on all ranks together, once it is saved."""
+        try:
+            self._held_out = self.evaluation.measure(
+                self.engine.main_losses, self.device, self.ranks.summed, self._group
+            )
+        except DataError as error:
+            self._failure = error
+        else:
+            reporter.report_held_out(number, self._held_out)
 
     def _micro_batches(self) -> Iterator[list[tuple[int, int]]]:
         parallel = self.config.parallel

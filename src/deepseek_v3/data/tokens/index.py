@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ SPLITS: tuple[Split, ...] = ("train", "holdout")
 TokenType = Literal["uint16", "uint32"]
 
 INDEX_FILE = "index.json"
+_NO_SHA256 = 64 * "0"
 REPAIR = "copy the directory again, or build it anew with `dsv3 tokenize`"
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -55,9 +57,14 @@ class SplitTotals:
 
 
 class ShardIndex(Section):
-    """The contents of `index.json`."""
+    """The contents of `index.json`.
+
+    `index_sha256` is the SHA-256 of the file itself, with zeros in place of these 64 digits; an index that was
+    written before there was one has None.
+    """
 
     format_version: Literal[1] = 1
+    index_sha256: Sha256 | None = None
     dtype: TokenType
     vocab_size: Annotated[int, Field(ge=1, le=2**32)]
     end_of_text: Annotated[int, Field(ge=0)]
@@ -95,7 +102,7 @@ class ShardIndex(Section):
         """Reads the index of a directory. Raises DataError, naming the field, where it is not what it should be."""
         path = directory / INDEX_FILE
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_bytes().decode("utf-8")
             fields = json.loads(text)
         except OSError as error:
             raise DataError(
@@ -106,14 +113,34 @@ class ShardIndex(Section):
         if not isinstance(fields, dict):
             raise DataError(f"{path}: holds a {type(fields).__name__}, expected an object of fields; {REPAIR}")
         try:
-            return cls.model_validate_json(text)
+            index = cls.model_validate_json(text)
         except ValidationError as error:
             raise DataError(f"{describe(error, cls, {(): str(path)})}; {REPAIR}") from None
+        if index.index_sha256 is not None:
+            found = _sha256_of_rest(text, index.index_sha256)
+            if found != index.index_sha256:
+                raise DataError(
+                    f"{path}: is damaged or was edited: its SHA-256 is {found}, expected {index.index_sha256}; "
+                    f"{REPAIR}"
+                )
+        return index
 
     def write(self, directory: Path) -> None:
         """Writes the index of a directory, whose other files must be complete by now."""
+        text = self.model_copy(update={"index_sha256": _NO_SHA256}).model_dump_json(indent=2) + "\n"
+        own = _sha256_of_rest(text, _NO_SHA256)
         with written_atomically(directory / INDEX_FILE) as partial:
-            partial.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            partial.write_bytes(text.replace(_entry(_NO_SHA256), _entry(own), 1).encode("utf-8"))
+
+
+def _sha256_of_rest(text: str, own: str) -> str:
+    """SHA-256 of an index whose own checksum is `own`, with zeros in its place."""
+    return hashlib.sha256(text.replace(_entry(own), _entry(_NO_SHA256), 1).encode("utf-8")).hexdigest()
+
+
+def _entry(sha256: str) -> str:
+    """How the index spells its own checksum; no string in it can hold this, where quotes are escaped."""
+    return f'"index_sha256": "{sha256}"'
 
 
 def token_type(vocab_size: int) -> TokenType:

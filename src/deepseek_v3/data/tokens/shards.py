@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepseek_v3.data.tokens.index import (
+    INDEX_FILE,
     REPAIR,
     SPLITS,
     CorpusOptions,
@@ -34,11 +35,15 @@ from deepseek_v3.data.tokens.index import (
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.files import sha256_of_file
+from deepseek_v3.utils.logging import get_logger
 
 Tokens = NDArray[Any]  # uint16 or uint32
 
 _TOKENIZER_FILE = "tokenizer.json"
-_MOST_OPEN = 512  # memory maps that a reader keeps; each one costs a file descriptor
+_MOST_OPEN = 512  # files that a reader keeps open
+_COUNTED_AT_ONCE = 2**20  # tokens
+
+_log = get_logger("Tokens")
 
 
 class ShardWriter:
@@ -148,15 +153,15 @@ class TokenShards:
         self.index = index
         self._dtype = np.dtype(index.dtype).newbyteorder("<")
         self._starts = {split: [0, *accumulate(shard.tokens for shard in index.shards(split))] for split in SPLITS}
-        self._mapped = lru_cache(_MOST_OPEN)(self._map)
+        self._file = lru_cache(_MOST_OPEN)(self._open)
         self._tokenizer: Tokenizer | None = None
 
     @classmethod
     def open(cls, path: str | Path, verify: bool = True) -> TokenShards:
         """Opens a directory of shards after checking its index, its tokenizer and the size of every file.
 
-        `verify` also reads every shard and compares its SHA-256, several at a time. Raises DataError, naming the
-        file, what was found and what was expected.
+        `verify` also reads every shard and compares its SHA-256, several at a time, and of an index without a
+        checksum of its own its counts. Raises DataError, naming the file, what was found and what was expected.
         """
         directory = Path(path)
         index = ShardIndex.read(directory)
@@ -164,10 +169,45 @@ class TokenShards:
         for file, shard in shards:
             _check_size(file, shard.tokens * np.dtype(index.dtype).itemsize)
         _check_sha256(directory / _TOKENIZER_FILE, index.tokenizer_sha256)
+        opened = cls(directory, index)
+        opened._check_tokenizer()
         if verify:
             with ThreadPoolExecutor() as pool:
                 list(pool.map(lambda pair: _check_sha256(pair[0], pair[1].sha256), shards))
-        return cls(directory, index)
+        if index.index_sha256 is None:
+            _tell_unchecked(directory)
+            if verify:
+                opened._check_counts()
+        return opened
+
+    def _check_tokenizer(self) -> None:
+        tokenizer = self.load_tokenizer()
+        for name in ("vocab_size", "end_of_text"):
+            found, expected = getattr(self.index, name), getattr(tokenizer, name)
+            if found != expected:
+                raise DataError(
+                    f"{self.directory / INDEX_FILE}: {name} = {found}, and that of {_TOKENIZER_FILE} is "
+                    f"{expected}; {REPAIR}"
+                )
+
+    def _check_counts(self) -> None:
+        """Raises DataError where a shard holds other documents or bytes of text than the index says."""
+        tokenizer = self.load_tokenizer()
+        for split in SPLITS:
+            for number, shard in enumerate(self.index.shards(split)):
+                found = {"documents": 0, "bytes": 0}
+                for start in range(0, shard.tokens, _COUNTED_AT_ONCE):
+                    tokens = self._tokens(split, number, start, min(shard.tokens, start + _COUNTED_AT_ONCE))
+                    found["documents"] += int((tokens == tokenizer.end_of_text).sum())
+                    found["bytes"] += int(tokenizer.byte_lengths[tokens].sum())
+                if not tokenizer.is_byte_exact:
+                    del found["bytes"]
+                for name, count in found.items():
+                    if getattr(shard, name) != count:
+                        raise DataError(
+                            f"{self.directory / INDEX_FILE}: {name} = {getattr(shard, name)} of {shard.file}, "
+                            f"which holds {count}; {REPAIR}"
+                        )
 
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer that made these tokens; read once."""
@@ -190,8 +230,8 @@ class TokenShards:
     def read(self, split: Split, start: int, length: int) -> Tokens:
         """Tokens `start` to `start + length` of a split, [length] uint16 or uint32, across borders of shards.
 
-        What lies inside one shard is a read-only view of the file. Raises ValueError if the range is empty or
-        reaches outside the split.
+        Raises ValueError if the range is empty or reaches outside the split, and DataError where a shard cannot be
+        read or has become shorter. One that is removed while it is open stays readable.
         """
         starts = self._starts[split]
         stop = start + length
@@ -201,13 +241,64 @@ class TokenShards:
         number = bisect_right(starts, start) - 1
         while start < stop:
             end = min(stop, starts[number + 1])
-            parts.append(self._mapped(split, number)[start - starts[number] : end - starts[number]])
+            parts.append(self._tokens(split, number, start - starts[number], end - starts[number]))
             start, number = end, number + 1
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _map(self, split: Split, number: int) -> Tokens:
-        file = self.index.shards(split)[number].file
-        return np.asarray(np.memmap(self.directory / file, self._dtype, mode="r"))
+    def _tokens(self, split: Split, number: int, start: int, stop: int) -> Tokens:
+        """Tokens `start` to `stop` of one shard, read-only."""
+        size = self._dtype.itemsize
+        return np.frombuffer(self._file(split, number).read(start * size, (stop - start) * size), self._dtype)
+
+    def _open(self, split: Split, number: int) -> _OpenFile:
+        return _OpenFile(self.directory / self.index.shards(split)[number].file)
+
+
+class _OpenFile:
+    """A file to read anywhere from several threads; closed with its last reference.
+
+    Read and not mapped: a map of a file that becomes shorter ends the process (SIGBUS) without a word.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor = -1
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise self._unreadable(error) from None
+
+    def __del__(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+
+    def read(self, start: int, num_bytes: int) -> bytes:
+        """Bytes `start` to `start + num_bytes`. Raises DataError where they cannot be read or are not there."""
+        try:
+            data = os.pread(self._descriptor, num_bytes, start)
+            while len(data) < num_bytes:  # a single call reads 2 GiB at most
+                more = os.pread(self._descriptor, num_bytes - len(data), start + len(data))
+                if not more:
+                    raise DataError(
+                        f"{self._path}: has become shorter while it was in use: it ends after "
+                        f"{start + len(data)} bytes, expected at least {start + num_bytes}; {REPAIR}"
+                    )
+                data += more
+        except OSError as error:
+            raise self._unreadable(error) from None
+        return data
+
+    def _unreadable(self, error: OSError) -> DataError:
+        return DataError(f"{self._path}: can no longer be read: {error.strerror}; {REPAIR}")
+
+
+@lru_cache
+def _tell_unchecked(directory: Path) -> None:
+    """Warns once that an index cannot prove itself."""
+    _log.warning(
+        f"{directory / INDEX_FILE} was written without a checksum of its own, so damage to it may go unseen; "
+        "`dsv3 tokenize` now writes one"
+    )
 
 
 def _check_size(path: Path, expected: int) -> None:

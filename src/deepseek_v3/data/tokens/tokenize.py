@@ -67,7 +67,7 @@ def tokenize(
         ),
     ] = None,
 ) -> None:
-    """Turn text into memory-mapped token shards, with a hold-out split."""
+    """Turn text into token shards, with a hold-out split."""
     configure_logging()
     if (source is None) == (corpus is None):
         raise DataError("give one of --input and --corpus")
