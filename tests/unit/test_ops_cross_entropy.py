@@ -182,15 +182,50 @@ def test_one_side_may_need_no_gradient(frozen: int) -> None:
     assert largest_difference(found, expected) < 1e-12
 
 
-def test_a_second_backward_pass_gives_what_the_first_one_gave() -> None:
-    hidden, head, targets = states_head_targets(torch.float32, torch.float32, torch.device("cpu"))
-    loss = linear_cross_entropy(hidden, head, targets)
-    first = torch.autograd.grad(0.25 * loss, (hidden, head), retain_graph=True)
-    first = [gradient.clone() for gradient in first]
-    for factor in (0.25, 3.0):
-        again = torch.autograd.grad(factor * loss, (hidden, head), retain_graph=True)
-        for before, after in zip(first, again, strict=True):
-            torch.testing.assert_close(after, before * (factor / 0.25))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("factors", [(0.0, 0.0), (0.0, 2.0, 0.25), (0.25, 0.0, 2.0), (1e-30, 2.0)], ids=str)
+@pytest.mark.parametrize("asked", ["both", "halves", "halves, weight first"])
+def test_every_backward_pass_of_one_graph_is_right(
+    dtype: torch.dtype, factors: tuple[float, ...], asked: str, device: torch.device
+) -> None:
+    """A pipeline may go back to the states first, to the weights later; a loss of weight 0 has a gradient of 0."""
+    hidden_TD, weight_VD, targets_T = states_head_targets(dtype, dtype, device)
+    inputs = {"states": hidden_TD, "weight": weight_VD}
+    loss = linear_cross_entropy(hidden_TD, weight_VD, targets_T)
+    exact = torch.autograd.grad(linear_cross_entropy(hidden_TD, weight_VD, targets_T), (hidden_TD, weight_VD))
+    unscaled = dict(zip(inputs, exact, strict=True))
+    passes = {"both": [["states", "weight"]], "halves": [["states"], ["weight"]]}.get(
+        asked, [["weight"], ["states"]]
+    )
+    steps = [(factor, names) for factor in factors for names in passes]
+    found = []
+    for number, (factor, names) in enumerate(steps, start=1):
+        upstream = torch.full_like(loss, factor)
+        retain = number < len(steps)
+        found.append(torch.autograd.grad(loss, [inputs[name] for name in names], upstream, retain_graph=retain))
+    for (factor, names), gradients in zip(
+        steps, found, strict=True
+    ):  # at the end: later passes must not touch them
+        for name, gradient in zip(names, gradients, strict=True):
+            torch.testing.assert_close(
+                gradient, unscaled[name] * factor, rtol=8e-3 if dtype == torch.bfloat16 else 1e-6, atol=0
+            )
+
+
+def test_one_backward_pass_scales_where_the_gradient_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second matrix of the vocabulary's size would be the largest tensor of the step."""
+    hidden_TD, weight_VD, targets_T = states_head_targets(torch.float32, torch.float32, torch.device("cpu"))
+    summed: list[Tensor] = []
+    accumulate = chunked._accumulate_product
+
+    def remember(total_VD: Tensor, *factors: Tensor) -> None:
+        summed.append(total_VD)
+        accumulate(total_VD, *factors)
+
+    monkeypatch.setattr(chunked, "_accumulate_product", remember)
+    loss = linear_cross_entropy(hidden_TD, weight_VD, targets_T)
+    (gradient,) = torch.autograd.grad(0.5 * loss, [weight_VD])
+    assert gradient.data_ptr() == summed[0].data_ptr()
 
 
 def test_no_tokens_make_no_loss() -> None:

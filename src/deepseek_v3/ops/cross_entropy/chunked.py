@@ -85,7 +85,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             del logits_TV  # before the next chunk's, so that only one is ever held
         if needs_gradient:
             ctx.save_for_backward(grad_hidden_TD, grad_weight_VD)
-            ctx.weight_dtype, ctx.scale = weight_VD.dtype, None
+            ctx.weight_dtype = weight_VD.dtype
         return loss
 
     @staticmethod
@@ -94,12 +94,16 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         grad_hidden_TD, grad_weight_VD = ctx.saved_tensors
         scaled_TD = (at_least_float32(grad_hidden_TD) * grad_loss).to(grad_hidden_TD.dtype)
         grad_loss = grad_loss.to(grad_weight_VD.dtype)
-        if ctx.scale is None:
-            ctx.scale = grad_loss
+        if _keeps_graph():  # another backward pass may follow, as in a pipeline that goes back in two halves
+            grad_weight_VD = grad_weight_VD * grad_loss
+        else:  # autograd frees it after this; in place it needs no memory for a second matrix
             grad_weight_VD.data.mul_(grad_loss)
-        else:  # a zero-bubble pipeline goes back in two halves and comes here in both
-            grad_weight_VD = grad_weight_VD * torch.where(grad_loss == ctx.scale, 1.0, grad_loss / ctx.scale)
         return scaled_TD, grad_weight_VD.to(ctx.weight_dtype), None, None
+
+
+def _keeps_graph() -> bool:
+    """Whether the backward pass that is running retains the graph for another one."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def _chunk_size(num_tokens: int, vocab_size: int, device_type: str) -> int:
@@ -110,8 +114,7 @@ def _chunk_size(num_tokens: int, vocab_size: int, device_type: str) -> int:
 def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
     """The reference's operation without ever holding all logits; the weight's gradient sums in float32 at least.
 
-    Differentiable once. Backward scales the weight's gradient where it lies: after a first gradient of 0, a second
-    one through the same graph must be 0 too.
+    Differentiable once, by any number of backward passes.
     """
     needs_gradient = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
     return _ChunkedLinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T, needs_gradient)
