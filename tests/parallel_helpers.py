@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,23 +17,27 @@ from deepseek_v3.config.loading import load_config
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.moe.routing import Router, Routing
 from deepseek_v3.training.batches import document_numbers
-from deepseek_v3.training.optimizer import local
+from deepseek_v3.training.optimizer import MOMENTS, local
 from deepseek_v3.training.parallel.engine import Engine
 from deepseek_v3.training.parallel.engines import engine_for
 from deepseek_v3.training.parallel.pieces import pieces_of
 from deepseek_v3.training.parallel.ranks import arrange
 from deepseek_v3.training.schedule import TokenPlan
 from deepseek_v3.training.trainer import Trainer
+from deepseek_v3.utils.checkpointing import load_checkpoint
 from deepseek_v3.utils.errors import DataError
 from run_helpers import SEQUENCE_LENGTH, run_fields
 
 SEQUENCES = 8
 
 
-def run_config(steps: int, parallel: dict[str, Any], training: dict[str, Any]) -> RunConfig:
+def run_config(
+    steps: int, parallel: dict[str, Any], training: dict[str, Any], model: dict[str, Any] | None = None
+) -> RunConfig:
     """A run whose batch divides over four ranks twice."""
     fields = run_fields(Path("run"))
     fields["model"] |= {"num_hidden_layers": 4, "n_routed_experts": 8, "n_group": 4, "topk_group": 2}
+    fields["model"] |= model or {}
     fields["training"] |= {
         "total_tokens": steps * SEQUENCES * SEQUENCE_LENGTH,
         "global_batch_size": SEQUENCES,
@@ -57,12 +61,13 @@ def train(
     training: dict[str, Any] | None = None,
     device: str = "cpu",
     masked: bool = False,
+    model: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Losses, norms, loads and biases of every step; this rank's blocks of the first gradients and last weights.
 
     With `masked` documents are kept apart, of which one sequence has more than another.
     """
-    config = run_config(steps, {"precision": "float32", **parallel}, training or {})
+    config = run_config(steps, {"precision": "float32", **parallel}, training or {}, model)
     documents = _documents if masked else _no_documents
     engine = engine_for(config, arrange(config.parallel, device), own(device), documents)
     first: dict[str, Any] = {}
@@ -170,6 +175,8 @@ def _blocks(engine: Engine, tensor_of: Any) -> dict[str, Any]:
     for model in engine.models:
         for name, piece in pieces_of(model, engine.ranks).items():
             values = local(tensor_of(model.get_parameter(name))).detach().cpu().numpy().copy()
+            if name in blocks:  # a second copy on this rank
+                np.testing.assert_array_equal(blocks[name][2], values, err_msg=name)
             blocks[name] = (piece.shape, piece.starts, values)
     return blocks
 
@@ -208,3 +215,29 @@ def train_run(path: Path, overrides: list[str], resume: str | None, device: str 
     result = trainer.run()
     assert result.held_out is not None
     return result.step, result.held_out.loss
+
+
+class Resumed(NamedTuple):
+    """What a rank holds after resuming: kinds of tensors compared, those that differ in any bit, held-out loss."""
+
+    compared: set[str]
+    differing: list[str]
+    held_out: float
+
+
+def resumed(path: Path, overrides: list[str], checkpoint: str, device: str = "cpu") -> Resumed:
+    """Resumes a run and compares every weight and moment of this rank, second copies too, with the checkpoint's."""
+    config = load_config(path, overrides)
+    trainer = Trainer(config, own(device), checkpoint, arrange(config.parallel, device))
+    engine, saved = trainer.engine, load_checkpoint(Path(checkpoint))
+    wholes = {"model": saved["model"], **{kind: saved["optimizer"][kind] for kind in MOMENTS}}
+    compared, differing = set(), []
+    for model in engine.models:
+        for name, piece in pieces_of(model, engine.ranks).items():
+            parameter = model.get_parameter(name)
+            for kind, values in {"model": parameter, **engine.optimizer.state[parameter]}.items():
+                compared.add(kind)
+                if not local(values).cpu().equal(piece.of(wholes[kind][name])):
+                    differing.append(f"{kind} of {name}")
+    measured = trainer.evaluation.measure(engine.main_losses, own(device), engine.ranks.summed)
+    return Resumed(compared, differing, measured.loss)

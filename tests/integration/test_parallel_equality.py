@@ -106,6 +106,22 @@ def test_a_layout_trains_as_one_gpu_does(gpus: RankPool, one_gpu: dict[str, Any]
     check(gpus, one_gpu, LAYOUTS[name], 1e-4)
 
 
+SCHEDULES = ("1f1b", "interleaved", "zero_bubble", "dualpipe_v")
+
+
+@pytest.mark.parametrize(("depth", "weight"), [(0, 0.3), (1, 0.0), (1, 0.3), (2, 0.0), (2, 0.3)])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_every_schedule_trains_heads_of_all_kinds(pool: RankPool, depth: int, weight: float, tied: bool) -> None:
+    """Weights that the last stage uses several times, and losses without weight, whose gradients are 0."""
+    model = {"num_nextn_predict_layers": depth, "tie_word_embeddings": tied}
+    training = {"prediction": {"weight": weight, "final_weight": weight}}
+    (alone,) = pool.run(1, parallel_helpers.train, 2, {"micro_batch_size": 2}, training, "cpu", False, model)
+    for schedule in SCHEDULES:
+        layout = {"pipeline": 2, "pipeline_schedule": schedule, "micro_batch_size": 2}
+        results = pool.run(2, parallel_helpers.train, 2, layout, training, "cpu", False, model)
+        compare(results, alone, 2, 1e-5)
+
+
 def ranks_of(layout: dict[str, Any]) -> int:
     return int(np.prod([layout.get(key, 1) for key in ("data_replicate", "data_shard", "pipeline")]))
 
@@ -117,7 +133,13 @@ def check(
     world, stages = ranks_of(layout), layout.get("pipeline", 1)
     if stages == 1:  # every rank sums the gradients of two micro-batches
         layout = {**layout, "micro_batch_size": parallel_helpers.SEQUENCES // world // 2}
-    results = pool.run(world, parallel_helpers.train, len(alone["rows"]), layout, {}, pool.device, masked)
+    steps = len(alone["rows"])
+    results = pool.run(world, parallel_helpers.train, steps, layout, {}, pool.device, masked)
+    compare(results, alone, stages, tolerance)
+
+
+def compare(results: list[dict[str, Any]], alone: dict[str, Any], stages: int, tolerance: float) -> None:
+    """Raises AssertionError where the ranks of a pipeline of some stages found anything else than one process."""
     for result in results:
         for (found, counts, biases), (expected, all_counts, all_biases) in zip(
             result["rows"], alone["rows"], strict=True
@@ -125,7 +147,7 @@ def check(
             np.testing.assert_allclose(found, expected, rtol=tolerance)
             np.testing.assert_array_equal(counts, all_counts)
             np.testing.assert_array_equal(biases, all_biases)
-    held_out = sum(result["held_out"] for result in results[:: max(world // stages, 1)])
+    held_out = sum(result["held_out"] for result in results[:: max(len(results) // stages, 1)])
     np.testing.assert_allclose(held_out, alone["held_out"], rtol=tolerance)
     for what in ("gradients", "weights"):
         found, expected = parallel_helpers.whole(results, what), parallel_helpers.whole([alone], what)

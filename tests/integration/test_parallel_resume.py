@@ -1,5 +1,7 @@
 """A run saved under one layout goes on under any other as if nothing had happened."""
 
+from collections.abc import Callable
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import deepspeed_helpers
 import parallel_helpers
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.training.batches import open_tokens
+from deepseek_v3.training.optimizer import MOMENTS
 from deepseek_v3.utils.checkpointing import load_checkpoint
 from rank_pool import RankPool
 from run_helpers import TOKENS_PER_STEP, write_run
@@ -96,6 +99,7 @@ def uninterrupted(pool: RankPool, run: Path, tmp_path_factory: pytest.TempPathFa
         (EXPERTS_APART, HSDP),
         (PIPELINE, EXPERTS_APART),
         (PIPELINE_V, FSDP),
+        (FSDP, PIPELINE_V),
         (PIPELINE_EXPERTS, ALONE),
         (ALONE, PIPELINE_EXPERTS),
     ],
@@ -106,6 +110,61 @@ def test_a_run_goes_on_under_another_layout(
     train(pool, run, first, tmp_path / "first")
     found = train(pool, run, second, tmp_path / "second", resume=in_the_middle(tmp_path / "first"))
     assert found == pytest.approx(uninterrupted, rel=1e-5)
+
+
+TIED = ["model.tie_word_embeddings=true"]
+ZERO_BUBBLE = ["parallel.pipeline=2", "parallel.pipeline_schedule=zero_bubble"]
+
+
+Saved = Callable[[list[str], list[str]], tuple[str, float]]
+
+
+@pytest.fixture(scope="module")
+def saved_by(pool: RankPool, run: Path, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """Makes the checkpoint in the middle of a run, once for each layout, and its held-out loss in one process."""
+
+    @cache
+    def saved(layout: tuple[str, ...], model: tuple[str, ...]) -> tuple[str, float]:
+        folder = tmp_path_factory.mktemp("saved")
+        train(pool, run, list(layout), folder)
+        checkpoint = in_the_middle(folder)
+        (result,) = pool.run(1, parallel_helpers.resumed, run, recipe(folder, [*ALONE, *model]), checkpoint)
+        assert result.differing == []
+        return checkpoint, result.held_out
+
+    return lambda layout, model: saved(tuple(layout), tuple(model))
+
+
+@pytest.mark.parametrize("first", [ALONE, ZERO_BUBBLE], ids=["from one process", "from zero bubble"])
+@pytest.mark.parametrize(
+    ("second", "model"),
+    [
+        (PIPELINE, TIED),
+        ([*PIPELINE, "parallel.pipeline_schedule=interleaved"], TIED),
+        (ZERO_BUBBLE, TIED),
+        (ZERO_BUBBLE, []),
+        (PIPELINE_V, TIED),
+        ([*PIPELINE_EXPERTS, *ZERO_BUBBLE], TIED),
+    ],
+    ids=["1F1B", "interleaved", "zero bubble", "zero bubble, untied", "DualPipeV", "zero bubble × EP"],
+)
+def test_resuming_fills_every_copy_of_a_weight(
+    pool: RankPool,
+    run: Path,
+    saved_by: Saved,
+    tmp_path: Path,
+    first: list[str],
+    second: list[str],
+    model: list[str],
+) -> None:
+    """The embedding is on the first and on the last stage; in a V one rank has both."""
+    checkpoint, expected = saved_by([*first, *model], model)
+    overrides = recipe(tmp_path, [*second, *model])
+    world = load_config(run, overrides).parallel.world_size
+    for result in pool.run(world, parallel_helpers.resumed, run, overrides, checkpoint, pool.device):
+        assert result.differing == []
+        assert {"model", *MOMENTS} == result.compared
+        assert result.held_out == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.gpu

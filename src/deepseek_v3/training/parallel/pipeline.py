@@ -6,7 +6,7 @@ stand; tokens reach every stage directly, so that only states travel.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -29,7 +29,7 @@ from deepseek_v3.model.transformer import DeepSeekV3, HiddenStates
 from deepseek_v3.planning.stages import stage_layers
 from deepseek_v3.training.batches import Documents
 from deepseek_v3.training.loss import Losses, losses_of, stacked_counts, sum_of_balance
-from deepseek_v3.training.optimizer import AdamW, local
+from deepseek_v3.training.optimizer import MOMENTS, AdamW, local
 from deepseek_v3.training.parallel.engine import Engine, combined
 from deepseek_v3.training.parallel.fsdp import sum_whole_gradients
 from deepseek_v3.training.parallel.pieces import NormOverRanks, pieces_of
@@ -142,6 +142,10 @@ class Pipelined(Engine):
                 pieces[key] = replace(piece, copies=piece.copies * self._embeddings.copies_of(name))
         self.optimizer = AdamW(parameters, config.training.optimizer, NormOverRanks(pieces, ranks))
 
+    def loaded(self, places: dict[str, Any], num_steps: int) -> None:
+        super().loaded(places, num_steps)
+        self._embeddings.copy_first(self.optimizer)
+
     def run_step(self, batches: Iterator[Tensor], step: Step) -> tuple[Losses, Tensor]:
         parallel = self.ranks.parallel
         count = step.num_samples // (parallel.micro_batch_size * parallel.data_ranks)
@@ -226,7 +230,20 @@ class Pipelined(Engine):
             input_args=tokens if stage.is_first else states,
             output_args=loss if stage.is_last else states,
             group=self.ranks.group("pipeline"),
+            dw_builder=_no_gradients_left if self._goes_back_whole(stage) else None,
         )
+
+    def _goes_back_whole(self, stage: Stage) -> bool:
+        """Whether one backward pass makes all gradients, where zero bubble has one for states and one for weights.
+
+        The second half runs a backward pass for every weight, from the places where it meets the states. It fails
+        where a prediction layer or a tied head uses a weight at several of these places, it runs a recomputed layer
+        again for every weight, and a compiled layer computes all its gradients in both halves.
+        """
+        depth = self.config.num_nextn_predict_layers if stage.is_last else 0
+        uses_weights_again = depth > 1 or (depth > 0 and self.config.tie_word_embeddings)
+        is_compiled = any(module._compiled_call_impl is not None for module in stage.modules())
+        return uses_weights_again or is_compiled or self.ranks.parallel.recomputation != "none"
 
 
 class SharedEmbeddings:
@@ -246,6 +263,15 @@ class SharedEmbeddings:
     def copies_of(self, name: str) -> int:
         """On how many stages a parameter is."""
         return 2 if self._shared and name == "model.embed_tokens.weight" else 1
+
+    @torch.no_grad()
+    def copy_first(self, optimizer: AdamW) -> None:
+        """Gives the second copy of a rank the weight and moments of the first, the only one that files know."""
+        if len(self._weights) == 2:
+            first, second = self._weights
+            local(second).copy_(local(first))
+            for moment in MOMENTS:
+                local(optimizer.state[second][moment]).copy_(local(optimizer.state[first][moment]))
 
     @torch.no_grad()
     def sum_gradients(self) -> None:
@@ -283,6 +309,11 @@ def _keep_only(model: DeepSeekV3, layers: range, is_first: bool, is_last: bool) 
         if not config.tie_word_embeddings:
             model.set_submodule("lm_head", nn.Identity())
     return kept
+
+
+def _no_gradients_left() -> Callable[[], None]:
+    """What is left to do for the weights of a stage whose backward pass is whole."""
+    return lambda: None
 
 
 def _given_loss(output: Tensor, target: Tensor) -> Tensor:  # noqa: ARG001 -- the stage has met the target already
