@@ -73,6 +73,19 @@ def test_a_prompt_is_continued_as_by_the_engine(checkpoint, engine):
     assert result.stderr.endswith(" tokens/s; ended 1 by length\n")
 
 
+@pytest.mark.parametrize(("new_tokens", "longest"), [(12, None), (14, 17), (99, 32)])
+def test_texts_longer_than_any_trained_on_are_named(checkpoint, caplog, new_tokens, longest):
+    """Trained on 16 tokens, with room for 32; "the cat" and its like take 3."""
+    tokenizer = Tokenizer.from_json(load_model(checkpoint, torch.device("cpu")).tokenizer_json)
+    prompt = tokenizer.decode([10, 11, 12])
+    assert len(tokenizer.encode(prompt)) == 3
+    result = run(checkpoint, "--prompt", prompt, "--max-new-tokens", new_tokens)
+    assert result.exit_code == 0, result.output
+    expected = f"may reach {longest} tokens, and the model was trained on 16 at most"
+    assert [expected in line for line in caplog.messages] == ([] if longest is None else [True])
+    assert "may reach" not in result.stdout
+
+
 def test_every_option_reaches_the_engine(checkpoint, engine):
     arguments = "--temperature 1.5 --top-p 0.9 --top-k 40 --repetition-penalty 1.2 --seed 3 --max-new-tokens 9"
     result = run(checkpoint, "--prompt", "the", *arguments.split(), "--stop", "t", "--stop", "e", "--no-cache")

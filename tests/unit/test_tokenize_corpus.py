@@ -80,6 +80,13 @@ def test_every_document_comes_back_on_its_side_in_its_order(source, tmp_path):
     assert shards.index.options.source == source
 
 
+@pytest.mark.parametrize(("asked", "warned"), [(260, False), (300, False), (5000, True)])
+def test_a_tokenizer_smaller_than_was_asked_for_is_named(source, tmp_path, caplog, asked, warned):
+    found = build(source, tmp_path / "out", vocab_size=asked).vocab_size
+    expected = f"the tokenizer has {found:,} ids where {asked:,} were asked for"
+    assert [expected in message for message in caplog.messages].count(True) == warned
+
+
 def test_the_same_corpus_gives_the_same_bytes_whatever_the_batches(source, tmp_path, monkeypatch):
     build(source, tmp_path / "one", fim_rate=0.5)
     monkeypatch.setattr("deepseek_v3.data.tokens.build._BATCH_CHARACTERS", 100)

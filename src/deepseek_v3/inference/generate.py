@@ -11,9 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
+from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.inference.engine import Completion, Generator
 from deepseek_v3.inference.sampling import SamplingConfig
@@ -22,7 +22,7 @@ from deepseek_v3.utils.commands import number_option, whole_option
 from deepseek_v3.utils.distributed import select_device
 from deepseek_v3.utils.errors import GenerationError
 from deepseek_v3.utils.files import written_atomically
-from deepseek_v3.utils.logging import configure_logging
+from deepseek_v3.utils.logging import configure_logging, get_logger
 
 
 def generate(
@@ -79,7 +79,10 @@ def generate(
     prompts = _prompts(prompt, prompts_file)
     if output is not None and output.exists():
         raise GenerationError(f"--output {output}: exists and is left as it is; choose a new file")
-    generator = _load(checkpoint, select_device(device))
+    saved = load_model(checkpoint, select_device(device))
+    tokenizer = Tokenizer.from_json(saved.tokenizer_json)
+    generator = Generator(saved.model, tokenizer)
+    _warn_of_length(prompts, tokenizer, sampling, saved.config)
     start = time.perf_counter()
     if prompt is not None:
         completions = [_stream(generator, prompt, sampling, use_cache=not no_cache)]
@@ -129,9 +132,16 @@ def _prompt_of(line: str, where: str) -> str:
     return prompt
 
 
-def _load(checkpoint: Path, device: torch.device) -> Generator:
-    saved = load_model(checkpoint, device)
-    return Generator(saved.model, Tokenizer.from_json(saved.tokenizer_json))
+def _warn_of_length(prompts: list[str], tokenizer: Tokenizer, sampling: SamplingConfig, config: RunConfig) -> None:
+    """Warns where a text may become longer than any that the model has been trained on."""
+    trained, context = config.training.sequence_length, config.model.max_position_embeddings
+    longest = min(max(map(len, tokenizer.encode_batch(prompts))) + sampling.max_new_tokens, context)
+    if longest > trained:
+        get_logger("Generate").warning(
+            f"a prompt with its {sampling.max_new_tokens:,} new tokens may reach {longest:,} tokens, and the model "
+            f"was trained on {trained:,} at most: what is further on may be of little use; lower --max-new-tokens, "
+            "or shorten the prompt"
+        )
 
 
 def _stream(generator: Generator, prompt: str, sampling: SamplingConfig, use_cache: bool) -> Completion:

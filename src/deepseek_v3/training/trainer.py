@@ -25,6 +25,7 @@ from deepseek_v3.training.parallel.ranks import Ranks
 from deepseek_v3.training.reporting import Reporter
 from deepseek_v3.training.run_checkpoints import RunCheckpoints
 from deepseek_v3.training.run_state import restore_run, run_state
+from deepseek_v3.training.run_warnings import warn_of_run
 from deepseek_v3.training.schedule import Step, TokenPlan
 from deepseek_v3.training.step_metrics import step_figures
 from deepseek_v3.utils.checkpoints.ranks import together
@@ -78,6 +79,7 @@ class Trainer:
         self.loader = TokenLoader(
             self.shards, sequence_length=config.training.sequence_length, seed=config.training.seed
         )
+        warn_of_run(config, self.plan, self.loader, self.shards)
         torch.manual_seed(config.training.seed)
         self.evaluation = together(self._group, self._evaluation)
         documents = Documents(self.shards, config.data.mask_documents)

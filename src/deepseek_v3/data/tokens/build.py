@@ -177,7 +177,13 @@ def _train(options: CorpusOptions, holdout: HoldOut, vocab_size: int | None) -> 
                 meter.add(1, len(text))
                 yield text
 
-        return Tokenizer.train(texts(), vocab_size)
+        tokenizer = Tokenizer.train(texts(), vocab_size)
+    if tokenizer.vocab_size < vocab_size:
+        _log.warning(
+            f"the tokenizer has {tokenizer.vocab_size:,} ids where {vocab_size:,} were asked for: no other pair "
+            f"occurs twice in the text of {options.source}; add text, or ask for fewer ids"
+        )
+    return tokenizer
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:

@@ -1,0 +1,72 @@
+"""What a run may do and seldom means to: a line of warning for each, at its start."""
+
+from __future__ import annotations
+
+from deepseek_v3.config.data_config import CorpusConfig
+from deepseek_v3.config.train_config import RunConfig
+from deepseek_v3.data.tokens.loader import TokenLoader
+from deepseek_v3.data.tokens.shards import TokenShards
+from deepseek_v3.training.schedule import TokenPlan
+from deepseek_v3.utils.logging import get_logger
+
+MOST_EPOCHS = 4  # repeated text trains nearly as well as fresh text up to here (Muennighoff et al. 2023, §6)
+LEAST_OF_VOCABULARY = 0.9  # vocabularies are padded by less, to multiples of up to 1024 ids
+
+
+def warn_of_run(config: RunConfig, plan: TokenPlan, loader: TokenLoader, shards: TokenShards) -> None:
+    """Logs what is unusual about a run whose tokens are open."""
+    found = [_repetition(plan, loader, shards), _warm_up(config, plan), _vocabulary(config, shards)]
+    if config.data.corpus is not None:
+        found.append(_built_otherwise(config.data.corpus, shards))
+    for warning in found:
+        if warning is not None:
+            get_logger("Trainer").warning(warning)
+
+
+def _repetition(plan: TokenPlan, loader: TokenLoader, shards: TokenShards) -> str | None:
+    available = loader.num_samples * loader.sequence_length
+    epochs = plan.total_tokens / available
+    if epochs <= MOST_EPOCHS:
+        return None
+    return (
+        f"the budget of {plan.total_tokens:,} tokens is {epochs:.1f} epochs over the {available:,} training tokens "
+        f"of {shards.directory}, and text repeated more than {MOST_EPOCHS} times teaches little; add text, or "
+        "lower training.total_tokens"
+    )
+
+
+def _warm_up(config: RunConfig, plan: TokenPlan) -> str | None:
+    steps = config.training.schedule.warmup_steps
+    if steps < plan.total_steps:
+        return None
+    return (
+        f"training.schedule.warmup_steps = {steps:,} leaves nothing of the run of {plan.total_steps:,} steps: the "
+        f"learning rate reaches {min(1.0, plan.total_steps / steps):.0%} of training.optimizer.learning_rate at "
+        "most; lower warmup_steps, or raise training.total_tokens"
+    )
+
+
+def _vocabulary(config: RunConfig, shards: TokenShards) -> str | None:
+    known, rows = shards.index.vocab_size, config.model.vocab_size
+    if known >= LEAST_OF_VOCABULARY * rows:
+        return None
+    return (
+        f"the tokenizer of {shards.directory} has {known:,} ids and model.vocab_size is {rows:,}: {rows - known:,} "
+        "rows of the embedding and of the head are never used; lower model.vocab_size, or use a larger tokenizer"
+    )
+
+
+def _built_otherwise(corpus: CorpusConfig, shards: TokenShards) -> str | None:
+    options = shards.index.options
+    asked = {name: getattr(corpus, name) for name in ("source", "holdout", "fim_rate", "seed")}
+    different = [
+        f"{name} = {getattr(options, name)} where data.corpus says {value}"
+        for name, value in asked.items()
+        if value is not None and value != getattr(options, name)
+    ]
+    if not different:
+        return None
+    return (
+        f"{shards.directory} exists and is used as it was built, with {'; '.join(different)}; "
+        "remove it to build it anew, or choose another data.path"
+    )
