@@ -11,7 +11,9 @@ import torch.distributed as dist
 
 import parallel_helpers
 from deepseek_v3.config.loading import load_config
+from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.training.parallel.deepspeed_settings import DeepSpeedFile
+from deepseek_v3.training.parallel.engine import Engine
 from deepseek_v3.training.parallel.engines import engine_for
 from deepseek_v3.training.parallel.ranks import arrange
 from deepseek_v3.training.trainer import Trainer
@@ -29,13 +31,9 @@ def write_settings(folder: Path, settings: dict[str, Any]) -> Path:
 
 def train(file: Path, steps: int, parallel: dict[str, Any], training: dict[str, Any]) -> dict[str, Any]:
     """Losses, norms, loads and biases of every step; gradients of the first and weights of the last, whole."""
-    _announce()
+    engine, config = engine_of(file, steps, parallel, training)
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
-    settings = DeepSpeedFile(file)
-    config = settings.laid_out(parallel_helpers.run_config(steps, parallel, training), dist.get_world_size())
-    ranks = arrange(config.parallel, "cpu")
-    engine = engine_for(config, ranks, CPU, lambda _: None, settings)
     parameters = dict(engine.models[0].named_parameters())
     gradients: dict[str, Any] = {}
     take_step = engine._engine.step
@@ -54,13 +52,20 @@ def train(file: Path, steps: int, parallel: dict[str, Any], training: dict[str, 
 
 def routings(file: Path) -> dict[tuple[str, int], Any]:
     """As `parallel_helpers.routings`, by DeepSpeed in bfloat16."""
-    _announce()
-    settings = DeepSpeedFile(file)
-    config = settings.laid_out(parallel_helpers.run_config(1, {"precision": "bfloat16"}, {}), dist.get_world_size())
-    engine = engine_for(config, arrange(config.parallel, "cpu"), CPU, lambda _: None, settings)
+    engine, config = engine_of(file, 1, {"precision": "bfloat16"}, {})
     for name, parameter in engine.models[0].named_parameters():
         engine._set_weight(parameter, parallel_helpers.noise(name, parameter.shape))
     return parallel_helpers.routings_of(engine, config)
+
+
+def engine_of(
+    file: Path, steps: int, parallel: dict[str, Any], training: dict[str, Any]
+) -> tuple[Engine, RunConfig]:
+    """What trains a run by DeepSpeed, and the run as it was laid out."""
+    _announce()
+    settings = DeepSpeedFile(file)
+    config = settings.laid_out(parallel_helpers.run_config(steps, parallel, training), dist.get_world_size())
+    return engine_for(config, arrange(config.parallel, "cpu"), CPU, lambda _: None, settings), config
 
 
 def train_run(file: Path, path: Path, overrides: list[str], resume: str | None) -> tuple[int, float]:

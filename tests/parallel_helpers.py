@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from deepseek_v3.training.parallel.engine import Engine
 from deepseek_v3.training.parallel.engines import engine_for
 from deepseek_v3.training.parallel.pieces import pieces_of
 from deepseek_v3.training.parallel.ranks import arrange
-from deepseek_v3.training.schedule import TokenPlan
+from deepseek_v3.training.schedule import Step, TokenPlan
 from deepseek_v3.training.trainer import Trainer
 from deepseek_v3.utils.checkpointing import load_checkpoint
 from deepseek_v3.utils.errors import DataError
@@ -68,14 +68,18 @@ def train(
     With `masked` documents are kept apart, of which one sequence has more than another.
     """
     config = run_config(steps, {"precision": "float32", **parallel}, training or {}, model)
-    documents = _documents if masked else _no_documents
-    engine = engine_for(config, arrange(config.parallel, device), own(device), documents)
+    engine = engine_of(config, device, _documents if masked else _no_documents)
     first: dict[str, Any] = {}
     _keep_gradients(engine, first)
     rows = take_steps(engine, config)
     weights = _blocks(engine, lambda parameter: parameter)
     held_out = engine.main_losses([batches_of(config, 99)[:1].to(own(device))]).cpu().numpy()
     return {"rows": rows, "gradients": first, "weights": weights, "held_out": held_out}
+
+
+def engine_of(config: RunConfig, device: str = "cpu", documents: Any = None) -> Engine:
+    """What trains a run on the ranks of its layout; each sequence is one document unless `documents` are given."""
+    return engine_for(config, arrange(config.parallel, device), own(device), documents or _no_documents)
 
 
 def own(device: str) -> torch.device:
@@ -86,14 +90,10 @@ def own(device: str) -> torch.device:
 def take_steps(engine: Engine, config: RunConfig) -> list[Any]:
     """Figures, loads and biases of every step of a run."""
     rows = []
-    plan, parallel = TokenPlan(config), config.parallel
+    plan = TokenPlan(config)
     for number in range(1, plan.total_steps + 1):
         step = plan.step(number)
-        micro = plan.micro_batches(step, parallel.micro_batch_size, engine.ranks.data_rank, parallel.data_ranks)
-        tokens = batches_of(config, number).to(engine.biases().device)
-        batches = iter([tokens[start - step.first_sample :][:size] for start, size in micro])
-        losses, norm = engine.run_step(batches, step)
-        whole = engine.finish_step(losses, step)
+        whole, norm, _ = engine.run_step(micro_batches_of(engine, config, step), step)
         figures = [whole.total, whole.main, whole.prediction, whole.balance, norm]
         rows.append(
             (np.array([float(f) for f in figures]), whole.counts_LE.cpu().numpy(), engine.biases().cpu().numpy())
@@ -104,7 +104,7 @@ def take_steps(engine: Engine, config: RunConfig) -> list[Any]:
 def routings(parallel: dict[str, Any]) -> dict[tuple[str, int], tuple[np.ndarray, np.ndarray]]:
     """As `routings_of`, of the engine of a layout in bfloat16, whose weights are noise."""
     config = run_config(1, {"precision": "bfloat16", **parallel}, {})
-    engine = engine_for(config, arrange(config.parallel, "cpu"), own("cpu"), _no_documents)
+    engine = engine_of(config)
     for part in engine.models:
         for name, piece in pieces_of(part, engine.ranks).items():
             local(part.get_parameter(name)).detach().copy_(piece.of(noise(name, piece.shape)))
@@ -140,6 +140,14 @@ def _as_arrays(routing: Routing) -> tuple[np.ndarray, np.ndarray]:
     return routing.experts_TK.numpy(), routing.gates_TK.detach().numpy()
 
 
+def micro_batches_of(engine: Engine, config: RunConfig, step: Step) -> Iterator[Tensor]:
+    """This rank's share of a step."""
+    parallel, ranks = config.parallel, engine.ranks
+    micro = TokenPlan(config).micro_batches(step, parallel.micro_batch_size, ranks.data_rank, parallel.data_ranks)
+    tokens = batches_of(config, step.number).to(engine.biases().device)
+    return iter([tokens[start - step.first_sample :][:size] for start, size in micro])
+
+
 def whole(results: list[dict[str, Any]], what: str) -> dict[str, np.ndarray]:
     """Tensors put together from the blocks of all ranks, each number held by somebody."""
     tensors: dict[str, np.ndarray] = {}
@@ -162,10 +170,10 @@ def _documents(tokens_BX: Tensor) -> Tensor:
 def _keep_gradients(engine: Engine, kept: dict[str, Any]) -> None:
     step = engine.optimizer.step
 
-    def keeping(learning_rate: float) -> Tensor:
+    def keeping(learning_rate: float, loss: Tensor) -> Tensor:
         if not kept:
             kept.update(_blocks(engine, lambda parameter: parameter.grad))
-        return step(learning_rate)
+        return step(learning_rate, loss)
 
     engine.optimizer.step = keeping
 

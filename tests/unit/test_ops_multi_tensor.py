@@ -76,6 +76,31 @@ def test_nothing_outside_the_tensors_is_touched(kernels: tuple[Any, torch.device
         assert whole[[0, 2]].isnan().all()
 
 
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
+def test_a_scale_that_is_nan_changes_nothing(kernels: tuple[Any, torch.device], moments: torch.dtype) -> None:
+    ops, device = kernels
+    parameters, gradients = tensors(device), [torch.full((size,), torch.nan, device=device) for size in SIZES]
+    means, squares = tensors(device, moments), tensors(device, moments)
+    given = [parameters, gradients, means, squares]
+    before = [[tensor.clone() for tensor in each] for each in (parameters, means, squares)]
+    step = STEP._replace(size=torch.tensor(torch.inf, device=device), correction=torch.tensor(2.5, device=device))
+    ops.adamw_(*given, torch.tensor(torch.nan, device=device), step)
+    for found, expected in zip((parameters, means, squares), before, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_factors_may_be_numbers_or_tensors(kernels: tuple[Any, torch.device]) -> None:
+    ops, device = kernels
+    factors = {"size": torch.tensor(STEP.size, device=device), "correction": torch.tensor(2.5, device=device)}
+    results = []
+    for step in (STEP, STEP._replace(**factors)):
+        torch.manual_seed(0)
+        given = [tensors(device) for _ in range(3)]
+        ops.adamw_(*given, [tensor.abs() for tensor in tensors(device)], torch.tensor(0.37, device=device), step)
+        results.append(given[0])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
 def test_squares_are_weighed_by_tensor(kernels: tuple[Any, torch.device]) -> None:
     ops, device = kernels
     given = tensors(device)

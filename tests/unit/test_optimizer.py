@@ -99,6 +99,46 @@ def test_a_restored_optimizer_goes_on_bit_for_bit(moments: str) -> None:
     assert all(torch.equal(mine, other) for mine, other in zip(parameters, copies, strict=True))
 
 
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+@pytest.mark.parametrize("bad", ["nan", "inf", "-inf", "huge", "loss"])
+def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(device: torch.device, moments: str, bad: str) -> None:
+    """One bad number among all gradients, or a bad loss; a norm that overflows counts too."""
+    parameters = _parameters(device)
+    twins = [nn.Parameter(parameter.detach().clone()) for parameter in parameters]
+    optimizer, other = (AdamW(_named(given), _config(moments=moments)) for given in (parameters, twins))
+    gradients = [[torch.randn_like(parameter) for parameter in parameters] for _ in range(3)]
+    spoiled = [gradient.clone() for gradient in gradients[1]]
+    if bad != "loss":
+        spoiled[1][3] = 1e30 if bad == "huge" else float(bad)
+    for given, taken in ((gradients[0], True), (spoiled, False), (gradients[2], True)):
+        before = [parameter.detach().clone() for parameter in parameters]
+        _with_gradients(parameters, given)
+        loss = torch.tensor(1.0 if taken or bad != "loss" else torch.nan, device=device)
+        norm = optimizer.step(0.1, loss)
+        assert bool(norm.isfinite()) == (taken or bad == "loss")
+        same = all(torch.equal(one, two) for one, two in zip(before, parameters, strict=True))
+        assert same == (not taken)
+        if taken:
+            _with_gradients(twins, given)
+            other.step(0.1, loss)
+    assert optimizer.num_steps == other.num_steps == 2
+    for one, two in zip(optimizer.state.values(), other.state.values(), strict=True):
+        assert all(torch.equal(one[name], two[name]) for name in one)
+    assert all(torch.equal(one, two) for one, two in zip(parameters, twins, strict=True))
+
+
+def test_a_first_step_that_is_not_finite_changes_nothing(device: torch.device) -> None:
+    """Its bias correction would divide by 0."""
+    parameters = _parameters(device)
+    before = [parameter.detach().clone() for parameter in parameters]
+    optimizer = AdamW(_named(parameters), _config())
+    _with_gradients(parameters, [torch.full_like(parameter, torch.nan) for parameter in parameters])
+    optimizer.step(0.1)
+    assert all(torch.equal(one, other) for one, other in zip(before, parameters, strict=True))
+    assert not any(moment.any() for state in optimizer.state.values() for moment in state.values())
+    assert optimizer.num_steps == 0
+
+
 def test_parameters_without_a_gradient_stay_as_they_are() -> None:
     parameters = _parameters(torch.device("cpu"))
     before = parameters[1].detach().clone()

@@ -117,6 +117,8 @@ class TrainingConfig(Section):
     """The recipe. `total_tokens` is a number of tokens, or like `20x`: that many per active parameter.
 
     `deliberate_overtraining` marks a budget above 26 tokens per active parameter as meant; it changes no step.
+
+    A step whose loss or gradient is not finite is skipped; more than `max_skipped_steps` in a row stop the run.
     """
 
     seed: NonNegativeInt = 0
@@ -130,6 +132,7 @@ class TrainingConfig(Section):
     prediction: PredictionConfig = PredictionConfig()
     balance: BalanceConfig = BalanceConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    max_skipped_steps: NonNegativeInt = 3
 
 
 # One forward, one backward (Narayanan et al. 2019), and schedules that leave fewer gaps because each rank has two

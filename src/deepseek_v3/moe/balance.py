@@ -50,7 +50,7 @@ def routers_of(model: nn.Module) -> list[Router]:
 
 
 @torch.no_grad()
-def update_biases(routers: Sequence[Router], counts_LE: Tensor, speed: float) -> None:
+def update_biases(routers: Sequence[Router], counts_LE: Tensor, speed: float | Tensor) -> None:
     """Moves every bias by γ = `speed`: down where an expert had more than the mean load, up where less.
 
     `counts_LE` (layers, E): tokens per expert over the whole global batch, one row per router in order.

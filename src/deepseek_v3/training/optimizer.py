@@ -25,11 +25,17 @@ def norm_of_all(gradients: Mapping[str, Tensor]) -> Tensor:
     return sum_of_squares(list(gradients.values()), [1.0] * len(gradients)).sqrt()
 
 
+def is_finite_step(loss: Tensor, norm: Tensor) -> Tensor:
+    """Whether a step with this loss and gradient norm, each 0-d, may change anything: 0-d bool, on their device."""
+    return loss.isfinite() & norm.isfinite()
+
+
 class AdamW(torch.optim.Optimizer):
     """Decoupled weight decay on matrices only, and clipping by the global norm folded into the update.
 
     Parameters and gradients are float32, whole or sharded (DTensor): each rank updates what it holds. `total_norm`
-    makes one norm of the gradients that a rank holds, by name. `step` reads no value back from the device.
+    makes one norm of the gradients that a rank holds, by name. `step` reads no value back from the device, so the
+    number of steps that it has taken is kept there: it leaves out those that were skipped.
     """
 
     _has_whole_parameters = True
@@ -49,7 +55,8 @@ class AdamW(torch.optim.Optimizer):
         super().__init__(groups, {"lr": config.learning_rate})
         self.parameters = dict(parameters)
         self.config = config
-        self.num_steps = 0
+        device = next((parameter.device for parameter in parameters.values()), None)
+        self._steps_taken = torch.zeros((), dtype=torch.int64, device=device)
         self._total_norm = total_norm
         self.moment_dtype = torch.bfloat16 if config.moments == "bfloat16" else torch.float32
         if self._has_whole_parameters:
@@ -62,33 +69,53 @@ class AdamW(torch.optim.Optimizer):
                 moments = {name: torch.zeros_like(parameter, dtype=self.moment_dtype) for name in MOMENTS}
                 self.state[parameter] = moments
 
+    @property
+    def num_steps(self) -> int:
+        """The steps that have been taken. Reading it waits for the device."""
+        return int(self._steps_taken)
+
+    @num_steps.setter
+    def num_steps(self, number: int) -> None:
+        self._steps_taken.fill_(number)
+
     @torch.no_grad()
-    def step(self, learning_rate: float) -> Tensor:  # type: ignore[override]  # the schedule owns the rate
-        """Clips, updates every parameter that has a gradient, and returns the norm before clipping (0-d)."""
-        config = self.config
-        self.num_steps += 1
+    def step(  # type: ignore[override]  # the schedule owns the rate
+        self, learning_rate: float, loss: Tensor | None = None
+    ) -> Tensor:
+        """Clips, updates every parameter that has a gradient, and returns the norm before clipping (0-d).
+
+        Nothing changes where the norm or the step's `loss` (0-d) is not finite.
+        """
         gradients = {name: local(p.grad) for name, p in self.parameters.items() if p.grad is not None}
         norm = self._total_norm(gradients)
-        scale = (config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        scale = (self.config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         for group in self.param_groups:
             group["lr"] = learning_rate
-        self._update_all(scale)
+        finite = is_finite_step(norm if loss is None else loss, norm)
+        self._update_all(scale, finite)
+        self._steps_taken += finite
         return norm
 
     def _is_matrix(self, parameter: nn.Parameter) -> bool:
         return parameter.ndim >= 2
 
-    def _update_all(self, scale: Tensor) -> None:
-        """Updates every parameter that has a gradient, at its group's rate, with gradients times `scale` (0-d)."""
+    def _update_all(self, scale: Tensor, finite: Tensor) -> None:
+        """Updates every parameter that has a gradient, at its group's rate, with gradients times `scale` (0-d).
+
+        Nothing changes unless the step is `finite` (0-d bool).
+        """
         config = self.config
-        mean_share, square_share = 1 - config.beta1**self.num_steps, 1 - config.beta2**self.num_steps
+        number = (self._steps_taken.to(scale.device) + 1).double()
+        mean_share, square_share = (1 - torch.pow(beta, number) for beta in (config.beta1, config.beta2))
+        correction = (1 / square_share).float()
+        scale = torch.where(finite.to(scale.device), scale, torch.nan)
         for group in self.param_groups:
             rate, updated = group["lr"], [p for p in group["params"] if p.grad is not None]
             if updated:
                 step = AdamWStep(
                     decay=1 - rate * group["weight_decay"],
-                    size=rate / mean_share,
-                    correction=1 / square_share,
+                    size=(rate / mean_share).float(),
+                    correction=correction,
                     beta1=config.beta1,
                     beta2=config.beta2,
                     eps=config.eps,
@@ -118,24 +145,33 @@ class PartitionedAdamW(AdamW):
     """The same for an engine that puts flat partitions in the parameters' place, and clips by itself.
 
     `make_moments` makes those of the partitions. `before_step` says when a step begins; the engine may then call
-    `step` several times, each for other partitions. Where DeepSpeed has shared out a parameter already, `ds_shape`
-    is the shape of the whole.
+    `step` several times, each for other partitions, or not at all; `after_step` ends it. Where DeepSpeed has shared
+    out a parameter already, `ds_shape` is the shape of the whole.
     """
 
     _has_whole_parameters = False
 
-    def before_step(self, learning_rate: float) -> None:
-        """Counts a step, and sets its learning rate."""
-        self.num_steps += 1
+    _is_finite: Callable[[], Tensor] | None = None  # until the first step begins
+
+    def before_step(self, learning_rate: float, is_finite: Callable[[], Tensor]) -> None:
+        """Begins a step at this learning rate. It changes nothing unless `is_finite()` is true (0-d bool), which is
+        asked for when the norm of the gradient is known.
+        """
+        self._is_finite = is_finite
         for group in self.param_groups:
             group["lr"] = learning_rate
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # as the engine calls it
         """Updates the partitions that have gradients; the engine also calls it before there is any step."""
-        if self.num_steps and self.state:
+        if self._is_finite is not None and self.state:
             device = next(iter(self.state)).device
-            self._update_all(torch.ones((), device=device))
+            self._update_all(torch.ones((), device=device), self._is_finite())
+
+    def after_step(self) -> None:
+        """Counts the step, unless it was skipped."""
+        assert self._is_finite is not None
+        self._steps_taken += self._is_finite()
 
     def _is_matrix(self, parameter: nn.Parameter) -> bool:
         return len(getattr(parameter, "ds_shape", parameter.shape)) >= 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,7 +16,6 @@ from deepseek_v3.planning.hardware import peak_bfloat16_flops
 from deepseek_v3.training.holdout import HeldOutLoss
 from deepseek_v3.training.schedule import Step, TokenPlan
 from deepseek_v3.training.step_metrics import Figures
-from deepseek_v3.utils.errors import TrainingError
 from deepseek_v3.utils.logging import get_logger
 from deepseek_v3.utils.monitoring import MetricsWriter, ProgressDisplay, device_memory_bytes, step_line
 
@@ -100,16 +98,18 @@ class Reporter:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def report_step(self, step: Step, figures: Figures) -> None:
-        """Logs a step; raises TrainingError where its loss or gradient is not a finite number."""
-        loss, norm = _finite(step, figures)
+    def report_step(self, step: Step, figures: Figures, skipped: int) -> None:
+        """Logs a step, and how many up to this one were `skipped` because they were not finite."""
+        loss, norm = figures["loss"], figures["gradient_norm"]
+        assert isinstance(loss, float)
+        assert isinstance(norm, float)
         tokens = self._plan.tokens_after(step.number)
         steps_per_second, tokens_per_second = self.clock.read(step.number)
         speed = self._speed(tokens_per_second)
         memory = float(device_memory_bytes(self._device))
         progress = {"tokens": tokens, "tokens_per_parameter": tokens / self._active}
         record = {**progress, "learning_rate": step.learning_rate, **figures, **speed, "memory_bytes": memory}
-        self._writer.write(step.number, {**record, **self._cache_figures})
+        self._writer.write(step.number, {**record, "skipped_steps": skipped, **self._cache_figures})
         self._progress.update(step.number, loss=loss, tokens_per_second=tokens_per_second)
         fields = [
             ("Tokens/sec", f"{tokens_per_second:,.0f}"),
@@ -119,6 +119,7 @@ class Reporter:
         ]
         fields += [("MFU", f"{speed['mfu']:.1%}")] if "mfu" in speed else []
         fields += [("MTP loss", f"{figures['mtp_loss']:.4f}")] if "mtp_loss" in figures else []
+        fields += [("Skipped", f"{skipped}")] if skipped else []
         total = self._plan.total_steps
         _log.info(step_line(step.number, total, loss, step.learning_rate, tokens, steps_per_second, *fields))
 
@@ -160,19 +161,6 @@ class Reporter:
         _log.info(
             f"Cache when generating: {latent:,.0f} bytes per token, multi-head attention would need {expanded:,.0f}"
         )
-
-
-def _finite(step: Step, figures: Figures) -> tuple[float, float]:
-    """Loss and gradient norm of a step, if they are numbers."""
-    loss, norm = figures["loss"], figures["gradient_norm"]
-    assert isinstance(loss, float)
-    assert isinstance(norm, float)
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise TrainingError(
-            f"step {step.number}: loss {loss}, gradient norm {norm}; the run stops, its last checkpoint stands. "
-            "Lower training.optimizer.learning_rate or lengthen training.schedule.warmup_steps"
-        )
-    return loss, norm
 
 
 def _cache_bytes_per_token(config: RunConfig, dtype: torch.dtype) -> dict[str, float]:

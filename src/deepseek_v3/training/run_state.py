@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +26,17 @@ from deepseek_v3.utils.logging import get_logger
 _RANDOM = "random."  # what the names of random states begin with, among a checkpoint's tensors
 
 
-def run_state(engine: Engine, config: RunConfig, shards: TokenShards, step: int, tokens: int) -> dict[str, Any]:
+class Progress(NamedTuple):
+    """How far a run has come: its last step, how many steps it has skipped, and how many of these came last."""
+
+    step: int
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+
+
+def run_state(
+    engine: Engine, config: RunConfig, shards: TokenShards, step: int, tokens: int, skipped_in_a_row: int = 0
+) -> dict[str, Any]:
     """The entries of a checkpoint: the model's own, then progress, optimizer, random state and data identity.
 
     Data order and schedules need no entry: they are functions of the config and the step.
@@ -36,6 +46,7 @@ def run_state(engine: Engine, config: RunConfig, shards: TokenShards, step: int,
         **engine.state(),
         "step": step,
         "tokens": tokens,
+        "skipped_in_a_row": skipped_in_a_row,
         "random": _random_state(),
         "corpus": _identity(shards),
     }
@@ -51,8 +62,8 @@ def restore_run(
     *,
     verify: bool = True,
     allow_changed_data: bool = False,
-) -> int:
-    """Puts a checkpoint's state in place, on all ranks of `group` together, and returns the step it ended with.
+) -> Progress:
+    """Puts a checkpoint's state in place, on all ranks of `group` together, and returns how far its run had come.
 
     `verify=False` skips the checksums of one that has just been verified.
     Raises CheckpointError, before anything is changed, where it is damaged, of another model or tokenizer, and,
@@ -81,8 +92,9 @@ def restore_run(
         for name, values in converted.items():
             tensors[name].copy_(values)
     _restore_random_state({name.removeprefix(_RANDOM): value for name, value in random.items()})
-    engine.loaded(places, plain["optimizer"]["num_steps"])
-    return plain["step"]
+    step, taken = plain["step"], plain["optimizer"]["num_steps"]
+    engine.loaded(places, taken)
+    return Progress(step, step - taken, plain.get("skipped_in_a_row", 0))
 
 
 def _of_saved_type(tensors: dict[str, Tensor], saved: dict[str, torch.dtype]) -> dict[str, Tensor]:

@@ -15,11 +15,12 @@ from torch import Tensor
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.tokens.loader import TokenLoader
 from deepseek_v3.data.tokens.shards import TokenShards
+from deepseek_v3.training.anomalies import SkippedSteps
 from deepseek_v3.training.batches import Documents, open_tokens, open_tokens_together, token_batches
 from deepseek_v3.training.holdout import HeldOutEvaluation, HeldOutLoss
 from deepseek_v3.training.interruption import StopRequest
-from deepseek_v3.training.loss import Losses
 from deepseek_v3.training.parallel.deepspeed_settings import DeepSpeedFile
+from deepseek_v3.training.parallel.engine import StepResult
 from deepseek_v3.training.parallel.engines import engine_for
 from deepseek_v3.training.parallel.ranks import Ranks
 from deepseek_v3.training.reporting import Reporter
@@ -85,6 +86,7 @@ class Trainer:
         documents = Documents(self.shards, config.data.mask_documents)
         self.engine = engine_for(config, self.ranks, device, documents, deepspeed)
         self._steps_done = 0
+        self.skipped = SkippedSteps(config.training.max_skipped_steps)
         self._checkpoint: Path | None = None
         self._held_out: HeldOutLoss | None = None
         self._failure: DataError | None = None
@@ -124,11 +126,11 @@ class Trainer:
                 step = self.plan.step(self._steps_done + 1)
                 if self._step_begins:
                     self._step_begins(step.number)
-                losses, norm = self._train_step(step, tokens)
+                result = self._train_step(step, tokens)
                 self._steps_done = step.number
                 tokens = self._next(batches, stop)
                 stopping = stop.agreed()
-                self._after_step(step, losses, norm, reporter, stop, stopping)
+                self._after_step(step, result, reporter, stop, stopping)
                 stopping = stopping or self._failure is not None
             if self._steps_done == self.plan.total_steps and self._failure is None:
                 reporter.report_end(self._steps_done)
@@ -152,27 +154,29 @@ class Trainer:
                 "on with --resume latest when the tokens are there again"
             )
 
-    def _train_step(self, step: Step, batches: Iterator[Tensor]) -> tuple[Losses, Tensor]:
-        """One optimizer step; returns mean losses with summed expert loads, and the gradient norm."""
-        losses, norm = self.engine.run_step(batches, step)
-        return self.engine.finish_step(losses, step), norm
+    def _train_step(self, step: Step, batches: Iterator[Tensor]) -> StepResult:
+        """One optimizer step, which waits for nothing."""
+        return self.engine.run_step(batches, step)
 
     def _after_step(
-        self, step: Step, losses: Losses, norm: Tensor, reporter: Reporter, stop: StopRequest, stopping: bool
+        self, step: Step, result: StepResult, reporter: Reporter, stop: StopRequest, stopping: bool
     ) -> None:
         """Measures, reports and saves where any of it is due; what is saved has been seen to be finite."""
         config, number = self.config, step.number
         last = number == self.plan.total_steps
         saves = last or stopping or _is_due(number, config.checkpoint.interval_steps)
         measures = last or _is_due(number, config.training.evaluation.interval_steps)
+        self.skipped.add(number, result)
         if saves or measures or number == 1 or _is_due(number, config.logging.interval_steps):
-            reporter.report_step(step, step_figures(config.model, losses, norm, self.engine.biases()))
+            self.skipped.read()
+            figures = step_figures(config.model, result.losses, result.norm, self.engine.biases())
+            reporter.report_step(step, figures, self.skipped.total)
         with reporter.clock.paused():
             if measures:
                 self._measure(number, reporter)
             if saves or self._failure is not None:
                 tokens = self.plan.tokens_after(number)
-                state = run_state(self.engine, config, self.shards, number, tokens)
+                state = run_state(self.engine, config, self.shards, number, tokens, self.skipped.in_a_row)
                 with stop.saving(last or stopping):
                     self._checkpoint = self.checkpoints.save(number, state)
 
@@ -195,7 +199,7 @@ class Trainer:
             )
 
     def _restore(self, path: Path, resume: str, allow_changed_data: bool) -> None:
-        self._steps_done = restore_run(
+        self._steps_done, *skipped = restore_run(
             path,
             self.checkpoints.group,
             self.engine,
@@ -205,6 +209,7 @@ class Trainer:
             verify=resume not in ("latest", "auto"),
             allow_changed_data=allow_changed_data,
         )
+        self.skipped = SkippedSteps(self.config.training.max_skipped_steps, *skipped)
         self._checkpoint = path
         log = get_logger("Trainer")
         log.info(f"Resuming {path} after step {self._steps_done}")

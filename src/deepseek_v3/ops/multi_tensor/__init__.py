@@ -25,6 +25,7 @@ def adamw_(
 ) -> None:
     """One step of AdamW in place, on contiguous tensors of one device; `scale`, 0-d, multiplies the gradients.
 
+    Where `scale` is NaN nothing changes, whatever the gradients are.
     Parameters are float32, moments float32 or bfloat16, all of one type; arithmetic is float32.
     """
     update = imported(f"{_TRITON}:adamw_") if scale.is_cuda else reference.adamw_

@@ -13,11 +13,14 @@ _PIECE = 1 << 18
 
 
 class AdamWStep(NamedTuple):
-    """Factors of step t: `decay` 1 - lr · weight decay, `size` lr / (1 - β1^t), `correction` 1 / (1 - β2^t)."""
+    """Factors of step t: `decay` 1 - lr · weight decay, `size` lr / (1 - β1^t), `correction` 1 / (1 - β2^t).
+
+    `size` and `correction` may be 0-d tensors on the device of the parameters, where t is known only there.
+    """
 
     decay: float
-    size: float
-    correction: float
+    size: float | Tensor
+    correction: float | Tensor
     beta1: float
     beta2: float
     eps: float
@@ -31,6 +34,8 @@ def adamw_(
     scale: Tensor,
     step: AdamWStep,
 ) -> None:
+    if scale.isnan():
+        return
     for tensors in zip(parameters, gradients, means, squares, strict=True):
         pieces = (tensor.view(-1).split(_PIECE) for tensor in tensors)
         for parameter, gradient, mean, square in zip(*pieces, strict=True):

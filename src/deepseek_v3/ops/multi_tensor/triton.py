@@ -34,12 +34,19 @@ def adamw_(
         return
     blocks = _blocks(tuple(parameter.numel() for parameter in parameters), scale.device)
     table, aligned = _addresses([*parameters, *gradients, *means, *squares], scale.device)
+    factors = (
+        torch.as_tensor(value, dtype=torch.float32, device=scale.device) for value in (step.size, step.correction)
+    )
     shares = 1 - step.beta1, 1 - step.beta2
     _adamw_kernel[(blocks.number,)](
         table,
         *blocks.tables,
         scale.float(),
-        *step,
+        *factors,
+        step.decay,
+        step.beta1,
+        step.beta2,
+        step.eps,
         *shares,
         len(parameters),
         _TYPES[means[0].dtype],
@@ -104,10 +111,9 @@ def _begin(table, tensor, type: tl.constexpr, aligned: tl.constexpr):
 
 
 @triton.jit
-def _places(first_of, size_at, aligned: tl.constexpr, BLOCK: tl.constexpr):
-    """This block's places in its tensor, and which of them there are."""
+def _places(first_of, size, aligned: tl.constexpr, BLOCK: tl.constexpr):
+    """This block's places in its tensor of this size, and which of them there are."""
     first = tl.multiple_of(tl.load(first_of + tl.program_id(0)), BLOCK)
-    size = tl.load(size_at)
     if aligned:
         size = tl.multiple_of(size, 4)
     place = first + tl.arange(0, BLOCK)
@@ -120,10 +126,10 @@ def _adamw_kernel(
     tensor_of,
     first_of,
     size_of,
-    scale,
+    scale_at,
+    size_at,
+    correction_at,
     decay,
-    size,
-    correction,
     beta1,
     beta2,
     eps,
@@ -135,12 +141,15 @@ def _adamw_kernel(
     BLOCK: tl.constexpr,
 ):
     tensor = tl.load(tensor_of + tl.program_id(0))
-    place, inside = _places(first_of, size_of + tensor, aligned, BLOCK)
+    scale, size, correction = tl.load(scale_at), tl.load(size_at), tl.load(correction_at)
+    # A scale that is NaN leaves everything as it is.
+    numbers = tl.where(scale == scale, tl.load(size_of + tensor), 0)
+    place, inside = _places(first_of, numbers, aligned, BLOCK)
     parameter_at = _begin(table, tensor, tl.float32, aligned) + place
     gradient_at = _begin(table + count, tensor, tl.float32, aligned) + place
     mean_at = _begin(table + 2 * count, tensor, moment, aligned) + place
     square_at = _begin(table + 3 * count, tensor, moment, aligned) + place
-    gradient = tl.load(gradient_at, mask=inside, other=0.0) * tl.load(scale)
+    gradient = tl.load(gradient_at, mask=inside, other=0.0) * scale
     mean = tl.load(mean_at, mask=inside, other=0.0).to(tl.float32) * beta1 + gradient * mean_share
     square = tl.load(square_at, mask=inside, other=0.0).to(tl.float32) * beta2 + gradient * gradient * square_share
     direction = mean / (tl.sqrt(square * correction) + eps)
@@ -162,6 +171,6 @@ def _squares_kernel(
     BLOCK: tl.constexpr,
 ):
     tensor = tl.load(tensor_of + tl.program_id(0))
-    place, inside = _places(first_of, size_of + tensor, aligned, BLOCK)
+    place, inside = _places(first_of, tl.load(size_of + tensor), aligned, BLOCK)
     values = tl.load(_begin(table, tensor, tl.float32, aligned) + place, mask=inside, other=0.0)
     tl.store(sums + tl.program_id(0), tl.sum(values * values) * tl.load(weight_of + tensor))

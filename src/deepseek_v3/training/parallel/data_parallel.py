@@ -33,7 +33,7 @@ class DataParallel(Engine):
         norm = norm_of_all if ranks.is_alone else NormOverRanks(pieces_of(model, ranks), ranks)
         self.optimizer = AdamW(dict(model.named_parameters()), config.training.optimizer, norm)
 
-    def run_step(self, batches: Iterator[Tensor], step: Step) -> tuple[Losses, Tensor]:
+    def _backward(self, batches: Iterator[Tensor], step: Step) -> Losses:
         parallel = self._parallel
         count = step.num_samples // (parallel.micro_batch_size * parallel.data_ranks)
         parts: list[Losses] = []
@@ -52,9 +52,7 @@ class DataParallel(Engine):
             (losses.total / (count * parallel.data_ranks)).backward()
             parts.append(losses._replace(total=losses.total.detach()))
         sum_whole_gradients(self.models, self.ranks)
-        norm = self.optimizer.step(step.learning_rate)
-        self.optimizer.zero_grad()
-        return combined(parts), norm
+        return combined(parts)
 
     def main_losses(self, batches: Iterable[Tensor]) -> Tensor:
         return main_losses(self.objective, self._documents, batches)

@@ -26,7 +26,7 @@ from deepseek_v3.model.init import initial_values, reset_buffers
 from deepseek_v3.training.batches import Documents
 from deepseek_v3.training.holdout import main_losses
 from deepseek_v3.training.loss import Losses, Objective
-from deepseek_v3.training.optimizer import MOMENTS, PartitionedAdamW, local
+from deepseek_v3.training.optimizer import MOMENTS, PartitionedAdamW, is_finite_step, local
 from deepseek_v3.training.parallel.deepspeed_settings import DeepSpeedFile
 from deepseek_v3.training.parallel.engine import Engine, combined
 from deepseek_v3.training.parallel.fsdp import float32_parameters
@@ -85,9 +85,8 @@ class DeepSpeed(Engine):
                 if parameter.dtype == torch.float32:
                     parameter.data.copy_(values)
 
-    def run_step(self, batches: Iterator[Tensor], step: Step) -> tuple[Losses, Tensor]:
+    def _backward(self, batches: Iterator[Tensor], step: Step) -> Losses:
         parts: list[Losses] = []
-        self.optimizer.before_step(step.learning_rate)
         self._engine.set_train_batch_size(step.num_samples)
         count = self._engine.gradient_accumulation_steps()
         tokens = list(islice(batches, count))
@@ -103,10 +102,21 @@ class DeepSpeed(Engine):
                 num_targets=num_targets,
             )
             self._engine.backward(losses.total)  # divides by the micro-batches, and the sum by the ranks
-            self._engine.step()
             parts.append(losses._replace(total=losses.total.detach()))
-        norm = self._engine.get_global_grad_norm()
-        return combined(parts), torch.as_tensor(norm, dtype=torch.float32, device=parts[0].total.device)
+            if number < count:
+                self._engine.step()
+        return combined(parts)
+
+    def _update(self, step: Step, loss: Tensor) -> Tensor:
+        def norm() -> Tensor:
+            found = self._engine.optimizer._global_grad_norm  # known before the optimizer is called
+            return torch.as_tensor(found, dtype=torch.float32, device=loss.device)
+
+        # DeepSpeed itself leaves out the update where the gradient is not finite, unless its settings forbid that.
+        self.optimizer.before_step(step.learning_rate, lambda: is_finite_step(loss, norm()))
+        self._engine.step()
+        self.optimizer.after_step()
+        return norm()
 
     def main_losses(self, batches: Iterable[Tensor]) -> Tensor:
         return main_losses(self.objective, self._documents, batches)

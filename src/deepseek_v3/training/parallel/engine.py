@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,10 +13,22 @@ from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.moe.balance import routers_of, update_biases
 from deepseek_v3.moe.routing import Router
 from deepseek_v3.training.loss import Losses, count_targets
-from deepseek_v3.training.optimizer import MOMENTS, AdamW
+from deepseek_v3.training.optimizer import MOMENTS, AdamW, is_finite_step
 from deepseek_v3.training.parallel.pieces import Views
 from deepseek_v3.training.parallel.ranks import Ranks
 from deepseek_v3.training.schedule import Step
+
+
+class StepResult(NamedTuple):
+    """What a step found, the same on every rank: mean losses with summed loads, and the norm of all gradients.
+
+    `finite`, 0-d bool, says whether loss and norm are numbers. Where they are not, the step was skipped: weights,
+    moments and routing biases are as they were before it.
+    """
+
+    losses: Losses
+    norm: Tensor
+    finite: Tensor
 
 
 class Engine(ABC):
@@ -35,13 +47,33 @@ class Engine(ABC):
         device = next(models[0].parameters()).device
         self._rows = torch.tensor([row for model in models for row in _router_rows(model)], device=device)
 
-    @abstractmethod
-    def run_step(self, batches: Iterator[Tensor], step: Step) -> tuple[Losses, Tensor]:
+    def run_step(self, batches: Iterator[Tensor], step: Step) -> StepResult:
         """One optimizer step on this rank's micro-batches, int64 (sequences, length + 1).
 
-        Returns the means of this rank's losses, with the summed loads of its own routers, and the norm of all
-        gradients. Parts of the model that other ranks have count as 0.
+        Where the loss or the gradient of any rank is not finite, the step changes nothing on all ranks. That is
+        decided on the devices, for which nothing waits here.
         """
+        losses = self._combined(self._backward(batches, step))
+        norm = self._update(step, losses.total)
+        finite = is_finite_step(losses.total, norm)
+        if self._routers:
+            speed = torch.where(finite, step.bias_update_speed, 0.0)
+            update_biases(self._routers, losses.counts_LE[self._rows], speed)
+        return StepResult(losses, norm, finite)
+
+    @abstractmethod
+    def _backward(self, batches: Iterator[Tensor], step: Step) -> Losses:
+        """Leaves this rank's part of the gradient of a step with the parameters.
+
+        Returns the means of this rank's losses, with the summed loads of its own routers. Parts of the model that
+        other ranks have count as 0.
+        """
+
+    def _update(self, step: Step, loss: Tensor) -> Tensor:
+        """Spends the gradient on the update, unless it or the `loss` is not finite; returns its norm."""
+        norm = self.optimizer.step(step.learning_rate, loss)
+        self.optimizer.zero_grad()
+        return norm
 
     @abstractmethod
     def main_losses(self, batches: Iterable[Tensor]) -> Tensor:
@@ -86,13 +118,6 @@ class Engine(ABC):
         own = torch.stack([count_targets(documents_BX) for documents_BX in numbered]).sum().double()
         total = self.ranks.summed(own) / self.ranks.parallel.pipeline  # all stages see the same tokens
         return total.clamp(min=1) / (len(numbered) * self.ranks.parallel.data_ranks)
-
-    def finish_step(self, losses: Losses, step: Step) -> Losses:
-        """Combines the losses of all ranks, and moves the routing biases by the loads of the whole batch."""
-        whole = self._combined(losses)
-        if self._routers:
-            update_biases(self._routers, whole.counts_LE[self._rows], step.bias_update_speed)
-        return whole
 
     def biases(self) -> Tensor:
         """The routing biases of all layers, (layers, experts), on every rank."""

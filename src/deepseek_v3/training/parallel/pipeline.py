@@ -146,7 +146,7 @@ class Pipelined(Engine):
         super().loaded(places, num_steps)
         self._embeddings.copy_first(self.optimizer)
 
-    def run_step(self, batches: Iterator[Tensor], step: Step) -> tuple[Losses, Tensor]:
+    def _backward(self, batches: Iterator[Tensor], step: Step) -> Losses:
         parallel = self.ranks.parallel
         count = step.num_samples // (parallel.micro_batch_size * parallel.data_ranks)
         micro_batches = list(islice(batches, count))
@@ -159,9 +159,7 @@ class Pipelined(Engine):
         found = self._run(micro_batches)
         sum_whole_gradients(self.models, self.ranks)
         self._embeddings.sum_gradients()
-        norm = self.optimizer.step(step.learning_rate)
-        self.optimizer.zero_grad()
-        return _joined([combined(losses) for losses in found]), norm
+        return _joined([combined(losses) for losses in found])
 
     @torch.no_grad()
     def main_losses(self, batches: Iterable[Tensor]) -> Tensor:
