@@ -4,6 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as HuggingFaceTokenizer
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.inference.engine import Generator, _Text
@@ -272,6 +274,30 @@ def test_a_stop_string_may_cut_through_what_the_end_releases(scripted, tokenizer
     ids = tokenizer.encode("ab🙂")[:4]
     [completion] = scripted(ids).generate(["a"], SamplingConfig(temperature=0, stop=("b\ufffd",)))
     assert completion.text == "a"
+    assert completion.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(("stop", "text"), [((), " day day"), ((" day d",), ""), ((" ",), "")])
+def test_text_behind_a_prompt_begins_with_the_space_of_its_first_word(model, monkeypatch, stop, text):
+    """Tokenizers in the manner of Llama drop the space before the first word of a text, which the prompt has."""
+    vocabulary = {"<unk>": 0, "</s>": 1, "\u2581good": 2, "\u2581day": 3}
+    theirs = HuggingFaceTokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    theirs.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    theirs.pre_tokenizer = pre_tokenizers.Split("\u2581", "merged_with_next")
+    theirs.model.ignore_merges = True
+    strip = [decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    theirs.decoder = decoders.Sequence(strip)
+    theirs.add_special_tokens(["</s>"])
+    llama = Tokenizer.from_json(theirs.to_str())
+    assert llama.encode("good") == [2]
+
+    def forward(tokens_BS, cache=None):
+        return torch.nn.functional.one_hot(torch.full_like(tokens_BS, 3), model.config.vocab_size).float()
+
+    _answers_with(monkeypatch, model, forward)
+    sampling = SamplingConfig(temperature=0, max_new_tokens=2, stop=stop)
+    pieces, completion = pieces_of(Generator(model, llama).stream("good", sampling))
+    assert "".join(pieces) == completion.text == text
 
 
 @settings(max_examples=200)

@@ -11,10 +11,10 @@ from functools import cache
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
-from deepseek_v3.data.tokens.tokenizer import FimMarkers, StreamDecoder, Tokenizer
+from deepseek_v3.data.tokens.tokenizer import FimMarkers, Tokenizer
 from deepseek_v3.utils.errors import DataError
 
 any_text = st.text(st.characters(exclude_categories=["Cs"]))
@@ -212,67 +212,3 @@ def test_a_file_that_is_no_tokenizer_is_named(tmp_path, content):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(DataError, match=r"tokenizer\.json: cannot be read: No such file"):
         Tokenizer.load(tmp_path)
-
-
-def streamed(tokenizer: Tokenizer, ids: list[int]) -> tuple[list[str], str]:
-    decoder = StreamDecoder(tokenizer)
-    return [decoder.push(id_) for id_ in ids], decoder.flush()
-
-
-@given(any_text)
-def test_a_stream_is_the_text_and_never_half_a_character(text):
-    pushed, rest = streamed(trained(), trained().encode(text))
-    assert "".join(pushed) + rest == text
-    assert rest.strip("\ufffd") == ""
-    if "\ufffd" not in text:
-        assert not any("\ufffd" in piece for piece in pushed)
-
-
-@given(st.lists(st.integers(0, 1003)))
-def test_a_stream_of_any_ids_is_what_decode_shows(ids):
-    pushed, rest = streamed(trained(), ids)
-    assert "".join(pushed) + rest == trained().decode(ids)
-
-
-def test_text_is_shown_as_soon_as_it_is_whole():
-    tokenizer = Tokenizer.train([], 260)
-    pushed, rest = streamed(tokenizer, tokenizer.encode("aé😀b"))
-    assert pushed == ["a", "", "é", "", "", "", "😀", "b"]
-    assert rest == ""
-
-
-def test_flush_shows_what_stayed_incomplete_and_begins_anew():
-    tokenizer = Tokenizer.train([], 260)
-    decoder = StreamDecoder(tokenizer)
-    assert [decoder.push(id_) for id_ in tokenizer.encode("a😀")[:-1]] == ["a", "", "", ""]
-    assert decoder.flush() == "\ufffd"
-    assert decoder.flush() == ""
-    assert [decoder.push(id_) for id_ in tokenizer.encode("é")] == ["", "é"]
-
-
-def test_a_long_stream_decodes_few_ids_at_a_time(monkeypatch):
-    tokenizer = trained()
-    ids = tokenizer.encode("all is well " * 200)
-    longest = 0
-
-    def decode(self: Tokenizer, ids: list[int]) -> str:
-        nonlocal longest
-        longest = max(longest, len(ids))
-        return original(self, ids)
-
-    original = Tokenizer.decode
-    monkeypatch.setattr(Tokenizer, "decode", decode)
-    pushed, _ = streamed(tokenizer, ids)
-    assert "".join(pushed) == "all is well " * 200
-    assert longest == 2
-
-
-def test_a_stream_keeps_the_spaces_that_stand_between_words():
-    """Decoders in the manner of SentencePiece drop the space in front of the first word alone."""
-    vocabulary = {"<unk>": 0, "</s>": 1, "\u2581good": 2, "\u2581day": 3, "s": 4}
-    theirs = HuggingFaceTokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
-    theirs.normalizer = normalizers.Replace(" ", "\u2581")
-    theirs.decoder = decoders.Metaspace()
-    theirs.add_special_tokens(["</s>"])
-    pushed, rest = streamed(Tokenizer.from_json(theirs.to_str()), [2, 3, 4, 2])
-    assert (pushed, rest) == (["good", " day", "s", " good"], "")

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from deepseek_v3.data.tokens.tokenizer import StreamDecoder, Tokenizer
+from deepseek_v3.data.tokens.stream_decoder import StreamDecoder
+from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.inference.sampling import SamplingConfig, choose_next, row_generator
 from deepseek_v3.mla.kv_compression import LatentCache
 from deepseek_v3.model.transformer import DeepSeekV3
@@ -27,9 +28,9 @@ FinishReason = Literal["stop", "end_of_text", "length", "context"]
 class Completion:
     """What a prompt was continued with.
 
-    `tokens` are all that the model chose; `text` is what they spell, without a final end-of-text marker and
-    ending before a stop string. `finish_reason`: a stop string, the end-of-text marker, `max_new_tokens` chosen
-    (length), or prompt and tokens filling the model's context.
+    `tokens` are all that the model chose. `text` is what they spell behind the prompt, with the space in front of a
+    word; it has no final end-of-text marker and ends before a stop string. `finish_reason`: a stop string, the
+    end-of-text marker, `max_new_tokens` chosen (length), or prompt and tokens filling the model's context.
     """
 
     prompt: str
@@ -39,22 +40,30 @@ class Completion:
 
 
 class _Text:
-    """The text of a completion as its tokens arrive; `shown` never holds a stop string or the start of one."""
+    """The text of a completion as its tokens arrive; `shown` never holds a stop string or the start of one.
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
+    `prompt` are the ids that the text continues.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], prompt: abc.Sequence[int] = ()) -> None:
         self.shown = ""
         self._held = ""  # may turn out to be the start of a stop string
         self._stop = stop
-        self._decoder = StreamDecoder(tokenizer)
+        self._decoder = StreamDecoder(tokenizer, prompt)
 
     def push(self, token: int) -> bool:
         """Takes the next token; True where it completes a stop string, which ends the text."""
         return self._ends_with(self._decoder.push(token))
 
-    def end(self) -> None:
-        """Shows what was held back for characters or stop strings that now stay unfinished."""
-        if not self._ends_with(self._decoder.flush()):
+    def end(self) -> bool:
+        """Shows what was held back for characters or stop strings that now stay unfinished.
+
+        True where that completes a stop string, which ends the text.
+        """
+        stopped = self._ends_with(self._decoder.flush())
+        if not stopped:
             self.shown += self._held
+        return stopped
 
     def _ends_with(self, new: str) -> bool:
         """Adds text, up to the stop string that is complete first: the same however the text is cut to pieces."""
@@ -84,8 +93,8 @@ class _Row:
 
     def finish(self, reason: FinishReason) -> None:
         self.finish_reason = reason
-        if reason != "stop":
-            self.text.end()
+        if reason != "stop" and self.text.end():
+            self.finish_reason = "stop"
 
     def completion(self) -> Completion:
         assert self.finish_reason is not None
@@ -148,13 +157,14 @@ class Generator:
         return row.completion()
 
     def _start(self, prompt: str, index: int, sampling: SamplingConfig) -> _Row:
-        ids = self._tokenizer.encode(prompt) or [self._tokenizer.end_of_text]
+        encoded = self._tokenizer.encode(prompt)
+        ids = encoded or [self._tokenizer.end_of_text]
         if len(ids) > self._context:
             raise GenerationError(
                 f"prompt {index + 1} is {len(ids)} tokens long, expected at most the model's context of "
                 f"{self._context} (max_position_embeddings); shorten it"
             )
-        text = _Text(self._tokenizer, sampling.stop)
+        text = _Text(self._tokenizer, sampling.stop, encoded)
         row = _Row(prompt, ids, len(ids), text, row_generator(sampling.seed, index))
         if len(ids) == self._context:
             row.finish("context")

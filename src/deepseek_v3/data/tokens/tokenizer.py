@@ -39,8 +39,6 @@ _FIM = (
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
 )
 
-_REPLACEMENT = "\ufffd"  # what decoding shows for bytes that are not, or not yet, a character
-
 _log = get_logger("Tokens")
 
 
@@ -188,49 +186,27 @@ class Tokenizer:
             and not fields["model"].get("unk_token")
         )
 
+    def token(self, id_: int) -> str | None:
+        """How the vocabulary spells an id; None for an id that it does not know."""
+        return self._tokenizer.id_to_token(id_)
+
+    @cached_property
+    def decoder_steps(self) -> list[dict[str, Any]]:
+        """The steps that decoding takes, as a `tokenizer.json` describes them; none where it joins by spaces."""
+        return _steps(json_text.loads(self._json).get("decoder"))
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids. Markers appear by name, bytes that are no UTF-8 as U+FFFD, unknown ids not at all."""
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
 
-class StreamDecoder:
-    """Turns ids that arrive one by one into text, holding back a character until all its bytes are there.
-
-    All that `push` returned, followed by what `flush` returns, is `Tokenizer.decode` of all the ids. Each step
-    decodes a few ids only: those since the last character that was whole, and the step before as their context.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._num_context = 0
-        self._shown = ""
-
-    def push(self, id_: int) -> str:
-        """Takes the next id and returns the text that it completes, often none."""
-        self._ids.append(id_)
-        text = self._tokenizer.decode(self._ids)
-        complete = text.rstrip(_REPLACEMENT)
-        new = complete[len(self._shown) :]
-        self._shown += new
-        if complete == text:
-            self._ids = self._ids[self._num_context :]
-            self._num_context = len(self._ids)
-            self._shown = self._tokenizer.decode(self._ids)
-        return new
-
-    def flush(self) -> str:
-        """Ends the stream: returns what was held back, with U+FFFD for a character that never became whole."""
-        rest = self._tokenizer.decode(self._ids)[len(self._shown) :]
-        self._ids, self._num_context, self._shown = [], 0, ""
-        return rest
-
-
 def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The steps of a pre-tokenizer or decoder of a `tokenizer.json`, which may be one or a sequence."""
+    """The steps of a pre-tokenizer or decoder of a `tokenizer.json`: one, or sequences of them in any depth."""
     if part is None:
         return []
-    return part.get("pretokenizers") or part.get("decoders") or [part]
+    if part["type"] != "Sequence":
+        return [part]
+    return [step for inner in part.get("pretokenizers", part.get("decoders", [])) for step in _steps(inner)]
 
 
 def _is_byte_level(fields: dict[str, Any]) -> bool:
