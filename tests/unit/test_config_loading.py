@@ -1,9 +1,11 @@
 """From YAML and overrides to a run's configuration and back; mistakes are named with their place."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -372,6 +374,32 @@ def test_batches_that_a_schedule_cannot_take_are_refused(
     fields["parallel"] = {"micro_batch_size": 1, **parallel}
     with pytest.raises(ConfigError, match=message):
         config_from_dict(fields, "here")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "pipeline", "layers", "advised"),
+    [
+        ("1f1b", 4, 3, ["pipeline=3"]),
+        ("interleaved", 2, 3, ["pipeline=1", "pipeline_schedule=1f1b"]),
+        ("zero_bubble", 3, 5, ["pipeline=2", "pipeline_schedule=1f1b"]),
+        ("dualpipe_v", 4, 4, ["pipeline=2", "pipeline_schedule=1f1b"]),
+        ("dualpipe_v", 4, 3, ["pipeline=1"]),
+    ],
+)
+def test_more_stages_than_layers_are_refused_with_what_works(
+    tmp_path: Path, schedule: str, pipeline: int, layers: int, advised: list[str]
+) -> None:
+    fields = run_fields(tmp_path)
+    fields["model"]["num_hidden_layers"] = layers
+    fields["training"]["global_batch_size"] = 24
+    fields["parallel"] = {"micro_batch_size": 1, "pipeline": pipeline, "pipeline_schedule": schedule}
+    with pytest.raises(ConfigError, match=f"is more than the {layers} layers") as refused:
+        config_from_dict(fields, "here")
+    found = re.findall(r"--set parallel\.(\w+=\w+)", str(refused.value))
+    assert found == advised
+    path = write(tmp_path, yaml.safe_dump(fields))
+    for override in found:
+        load_config(path, [f"parallel.{override}"])
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zero_bubble", "dualpipe_v"])

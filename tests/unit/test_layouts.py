@@ -4,14 +4,14 @@ import json
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek_v3.config.loading import config_from_dict, load_config
-from deepseek_v3.config.train_config import RunConfig
+from deepseek_v3.config.train_config import PipelineSchedule, RunConfig
 from deepseek_v3.planning.counts import count_parameters
 from deepseek_v3.planning.execution import execution_on
 from deepseek_v3.planning.hardware import Device, device_named
@@ -117,9 +117,10 @@ def _assert_measured(layout: Layout, config: RunConfig) -> None:
     devices=st.integers(1, 24),
     per_node=st.sampled_from([1, 2, 4, 8]),
     ramped=st.booleans(),
+    schedule=st.sampled_from(get_args(PipelineSchedule)),
 )
 def test_every_candidate_is_a_valid_run_on_exactly_these_devices(
-    batch: int, experts: int, layers: int, depth: int, devices: int, per_node: int, ramped: bool
+    batch: int, experts: int, layers: int, depth: int, devices: int, per_node: int, ramped: bool, schedule: str
 ) -> None:
     config = _small(
         batch,
@@ -128,6 +129,8 @@ def test_every_candidate_is_a_valid_run_on_exactly_these_devices(
         num_hidden_layers=layers,
         num_nextn_predict_layers=depth,
     )
+    parallel = config.parallel.model_copy(update={"pipeline_schedule": schedule})
+    config = config.model_copy(update={"parallel": parallel})
     candidates = list(_candidates(config, DEVICE.model_copy(update={"devices_per_node": per_node}), devices))
     for candidate in candidates:
         parallel = candidate.parallel
@@ -137,6 +140,14 @@ def test_every_candidate_is_a_valid_run_on_exactly_these_devices(
         assert (parallel.precision, parallel.compile) == (config.parallel.precision, config.parallel.compile)
     as_text = [candidate.model_dump_json() for candidate in candidates]
     assert len(set(as_text)) == len(as_text)
+
+
+@pytest.mark.parametrize("schedule", ["interleaved", "zero_bubble", "dualpipe_v"])
+def test_two_stages_on_each_rank_take_no_more_ranks_than_layers(schedule: str) -> None:
+    config = _small(8, num_hidden_layers=4)
+    parallel = config.parallel.model_copy(update={"pipeline_schedule": schedule})
+    found = _candidates(config.model_copy(update={"parallel": parallel}), DEVICE, 4)
+    assert {candidate.parallel.pipeline for candidate in found} == {1, 2}
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4])

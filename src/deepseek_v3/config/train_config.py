@@ -245,7 +245,7 @@ class RunConfig(Section):
             _check_ranks(self.parallel, model)
             for name, size in sizes.items():
                 _check_batch(name, size, self.parallel)
-            if problem := pipeline_problem(self.parallel, batch_sizes(training)):
+            if problem := pipeline_problem(self.parallel, model, batch_sizes(training)):
                 raise ValueError(problem)
         corpus = self.data.corpus
         if corpus and corpus.vocab_size > model.vocab_size:
@@ -288,11 +288,16 @@ def batch_unit(training: TrainingConfig) -> int:
     return math.gcd(sizes[0], sizes[-1], sizes.step if len(sizes) > 1 else 0)
 
 
-def pipeline_problem(parallel: ParallelConfig, batches: range) -> str | None:
-    """Why the pipeline's schedule cannot take batches of these sizes, which divide evenly; None where it can."""
+def pipeline_problem(parallel: ParallelConfig, model: ModelConfig, batches: range) -> str | None:
+    """Why a pipeline cannot take the layers of a model or batches of these sizes; None where it can.
+
+    The batches are multiples of a micro-batch on each of the ranks with different data.
+    """
     stages, kind = parallel.pipeline, parallel.pipeline_schedule
     if stages == 1:
         return None
+    if stages * parallel.stages_per_rank > model.num_hidden_layers:
+        return _too_many_stages(parallel, model.num_hidden_layers)
     together = parallel.micro_batch_size * parallel.data_ranks
     at_least = {"1f1b": stages, "dualpipe_v": 2 * stages}.get(kind, 1)
     if batches[0] < at_least * together:
@@ -303,6 +308,18 @@ def pipeline_problem(parallel: ParallelConfig, batches: range) -> str | None:
         if count % max(1, count // stages):
             return _unsuited(batch, count, kind, f"a multiple of parallel.pipeline = {stages}; change the batch")
     return None
+
+
+def _too_many_stages(parallel: ParallelConfig, layers: int) -> str:
+    on_each, advice = "", f"--set parallel.pipeline={max(1, layers // parallel.stages_per_rank)}"
+    if parallel.stages_per_rank > 1:
+        on_each = f" × {parallel.stages_per_rank} stages on each"
+        if parallel.pipeline <= layers:
+            advice += " or --set parallel.pipeline_schedule=1f1b"
+    return (
+        f"parallel.pipeline = {parallel.pipeline}{on_each} is more than the {layers} layers of the main model; "
+        f"use {advice}"
+    )
 
 
 def _unsuited(batch: int, count: int, schedule: str, needed: str) -> str:
@@ -330,12 +347,6 @@ def _check_ranks(parallel: ParallelConfig, model: ModelConfig) -> None:
             f"parallel.expert = {expert} and parallel.data_shard = {parallel.data_shard}: one must divide the "
             "other, so that a copy of the experts lies inside whole copies of the rest; nearest expert degree that "
             f"does: {_nearest_divisor(parallel.data_shard, expert)}"
-        )
-    stages, layers = parallel.pipeline * parallel.stages_per_rank, model.num_hidden_layers
-    if stages > layers:
-        on_each = f" × {parallel.stages_per_rank} stages on each" if parallel.stages_per_rank > 1 else ""
-        raise ValueError(
-            f"parallel.pipeline = {parallel.pipeline}{on_each} is more than the {layers} layers of the main model"
         )
 
 

@@ -138,7 +138,7 @@ def _candidates(config: RunConfig, device: Device, devices: int) -> Iterator[Run
             if max(shard, expert) % min(shard, expert):
                 continue
             laid_out = _with_parallel(config, ranks // shard, shard, expert, pipeline, micro, recomputation)
-            if pipeline_problem(laid_out.parallel, batches) is None:
+            if pipeline_problem(laid_out.parallel, model, batches) is None:
                 yield laid_out
 
 
