@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.counts_command import counts
 from deepseek_v3.utils.commands import run_app
 from deepseek_v3.utils.lazily import imported
+from deepseek_v3.utils.next_command import set_options
 
 # Name -> where its function lives, and its line of help. Imported only when run: planning waits for no torch.
 COMMANDS = {
@@ -114,6 +116,8 @@ def show(
 ) -> None:
     """Print a config as a run would use it, every default spelled out."""
     typer.echo(config_to_yaml(load_config(config, override or [])), nl=False)
+    words = ["dsv3", "train", "--config", str(config), *set_options(override)]
+    typer.echo(f"# Next: {shlex.join(words)}")  # a comment, so that the output stays a config
 
 
 config_app.command("counts")(counts)

@@ -70,7 +70,7 @@ def test_a_prompt_is_continued_as_by_the_engine(checkpoint, engine):
     assert result.exit_code == 0, result.output
     assert result.stdout == completion.text + "\n"
     assert result.stderr.startswith("6 tokens in ")
-    assert result.stderr.endswith(" tokens/s; ended 1 by length\n")
+    assert " tokens/s; ended 1 by length\nNext:\n  dsv3 eval --checkpoint " in result.stderr
 
 
 @pytest.mark.parametrize(("new_tokens", "longest"), [(12, None), (14, 17), (99, 32)])

@@ -327,7 +327,7 @@ def test_the_command_starts_exactly_what_is_planned(monkeypatch: pytest.MonkeyPa
 def test_the_command_sets_only_what_differs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     row = _rows(_advice(1))["tiny"]
     monkeypatch.chdir(ROOT)
-    assert launch_command(row, 8) == f"python src/training/train.py --config {PATHS['tiny']}"
+    assert launch_command(row, 8) == "python src/training/train.py --config tiny"
     monkeypatch.chdir(tmp_path)
     assert launch_command(row, 8).startswith(f"python {ROOT / 'src' / 'training' / 'train.py'} --config ")
 

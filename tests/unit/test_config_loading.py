@@ -272,8 +272,8 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, content: byt
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    message = refusal_of(tmp_path / "absent.yaml")
-    assert message.startswith(f"{tmp_path / 'absent.yaml'}: cannot be read: No such file or directory; expected a")
+    expected = f"{tmp_path / 'absent.yaml'}: cannot be read: No such file or directory"
+    assert refusal_of(tmp_path / "absent.yaml") == expected
 
 
 def test_a_stored_config_names_its_source_when_it_is_wrong() -> None:
@@ -437,11 +437,14 @@ def test_a_file_comes_before_a_shipped_config_of_its_name(tmp_path: Path, monkey
 
 
 def test_a_name_that_is_nothing_is_told_what_ships(tmp_path: Path) -> None:
-    for name in ("2b", "elsewhere/1b", "../1b", tmp_path / "1b"):
+    for name in ("2b", "configs/2b.yaml"):
         with pytest.raises(
-            ConfigError, match=r"[12]b: cannot be read: .* config: 10b, 15b, 1b, 20b, 5b, base, data_"
+            ConfigError, match=r"2b.*: cannot be read: .* config: 10b, 15b, 1b, 20b, 5b, base, data_"
         ):
             load_config(name)
+    for path in ("elsewhere/1b", "../1b", tmp_path / "1b"):
+        with pytest.raises(ConfigError, match=r"1b: cannot be read: No such file or directory$"):
+            load_config(path)
 
 
 def test_every_command_that_takes_a_config_takes_a_name(tmp_path: Path, monkeypatch) -> None:

@@ -131,7 +131,8 @@ def test_the_recommended_size_s_step_is_taken_apart_and_its_command_given() -> N
 
 def test_several_processes_are_named_as_an_estimate_and_one_is_not() -> None:
     several, one = dsv3("plan", "--gpus", 8), dsv3("plan", "--gpus", 1)
-    assert f"\nNote: {ESTIMATE_ONLY}.\n  torchrun --nproc_per_node=8 src/training/train.py" in several.output
+    assert f"\nNote: {ESTIMATE_ONLY}.\nNext:\n  dsv3 tokenize " in several.output
+    assert "\n  torchrun --nproc_per_node=8 src/training/train.py" in several.output
     assert ESTIMATE_ONLY not in one.output
     assert "\n  python src/training/train.py --config configs/deepseek_v3_5b.yaml --set parallel." in one.output
 

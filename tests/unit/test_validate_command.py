@@ -48,7 +48,7 @@ def test_every_shipped_size_complies_in_order_of_size() -> None:
     assert result.exit_code == 0, result.output
     names = re.findall(r"^deepseek_v3_(\w+)$", result.output, re.MULTILINE)
     assert [name for name in names if name in SIZES] == SIZES
-    assert result.output.splitlines()[-1] == f"{len(names)} of {len(names)} configurations comply"
+    assert result.output.splitlines()[-3] == f"{len(names)} of {len(names)} configurations comply"
 
 
 def test_the_block_of_a_config() -> None:
@@ -63,6 +63,7 @@ def test_the_block_of_a_config() -> None:
         "Actual ratio:               20.0 T/P\n"
         "✓ complies: 20 to 26 tokens per active parameter; 9,870 steps of 4,194,304 tokens\n"
         "\n1 of 1 configurations comply\n"
+        f"Next:\n  dsv3 plan --config {_size_file('10b')}\n"
     )
 
 
@@ -91,7 +92,7 @@ def test_the_summary_counts_those_that_are_marked(tmp_path: Path) -> None:
     _write(tmp_path, "b", total_tokens="30x", deliberate_overtraining=True)
     _write(tmp_path, "c", total_tokens="30x")
     result = dsv3("validate", "--configs", tmp_path)
-    assert result.output.splitlines()[-1] == "2 of 3 configurations comply, 1 deliberately overtrained"
+    assert result.output.splitlines()[-3] == "2 of 3 configurations comply, 1 deliberately overtrained"
 
 
 def test_overrides_change_the_named_config() -> None:
@@ -177,17 +178,14 @@ def test_the_script_finds_the_configs_here_or_beside_the_package(tmp_path: Path)
     (tmp_path / "configs").mkdir()
     shutil.copy(_size_file("tiny"), tmp_path / "configs")
     here = _script(cwd=tmp_path)
-    assert here.stdout.splitlines()[-1] == "1 of 1 configurations comply"
+    assert here.stdout.splitlines()[-3] == "1 of 1 configurations comply"
 
 
 def test_the_script_ends_a_mistake_in_one_line(tmp_path: Path) -> None:
     result = _script("--config", tmp_path / "nothing.yaml")
     assert result.returncode == 1
     assert result.stdout == ""
-    assert result.stderr.startswith(
-        f"error: {tmp_path / 'nothing.yaml'}: cannot be read: No such file or directory;"
-    )
-    assert result.stderr.count("\n") == 1
+    assert result.stderr == f"error: {tmp_path / 'nothing.yaml'}: cannot be read: No such file or directory\n"
 
 
 def test_a_terminal_without_the_marks_shows_words(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ def _without_nul(path: Path) -> Path:
 
 
 AnyPath = Annotated[Path, Field(strict=False), AfterValidator(_without_nul)]
+DEFAULT_TOKENS = Path("data/tokens")
 
 
 class CorpusConfig(Section):
@@ -37,7 +38,7 @@ class CorpusConfig(Section):
 class DataConfig(Section):
     """Token shards, as `dsv3 tokenize` writes them."""
 
-    path: AnyPath
+    path: AnyPath = DEFAULT_TOKENS
     corpus: CorpusConfig | None = None
     mask_documents: bool = False
     verify_checksums: bool = True

@@ -13,32 +13,40 @@ from pydantic import ValidationError
 
 from deepseek_v3.config.base import Section
 from deepseek_v3.config.problems import FieldPath, describe
-from deepseek_v3.config.shipped import find_config, shipped_names
+from deepseek_v3.config.shipped import find_config, is_name, shipped_names
 from deepseek_v3.config.text_files import described, read_text, shown_path
 from deepseek_v3.config.train_config import RunConfig
+from deepseek_v3.config.vocabulary import fill_vocabulary
 from deepseek_v3.config.yaml_text import YamlProblem, parse_yaml, to_yaml
 from deepseek_v3.utils.errors import ConfigError
+from deepseek_v3.utils.logging import get_logger
 from deepseek_v3.utils.printing import value_text
 
 _DEEPEST_FIELD = 16
 AnySection = TypeVar("AnySection", bound=Section)
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, log: bool = False) -> RunConfig:
     """Reads a YAML file, applies overrides such as `model.num_hidden_layers=4`, and checks the whole.
 
     `path` is a file, or the name of a shipped one, such as `1b`. Raises ConfigError with one line per problem: file
-    and line (or override), field, what is wrong.
+    and line (or override), field, what is wrong. With `log` a line says what a vocabulary left open became.
     """
-    return load_section(RunConfig, path, overrides)
+    return load_section(RunConfig, path, overrides, log=log)
 
 
-def load_section(kind: type[AnySection], path: str | Path, overrides: Sequence[str] = ()) -> AnySection:
+def load_section(
+    kind: type[AnySection], path: str | Path, overrides: Sequence[str] = (), *, log: bool = False
+) -> AnySection:
     """As `load_config`, for a YAML file that holds the fields of any one kind of section."""
     path = find_config(path)
     fields, where = _read(path)
     for override in overrides:
         _apply(override, fields, where)
+    if kind is RunConfig:
+        reason = fill_vocabulary(fields)
+        if log and reason:
+            get_logger("Model").info(f"Vocabulary: {reason}")
     return _checked(kind, fields, where)
 
 
@@ -73,10 +81,8 @@ def _checked(kind: type[AnySection], fields: dict[str, Any], where: Mapping[Fiel
 def _read(path: Path) -> tuple[dict[str, Any], dict[FieldPath, str]]:
     """The file's fields, and for each field's path the place that gave it."""
     if not os.path.lexists(path):
-        raise ConfigError(
-            f"{shown_path(path)}: cannot be read: No such file or directory; expected a file, or a shipped config: "
-            f"{', '.join(shipped_names())}"
-        )
+        hint = f"; expected a file, or a shipped config: {', '.join(shipped_names())}" if is_name(path) else ""
+        raise ConfigError(f"{shown_path(path)}: cannot be read: No such file or directory{hint}")
     text, shown = read_text(path), shown_path(path)
     try:
         fields, node = parse_yaml(text)

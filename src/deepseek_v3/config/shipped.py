@@ -18,6 +18,11 @@ def shipped_folder() -> Path:
     return next((place for place in _PLACES if place.is_dir()), FOLDER)
 
 
+def is_name(path: Path) -> bool:
+    """Whether a path may be the name of a shipped config: a bare one, or one in `configs`."""
+    return path.parent in (Path(), FOLDER)
+
+
 def find_config(path: str | Path) -> Path:
     """The file that `path` means: a file as it is, or else the shipped config of that name.
 
@@ -25,7 +30,7 @@ def find_config(path: str | Path) -> Path:
     `deepspeed_config.json`. What is neither is returned as it is.
     """
     path = Path(path)
-    if os.path.isfile(path) or path.parent not in (Path(), FOLDER):  # noqa: PTH113 -- False for names too long
+    if os.path.isfile(path) or not is_name(path):  # noqa: PTH113 -- False for names too long
         return path
     folder = shipped_folder()
     names = [path.name] if path.suffix else [f"{path.name}.yaml", f"{PREFIX}{path.name}.yaml"]

@@ -215,7 +215,7 @@ class RunConfig(Section):
     model: ModelConfig
     training: TrainingConfig
     parallel: ParallelConfig = ParallelConfig()
-    data: DataConfig
+    data: DataConfig = DataConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig
 

@@ -26,6 +26,7 @@ from deepseek_v3.utils.commands import whole_option
 from deepseek_v3.utils.distributed import select_device
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.logging import configure_logging, get_console
+from deepseek_v3.utils.next_command import say_next
 
 _TOKENS_AT_ONCE = 2**20
 
@@ -94,6 +95,8 @@ def evaluate(
     console = get_console()
     console.print(f"{checkpoint}, step {saved.step}, on {held_out.tokens:,} held-out tokens of {shards.directory}")
     console.print(comparison.table())
+    same = [] if device == "auto" else ["--device", device]
+    say_next(["dsv3", "generate", "--checkpoint", checkpoint, "--prompt", "The", *same])
 
 
 def _check_tokenizer(shards: TokenShards, saved: SavedModel, checkpoint: Path) -> None:

@@ -23,6 +23,7 @@ from deepseek_v3.utils.distributed import select_device
 from deepseek_v3.utils.errors import GenerationError
 from deepseek_v3.utils.files import written_atomically
 from deepseek_v3.utils.logging import configure_logging, get_logger
+from deepseek_v3.utils.next_command import say_next
 
 
 def generate(
@@ -93,6 +94,8 @@ def generate(
     if output is not None:
         _write(output, completions)
     typer.echo(_summary(completions, seconds), err=True)
+    same = [] if device == "auto" else ["--device", device]
+    say_next(["dsv3", "eval", "--checkpoint", checkpoint, *same], err=True)
 
 
 def _prompts(prompt: str | None, file: Path | None) -> list[str]:

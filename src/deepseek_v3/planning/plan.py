@@ -22,6 +22,7 @@ from deepseek_v3.planning.config_files import chosen_files
 from deepseek_v3.planning.hardware import known_devices
 from deepseek_v3.utils.commands import number_option, whole_option
 from deepseek_v3.utils.errors import ConfigError
+from deepseek_v3.utils.next_command import say_next
 from deepseek_v3.utils.printing import showable
 
 
@@ -76,6 +77,7 @@ def plan(
     """
     if list_gpus:
         print_devices(known_devices())
+        say_next(["dsv3", "plan", "--gpu", gpu or "H100", "--gpus", gpus or 8])
         return
     picture = _picture(plot, picture)
     options = PlanOptions(gpus, gpu, gpu_memory, hardware, price, budget_hours, budget_dollars, tokens, objective)

@@ -16,6 +16,7 @@ from deepseek_v3.planning.chinchilla import Compliance, Verdict, check_complianc
 from deepseek_v3.planning.config_files import chosen_files
 from deepseek_v3.planning.quantities import short_count
 from deepseek_v3.utils.errors import ConfigError
+from deepseek_v3.utils.next_command import say_next
 from deepseek_v3.utils.printing import showable
 
 _RULE = "=" * 80
@@ -50,10 +51,18 @@ def validate(
         )
     elif results:
         typer.echo(showable("\n\n".join(map(_block, results)) + f"\n\n{_summary(results, len(problems))}"))
+        if not problems:
+            say_next(["dsv3", "plan", *_same(config, configs)])
     if problems:
         raise ConfigError("\n".join(problems))
     if strict and not all(result.verdict.accepted for result in results):
         raise typer.Exit(1)
+
+
+def _same(config: Sequence[Path] | None, configs: Path | None) -> list[object]:
+    """The options that name the same files."""
+    named = [word for file in config or () for word in ("--config", file)]
+    return [*named, *(["--configs", configs] if configs else [])]
 
 
 def _check(paths: Sequence[Path], overrides: Sequence[str]) -> tuple[list[Compliance], list[str]]:

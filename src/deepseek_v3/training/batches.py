@@ -32,7 +32,8 @@ def open_tokens(config: RunConfig) -> TokenShards:
     if not data.path.exists():
         if data.corpus is None:
             raise DataError(
-                f"{data.path}: no token shards here; write them with dsv3 tokenize --output {data.path}"
+                f"{data.path}: no token shards here; write them with dsv3 tokenize --input FOLDER --vocab-size "
+                f"32768 --output {data.path}, or name others with --set data.path=..."
             )
         get_logger("Data").info(f"{data.path} does not exist yet: building it from {data.corpus.source}")
         options = data.corpus.model_dump()
@@ -57,7 +58,8 @@ def check_vocabulary(shards: TokenShards, model: ModelConfig) -> None:
     if shards.index.vocab_size > model.vocab_size:
         raise DataError(
             f"{shards.directory}: its tokenizer has {shards.index.vocab_size} ids, model.vocab_size = "
-            f"{model.vocab_size} has room for fewer; raise it, or tokenize with a smaller vocabulary"
+            f"{model.vocab_size} has room for fewer; raise it, set it to null, which follows the tokenizer, or "
+            "tokenize with a smaller vocabulary"
         )
 
 

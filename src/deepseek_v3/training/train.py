@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shlex
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +13,7 @@ import typer
 
 from deepseek_v3.config.loading import config_to_yaml, load_config
 from deepseek_v3.config.train_config import RunConfig
+from deepseek_v3.data.tokens.build import PYTHON_STDLIB
 from deepseek_v3.training.interruption import StopRequest
 from deepseek_v3.training.parallel.deepspeed_settings import DeepSpeedFile
 from deepseek_v3.training.parallel.layout import laid_out
@@ -27,6 +27,7 @@ from deepseek_v3.utils.distributed import ALONE, World, announce, process_group,
 from deepseek_v3.utils.files import written_atomically
 from deepseek_v3.utils.logging import configure_logging, get_logger
 from deepseek_v3.utils.monitoring import read_metrics
+from deepseek_v3.utils.next_command import say_next, set_options
 from deepseek_v3.utils.plots import plot_losses
 from deepseek_v3.utils.watchdog import Watchdog
 
@@ -73,8 +74,9 @@ def train(
     group = process_group(world, place, limit, even_alone=deepspeed is not None)
     with StopRequest(world.size) as stop, group, Watchdog(world, limit) as watchdog:
         settings = DeepSpeedFile(deepspeed) if deepspeed else None
+        run = load_config(config, overrides, log=True)
         result = train_run(
-            load_config(config, overrides),
+            run,
             place,
             resume,
             force,
@@ -84,20 +86,29 @@ def train(
             stop,
             allow_changed_data=allow_changed_data,
         )
-    if not result.finished and world.rank == 0:
-        words = ["--config", str(config), "--resume", "latest"]
-        words += [word for setting in overrides for word in ("--set", setting)]
-        words += [] if device == "auto" else ["--device", device]
-        words += ["--force"] if force else []
-        words += ["--deepspeed", str(deepspeed)] if deepspeed else []
-        get_logger("Trainer").info(f"Stopped after step {result.step}; continue with: {_command(world, words)}")
+    if world.rank != 0:
+        return
+    same = [] if device == "auto" else ["--device", device]
+    if result.finished:
+        checkpoint = ["--checkpoint", str(result.checkpoint), *same]
+        prompt = "def main(" if run.data.corpus and run.data.corpus.source == PYTHON_STDLIB else "The"
+        say_next(["dsv3", "generate", *checkpoint, "--prompt", prompt], ["dsv3", "eval", *checkpoint])
+        return
+    launcher = "" if world.is_alone else f"; LAUNCHER starts {world.size} processes as before"
+    get_logger("Trainer").info(f"Stopped after step {result.step}{launcher}")
+    words = ["--config", str(config), "--resume", "latest", *set_options(overrides), *same]
+    words += ["--force"] if force else []
+    words += ["--allow-changed-data"] if allow_changed_data else []
+    words += ["--deepspeed", str(deepspeed)] if deepspeed else []
+    say_next(_command(world, words))
 
 
-def _command(world: World, words: list[str]) -> str:
-    """The line that starts this command again; of several processes it is the launcher's to begin with."""
+def _command(world: World, words: list[str]) -> list[str]:
+    """The words that start this command again; of several processes the launcher's come first."""
     if world.is_alone:
-        return shlex.join(["dsv3", "train", *words])
-    return f"LAUNCHER {shlex.join([sys.argv[0], *words])}, where LAUNCHER starts {world.size} processes as before"
+        return ["dsv3", "train", *words]
+    script = ["-m", "deepseek_v3", "train"] if Path(sys.argv[0]).name == "__main__.py" else [sys.argv[0]]
+    return ["LAUNCHER", *script, *words]
 
 
 def train_run(

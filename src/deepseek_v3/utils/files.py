@@ -6,9 +6,16 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain, count
 from pathlib import Path
 
 _CHUNK_BYTES = 1 << 22
+
+
+def unused_path(path: Path) -> Path:
+    """`path`, or the first of `path-2`, `path-3`, … that does not exist yet."""
+    later = (path.with_name(f"{path.name}-{number}") for number in count(2))
+    return next(found for found in chain([path], later) if not found.exists() and not found.is_symlink())
 
 
 @contextmanager

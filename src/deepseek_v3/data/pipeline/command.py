@@ -8,12 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
+from deepseek_v3.config.data_config import DEFAULT_TOKENS
 from deepseek_v3.config.loading import load_section
 from deepseek_v3.config.preprocessing.pipeline import PreprocessConfig
 from deepseek_v3.data.pipeline.registry import preload
 from deepseek_v3.utils.errors import ConfigError
+from deepseek_v3.utils.files import unused_path
 from deepseek_v3.utils.lazily import imported
 from deepseek_v3.utils.logging import configure_logging, get_logger
+from deepseek_v3.utils.next_command import say_next, set_options
 
 
 def preprocess(
@@ -37,9 +40,12 @@ def preprocess(
     log = get_logger("Preprocess")
     if not manifest:
         log.info("shard %s is read; once all are, run again with --merge", shard)
+        say_next(["dsv3", "preprocess", "--config", config, *set_options(override), "--merge"])
         return
     log.info(_summary(manifest["counts"]))
     log.info("%s: data/, dropped/, quarantine/, manifest.json, stats.json, report.html", settings.output_dir)
+    clean, tokens = settings.output_dir / "data", unused_path(DEFAULT_TOKENS)
+    say_next(["dsv3", "tokenize", "--input", clean, "--vocab-size", 32768, "--output", tokens])
 
 
 def _summary(counts: dict[str, Any]) -> str:

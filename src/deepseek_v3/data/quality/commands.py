@@ -19,6 +19,7 @@ from deepseek_v3.data.quality.perplexity import ArpaModel, load_language_model
 from deepseek_v3.data.tokens.holdout import is_held_out
 from deepseek_v3.utils.commands import number_option, whole_option
 from deepseek_v3.utils.errors import DataError
+from deepseek_v3.utils.next_command import say_next
 
 quality_app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Train and try the models of the quality stage."
@@ -72,6 +73,7 @@ def train(
             )
     except OSError as error:
         raise DataError(f"{output}: cannot be written: {error}; make room, or choose another file") from None
+    _say_next(output, is_classifier=bool(good))
 
 
 @quality_app.command("score")
@@ -93,6 +95,13 @@ def score(
         scores = [f"{found:.1f}" for found in load_language_model(model).perplexities(texts).tolist()]
     for found, id_ in zip(scores, ids, strict=True):
         typer.echo(f"{found}\t{id_}")
+    _say_next(model, is_classifier=is_fasttext(model), err=True)
+
+
+def _say_next(model: Path, *, is_classifier: bool, err: bool = False) -> None:
+    field = "classifier" if is_classifier else "language_model"
+    words = ["dsv3", "preprocess", "--config", "data_config", "--set", f"quality_filtering.{field}={model}"]
+    say_next(words, err=err)
 
 
 def _train_classifier(

@@ -7,20 +7,23 @@ from typing import Annotated
 
 import typer
 
+from deepseek_v3.config.data_config import DEFAULT_TOKENS
+from deepseek_v3.config.loading import load_config
 from deepseek_v3.data.tokens.build import PYTHON_STDLIB, SEQUENCE_LENGTH, tokenize_corpus
 from deepseek_v3.utils.commands import number_option, whole_option
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.logging import configure_logging, get_logger
+from deepseek_v3.utils.next_command import say_next, set_options
 
 
 def tokenize(
-    output: Annotated[Path, typer.Option(help="Folder to write; it must not exist yet.")],
     source: Annotated[
         Path | None, typer.Option("--input", help="A text file, a .jsonl file, or a folder of either.")
     ] = None,
     corpus: Annotated[
         str | None, typer.Option(help=f"Instead of --input: {PYTHON_STDLIB}, the text inside every Python.")
     ] = None,
+    output: Annotated[Path, typer.Option(help="Folder to write; it must not exist yet.")] = DEFAULT_TOKENS,
     tokenizer: Annotated[Path | None, typer.Option(help="Use this tokenizer.json instead of training one.")] = None,
     vocab_size: Annotated[
         int | None,
@@ -90,3 +93,18 @@ def tokenize(
         f"{summary.holdout.tokens:,} held-out tokens in {summary.holdout.documents:,}, "
         f"vocabulary {summary.vocab_size:,}"
     )
+    say_next(_training(output, sequence_length))
+
+
+def _training(tokens: Path, sequence_length: int) -> list[str]:
+    """The command that trains the smallest size on these tokens, in windows that both splits hold."""
+    size = "tiny" if sequence_length <= load_config("tiny").model.max_position_embeddings else "1b"
+    overrides = []
+    if tokens != DEFAULT_TOKENS:
+        overrides = [f"data.path={tokens}", f"checkpoint.directory=checkpoints/{tokens.name}"]
+        overrides += [f"logging.directory=runs/{tokens.name}"]
+    if load_config(size).training.sequence_length != sequence_length:
+        overrides.append(f"training.sequence_length={sequence_length}")
+    if size != "tiny":
+        overrides.append("model.vocab_size=null")  # else the published vocabulary
+    return ["dsv3", "train", "--config", size, *set_options(overrides)]

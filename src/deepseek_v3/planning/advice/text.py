@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
 
 import typer
@@ -14,7 +15,8 @@ from deepseek_v3.planning.hardware import Device
 from deepseek_v3.planning.layouts import Layout
 from deepseek_v3.planning.quantities import dollars, figures, gibibytes, short_count
 from deepseek_v3.planning.scaling_laws import ExpectedLoss
-from deepseek_v3.utils.printing import paragraph, showable, side_by_side, spelled, table
+from deepseek_v3.utils.next_command import say_next
+from deepseek_v3.utils.printing import paragraph, side_by_side, spelled, table
 
 _LEGEND = (
     "layout: copies × shards of the data; ep, pp: devices that share out the experts, the layers; mb: micro-batch; "
@@ -155,7 +157,11 @@ def _print_recommendation(advice: Advice) -> None:
     typer.secho(paragraph(f"Recommended: {row.name} ({takes}); {advice.reason}."), bold=True)
     if row.config.parallel.world_size > 1:
         typer.echo(paragraph(f"Note: {ESTIMATE_ONLY}."))
-    typer.echo(showable(f"  {launch_command(row, advice.request.device.devices_per_node)}"))
+    data, commands = row.config.data, [shlex.split(launch_command(row, advice.request.device.devices_per_node))]
+    if data.corpus is None and not data.path.exists():
+        words = ["dsv3", "tokenize", "--input", "FOLDER", "--vocab-size", str(row.config.model.vocab_size)]
+        commands.insert(0, [*words, "--output", str(data.path)])
+    say_next(*commands)
 
 
 def _shape(layout: Layout) -> str:

@@ -1,0 +1,59 @@
+"""The model's vocabulary where its config leaves `model.vocab_size` open: as large as the tokenizer needs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from deepseek_v3.config.base import PositiveInt
+from deepseek_v3.config.data_config import DataConfig
+
+PUBLISHED_VOCABULARY = 129_280
+
+_MULTIPLE = 128  # blocks of tensor cores, and of ranks that share out embedding and head
+
+
+def fill_vocabulary(fields: dict[str, Any]) -> str | None:
+    """Sets `model.vocab_size` in the fields of a run where it is missing or null.
+
+    It is the tokenizer's number of ids, rounded up to a multiple of 128. The tokenizer is that of the shards at
+    `data.path`, or the one that `data.corpus` is going to train, whichever is larger: building the shards does not
+    change the model. Where there is neither, it is the published 129,280. Returns why; None where nothing was open.
+    """
+    model, data = fields.get("model"), fields.get("data") or {}
+    if not isinstance(model, dict) or model.get("vocab_size") is not None or not isinstance(data, dict):
+        return None
+    path = data.get("path", DataConfig.model_fields["path"].default)
+    corpus = data.get("corpus")
+    sizes = {
+        f"the tokenizer of {path}": _count(_tokenizer_size(path)),
+        "data.corpus": _count(corpus.get("vocab_size")) if isinstance(corpus, dict) else 0,
+    }
+    known = {source: size for source, size in sizes.items() if size}
+    if not known:
+        model["vocab_size"] = PUBLISHED_VOCABULARY
+        return f"{PUBLISHED_VOCABULARY:,} ids, as published: no tokens at {path} and no data.corpus yet"
+    source = max(known, key=lambda name: known[name])
+    model["vocab_size"] = -(-known[source] // _MULTIPLE) * _MULTIPLE
+    return f"{model['vocab_size']:,} ids, for the {known[source]:,} of {source}, in multiples of {_MULTIPLE}"
+
+
+def _count(value: object) -> int:
+    """A positive number as a config spells it; 0 for anything else."""
+    try:
+        return TypeAdapter(PositiveInt).validate_python(value)
+    except ValidationError:
+        return 0
+
+
+def _tokenizer_size(path: object) -> object:
+    """`vocab_size` in the index of token shards; None where there is none to be read."""
+    if not isinstance(path, str | Path):
+        return None
+    try:
+        return json.loads((Path(path) / "index.json").read_text(encoding="utf-8"))["vocab_size"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
