@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ import yaml
 
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.planning.counts import count_active_parameters
-from deepseek_v3.utils.checkpointing import load_checkpoint
+from deepseek_v3.utils.checkpointing import CheckpointDirectory, load_checkpoint
+from deepseek_v3.utils.checkpoints.saving import ShardedWriter
 from deepseek_v3.utils.monitoring import read_metrics
 from job_helpers import HANGS
 from run_helpers import TOKENS_PER_STEP, dsv3, message_of, run_fields, write_corpus, write_run
@@ -274,6 +276,53 @@ class TestBadInput:
         words = ["--set", "model.num_hidden_layers=3", "--resume", "latest"]
         message = message_of(dsv3("train", "--device", "cpu", "--config", folder / "run.yaml", *words))
         assert "is of another model: model.num_hidden_layers: 2 -> 3" in message
+
+    @pytest.mark.parametrize("form", ["file", "folder"])
+    def test_a_checkpoint_that_lacks_entries_tells_all_at_once(self, folder: Path, form: str) -> None:
+        state = load_checkpoint(folder / "checkpoints" / "checkpoint_step_6.pt")
+        del state["tokens"]
+        state["more"] = 1
+        path = self._saved(folder, state, form)
+        resume = ["train", "--device", "cpu", "--config", folder / "run.yaml", "--resume", path]
+        for words in (resume, ["generate", "--checkpoint", path, "--prompt", "a"], ["eval", "--checkpoint", path]):
+            message = message_of(dsv3(*words))
+            assert message.startswith(f"{path}: ")
+            assert "tokens: Field required" in message
+            assert "more: Extra inputs are not permitted" in message
+
+        state = load_checkpoint(folder / "checkpoints" / "checkpoint_step_6.pt")
+        name, other = "model.norm.weight", "lm_head.weight"
+        del state["model"][name], state["optimizer"]["exp_avg"][other]
+        state["model"]["more"] = torch.zeros(2)
+        state["model"][other] = state["model"][other][:1].clone()
+        path = self._saved(folder, state, form)
+        message = message_of(dsv3(*resume))
+        assert f"has no tensor 'model.{name}'" in message
+        assert f"has no tensor 'optimizer.exp_avg.{other}'" in message
+        assert f"'model.{other}' is torch.float32 [1, 32] there, torch.float32 [300, 32] here" in message
+        assert "has the tensor 'model.more', which has no place here" in message
+        for words in (["generate", "--checkpoint", path, "--prompt", "a"], ["eval", "--checkpoint", path]):
+            message = message_of(dsv3(*words))
+            assert f"has no tensor 'model.{name}'" in message
+            assert "has the tensor 'model.more'" in message
+            assert "exp_avg" not in message
+
+    @staticmethod
+    def _saved(folder: Path, state: dict[str, Any], form: str) -> Path:
+        checkpoints = CheckpointDirectory(folder / "lacking", keep=9)
+        if form == "file":
+            return checkpoints.save(6, state)
+        with ShardedWriter(checkpoints, None) as writer:
+            return writer.save(6, state).path
+
+    def test_a_newest_checkpoint_that_lacks_entries_is_passed_over(self, folder: Path) -> None:
+        state = load_checkpoint(folder / "checkpoints" / "checkpoint_step_6.pt")
+        del state["model"]["lm_head.weight"]
+        CheckpointDirectory(folder / "checkpoints", keep=99).save(7, state)
+        result = dsv3("generate", "--checkpoint", folder / "checkpoints", "--prompt", "a", "--max-new-tokens", 1)
+        assert result.exit_code == 0, result.output
+        assert "passed over" in result.output
+        assert "has no tensor 'model.lm_head.weight'" in result.output
 
     def test_resuming_on_another_corpus(self, folder: Path, tmp_path: Path) -> None:
         tokenizer = (folder / "tokens").rename(tmp_path / "tokens before")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import os
 import pickle
 import random
 import resource
@@ -61,6 +62,9 @@ def good_bytes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = tmp_path_factory.mktemp("good") / "checkpoint_step_0.pt"
     save_checkpoint(path, small_state())
     return path.read_bytes()
+
+
+ROOT = Path(__file__).parents[2]
 
 
 def assert_refused(path: Path, *, match: str | None = None) -> None:
@@ -194,6 +198,47 @@ def test_an_archive_of_something_else_is_refused(tmp_path: Path) -> None:
     torch.save(torch.zeros(2), buffer)
     (tmp_path / "tensor.pt").write_bytes(with_checksum(buffer.getvalue()))
     assert_refused(tmp_path / "tensor.pt", match="holds a Tensor, expected a dict")
+
+
+@pytest.mark.parametrize(
+    ("value", "where"),
+    [
+        (torch.eye(2).to_sparse(), r"state\['x'\] is a sparse, quantized or meta tensor"),
+        (torch.Size([1]), r"state\['x'\] is a Size"),
+        ({(1, 2): 3}, r"state\['x'\] has the key \(1, 2\)"),
+    ],
+)
+def test_what_would_not_be_saved_is_not_loaded(value: Any, where: str, tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    torch.save({"x": value}, buffer)
+    (tmp_path / "other.pt").write_bytes(with_checksum(buffer.getvalue()))
+    assert_refused(tmp_path / "other.pt", match=where)
+
+
+def test_a_checkpoint_that_holds_itself_is_refused(tmp_path: Path) -> None:
+    state: dict[str, Any] = {}
+    state["x"] = state
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    (tmp_path / "other.pt").write_bytes(with_checksum(buffer.getvalue()))
+    assert_refused(tmp_path / "other.pt", match="recursion")
+
+
+@pytest.mark.parametrize("name", ["checkpoint_step_1.pt", "checkpoint_step_1/index.json"])
+def test_a_pipe_in_a_files_place_is_not_waited_for(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    os.mkfifo(tmp_path / name)
+    path = tmp_path / name.split("/")[0]
+    assert_refused(path, match="cannot be read: Not a regular file")
+    with pytest.raises(CheckpointError, match="Not a regular file"):
+        load_checkpoint(path, verify=False)
+
+
+def test_only_one_place_unpickles_and_allows_nothing_of_ours() -> None:
+    sources = [path for path in (ROOT / "src").rglob("*.py") if "torch.load(" in path.read_text(encoding="utf-8")]
+    assert [path.name for path in sources] == ["single_file.py"]
+    assert "weights_only=True, mmap" in sources[0].read_text(encoding="utf-8")
+    assert not any("add_safe_globals" in path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py"))
 
 
 def test_a_full_accelerator_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,5 +150,5 @@ def test_a_model_with_other_tensors_is_refused(checkpoints: Path) -> None:
     norm = tensors.pop("model.model.norm.weight")
     with pytest.raises(CheckpointError, match=r"has the tensor 'model.model.norm.weight'"):
         load_sharded(checkpoints / "out" / "checkpoint_step_7", tensors, None)
-    with pytest.raises(CheckpointError, match=r"has no tensor 'model.norm.weight', which this run needs"):
+    with pytest.raises(CheckpointError, match=r"has no tensor 'model.norm.weight', which is needed here"):
         load_sharded(checkpoints / "out" / "checkpoint_step_7", {**tensors, "model.norm.weight": norm}, None)

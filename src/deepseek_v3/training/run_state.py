@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,18 +12,29 @@ from torch.distributed import ProcessGroup
 
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.tokens.shards import TokenShards
-from deepseek_v3.model.saved import config_of, model_entries, moments_by_name
+from deepseek_v3.model.saved import config_of, model_entries, split_entries
+from deepseek_v3.model.saved_entries import RunEntries, check_entries
 from deepseek_v3.training.parallel.engine import Engine
 from deepseek_v3.training.resume_rules import ALLOW, check_changes
 from deepseek_v3.training.schedule import TokenPlan
 from deepseek_v3.utils.checkpointing import load_checkpoint
 from deepseek_v3.utils.checkpoints.contents import open_checkpoint
+from deepseek_v3.utils.checkpoints.expectations import (
+    OTHER_CONFIG,
+    TensorInfo,
+    infos,
+    refuse,
+    unfit,
+    unknown,
+)
+from deepseek_v3.utils.checkpoints.failures import REPAIR
 from deepseek_v3.utils.checkpoints.loading import load_sharded
 from deepseek_v3.utils.checkpoints.nesting import split
 from deepseek_v3.utils.checkpoints.ranks import together
 from deepseek_v3.utils.errors import CheckpointError
 from deepseek_v3.utils.logging import get_logger
 
+_CUDA_RANDOM_BYTES = 16  # a seed and an offset
 _RANDOM = "random."  # what the names of random states begin with, among a checkpoint's tensors
 
 
@@ -71,53 +83,48 @@ def restore_run(
     steps keep their numbers, and the samples and schedules are those that the config gives to these steps.
     """
     if group is None:
-        saved = load_checkpoint(path, verify=verify)
-        _check(saved, path, config, plan, shards, allow_changed_data)
+        found, plain = split_entries(load_checkpoint(path, verify=verify), path)
+        _check(plain, path, config, plan, shards, allow_changed_data)
         places = engine.places()
-        _fill(places, saved, path)
-        random, plain = saved["random"], saved
+        random = _fill(split(places)[0], found, path)
     else:
         contents = together(group, lambda: open_checkpoint(path))
         plain = contents.plain
         together(group, lambda: _check(plain, path, config, plan, shards, allow_changed_data))
         places = engine.places()
-        random = {
-            name: torch.empty(info.shape, dtype=info.dtype)
-            for name, info in contents.tensors.items()
-            if name.startswith(_RANDOM)
+        tensors, random = split(places)[0], _random_places(contents.tensors)
+        converted = {
+            name: torch.empty_like(tensors[name], dtype=info.dtype)
+            for name, info in _expected(tensors, contents.tensors).items()
+            if info.dtype != tensors[name].dtype
         }
-        tensors = split(places)[0]
-        converted = _of_saved_type(tensors, {name: info.dtype for name, info in contents.tensors.items()})
         load_sharded(path, {**tensors, **converted, **random}, group, verify=verify)
         for name, values in converted.items():
             tensors[name].copy_(values)
-    _restore_random_state({name.removeprefix(_RANDOM): value for name, value in random.items()})
+    _restore_random_state(random, path)
     step, taken = plain["step"], plain["optimizer"]["num_steps"]
     engine.loaded(places, taken)
     return Progress(step, step - taken, plain.get("skipped_in_a_row", 0))
 
 
-def _of_saved_type(tensors: dict[str, Tensor], saved: dict[str, torch.dtype]) -> dict[str, Tensor]:
-    """Room for the moments that a checkpoint holds in another type than this run."""
-    return {
-        name: torch.empty_like(tensor, dtype=saved[name])
-        for name, tensor in tensors.items()
-        if name.startswith("optimizer.") and saved.get(name, tensor.dtype) != tensor.dtype
-    }
+def _expected(tensors: dict[str, Tensor], found: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """What a checkpoint has to say of this run's tensors; moments of any floating type are converted."""
+    expected = infos(tensors)
+    for name, info in expected.items():
+        if name.startswith("optimizer.") and name in found and found[name].dtype.is_floating_point:
+            expected[name] = info._replace(dtype=found[name].dtype)
+    return expected
 
 
-def _fill(places: dict[str, Any], saved: dict[str, Any], path: Path) -> None:
-    """Copies what a checkpoint holds into the tensors of a run in one process."""
-    optimizer = moments_by_name(saved["optimizer"], saved["model"])
-    tensors, _ = split(places)
-    found, _ = split({"model": saved["model"], "optimizer": optimizer})
-    if different := tensors.keys() ^ found.keys():
-        raise CheckpointError(
-            f"{path}: {min(different)!r} is only on one side, the checkpoint's or this run's; "
-            "resume with the config that it was saved with"
-        )
+def _fill(tensors: dict[str, Tensor], found: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Copies what a checkpoint holds into the tensors of a run in one process; returns its random states."""
+    saved = infos(found)
+    random = _random_places(saved)
+    expected = {**_expected(tensors, saved), **infos(random)}
+    refuse(path, [*unfit(saved, expected), *unknown(sorted(saved.keys() - expected.keys()))], OTHER_CONFIG)
     for name, tensor in tensors.items():
         tensor.detach().copy_(found[name])
+    return {name: found[name] for name in random}
 
 
 def _check(
@@ -129,7 +136,9 @@ def _check(
     allow_changed_data: bool,
 ) -> None:
     """Raises CheckpointError where a checkpoint's plain values are not of this run."""
-    check_changes(config_of(saved, path), config, path, allow_changed_data)
+    before = config_of(saved, path)
+    check_entries(RunEntries, saved, path)
+    check_changes(before, config, path, allow_changed_data)
     _check_same_steps(saved, plan, path, allow_changed_data)
     (tokenizer, *train), (own_tokenizer, *own_train) = saved["corpus"], _identity(shards)
     if tokenizer != own_tokenizer:
@@ -177,7 +186,19 @@ def _random_state() -> dict[str, torch.Tensor]:
     return state
 
 
-def _restore_random_state(state: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+def _random_places(found: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
+    """Room for the random states of a checkpoint: that of the CPU, and of a GPU where it was saved on one."""
+    places = {f"{_RANDOM}cpu": torch.empty_like(torch.get_rng_state())}
+    if f"{_RANDOM}cuda" in found:
+        places[f"{_RANDOM}cuda"] = torch.empty(_CUDA_RANDOM_BYTES, dtype=torch.uint8)
+    return places
+
+
+def _restore_random_state(state: dict[str, Tensor], path: Path) -> None:
+    try:
+        torch.set_rng_state(state[f"{_RANDOM}cpu"])
+        if f"{_RANDOM}cuda" in state and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state[f"{_RANDOM}cuda"])
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path}: 'random' is no state of a random generator: {reason}; {REPAIR}") from None

@@ -30,6 +30,7 @@ from deepseek_v3.utils.whereabouts import Whereabouts
 
 _BEATS_PER_SILENCE = 10
 _SECONDS_TO_PRINT = 1.0  # that others stay for one that prints its own error: launchers end all after the first
+_SECONDS_TO_END = 0.2  # between two looks of the rank with the store, which is the last to end
 _ADVICE = "the job stops: resume with --resume latest"
 
 
@@ -114,7 +115,7 @@ class Watchdog:
         """Ends in good order; rank 0, with the store, stays and watches until nobody needs it any more."""
         self._board.set_beat(self._beat(ended=True))
         while self._world.rank == 0 and not self._board.have_ended(range(self._world.size)):
-            time.sleep(self._interval)
+            time.sleep(min(self._interval, _SECONDS_TO_END))
             self._look()
 
     def _fail(self) -> None:
@@ -123,7 +124,7 @@ class Watchdog:
             self._look()  # at the finding of another, which ends the process
         self._board.set_beat(self._beat(ended=True))
         while self._world.rank == 0 and self._others_live():
-            time.sleep(self._interval)
+            time.sleep(min(self._interval, _SECONDS_TO_END))
 
     def _others_live(self) -> bool:
         """Whether any other rank neither has ended nor is silent."""

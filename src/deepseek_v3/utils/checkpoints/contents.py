@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import math
-import os
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from deepseek_v3.utils.checkpoints.failures import REPAIR, damaged, unreadable
-from deepseek_v3.utils.checkpoints.index import Index
+from deepseek_v3.utils.checkpoints.expectations import TensorInfo, infos
+from deepseek_v3.utils.checkpoints.failures import REPAIR, damaged, listed, require_regular_file, unreadable
+from deepseek_v3.utils.checkpoints.index import INDEX_FILE, Index
 from deepseek_v3.utils.checkpoints.nesting import split
 from deepseek_v3.utils.checkpoints.single_file import load_file, verify_file
-from deepseek_v3.utils.checkpoints.tensor_file import DTYPES, map_bytes
+from deepseek_v3.utils.checkpoints.tensor_file import DTYPES, HeaderEntry, map_bytes, read_header
+from deepseek_v3.utils.checkpoints.tiling import Numbers
 from deepseek_v3.utils.errors import CheckpointError
 from deepseek_v3.utils.files import sha256_of_file
-
-Numbers = tuple[int, ...]
-
-
-class TensorInfo(NamedTuple):
-    """What a checkpoint says of a tensor before it is read."""
-
-    dtype: torch.dtype
-    shape: Numbers
 
 
 class Contents(ABC):
@@ -82,12 +74,13 @@ class FolderContents(Contents):
     def __init__(self, path: Path) -> None:
         index = Index.read(path)
         self.path, self.plain = path, index.plain
-        self.files, self._files = sorted(index.files), index.files
+        self.files, self._files, self._index = sorted(index.files), index.files, index
         self.tensors = {
             name: TensorInfo(DTYPES[tensor.dtype], tensor.shape) for name, tensor in index.tensors.items()
         }
         self._chunks = {
-            name: {chunk.offsets: chunk for chunk in tensor.chunks} for name, tensor in index.tensors.items()
+            name: {chunk.offsets: chunk for chunk in tensor.chunks if 0 in tensor.shape or 0 not in chunk.sizes}
+            for name, tensor in index.tensors.items()
         }
         self._mapped: dict[str, Tensor] = {}
 
@@ -96,15 +89,36 @@ class FolderContents(Contents):
         found, expected = sha256_of_file(path), self._files[name].sha256
         if found != expected:
             raise damaged(path, found, expected)
+        self._compare_header(path)
+
+    def _compare_header(self, path: Path) -> None:
+        """Raises CheckpointError unless a file says of each of its tensors what the index says."""
+        try:
+            found = read_header(path)
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path}: has no header of the safetensors format: {error}; {REPAIR}") from None
+        expected = self._index.stored_in(path.name)
+        problems = [
+            f"has {_entry(found, name)} as {name!r}, and by {INDEX_FILE} {_entry(expected, name)}"
+            for name in sorted(found.keys() | expected.keys())
+            if found.get(name) != expected.get(name)
+        ]
+        if problems:
+            raise CheckpointError(f"{path}: {listed(problems)}; {REPAIR}")
 
     def chunks(self, name: str) -> list[tuple[Numbers, Numbers]]:
         return [(chunk.offsets, chunk.sizes) for chunk in self._chunks[name].values()]
 
     def chunk(self, name: str, offsets: Numbers) -> Tensor:
         chunk, dtype = self._chunks[name][offsets], self.tensors[name].dtype
+        if 0 in chunk.sizes:
+            return torch.empty(chunk.sizes, dtype=dtype)
         if chunk.file not in self._mapped:
             path = self._path_of_size(chunk.file)
-            self._mapped[chunk.file] = map_bytes(path, self._files[chunk.file].bytes)
+            try:
+                self._mapped[chunk.file] = map_bytes(path, self._files[chunk.file].bytes)
+            except RuntimeError:  # as torch tells of files that have gone meanwhile
+                raise CheckpointError(f"{path}: cannot be mapped into memory; is it being deleted?") from None
         num_bytes = math.prod(chunk.sizes) * dtype.itemsize
         return self._mapped[chunk.file][chunk.begin :][:num_bytes].view(dtype).view(chunk.sizes)
 
@@ -112,13 +126,20 @@ class FolderContents(Contents):
         """The path of a file, which has been seen to be there with all its bytes."""
         path, expected = self.path / name, self._files[name].bytes
         try:
-            with path.open("rb") as file:
-                found = file.seek(0, os.SEEK_END)
+            found = require_regular_file(path)
+            path.open("rb").close()
         except OSError as error:
             raise unreadable(path, error) from None
         if found != expected:
             raise CheckpointError(f"{path}: has {found:,} bytes, expected {expected:,}; {REPAIR}")
         return path
+
+
+def _entry(entries: dict[str, HeaderEntry], name: str) -> str:
+    if name not in entries:
+        return "nothing"
+    entry = entries[name]
+    return f"{entry.dtype} {list(entry.shape)} at byte {entry.begin}"
 
 
 class FileContents(Contents):
@@ -134,9 +155,7 @@ class FileContents(Contents):
                 "resume it once in a single process, whose next checkpoint can"
             ) from None
         self.path, self.files = path, [path.name]
-        self.tensors = {
-            name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()
-        }
+        self.tensors = infos(self._tensors)
 
     def verify_file(self, name: str) -> None:
         assert name == self.path.name

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import stat
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
 
 from deepseek_v3.utils.errors import CheckpointError
 
 REPAIR = "copy it again, or load an older one"
+_MOST_LISTED = 8  # problems in one message
 
 
 def unwritable(path: Path, error: OSError) -> CheckpointError:
@@ -35,3 +43,30 @@ def damaged(path: Path, found: str, expected: str) -> CheckpointError:
     return CheckpointError(
         f"{path}: is damaged: the SHA-256 of its bytes is {found[:12]}…, expected {expected[:12]}…; {REPAIR}"
     )
+
+
+def require_regular_file(path: Path) -> int:
+    """The size of a file in bytes; a pipe or a device, which could be read for ever, is an OSError."""
+    found = path.stat()
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
+    return found.st_size
+
+
+def listed(problems: Sequence[str]) -> str:
+    """All problems as one line, the first few in words."""
+    more = len(problems) - _MOST_LISTED
+    return "; ".join([*problems[:_MOST_LISTED], *([f"and {more} more"] if more > 0 else [])])
+
+
+def validation_problems(error: ValidationError) -> str:
+    """What pydantic found, each problem with the name of its field."""
+    return listed([_in_words(dict(problem)) for problem in error.errors()])
+
+
+def _in_words(problem: dict[str, Any]) -> str:
+    field = ".".join(map(str, problem["loc"]))
+    message = str(problem["ctx"]["error"]) if problem["type"] == "value_error" else str(problem["msg"])
+    return f"{field}: {message}" if field else message

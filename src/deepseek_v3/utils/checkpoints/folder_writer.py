@@ -25,7 +25,7 @@ from torch.futures import Future
 
 from deepseek_v3.utils.checkpoints.failures import unwritable
 from deepseek_v3.utils.checkpoints.folders import partial_folder, publish_folder, remove_leftovers
-from deepseek_v3.utils.checkpoints.index import Chunk, Index, StoredFile, StoredTensor
+from deepseek_v3.utils.checkpoints.index import Chunk, Index, StoredFile, StoredTensor, chunk_name
 from deepseek_v3.utils.checkpoints.tensor_file import NAMES, write_tensor_file
 from deepseek_v3.utils.errors import CheckpointError
 
@@ -145,10 +145,6 @@ def _box(item: WriteItem) -> ChunkStorageMetadata:
 
 
 def _key(item: WriteItem) -> str:
-    """A name within a file: the tensor's, and where it is cut the part of it, as in `w[0:2,4:8]`."""
     box = _box(item)
     assert item.tensor_data is not None
-    if box.sizes == item.tensor_data.size:
-        return item.index.fqn
-    spans = (f"{offset}:{offset + size}" for offset, size in zip(box.offsets, box.sizes, strict=True))
-    return f"{item.index.fqn}[{','.join(spans)}]"
+    return chunk_name(item.index.fqn, tuple(item.tensor_data.size), tuple(box.offsets), tuple(box.sizes))

@@ -11,17 +11,27 @@ import hashlib
 import math
 import os
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from deepseek_v3.utils.checkpoints.failures import REPAIR, damaged, unreadable
-from deepseek_v3.utils.checkpoints.tensor_file import DTYPES
+from deepseek_v3.utils.checkpoints.failures import (
+    REPAIR,
+    damaged,
+    listed,
+    require_regular_file,
+    unreadable,
+    validation_problems,
+)
+from deepseek_v3.utils.checkpoints.tensor_file import DTYPES, HeaderEntry, require_plain_json
+from deepseek_v3.utils.checkpoints.tiling import Numbers, tiling_problem
 from deepseek_v3.utils.errors import CheckpointError
 
 INDEX_FILE = "index.json"
 _VERSION = 1
+_MOST_NUMBERS = 2**60  # of a tensor; what torch counts bytes with holds no more
 _HEAD = re.compile(rb'\{"version":([0-9]+),"sha256":"([0-9a-f]{64})",')
 
 Natural = Annotated[int, Field(ge=0)]
@@ -58,33 +68,77 @@ class StoredFile(_Entry):
 
 
 class Index(_Entry):
-    """The contents of `index.json` behind its version and checksum."""
+    """The contents of `index.json` behind its version and checksum.
+
+    Valid only where the chunks of every tensor hold each of its numbers once, at places of their own within the
+    files, and so that nothing can be read that was never written.
+    """
 
     files: dict[FileName, StoredFile]
     tensors: dict[str, StoredTensor]
     plain: dict[str, Any]
 
     @model_validator(mode="after")
-    def _complete(self) -> Index:
-        for name, tensor in self.tensors.items():
-            if tensor.dtype not in DTYPES:
-                raise ValueError(f"{name} has dtype {tensor.dtype!r}, expected one of {', '.join(DTYPES)}")
-            for chunk in tensor.chunks:
-                self._check_chunk(name, tensor, chunk)
-            found = sum(math.prod(chunk.sizes) for chunk in tensor.chunks)
-            if found != math.prod(tensor.shape):
-                raise ValueError(f"{name} has {found} of its {math.prod(tensor.shape)} numbers")
+    def _consistent(self) -> Index:
+        problems = [problem for name, tensor in self.tensors.items() for problem in self._problems(name, tensor)]
+        problems += self._overlaps()
+        if problems:
+            raise ValueError(listed(problems))
         return self
 
-    def _check_chunk(self, name: str, tensor: StoredTensor, chunk: Chunk) -> None:
+    def _problems(self, name: str, tensor: StoredTensor) -> list[str]:
+        if tensor.dtype not in DTYPES:
+            return [f"{name!r} has dtype {tensor.dtype!r}, expected one of {', '.join(DTYPES)}"]
+        if math.prod(size for size in tensor.shape if size) > _MOST_NUMBERS:
+            return [f"{name!r} has shape {list(tensor.shape)}, which is more than any memory holds"]
+        problems = [
+            f"{name!r} {problem}" for chunk in tensor.chunks for problem in self._chunk_problems(tensor, chunk)
+        ]
+        if problems:
+            return problems
+        problem = tiling_problem(tensor.shape, [(chunk.offsets, chunk.sizes) for chunk in tensor.chunks])
+        return [f"{name!r} {problem}"] if problem else []
+
+    def _chunk_problems(self, tensor: StoredTensor, chunk: Chunk) -> list[str]:
+        problems = []
+        axes = len(tensor.shape)
+        if len(chunk.offsets) != axes or len(chunk.sizes) != axes:
+            problems.append(f"has a chunk with other axes than its shape {list(tensor.shape)}")
+        elif any(o + size > whole for o, size, whole in zip(chunk.offsets, chunk.sizes, tensor.shape, strict=True)):
+            problems.append(f"has a chunk beyond its shape {list(tensor.shape)}")
         if chunk.file not in self.files:
-            raise ValueError(f"{name} lies in {chunk.file}, which is not among the files")
-        end = chunk.begin + math.prod(chunk.sizes) * DTYPES[tensor.dtype].itemsize
-        if end > self.files[chunk.file].bytes:
-            raise ValueError(f"{name} lies beyond the end of {chunk.file}")
-        box = zip(chunk.offsets, chunk.sizes, tensor.shape, strict=True)
-        if any(offset + size > whole for offset, size, whole in box):
-            raise ValueError(f"{name} has a chunk beyond its shape {tensor.shape}")
+            problems.append(f"lies in {chunk.file}, which is not among the files")
+        elif _end(tensor, chunk) > self.files[chunk.file].bytes:
+            problems.append(f"lies beyond the end of {chunk.file}")
+        if chunk.begin % DTYPES[tensor.dtype].itemsize:
+            problems.append(f"begins at byte {chunk.begin} of {chunk.file}, which is not aligned to its numbers")
+        return problems
+
+    def _overlaps(self) -> list[str]:
+        """Chunks that share bytes of a file with another one."""
+        spans = sorted(
+            (chunk.file, chunk.begin, _end(tensor, chunk), name)
+            for name, tensor in self.tensors.items()
+            if tensor.dtype in DTYPES
+            for chunk in tensor.chunks
+            if 0 not in chunk.sizes
+        )
+        return [
+            f"{name!r} lies where {other!r} lies, at byte {begin} of {file}"
+            for (other_file, _, end, other), (file, begin, _, name) in pairwise(spans)
+            if file == other_file and begin < end
+        ]
+
+    def stored_in(self, file: str) -> dict[str, HeaderEntry]:
+        """What the header of a file has to say: its chunks by their names there."""
+        return {
+            chunk_name(name, tensor.shape, chunk.offsets, chunk.sizes): HeaderEntry(
+                tensor.dtype, chunk.sizes, chunk.begin
+            )
+            for name, tensor in self.tensors.items()
+            for chunk in tensor.chunks
+            if chunk.file == file
+        }
 
     def write(self, folder: Path) -> None:
         """Writes and fsyncs the index of a folder. Raises OSError."""
@@ -97,9 +151,14 @@ class Index(_Entry):
 
     @classmethod
     def read(cls, folder: Path) -> Index:
-        """The index of a folder. Raises CheckpointError where it is missing, damaged or of another version."""
+        """The index of a folder.
+
+        Raises CheckpointError where it is missing, damaged, of another version, or contradicts itself: all problems
+        in one message.
+        """
         path = folder / INDEX_FILE
         try:
+            require_regular_file(path)
             content = path.read_bytes()
         except OSError as error:
             raise unreadable(path, error) from None
@@ -119,8 +178,21 @@ class Index(_Entry):
         if found != head[2].decode():
             raise damaged(path, found, head[2].decode())
         try:
+            require_plain_json(b"{" + body)
             return cls.model_validate_json(b"{" + body)
         except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(map(str, first["loc"]))
-            raise CheckpointError(f"{path}: {field or 'the index'}: {first['msg']}; {REPAIR}") from None
+            raise CheckpointError(f"{path}: {validation_problems(error)}; {REPAIR}") from None
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path}: is not JSON as this project writes it: {error}; {REPAIR}") from None
+
+
+def chunk_name(name: str, shape: Numbers, offsets: Numbers, sizes: Numbers) -> str:
+    """A chunk's name within its file: the tensor's, and where that is cut the part of it, as in `w[0:2,4:8]`."""
+    if sizes == shape:
+        return name
+    spans = (f"{offset}:{offset + size}" for offset, size in zip(offsets, sizes, strict=True))
+    return f"{name}[{','.join(spans)}]"
+
+
+def _end(tensor: StoredTensor, chunk: Chunk) -> int:
+    return chunk.begin + math.prod(chunk.sizes) * DTYPES[tensor.dtype].itemsize

@@ -13,8 +13,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from deepseek_v3.utils.checkpointing import CheckpointDirectory
 from deepseek_v3.utils.checkpoints.contents import Contents, open_checkpoint
 from deepseek_v3.utils.checkpoints.contents_reader import ContentsReader
+from deepseek_v3.utils.checkpoints.expectations import OTHER_CONFIG, infos, refuse, unfit, unknown
 from deepseek_v3.utils.checkpoints.ranks import gathered, on_any, rank_and_size, shared_errors, together
-from deepseek_v3.utils.errors import CheckpointError
 
 
 def load_sharded(
@@ -24,13 +24,12 @@ def load_sharded(
 
     All ranks of `group`, which is gloo, call this; each gives the tensors that it holds a part of. The ranks share
     out the checksums of the files, or skip them by `verify=False`. Raises CheckpointError, on all ranks and before
-    anything is changed, for damage, for a name that only one side has, and for another shape or type.
+    anything is changed, for damage, for names that only one side has, and for other shapes or types: all in one.
     """
     contents = together(group, lambda: open_checkpoint(path))
     if verify:
         _verify(contents, group)
-    together(group, lambda: _check_each(contents, tensors))
-    _check_left_over(contents, tensors, group)
+    _check_tensors(contents, tensors, group)
     with shared_errors():
         load(
             dict(tensors),
@@ -60,28 +59,13 @@ def _verify(contents: Contents, group: ProcessGroup | None) -> None:
     together(group, lambda: contents.verify(*rank_and_size(group)))
 
 
-def _check_each(contents: Contents, tensors: dict[str, Tensor]) -> None:
+def _check_tensors(contents: Contents, tensors: dict[str, Tensor], group: ProcessGroup | None) -> None:
+    """Raises one CheckpointError on all ranks, with the problems of all of them."""
     for name, tensor in tensors.items():
         if tensor.is_meta:
             raise TypeError(f"{name} is on the meta device and has no memory to load into")
-        if name not in contents.tensors:
-            raise CheckpointError(
-                f"{contents.path}: has no tensor {name!r}, which this run needs; "
-                "resume with the config that it was saved with"
-            )
-        saved = contents.tensors[name]
-        if saved.shape != tuple(tensor.shape) or saved.dtype != tensor.dtype:
-            raise CheckpointError(
-                f"{contents.path}: {name!r} is {saved.dtype} {list(saved.shape)} there, "
-                f"{tensor.dtype} {list(tensor.shape)} here; resume with the config that it was saved with"
-            )
-
-
-def _check_left_over(contents: Contents, tensors: dict[str, Tensor], group: ProcessGroup | None) -> None:
     wanted = on_any(group, [name in tensors for name in contents.tensors])
     left_over = [name for name, place in zip(contents.tensors, wanted, strict=True) if not place]
-    if left_over:
-        raise CheckpointError(
-            f"{contents.path}: has the tensor {left_over[0]!r}, which has no place in this run, as have "
-            f"{len(left_over) - 1} others; resume with the config that it was saved with"
-        )
+    of_ranks = gathered(group, unfit(contents.tensors, infos(tensors)))
+    problems = [problem for of_rank in of_ranks for problem in of_rank]
+    refuse(contents.path, [*problems, *unknown(left_over)], OTHER_CONFIG)

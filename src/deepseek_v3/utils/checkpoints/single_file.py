@@ -1,8 +1,11 @@
-"""Checkpoints of one file, which is complete or invisible, proves that it is undamaged, and holds no code.
+"""Checkpoints of one file, which is complete or invisible, proves that it is undamaged, and runs no code.
 
 A checkpoint is the ZIP archive that `torch.save` writes, given the ZIP comment `sha256:<64 hex digits>`. The hash
 is over every byte before the comment, which includes the comment's length in the last two bytes of the archive's
 end record. Whatever reads `torch.save` archives opens it, `torch.load(..., mmap=True, weights_only=True)` too.
+
+The archive holds a pickle. Only torch's restricted unpickler reads it (`weights_only=True`), which builds tensors
+and plain containers and calls nothing that the file names. What it built is checked as what is saved is.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from typing import Any
 
 import torch
 
-from deepseek_v3.utils.checkpoints.failures import REPAIR, damaged, unreadable, unwritable
+from deepseek_v3.utils.checkpoints.failures import REPAIR, damaged, require_regular_file, unreadable, unwritable
 from deepseek_v3.utils.errors import CheckpointError
 from deepseek_v3.utils.files import sha256_of_file, written_atomically
 
@@ -69,13 +72,17 @@ def load_file(
         raise CheckpointError(
             f"{path}: holds a {type(state).__name__}, expected a dict; load a checkpoint that this project saved"
         )
+    try:
+        _require_plain(state, "state")
+    except (TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: {error}; load a checkpoint that this project saved") from None
     return state
 
 
 def verify_file(path: Path) -> None:
     """Raises CheckpointError unless the file ends in the SHA-256 of everything before it, OSError if unreadable."""
+    num_bytes = require_regular_file(path)
     with path.open("rb") as file:
-        num_bytes = file.seek(0, os.SEEK_END)
         file.seek(max(0, num_bytes - _END_RECORD_BYTES - _COMMENT_BYTES))
         ending = _ENDING.fullmatch(file.read())
     if not ending:
@@ -90,6 +97,7 @@ def verify_file(path: Path) -> None:
 
 
 def _load_plain(path: Path, map_location: str | torch.device, mmap: bool) -> object:
+    require_regular_file(path)
     try:
         return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except (OSError, MemoryError, torch.OutOfMemoryError):
@@ -111,6 +119,8 @@ def _require_plain(value: Any, name: str) -> None:
     elif type(value) in (list, tuple):
         for index, item in enumerate(value):
             _require_plain(item, f"{name}[{index}]")
+    elif isinstance(value, torch.Tensor) and (value.layout != torch.strided or value.is_quantized or value.is_meta):
+        raise TypeError(f"{name} is a sparse, quantized or meta tensor; a checkpoint holds dense numbers")
     elif type(value) not in _PLAIN:
         raise TypeError(
             f"{name} is a {type(value).__name__}; "

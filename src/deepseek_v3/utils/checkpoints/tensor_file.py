@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,15 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ORDER = list(DTYPES.values())
 _ALIGNMENT = 8
+_LENGTH_BYTES = 8  # the length of the header, before it
+
+
+class HeaderEntry(NamedTuple):
+    """What a file's header says of a tensor: its type's name, its shape, and the byte where it begins."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
 
 
 class WrittenFile(NamedTuple):
@@ -60,6 +69,41 @@ def write_tensor_file(path: Path, tensors: dict[str, Tensor]) -> WrittenFile:
     return WrittenFile(num_bytes, digest.hexdigest(), begins)
 
 
+def read_header(path: Path) -> dict[str, HeaderEntry]:
+    """What a file says that it holds. Raises OSError, and ValueError where its header is not one of the format."""
+    with path.open("rb") as file:
+        num_bytes = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+        if num_bytes < _LENGTH_BYTES or length > num_bytes - _LENGTH_BYTES:
+            raise ValueError(f"{length:,} bytes of header in a file of {num_bytes:,} bytes")
+        entries = require_plain_json(file.read(length))
+    start = _LENGTH_BYTES + length
+    try:
+        return {
+            name: HeaderEntry(entry["dtype"], tuple(entry["shape"]), start + entry["data_offsets"][0])
+            for name, entry in entries.items()
+        }
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+
+
+def require_plain_json(text: bytes) -> Any:
+    """The value of a JSON text. Raises ValueError for repeated keys and NaN, RecursionError for deep nesting."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
+            raise ValueError(f"the key {twice!r} is given twice")
+        return found
+
+    def refuse(word: str) -> Any:
+        raise ValueError(f"found {word}, expected a finite number")
+
+    return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+
+
 def map_bytes(path: Path, num_bytes: int) -> Tensor:
     """The bytes of a file, uint8, mapped into memory: they are read when they are touched."""
     return torch.from_file(str(path), shared=False, size=num_bytes, dtype=torch.uint8)
@@ -74,7 +118,7 @@ def _header(tensors: dict[str, Tensor]) -> tuple[bytes, dict[str, int]]:
     }
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    header = len(text).to_bytes(8, "little") + text
+    header = len(text).to_bytes(_LENGTH_BYTES, "little") + text
     return header, {name: len(header) + begin for name, begin in zip(tensors, ends, strict=False)}
 
 
