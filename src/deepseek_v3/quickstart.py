@@ -20,12 +20,11 @@ from deepseek_v3.evaluation.perplexity import Comparison, compare_with_ngrams
 from deepseek_v3.inference.engine import Generator
 from deepseek_v3.inference.sampling import SamplingConfig
 from deepseek_v3.model.saved import load_model
+from deepseek_v3.training.reporting import plot_run
 from deepseek_v3.training.train import train_run
 from deepseek_v3.utils.distributed import select_device
 from deepseek_v3.utils.errors import DataError, UserError
 from deepseek_v3.utils.logging import configure_logging, get_console, get_logger
-from deepseek_v3.utils.monitoring import read_metrics
-from deepseek_v3.utils.plots import plot_losses
 
 _PROMPTS = ("def main(", "import os\n", "class Node:\n", '"""Return ')
 
@@ -46,7 +45,7 @@ def quickstart(
         raise UserError(f"stopped after step {result.step}; start again for another run, this one is in {folder}")
     comparison = compare_with_ngrams(result.held_out, TokenShards.open(run.data.path), run, result.tokens)
     baselines = {"unigram": comparison.unigram, "bigram": comparison.bigram}
-    plot_losses(read_metrics(folder / "metrics.jsonl"), folder / "loss.png", baselines)
+    plot_run(folder, baselines)
     get_console().print(comparison.table())
     get_logger("Quickstart").info(_verdict(comparison))
     _show_samples(result.checkpoint)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import yaml
 
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.planning.counts import count_active_parameters
+from deepseek_v3.utils import monitoring
 from deepseek_v3.utils.checkpointing import CheckpointDirectory, load_checkpoint
 from deepseek_v3.utils.checkpoints.saving import ShardedWriter
 from deepseek_v3.utils.monitoring import read_metrics
@@ -241,6 +243,39 @@ def test_a_finished_run_resumed_has_nothing_left_to_do(folder: Path) -> None:
     assert (folder / "checkpoints" / "checkpoint_step_6.pt").read_bytes() == before
 
 
+def test_a_finished_run_resumed_without_its_logs_has_nothing_to_draw(folder: Path) -> None:
+    shutil.rmtree(folder / "run")
+    result = dsv3("train", "--device", "cpu", "--config", folder / "run.yaml", "--resume", "latest")
+    assert result.exit_code == 0, result.output
+    assert "loss.png: not drawn" in result.output
+    assert sorted(path.name for path in (folder / "run").iterdir()) == ["config.yaml", "metrics.jsonl"]
+
+
+def test_logs_that_cannot_be_written_end_no_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.rmtree(folder / "checkpoints")
+    shutil.rmtree(folder / "run")
+    (folder / "run" / "loss.png").mkdir(parents=True)
+    opened = monitoring._open_metrics
+
+    def on_a_full_disk(path: Path, resume_step: int | None) -> FileIO:
+        opened(path, resume_step).close()
+        return FileIO("/dev/full", "ab")
+
+    monkeypatch.setattr(monitoring, "_open_metrics", on_a_full_disk)
+    command = ["train", "--device", "cpu", "--config", folder / "run.yaml"]
+    result = dsv3(*command, "--set", f"training.total_tokens={2 * TOKENS_PER_STEP}")
+    assert result.exit_code == 0, result.output
+    assert load_checkpoint(folder / "checkpoints" / "checkpoint_step_2.pt")["step"] == 2
+    assert caplog.text.count("metrics.jsonl: cannot be written: No space left on device") == 1
+    monkeypatch.undo()
+    caplog.clear()
+    result = dsv3(*command, "--resume", "latest")
+    assert result.exit_code == 0, result.output
+    assert "loss.png: cannot be drawn: [Errno 21] Is a directory" in caplog.text
+
+
 def test_documents_can_be_masked(folder: Path) -> None:
     shutil.rmtree(folder / "checkpoints")
     result = dsv3("train", "--device", "cpu", "--config", folder / "run.yaml", "--set", "data.mask_documents=true")
@@ -380,6 +415,16 @@ class TestBadInput:
         message = message_of(dsv3("train", "--device", "cpu", "--config", folder / "run.yaml"))
         assert "model.vocab_size = 262" in message
         assert not (folder / "checkpoints").exists()
+
+    @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl"])
+    def test_logs_that_cannot_be_written_at_the_start(self, folder: Path, name: str) -> None:
+        (folder / "run" / name).unlink()
+        (folder / "run" / name / "in_the_way").mkdir(parents=True)
+        before = sorted(path.name for path in (folder / "checkpoints").iterdir())
+        command = ["train", "--device", "cpu", "--config", folder / "run.yaml"]
+        message = message_of(dsv3(*command, "--resume", folder / "checkpoints" / "checkpoint_step_4.pt"))
+        assert str(folder / "run") in message
+        assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == before
 
     def test_missing_token_shards(self, folder: Path) -> None:
         fields = run_fields(folder, STEPS)

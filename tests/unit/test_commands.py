@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -93,3 +94,13 @@ def test_a_defect_shows_itself() -> None:
 
     with pytest.raises(ZeroDivisionError):
         run_app(fail)
+
+
+def test_output_that_cannot_be_written_changes_no_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stream:  # noqa: PTH123 -- a descriptor
+        monkeypatch.setattr(sys, "stdout", stream)
+        run_app(lambda: stream.write("a line that waits in the buffer"))
+        stream.write("more, as the interpreter may write it")
+        stream.flush()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import sys
 from collections.abc import Iterator
 
@@ -87,3 +88,49 @@ def test_a_live_display_shares_the_console_of_the_lines() -> None:
     configure_logging(stderr=True)
     assert get_console() is get_console()
     assert get_console().stderr
+
+
+def test_output_that_nobody_reads_ends_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As behind `| head`."""
+    configure_logging()
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stream, monkeypatch.context() as patch:  # noqa: PTH123 -- a descriptor
+        patch.setattr(sys, "stdout", stream)
+        for step in range(3):
+            get_logger("Trainer").info("Step %d", step)
+        get_console().print("a table")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    told = capsys.readouterr().err
+    assert told == "[Logging] warning: standard output cannot be written: Broken pipe; the program goes on\n"
+
+
+def test_output_to_a_full_disk_is_told_once_and_when_it_is_over(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configure_logging()
+    with open("/dev/full", "w") as full, monkeypatch.context() as broken:  # noqa: PTH123
+        broken.setattr(sys, "stdout", full)
+        get_logger("Trainer").info("Step 1")
+        get_logger("Trainer").info("Step 2")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
+    get_logger("Trainer").info("Step 3")
+    captured = capsys.readouterr()
+    assert captured.out == "[Trainer] Step 3\n"
+    assert captured.err.splitlines() == [
+        "[Logging] warning: standard output cannot be written: No space left on device; the program goes on",
+        "[Logging] warning: standard output can be written again",
+    ]
+
+
+@pytest.mark.parametrize("stderr", [False, True])
+def test_a_program_without_output_goes_on(stderr: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    configure_logging(stderr=stderr)
+    monkeypatch.setattr(sys, "stderr" if stderr else "stdout", None)
+    get_logger("Trainer").info("Step 1")
+    closed = io.StringIO()
+    closed.close()
+    monkeypatch.setattr(sys, "stderr" if stderr else "stdout", closed)
+    get_logger("Trainer").info("Step 2")

@@ -1,17 +1,23 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
 import math
+import os
+import resource
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import redirect_stdout
+from io import FileIO
 from pathlib import Path
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.logging import configure_logging, get_logger
@@ -152,6 +158,79 @@ def test_tensorboard_mirrors_the_records_and_forgets_what_is_run_again(tmp_path:
     losses = [(event.step, event.value) for event in events.Scalars("loss")]
     assert losses == [(1, 1.0), (2, 2.0), (3, pytest.approx(10 / 3)), (4, 2.5)]
     assert [(event.step, event.value) for event in events.Scalars("load/layer_01")] == [(1, 1.5), (2, 2.5)]
+
+
+# What cannot be written any more
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_a_full_disk_ends_no_run_and_no_record_is_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(tmp_path, tensorboard=False, resume_step=None) as metrics:
+        metrics.write(1, {"loss": 1.0})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, limits[1]))
+        try:
+            for step in (2, 3):
+                metrics.write(step, {"loss": float(step)})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert recorded_steps(tmp_path) == [1]
+        (warning,) = warnings_of(caplog)
+        assert warning.startswith(f"{path}: cannot be written: File too large; training goes on")
+        metrics.write(4, {"loss": 4.0})
+        assert warnings_of(caplog)[1:] == [f"{path}: can be written again; no record is missing"]
+    assert read_metrics(path) == [{"step": step, "loss": float(step)} for step in (1, 2, 3, 4)]
+
+
+def test_records_that_can_never_be_written_end_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with MetricsWriter(tmp_path, tensorboard=False, resume_step=None) as metrics:
+        metrics._file = FileIO("/dev/full", "ab")
+        for step in range(3):
+            metrics.write(step, {"loss": 1.0})
+    (warning,) = warnings_of(caplog)
+    assert warning.startswith(f"{tmp_path / 'metrics.jsonl'}: cannot be written: No space left on device")
+
+
+def test_tensorboard_that_fails_ends_no_run_and_comes_back(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    hook = threading.excepthook
+    with MetricsWriter(tmp_path, tensorboard=True, resume_step=None) as metrics:
+        metrics.write(1, {"loss": 1.0})
+        with monkeypatch.context() as broken:
+            broken.setattr(RecordWriter, "write", full)
+            while metrics._tensorboard is not None:  # a thread of its own finds out
+                metrics.write(2, {"loss": 2.0})
+            metrics._fail(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        metrics.write(3, {"loss": 3.0})
+        metrics.write(4, {"loss": 4.0})
+    failed, *others = warnings_of(caplog)
+    assert f"{tmp_path / 'tensorboard'}: cannot be written: [Errno 28]" in failed
+    assert len(others) == 2
+    assert "Traceback" not in capfd.readouterr().err
+    assert threading.excepthook is hook
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert events.Scalars("loss")[-1].step == 4
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard"])
+def test_what_cannot_be_written_at_the_start_is_refused(name: str, tmp_path: Path) -> None:
+    if name == "tensorboard":
+        (tmp_path / name).touch()
+    else:
+        (tmp_path / name).symlink_to(tmp_path / "nowhere" / "else")
+    with pytest.raises(DataError, match=r"cannot be written: (File exists|No such file or directory); choose"):
+        MetricsWriter(tmp_path, tensorboard=True, resume_step=None)
 
 
 # Progress

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import torch
 
+from deepseek_v3.config.loading import config_to_yaml
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.mla.kv_compression import expanded_width, latent_width
 from deepseek_v3.planning.counts import count_active_parameters, count_parameters
@@ -16,8 +18,17 @@ from deepseek_v3.planning.hardware import peak_bfloat16_flops
 from deepseek_v3.training.holdout import HeldOutLoss
 from deepseek_v3.training.schedule import Step, TokenPlan
 from deepseek_v3.training.step_metrics import Figures
+from deepseek_v3.utils.errors import DataError
+from deepseek_v3.utils.files import written_atomically
 from deepseek_v3.utils.logging import get_logger
-from deepseek_v3.utils.monitoring import MetricsWriter, ProgressDisplay, device_memory_bytes, step_line
+from deepseek_v3.utils.monitoring import (
+    MetricsWriter,
+    ProgressDisplay,
+    device_memory_bytes,
+    read_metrics,
+    step_line,
+)
+from deepseek_v3.utils.plots import has_losses, plot_losses
 
 _log = get_logger("Trainer")
 
@@ -161,6 +172,34 @@ class Reporter:
         _log.info(
             f"Cache when generating: {latent:,.0f} bytes per token, multi-head attention would need {expanded:,.0f}"
         )
+
+
+def write_config(config: RunConfig) -> None:
+    """Writes the resolved config to the run's folder. Raises DataError where that cannot be written."""
+    path = config.logging.directory / "config.yaml"
+    try:
+        with written_atomically(path) as partial:
+            partial.write_text(config_to_yaml(config), encoding="utf-8")
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be written: {error.strerror}; choose another folder with --set logging.directory=..."
+        ) from error
+
+
+def plot_run(folder: Path, baselines: Mapping[str, float] | None = None) -> None:
+    """Draws the run's losses, with `baselines` as `plot_losses` does, to loss.png in its folder.
+
+    What stands in the way is logged: the run is complete without a picture.
+    """
+    path = folder / "loss.png"
+    try:
+        records = read_metrics(folder / "metrics.jsonl")
+        if has_losses(records):
+            plot_losses(records, path, baselines)
+        else:
+            _log.info(f"{path}: not drawn: {folder / 'metrics.jsonl'} holds no loss")
+    except (DataError, OSError) as error:
+        _log.warning(f"{path}: cannot be drawn: {error}")
 
 
 def _cache_bytes_per_token(config: RunConfig, dtype: torch.dtype) -> dict[str, float]:

@@ -11,7 +11,7 @@ from typing import Annotated
 import torch
 import typer
 
-from deepseek_v3.config.loading import config_to_yaml, load_config
+from deepseek_v3.config.loading import load_config
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.tokens.build import PYTHON_STDLIB
 from deepseek_v3.training.interruption import StopRequest
@@ -19,16 +19,14 @@ from deepseek_v3.training.parallel.deepspeed_settings import DeepSpeedFile
 from deepseek_v3.training.parallel.layout import laid_out
 from deepseek_v3.training.parallel.ranks import arrange
 from deepseek_v3.training.preflight import check_plan, describe_device
+from deepseek_v3.training.reporting import plot_run, write_config
 from deepseek_v3.training.run_folders import held_folders
 from deepseek_v3.training.trainer import Trainer, TrainingResult
 from deepseek_v3.utils.checkpoints.ranks import checkpoint_group
 from deepseek_v3.utils.commands import run_command, whole_option
 from deepseek_v3.utils.distributed import ALONE, World, announce, process_group, select_device
-from deepseek_v3.utils.files import written_atomically
 from deepseek_v3.utils.logging import configure_logging, get_logger
-from deepseek_v3.utils.monitoring import read_metrics
 from deepseek_v3.utils.next_command import say_next, set_options
-from deepseek_v3.utils.plots import plot_losses
 from deepseek_v3.utils.watchdog import Watchdog
 
 
@@ -86,21 +84,21 @@ def train(
             stop,
             allow_changed_data=allow_changed_data,
         )
-    if world.rank != 0:
-        return
-    same = [] if device == "auto" else ["--device", device]
-    if result.finished:
-        checkpoint = ["--checkpoint", str(result.checkpoint), *same]
-        prompt = "def main(" if run.data.corpus and run.data.corpus.source == PYTHON_STDLIB else "The"
-        say_next(["dsv3", "generate", *checkpoint, "--prompt", prompt], ["dsv3", "eval", *checkpoint])
-        return
-    launcher = "" if world.is_alone else f"; LAUNCHER starts {world.size} processes as before"
-    get_logger("Trainer").info(f"Stopped after step {result.step}{launcher}")
-    words = ["--config", str(config), "--resume", "latest", *set_options(overrides), *same]
-    words += ["--force"] if force else []
-    words += ["--allow-changed-data"] if allow_changed_data else []
-    words += ["--deepspeed", str(deepspeed)] if deepspeed else []
-    say_next(_command(world, words))
+        if world.rank != 0:
+            return
+        same = [] if device == "auto" else ["--device", device]
+        if result.finished:
+            checkpoint = ["--checkpoint", str(result.checkpoint), *same]
+            prompt = "def main(" if run.data.corpus and run.data.corpus.source == PYTHON_STDLIB else "The"
+            say_next(["dsv3", "generate", *checkpoint, "--prompt", prompt], ["dsv3", "eval", *checkpoint])
+            return
+        launcher = "" if world.is_alone else f"; LAUNCHER starts {world.size} processes as before"
+        get_logger("Trainer").info(f"Stopped after step {result.step}{launcher}")
+        words = ["--config", str(config), "--resume", "latest", *set_options(overrides), *same]
+        words += ["--force"] if force else []
+        words += ["--allow-changed-data"] if allow_changed_data else []
+        words += ["--deepspeed", str(deepspeed)] if deepspeed else []
+        say_next(_command(world, words))
 
 
 def _command(world: World, words: list[str]) -> list[str]:
@@ -145,13 +143,11 @@ def train_run(
         )
         if watchdog is not None:
             watchdog.finish_first(trainer.checkpoints.finish)
-        folder = config.logging.directory
         if world.rank == 0:
-            with written_atomically(folder / "config.yaml") as partial:
-                partial.write_text(config_to_yaml(config), encoding="utf-8")
+            write_config(config)
         result = trainer.run(stop)
         if world.rank == 0:
-            plot_losses(read_metrics(folder / "metrics.jsonl"), folder / "loss.png")
+            plot_run(config.logging.directory)
     return result
 
 

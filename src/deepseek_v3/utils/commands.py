@@ -7,7 +7,8 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any
+from contextlib import suppress
+from typing import Any, TextIO
 
 import typer
 
@@ -23,7 +24,7 @@ def run_app(app: Callable[[], Any]) -> None:
 
     Ctrl-C where nothing handles it exits with 130, as shells expect, also where the KeyboardInterrupt became
     another error on its way up, and where it is pressed again while the process cleans up. A SIGTERM that comes
-    when the command has done its work changes nothing.
+    when the command has done its work changes nothing, nor does output that nobody reads any more.
     """
     try:
         app()
@@ -34,11 +35,27 @@ def run_app(app: Callable[[], Any]) -> None:
             atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # the interpreter takes handlers away
             sys.exit(_INTERRUPTED)
         if isinstance(error, UserError):
-            print(f"error: {error}", file=sys.stderr)
+            with suppress(OSError):
+                print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
         if isinstance(error, SystemExit) and not error.code:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            _flush(stream)
+
+
+def _flush(stream: TextIO | None) -> None:
+    """Flushes a stream, or drops what it holds: the interpreter would exit with 120 for it."""
+    if stream is None or stream.closed:
+        return
+    try:
+        stream.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def run_command(command: Callable[..., None]) -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import IO, Any, cast
 
 from rich.console import Console
 
@@ -22,17 +26,70 @@ def configure_logging(level: int = logging.INFO, *, stderr: bool = False) -> Non
     project = logging.getLogger(_PROJECT)
     for handler in _console_handlers():
         project.removeHandler(handler)
-    project.addHandler(_ConsoleHandler(Console(stderr=stderr)))
+    project.addHandler(_ConsoleHandler(_console(stderr=stderr)))
     project.setLevel(level)
 
 
 def get_console() -> Console:
     """The console of the log lines, for a live display to share; before `configure_logging` a new one."""
-    return next((handler.console for handler in _console_handlers()), None) or Console()
+    return next((handler.console for handler in _console_handlers()), None) or _console()
 
 
 def _console_handlers() -> list[_ConsoleHandler]:
     return [handler for handler in logging.getLogger(_PROJECT).handlers if isinstance(handler, _ConsoleHandler)]
+
+
+def _console(*, stderr: bool = False) -> Console:
+    return Console(file=cast(IO[str], _Output(stderr)), stderr=stderr)
+
+
+class _Output:
+    """Standard output or error, whatever stands there now. A write that fails is dropped and ends no run.
+
+    That it failed is said once on standard error, and so is that it works again.
+    """
+
+    def __init__(self, stderr: bool) -> None:
+        self._name = "stderr" if stderr else "stdout"
+        self._is_failing = self._holds_text = False
+
+    def write(self, text: str) -> int:
+        stream = self._stream()
+        if stream is not None and not stream.closed:
+            self._holds_text = True
+            self._attempt(lambda: stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        stream = self._stream()
+        if stream is not None and not stream.closed:
+            arrives, self._holds_text = self._holds_text, False
+            self._attempt(stream.flush, proves=arrives)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream(), name)
+
+    def _stream(self) -> Any:
+        stream = getattr(sys, self._name)
+        return getattr(stream, "rich_proxied_file", stream)  # rich's own stands in front during a live display
+
+    def _attempt(self, action: Callable[[], object], *, proves: bool = False) -> None:
+        """`proves`: that the action succeeds shows that output arrives."""
+        try:
+            action()
+        except OSError as error:
+            if not self._is_failing:
+                self._tell(f"cannot be written: {error.strerror}; the program goes on")
+            self._is_failing = True
+        else:
+            if proves and self._is_failing:
+                self._is_failing = False
+                self._tell("can be written again")
+
+    def _tell(self, what: str) -> None:
+        if self._name == "stdout" and sys.stderr is not None:
+            with suppress(OSError, ValueError):
+                print(f"[Logging] warning: standard output {what}", file=sys.stderr, flush=True)
 
 
 class _LineFormatter(logging.Formatter):

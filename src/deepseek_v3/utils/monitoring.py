@@ -6,10 +6,14 @@ import json
 import math
 import resource
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from rich.progress import (
@@ -20,6 +24,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from tensorboard.summary.writer import event_file_writer
 from torch.utils.tensorboard import SummaryWriter
 
 from deepseek_v3.utils.errors import DataError
@@ -59,20 +64,25 @@ class MetricsWriter:
     one uninterrupted run. A fresh run (`resume_step=None`) keeps the metrics of an earlier one in the same folder
     as `metrics.<n>.jsonl`. Raises DataError where `directory` cannot be written, or the file to continue is
     no metrics file.
+
+    What cannot be written later ends no run: it is logged once, and again when it is over. Records wait in memory
+    meanwhile; TensorBoard's are lost.
     """
 
     def __init__(self, directory: Path, tensorboard: bool, resume_step: int | None) -> None:
+        self._path, self._unwritten, self._is_failing = directory / "metrics.jsonl", b"", False
+        self._tensorboard: SummaryWriter | None = None
+        self._events = directory / "tensorboard" if tensorboard else None
         try:
-            self._file = _open_metrics(directory / "metrics.jsonl", resume_step)
+            self._file = _open_metrics(self._path, resume_step)
+            self._open_tensorboard(0 if resume_step is None else resume_step + 1)
         except OSError as error:
             raise DataError(
                 f"{directory}: cannot be written: {error.strerror}; "
                 "choose another folder with --set logging.directory=..."
             ) from error
-        self._tensorboard = None
-        if tensorboard:
-            first_step = 0 if resume_step is None else resume_step + 1
-            self._tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)
+        self._thread_hook = threading.excepthook
+        threading.excepthook = partial(_tell_of_thread, self._thread_hook)
 
     def write(self, step: int, values: Mapping[str, float | list[float]]) -> None:
         """Appends `{"step": step, **values}`, flushed, with null for what is not finite.
@@ -80,16 +90,59 @@ class MetricsWriter:
         TensorBoard shows the entries of a list, one per layer, as `name/layer_00`, `name/layer_01` and on.
         """
         record = {"step": step, **{name: _without_infinities(value) for name, value in values.items()}}
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        self._unwritten += json.dumps(record, allow_nan=False).encode() + b"\n"
+        try:
+            self._append()
+            if self._is_failing:
+                self._recover(step)
+        except OSError as error:
+            self._fail(error)
         if self._tensorboard:
-            for name, value in _scalars(values).items():
-                self._tensorboard.add_scalar(name, value, step)
+            with self._tolerating_tensorboard():
+                for name, value in _scalars(values).items():
+                    self._tensorboard.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._file.close()
+        """Closes both; records that have waited until now are tried once more."""
+        try:
+            self._append()
+            self._file.close()
+        except OSError as error:
+            self._fail(error)
         if self._tensorboard:
-            self._tensorboard.close()
+            with self._tolerating_tensorboard():
+                self._tensorboard.close()
+        threading.excepthook = self._thread_hook
+
+    def _append(self) -> None:
+        """Writes what waits. After an error the file goes on where it ended, so that no line is torn."""
+        while self._unwritten:
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+
+    def _fail(self, error: OSError) -> None:
+        if not self._is_failing:
+            _log.warning(f"{self._path}: cannot be written: {error.strerror}; training goes on, make room for it")
+        self._is_failing = True
+
+    def _recover(self, step: int) -> None:
+        _log.warning(f"{self._path}: can be written again; no record is missing")
+        self._is_failing = False
+        if self._tensorboard is None:
+            with self._tolerating_tensorboard():
+                self._open_tensorboard(step)
+
+    def _open_tensorboard(self, first_step: int) -> None:
+        if self._events:
+            self._tensorboard = SummaryWriter(str(self._events), purge_step=first_step)
+
+    @contextmanager
+    def _tolerating_tensorboard(self) -> Iterator[None]:
+        """Gives TensorBoard up, until metrics recover, where it fails: what writes its file has ended then."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 -- its back ends have errors of their own
+            _log.warning(f"{self._events}: cannot be written: {error}; training goes on, see metrics.jsonl")
+            self._tensorboard = None
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -129,14 +182,20 @@ def _parse_record(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
-def _open_metrics(path: Path, resume_step: int | None) -> TextIO:
+def _open_metrics(path: Path, resume_step: int | None) -> FileIO:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         if resume_step is None:
             _set_aside(path)
         else:
             _drop_after(path, resume_step)
-    return path.open("a", encoding="utf-8")
+    return path.open("ab", buffering=0)
+
+
+def _tell_of_thread(hook: Callable[[threading.ExceptHookArgs], object], failure: threading.ExceptHookArgs) -> None:
+    """Leaves out what ends the thread that writes TensorBoard's file: the next use of the writer raises it."""
+    if type(failure.thread).__module__ != event_file_writer.__name__:
+        hook(failure)
 
 
 def _drop_after(path: Path, step: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 import typer
 
@@ -18,7 +19,8 @@ def say_next(*commands: Words, err: bool = False) -> None:
     To standard output, or with `err` to standard error where standard output belongs to the result alone.
     """
     lines = [f"  {shlex.join(map(str, words))}" for words in commands]
-    typer.echo(showable("\n".join(["Next:", *lines])), err=err)
+    with suppress(OSError):  # nobody reads; what the command was for is done
+        typer.echo(showable("\n".join(["Next:", *lines])), err=err)
 
 
 def set_options(overrides: Iterable[str] | None) -> list[str]:

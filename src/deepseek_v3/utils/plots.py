@@ -30,7 +30,7 @@ def plot_losses(
     Raises ValueError where no record holds tokens and a finite loss.
     """
     train, mtp, holdout = (_curve(records, name) for name in ("loss", "mtp_loss", "holdout_loss"))
-    if not train[0] and not holdout[0]:
+    if not has_losses(records):
         raise ValueError(f"nothing to plot: none of the {len(records)} records holds tokens and a finite loss")
     figure = Figure(figsize=(9, 5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
@@ -43,6 +43,11 @@ def plot_losses(
     _label(axes, unit_name)
     with written_atomically(path) as partial:
         figure.savefig(partial, format="png")
+
+
+def has_losses(records: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether any record holds tokens and a finite training or held-out loss."""
+    return any(_curve(records, name)[0] for name in ("loss", "holdout_loss"))
 
 
 def _curve(records: Sequence[Mapping[str, Any]], name: str) -> Curve:
