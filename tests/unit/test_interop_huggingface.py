@@ -181,6 +181,126 @@ def test_weights_that_do_not_fit_are_refused_and_change_nothing(
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_all_problems_stand_in_one_error(config: ModelConfig, weights: dict[str, Tensor]) -> None:
+    del weights["model.norm.weight"]
+    weights["extra"] = torch.ones(1)
+    weights["lm_head.weight"] = torch.ones(97, 41)
+    weights[EXPERT] = torch.ones(20, 40, dtype=torch.int8)
+    weights["model.embed_tokens.weight"] = torch.ones(97, 40, device="meta")
+    with pytest.raises(CheckpointError) as refusal:
+        load_released(small_model(config), weights)
+    message = str(refusal.value)
+    assert "1 missing: model.norm.weight" in message
+    assert "1 left over: extra" in message
+    assert "lm_head.weight: found shape (97, 41), expected (97, 40)" in message
+    assert f"{EXPERT}: found type int8, expected bfloat16, float16, float32, float64, or float8_e4m3fn" in message
+    assert "model.embed_tokens.weight: has a shape but no values (device meta)" in message
+
+
+def test_a_model_without_memory_is_given_some(config: ModelConfig) -> None:
+    source = small_model(config)
+    with torch.device("meta"):
+        model = DeepSeekV3(config)
+    load_released(model, released_state(source))
+    assert same_state(model, source)
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_nextn_predict_layers": 2}, {"tie_word_embeddings": True}], ids=str)
+def test_safetensors_saves_what_is_released(tmp_path: Path, changes: dict[str, object]) -> None:
+    model = small_model(small_config(**{"num_nextn_predict_layers": 1, **changes}))
+    save_file(released_state(model), tmp_path / "model.safetensors")
+    other = small_model(model.config)
+    load_released(other, load_file(tmp_path / "model.safetensors"))
+    assert same_state(other, model)
+
+
+@pytest.mark.parametrize(("depth", "held"), [(1, 0), (2, 1), (2, 0)])
+@torch.no_grad()
+def test_prediction_layers_that_are_not_there_are_left_out(
+    caplog: pytest.LogCaptureFixture, depth: int, held: int
+) -> None:
+    source = small_model(small_config(num_nextn_predict_layers=held))
+    model = small_model(small_config(num_nextn_predict_layers=depth))
+    load_released(model, released_state(source))
+    assert same_state(model, source)
+    assert model.config == source.config
+    warning = f"hold {held} of the {depth} prediction layers of the config, nothing of model.layers.{3 + held}"
+    assert warning in caplog.text
+    tokens_BS = random_tokens(source.config, 1, 6)
+    assert len(model.hidden_states(tokens_BS).predictions) == held
+    assert torch.equal(model(tokens_BS), source(tokens_BS))
+
+
+def test_a_prediction_layer_that_is_there_in_part_is_refused(weights: dict[str, Tensor]) -> None:
+    model = small_model(small_config(num_nextn_predict_layers=1))
+    del weights["model.layers.3.eh_proj.weight"]
+    with pytest.raises(CheckpointError, match=r"1 missing: model\.layers\.3\.eh_proj\.weight"):
+        load_released(model, weights)
+
+
+def in_fp8(config: ModelConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights with one matrix in FP8, whose blocks at the edges are smaller; and the values that it stands for."""
+    weights = {name: tensor.clone() for name, tensor in released_state(small_model(config)).items()}
+    quantized = torch.randn(300, 140).to(torch.float8_e4m3fn)
+    scales = 0.01 * (1 + torch.rand(3, 2))
+    values = quantized.float()
+    for row in range(300):
+        for column in range(140):
+            values[row, column] *= scales[row // 128, column // 128]
+    name = "model.layers.0.mlp.up_proj.weight"
+    return weights | {name: quantized, f"{name}_scale_inv": scales}, weights | {name: values}
+
+
+WIDE = {"hidden_size": 140, "intermediate_size": 300}
+UP = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_in_fp8_are_multiplied_with_their_scales(dtype: torch.dtype) -> None:
+    config = small_config(**WIDE)
+    weights, values = in_fp8(config)
+    found, expected = small_model(config, dtype), small_model(config, dtype)
+    load_released(found, weights)
+    load_released(expected, values)
+    assert same_state(found, expected)
+
+
+FP8_DAMAGES: list[tuple[Callable[[dict[str, Tensor]], None], str]] = [
+    (without(f"{UP}_scale_inv"), f"{UP}: is in FP8 without {UP}_scale_inv, expected its scales"),
+    (with_other(f"{UP}_scale_inv", torch.ones(2, 3)), f"{UP}_scale_inv: found shape (2, 3), expected (3, 2)"),
+    (with_other(f"{UP}_scale_inv", torch.ones(())), f"{UP}_scale_inv: found shape (), expected (3, 2)"),
+    (with_other(f"{UP}_scale_inv", torch.ones(3, 2).int()), f"{UP}_scale_inv: found type int32"),
+    (with_other(UP, torch.ones(300, 140).to(torch.float8_e5m2)), f"{UP}: found type float8_e5m2"),
+    (
+        with_other("model.norm.weight", torch.ones(140).to(torch.float8_e4m3fn)),
+        "model.norm.weight: found type float8_e4m3fn and shape (140,), expected FP8 for matrices only",
+    ),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), FP8_DAMAGES, ids=[message for _, message in FP8_DAMAGES])
+def test_fp8_that_cannot_be_read_is_refused(damage: Callable[[dict[str, Tensor]], None], message: str) -> None:
+    config = small_config(**WIDE)
+    weights, _ = in_fp8(config)
+    damage(weights)
+    with pytest.raises(CheckpointError) as refusal:
+        load_released(small_model(config), weights)
+    assert message in str(refusal.value)
+
+
+@torch.no_grad()
+def test_a_folder_of_transformers_whose_config_names_prediction_loads(tmp_path: Path) -> None:
+    config = small_config(num_nextn_predict_layers=1)
+    theirs = transformers_model(config)
+    theirs.save_pretrained(tmp_path)
+    read = ModelConfig.from_json(tmp_path / "config.json")
+    assert read.num_nextn_predict_layers == 1
+    ours = DeepSeekV3(read)
+    load_released(ours, load_file(tmp_path / "model.safetensors"))
+    tokens_BS = random_tokens(config, 2, 9)
+    assert largest_difference(ours(tokens_BS), theirs(tokens_BS).logits) < 1e-4
+
+
 def test_a_tied_model_has_no_head_of_its_own() -> None:
     config = small_config(tie_word_embeddings=True)
     assert "lm_head.weight" not in released_state(small_model(config))
@@ -215,8 +335,7 @@ def test_what_transformers_saves_loads_here(tmp_path: Path, tied: bool) -> None:
 def test_what_is_saved_here_loads_in_transformers(tmp_path: Path, tied: bool) -> None:
     config = small_config(tie_word_embeddings=tied)
     ours = small_model(config)
-    weights = {name: tensor.clone() for name, tensor in released_state(ours).items()}
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save_file(released_state(ours), tmp_path / "model.safetensors", metadata={"format": "pt"})
     transformers_config(config).save_pretrained(tmp_path)
 
     theirs, report = DeepseekV3ForCausalLM.from_pretrained(

@@ -1,5 +1,6 @@
 """The model's shape: released files load as they are, and what cannot be meant is refused by name."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"moe_layer_freq": 2}, "moe_layer_freq"),
     ({"rope_interleave": False}, "rope_interleave"),
     ({"rope_scaling": {**YARN.model_dump(), "rope_type": "linear"}}, "rope_scaling.rope_type: found linear"),
-    ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling.original_max_position_embeddings: missing"),
+    ({"rope_scaling": {"type": "yarn"}}, "rope_scaling.factor: missing"),
     ({"rope_scaling": "yarn"}, "rope_scaling"),
     ({"rope_scaling": {**YARN.model_dump(), "factor": 0.5}}, "rope_scaling.factor"),
     (
@@ -201,12 +202,64 @@ def test_what_only_a_file_can_say_is_checked_too(tmp_path: Path, changes: dict[s
     assert named in str(refusal.value)
 
 
-@pytest.mark.parametrize("name", sorted(n for n, f in ModelConfig.model_fields.items() if f.is_required()))
-def test_a_field_without_default_is_missed_by_name(tmp_path: Path, name: str) -> None:
-    fields = small_config().model_dump(mode="json", exclude={name})
+def as_transformers_reads(fields: dict[str, Any]) -> dict[str, Any]:
+    """The same file by Transformers, in our fields; what only one of the two knows is left out."""
+    theirs = DeepseekV3Config(**fields)
+    read = {name: getattr(theirs, name) for name in ModelConfig.model_fields if hasattr(theirs, name)}
+    rope = dict(theirs.rope_parameters)
+    read["rope_theta"] = rope.pop("rope_theta")
+    kind = rope.pop("rope_type")
+    rope.pop("type", None)
+    read["rope_scaling"] = None if kind == "default" else RopeScaling.model_validate(rope, strict=False)
+    del read["num_key_value_heads"]  # latent attention has none, whatever stands there
+    return read
 
-    with pytest.raises(ConfigError, match=rf"config\.json: {name}: missing"):
+
+ABSENT = ["n_group", "topk_group", "routed_scaling_factor", "q_lora_rank", "rope_theta", "num_nextn_predict_layers"]
+
+
+@pytest.mark.parametrize("absent", [[name] for name in sorted(RELEASED)] + [ABSENT, sorted(RELEASED)], ids=str)
+def test_what_a_file_lacks_is_as_transformers_takes_it(tmp_path: Path, absent: list[str]) -> None:
+    fields = {name: value for name, value in RELEASED.items() if name not in absent}
+    read = ModelConfig.from_json(write_json(tmp_path, fields))
+    expected = as_transformers_reads(fields)
+    assert len(expected) > 20
+    assert {name: getattr(read, name) for name in expected} == expected
+    assert (read.scoring_func, read.topk_method, read.moe_layer_freq) == ("sigmoid", "noaux_tc", 1)
+
+
+STRETCHED = {"rope_type": "yarn", "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_parameters": {"rope_type": "default"}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}, "rope_theta": 9.0},
+        {"rope_parameters": {"rope_theta": 7.0}},
+        {"rope_parameters": STRETCHED, "rope_theta": 9.0},
+        {"rope_parameters": {**STRETCHED, "rope_theta": 7.0}, "max_position_embeddings": 512},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+        {"rope_scaling": {"type": "default"}, "rope_theta": 9.0},
+        {"rope_scaling": {**STRETCHED, "rope_theta": 7.0}, "rope_theta": 9.0},
+        {"rope_scaling": STRETCHED, "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}},
+        {"rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}},
+        {"rope_scaling": {}, "rope_theta": 9.0},
+    ],
+    ids=str,
+)
+def test_rotary_parameters_are_those_that_transformers_reads(tmp_path: Path, rope: dict[str, Any]) -> None:
+    read = ModelConfig.from_json(write_json(tmp_path, rope))
+    expected = as_transformers_reads(copy.deepcopy(rope))
+    assert (read.rope_theta, read.rope_scaling) == (expected["rope_theta"], expected["rope_scaling"])
+
+
+def test_a_problem_with_a_field_that_is_not_in_the_file_says_so(tmp_path: Path) -> None:
+    fields = small_config().model_dump(mode="json", exclude={"n_group", "topk_group"})
+    with pytest.raises(ConfigError) as refusal:
         ModelConfig.from_json(write_json(tmp_path, fields))
+    assert "n_group = 8 leaves 1 expert per group" in str(refusal.value)
+    assert str(refusal.value).endswith("(not in the file, so as in Transformers: n_group = 8)")
 
 
 def test_every_problem_has_its_own_line(tmp_path: Path) -> None:

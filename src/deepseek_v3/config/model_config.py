@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,6 +23,35 @@ _WITHOUT_EFFECT = frozenset(
     "output_hidden_states output_router_logits pad_token_id pretraining_tp problem_type "
     "quantization_config return_dict seq_aux torch_dtype transformers_version use_cache".split()
 )
+
+# What Transformers' DeepseekV3Config takes for a field that a config.json lacks.
+_TRANSFORMERS_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 129280,
+    "hidden_size": 7168,
+    "num_hidden_layers": 61,
+    "first_k_dense_replace": 3,
+    "intermediate_size": 18432,
+    "num_attention_heads": 128,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 2048,
+    "n_group": 8,
+    "topk_group": 4,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "num_nextn_predict_layers": 1,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 4096,
+    "rope_theta": 10000.0,
+}
 
 
 class RopeScaling(Section):
@@ -156,16 +186,20 @@ class ModelConfig(Section):
     def from_json(cls, path: str | Path) -> ModelConfig:
         """Reads a released `config.json`, or one that Transformers wrote, as it is.
 
-        Raises ConfigError, naming the file and the field, where the file cannot be read, lacks a field, holds an
-        unknown one, or describes a model that this project does not build.
+        A field that the file lacks has the value that Transformers' `DeepseekV3Config` takes. Raises ConfigError,
+        naming the file and the field, where the file cannot be read, holds an unknown field, or describes a model
+        that this project does not build.
         """
         path = Path(path)
-        fields = read_json_object(path)
+        file = read_json_object(path)
         try:
-            config = cls.model_validate_json(json.dumps(_shape_fields(fields)))
-            _check_head_dim(fields.get("qk_head_dim"), config)
+            given = _shape_fields(file)
+            fields = _TRANSFORMERS_DEFAULTS | given
+            config = cls.model_validate_json(json.dumps(fields))
+            _check_head_dim(file.get("qk_head_dim"), config)
         except ValidationError as error:
-            raise ConfigError(describe(error, cls, {(): shown_path(path)})) from None
+            problems = describe(error, cls, {(): shown_path(path)})
+            raise ConfigError(_with_defaults_named(problems, given)) from None
         except ValueError as error:
             raise ConfigError(f"{shown_path(path)}: {error}") from None
         return config
@@ -179,6 +213,18 @@ def _shape_fields(released: dict[str, Any]) -> dict[str, Any]:
     return _with_released_rope({name: value for name, value in released.items() if name not in left_out})
 
 
+def _with_defaults_named(problems: str, given: dict[str, Any]) -> str:
+    """Says behind each problem which of the fields that it names the file does not give."""
+    lines = []
+    for line in problems.splitlines():
+        words = set(re.findall(r"\w+", line))
+        absent = [
+            f"{name} = {value}" for name, value in _TRANSFORMERS_DEFAULTS.items() if name in words - given.keys()
+        ]
+        lines.append(f"{line} (not in the file, so as in Transformers: {', '.join(absent)})" if absent else line)
+    return "\n".join(lines)
+
+
 def _check_head_dim(stated: object, config: ModelConfig) -> None:
     """Raises ValueError where the file's `qk_head_dim` is not the sum that it stands for."""
     if stated not in (None, config.qk_head_dim):
@@ -188,16 +234,23 @@ def _check_head_dim(stated: object, config: ModelConfig) -> None:
 
 
 def _with_released_rope(fields: dict[str, Any]) -> dict[str, Any]:
-    """Turns Transformers' `rope_parameters` into the released pair `rope_theta` and `rope_scaling`."""
+    """Turns whichever form of the rotary parameters is given into the released `rope_theta` and `rope_scaling`.
+
+    As Transformers reads them: `rope_scaling` comes before `rope_parameters`, a `rope_theta` inside before the one
+    beside, and the type "default" scales nothing.
+    """
     rope = fields.pop("rope_parameters", None)
-    if rope is not None:
-        if not isinstance(rope, dict):
-            raise ValueError(f"rope_parameters = {value_text(rope)}: expected an object of fields")
-        rope = dict(rope)
-        fields["rope_theta"] = rope.pop("rope_theta", fields.get("rope_theta", 10000.0))
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            fields["rope_scaling"] = rope
-    scaling = fields.get("rope_scaling")
-    if isinstance(scaling, dict) and scaling.get("type") == scaling.get("rope_type", None):
-        fields["rope_scaling"] = {name: value for name, value in scaling.items() if name != "type"}
+    name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
+    scaling = fields.pop("rope_scaling", None) or rope or {}
+    if not isinstance(scaling, dict):
+        raise ValueError(f"{name} = {value_text(scaling)}: expected an object of fields")
+    scaling = dict(scaling)
+    if "rope_theta" in scaling:
+        fields["rope_theta"] = scaling.pop("rope_theta")
+    if scaling.get("type") == scaling.get("rope_type"):
+        scaling.pop("type", None)
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind != "default" or ("type" in scaling and "rope_type" in scaling):
+        longest = fields.get("max_position_embeddings", _TRANSFORMERS_DEFAULTS["max_position_embeddings"])
+        fields["rope_scaling"] = {"original_max_position_embeddings": longest} | scaling
     return fields

@@ -13,16 +13,25 @@ import torch
 from torch import Tensor
 
 from deepseek_v3.config.model_config import ModelConfig
+from deepseek_v3.interop.released_tensors import check_tensors, released_values
 from deepseek_v3.model.transformer import DeepSeekV3
-from deepseek_v3.utils.errors import CheckpointError
+from deepseek_v3.utils.logging import get_logger
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_LAYER = re.compile(r"model\.layers\.(?P<layer>\d+)\.")
 _EXPERTS = re.compile(r"(?P<mlp>model\.layers\.\d+\.mlp)\.experts\.(?P<stack>gate_up_proj|down_proj)")
+
+_log = get_logger("Weights")
 
 
 def released_state(model: DeepSeekV3) -> dict[str, Tensor]:
-    """Every weight and bias of `model` under its released name, as views where possible, detached."""
-    return to_released_names(model.config, model.state_dict())
+    """Every weight and bias of `model` under its released name, detached and contiguous, as safetensors saves it.
+
+    Experts are views of their stacks, which do not overlap. What prediction layers repeat is copied.
+    """
+    released = to_released_names(model.config, model.state_dict())
+    copies = _shared_copies(model.config).keys()
+    return {name: t.clone() if name in copies else t.contiguous() for name, t in released.items()}
 
 
 def to_released_names(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -49,18 +58,47 @@ def to_released_names(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dic
 def load_released(model: DeepSeekV3, tensors: Mapping[str, Tensor]) -> None:
     """Fills `model` from tensors by released name; values are converted to the model's type and device.
 
-    The copies of embedding and head in prediction layers may be left out, and must equal the originals where
-    present. Raises CheckpointError, before anything is changed, for names that are missing or left over, for
-    shapes that differ, and for copies that disagree.
+    A model on the meta device gets memory on the CPU. Weights in FP8 (e4m3) come with a scale for each 128×128
+    block, `<name>_scale_inv`. The copies of embedding and head in prediction layers may be left out, and must equal
+    the originals where present. Prediction layers of which nothing is present, the last one or several, are taken
+    away from the model, with a warning.
+
+    Raises CheckpointError, before anything is changed, with all problems: names that are missing or left over,
+    shapes that differ, types that are no weights, FP8 without scales, and copies that disagree.
     """
-    expected = to_released_names(model.config, model.state_dict())
-    copies = _shared_copies(model.config)
-    _check_names(expected.keys(), tensors.keys(), optional=copies.keys())
-    _check_shapes(expected | {copy: expected[original] for copy, original in copies.items()}, tensors)
-    _check_copies(copies, tensors)
-    for name, target in expected.items():
+    config, depth = model.config, _depth_held(model.config, tensors)
+    held = config.model_copy(update={"num_nextn_predict_layers": depth})
+    first_absent = config.num_hidden_layers + depth
+    ours = {n: t for n, t in model.state_dict().items() if _layer_of(n) < first_absent}
+    check_tensors(to_released_names(held, ours), tensors, _shared_copies(held))
+    if depth < config.num_nextn_predict_layers:
+        _log.warning(
+            "the weights hold %d of the %d prediction layers of the config, nothing of model.layers.%d: the model "
+            "goes on with num_nextn_predict_layers = %d",
+            depth,
+            config.num_nextn_predict_layers,
+            first_absent,
+            depth,
+        )
+        model.keep_predictions(depth)
+    if any(tensor.is_meta for tensor in ours.values()):
+        model.to_empty(device="cpu")
+    copies = _shared_copies(held)
+    for name, target in to_released_names(held, model.state_dict()).items():
         if name not in copies:
-            target.copy_(tensors[name])
+            target.copy_(released_values(tensors, name))
+
+
+def _depth_held(config: ModelConfig, tensors: Iterable[str]) -> int:
+    """How many prediction layers there are, up to the last of which anything is present."""
+    last = max((_layer_of(name) for name in tensors), default=-1)
+    return min(max(last + 1 - config.num_hidden_layers, 0), config.num_nextn_predict_layers)
+
+
+def _layer_of(name: str) -> int:
+    """The number of the layer that a tensor belongs to; -1 for those outside."""
+    match = _LAYER.match(name)
+    return int(match["layer"]) if match else -1
 
 
 def _expert(mlp: str, index: int, projection: str) -> str:
@@ -76,29 +114,3 @@ def _shared_copies(config: ModelConfig) -> dict[str, str]:
         copies[f"model.layers.{layer}.embed_tokens.weight"] = _EMBEDDING
         copies[f"model.layers.{layer}.shared_head.head.weight"] = head
     return copies
-
-
-def _check_names(expected: Iterable[str], found: Iterable[str], optional: Iterable[str]) -> None:
-    missing = sorted(set(expected) - set(found) - set(optional))
-    left_over = sorted(set(found) - set(expected) - set(optional))
-    if missing or left_over:
-        parts = [
-            f"{len(names)} {what}: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
-            for what, names in (("missing", missing), ("left over", left_over))
-            if names
-        ]
-        raise CheckpointError(f"the weights do not fit the model: {'; '.join(parts)}")
-
-
-def _check_shapes(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
-            raise CheckpointError(
-                f"{name}: found shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
-            )
-
-
-def _check_copies(copies: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
-    for copy, original in copies.items():
-        if copy in tensors and not torch.equal(tensors[copy], tensors[original]):
-            raise CheckpointError(f"{copy} differs from {original}, which this model shares with it")

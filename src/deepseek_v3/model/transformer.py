@@ -105,6 +105,11 @@ class DeepSeekV3(nn.Module):
         predictions, more = self.run_predictions(main_BSD, embedded_BSD, placement)
         return HiddenStates(main_BSD, predictions, routing + more)
 
+    def keep_predictions(self, depth: int) -> None:
+        """Leaves the first `depth` prediction layers and takes the others away."""
+        self.config = self.config.model_copy(update={"num_nextn_predict_layers": depth})
+        del self.model.layers[self.config.num_hidden_layers + depth :]
+
     def placement(self, tokens_BS: Tensor, documents_BS: Tensor | None = None) -> Placement:
         """Where the tokens of sequences stand that begin with their first token."""
         positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)[None]

@@ -32,5 +32,14 @@ def dequantize_1x128(quantized_TD: Tensor, scales_TG: Tensor, dtype: torch.dtype
     return x_TGN.flatten(1)[:, : quantized_TD.shape[1]].to(dtype)
 
 
+def dequantize_128x128(quantized_VD: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight (V, D) in `dtype` from e4m3 and one scale for each 128×128 block, as released checkpoints hold it.
+
+    `scales` of any float type, (V / 128, D / 128) rounded up: the last blocks may be smaller.
+    """
+    scales_VG = scales.float().repeat_interleave(BLOCK, dim=0)[: quantized_VD.shape[0]]
+    return dequantize_1x128(quantized_VD, scales_VG, dtype)
+
+
 def _in_blocks(x_TD: Tensor) -> Tensor:
     return F.pad(x_TD, (0, -x_TD.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
