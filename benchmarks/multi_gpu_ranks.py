@@ -171,7 +171,8 @@ def seconds_of(run: Callable[[], object], repeats: int = 15) -> float:
 
 
 def _dispatcher(config: ModelConfig, kind: Any, precision: Any) -> Dispatcher:
-    traffic = Traffic(TOKENS, config.hidden_size, config.num_experts_per_tok, torch.bfloat16)
+    in_groups = config.topk_group < config.n_group
+    traffic = Traffic(TOKENS, config.hidden_size, config.num_experts_per_tok, torch.bfloat16, in_groups)
     group = dist.group.WORLD
     assert group is not None
     return expert_dispatcher(kind, config.n_routed_experts, group, traffic, precision=precision)

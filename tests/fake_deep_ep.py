@@ -242,6 +242,7 @@ class FakeElasticBuffer:
         explicitly_destroy: bool = False,
     ) -> None:
         self.wire, self.most, self.hidden, self.num_topk = Wire(group), num_max_tokens_per_rank, hidden, num_topk
+        self.num_sms = 20  # as long as nobody asks for an estimate
 
     @staticmethod
     def capture() -> Event:
@@ -249,6 +250,7 @@ class FakeElasticBuffer:
 
     def get_theoretical_num_sms(self, num_experts: int, num_topk: int) -> int:
         assert num_topk == self.num_topk
+        self.num_sms = 6
         return 6
 
     def dispatch(
@@ -273,7 +275,7 @@ class FakeElasticBuffer:
         do_zero_padding: bool = False,
         use_tma_aligned_col_major_sf: bool = False,
     ) -> Any:
-        assert num_sms == 6
+        assert num_sms == self.num_sms
         assert async_with_compute_stream
         assert allocate_on_comm_stream
         assert isinstance(previous_event, Event)
@@ -320,7 +322,8 @@ class FakeElasticBuffer:
 def by_deepep(case: Case, generation: str) -> dict[str, Tensor]:
     """What this rank computes of its tokens, with a stand-in for one of DeepEP's buffers on the way to experts."""
     config = case.layers()[0].config
-    traffic = Traffic(max(case.lengths), config.hidden_size, config.num_experts_per_tok, case.dtype)
+    in_groups = config.topk_group < config.n_group
+    traffic = Traffic(max(case.lengths), config.hidden_size, config.num_experts_per_tok, case.dtype, in_groups)
     library = ModuleType("deep_ep")
     library.Buffer, library.ElasticBuffer = FakeBuffer, FakeElasticBuffer
     kind = {"Buffer": FirstGeneration, "ElasticBuffer": SecondGeneration}[generation]

@@ -72,6 +72,10 @@ class SilentBuffer:
     get_combine_config = get_dispatch_config
 
 
+def refuse_number_of_ranks(number: int) -> Any:
+    raise AssertionError(f"Unsupported number of EP ranks: {number}")
+
+
 def library(*generations: str) -> ModuleType:
     module = ModuleType("deep_ep")
     for generation in generations:
@@ -111,6 +115,27 @@ def test_torch_is_taken_where_it_is_named() -> None:
     assert dispatcher.fp8
 
 
+@pytest.mark.usefixtures("gpus")
+@pytest.mark.parametrize(("in_groups", "num_sms"), [(False, 4), (True, 20)])
+def test_gates_limited_to_groups_are_not_given_the_librarys_estimate(
+    in_groups: bool, num_sms: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def dispatch(_buffer: Any, _rows: Any, **options: Any) -> Any:
+        asked.append(options)
+        return None, None, None, SimpleNamespace(num_recv_tokens_per_expert_list=[]), None
+
+    monkeypatch.setattr(SilentBuffer, "dispatch", dispatch, raising=False)
+    monkeypatch.setattr(SilentBuffer, "capture", lambda _: None, raising=False)
+    monkeypatch.setattr(SilentBuffer, "combine", lambda _, __, **options: asked.append(options), raising=False)
+    buffer = chosen("deepep", TRAFFIC._replace(in_groups=in_groups))._buffer
+    buffer.dispatch(torch.zeros(1), torch.zeros(1), torch.zeros(1))
+    buffer.dispatch_again(torch.zeros(1), None)
+    buffer.combine(torch.zeros(1), None)
+    assert [options["num_sms"] for options in asked] == [num_sms] * 3
+
+
 OBSTACLES: dict[str, Any] = {
     "no CUDA": (TRAFFIC, {}, "it needs CUDA devices"),
     "no NCCL": (TRAFFIC, {}, "NCCL between them"),
@@ -121,6 +146,8 @@ OBSTACLES: dict[str, Any] = {
         {},
         "the model computes in torch.float32",
     ),
+    "ranks": (TRAFFIC, {}, "its Buffer has no configuration for 4 ranks"),
+    "int32": (TRAFFIC, {}, "deep_ep was built for torch.int32 numbers of experts, not torch.int64"),
     "odd width": (TRAFFIC._replace(width=252), {}, "hidden_size = 252 is no multiple of 8"),
     "no whole blocks": (
         TRAFFIC._replace(width=192),
@@ -144,6 +171,11 @@ def test_where_deepep_cannot_run_auto_says_why_and_its_name_is_an_error(
         monkeypatch.setitem(sys.modules, "deep_ep", None)
     elif obstacle == "unknown":
         monkeypatch.setitem(sys.modules, "deep_ep", library())
+    elif obstacle == "ranks":
+        monkeypatch.setitem(sys.modules, "deep_ep", library("Buffer"))
+        monkeypatch.setattr(SilentBuffer, "get_combine_config", refuse_number_of_ranks)
+    elif obstacle == "int32":
+        monkeypatch.setattr(sys.modules["deep_ep"], "topk_idx_t", torch.int32, raising=False)
     with caplog.at_level(logging.INFO, logger="deepseek_v3"):
         assert isinstance(chosen("auto", traffic, **options), AllToAllDispatcher)
     assert reason in caplog.text

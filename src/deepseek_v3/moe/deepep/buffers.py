@@ -22,13 +22,26 @@ from torch import Tensor
 Rows = Tensor | tuple[Tensor, Tensor]
 
 
+# SMs that carry rows where the library has no estimate: DeepSeek-V3's own number, report section 3.2.2.
+_SMS_FOR_GROUPS = 20
+
+
+class CannotRunError(Exception):
+    """Why DeepEP is of no use here."""
+
+
 class Traffic(NamedTuple):
-    """What a rank sends in one layer: so many tokens at most, each of this width and type, to so many experts."""
+    """What a rank sends in one layer: at most `tokens`, each of this width and type, to so many experts.
+
+    `in_groups` says that the experts of a token lie in a few groups only (`topk_group` below `n_group`), so that
+    fewer ranks and nodes are reached than by a free choice.
+    """
 
     tokens: int
     width: int
     experts_per_token: int
     dtype: torch.dtype
+    in_groups: bool = False
 
 
 class Landing(NamedTuple):
@@ -66,7 +79,10 @@ class FirstGeneration:
     def __init__(self, deep_ep: ModuleType, num_experts: int, group: dist.ProcessGroup, traffic: Traffic) -> None:
         ranks, row_bytes = group.size(), traffic.width * traffic.dtype.itemsize
         kind = deep_ep.Buffer
-        configs = [kind.get_dispatch_config(ranks), kind.get_combine_config(ranks)]
+        try:
+            configs = [kind.get_dispatch_config(ranks), kind.get_combine_config(ranks)]
+        except AssertionError as error:
+            raise CannotRunError(f"its Buffer has no configuration for {ranks} ranks") from error
         nvlink_bytes = max(config.get_nvl_buffer_size_hint(row_bytes, ranks) for config in configs)
         rdma_bytes = max(config.get_rdma_buffer_size_hint(row_bytes, ranks) for config in configs)
         self._buffer = kind(group, nvlink_bytes, rdma_bytes)
@@ -116,7 +132,10 @@ class SecondGeneration:
             deterministic=True,  # a layer that is computed again must find its tokens in the same order
         )
         self._num_experts = num_experts
-        self._num_sms = self._buffer.get_theoretical_num_sms(num_experts, traffic.experts_per_token)
+        if traffic.in_groups:  # the library's estimate is documented as not for group-limited gates
+            self._num_sms = _SMS_FOR_GROUPS
+        else:
+            self._num_sms = self._buffer.get_theoretical_num_sms(num_experts, traffic.experts_per_token)
 
     def dispatch(self, rows: Rows, gates_TK: Tensor, experts_TK: Tensor) -> Landing:
         arriving, experts_RK, gates_RK, handle, event = self._buffer.dispatch(

@@ -10,7 +10,13 @@ import torch
 import torch.distributed as dist
 
 from deepseek_v3.moe.deepep.all_to_all import AllToAllDispatcher
-from deepseek_v3.moe.deepep.buffers import Buffer, FirstGeneration, SecondGeneration, Traffic
+from deepseek_v3.moe.deepep.buffers import (
+    Buffer,
+    CannotRunError,
+    FirstGeneration,
+    SecondGeneration,
+    Traffic,
+)
 from deepseek_v3.moe.deepep.hops import hops
 from deepseek_v3.moe.deepep.library import DeepEPDispatcher
 from deepseek_v3.moe.dispatch import Dispatcher
@@ -47,7 +53,7 @@ def expert_dispatcher(
     if kind != "torch":
         try:
             buffer = _deepep_buffer(num_experts, group, traffic, fp8)
-        except _CannotRunError as error:
+        except CannotRunError as error:
             if kind == "deepep":
                 message = f"parallel.expert_back_end = deepep: {error}; use --set parallel.expert_back_end=torch"
                 raise ConfigError(message) from error
@@ -60,18 +66,14 @@ def expert_dispatcher(
     return AllToAllDispatcher(num_experts, way, fp8)
 
 
-class _CannotRunError(Exception):
-    """Why DeepEP is of no use here."""
-
-
 def _deepep_buffer(num_experts: int, group: dist.ProcessGroup, traffic: Traffic, fp8: bool) -> Buffer:
     if not torch.cuda.is_available() or "nccl" not in dist.get_backend_config(group):
-        raise _CannotRunError("it needs CUDA devices, one per rank, and NCCL between them")
+        raise CannotRunError("it needs CUDA devices, one per rank, and NCCL between them")
     multiple = BLOCK if fp8 else _BFLOAT16_PER_PIECE
     if traffic.dtype != torch.bfloat16:
-        raise _CannotRunError(f"it carries bfloat16, the model computes in {traffic.dtype}")
+        raise CannotRunError(f"it carries bfloat16, the model computes in {traffic.dtype}")
     if traffic.width % multiple:
-        raise _CannotRunError(f"hidden_size = {traffic.width} is no multiple of {multiple}")
+        raise CannotRunError(f"hidden_size = {traffic.width} is no multiple of {multiple}")
     library = _deepep()
     generation = SecondGeneration if hasattr(library, "ElasticBuffer") else FirstGeneration
     return generation(library, num_experts, group, traffic)
@@ -81,8 +83,10 @@ def _deepep() -> ModuleType:
     try:
         library = import_module("deep_ep")
     except (ImportError, OSError) as error:  # OSError: built for other versions of CUDA, NCCL or NVSHMEM
-        raise _CannotRunError(f"deep_ep cannot be imported ({error})") from error
+        raise CannotRunError(f"deep_ep cannot be imported ({error})") from error
     if not hasattr(library, "ElasticBuffer") and not hasattr(library, "Buffer"):
         version = getattr(library, "__version__", "of unknown version")
-        raise _CannotRunError(f"deep_ep {version} has neither Buffer nor ElasticBuffer")
+        raise CannotRunError(f"deep_ep {version} has neither Buffer nor ElasticBuffer")
+    if getattr(library, "topk_idx_t", torch.int64) != torch.int64:
+        raise CannotRunError(f"deep_ep was built for {library.topk_idx_t} numbers of experts, not torch.int64")
     return library

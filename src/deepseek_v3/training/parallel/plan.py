@@ -85,6 +85,7 @@ def _spread_experts(model: DeepSeekV3, config: RunConfig, ranks: Ranks) -> None:
         width=model_config.hidden_size,
         experts_per_token=model_config.num_experts_per_tok,
         dtype=model.compute_dtype or torch.float32,
+        in_groups=model_config.topk_group < model_config.n_group,
     )
     dispatcher = expert_dispatcher(
         parallel.expert_back_end,
