@@ -41,7 +41,7 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
         items = [(f"{name}[{index}]", entry) for index, entry in enumerate(value)]
     else:
         return {name: value}
-    kind = {list: "[]", tuple: "()"}.get(type(value), "{}")
+    kind = "[]" if isinstance(value, list) else "()" if isinstance(value, tuple) else "{}"
     inner = {leaf: found for path, entry in items if path != "config" for leaf, found in _flat(entry, path).items()}
     return {f"{name}{kind}": len(value), **inner} if name else inner
 
