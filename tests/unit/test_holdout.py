@@ -1,13 +1,14 @@
 """The held-out loss: which windows are measured, and for how many bytes of text they stand."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer as HuggingFaceTokenizer
-from tokenizers import decoders, models, normalizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 
 from deepseek_v3.config.loading import load_config
@@ -19,6 +20,7 @@ from deepseek_v3.training.holdout import HeldOutEvaluation, HeldOutLoss, HeldOut
 from deepseek_v3.utils.errors import DataError
 from run_helpers import write_run
 
+BYTES_ALONE = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 CPU = torch.device("cpu")
 OPTIONS = CorpusOptions(source="corpus", text_field="text", holdout=0.1, fim_rate=0.0, seed=0)
 # Two sources, one after the other in the split: few bytes for each token, then many.
@@ -155,6 +157,24 @@ def test_white_space_among_the_added_tokens_counts(tmp_path: Path) -> None:
     theirs.add_tokens(["        "])
     tokenizer = Tokenizer.from_json(theirs.to_str())
     assert tokenizer.byte_lengths[tokenizer.encode("        ")].tolist() == [8]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda theirs: setattr(theirs, "normalizer", normalizers.NFC()),
+        lambda theirs: setattr(theirs, "pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True)),
+        lambda theirs: setattr(
+            theirs, "pre_tokenizer", pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), BYTES_ALONE])
+        ),
+        lambda theirs: setattr(theirs, "decoder", decoders.Fuse()),
+    ],
+)
+def test_tokenizers_that_change_text_do_not_count_as_exact(change: Callable[[HuggingFaceTokenizer], None]) -> None:
+    theirs = HuggingFaceTokenizer.from_str(Tokenizer.train([], 260).to_json())
+    assert Tokenizer.from_json(theirs.to_str()).is_byte_exact
+    change(theirs)
+    assert not Tokenizer.from_json(theirs.to_str()).is_byte_exact
 
 
 def test_a_tokenizer_that_is_not_of_bytes_is_calibrated(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from deepseek_v3.data.tokens.index import CorpusOptions, Shard, ShardIndex
 from deepseek_v3.data.tokens.shards import ShardWriter, TokenShards
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.utils.errors import DataError
+from deepseek_v3.utils.printing import value_text
 
 OPTIONS = CorpusOptions(source="corpus", text_field="text", holdout=0.1, fim_rate=0.0, seed=0)
 TOKENIZER = Tokenizer.train([], 260)
@@ -198,7 +199,7 @@ def test_a_shard_that_cannot_be_read_is_named(directory, monkeypatch):
 def test_file_names_stay_inside_the_directory(directory, file, verify):
     edit_index(directory, train__file=file)
     message = error_of(directory, verify)
-    assert f"{directory / 'index.json'}: train.0.file: found {file!r}" in message
+    assert f"{directory / 'index.json'}: train.0.file: found {value_text(file)}" in message
 
 
 @pytest.mark.parametrize(
@@ -209,6 +210,8 @@ def test_file_names_stay_inside_the_directory(directory, file, verify):
         ({"dtype": "float16"}, "dtype"),
         ({"vocab_size": "260"}, "vocab_size"),
         ({"vocab_size": 0}, "vocab_size"),
+        ({"train__file": "train/00001.bin"}, "train.0.file = 'train/00001.bin', expected 'train/00000.bin'"),
+        ({"train__file": "holdout/00000.bin"}, "expected 'train/00000.bin'"),
         ({"end_of_text": 260}, "end_of_text = 260 is not below vocab_size = 260"),
         ({"train": []}, "train"),
         ({"train": None}, "train"),

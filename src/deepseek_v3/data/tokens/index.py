@@ -80,6 +80,10 @@ class ShardIndex(Section):
             raise ValueError(
                 f"dtype = {self.dtype!r} does not go with vocab_size = {self.vocab_size}, expected {expected!r}"
             )
+        for split in SPLITS:
+            for number, shard in enumerate(self.shards(split)):
+                if shard.file != (name := shard_name(split, number)):
+                    raise ValueError(f"{split}.{number}.file = {shard.file!r}, expected {name!r}")
         if self.end_of_text >= self.vocab_size:
             raise ValueError(f"end_of_text = {self.end_of_text} is not below vocab_size = {self.vocab_size}")
         return self
@@ -141,6 +145,11 @@ def _sha256_of_rest(text: str, own: str) -> str:
 def _entry(sha256: str) -> str:
     """How the index spells its own checksum; no string in it can hold this, where quotes are escaped."""
     return f'"index_sha256": "{sha256}"'
+
+
+def shard_name(split: Split, number: int) -> str:
+    """The file of a shard, below the directory."""
+    return f"{split}/{number:05d}.bin"
 
 
 def token_type(vocab_size: int) -> TokenType:

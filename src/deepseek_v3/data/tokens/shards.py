@@ -30,6 +30,7 @@ from deepseek_v3.data.tokens.index import (
     Shard,
     ShardIndex,
     Split,
+    shard_name,
     token_type,
 )
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
@@ -114,7 +115,7 @@ class _SplitWriter:
             self.end_shard()
 
     def _begin_shard(self) -> BinaryIO:
-        self._name = f"{self._split}/{len(self.shards):05d}.bin"
+        self._name = shard_name(self._split, len(self.shards))
         path = self._directory / self._name
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("xb")

@@ -39,6 +39,9 @@ _FIM = (
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
 )
 
+# Options of BPE under which a piece does not spell its bytes alone.
+_SPELLINGS = ("unk_token", "continuing_subword_prefix", "end_of_word_suffix")
+
 _log = get_logger("Tokens")
 
 
@@ -177,13 +180,16 @@ class Tokenizer:
 
     @cached_property
     def is_byte_exact(self) -> bool:
-        """Whether the `byte_lengths` of a text's ids sum to its bytes: byte-level, and text goes in as it is."""
+        """Whether the `byte_lengths` of a text's ids sum to its bytes: byte-level BPE that takes text as it is."""
         fields = json_text.loads(self._json)
+        model, steps = fields["model"], _steps(fields.get("pre_tokenizer"))
         return (
             _is_byte_level(fields)
+            and model["type"] == "BPE"
+            and model["vocab"].keys() >= set(pre_tokenizers.ByteLevel.alphabet())
+            and not any(model.get(name) for name in _SPELLINGS)
             and fields.get("normalizer") in (None, {"type": "Sequence", "normalizers": []})
-            and not any(step.get("add_prefix_space") for step in _steps(fields.get("pre_tokenizer")))
-            and not fields["model"].get("unk_token")
+            and all(_keeps_text(step) for step in steps)
         )
 
     def token(self, id_: int) -> str | None:
@@ -207,6 +213,13 @@ def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
     if part["type"] != "Sequence":
         return [part]
     return [step for inner in part.get("pretokenizers", part.get("decoders", [])) for step in _steps(inner)]
+
+
+def _keeps_text(step: dict[str, Any]) -> bool:
+    """Whether a step of a pre-tokenizer neither adds nor drops text."""
+    if step["type"] == "ByteLevel":
+        return not step.get("add_prefix_space")
+    return step["type"] == "Split" and step["behavior"] != "Removed"
 
 
 def _is_byte_level(fields: dict[str, Any]) -> bool:
