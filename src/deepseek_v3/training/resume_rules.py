@@ -50,6 +50,7 @@ RULES: dict[str, Rule] = {
     "training.balance.sequence_loss_weight": Rule.LOGGED,
     "training.evaluation.interval_steps": Rule.LOGGED,
     "training.evaluation.tokens": Rule.LOGGED,
+    "training.max_skipped_steps": Rule.LOGGED,
     "parallel.layout": Rule.FREE,  # the degrees that it leads to are compared themselves
     "parallel.data_replicate": Rule.LOGGED,
     "parallel.data_shard": Rule.LOGGED,
