@@ -18,6 +18,7 @@ from deepseek_v3.planning.counts_command import counts
 from deepseek_v3.utils.commands import run_app
 from deepseek_v3.utils.lazily import imported
 from deepseek_v3.utils.next_command import set_options
+from deepseek_v3.utils.threads import wait_passively
 
 # Name -> where its function lives, and its line of help. Imported only when run: planning waits for no torch.
 COMMANDS = {
@@ -131,4 +132,5 @@ def schema() -> None:
 
 def main() -> None:
     """Entry point of the console script."""
+    wait_passively()
     run_app(app)

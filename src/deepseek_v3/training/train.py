@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -27,6 +28,7 @@ from deepseek_v3.utils.commands import run_command, whole_option
 from deepseek_v3.utils.distributed import ALONE, World, announce, process_group, select_device
 from deepseek_v3.utils.logging import configure_logging, get_logger
 from deepseek_v3.utils.next_command import say_next, set_options
+from deepseek_v3.utils.threads import describe_threads, usable_cores
 from deepseek_v3.utils.watchdog import Watchdog
 
 
@@ -129,6 +131,8 @@ def train_run(
     allocated, unless by `force`. `allow_changed_data` is for `resume`, as `Trainer` says.
     """
     described = describe_device(device, world.local_size)
+    if device.type == "cpu":
+        _use_granted_cores()
     if deepspeed is None:
         config = laid_out(config, world.size, described)
     else:
@@ -149,6 +153,14 @@ def train_run(
         if world.rank == 0:
             plot_run(config.logging.directory)
     return result
+
+
+def _use_granted_cores() -> None:
+    """Lowers torch's threads to the cores that this process may use, unless the user set a number; logs them."""
+    cores = usable_cores()
+    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > cores:
+        torch.set_num_threads(cores)
+    get_logger("Trainer").info(describe_threads(torch.get_num_threads(), cores, os.getloadavg()[0]))
 
 
 def main() -> None:

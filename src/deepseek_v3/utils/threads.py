@@ -1,0 +1,48 @@
+"""How many threads compute on a CPU, and how they wait for each other."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_CGROUP_V2 = Path("/sys/fs/cgroup/cpu.max")
+_CGROUP_V1 = (Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us"))
+
+
+def wait_passively() -> None:
+    """Lets threads of OpenMP sleep where they wait for each other, unless the user's environment says otherwise.
+
+    By default they spin, and on a machine with other work they spin away the time of the thread that they wait
+    for. Only heard before torch is imported.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: its affinity, or the quota of its control group where that is less."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _quota()
+    return affinity if quota is None else max(1, min(affinity, int(quota)))
+
+
+def describe_threads(threads: int, cores: int, load: float) -> str:
+    """One line: the number of threads, how to choose another, and what other work on the machine suggests.
+
+    `load` is the load average of the last minute before this process began to compute.
+    """
+    line = f"Threads: {threads} on {cores} cores; OMP_NUM_THREADS sets another number"
+    if threads > 1 and load > cores - threads + 0.5:
+        line += f". The load is {load:.1f}: OMP_NUM_THREADS=1 may be faster"
+    return line
+
+
+def _quota() -> float | None:
+    """Cores' worth of time that the control group grants; None where there is no limit."""
+    try:
+        if _CGROUP_V2.is_file():
+            quota, period = _CGROUP_V2.read_text(encoding="ascii").split()
+        else:
+            quota, period = (path.read_text(encoding="ascii").strip() for path in _CGROUP_V1)
+        return int(quota) / int(period) if int(quota) > 0 else None
+    except (OSError, ValueError, ZeroDivisionError):
+        return None

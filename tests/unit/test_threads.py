@@ -1,0 +1,62 @@
+"""Threads on a CPU: no more than cores are granted, passive waiting, and a line that says how to change them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deepseek_v3.utils import threads
+from deepseek_v3.utils.threads import describe_threads, usable_cores
+
+
+@pytest.fixture(autouse=True)
+def _sixteen_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    monkeypatch.setattr(threads, "_CGROUP_V2", tmp_path / "cpu.max")
+    monkeypatch.setattr(threads, "_CGROUP_V1", (tmp_path / "quota", tmp_path / "period"))
+
+
+@pytest.mark.parametrize(
+    ("text", "cores"),
+    [("max 100000", 16), ("200000 100000", 2), ("250000 100000", 2), ("50000 100000", 1), ("9900000 100000", 16)],
+)
+def test_a_quota_limits_the_cores(tmp_path: Path, text: str, cores: int) -> None:
+    (tmp_path / "cpu.max").write_text(text + "\n")
+    assert usable_cores() == cores
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("-1", 16), ("400000", 4), ("x", 16)])
+def test_a_quota_of_the_first_version_limits_them_too(tmp_path: Path, quota: str, cores: int) -> None:
+    (tmp_path / "quota").write_text(quota)
+    (tmp_path / "period").write_text("100000\n")
+    assert usable_cores() == cores
+
+
+def test_without_control_groups_affinity_decides() -> None:
+    assert usable_cores() == 16
+
+
+@pytest.mark.parametrize(
+    ("number", "load", "advice"),
+    [(2, 0.3, False), (2, 1.4, True), (1, 30.0, False), (1, 0.0, False), (2, 0.6, True)],
+)
+def test_the_line_advises_one_thread_where_others_work(number: int, load: float, advice: bool) -> None:
+    line = describe_threads(number, 2, load)
+    assert line.startswith(f"Threads: {number} on 2 cores; OMP_NUM_THREADS sets another number")
+    assert ("OMP_NUM_THREADS=1 may be faster" in line) == advice
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_wait_passively_unless_the_user_says_otherwise(given: str | None, expected: str) -> None:
+    program = (
+        "import os, sys\n"
+        "from deepseek_v3 import cli\n"
+        "cli.run_app = lambda app: print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)\n"
+        "cli.main()"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": given} if given else {}
+    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert result.stdout == f"{expected} False\n"
