@@ -192,6 +192,21 @@ def test_one_folder_may_serve_for_checkpoints_and_logs(tmp_path: Path) -> None:
     take(tmp_path / "run")
 
 
+def test_a_run_removes_what_killed_runs_left_half_written(tmp_path: Path) -> None:
+    config = load_config(write_run(tmp_path))
+    folders = {
+        config.checkpoint.directory: [".checkpoint_step_2.pt.4711.partial", ".checkpoint_step_4.pt.12.partial"],
+        config.logging.directory: [".config.yaml.4711.partial", ".metrics.jsonl.1.partial", ".loss.png.1.partial"],
+    }
+    for folder, names in folders.items():
+        folder.mkdir()
+        for name in (*names, ".mine.1.partial"):
+            (folder / name).write_text("half")
+    with held_folders(config, None):
+        for folder in folders:
+            assert sorted(path.name for path in folder.iterdir()) == [".lock", ".mine.1.partial"]
+
+
 def take_folders_by_ranks(config: Path) -> str:
     try:
         with held_folders(load_config(config), checkpoint_group()):

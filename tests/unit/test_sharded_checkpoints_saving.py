@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from itertools import count
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,6 +25,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from deepseek_v3.utils.checkpointing import CheckpointDirectory, load_checkpoint
 from deepseek_v3.utils.checkpoints import folder_writer
+from deepseek_v3.utils.checkpoints.folders import remove_leftovers
 from deepseek_v3.utils.checkpoints.loading import load_sharded, newest_checkpoint
 from deepseek_v3.utils.checkpoints.ranks import checkpoint_group
 from deepseek_v3.utils.checkpoints.saving import ShardedWriter, save_sharded
@@ -221,6 +223,87 @@ def test_a_process_that_is_killed_leaves_complete_checkpoints_only(tmp_path: Pat
     with ShardedWriter(checkpoints, None) as writer:
         writer.save(3, state(3))
     assert names(tmp_path) == ["checkpoint_step_1", "checkpoint_step_3"]
+
+
+# Death at any moment
+
+
+class _DeadError(BaseException):
+    """Raised by whatever a dead process would still do to the disk."""
+
+
+class _Dying:
+    """Within it the process dies before its `at`-th change of the disk; `died` says whether it came so far."""
+
+    def __init__(self, at: int) -> None:
+        self._left, self.died = at, False
+        self._patches = [
+            patch.object(os, name, self._counted(getattr(os, name)))
+            for name in ("rename", "replace", "unlink", "rmdir", "mkdir", "fsync")
+        ]
+
+    def _counted(self, change: Callable[..., Any]) -> Callable[..., Any]:
+        def change_or_die(*arguments: Any, **options: Any) -> Any:
+            self._left -= 1
+            if self._left < 1:
+                self.died = True
+                raise _DeadError
+            return change(*arguments, **options)
+
+        return change_or_die
+
+    def __enter__(self) -> _Dying:
+        for each in self._patches:
+            each.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> bool:
+        for each in self._patches:
+            each.stop()
+        return self.died
+
+
+def save_as(form: str, checkpoints: CheckpointDirectory, weight: float) -> None:
+    content = {"step": 3, "model": {"weight": torch.full((5,), weight)}}
+    if form == "file":
+        checkpoints.save(3, content)
+    else:
+        with ShardedWriter(checkpoints, None) as writer:
+            writer.save(3, content)
+
+
+@pytest.mark.parametrize("first", ["file", "folder"])
+@pytest.mark.parametrize("second", ["file", "folder"])
+def test_a_step_saved_again_survives_death_at_any_moment(first: str, second: str, tmp_path: Path) -> None:
+    for moment in count(1):
+        checkpoints = CheckpointDirectory(tmp_path / str(moment), keep=1)
+        save_as(first, checkpoints, 1.0)
+        with _Dying(moment) as saving:
+            save_as(second, checkpoints, 2.0)
+        for later in count(1):
+            with _Dying(later) as tidying:
+                remove_leftovers(checkpoints.path)
+            if not tidying.died:
+                break
+        assert all(not name.startswith(".") for name in names(checkpoints.path)), moment
+        weights = [load_checkpoint(path)["model"]["weight"].tolist() for path in checkpoints.newest_first()]
+        assert weights, f"lost by a death at moment {moment}"
+        assert all(weight in ([1.0] * 5, [2.0] * 5) for weight in weights)
+        if not saving.died:
+            break
+    assert weights == [[2.0] * 5]
+
+
+def test_leftovers_of_files_go_with_those_of_folders(tmp_path: Path) -> None:
+    left = [".checkpoint_step_7.pt.4711.partial", ".checkpoint_step_8.pt.1.partial"]
+    others = [".checkpoint_step_7.pt.x.partial", ".checkpoint_step_7.pt", "model.pt", ".run.4711.partial"]
+    for name in (*left, *others):
+        (tmp_path / name).write_text("half")
+    for state in ("partial", "outdated", "replaced"):
+        (tmp_path / f".checkpoint_step_9.{state}").mkdir()
+    (tmp_path / "checkpoint_step_9").mkdir()
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == sorted([*others, "checkpoint_step_9"])
 
 
 # Several

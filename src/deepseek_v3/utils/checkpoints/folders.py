@@ -1,7 +1,9 @@
 """Checkpoint folders that are complete or invisible: whatever is not, or is going away, has a hidden name.
 
-`.checkpoint_step_<N>.partial` is being written, `.checkpoint_step_<N>.outdated` is being deleted; a program that is
-killed meanwhile leaves no more than that.
+`.checkpoint_step_<N>.partial` is being written, `.checkpoint_step_<N>.outdated` is being deleted, and
+`.checkpoint_step_<N>.replaced` is complete until the one that replaces it has its name. A program that is killed
+meanwhile leaves no more than that, and no step is lost: `remove_leftovers` gives a replaced folder its name back
+where the new one never got it.
 """
 
 from __future__ import annotations
@@ -10,44 +12,60 @@ import re
 import shutil
 from pathlib import Path
 
-from deepseek_v3.utils.files import sync_directory
+from deepseek_v3.utils.files import remove_entry, sync_directory
 
-_HIDDEN = re.compile(r"\.checkpoint_step_[0-9]+\.(partial|outdated)")
+_HIDDEN = re.compile(
+    r"\.(?P<name>checkpoint_step_[0-9]+)\.(?P<state>partial|outdated|replaced)"
+    r"|\.checkpoint_step_[0-9]+\.pt\.[0-9]+\.partial"  # of a process that wrote a file
+)
 
 
 def partial_folder(folder: Path) -> Path:
     """Where a folder is written before it gets its name."""
-    return folder.with_name(f".{folder.name}.partial")
+    return _hidden(folder, "partial")
 
 
 def publish_folder(folder: Path) -> None:
     """Gives `partial_folder(folder)`, whose files are fsynced, its name; an earlier `folder` goes away."""
-    partial = partial_folder(folder)
+    partial, replaced = partial_folder(folder), _hidden(folder, "replaced")
     sync_directory(partial)
-    outdated = _set_aside(folder)
+    if folder.is_dir():
+        folder.rename(replaced)
     partial.rename(folder)
     sync_directory(folder.parent)
-    shutil.rmtree(outdated, ignore_errors=True)
+    if replaced.is_dir():
+        _delete(replaced, folder)
 
 
 def remove_folder(folder: Path) -> None:
     """Deletes a folder, if there is one, that is never seen half deleted."""
-    outdated = _set_aside(folder)
-    if outdated.exists():
-        shutil.rmtree(outdated)
+    if folder.is_dir():
+        _delete(folder, folder)
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Deletes what killed programs left half written or half deleted among the checkpoints of a run."""
-    for entry in directory.iterdir():
-        if _HIDDEN.fullmatch(entry.name) and entry.is_dir():
-            shutil.rmtree(entry)
+    """Tidies up what killed programs left half written, half deleted or half replaced among checkpoints.
+
+    For whoever holds the run's lock. Raises OSError where a replaced folder cannot have its name back.
+    """
+    left = [(entry, match) for entry in directory.iterdir() if (match := _HIDDEN.fullmatch(entry.name))]
+    for entry, match in left:
+        if match["state"] == "replaced" and not (folder := directory / match["name"]).exists():
+            entry.rename(folder)
+            sync_directory(directory)
+        elif match["state"] == "replaced":
+            _delete(entry, folder)
+        else:
+            remove_entry(entry)
 
 
-def _set_aside(folder: Path) -> Path:
-    """Hides a folder that is to be deleted, if there is one, and returns its hidden path."""
-    outdated = folder.with_name(f".{folder.name}.outdated")
-    shutil.rmtree(outdated, ignore_errors=True)
-    if folder.is_dir():
-        folder.rename(outdated)
-    return outdated
+def _delete(entry: Path, folder: Path) -> None:
+    """Deletes the folder `entry` under the hidden name of what is being deleted of `folder`."""
+    outdated = _hidden(folder, "outdated")
+    remove_entry(outdated)
+    entry.rename(outdated)
+    shutil.rmtree(outdated)
+
+
+def _hidden(folder: Path, state: str) -> Path:
+    return folder.with_name(f".{folder.name}.{state}")
