@@ -303,9 +303,12 @@ def _tell_unchecked(directory: Path) -> None:
 
 
 def _check_size(path: Path, expected: int) -> None:
-    if not path.is_file():
-        raise DataError(f"{path}: is missing, expected a file of {expected} bytes; {REPAIR}")
-    found = path.stat().st_size
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read: {error.strerror}; expected a file of {expected} bytes; {REPAIR}"
+        ) from None
     if found != expected:
         raise DataError(f"{path}: holds {found} bytes, expected {expected}; {REPAIR}")
 
