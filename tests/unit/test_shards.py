@@ -165,7 +165,8 @@ def test_a_truncated_shard_is_found(directory, verify):
 def test_a_missing_shard_is_found(directory, verify):
     path = directory / "holdout/00000.bin"
     path.unlink()
-    assert f"{path}: cannot be read: No such file or directory; expected a file of 10 bytes" in error_of(directory, verify)
+    expected = f"{path}: cannot be read: No such file or directory; expected a file of 10 bytes"
+    assert expected in error_of(directory, verify)
 
 
 @pytest.mark.parametrize("name", ["train/00000.bin", "train/00002.bin", "holdout/00000.bin", "tokenizer.json"])
