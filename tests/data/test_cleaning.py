@@ -183,7 +183,7 @@ def test_options():
     assert PreliminaryCleaner(max_blank_lines=0).clean("a\n\n\nb") == "a\nb"
     assert PreliminaryCleaner(max_blank_lines=3).clean("a" + "\n" * 9 + "b") == "a\n\n\n\nb"
     assert PreliminaryCleaner(repair_mojibake=False).clean("cafÃ© one\x85two\x92") == "cafÃ© one\ntwo"
-    with pytest.raises(ConfigError, match="PreliminaryCleaner: unicode_form: found 'NFD'"):
+    with pytest.raises(ConfigError, match="PreliminaryCleaner: unicode_form: found NFD"):
         PreliminaryCleaner(unicode_form="NFD")
 
 
