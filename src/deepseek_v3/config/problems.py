@@ -24,7 +24,8 @@ def describe(error: ValidationError, root: type[BaseModel], where: Mapping[Field
 def _one_line(problem: dict[str, Any], root: type[BaseModel], where: Mapping[FieldPath, str]) -> str:
     path = tuple(str(part) for part in problem["loc"])
     place = next(where[path[:n]] for n in range(len(path), -1, -1) if path[:n] in where)
-    return ": ".join(part for part in (place, ".".join(path), _explain(problem, root, path)) if part)
+    field = ".".join(part if part.isprintable() and len(part) < 60 else value_text(part) for part in path)
+    return ": ".join(part for part in (place, field, _explain(problem, root, path)) if part)
 
 
 def _explain(problem: dict[str, Any], root: type[BaseModel], path: FieldPath) -> str:

@@ -34,7 +34,7 @@ def find_config(path: str | Path) -> Path:
         return path
     folder = shipped_folder()
     names = [path.name] if path.suffix else [f"{path.name}.yaml", f"{PREFIX}{path.name}.yaml"]
-    return next((folder / name for name in names if (folder / name).is_file()), path)
+    return next((folder / name for name in names if os.path.isfile(folder / name)), path)  # noqa: PTH113 -- likewise
 
 
 def shown_config(path: Path) -> str:

@@ -75,10 +75,11 @@ def _read(path: Path) -> bytes:
     try:
         # Without O_NONBLOCK a pipe that nobody writes to would be waited for.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):
+            os.close(descriptor)
+            raise ConfigError(f"{shown_path(path)}: is a {_kind(mode)}, expected a file")
         with open(descriptor, "rb") as file:  # noqa: PTH123 -- of a descriptor
-            mode = os.fstat(descriptor).st_mode
-            if not stat.S_ISREG(mode):
-                raise ConfigError(f"{shown_path(path)}: is a {_kind(mode)}, expected a file")
             data = file.read(LONGEST_FILE + 1)
     except OSError as error:
         raise ConfigError(f"{shown_path(path)}: cannot be read: {error.strerror or error}") from None

@@ -24,9 +24,11 @@ from deepseek_v3.config.base import (
 )
 from deepseek_v3.config.data_config import AnyPath, DataConfig
 from deepseek_v3.config.model_config import ModelConfig
-from deepseek_v3.utils.numbers import MOST_TOKENS
+from deepseek_v3.utils.numbers import MOST_TOKENS, divisors
 from deepseek_v3.utils.printing import value_text
 
+# Sizes of a growing batch that are looked at one by one.
+_MOST_SIZES = 100_000
 # Beyond these the lists of a step's micro-batches and of the ways to divide ranks take too long.
 Degree = Annotated[PositiveInt, Field(le=2**20)]
 BatchSize = Annotated[PositiveInt, Field(le=2**24)]
@@ -303,6 +305,8 @@ def pipeline_problem(parallel: ParallelConfig, model: ModelConfig, batches: rang
     if batches[0] < at_least * together:
         count, needed = batches[0] // together, f"{at_least}; lower parallel.micro_batch_size, or raise the batch"
         return _unsuited(batches[0], count, kind, needed)
+    if kind == "interleaved" and len(batches) > _MOST_SIZES:
+        return f"a batch of {len(batches):,} sizes; set a larger training.batch_ramp.increment"
     for batch in batches if kind == "interleaved" else ():
         count = batch // together
         if count % max(1, count // stages):
@@ -352,5 +356,4 @@ def _check_ranks(parallel: ParallelConfig, model: ModelConfig) -> None:
 
 def _nearest_divisor(number: int, wanted: int) -> int:
     """The divisor of `number` nearest to `wanted`, of two equally near the smaller."""
-    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
-    return min(*small, *(number // divisor for divisor in small), key=lambda each: (abs(each - wanted), each))
+    return min(divisors(number), key=lambda divisor: abs(divisor - wanted))

@@ -6,10 +6,19 @@ A run ends with the first step that reaches its budget: steps = tokens ÷
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
+from functools import lru_cache
+from typing import overload
 
 from deepseek_v3.config.train_config import BatchRampConfig, RunConfig, batch_sizes
 from deepseek_v3.planning.counts import count_active_parameters
+from deepseek_v3.utils.errors import ConfigError
+
+# Sizes of a growing batch; the report's has fewer than 13,000.
+_MOST_SIZES = 50_000
 
 
 def budget_in_tokens(config: RunConfig) -> int:
@@ -22,49 +31,121 @@ def budget_in_tokens(config: RunConfig) -> int:
 
 def planned_steps(config: RunConfig) -> int:
     """Number of optimizer steps."""
-    ramp = _ramp_borders(config)
-    return len(ramp) - 1 + _steps_after(ramp, config)
+    return len(sample_borders(config)) - 1
 
 
 def planned_tokens(config: RunConfig) -> int:
     """Tokens trained on when the run ends: the budget, filled up to a whole last step."""
-    ramp = _ramp_borders(config)
-    samples = ramp[-1] + _steps_after(ramp, config) * config.training.global_batch_size
-    return samples * config.training.sequence_length
+    return sample_borders(config)[-1] * config.training.sequence_length
 
 
-def sample_borders(config: RunConfig) -> list[int]:
-    """Samples used before each step, and at last after the final one."""
-    ramp, batch_size = _ramp_borders(config), config.training.global_batch_size
-    return ramp + [ramp[-1] + batch_size * step for step in range(1, _steps_after(ramp, config) + 1)]
+class SampleBorders(Sequence[int]):
+    """Samples used before each step, and at last after the final one.
+
+    Holds one entry for each batch size of the run, not for each step. `sizes` are pairs of a batch size and its
+    number of steps, in the order of the run.
+    """
+
+    def __init__(self, sizes: Iterable[tuple[int, int]]) -> None:
+        self._sizes: list[int] = []
+        self._first_steps, self._first_samples = [0], [0]
+        for size, steps in sizes:
+            self._sizes.append(size)
+            self._first_steps.append(self._first_steps[-1] + steps)
+            self._first_samples.append(self._first_samples[-1] + size * steps)
+
+    def __len__(self) -> int:
+        return self._first_steps[-1] + 1
+
+    @overload
+    def __getitem__(self, step: int) -> int: ...
+    @overload
+    def __getitem__(self, step: slice) -> list[int]: ...
+    def __getitem__(self, step: int | slice) -> int | list[int]:
+        if isinstance(step, slice):
+            return [self[each] for each in range(len(self))[step]]
+        step = range(len(self))[step]
+        phase = bisect_right(self._first_steps, step) - 1
+        size = self._sizes[phase] if phase < len(self._sizes) else 0
+        return self._first_samples[phase] + (step - self._first_steps[phase]) * size
+
+
+@lru_cache
+def sample_borders(config: RunConfig) -> SampleBorders:
+    """The run laid out in steps. Raises ConfigError where its batch has too many sizes to plan with."""
+    sizes, used = _ramp_sizes(config)
+    left = max(0, _samples_needed(config) - used)
+    batch_size = config.training.global_batch_size
+    return SampleBorders([*sizes, (batch_size, _ceil_div(left, batch_size))] if left else sizes)
 
 
 def _samples_needed(config: RunConfig) -> int:
     return _ceil_div(budget_in_tokens(config), config.training.sequence_length)
 
 
-def _steps_after(ramp: list[int], config: RunConfig) -> int:
-    """Steps of the full batch that follow the ramp."""
-    left = max(0, _samples_needed(config) - ramp[-1])
-    return _ceil_div(left, config.training.global_batch_size)
+def _ramp_sizes(config: RunConfig) -> tuple[list[tuple[int, int]], int]:
+    """Batch sizes and numbers of steps while the batch still grows, and the samples that these steps use."""
+    ramp, needed = config.training.batch_ramp, _samples_needed(config)
+    sizes: list[tuple[int, int]] = []
+    used = 0
+    if ramp is None:
+        return sizes, used
+    size_at = _batch_size(ramp, config, needed)
+    size, unit = ramp.initial, batch_sizes(config.training).step
+    growth = max(config.training.global_batch_size - ramp.initial, 1) / (ramp.fraction * needed)  # per sample
+
+    def is_over(samples: int) -> bool:
+        return samples >= needed or samples / needed >= ramp.fraction
+
+    def changes(steps: int) -> bool:
+        """Whether the batch has another size, or the ramp is over, so many steps of `size` after `used`."""
+        samples = used + steps * size
+        return is_over(samples) or size_at(samples) != size
+
+    while not is_over(used):
+        if len(sizes) == _MOST_SIZES:
+            raise ConfigError(
+                f"training.batch_ramp: the batch grows through more than {_MOST_SIZES:,} sizes; set a larger "
+                "training.batch_ramp.increment, which divides training.batch_ramp.initial and "
+                "training.global_batch_size"
+            )
+        size = size_at(used)
+        last = (size + unit / 2 - ramp.initial) / growth  # where the line that the batch follows rounds to more
+        steps = _first(changes, math.ceil((last - used) / size))
+        sizes.append((size, steps))
+        used += size * steps
+    return sizes, used
 
 
-def _ramp_borders(config: RunConfig) -> list[int]:
-    """Borders of the steps whose batch still grows; only the start, 0, where the batch is constant."""
-    borders, ramp = [0], config.training.batch_ramp
-    if ramp:
-        needed = _samples_needed(config)
-        while borders[-1] < needed and borders[-1] / needed < ramp.fraction:
-            borders.append(borders[-1] + _batch_size(ramp, config, borders[-1] / needed))
-    return borders
+def _first(holds: Callable[[int], bool], guess: int) -> int:
+    """The smallest number from 1 for which `holds`, looked for from a guess; it holds for all larger ones too."""
+    low, high, reach = 0, max(1, guess), 1
+    while not holds(high):
+        low, high, reach = high, high + reach, 2 * reach
+    while high - low > 1 and low == 0:
+        below = max(1, high - reach)
+        if not holds(below):
+            low = below
+        elif below == 1:
+            return 1
+        else:
+            high, reach = below, 2 * reach
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
 
 
-def _batch_size(ramp: BatchRampConfig, config: RunConfig, used: float) -> int:
-    """Sequences of a step that starts with the share `used` of the budget behind it, inside the ramp."""
+def _batch_size(ramp: BatchRampConfig, config: RunConfig, needed: int) -> Callable[[int], int]:
+    """Sequences of a step inside the ramp, by the samples used before it, of the `needed` ones of the budget."""
     last = config.training.global_batch_size
     unit = batch_sizes(config.training).step
-    size = ramp.initial + (last - ramp.initial) * used / ramp.fraction
-    return max(unit, round(size / unit) * unit)
+
+    def size_at(samples: int) -> int:
+        size = ramp.initial + (last - ramp.initial) * (samples / needed) / ramp.fraction
+        return max(unit, round(size / unit) * unit)
+
+    return size_at
 
 
 def _ceil_div(number: int, divisor: int) -> int:

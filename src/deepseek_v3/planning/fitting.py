@@ -9,6 +9,7 @@ from deepseek_v3.config.train_config import RunConfig, batch_unit
 from deepseek_v3.planning.hardware import Device
 from deepseek_v3.planning.layouts import fastest_layout, fewest_devices, leanest_layout, measure_layout
 from deepseek_v3.utils.errors import PlanError
+from deepseek_v3.utils.numbers import divisors
 from deepseek_v3.utils.printing import spelled
 
 _GIB = 2**30
@@ -54,7 +55,7 @@ def _smaller(config: RunConfig) -> Iterator[tuple[dict[str, object], RunConfig]]
     """The same run, its steps unchanged, with less at once: each set of changed fields and its config."""
     parallel, optimizer = config.parallel, config.training.optimizer
     of_each_rank = batch_unit(config.training) // parallel.data_ranks
-    micro_batches = [size for size in range(1, parallel.micro_batch_size + 1) if of_each_rank % size == 0]
+    micro_batches = [size for size in divisors(of_each_rank) if size <= parallel.micro_batch_size]
     for micro, recomputation, moments in product(
         micro_batches, {parallel.recomputation, "selective", "full"}, {optimizer.moments, "bfloat16"}
     ):

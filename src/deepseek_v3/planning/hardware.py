@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field
 
 from deepseek_v3.config.base import NonNegativeFloat, PositiveFloat, PositiveInt, Section
 from deepseek_v3.config.loading import load_section
 from deepseek_v3.utils.errors import ConfigError
+
+# Beyond these, quotients of a device's figures leave the range of floats.
+LARGEST_RATE = 1e9
+Rate = Annotated[PositiveFloat, Field(ge=1e-6, le=LARGEST_RATE)]
 
 
 class Device(Section):
@@ -20,14 +25,14 @@ class Device(Section):
     """
 
     name: str
-    memory_gib: PositiveFloat
-    bfloat16_tflops: PositiveFloat | None = None
-    float32_tflops: PositiveFloat
-    memory_gb_per_s: PositiveFloat
-    link_gb_per_s: PositiveFloat
-    network_gb_per_s: PositiveFloat = 50.0  # one 400 Gb/s adapter per device
+    memory_gib: Rate
+    bfloat16_tflops: Rate | None = None
+    float32_tflops: Rate
+    memory_gb_per_s: Rate
+    link_gb_per_s: Rate
+    network_gb_per_s: Rate = 50.0  # one 400 Gb/s adapter per device
     devices_per_node: PositiveInt = 8
-    dollars_per_hour: NonNegativeFloat
+    dollars_per_hour: Annotated[NonNegativeFloat, Field(le=LARGEST_RATE)]
     is_cpu: bool = False
     source: str = Field(min_length=1)
 

@@ -17,6 +17,7 @@ from deepseek_v3.planning.hardware import Device
 from deepseek_v3.planning.memory import MemoryEstimate, estimate_memory, needed_bytes
 from deepseek_v3.planning.shares import own_share, parameters_by_place, rank_parameters
 from deepseek_v3.planning.timing import StepTime, estimate_step
+from deepseek_v3.utils.numbers import divisors
 
 MOST_DEVICES = 4096
 _LARGEST_MICRO_BATCH = 32
@@ -112,8 +113,9 @@ def _holding_states(config: RunConfig, device: Device, devices: int) -> list[Run
 
 
 def _on_most_devices(config: RunConfig, device: Device, devices: int) -> list[RunConfig]:
-    most = min(devices, config.training.global_batch_size * max(_DEGREES))
-    for used in range(most, 0, -1):
+    # Each stage of a pipeline has as many ranks as the batch divides over.
+    numbers = {degree * ranks for degree in _DEGREES for ranks in divisors(batch_unit(config.training))}
+    for used in sorted((number for number in numbers if number <= devices), reverse=True):
         if runs := list(_candidates(config, device, used)):
             return runs
     raise AssertionError("one device takes any batch")

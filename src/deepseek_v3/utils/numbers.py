@@ -5,6 +5,7 @@ Configurations, command lines and prompts read their numbers here.
 
 from __future__ import annotations
 
+import math
 import re
 from decimal import Context, Decimal
 
@@ -65,6 +66,12 @@ def parse_size(text: str) -> int:
     if not match[2] and size != size.to_integral_value():
         raise ValueError("expected a whole number of bytes, or a size such as 4GB or 512MiB")
     return int(size)
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors of a number from 1 to some 10¹⁴, ascending."""
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return sorted({*small, *(number // divisor for divisor in small)})
 
 
 def _decimal(text: str) -> Decimal | None:

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deepseek_v3.planning.advice.requests import PlanRequest
-from deepseek_v3.planning.hardware import Device, device_named, device_with_memory, known_devices, load_device
+from deepseek_v3.planning.hardware import (
+    LARGEST_RATE,
+    Device,
+    device_named,
+    device_with_memory,
+    known_devices,
+    load_device,
+)
 from deepseek_v3.utils.errors import ConfigError
 from deepseek_v3.utils.numbers import MOST_TOKENS, parse_count
 
@@ -62,8 +69,8 @@ class PlanOptions:
             device = device_called(_USUAL_GPU if self.gpu is None else self.gpu)
         if self.price is None:
             return device
-        if not (math.isfinite(self.price) and self.price >= 0):
-            raise ConfigError(f"--price {self.price:g}: expected dollars per hour of one device, 0 or more")
+        if not 0 <= self.price <= LARGEST_RATE:
+            raise ConfigError(f"--price {self.price:g}: expected dollars per hour of one device, from 0 to 1e9")
         return device.model_copy(update={"dollars_per_hour": self.price})
 
 
