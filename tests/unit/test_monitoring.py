@@ -27,6 +27,7 @@ from deepseek_v3.utils.monitoring import (
     device_memory_bytes,
     read_metrics,
     step_line,
+    time_left,
 )
 
 SHOW_CURSOR, HIDE_CURSOR = "\x1b[?25h", "\x1b[?25l"
@@ -39,11 +40,46 @@ def test_step_line() -> None:
     assert line == "Step 100/42036 | Loss: 3.2451 | LR: 1.80e-04 | Tokens: 0.42B | Steps/sec: 2.15"
 
 
-def test_step_line_with_more_fields() -> None:
+def test_more_fields_stand_below_the_line() -> None:
     line = step_line(1, 2, math.nan, 0.0, 14_800_000_000_000, 0.001, ("Tokens/sec", "1,024"), ("MFU", "41.0%"))
-    assert line == (
-        "Step 1/2 | Loss: nan | LR: 0.00e+00 | Tokens: 14800.00B | Steps/sec: 0.00 | Tokens/sec: 1,024 | MFU: 41.0%"
+    assert line.splitlines() == [
+        "Step 1/2 | Loss: nan | LR: 0.00e+00 | Tokens: 14800.00B | Steps/sec: 0.00",
+        "Tokens/sec: 1,024 | MFU: 41.0%",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("total", "tokens", "shown"),
+    [
+        (4_538_368, 245_760, "0.25M"),
+        (999_999_999, 999_999_999, "1000.00M"),
+        (10**9, 245_760, "0.00B"),
+        (768, 768, "0.77K"),
+        (10**6 - 1, 8192, "8.19K"),
+    ],
+)
+def test_tokens_are_counted_in_the_unit_of_the_budget(total: int, tokens: int, shown: str) -> None:
+    assert f"| Tokens: {shown}" in step_line(30, 40, 5.0, 1e-3, tokens, 3.3, total_tokens=total).replace(
+        "\n", " | "
     )
+
+
+def test_the_lines_of_a_small_run_fit_eighty_columns() -> None:
+    more = [("Left", "0:12"), ("Tokens/sec", "27,010"), ("Tokens/param", "1.08"), ("Grad norm", "2.36")]
+    more += [("Memory", "0.47 GiB"), ("MTP loss", "5.2194"), ("Skipped", "3")]
+    lines = step_line(1100, 1554, 5.0278, 2.25e-3, 4_245_760, 113.30, *more, total_tokens=4_538_368).splitlines()
+    assert len(lines) == 4
+    assert all(len(line) <= 70 for line in lines)
+    fields = " | ".join(lines).split(" | ")
+    assert [field.split(":")[0] for field in fields][-7:] == [name for name, _ in more]
+
+
+@pytest.mark.parametrize(
+    ("steps", "rate", "shown"),
+    [(0, 1.0, "0:00"), (10, 2.0, "0:05"), (7629, 1.0, "2:07:09"), (273_600, 1.0, "3d 04:00:00"), (59, 0.1, "9:50")],
+)
+def test_time_left(steps: int, rate: float, shown: str) -> None:
+    assert time_left(steps, rate) == shown
 
 
 # Metrics

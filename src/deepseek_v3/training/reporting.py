@@ -27,6 +27,7 @@ from deepseek_v3.utils.monitoring import (
     device_memory_bytes,
     read_metrics,
     step_line,
+    time_left,
 )
 from deepseek_v3.utils.plots import has_losses, plot_losses
 
@@ -122,7 +123,9 @@ class Reporter:
         record = {**progress, "learning_rate": step.learning_rate, **figures, **speed, "memory_bytes": memory}
         self._writer.write(step.number, {**record, "skipped_steps": skipped, **self._cache_figures})
         self._progress.update(step.number, loss=loss, tokens_per_second=tokens_per_second)
+        total = self._plan.total_steps
         fields = [
+            ("Left", time_left(total - step.number, steps_per_second)),
             ("Tokens/sec", f"{tokens_per_second:,.0f}"),
             ("Tokens/param", f"{tokens / self._active:.2f}"),
             ("Grad norm", f"{norm:.2f}"),
@@ -131,15 +134,15 @@ class Reporter:
         fields += [("MFU", f"{speed['mfu']:.1%}")] if "mfu" in speed else []
         fields += [("MTP loss", f"{figures['mtp_loss']:.4f}")] if "mtp_loss" in figures else []
         fields += [("Skipped", f"{skipped}")] if skipped else []
-        total = self._plan.total_steps
-        _log.info(step_line(step.number, total, loss, step.learning_rate, tokens, steps_per_second, *fields))
+        figures_of_step = (step.number, total, loss, step.learning_rate, tokens, steps_per_second)
+        _log.info(step_line(*figures_of_step, *fields, total_tokens=self._plan.total_tokens))
 
     def report_held_out(self, step_number: int, held_out: HeldOutLoss) -> None:
         """Logs a measurement on the hold-out split."""
         record = {"holdout_loss": held_out.loss, "holdout_bits_per_byte": held_out.bits_per_byte}
         self._writer.write(step_number, {"tokens": self._plan.tokens_after(step_number), **record})
         _log.info(
-            f"Held-out loss after step {step_number}: {held_out.loss:.4f} nats per token, "
+            f"Held-out loss after step {step_number}: {held_out.loss:.4f} nats per token,\n"
             f"{held_out.bits_per_byte:.4f} bits per byte"
         )
 
@@ -148,7 +151,7 @@ class Reporter:
         tokens = self._plan.tokens_after(step_number)
         _log.info(
             f"Finished: {tokens:,} tokens in {step_number:,} steps, {tokens / self._active:.2f} per active "
-            f"parameter; the budget was {self._plan.total_tokens:,}"
+            f"parameter;\nthe budget was {self._plan.total_tokens:,}"
         )
 
     def _speed(self, tokens_per_second: float) -> dict[str, float]:
@@ -161,16 +164,17 @@ class Reporter:
     def _announce(self) -> None:
         counts, budget = count_parameters(self._config.model), self._plan.total_tokens
         _log.info(
-            f"Model: {counts.total:,} parameters, {self._active:,} active for a token, "
+            f"Model: {counts.total:,} parameters, {self._active:,} active for a token,\n"
             f"{counts.prediction:,} more for multi-token prediction | Device: {self._device}"
         )
         _log.info(
-            f"Budget: {budget:,} tokens, {budget / self._active:.1f} per active parameter, "
+            f"Budget: {budget:,} tokens, {budget / self._active:.1f} per active parameter,\n"
             f"in {self._plan.total_steps:,} steps"
         )
         latent, expanded = self._cache_figures.values()
         _log.info(
-            f"Cache when generating: {latent:,.0f} bytes per token, multi-head attention would need {expanded:,.0f}"
+            f"Cache when generating: {latent:,.0f} bytes per token,\n"
+            f"multi-head attention would need {expanded:,.0f}"
         )
 
 

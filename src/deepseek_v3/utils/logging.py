@@ -93,12 +93,13 @@ class _Output:
 
 
 class _LineFormatter(logging.Formatter):
-    """`[Component] message`, and `[Component] warning: message` from warnings up."""
+    """`[Component] message`, and `[Component] warning: message` from warnings up; further lines are indented."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         component = record.name.removeprefix(f"{_PROJECT}.")
         severity = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        return f"[{component}] {severity}{record.message}"
+        start = f"[{component}] "
+        return f"{start}{severity}{record.message}".replace("\n", "\n" + " " * len(start))
 
 
 class _ConsoleHandler(logging.Handler):

@@ -7,7 +7,7 @@ import math
 import resource
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from io import FileIO
@@ -33,6 +33,10 @@ from deepseek_v3.utils.logging import get_console, get_logger
 
 _log = get_logger("Metrics")
 
+_COLUMNS = 80 - len("[Trainer] ")
+_LARGE_RUN = 10**9  # tokens
+_UNITS = (("B", 10**9), ("M", 10**6), ("K", 10**3))
+
 
 def step_line(
     step: int,
@@ -42,19 +46,46 @@ def step_line(
     tokens: int,
     steps_per_second: float,
     *more: tuple[str, str],
+    total_tokens: int = _LARGE_RUN,
 ) -> str:
-    """`Step 100/42036 | Loss: 3.2451 | LR: 1.80e-04 | Tokens: 0.42B | Steps/sec: 2.15`, then ` | Name: value`.
+    """`Step 100/42036 | Loss: 3.2451 | LR: 1.80e-04 | Tokens: 0.42B | Steps/sec: 2.15`, below it `Name: value | …`.
 
     `loss` is in nats per token, `tokens` counts those trained on so far, `more` holds names and formatted values.
+    A run of less than a billion `total_tokens` counts them in millions or thousands, and its lines all fit into 80
+    columns behind `[Trainer] `.
     """
-    fields = (
-        ("Loss", f"{loss:.4f}"),
-        ("LR", f"{learning_rate:.2e}"),
-        ("Tokens", f"{tokens / 1e9:.2f}B"),
-        ("Steps/sec", f"{steps_per_second:.2f}"),
-        *more,
-    )
-    return " | ".join([f"Step {step}/{total_steps}", *(f"{name}: {value}" for name, value in fields)])
+    letter, unit = next(((letter, unit) for letter, unit in _UNITS if total_tokens >= unit), _UNITS[-1])
+    first = [
+        f"Step {step}/{total_steps}",
+        f"Loss: {loss:.4f}",
+        f"LR: {learning_rate:.2e}",
+        f"Tokens: {tokens / unit:.2f}{letter}",
+        f"Steps/sec: {steps_per_second:.2f}",
+    ]
+    rest = [f"{name}: {value}" for name, value in more]
+    if total_tokens >= _LARGE_RUN:
+        return "\n".join([" | ".join(first), *_lines(rest)])
+    return "\n".join(_lines([*first, *rest]))
+
+
+def time_left(steps: int, steps_per_second: float) -> str:
+    """`0:05`, `2:07:09` or `3d 04:00:00` for so many more steps."""
+    seconds = int(steps / max(steps_per_second, 1e-9) + 0.5)
+    days, (hours, minutes, seconds) = seconds // 86_400, (seconds // 3600 % 24, seconds // 60 % 60, seconds % 60)
+    if days:
+        return f"{days}d {hours:02d}:{minutes:02d}:{seconds:02d}"
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def _lines(fields: Sequence[str]) -> list[str]:
+    """The fields with ` | ` between them, in as few lines of 70 columns as they take."""
+    lines: list[str] = []
+    for field in fields:
+        if lines and len(lines[-1]) + 3 + len(field) <= _COLUMNS:
+            lines[-1] += f" | {field}"
+        else:
+            lines.append(field)
+    return lines
 
 
 class MetricsWriter:
