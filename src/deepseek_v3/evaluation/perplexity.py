@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -24,11 +25,12 @@ from deepseek_v3.training.holdout import HeldOutEvaluation, HeldOutLoss, HeldOut
 from deepseek_v3.training.loss import Objective
 from deepseek_v3.utils.commands import whole_option
 from deepseek_v3.utils.distributed import select_device
-from deepseek_v3.utils.errors import DataError
+from deepseek_v3.utils.errors import CheckpointError, DataError
 from deepseek_v3.utils.logging import configure_logging, get_console
 from deepseek_v3.utils.next_command import say_next
 
 _TOKENS_AT_ONCE = 2**20
+_LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class Comparison:
         table = Table("model", "nats per token", "bits per byte", "perplexity")
         rows = [("trained model", self.model.loss), ("bigram", self.bigram), ("unigram", self.unigram)]
         for name, loss in sorted(rows, key=lambda row: row[1]):
-            table.add_row(name, f"{loss:.4f}", f"{self.model.in_bits_per_byte(loss):.4f}", f"{math.exp(loss):,.1f}")
+            perplexity = math.exp(loss) if loss < _LARGEST_EXPONENT else math.inf
+            table.add_row(name, f"{loss:.4f}", f"{self.model.in_bits_per_byte(loss):.4f}", f"{perplexity:,.1f}")
         return table
 
 
@@ -91,6 +94,11 @@ def evaluate(
     evaluation = HeldOutEvaluation(shards, saved.config, tokens or shards.num_tokens("holdout"))
     documents = Documents(shards, saved.config.data.mask_documents)
     held_out = evaluation.measure(partial(main_losses, Objective(saved.model), documents), place)
+    if not math.isfinite(held_out.loss):
+        raise CheckpointError(
+            f"{checkpoint}: its held-out loss is {held_out.loss}, expected a number; its training had diverged, so "
+            "use an earlier checkpoint"
+        )
     comparison = compare_with_ngrams(held_out, shards, saved.config, saved.tokens)
     console = get_console()
     console.print(f"{checkpoint}, step {saved.step}, on {held_out.tokens:,} held-out tokens of {shards.directory}")

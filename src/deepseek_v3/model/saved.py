@@ -19,6 +19,7 @@ from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.utils.checkpointing import CheckpointDirectory, is_checkpoint, load_checkpoint
 from deepseek_v3.utils.checkpoints.expectations import infos, refuse, unfit, unknown
 from deepseek_v3.utils.checkpoints.failures import REPAIR
+from deepseek_v3.utils.checkpoints.finite import listed, non_finite
 from deepseek_v3.utils.checkpoints.nesting import split
 from deepseek_v3.utils.errors import CheckpointError
 
@@ -99,7 +100,8 @@ def load_model(path: Path, device: torch.device) -> SavedModel:
     """Rebuilds the model of a checkpoint on `device`, computing in the format that suits it.
 
     `path` is a checkpoint, or a folder of them: the newest that is undamaged, each passed over logged as a warning.
-    Raises CheckpointError where it is damaged, lacks anything, or is not a checkpoint of this project.
+    Raises CheckpointError where it is damaged, lacks anything, holds weights that are not finite, or is not a
+    checkpoint of this project.
     """
     if is_checkpoint(path):
         return _load_model(path, device)
@@ -112,6 +114,8 @@ def _load_model(path: Path, device: torch.device) -> SavedModel:
     config = config_of(state, path)
     tensors, plain = split_entries(state, path)
     check_entries(ModelEntries, plain, path)
+    if bad := non_finite(state["model"]):
+        raise CheckpointError(f"{path}: {listed(bad)}; its training had diverged, so use an earlier checkpoint")
     with torch.device("meta"):
         model = DeepSeekV3(config.model)
     expected = infos({f"model.{name}": tensor for name, tensor in model.state_dict().items()})

@@ -28,6 +28,7 @@ from deepseek_v3.utils.checkpoints.expectations import (
     unknown,
 )
 from deepseek_v3.utils.checkpoints.failures import REPAIR
+from deepseek_v3.utils.checkpoints.finite import listed, non_finite
 from deepseek_v3.utils.checkpoints.loading import load_sharded
 from deepseek_v3.utils.checkpoints.nesting import split
 from deepseek_v3.utils.checkpoints.ranks import together
@@ -81,6 +82,7 @@ def restore_run(
     Raises CheckpointError, before anything is changed, where it is damaged, of another model or tokenizer, and,
     unless `allow_changed_data`, where other samples would come next or the loss would mean something else. Then
     steps keep their numbers, and the samples and schedules are those that the config gives to these steps.
+    Raises it too, once the state is in place, where any of it is NaN or infinite.
     """
     if group is None:
         found, plain = split_entries(load_checkpoint(path, verify=verify), path)
@@ -102,6 +104,8 @@ def restore_run(
         for name, values in converted.items():
             tensors[name].copy_(values)
     _restore_random_state(random, path)
+    if bad := non_finite(split(places)[0], group):
+        raise CheckpointError(f"{path}: {listed(bad)}; its training had diverged, so resume an earlier checkpoint")
     step, taken = plain["step"], plain["optimizer"]["num_steps"]
     engine.loaded(places, taken)
     return Progress(step, step - taken, plain.get("skipped_in_a_row", 0))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,6 +31,8 @@ from deepseek_v3.training.run_state import restore_run, run_state
 from deepseek_v3.training.run_warnings import warn_of_run
 from deepseek_v3.training.schedule import Step, TokenPlan
 from deepseek_v3.training.step_metrics import step_figures
+from deepseek_v3.utils.checkpoints.finite import listed, non_finite
+from deepseek_v3.utils.checkpoints.nesting import split
 from deepseek_v3.utils.checkpoints.ranks import together
 from deepseek_v3.utils.errors import DataError, TrainingError
 from deepseek_v3.utils.logging import get_logger
@@ -175,8 +179,7 @@ class Trainer:
             if measures:
                 self._measure(number, reporter)
             if saves or self._failure is not None:
-                tokens = self.plan.tokens_after(number)
-                state = run_state(self.engine, config, self.shards, number, tokens, self.skipped.in_a_row)
+                state = self._finite_state(number)
                 with stop.saving(last or stopping):
                     self._checkpoint = self.checkpoints.save(number, state)
 
@@ -190,6 +193,28 @@ class Trainer:
             self._failure = error
         else:
             reporter.report_held_out(number, self._held_out)
+            if not math.isfinite(self._held_out.loss):
+                self._finite_state(number)  # raises its own error if the weights are to blame
+                raise TrainingError(
+                    f"held-out loss after step {number}: {self._held_out.loss}, with weights that are finite. "
+                    f"{self._what_stands()}"
+                )
+
+    def _finite_state(self, number: int) -> dict[str, Any]:
+        """What a checkpoint of step `number` holds. Raises TrainingError on all ranks unless it is finite."""
+        tokens = self.plan.tokens_after(number)
+        state = run_state(self.engine, self.config, self.shards, number, tokens, self.skipped.in_a_row)
+        bad = non_finite(split(state)[0], self._group)
+        if bad:
+            raise TrainingError(f"step {number}: after the update {listed(bad)}. {self._what_stands()}")
+        return state
+
+    def _what_stands(self) -> str:
+        last = f"the last checkpoint is {self._checkpoint}" if self._checkpoint else "there is no checkpoint yet"
+        return (
+            f"The run stops and saves nothing; {last}. Lower training.optimizer.learning_rate, or lengthen "
+            "training.schedule.warmup_steps"
+        )
 
     def _micro_batches(self) -> Iterator[list[tuple[int, int]]]:
         parallel = self.config.parallel
