@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from deepseek_v3.planning.calibration import calibration
 from deepseek_v3.planning.counts import count_parameters
 from deepseek_v3.planning.execution import Execution, execution_on
 from deepseek_v3.planning.hardware import Device, device_named
-from deepseek_v3.planning.memory import MemoryEstimate, _Stage, estimate_memory, needed_bytes
+from deepseek_v3.planning.memory import MemoryEstimate, _Rank, estimate_memory, needed_bytes
 from deepseek_v3.planning.stages import pipeline_stages
 from deepseek_v3.planning.timing import estimate_step
 from deepseek_v3.training.loss import Objective, training_losses
@@ -130,6 +131,12 @@ def runs(draw: st.DrawFn) -> RunConfig:
         model[name] = draw(st.integers(1, 300))
     replicate, shard = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 2, 4]))
     micro, micro_batches = draw(st.integers(1, 4)), draw(st.integers(1, 6))
+    pipeline = draw(st.integers(1, min(layers, micro_batches)))
+    schedules = ["1f1b"]
+    if 2 * pipeline <= layers:
+        schedules += ["zero_bubble"]
+        schedules += ["dualpipe_v"] if 2 * pipeline <= micro_batches else []
+        schedules += ["interleaved"] if micro_batches % pipeline == 0 else []
     return _run(
         model,
         moments=draw(st.sampled_from(["bfloat16", "float32"])),
@@ -139,7 +146,8 @@ def runs(draw: st.DrawFn) -> RunConfig:
         data_replicate=replicate,
         data_shard=shard,
         expert=draw(st.sampled_from([e for e in (1, 2, 4, 8) if experts % e == 0 and replicate * shard % e == 0])),
-        pipeline=draw(st.integers(1, min(layers, micro_batches))),
+        pipeline=pipeline,
+        pipeline_schedule=draw(st.sampled_from(schedules)),
         precision=draw(st.sampled_from(["bfloat16", "float32"])),
         recomputation=draw(st.sampled_from(["none", "selective", "full"])),
         compile=draw(st.sampled_from(["auto", False])),
@@ -268,16 +276,32 @@ def test_expert_parallelism_divides_the_experts(replicate: int, shard: int, expe
 @given(runs())
 def test_pipeline_stages_share_out_all_parameters(config: RunConfig) -> None:
     config = _with(config, data_replicate=1, data_shard=1, expert=1)
-    run, stages = (
-        execution_on(H100, config),
-        pipeline_stages(config.model, config.parallel.pipeline, config.training.sequence_length),
-    )
-    found = sum(_Stage(config, run, stages, stage).parameters for stage in range(len(stages)))
+    parallel, run = config.parallel, execution_on(H100, config)
+    number = parallel.pipeline * parallel.stages_per_rank
+    stages = pipeline_stages(config.model, number, config.training.sequence_length)
+    found = sum(_Rank(config, run, stages, rank).parameters for rank in range(parallel.pipeline))
     vocabulary = config.model.vocab_size * config.model.hidden_size
     model = config.model
     shared = model.tie_word_embeddings or model.num_nextn_predict_layers > 0
     again = vocabulary if shared and len(stages) > 1 else 0  # the embedding, on the first and the last stage
     assert found == count_parameters(config.model).with_prediction + again
+
+
+def test_the_first_rank_of_a_v_holds_both_ends() -> None:
+    model = {"num_hidden_layers": 8, "num_nextn_predict_layers": 1, "vocab_size": 5000}
+    sizes = {"pipeline": 2, "micro_batch_size": 1, "global_batch_size": 8, "sequence_length": 64}
+    run = partial(_run, model, **sizes)
+    stages = pipeline_stages(run().model, 4, 64)
+
+    def ends(schedule: str, rank: int) -> int:
+        config = run(pipeline_schedule=schedule)
+        return _Rank(config, execution_on(H100, config), stages, rank).ends
+
+    assert [ends("interleaved", rank) for rank in (0, 1)] == [1, 2]
+    assert [ends("zero_bubble", rank) for rank in (0, 1)] == [3, 0]
+    assert [ends("dualpipe_v", rank) for rank in (0, 1)] == [3, 0]
+    weights = {schedule: _estimate(run(pipeline_schedule=schedule)).weights for schedule in ("1f1b", "zero_bubble")}
+    assert weights["zero_bubble"] > weights["1f1b"]
 
 
 def test_a_stage_keeps_a_micro_batch_for_every_stage_after_it() -> None:
@@ -288,7 +312,7 @@ def test_a_stage_keeps_a_micro_batch_for_every_stage_after_it() -> None:
     kept = tokens * (2 * width + saved_bytes(config.model, "mixture", run))
 
     def backward(number: int) -> MemoryEstimate:
-        moments = _Stage(config, run, stages, number).moments()
+        moments = _Rank(config, run, stages, number).moments()
         return next(moment for moment in moments if moment.moment.startswith("backward"))
 
     earlier, later = backward(1), backward(2)
@@ -477,7 +501,7 @@ def test_the_last_norm_s_backward_pass_holds_seven_wide_tensors() -> None:
     config = _run({"vocab_size": 32}, micro_batch_size=4, global_batch_size=4, sequence_length=256)
     narrow = _with(config, precision="bfloat16")
     run = execution_on(H100, narrow)
-    stage = _Stage(narrow, run, pipeline_stages(config.model, 1, 256), 0)
+    stage = _Rank(narrow, run, pipeline_stages(config.model, 1, 256), 0)
     moments = {moment.moment: moment for moment in stage.moments()}
     kept = stage._kept(len(stage.kinds))
     states = 4 * 256 * config.model.hidden_size

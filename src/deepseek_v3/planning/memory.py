@@ -21,7 +21,7 @@ from deepseek_v3.planning.counts import count_layers, joining_weights
 from deepseek_v3.planning.execution import Execution, LayerKind
 from deepseek_v3.planning.hardware import Device
 from deepseek_v3.planning.shares import micro_batches, own_share
-from deepseek_v3.planning.stages import pipeline_stages
+from deepseek_v3.planning.stages import most_in_flight, pipeline_stages, stages_of_rank
 
 # Tokens in one chunk of the loss at least, as in ops/cross_entropy/chunked.py.
 _LEAST_ROWS = 256
@@ -60,13 +60,16 @@ class MemoryEstimate:
 
 
 def estimate_memory(config: RunConfig, run: Execution) -> MemoryEstimate:
-    """The worst moment of the rank that needs most: of several pipeline stages, the largest one's."""
-    stages = pipeline_stages(config.model, config.parallel.pipeline, config.training.sequence_length)
-    # Of equal stages in the middle the first has most micro-batches under way.
-    ends = {0, 1, len(stages) - 1}
-    worst = [stage for stage in range(len(stages)) if stage in ends or stages[stage] != stages[stage - 1]]
+    """The worst moment of the rank that needs most: of a pipeline, the one with the largest stages."""
+    parallel = config.parallel
+    number = parallel.pipeline * parallel.stages_per_rank
+    stages = pipeline_stages(config.model, number, config.training.sequence_length)
+    kinds = [[stages[stage] for stage in stages_of_rank(parallel, rank)] for rank in range(parallel.pipeline)]
+    # Of equal ranks in the middle the first has most micro-batches under way.
+    ends = {0, 1, len(kinds) - 1}
+    worst = [rank for rank in range(len(kinds)) if rank in ends or kinds[rank] != kinds[rank - 1]]
     return max(
-        (moment for stage in worst for moment in _Stage(config, run, stages, stage).moments()),
+        (moment for rank in worst for moment in _Rank(config, run, stages, rank).moments()),
         key=lambda moment: moment.total,
     )
 
@@ -151,18 +154,19 @@ def _working_bytes(
     return max(early, late)
 
 
-class _Stage:
-    """One rank of one pipeline stage."""
+class _Rank:
+    """One rank of a pipeline, with one or two of its `stages`."""
 
-    def __init__(self, config: RunConfig, run: Execution, stages: list[list[LayerKind]], stage: int) -> None:
+    def __init__(self, config: RunConfig, run: Execution, stages: list[list[LayerKind]], rank: int) -> None:
         parallel, model = config.parallel, config.model
-        self.config, self.run, self.kinds = config, run, stages[stage]
-        self.is_first, self.is_last = stage == 0, stage == len(stages) - 1
+        numbers = stages_of_rank(parallel, rank)
+        self.config, self.run, self.num_stages = config, run, len(numbers)
+        self.kinds = [kind for number in numbers for kind in stages[number]]
+        self.is_first, self.is_last = 0 in numbers, len(stages) - 1 in numbers
         self.recomputes = parallel.recomputation == "full"
         self.tokens = parallel.micro_batch_size * config.training.sequence_length
         self.accumulates = micro_batches(config) > 1
-        # 1F1B: a stage starts as many micro-batches ahead as there are stages after it.
-        self.in_flight = min(len(stages) - stage, micro_batches(config))
+        self.in_flight = most_in_flight(parallel, rank, micro_batches(config))
         self.states = float(run.width * self.tokens * model.hidden_size)
         self.vocabulary = model.vocab_size * model.hidden_size
         self.layers = {kind: _layer(config, run, kind) for kind in sorted(set(self.kinds))}
@@ -177,11 +181,11 @@ class _Stage:
         self.copies_before = [*accumulate((layer.copies for layer in each), initial=0.0)]
 
     def _vocabulary_copies(self, model: ModelConfig) -> int:
-        """Matrices of the vocabulary's size: the embedding on the first stage, the head on the last one.
+        """Matrices of the vocabulary's size: the embedding of the first stage, the head of the last one.
 
         The last one also has the embedding where it is the head, or where it predicts further tokens.
         """
-        if self.is_first and self.is_last:
+        if self.config.parallel.pipeline == 1:
             return 1 if model.tie_word_embeddings else 2
         again = model.num_nextn_predict_layers > 0 and not model.tie_word_embeddings
         return int(self.is_first) + (1 + int(again) if self.is_last else 0)
@@ -270,10 +274,10 @@ class _Stage:
         )
 
     def _kept(self, layers: int) -> float:
-        """Activations that the first `layers` layers keep, and the states that enter the first."""
+        """Activations that the first `layers` layers keep, and the states that enter each stage."""
         if self.recomputes:
-            return (1 + layers) * self.states
-        return self.states + self.saved_before[layers]
+            return (self.num_stages + layers) * self.states
+        return self.num_stages * self.states + self.saved_before[layers]
 
     def _copies(self, layers: int) -> float:
         return 0.0 if self.recomputes else self.copies_before[layers]

@@ -1,4 +1,4 @@
-"""How a pipeline cuts the layers of a model: into runs whose slowest one is as quick as can be."""
+"""How a pipeline cuts the layers of a model, evenly, and which rank has which of the stages."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from functools import lru_cache
 from itertools import accumulate
 
 from deepseek_v3.config.model_config import ModelConfig
+from deepseek_v3.config.train_config import ParallelConfig
 from deepseek_v3.planning.execution import LayerKind
 from deepseek_v3.planning.flops import head_flops, layer_flops
 
@@ -29,6 +30,30 @@ def pipeline_stages(model: ModelConfig, stages: int, sequence_length: int) -> li
     found = [[kinds[layer] for layer in layers] for layers in stage_layers(model, stages, sequence_length)]
     found[-1] += ["prediction"] * model.num_nextn_predict_layers
     return found
+
+
+def stages_of_rank(parallel: ParallelConfig, rank: int) -> list[int]:
+    """The numbers of the stages on one rank of the pipeline; in a V, one on the way down and one on the way up."""
+    if parallel.stages_per_rank == 1:
+        return [rank]
+    if parallel.pipeline_schedule == "interleaved":
+        return [rank, parallel.pipeline + rank]
+    return [rank, 2 * parallel.pipeline - 1 - rank]
+
+
+def most_in_flight(parallel: ParallelConfig, rank: int, micro_batches: int) -> float:
+    """For how many micro-batches at most a rank of the pipeline keeps the activations of all its layers.
+
+    Forward passes of a stage less its backward passes, as torch orders them; of two stages each counts half.
+    """
+    ranks = parallel.pipeline
+    most: dict[str, float] = {
+        "1f1b": ranks - rank,
+        "interleaved": (3 * ranks - 1) / 2 - rank,
+        "zero_bubble": ranks,
+        "dualpipe_v": ranks + 0.5,
+    }
+    return min(most[parallel.pipeline_schedule], micro_batches)
 
 
 @lru_cache

@@ -24,9 +24,9 @@ from torch.distributed.pipelining import (
     ScheduleZBVZeroBubble,
 )
 
-from deepseek_v3.config.train_config import ParallelConfig, RunConfig
+from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.model.transformer import DeepSeekV3, HiddenStates
-from deepseek_v3.planning.stages import stage_layers
+from deepseek_v3.planning.stages import stage_layers, stages_of_rank
 from deepseek_v3.training.batches import Documents
 from deepseek_v3.training.loss import Losses, losses_of, stacked_counts, sum_of_balance
 from deepseek_v3.training.optimizer import MOMENTS, AdamW, local
@@ -121,7 +121,7 @@ class Pipelined(Engine):
 
     def __init__(self, config: RunConfig, ranks: Ranks, device: torch.device, documents: Documents) -> None:
         parallel = config.parallel
-        self._numbers = _numbers_of(ranks.pipeline_rank, parallel)
+        self._numbers = stages_of_rank(parallel, ranks.pipeline_rank)
         self._total = parallel.pipeline * parallel.stages_per_rank
         cut = stage_layers(config.model, self._total, config.training.sequence_length)
         self._stages = []
@@ -184,7 +184,7 @@ class Pipelined(Engine):
     def _rank_of(self, number: int) -> int:
         """The rank that has a stage of this pipeline."""
         parallel = self.ranks.parallel
-        place = next(rank for rank in range(parallel.pipeline) if number in _numbers_of(rank, parallel))
+        place = next(rank for rank in range(parallel.pipeline) if number in stages_of_rank(parallel, rank))
         return place * parallel.data_ranks + self.ranks.data_rank
 
     def _run(self, batches: Sequence[Tensor]) -> list[list[Losses]]:
@@ -280,15 +280,6 @@ class SharedEmbeddings:
             gradients[1].copy_(gradients[0])
         elif gradients:
             dist.all_reduce(gradients[0], group=self._group)
-
-
-def _numbers_of(rank: int, parallel: ParallelConfig) -> list[int]:
-    """The stages of a rank of the pipeline: every so manieth, or in a V one on the way down and one up."""
-    if parallel.stages_per_rank == 1:
-        return [rank]
-    if parallel.pipeline_schedule == "interleaved":
-        return [rank, parallel.pipeline + rank]
-    return [rank, 2 * parallel.pipeline - 1 - rank]
 
 
 def _keep_only(model: DeepSeekV3, layers: range, is_first: bool, is_last: bool) -> list[int]:
