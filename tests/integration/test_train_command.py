@@ -18,6 +18,7 @@ import yaml
 
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.planning.counts import count_active_parameters
+from deepseek_v3.training.disk_space import checkpoint_bytes
 from deepseek_v3.utils import monitoring
 from deepseek_v3.utils.checkpointing import CheckpointDirectory, load_checkpoint
 from deepseek_v3.utils.checkpoints.saving import ShardedWriter
@@ -97,6 +98,17 @@ def test_metrics_hold_every_figure_for_every_step(finished: Path) -> None:
         assert record["cache/latent_bytes_per_token"] == 2 * (8 + 4) * 4
         assert record["cache/multi_head_bytes_per_token"] == 2 * 2 * (8 + 4 + 8) * 4
     assert [record["step"] for record in records if "holdout_loss" in record] == [3, 6]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_checkpoint_is_as_large_as_expected_in_both_forms(finished: Path, tmp_path: Path) -> None:
+    file = finished / "checkpoints" / "checkpoint_step_6.pt"
+    with ShardedWriter(CheckpointDirectory(tmp_path, keep=1), None) as writer:
+        folder = writer.save(6, load_checkpoint(file)).path
+    expected = checkpoint_bytes(load_config(finished / "run.yaml"))
+    assert file.stat().st_size <= expected <= 1.25 * file.stat().st_size
+    written = sum(part.stat().st_size for part in folder.iterdir())
+    assert written <= expected <= 1.25 * written
 
 
 def test_the_bias_moves_by_gamma_once_a_step(finished: Path) -> None:

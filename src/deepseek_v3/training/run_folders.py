@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -9,9 +12,11 @@ from pathlib import Path
 from torch.distributed import ProcessGroup
 
 from deepseek_v3.config.train_config import RunConfig
+from deepseek_v3.training.disk_space import check_disk
 from deepseek_v3.utils.checkpoints.failures import unwritable
 from deepseek_v3.utils.checkpoints.folders import remove_leftovers
-from deepseek_v3.utils.checkpoints.ranks import rank_and_size, together
+from deepseek_v3.utils.checkpoints.ranks import gathered, rank_and_size, together
+from deepseek_v3.utils.errors import CheckpointError
 from deepseek_v3.utils.files import remove_partials
 from deepseek_v3.utils.locks import locked
 
@@ -19,15 +24,26 @@ _LOCK_FILE = ".lock"
 
 
 @contextmanager
-def held_folders(config: RunConfig, group: ProcessGroup | None) -> Iterator[None]:
+def held_folders(
+    config: RunConfig, group: ProcessGroup | None, resume: str | None = None, force: bool = False
+) -> Iterator[None]:
     """Holds the folders of checkpoints and of logs; all ranks of `group`, which is gloo, call it.
 
-    Rank 0 takes the locks, and removes what killed runs left half written. Raises, on all ranks, InUseError where
-    another run has one of them, DataError where one cannot be written, and CheckpointError where it cannot be
-    tidied up.
+    Rank 0 takes the locks, removes what killed runs left half written, and looks for room for the checkpoints to
+    come. Raises, on all ranks, InUseError where another run has one of the folders, DataError where one cannot be
+    written, CheckpointError where it cannot be tidied up or is not the same on all hosts, and, unless by `force`,
+    PlanError where it has too little room.
     """
+
+    def prepare() -> None:
+        _take(config, locks)
+        _tidy_up(config)
+        check_disk(config, resume, force)
+
     with ExitStack() as locks:
-        together(group, lambda: _take(config, locks) if rank_and_size(group)[0] == 0 else None)
+        together(group, prepare if rank_and_size(group)[0] == 0 else lambda: None)
+        if group is not None:
+            _require_one_folder(config.checkpoint.directory, group)
         yield
 
 
@@ -41,7 +57,6 @@ def _take(config: RunConfig, locks: ExitStack) -> None:
         if folder.resolve() not in held:
             held.add(folder.resolve())
             locks.enter_context(locked(folder / _LOCK_FILE, folder, f"choose another with --set {field}=..."))
-    _tidy_up(config)
 
 
 def _tidy_up(config: RunConfig) -> None:
@@ -52,3 +67,27 @@ def _tidy_up(config: RunConfig) -> None:
         raise unwritable(config.checkpoint.directory, error) from error
     for name in ("config.yaml", "metrics.jsonl", "loss.png"):
         remove_partials(config.logging.directory / name)
+
+
+def _require_one_folder(folder: Path, group: ProcessGroup) -> None:
+    """Raises CheckpointError on all ranks where one of them cannot write what rank 0 finds in `folder`."""
+    rank = rank_and_size(group)[0]
+    probe = folder / gathered(group, f".probe.{uuid.uuid4().hex}")[0]  # a name of which no host has an old answer
+    try:
+        together(group, lambda: _write(probe, folder, rank, os.O_CREAT) if rank == 0 else None)
+        together(group, lambda: _write(probe, folder, rank))
+    finally:
+        if rank == 0:
+            probe.unlink(missing_ok=True)
+
+
+def _write(probe: Path, folder: Path, rank: int, create: int = 0) -> None:
+    try:
+        os.close(os.open(probe, os.O_WRONLY | create))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder}: rank {rank} on host {socket.gethostname()} does not see what rank 0 writes there; "
+            "set checkpoint.directory to a folder that all hosts share"
+        ) from None
+    except OSError as error:
+        raise unwritable(folder, error) from error

@@ -46,7 +46,9 @@ def train(
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    force: Annotated[bool, typer.Option("--force", help="Start even where memory is expected not to do.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Start even where memory or disk is expected not to do.")
+    ] = False,
     allow_changed_data: Annotated[
         bool,
         typer.Option("--allow-changed-data", help="Resume even where other samples come next than in that run."),
@@ -127,8 +129,8 @@ def train_run(
 
     Every process of a job calls it. `watchdog` hears of every step, and waits for a checkpoint that is being
     written before it ends the process; `stop` is as in `Trainer.run`. With `deepspeed` the steps are DeepSpeed's,
-    and need a process group even of one. A run that is expected not to fit in memory is refused before anything is
-    allocated, unless by `force`. `allow_changed_data` is for `resume`, as `Trainer` says.
+    and need a process group even of one. A run that is expected not to fit in memory or on the disk is refused
+    before anything is allocated, unless by `force`. `allow_changed_data` is for `resume`, as `Trainer` says.
     """
     described = describe_device(device, world.local_size)
     if device.type == "cpu":
@@ -140,7 +142,8 @@ def train_run(
         config = deepspeed.laid_out(config, world.size)
     check_plan(config, described, force)
     ranks = arrange(config.parallel, device.type, world.local_size)
-    with held_folders(config, None if world.is_alone else checkpoint_group()):
+    group = None if world.is_alone else checkpoint_group()
+    with held_folders(config, group, resume, force):
         step_begins = watchdog.step if watchdog else None
         trainer = Trainer(
             config, device, resume, ranks, step_begins, deepspeed, allow_changed_data=allow_changed_data
