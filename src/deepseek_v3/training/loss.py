@@ -84,10 +84,12 @@ def losses_of(
     """
     if num_targets is None:
         num_targets = tokens_BX[:, 1:].numel() if documents_BX is None else count_targets(documents_BX).clamp(min=1)
+    if isinstance(num_targets, Tensor):
+        num_targets = num_targets.to(torch.promote_types(states.main_BSD.dtype, torch.float32))
 
     def loss(hidden_BSD: Tensor, depth: int) -> Tensor:
         summed = next_token_loss(model, hidden_BSD, _targets(tokens_BX, documents_BX, depth))
-        return summed / torch.as_tensor(num_targets, dtype=summed.dtype, device=summed.device)
+        return summed / num_targets
 
     main = loss(states.main_BSD, depth=0)
     zero = torch.zeros_like(main)
