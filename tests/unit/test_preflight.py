@@ -1,7 +1,6 @@
 """What a run is checked for before anything is allocated."""
 
 import logging
-import os
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.calibration import calibration
 from deepseek_v3.training import preflight
 from deepseek_v3.training.parallel.layout import laid_out
-from deepseek_v3.training.preflight import check_plan, describe_device, host_memory_bytes
+from deepseek_v3.training.preflight import check_plan, describe_device
 from deepseek_v3.training.train import train_run
 from deepseek_v3.utils.errors import ConfigError, PlanError
 from run_helpers import write_run
@@ -24,24 +23,16 @@ def _with(config: RunConfig, section: str, **changes: object) -> RunConfig:
     return config.model_copy(update={section: getattr(config, section).model_copy(update=changes)})
 
 
-def test_a_host_has_no_more_than_its_memory_and_no_more_than_its_container(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = tmp_path / "memory.max"
-    monkeypatch.setattr(preflight, "_CGROUP_LIMITS", (limit, tmp_path / "missing"))
-    assert host_memory_bytes() == physical
-    limit.write_text("max\n")
-    assert host_memory_bytes() == physical
-    limit.write_text(f"{physical // 2}\n")
-    assert host_memory_bytes() == physical // 2
-    assert describe_device(CPU).memory_bytes == pytest.approx(physical // 2)
+def test_a_host_has_what_its_control_groups_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "usable_memory", lambda: 3 * 2**30)
+    assert describe_device(CPU).memory_bytes == 3 * 2**30
+    assert describe_device(CPU, local_ranks=2).memory_bytes == 3 * 2**29
 
 
 def test_a_run_too_large_is_refused_before_any_folder_or_weight_exists(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(preflight, "host_memory_bytes", lambda: 2**29)
+    monkeypatch.setattr(preflight, "usable_memory", lambda: 2**29)
     config = load_config(write_run(tmp_path))
     with pytest.raises(PlanError, match="GiB on CPU"):
         train_run(config, CPU)
@@ -52,7 +43,7 @@ def test_a_run_too_large_is_refused_before_any_folder_or_weight_exists(
 def test_force_starts_it_with_a_warning(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(preflight, "host_memory_bytes", lambda: 2**29)
+    monkeypatch.setattr(preflight, "usable_memory", lambda: 2**29)
     with caplog.at_level(logging.WARNING, logger="deepseek_v3"):
         check_plan(load_config(write_run(tmp_path)), describe_device(CPU), force=True)
     assert "started by --force although this run needs" in caplog.text

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -12,30 +11,14 @@ from deepseek_v3.utils.threads import describe_threads, usable_cores
 
 
 @pytest.fixture(autouse=True)
-def _sixteen_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def _sixteen_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
-    monkeypatch.setattr(threads, "_CGROUP_V2", tmp_path / "cpu.max")
-    monkeypatch.setattr(threads, "_CGROUP_V1", (tmp_path / "quota", tmp_path / "period"))
 
 
-@pytest.mark.parametrize(
-    ("text", "cores"),
-    [("max 100000", 16), ("200000 100000", 2), ("250000 100000", 2), ("50000 100000", 1), ("9900000 100000", 16)],
-)
-def test_a_quota_limits_the_cores(tmp_path: Path, text: str, cores: int) -> None:
-    (tmp_path / "cpu.max").write_text(text + "\n")
+@pytest.mark.parametrize(("quota", "cores"), [(None, 16), (2.0, 2), (2.5, 2), (0.5, 1), (99.0, 16)])
+def test_a_quota_limits_the_cores(monkeypatch: pytest.MonkeyPatch, quota: float | None, cores: int) -> None:
+    monkeypatch.setattr(threads, "cpu_quota", lambda: quota)
     assert usable_cores() == cores
-
-
-@pytest.mark.parametrize(("quota", "cores"), [("-1", 16), ("400000", 4), ("x", 16)])
-def test_a_quota_of_the_first_version_limits_them_too(tmp_path: Path, quota: str, cores: int) -> None:
-    (tmp_path / "quota").write_text(quota)
-    (tmp_path / "period").write_text("100000\n")
-    assert usable_cores() == cores
-
-
-def test_without_control_groups_affinity_decides() -> None:
-    assert usable_cores() == 16
 
 
 @pytest.mark.parametrize(

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import torch
 
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.calibration import calibration
 from deepseek_v3.planning.fitting import refuse_unless_it_fits
 from deepseek_v3.planning.hardware import Device, device_named
+from deepseek_v3.utils.cgroups import usable_memory
 from deepseek_v3.utils.errors import PlanError
 from deepseek_v3.utils.logging import get_logger
 
 _GIB = 2**30
-# Where version 2 and version 1 of control groups keep a container's limit.
-_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 def check_plan(config: RunConfig, described: Device, force: bool = False) -> None:
@@ -37,7 +33,7 @@ def describe_device(device: torch.device, local_ranks: int = 1) -> Device:
     if device.type == "cpu":
         cpu = device_named("CPU")
         assert cpu is not None
-        return cpu.model_copy(update={"memory_gib": host_memory_bytes() / _GIB / local_ranks})
+        return cpu.model_copy(update={"memory_gib": usable_memory() / _GIB / local_ranks})
     name = torch.cuda.get_device_name(device)
     known = device_named(name) or device_named("A100")
     assert known is not None
@@ -46,10 +42,3 @@ def describe_device(device: torch.device, local_ranks: int = 1) -> Device:
     if torch.cuda.get_device_capability(device) < (8, 0):
         changes["bfloat16_tflops"] = None
     return known.model_copy(update=changes)
-
-
-def host_memory_bytes() -> int:
-    """Memory of this machine, or of the container that this process runs in."""
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limits = [path.read_text(encoding="ascii").strip() for path in _CGROUP_LIMITS if path.is_file()]
-    return min([physical, *(int(limit) for limit in limits if limit.isdigit())])

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
-_CGROUP_V2 = Path("/sys/fs/cgroup/cpu.max")
-_CGROUP_V1 = (Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us"))
+from deepseek_v3.utils.cgroups import cpu_quota
 
 
 def wait_passively() -> None:
@@ -19,9 +17,9 @@ def wait_passively() -> None:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use: its affinity, or the quota of its control group where that is less."""
+    """Cores that this process may use: its affinity, or the quota of its control groups where that is less."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _quota()
+    quota = cpu_quota()
     return affinity if quota is None else max(1, min(affinity, int(quota)))
 
 
@@ -34,15 +32,3 @@ def describe_threads(threads: int, cores: int, load: float) -> str:
     if threads > 1 and load > cores - threads + 0.5:
         line += f". The load is {load:.1f}: OMP_NUM_THREADS=1 may be faster"
     return line
-
-
-def _quota() -> float | None:
-    """Cores' worth of time that the control group grants; None where there is no limit."""
-    try:
-        if _CGROUP_V2.is_file():
-            quota, period = _CGROUP_V2.read_text(encoding="ascii").split()
-        else:
-            quota, period = (path.read_text(encoding="ascii").strip() for path in _CGROUP_V1)
-        return int(quota) / int(period) if int(quota) > 0 else None
-    except (OSError, ValueError, ZeroDivisionError):
-        return None

@@ -13,6 +13,7 @@ from deepseek_v3.data.formats.batches import Span
 from deepseek_v3.data.formats.inputs import InputFile
 from deepseek_v3.data.formats.spans import spans
 from deepseek_v3.data.pipeline.reading import Unit
+from deepseek_v3.utils.cgroups import usable_memory
 from deepseek_v3.utils.errors import ConfigError, DataError
 
 _WORKER_BYTES = 500 * 10**6  # the interpreter with its libraries, and a model or two
@@ -68,8 +69,8 @@ def worker_memory(config: PreprocessConfig) -> int:
 
 
 def memory_of(config: PreprocessConfig) -> int:
-    """Bytes that the run may take: as configured, or half of what the machine has."""
-    return config.memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    """Bytes that the run may take: as configured, or half of what this process may take of the machine."""
+    return config.memory or usable_memory() // 2
 
 
 class DiskNeed(NamedTuple):
