@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_v3.config.train_config import OptimizerConfig
-from deepseek_v3.ops.multi_tensor import reference
+from deepseek_v3.ops.multi_tensor import AdamWStep, reference
 from deepseek_v3.training.optimizer import AdamW
 
 SHAPES = [(6, 5), (7,), (3, 4, 2)]
@@ -145,3 +145,47 @@ def test_parameters_without_a_gradient_stay_as_they_are() -> None:
     parameters[0].grad = torch.ones_like(parameters[0])
     AdamW(_named(parameters), _config()).step(0.1)
     assert torch.equal(parameters[1], before)
+
+
+def _moments_after(dtype: torch.dtype, beta: float, before: Tensor, gradient: Tensor, steps: int) -> list[Tensor]:
+    """Both moments, from those of a gradient of `before`, after so many steps with another, which stays."""
+    means, squares = before.to(dtype), before.square().to(dtype)
+    step = AdamWStep(decay=1.0, size=0.0, correction=1.0, beta1=beta, beta2=beta, eps=1e-8)
+    for _ in range(steps):
+        reference.adamw_([torch.zeros_like(gradient)], [gradient], [means], [squares], torch.ones(()), step)
+    return [means.double(), squares.double()]
+
+
+@pytest.mark.parametrize("factor", [10.0, 0.1])
+def test_bfloat16_moments_follow_the_gradient_down_and_up(factor: float) -> None:
+    """To a tenth, from ten times too large and from ten times too small, wherever between two powers of 2."""
+    gradient = torch.logspace(0, 1, 500, base=2)
+    OptimizerConfig(learning_rate=0.1, beta1=0.96, beta2=0.96)
+    means, squares = _moments_after(torch.bfloat16, 0.96, factor * gradient, gradient, 400)
+    for found, exact in ((means, gradient.double()), (squares, gradient.double().square())):
+        assert ((found - exact).abs() / found).max() < 0.1 + 2**-8
+        assert ((found - exact).abs() / found).max() > 0.05  # the rule is about an error that is there
+
+
+def test_bfloat16_moments_would_not_follow_with_beta_near_1() -> None:
+    gradient = torch.logspace(0, 1, 500, base=2)
+    _, squares = _moments_after(torch.bfloat16, 0.999, 10 * gradient, gradient, 2000)
+    assert (squares / gradient.square()).min() > 90
+
+
+@pytest.mark.parametrize(
+    ("moments", "name", "beta", "error", "limit"),
+    [
+        ("bfloat16", "beta2", 0.999, "391%", "0.9609375"),
+        ("bfloat16", "beta2", 0.97, "13%", "0.9609375"),
+        ("bfloat16", "beta1", 0.99, "39%", "0.9609375"),
+        ("float32", "beta2", 1 - 1e-7, "60%", "0.9999994"),
+    ],
+)
+def test_betas_that_rounding_would_undo_are_refused(
+    moments: str, name: str, beta: float, error: str, limit: str
+) -> None:
+    with pytest.raises(ValueError, match=f"{name} = {beta} with moments in {moments}.* {error} .* {limit}"):
+        _config(moments=moments, **{name: beta})
+    _config(moments=moments, **{name: 0.96})
+    _config(moments="float32", **{name: 0.999})
