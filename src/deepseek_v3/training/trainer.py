@@ -170,18 +170,24 @@ class Trainer:
         last = number == self.plan.total_steps
         saves = last or stopping or _is_due(number, config.checkpoint.interval_steps)
         measures = last or _is_due(number, config.training.evaluation.interval_steps)
+        reports = saves or number == 1 or _is_due(number, config.logging.interval_steps)
         self.skipped.add(number, result)
-        if saves or measures or number == 1 or _is_due(number, config.logging.interval_steps):
-            self.skipped.read()
-            figures = step_figures(config.model, result.losses, result.norm, self.engine.biases())
-            reporter.report_step(step, figures, self.skipped.total)
+        if reports:
+            self._report(step, result, reporter)
         with reporter.clock.paused():
             if measures:
                 self._measure(number, reporter)
+            if self._failure is not None and not reports:
+                self._report(step, result, reporter)
             if saves or self._failure is not None:
                 state = self._finite_state(number)
                 with stop.saving(last or stopping):
                     self._checkpoint = self.checkpoints.save(number, state)
+
+    def _report(self, step: Step, result: StepResult, reporter: Reporter) -> None:
+        self.skipped.read()
+        figures = step_figures(self.config.model, result.losses, result.norm, self.engine.biases())
+        reporter.report_step(step, figures, self.skipped.total)
 
     def _measure(self, number: int, reporter: Reporter) -> None:
         """The held-out loss; a split that cannot be read ends the run, on all ranks together, once it is saved."""

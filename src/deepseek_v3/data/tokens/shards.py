@@ -280,9 +280,10 @@ class _OpenFile:
             while len(data) < num_bytes:  # a single call reads 2 GiB at most
                 more = os.pread(self._descriptor, num_bytes - len(data), start + len(data))
                 if not more:
+                    size = os.fstat(self._descriptor).st_size
                     raise DataError(
-                        f"{self._path}: has become shorter while it was in use: it ends after "
-                        f"{start + len(data)} bytes, expected at least {start + num_bytes}; {REPAIR}"
+                        f"{self._path}: has become shorter while it was in use: it holds {size} bytes, expected at "
+                        f"least {start + num_bytes}; {REPAIR}"
                     )
                 data += more
         except OSError as error:
