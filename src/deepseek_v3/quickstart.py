@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,43 +16,97 @@ from rich.markup import escape
 from rich.panel import Panel
 
 from deepseek_v3.config.loading import load_config
+from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.tokens.shards import TokenShards
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
-from deepseek_v3.evaluation.perplexity import Comparison, compare_with_ngrams
+from deepseek_v3.evaluation.perplexity import Comparison, compare_with_ngrams, measure_saved
 from deepseek_v3.inference.engine import Generator
 from deepseek_v3.inference.sampling import SamplingConfig
-from deepseek_v3.model.saved import load_model
+from deepseek_v3.model.saved import SavedModel, load_model
 from deepseek_v3.training.reporting import plot_run
 from deepseek_v3.training.train import train_run
+from deepseek_v3.training.trainer import TrainingResult
 from deepseek_v3.utils.distributed import select_device
-from deepseek_v3.utils.errors import DataError, UserError
+from deepseek_v3.utils.errors import DataError, InUseError, UserError
+from deepseek_v3.utils.files import written_atomically
 from deepseek_v3.utils.logging import configure_logging, get_console, get_logger
+from deepseek_v3.utils.next_command import say_next, set_options
 
+_SUMMARY = "summary.json"
 _PROMPTS = ("def main(", "import os\n", "class Node:\n", '"""Return ')
 
 
 def quickstart(
-    config: Annotated[Path, typer.Option(help="The config to train.")] = Path("configs/deepseek_v3_tiny.yaml"),
-    runs: Annotated[Path, typer.Option(help="Folder for the run; each start gets a new one inside.")] = Path(
-        "runs"
-    ),
+    config: Annotated[Path, typer.Option(help="The config to train: a file, or a shipped size.")] = Path("tiny"),
+    runs: Annotated[
+        Path, typer.Option(help="Folder for the runs; a start goes on with an unfinished one, or makes a new one.")
+    ] = Path("runs"),
 ) -> None:
     """Build a corpus, train a tokenizer and a small model, measure it, and let it write."""
     configure_logging()
-    start = time.perf_counter()
-    with _new_folder(runs) as folder:
-        run = load_config(config, [f"logging.directory={folder}", f"checkpoint.directory={folder / 'checkpoints'}"])
-        result = train_run(run, select_device("auto"))
-    if not result.finished or result.held_out is None:
-        raise UserError(f"stopped after step {result.step}; start again for another run, this one is in {folder}")
-    comparison = compare_with_ngrams(result.held_out, TokenShards.open(run.data.path), run, result.tokens)
-    baselines = {"unigram": comparison.unigram, "bigram": comparison.bigram}
-    plot_run(folder, baselines)
+    start, device = time.perf_counter(), select_device("auto")
+    run, result = _train(config, runs)
+    folder = run.logging.directory
+    if not result.finished:
+        get_logger("Quickstart").info(f"Stopped after step {result.step}; the same command goes on from there")
+        say_next(["dsv3", "quickstart", *_options(config, runs)])
+        raise typer.Exit(130)
+    shards, saved = TokenShards.open(run.data.path), load_model(result.checkpoint, device)
+    held_out = result.held_out or measure_saved(saved, shards, run.training.evaluation.tokens, device)
+    comparison = compare_with_ngrams(held_out, shards, run, result.tokens)
+    plot_run(folder, {"unigram": comparison.unigram, "bigram": comparison.bigram})
     get_console().print(comparison.table())
     get_logger("Quickstart").info(_verdict(comparison))
-    _show_samples(result.checkpoint)
+    _show_samples(saved)
+    _write_summary(folder, comparison)
     get_logger("Quickstart").info(f"{time.perf_counter() - start:.0f} seconds in all; everything is in {folder}")
-    _show_next_steps(config, folder, result.checkpoint)
+    _show_next_steps(config, run, result.checkpoint)
+
+
+def _train(config: Path, runs: Path) -> tuple[RunConfig, TrainingResult]:
+    """Continues the last run of this config that has not finished, or starts a new one; returns how it ended."""
+    for folder in _unfinished(config, runs):
+        with suppress(InUseError):  # by another process, which goes on with it
+            run = _load(config, folder, log=True)
+            get_logger("Quickstart").info(f"Going on with {folder}")
+            return run, train_run(run, select_device("auto"), resume="auto")
+    with _new_folder(runs) as folder:
+        run = _load(config, folder, log=True)
+        return run, train_run(run, select_device("auto"))
+
+
+def _load(config: Path, folder: Path, *, log: bool = False) -> RunConfig:
+    """The config with all that it writes in `folder`; the shipped one keeps tokens apart from those of the user."""
+    overrides = [f"logging.directory={folder}", f"checkpoint.directory={folder / 'checkpoints'}"]
+    return load_config(config, [*overrides, *_own_tokens(config)], log=log)
+
+
+def _own_tokens(config: Path) -> list[str]:
+    return ["data.path=data/quickstart"] if config == Path("tiny") else []
+
+
+def _unfinished(config: Path, runs: Path) -> Iterator[Path]:
+    """Folders of runs of this config that were stopped or killed before their end, the newest first."""
+    folders = [folder for folder in runs.glob("quickstart*") if re.fullmatch(r"quickstart(-\d+)?", folder.name)]
+    for folder in sorted(folders, key=lambda folder: (len(folder.name), folder.name), reverse=True):
+        if folder.is_dir() and not (folder / _SUMMARY).exists() and _is_of(config, folder):
+            yield folder
+
+
+def _is_of(config: Path, folder: Path) -> bool:
+    """Whether the run in a folder is of this config, or has not begun."""
+    if not (folder / "config.yaml").exists():
+        return all(path.name.startswith(".") for path in folder.iterdir())
+    try:
+        earlier, wanted = load_config(folder / "config.yaml"), _load(config, folder)
+    except UserError:
+        return False
+    return (earlier.model, earlier.training, earlier.data) == (wanted.model, wanted.training, wanted.data)
+
+
+def _options(config: Path, runs: Path) -> list[object]:
+    named: list[object] = [] if config == Path("tiny") else ["--config", config]
+    return [*named, *([] if runs == Path("runs") else ["--runs", runs])]
 
 
 @contextmanager
@@ -75,6 +131,17 @@ def _new_folder(runs: Path) -> Iterator[Path]:
             folder.rmdir()
 
 
+def _write_summary(folder: Path, comparison: Comparison) -> None:
+    """Writes what was measured, which also marks the run as finished."""
+    model = comparison.model
+    figures = {
+        "nats_per_token": {"model": model.loss, "bigram": comparison.bigram, "unigram": comparison.unigram},
+        "bits_per_byte": model.bits_per_byte,
+    }
+    with written_atomically(folder / _SUMMARY) as partial:
+        partial.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
 def _verdict(comparison: Comparison) -> str:
     gains = [
         f"{abs(baseline - comparison.model.loss):.2f} nats per token "
@@ -84,8 +151,7 @@ def _verdict(comparison: Comparison) -> str:
     return f"on text it has never seen, the model is {' and '.join(gains)}"
 
 
-def _show_samples(checkpoint: Path) -> None:
-    saved = load_model(checkpoint, select_device("auto"))
+def _show_samples(saved: SavedModel) -> None:
     generator = Generator(saved.model, Tokenizer.from_json(saved.tokenizer_json))
     sampling = SamplingConfig(max_new_tokens=60, temperature=0.7, top_p=0.9, seed=0)
     for completion in generator.generate(list(_PROMPTS), sampling):
@@ -93,14 +159,14 @@ def _show_samples(checkpoint: Path) -> None:
         get_console().print(Panel(text, width=100, title="the model writes", title_align="left"))
 
 
-def _show_next_steps(config: Path, folder: Path, checkpoint: Path) -> None:
-    commands = (
-        f'dsv3 generate --checkpoint {checkpoint} --prompt "def main("',
-        f"dsv3 eval --checkpoint {checkpoint}",
-        f"tensorboard --logdir {folder}/tensorboard",
-        f"dsv3 train --config {config} --set training.total_tokens=40x",
-        "dsv3 tokenize --input FOLDER --vocab-size 1024 --output data/mine",
+def _show_next_steps(config: Path, run: RunConfig, checkpoint: Path) -> None:
+    folder = run.logging.directory
+    get_console().print(f"Losses: {folder}/loss.png")
+    longer = set_options(["training.total_tokens=40x", *_own_tokens(config)])
+    say_next(
+        ["dsv3", "generate", "--checkpoint", checkpoint, "--prompt", "def main("],
+        ["dsv3", "eval", "--checkpoint", checkpoint],
+        ["tensorboard", "--logdir", folder / "tensorboard"],
+        ["dsv3", "train", "--config", config, *longer],
+        ["dsv3", "tokenize", "--input", "FOLDER", "--vocab-size", 4096],
     )
-    get_console().print(f"Losses: {folder}/loss.png\nTry next (after: source .venv/bin/activate):")
-    for command in commands:
-        get_console().print(f"  {command}", highlight=False, soft_wrap=True, markup=False)

@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.tokens.shards import TokenShards
+from deepseek_v3.training.interruption import StopRequest
+from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.monitoring import read_metrics
 from run_helpers import dsv3, message_of, run_fields, write_corpus, write_run
 
@@ -112,3 +115,67 @@ def test_the_quickstart_goes_the_whole_way_twice(tmp_path: Path) -> None:
         for name in ("quickstart", "quickstart-2")
     )
     assert first == second
+
+
+def _quickstart(tmp_path: Path, steps: int = 12) -> list[object]:
+    write_corpus(tmp_path / "text")
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(run_fields(tmp_path, steps)), encoding="utf-8")
+    return ["quickstart", "--config", config, "--runs", tmp_path / "runs"]
+
+
+def _losses_of(folder: Path) -> list[tuple[int, float]]:
+    return [(r["step"], r["loss"]) for r in read_metrics(folder / "metrics.jsonl") if "loss" in r]
+
+
+def test_an_interrupted_quickstart_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command, steps = _quickstart(tmp_path), iter([False, False, True])
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(StopRequest, "agreed", lambda _: next(steps))
+        stopped = dsv3(*command)
+    assert stopped.exit_code == 130, stopped.output
+    assert "Stopped after step 3; the same command goes on from there" in stopped.output
+    assert (
+        f"Next:\n  dsv3 quickstart --config {tmp_path / 'run.yaml'} --runs {tmp_path / 'runs'}\n" in stopped.output
+    )
+    with monkeypatch.context() as patched:
+        patched.setattr("deepseek_v3.quickstart._show_samples", _interrupt)
+        assert dsv3(*command).exit_code != 0
+    trained = _losses_of(tmp_path / "runs" / "quickstart")
+    resumed = dsv3(*command)
+    assert resumed.exit_code == 0, resumed.output
+    assert "Going on with" in resumed.output
+    assert "Step 12/12" not in resumed.output
+    assert _losses_of(tmp_path / "runs" / "quickstart") == trained
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["quickstart"]
+    whole = dsv3(*command)
+    assert _losses_of(tmp_path / "runs" / "quickstart-2") == trained
+    assert _losses_in(whole.output) == _losses_in(resumed.output)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_quickstart_of_another_config_starts_anew(tmp_path: Path) -> None:
+    command = _quickstart(tmp_path, steps=3)
+    for folder in ("quickstart", "quickstart-2"):
+        (tmp_path / "runs" / folder).mkdir(parents=True)
+    (tmp_path / "runs" / "quickstart" / "config.yaml").write_text("model: {}", encoding="utf-8")
+    (tmp_path / "runs" / "quickstart-2" / "notes.txt").write_text("mine", encoding="utf-8")
+    assert dsv3(*command).exit_code == 0
+    assert (tmp_path / "runs" / "quickstart-3" / "summary.json").exists()
+
+
+def test_the_quickstart_needs_no_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("deepseek_v3.quickstart.train_run", lambda config, *_, **__: _refuse(config))
+    message = message_of(dsv3("quickstart"))
+    assert message == "tokens in data/quickstart, run in runs/quickstart, 512 ids"
+    assert not (tmp_path / "runs" / "quickstart").exists()
+
+
+def _refuse(config: RunConfig) -> None:
+    places = f"tokens in {config.data.path}, run in {config.logging.directory}"
+    raise DataError(f"{places}, {config.model.vocab_size} ids")

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.progress import track
 from rich.table import Table
@@ -73,6 +74,13 @@ def compare_with_ngrams(
     return Comparison(held_out, losses.bigram, losses.unigram)
 
 
+def measure_saved(saved: SavedModel, shards: TokenShards, tokens: int, device: torch.device) -> HeldOutLoss:
+    """The loss of a saved model on at most so many held-out tokens, as its run measures it."""
+    evaluation = HeldOutEvaluation(shards, saved.config, tokens)
+    documents = Documents(shards, saved.config.data.mask_documents)
+    return evaluation.measure(partial(main_losses, Objective(saved.model), documents), device)
+
+
 def evaluate(
     checkpoint: Annotated[Path, typer.Option(help="A checkpoint, or a folder of them: the newest undamaged.")],
     data: Annotated[Path | None, typer.Option(help="Token shards; those of the run if left out.")] = None,
@@ -91,9 +99,7 @@ def evaluate(
     shards = TokenShards.open(data or saved.config.data.path)
     check_vocabulary(shards, saved.config.model)
     _check_tokenizer(shards, saved, checkpoint)
-    evaluation = HeldOutEvaluation(shards, saved.config, tokens or shards.num_tokens("holdout"))
-    documents = Documents(shards, saved.config.data.mask_documents)
-    held_out = evaluation.measure(partial(main_losses, Objective(saved.model), documents), place)
+    held_out = measure_saved(saved, shards, tokens or shards.num_tokens("holdout"), place)
     if not math.isfinite(held_out.loss):
         raise CheckpointError(
             f"{checkpoint}: its held-out loss is {held_out.loss}, expected a number; its training had diverged, so "
