@@ -13,10 +13,12 @@ import typer
 from deepseek_v3.utils.commands import run_app
 from deepseek_v3.utils.errors import UserError
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
 
 @pytest.fixture(autouse=True)
 def _signals_as_before() -> Iterator[None]:
-    earlier = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    earlier = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in earlier.items():
         signal.signal(number, handler)
@@ -69,13 +71,17 @@ def test_ctrl_c_ends_in_130_whatever_became_of_it(
     assert codes == [130]
 
 
-def test_a_late_sigterm_makes_no_failure_of_a_success() -> None:
+def test_a_late_signal_makes_no_failure_of_a_success(monkeypatch: pytest.MonkeyPatch) -> None:
     app = typer.Typer()
     app.command()(lambda: None)
     with pytest.raises(SystemExit) as end:
         run_app(lambda: app([]))
     assert end.value.code == 0
-    signal.raise_signal(signal.SIGTERM)
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    for number in SIGNALS:
+        signal.raise_signal(number)
+    assert codes == [0, 0, 0]
 
 
 def test_a_users_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,7 @@ def run_app(app: Callable[[], Any]) -> None:
     """Runs a command-line app; a UserError is printed to standard error without a traceback, exit code 1.
 
     Ctrl-C where nothing handles it exits with 130, as shells expect, also where the KeyboardInterrupt became
-    another error on its way up, and where it is pressed again while the process cleans up. A SIGTERM that comes
+    another error on its way up, and where it is pressed again while the process cleans up. A signal that comes
     when the command has done its work changes nothing, nor does output that nobody reads any more.
     """
     try:
@@ -31,19 +31,30 @@ def run_app(app: Callable[[], Any]) -> None:
     except BaseException as error:
         # Typer makes an exit of it, torch's archive writer a RuntimeError.
         if any(isinstance(cause, KeyboardInterrupt) for cause in chain_of(error)):
-            signal.signal(signal.SIGINT, lambda *_: os._exit(_INTERRUPTED))
-            atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # the interpreter takes handlers away
+            _keep_exit_code(_INTERRUPTED)
             sys.exit(_INTERRUPTED)
         if isinstance(error, UserError):
             with suppress(OSError):
                 print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
         if isinstance(error, SystemExit) and not error.code:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            _keep_exit_code(0)
         raise
     finally:
-        for stream in (sys.stdout, sys.stderr):
-            _flush(stream)
+        _flush_output()
+
+
+def _keep_exit_code(code: int) -> None:
+    """Lets signals that come while the interpreter ends only hasten that end."""
+    _flush_output()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda *_: os._exit(code))
+        atexit.register(signal.signal, number, signal.SIG_IGN)  # the interpreter takes handlers away
+
+
+def _flush_output() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        _flush(stream)
 
 
 def _flush(stream: TextIO | None) -> None:
