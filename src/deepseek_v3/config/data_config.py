@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, PlainSerializer
 
 from deepseek_v3.config.base import Fraction, Integer, NonNegativeInt, Real, Section
 from deepseek_v3.utils.printing import value_text
+from deepseek_v3.utils.secrets import masked
 
 
 def _without_nul(path: Path) -> Path:
@@ -17,7 +18,14 @@ def _without_nul(path: Path) -> Path:
     return path
 
 
-AnyPath = Annotated[Path, Field(strict=False), AfterValidator(_without_nul)]
+# What is written to files, as JSON, never holds the secrets of an address.
+AnyPath = Annotated[
+    Path,
+    Field(strict=False),
+    AfterValidator(_without_nul),
+    PlainSerializer(lambda path: masked(str(path)), str, "json"),
+]
+Address = Annotated[str, PlainSerializer(masked, str, "json")]
 DEFAULT_TOKENS = Path("data/tokens")
 
 
@@ -28,7 +36,7 @@ class CorpusConfig(Section):
     `holdout` is the share of the text to hold out; null: 0.02, or more where that is less than one window.
     """
 
-    source: str
+    source: Address
     vocab_size: Annotated[Integer, Field(ge=260)]
     holdout: Annotated[Real, Field(gt=0, lt=1)] | None = None
     fim_rate: Fraction = 0.0

@@ -6,8 +6,10 @@ import atexit
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from types import TracebackType
 from typing import Any, TextIO
 
 import typer
@@ -15,6 +17,7 @@ import typer
 from deepseek_v3.utils.errors import UserError, chain_of
 from deepseek_v3.utils.numbers import LARGEST_COUNT, parse_count, parse_number
 from deepseek_v3.utils.printing import value_text
+from deepseek_v3.utils.secrets import masked
 
 _INTERRUPTED = 130  # as shells report Ctrl-C: 128 + SIGINT
 
@@ -26,6 +29,7 @@ def run_app(app: Callable[[], Any]) -> None:
     another error on its way up, and where it is pressed again while the process cleans up. A signal that comes
     when the command has done its work changes nothing, nor does output that nobody reads any more.
     """
+    sys.excepthook = _show_traceback
     try:
         app()
     except BaseException as error:
@@ -67,6 +71,12 @@ def _flush(stream: TextIO | None) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
+
+
+def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Prints a traceback as Python does, without the secrets that an error's message may hold."""
+    with suppress(OSError):
+        print(masked("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 def run_command(command: Callable[..., None]) -> None:

@@ -9,9 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from deepseek_v3.utils.secrets import masked
+
 
 class UserError(Exception):
-    """Something that the person who called us can mend."""
+    """Something that the person who called us can mend. Secrets in the message are masked."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(masked(str(message)))
 
 
 class ConfigError(UserError):

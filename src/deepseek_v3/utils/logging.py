@@ -10,6 +10,8 @@ from typing import IO, Any, cast
 
 from rich.console import Console
 
+from deepseek_v3.utils.secrets import masked
+
 _PROJECT = "deepseek_v3"
 
 
@@ -93,13 +95,16 @@ class _Output:
 
 
 class _LineFormatter(logging.Formatter):
-    """`[Component] message`, and `[Component] warning: message` from warnings up; further lines are indented."""
+    """`[Component] message`, and `[Component] warning: message` from warnings up; further lines are indented.
+
+    Secrets of addresses are masked.
+    """
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         component = record.name.removeprefix(f"{_PROJECT}.")
         severity = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
         start = f"[{component}] "
-        return f"{start}{severity}{record.message}".replace("\n", "\n" + " " * len(start))
+        return f"{start}{severity}{masked(record.message)}".replace("\n", "\n" + " " * len(start))
 
 
 class _ConsoleHandler(logging.Handler):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from deepseek_v3.config.base import PositiveFloat, PositiveInt, Section, Size
-from deepseek_v3.config.data_config import AnyPath
+from deepseek_v3.config.data_config import Address, AnyPath
 from deepseek_v3.config.preprocessing.cleaning import CleaningConfig
 from deepseek_v3.config.preprocessing.decontamination import DecontaminationConfig
 from deepseek_v3.config.preprocessing.deduplication import DeduplicationConfig, ExactDeduplicationConfig
@@ -43,7 +43,7 @@ class PreprocessConfig(Section):
     estimated from `bytes_per_token`.
     """
 
-    input_path: str | tuple[str, ...]
+    input_path: Address | tuple[Address, ...]
     output_dir: AnyPath
     pipeline: tuple[StageName, ...]
     text_field: Annotated[str, Field(min_length=1)] = "text"
@@ -53,7 +53,7 @@ class PreprocessConfig(Section):
     shard_size: Size = 2**26
     piece_size: Size = 2**25
     engine: Literal["local", "ray"] = "local"
-    ray_address: str | None = None
+    ray_address: Address | None = None
     workers: PositiveInt | None = None
     memory: Size | None = None
     keep_keys: bool = False

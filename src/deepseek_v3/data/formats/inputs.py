@@ -18,6 +18,7 @@ from deepseek_v3.data.documents import walk_files
 from deepseek_v3.data.formats.extras import archive_iterator
 from deepseek_v3.data.formats.names import READABLE, Format, format_of
 from deepseek_v3.utils.errors import DataError
+from deepseek_v3.utils.secrets import masked
 
 # What a store may say about the version of an object, best first.
 _VERSIONS = (
@@ -137,7 +138,9 @@ def _readable(given: str) -> list[_Found]:
     try:
         found = list(_in_store(given) if "://" in given else _on_disk(Path(given)))
     except OSError as error:
-        raise DataError(f"{error.filename or given}: cannot be read: {error.strerror or error}") from None
+        raise DataError(
+            masked(f"{error.filename or given}: cannot be read: {error.strerror or error}", given)
+        ) from None
     if not any(one.fault is None for one in found):
         others = f"found only {found[0].file.name}: {found[0].fault}; " if found else ""
         raise DataError(f"{given}: holds no text: {others}expected {READABLE}")
@@ -163,14 +166,32 @@ def _in_store(given: str) -> Iterator[_Found]:
         yield from _on_disk(Path(path))
         return
     root, pattern = _split(path.rstrip("/"))
-    infos: dict[str, dict[str, Any]] = store.find(root, detail=True)
+    infos = _listed(store, root, given)
     if not infos:
         raise DataError(f"{given}: nothing was found there; check the address and that you may read it")
     for key, info in infos.items():
         name = PurePosixPath(key).name if key == root else PurePosixPath(key).relative_to(root).as_posix()
+        name = name.partition("?")[0] if _is_web(store) else name
         if _matches(pattern, name) and not _hidden(name):
             version = next((str(info[field]) for field in _VERSIONS if info.get(field) is not None), "")
             yield _found(name, store.unstrip_protocol(key), info["size"] or 0, version)
+
+
+def _listed(store: AbstractFileSystem, root: str, given: str) -> dict[str, dict[str, Any]]:
+    """What a store says about each file below an address."""
+    try:
+        found: dict[str, dict[str, Any]] = store.find(root, detail=True)
+    except OSError:
+        raise
+    except Exception as error:  # noqa: BLE001 -- each store's library has errors of its own
+        raise DataError(masked(f"{given}: cannot be listed: {error}", given)) from None
+    return found
+
+
+def _is_web(store: AbstractFileSystem) -> bool:
+    """Whether its addresses may have parameters, such as a signature, which say nothing about the file."""
+    protocols = [store.protocol] if isinstance(store.protocol, str) else store.protocol
+    return not {"http", "https"}.isdisjoint(protocols)
 
 
 def _store(given: str) -> tuple[AbstractFileSystem, str]:
@@ -179,11 +200,10 @@ def _store(given: str) -> tuple[AbstractFileSystem, str]:
     except ImportError as error:
         library = _LIBRARIES.get(given.partition("://")[0])
         run = f"run `pip install {library}`" if library else "install what it names"
-        raise DataError(f"{given}: cannot be opened: {error}; {run}") from None
+        raise DataError(masked(f"{given}: cannot be opened: {error}; {run}", given)) from None
     except ValueError as error:
-        raise DataError(
-            f"{given}: cannot be opened: {error}; expected a path or an address such as s3://bucket/folder"
-        ) from None
+        problem = f"{given}: cannot be opened: {error}; expected a path or an address such as s3://bucket/folder"
+        raise DataError(masked(problem, given)) from None
 
 
 def _found(name: str, path: str, size: int, modified: str) -> _Found:

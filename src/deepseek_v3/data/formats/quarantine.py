@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pyarrow as pa
 
+from deepseek_v3.utils.secrets import masked
+
 # `place` is as in `RECORDS`, `offset` and `length` bytes of the decompressed file, -1 where unknown, `records` how
 # many records the entry stands for, and `raw` the record's bytes where they are known and few.
 QUARANTINED = pa.schema(
@@ -46,5 +48,5 @@ class Rejected(Exception):  # noqa: N818 -- no failure: what reading gives in pl
     """Something read that is no document: a code of `REASONS`, and what was found and expected."""
 
     def __init__(self, reason: str, error: str) -> None:
-        super().__init__(reason, error)
-        self.reason, self.error = reason, error
+        super().__init__(reason, masked(error))
+        self.reason, self.error = reason, masked(error)

@@ -12,6 +12,7 @@ from deepseek_v3.data.formats.decompression import Decompressor
 from deepseek_v3.data.formats.inputs import InputFile
 from deepseek_v3.data.formats.quarantine import Rejected
 from deepseek_v3.utils.errors import DataError
+from deepseek_v3.utils.secrets import masked
 
 _SKIP_BYTES = 2**20
 
@@ -19,7 +20,12 @@ _SKIP_BYTES = 2**20
 def open_raw(file: InputFile) -> BinaryIO:
     """Opens a file as it is stored. Raises OSError."""
     if file.is_remote:
-        return cast(BinaryIO, fsspec.open(file.path, "rb").open())
+        try:
+            return cast(BinaryIO, fsspec.open(file.path, "rb").open())
+        except OSError:
+            raise
+        except Exception as error:  # noqa: BLE001 -- each store's library has errors of its own
+            raise _unanswered(file, error) from None
     return Path(file.path).open("rb")
 
 
@@ -29,8 +35,13 @@ def unreadable(file: InputFile, error: OSError) -> Rejected:
     Raises DataError instead where a store fails otherwise than by refusing the file: that may be over by and by.
     """
     if file.is_remote and not isinstance(error, (FileNotFoundError, PermissionError)):
-        raise DataError(f"{file.path}: cannot be read: {error}; start again once the store answers") from error
-    return Rejected("unreadable", f"cannot be read: {error.strerror or error}")
+        raise _unanswered(file, error) from None
+    return Rejected("unreadable", masked(f"cannot be read: {error.strerror or error}", file.path))
+
+
+def _unanswered(file: InputFile, error: Exception) -> DataError:
+    problem = f"{file.path}: cannot be read: {error}; start again once the store answers"
+    return DataError(masked(problem, file.path))
 
 
 class ByteStream:
@@ -99,4 +110,8 @@ class ByteStream:
             if damage.reason == "damaged" and self._decompressor:
                 with open_raw(self._file) as raw:
                     return self._decompressor.rest_before_damage(raw)
+        except Exception as error:
+            if not self._file.is_remote:
+                raise
+            raise _unanswered(self._file, error) from None
         return b""

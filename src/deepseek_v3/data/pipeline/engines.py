@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from deepseek_v3.utils.errors import DataError
+from deepseek_v3.utils.secrets import masked
 from deepseek_v3.utils.workers import end_with_parent
 
 
@@ -97,7 +98,8 @@ class Ray(Engine):
         try:
             self._ray.init(include_dashboard=False, log_to_driver=False, logging_level="error", **options)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise DataError(f"ray_address = {address}: no Ray cluster answers: {error}") from None
+            problem = f"ray_address = {address}: no Ray cluster answers: {error}"
+            raise DataError(masked(problem, address or "")) from None
 
     def run(
         self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], done: Callable[[Any], None]

@@ -17,6 +17,7 @@ from deepseek_v3.data.pipeline.parts import FinishedPart, is_whole, read_part
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.files import written_atomically
 from deepseek_v3.utils.locks import locked
+from deepseek_v3.utils.secrets import masked
 
 FORMAT_VERSION = 2
 # They say how a run is carried out, and change nothing about what comes out.
@@ -82,11 +83,18 @@ def check_same(before: dict[str, Any], now: dict[str, Any], where: Path, advice:
     _check_files("input file", before["inputs"], now["inputs"], where, advice)
     _check_files("file", before["read_by_stages"], now["read_by_stages"], where, advice)
     for name, value in now["config"].items():
-        if before["config"].get(name) != value:
+        if before["config"].get(name) != value and _masked(before["config"].get(name)) != value:
             raise DataError(
                 f"{where}: the run began with another {name}: {before['config'].get(name)!r}, now {value!r}; "
                 f"set it back, choose another output_dir, or {advice}"
             )
+
+
+def _masked(value: Any) -> Any:
+    """The value of a run that began when secrets were still written down."""
+    if isinstance(value, str):
+        return masked(value)
+    return [_masked(each) for each in value] if isinstance(value, list) else value
 
 
 def _check_files(

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from deepseek_v3.config.base import Section
+from deepseek_v3.config.data_config import Address
 from deepseek_v3.config.problems import describe
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.files import written_atomically
@@ -40,7 +41,7 @@ class Shard(Section):
 class CorpusOptions(Section):
     """How the shards were made from their source."""
 
-    source: str
+    source: Address
     text_field: str
     holdout: float
     fim_rate: float
