@@ -15,6 +15,7 @@ from torch import Tensor
 
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.config.train_config import RunConfig
+from deepseek_v3.model.block import DecoderLayer
 from deepseek_v3.moe.routing import Router, Routing
 from deepseek_v3.training.batches import document_numbers
 from deepseek_v3.training.optimizer import MOMENTS, local
@@ -85,6 +86,18 @@ def engine_of(config: RunConfig, device: str = "cpu", documents: Any = None) -> 
 def own(device: str) -> torch.device:
     """This rank's device of a kind."""
     return torch.device(device, dist.get_rank()) if device == "cuda" else torch.device(device)
+
+
+def layer_runs(parallel: dict[str, Any]) -> int:
+    """How many forward passes of layers one step takes on this rank, those that run again included."""
+    config, runs = run_config(1, {"precision": "float32", **parallel}, {}), []
+    engine = engine_for(config, arrange(config.parallel, "cpu"), own("cpu"), _no_documents)
+    for model in engine.models:
+        for layer in model.model.layers:
+            if isinstance(layer, DecoderLayer):
+                layer.register_forward_pre_hook(lambda *_: runs.append(1))
+    take_steps(engine, config)
+    return len(runs)
 
 
 def take_steps(engine: Engine, config: RunConfig) -> list[Any]:

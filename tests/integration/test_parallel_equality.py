@@ -31,6 +31,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "PP 4": {"pipeline": 4},
     "PP 2, interleaved": {"pipeline": 2, "pipeline_schedule": "interleaved"},
     "PP 2, zero bubble": {"pipeline": 2, "pipeline_schedule": "zero_bubble"},
+    "PP 2, zero bubble, partly recomputed": {
+        "pipeline": 2,
+        "pipeline_schedule": "zero_bubble",
+        "recomputation": "selective",
+    },
     "PP 2, DualPipeV": {"pipeline": 2, "pipeline_schedule": "dualpipe_v"},
     "PP 2 × FSDP 2": {"pipeline": 2, "data_shard": 2},
     "PP 2 × copies 2": {"pipeline": 2, "data_replicate": 2},
@@ -120,6 +125,14 @@ def test_every_schedule_trains_heads_of_all_kinds(pool: RankPool, depth: int, we
         layout = {"pipeline": 2, "pipeline_schedule": schedule, "micro_batch_size": 2}
         results = pool.run(2, parallel_helpers.train, 2, layout, training, "cpu", False, model)
         compare(results, alone, 2, 1e-5)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_recomputed_layer_runs_again_only_once(pool: RankPool, schedule: str) -> None:
+    """A backward pass in two halves would run it again for every weight."""
+    layout = {"pipeline": 2, "pipeline_schedule": schedule, "micro_batch_size": 2, "recomputation": "full"}
+    layers, micro_batches = 4 + 1, parallel_helpers.SEQUENCES // 2
+    assert sum(pool.run(2, parallel_helpers.layer_runs, layout)) == 2 * layers * micro_batches
 
 
 def ranks_of(layout: dict[str, Any]) -> int:
