@@ -11,12 +11,15 @@ import struct
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
-import typer
-from torch import Tensor
+from deepseek_v3.utils.interrupts import importing
 
-from deepseek_v3.utils.checkpointing import load_checkpoint
-from deepseek_v3.utils.commands import run_command
+with importing():
+    import torch
+    import typer
+    from torch import Tensor
+
+    from deepseek_v3.utils.checkpointing import load_checkpoint
+    from deepseek_v3.utils.commands import run_command
 
 
 def compare(first: Annotated[Path, typer.Argument()], second: Annotated[Path, typer.Argument()]) -> None:

@@ -5,8 +5,11 @@ Without options it asks. The same command as `dsv3 plan`.
 
 from __future__ import annotations
 
-from deepseek_v3.planning.plan import plan
-from deepseek_v3.utils.commands import run_command
+from deepseek_v3.utils.interrupts import importing
+
+with importing():
+    from deepseek_v3.planning.plan import plan
+    from deepseek_v3.utils.commands import run_command
 
 if __name__ == "__main__":
     run_command(plan)

@@ -5,8 +5,11 @@ Without --config it checks every model size in `configs`. The same command as `d
 
 from __future__ import annotations
 
-from deepseek_v3.planning.validate import validate
-from deepseek_v3.utils.commands import run_command
+from deepseek_v3.utils.interrupts import importing
+
+with importing():
+    from deepseek_v3.planning.validate import validate
+    from deepseek_v3.utils.commands import run_command
 
 if __name__ == "__main__":
     run_command(validate)

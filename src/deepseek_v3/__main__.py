@@ -1,6 +1,11 @@
-"""`python -m deepseek_v3` is `dsv3`."""
+"""Starts `dsv3`, also as `python -m deepseek_v3`."""
 
-from deepseek_v3.cli import main
+from deepseek_v3.utils.interrupts import importing
+
+with importing():
+    from deepseek_v3.cli import main
+
+__all__ = ["main"]
 
 if __name__ == "__main__":
     main()

@@ -131,6 +131,6 @@ def schema() -> None:
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Runs `dsv3` with the words of the command line."""
     wait_passively()
     run_app(app)

@@ -8,11 +8,13 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from deepseek_v3.utils.threads import wait_passively  # noqa: E402 -- after the path is set
+from deepseek_v3.utils.interrupts import importing  # noqa: E402 -- after the path is set
 
-wait_passively()
+with importing():
+    from deepseek_v3.utils.threads import wait_passively
 
-from deepseek_v3.training.train import main  # noqa: E402 -- imports torch, which reads what was set
+    wait_passively()  # torch reads what it sets
+    from deepseek_v3.training.train import main
 
 if __name__ == "__main__":
     main()

@@ -15,11 +15,10 @@ from typing import Any, TextIO
 import typer
 
 from deepseek_v3.utils.errors import UserError, chain_of
+from deepseek_v3.utils.interrupts import INTERRUPTED
 from deepseek_v3.utils.numbers import LARGEST_COUNT, parse_count, parse_number
 from deepseek_v3.utils.printing import value_text
 from deepseek_v3.utils.secrets import masked
-
-_INTERRUPTED = 130  # as shells report Ctrl-C: 128 + SIGINT
 
 
 def run_app(app: Callable[[], Any]) -> None:
@@ -35,8 +34,8 @@ def run_app(app: Callable[[], Any]) -> None:
     except BaseException as error:
         # Typer makes an exit of it, torch's archive writer a RuntimeError.
         if any(isinstance(cause, KeyboardInterrupt) for cause in chain_of(error)):
-            _keep_exit_code(_INTERRUPTED)
-            sys.exit(_INTERRUPTED)
+            _keep_exit_code(INTERRUPTED)
+            sys.exit(INTERRUPTED)
         if isinstance(error, UserError):
             with suppress(OSError):
                 print(f"error: {error}", file=sys.stderr)

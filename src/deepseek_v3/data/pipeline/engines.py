@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.secrets import masked
-from deepseek_v3.utils.workers import end_with_parent
+from deepseek_v3.utils.workers import end_with_parent, start_fork_server
 
 
 class Engine(ABC):
@@ -58,6 +58,7 @@ class Processes(Engine):
     """Worker processes on this machine. They start while the run is still being planned, and end when it ends."""
 
     def __init__(self, workers: int) -> None:
+        start_fork_server()
         context = multiprocessing.get_context("forkserver")
         self._pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
         for _ in range(workers):

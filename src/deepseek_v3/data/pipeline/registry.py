@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
-from multiprocessing import forkserver
-
 from deepseek_v3.config.preprocessing.pipeline import PreprocessConfig
+from deepseek_v3.utils.workers import start_fork_server
 
 STAGES = {
     "preliminary_cleaning": "deepseek_v3.data.preliminary_cleaning:PreliminaryCleaner",
@@ -30,5 +28,4 @@ def preload(config: PreprocessConfig) -> None:
     modules = [_TASKS, *(STAGES[name].split(":")[0] for name in config.pipeline)]
     if {"deduplication", "exact_deduplication"} & {*config.pipeline}:
         modules.append(_KERNELS)
-    multiprocessing.get_context("forkserver").set_forkserver_preload(modules)
-    forkserver.ensure_running()
+    start_fork_server(modules)

@@ -20,7 +20,7 @@ from deepseek_v3.data.tokens.holdout import HoldOut
 from deepseek_v3.data.tokens.index import CorpusOptions, Split, token_type
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.utils.errors import DataError
-from deepseek_v3.utils.workers import end_with_parent
+from deepseek_v3.utils.workers import end_with_parent, start_fork_server
 
 _ALONE_CHARACTERS = 2**24  # about what is encoded in the time that other processes need to start
 
@@ -93,7 +93,7 @@ def _encoded_by_processes(
     encoder: CorpusEncoder, batches: Iterator[list[str]], workers: int
 ) -> Generator[EncodedBatch]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    start_fork_server([__name__])
     arguments = (encoder.tokenizer.to_json(), encoder.options, encoder.holdout)
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=arguments)
     waiting: deque[Future[EncodedBatch]] = deque()
