@@ -163,8 +163,8 @@ def test_a_run_ends_with_the_first_step_that_reaches_its_budget_and_says_so(fold
         (["training.seed=1"], "training.seed: 0 -> 1"),
         (["training.global_batch_size=8"], "training.global_batch_size: 4 -> 8"),
         (["training.sequence_length=16"], "training.sequence_length: 32 -> 16"),
-        (["training.batch_ramp.initial=2"], "training.batch_ramp.initial: None -> 2"),
-        (["data.mask_documents=true"], "data.mask_documents: False -> True"),
+        (["training.batch_ramp.initial=2"], "training.batch_ramp.initial: null -> 2"),
+        (["data.mask_documents=true"], "data.mask_documents: false -> true"),
     ],
 )
 def test_a_resumed_run_takes_the_samples_it_would_have(folder: Path, changes: list[str], problem: str) -> None:

@@ -64,6 +64,6 @@ def test_all_changes_stand_in_one_line(config: RunConfig, caplog: pytest.LogCapt
 
 def test_a_section_that_is_left_out_is_compared_by_its_fields(config: RunConfig) -> None:
     without = changed(config, "training.batch_ramp", None)
-    with pytest.raises(CheckpointError, match=r"training\.batch_ramp\.initial: 2 -> None.*--allow-changed-data"):
+    with pytest.raises(CheckpointError, match=r"training\.batch_ramp\.initial: 2 -> null.*--allow-changed-data"):
         check_changes(config, without, CHECKPOINT, allow_changed_data=False)
     check_changes(without, without, CHECKPOINT, allow_changed_data=False)

@@ -49,7 +49,7 @@ def test_a_warm_up_as_long_as_the_run(run: Path, caplog: pytest.LogCaptureFixtur
 
 def test_a_tokenizer_far_smaller_than_the_vocabulary(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     known = open_tokens(load_config(run)).index.vocab_size
-    assert warnings_of(run, caplog, f"model.vocab_size={known + 10}") == []
+    assert warnings_of(run, caplog, f"model.vocab_size={known + 127}") == []
     (line,) = warnings_of(run, caplog, "model.vocab_size=560")
     assert f"has {known} ids and model.vocab_size is 560: {560 - known} rows" in line
 

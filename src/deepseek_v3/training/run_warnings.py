@@ -8,9 +8,10 @@ from deepseek_v3.data.tokens.loader import TokenLoader
 from deepseek_v3.data.tokens.shards import TokenShards
 from deepseek_v3.training.schedule import TokenPlan
 from deepseek_v3.utils.logging import get_logger
+from deepseek_v3.utils.printing import value_text
 
 MOST_EPOCHS = 4  # repeated text trains nearly as well as fresh text up to here (Muennighoff et al. 2023, §6)
-LEAST_OF_VOCABULARY = 0.9  # vocabularies are padded by less, to multiples of up to 1024 ids
+LEAST_OF_VOCABULARY, PADDING = 0.9, 128  # what padding a vocabulary to a round number leaves unused is less
 
 
 def warn_of_run(config: RunConfig, plan: TokenPlan, loader: TokenLoader, shards: TokenShards) -> None:
@@ -48,11 +49,12 @@ def _warm_up(config: RunConfig, plan: TokenPlan) -> str | None:
 
 def _vocabulary(config: RunConfig, shards: TokenShards) -> str | None:
     known, rows = shards.index.vocab_size, config.model.vocab_size
-    if known >= LEAST_OF_VOCABULARY * rows:
+    if known >= LEAST_OF_VOCABULARY * rows or rows - known < PADDING:
         return None
     return (
         f"the tokenizer of {shards.directory} has {known:,} ids and model.vocab_size is {rows:,}: {rows - known:,} "
-        "rows of the embedding and of the head are never used; lower model.vocab_size, or use a larger tokenizer"
+        "rows of the embedding and of the head are never used; set model.vocab_size to null, which follows the "
+        "tokenizer, or use a larger tokenizer"
     )
 
 
@@ -60,7 +62,7 @@ def _built_otherwise(corpus: CorpusConfig, shards: TokenShards) -> str | None:
     options = shards.index.options
     asked = {name: getattr(corpus, name) for name in ("source", "holdout", "fim_rate", "seed")}
     different = [
-        f"{name} = {getattr(options, name)} where data.corpus says {value}"
+        f"{name} = {value_text(getattr(options, name))} where data.corpus says {value_text(value)}"
         for name, value in asked.items()
         if value is not None and value != getattr(options, name)
     ]
