@@ -7,7 +7,7 @@ import pytest
 from pydantic import BaseModel
 
 from deepseek_v3.config.loading import load_config
-from deepseek_v3.config.train_config import BatchRampConfig, RunConfig
+from deepseek_v3.config.train_config import BatchRampConfig, RunConfig, SamplesConfig
 from deepseek_v3.training.resume_rules import RULES, Rule, check_changes, fields_of, rule_of
 from deepseek_v3.utils.errors import CheckpointError
 from run_helpers import write_run
@@ -20,8 +20,10 @@ ANOTHER = 12345  # no field of the run has this value
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     config = load_config(write_run(tmp_path_factory.mktemp("run")))
-    ramp = BatchRampConfig(initial=2)
-    return config.model_copy(update={"training": config.training.model_copy(update={"batch_ramp": ramp})})
+    ramp, samples = BatchRampConfig(initial=2), SamplesConfig(prompts=("The",))
+    training = config.training.model_copy(update={"batch_ramp": ramp})
+    logging = config.logging.model_copy(update={"samples": samples})
+    return config.model_copy(update={"training": training, "logging": logging})
 
 
 def changed(section: BaseModel, field: str, value: Any) -> Any:

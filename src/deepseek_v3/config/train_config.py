@@ -226,12 +226,21 @@ class CheckpointConfig(Section):
     keep: PositiveInt = 3
 
 
+class SamplesConfig(Section):
+    """Texts that the model writes every `interval_steps` steps, one for each prompt. For runs of one process."""
+
+    prompts: Annotated[tuple[str, ...], Field(min_length=1)]
+    interval_steps: PositiveInt = 500
+    max_new_tokens: PositiveInt = 60
+
+
 class LoggingConfig(Section):
-    """Where the run writes its resolved config and metrics, and how often it prints."""
+    """Where the run writes its resolved config and metrics, how often it prints, and what it writes as samples."""
 
     directory: AnyPath
     interval_steps: PositiveInt = 10
     tensorboard: bool = True
+    samples: SamplesConfig | None = None
 
 
 class RunConfig(Section):

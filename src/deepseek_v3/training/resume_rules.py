@@ -79,6 +79,9 @@ RULES: dict[str, Rule] = {
     "logging.directory": Rule.FREE,
     "logging.interval_steps": Rule.FREE,
     "logging.tensorboard": Rule.FREE,
+    "logging.samples.prompts": Rule.FREE,
+    "logging.samples.interval_steps": Rule.FREE,
+    "logging.samples.max_new_tokens": Rule.FREE,
 }
 
 

@@ -22,6 +22,7 @@ from deepseek_v3.training.parallel.ranks import arrange
 from deepseek_v3.training.preflight import check_plan, describe_device
 from deepseek_v3.training.reporting import plot_run, write_config
 from deepseek_v3.training.run_folders import held_folders
+from deepseek_v3.training.samples import refuse_samples_of_ranks
 from deepseek_v3.training.trainer import Trainer, TrainingResult
 from deepseek_v3.utils.checkpoints.ranks import checkpoint_group
 from deepseek_v3.utils.commands import run_command, whole_option
@@ -140,6 +141,7 @@ def train_run(
     else:
         announce(world, device)
         config = deepspeed.laid_out(config, world.size)
+    refuse_samples_of_ranks(config, world.size, deepspeed is not None)
     check_plan(config, described, force)
     ranks = arrange(config.parallel, device.type, world.local_size)
     group = None if world.is_alone else checkpoint_group()

@@ -29,6 +29,7 @@ from deepseek_v3.training.reporting import Reporter
 from deepseek_v3.training.run_checkpoints import RunCheckpoints
 from deepseek_v3.training.run_state import restore_run, run_state
 from deepseek_v3.training.run_warnings import warn_of_run
+from deepseek_v3.training.samples import TrainingSamples
 from deepseek_v3.training.schedule import Step, TokenPlan
 from deepseek_v3.training.step_metrics import step_figures
 from deepseek_v3.utils.checkpoints.finite import listed, non_finite
@@ -90,6 +91,10 @@ class Trainer:
         documents = Documents(self.shards, config.data.mask_documents)
         self.engine = engine_for(config, self.ranks, device, documents, deepspeed)
         self._steps_done = 0
+        samples = config.logging.samples
+        self._samples = (
+            TrainingSamples(samples, self.engine.models[0], self.shards.load_tokenizer()) if samples else None
+        )
         self.skipped = SkippedSteps(config.training.max_skipped_steps)
         self._checkpoint: Path | None = None
         self._held_out: HeldOutLoss | None = None
@@ -177,6 +182,8 @@ class Trainer:
         with reporter.clock.paused():
             if measures:
                 self._measure(number, reporter)
+            if self._samples is not None:
+                self._samples.write(number)
             if self._failure is not None and not reports:
                 self._report(step, result, reporter)
             if saves or self._failure is not None:
