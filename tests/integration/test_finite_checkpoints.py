@@ -14,6 +14,7 @@ from torch import Tensor
 
 import parallel_helpers
 from deepseek_v3.config.loading import load_config
+from deepseek_v3.evaluation.perplexity import Comparison
 from deepseek_v3.training.batches import open_tokens
 from deepseek_v3.training.holdout import HeldOutEvaluation, HeldOutLoss
 from deepseek_v3.training.optimizer import local
@@ -144,6 +145,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     assert dsv3("train", "--device", "cpu", "--config", write_run(folder)).exit_code == 0
     return folder
+
+
+def test_quickstart_stops_at_such_a_loss_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HeldOutEvaluation, "measure", lambda *_: HeldOutLoss(math.nan, 256, 400.0, 8))
+    message = message_of(dsv3("quickstart", "--config", write_run(tmp_path), "--runs", tmp_path / "runs"))
+    assert "held-out loss after step 3: nan" in message
+
+
+def test_a_loss_of_any_size_has_a_row() -> None:
+    """Its perplexity may be beyond the largest double."""
+    table = Comparison(HeldOutLoss(1000.0, 256, 400.0, 8), bigram=3.0, unigram=0.0).table()
+    assert [list(column.cells) for column in table.columns] == [
+        ["unigram", "bigram", "trained model"],
+        ["0.0000", "3.0000", "1000.0000"],
+        ["0.0000", "2.7700", "923.3248"],
+        ["1.0", "20.1", "inf"],
+    ]
 
 
 class TestSavedEarlier:

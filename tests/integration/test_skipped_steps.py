@@ -104,6 +104,7 @@ class TestRun:
         assert "step 2: total loss" in caplog.text
         assert "gradient norm inf: skipped on all ranks" in caplog.text
         assert "2 in a row, 2 in all" in caplog.text
+        assert "3 of 6 steps were skipped" in caplog.text
         whole = read_metrics(tmp_path / "run" / "metrics.jsonl")
         steps = [record for record in whole if "loss" in record]
         assert [record["skipped_steps"] for record in steps] == [0, 1, 2, 2, 3, 3]

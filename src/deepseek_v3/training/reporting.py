@@ -146,13 +146,15 @@ class Reporter:
             f"{held_out.bits_per_byte:.4f} bits per byte"
         )
 
-    def report_end(self, step_number: int) -> None:
-        """Logs what the whole run trained on, beside its budget."""
+    def report_end(self, step_number: int, skipped: int) -> None:
+        """Logs what the whole run trained on, beside its budget; warns where steps were `skipped`."""
         tokens = self._plan.tokens_after(step_number)
         _log.info(
             f"Finished: {tokens:,} tokens in {step_number:,} steps, {tokens / self._active:.2f} per active "
             f"parameter;\nthe budget was {self._plan.total_tokens:,}"
         )
+        if skipped:
+            _log.warning(f"{skipped:,} of {step_number:,} steps were skipped, because they were not finite")
 
     def _speed(self, tokens_per_second: float) -> dict[str, float]:
         speed = {"tokens_per_second": tokens_per_second}

@@ -142,7 +142,7 @@ class Trainer:
                 self._after_step(step, result, reporter, stop, stopping)
                 stopping = stopping or self._failure is not None
             if self._steps_done == self.plan.total_steps and self._failure is None:
-                reporter.report_end(self._steps_done)
+                reporter.report_end(self._steps_done, self.skipped.total)
         if stopping:
             together(self._group, self._raise_failure)
         return self._result()
