@@ -1,6 +1,7 @@
 """Operations on many tensors: the kernel that finds them by address against plain torch, tensor by tensor."""
 
 import importlib
+import re
 from typing import Any
 
 import pytest
@@ -63,6 +64,20 @@ def test_rounding_of_moments_is_that_of_torch() -> None:
     ops.adamw_(parameters, gradients, *moments, torch.ones((), device=device), step)
     assert torch.equal(moments[0][0], (gradients[0] / 2).bfloat16())
     assert torch.equal(moments[1][0], (gradients[0].square() / 2).bfloat16())
+
+
+@pytest.mark.gpu
+def test_aligned_tensors_are_moved_four_numbers_at_a_time() -> None:
+    """Where the compiler does not know that sizes are multiples of 4 it moves single numbers, at half the speed."""
+    module = importlib.import_module("deepseek_v3.ops.multi_tensor.triton")
+    whole = torch.zeros(1, dtype=torch.int64, device="cuda")
+    tables, one = (whole, whole.int(), whole, whole), whole.float()
+    rest = (1, module._TYPES[torch.float32], True, module._BLOCK)
+    update = module._adamw_kernel.warmup(*tables, one, one, one, *[0.5] * 6, *rest, grid=(1,), num_warps=8)
+    squares = module._squares_kernel.warmup(*tables, one, one, True, module._BLOCK, grid=(1,), num_warps=8)
+    for kernel in (update, squares):
+        assert re.search(r"ld\.global\S*\.v4", kernel.asm["ptx"])
+    assert re.search(r"st\.global\S*\.v4", update.asm["ptx"])
 
 
 def test_nothing_outside_the_tensors_is_touched(kernels: tuple[Any, torch.device]) -> None:

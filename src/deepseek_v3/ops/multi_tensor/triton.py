@@ -111,9 +111,10 @@ def _begin(table, tensor, type: tl.constexpr, aligned: tl.constexpr):
 
 
 @triton.jit
-def _places(first_of, size, aligned: tl.constexpr, BLOCK: tl.constexpr):
-    """This block's places in its tensor of this size, and which of them there are."""
+def _places(first_of, size_at, aligned: tl.constexpr, BLOCK: tl.constexpr):
+    """This block's places in its tensor, and which of them there are."""
     first = tl.multiple_of(tl.load(first_of + tl.program_id(0)), BLOCK)
+    size = tl.load(size_at)  # here: the compiler forgets that an argument is a multiple of 4
     if aligned:
         size = tl.multiple_of(size, 4)
     place = first + tl.arange(0, BLOCK)
@@ -140,11 +141,11 @@ def _adamw_kernel(
     aligned: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    tensor = tl.load(tensor_of + tl.program_id(0))
     scale, size, correction = tl.load(scale_at), tl.load(size_at), tl.load(correction_at)
-    # A scale that is NaN leaves everything as it is.
-    numbers = tl.where(scale == scale, tl.load(size_of + tensor), 0)
-    place, inside = _places(first_of, numbers, aligned, BLOCK)
+    if scale != scale:  # NaN: everything stays as it is
+        return
+    tensor = tl.load(tensor_of + tl.program_id(0))
+    place, inside = _places(first_of, size_of + tensor, aligned, BLOCK)
     parameter_at = _begin(table, tensor, tl.float32, aligned) + place
     gradient_at = _begin(table + count, tensor, tl.float32, aligned) + place
     mean_at = _begin(table + 2 * count, tensor, moment, aligned) + place
@@ -171,6 +172,6 @@ def _squares_kernel(
     BLOCK: tl.constexpr,
 ):
     tensor = tl.load(tensor_of + tl.program_id(0))
-    place, inside = _places(first_of, tl.load(size_of + tensor), aligned, BLOCK)
+    place, inside = _places(first_of, size_of + tensor, aligned, BLOCK)
     values = tl.load(_begin(table, tensor, tl.float32, aligned) + place, mask=inside, other=0.0)
     tl.store(sums + tl.program_id(0), tl.sum(values * values) * tl.load(weight_of + tensor))
