@@ -161,7 +161,8 @@ class TrainingConfig(Section):
 
 
 # One forward, one backward (Narayanan et al. 2019), and schedules that leave fewer gaps because each rank has two
-# stages: interleaved (Narayanan et al. 2021), zero bubble (Qi et al. 2023), and the report's DualPipe, cut in half.
+# stages: interleaved (Narayanan et al. 2021), zero bubble (Qi et al. 2023), and the order of steps of the report's
+# DualPipe, cut in half; torch does not overlap its computation with the exchange.
 PipelineSchedule = Literal["1f1b", "interleaved", "zero_bubble", "dualpipe_v"]
 
 
