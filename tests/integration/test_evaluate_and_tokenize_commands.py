@@ -1,11 +1,13 @@
 """`dsv3 tokenize`, `dsv3 eval` and `dsv3 quickstart` on a small corpus, and what they refuse."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import yaml
 
+from deepseek_v3.config.loading import load_config
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.tokens.shards import TokenShards
 from deepseek_v3.training.interruption import StopRequest
@@ -179,3 +181,40 @@ def test_the_quickstart_needs_no_checkout(tmp_path: Path, monkeypatch: pytest.Mo
 def _refuse(config: RunConfig) -> None:
     places = f"tokens in {config.data.path}, run in {config.logging.directory}"
     raise DataError(f"{places}, {config.model.vocab_size} ids")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], "dsv3 train --config tiny --set data.corpus=null"),
+        (
+            ["--sequence-length", 128],
+            "dsv3 train --config tiny --set data.corpus=null --set training.sequence_length=128",
+        ),
+        (
+            ["--sequence-length", 1024],
+            "dsv3 train --config 1b --set training.sequence_length=1024 --set model.vocab_size=null",
+        ),
+    ],
+)
+def test_tokenize_names_a_command_that_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[object], expected: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = dsv3("tokenize", "--input", write_corpus(tmp_path / "my text"), "--vocab-size", 300, *options)
+    assert result.exit_code == 0, result.output
+    assert result.output.endswith(f"Next:\n  dsv3 train --config {expected}\n")
+    size, *words = shlex.split(expected)
+    assert load_config(size, words[1::2]).model.vocab_size == 384
+
+
+def test_tokens_elsewhere_get_folders_of_their_own(tmp_path: Path) -> None:
+    output = tmp_path / "my tokens"
+    result = dsv3("tokenize", "--input", write_corpus(tmp_path / "text"), "--vocab-size", 300, "--output", output)
+    words = shlex.split(result.output.splitlines()[-1])
+    fast = ["training.total_tokens=512", "training.global_batch_size=2", "parallel.micro_batch_size=2"]
+    fast += [f"{name}.directory={tmp_path / name}" for name in ("checkpoint", "logging")]
+    assert f"data.path={output}" in words
+    assert "checkpoint.directory=checkpoints/my tokens" in words
+    trained = dsv3(*words[1:], "--device", "cpu", *(word for change in fast for word in ("--set", change)))
+    assert trained.exit_code == 0, trained.output

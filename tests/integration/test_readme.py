@@ -58,7 +58,7 @@ def test_the_commands_of_the_readme_run_as_they_stand(tmp_path: Path, monkeypatc
     model = load_model(Path("checkpoints"), select_device("cpu")).config.model
     assert tokenizer <= model.vocab_size < tokenizer + 128
     assert "  dsv3 tokenize --input data/clean/data --vocab-size 32768 --output data/tokens\n" in said["preprocess"]
-    assert "  dsv3 train --config tiny\n" in said["tokenize"]
+    assert "  dsv3 train --config tiny --set data.corpus=null\n" in said["tokenize"]
     assert "  dsv3 eval --checkpoint checkpoints/checkpoint_step_2.pt --device cpu\n" in said["train"]
 
 

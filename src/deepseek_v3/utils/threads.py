@@ -24,11 +24,11 @@ def usable_cores() -> int:
 
 
 def describe_threads(threads: int, cores: int, load: float) -> str:
-    """One line: the number of threads, how to choose another, and what other work on the machine suggests.
+    """For the log: the number of threads, how to choose another, and what other work on the machine suggests.
 
     `load` is the load average of the last minute before this process began to compute.
     """
     line = f"Threads: {threads} on {cores} cores; OMP_NUM_THREADS sets another number"
     if threads > 1 and load > cores - threads + 0.5:
-        line += f". The load is {load:.1f}: OMP_NUM_THREADS=1 may be faster"
+        line += f".\nThe load is {load:.1f}: OMP_NUM_THREADS=1 may be faster"
     return line

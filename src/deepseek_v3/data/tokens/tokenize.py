@@ -14,6 +14,7 @@ from deepseek_v3.utils.commands import number_option, whole_option
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.logging import configure_logging, get_logger
 from deepseek_v3.utils.next_command import say_next, set_options
+from deepseek_v3.utils.printing import counted
 
 
 def tokenize(
@@ -89,9 +90,9 @@ def tokenize(
         workers=workers,
     )
     get_logger("Data").info(
-        f"{summary.output}: {summary.train.tokens:,} training tokens in {summary.train.documents:,} documents, "
-        f"{summary.holdout.tokens:,} held-out tokens in {summary.holdout.documents:,}, "
-        f"vocabulary {summary.vocab_size:,}"
+        f"{summary.output}: {summary.train.tokens:,} training tokens in "
+        f"{counted(summary.train.documents, 'document')},\n{summary.holdout.tokens:,} held-out tokens in "
+        f"{summary.holdout.documents:,}, vocabulary {summary.vocab_size:,}"
     )
     say_next(_training(output, sequence_length))
 
@@ -103,6 +104,8 @@ def _training(tokens: Path, sequence_length: int) -> list[str]:
     if tokens != DEFAULT_TOKENS:
         overrides = [f"data.path={tokens}", f"checkpoint.directory=checkpoints/{tokens.name}"]
         overrides += [f"logging.directory=runs/{tokens.name}"]
+    if size == "tiny":
+        overrides.append("data.corpus=null")  # else its own corpus is expected
     if load_config(size).training.sequence_length != sequence_length:
         overrides.append(f"training.sequence_length={sequence_length}")
     if size != "tiny":
