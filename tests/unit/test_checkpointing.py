@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import logging
@@ -21,7 +22,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepseek_v3.utils.checkpointing import CheckpointDirectory, load_checkpoint, save_checkpoint
+from deepseek_v3.utils.checkpointing import CheckpointDirectory, is_checkpoint, load_checkpoint, save_checkpoint
+from deepseek_v3.utils.checkpoints.contents import open_checkpoint
 from deepseek_v3.utils.errors import CheckpointError
 from job_helpers import HANGS
 
@@ -158,6 +160,39 @@ def test_damage_without_a_checksum_is_still_a_checkpoint_error(good_bytes: bytes
 def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
     assert_refused(tmp_path / "checkpoint_step_1.pt", match="no such file")
     assert_refused(tmp_path, match=r"index\.json: there is no such file")
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_a_path_that_cannot_be_looked_at_is_named(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, looked = tmp_path / "checkpoint_step_1", Path.stat
+
+    def refuse(other: Path, **options: Any) -> Any:
+        if other == path:
+            raise OSError(number, os.strerror(number))
+        return looked(other, **options)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    for ask in (load_checkpoint, is_checkpoint, open_checkpoint):
+        with pytest.raises(CheckpointError, match=f"cannot be read: {os.strerror(number)}; expected"):
+            ask(path)
+
+
+def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
+    assert_refused(tmp_path / ("a" * 300), match="cannot be read: File name too long")
+
+
+def test_links_that_lead_nowhere_are_no_checkpoints(tmp_path: Path) -> None:
+    for name in ("checkpoint_step_1", "checkpoint_step_2.pt"):
+        (tmp_path / name).symlink_to(tmp_path / "gone")
+    (tmp_path / "checkpoint_step_3").symlink_to(tmp_path / "checkpoint_step_3")
+    checkpoints = CheckpointDirectory(tmp_path, keep=1)
+    assert checkpoints.steps() == []
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        checkpoints.latest()
+    assert_refused(tmp_path / "checkpoint_step_1", match="there is no such file")
+    assert_refused(tmp_path / "checkpoint_step_3", match="Too many levels of symbolic links")
 
 
 def test_an_archive_without_a_checksum_is_refused(tmp_path: Path) -> None:

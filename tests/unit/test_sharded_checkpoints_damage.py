@@ -17,12 +17,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from deepseek_v3.utils.checkpointing import CheckpointDirectory, is_checkpoint, load_checkpoint, save_checkpoint
-from deepseek_v3.utils.checkpoints import folders
+from deepseek_v3.utils.checkpoints import contents, folders
 from deepseek_v3.utils.checkpoints.loading import load_sharded
 from deepseek_v3.utils.checkpoints.saving import ShardedWriter
+from deepseek_v3.utils.checkpoints.tensor_file import map_bytes
 from deepseek_v3.utils.errors import CheckpointError
+from deepseek_v3.utils.files import sha256_of_file
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -117,6 +120,25 @@ def test_a_file_that_cannot_be_read_is_named(folder: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(Path, "open", refuse)
     assert_refused(folder, rf"{TENSORS}: cannot be read: Permission denied; expected")
+
+
+def test_a_folder_that_is_deleted_while_it_is_read_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def delete(path: Path) -> str:
+        shutil.rmtree(path.parent)
+        return sha256_of_file(path)
+
+    monkeypatch.setattr(contents, "sha256_of_file", delete)
+    with pytest.raises(CheckpointError, match=rf"{TENSORS}: there is no such file"):
+        load_checkpoint(folder)
+
+
+def test_a_file_that_goes_before_it_is_mapped_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def delete(path: Path, num_bytes: int) -> Tensor:
+        path.unlink()
+        return map_bytes(path, num_bytes)
+
+    monkeypatch.setattr(contents, "map_bytes", delete)
+    assert_refused(folder, rf"{TENSORS}: (cannot be mapped into memory|there is no such file)")
 
 
 def test_a_folder_in_a_files_place_is_named(folder: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from deepseek_v3.utils.checkpoints.contents import FolderContents
+from deepseek_v3.utils.checkpoints.failures import is_folder, unreadable
 from deepseek_v3.utils.checkpoints.folders import remove_folder
 from deepseek_v3.utils.checkpoints.index import INDEX_FILE
 from deepseek_v3.utils.checkpoints.nesting import joined
@@ -38,7 +39,7 @@ def load_checkpoint(path: Path, *, verify: bool = True, map_location: str | torc
     Nothing is modified and no code is run. Raises CheckpointError where it is missing, damaged, or no checkpoint.
     `verify=False` skips the checksums, for one that has just been verified; damage may then go unnoticed.
     """
-    if not path.is_dir():
+    if not is_folder(path):
         return load_file(path, verify=verify, map_location=map_location)
     contents = FolderContents(path)
     if verify:
@@ -48,8 +49,16 @@ def load_checkpoint(path: Path, *, verify: bool = True, map_location: str | torc
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether `path` stands for one checkpoint, under whatever name, and not for a folder of several."""
-    return not path.is_dir() or _NAME.fullmatch(path.name) is not None or (path / INDEX_FILE).exists()
+    """Whether `path` stands for one checkpoint, under whatever name, and not for a folder of several.
+
+    Raises CheckpointError where that cannot be told, such as for want of permission.
+    """
+    if not is_folder(path) or _NAME.fullmatch(path.name) is not None:
+        return True
+    try:
+        return (path / INDEX_FILE).exists()
+    except OSError as error:
+        raise unreadable(path, error) from None
 
 
 @dataclass(frozen=True)

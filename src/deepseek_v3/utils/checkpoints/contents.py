@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from deepseek_v3.utils.checkpoints.expectations import TensorInfo, infos
-from deepseek_v3.utils.checkpoints.failures import REPAIR, damaged, listed, require_regular_file, unreadable
+from deepseek_v3.utils.checkpoints.failures import (
+    REPAIR,
+    damaged,
+    is_folder,
+    listed,
+    require_regular_file,
+    unreadable,
+)
 from deepseek_v3.utils.checkpoints.index import INDEX_FILE, Index
 from deepseek_v3.utils.checkpoints.nesting import split
 from deepseek_v3.utils.checkpoints.single_file import load_file, verify_file
@@ -65,7 +72,7 @@ def open_checkpoint(path: Path) -> Contents:
 
     Raises CheckpointError where it is missing, or so damaged that it cannot even be listed.
     """
-    return FolderContents(path) if path.is_dir() else FileContents(path)
+    return FolderContents(path) if is_folder(path) else FileContents(path)
 
 
 class FolderContents(Contents):
@@ -85,11 +92,14 @@ class FolderContents(Contents):
         self._mapped: dict[str, Tensor] = {}
 
     def verify_file(self, name: str) -> None:
-        path = self._path_of_size(name)
-        found, expected = sha256_of_file(path), self._files[name].sha256
-        if found != expected:
-            raise damaged(path, found, expected)
-        self._compare_header(path)
+        path, expected = self._path_of_size(name), self._files[name].sha256
+        try:
+            found = sha256_of_file(path)
+            if found != expected:
+                raise damaged(path, found, expected)
+            self._compare_header(path)
+        except OSError as error:  # of a disk that fails, or a folder that is deleted meanwhile
+            raise unreadable(path, error) from None
 
     def _compare_header(self, path: Path) -> None:
         """Raises CheckpointError unless a file says of each of its tensors what the index says."""

@@ -55,6 +55,16 @@ def require_regular_file(path: Path) -> int:
     return found.st_size
 
 
+def is_folder(path: Path) -> bool:
+    """Whether a folder lies at `path`. Raises CheckpointError where that cannot be told."""
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise unreadable(path, error) from None
+
+
 def listed(problems: Sequence[str]) -> str:
     """All problems as one line, the first few in words."""
     more = len(problems) - _MOST_LISTED

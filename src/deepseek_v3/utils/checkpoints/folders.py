@@ -50,6 +50,8 @@ def remove_leftovers(directory: Path) -> None:
     """
     left = [(entry, match) for entry in directory.iterdir() if (match := _HIDDEN.fullmatch(entry.name))]
     for entry, match in left:
+        if entry.is_dir() != bool(match["state"]):
+            continue  # a file under the name of a folder, or the other way round, is none of ours
         if match["state"] == "replaced" and not (folder := directory / match["name"]).exists():
             entry.rename(folder)
             sync_directory(directory)
