@@ -131,6 +131,25 @@ def test_the_error_of_a_save_is_raised_by_what_comes_next(tmp_path: Path, monkey
     assert names(tmp_path) == ["checkpoint_step_2"]
 
 
+@pytest.mark.parametrize("error", [RuntimeError("connection closed by peer"), OSError(28, "No space")])
+def test_who_only_waits_for_a_save_hears_no_error(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the watchdog, before it ends the process."""
+
+    def fail(path: Path, tensors: dict[str, Tensor]) -> None:
+        raise error
+
+    monkeypatch.setattr(folder_writer, "write_tensor_file", fail)
+    writer = ShardedWriter(CheckpointDirectory(tmp_path, keep=1), None)
+    writer.finish()
+    pending = writer.save(1, state(1))
+    writer.finish()
+    assert pending.finished()
+    with pytest.raises((RuntimeError, CheckpointError)):
+        writer.wait()
+
+
 def test_the_error_that_ends_a_run_is_told_before_that_of_its_last_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -11,8 +11,7 @@ thread, and tells every rank of the error of any.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future
-from contextlib import suppress
+from concurrent.futures import Future, wait
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -43,6 +42,10 @@ class PendingSave:
     def finished(self) -> bool:
         """Whether this rank has nothing left to do: the checkpoint is complete, or has failed."""
         return self._future.done()
+
+    def finish(self) -> None:
+        """Waits until it is complete or has failed, and raises nothing."""
+        wait([self._future])
 
     def wait(self) -> Path:
         """Waits until the checkpoint is complete. Raises the CheckpointError of any rank on all ranks."""
@@ -131,8 +134,7 @@ class ShardedWriter:
         """Waits until what is being written is complete or has failed; for another thread than that which saves."""
         pending = self._pending
         if pending is not None:
-            with suppress(CheckpointError):
-                pending.wait()
+            pending.finish()
 
     def wait(self) -> None:
         """Waits until the last save is complete. Raises its CheckpointError on all ranks."""
