@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.data.tokens.loader import TokenLoader
 from deepseek_v3.training.batches import open_tokens
 from deepseek_v3.training.run_warnings import warn_of_run
 from deepseek_v3.training.schedule import TokenPlan
+from deepseek_v3.training.trainer import Trainer
 from run_helpers import SEQUENCE_LENGTH, write_run
 
 
@@ -57,3 +59,8 @@ def test_a_tokenizer_far_smaller_than_the_vocabulary(run: Path, caplog: pytest.L
 def test_shards_that_were_built_otherwise(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     (line,) = warnings_of(run, caplog, "data.corpus.fim_rate=0.5", "data.corpus.seed=3")
     assert "is used as it was built, with fim_rate = 0.0 where data.corpus says 0.5; seed = 0 where data" in line
+
+
+def test_a_trainer_says_it_once_at_its_start(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Trainer(load_config(run, ["training.schedule.warmup_steps=12"]), torch.device("cpu"))
+    assert sum("warmup_steps = 12 leaves nothing" in line for line in caplog.messages) == 1
