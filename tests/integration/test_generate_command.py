@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -179,6 +180,22 @@ def test_a_file_that_holds_no_prompts_is_refused(checkpoint, tmp_path, name, con
 
 def test_a_missing_file_of_prompts_is_refused(checkpoint, tmp_path):
     assert "cannot be read: No such file" in refusal(checkpoint, "--prompts-file", tmp_path / "p.txt")
+
+
+def test_what_is_no_file_of_prompts_is_refused_at_once(checkpoint, tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "empty").touch()
+    (tmp_path / "long").write_bytes(b"a" * 101)
+    monkeypatch.setattr(command, "_LONGEST_PROMPTS", 100)
+    for file, reason in {
+        "/dev/zero": "is a device, expected a file of prompts",
+        str(tmp_path): "is a folder, expected a file of prompts",
+        str(tmp_path / "pipe"): "is a pipe, expected a file of prompts",
+        str(tmp_path / "long"): "has more than 100 bytes, expected a file of prompts",
+        str(tmp_path / "empty"): "holds no prompts",
+        f"{tmp_path}/{'a' * 300}": "cannot be read: File name too long",
+    }.items():
+        assert reason in refusal(checkpoint, "--prompts-file", file), file
 
 
 def test_an_output_that_exists_is_left_as_it_is(checkpoint, tmp_path):

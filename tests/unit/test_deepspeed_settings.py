@@ -123,7 +123,7 @@ def test_what_is_switched_off_needs_no_removal(tmp_path: Path) -> None:
 def test_a_missing_or_unreadable_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.json: there is no such file"):
         DeepSpeedFile(tmp_path / "nowhere.json")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="is a folder, expected a configuration"):
         DeepSpeedFile(tmp_path)
     (tmp_path / "bytes.json").write_bytes(b"\xff")
     with pytest.raises(ConfigError, match=r"bytes\.json:1: is not UTF-8"):

@@ -197,7 +197,7 @@ def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for place, kind in ((tmp_path, "folder"), (tmp_path / "pipe", "pipe"), (Path("/dev/zero"), "device")):
         for read, _ in KINDS.values():
-            with pytest.raises(ConfigError, match=f"^{place}: is a {kind}, expected a file"):
+            with pytest.raises(ConfigError, match=f"^{place}: is a {kind}, expected a configuration"):
                 read(place)
     for place in (Path("a\0b"), Path("x" * 5000)):
         for words in (["validate", "--config"], ["config", "show"], ["plan", "--hardware"]):

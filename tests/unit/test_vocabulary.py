@@ -1,107 +1,140 @@
-"""A vocabulary that a config leaves open follows the tokenizer; one that is given is kept and checked."""
+"""Tokenizers that would drop text, or whose ids no model has room for, are refused with the reason."""
 
 import json
-import logging
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from tokenizers import Tokenizer as HuggingFaceTokenizer
+from tokenizers import decoders, models, normalizers
 
-from deepseek_v3.config.loading import load_config
-from deepseek_v3.planning.counts import count_parameters
-from run_helpers import dsv3, message_of, run_fields, write_corpus, write_run
+from deepseek_v3.data.tokens.tokenizer import Tokenizer
+from deepseek_v3.utils.errors import DataError
 
-
-def write(folder: Path, vocab_size: Any, corpus: int | str | None, tokenizer: int | None) -> Path:
-    """A run's YAML file, and the index of its tokens where there are any; "absent" leaves the field out."""
-    fields = run_fields(folder)
-    fields["model"]["vocab_size"] = vocab_size
-    if vocab_size == "absent":
-        del fields["model"]["vocab_size"]
-    fields["data"]["corpus"] = {"source": "text", "vocab_size": corpus} if corpus else None
-    if tokenizer:
-        (folder / "tokens").mkdir()
-        (folder / "tokens" / "index.json").write_text(json.dumps({"vocab_size": tokenizer}))
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(fields))
-    return path
+Fields = dict[str, Any]
 
 
-@pytest.mark.parametrize("given", [None, "absent"])
+def trained() -> Fields:
+    return json.loads(Tokenizer.train([], 260).to_json())
+
+
+def without(*tokens: str) -> Callable[[Fields], None]:
+    def damage(fields: Fields) -> None:
+        for token in tokens:
+            del fields["model"]["vocab"][token]
+
+    return damage
+
+
+def with_id(id_: int) -> Callable[[Fields], None]:
+    return lambda fields: fields["model"]["vocab"].update(zz=id_)
+
+
+def added_with_id(id_: int) -> Callable[[Fields], None]:
+    return lambda fields: fields["added_tokens"][-1].update(id=id_)
+
+
+def with_model(**model: Any) -> Callable[[Fields], None]:
+    return lambda fields: fields.update(model=model)
+
+
+def with_options(**options: Any) -> Callable[[Fields], None]:
+    return lambda fields: fields["model"].update(options)
+
+
+def without_bytes(fields: Fields) -> None:
+    fields.update(pre_tokenizer=None, decoder=None)
+
+
+REFUSED: dict[str, tuple[Callable[[Fields], None], str]] = {
+    "an id of 2^31": (
+        with_id(2**31),
+        "'zz' has id 2,147,483,648 among 261 tokens, expected ids below 66,058",
+    ),
+    "an id of 2^32 - 1": (with_id(2**32 - 1), "has id 4,294,967,295"),
+    "an id of 2^32": (with_id(2**32), "has id 4,294,967,296"),
+    "an id of 10^8": (with_id(10**8), "has id 100,000,000"),
+    "an added token of id 2^31": (added_with_id(2**31), "token '<|fim_end|>' has id 2,147,483,648"),
+    "two tokens of one id": (with_id(10), "id 10 stands for two tokens, "),
+    "one byte missing": (without("z"), "its vocabulary lacks 1 of the 256 bytes, .*: 0x7A \\('z'\\)"),
+    "bytes missing": (without(*"abcdefgh"), "lacks 8 of the 256 bytes, .*: 0x61 .*, 0x65 \\('e'\\), …;"),
+    "a byte inside characters missing": (without("\u0123"), "lacks 1 of the 256 bytes, .*: 0x81"),
+    "not of bytes": (without_bytes, "its BPE is not of bytes and names no unk_token"),
+    "unknown token missing": (with_options(unk_token="<unk>"), "its unk_token '<unk>' is not in its vocabulary"),
+    "Unigram": (with_model(type="Unigram", unk_id=None, vocab=[["a", -1.0]]), "is Unigram and names no unk_id"),
+    "WordPiece": (
+        with_model(
+            type="WordPiece",
+            vocab={"a": 0},
+            unk_token="[UNK]",
+            continuing_subword_prefix="##",
+            max_input_chars_per_word=9,
+        ),
+        "its unk_token '\\[UNK\\]' is not in its vocabulary",
+    ),
+    "WordLevel": (
+        with_model(type="WordLevel", vocab={"a": 0, "<unk>": 1, "b": 2**31}, unk_token="<unk>"),
+        "token 'b' has id 2,147,483,648",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_tokenizer_that_would_lose_text_is_refused(name: str) -> None:
+    damage, message = REFUSED[name]
+    fields = trained()
+    damage(fields)
+    with pytest.raises(DataError, match=rf"^tokenizer\.json: .*{message}"):
+        Tokenizer.from_json(json.dumps(fields))
+
+
+def test_bytes_that_stand_in_no_text_may_be_missing() -> None:
+    fields = trained()
+    for sign in "ÀÁõö÷øùúûüýþÿ":  # 0xC0, 0xC1 and from 0xF5 on, which such vocabularies spell like Latin-1
+        del fields["model"]["vocab"][sign]
+    tokenizer = Tokenizer.from_json(json.dumps(fields))
+    text = "".join(map(chr, [*range(1, 0x300), 0x4E00, 0xFFFF, 0x10000, 0x10FFFF]))
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_gaps_between_ids_are_taken() -> None:
+    fields = trained()
+    with_id(5000)(fields)
+    assert Tokenizer.from_json(json.dumps(fields)).vocab_size == 5001
+
+
+@pytest.mark.parametrize("lacking", [[], ["<0x41>", "<0x9F>"]])
+def test_byte_fallback_needs_every_byte(lacking: list[str]) -> None:
+    tokens = ["</s>", "\u2581", "a", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary = {token: id_ for id_, token in enumerate(t for t in tokens if t not in lacking)}
+    theirs = HuggingFaceTokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+    theirs.normalizer = normalizers.Replace(" ", "\u2581")
+    theirs.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    theirs.add_special_tokens(["</s>"])
+    if lacking:
+        with pytest.raises(DataError, match=r"lacks 2 of the 256 bytes, .*: 0x41 \('<0x41>'\), 0x9F"):
+            Tokenizer.from_json(theirs.to_str())
+    else:
+        tokenizer = Tokenizer.from_json(theirs.to_str())
+        assert tokenizer.decode(tokenizer.encode("añ😀")) == "añ😀"
+
+
+def test_a_path_that_no_file_can_have_is_named() -> None:
+    with pytest.raises(DataError, match=r"^.a.*b.: cannot be read: its name holds a NUL character; expected"):
+        Tokenizer.load("a\0b")
+
+
 @pytest.mark.parametrize(
-    ("corpus", "tokenizer", "expected"),
+    ("make", "reason"),
     [
-        (None, 32_768, 32_768),
-        (None, 32_769, 32_896),
-        (None, 300, 384),
-        (4096, None, 4096),
-        ("4k", None, 4096),
-        (4000, 3100, 4096),  # a corpus too small for its vocabulary: the model is the one of the first start
-        (512, 32_000, 32_000),
-        (None, None, 129_280),
+        (Path.mkdir, "tokenizer\\.json: is a folder, expected a tokenizer"),
+        (os.mkfifo, "tokenizer\\.json: is a pipe, expected a tokenizer"),
+        (lambda path: path.symlink_to("/dev/zero"), "tokenizer\\.json: is a device, expected a tokenizer"),
     ],
 )
-def test_an_open_vocabulary_follows_the_tokenizer(tmp_path, given, corpus, tokenizer, expected):
-    config = load_config(write(tmp_path, given, corpus, tokenizer))
-    assert config.model.vocab_size == expected
-    assert count_parameters(config.model).embedding == expected * config.model.hidden_size
-
-
-def test_a_vocabulary_that_is_given_is_kept(tmp_path):
-    assert load_config(write(tmp_path, 500, 300, 400)).model.vocab_size == 500
-    path = write(tmp_path, None, 300, None)
-    assert load_config(path, ["model.vocab_size=1000"]).model.vocab_size == 1000
-
-
-def test_overrides_open_it_and_name_other_tokens(tmp_path):
-    path = write(tmp_path, 500, None, None)
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "index.json").write_text('{"vocab_size": 700}')
-    assert load_config(path, ["model.vocab_size=null", f"data.path={other}"]).model.vocab_size == 768
-
-
-@pytest.mark.parametrize("index", ["", "{", "[]", '{"vocab_size": "many"}', '{"vocab_size": -1}', "\x00"])
-def test_an_index_that_says_nothing_is_passed_over(tmp_path, index):
-    path = write(tmp_path, None, 300, 400)
-    (tmp_path / "tokens" / "index.json").write_text(index)
-    assert load_config(path).model.vocab_size == 384
-
-
-def test_one_line_of_the_log_says_what_it_became(tmp_path, caplog):
-    path = write(tmp_path, None, None, 1000)
-    with caplog.at_level(logging.INFO, "deepseek_v3"):
-        load_config(path)
-        assert not caplog.messages
-        load_config(path, log=True)
-    expected = (
-        f"Vocabulary: 1,024 ids, for the 1,000 of the tokenizer of {tmp_path / 'tokens'}, in multiples of 128"
-    )
-    assert caplog.messages == [expected]
-
-
-def test_training_plans_and_resumes_with_it(tmp_path):
-    path = write_run(tmp_path, steps=2)
-    fields = yaml.safe_load(path.read_text())
-    del fields["model"]["vocab_size"]
-    fields["data"]["corpus"]["vocab_size"] = 2000  # more than the text has pairs for
-    path.write_text(yaml.safe_dump(fields))
-    first = dsv3("train", "--device", "cpu", "--config", path)
-    assert first.exit_code == 0, first.output
-    assert "Vocabulary: 2,048 ids" in first.output
-    total = ["--set", "training.total_tokens=512", "--resume", "latest"]
-    again = dsv3("train", "--device", "cpu", "--config", path, *total)
-    assert again.exit_code == 0, again.output
-    found = json.loads(dsv3("config", "counts", path, "--json").output)
-    assert found["parameters"]["embedding"] == 2048 * 32
-    assert dsv3("plan", "--gpus", 1, "--config", path).exit_code == 0
-
-
-def test_a_vocabulary_too_small_for_the_tokens_is_still_refused(tmp_path):
-    write_corpus(tmp_path / "text")
-    words = ["--input", tmp_path / "text", "--vocab-size", 340, "--output", tmp_path / "tokens"]
-    assert dsv3("tokenize", *words).exit_code == 0
-    path = write(tmp_path, 270, None, None)
-    message = message_of(dsv3("train", "--device", "cpu", "--config", path))
-    assert "model.vocab_size = 270 has room for fewer; raise it, set it to null, which follows" in message
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path, make: Callable[[Path], None], reason: str) -> None:
+    make(tmp_path / "tokenizer.json")
+    with pytest.raises(DataError, match=reason):
+        Tokenizer.load(tmp_path)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import codecs
 import json
 import math
-import os
-import stat
 from pathlib import Path
 from typing import Any
 
 from deepseek_v3.utils.errors import ConfigError
+from deepseek_v3.utils.files import read_file
 from deepseek_v3.utils.numbers import LONGEST_NUMBER
 from deepseek_v3.utils.printing import value_text
 
@@ -73,26 +72,9 @@ def shown_path(path: Path) -> str:
 
 def _read(path: Path) -> bytes:
     try:
-        # Without O_NONBLOCK a pipe that nobody writes to would be waited for.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        mode = os.fstat(descriptor).st_mode
-        if not stat.S_ISREG(mode):
-            os.close(descriptor)
-            raise ConfigError(f"{shown_path(path)}: is a {_kind(mode)}, expected a file")
-        with open(descriptor, "rb") as file:  # noqa: PTH123 -- of a descriptor
-            data = file.read(LONGEST_FILE + 1)
-    except OSError as error:
-        raise ConfigError(f"{shown_path(path)}: cannot be read: {error.strerror or error}") from None
-    except ValueError as error:  # a NUL in the path
-        raise ConfigError(f"{shown_path(path)}: cannot be read: {error}") from None
-    if len(data) > LONGEST_FILE:
-        raise ConfigError(f"{shown_path(path)}: has more than {LONGEST_FILE:,} bytes, expected a configuration")
-    return data
-
-
-def _kind(mode: int) -> str:
-    kinds = {"folder": stat.S_ISDIR, "pipe": stat.S_ISFIFO, "socket": stat.S_ISSOCK}
-    return next((name for name, matches in kinds.items() if matches(mode)), "device")
+        return read_file(path, LONGEST_FILE, "a configuration")
+    except ValueError as error:
+        raise ConfigError(f"{shown_path(path)}: {error}") from None
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

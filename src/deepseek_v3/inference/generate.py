@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from deepseek_v3.config.text_files import shown_path
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.inference.engine import Completion, Generator
@@ -21,9 +22,11 @@ from deepseek_v3.model.saved import load_model
 from deepseek_v3.utils.commands import number_option, whole_option
 from deepseek_v3.utils.distributed import select_device
 from deepseek_v3.utils.errors import GenerationError
-from deepseek_v3.utils.files import written_atomically
+from deepseek_v3.utils.files import read_file, written_atomically
 from deepseek_v3.utils.logging import configure_logging, get_logger
 from deepseek_v3.utils.next_command import say_next
+
+_LONGEST_PROMPTS = 2**26  # bytes of a file of prompts: all are held in memory
 
 
 def generate(
@@ -110,11 +113,12 @@ def _prompts(prompt: str | None, file: Path | None) -> list[str]:
 def _read_prompts(file: Path) -> list[str]:
     """The prompts of a file, one per line that is not blank."""
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise GenerationError(f"{file}: cannot be read: {error.strerror}; expected a file of prompts") from None
+        text = read_file(file, _LONGEST_PROMPTS, "a file of prompts").decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise GenerationError(f"{file}: is not UTF-8 at byte {error.start}; convert it to UTF-8") from None
+    except ValueError as error:
+        raise GenerationError(f"{shown_path(file)}: {error}") from None
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     filled = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not filled:
         raise GenerationError(f"{file}: holds no prompts; expected one per line")

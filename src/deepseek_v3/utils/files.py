@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain, count
@@ -16,6 +17,39 @@ def unused_path(path: Path) -> Path:
     """`path`, or the first of `path-2`, `path-3`, … that does not exist yet."""
     later = (path.with_name(f"{path.name}-{number}") for number in count(2))
     return next(found for found in chain([path], later) if not found.exists() and not found.is_symlink())
+
+
+def read_file(path: Path, most_bytes: int, expected: str) -> bytes:
+    """All bytes of a regular file, or of a link to one.
+
+    Raises ValueError with the reason and what was `expected`, but without the path: it cannot be read, is a folder,
+    a pipe or a device, or has more than `most_bytes` bytes. It never waits, and reads at most one byte too many.
+    """
+    if "\0" in str(path):
+        raise ValueError(f"cannot be read: its name holds a NUL character; expected {expected}")
+    try:
+        # Without O_NONBLOCK a pipe that nobody writes to would be waited for.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            mode = os.fstat(descriptor).st_mode
+            if not stat.S_ISREG(mode):
+                raise ValueError(f"is a {_kind(mode)}, expected {expected}")
+            with open(descriptor, "rb", closefd=False) as file:
+                data = file.read(most_bytes + 1)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror or error}; expected {expected}") from None
+    except MemoryError:
+        raise ValueError(f"cannot be read: it does not fit this machine's memory; expected {expected}") from None
+    if len(data) > most_bytes:
+        raise ValueError(f"has more than {most_bytes:,} bytes, expected {expected}")
+    return data
+
+
+def _kind(mode: int) -> str:
+    kinds = {"folder": stat.S_ISDIR, "pipe": stat.S_ISFIFO, "socket": stat.S_ISSOCK}
+    return next((name for name, matches in kinds.items() if matches(mode)), "device")
 
 
 @contextmanager

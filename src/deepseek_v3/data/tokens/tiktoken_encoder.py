@@ -64,10 +64,10 @@ def _ranks(model: dict[str, Any]) -> dict[bytes, int]:
     merged = [vocabulary[left + right] for left, right in merges]
     if any(one > next_ for one, next_ in pairwise(merged)):
         raise NotExpressibleError("its ids do not grow with its merges")
-    spelled = [token for token in vocabulary if token and _BYTES.keys() >= set(token)]
+    spelled = [token for token in vocabulary if token and BYTES.keys() >= set(token)]
     encodings = Tokenizer(models.BPE(vocabulary, merges)).encode_batch_fast(spelled, add_special_tokens=False)
     ranks = {
-        bytes(_BYTES[sign] for sign in token): vocabulary[token]
+        bytes(BYTES[sign] for sign in token): vocabulary[token]
         for token, encoding in zip(spelled, encodings, strict=True)
         if encoding.ids == [vocabulary[token]]
     }
@@ -88,7 +88,7 @@ def _byte_signs() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-_BYTES = _byte_signs()
+BYTES = _byte_signs()
 
 
 def _is_classed_alike(text: str) -> bool:

@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
+from deepseek_v3.config.text_files import shown_path
 from deepseek_v3.data.documents import check_unicode
 from deepseek_v3.data.tokens.splits import DEEPSEEK
 from deepseek_v3.data.tokens.tiktoken_encoder import NotExpressibleError, TiktokenEncoder
+from deepseek_v3.data.tokens.vocabulary import check_vocabulary, steps_of
 from deepseek_v3.utils.errors import DataError
-from deepseek_v3.utils.files import written_atomically
+from deepseek_v3.utils.files import read_file, written_atomically
 from deepseek_v3.utils.logging import get_logger
 
 _MARKERS = ("<|endoftext|>", "<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>")
@@ -42,6 +44,8 @@ _FIM = (
 # Options of BPE under which a piece does not spell its bytes alone.
 _SPELLINGS = ("unk_token", "continuing_subword_prefix", "end_of_word_suffix")
 
+_LONGEST_FILE = 2**28  # bytes of a tokenizer.json; the largest published ones have some 30 MB
+
 _log = get_logger("Tokens")
 
 
@@ -62,8 +66,9 @@ class Tokenizer:
     Text is text: where it spells the name of a marker such as end-of-text it is encoded like any other characters,
     and no marker is added in front or behind. Safe to use from several threads.
 
-    Raises DataError where the JSON is no tokenizer, has no end-of-text under a name known here, or cannot tell that
-    marker from text that spells it; `source` names the tokenizer in the message.
+    Raises DataError where the JSON is no tokenizer, has ids far beyond the number of its tokens, would drop text,
+    has no end-of-text under a name known here, or cannot tell that marker from text that spells it; `source` names
+    the tokenizer in the message.
     """
 
     def __init__(self, json: str, source: str = "tokenizer.json") -> None:
@@ -117,11 +122,12 @@ class Tokenizer:
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
         try:
-            return cls(file.read_bytes().decode("utf-8"), source=str(file))
-        except OSError as error:
-            raise DataError(f"{file}: cannot be read: {error.strerror}; expected a tokenizer.json") from None
+            text = read_file(file, _LONGEST_FILE, "a tokenizer.json").decode("utf-8")
         except UnicodeDecodeError as error:
             raise DataError(f"{file}: is not UTF-8 at byte {error.start}; expected a tokenizer.json") from None
+        except ValueError as error:
+            raise DataError(f"{shown_path(file)}: {error}") from None
+        return cls(text, source=str(file))
 
     def to_json(self) -> str:
         """The text of a `tokenizer.json`, as it was read or trained."""
@@ -182,14 +188,14 @@ class Tokenizer:
     def is_byte_exact(self) -> bool:
         """Whether the `byte_lengths` of a text's ids sum to its bytes: byte-level BPE that takes text as it is."""
         fields = json_text.loads(self._json)
-        model, steps = fields["model"], _steps(fields.get("pre_tokenizer"))
+        model, cuts = fields["model"], steps_of(fields.get("pre_tokenizer"))
         return (
             _is_byte_level(fields)
             and model["type"] == "BPE"
             and model["vocab"].keys() >= set(pre_tokenizers.ByteLevel.alphabet())
             and not any(model.get(name) for name in _SPELLINGS)
             and fields.get("normalizer") in (None, {"type": "Sequence", "normalizers": []})
-            and all(_keeps_text(step) for step in steps)
+            and all(_keeps_text(step) for step in cuts)
         )
 
     def token(self, id_: int) -> str | None:
@@ -199,20 +205,11 @@ class Tokenizer:
     @cached_property
     def decoder_steps(self) -> list[dict[str, Any]]:
         """The steps that decoding takes, as a `tokenizer.json` describes them; none where it joins by spaces."""
-        return _steps(json_text.loads(self._json).get("decoder"))
+        return steps_of(json_text.loads(self._json).get("decoder"))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids. Markers appear by name, bytes that are no UTF-8 as U+FFFD, unknown ids not at all."""
         return self._tokenizer.decode(ids, skip_special_tokens=False)
-
-
-def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The steps of a pre-tokenizer or decoder of a `tokenizer.json`: one, or sequences of them in any depth."""
-    if part is None:
-        return []
-    if part["type"] != "Sequence":
-        return [part]
-    return [step for inner in part.get("pretokenizers", part.get("decoders", [])) for step in _steps(inner)]
 
 
 def _keeps_text(step: dict[str, Any]) -> bool:
@@ -224,7 +221,7 @@ def _keeps_text(step: dict[str, Any]) -> bool:
 
 def _is_byte_level(fields: dict[str, Any]) -> bool:
     """Whether the vocabulary spells each byte as one character."""
-    return any(step["type"] == "ByteLevel" for step in _steps(fields.get("decoder")))
+    return any(step["type"] == "ByteLevel" for step in steps_of(fields.get("decoder")))
 
 
 def _spelled_bytes(piece: str) -> int:
@@ -252,6 +249,7 @@ def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
 
 
 def _build(json: str, source: str) -> HuggingFaceTokenizer:
+    check_vocabulary(json, source)
     try:
         tokenizer = HuggingFaceTokenizer.from_str(json)
     except Exception as error:  # noqa: BLE001 - the library raises nothing more specific
