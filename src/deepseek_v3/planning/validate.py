@@ -52,7 +52,7 @@ def validate(
     elif results:
         typer.echo(showable("\n\n".join(map(_block, results)) + f"\n\n{_summary(results, len(problems))}"))
         if not problems:
-            say_next(["dsv3", "plan", *_same(config, configs)])
+            say_next(["dsv3", "plan", *_same(config, configs)], err=True)
     if problems:
         raise ConfigError("\n".join(problems))
     if strict and not all(result.verdict.accepted for result in results):
