@@ -117,12 +117,13 @@ def _end_what_is_left(task: subprocess.Popen[bytes]) -> None:
 
 
 def _has_ranks(group: int) -> bool:
-    """Whether a process of a group has a child outside of it, as a launcher's ranks are."""
+    """Whether a process of a group has a living child outside of it, as a launcher's ranks are."""
     parents_and_groups = {}
     for status in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
-            _, parent, own_group = status.read_text().rpartition(")")[2].split()[:3]
-            parents_and_groups[int(status.parent.name)] = (int(parent), int(own_group))
+            state, parent, own_group = status.read_text().rpartition(")")[2].split()[:3]
+            if state != "Z":  # a launcher that hangs does not take note of the end of its ranks
+                parents_and_groups[int(status.parent.name)] = (int(parent), int(own_group))
     members = {pid for pid, (_, own_group) in parents_and_groups.items() if own_group == group}
     return any(parent in members for pid, (parent, _) in parents_and_groups.items() if pid not in members)
 
