@@ -16,6 +16,7 @@ from deepseek_v3.config.loading import config_to_yaml, load_config
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.counts_command import counts
 from deepseek_v3.utils.commands import run_app
+from deepseek_v3.utils.errors import system_errors_named
 from deepseek_v3.utils.lazily import imported
 from deepseek_v3.utils.next_command import set_options
 from deepseek_v3.utils.threads import wait_passively
@@ -63,6 +64,10 @@ class _LazyGroup(TyperGroup):
         if name in COMMANDS:
             command = _imported(name)
         return name, command, rest
+
+    def invoke(self, ctx: Any) -> Any:
+        with system_errors_named():
+            return super().invoke(ctx)
 
 
 def _imported(name: str) -> Any:

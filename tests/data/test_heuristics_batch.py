@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from itertools import pairwise
+from typing import get_args
 
 import numpy as np
 import orjson
@@ -136,6 +137,34 @@ def test_figures_and_lines_are_those_of_the_reference(options, texts):
         assert found == broken
         if not broken and kept is not None:
             assert left[number] == shown
+
+
+THRESHOLDS = [
+    name for name, field in HeuristicsConfig.model_fields.items() if type(None) in get_args(field.annotation)
+]
+OF_LINES = {"min_words_per_line", "max_word_length"}  # drop lines and name no document
+
+
+def codes(texts, **options):
+    config = HeuristicsConfig(**options)
+    findings, _ = ask(text_table(pa.array(texts, pa.string()), config.remove_citations), config)
+    return {rule.code for rule in findings}
+
+
+@pytest.mark.parametrize("name", [name for name in THRESHOLDS if name not in OF_LINES])
+def test_null_switches_a_rule_off(name):
+    texts = ["one two three four five. " * 20, "# a\n- b ...\n\n" * 9]
+    assert codes(texts, **STRICT) - codes(texts, **STRICT | {name: None})
+
+
+def test_with_every_threshold_null_no_rule_is_asked():
+    switches = {name for name, field in HeuristicsConfig.model_fields.items() if field.annotation is bool}
+    off = {**dict.fromkeys(THRESHOLDS), **dict.fromkeys(switches, False)}
+    texts = ["", "a a a a a a a a", "{ lorem ipsum javascript\n" * 9, "- b ..." * 40]
+    assert len(THRESHOLDS) == 22
+    assert codes(texts, **off) == set()
+    for text in texts:
+        assert reference.judge(text, HeuristicsConfig(**off))[0] == []
 
 
 def test_real_text_is_judged_as_by_the_reference():

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from deepseek_v3.data.pipeline import inventory, run
 from pipeline_helpers import SHEET, write_lines
 from run_helpers import dsv3, message_of
 
@@ -53,6 +54,38 @@ def test_shards_then_merge(config: Path) -> None:
 )
 def test_a_mistake_is_one_line(config: Path, arguments: list[str], message: str) -> None:
     assert message in message_of(dsv3("preprocess", "--config", str(config), *arguments))
+
+
+def test_ctrl_c_says_what_is_kept_and_how_to_go_on(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "write_shard", _interrupt)
+    words = ["preprocess", "--config", str(config), "--set", "workers=1"]
+    result = dsv3(*words)
+    assert result.exit_code == 130
+    output = config.parent / "out"
+    assert (
+        f"Stopped; 1 finished pieces are kept in {output}, and the same command goes on from there" in result.output
+    )
+    assert f"dsv3 {' '.join(words)}" in result.output
+    monkeypatch.undo()
+    assert "going on with unfinished work" in dsv3(*words).output
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/none/x", "/dev/full", "n" * 300])
+def test_an_output_that_cannot_be_is_one_line(config: Path, tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("x")
+    output = tmp_path / place
+    result = dsv3("preprocess", "--config", str(config), "--set", f"output_dir={output}", "--set", "workers=1")
+    assert str(output) in message_of(result)
+
+
+@pytest.mark.parametrize("setting", ["workers=1e6", "workers=1e12", "piece_size=1", "memory=1", "shard_size=0"])
+def test_absurd_sizes_are_one_line(config: Path, setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inventory, "_MOST_UNITS", 100)
+    assert setting.partition("=")[0] in message_of(dsv3("preprocess", "--config", str(config), "--set", setting))
 
 
 def test_the_script_ends_with_one_line_for_a_missing_config(tmp_path: Path) -> None:

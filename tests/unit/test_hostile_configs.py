@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
+import stat
 from collections.abc import Callable
 from functools import partial
 from itertools import cycle
@@ -23,9 +25,10 @@ from deepseek_v3.planning.fitting import refuse_unless_it_fits
 from deepseek_v3.planning.hardware import device_named, load_device
 from deepseek_v3.training.parallel.deepspeed_settings import DeepSpeedFile
 from deepseek_v3.training.schedule import TokenPlan
-from deepseek_v3.utils.errors import ConfigError, PlanError
+from deepseek_v3.utils.errors import ConfigError, PlanError, system_errors_named
+from deepseek_v3.utils.files import written_atomically
 from helpers import small_config
-from run_helpers import dsv3, run_fields
+from run_helpers import dsv3, message_of, run_fields
 
 PREPROCESS = "input_path: a\noutput_dir: b\npipeline: [mixing]\nmemory: 8GB\nmixing:\n  weights: {a: 1, b: 2.5}\n"
 DEVICE = (
@@ -274,3 +277,35 @@ def test_a_plan_for_any_numbers_is_a_result_or_a_refusal(words: list[str]) -> No
     tiny = Path(__file__).parents[2] / "configs" / "deepseek_v3_tiny.yaml"
     result = dsv3("plan", "--config", tiny, *words)
     assert result.exit_code == 0 or isinstance(result.exception, ConfigError), result.exception
+
+
+def test_a_device_is_never_replaced_by_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path / "pipe", Path("/dev/null"), tmp_path):
+        with pytest.raises(FileExistsError, match="is no regular file"), written_atomically(place):
+            pass
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            OSError(errno.ENAMETOOLONG, "File name too long", "nnn"),
+            "nnn: cannot be used: File name too long; make room",
+        ),
+        (OSError(errno.ENOSPC, "No space left on device"), "cannot be used: No space left on device; make room"),
+        (OSError(errno.EXDEV, "Invalid link", "a", None, "b"), "a and b: cannot be used: Invalid link"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch, error: OSError, message: str) -> None:
+    def refuse(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("deepseek_v3.planning.plan.chosen_files", refuse)
+    assert message_of(dsv3("plan")).startswith(message)
+
+
+def test_other_system_errors_are_defects() -> None:
+    with pytest.raises(BrokenPipeError), system_errors_named():
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")

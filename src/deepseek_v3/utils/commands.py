@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 import typer
 
-from deepseek_v3.utils.errors import UserError, chain_of
+from deepseek_v3.utils.errors import UserError, chain_of, system_errors_named
 from deepseek_v3.utils.interrupts import INTERRUPTED
 from deepseek_v3.utils.numbers import LARGEST_COUNT, parse_count, parse_number
 from deepseek_v3.utils.printing import value_text
@@ -30,7 +30,8 @@ def run_app(app: Callable[[], Any]) -> None:
     """
     sys.excepthook = _show_traceback
     try:
-        app()
+        with system_errors_named():
+            app()
     except BaseException as error:
         # Typer makes an exit of it, torch's archive writer a RuntimeError.
         if any(isinstance(cause, KeyboardInterrupt) for cause in chain_of(error)):

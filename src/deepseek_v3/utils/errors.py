@@ -7,7 +7,9 @@ expected, and what to do next.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from deepseek_v3.utils.secrets import masked
 
@@ -45,6 +47,32 @@ class PlanError(UserError):
 
 class TrainingError(UserError):
     """A run that cannot go on, such as one whose loss is no longer a number."""
+
+
+class PlaceError(UserError):
+    """A file or folder that cannot be used, of which nothing more is known than what the system says."""
+
+
+# What the system says of a full disk, without naming the file.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def system_errors_named() -> Iterator[None]:
+    """Turns an OSError that names a file, or a full disk, into a PlaceError; others are defects and stay.
+
+    Whatever knows the option that gave the file says so itself, with an error of its own.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno not in _FULL:
+            raise
+        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        place = f"{' and '.join(names)}: " if names else ""
+        raise PlaceError(
+            f"{place}cannot be used: {error.strerror}; make room, or choose another file or folder"
+        ) from error
 
 
 def chain_of(error: BaseException | None) -> Iterator[BaseException]:

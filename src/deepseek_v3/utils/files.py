@@ -1,5 +1,6 @@
 """Files that are complete or invisible, and the checksums that prove it."""
 
+import errno
 import hashlib
 import os
 import re
@@ -56,8 +57,11 @@ def _kind(mode: int) -> str:
 def written_atomically(path: Path) -> Iterator[Path]:
     """Yields a path beside `path` to write to; on success the file is fsynced and renamed to `path`.
 
-    On an exception nothing appears at `path`, and the partial file is removed.
+    On an exception nothing appears at `path`, and the partial file is removed. Raises OSError where `path` is a
+    folder, a pipe or a device, which a rename would replace.
     """
+    if os.path.exists(path) and not os.path.isfile(path):  # noqa: PTH110, PTH113 -- False for names too long
+        raise FileExistsError(errno.EEXIST, "is no regular file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(path)
     try:

@@ -9,6 +9,7 @@ from contextlib import suppress
 import typer
 
 from deepseek_v3.utils.printing import showable
+from deepseek_v3.utils.secrets import masked
 
 Words = Sequence[object]
 
@@ -18,7 +19,7 @@ def say_next(*commands: Words, err: bool = False) -> None:
 
     To standard output, or with `err` to standard error where standard output belongs to the result alone.
     """
-    lines = [f"  {shlex.join(map(str, words))}" for words in commands]
+    lines = [f"  {masked(shlex.join(map(str, words)))}" for words in commands]
     with suppress(OSError):  # nobody reads; what the command was for is done
         typer.echo(showable("\n".join(["Next:", *lines])), err=err)
 

@@ -16,6 +16,9 @@ Share: TypeAlias = Fraction | None
 Ratio: TypeAlias = Annotated[Real, Field(ge=0)] | None
 Count: TypeAlias = Annotated[Integer, Field(ge=0)] | None
 NgramLength = Annotated[Integer, Field(ge=1, le=100)]
+NgramLimits: TypeAlias = dict[NgramLength, Share]
+_TOP_NGRAMS: NgramLimits = {2: 0.20, 3: 0.18, 4: 0.16}
+_DUPLICATE_NGRAMS: NgramLimits = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 
 
 class HeuristicsConfig(StageConfig):
@@ -36,10 +39,8 @@ class HeuristicsConfig(StageConfig):
     max_duplicate_line_characters: Share = 0.20
     # By words n of an n-gram, the share of the text's characters that are in the most frequent n-gram, and in
     # n-grams that stood before.
-    max_top_ngram_characters: dict[NgramLength, Share] = Field(default={2: 0.20, 3: 0.18, 4: 0.16})
-    max_duplicate_ngram_characters: dict[NgramLength, Share] = Field(
-        default={5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
-    )
+    max_top_ngram_characters: NgramLimits | None = _TOP_NGRAMS
+    max_duplicate_ngram_characters: NgramLimits | None = _DUPLICATE_NGRAMS
 
     # Gopher, quality.
     min_words: Count = 50  # words that are not mere symbols

@@ -54,7 +54,7 @@ class PreprocessConfig(Section):
     piece_size: Size = 2**25
     engine: Literal["local", "ray"] = "local"
     ray_address: Address | None = None
-    workers: PositiveInt | None = None
+    workers: Annotated[PositiveInt, Field(le=4096)] | None = None
     memory: Size | None = None
     keep_keys: bool = False
     earlier: tuple[AnyPath, ...] = ()

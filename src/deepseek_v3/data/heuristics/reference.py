@@ -98,10 +98,10 @@ def gopher_repetition(text: str, options: HeuristicsConfig) -> Iterator[Broken]:
         found_characters = sum(map(len, found)) / size
         yield from above(f"gopher_duplicate_{name[:-1]}_characters", found_characters, characters, first)
     words = words_of(text)
-    for n, limit in sorted(options.max_top_ngram_characters.items()):
+    for n, limit in sorted((options.max_top_ngram_characters or {}).items()):
         ngram, count = top_ngram(words, n)
         yield from above(f"gopher_top_{n}gram", len(ngram) * count / size, limit, ngram)
-    for n, limit in sorted(options.max_duplicate_ngram_characters.items()):
+    for n, limit in sorted((options.max_duplicate_ngram_characters or {}).items()):
         duplicates = duplicate_ngrams(words, n)
         characters = sum(len(word) for ngram in duplicates for word in ngram)
         first = " ".join(duplicates[0]) if duplicates else None

@@ -73,7 +73,8 @@ def _ngrams(table: TextTable, options: HeuristicsConfig) -> Iterator[Finding]:
     starts = table.document_words
     words = table.words[: starts[-1]]
     ends = totals(lengths(table.vocabulary)[words])
-    top_limits, duplicate_limits = options.max_top_ngram_characters, options.max_duplicate_ngram_characters
+    top_limits = options.max_top_ngram_characters or {}
+    duplicate_limits = options.max_duplicate_ngram_characters or {}
     top: list[Finding] = []
     duplicate: list[Finding] = []
     for ngrams in repeated_ngrams(words, starts, max([*top_limits, *duplicate_limits], default=0)):

@@ -11,6 +11,7 @@ import typer
 from deepseek_v3.config.data_config import DEFAULT_TOKENS
 from deepseek_v3.config.loading import load_section
 from deepseek_v3.config.preprocessing.pipeline import PreprocessConfig
+from deepseek_v3.data.pipeline.layout import Layout
 from deepseek_v3.data.pipeline.registry import preload
 from deepseek_v3.utils.errors import ConfigError
 from deepseek_v3.utils.files import unused_path
@@ -36,8 +37,16 @@ def preprocess(
     if settings.engine == "local" and settings.workers != 1:
         preload(settings)
     run_preprocess = imported("deepseek_v3.data.pipeline.run:preprocess")  # what it needs takes as long to import
-    manifest = run_preprocess(settings, shard=_parse_shard(shard), merge=merge)
     log = get_logger("Preprocess")
+    try:
+        manifest = run_preprocess(settings, shard=_parse_shard(shard), merge=merge)
+    except KeyboardInterrupt:
+        finished = imported("deepseek_v3.data.pipeline.state:count_finished")(Layout(settings.output_dir))
+        kept = "Stopped; %d finished pieces are kept in %s, and the same command goes on from there"
+        log.info(kept, finished, settings.output_dir)
+        words = ["dsv3", "preprocess", "--config", config, *set_options(override)]
+        say_next([*words, *(["--shard", shard] if shard else []), *(["--merge"] if merge else [])])
+        raise
     if not manifest:
         log.info("shard %s is read; once all are, run again with --merge", shard)
         say_next(["dsv3", "preprocess", "--config", config, *set_options(override), "--merge"])
@@ -59,7 +68,7 @@ def _summary(counts: dict[str, Any]) -> str:
 def _parse_shard(shard: str | None) -> tuple[int, int] | None:
     if shard is None:
         return None
-    match = re.fullmatch(r"(\d+)/(\d+)", shard)
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", shard)
     if not match:
         raise ConfigError(f"--shard {shard}: expected I/N, such as 0/8")
     return int(match[1]), int(match[2])

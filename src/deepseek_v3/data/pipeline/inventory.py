@@ -20,11 +20,21 @@ _WORKER_BYTES = 500 * 10**6  # the interpreter with its libraries, and a model o
 _COPIES = 6  # of a piece's text that a worker holds at a time: as read, parsed, judged, as tokens and hashes
 _EXPANSION = 4  # text over compressed text
 _KEYS_PER_TEXT_BYTE = 0.35  # signatures and band keys, 0.7 KB for a document of 2 KB
+_MOST_UNITS = 10**6
 _RECORDS_PER_TEXT_BYTE = 1.1
 
 
 def units_of(files: Sequence[InputFile], piece_bytes: int) -> list[Unit]:
-    """Cuts the files, in their order, into units of about `piece_bytes` on disk; small files share a unit."""
+    """Cuts the files, in their order, into units of about `piece_bytes` on disk; small files share a unit.
+
+    Raises ConfigError where there would be more than a million.
+    """
+    pieces_at_least = sum(file.size for file in files) // piece_bytes
+    if pieces_at_least > _MOST_UNITS:
+        raise ConfigError(
+            f"piece_size = {piece_bytes}: cuts the input into {pieces_at_least:,} pieces, expected at most "
+            f"{_MOST_UNITS:,}; make the pieces larger"
+        )
     units: list[Unit] = []
     waiting: list[Span] = []
     waiting_bytes = 0

@@ -138,6 +138,12 @@ def mark_complete(folder: Path, parts: Sequence[FinishedPart]) -> None:
     write_json(folder / "complete.json", {"parts": [part.name for part in parts]})
 
 
+def count_finished(layout: Layout) -> int:
+    """Parts of all passes that are finished, and so need not be made again."""
+    folders = sorted(layout.work.glob("pass-*")) + [layout.shards]
+    return sum(read_part(path) is not None for folder in folders if folder.is_dir() for path in folder.iterdir())
+
+
 def discard_damaged(folder: Path) -> int:
     """Removes what a process left unfinished in a pass, and parts that are not as written; returns how many."""
     damaged = 0
