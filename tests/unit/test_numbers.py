@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -16,10 +17,17 @@ from deepseek_v3.config.loading import load_config, load_section
 from deepseek_v3.config.model_config import RopeScaling
 from deepseek_v3.config.preprocessing.pipeline import PreprocessConfig
 from deepseek_v3.config.train_config import BatchRampConfig, RunConfig
+from deepseek_v3.inference.sampling import SamplingConfig
 from deepseek_v3.planning.hardware import Device
-from deepseek_v3.utils.errors import ConfigError
+from deepseek_v3.utils.errors import ConfigError, GenerationError
 from deepseek_v3.utils.numbers import parse_count, parse_number, parse_size
+from deepseek_v3.utils.printing import value_text
 from run_helpers import dsv3, message_of, write_run
+
+
+class Kind(Enum):
+    FAST = "fast"
+
 
 WAYS = [
     ("12", 12),
@@ -170,3 +178,36 @@ def test_a_count_on_a_command_line_is_whole() -> None:
         assert result.exit_code == 2
         assert "expected a whole number" in result.output
     assert "--gpus -1: expected" in message_of(dsv3("plan", "--gpus", "-1"))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "null"),
+        (True, "true"),
+        (("",), "['']"),
+        ([1, None, "a b"], "[1, null, 'a b']"),
+        ({"a": Path("b/c"), "d": False}, "{a: b/c, d: false}"),
+        (Kind.FAST, "fast"),
+        (1e-07, "1e-07"),
+        ("5", "'5'"),
+        ("null", "'null'"),
+        ("a\nb", '"a\\nb"'),
+        (frozenset({3}), "[3]"),
+        ("x" * 5000, f"{'x' * 100} … {'x' * 100} (5,000 characters)"),
+        ([[[[[[[[[[[1]]]]]]]]]]], "[[[[[[[[[…]]]]]]]]]"),
+    ],
+)
+def test_values_are_shown_as_yaml_writes_them(value: object, text: str) -> None:
+    assert value_text(value) == text
+
+
+def test_a_number_too_long_to_write_is_described() -> None:
+    assert value_text(10**5000) == "a number of 16,610 bits"
+
+
+def test_an_option_of_generate_is_shown_as_it_was_typed() -> None:
+    with pytest.raises(GenerationError, match=r"stop = \[''\]: expected texts, none of them empty"):
+        SamplingConfig(stop=("",))
+    with pytest.raises(GenerationError, match="top_k = 0: expected a whole number from 1, or none"):
+        SamplingConfig(top_k=0)

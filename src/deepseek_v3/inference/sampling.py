@@ -14,6 +14,7 @@ from torch import Tensor
 
 from deepseek_v3.ops.dtypes import at_least_float32
 from deepseek_v3.utils.errors import GenerationError
+from deepseek_v3.utils.printing import value_text
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,16 @@ class SamplingConfig:
         self._require("temperature", greedy or _is_number(self.temperature, 1e-6, 1e6), "0, or from 1e-6 to 1e6")
         share = _is_number(self.top_p, 0, 1) and self.top_p > 0
         self._require("top_p", share, "a number above 0 and at most 1")
-        self._require("top_k", self.top_k is None or _is_integer(self.top_k, 1), "an integer from 1, or None")
+        self._require("top_k", self.top_k is None or _is_integer(self.top_k, 1), "a whole number from 1, or none")
         self._require("repetition_penalty", _is_number(self.repetition_penalty, 0.01, 100), "from 0.01 to 100")
-        self._require("seed", _is_integer(self.seed, 0), "an integer from 0")
-        self._require("max_new_tokens", _is_integer(self.max_new_tokens, 1), "an integer from 1")
+        self._require("seed", _is_integer(self.seed, 0), "a whole number from 0")
+        self._require("max_new_tokens", _is_integer(self.max_new_tokens, 1), "a whole number from 1")
         strings = isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop)
-        self._require("stop", strings, "a tuple of strings, none of them empty")
+        self._require("stop", strings, "texts, none of them empty")
 
     def _require(self, field: str, allowed: bool, expected: str) -> None:
         if not allowed:
-            raise GenerationError(f"{field} = {getattr(self, field)!r}: expected {expected}")
+            raise GenerationError(f"{field} = {value_text(getattr(self, field))}: expected {expected}")
 
 
 def row_generator(seed: int, index: int) -> np.random.Generator:

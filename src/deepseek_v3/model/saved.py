@@ -22,6 +22,7 @@ from deepseek_v3.utils.checkpoints.failures import REPAIR
 from deepseek_v3.utils.checkpoints.finite import listed, non_finite
 from deepseek_v3.utils.checkpoints.nesting import split
 from deepseek_v3.utils.errors import CheckpointError
+from deepseek_v3.utils.printing import value_text
 
 # 2: the optimizer's moments by parameter name; 1: in the order of its parameters.
 FORMAT = 2
@@ -52,7 +53,7 @@ def config_of(state: dict[str, Any], path: Path) -> RunConfig:
     """The config of the run that wrote a checkpoint. Raises CheckpointError where it is of a later format."""
     if type(state.get("format")) is not int or state["format"] not in range(1, FORMAT + 1):
         raise CheckpointError(
-            f"{path}: has checkpoint format {state.get('format')!r}, this version reads up to {FORMAT}; "
+            f"{path}: has checkpoint format {value_text(state.get('format'))}, this version reads up to {FORMAT}; "
             "load it with the version of the program that wrote it"
         )
     if not isinstance(state.get("config"), dict):

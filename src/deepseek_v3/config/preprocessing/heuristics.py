@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from deepseek_v3.config.base import Fraction, Integer, PositiveInt, Real
 from deepseek_v3.config.preprocessing.stage import StageConfig
+from deepseek_v3.utils.printing import value_text
 
 RuleGroup = Literal["gopher_repetition", "gopher_quality", "c4", "fineweb"]
 RULE_GROUPS: tuple[RuleGroup, ...] = ("gopher_repetition", "gopher_quality", "c4", "fineweb")
@@ -75,5 +76,5 @@ class HeuristicsConfig(StageConfig):
     @model_validator(mode="after")
     def _each_group_once(self) -> HeuristicsConfig:
         if len(set(self.rules)) < len(self.rules):
-            raise ValueError(f"rules = {list(self.rules)}: names a group twice; expected each at most once")
+            raise ValueError(f"rules = {value_text(self.rules)}: names a group twice; expected each at most once")
         return self

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from deepseek_v3.config.base import Fraction, PositiveFloat
 from deepseek_v3.config.data_config import AnyPath
 from deepseek_v3.config.preprocessing.stage import StageConfig
+from deepseek_v3.utils.printing import value_text
 
 Bucket = Literal["head", "middle", "tail"]
 
@@ -39,7 +40,7 @@ class QualityConfig(StageConfig):
         head, middle = self.head_limit, self.middle_limit
         if (head is None) != (middle is None) or (head is not None and middle is not None and head > middle):
             raise ValueError(
-                f"head_limit = {head} and middle_limit = {middle}: expected both, the first below the second, or "
-                "neither"
+                f"head_limit = {value_text(head)} and middle_limit = {value_text(middle)}: expected both, the "
+                "first below the second, or neither"
             )
         return self

@@ -11,6 +11,7 @@ from deepseek_v3.data.pipeline.parts import IDS_FILE, RECORDS_FILE, FinishedPart
 from deepseek_v3.data.pipeline.state import read_json, write_json
 from deepseek_v3.data.stages import Part
 from deepseek_v3.utils.errors import ConfigError, DataError
+from deepseek_v3.utils.printing import value_text
 
 _INDEX = "keys.json"
 
@@ -58,7 +59,8 @@ def earlier_parts(stage: str, options: dict[str, Any], runs: Sequence[Path]) -> 
         for name, value in index["options"].items():
             if options.get(name) != value:
                 raise ConfigError(
-                    f"{stage}.{name} = {options.get(name)!r}, and the keys in {run} were made with {value!r}; "
+                    f"{stage}.{name} = {value_text(options.get(name))}, and the keys in {run} were made "
+                    f"with {value_text(value)}; "
                     "use the same options to compare with an earlier run"
                 )
         for name, rows in index["parts"]:

@@ -15,6 +15,7 @@ from deepseek_v3.data.formats.spans import spans
 from deepseek_v3.data.pipeline.reading import Unit
 from deepseek_v3.utils.cgroups import usable_memory
 from deepseek_v3.utils.errors import ConfigError, DataError
+from deepseek_v3.utils.printing import value_text
 
 _WORKER_BYTES = 500 * 10**6  # the interpreter with its libraries, and a model or two
 _COPIES = 6  # of a piece's text that a worker holds at a time: as read, parsed, judged, as tokens and hashes
@@ -67,7 +68,8 @@ def workers_for(config: PreprocessConfig) -> int:
     allowed = memory_of(config) // each
     if allowed < 1:
         raise ConfigError(
-            f"memory = {config.memory}: one worker takes about {each:,} bytes (piece_size = {config.piece_size}, "
+            f"memory = {value_text(config.memory)}: one worker takes about {each:,} bytes "
+            f"(piece_size = {config.piece_size}, "
             f"max_record_size = {config.max_record_size}); allow more, or make the pieces smaller"
         )
     return min(wanted, allowed)

@@ -17,6 +17,7 @@ from deepseek_v3.data.pipeline.parts import FinishedPart, is_whole, read_part
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.files import written_atomically
 from deepseek_v3.utils.locks import locked
+from deepseek_v3.utils.printing import value_text
 from deepseek_v3.utils.secrets import masked
 
 FORMAT_VERSION = 2
@@ -85,7 +86,8 @@ def check_same(before: dict[str, Any], now: dict[str, Any], where: Path, advice:
     for name, value in now["config"].items():
         if before["config"].get(name) != value and _masked(before["config"].get(name)) != value:
             raise DataError(
-                f"{where}: the run began with another {name}: {before['config'].get(name)!r}, now {value!r}; "
+                f"{where}: the run began with another {name}: {value_text(before['config'].get(name))}, "
+                f"now {value_text(value)}; "
                 f"set it back, choose another output_dir, or {advice}"
             )
 

@@ -10,6 +10,7 @@ import tiktoken
 from tokenizers import Tokenizer, models
 
 from deepseek_v3.data.tokens.splits import as_one_regex, characters_apart
+from deepseek_v3.utils.printing import value_text
 
 _BLOCK = 2**16  # the longest run that tiktoken's regex can take is 10^6 characters
 
@@ -58,7 +59,7 @@ def _ranks(model: dict[str, Any]) -> dict[bytes, int]:
     used = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
     for option in used:
         if model[option]:
-            raise NotExpressibleError(f"its model has {option} = {model[option]!r}")
+            raise NotExpressibleError(f"its model has {option} = {value_text(model[option])}")
     vocabulary: dict[str, int] = model["vocab"]
     merges = [(left, right) for left, right in model["merges"]]
     merged = [vocabulary[left + right] for left, right in merges]
