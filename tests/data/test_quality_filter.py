@@ -180,7 +180,7 @@ def test_a_classifier_is_trained_and_scores(tmp_path: Path) -> None:
     output = run("train", "--good", good, "--bad", bad, "--output", model, "--holdout", "0.2").output
     assert "held out: " in output
     assert "area under the ROC curve 1.000" in output
-    scores = run("score", "--model", model, good, bad).output.splitlines()
+    scores = run("score", "--model", model, good, bad).stdout.splitlines()
     assert len(scores) == 300
     values = [float(line.split("\t")[0]) for line in scores]
     assert min(values[:150]) > 0.5 > max(values[150:])
@@ -208,7 +208,7 @@ def test_a_language_model_is_trained_and_scores(tmp_path: Path) -> None:
     assert held_out is not None
     assert by_reference is not None
     assert by_reference.head > held_out.middle
-    scores = run("score", "--model", model, reference).output.splitlines()
+    scores = run("score", "--model", model, reference).stdout.splitlines()
     values = [float(line.split("\t")[0]) for line in scores]
     assert np.mean(np.array(values) < by_reference.middle) == pytest.approx(0.6, abs=0.02)
 
