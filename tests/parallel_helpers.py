@@ -218,6 +218,8 @@ def train_until_tokens_are_lost(path: Path, overrides: list[str], split: str, ra
             shutil.copytree(config.data.path, copy)
             trainer.shards.directory = copy
             trainer.shards._file.cache_clear()
+            for name, number, _ in trainer.shards._shards():
+                trainer.shards._file(name, number)
             for file in (copy / split).iterdir():
                 os.truncate(file, 9)
 

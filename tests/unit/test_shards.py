@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -301,15 +302,28 @@ def test_an_index_without_a_checksum_is_held_against_all_else(older, changes, co
     assert f"{older / 'index.json'}: {complaint}" in error_of(older)
 
 
-def test_a_shard_that_is_removed_while_it_is_open_stays_readable(directory):
+def test_shards_that_are_removed_or_replaced_stay_as_they_were(directory):
     shards = TokenShards.open(directory)
-    before = shards.read("train", 0, 20).tolist()
-    for file in (directory / "train").iterdir():
-        file.unlink()
-    assert shards.read("train", 0, 20).tolist() == before
-    last = shards.num_tokens("train") - 1
+    shutil.rmtree(directory)
+    write(directory, DOCUMENTS[::-1])
+    assert shards.read("train", 0, shards.num_tokens("train")).tolist() == flat(DOCUMENTS)
+
+
+def test_a_removed_shard_that_could_not_be_held_open_is_named(directory, monkeypatch):
+    monkeypatch.setattr("deepseek_v3.data.tokens.shards._MOST_OPEN", 1)
+    shards = TokenShards.open(directory)
+    shutil.rmtree(directory)
     with pytest.raises(DataError, match=rf"{directory}/train/0000\d\.bin: can no longer be read: No such file"):
-        shards.read("train", last, 1)
+        shards.read("train", shards.num_tokens("train") - 1, 1)
+
+
+def test_a_shard_that_is_replaced_before_it_is_opened_is_named(directory, monkeypatch):
+    monkeypatch.setattr("deepseek_v3.data.tokens.shards._MOST_OPEN", 1)
+    shards = TokenShards.open(directory)
+    path = directory / "holdout/00000.bin"
+    path.write_bytes(path.read_bytes() * 2)
+    with pytest.raises(DataError, match=rf"{path}: holds 20 bytes, expected 10"):
+        shards.read("holdout", 0, 1)
 
 
 @pytest.mark.parametrize("kept", [0, 7, 39])

@@ -11,10 +11,10 @@ from __future__ import annotations
 import hashlib
 import os
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -163,6 +163,7 @@ class TokenShards:
 
         `verify` also reads every shard and compares its SHA-256, several at a time, and of an index without a
         checksum of its own its counts. Raises DataError, naming the file, what was found and what was expected.
+        Files are held open from here on, so that one which is removed or replaced stays as it was checked.
         """
         directory = Path(path)
         index = ShardIndex.read(directory)
@@ -179,7 +180,13 @@ class TokenShards:
             _tell_unchecked(directory)
             if verify:
                 opened._check_counts()
+        for split, number, _ in islice(opened._shards(), _MOST_OPEN):
+            opened._file(split, number)
         return opened
+
+    def _shards(self) -> Iterator[tuple[Split, int, Shard]]:
+        """Every shard, with its split and its number there."""
+        return ((split, number, shard) for split in SPLITS for number, shard in enumerate(self.index.shards(split)))
 
     def _check_tokenizer(self) -> None:
         tokenizer = self.load_tokenizer()
@@ -194,21 +201,20 @@ class TokenShards:
     def _check_counts(self) -> None:
         """Raises DataError where a shard holds other documents or bytes of text than the index says."""
         tokenizer = self.load_tokenizer()
-        for split in SPLITS:
-            for number, shard in enumerate(self.index.shards(split)):
-                found = {"documents": 0, "bytes": 0}
-                for start in range(0, shard.tokens, _COUNTED_AT_ONCE):
-                    tokens = self._tokens(split, number, start, min(shard.tokens, start + _COUNTED_AT_ONCE))
-                    found["documents"] += int((tokens == tokenizer.end_of_text).sum())
-                    found["bytes"] += int(tokenizer.byte_lengths[tokens].sum())
-                if not tokenizer.is_byte_exact:
-                    del found["bytes"]
-                for name, count in found.items():
-                    if getattr(shard, name) != count:
-                        raise DataError(
-                            f"{self.directory / INDEX_FILE}: {name} = {getattr(shard, name)} of {shard.file}, "
-                            f"which holds {count}; {REPAIR}"
-                        )
+        for split, number, shard in self._shards():
+            documents = num_bytes = 0
+            for start in range(0, shard.tokens, _COUNTED_AT_ONCE):
+                tokens = self._tokens(split, number, start, min(shard.tokens, start + _COUNTED_AT_ONCE))
+                documents += int((tokens == tokenizer.end_of_text).sum())
+                num_bytes += int(tokenizer.byte_lengths[tokens].sum())
+            if not tokenizer.is_byte_exact:
+                num_bytes = shard.bytes
+            for name, said, found in (("documents", shard.documents, documents), ("bytes", shard.bytes, num_bytes)):
+                if said != found:
+                    raise DataError(
+                        f"{self.directory / INDEX_FILE}: {name} = {said} of {shard.file}, which holds {found}; "
+                        f"{REPAIR}"
+                    )
 
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer that made these tokens; read once."""
@@ -252,7 +258,8 @@ class TokenShards:
         return np.frombuffer(self._file(split, number).read(start * size, (stop - start) * size), self._dtype)
 
     def _open(self, split: Split, number: int) -> _OpenFile:
-        return _OpenFile(self.directory / self.index.shards(split)[number].file)
+        shard = self.index.shards(split)[number]
+        return _OpenFile(self.directory / shard.file, shard.tokens * self._dtype.itemsize)
 
 
 class _OpenFile:
@@ -261,13 +268,16 @@ class _OpenFile:
     Read and not mapped: a map of a file that becomes shorter ends the process (SIGBUS) without a word.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, num_bytes: int) -> None:
         self._path = path
         self._descriptor = -1
         try:
             self._descriptor = os.open(path, os.O_RDONLY)
+            found = os.fstat(self._descriptor).st_size
         except OSError as error:
             raise self._unreadable(error) from None
+        if found != num_bytes:
+            raise DataError(f"{path}: holds {found} bytes, expected {num_bytes}; {REPAIR}")
 
     def __del__(self) -> None:
         if self._descriptor >= 0:
