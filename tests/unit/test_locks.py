@@ -195,7 +195,7 @@ def test_one_folder_may_serve_for_checkpoints_and_logs(tmp_path: Path) -> None:
 def test_a_run_removes_what_killed_runs_left_half_written(tmp_path: Path) -> None:
     config = load_config(write_run(tmp_path))
     folders = {
-        config.checkpoint.directory: [".checkpoint_step_2.pt.4711.partial", ".checkpoint_step_4.pt.12.partial"],
+        config.checkpoint.directory: [".checkpoint_step_2.pt.4711.partial", ".probe.12.partial"],
         config.logging.directory: [".config.yaml.4711.partial", ".metrics.jsonl.1.partial", ".loss.png.1.partial"],
     }
     for folder, names in folders.items():

@@ -265,8 +265,10 @@ def test_what_cannot_be_written_at_the_start_is_refused(name: str, tmp_path: Pat
         (tmp_path / name).touch()
     else:
         (tmp_path / name).symlink_to(tmp_path / "nowhere" / "else")
+    hook = threading.excepthook
     with pytest.raises(DataError, match=r"cannot be written: (File exists|No such file or directory); choose"):
         MetricsWriter(tmp_path, tensorboard=True, resume_step=None)
+    assert threading.excepthook is hook
 
 
 # Progress

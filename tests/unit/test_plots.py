@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import math
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
+from deepseek_v3.training.reporting import plot_run
 from deepseek_v3.utils.plots import plot_losses
 
 RECORDS = [{"step": step, "tokens": 2048 * step, "loss": 2 + 8 / step} for step in range(1, 200)]
@@ -78,3 +80,30 @@ def test_nothing_to_plot_is_an_error(records: list[dict[str, float]], tmp_path: 
 def test_the_program_that_plots_keeps_its_own_matplotlib_state() -> None:
     code = "import sys, deepseek_v3.utils.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+GOOD = '{"step": 1, "tokens": 128, "loss": 5.5}\n'
+
+
+@pytest.mark.parametrize(
+    ("metrics", "drawn", "told"),
+    [
+        (GOOD, True, ""),
+        (GOOD + '{"step": 2, "tok', True, ""),
+        ("", False, "loss.png: not drawn: "),
+        ('{"step": 1, "tokens": 128, "loss": null}\n', False, "metrics.jsonl holds no loss"),
+        ("\0\0\0", False, "metrics.jsonl holds no loss"),
+        ("{broken\n" + GOOD, False, "loss.png: cannot be drawn: "),
+        (None, False, "metrics.jsonl: cannot be read: No such file"),
+    ],
+)
+def test_a_run_ends_well_whatever_its_metrics_hold(
+    metrics: str | None, drawn: bool, told: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    if metrics is not None:
+        (tmp_path / "metrics.jsonl").write_text(metrics)
+    plot_run(tmp_path)
+    assert (tmp_path / "loss.png").exists() == drawn
+    assert told in caplog.text
+    assert len(caplog.messages) == (0 if drawn else 1)

@@ -68,8 +68,11 @@ def _saves_after(step: int, config: RunConfig) -> int:
 
 
 def _size_of(path: Path) -> int:
-    files = path.iterdir() if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files)
+    """Bytes of a checkpoint, as far as it can be looked at."""
+    try:
+        return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
+    except OSError:
+        return 0
 
 
 def _gb(size: int) -> str:

@@ -21,6 +21,7 @@ from deepseek_v3.utils.files import remove_partials
 from deepseek_v3.utils.locks import locked
 
 _LOCK_FILE = ".lock"
+_PROBE = "probe"
 
 
 @contextmanager
@@ -65,6 +66,7 @@ def _tidy_up(config: RunConfig) -> None:
         remove_leftovers(config.checkpoint.directory)
     except OSError as error:
         raise unwritable(config.checkpoint.directory, error) from error
+    remove_partials(config.checkpoint.directory / _PROBE)
     for name in ("config.yaml", "metrics.jsonl", "loss.png"):
         remove_partials(config.logging.directory / name)
 
@@ -72,7 +74,8 @@ def _tidy_up(config: RunConfig) -> None:
 def _require_one_folder(folder: Path, group: ProcessGroup) -> None:
     """Raises CheckpointError on all ranks where one of them cannot write what rank 0 finds in `folder`."""
     rank = rank_and_size(group)[0]
-    probe = folder / gathered(group, f".probe.{uuid.uuid4().hex}")[0]  # a name of which no host has an old answer
+    # A name of which no host has an old answer, and which is tidied up where a run dies now.
+    probe = folder / gathered(group, f".{_PROBE}.{uuid.uuid4().int}.partial")[0]
     try:
         together(group, lambda: _write(probe, folder, rank, os.O_CREAT) if rank == 0 else None)
         together(group, lambda: _write(probe, folder, rank))

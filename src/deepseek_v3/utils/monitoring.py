@@ -104,16 +104,19 @@ class MetricsWriter:
         self._path, self._unwritten, self._is_failing = directory / "metrics.jsonl", b"", False
         self._tensorboard: SummaryWriter | None = None
         self._events = directory / "tensorboard" if tensorboard else None
+        self._thread_hook = threading.excepthook
+        threading.excepthook = partial(_tell_of_thread, self._thread_hook)
         try:
             self._file = _open_metrics(self._path, resume_step)
             self._open_tensorboard(0 if resume_step is None else resume_step + 1)
-        except OSError as error:
+        except BaseException as error:
+            threading.excepthook = self._thread_hook
+            if not isinstance(error, OSError):
+                raise
             raise DataError(
                 f"{directory}: cannot be written: {error.strerror}; "
                 "choose another folder with --set logging.directory=..."
             ) from error
-        self._thread_hook = threading.excepthook
-        threading.excepthook = partial(_tell_of_thread, self._thread_hook)
 
     def write(self, step: int, values: Mapping[str, float | list[float]]) -> None:
         """Appends `{"step": step, **values}`, flushed, with null for what is not finite.
