@@ -127,6 +127,14 @@ def test_every_schedule_trains_heads_of_all_kinds(pool: RankPool, depth: int, we
         compare(results, alone, 2, 1e-5)
 
 
+@pytest.mark.parametrize("schedule", ["zero_bubble", "dualpipe_v"])
+def test_a_sharded_stage_may_repeat_weights(pool: RankPool, schedule: str) -> None:
+    model = {"num_nextn_predict_layers": 1, "tie_word_embeddings": True}
+    (alone,) = pool.run(1, parallel_helpers.train, 2, {"micro_batch_size": 2}, {}, "cpu", False, model)
+    layout = {"pipeline": 2, "pipeline_schedule": schedule, "data_shard": 2, "expert": 2}
+    compare(pool.run(4, parallel_helpers.train, 2, layout, {}, "cpu", False, model), alone, 2, 1e-5)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_recomputed_layer_runs_again_only_once(pool: RankPool, schedule: str) -> None:
     """A backward pass in two halves would run it again for every weight."""
