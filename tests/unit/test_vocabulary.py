@@ -40,12 +40,13 @@ def with_model(**model: Any) -> Callable[[Fields], None]:
     return lambda fields: fields.update(model=model)
 
 
-def with_options(**options: Any) -> Callable[[Fields], None]:
-    return lambda fields: fields["model"].update(options)
-
-
 def without_bytes(fields: Fields) -> None:
     fields.update(pre_tokenizer=None, decoder=None)
+
+
+def without_a_byte_and_with_unknown(fields: Fields) -> None:
+    without("z")(fields)
+    fields["model"]["unk_token"] = "<unk>"
 
 
 REFUSED: dict[str, tuple[Callable[[Fields], None], str]] = {
@@ -59,10 +60,13 @@ REFUSED: dict[str, tuple[Callable[[Fields], None], str]] = {
     "an added token of id 2^31": (added_with_id(2**31), "token '<|fim_end|>' has id 2,147,483,648"),
     "two tokens of one id": (with_id(10), "id 10 stands for two tokens, "),
     "one byte missing": (without("z"), "its vocabulary lacks 1 of the 256 bytes, .*: 0x7A \\('z'\\)"),
-    "bytes missing": (without(*"abcdefgh"), "lacks 8 of the 256 bytes, .*: 0x61 .*, 0x65 \\('e'\\), …;"),
+    "bytes missing": (without(*"abcdefgh"), "lacks 8 of the 256 bytes, .*: 0x61 .*, 0x65 \\('e'\\), …, and"),
     "a byte inside characters missing": (without("\u0123"), "lacks 1 of the 256 bytes, .*: 0x81"),
-    "not of bytes": (without_bytes, "its BPE is not of bytes and names no unk_token"),
-    "unknown token missing": (with_options(unk_token="<unk>"), "its unk_token '<unk>' is not in its vocabulary"),
+    "not of bytes": (without_bytes, "its BPE is not of bytes, .* names no unk_token"),
+    "a byte and the unknown token missing": (
+        without_a_byte_and_with_unknown,
+        "lacks 1 of the 256 bytes, .* its unk_token '<unk>' is not in its vocabulary",
+    ),
     "Unigram": (with_model(type="Unigram", unk_id=None, vocab=[["a", -1.0]]), "is Unigram and names no unk_id"),
     "WordPiece": (
         with_model(
@@ -97,6 +101,14 @@ def test_bytes_that_stand_in_no_text_may_be_missing() -> None:
     tokenizer = Tokenizer.from_json(json.dumps(fields))
     text = "".join(map(chr, [*range(1, 0x300), 0x4E00, 0xFFFF, 0x10000, 0x10FFFF]))
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize(("unknown", "lacking"), [("", []), ("<unk>", []), ("a", ["z"])])
+def test_an_unknown_token_is_needed_only_where_bytes_are_missing(unknown: str, lacking: list[str]) -> None:
+    fields = trained()
+    without(*lacking)(fields)
+    fields["model"]["unk_token"] = unknown
+    assert len(Tokenizer.from_json(json.dumps(fields)).encode("xyz")) == 3
 
 
 def test_gaps_between_ids_are_taken() -> None:

@@ -93,16 +93,24 @@ def _drops(fields: Mapping[str, Any], model: Mapping[str, Any], vocabulary: Mapp
     if kind not in ("BPE", "WordPiece", "WordLevel"):
         return None
     unknown = model.get("unk_token")
-    if unknown is not None:
-        return None if unknown in vocabulary else f"its unk_token {unknown!r} is not in its vocabulary"
-    if kind != "BPE":
-        return f"its model is {kind} and names no unk_token"
+    if unknown in vocabulary:
+        return None
+    lacking = _lacking_bytes(fields, model, vocabulary) if kind == "BPE" else f"its model is {kind}"
+    if not lacking or not unknown:
+        return lacking and f"{lacking}, and it names no unk_token"
+    return f"{lacking}, and its unk_token {unknown!r} is not in its vocabulary"
+
+
+def _lacking_bytes(
+    fields: Mapping[str, Any], model: Mapping[str, Any], vocabulary: Mapping[str, int]
+) -> str | None:
+    """Why BPE does not know every byte that stands in text; None where it does."""
     used = [*steps_of(fields.get("pre_tokenizer")), *steps_of(fields.get("normalizer"))]
     if any(step["type"] == "ByteLevel" for step in used):
         return _lacking((byte, sign) for sign, byte in BYTES.items() if sign not in vocabulary)
     if model.get("byte_fallback"):
         return _lacking((byte, f"<0x{byte:02X}>") for byte in range(256) if f"<0x{byte:02X}>" not in vocabulary)
-    return "its BPE is not of bytes and names no unk_token, so characters that it does not know would be dropped"
+    return "its BPE is not of bytes, so that characters which it does not know would be dropped"
 
 
 def _lacking(missing: Iterable[tuple[int, str]]) -> str | None:
