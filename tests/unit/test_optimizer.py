@@ -139,6 +139,16 @@ def test_a_first_step_that_is_not_finite_changes_nothing(device: torch.device) -
     assert optimizer.num_steps == 0
 
 
+def test_the_smallest_eps_divides_no_gradient_of_0(device: torch.device) -> None:
+    parameters = [nn.Parameter(torch.ones(2, 3, device=device))]
+    optimizer = AdamW(_named(parameters), _config(eps=1e-30, weight_decay=0.0))
+    _with_gradients(parameters, [torch.tensor([[0.0, 1e-10, 1.0], [0.0, 0.0, 0.0]], device=device)])
+    optimizer.step(0.1)
+    torch.testing.assert_close(parameters[0], torch.tensor([[1.0, 0.9, 0.9], [1.0, 1.0, 1.0]], device=device))
+    with pytest.raises(ValueError, match="eps"):
+        _config(eps=1e-46)
+
+
 def test_parameters_without_a_gradient_stay_as_they_are() -> None:
     parameters = _parameters(torch.device("cpu"))
     before = parameters[1].detach().clone()

@@ -108,7 +108,7 @@ class ModelConfig(Section):
     num_nextn_predict_layers: Annotated[NonNegativeInt, Field(le=64)] = 0
     tie_word_embeddings: bool = False
     initializer_range: PositiveFloat = 0.006
-    rms_norm_eps: PositiveFloat = 1e-6
+    rms_norm_eps: Annotated[PositiveFloat, Field(ge=1e-30)] = 1e-6  # 0 in float32 would make zeros NaN
     max_position_embeddings: PositiveInt = 4096
     rope_theta: Annotated[Real, Field(gt=1)] = 10000.0
     rope_scaling: RopeScaling | None = None

@@ -69,7 +69,7 @@ class OptimizerConfig(Section):
     learning_rate: PositiveFloat
     beta1: Annotated[Real, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[Real, Field(ge=0, lt=1)] = 0.95
-    eps: PositiveFloat = 1e-8
+    eps: Annotated[PositiveFloat, Field(ge=1e-30)] = 1e-8  # 0 in float32 would divide gradients of 0 by 0
     weight_decay: NonNegativeFloat = 0.1
     max_grad_norm: PositiveFloat = 1.0
     moments: Literal["bfloat16", "float32"] = "bfloat16"
