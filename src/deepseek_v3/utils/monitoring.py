@@ -109,10 +109,11 @@ class MetricsWriter:
         try:
             self._file = _open_metrics(self._path, resume_step)
             self._open_tensorboard(0 if resume_step is None else resume_step + 1)
-        except BaseException as error:
+        except DataError:
             threading.excepthook = self._thread_hook
-            if not isinstance(error, OSError):
-                raise
+            raise
+        except OSError as error:
+            threading.excepthook = self._thread_hook
             raise DataError(
                 f"{directory}: cannot be written: {error.strerror}; "
                 "choose another folder with --set logging.directory=..."
