@@ -12,7 +12,7 @@ from deepseek_v3.inference import generate as command
 from deepseek_v3.inference.engine import Generator
 from deepseek_v3.inference.sampling import SamplingConfig
 from deepseek_v3.model.saved import load_model, model_entries
-from deepseek_v3.utils.checkpointing import save_checkpoint
+from deepseek_v3.utils.checkpointing import load_checkpoint, save_checkpoint
 from deepseek_v3.utils.errors import GenerationError, UserError
 from helpers import small_config, small_model
 
@@ -63,6 +63,13 @@ def refusal(checkpoint, *arguments):
     assert isinstance(result.exception, UserError), result.exception
     assert result.stdout == ""
     return str(result.exception)
+
+
+def test_a_checkpoint_whose_tokenizer_is_none_is_named(checkpoint, tmp_path):
+    path = tmp_path / "checkpoint_step_7.pt"
+    save_checkpoint(path, {**load_checkpoint(checkpoint), "tokenizer": "{}"})
+    message = refusal(path, "--prompt", "a")
+    assert message.startswith(f"{path}: its tokenizer: is not a tokenizer of the tokenizers library")
 
 
 def test_a_prompt_is_continued_as_by_the_engine(checkpoint, engine):

@@ -116,7 +116,7 @@ def evaluate(
 def _check_tokenizer(shards: TokenShards, saved: SavedModel, checkpoint: Path) -> None:
     """Raises DataError where the ids of the shards do not mean what the model was trained to take them for."""
     if shards.load_tokenizer().to_json() != saved.tokenizer_json:
-        known = Tokenizer.from_json(saved.tokenizer_json).vocab_size
+        known = Tokenizer.from_json(saved.tokenizer_json, f"{checkpoint}: its tokenizer").vocab_size
         raise DataError(
             f"{shards.directory}: was tokenized by another tokenizer, of {shards.index.vocab_size:,} ids, than the "
             f"one of {known:,} ids that {checkpoint} was trained with, so its ids mean other text; tokenize the "

@@ -112,9 +112,9 @@ class Tokenizer:
         return cls(tokenizer.to_str())
 
     @classmethod
-    def from_json(cls, json: str) -> Tokenizer:
-        """The tokenizer that `to_json` or any `tokenizer.json` describes."""
-        return cls(json)
+    def from_json(cls, json: str, source: str = "tokenizer.json") -> Tokenizer:
+        """The tokenizer that `to_json` or any `tokenizer.json` describes; `source` names it in errors."""
+        return cls(json, source)
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
