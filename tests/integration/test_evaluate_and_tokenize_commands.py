@@ -170,6 +170,15 @@ def test_a_quickstart_of_another_config_starts_anew(tmp_path: Path) -> None:
     assert (tmp_path / "runs" / "quickstart-3" / "summary.json").exists()
 
 
+def test_a_quickstart_killed_before_its_first_step_goes_on(tmp_path: Path) -> None:
+    command = _quickstart(tmp_path, steps=3)
+    (tmp_path / "runs" / "quickstart").mkdir(parents=True)
+    (tmp_path / "runs" / "quickstart" / ".lock").touch()
+    result = dsv3(*command)
+    assert result.exit_code == 0, result.output
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["quickstart"]
+
+
 def test_the_quickstart_needs_no_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("deepseek_v3.quickstart.train_run", lambda config, *_, **__: _refuse(config))

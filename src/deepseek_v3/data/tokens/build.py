@@ -228,4 +228,4 @@ class _Meter:
     def _line(self) -> str:
         amount, unit = self._amount, self._unit
         rate = amount / max(time.monotonic() - self._start, 1e-9)
-        return f"{self._title}: {counted(self._documents, 'document')}, {amount:,} {unit}, {rate:,.0f} {unit}/s"
+        return f"{self._title}: {counted(self._documents, 'document')}, {amount:,} {unit}, {rate:,.0f}/s"

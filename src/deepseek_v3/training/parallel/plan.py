@@ -64,7 +64,7 @@ def assembled(
     layers = range(len(model.model.layers)) if keep is None else keep(model)
     model.compute_dtype = compute_dtype(config.parallel.precision, device)
     back_ends = choose_back_ends(model, device)
-    get_logger("Plan").info(f"{model.compute_dtype} compute, float32 weights | back ends: {back_ends}")
+    get_logger("Plan").info(f"{model.compute_dtype} compute, float32 weights, back ends\n{back_ends}")
     _spread_experts(model, config, ranks)
     recompute(model, config.parallel.recomputation)
     if _compiles(model, config, device):
