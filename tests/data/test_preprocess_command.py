@@ -82,7 +82,18 @@ def test_an_output_that_cannot_be_is_one_line(config: Path, tmp_path: Path, plac
     assert str(output) in message_of(result)
 
 
-@pytest.mark.parametrize("setting", ["workers=1e6", "workers=1e12", "piece_size=1", "memory=1", "shard_size=0"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "workers=1e6",
+        "workers=1e12",
+        "piece_size=1",
+        "memory=1",
+        "shard_size=0",
+        "bytes_per_token=1e-320",
+        "mixing.max_epochs=1e300",
+    ],
+)
 def test_absurd_sizes_are_one_line(config: Path, setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inventory, "_MOST_UNITS", 100)
     assert setting.partition("=")[0] in message_of(dsv3("preprocess", "--config", str(config), "--set", setting))

@@ -139,11 +139,11 @@ def test_overrides_and_files_read_counts_alike(tmp_path: Path, text: str) -> Non
     pipeline = tmp_path / "data.yaml"
     pipeline.write_text(
         f"input_path: a\noutput_dir: b\npipeline: []\npiece_size: {text.replace('M', 'MB')}\n"
-        f"mixing:\n  tokens: {text}\n  max_epochs: {text}\n",
+        f"mixing:\n  tokens: {text}\n  weights: {{a: {text.replace(',', '_')}}}\n",
         encoding="utf-8",
     )
     config = load_section(PreprocessConfig, pipeline)
-    assert (config.piece_size, config.mixing.tokens, config.mixing.max_epochs) == (10**6, 10**6, 1e6)
+    assert (config.piece_size, config.mixing.tokens, config.mixing.weights) == (10**6, 10**6, {"a": 1e6})
 
 
 @pytest.mark.parametrize(
@@ -211,3 +211,12 @@ def test_an_option_of_generate_is_shown_as_it_was_typed() -> None:
         SamplingConfig(stop=("",))
     with pytest.raises(GenerationError, match="top_k = 0: expected a whole number from 1, or none"):
         SamplingConfig(top_k=0)
+
+
+def test_a_vocabulary_of_any_size_is_trained_or_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text", encoding="utf-8")
+    words = ("tokenize", "--input", tmp_path / "a.txt", "--output", tmp_path / "tokens", "--vocab-size")
+    assert "vocab_size = 1,000,000,000,000: expected at most 4,194,304" in message_of(dsv3(*words, "1e12"))
+    with pytest.raises(ConfigError, match=r"data\.corpus\.vocab_size: found '1T'"):
+        load_config(write_run(tmp_path), ["data.corpus.vocab_size=1T"])
+    assert dsv3(*words, "300", "--workers", "1e9").exit_code == 2

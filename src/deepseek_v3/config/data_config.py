@@ -26,6 +26,8 @@ AnyPath = Annotated[
     PlainSerializer(lambda path: masked(str(path)), str, "json"),
 ]
 Address = Annotated[str, PlainSerializer(masked, str, "json")]
+# Training a tokenizer takes 72 bytes for each entry at once, and no model has a tenth of these.
+LARGEST_VOCABULARY = 2**22
 DEFAULT_TOKENS = Path("data/tokens")
 
 
@@ -37,7 +39,7 @@ class CorpusConfig(Section):
     """
 
     source: Address
-    vocab_size: Annotated[Integer, Field(ge=260)]
+    vocab_size: Annotated[Integer, Field(ge=260, le=LARGEST_VOCABULARY)]
     holdout: Annotated[Real, Field(gt=0, lt=1)] | None = None
     fim_rate: Fraction = 0.0
     seed: NonNegativeInt = 0

@@ -86,13 +86,13 @@ def run_command(command: Callable[..., None]) -> None:
     run_app(app)
 
 
-def whole_option(at_least: int = -LARGEST_COUNT) -> Callable[[Any], int]:
-    """The parser of a command line's whole number, written as `parse_count` reads it and at least so large."""
+def whole_option(at_least: int = -LARGEST_COUNT, at_most: int = LARGEST_COUNT) -> Callable[[Any], int]:
+    """The parser of a command line's whole number, written as `parse_count` reads it within these limits."""
 
     def parse(value: Any) -> int:
         number = _read(value, parse_count)
-        if not at_least <= number <= LARGEST_COUNT:
-            raise typer.BadParameter(f"{value}: expected a whole number from {at_least} to {LARGEST_COUNT:.1e}")
+        if not at_least <= number <= at_most:
+            raise typer.BadParameter(f"{value}: expected a whole number from {at_least:,} to {at_most:,}")
         return number
 
     return parse

@@ -25,7 +25,7 @@ class MixingConfig(StageConfig):
     weights: dict[str, PositiveFloat] = Field(default_factory=dict)
     tokens: PositiveInt | None = None
     for_config: AnyPath | None = None
-    max_epochs: Annotated[Real, Field(ge=1)] = 4.0
+    max_epochs: Annotated[Real, Field(ge=1, le=10_000)] = 4.0
     seed: NonNegativeInt = 0
 
     @model_validator(mode="after")

@@ -59,7 +59,7 @@ class PreprocessConfig(Section):
     keep_keys: bool = False
     earlier: tuple[AnyPath, ...] = ()
     tokenizer: AnyPath | None = None
-    bytes_per_token: PositiveFloat = 4.0
+    bytes_per_token: Annotated[PositiveFloat, Field(ge=0.01, le=10_000)] = 4.0
     preliminary_cleaning: CleaningConfig = CleaningConfig()
     exact_deduplication: ExactDeduplicationConfig = ExactDeduplicationConfig()
     deduplication: DeduplicationConfig = DeduplicationConfig()

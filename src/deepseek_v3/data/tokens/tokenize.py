@@ -66,7 +66,7 @@ def tokenize(
         int | None,
         typer.Option(
             metavar="NUMBER",
-            parser=whole_option(at_least=1),
+            parser=whole_option(at_least=1, at_most=4096),
             help="Processes that encode; by default one for each core.",
         ),
     ] = None,

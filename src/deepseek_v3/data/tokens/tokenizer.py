@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
+from deepseek_v3.config.data_config import LARGEST_VOCABULARY
 from deepseek_v3.config.text_files import shown_path
 from deepseek_v3.data.documents import check_unicode
 from deepseek_v3.data.tokens.splits import DEEPSEEK
@@ -231,6 +232,8 @@ def _spelled_bytes(piece: str) -> int:
 
 def check_vocab_size(vocab_size: int) -> None:
     """Raises DataError for a size that a tokenizer trained here cannot have."""
+    if vocab_size > LARGEST_VOCABULARY:
+        raise DataError(f"vocab_size = {vocab_size:,}: expected at most {LARGEST_VOCABULARY:,}")
     if vocab_size < SMALLEST_VOCABULARY:
         raise DataError(
             f"vocab_size = {vocab_size} is too small: {len(_MARKERS)} markers and 256 bytes need "
