@@ -90,14 +90,17 @@ def test_a_live_display_shares_the_console_of_the_lines() -> None:
     assert get_console().stderr
 
 
+@pytest.mark.parametrize("unbuffered", [False, True])
 def test_output_that_nobody_reads_ends_nothing(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    unbuffered: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As behind `| head`."""
     configure_logging()
     reader, writer = os.pipe()
     os.close(reader)
-    with open(writer, "w") as stream, monkeypatch.context() as patch:  # noqa: PTH123 -- a descriptor
+    raw = io.FileIO(writer, "w")
+    output = raw if unbuffered else io.BufferedWriter(raw)
+    with io.TextIOWrapper(output, write_through=unbuffered) as stream, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", stream)
         for step in range(3):
             get_logger("Trainer").info("Step %d", step)

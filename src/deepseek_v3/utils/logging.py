@@ -58,15 +58,17 @@ class _Output:
     def write(self, text: str) -> int:
         stream = self._stream()
         if stream is not None and not stream.closed:
-            self._holds_text = True
-            self._attempt(lambda: stream.write(text))
+            self._holds_text = self._succeeds(lambda: stream.write(text))
         return len(text)
 
     def flush(self) -> None:
         stream = self._stream()
         if stream is not None and not stream.closed:
-            arrives, self._holds_text = self._holds_text, False
-            self._attempt(stream.flush, proves=arrives)
+            arrives = self._succeeds(stream.flush) and self._holds_text
+            self._holds_text = False
+            if arrives and self._is_failing:
+                self._is_failing = False
+                self._tell("can be written again")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream(), name)
@@ -75,18 +77,15 @@ class _Output:
         stream = getattr(sys, self._name)
         return getattr(stream, "rich_proxied_file", stream)  # rich's own stands in front during a live display
 
-    def _attempt(self, action: Callable[[], object], *, proves: bool = False) -> None:
-        """`proves`: that the action succeeds shows that output arrives."""
+    def _succeeds(self, action: Callable[[], object]) -> bool:
         try:
             action()
         except OSError as error:
             if not self._is_failing:
                 self._tell(f"cannot be written: {error.strerror}; the program goes on")
             self._is_failing = True
-        else:
-            if proves and self._is_failing:
-                self._is_failing = False
-                self._tell("can be written again")
+            return False
+        return True
 
     def _tell(self, what: str) -> None:
         if self._name == "stdout" and sys.stderr is not None:
