@@ -239,6 +239,7 @@ def test_ranks_may_end_at_different_times(tmp_path: Path, last: int, launcher: b
 def test_a_rank_that_has_ended_is_not_the_one_to_speak(tmp_path: Path) -> None:
     job = Job(tmp_path, 3, partial(_stay_until_killed, seen=tmp_path / "seen"))
     while not (tmp_path / "seen").exists():
+        assert job.ranks[2].is_alive()
         time.sleep(0.01)
     job.ranks[0].kill()
     outcome = job.outcome()
