@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from deepseek_v3.config.train_config import CheckpointConfig, ParallelConfig
+from deepseek_v3.config.parallel_config import ParallelConfig
+from deepseek_v3.config.train_config import CheckpointConfig
 from deepseek_v3.training.interruption import StopRequest
 from deepseek_v3.training.parallel.ranks import Ranks
 from deepseek_v3.training.run_checkpoints import RunCheckpoints

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek_v3.config.loading import config_from_dict, load_config
-from deepseek_v3.config.train_config import PipelineSchedule, RunConfig
+from deepseek_v3.config.parallel_config import PipelineSchedule
+from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.counts import count_parameters
 from deepseek_v3.planning.execution import execution_on
 from deepseek_v3.planning.hardware import Device, device_named

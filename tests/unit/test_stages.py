@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from torch.distributed.pipelining import ScheduleDualPipeV, ScheduleInterleaved1F1B, ScheduleZBVZeroBubble
 
-from deepseek_v3.config.train_config import ParallelConfig, PipelineSchedule
+from deepseek_v3.config.parallel_config import ParallelConfig, PipelineSchedule
 from deepseek_v3.planning.stages import most_in_flight, stages_of_rank
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 
-from deepseek_v3.config.train_config import ParallelConfig, RunConfig, batch_sizes, batch_unit, pipeline_problem
+from deepseek_v3.config.parallel_config import ParallelConfig, pipeline_problem
+from deepseek_v3.config.train_config import RunConfig, batch_sizes, batch_unit
 from deepseek_v3.planning.counts import count_float32_weights
 from deepseek_v3.planning.execution import Execution, execution_on
 from deepseek_v3.planning.hardware import Device

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from deepseek_v3.config.model_config import ModelConfig
-from deepseek_v3.config.train_config import ParallelConfig, RunConfig
+from deepseek_v3.config.parallel_config import ParallelConfig
+from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.counts import count_float32_weights, count_layers, count_parameters
 
 

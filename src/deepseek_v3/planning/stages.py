@@ -7,7 +7,7 @@ from functools import lru_cache
 from itertools import accumulate
 
 from deepseek_v3.config.model_config import ModelConfig
-from deepseek_v3.config.train_config import ParallelConfig
+from deepseek_v3.config.parallel_config import ParallelConfig
 from deepseek_v3.planning.execution import LayerKind
 from deepseek_v3.planning.flops import head_flops, layer_flops
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from deepseek_v3.config.train_config import ParallelConfig, RunConfig
+from deepseek_v3.config.parallel_config import ParallelConfig
+from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.hardware import Device
 from deepseek_v3.planning.layouts import fastest_layout, leanest_layout
 from deepseek_v3.utils.errors import ConfigError, PlanError

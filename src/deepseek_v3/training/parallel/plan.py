@@ -8,7 +8,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from deepseek_v3.config.train_config import ParallelConfig, RunConfig
+from deepseek_v3.config.parallel_config import ParallelConfig
+from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.model.back_ends import choose_back_ends
 from deepseek_v3.model.block import DecoderLayer
 from deepseek_v3.model.init import initial_values, reset_buffers

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from deepseek_v3.config.train_config import ParallelConfig
+from deepseek_v3.config.parallel_config import ParallelConfig
 
 
 @dataclass(frozen=True)
