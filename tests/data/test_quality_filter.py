@@ -189,12 +189,50 @@ def test_a_classifier_is_trained_and_scores(tmp_path: Path) -> None:
     assert Path(again).read_bytes() == Path(model).read_bytes()
 
 
-def test_a_classifier_of_few_documents_is_not_measured(tmp_path: Path) -> None:
-    good, bad = lines(tmp_path / "good.jsonl", prose(3, 0)), lines(tmp_path / "bad.jsonl", noise(3, 0))
-    output = run(
-        "train", "--good", good, "--bad", bad, "--output", str(tmp_path / "m.bin"), "--holdout", "1e-9"
-    ).output
-    assert "too few documents to measure by" in output
+@pytest.mark.parametrize("documents", [1, 2, 8])
+def test_a_classifier_of_few_documents_is_measured(documents: int, tmp_path: Path) -> None:
+    good, bad = (
+        lines(tmp_path / "good.jsonl", prose(documents, 0)),
+        lines(tmp_path / "bad.jsonl", noise(documents, 0)),
+    )
+    output = run("train", "--good", good, "--bad", bad, "--output", str(tmp_path / "m.bin")).output
+    assert "held out: 2 documents, precision" in output
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("documents", [1, 2, 8])
+def test_few_documents_make_a_language_model(documents: int, seed: int, tmp_path: Path) -> None:
+    text = lines(tmp_path / "text.jsonl", prose(documents, seed))
+    output = run("train", "--text", text, "--output", str(tmp_path / "m.arpa")).output
+    assert "held-out document" in output
+    assert "hardly tell head, middle and tail apart: give 20 or more by --reference" in output
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "message"),
+    [
+        (["one"], [], r"1 word in 1 document; expected at least 2, one to train on and one to hold out"),
+        ([" ", "\n"], [], r"holds no text"),
+        (
+            ["one two " * 99],
+            ["--holdout", "1e-9"],
+            r".*; holdout = 1e-09 leaves less than one word to one of the splits",
+        ),
+    ],
+)
+def test_text_too_small_to_hold_out_is_refused(
+    texts: list[str], options: list[str], message: str, tmp_path: Path
+) -> None:
+    text = lines(tmp_path / "text.jsonl", texts)
+    with pytest.raises(DataError, match=rf"text.jsonl: {message}"):
+        run("train", "--text", text, "--output", str(tmp_path / "m.arpa"), *options)
+
+
+def test_with_references_all_text_is_trained_on(tmp_path: Path) -> None:
+    text, reference = lines(tmp_path / "text.jsonl", prose(1, 0)), lines(tmp_path / "web.jsonl", prose(20, 1))
+    output = run("train", "--text", text, "--reference", reference, "--output", str(tmp_path / "m.arpa")).output
+    assert "1 documents, " in output
+    assert "hardly" not in output
 
 
 def test_a_language_model_is_trained_and_scores(tmp_path: Path) -> None:

@@ -16,16 +16,22 @@ from deepseek_v3.data.quality.fasttext_format import is_fasttext
 from deepseek_v3.data.quality.fasttext_training import GOOD, TrainingOptions, held_out_figures, train_classifier
 from deepseek_v3.data.quality.language_model_training import PERCENTILES, Limits, train_language_model
 from deepseek_v3.data.quality.perplexity import ArpaModel, load_language_model
-from deepseek_v3.data.tokens.holdout import is_held_out
+from deepseek_v3.data.tokens.holdout import HoldOutPlanner, TokenBounds
+from deepseek_v3.data.tokens.index import Split
 from deepseek_v3.utils.commands import number_option, whole_option
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.next_command import say_next
+from deepseek_v3.utils.printing import counted
+from deepseek_v3.utils.secrets import masked
 
 quality_app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Train and try the models of the quality stage."
 )
 
 _Files = list[str] | None
+_DEFAULT_HOLDOUT = 0.05
+# Percentiles of fewer documents than this say little.
+_FEW_DOCUMENTS = 20
 _FIELD = typer.Option(help="Field of a record that holds the text.")
 
 
@@ -52,15 +58,17 @@ def train(
         ),
     ] = 0,
     holdout: Annotated[
-        float,
+        float | None,
         typer.Option(
-            metavar="SHARE", parser=number_option, help="Share of documents to measure by, and not to train on."
+            metavar="SHARE",
+            parser=number_option,
+            help="Share of the text to measure by, and not to train on: by default 0.05, of little text more.",
         ),
-    ] = 0.05,
+    ] = None,
     text_field: Annotated[str, _FIELD] = "text",
 ) -> None:
     """Train a fastText classifier of --good against --bad, or an n-gram language model of --text."""
-    if not 0 < holdout < 1:
+    if holdout is not None and not 0 < holdout < 1:
         raise DataError(f"--holdout {holdout}: expected a share between 0 and 1, such as 0.05")
     try:
         if good and bad and not text and not reference:
@@ -105,9 +113,14 @@ def _say_next(model: Path, *, is_classifier: bool, err: bool = False) -> None:
 
 
 def _train_classifier(
-    good: Sequence[str], bad: Sequence[str], output: Path, options: TrainingOptions, holdout: float, text_field: str
+    good: Sequence[str],
+    bad: Sequence[str],
+    output: Path,
+    options: TrainingOptions,
+    holdout: float | None,
+    text_field: str,
 ) -> None:
-    split = [_split(_texts(files, text_field), holdout) for files in (good, bad)]
+    split = [_split(files, holdout, text_field) for files in (good, bad)]
     (good_texts, good_held), (bad_texts, bad_held) = split
     model = train_classifier(good_texts, bad_texts, options)
     model.write(output)
@@ -115,9 +128,6 @@ def _train_classifier(
         f"{output}: {len(good_texts):,} good and {len(bad_texts):,} bad documents, {len(model.words):,} words, "
         f"{output.stat().st_size:,} bytes"
     )
-    if not good_held or not bad_held:
-        typer.echo("held out: too few documents to measure by; raise --holdout or give more")
-        return
     held = held_out_figures(model, output, good_held, bad_held)
     typer.echo(
         f"held out: {held.documents:,} documents, precision {held.precision:.3f} and recall {held.recall:.3f} of "
@@ -126,11 +136,14 @@ def _train_classifier(
 
 
 def _train_language_model(
-    text: Sequence[str], reference: Sequence[str], output: Path, order: int, holdout: float, text_field: str
+    text: Sequence[str], reference: Sequence[str], output: Path, order: int, holdout: float | None, text_field: str
 ) -> None:
-    texts, held = _split(_texts(text, text_field), holdout)
+    if reference:
+        texts, measured = [*_texts(text, text_field)], [*_texts(reference, text_field)]
+    else:
+        texts, measured = _split(text, holdout, text_field)
     model = train_language_model(texts, order)
-    limits = Limits.of(ArpaModel(model), [*_texts(reference, text_field)] if reference else held)
+    limits = Limits.of(ArpaModel(model), measured)
     write_arpa(model, output)
     limits.write(output)
     numbers = ", ".join(f"{len(rows):,} {length}-grams" for length, rows in enumerate(model.log_probs, start=1))
@@ -140,15 +153,35 @@ def _train_language_model(
         f"perplexity of {limits.documents:,} {source} documents: {PERCENTILES[0]} % below {limits.head:.1f} "
         f"(head), {PERCENTILES[1]} % below {limits.middle:.1f} (head and middle)"
     )
+    if limits.documents < _FEW_DOCUMENTS:
+        typer.echo(
+            f"{counted(limits.documents, 'document')} hardly tell head, middle and tail apart: give "
+            f"{_FEW_DOCUMENTS} or more by --reference, or more text",
+            err=True,
+        )
 
 
 def _texts(files: Sequence[str], text_field: str) -> Iterator[str]:
     return (document.text for file in files for document in read_documents(file, text_field))
 
 
-def _split(texts: Iterator[str], holdout: float) -> tuple[list[str], list[str]]:
-    """Texts to train on, and those held out."""
-    parts: tuple[list[str], list[str]] = ([], [])
-    for text in texts:
-        parts[is_held_out(text, holdout)].append(text)
-    return parts
+def _split(files: Sequence[str], holdout: float | None, text_field: str) -> tuple[list[str], list[str]]:
+    """Texts to train on, and those held out. Raises DataError where there are fewer than two words."""
+    source = ", ".join(map(masked, files))
+    texts = [*_texts(files, text_field)]
+    num_words = sum(map(_num_words, texts))
+    if num_words < 2:
+        raise DataError(
+            f"{source}: {counted(num_words, 'word')} in {counted(len(texts), 'document')}; expected at least 2, "
+            "one to train on and one to hold out; give files with more text"
+        )
+    words = TokenBounds(_num_words, _num_words)
+    planner = HoldOutPlanner(source, lambda: texts, words, 1, "one word", "words", "add text")
+    parts: dict[Split, list[str]] = {"train": [], "holdout": []}
+    for split, part in chain.from_iterable(map(planner.choose(holdout, _DEFAULT_HOLDOUT).split, texts)):
+        parts[split].append(part)
+    return parts["train"], parts["holdout"]
+
+
+def _num_words(text: str) -> int:
+    return len(text.split())

@@ -118,7 +118,8 @@ def _choose_holdout(
         bounds = TokenBounds(least_tokens, lambda text: len(text.encode("utf-8")) + 1)
     else:
         bounds = TokenBounds(*(2 * [lambda text: len(tokenizer.encode(text)) + 1]))
-    return HoldOutPlanner(options.source, lambda: _texts(options), bounds, sequence_length + 1).choose(share)
+    need = f"one window of {sequence_length:,} tokens"
+    return HoldOutPlanner(options.source, lambda: _texts(options), bounds, sequence_length + 1, need).choose(share)
 
 
 def _check_windows(index: ShardIndex, sequence_length: int) -> None:

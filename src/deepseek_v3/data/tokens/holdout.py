@@ -71,25 +71,29 @@ class TokenBounds:
 
 @dataclass(frozen=True)
 class HoldOutPlanner:
-    """Chooses the hold-out of a corpus before a tokenizer is trained on the rest.
+    """Chooses the hold-out of a corpus before a tokenizer or a model is trained on the rest.
 
-    `texts()` reads the corpus anew. Each split is to hold `window` tokens, one sequence and the token behind it.
+    `texts()` reads the corpus anew. Each split is to hold `window` tokens, for token shards one sequence and the
+    token behind it. `unit`, `need` and `remedy` name tokens, a window and what helps in errors.
     """
 
     source: str
     texts: Texts
     bounds: TokenBounds
     window: int
+    need: str
+    unit: str = "tokens"
+    remedy: str = "add text, or lower the sequence length"
 
-    def choose(self, share: float | None) -> HoldOut:
-        """The hold-out of at most the `share` of the text; None: 0.02, or more where that is less than a window.
+    def choose(self, share: float | None, default: float = DEFAULT_SHARE) -> HoldOut:
+        """The hold-out of at most the `share` of the text; None: `default`, or more where that is no window.
 
         From 200 documents on, documents are held out by their hash, so the share is met on average. Fewer are held
         out in the order of their hashes as far as the share goes. Where these are less than three quarters of the
         share, or less than a window, the next one is cut. Raises DataError, with the size found and the size
         needed, where a split cannot hold a window.
         """
-        asked = DEFAULT_SHARE if share is None else share
+        asked = default if share is None else share
         by_hash = HoldOut(asked * 2**64)
         if self._suffices(by_hash, self.bounds.least, _MANY_DOCUMENTS):
             return by_hash
@@ -162,14 +166,14 @@ class HoldOutPlanner:
         has = f"{self.source}: holds {size:,} bytes of text in {counted(len(sizes), 'document')}"
         if suited is not None:
             return (
-                f"{has}; holdout = {asked} leaves less than one window of {self.window - 1:,} tokens to one of "
-                f"the splits; expected a holdout such as {suited:.6g}, or more text"
+                f"{has}; holdout = {asked} leaves less than {self.need} to one of the splits; "
+                f"expected a holdout such as {suited:.6g}, or more text"
             )
         least, most = (sum(map(count, self.texts())) for count in (self.bounds.least, self.bounds.most))
         return (
-            f"{has}, at most {most:,} tokens; expected at least {2 * self.window:,} tokens, about "
-            f"{-(-2 * self.window * size // least):,} bytes: training and hold-out need one window of "
-            f"{self.window - 1:,} tokens each; add text, or lower the sequence length"
+            f"{has}, at most {most:,} {self.unit}; expected at least {2 * self.window:,} {self.unit}, about "
+            f"{-(-2 * self.window * size // least):,} bytes: training and hold-out need {self.need} each; "
+            f"{self.remedy}"
         )
 
 
