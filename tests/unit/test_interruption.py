@@ -26,7 +26,7 @@ from deepseek_v3.utils.distributed import World, process_group
 from job_helpers import HANGS, Job
 from run_helpers import write_run
 
-SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
 
 
 class _ActedAtOnceError(Exception):
@@ -74,6 +74,17 @@ def test_before_it_listens_signals_act_as_before(number: signal.Signals) -> None
         signal.raise_signal(number)
 
 
+@pytest.mark.usefixtures("handled_before")
+def test_a_signal_that_was_ignored_stays_so() -> None:
+    """As under nohup, which starts a run that shall outlive its terminal."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopRequest() as stop:
+        stop.listen()
+        signal.raise_signal(signal.SIGHUP)
+        assert not stop.requested
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.usefixtures("handled_before")
 def test_a_second_signal_waits_for_the_end_of_a_save(number: signal.Signals) -> None:
@@ -88,7 +99,7 @@ def test_a_second_signal_waits_for_the_end_of_a_save(number: signal.Signals) -> 
         assert saved
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 @pytest.mark.usefixtures("handled_before")
 def test_from_the_last_save_on_only_ctrl_c_acts(number: signal.Signals) -> None:
     with StopRequest() as stop:

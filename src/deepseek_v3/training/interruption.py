@@ -13,12 +13,13 @@ import torch.distributed as dist
 
 from deepseek_v3.utils.logging import get_logger
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _FAILURE = max(signal.valid_signals()) + 1  # in place of a signal's number
 
 
 class StopRequest:
-    """From `listen` to the end of the `with` block, the first SIGINT (Ctrl-C), SIGTERM or SIGUSR1 asks to stop.
+    """From `listen` to the end of the `with` block, the first SIGINT (Ctrl-C), SIGTERM, SIGUSR1 or SIGHUP (a closed
+    terminal) asks to stop. Signals that are ignored, such as SIGHUP under nohup, stay so.
 
     In a process alone a second signal acts at once, except in `saving`, where it waits until the checkpoint is
     complete. From the last save on only SIGINT acts: nothing is left that another signal could stop.
@@ -72,7 +73,8 @@ class StopRequest:
 
     def listen(self) -> None:
         """Takes the signals over from whoever has them."""
-        self._earlier = {number: signal.signal(number, self._ask) for number in _SIGNALS}
+        heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._earlier = {number: signal.signal(number, self._ask) for number in heard}
 
     def __enter__(self) -> StopRequest:
         return self
