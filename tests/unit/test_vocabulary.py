@@ -49,6 +49,14 @@ def without_a_byte_and_with_unknown(fields: Fields) -> None:
     fields["model"]["unk_token"] = "<unk>"
 
 
+def with_bpe(**options: Any) -> Callable[[Fields], None]:
+    return lambda fields: fields["model"].update(options)
+
+
+def with_pre_tokenizer(found: Any) -> Callable[[Fields], None]:
+    return lambda fields: fields.update(pre_tokenizer=found)
+
+
 REFUSED: dict[str, tuple[Callable[[Fields], None], str]] = {
     "an id of 2^31": (
         with_id(2**31),
@@ -67,6 +75,23 @@ REFUSED: dict[str, tuple[Callable[[Fields], None], str]] = {
         without_a_byte_and_with_unknown,
         "lacks 1 of the 256 bytes, .* its unk_token '<unk>' is not in its vocabulary",
     ),
+    "bytes missing at the end of a word": (
+        with_bpe(end_of_word_suffix="</w>"),
+        "lacks 243 of the 256 bytes, .*: 0x00 \\('\u0100</w>'\\)",
+    ),
+    "bytes missing inside a word": (with_bpe(continuing_subword_prefix="##"), "lacks 243 .*: 0x00 \\('##"),
+    "a merge shorter than its prefix": (
+        with_bpe(continuing_subword_prefix="##", merges=[["a", "b"]]),
+        "is not a tokenizer of the tokenizers library: slice index",
+    ),
+    "a list as pre-tokenizer": (with_pre_tokenizer([]), "is not a tokenizer of the tokenizers library"),
+    "a step without a type": (with_pre_tokenizer({}), "is not a tokenizer of the tokenizers library"),
+    "a name as a step": (
+        with_pre_tokenizer({"type": "Sequence", "pretokenizers": ["ByteLevel"]}),
+        "is not a tokenizer of the tokenizers library",
+    ),
+    "a list as unknown token": (with_bpe(unk_token=["z"]), "is not a tokenizer of the tokenizers library"),
+    "Unigram without its name": (with_model(unk_id=None, vocab=[["a", -1.0]]), "is Unigram and names no unk_id"),
     "Unigram": (with_model(type="Unigram", unk_id=None, vocab=[["a", -1.0]]), "is Unigram and names no unk_id"),
     "WordPiece": (
         with_model(
@@ -109,6 +134,14 @@ def test_an_unknown_token_is_needed_only_where_bytes_are_missing(unknown: str, l
     without(*lacking)(fields)
     fields["model"]["unk_token"] = unknown
     assert len(Tokenizer.from_json(json.dumps(fields)).encode("xyz")) == 3
+
+
+def test_a_model_without_its_type_is_known_by_its_fields() -> None:
+    fields = trained()
+    del fields["model"]["type"]
+    tokenizer = Tokenizer.from_json(json.dumps(fields))
+    assert tokenizer.is_byte_exact
+    assert tokenizer.byte_lengths[tokenizer.encode("añ")].sum() == 3
 
 
 def test_gaps_between_ids_are_taken() -> None:

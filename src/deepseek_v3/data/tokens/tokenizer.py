@@ -19,7 +19,7 @@ from deepseek_v3.config.text_files import shown_path
 from deepseek_v3.data.documents import check_unicode
 from deepseek_v3.data.tokens.splits import DEEPSEEK
 from deepseek_v3.data.tokens.tiktoken_encoder import NotExpressibleError, TiktokenEncoder
-from deepseek_v3.data.tokens.vocabulary import check_vocabulary, steps_of
+from deepseek_v3.data.tokens.vocabulary import check_complete, check_ids, steps_of
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.files import read_file, written_atomically
 from deepseek_v3.utils.logging import get_logger
@@ -159,6 +159,12 @@ class Tokenizer:
             for text in texts
         ]
 
+    @property
+    def _fields(self) -> dict[str, Any]:
+        """The `tokenizer.json` as the library writes it, which names types that the file may leave out."""
+        fields: dict[str, Any] = json_text.loads(self._tokenizer.to_str())
+        return fields
+
     @cached_property
     def _tiktoken(self) -> TiktokenEncoder | None:
         try:
@@ -177,7 +183,7 @@ class Tokenizer:
 
         Exact where `is_byte_exact`; of other tokenizers each id is counted as it is spelled in the vocabulary.
         """
-        spelled = _is_byte_level(json_text.loads(self._json))
+        spelled = _is_byte_level(self._fields)
         lengths = np.zeros(self.vocab_size, np.int64)
         for piece, id_ in self._tokenizer.get_vocab(with_added_tokens=False).items():
             lengths[id_] = len(piece) if spelled else _spelled_bytes(piece)
@@ -188,7 +194,7 @@ class Tokenizer:
     @cached_property
     def is_byte_exact(self) -> bool:
         """Whether the `byte_lengths` of a text's ids sum to its bytes: byte-level BPE that takes text as it is."""
-        fields = json_text.loads(self._json)
+        fields = self._fields
         model, cuts = fields["model"], steps_of(fields.get("pre_tokenizer"))
         return (
             _is_byte_level(fields)
@@ -206,7 +212,7 @@ class Tokenizer:
     @cached_property
     def decoder_steps(self) -> list[dict[str, Any]]:
         """The steps that decoding takes, as a `tokenizer.json` describes them; none where it joins by spaces."""
-        return steps_of(json_text.loads(self._json).get("decoder"))
+        return steps_of(self._fields["decoder"])
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids. Markers appear by name, bytes that are no UTF-8 as U+FFFD, unknown ids not at all."""
@@ -252,11 +258,14 @@ def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
 
 
 def _build(json: str, source: str) -> HuggingFaceTokenizer:
-    check_vocabulary(json, source)
+    check_ids(json, source)
     try:
         tokenizer = HuggingFaceTokenizer.from_str(json)
-    except Exception as error:  # noqa: BLE001 - the library raises nothing more specific
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # noqa: BLE001 - nothing more specific; a panic of the library is no Exception
         raise DataError(f"{source}: is not a tokenizer of the tokenizers library: {error}") from None
+    check_complete(json_text.loads(tokenizer.to_str()), source)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     # A marker that is not declared special would be recognised in text. Runs of white space, which some

@@ -17,8 +17,8 @@ _NEVER = frozenset({0xC0, 0xC1, *range(0xF5, 0x100)})
 _MOST_NAMED = 5
 
 
-def check_vocabulary(text: str, source: str) -> None:
-    """Raises DataError where ids are too sparse, stand for two tokens, or some text would be dropped.
+def check_ids(text: str, source: str) -> None:
+    """Raises DataError where ids are too sparse or stand for two tokens, before a library makes tables for them.
 
     `text` is that of a `tokenizer.json`. What is no such file is left to the tokenizers library, which refuses it.
     """
@@ -27,12 +27,17 @@ def check_vocabulary(text: str, source: str) -> None:
     except (ValueError, RecursionError):
         return
     model = fields.get("model") if isinstance(fields, dict) else None
-    if not isinstance(model, dict):
-        return
-    vocabulary = _ids(model.get("vocab"))
-    added = _added(fields.get("added_tokens"))
-    _check_ids(vocabulary, added, source)
-    if reason := _drops(fields, model, vocabulary):
+    if isinstance(model, dict):
+        _check_ids(_ids(model.get("vocab")), _added(fields.get("added_tokens")), source)
+
+
+def check_complete(fields: Mapping[str, Any], source: str) -> None:
+    """Raises DataError where some text would be dropped.
+
+    `fields` are those of a `tokenizer.json` as the tokenizers library writes it, with every type named.
+    """
+    model = fields["model"]
+    if reason := _drops(fields, model, _ids(model["vocab"])):
         raise DataError(
             f"{source}: {reason}; expected a tokenizer that has a token for every text, such as any complete "
             "byte-level BPE"
@@ -87,11 +92,9 @@ def _check_ids(vocabulary: Mapping[str, int], added: Mapping[str, int], source: 
 
 def _drops(fields: Mapping[str, Any], model: Mapping[str, Any], vocabulary: Mapping[str, int]) -> str | None:
     """Why some text would be dropped without a word, or would stop the tokenizers library; None where none is."""
-    kind = model.get("type") or ("BPE" if "merges" in model else None)
+    kind = model["type"]
     if kind == "Unigram":
         return "its model is Unigram and names no unk_id" if model.get("unk_id") is None else None
-    if kind not in ("BPE", "WordPiece", "WordLevel"):
-        return None
     unknown = model.get("unk_token")
     if unknown in vocabulary:
         return None
@@ -107,16 +110,27 @@ def _lacking_bytes(
     """Why BPE does not know every byte that stands in text; None where it does."""
     used = [*steps_of(fields.get("pre_tokenizer")), *steps_of(fields.get("normalizer"))]
     if any(step["type"] == "ByteLevel" for step in used):
-        return _lacking((byte, sign) for sign, byte in BYTES.items() if sign not in vocabulary)
+        spellings = ((byte, token) for sign, byte in BYTES.items() for token in _spellings(sign, model))
+        return _lacking((byte, token) for byte, token in spellings if token not in vocabulary)
     if model.get("byte_fallback"):
         return _lacking((byte, f"<0x{byte:02X}>") for byte in range(256) if f"<0x{byte:02X}>" not in vocabulary)
     return "its BPE is not of bytes, so that characters which it does not know would be dropped"
 
 
+def _spellings(sign: str, model: Mapping[str, Any]) -> list[str]:
+    """How BPE spells a byte at the start, inside and at the end of a word."""
+    starts = dict.fromkeys(["", model.get("continuing_subword_prefix") or ""])
+    ends = dict.fromkeys(["", model.get("end_of_word_suffix") or ""])
+    return [start + sign + end for start in starts for end in ends]
+
+
 def _lacking(missing: Iterable[tuple[int, str]]) -> str | None:
-    lacks = sorted((byte, token) for byte, token in missing if byte not in _NEVER)
+    lacks: dict[int, str] = {}
+    for byte, token in missing:
+        if byte not in _NEVER:
+            lacks.setdefault(byte, token)
     if not lacks:
         return None
-    named = ", ".join(f"0x{byte:02X} ({token!r})" for byte, token in lacks[:_MOST_NAMED])
+    named = ", ".join(f"0x{byte:02X} ({token!r})" for byte, token in sorted(lacks.items())[:_MOST_NAMED])
     more = ", …" if len(lacks) > _MOST_NAMED else ""
     return f"its vocabulary lacks {len(lacks)} of the 256 bytes, which would be dropped from text: {named}{more}"
