@@ -35,13 +35,11 @@ def _summed(wide_TV: Tensor, log_sum_T1: Tensor, targets_T: Tensor) -> Tensor:
 
 
 def _loss_and_gradient(logits_TV: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:
-    """The summed loss, and its gradient in the place and type of the logits."""
+    """The summed loss, and its gradient in the place and type of the logits: any numbers for `IGNORED` targets."""
     wide_TV = at_least_float32(logits_TV)
     log_sum_T1 = wide_TV.logsumexp(-1, keepdim=True)
     loss = _summed(wide_TV, log_sum_T1, targets_T)
     is_target_TV = torch.arange(wide_TV.shape[-1], device=wide_TV.device) == targets_T[:, None]
-    # An infinite sum makes every probability 0, and so the gradient of a token that is left out.
-    log_sum_T1 = log_sum_T1.masked_fill((targets_T == IGNORED)[:, None], math.inf)
     return loss, logits_TV.copy_((wide_TV - log_sum_T1).exp() - is_target_TV.to(wide_TV.dtype))
 
 
@@ -70,17 +68,21 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         grad_hidden_TD = torch.empty_like(hidden_TD) if needs_gradient else None
         sum_dtype = torch.promote_types(weight_VD.dtype, torch.float32)
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=sum_dtype) if needs_gradient else None
+        is_left_out_T1 = (targets_T == IGNORED)[:, None]
         size = _chunk_size(hidden_TD.shape[0], weight_VD.shape[0], hidden_TD.device.type)
         for start in range(0, hidden_TD.shape[0], size):
             chunk = slice(start, start + size)
-            logits_TV = hidden_TD[chunk] @ narrow_VD.T
+            # Zeros keep a token out of the weight's gradient, at less cost than a look at each of its logits.
+            rows_TD = hidden_TD[chunk].masked_fill(is_left_out_T1[chunk], 0)
+            logits_TV = rows_TD @ narrow_VD.T
             if grad_hidden_TD is None or grad_weight_VD is None:
                 loss += _loss_of(logits_TV, targets_T[chunk])
             else:
                 chunk_loss, grad_TV = loss_and_gradient(logits_TV, targets_T[chunk])
                 loss += chunk_loss
                 torch.mm(grad_TV, narrow_VD, out=grad_hidden_TD[chunk])
-                _accumulate_product(grad_weight_VD, grad_TV, hidden_TD[chunk])
+                grad_hidden_TD[chunk].masked_fill_(is_left_out_T1[chunk], 0)
+                _accumulate_product(grad_weight_VD, grad_TV, rows_TD)
                 del grad_TV
             del logits_TV  # before the next chunk's, so that only one is ever held
         if needs_gradient:
