@@ -144,6 +144,26 @@ def test_a_model_without_its_type_is_known_by_its_fields() -> None:
     assert tokenizer.byte_lengths[tokenizer.encode("añ")].sum() == 3
 
 
+@pytest.mark.parametrize(
+    ("step", "warns"),
+    [
+        ({"type": "WhitespaceSplit"}, True),
+        ({"type": "Split", "pattern": {"String": " "}, "behavior": "Removed", "invert": False}, True),
+        ({"type": "Split", "pattern": {"String": " "}, "behavior": "Isolated", "invert": False}, False),
+    ],
+)
+def test_a_pre_tokenizer_that_removes_text_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, step: Fields, warns: bool
+) -> None:
+    fields = trained()
+    fields["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [step, fields["pre_tokenizer"]]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields), encoding="utf-8")
+    tokenizer = Tokenizer.load(tmp_path)
+    assert (tokenizer.decode(tokenizer.encode("a b")) == "ab") == warns
+    message = f"its pre-tokenizer ({step['type']}) removes the characters at which it cuts text"
+    assert (message in caplog.text) == warns
+
+
 def test_gaps_between_ids_are_taken() -> None:
     fields = trained()
     with_id(5000)(fields)

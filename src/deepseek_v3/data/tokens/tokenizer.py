@@ -19,7 +19,7 @@ from deepseek_v3.config.text_files import shown_path
 from deepseek_v3.data.documents import check_unicode
 from deepseek_v3.data.tokens.splits import DEEPSEEK
 from deepseek_v3.data.tokens.tiktoken_encoder import NotExpressibleError, TiktokenEncoder
-from deepseek_v3.data.tokens.vocabulary import check_complete, check_ids, steps_of
+from deepseek_v3.data.tokens.vocabulary import check_complete, check_ids, dropping_step, steps_of
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.files import read_file, written_atomically
 from deepseek_v3.utils.logging import get_logger
@@ -119,7 +119,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Reads a `tokenizer.json`, or the one in a folder."""
+        """Reads a `tokenizer.json`, or the one in a folder; warns where its pre-tokenizer removes characters."""
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
         try:
@@ -128,7 +128,13 @@ class Tokenizer:
             raise DataError(f"{file}: is not UTF-8 at byte {error.start}; expected a tokenizer.json") from None
         except ValueError as error:
             raise DataError(f"{shown_path(file)}: {error}") from None
-        return cls(text, source=str(file))
+        tokenizer = cls(text, source=str(file))
+        if step := dropping_step(tokenizer._fields):
+            _log.warning(
+                f"{file}: its pre-tokenizer ({step}) removes the characters at which it cuts text, so no id stands "
+                "for them; use a byte-level tokenizer to keep all text"
+            )
+        return tokenizer
 
     def to_json(self) -> str:
         """The text of a `tokenizer.json`, as it was read or trained."""

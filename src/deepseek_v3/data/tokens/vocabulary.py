@@ -15,6 +15,8 @@ _MOST_PER_TOKEN, _MOST_BESIDES = 2, 2**16
 # These bytes stand in no UTF-8 text.
 _NEVER = frozenset({0xC0, 0xC1, *range(0xF5, 0x100)})
 _MOST_NAMED = 5
+# Pre-tokenizers that always remove what they cut at.
+_REMOVE = ("Whitespace", "WhitespaceSplit", "BertPreTokenizer", "CharDelimiterSplit")
 
 
 def check_ids(text: str, source: str) -> None:
@@ -42,6 +44,14 @@ def check_complete(fields: Mapping[str, Any], source: str) -> None:
             f"{source}: {reason}; expected a tokenizer that has a token for every text, such as any complete "
             "byte-level BPE"
         )
+
+
+def dropping_step(fields: Mapping[str, Any]) -> str | None:
+    """The type of the pre-tokenizer's first step that removes what it cuts at, such as white space."""
+    for step in steps_of(fields["pre_tokenizer"]):
+        if step["type"] in _REMOVE or step.get("behavior") == "Removed":
+            return str(step["type"])
+    return None
 
 
 def steps_of(part: Mapping[str, Any] | None) -> list[dict[str, Any]]:
