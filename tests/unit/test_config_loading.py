@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek_v3.config.data_config import CorpusConfig, DataConfig
-from deepseek_v3.config.loading import config_from_dict, config_to_yaml, load_config
+from deepseek_v3.config.loading import config_from_dict, config_to_yaml, load_config, section_from_dict
 from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.config.shipped import find_config, shown_config
 from deepseek_v3.config.train_config import (
@@ -282,6 +282,14 @@ def test_a_stored_config_names_its_source_when_it_is_wrong() -> None:
     fields["model"]["hidden_size"] = "wide"
     with pytest.raises(ConfigError, match=r"^step-5\.pt: model\.hidden_size: found wide"):
         config_from_dict(fields, "step-5.pt")
+
+
+def test_a_stored_config_may_have_moments_refused_today() -> None:
+    fields = run_config().model_dump(mode="json")
+    fields["training"]["optimizer"] |= {"beta2": 0.999, "moments": "bfloat16"}
+    assert config_from_dict(fields, "step-5.pt").training.optimizer.beta2 == 0.999
+    with pytest.raises(ConfigError, match=r"beta2 = 0\.999 with moments in bfloat16"):
+        section_from_dict(RunConfig, fields, "run.yaml")
 
 
 @pytest.mark.parametrize(

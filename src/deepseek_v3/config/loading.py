@@ -15,7 +15,7 @@ from deepseek_v3.config.base import Section
 from deepseek_v3.config.problems import FieldPath, describe
 from deepseek_v3.config.shipped import find_config, is_name, shipped_names
 from deepseek_v3.config.text_files import described, read_text, shown_path
-from deepseek_v3.config.train_config import RunConfig
+from deepseek_v3.config.train_config import STORED, RunConfig
 from deepseek_v3.config.vocabulary import fill_vocabulary
 from deepseek_v3.config.yaml_text import YamlProblem, parse_yaml, to_yaml
 from deepseek_v3.utils.errors import ConfigError
@@ -56,24 +56,34 @@ def config_to_yaml(config: RunConfig) -> str:
 
 
 def config_from_dict(fields: dict[str, Any], source: str) -> RunConfig:
-    """Rebuilds a config from `model_dump(mode="json")`, as a checkpoint stores it; `source` names it in errors."""
-    return section_from_dict(RunConfig, fields, source)
+    """Rebuilds a config from `model_dump(mode="json")`, as a checkpoint stores it; `source` names it in errors.
+
+    It may train in a way that is refused today, as it did when it was stored.
+    """
+    return section_from_dict(RunConfig, fields, source, STORED)
 
 
-def section_from_dict(kind: type[AnySection], fields: dict[str, Any], source: str) -> AnySection:
-    """A section of any kind from its fields; `source` names them in errors.
+def section_from_dict(
+    kind: type[AnySection], fields: dict[str, Any], source: str, context: Mapping[str, bool] | None = None
+) -> AnySection:
+    """A section of any kind from its fields; `source` names them in errors, validators see the `context`.
 
     Raises ConfigError with one line per problem: source, field, what is wrong.
     """
     try:
-        return _checked(kind, fields, {(): source})
+        return _checked(kind, fields, {(): source}, context)
     except TypeError as error:
         raise ConfigError(f"{source}: {error}; expected numbers, text, true or false, and lists of them") from None
 
 
-def _checked(kind: type[AnySection], fields: dict[str, Any], where: Mapping[FieldPath, str]) -> AnySection:
+def _checked(
+    kind: type[AnySection],
+    fields: dict[str, Any],
+    where: Mapping[FieldPath, str],
+    context: Mapping[str, bool] | None = None,
+) -> AnySection:
     try:
-        return kind.model_validate_json(json.dumps(fields))
+        return kind.model_validate_json(json.dumps(fields), context=context)
     except ValidationError as error:
         raise ConfigError(describe(error, kind, where)) from None
 

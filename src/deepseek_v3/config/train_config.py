@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, PlainValidator, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, PlainValidator, TypeAdapter, ValidationError, ValidationInfo, model_validator
 
 from deepseek_v3.config.base import (
     Fraction,
@@ -49,6 +49,9 @@ _TOKENS = TypeAdapter[int](Annotated[PositiveInt, Field(le=MOST_TOKENS)], config
 _REPORT_TOKENS = 14.8e12
 
 
+# The context in which pydantic validates a config that has trained already.
+STORED = {"stored": True}
+
 _SIGNIFICANT_BITS = {"bfloat16": 8, "float32": 24}
 _LARGEST_MOMENT_ERROR = 0.1
 
@@ -58,7 +61,8 @@ class OptimizerConfig(Section):
 
     In each step a moment moves by (1 - β) of its distance to the gradient. Rounding to b significant bits undoes a
     move below 2^-b of the moment, so the moment stops up to 2^-b / (1 - β) of itself away from where it belongs:
-    with bfloat16 8% at β = 0.95, and for good at 0.999. β is refused where that is more than 10%.
+    with bfloat16 8% at β = 0.95, and for good at 0.999. β is refused where that is more than 10%, but not in the
+    config that a checkpoint stores: its model may be used, and resumed with other moments.
     """
 
     learning_rate: PositiveFloat
@@ -70,7 +74,9 @@ class OptimizerConfig(Section):
     moments: Literal["bfloat16", "float32"] = "bfloat16"
 
     @model_validator(mode="after")
-    def _moments_can_follow(self) -> OptimizerConfig:
+    def _moments_can_follow(self, info: ValidationInfo) -> OptimizerConfig:
+        if info.context == STORED:
+            return self
         smallest_move = 2.0 ** -_SIGNIFICANT_BITS[self.moments]
         for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
             error = smallest_move / (1 - beta)
