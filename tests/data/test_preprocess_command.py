@@ -32,6 +32,13 @@ def test_the_command_says_what_became_of_the_records(config: Path) -> None:
     assert "1 quarantined" in result.output
 
 
+def test_where_nothing_is_kept_tokenize_is_not_next(config: Path) -> None:
+    result = dsv3("preprocess", "--config", str(config), "--set", "heuristic_filters.rules=[gopher_quality]")
+    assert result.exit_code == 0, result.output
+    assert "warning: no document is left to tokenize; " in result.output
+    assert "Next:" not in result.output
+
+
 def test_shards_then_merge(config: Path) -> None:
     assert "run again with --merge" in dsv3("preprocess", "--config", str(config), "--shard", "0/1").output
     assert "6 records = " in dsv3("preprocess", "--config", str(config), "--merge").output

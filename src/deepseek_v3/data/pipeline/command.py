@@ -53,6 +53,13 @@ def preprocess(
         return
     log.info(_summary(manifest["counts"]))
     log.info("%s: data/, dropped/, quarantine/, manifest.json, stats.json, report.html", settings.output_dir)
+    if not manifest["counts"]["kept"]:
+        log.warning(
+            "no document is left to tokenize; %s shows which stage dropped them and why: change `pipeline` or that "
+            "stage's limits, and choose another output_dir",
+            settings.output_dir / "report.html",
+        )
+        return
     clean, tokens = settings.output_dir / "data", unused_path(DEFAULT_TOKENS)
     say_next(["dsv3", "tokenize", "--input", clean, "--vocab-size", 32768, "--output", tokens])
 
