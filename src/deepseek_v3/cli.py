@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +21,7 @@ from deepseek_v3.utils.commands import run_app
 from deepseek_v3.utils.errors import system_errors_named
 from deepseek_v3.utils.lazily import imported
 from deepseek_v3.utils.next_command import set_options
+from deepseek_v3.utils.secrets import masked
 from deepseek_v3.utils.threads import wait_passively
 
 # Name -> where its function lives, and its line of help. Imported only when run: planning waits for no torch.
@@ -65,9 +68,25 @@ class _LazyGroup(TyperGroup):
             command = _imported(name)
         return name, command, rest
 
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        with _usage_errors_masked():
+            return super().make_context(*arguments, **options)
+
     def invoke(self, ctx: Any) -> Any:
-        with system_errors_named():
+        with system_errors_named(), _usage_errors_masked():
             return super().invoke(ctx)
+
+
+@contextmanager
+def _usage_errors_masked() -> Iterator[None]:
+    """Takes secrets out of what Typer says of the words of a command line, before it breaks that into lines."""
+    try:
+        yield
+    except Exception as error:
+        # Click's errors carry their message there; Typer has its own copy of Click in some versions.
+        if isinstance(message := getattr(error, "message", None), str):
+            error.message = masked(message)  # type: ignore[attr-defined]
+        raise
 
 
 def _imported(name: str) -> Any:

@@ -77,6 +77,11 @@ def test_keys_of_a_known_form_are_masked(key: str) -> None:
     assert masked(f"denied for {key}.") == "denied for ***."
 
 
+@pytest.mark.parametrize("address", [f"https://host/a?token={SECRET}", f"AWS_SECRET_ACCESS_KEY={SECRET}"])
+def test_the_colon_behind_a_secret_stays(address: str) -> None:
+    assert masked(f"{address}: denied") == f"{address.replace(SECRET, '***')}: denied"
+
+
 def test_what_a_library_decodes_or_cuts_out_is_masked() -> None:
     address = f"https://user:{SECRET}@host/a?sig=abc%2Bd"
     assert masked("s3cr/t is wrong, and abc+d and abc%2Bd", address) == "*** is wrong, and *** and ***"
@@ -106,6 +111,23 @@ def test_a_traceback_masks_what_its_errors_say() -> None:
     assert "RuntimeError: reading https://***@host" in result.stderr
     assert "OSError: https://***@host" in result.stderr
     assert "user:hidden" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["ADDRESS"],
+        ["plan", "--gpus", "ADDRESS"],
+        ["config", "show"] + 2 * ["ADDRESS"],
+        ["config", "ADDRESS"],
+    ],
+)
+def test_usage_errors_mask_the_words_of_a_command_line(words: list[str]) -> None:
+    address = "https://user:hiddenhidden@host.invalid/a.jsonl?token=hiddentoken&X-Amz-Signature=hiddensignature"
+    result = dsv3(*(word.replace("ADDRESS", address) for word in words))
+    assert result.exit_code == 2
+    assert "***" in result.output
+    assert "hidden" not in result.output
 
 
 class _Leaky(MemoryFileSystem):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, Field, PlainSerializer
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
 
 from deepseek_v3.config.base import Fraction, Integer, NonNegativeInt, Real, Section
 from deepseek_v3.utils.printing import value_text
@@ -18,10 +19,18 @@ def _without_nul(path: Path) -> Path:
     return path
 
 
+def _not_an_address(value: object) -> object:
+    """Raises ValueError for `s3://bucket/x` and the like, which would become a folder of that name here."""
+    if isinstance(value, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", value):
+        raise ValueError(f"found {value_text(masked(value))}: expected a path of this machine, not an address")
+    return value
+
+
 # What is written to files, as JSON, never holds the secrets of an address.
 AnyPath = Annotated[
     Path,
     Field(strict=False),
+    BeforeValidator(_not_an_address),
     AfterValidator(_without_nul),
     PlainSerializer(lambda path: masked(str(path)), str, "json"),
 ]

@@ -11,6 +11,10 @@ from pydantic import BaseModel, ValidationError
 from deepseek_v3.utils.printing import value_text
 
 FieldPath = tuple[str, ...]
+Explanation = Callable[[dict[str, Any], type[BaseModel], FieldPath], str]
+
+# What pydantic puts into a place for the kinds of an input_path.
+_BRANCHES = ("str", "tuple[str, ...]")
 
 
 def describe(error: ValidationError, root: type[BaseModel], where: Mapping[FieldPath, str]) -> str:
@@ -18,11 +22,14 @@ def describe(error: ValidationError, root: type[BaseModel], where: Mapping[Field
 
     `where` says for a field's path the file and line, or the override, that gave it; `where[()]` is the file.
     """
-    return "\n".join(_one_line(dict(problem), root, where) for problem in error.errors())
+    problems = error.errors()
+    inside = {problem["loc"][:-1] for problem in problems}
+    told = (problem for problem in problems if problem["type"] != "too_short" or problem["loc"] not in inside)
+    return "\n".join(_one_line(dict(problem), root, where) for problem in told)
 
 
 def _one_line(problem: dict[str, Any], root: type[BaseModel], where: Mapping[FieldPath, str]) -> str:
-    path = tuple(str(part) for part in problem["loc"])
+    path = tuple(str(part) for part in problem["loc"] if part not in _BRANCHES)
     place = next(where[path[:n]] for n in range(len(path), -1, -1) if path[:n] in where)
     field = ".".join(part if part.isprintable() and len(part) < 60 else value_text(part) for part in path)
     return ": ".join(part for part in (place, field, _explain(problem, root, path)) if part)
@@ -61,12 +68,28 @@ def _not_a_choice(problem: dict[str, Any], _root: type[BaseModel], _path: FieldP
     return f"found {value_text(problem['input'])}: expected {choices}"
 
 
-_EXPLANATIONS: dict[str, Callable[[dict[str, Any], type[BaseModel], FieldPath], str]] = {
+def _too_short(problem: dict[str, Any], _root: type[BaseModel], _path: FieldPath) -> str:
+    return f"found {value_text(problem['input'])}: expected a list of at least {problem['ctx']['min_length']}"
+
+
+def _expecting(kind: str) -> Explanation:
+    return lambda problem, _root, _path: f"found {value_text(problem['input'])}: expected {kind}"
+
+
+_EXPLANATIONS: dict[str, Explanation] = {
     "extra_forbidden": _unknown,
     "missing": _missing,
     "model_type": _not_a_section,
     "literal_error": _not_a_choice,
     "value_error": _contradiction,
+    "too_short": _too_short,
+    "tuple_type": _expecting("a list, such as [a, b]"),
+    "list_type": _expecting("a list, such as [a, b]"),
+    "dict_type": _expecting("names and values, such as {a: 1, b: 2}"),
+    "string_type": _expecting("text"),
+    "bool_type": _expecting("true or false"),
+    "bool_parsing": _expecting("true or false"),
+    "path_type": _expecting("a path"),
 }
 
 

@@ -15,13 +15,15 @@ _USER = re.compile(
     r"(?P<user>[^\s/?#'\"<>]*|[^\s/@:'\"<>]*:(?!\d+(?:[/?#\s]|$))[^\s@'\"<>]*)@"
 )
 _NAME = r"(?:[\w.~%-]*(?:sig|token|secret|passw|pwd|key|cred|auth|sas|session)[\w.~%-]*)"
-_PARAMETER = re.compile(rf"(?P<name>[?&;#]{_NAME}=)(?P<value>[^&;\s#'\"<>)]+)", re.IGNORECASE)
+# The colon behind an address belongs to the sentence.
+_NO_END = r"(?!:(?:\s|$))"
+_PARAMETER = re.compile(rf"(?P<name>[?&;#]{_NAME}=)(?P<value>(?:{_NO_END}[^&;\s#'\"<>)])+)", re.IGNORECASE)
 # Names that stand for a secret wherever they are given a value: in the environment, in options, in Azure's strings.
 _ALWAYS = (
     r"(?:[\w-]*(?:secret|password|passwd|access[_-]?key|account[_-]?key|api[_-]?key|sas[_-]?token|session[_-]?token"
     r"|auth[_-]?token|hf[_-]?token|sharedaccesssignature|credentials?)[\w-]*)"
 )
-_SETTING = re.compile(rf"(?P<name>\b{_ALWAYS}=)(?P<value>[^\s&;,'\"<>)]+)", re.IGNORECASE)
+_SETTING = re.compile(rf"(?P<name>\b{_ALWAYS}=)(?P<value>(?:{_NO_END}[^\s&;,'\"<>)])+)", re.IGNORECASE)
 _OPTION = re.compile(
     rf"(?P<name>['\"](?:{_ALWAYS}|key|token|secret)['\"]\s*[:=]\s*b?['\"])(?P<value>[^'\"]+)", re.IGNORECASE
 )
