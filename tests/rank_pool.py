@@ -51,6 +51,9 @@ class RankPool:
         for rank in range(world):
             self._ends[rank].send((function, arguments, rank, world, store))
         answers = [self._answer(rank) for rank in range(world)]
+        for rank in range(world):
+            with suppress(OSError):  # of one that has died
+                self._ends[rank].send("all have answered")
         errors = [text for ok, text in answers if not ok]
         if errors:
             raise AssertionError("\n".join(errors))
@@ -96,5 +99,6 @@ def _serve(end: Connection, device: str, one_group: bool) -> None:
         except BaseException:  # noqa: BLE001 -- the test that asked shall see any of them
             end.send((False, f"rank {rank}: {traceback.format_exc()}"))
         finally:
+            end.recv()  # a rank that left its group at once would break off those that still join it
             if dist.is_initialized() and not one_group:
                 dist.destroy_process_group()

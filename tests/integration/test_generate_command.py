@@ -228,7 +228,7 @@ def test_a_folder_or_file_that_is_no_checkpoint_is_refused(checkpoint, tmp_path)
 
 def test_options_that_cannot_be_meant_are_refused(checkpoint):
     assert "top_p = 2.0: expected" in refusal(checkpoint, "--prompt", "a", "--top-p", "2")
-    assert "stop = ('',): expected" in refusal(checkpoint, "--prompt", "a", "--stop", "")
+    assert "stop = ['']: expected" in refusal(checkpoint, "--prompt", "a", "--stop", "")
     assert "prompt 1 is" in refusal(checkpoint, "--prompt", "0 " * 40)
 
 
