@@ -155,7 +155,7 @@ def _train_language_model(
     )
     if limits.documents < _FEW_DOCUMENTS:
         typer.echo(
-            f"{counted(limits.documents, 'document')} hardly tell head, middle and tail apart: give "
+            f"Percentiles of {counted(limits.documents, 'document')} hardly tell head, middle and tail apart: give "
             f"{_FEW_DOCUMENTS} or more by --reference, or more text",
             err=True,
         )
