@@ -28,7 +28,7 @@ from deepseek_v3.training.train import train_run
 from deepseek_v3.training.trainer import TrainingResult
 from deepseek_v3.utils.distributed import select_device
 from deepseek_v3.utils.errors import DataError, InUseError, UserError
-from deepseek_v3.utils.files import written_atomically
+from deepseek_v3.utils.files import refuse_address, written_atomically
 from deepseek_v3.utils.logging import configure_logging, get_console, get_logger
 from deepseek_v3.utils.next_command import say_next, set_options
 
@@ -118,6 +118,7 @@ def _new_folder(runs: Path) -> Iterator[Path]:
     for number in count(1):
         folder = runs / ("quickstart" if number == 1 else f"quickstart-{number}")
         try:
+            refuse_address(folder)
             folder.mkdir(parents=True)
             break
         except FileExistsError:

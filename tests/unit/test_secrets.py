@@ -221,3 +221,26 @@ def test_a_resolved_config_masks_addresses(tmp_path: Path) -> None:
     assert config.data.corpus is not None
     assert config.data.corpus.source == ADDRESSES[0]
     assert "s3cr" not in config_to_yaml(config)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["tokenize", "--input", "text", "--vocab-size", "300", "--output"],
+        ["quality", "train", "--good", "text/a.txt", "--bad", "text/b.txt", "--output"],
+        ["quickstart", "--runs"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_an_address_as_an_output_makes_no_folder(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").mkdir()
+    for name in "ab":
+        (tmp_path / "text" / f"{name}.txt").write_text(f"some text of kind {name}. " * 500, encoding="utf-8")
+    result = dsv3(*words, "s3://user:passw0rd@bucket/x")
+    assert result.exit_code == 1
+    assert "is an address, expected a path of this machine" in message_of(result)
+    assert "passw0rd" not in result.output + message_of(result)
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]

@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from itertools import chain, count
 from pathlib import Path
 
+from deepseek_v3.utils.secrets import masked
+
 _CHUNK_BYTES = 1 << 22
 
 
@@ -53,13 +55,20 @@ def _kind(mode: int) -> str:
     return next((name for name, matches in kinds.items() if matches(mode)), "device")
 
 
+def refuse_address(path: Path) -> None:
+    """Raises OSError for `s3://bucket/x` and the like, which would become a folder of that name here."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+        raise OSError(errno.EINVAL, "is an address, expected a path of this machine", masked(str(path)))
+
+
 @contextmanager
 def written_atomically(path: Path) -> Iterator[Path]:
     """Yields a path beside `path` to write to; on success the file is fsynced and renamed to `path`.
 
     On an exception nothing appears at `path`, and the partial file is removed. Raises OSError where `path` is a
-    folder, a pipe or a device, which a rename would replace.
+    folder, a pipe or a device, which a rename would replace, or an address.
     """
+    refuse_address(path)
     if os.path.exists(path) and not os.path.isfile(path):  # noqa: PTH110, PTH113 -- False for names too long
         raise FileExistsError(errno.EEXIST, "is no regular file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from deepseek_v3.utils.errors import DataError, InUseError
+from deepseek_v3.utils.files import refuse_address
 from deepseek_v3.utils.logging import get_logger
 
 _TOUCH_SECONDS = 10.0
@@ -57,6 +58,7 @@ def locked(path: Path, subject: Path, advice: str, *, shared: bool = False) -> I
     """
     made = [folder for folder in path.parents if not folder.exists()]
     try:
+        refuse_address(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _acquired(path, subject, advice, shared)
     except OSError as error:

@@ -80,7 +80,8 @@ def train(
                 "expected --good and --bad for a classifier, or --text and perhaps --reference for a language model"
             )
     except OSError as error:
-        raise DataError(f"{output}: cannot be written: {error}; make room, or choose another file") from None
+        why = error.strerror or error
+        raise DataError(f"{output}: cannot be written: {why}; make room, or choose another file") from None
     _say_next(output, is_classifier=bool(good))
 
 
