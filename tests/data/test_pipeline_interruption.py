@@ -109,7 +109,6 @@ import resource, sys
 from pathlib import Path
 from deepseek_v3.data.pipeline.run import preprocess
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
-from job_helpers import HANGS
 from pipeline_helpers import pipeline_config
 resource.setrlimit(resource.RLIMIT_DATA, (600_000_000, 600_000_000))
 preprocess(pipeline_config({str(tmp_path / "in")!r}, Path({str(tmp_path / "out")!r}), {PIPELINE!r}, memory="600MB",

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from deepseek_v3.utils.distributed import ALONE, World, process_group, select_device
 from deepseek_v3.utils.errors import ConfigError, TrainingError
-from job_helpers import HANGS
+from job_helpers import HANGS, free_port
 
 TORCHRUN = {
     "RANK": "11",
@@ -137,12 +137,6 @@ def test_a_process_that_is_alone_needs_no_group() -> None:
         assert not dist.is_initialized()
 
 
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
 def _meet(rank: int, size: int, port: int, answers: Any) -> None:
     world, timeout = World(rank, size, rank, size, "127.0.0.1", port), timedelta(seconds=HANGS)
     with process_group(world, torch.device("cpu"), timeout):
@@ -157,7 +151,7 @@ def _meet(rank: int, size: int, port: int, answers: Any) -> None:
 
 
 def test_processes_meet_and_part() -> None:
-    context, size, port = multiprocessing.get_context("spawn"), 2, _free_port()
+    context, size, port = multiprocessing.get_context("spawn"), 2, free_port()
     answers = context.Queue()
     processes = [context.Process(target=_meet, args=(rank, size, port, answers)) for rank in range(size)]
     for process in processes:
@@ -174,7 +168,7 @@ def test_processes_meet_and_part() -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_processes_that_do_not_meet_say_where_and_what_to_check(rank: int) -> None:
-    world = World(rank, 2, 0, 1, "127.0.0.1", _free_port())
+    world = World(rank, 2, 0, 1, "127.0.0.1", free_port())
     with (
         pytest.raises(
             TrainingError, match=rf"rank {rank} of 2 did not meet .* 127.0.0.1:{world.port}: .*check"

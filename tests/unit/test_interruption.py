@@ -75,14 +75,17 @@ def test_before_it_listens_signals_act_as_before(number: signal.Signals) -> None
 
 
 @pytest.mark.usefixtures("handled_before")
-def test_a_signal_that_was_ignored_stays_so() -> None:
-    """As under nohup, which starts a run that shall outlive its terminal."""
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+def test_of_ignored_signals_only_sighup_stays_ignored() -> None:
+    """nohup ignores SIGHUP for a run that outlives its terminal; batch scripts ignore signals that they pass on."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     with StopRequest() as stop:
         stop.listen()
         signal.raise_signal(signal.SIGHUP)
         assert not stop.requested
-    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        signal.raise_signal(signal.SIGUSR1)
+        assert stop.requested
+    assert all(signal.getsignal(number) is signal.SIG_IGN for number in SIGNALS)
 
 
 @pytest.mark.parametrize("number", SIGNALS)

@@ -19,7 +19,7 @@ _FAILURE = max(signal.valid_signals()) + 1  # in place of a signal's number
 
 class StopRequest:
     """From `listen` to the end of the `with` block, the first SIGINT (Ctrl-C), SIGTERM, SIGUSR1 or SIGHUP (a closed
-    terminal) asks to stop. Signals that are ignored, such as SIGHUP under nohup, stay so.
+    terminal) asks to stop. SIGHUP stays ignored where it is, as under nohup.
 
     In a process alone a second signal acts at once, except in `saving`, where it waits until the checkpoint is
     complete. From the last save on only SIGINT acts: nothing is left that another signal could stop.
@@ -73,7 +73,8 @@ class StopRequest:
 
     def listen(self) -> None:
         """Takes the signals over from whoever has them."""
-        heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        outlives_terminal = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        heard = [number for number in _SIGNALS if number != signal.SIGHUP or not outlives_terminal]
         self._earlier = {number: signal.signal(number, self._ask) for number in heard}
 
     def __enter__(self) -> StopRequest:
