@@ -31,15 +31,18 @@ def test_the_line_advises_one_thread_where_others_work(number: int, load: float,
     assert ("OMP_NUM_THREADS=1 may be faster" in line) == advice
 
 
-@pytest.mark.parametrize(("given", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+@pytest.mark.parametrize(("given", "expected"), [(None, "PASSIVE 10000"), ("ACTIVE", "ACTIVE None")])
 def test_threads_wait_passively_unless_the_user_says_otherwise(given: str | None, expected: str) -> None:
     program = (
         "import os, sys\n"
         "from deepseek_v3 import cli\n"
-        "cli.run_app = lambda app: print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)\n"
+        "cli.run_app = lambda app: print(os.environ['OMP_WAIT_POLICY'], os.environ.get('GOMP_SPINCOUNT'), "
+        "'torch' in sys.modules)\n"
         "cli.main()"
     )
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    }
     environment |= {"OMP_WAIT_POLICY": given} if given else {}
     result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert result.stdout == f"{expected} False\n"

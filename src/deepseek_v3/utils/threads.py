@@ -11,9 +11,12 @@ def wait_passively() -> None:
     """Lets threads of OpenMP sleep where they wait for each other, unless the user's environment says otherwise.
 
     By default they spin, and on a machine with other work they spin away the time of the thread that they wait
-    for. Only heard before torch is imported.
+    for. With GNU's library they spin shortly first, without which an idle machine is a quarter slower. Only heard
+    before torch is imported.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def usable_cores() -> int:
