@@ -29,7 +29,7 @@ def config(tmp_path: Path) -> RunConfig:
 
 
 def with_free(monkeypatch: pytest.MonkeyPatch, config: RunConfig, checkpoints: float) -> None:
-    """The disk has room for so many checkpoints."""
+    """The disk has room for this number of checkpoints."""
     free = int(checkpoints * checkpoint_bytes(config))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**40, 2**40 - free, free))
 

@@ -158,7 +158,7 @@ def test_parameters_without_a_gradient_stay_as_they_are() -> None:
 
 
 def _moments_after(dtype: torch.dtype, beta: float, before: Tensor, gradient: Tensor, steps: int) -> list[Tensor]:
-    """Both moments, from those of a gradient of `before`, after so many steps with another, which stays."""
+    """Both moments after `steps` steps of `gradient`, starting from those of a constant gradient of `before`."""
     means, squares = before.to(dtype), before.square().to(dtype)
     step = AdamWStep(decay=1.0, size=0.0, correction=1.0, beta1=beta, beta2=beta, eps=1e-8)
     for _ in range(steps):

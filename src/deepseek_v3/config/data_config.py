@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
 
 from deepseek_v3.config.base import Fraction, Integer, NonNegativeInt, Real, Section
+from deepseek_v3.utils.files import is_address
 from deepseek_v3.utils.printing import value_text
 from deepseek_v3.utils.secrets import masked
 
@@ -21,7 +21,7 @@ def _without_nul(path: Path) -> Path:
 
 def _not_an_address(value: object) -> object:
     """Raises ValueError for `s3://bucket/x` and the like, which would become a folder of that name here."""
-    if isinstance(value, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", value):
+    if isinstance(value, str) and is_address(value):
         raise ValueError(f"found {value_text(masked(value))}: expected a path of this machine, not an address")
     return value
 

@@ -75,7 +75,7 @@ def compare_with_ngrams(
 
 
 def measure_saved(saved: SavedModel, shards: TokenShards, tokens: int, device: torch.device) -> HeldOutLoss:
-    """The loss of a saved model on at most so many held-out tokens, as its run measures it."""
+    """The loss of a saved model on at most `tokens` held-out tokens, measured as in its training run."""
     evaluation = HeldOutEvaluation(shards, saved.config, tokens)
     documents = Documents(shards, saved.config.data.mask_documents)
     return evaluation.measure(partial(main_losses, Objective(saved.model), documents), device)

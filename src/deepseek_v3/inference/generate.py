@@ -57,7 +57,9 @@ def generate(
     ] = SamplingConfig.top_p,
     top_k: Annotated[
         int | None,
-        typer.Option(metavar="NUMBER", parser=whole_option(), help="Sample from so many most probable tokens."),
+        typer.Option(
+            metavar="NUMBER", parser=whole_option(), help="Sample from this many of the most probable tokens."
+        ),
     ] = None,
     repetition_penalty: Annotated[
         float,

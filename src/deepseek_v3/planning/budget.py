@@ -98,7 +98,7 @@ def _ramp_sizes(config: RunConfig) -> tuple[list[tuple[int, int]], int]:
         return samples >= needed or samples / needed >= ramp.fraction
 
     def changes(steps: int) -> bool:
-        """Whether the batch has another size, or the ramp is over, so many steps of `size` after `used`."""
+        """Whether `steps` steps of `size` after `used` end the ramp or change the batch size."""
         samples = used + steps * size
         return is_over(samples) or size_at(samples) != size
 

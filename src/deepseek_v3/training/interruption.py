@@ -72,7 +72,7 @@ class StopRequest:
             self._act(self._waiting)
 
     def listen(self) -> None:
-        """Takes the signals over from whoever has them."""
+        """Installs the handlers in place of the ones that were there."""
         outlives_terminal = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
         heard = [number for number in _SIGNALS if number != signal.SIGHUP or not outlives_terminal]
         self._earlier = {number: signal.signal(number, self._ask) for number in heard}

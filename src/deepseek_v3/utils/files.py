@@ -55,9 +55,14 @@ def _kind(mode: int) -> str:
     return next((name for name, matches in kinds.items() if matches(mode)), "device")
 
 
+def is_address(text: str) -> bool:
+    """Whether a text is an address such as `s3://bucket/x`, also after Path() made one slash of two."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|[A-Za-z][A-Za-z0-9+.-]+:/", text) is not None
+
+
 def refuse_address(path: Path) -> None:
     """Raises OSError for `s3://bucket/x` and the like, which would become a folder of that name here."""
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+    if is_address(str(path)):
         raise OSError(errno.EINVAL, "is an address, expected a path of this machine", masked(str(path)))
 
 
@@ -91,7 +96,7 @@ def partial_path(path: Path) -> Path:
 def remove_partials(path: Path) -> None:
     """Removes what processes that were killed have left half written of the file or folder `path`.
 
-    For whoever holds the lock under which `path` is written. What cannot be removed is left.
+    The caller holds the lock under which `path` is written. Files that cannot be removed stay.
     """
     ours = re.compile(rf"\.{re.escape(path.name)}\.[0-9]+\.partial")
     for entry in path.parent.iterdir() if path.parent.is_dir() else ():

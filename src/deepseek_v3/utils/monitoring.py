@@ -69,7 +69,7 @@ def step_line(
 
 
 def time_left(steps: int, steps_per_second: float) -> str:
-    """`0:05`, `2:07:09` or `3d 04:00:00` for so many more steps."""
+    """`0:05`, `2:07:09` or `3d 04:00:00` for the time that this many more steps take."""
     seconds = int(steps / max(steps_per_second, 1e-9) + 0.5)
     days, (hours, minutes, seconds) = seconds // 86_400, (seconds // 3600 % 24, seconds // 60 % 60, seconds % 60)
     if days:

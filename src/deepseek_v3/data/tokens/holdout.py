@@ -109,7 +109,7 @@ class HoldOutPlanner:
         return possible[0][1]
 
     def _suffices(self, holdout: HoldOut, count: Count, num_documents: int = 0) -> bool:
-        """Whether there are so many documents and each split holds a window; reads no further than it has to."""
+        """Whether at least `num_documents` are there and each split holds a window; stops reading once known."""
         tokens: Counter[Split] = Counter()
         for number, text in enumerate(self.texts(), start=1):
             for split, part in holdout.split(text):

@@ -31,7 +31,7 @@ class CannotRunError(Exception):
 
 
 class Traffic(NamedTuple):
-    """What a rank sends in one layer: at most `tokens`, each of this width and type, to so many experts.
+    """What a rank sends in one layer: at most `tokens` of this width and type, each to `experts_per_token`.
 
     `in_groups` says that the experts of a token lie in a few groups only (`topk_group` below `n_group`), so that
     fewer ranks and nodes are reached than by a free choice.

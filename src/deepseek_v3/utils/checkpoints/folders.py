@@ -46,7 +46,7 @@ def remove_folder(folder: Path) -> None:
 def remove_leftovers(directory: Path) -> None:
     """Tidies up what killed programs left half written, half deleted or half replaced among checkpoints.
 
-    For whoever holds the run's lock. Raises OSError where a replaced folder cannot have its name back.
+    The caller holds the run's lock. Raises OSError where a replaced folder cannot have its name back.
     """
     left = [(entry, match) for entry in directory.iterdir() if (match := _HIDDEN.fullmatch(entry.name))]
     for entry, match in left:
