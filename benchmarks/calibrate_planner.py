@@ -30,9 +30,9 @@ from deepseek_v3.planning.calibration import CALIBRATION_FILE, Calibration, Rate
 from deepseek_v3.planning.execution import Execution, execution_on
 from deepseek_v3.planning.hardware import Device, device_named
 from deepseek_v3.planning.memory import estimate_memory
-from deepseek_v3.planning.timing import computing_time, ideal_seconds, step_work
+from deepseek_v3.planning.step_time import computing_time, ideal_seconds, step_work
 from deepseek_v3.training.trainer import Trainer
-from deepseek_v3.utils.distributed import select_device
+from deepseek_v3.utils.distributed.launch import select_device
 from deepseek_v3.utils.logging import configure_logging
 
 POINTS = Path(__file__).with_name("planner_points.yaml")

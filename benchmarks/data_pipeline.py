@@ -32,7 +32,7 @@ from near_duplicates import Int64s, System, score, systems
 from pairs_truth import similar_pairs
 from surroundings import RESULTS, cpu_name, surroundings
 
-from deepseek_v3.utils.printing import table
+from deepseek_v3.utils.text import table
 
 _PACKAGES = ("numpy", "pyarrow", "orjson", "tiktoken", "tokenizers")
 _PEER_PACKAGES = ("datatrove", "datasketch", "spacy", "numpy")

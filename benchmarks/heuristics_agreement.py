@@ -26,10 +26,10 @@ import orjson
 import pyarrow as pa
 from surroundings import surroundings
 
-from deepseek_v3.config.preprocessing.heuristics import RULE_GROUPS, HeuristicsConfig
+from deepseek_v3.config.filter_config import RULE_GROUPS, HeuristicsConfig
+from deepseek_v3.data.documents import record_batch
 from deepseek_v3.data.heuristics import HeuristicFilter, reference
-from deepseek_v3.data.records import record_batch
-from deepseek_v3.utils.printing import table
+from deepseek_v3.utils.text import table
 
 PEER = Path(__file__).parent / "peers" / "datatrove_filters.py"
 BATCH_CHARACTERS = 2**22  # as the pipeline reads them

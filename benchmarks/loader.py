@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.table import Table
 from surroundings import RESULTS, surroundings
 
-from deepseek_v3.data.stdlib_corpus import stdlib_documents
-from deepseek_v3.data.tokens.build import tokenize_corpus
+from deepseek_v3.data.sample_corpora import stdlib_documents
 from deepseek_v3.data.tokens.index import CorpusOptions
 from deepseek_v3.data.tokens.loader import TokenLoader
 from deepseek_v3.data.tokens.shards import ShardWriter, TokenShards
+from deepseek_v3.data.tokens.tokenize_corpus import tokenize_corpus
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 
 VOCAB_SIZE = 8192

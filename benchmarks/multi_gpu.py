@@ -33,7 +33,7 @@ from surroundings import RESULTS, ROOT, surroundings
 
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.planning.hardware import Device, device_named
-from deepseek_v3.planning.layouts import measure_layout
+from deepseek_v3.planning.layout_search import measure_layout
 from deepseek_v3.utils.monitoring import read_metrics
 
 PARTS = ("ranks", "tests", "training", "peer")

@@ -21,11 +21,12 @@ import typer
 from torch import Tensor
 
 from deepseek_v3.config.model_config import ModelConfig
-from deepseek_v3.moe.deepep import Traffic, expert_dispatcher
+from deepseek_v3.moe.deepep import Traffic
 from deepseek_v3.moe.dispatch import Dispatcher
 from deepseek_v3.moe.layer import MixtureOfExperts
+from deepseek_v3.moe.select_dispatcher import expert_dispatcher
 from deepseek_v3.ops.grouped_gemm import fastest_grouped_linear
-from deepseek_v3.utils.distributed import World, process_group, select_device
+from deepseek_v3.utils.distributed.launch import World, process_group, select_device
 from deepseek_v3.utils.errors import ConfigError
 from deepseek_v3.utils.logging import configure_logging
 

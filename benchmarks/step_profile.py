@@ -24,9 +24,9 @@ from torch.autograd import DeviceType  # type: ignore[attr-defined]  # public, b
 from torch.profiler import ProfilerActivity, profile
 
 from deepseek_v3.config.loading import load_config
-from deepseek_v3.training.parallel.ranks import arrange
+from deepseek_v3.training.parallel.mesh import arrange
 from deepseek_v3.training.trainer import Trainer
-from deepseek_v3.utils.distributed import World, process_group, select_device
+from deepseek_v3.utils.distributed.launch import World, process_group, select_device
 from deepseek_v3.utils.logging import configure_logging
 
 WARM_UP, TIMED, TRACED, LISTED = 6, 8, 3, 30

@@ -16,7 +16,7 @@ from surroundings import RESULTS, surroundings
 
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.training.train import train_run
-from deepseek_v3.utils.distributed import select_device
+from deepseek_v3.utils.distributed.launch import select_device
 from deepseek_v3.utils.logging import configure_logging
 from deepseek_v3.utils.monitoring import read_metrics
 

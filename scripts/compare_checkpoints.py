@@ -18,8 +18,8 @@ with importing():
     import typer
     from torch import Tensor
 
-    from deepseek_v3.utils.checkpointing import load_checkpoint
-    from deepseek_v3.utils.commands import run_command
+    from deepseek_v3.utils.checkpointing.directory import load_checkpoint
+    from deepseek_v3.utils.command_line import run_command
 
 
 def compare(first: Annotated[Path, typer.Argument()], second: Annotated[Path, typer.Argument()]) -> None:

@@ -6,7 +6,7 @@ from deepseek_v3.utils.interrupts import importing
 
 with importing():
     from deepseek_v3.data.pipeline.smoke_test import smoke_test
-    from deepseek_v3.utils.commands import run_command
+    from deepseek_v3.utils.command_line import run_command
 
 if __name__ == "__main__":
     run_command(smoke_test)

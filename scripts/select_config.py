@@ -8,8 +8,8 @@ from __future__ import annotations
 from deepseek_v3.utils.interrupts import importing
 
 with importing():
-    from deepseek_v3.planning.plan import plan
-    from deepseek_v3.utils.commands import run_command
+    from deepseek_v3.planning.plan_command import plan
+    from deepseek_v3.utils.command_line import run_command
 
 if __name__ == "__main__":
     run_command(plan)

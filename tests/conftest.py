@@ -13,10 +13,10 @@ if not torch.cuda.is_available():
 from hypothesis import settings
 from matplotlib.figure import Figure
 
-import fork_server
-from deepseek_v3.config import vocabulary
+from deepseek_v3.config import vocabulary_size
 from deepseek_v3.config.data_config import DEFAULT_TOKENS
-from rank_pool import RankPool
+from helpers import fork_server
+from helpers.rank_pool import RankPool
 
 torch.set_num_threads(1)  # the suite runs one process per core
 settings.register_profile("same examples on every run", derandomize=True, deadline=None, database=None)
@@ -53,9 +53,9 @@ def deepspeed_pool() -> Iterator[RankPool]:
 @pytest.fixture(autouse=True)
 def _shipped_configs_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens that somebody made in the checkout change no config that a test loads there."""
-    size_of, local = vocabulary._tokenizer_size, Path(__file__).parents[1] / DEFAULT_TOKENS
+    size_of, local = vocabulary_size._tokenizer_size, Path(__file__).parents[1] / DEFAULT_TOKENS
     monkeypatch.setattr(
-        vocabulary, "_tokenizer_size", lambda path: None if Path(path).absolute() == local else size_of(path)
+        vocabulary_size, "_tokenizer_size", lambda path: None if Path(path).absolute() == local else size_of(path)
     )
 
 

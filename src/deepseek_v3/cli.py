@@ -17,21 +17,20 @@ from deepseek_v3 import __version__
 from deepseek_v3.config.loading import config_to_yaml, load_config
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.counts_command import counts
-from deepseek_v3.utils.commands import run_app
+from deepseek_v3.utils.command_line import run_app, set_options
 from deepseek_v3.utils.errors import system_errors_named
 from deepseek_v3.utils.lazily import imported
-from deepseek_v3.utils.next_command import set_options
-from deepseek_v3.utils.secrets import masked
+from deepseek_v3.utils.redaction import masked
 from deepseek_v3.utils.threads import wait_passively
 
 # Name -> where its function lives, and its line of help. Imported only when run: planning waits for no torch.
 COMMANDS = {
     "plan": (
-        "deepseek_v3.planning.plan:plan",
+        "deepseek_v3.planning.plan_command:plan",
         "Say what a budget can train: fit, time, cost and expected loss of every size.",
     ),
     "validate": (
-        "deepseek_v3.planning.validate:validate",
+        "deepseek_v3.planning.validate_command:validate",
         "Check token budgets: 20 to 26 tokens per active parameter.",
     ),
     "preprocess": (
@@ -39,11 +38,11 @@ COMMANDS = {
         "Clean, deduplicate and filter raw text, with a reason for every document that goes.",
     ),
     "quality": (
-        "deepseek_v3.data.quality.commands:quality_app",
+        "deepseek_v3.data.quality_filtering.command:quality_app",
         "Train and try the models of the quality stage.",
     ),
     "tokenize": (
-        "deepseek_v3.data.tokens.tokenize:tokenize",
+        "deepseek_v3.data.tokens.command:tokenize",
         "Turn text into token shards, with a hold-out split.",
     ),
     "train": ("deepseek_v3.training.train:train", "Train a model, from the first step or from a checkpoint."),

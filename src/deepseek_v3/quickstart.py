@@ -22,15 +22,15 @@ from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.evaluation.perplexity import Comparison, compare_with_ngrams, measure_saved
 from deepseek_v3.inference.engine import Generator
 from deepseek_v3.inference.sampling import SamplingConfig
-from deepseek_v3.model.saved import SavedModel, load_model
-from deepseek_v3.training.reporting import plot_run
+from deepseek_v3.model.pretrained import SavedModel, load_model
+from deepseek_v3.training.metrics import plot_run
 from deepseek_v3.training.train import train_run
 from deepseek_v3.training.trainer import TrainingResult
-from deepseek_v3.utils.distributed import select_device
+from deepseek_v3.utils.command_line import say_next, set_options
+from deepseek_v3.utils.distributed.launch import select_device
 from deepseek_v3.utils.errors import DataError, InUseError, UserError
 from deepseek_v3.utils.files import refuse_address, written_atomically
 from deepseek_v3.utils.logging import configure_logging, get_console, get_logger
-from deepseek_v3.utils.next_command import say_next, set_options
 
 _SUMMARY = "summary.json"
 _PROMPTS = ("def main(", "import os\n", "class Node:\n", '"""Return ')

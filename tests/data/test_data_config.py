@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import yaml
 
 from deepseek_v3.config.loading import load_section
-from deepseek_v3.config.preprocessing.pipeline import PreprocessConfig
+from deepseek_v3.config.preprocess_config import PreprocessConfig
 from deepseek_v3.utils.numbers import parse_size
+from helpers import ROOT
 
-CONFIG = Path(__file__).parents[2] / "configs" / "data_config.yaml"
+CONFIG = ROOT / "configs" / "data_config.yaml"
 
 
 def test_the_shipped_config_spells_out_every_option_with_its_default() -> None:

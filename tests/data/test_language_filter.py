@@ -11,9 +11,9 @@ import orjson
 import pyarrow as pa
 import pytest
 
+from deepseek_v3.data.documents import record_batch
 from deepseek_v3.data.language import LanguageFilter, bundled_model
-from deepseek_v3.data.quality.fasttext_format import FastTextFile
-from deepseek_v3.data.records import record_batch
+from deepseek_v3.data.quality_filtering.fasttext_format import FastTextFile
 from deepseek_v3.utils.errors import ConfigError, DataError
 
 SENTENCES = {

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from deepseek_v3.data.mixing import copies_for, shares_of_budget
 from deepseek_v3.data.pipeline.run import preprocess
-from pipeline_helpers import pipeline_config, rows_of, write_lines
+from helpers import ROOT
+from helpers.pipeline import pipeline_config, rows_of, write_lines
 
-TINY = Path(__file__).parents[2] / "configs" / "deepseek_v3_tiny.yaml"
+TINY = ROOT / "configs" / "deepseek_v3_tiny.yaml"
 
 
 def shares(weights: list[float], available: list[int], budget: int, max_epochs: float) -> list[float]:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_v3.utils.checkpoints.contents import open_checkpoint
+from deepseek_v3.utils.checkpointing.reader import open_checkpoint
 from deepseek_v3.utils.monitoring import read_metrics
-from job_helpers import HANGS, free_port
-from run_helpers import dsv3, write_run
+from helpers import ROOT
+from helpers.jobs import HANGS, free_port
+from helpers.runs import dsv3, write_run
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is an extra")
-ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "configs" / "deepspeed_config.json"
 STEPS = 4
 

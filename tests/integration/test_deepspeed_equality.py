@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-import deepspeed_helpers
-import parallel_helpers
-from rank_pool import RankPool
+from helpers import deepspeed_runs, parallel_runs
+from helpers.rank_pool import RankPool
 
 pytest.importorskip("deepspeed")
 STEPS = 10
@@ -26,7 +25,7 @@ def alone(pool: RankPool) -> Callable[[str], dict[str, Any]]:
 
     @cache
     def trained(name: str) -> dict[str, Any]:
-        return pool.run(1, parallel_helpers.train, STEPS, {}, TRAINING[name])[0]
+        return pool.run(1, parallel_runs.train, STEPS, {}, TRAINING[name])[0]
 
     return trained
 
@@ -49,9 +48,9 @@ def test_zero_trains_as_one_process_does(
     parallel: dict[str, Any],
     training: str,
 ) -> None:
-    file = deepspeed_helpers.write_settings(tmp_path, {"zero_optimization": {"stage": stage}})
+    file = deepspeed_runs.write_settings(tmp_path, {"zero_optimization": {"stage": stage}})
     expected_run = alone(training)
-    for result in deepspeed_pool.run(2, deepspeed_helpers.train, file, STEPS, parallel, TRAINING[training]):
+    for result in deepspeed_pool.run(2, deepspeed_runs.train, file, STEPS, parallel, TRAINING[training]):
         assert len(result["rows"]) == len(expected_run["rows"]) >= STEPS
         for (found, counts, biases), (expected, all_counts, all_biases) in zip(
             result["rows"], expected_run["rows"], strict=True
@@ -61,7 +60,7 @@ def test_zero_trains_as_one_process_does(
             np.testing.assert_array_equal(biases, all_biases)
         np.testing.assert_allclose(result["held_out"], expected_run["held_out"], rtol=1e-5)
         for what in ("gradients", "weights"):
-            expected = parallel_helpers.whole([expected_run], what)
+            expected = parallel_runs.whole([expected_run], what)
             assert result[what].keys() == expected.keys()
             for name, values in expected.items():
                 bound = 1e-5 * np.abs(values).max() + 1e-9
@@ -72,11 +71,11 @@ def test_zero_trains_as_one_process_does(
 def test_bfloat16_routers_choose_as_in_one_process(
     pool: RankPool, deepspeed_pool: RankPool, tmp_path: Path, stage: int
 ) -> None:
-    file = deepspeed_helpers.write_settings(tmp_path, {"zero_optimization": {"stage": stage}})
+    file = deepspeed_runs.write_settings(tmp_path, {"zero_optimization": {"stage": stage}})
     found: dict[Any, Any] = {}
-    for result in deepspeed_pool.run(2, deepspeed_helpers.routings, file):
+    for result in deepspeed_pool.run(2, deepspeed_runs.routings, file):
         found |= result
-    (expected,) = pool.run(1, parallel_helpers.routings, {})
+    (expected,) = pool.run(1, parallel_runs.routings, {})
     assert found.keys() == expected.keys()
     for place, routing in expected.items():
         np.testing.assert_array_equal(found[place][0], routing[0], err_msg=str(place))

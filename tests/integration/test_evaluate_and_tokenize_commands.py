@@ -10,10 +10,10 @@ import yaml
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.tokens.shards import TokenShards
-from deepseek_v3.training.interruption import StopRequest
+from deepseek_v3.training.signals import StopRequest
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.monitoring import read_metrics
-from run_helpers import dsv3, message_of, run_fields, write_corpus, write_run
+from helpers.runs import dsv3, message_of, run_fields, write_corpus, write_run
 
 
 @pytest.fixture(scope="module")

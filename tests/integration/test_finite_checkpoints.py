@@ -12,19 +12,19 @@ import pytest
 import torch
 from torch import Tensor
 
-import parallel_helpers
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.evaluation.perplexity import Comparison
-from deepseek_v3.training.batches import open_tokens
-from deepseek_v3.training.holdout import HeldOutEvaluation, HeldOutLoss
+from deepseek_v3.training.data import open_tokens
 from deepseek_v3.training.optimizer import local
 from deepseek_v3.training.parallel.data_parallel import DataParallel
 from deepseek_v3.training.schedule import Step
-from deepseek_v3.utils.checkpointing import load_checkpoint, save_checkpoint
-from deepseek_v3.utils.checkpoints.finite import listed, non_finite
+from deepseek_v3.training.validation import HeldOutEvaluation, HeldOutLoss
+from deepseek_v3.utils.checkpointing.checks import non_finite, non_finite_summary
+from deepseek_v3.utils.checkpointing.directory import load_checkpoint, save_checkpoint
 from deepseek_v3.utils.errors import TrainingError
-from rank_pool import RankPool
-from run_helpers import dsv3, message_of, write_run
+from helpers import parallel_runs
+from helpers.rank_pool import RankPool
+from helpers.runs import dsv3, message_of, write_run
 
 WEIGHT, BIAS = "model.norm.weight", "model.layers.1.mlp.gate.e_score_correction_bias"
 
@@ -110,7 +110,7 @@ def bad_part_on_last_rank(path: Path, overrides: list[str]) -> str:
 
     update, DataParallel._update = DataParallel._update, after_update(3, on_last_rank)  # type: ignore[method-assign]
     try:
-        parallel_helpers.train_run(path, overrides, None)
+        parallel_runs.train_run(path, overrides, None)
     except TrainingError as error:
         return str(error)
     finally:
@@ -219,5 +219,5 @@ def test_one_bad_number_is_found_in_any_type(dtype: torch.dtype, bad: float) -> 
 
 
 def test_a_message_names_the_first_tensors() -> None:
-    assert listed(["a"]) == "1 tensor holds NaN or infinity: a"
-    assert listed(list("abcdefg")) == "7 tensors hold NaN or infinity: a, b, c, d, e, …"
+    assert non_finite_summary(["a"]) == "1 tensor holds NaN or infinity: a"
+    assert non_finite_summary(list("abcdefg")) == "7 tensors hold NaN or infinity: a, b, c, d, e, …"

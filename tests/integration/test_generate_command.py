@@ -11,10 +11,10 @@ from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.inference import generate as command
 from deepseek_v3.inference.engine import Generator
 from deepseek_v3.inference.sampling import SamplingConfig
-from deepseek_v3.model.saved import load_model, model_entries
-from deepseek_v3.utils.checkpointing import load_checkpoint, save_checkpoint
+from deepseek_v3.model.pretrained import load_model, model_entries
+from deepseek_v3.utils.checkpointing.directory import load_checkpoint, save_checkpoint
 from deepseek_v3.utils.errors import GenerationError, UserError
-from helpers import small_config, small_model
+from helpers.models import small_config, small_model
 
 SAMPLING = SamplingConfig(temperature=0, max_new_tokens=6)
 OPTIONS = ["--temperature", "0", "--max-new-tokens", "6", "--device", "cpu"]

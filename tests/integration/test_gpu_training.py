@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from deepseek_v3.config.loading import load_config
-from deepseek_v3.model.back_ends import choose_back_ends
+from deepseek_v3.model.backends import choose_back_ends
 from deepseek_v3.model.block import DecoderLayer
 from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.ops.attention import cudnn_attention, reference_attention
@@ -15,11 +15,11 @@ from deepseek_v3.planning.execution import execution_on
 from deepseek_v3.planning.hardware import device_named
 from deepseek_v3.planning.memory import estimate_memory
 from deepseek_v3.training.loss import training_losses
-from deepseek_v3.training.parallel.plan import _compile_layers
+from deepseek_v3.training.parallel.parallelize import _compile_layers
 from deepseek_v3.training.trainer import Trainer
-from deepseek_v3.utils.checkpointing import load_checkpoint
-from helpers import random_tokens, small_config
-from run_helpers import dsv3, write_run
+from deepseek_v3.utils.checkpointing.directory import load_checkpoint
+from helpers.models import random_tokens, small_config
+from helpers.runs import dsv3, write_run
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)

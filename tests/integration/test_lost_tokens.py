@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-import parallel_helpers
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.evaluation import perplexity
-from deepseek_v3.training.batches import open_tokens
+from deepseek_v3.training.data import open_tokens
 from deepseek_v3.training.trainer import Trainer
-from deepseek_v3.utils.checkpointing import load_checkpoint
+from deepseek_v3.utils.checkpointing.directory import load_checkpoint
 from deepseek_v3.utils.errors import DataError
-from rank_pool import RankPool
-from run_helpers import dsv3, message_of, write_run
+from helpers import parallel_runs
+from helpers.rank_pool import RankPool
+from helpers.runs import dsv3, message_of, write_run
 
 STEPS = 9
 CPU = torch.device("cpu")
@@ -107,7 +107,7 @@ def test_all_ranks_stop_after_the_same_step_when_one_loses_tokens(
     pool: RankPool, run: Path, layout: list[str], split: str, loses: int
 ) -> None:
     overrides = [*SETTINGS, *layout]
-    results = pool.run(2, parallel_helpers.train_until_tokens_are_lost, run, overrides, split, loses)
+    results = pool.run(2, parallel_runs.train_until_tokens_are_lost, run, overrides, split, loses)
     assert results[0] == results[1]
     step, message = results[0]
     saved = load_config(run, overrides).checkpoint.directory / f"checkpoint_step_{step}"

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-import parallel_helpers
-from rank_pool import RankPool
+from helpers import parallel_runs
+from helpers.rank_pool import RankPool
 
 STEPS = 10
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -44,7 +44,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def alone(pool: RankPool) -> dict[str, Any]:
-    return pool.run(1, parallel_helpers.train, STEPS, {})[0]
+    return pool.run(1, parallel_runs.train, STEPS, {})[0]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -55,15 +55,15 @@ def test_a_layout_trains_as_one_process_does(pool: RankPool, alone: dict[str, An
 def test_a_pipeline_may_give_predictions_no_weight(pool: RankPool) -> None:
     """A zero-bubble schedule goes back twice through the loss of the predictions, whose gradient is then 0."""
     layout, training = LAYOUTS["PP 2, zero bubble"], {"prediction": {"weight": 0.0, "final_weight": 0.0}}
-    expected = pool.run(1, parallel_helpers.train, 2, {}, training)[0]["rows"]
-    for result in pool.run(2, parallel_helpers.train, 2, layout, training):
+    expected = pool.run(1, parallel_runs.train, 2, {}, training)[0]["rows"]
+    for result in pool.run(2, parallel_runs.train, 2, layout, training):
         for (found, _, _), (figures, _, _) in zip(result["rows"], expected, strict=True):
             np.testing.assert_allclose(found, figures, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
 def masked_alone(pool: RankPool) -> dict[str, Any]:
-    return pool.run(1, parallel_helpers.train, 2, {}, {}, "cpu", True)[0]
+    return pool.run(1, parallel_runs.train, 2, {}, {}, "cpu", True)[0]
 
 
 @pytest.mark.parametrize("name", ["FSDP 4", "EP 2", "PP 2 × FSDP 2", "PP 2, zero bubble"])
@@ -73,7 +73,7 @@ def test_masked_documents_train_as_in_one_process(pool: RankPool, masked_alone: 
 
 @pytest.fixture(scope="module")
 def routings_alone(pool: RankPool) -> dict[Any, Any]:
-    return pool.run(1, parallel_helpers.routings, {})[0]
+    return pool.run(1, parallel_runs.routings, {})[0]
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_bfloat16_routers_choose_as_in_one_process(
     pool: RankPool, routings_alone: dict[Any, Any], name: str
 ) -> None:
     found: dict[Any, Any] = {}
-    for result in pool.run(ranks_of(LAYOUTS[name]), parallel_helpers.routings, LAYOUTS[name]):
+    for result in pool.run(ranks_of(LAYOUTS[name]), parallel_runs.routings, LAYOUTS[name]):
         found |= result
     assert found.keys() == routings_alone.keys()
     for place, (experts_TK, gates_TK) in routings_alone.items():
@@ -100,7 +100,7 @@ def gpus() -> Iterator[RankPool]:
 
 @pytest.fixture(scope="module")
 def one_gpu(gpus: RankPool) -> dict[str, Any]:
-    return gpus.run(1, parallel_helpers.train, STEPS, {}, {}, "cuda")[0]
+    return gpus.run(1, parallel_runs.train, STEPS, {}, {}, "cuda")[0]
 
 
 @pytest.mark.gpu
@@ -120,27 +120,27 @@ def test_every_schedule_trains_heads_of_all_kinds(pool: RankPool, depth: int, we
     """Weights that the last stage uses several times, and losses without weight, whose gradients are 0."""
     model = {"num_nextn_predict_layers": depth, "tie_word_embeddings": tied}
     training = {"prediction": {"weight": weight, "final_weight": weight}}
-    (alone,) = pool.run(1, parallel_helpers.train, 2, {"micro_batch_size": 2}, training, "cpu", False, model)
+    (alone,) = pool.run(1, parallel_runs.train, 2, {"micro_batch_size": 2}, training, "cpu", False, model)
     for schedule in SCHEDULES:
         layout = {"pipeline": 2, "pipeline_schedule": schedule, "micro_batch_size": 2}
-        results = pool.run(2, parallel_helpers.train, 2, layout, training, "cpu", False, model)
+        results = pool.run(2, parallel_runs.train, 2, layout, training, "cpu", False, model)
         compare(results, alone, 2, 1e-5)
 
 
 @pytest.mark.parametrize("schedule", ["zero_bubble", "dualpipe_v"])
 def test_a_sharded_stage_may_repeat_weights(pool: RankPool, schedule: str) -> None:
     model = {"num_nextn_predict_layers": 1, "tie_word_embeddings": True}
-    (alone,) = pool.run(1, parallel_helpers.train, 2, {"micro_batch_size": 2}, {}, "cpu", False, model)
+    (alone,) = pool.run(1, parallel_runs.train, 2, {"micro_batch_size": 2}, {}, "cpu", False, model)
     layout = {"pipeline": 2, "pipeline_schedule": schedule, "data_shard": 2, "expert": 2}
-    compare(pool.run(4, parallel_helpers.train, 2, layout, {}, "cpu", False, model), alone, 2, 1e-5)
+    compare(pool.run(4, parallel_runs.train, 2, layout, {}, "cpu", False, model), alone, 2, 1e-5)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_recomputed_layer_runs_again_only_once(pool: RankPool, schedule: str) -> None:
     """A backward pass in two halves would run it again for every weight."""
     layout = {"pipeline": 2, "pipeline_schedule": schedule, "micro_batch_size": 2, "recomputation": "full"}
-    layers, micro_batches = 4 + 1, parallel_helpers.SEQUENCES // 2
-    assert sum(pool.run(2, parallel_helpers.layer_runs, layout)) == 2 * layers * micro_batches
+    layers, micro_batches = 4 + 1, parallel_runs.SEQUENCES // 2
+    assert sum(pool.run(2, parallel_runs.layer_runs, layout)) == 2 * layers * micro_batches
 
 
 def ranks_of(layout: dict[str, Any]) -> int:
@@ -153,9 +153,9 @@ def check(
     """Trains on the ranks of a layout, and compares everything with one process."""
     world, stages = ranks_of(layout), layout.get("pipeline", 1)
     if stages == 1:  # every rank sums the gradients of two micro-batches
-        layout = {**layout, "micro_batch_size": parallel_helpers.SEQUENCES // world // 2}
+        layout = {**layout, "micro_batch_size": parallel_runs.SEQUENCES // world // 2}
     steps = len(alone["rows"])
-    results = pool.run(world, parallel_helpers.train, steps, layout, {}, pool.device, masked)
+    results = pool.run(world, parallel_runs.train, steps, layout, {}, pool.device, masked)
     compare(results, alone, stages, tolerance)
 
 
@@ -171,7 +171,7 @@ def compare(results: list[dict[str, Any]], alone: dict[str, Any], stages: int, t
     held_out = sum(result["held_out"] for result in results[:: max(len(results) // stages, 1)])
     np.testing.assert_allclose(held_out, alone["held_out"], rtol=tolerance)
     for what in ("gradients", "weights"):
-        found, expected = parallel_helpers.whole(results, what), parallel_helpers.whole([alone], what)
+        found, expected = parallel_runs.whole(results, what), parallel_runs.whole([alone], what)
         assert found.keys() == expected.keys()
         for tensor, values in expected.items():
             bound = tolerance * np.abs(values).max() + 1e-9

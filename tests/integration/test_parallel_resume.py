@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import deepspeed_helpers
-import parallel_helpers
 from deepseek_v3.config.loading import load_config
-from deepseek_v3.training.batches import open_tokens
+from deepseek_v3.training.data import open_tokens
 from deepseek_v3.training.optimizer import MOMENTS
-from deepseek_v3.utils.checkpointing import load_checkpoint
-from rank_pool import RankPool
-from run_helpers import TOKENS_PER_STEP, write_run
+from deepseek_v3.utils.checkpointing.directory import load_checkpoint
+from helpers import deepspeed_runs, parallel_runs
+from helpers.rank_pool import RankPool
+from helpers.runs import TOKENS_PER_STEP, write_run
 
 HALF, WHOLE = 2, 4
 ALONE = ["parallel.micro_batch_size=4"]  # two micro-batches on each rank, as four ranks have them
@@ -43,7 +42,7 @@ def train(pool: RankPool, run: Path, layout: list[str], checkpoints: Path, resum
     """The held-out loss at the end; a checkpoint is left in the middle."""
     overrides = recipe(checkpoints, layout)
     world = load_config(run, overrides).parallel.world_size
-    return ended(pool.run(world, parallel_helpers.train_run, run, overrides, resume, pool.device))
+    return ended(pool.run(world, parallel_runs.train_run, run, overrides, resume, pool.device))
 
 
 def train_by_deepspeed(
@@ -51,9 +50,9 @@ def train_by_deepspeed(
 ) -> float:
     """The same, by a ZeRO stage on two ranks."""
     checkpoints.mkdir()
-    file = deepspeed_helpers.write_settings(checkpoints, {"zero_optimization": {"stage": stage}})
+    file = deepspeed_runs.write_settings(checkpoints, {"zero_optimization": {"stage": stage}})
     return ended(
-        pool.run(2, deepspeed_helpers.train_run, file, run, recipe(checkpoints, [*TWO_RANKS, *changes]), resume)
+        pool.run(2, deepspeed_runs.train_run, file, run, recipe(checkpoints, [*TWO_RANKS, *changes]), resume)
     )
 
 
@@ -128,7 +127,7 @@ def saved_by(pool: RankPool, run: Path, tmp_path_factory: pytest.TempPathFactory
         folder = tmp_path_factory.mktemp("saved")
         train(pool, run, list(layout), folder)
         checkpoint = in_the_middle(folder)
-        (result,) = pool.run(1, parallel_helpers.resumed, run, recipe(folder, [*ALONE, *model]), checkpoint)
+        (result,) = pool.run(1, parallel_runs.resumed, run, recipe(folder, [*ALONE, *model]), checkpoint)
         assert result.differing == []
         return checkpoint, result.held_out
 
@@ -161,7 +160,7 @@ def test_resuming_fills_every_copy_of_a_weight(
     checkpoint, expected = saved_by([*first, *model], model)
     overrides = recipe(tmp_path, [*second, *model])
     world = load_config(run, overrides).parallel.world_size
-    for result in pool.run(world, parallel_helpers.resumed, run, overrides, checkpoint, pool.device):
+    for result in pool.run(world, parallel_runs.resumed, run, overrides, checkpoint, pool.device):
         assert result.differing == []
         assert {"model", *MOMENTS} == result.compared
         assert result.held_out == pytest.approx(expected, rel=1e-6)

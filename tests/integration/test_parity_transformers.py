@@ -14,8 +14,8 @@ from torch import Tensor
 from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.interop.huggingface import load_released, to_released_names
 from deepseek_v3.model.transformer import DeepSeekV3
-from helpers import YARN, largest_difference, random_tokens, relative_difference, small_config
-from transformers_reference import released_names, transformers_model
+from helpers.models import YARN, largest_difference, random_tokens, relative_difference, small_config
+from helpers.transformers_reference import released_names, transformers_model
 
 TOLERANCE = 1e-5
 

@@ -10,11 +10,11 @@ import pytest
 
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.data.tokens.shards import TokenShards
-from deepseek_v3.model.saved import load_model
-from deepseek_v3.utils.distributed import select_device
-from run_helpers import dsv3
+from deepseek_v3.model.pretrained import load_model
+from deepseek_v3.utils.distributed.launch import select_device
+from helpers import ROOT
+from helpers.runs import dsv3
 
-ROOT = Path(__file__).parents[2]
 # What makes a line quick, and changes nothing that one line says to another.
 QUICK = {
     "preprocess": ["--set", "workers=1", "--set", "pipeline=[preliminary_cleaning]"],

@@ -10,10 +10,10 @@ import torch
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.training.samples import refuse_samples_of_ranks
 from deepseek_v3.training.train import train_run
-from deepseek_v3.utils.checkpointing import load_checkpoint
-from deepseek_v3.utils.distributed import ALONE
+from deepseek_v3.utils.checkpointing.directory import load_checkpoint
+from deepseek_v3.utils.distributed.launch import ALONE
 from deepseek_v3.utils.errors import ConfigError, GenerationError
-from run_helpers import dsv3, message_of, write_run
+from helpers.runs import dsv3, message_of, write_run
 
 SAMPLES = "logging.samples={prompts: ['def a', ''], interval_steps: 2, max_new_tokens: 5}"
 

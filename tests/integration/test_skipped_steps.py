@@ -7,17 +7,16 @@ from typing import Any
 
 import pytest
 
-import deepspeed_helpers
-import skipping_helpers
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.training.loss import Losses
 from deepseek_v3.training.parallel.data_parallel import DataParallel
 from deepseek_v3.training.schedule import Step, TokenPlan
-from deepseek_v3.utils.checkpointing import load_checkpoint
-from deepseek_v3.utils.checkpoints.nesting import split
+from deepseek_v3.utils.checkpointing.directory import load_checkpoint
+from deepseek_v3.utils.checkpointing.state_dict import split
 from deepseek_v3.utils.monitoring import read_metrics
-from rank_pool import RankPool
-from run_helpers import dsv3, message_of, write_run
+from helpers import deepspeed_runs, skipping_runs
+from helpers.rank_pool import RankPool
+from helpers.runs import dsv3, message_of, write_run
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one process": {},
@@ -37,23 +36,23 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def without(pool: RankPool) -> list[Any]:
     """The steps of a run in one process that never meets the bad ones."""
-    story = tuple("left out" if what else "" for what in skipping_helpers.STORY)
-    return pool.run(1, skipping_helpers.train, {}, story)[0]
+    story = tuple("left out" if what else "" for what in skipping_runs.STORY)
+    return pool.run(1, skipping_runs.train, {}, story)[0]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_all_ranks_skip_a_step_that_is_not_finite_on_one(pool: RankPool, without: list[Any], name: str) -> None:
     layout = LAYOUTS[name]
     world = math.prod(layout.get(key, 1) for key in ("data_replicate", "data_shard", "pipeline"))
-    check(pool.run(world, skipping_helpers.train, layout), without)
+    check(pool.run(world, skipping_runs.train, layout), without)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_all_ranks_skip_a_step_under_deepspeed(
     deepspeed_pool: RankPool, without: list[Any], tmp_path: Path, stage: int
 ) -> None:
-    file = deepspeed_helpers.write_settings(tmp_path, {"zero_optimization": {"stage": stage}})
-    check(deepspeed_pool.run(2, skipping_helpers.train_by_deepspeed, file), without)
+    file = deepspeed_runs.write_settings(tmp_path, {"zero_optimization": {"stage": stage}})
+    check(deepspeed_pool.run(2, skipping_runs.train_by_deepspeed, file), without)
 
 
 def check(ranks: list[list[Any]], without: list[Any]) -> None:

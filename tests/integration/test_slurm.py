@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from job_helpers import HANGS
+from helpers import ROOT
+from helpers.jobs import HANGS
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "train_slurm.sh"
 FIRST_PORT = 20_000  # of those that the script chooses from, by the job's number
 
@@ -24,11 +24,11 @@ import os, signal, sys, time
 from datetime import timedelta
 from pathlib import Path
 import torch, torch.distributed as dist
-from deepseek_v3.training.interruption import StopRequest
-from deepseek_v3.utils.commands import run_app
-from deepseek_v3.utils.distributed import World, process_group, select_device
+from deepseek_v3.training.signals import StopRequest
+from deepseek_v3.utils.command_line import run_app
+from deepseek_v3.utils.distributed.launch import World, process_group, select_device
 from deepseek_v3.utils.logging import configure_logging
-from deepseek_v3.utils.watchdog import Watchdog
+from deepseek_v3.utils.distributed.watchdog import Watchdog
 
 assert sys.argv[1:] == ["--config", "run.yaml", "--resume", "auto", "--set", "a.b=two words"], sys.argv
 saved, state = Path("saved"), Path(os.environ["STAND_IN"])

@@ -20,13 +20,13 @@ from deepseek_v3.config.loading import load_config
 from deepseek_v3.planning.counts import count_active_parameters
 from deepseek_v3.training.disk_space import checkpoint_bytes
 from deepseek_v3.utils import monitoring
-from deepseek_v3.utils.checkpointing import CheckpointDirectory, load_checkpoint
-from deepseek_v3.utils.checkpoints.saving import ShardedWriter
+from deepseek_v3.utils.checkpointing.directory import CheckpointDirectory, load_checkpoint
+from deepseek_v3.utils.checkpointing.sharded import ShardedWriter
 from deepseek_v3.utils.monitoring import read_metrics
-from job_helpers import HANGS
-from run_helpers import TOKENS_PER_STEP, dsv3, message_of, run_fields, write_corpus, write_run
+from helpers import ROOT
+from helpers.jobs import HANGS
+from helpers.runs import TOKENS_PER_STEP, dsv3, message_of, run_fields, write_corpus, write_run
 
-ROOT = Path(__file__).parents[2]
 STEPS = 6
 STEP_LINE = re.compile(r"^\[Trainer\] Step (\d+)/6 \| Loss: \d+\.\d{4} \| LR: \d\.\d\de-\d\d \| Tokens: 0\.\d\dK$")
 

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parents[2] / "src" / "deepseek_v3"
+from helpers import ROOT
+
+SOURCE = ROOT / "src" / "deepseek_v3"
 KNOWS_RANKS = SOURCE / "moe" / "deepep"
 
 

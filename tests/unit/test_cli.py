@@ -5,16 +5,16 @@ import json
 import subprocess
 import sys
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 import typer
 
 from deepseek_v3 import __version__
 from deepseek_v3.cli import COMMANDS
-from run_helpers import dsv3
+from helpers import ROOT
+from helpers.runs import dsv3
 
-TINY = Path(__file__).parents[2] / "configs" / "deepseek_v3_tiny.yaml"
+TINY = ROOT / "configs" / "deepseek_v3_tiny.yaml"
 HEAVY = ("torch", "matplotlib", "transformers", "tokenizers", "tensorboard", "numpy")
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from deepseek_v3 import __version__
-
-ROOT = Path(__file__).parents[2]
+from helpers import ROOT
 
 
 @pytest.fixture(scope="module")

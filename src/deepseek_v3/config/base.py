@@ -1,4 +1,7 @@
-"""What every section of a configuration has in common, and the types of its numbers."""
+"""What every section of a configuration has in common, and the types of its numbers.
+
+FOLDED: What the options of every stage of the data pipeline have in common.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from deepseek_v3.utils.numbers import LARGEST_COUNT, parse_count, parse_number, parse_size
-from deepseek_v3.utils.printing import value_text
+from deepseek_v3.utils.text import value_text
 
 
 class Section(BaseModel):
@@ -59,3 +62,9 @@ Real = Annotated[float, BeforeValidator(read_with(parse_number), json_schema_inp
 PositiveFloat = Annotated[Real, Field(gt=0)]
 NonNegativeFloat = Annotated[Real, Field(ge=0)]
 Fraction = Annotated[Real, Field(ge=0, le=1)]
+
+
+class StageConfig(Section):
+    """`alarm`: the share of its documents that a stage may remove before the run warns of it."""
+
+    alarm: Annotated[Real, Field(gt=0, le=1)] = 0.5

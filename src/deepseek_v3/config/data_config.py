@@ -9,8 +9,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
 
 from deepseek_v3.config.base import Fraction, Integer, NonNegativeInt, Real, Section
 from deepseek_v3.utils.files import is_address
-from deepseek_v3.utils.printing import value_text
-from deepseek_v3.utils.secrets import masked
+from deepseek_v3.utils.redaction import masked
+from deepseek_v3.utils.text import value_text
 
 
 def _without_nul(path: Path) -> Path:

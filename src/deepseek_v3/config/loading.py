@@ -1,4 +1,10 @@
-"""From a YAML file and dotted overrides to a checked RunConfig, and back to YAML."""
+"""From a YAML file and dotted overrides to a checked RunConfig, and back to YAML.
+
+FOLDED: The model sizes of a folder.
+
+
+FOLDED: The configs that ship with the project, and the short names they go by.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +18,39 @@ import yaml
 from pydantic import ValidationError
 
 from deepseek_v3.config.base import Section
-from deepseek_v3.config.problems import FieldPath, describe
-from deepseek_v3.config.shipped import find_config, is_name, shipped_names
+from deepseek_v3.config.errors import FieldPath, describe
 from deepseek_v3.config.text_files import described, read_text, shown_path
 from deepseek_v3.config.train_config import STORED, RunConfig
-from deepseek_v3.config.vocabulary import fill_vocabulary
+from deepseek_v3.config.vocabulary_size import fill_vocabulary
 from deepseek_v3.config.yaml_text import YamlProblem, parse_yaml, to_yaml
 from deepseek_v3.utils.errors import ConfigError
 from deepseek_v3.utils.logging import get_logger
-from deepseek_v3.utils.printing import value_text
+from deepseek_v3.utils.text import value_text
+
+
+def chosen_files(files: Sequence[Path] | None, folder: Path | None) -> Sequence[Path]:
+    """What a command's --config and --configs mean: the files, or else every size in the folder.
+
+    Raises ConfigError where both are given, and as `config_files` does.
+    """
+    if files and folder:
+        raise ConfigError(f"--configs {folder}: expected either --config files or a --configs folder, not both")
+    return [find_config(file) for file in files] if files else config_files(folder)
+
+
+def config_files(folder: Path | None = None) -> list[Path]:
+    """Every size in `folder`, by default `configs` in the working directory or else those that ship.
+
+    Raises ConfigError where there is no such folder, or none in it.
+    """
+    folder = folder or (FOLDER if FOLDER.is_dir() else shipped_folder())
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: is not a folder; --configs names one that holds {PATTERN} files")
+    paths = sorted(folder.glob(PATTERN))
+    if not paths:
+        raise ConfigError(f"{folder}: holds no {PATTERN}; name a folder that does with --configs")
+    return paths
+
 
 _DEEPEST_FIELD = 16
 AnySection = TypeVar("AnySection", bound=Section)
@@ -144,3 +174,47 @@ def _apply(override: str, fields: dict[str, Any], where: dict[FieldPath, str]) -
 def _is_unicode(text: str) -> bool:
     """Whether UTF-8 can hold the text: bytes of a command line that are no UTF-8 reach us as lone surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+PREFIX = "deepseek_v3_"
+PATTERN = f"{PREFIX}*.yaml"
+FOLDER = Path("configs")
+
+# Where an installed package has them, and where a checkout has them.
+_PLACES = (Path(__file__).parents[1] / FOLDER, Path(__file__).parents[3] / FOLDER)
+
+
+def shipped_folder() -> Path:
+    """The folder of the shipped configs."""
+    return next((place for place in _PLACES if place.is_dir()), FOLDER)
+
+
+def is_name(path: Path) -> bool:
+    """Whether a path may be the name of a shipped config: a bare one, or one in `configs`."""
+    return path.parent in (Path(), FOLDER)
+
+
+def find_config(path: str | Path) -> Path:
+    """The file that `path` means: a file as it is, or else the shipped config of that name.
+
+    Shipped are `deepseek_v3_1b` or `1b`, with or without `configs/` in front and `.yaml` behind, `data_config` and
+    `deepspeed_config.json`. What is neither is returned as it is.
+    """
+    path = Path(path)
+    if os.path.isfile(path) or not is_name(path):  # noqa: PTH113 -- False for names too long
+        return path
+    folder = shipped_folder()
+    names = [path.name] if path.suffix else [f"{path.name}.yaml", f"{PREFIX}{path.name}.yaml"]
+    return next((folder / name for name in names if os.path.isfile(folder / name)), path)  # noqa: PTH113 -- likewise
+
+
+def shown_config(path: Path) -> str:
+    """The shortest words that `find_config` takes for `path` from any folder."""
+    if path.is_absolute() and path.parent == shipped_folder():
+        return path.stem.removeprefix(PREFIX) if path.suffix == ".yaml" else path.name
+    return str(path)
+
+
+def shipped_names() -> list[str]:
+    """The short names of the shipped YAML files."""
+    return sorted(path.stem.removeprefix(PREFIX) for path in shipped_folder().glob("*.yaml"))

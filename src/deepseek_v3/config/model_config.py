@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal
 from pydantic import AliasChoices, Field, ValidationError, model_validator
 
 from deepseek_v3.config.base import NonNegativeInt, PositiveFloat, PositiveInt, Real, Section
-from deepseek_v3.config.problems import describe
+from deepseek_v3.config.errors import describe
 from deepseek_v3.config.text_files import read_json_object, shown_path
 from deepseek_v3.utils.errors import ConfigError
-from deepseek_v3.utils.printing import value_text
+from deepseek_v3.utils.text import value_text
 
 # Fields of a released or Transformers-written config.json that say nothing about the model's shape:
 # library bookkeeping, serving hints, the weights' storage format and the released modules' import table.

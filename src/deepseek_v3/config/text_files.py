@@ -11,7 +11,7 @@ from typing import Any
 from deepseek_v3.utils.errors import ConfigError
 from deepseek_v3.utils.files import read_file
 from deepseek_v3.utils.numbers import LONGEST_NUMBER
-from deepseek_v3.utils.printing import value_text
+from deepseek_v3.utils.text import value_text
 
 LONGEST_FILE = 2**20
 

@@ -26,7 +26,7 @@ from deepseek_v3.config.data_config import AnyPath, DataConfig
 from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.config.parallel_config import BatchSize, ParallelConfig, check_batch, check_ranks, pipeline_problem
 from deepseek_v3.utils.numbers import MOST_TOKENS
-from deepseek_v3.utils.printing import value_text
+from deepseek_v3.utils.text import value_text
 
 
 def _check_budget(value: object) -> int | str:

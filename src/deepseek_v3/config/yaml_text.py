@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from deepseek_v3.utils.numbers import LONGEST_NUMBER
-from deepseek_v3.utils.printing import value_text
+from deepseek_v3.utils.text import value_text
 
 _DEEPEST = 50
 _PREFIX = "tag:yaml.org,2002:"

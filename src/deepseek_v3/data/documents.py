@@ -1,10 +1,21 @@
-"""What a document is, and the files that hold them."""
+"""What a document is, and the files that hold them.
+
+FOLDED: Documents as Arrow record batches, made from whatever holds them and turned back into it.
+
+
+FOLDED: Many texts, a few at a time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
+from typing import Any, TypeAlias
+
+import orjson
+import pyarrow as pa
 
 from deepseek_v3.utils.errors import DataError
 
@@ -46,3 +57,196 @@ def check_unicode(text: str, where: str) -> None:
             f"{where}: holds the lone surrogate {text[error.start]!r} at character {error.start}, "
             "which no UTF-8 can express; remove it, or write both halves of the pair"
         ) from None
+
+
+# `source` and `place` say where a document was read: a file's name below the input, and the byte offset of its line
+# or record in that file once decompressed, or its row in Parquet and Arrow, counted from 1. `metadata` is a JSON
+# object of the input's other fields, or null. Stages may append columns.
+RECORDS = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("place", pa.int64(), nullable=False),
+        pa.field("metadata", pa.string()),
+    ]
+)
+_BATCH_CHARACTERS = 2**23
+
+AnyDocument: TypeAlias = str | Document | Mapping[str, Any]
+Documents: TypeAlias = Iterable[AnyDocument] | Iterable[pa.RecordBatch] | pa.Table
+
+
+def record_batch(
+    ids: Sequence[str],
+    texts: Sequence[str],
+    sources: Sequence[str],
+    places: Sequence[int],
+    metadata: Sequence[str | None],
+) -> pa.RecordBatch:
+    """A batch of `RECORDS` from columns of equal length."""
+    columns = (ids, texts, sources, places, metadata)
+    arrays = [pa.array(column, field.type) for field, column in zip(RECORDS, columns, strict=True)]
+    return pa.RecordBatch.from_arrays(arrays, schema=RECORDS)
+
+
+def with_texts(batch: pa.RecordBatch, texts: Sequence[str] | pa.Array) -> pa.RecordBatch:
+    """The batch with other texts."""
+    return with_column(batch, RECORDS.field("text"), texts)
+
+
+def with_column(batch: pa.RecordBatch, field: pa.Field, values: Sequence[Any] | pa.Array) -> pa.RecordBatch:
+    """The batch with one more column, or with other values in one that it has."""
+    column = values if isinstance(values, pa.Array) else pa.array(values, field.type)
+    index = batch.schema.get_field_index(field.name)
+    return batch.append_column(field, column) if index < 0 else batch.set_column(index, field, column)
+
+
+@dataclass(frozen=True)
+class GivenBatch:
+    """A batch of `RECORDS`, and what it was made of: the caller's own objects, or None for Arrow data.
+
+    `ids` are the caller's ids, or where an object has none its position among all, counted from 0.
+    """
+
+    records: pa.RecordBatch
+    originals: list[AnyDocument] | None
+    ids: list[str | int]
+
+
+def given_batches(documents: Documents) -> Iterator[GivenBatch]:
+    """Batches of documents that are texts, `Document`s, mappings with `text` and perhaps `id`, or Arrow data.
+
+    Takes lists, iterators, Arrow tables, batches and readers. Raises DataError, naming the position, for anything
+    else, for a missing text or one that is no string, and for a text that holds a lone surrogate.
+    """
+    if isinstance(documents, (pa.Table, pa.RecordBatch)):
+        table = pa.Table.from_batches([documents]) if isinstance(documents, pa.RecordBatch) else documents
+        yield from _from_arrow(table.to_batches())
+        return
+    if isinstance(documents, (str, Mapping, Document)):
+        raise DataError(
+            f"documents: found one {type(documents).__name__}, expected a list or an iterator of documents"
+        )
+    items = iter(documents)
+    first = next(items, None)
+    if first is None:
+        return
+    if isinstance(first, pa.RecordBatch):
+        yield from _from_arrow(chain([first], items))
+    else:
+        yield from _from_objects(chain([first], items))
+
+
+def given_back(given: GivenBatch, kept: pa.RecordBatch, rows: Sequence[int]) -> list[AnyDocument] | pa.RecordBatch:
+    """The caller's own kind of object for the kept records, which stood in the given `rows` of the batch.
+
+    A mapping takes on the new text and the columns that stages appended, a text and a `Document` the new text.
+    """
+    if given.originals is None:
+        return kept
+    added = [name for name in kept.schema.names if name not in RECORDS.names]
+    columns = {name: kept.column(name).to_pylist() for name in ("text", *added)}
+    return [
+        _renewed(given.originals[row], {name: column[index] for name, column in columns.items()})
+        for index, row in enumerate(rows)
+    ]
+
+
+def _renewed(original: AnyDocument, fields: dict[str, Any]) -> AnyDocument:
+    if isinstance(original, str):
+        return str(fields["text"])
+    if isinstance(original, Document):
+        return original if original.text == fields["text"] else replace(original, text=fields["text"])
+    return {**original, **fields}
+
+
+def _from_arrow(batches: Iterable[pa.RecordBatch]) -> Iterator[GivenBatch]:
+    position = 0
+    for batch in batches:
+        names = batch.schema.names
+        if "text" not in names:
+            raise DataError(f"Arrow batch: has no column 'text', only {names}; rename the one that holds the text")
+        texts = batch.column("text").cast(pa.string())
+        if texts.null_count:
+            raise DataError(f"Arrow batch: {texts.null_count} texts are null, expected strings; drop those rows")
+        positions = list(range(position, position + batch.num_rows))
+        ids: list[str | int] = (
+            [*batch.column("id").cast(pa.string()).to_pylist()] if "id" in names else [*positions]
+        )
+        filled = {
+            "id": pa.array([str(id_) for id_ in ids], pa.string()),
+            "text": texts,
+            "source": pa.array([""] * len(ids), pa.string()),
+            "place": pa.array([place + 1 for place in positions], pa.int64()),
+            "metadata": pa.nulls(len(ids), pa.string()),
+        }
+        for name in names:
+            if name not in ("id", "text"):
+                filled[name] = batch.column(name)
+        records = pa.RecordBatch.from_pydict(filled)
+        yield GivenBatch(records, None, ids)
+        position += batch.num_rows
+
+
+def _from_objects(items: Iterable[Any]) -> Iterator[GivenBatch]:
+    originals: list[AnyDocument] = []
+    ids: list[str | int] = []
+    texts: list[str] = []
+    characters = 0
+    for position, item in enumerate(items):
+        id_, text = _id_and_text(item, position)
+        originals.append(item)
+        ids.append(id_)
+        texts.append(text)
+        characters += len(text)
+        if characters >= _BATCH_CHARACTERS:
+            yield _batch_of_objects(originals, ids, texts, position)
+            originals, ids, texts, characters = [], [], [], 0
+    if originals:
+        yield _batch_of_objects(originals, ids, texts, position)
+
+
+def _batch_of_objects(
+    originals: list[AnyDocument], ids: list[str | int], texts: list[str], last: int
+) -> GivenBatch:
+    places = range(last + 2 - len(ids), last + 2)
+    metadata = [_metadata(item) for item in originals]
+    return GivenBatch(record_batch([str(i) for i in ids], texts, [""] * len(ids), places, metadata), originals, ids)
+
+
+def _id_and_text(item: Any, position: int) -> tuple[str | int, str]:
+    where = f"document {position}"
+    id_: Any = position
+    text: Any = item
+    if isinstance(item, Document):
+        id_, text = item.id, item.text
+    elif isinstance(item, Mapping):
+        id_, text = item.get("id", position), item.get("text")
+    if not isinstance(text, str):
+        raise DataError(
+            f"{where}: holds no text but a {type(text).__name__}, expected a string, or a 'text' that is one"
+        )
+    check_unicode(text, where)
+    return (id_ if isinstance(id_, int) else str(id_)), text
+
+
+def _metadata(item: AnyDocument) -> str | None:
+    if not isinstance(item, Mapping):
+        return None
+    rest = {str(name): value for name, value in item.items() if name not in ("id", "text")}
+    return orjson.dumps(rest, default=str).decode() if rest else None
+
+
+def chunks(texts: Sequence[str], characters: int = 2**21) -> Iterator[list[str]]:
+    """The texts in lists that have at least so many characters together, but for the last."""
+    chunk: list[str] = []
+    total = 0
+    for text in texts:
+        chunk.append(text)
+        total += len(text)
+        if total >= characters:
+            yield chunk
+            chunk, total = [], 0
+    if chunk:
+        yield chunk

@@ -9,10 +9,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from deepseek_v3.config.filter_config import LanguageConfig
 from deepseek_v3.config.loading import section_from_dict
-from deepseek_v3.config.preprocessing.language import LanguageConfig
-from deepseek_v3.data.quality.fasttext import load_fasttext
-from deepseek_v3.data.records import with_column
+from deepseek_v3.data.documents import with_column
+from deepseek_v3.data.quality_filtering.fasttext import load_fasttext
 from deepseek_v3.data.stages import Drop, Outcome, Stage, outcome
 from deepseek_v3.utils.errors import DataError
 

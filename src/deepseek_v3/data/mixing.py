@@ -13,12 +13,12 @@ import xxhash
 from numpy.typing import NDArray
 from typing_extensions import override
 
+from deepseek_v3.config.filter_config import MixingConfig
 from deepseek_v3.config.loading import load_config, section_from_dict
-from deepseek_v3.config.preprocessing.mixing import MixingConfig
-from deepseek_v3.data.records import RECORDS, with_column
+from deepseek_v3.data.documents import RECORDS, with_column
 from deepseek_v3.data.stages import CorpusStage, Drop, Outcome, Part, outcome
-from deepseek_v3.data.token_counts import TokenCounter
-from deepseek_v3.planning.budget import budget_in_tokens
+from deepseek_v3.data.tokens.counting import TokenCounter
+from deepseek_v3.planning.token_budget import budget_in_tokens
 from deepseek_v3.utils.logging import get_logger
 
 Int64s = NDArray[np.int64]

@@ -14,7 +14,7 @@ import orjson
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from deepseek_v3.data.records import AnyDocument, Documents, given_back, given_batches
+from deepseek_v3.data.documents import AnyDocument, Documents, given_back, given_batches
 
 # `figures` is a JSON object, such as {"found": 0.31, "limit": 0.2}; `trigger` the piece of text that decided.
 DROPPED = pa.schema(

@@ -20,15 +20,14 @@ from deepseek_v3.data.tokens.loader import TokenLoader
 from deepseek_v3.data.tokens.shards import TokenShards
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.evaluation.ngrams import Ids, ngram_losses
-from deepseek_v3.model.saved import SavedModel, load_model
-from deepseek_v3.training.batches import Documents, check_vocabulary
-from deepseek_v3.training.holdout import HeldOutEvaluation, HeldOutLoss, HeldOutWindows, main_losses
+from deepseek_v3.model.pretrained import SavedModel, load_model
+from deepseek_v3.training.data import Documents, check_vocabulary
 from deepseek_v3.training.loss import Objective
-from deepseek_v3.utils.commands import whole_option
-from deepseek_v3.utils.distributed import select_device
+from deepseek_v3.training.validation import HeldOutEvaluation, HeldOutLoss, HeldOutWindows, main_losses
+from deepseek_v3.utils.command_line import say_next, whole_option
+from deepseek_v3.utils.distributed.launch import select_device
 from deepseek_v3.utils.errors import CheckpointError, DataError
 from deepseek_v3.utils.logging import configure_logging, get_console
-from deepseek_v3.utils.next_command import say_next
 
 _TOKENS_AT_ONCE = 2**20
 _LARGEST_EXPONENT = math.log(sys.float_info.max)

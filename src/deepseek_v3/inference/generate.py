@@ -18,13 +18,12 @@ from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.inference.engine import Completion, Generator
 from deepseek_v3.inference.sampling import SamplingConfig
-from deepseek_v3.model.saved import load_model
-from deepseek_v3.utils.commands import number_option, whole_option
-from deepseek_v3.utils.distributed import select_device
+from deepseek_v3.model.pretrained import load_model
+from deepseek_v3.utils.command_line import number_option, say_next, whole_option
+from deepseek_v3.utils.distributed.launch import select_device
 from deepseek_v3.utils.errors import GenerationError
 from deepseek_v3.utils.files import read_file, written_atomically
 from deepseek_v3.utils.logging import configure_logging, get_logger
-from deepseek_v3.utils.next_command import say_next
 
 _LONGEST_PROMPTS = 2**26  # bytes of a file of prompts: all are held in memory
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deepseek_v3.ops.dtypes import at_least_float32
 from deepseek_v3.utils.errors import GenerationError
-from deepseek_v3.utils.printing import value_text
+from deepseek_v3.utils.text import value_text
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from deepseek_v3.utils.checkpoints.failures import REPAIR, validation_problems
+from deepseek_v3.utils.checkpointing.errors import REPAIR, validation_problems
 from deepseek_v3.utils.errors import CheckpointError
 
 

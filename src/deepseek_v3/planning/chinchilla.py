@@ -14,8 +14,8 @@ from fractions import Fraction
 from itertools import count
 
 from deepseek_v3.config.train_config import RunConfig
-from deepseek_v3.planning.budget import budget_in_tokens, planned_steps
 from deepseek_v3.planning.counts import count_active_parameters
+from deepseek_v3.planning.token_budget import budget_in_tokens, planned_steps
 
 TARGET_RATIO = 20
 MAX_RATIO = 26

@@ -13,8 +13,8 @@ from deepseek_v3.config.loading import load_config
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.counts import active_conventions, count_active_parts, count_parameters
 from deepseek_v3.planning.flops import flops_per_token, forward_parts, prediction_parts
-from deepseek_v3.utils.next_command import say_next, set_options
-from deepseek_v3.utils.printing import paragraph, side_by_side, spelled, table
+from deepseek_v3.utils.command_line import say_next, set_options
+from deepseek_v3.utils.text import paragraph, side_by_side, spelled, table
 
 
 def counts(

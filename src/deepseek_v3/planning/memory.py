@@ -17,11 +17,10 @@ from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.activations import feed_forward_bytes, feed_forward_network_bytes, saved_bytes
 from deepseek_v3.planning.calibration import calibration
-from deepseek_v3.planning.counts import count_layers, joining_weights
+from deepseek_v3.planning.counts import count_layers, joining_weights, micro_batches, own_share
 from deepseek_v3.planning.execution import Execution, LayerKind
 from deepseek_v3.planning.hardware import Device
-from deepseek_v3.planning.shares import micro_batches, own_share
-from deepseek_v3.planning.stages import most_in_flight, pipeline_stages, stages_of_rank
+from deepseek_v3.planning.pipeline_split import most_in_flight, pipeline_stages, stages_of_rank
 
 # Tokens in one chunk of the loss at least, as in ops/cross_entropy/chunked.py.
 _LEAST_ROWS = 256

@@ -8,7 +8,7 @@ from pathlib import Path
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.counts import count_parameters
 from deepseek_v3.training.schedule import TokenPlan
-from deepseek_v3.utils.checkpointing import CheckpointDirectory
+from deepseek_v3.utils.checkpointing.directory import CheckpointDirectory
 from deepseek_v3.utils.errors import PlanError
 from deepseek_v3.utils.logging import get_logger
 

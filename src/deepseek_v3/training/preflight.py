@@ -6,8 +6,8 @@ import torch
 
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.calibration import calibration
-from deepseek_v3.planning.fitting import refuse_unless_it_fits
 from deepseek_v3.planning.hardware import Device, device_named
+from deepseek_v3.planning.memory_check import refuse_unless_it_fits
 from deepseek_v3.utils.cgroups import usable_memory
 from deepseek_v3.utils.errors import PlanError
 from deepseek_v3.utils.logging import get_logger

@@ -10,7 +10,7 @@ from deepseek_v3.config.base import Section
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.utils.errors import CheckpointError
 from deepseek_v3.utils.logging import get_logger
-from deepseek_v3.utils.printing import value_text
+from deepseek_v3.utils.text import value_text
 
 
 class Rule(Enum):

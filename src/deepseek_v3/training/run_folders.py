@@ -13,11 +13,10 @@ from torch.distributed import ProcessGroup
 
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.training.disk_space import check_disk
-from deepseek_v3.utils.checkpoints.failures import unwritable
-from deepseek_v3.utils.checkpoints.folders import remove_leftovers
-from deepseek_v3.utils.checkpoints.ranks import gathered, rank_and_size, together
+from deepseek_v3.utils.checkpointing.errors import unwritable
+from deepseek_v3.utils.distributed.collectives import gathered, rank_and_size, together
 from deepseek_v3.utils.errors import CheckpointError
-from deepseek_v3.utils.files import remove_partials
+from deepseek_v3.utils.files import remove_leftovers, remove_partials
 from deepseek_v3.utils.locks import locked
 
 _LOCK_FILE = ".lock"

@@ -8,7 +8,7 @@ from deepseek_v3.data.tokens.loader import TokenLoader
 from deepseek_v3.data.tokens.shards import TokenShards
 from deepseek_v3.training.schedule import TokenPlan
 from deepseek_v3.utils.logging import get_logger
-from deepseek_v3.utils.printing import value_text
+from deepseek_v3.utils.text import value_text
 
 MOST_EPOCHS = 4  # repeated text trains nearly as well as fresh text up to here (Muennighoff et al. 2023, §6)
 LEAST_OF_VOCABULARY, PADDING = 0.9, 128  # what padding a vocabulary to a round number leaves unused is less

@@ -14,23 +14,22 @@ import typer
 
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.config.train_config import RunConfig
-from deepseek_v3.data.tokens.build import PYTHON_STDLIB
-from deepseek_v3.training.interruption import StopRequest
-from deepseek_v3.training.parallel.deepspeed_settings import DeepSpeedFile
-from deepseek_v3.training.parallel.layout import laid_out
-from deepseek_v3.training.parallel.ranks import arrange
+from deepseek_v3.data.tokens.tokenize_corpus import PYTHON_STDLIB
+from deepseek_v3.training.metrics import plot_run, write_config
+from deepseek_v3.training.parallel.auto_layout import laid_out
+from deepseek_v3.training.parallel.deepspeed_config import DeepSpeedFile
+from deepseek_v3.training.parallel.mesh import arrange
 from deepseek_v3.training.preflight import check_plan, describe_device
-from deepseek_v3.training.reporting import plot_run, write_config
 from deepseek_v3.training.run_folders import held_folders
 from deepseek_v3.training.samples import refuse_samples_of_ranks
+from deepseek_v3.training.signals import StopRequest
 from deepseek_v3.training.trainer import Trainer, TrainingResult
-from deepseek_v3.utils.checkpoints.ranks import checkpoint_group
-from deepseek_v3.utils.commands import run_command, whole_option
-from deepseek_v3.utils.distributed import ALONE, World, announce, process_group, select_device
+from deepseek_v3.utils.command_line import run_command, say_next, set_options, whole_option
+from deepseek_v3.utils.distributed.collectives import checkpoint_group
+from deepseek_v3.utils.distributed.launch import ALONE, World, announce, process_group, select_device
+from deepseek_v3.utils.distributed.watchdog import Watchdog
 from deepseek_v3.utils.logging import configure_logging, get_logger
-from deepseek_v3.utils.next_command import say_next, set_options
 from deepseek_v3.utils.threads import describe_threads, usable_cores
-from deepseek_v3.utils.watchdog import Watchdog
 
 
 def train(

@@ -18,23 +18,21 @@ from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.tokens.loader import TokenLoader
 from deepseek_v3.data.tokens.shards import TokenShards
 from deepseek_v3.training.anomalies import SkippedSteps
-from deepseek_v3.training.batches import Documents, open_tokens, open_tokens_together, token_batches
-from deepseek_v3.training.holdout import HeldOutEvaluation, HeldOutLoss
-from deepseek_v3.training.interruption import StopRequest
-from deepseek_v3.training.parallel.deepspeed_settings import DeepSpeedFile
+from deepseek_v3.training.checkpoint import RunCheckpoints, restore_run, run_state
+from deepseek_v3.training.data import Documents, open_tokens, open_tokens_together, token_batches
+from deepseek_v3.training.metrics import Reporter, step_figures
+from deepseek_v3.training.parallel.build import engine_for
+from deepseek_v3.training.parallel.deepspeed_config import DeepSpeedFile
 from deepseek_v3.training.parallel.engine import StepResult
-from deepseek_v3.training.parallel.engines import engine_for
-from deepseek_v3.training.parallel.ranks import Ranks
-from deepseek_v3.training.reporting import Reporter
-from deepseek_v3.training.run_checkpoints import RunCheckpoints
-from deepseek_v3.training.run_state import restore_run, run_state
+from deepseek_v3.training.parallel.mesh import Ranks
 from deepseek_v3.training.run_warnings import warn_of_run
 from deepseek_v3.training.samples import TrainingSamples
 from deepseek_v3.training.schedule import Step, TokenPlan
-from deepseek_v3.training.step_metrics import step_figures
-from deepseek_v3.utils.checkpoints.finite import listed, non_finite
-from deepseek_v3.utils.checkpoints.nesting import split
-from deepseek_v3.utils.checkpoints.ranks import together
+from deepseek_v3.training.signals import StopRequest
+from deepseek_v3.training.validation import HeldOutEvaluation, HeldOutLoss
+from deepseek_v3.utils.checkpointing.checks import non_finite, non_finite_summary
+from deepseek_v3.utils.checkpointing.state_dict import split
+from deepseek_v3.utils.distributed.collectives import together
 from deepseek_v3.utils.errors import DataError, TrainingError
 from deepseek_v3.utils.logging import get_logger
 
@@ -219,7 +217,7 @@ class Trainer:
         state = run_state(self.engine, self.config, self.shards, number, tokens, self.skipped.in_a_row)
         bad = non_finite(split(state)[0], self._group)
         if bad:
-            raise TrainingError(f"step {number}: after the update {listed(bad)}. {self._what_stands()}")
+            raise TrainingError(f"step {number}: after the update {non_finite_summary(bad)}. {self._what_stands()}")
         return state
 
     def _what_stands(self) -> str:

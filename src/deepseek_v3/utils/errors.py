@@ -11,7 +11,7 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from deepseek_v3.utils.secrets import masked
+from deepseek_v3.utils.redaction import masked
 
 
 class UserError(Exception):

@@ -10,7 +10,7 @@ from typing import IO, Any, cast
 
 from rich.console import Console
 
-from deepseek_v3.utils.secrets import masked
+from deepseek_v3.utils.redaction import masked
 
 _PROJECT = "deepseek_v3"
 

@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from deepseek_v3.config.filter_config import DecontaminationConfig
 from deepseek_v3.config.loading import section_from_dict
-from deepseek_v3.config.preprocessing.decontamination import DecontaminationConfig
-from deepseek_v3.data.chunks import chunks
-from deepseek_v3.data.decontamination.evaluation import Matches, evaluation_index
-from deepseek_v3.data.decontamination.ngrams import Int64s, word_pattern, words
+from deepseek_v3.data.decontamination.index import Int64s, Matches, evaluation_index, word_pattern, words
+from deepseek_v3.data.documents import chunks
 from deepseek_v3.data.stages import Drop, Outcome, Stage, outcome
 from deepseek_v3.utils.errors import ConfigError, DataError
 

@@ -1,13 +1,20 @@
-"""Clusters of documents that pairs connect, of which the earliest one is kept."""
+"""Clusters of documents that pairs connect, of which the earliest one is kept.
+
+FOLDED: Which documents are duplicates of which: written once for the whole corpus, carried out part by part.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from deepseek_v3.data.deduplication.utf8 import Int64s
+from deepseek_v3.data.stages import Drop, Outcome, Part, outcome
 
 
 def keepers(
@@ -62,3 +69,79 @@ def earliest_connected(one: Int64s, other: Int64s, documents: int) -> Int64s:
     kept = np.arange(documents)
     kept[nodes] = nodes[pointers]
     return kept
+
+
+_KEPT_FILE = "keeper.npy"  # int64 [documents]: the document that is kept in place of each, perhaps itself
+_SIMILARITY_FILE = "similarity.npy"  # float32 [documents]: how alike the two are
+_EXAMPLES = 20
+
+
+def write_decisions(
+    folder: Path, parts: Sequence[Part], kept: Int64s, similarity: NDArray[np.floating[Any]]
+) -> dict[str, Any]:
+    """Writes them, and returns what a report says of the documents that this run judges, as JSON.
+
+    A cluster is a kept document with its duplicates; `cluster_sizes` counts clusters by size, in powers of two.
+    `examples` are pairs of documents, by number, of different clusters, spread over all of them.
+    """
+    np.save(folder / _KEPT_FILE, kept)
+    np.save(folder / _SIMILARITY_FILE, similarity.astype(np.float32))
+    judged = judged_documents(parts)
+    duplicates = np.flatnonzero((kept != np.arange(len(kept))) & judged)
+    clusters, sizes = np.unique(kept[duplicates], return_counts=True)
+    return {
+        "documents": int(judged.sum()),
+        "duplicates": len(duplicates),
+        "clusters": len(clusters),
+        "largest_cluster": 1 + int(sizes.max()) if len(sizes) else 0,
+        "cluster_sizes": _by_power_of_two(sizes + 1),
+        "examples": _examples(kept, duplicates[judged[kept[duplicates]]], similarity),
+    }
+
+
+def judged_documents(parts: Sequence[Part]) -> NDArray[np.bool_]:
+    """Which documents this run judges: none of an earlier corpus, none that a stage before it removed."""
+    rows = [np.zeros(part.rows, np.bool_) if part.records is None else ~part.removed_rows() for part in parts]
+    return np.concatenate([np.zeros(0, np.bool_), *rows])
+
+
+def removed_documents(folder: Path) -> NDArray[np.bool_]:
+    """Which documents are duplicates: bool [documents]."""
+    kept = np.load(folder / _KEPT_FILE, mmap_mode="r")
+    return np.asarray(kept != np.arange(len(kept)))
+
+
+def drop_duplicates(
+    stage: str,
+    reason: str,
+    batch: pa.RecordBatch,
+    documents: Int64s,
+    folder: Path,
+    ids_of: Callable[[Int64s], list[str]],
+) -> Outcome:
+    """The batch of these documents without the duplicates among them."""
+    kept = np.load(folder / _KEPT_FILE, mmap_mode="r")[documents]
+    rows = np.flatnonzero(kept != documents)
+    similarity = np.load(folder / _SIMILARITY_FILE, mmap_mode="r")[documents[rows]]
+    drops = [
+        Drop(row, reason, {"duplicate_of": id_, "similarity": round(alike, 3)})
+        for row, id_, alike in zip(rows.tolist(), ids_of(np.asarray(kept[rows])), similarity.tolist(), strict=True)
+    ]
+    return outcome(stage, batch, drops)
+
+
+def _by_power_of_two(sizes: Int64s) -> dict[str, int]:
+    powers, counts = np.unique(np.floor(np.log2(sizes)).astype(np.int64), return_counts=True)
+    return {f"{2**p}-{2 ** (p + 1) - 1}": c for p, c in zip(powers.tolist(), counts.tolist(), strict=True)}
+
+
+def _examples(kept: Int64s, duplicates: Int64s, similarity: NDArray[np.floating[Any]]) -> list[dict[str, Any]]:
+    _, first = np.unique(kept[duplicates], return_index=True)
+    spread = np.linspace(0, len(first) - 1, min(_EXAMPLES, len(first))).astype(np.int64)
+    chosen = duplicates[first[spread]]
+    return [
+        {"kept": one, "duplicate": other, "similarity": round(alike, 3)}
+        for one, other, alike in zip(
+            kept[chosen].tolist(), chosen.tolist(), similarity[chosen].tolist(), strict=True
+        )
+    ]

@@ -1,8 +1,13 @@
-"""Exact duplicates: equal documents, or paragraphs or lines that stand in the corpus more than once."""
+"""Exact duplicates: equal documents, or paragraphs or lines that stand in the corpus more than once.
+
+FOLDED: Paragraphs and lines that stood in the corpus before, taken out of the documents that repeat them.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +15,92 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from deepseek_v3.config.deduplication_config import ExactDeduplicationConfig
 from deepseek_v3.config.loading import section_from_dict
-from deepseek_v3.config.preprocessing.deduplication import ExactDeduplicationConfig
-from deepseek_v3.data.deduplication import decisions, repeats
-from deepseek_v3.data.deduplication.keys import key_ranges
-from deepseek_v3.data.deduplication.normal_form import normal_hashes
-from deepseek_v3.data.deduplication.shortening import Shortening
-from deepseek_v3.data.deduplication.standalone import Deduplicator
+from deepseek_v3.data.deduplication import clusters, repeated_hashes
+from deepseek_v3.data.deduplication.clusters import judged_documents
+from deepseek_v3.data.deduplication.in_memory import Deduplicator
+from deepseek_v3.data.deduplication.key_files import key_ranges, mapped
+from deepseek_v3.data.deduplication.normalization import normal_hashes
+from deepseek_v3.data.deduplication.repeated_hashes import Repeats
 from deepseek_v3.data.deduplication.utf8 import Int64s
-from deepseek_v3.data.stages import Outcome, Part, Task
+from deepseek_v3.data.documents import with_texts
+from deepseek_v3.data.stages import Drop, Outcome, Part, Task, outcome
+
+_BLANK_LINES = re.compile(r"(\n\s*\n)")
+_UNITS_FILE = "units.npy"  # of a part: uint32 [documents], how many paragraphs or lines are not blank
+_REPEATS_FILE = "repeats.npy"
+_REMOVED_FILE = "removed.npy"
+
+
+@dataclass(frozen=True)
+class Shortening:
+    """Works on one kind of `unit`, `paragraph` or `line`, and leaves those below `min_characters` alone."""
+
+    unit: str
+    min_characters: int
+
+    def split(self, text: str) -> list[str]:
+        """The paragraphs, which blank lines end, or the lines, each with what ends it."""
+        if self.unit == "line":
+            return text.splitlines(keepends=True)
+        pieces = _BLANK_LINES.split(text)
+        return [body + end for body, end in zip(pieces[::2], [*pieces[1::2], ""], strict=True)]
+
+    def write_keys(self, table: pa.Table, folder: Path) -> None:
+        """Writes the keys of all units that are long enough."""
+        filled = np.zeros(table.num_rows, np.uint32)
+        rows: list[int] = []
+        places: list[int] = []
+        texts: list[str] = []
+        for row, text in enumerate(table.column("text").to_pylist()):
+            for place, unit in enumerate(self.split(text)):
+                characters = len(unit.strip())
+                filled[row] += characters > 0
+                if characters >= max(self.min_characters, 1):
+                    rows.append(row)
+                    places.append(place)
+                    texts.append(unit)
+        hashes = normal_hashes(pa.array(texts, pa.large_string()))
+        repeated_hashes.write_keys(folder, hashes, np.array(rows, np.uint32), np.array(places, np.uint32))
+        np.save(folder / _UNITS_FILE, filled)
+
+    def resolve(self, parts: Sequence[Part], found: Repeats, folder: Path) -> dict[str, Any]:
+        """Writes which units go, and which documents have no others. Returns figures for the report."""
+        counts = np.bincount(found["document"], minlength=sum(part.rows for part in parts))
+        filled = np.concatenate([np.zeros(0, np.uint32), *(mapped(part, _UNITS_FILE) for part in parts)])
+        removed = (counts > 0) & (counts == filled)
+        np.save(folder / _REPEATS_FILE, found)
+        np.save(folder / _REMOVED_FILE, removed)
+        judged = judged_documents(parts)
+        return {
+            "documents": int(judged.sum()),
+            "duplicates": int((removed & judged).sum()),
+            "shortened": int(((counts > 0) & ~removed & judged).sum()),
+            f"repeated_{self.unit}s": int(counts[judged].sum()),
+        }
+
+    def apply(self, stage: str, batch: pa.RecordBatch, documents: Int64s, folder: Path) -> Outcome:
+        """Takes the repeated units out of a batch of these documents, and drops those of which nothing is left."""
+        found = np.load(folder / _REPEATS_FILE, mmap_mode="r")
+        starts = np.searchsorted(found["document"], documents)
+        ends = np.searchsorted(found["document"], documents, side="right")
+        removed = np.load(folder / _REMOVED_FILE, mmap_mode="r")[documents]
+        texts = batch.column("text").to_pylist()
+        drops = []
+        for row in np.flatnonzero(ends > starts).tolist():
+            units = self.split(texts[row])
+            gone = {*found["place"][starts[row] : ends[row]].tolist()}
+            if removed[row]:
+                drops.append(Drop(row, f"repeated_{self.unit}s", {f"{self.unit}s": len(gone)}, units[min(gone)]))
+            else:
+                texts[row] = "".join(unit for place, unit in enumerate(units) if place not in gone)
+        return outcome(stage, with_texts(batch, texts), drops)
+
+    def removed(self, folder: Path) -> NDArray[np.bool_]:
+        """Which documents have nothing left: bool [documents]."""
+        return np.load(folder / _REMOVED_FILE)
+
 
 _BYTES_PER_KEY = 200  # a match task's need for each text of its range, at most
 
@@ -48,17 +130,17 @@ class ExactDeduplicator(Deduplicator):
             return
         hashes = [normal_hashes(texts) for texts in table.column("text").chunks]
         rows = np.arange(table.num_rows, dtype=np.uint32)
-        repeats.write_keys(
+        repeated_hashes.write_keys(
             folder, np.concatenate([np.zeros((0, 2), np.uint64), *hashes]), rows, np.zeros_like(rows)
         )
 
     def match_tasks(self, parts: Sequence[Part], memory: int) -> list[Task]:
-        ranges = key_ranges(repeats.count_texts(parts) * _BYTES_PER_KEY, memory)
+        ranges = key_ranges(repeated_hashes.count_texts(parts) * _BYTES_PER_KEY, memory)
         return [Task("match", (tuple(parts), low, high)) for low, high in ranges]
 
     def match(self, output: Path, parts: Sequence[Part], low: int, high: int) -> None:
         """Writes the repeats among the hashes that begin with `low` to below `high`."""
-        np.save(output, repeats.find_repeats(parts, low, high))
+        np.save(output, repeated_hashes.find_repeats(parts, low, high))
 
     def resolve(
         self,
@@ -67,19 +149,19 @@ class ExactDeduplicator(Deduplicator):
         refined: Sequence[Path],  # noqa: ARG002
         folder: Path,
     ) -> dict[str, Any]:
-        found = repeats.read_repeats(matches)
+        found = repeated_hashes.read_repeats(matches)
         if self._units is not None:
             return self._units.resolve(parts, found, folder)
         kept = np.arange(sum(part.rows for part in parts))
         kept[found["document"]] = found["first"]
-        return decisions.write_decisions(folder, parts, kept, np.ones(len(kept)))
+        return clusters.write_decisions(folder, parts, kept, np.ones(len(kept)))
 
     def apply(
         self, batch: pa.RecordBatch, documents: Int64s, folder: Path, ids_of: Callable[[Int64s], list[str]]
     ) -> Outcome:
         if self._units is not None:
             return self._units.apply(self.name, batch, documents, folder)
-        return decisions.drop_duplicates(self.name, "exact_duplicate", batch, documents, folder, ids_of)
+        return clusters.drop_duplicates(self.name, "exact_duplicate", batch, documents, folder, ids_of)
 
     def removed(self, parts: Sequence[Part], folder: Path) -> NDArray[np.bool_]:  # noqa: ARG002
-        return decisions.removed_documents(folder) if self._units is None else self._units.removed(folder)
+        return clusters.removed_documents(folder) if self._units is None else self._units.removed(folder)

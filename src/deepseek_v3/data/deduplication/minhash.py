@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from deepseek_v3.data.deduplication.folding import fold
+from deepseek_v3.data.deduplication.case_folding import fold
 from deepseek_v3.data.deduplication.hashing import odd_multipliers, shingle_multipliers
-from deepseek_v3.data.deduplication.kernels import kernels
+from deepseek_v3.data.deduplication.kernels.select import kernels
 from deepseek_v3.data.deduplication.utf8 import Int64s, UInt32s, UInt64s, blocks
 
 

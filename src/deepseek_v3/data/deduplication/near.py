@@ -10,13 +10,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from deepseek_v3.config.deduplication_config import DeduplicationConfig
 from deepseek_v3.config.loading import section_from_dict
-from deepseek_v3.config.preprocessing.deduplication import DeduplicationConfig
-from deepseek_v3.data.deduplication import keys, lsh, verification
-from deepseek_v3.data.deduplication.clusters import keepers
-from deepseek_v3.data.deduplication.decisions import drop_duplicates, removed_documents, write_decisions
-from deepseek_v3.data.deduplication.minhash import MinHasher
-from deepseek_v3.data.deduplication.pairs import (
+from deepseek_v3.data.deduplication import jaccard, key_files, lsh
+from deepseek_v3.data.deduplication.clusters import drop_duplicates, keepers, removed_documents, write_decisions
+from deepseek_v3.data.deduplication.in_memory import Deduplicator
+from deepseek_v3.data.deduplication.jaccard import (
     Pairs,
     as_pairs,
     estimated,
@@ -25,8 +24,8 @@ from deepseek_v3.data.deduplication.pairs import (
     read_pairs,
     unique_pairs,
 )
-from deepseek_v3.data.deduplication.sorting import grouped, repeated
-from deepseek_v3.data.deduplication.standalone import Deduplicator
+from deepseek_v3.data.deduplication.key_files import grouped, repeated
+from deepseek_v3.data.deduplication.minhash import MinHasher
 from deepseek_v3.data.deduplication.utf8 import Int64s
 from deepseek_v3.data.stages import Outcome, Part, Task
 
@@ -63,20 +62,20 @@ class MinHashDeduplicator(Deduplicator):
                 band_keys[:, some] = lsh.band_keys(found, self._bands, self._rows)
                 sizes[some] = np.diff(shingles.offsets)
                 first += len(found)
-        keys.write_keys(folder, signatures, sizes, band_keys)
+        key_files.write_keys(folder, signatures, sizes, band_keys)
 
     def match_tasks(self, parts: Sequence[Part], memory: int) -> list[Task]:
         documents = sum(part.rows for part in parts)
-        ranges = keys.key_ranges(documents * _BYTES_PER_KEY, memory)
+        ranges = key_files.key_ranges(documents * _BYTES_PER_KEY, memory)
         return [Task("match", (tuple(parts), band, *limits)) for band in range(self._bands) for limits in ranges]
 
     def match(self, output: Path, parts: Sequence[Part], band: int, low: int, high: int) -> None:
         """Writes the pairs that a band proposes among the keys from `low` to below `high`, and their estimates."""
-        band_keys, documents = keys.read_band(parts, band, low, high)
+        band_keys, documents = key_files.read_band(parts, band, low, high)
         buckets = repeated(grouped(band_keys))
         members = documents[buckets.places]
         one, other, similarity = lsh.similar_pairs(
-            keys.read_signatures(parts, members),
+            key_files.read_signatures(parts, members),
             buckets.groups,
             self.options.threshold - self._margin,
             self.options.threshold + self._margin,
@@ -88,12 +87,12 @@ class MinHashDeduplicator(Deduplicator):
         pairs = unique_pairs(pairs[self._judged(parts, pairs)[1]])
         return [
             Task("refine", (tuple(parts), some["one"], some["other"]))
-            for some in verification.in_chunks(parts, pairs, memory)
+            for some in jaccard.in_chunks(parts, pairs, memory)
         ]
 
     def refine(self, output: Path, parts: Sequence[Part], one: Int64s, other: Int64s) -> None:
         """Writes those of the pairs whose exact similarity reaches the threshold."""
-        similarity = verification.similarities(parts, one, other, self._hasher)
+        similarity = jaccard.similarities(parts, one, other, self._hasher)
         alike = similarity >= self.options.threshold
         np.save(output, as_pairs(one[alike], other[alike], similarity[alike]))
 

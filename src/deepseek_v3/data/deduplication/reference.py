@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
-from deepseek_v3.data.deduplication.characters import folded, is_unspaced, is_word
-from deepseek_v3.data.deduplication.folding import LONGEST
+from deepseek_v3.data.deduplication.case_folding import LONGEST, folded, is_unspaced, is_word
 from deepseek_v3.data.deduplication.hashing import MIX_1, MIX_2, MIX_32, STEP, shingle_multipliers
 
 Shingle = tuple[bytes, ...]

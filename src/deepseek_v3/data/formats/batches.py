@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import orjson
 import pyarrow as pa
 
+from deepseek_v3.data.documents import record_batch
 from deepseek_v3.data.formats.inputs import InputFile
 from deepseek_v3.data.formats.json_values import plain
 from deepseek_v3.data.formats.quarantine import QUARANTINED, RAW_BYTES, Rejected
-from deepseek_v3.data.records import record_batch
 
 BATCH_BYTES = 2**22
 BATCH_RECORDS = 10_000

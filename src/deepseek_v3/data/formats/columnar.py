@@ -1,4 +1,10 @@
-"""Rows of Arrow data as documents: what reading Parquet and Arrow files has in common."""
+"""Rows of Arrow data as documents: what reading Parquet and Arrow files has in common.
+
+FOLDED: Reading Arrow IPC: the file format (also called Feather) and the stream format.
+
+
+FOLDED: Reading Parquet: its row groups, each some rows at a time.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from deepseek_v3.data.formats.batches import (
     BATCH_BYTES,
@@ -167,3 +174,61 @@ def _in_microseconds(type_: pa.DataType) -> pa.DataType:
     if pa.types.is_timestamp(type_):
         return pa.timestamp("us", type_.tz)
     return pa.duration("us") if pa.types.is_duration(type_) else pa.time64("us")
+
+
+_MAGIC = b"ARROW1"
+
+
+def arrow_groups(raw: BinaryIO) -> Iterator[Group]:
+    """The batches of a file, or of a stream."""
+    raw.seek(0)
+    is_file = raw.read(len(_MAGIC)) == _MAGIC
+    raw.seek(0)
+    return _file_groups(raw) if is_file else _stream_groups(raw)
+
+
+def _file_groups(raw: BinaryIO) -> Iterator[Group]:
+    reader = pa.ipc.open_file(raw)
+    # One column, best one that is small, is enough to count the rows of batches that are skipped.
+    column = next((index for index, type_ in enumerate(reader.schema.types) if pa.types.is_primitive(type_)), 0)
+    counter = pa.ipc.open_file(raw, options=pa.ipc.IpcReadOptions(included_fields=[column]))
+    for index in range(reader.num_record_batches):
+        yield Group(_count(counter, index), _batches(reader, index))
+
+
+def _count(reader: pa.RecordBatchFileReader, index: int) -> int:
+    """The rows of a batch; 1 where even that cannot be read."""
+    try:
+        return reader.get_batch(index).num_rows
+    except (pa.ArrowException, OSError):
+        return 1
+
+
+def _batches(reader: pa.RecordBatchFileReader, index: int) -> Iterator[pa.RecordBatch]:
+    yield from _cut(reader.get_batch(index))
+
+
+def _stream_groups(raw: BinaryIO) -> Iterator[Group]:
+    for batch in pa.ipc.open_stream(raw):
+        yield Group(batch.num_rows, _cut(batch))
+
+
+def _cut(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    batch.validate()
+    size = rows_per_batch(batch.get_total_buffer_size(), batch.num_rows)
+    for start in range(0, batch.num_rows, size):
+        yield batch.slice(start, size)
+
+
+_BUFFER_BYTES = 2**20  # of each column that are read at a time
+
+
+def parquet_groups(raw: BinaryIO) -> Iterator[Group]:
+    """The row groups of a file, whose pages are checked against their checksums where they have some."""
+    with pq.ParquetFile(
+        raw, buffer_size=_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
+    ) as parquet:
+        for index in range(parquet.num_row_groups):
+            group = parquet.metadata.row_group(index)
+            size = rows_per_batch(group.total_byte_size, group.num_rows)
+            yield Group(group.num_rows, parquet.iter_batches(size, row_groups=[index], use_threads=False))

@@ -1,4 +1,7 @@
-"""The files of an input: found below files, folders, patterns and addresses in stores, and named."""
+"""The files of an input: found below files, folders, patterns and addresses in stores, and named.
+
+FOLDED: Libraries that only some formats need.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,19 @@ from fsspec.core import url_to_fs
 from fsspec.utils import glob_translate
 
 from deepseek_v3.data.documents import walk_files
-from deepseek_v3.data.formats.extras import archive_iterator
-from deepseek_v3.data.formats.names import READABLE, Format, format_of
+from deepseek_v3.data.formats.file_types import READABLE, Format, format_of
 from deepseek_v3.utils.errors import DataError
-from deepseek_v3.utils.secrets import masked
+from deepseek_v3.utils.lazily import imported
+from deepseek_v3.utils.redaction import masked
+
+
+def archive_iterator(path: str) -> Any:
+    """The class that parses WARC records. Raises DataError, naming the file, where its library is missing."""
+    try:
+        return imported("fastwarc.warc:ArchiveIterator")
+    except ImportError:
+        raise DataError(f"{path}: reading WARC needs fastwarc; run `pip install 'deepseek_v3[warc]'`") from None
+
 
 # What a store may say about the version of an object, best first.
 _VERSIONS = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from deepseek_v3.utils.secrets import masked
+from deepseek_v3.utils.redaction import masked
 
 # `place` is as in `RECORDS`, `offset` and `length` bytes of the decompressed file, -1 where unknown, `records` how
 # many records the entry stands for, and `raw` the record's bytes where they are known and few.

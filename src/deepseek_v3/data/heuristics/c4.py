@@ -9,11 +9,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from deepseek_v3.config.preprocessing.heuristics import HeuristicsConfig
-from deepseek_v3.data.heuristics.arrays import Ints, Mask, any_of, mask, run_of, sums, totals
-from deepseek_v3.data.heuristics.findings import Finding, above, below
-from deepseek_v3.data.heuristics.phrases import CURLY_BRACKET, FINAL_MARKS, JAVASCRIPT, LOREM_IPSUM, POLICIES
-from deepseek_v3.data.heuristics.table import TextTable
+from deepseek_v3.config.filter_config import HeuristicsConfig
+from deepseek_v3.data.heuristics.ragged import Ints, Mask, any_of, mask, run_of, sums, totals
+from deepseek_v3.data.heuristics.rules import (
+    CURLY_BRACKET,
+    FINAL_MARKS,
+    JAVASCRIPT,
+    LOREM_IPSUM,
+    POLICIES,
+    Finding,
+    above,
+    below,
+)
+from deepseek_v3.data.heuristics.text_table import TextTable
 from deepseek_v3.data.heuristics.words import PUNCTUATION, SENTENCE_END
 
 

@@ -8,15 +8,15 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
+from deepseek_v3.config.filter_config import HeuristicsConfig
 from deepseek_v3.config.loading import section_from_dict
-from deepseek_v3.config.preprocessing.heuristics import HeuristicsConfig
+from deepseek_v3.data.documents import with_texts
 from deepseek_v3.data.heuristics.c4 import KeptLines, c4
-from deepseek_v3.data.heuristics.findings import Finding
 from deepseek_v3.data.heuristics.fineweb import fineweb, kept_lines, whole_texts
-from deepseek_v3.data.heuristics.quality import gopher_quality
-from deepseek_v3.data.heuristics.repetition import gopher_repetition
-from deepseek_v3.data.heuristics.table import TextTable, text_table
-from deepseek_v3.data.records import with_texts
+from deepseek_v3.data.heuristics.gopher_quality import gopher_quality
+from deepseek_v3.data.heuristics.gopher_repetition import gopher_repetition
+from deepseek_v3.data.heuristics.rules import Finding
+from deepseek_v3.data.heuristics.text_table import TextTable, text_table
 from deepseek_v3.data.stages import Drop, Outcome, Stage, outcome
 
 

@@ -9,12 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from deepseek_v3.config.preprocessing.heuristics import HeuristicsConfig
-from deepseek_v3.data.heuristics.arrays import Ints, lengths, mask, sums
+from deepseek_v3.config.filter_config import HeuristicsConfig
 from deepseek_v3.data.heuristics.c4 import KeptLines
-from deepseek_v3.data.heuristics.findings import Finding, above, below, share
-from deepseek_v3.data.heuristics.repetition import repeated_items
-from deepseek_v3.data.heuristics.table import TextTable
+from deepseek_v3.data.heuristics.gopher_repetition import repeated_items
+from deepseek_v3.data.heuristics.ragged import Ints, lengths, mask, sums
+from deepseek_v3.data.heuristics.rules import Finding, above, below, share
+from deepseek_v3.data.heuristics.text_table import TextTable
 from deepseek_v3.data.heuristics.words import SENTENCE_ENDS
 
 _FINAL_MARK = rf"[{''.join(sorted(SENTENCE_ENDS))}]$"

@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from deepseek_v3.config.preprocessing.heuristics import HeuristicsConfig
-from deepseek_v3.data.heuristics.phrases import (
+from deepseek_v3.config.filter_config import HeuristicsConfig
+from deepseek_v3.data.heuristics.rules import (
     BULLETS,
     CITATION,
     CURLY_BRACKET,

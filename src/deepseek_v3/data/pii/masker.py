@@ -9,13 +9,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from deepseek_v3.config.filter_config import PII_KINDS, PiiConfig, PiiKind
 from deepseek_v3.config.loading import section_from_dict
-from deepseek_v3.config.preprocessing.pii import PII_KINDS, PiiConfig, PiiKind
-from deepseek_v3.data.pii.addresses import EMAIL, IP_ADDRESS
-from deepseek_v3.data.pii.finder import Finder
-from deepseek_v3.data.pii.keys import KEY
-from deepseek_v3.data.pii.numbers import CARD, PHONE
-from deepseek_v3.data.records import with_texts
+from deepseek_v3.data.documents import with_texts
+from deepseek_v3.data.pii.detectors import CARD, EMAIL, IP_ADDRESS, PHONE, Finder
+from deepseek_v3.data.pii.secrets import KEY
 from deepseek_v3.data.stages import Outcome, Stage, outcome
 
 _FINDERS: dict[PiiKind, Finder] = {

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from deepseek_v3.config.preprocessing.pipeline import PreprocessConfig
-from deepseek_v3.utils.workers import start_fork_server
+from deepseek_v3.config.preprocess_config import PreprocessConfig
+from deepseek_v3.utils.process_pool import start_fork_server
 
 STAGES = {
     "preliminary_cleaning": "deepseek_v3.data.preliminary_cleaning:PreliminaryCleaner",
@@ -11,13 +11,13 @@ STAGES = {
     "deduplication": "deepseek_v3.data.deduplication:MinHashDeduplicator",
     "heuristic_filters": "deepseek_v3.data.heuristics:HeuristicFilter",
     "language": "deepseek_v3.data.language:LanguageFilter",
-    "quality_filtering": "deepseek_v3.data.quality_filtering:QualityFilter",
+    "quality_filtering": "deepseek_v3.data.quality_filtering.filter:QualityFilter",
     "pii": "deepseek_v3.data.pii:PiiMasker",
     "decontamination": "deepseek_v3.data.decontamination:Decontaminator",
     "mixing": "deepseek_v3.data.mixing:Mixer",
 }
-_TASKS = "deepseek_v3.data.pipeline.judging"  # and with it all that tasks are made of, but for the stages
-_KERNELS = "deepseek_v3.data.deduplication.numba_kernels"  # passed over where Numba is not installed
+_TASKS = "deepseek_v3.data.pipeline.tasks"  # and with it all that tasks are made of, but for the stages
+_KERNELS = "deepseek_v3.data.deduplication.kernels.numba_kernels"  # passed over where Numba is not installed
 
 
 def preload(config: PreprocessConfig) -> None:

@@ -8,23 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deepseek_v3.config.preprocessing.pipeline import PreprocessConfig
+from deepseek_v3.config.preprocess_config import PreprocessConfig
 from deepseek_v3.data.formats.batches import ReadOptions
 from deepseek_v3.data.formats.inputs import Inputs, find_inputs
-from deepseek_v3.data.pipeline import inventory, state
-from deepseek_v3.data.pipeline.barrier import Decision, decide
-from deepseek_v3.data.pipeline.earlier import KEPT_STAGES, earlier_parts, keep_keys, key_options
-from deepseek_v3.data.pipeline.engines import Engine, InProcess, Processes, Ray
-from deepseek_v3.data.pipeline.finish import finish
-from deepseek_v3.data.pipeline.judging import judge_part, write_shard
-from deepseek_v3.data.pipeline.layout import Layout
-from deepseek_v3.data.pipeline.parts import RECORDS_FILE, SHARD_PREFIX, FinishedPart, read_part
-from deepseek_v3.data.pipeline.program import Pass, passes_of
+from deepseek_v3.data.pipeline import resources, resume
+from deepseek_v3.data.pipeline.executors import Engine, InProcess, Processes, Ray
+from deepseek_v3.data.pipeline.global_stages import Decision, decide
+from deepseek_v3.data.pipeline.outputs import finish
+from deepseek_v3.data.pipeline.passes import Pass, passes_of
+from deepseek_v3.data.pipeline.previous_runs import KEPT_STAGES, earlier_parts, keep_keys, key_options
 from deepseek_v3.data.pipeline.progress import Progress
-from deepseek_v3.data.pipeline.reading import Unit, finished_parts, read_unit
 from deepseek_v3.data.pipeline.registry import preload
+from deepseek_v3.data.pipeline.run_folder import RECORDS_FILE, SHARD_PREFIX, FinishedPart, Layout, read_part
+from deepseek_v3.data.pipeline.tasks import Unit, finished_parts, judge_part, read_unit, write_shard
 from deepseek_v3.data.stages import CorpusStage
-from deepseek_v3.data.token_counts import TokenCounter
+from deepseek_v3.data.tokens.counting import TokenCounter
 from deepseek_v3.utils.errors import ConfigError, DataError
 from deepseek_v3.utils.logging import get_logger
 
@@ -47,19 +45,19 @@ def preprocess(
         raise ConfigError(f"shard = {shard[0]}/{shard[1]}: expected i/n with i from 0 to n - 1, and not with merge")
     inputs = find_inputs(config.input_path)
     layout = Layout(config.output_dir)
-    described = state.description(config, inputs.files)
+    described = resume.description(config, inputs.files)
     if layout.manifest.exists():
         return _existing(layout, described)
     passes = passes_of(config)
-    workers = inventory.workers_for(config)
-    with state.at_work(layout, shared=shard is not None):
-        resumed = state.begin(layout, described)
+    workers = resources.workers_for(config)
+    with resume.at_work(layout, shared=shard is not None):
+        resumed = resume.begin(layout, described)
         _announce(config, inputs, workers, resumed)
         if resumed and shard is None:
             _discard_damaged(layout, len(passes))
         with _engine(config, workers) as engine, Progress() as progress:
-            run = _Run(config, layout, passes, engine, progress, inventory.memory_of(config) // workers)
-            units = inventory.units_of(inputs.files, config.piece_size)
+            run = _Run(config, layout, passes, engine, progress, resources.memory_of(config) // workers)
+            units = resources.units_of(inputs.files, config.piece_size)
             if shard is not None:
                 run.read(units[shard[0] :: shard[1]])
                 return {}
@@ -83,7 +81,7 @@ class _Run:
         """The first pass, for some units or all."""
         folder = self.layout.parts(0)
         folder.mkdir(parents=True, exist_ok=True)
-        if state.complete_parts(folder) is not None:
+        if resume.complete_parts(folder) is not None:
             return
         options = ReadOptions(self.config.text_field, self.config.id_field, self.config.max_record_size)
         arguments = [
@@ -100,10 +98,10 @@ class _Run:
         last = len(self.passes) - 1
         for number in range(1, last + 1):
             target = self.layout.shards if number == last else self.layout.parts(number)
-            complete = state.complete_parts(target)
+            complete = resume.complete_parts(target)
             if complete is None:
                 complete = self._carry_out(number, finished, target)
-                state.mark_complete(target, complete)
+                resume.mark_complete(target, complete)
             self._release(number - 1, finished)
             finished = complete
         return finish(self.config, self.layout, self.passes, finished, inputs)
@@ -111,7 +109,7 @@ class _Run:
     def _read_parts(self, units: Sequence[Unit]) -> list[FinishedPart]:
         """All parts of the first pass. Raises DataError where a unit was not read to its end."""
         folder = self.layout.parts(0)
-        parts = state.complete_parts(folder)
+        parts = resume.complete_parts(folder)
         if parts is None:
             by_unit = [finished_parts(unit.number, folder) for unit in units]
             missing = sum(not parts or parts[-1].resume is not None for parts in by_unit)
@@ -121,7 +119,7 @@ class _Run:
                     "run the missing --shard i/n first, or run without --merge to read them here"
                 )
             parts = [part for parts in by_unit for part in parts]
-            state.mark_complete(folder, parts)
+            resume.mark_complete(folder, parts)
         return parts
 
     def _carry_out(self, number: int, finished: Sequence[FinishedPart], target: Path) -> list[FinishedPart]:
@@ -200,8 +198,8 @@ def _shards(finished: Sequence[FinishedPart], shard_bytes: int) -> list[list[int
 
 def _existing(layout: Layout, described: dict[str, Any]) -> dict[str, Any]:
     """The manifest of a run that is complete."""
-    manifest = state.read_json(layout.manifest)
-    state.check_same(manifest, described, layout.manifest, f"remove {layout.output} to start anew")
+    manifest = resume.read_json(layout.manifest)
+    resume.check_same(manifest, described, layout.manifest, f"remove {layout.output} to start anew")
     shutil.rmtree(layout.work, ignore_errors=True)  # left where a run was killed after its last file
     _log.info("%s: is complete already; nothing to do", layout.output)
     return manifest
@@ -211,22 +209,22 @@ def _announce(config: PreprocessConfig, inputs: Inputs, workers: int, resumed: b
     """Says what is to come, and refuses what the disk cannot hold."""
     for name, reason in inputs.ignored:
         _log.warning("%s: not read: %s", name, reason)
-    need = inventory.disk_need(inputs.files, config)
+    need = resources.disk_need(inputs.files, config)
     size = sum(file.size for file in inputs.files)
     _log.info(
         "%s: %s files, %.1f MB, about %.1f MB of text; %s with up to %.1f GB of memory and %.2f GB of disk%s",
         *(config.output_dir, f"{len(inputs.files):,}", size / 1e6, need.text / 1e6),
-        *(f"{workers} workers" if workers > 1 else "1 worker", workers * inventory.worker_memory(config) / 1e9),
+        *(f"{workers} workers" if workers > 1 else "1 worker", workers * resources.worker_memory(config) / 1e9),
         *(need.disk / 1e9, "; going on with unfinished work" if resumed else ""),
     )
     if not resumed:
-        inventory.check_disk(need, config.output_dir)
+        resources.check_disk(need, config.output_dir)
 
 
 def _discard_damaged(layout: Layout, passes: int) -> None:
     """Removes what an interruption left half-written, and finished work that is not as it was written."""
     for folder in [*(layout.parts(number) for number in range(passes - 1)), layout.shards]:
-        if state.complete_parts(folder) is None:
-            damaged = state.discard_damaged(folder)
+        if resume.complete_parts(folder) is None:
+            damaged = resume.discard_damaged(folder)
             if damaged:
                 _log.warning("%s: %d finished pieces were damaged and are done again", folder, damaged)

@@ -10,11 +10,11 @@ from typing import Any
 import orjson
 
 from deepseek_v3.config.loading import section_from_dict
-from deepseek_v3.config.preprocessing.pipeline import PreprocessConfig
-from deepseek_v3.data.pipeline.parts import checksum
+from deepseek_v3.config.preprocess_config import PreprocessConfig
 from deepseek_v3.data.pipeline.run import preprocess
-from deepseek_v3.data.synthetic import write_damaged_corpus
-from deepseek_v3.data.tokens.build import tokenize_corpus
+from deepseek_v3.data.pipeline.run_folder import checksum
+from deepseek_v3.data.sample_corpora import write_damaged_corpus
+from deepseek_v3.data.tokens.tokenize_corpus import tokenize_corpus
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.logging import configure_logging, get_logger
 

@@ -13,8 +13,8 @@ import xxhash
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from deepseek_v3.data.deduplication import repeats
-from deepseek_v3.data.deduplication.keys import key_ranges
+from deepseek_v3.data.deduplication import repeated_hashes
+from deepseek_v3.data.deduplication.key_files import key_ranges
 from deepseek_v3.data.formats.quarantine import QUARANTINED, RAW_BYTES
 from deepseek_v3.data.stages import CorpusStage, Drop, Outcome, Part, Task, outcome
 
@@ -32,22 +32,24 @@ class UniqueIds(CorpusStage):
     def write_keys(self, table: pa.Table, folder: Path) -> None:
         digests = b"".join(xxhash.xxh3_128_digest(id_.encode()) for id_ in table.column("id").to_pylist())
         rows = np.arange(table.num_rows, dtype=np.uint32)
-        repeats.write_keys(folder, np.frombuffer(digests, np.uint64).reshape(-1, 2), rows, np.zeros_like(rows))
+        repeated_hashes.write_keys(
+            folder, np.frombuffer(digests, np.uint64).reshape(-1, 2), rows, np.zeros_like(rows)
+        )
 
     @override
     def match_tasks(self, parts: Sequence[Part], memory: int) -> list[Task]:
-        ranges = key_ranges(repeats.count_texts(parts) * _BYTES_PER_KEY, memory)
+        ranges = key_ranges(repeated_hashes.count_texts(parts) * _BYTES_PER_KEY, memory)
         return [Task("match", (tuple(parts), low, high)) for low, high in ranges]
 
     def match(self, output: Path, parts: Sequence[Part], low: int, high: int) -> None:
         """Writes the repeats among the hashes that begin with `low` to below `high`."""
-        np.save(output, repeats.find_repeats(parts, low, high))
+        np.save(output, repeated_hashes.find_repeats(parts, low, high))
 
     @override
     def resolve(
         self, parts: Sequence[Part], matches: Sequence[Path], refined: Sequence[Path], folder: Path
     ) -> dict[str, Any]:
-        repeated = repeats.read_repeats(matches)["document"]
+        repeated = repeated_hashes.read_repeats(matches)["document"]
         np.save(folder / "repeated.npy", repeated)
         return {"duplicates": len(repeated)}
 

@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from deepseek_v3.config.filter_config import CleaningConfig
 from deepseek_v3.config.loading import section_from_dict
-from deepseek_v3.config.preprocessing.cleaning import CleaningConfig
+from deepseek_v3.data.documents import with_texts
 from deepseek_v3.data.preliminary_cleaning.characters import (
     BIDI_CONTROLS,
     JOINERS,
@@ -24,7 +25,6 @@ from deepseek_v3.data.preliminary_cleaning.characters import (
 )
 from deepseek_v3.data.preliminary_cleaning.html import html_to_text, is_html
 from deepseek_v3.data.preliminary_cleaning.mojibake import SUSPECT, repair_mojibake
-from deepseek_v3.data.records import with_texts
 from deepseek_v3.data.stages import Drop, Outcome, Stage, outcome
 
 

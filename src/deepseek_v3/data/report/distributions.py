@@ -5,11 +5,21 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from deepseek_v3.data.report import histograms
-from deepseek_v3.data.report.charts import bars_before_after, histogram_chart, legend
-from deepseek_v3.data.report.markup import Body, Html, element, joined, shortened, table
-from deepseek_v3.data.report.wording import count, figure, share, stage_title
-from deepseek_v3.utils.printing import spelled
+from deepseek_v3.charts import histograms
+from deepseek_v3.charts.markup import (
+    Body,
+    Html,
+    count,
+    element,
+    figure,
+    joined,
+    share,
+    shortened,
+    stage_title,
+    table,
+)
+from deepseek_v3.charts.svg import bars_before_after, histogram_chart, legend
+from deepseek_v3.utils.text import spelled
 
 _WORDS = 15
 _WORD_CHARACTERS = 40

@@ -1,12 +1,14 @@
-"""The head of the report: what became of the input in a few numbers, and what somebody should look at first."""
+"""The head of the report: what became of the input in a few numbers, and what somebody should look at first.
+
+FOLDED: What is left after each stage: documents, bytes and tokens, each as a share of the input.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
-from deepseek_v3.data.report.charts import bar
-from deepseek_v3.data.report.markup import Html, element, joined
-from deepseek_v3.data.report.wording import count, scaled, share, size, stage_title
+from deepseek_v3.charts.markup import Body, Html, count, element, joined, scaled, share, size, stage_title, table
+from deepseek_v3.charts.svg import bar
 
 _PARTS = {
     "kept": "documents in the output",
@@ -96,3 +98,98 @@ def _alarms(stats: dict[str, Any], counts: dict[str, int]) -> Html:
         return joined([])
     heading = element("h2", "Alarms", id="alarms")
     return element("section", heading, element("ul", *alarms), class_="alarms", aria_labelledby="alarms")
+
+
+class Step(NamedTuple):
+    """What a step leaves. The bytes of records that were never read as documents are not known."""
+
+    name: str
+    documents: int
+    num_bytes: int | None
+
+
+def steps_of(stats: dict[str, Any]) -> list[Step]:
+    """The input, the documents read, what each stage left, what was set aside in between, and what was written."""
+    counts, read, kept = (stats.get(name, {}) for name in ("counts", "read", "kept"))
+    steps = [Step("Input", counts.get("input", 0), None)]
+    steps.append(Step("Read as documents", read.get("documents", 0), read.get("bytes", 0)))
+    for stage in stats.get("stages", []):
+        _set_aside(steps, stage.get("in", {}).get("documents"), stage.get("in", {}).get("bytes", 0))
+        left = stage.get("out", {})
+        steps.append(Step(stage_title(stage["name"]), left.get("documents", 0), left.get("bytes", 0)))
+    _set_aside(steps, counts.get("kept"), kept.get("bytes", 0))
+    copies = counts.get("copies", 0)
+    name = "Written, with copies" if copies else "Written"
+    return [*steps, Step(name, counts.get("kept", 0) + copies, kept.get("bytes", 0))]
+
+
+def funnel(stats: dict[str, Any]) -> Html:
+    """The figure, and the table with all its numbers."""
+    steps = steps_of(stats)
+    most = max(1, *(step.documents for step in steps)), max(1, *(step.num_bytes or 0 for step in steps))
+    items = [_item(step, before, steps[0], *most) for step, before in zip(steps[1:], steps, strict=False)]
+    figure = element(
+        "figure",
+        element("ol", *items, class_="funnel"),
+        element(
+            "figcaption",
+            "Thick bars are documents, thin bars their bytes of text, as shares of the input. ",
+            "Orange is what the step took away.",
+        ),
+    )
+    return joined([figure, _table(stats, steps)])
+
+
+def _set_aside(steps: list[Step], documents: int | None, num_bytes: int) -> None:
+    """Adds a step where fewer documents came to the next one than the last one left: their ids were not unique."""
+    if documents is not None and documents != steps[-1].documents:
+        steps.append(Step("Repeated ids set aside", documents, num_bytes))
+
+
+def _item(step: Step, before: Step, first: Step, most_documents: int, most_bytes: int) -> Html:
+    num_bytes = step.num_bytes or 0
+    lost_bytes = max((before.num_bytes or num_bytes) - num_bytes, 0)
+    lost = max(before.documents - step.documents, 0)
+    return element(
+        "li",
+        element("span", step.name, class_="step"),
+        element("span", count(step.documents), " ", element("b", share(step.documents, first.documents))),
+        element(
+            "div",
+            bar(("kept", step.documents / most_documents), ("dropped", lost / most_documents)),
+            bar(("kept", num_bytes / most_bytes), ("dropped", lost_bytes / most_bytes)),
+        ),
+    )
+
+
+def _table(stats: dict[str, Any], steps: list[Step]) -> Html:
+    rate = f"{stats.get('bytes_per_token', 0):.3g} bytes of text"
+    estimate = (
+        f"Tokens are counted in the output; before that a token is taken as {rate}, as in the output."
+        if stats.get("tokens_counted")
+        else f"Tokens are estimated: {rate} each."
+    )
+    header = ["step", "documents", "share", "taken away", "text", "share", "tokens", "share"]
+    if not stats.get("tokens_counted"):
+        header[6] = "tokens (estimated)"
+    tokens = [tokens_of(stats, step.num_bytes or 0) for step in steps[:-1]] + [tokens_kept(stats)]
+    rows = [
+        _row(step, before, steps, tokens[index], tokens[1])
+        for index, (step, before) in enumerate(zip(steps, [steps[0], *steps], strict=False))
+    ]
+    return joined(
+        [table("What is left after each step", header, Body(rows)), element("p", estimate, class_="note")]
+    )
+
+
+def _row(step: Step, before: Step, steps: list[Step], tokens: float, all_tokens: float) -> list[str]:
+    lost = before.documents - step.documents
+    documents = [step.name, count(step.documents), share(step.documents, steps[0].documents), _change(lost)]
+    if step.num_bytes is None:
+        return [*documents, "–", "–", "–", "–"]
+    text = [size(step.num_bytes), share(step.num_bytes, steps[1].num_bytes or 0)]
+    return [*documents, *text, scaled(tokens, ""), share(tokens, all_tokens)]
+
+
+def _change(lost: int) -> str:
+    return f"+{count(-lost)}" if lost < 0 else count(lost)

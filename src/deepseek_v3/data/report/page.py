@@ -5,15 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from deepseek_v3.charts.markup import Html, element, joined
+from deepseek_v3.charts.style import STYLE
 from deepseek_v3.data.report.distributions import distributions
+from deepseek_v3.data.report.drops import quarantine, reasons, samples
 from deepseek_v3.data.report.duplicates import duplicates
-from deepseek_v3.data.report.funnel import funnel
-from deepseek_v3.data.report.markup import Html, element, joined
-from deepseek_v3.data.report.overview import overview
-from deepseek_v3.data.report.reasons import quarantine, reasons
-from deepseek_v3.data.report.samples import samples
+from deepseek_v3.data.report.overview import funnel, overview
 from deepseek_v3.data.report.sources import mixture, sources
-from deepseek_v3.data.report.style import STYLE
 from deepseek_v3.utils.files import written_atomically
 
 _TITLE = "Data preprocessing report"

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from deepseek_v3.data.report.charts import bar
-from deepseek_v3.data.report.markup import Body, Html, element, shortened, table
-from deepseek_v3.data.report.wording import count, figure, share, stage_title
+from deepseek_v3.charts.markup import Body, Html, count, element, figure, share, shortened, stage_title, table
+from deepseek_v3.charts.svg import bar
 
 _SHOWN = 30
 _NAME_CHARACTERS = 80

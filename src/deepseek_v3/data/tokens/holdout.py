@@ -10,7 +10,7 @@ from hashlib import blake2b
 from deepseek_v3.data.tokens.index import Split
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.logging import get_logger
-from deepseek_v3.utils.printing import counted
+from deepseek_v3.utils.text import counted
 
 DEFAULT_SHARE = 0.02
 

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from deepseek_v3.config.base import Section
 from deepseek_v3.config.data_config import Address
-from deepseek_v3.config.problems import describe
+from deepseek_v3.config.errors import describe
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.files import written_atomically
 

@@ -1,16 +1,128 @@
-"""tiktoken as a faster way to the same ids: for byte-level BPE that it can express, ten times and more."""
+"""tiktoken as a faster way to the same ids: for byte-level BPE that it can express, ten times and more.
+
+FOLDED: How byte-level tokenizers cut text before merging, and the same cuts as the one regex that tiktoken takes.
+
+The tokenizers library runs Oniguruma, once for each `Split`, each on the pieces that the one before left; what a
+pattern does not match stays as a piece. tiktoken runs fancy-regex, once, and drops what the pattern does not match.
+
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
 import tiktoken
-from tokenizers import Tokenizer, models
+from tokenizers import Regex, Tokenizer, models, normalizers
 
-from deepseek_v3.data.tokens.splits import as_one_regex, characters_apart
-from deepseek_v3.utils.printing import value_text
+from deepseek_v3.utils.text import value_text
+
+# DeepSeek-V3's cuts: digits in groups of three, runs of Chinese and Japanese, then words with the one sign before
+# them, punctuation with the line breaks after it, and white space.
+DEEPSEEK = (
+    r"\p{N}{1,3}",
+    "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+    r"""| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
+)
+# The release spells line breaks as the characters themselves.
+_DEEPSEEK_RELEASE = tuple(pattern.replace(r"\r\n", "\r\n") for pattern in DEEPSEEK)
+
+_GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
+_LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+)
+_QWEN2_WORDS = _LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
+_SPACE = r"\s+(?!\S)|\s+"
+_GPT2, _LLAMA3, _QWEN2 = (f"{words}|{_SPACE}" for words in (_GPT2_WORDS, _LLAMA3_WORDS, _QWEN2_WORDS))
+
+# The Chinese and Japanese of the second cut: all of it, its letters and marks, its signs, what is unassigned in it.
+_CJK = "\u4e00-\u9fa5\u3040-\u30ff"
+_CJK_LETTERS = "\u4e00-\u9fa5\u3041-\u3096\u3099\u309a\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff"
+_CJK_SIGNS = "\u309b\u309c\u30a0\u30fb"
+_CJK_UNASSIGNED = "\u3040\u3097\u3098"
+_LETTERS = rf"[\p{{L}}\p{{M}}&&[^{_CJK}]]"
+
+
+def _deepseek_as_one() -> str:
+    """DeepSeek-V3's three cuts at once: no match may enter or leave Chinese and Japanese, or digits.
+
+    So the third cut's alternatives stand here twice, on either side of that border; white space before it is at
+    the end of its piece; and what no alternative matches, such as control characters, is a piece up to the last
+    one before a letter, which goes with the letter. Alternatives without lookahead stand together, where one
+    automaton runs them all.
+    """
+    words = "|".join(
+        [
+            r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+""",
+            rf"[^\r\n\p{{L}}\p{{P}}\p{{S}}\p{{N}}{_CJK}]?{_LETTERS}+",
+            rf" ?[\p{{P}}\p{{S}}&&[^{_CJK}]]+[\r\n]*",
+            r"\s*[\r\n]+",
+            r"\p{N}{1,3}",
+            rf"[{_CJK_UNASSIGNED}]?[{_CJK_LETTERS}]+",
+            rf"[{_CJK_SIGNS}]+",
+        ]
+    )
+    rest = "|".join(
+        [
+            rf"\s+(?![^\s\p{{N}}{_CJK}])",
+            r"\s+",
+            rf"[^\s\p{{L}}\p{{M}}\p{{N}}\p{{P}}\p{{S}}{_CJK}]+(?!{_LETTERS})",
+            rf"[{_CJK_UNASSIGNED}]+(?![{_CJK_LETTERS}])",
+        ]
+    )
+    return f"(?:{words})|{rest}"
+
+
+_AS_ONE: dict[tuple[str, ...], str] = {
+    DEEPSEEK: _deepseek_as_one(),
+    _DEEPSEEK_RELEASE: _deepseek_as_one(),
+    (_GPT2,): f"(?:{_GPT2_WORDS})|{_SPACE}",
+    (_LLAMA3,): f"(?:{_LLAMA3_WORDS})|{_SPACE}",
+    (_QWEN2,): f"(?:{_QWEN2_WORDS})|{_SPACE}",
+}
+
+
+def as_one_regex(pre_tokenizer: Mapping[str, Any] | None) -> str | None:
+    """The regex that cuts text for tiktoken as a `tokenizer.json`'s `pre_tokenizer` does, or None if none is known.
+
+    Known are the cuts of DeepSeek-V3, Llama 3, Qwen 2 and GPT-2, each followed by the step to bytes.
+    """
+    steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
+    *cuts, last = steps or [None]
+    if last is None or last["type"] != "ByteLevel" or last["add_prefix_space"]:
+        return None
+    if any(cut["type"] != "Split" or cut["behavior"] != "Isolated" or cut["invert"] for cut in cuts):
+        return None
+    patterns = [cut["pattern"].get("Regex") for cut in cuts]
+    return _AS_ONE.get((*patterns, _GPT2) if last["use_regex"] else tuple(patterns))
+
+
+_CLASSES = (r"\p{L}", r"\p{M}", r"\p{N}", r"\p{P}", r"\p{S}", r"\s")
+# Unicode has assigned nothing in planes 4 to 13, and planes 15 and 16 are for private use.
+_PLANES = (range(0xD800), range(0xE000, 0x40000), range(0xE0000, 0xF0000))
+
+
+@lru_cache(1)
+def characters_apart(classes: tuple[str, ...] = _CLASSES) -> frozenset[str]:
+    """The characters that the two libraries' versions of Unicode put into different classes of a regex.
+
+    None where the versions agree. Takes 0.2 s, the first time.
+    """
+    characters = "".join(chr(code) for codes in _PLANES for code in codes)
+    in_bytes = {bytes([byte]): byte for byte in range(256)}
+    apart: set[str] = set()
+    for name in classes:
+        scan = tiktoken.Encoding("scan", pat_str=f"{name}+", mergeable_ranks=in_bytes, special_tokens={})
+        matched = set(bytes(scan.encode_ordinary(characters)).decode("utf-8"))
+        unmatched = normalizers.Replace(Regex(f"{name}+"), "").normalize_str(characters)
+        if len(matched) + len(unmatched) != len(characters) or not matched.isdisjoint(unmatched):
+            apart |= set(characters) - (matched ^ set(unmatched))
+    return frozenset(apart)
+
 
 _BLOCK = 2**16  # the longest run that tiktoken's regex can take is 10^6 characters
 

@@ -17,8 +17,7 @@ from tokenizers import Tokenizer as HuggingFaceTokenizer
 from deepseek_v3.config.data_config import LARGEST_VOCABULARY
 from deepseek_v3.config.text_files import shown_path
 from deepseek_v3.data.documents import check_unicode
-from deepseek_v3.data.tokens.splits import DEEPSEEK
-from deepseek_v3.data.tokens.tiktoken_encoder import NotExpressibleError, TiktokenEncoder
+from deepseek_v3.data.tokens.tiktoken_encoder import DEEPSEEK, NotExpressibleError, TiktokenEncoder
 from deepseek_v3.data.tokens.vocabulary import check_complete, check_ids, dropping_step, steps_of
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.files import read_file, written_atomically

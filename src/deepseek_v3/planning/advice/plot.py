@@ -13,8 +13,8 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Annotation
 
 from deepseek_v3.planning.advice.advisor import Advice, sources
-from deepseek_v3.planning.advice.requests import PlanRequest
-from deepseek_v3.planning.advice.size_plans import SizePlan
+from deepseek_v3.planning.advice.request import PlanRequest
+from deepseek_v3.planning.advice.size_plan import SizePlan
 from deepseek_v3.planning.chinchilla import MAX_RATIO, TARGET_RATIO
 from deepseek_v3.planning.scaling_laws import expected_loss, training_compute
 from deepseek_v3.utils.errors import ConfigError

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from deepseek_v3.config.train_config import RunConfig
-from deepseek_v3.training.batches import Documents
-from deepseek_v3.training.holdout import main_losses
+from deepseek_v3.training.data import Documents
 from deepseek_v3.training.loss import Losses, Objective
 from deepseek_v3.training.optimizer import AdamW, norm_of_all
 from deepseek_v3.training.parallel.engine import Engine, combined
 from deepseek_v3.training.parallel.fsdp import before_micro_batch, sum_whole_gradients
-from deepseek_v3.training.parallel.pieces import NormOverRanks, pieces_of
-from deepseek_v3.training.parallel.plan import prepare
-from deepseek_v3.training.parallel.ranks import Ranks
+from deepseek_v3.training.parallel.mesh import Ranks
+from deepseek_v3.training.parallel.parallelize import prepare
+from deepseek_v3.training.parallel.sharding import NormOverRanks, pieces_of
 from deepseek_v3.training.schedule import Step
+from deepseek_v3.training.validation import main_losses
 
 
 class DataParallel(Engine):

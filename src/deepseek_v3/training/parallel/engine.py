@@ -14,8 +14,8 @@ from deepseek_v3.moe.balance import routers_of, update_biases
 from deepseek_v3.moe.routing import Router
 from deepseek_v3.training.loss import Losses, count_targets
 from deepseek_v3.training.optimizer import MOMENTS, AdamW, is_finite_step
-from deepseek_v3.training.parallel.pieces import Views
-from deepseek_v3.training.parallel.ranks import Ranks
+from deepseek_v3.training.parallel.mesh import Ranks
+from deepseek_v3.training.parallel.sharding import Views
 from deepseek_v3.training.schedule import Step
 
 

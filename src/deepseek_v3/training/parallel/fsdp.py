@@ -17,7 +17,7 @@ from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.moe.layer import MixtureOfExperts
 from deepseek_v3.moe.routing import Router
 from deepseek_v3.ops.layers import RMSNorm
-from deepseek_v3.training.parallel.ranks import Ranks
+from deepseek_v3.training.parallel.mesh import Ranks
 
 
 def shard(root: nn.Module, model: DeepSeekV3, ranks: Ranks, layers: Sequence[int]) -> None:

@@ -1,0 +1,166 @@
+"""Charts as inline SVG: as wide as their place, with letters of the page's own size on any screen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from deepseek_v3.charts.histograms import Histogram
+from deepseek_v3.charts.markup import Body, Html, count, element, joined, scaled, table
+
+_PLOT = 180  # pixels from the axis to the top
+_TOP, _BELOW = 10, 26  # pixels above the plot, and below it for the ticks
+_GRID_LINES = 4
+
+
+def bar(*parts: tuple[str, float]) -> Html:
+    """A level bar of parts, each of a class and with a share of the whole. Its numbers stand beside it as text."""
+    rectangles = []
+    start = 0.0
+    for class_, share in parts:
+        if share > 0:
+            rectangles.append(
+                element("rect", class_=class_, x=_percent(start), width=_percent(share), height="100%")
+            )
+        start += share
+    return element("svg", *rectangles, class_="bar", aria_hidden="true")
+
+
+def bars_before_after(before: float, after: float) -> Html:
+    """Two thin bars, one above the other: shares of the longest."""
+    return element(
+        "svg",
+        element("rect", class_="before", width=_percent(before), height="44%"),
+        element("rect", class_="after", width=_percent(after), height="44%", y="56%"),
+        class_="bar",
+        aria_hidden="true",
+    )
+
+
+def legend() -> Html:
+    """What the two colours mean."""
+    return element("p", _key("before"), " before ", _key("after"), " after", class_="legend")
+
+
+def histogram_chart(
+    histogram: Histogram, key: str, title: str, caption: str, edge: Callable[[float], str], unit: str
+) -> Html:
+    """A histogram, before behind after, with its caption and a table of its numbers.
+
+    `key` is its id on the page, `edge` writes the limit of a bin, `unit` is what the values are.
+    """
+    ranges = [
+        f"{edge(low)} – {edge(high)}" for low, high in zip(histogram.edges, histogram.edges[1:], strict=False)
+    ]
+    rows = list(zip(ranges, histogram.before, histogram.after, strict=True))
+    most = max(*histogram.before, *histogram.after)
+    top = _nice_top(most)
+    description = f"{len(rows)} bins on a {histogram.scale.name} axis; the fullest holds {count(most)} documents."
+    chart = element(
+        "svg",
+        element("title", title, id=f"{key}-title"),
+        element("desc", f"{caption} {description}", id=f"{key}-desc"),
+        _grid(top),
+        _plot(histogram, top),
+        _ticks(histogram, edge),
+        _hints(rows),
+        class_="chart",
+        role="img",
+        height=_TOP + _PLOT + _BELOW,
+        aria_labelledby=f"{key}-title {key}-desc",
+    )
+    numbers = table(
+        title,
+        [f"{unit}, from – below", "before", "after"],
+        Body([(name, count(before), count(after)) for name, before, after in rows]),
+    )
+    return element(
+        "figure",
+        element("h4", title),
+        chart,
+        element("figcaption", caption),
+        element("details", element("summary", "Numbers"), numbers, class_="numbers"),
+    )
+
+
+def _grid(top: int) -> Html:
+    """Level lines from 0 to the top, with their counts left of the plot."""
+    lines = []
+    for step in range(_GRID_LINES + 1):
+        y = _TOP + _PLOT - _PLOT * step / _GRID_LINES
+        lines.append(element("line", class_="grid", x1="0", x2="100%", y1=_short(y), y2=_short(y)))
+        label = scaled(top * step / _GRID_LINES, "").replace(".0", "")
+        lines.append(element("text", label, x=-8, y=_short(y + 4), text_anchor="end"))
+    return joined(lines)
+
+
+def _plot(histogram: Histogram, top: int) -> Html:
+    """The shapes, in bins from left to right and in pixels from top to bottom, stretched to the chart's width."""
+    before = [_PLOT - _PLOT * number / top for number in histogram.before]
+    after = [_PLOT - _PLOT * number / top for number in histogram.after]
+    return element(
+        "svg",
+        element("path", class_="before-area", d=_steps(before) + "Z"),
+        element("path", class_="after", d="".join(_block(index, y) for index, y in enumerate(after) if y < _PLOT)),
+        element("path", class_="before-line", d=_steps(before), vector_effect="non-scaling-stroke"),
+        y=_TOP,
+        width="100%",
+        height=_PLOT,
+        viewBox=f"0 0 {len(before)} {_PLOT}",
+        preserveAspectRatio="none",
+    )
+
+
+def _steps(heights: Sequence[float]) -> str:
+    """The outline of bars that touch, from the axis up and back down to it."""
+    return f"M0 {_PLOT}" + "".join(f"V{_short(y)}H{index + 1}" for index, y in enumerate(heights)) + f"V{_PLOT}"
+
+
+def _block(index: int, y: float) -> str:
+    return f"M{index + 0.06:g} {_PLOT}V{_short(y)}H{index + 0.94:g}V{_PLOT}Z"
+
+
+def _ticks(histogram: Histogram, edge: Callable[[float], str]) -> Html:
+    bins = len(histogram.before)
+    ticks = []
+    for index in histogram.ticks:
+        x = _percent(index / bins)
+        bottom = _TOP + _PLOT
+        ticks.append(element("line", class_="tick", x1=x, x2=x, y1=bottom, y2=bottom + 5))
+        ticks.append(element("text", edge(histogram.edges[index]), x=x, y=bottom + 20, text_anchor="middle"))
+    return joined(ticks)
+
+
+def _hints(rows: Sequence[tuple[str, int, int]]) -> Html:
+    """Invisible fields that tell the numbers of the bin below the pointer."""
+    return joined(
+        element(
+            "rect",
+            element("title", f"{name}: {count(before)} before, {count(after)} after"),
+            class_="hint",
+            x=_percent(index / len(rows)),
+            width=_percent(1 / len(rows)),
+            y=_TOP,
+            height=_PLOT,
+        )
+        for index, (name, before, after) in enumerate(rows)
+    )
+
+
+def _nice_top(most: int) -> int:
+    """A round number not below `most` that four lines divide well."""
+    power = 10 ** max(math.floor(math.log10(most)) - 1, 0) if most else 1
+    return next(top * power for top in (4, 8, 12, 16, 20, 24, 32, 40, 60, 80, 100) if top * power >= most)
+
+
+def _key(class_: str) -> Html:
+    swatch = element("rect", class_=class_, width="100%", height="100%")
+    return element("svg", swatch, class_="key", aria_hidden="true")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.4g}%"
+
+
+def _short(number: float) -> str:
+    return f"{number:.5g}"

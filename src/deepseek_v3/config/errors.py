@@ -1,0 +1,103 @@
+"""Says what is wrong with a configuration, one line for each problem."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from deepseek_v3.utils.text import value_text
+
+FieldPath = tuple[str, ...]
+Explanation = Callable[[dict[str, Any], type[BaseModel], FieldPath], str]
+
+# What pydantic puts into a place for the kinds of an input_path.
+_BRANCHES = ("str", "tuple[str, ...]")
+
+
+def describe(error: ValidationError, root: type[BaseModel], where: Mapping[FieldPath, str]) -> str:
+    """One line per problem: its place, the field's path, what was found and what would be right.
+
+    `where` says for a field's path the file and line, or the override, that gave it; `where[()]` is the file.
+    """
+    problems = error.errors()
+    inside = {problem["loc"][:-1] for problem in problems}
+    told = (problem for problem in problems if problem["type"] != "too_short" or problem["loc"] not in inside)
+    return "\n".join(_one_line(dict(problem), root, where) for problem in told)
+
+
+def _one_line(problem: dict[str, Any], root: type[BaseModel], where: Mapping[FieldPath, str]) -> str:
+    path = tuple(str(part) for part in problem["loc"] if part not in _BRANCHES)
+    place = next(where[path[:n]] for n in range(len(path), -1, -1) if path[:n] in where)
+    field = ".".join(part if part.isprintable() and len(part) < 60 else value_text(part) for part in path)
+    return ": ".join(part for part in (place, field, _explain(problem, root, path)) if part)
+
+
+def _explain(problem: dict[str, Any], root: type[BaseModel], path: FieldPath) -> str:
+    explain = _EXPLANATIONS.get(problem["type"])
+    if explain:
+        return explain(problem, root, path)
+    message = str(problem["msg"]).removeprefix("Input should be ")
+    return f"found {value_text(problem['input'])}: expected {message[0].lower()}{message[1:]}"
+
+
+def _unknown(_problem: dict[str, Any], root: type[BaseModel], path: FieldPath) -> str:
+    known = sorted(_section_at(root, path[:-1]).model_fields)
+    close = difflib.get_close_matches(path[-1], known, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"known fields: {', '.join(known)}"
+    return f"unknown field; {hint}"
+
+
+def _missing(_problem: dict[str, Any], _root: type[BaseModel], _path: FieldPath) -> str:
+    return "missing; this field has no default, give it a value"
+
+
+def _contradiction(problem: dict[str, Any], _root: type[BaseModel], _path: FieldPath) -> str:
+    return str(problem["ctx"]["error"])
+
+
+def _not_a_section(problem: dict[str, Any], root: type[BaseModel], path: FieldPath) -> str:
+    fields = ", ".join(_section_at(root, path).model_fields)
+    return f"found {value_text(problem['input'])}: expected a section, with fields such as {fields}"
+
+
+def _not_a_choice(problem: dict[str, Any], _root: type[BaseModel], _path: FieldPath) -> str:
+    choices = str(problem["ctx"]["expected"]).replace("'", "").replace("True", "true").replace("False", "false")
+    return f"found {value_text(problem['input'])}: expected {choices}"
+
+
+def _too_short(problem: dict[str, Any], _root: type[BaseModel], _path: FieldPath) -> str:
+    return f"found {value_text(problem['input'])}: expected a list of at least {problem['ctx']['min_length']}"
+
+
+def _expecting(kind: str) -> Explanation:
+    return lambda problem, _root, _path: f"found {value_text(problem['input'])}: expected {kind}"
+
+
+_EXPLANATIONS: dict[str, Explanation] = {
+    "extra_forbidden": _unknown,
+    "missing": _missing,
+    "model_type": _not_a_section,
+    "literal_error": _not_a_choice,
+    "value_error": _contradiction,
+    "too_short": _too_short,
+    "tuple_type": _expecting("a list, such as [a, b]"),
+    "list_type": _expecting("a list, such as [a, b]"),
+    "dict_type": _expecting("names and values, such as {a: 1, b: 2}"),
+    "string_type": _expecting("text"),
+    "bool_type": _expecting("true or false"),
+    "bool_parsing": _expecting("true or false"),
+    "path_type": _expecting("a path"),
+}
+
+
+def _section_at(root: type[BaseModel], path: FieldPath) -> type[BaseModel]:
+    """The section class that holds the field at `path`, as far down as sections go."""
+    section = root
+    for name in path:
+        field = section.model_fields.get(name)
+        kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+        section = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), section)
+    return section

@@ -1,0 +1,150 @@
+"""The n-grams of evaluation sets, and where they occur in other texts.
+
+FOLDED: N-grams of words as numbers of 64 bits, for many texts at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import chain, count, repeat
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deepseek_v3.config.filter_config import DecontaminationConfig
+from deepseek_v3.data.formats.reading import read_documents
+from deepseek_v3.data.sorted_lookup import find_sorted
+from deepseek_v3.utils.errors import DataError
+
+Int64s = NDArray[np.int64]
+UInt64s = NDArray[np.uint64]
+
+# Scripts without spaces between words, in which each character counts as one.
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Myanmar, Khmer
+    "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # kana, CJK ideographs
+)
+_ASCII_WORD = re.compile(r"[a-z0-9]+")
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
+
+_FACTOR = 0x9E3779B97F4A7C15  # odd, so it has an inverse modulo 2^64
+_INVERSE = pow(_FACTOR, -1, 2**64)
+
+
+def words(lower: str) -> list[str]:
+    """The runs of letters and digits of a text in lower case."""
+    return word_pattern(lower).findall(lower)
+
+
+def word_pattern(lower: str) -> re.Pattern[str]:
+    """What matches each of the words of a text in lower case."""
+    return _ASCII_WORD if lower.isascii() else _WORD
+
+
+class NgramHashes:
+    """The hashes of all n-grams of words, for any n: equal ones for equal words, wherever they stand."""
+
+    def __init__(self, values: UInt64s) -> None:
+        """From a random number for each word: uint64 [words]."""
+        powers = np.multiply.accumulate(np.full(len(values), _FACTOR, np.uint64))
+        self._inverse = np.multiply.accumulate(np.full(len(values), _INVERSE, np.uint64))
+        self._sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(values * powers)])
+
+    def at(self, starts: Int64s, n: int | Int64s) -> UInt64s:
+        """The hashes of the n-grams that begin at these words; n may be one for each."""
+        return (self._sums[starts + n] - self._sums[starts]) * self._inverse[starts]
+
+
+class _Table(NamedTuple):
+    """Ascending hashes of n-grams (uint64), and the number of the evaluation text that has each (int64)."""
+
+    hashes: UInt64s
+    owners: Int64s
+
+
+class Matches(NamedTuple):
+    """N-grams of evaluation texts in other texts, by where they stand: int64 [matches] each.
+
+    `starts` are indices into all words of all texts, `lengths` counts words, `owners` numbers evaluation texts.
+    """
+
+    starts: Int64s
+    lengths: Int64s
+    owners: Int64s
+
+
+class EvaluationIndex:
+    """All n-grams of `ngram` words of evaluation texts, and whole texts of fewer words but at least `min_ngram`."""
+
+    def __init__(self, texts: Sequence[tuple[str, str]], ngram: int, min_ngram: int) -> None:
+        """`texts` are pairs of a name and a text. Raises DataError where all are shorter than `min_ngram` words."""
+        self.names = [name for name, _ in texts]
+        vocabulary: defaultdict[str, int] = defaultdict(count(1).__next__)  # 0: words of no evaluation text
+        lists = [words(text.lower()) for _, text in texts]
+        numbers = np.fromiter(map(vocabulary.__getitem__, chain.from_iterable(lists)), np.int64)
+        sizes = np.array([*map(len, lists)], np.int64)
+        if sizes.max(initial=0) < min_ngram:
+            raise DataError(
+                f"decontamination.evaluation: none of {len(texts)} texts has min_ngram = {min_ngram} words; lower "
+                "min_ngram, or name other fields"
+            )
+        self._vocabulary = dict(vocabulary)
+        self._values = np.random.default_rng(0).integers(2**64, size=len(vocabulary) + 1, dtype=np.uint64)
+        self._tables = self._tabulate(NgramHashes(self._values[numbers]), sizes, ngram, min_ngram)
+
+    def find(self, lists: Sequence[Sequence[str]]) -> Matches:
+        """Matches in texts, given as lists of words; by their places."""
+        known = map(self._vocabulary.get, chain.from_iterable(lists), repeat(0))
+        ends = np.cumsum([*map(len, lists)], dtype=np.int64)
+        numbers = np.fromiter(known, np.int64)
+        hashes = NgramHashes(self._values[numbers])
+        room = _known_words_ahead(numbers > 0, ends)
+        found: list[tuple[Int64s, Int64s, Int64s]] = []
+        for length, table in self._tables.items():
+            starts = np.flatnonzero(room >= length)
+            rows = find_sorted(table.hashes, hashes.at(starts, length))
+            starts, rows = starts[rows >= 0], rows[rows >= 0]
+            found.append((starts, np.full(len(starts), length), table.owners[rows]))
+        starts, lengths, owners = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        order = np.lexsort((lengths, starts))
+        return Matches(starts[order], lengths[order], owners[order])
+
+    def _tabulate(self, hashes: NgramHashes, sizes: Int64s, ngram: int, min_ngram: int) -> dict[int, _Table]:
+        """A table for each length of n-grams to look for."""
+        firsts = np.cumsum(sizes) - sizes
+        tables = {}
+        for length in range(min_ngram, ngram + 1):
+            chosen = np.flatnonzero(sizes >= ngram if length == ngram else sizes == length)
+            if len(chosen):
+                numbers = sizes[chosen] - length + 1
+                owners = np.repeat(chosen, numbers)
+                within = np.arange(numbers.sum()) - np.repeat(np.cumsum(numbers) - numbers, numbers)
+                found, first = np.unique(hashes.at(firsts[owners] + within, length), return_index=True)
+                tables[length] = _Table(found, owners[first])
+        return tables
+
+
+@lru_cache(maxsize=2)
+def evaluation_index(options: DecontaminationConfig) -> EvaluationIndex:
+    """The index of the files in the options, made once per process. Raises DataError where they cannot be read."""
+    texts = [text for path in options.evaluation for text in _evaluation_texts(path, options.fields)]
+    return EvaluationIndex(texts, options.ngram, options.min_ngram)
+
+
+def _evaluation_texts(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, str]]:
+    for field in fields:
+        for document in read_documents(path, field):
+            yield f"{path}: {document.id}", document.text
+
+
+def _known_words_ahead(known: NDArray[np.bool_], ends: Int64s) -> Int64s:
+    """For each word how many there are from it on, up to an unknown one or the end of its text, which ascend."""
+    places = np.arange(len(known))
+    unknown = np.append(np.flatnonzero(~known), len(known))
+    next_unknown = unknown[np.searchsorted(unknown, places)]
+    return np.minimum(next_unknown, ends[np.searchsorted(ends, places, side="right")]) - places

@@ -1,0 +1,160 @@
+"""The loops over all text that cost the time, in NumPy. `numba_kernels` computes the same bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import numpy as np
+
+from deepseek_v3.data.deduplication.case_folding import LONGEST, Folded
+from deepseek_v3.data.deduplication.hashing import MIX_1, MIX_2, MIX_32, STEP
+from deepseek_v3.data.deduplication.utf8 import PIECE, Int64s, UInt8s, UInt32s, UInt64s, pieces_of
+
+_LOW_BYTES = np.array([2 ** (8 * size) - 1 for size in range(PIECE + 1)], np.uint64)
+_EIGHT_BYTES = np.uint64(2**56)  # the least piece whose last byte is not 0
+_AT_ONCE = 2**17  # products of shingles and multipliers: half a megabyte
+_SHINGLES_AT_ONCE = 2**18
+_HASH_BITS = np.uint64(32)
+_HASH_MASK = np.uint64(2**32 - 1)
+
+
+def shingle_hashes(folded: Folded, offsets: Int64s, multipliers: UInt32s) -> tuple[UInt32s, Int64s]:
+    """The hashes of all shingles of a block's documents.
+
+    `offsets`: int64 [documents + 1]. `multipliers`: uint32 [ngram]. Returns uint32 [shingles], never 0, and where
+    each document's begin: int64 [documents + 1].
+    """
+    starts = _word_starts(folded)
+    firsts = np.searchsorted(starts, offsets)
+    return _combined(_word_hashes(pieces_of(folded.text), np.append(starts, offsets[-1])), firsts, multipliers)
+
+
+def minima(hashes: UInt32s, offsets: Int64s, multipliers: UInt32s) -> UInt32s:
+    """The least product, mod 2^32, of any of a document's hashes with each multiplier.
+
+    `hashes`: uint32 [shingles]. `offsets`: int64 [documents + 1]. Returns uint32 [documents, multipliers], with the
+    greatest number there is for a document without shingles.
+    """
+    filled = np.flatnonzero(np.diff(offsets))
+    least = np.full((len(multipliers), len(offsets) - 1), 2**32 - 1, np.uint32)
+    if len(filled):
+        products = np.empty((max(_AT_ONCE // len(hashes), 1), len(hashes)), np.uint32)
+        for first in range(0, len(multipliers), len(products)):
+            some = multipliers[first : first + len(products), None]
+            np.multiply(some, hashes, out=products[: len(some)])
+            found = np.minimum.reduceat(products[: len(some)], offsets[filled], axis=1)
+            least[first : first + len(some), filled] = found
+    return np.ascontiguousarray(least.T)
+
+
+def common(sets: UInt64s, offsets: Int64s, one: Int64s, other: Int64s) -> Int64s:
+    """How many members two sets have in common, for pairs of sets: int64 [pairs].
+
+    Set s stands, ascending and without repeats, from `offsets[s]` to `offsets[s + 1]` (int64 [sets + 1]) in `sets`;
+    the lower 32 bits of each number count.
+    """
+    sizes = np.diff(offsets)
+    counts = np.zeros(len(one), np.int64)
+    for some in _runs(sizes[one] + sizes[other]):
+        # The members of both sets of a pair, tagged with the pair, are sorted; those in common stand there twice.
+        tagged = np.concatenate([_tagged(sets, offsets, one[some]), _tagged(sets, offsets, other[some])])
+        tagged.sort()
+        twice = tagged[1:][tagged[1:] == tagged[:-1]] >> _HASH_BITS
+        counts[some] = np.bincount(twice.astype(np.int64), minlength=len(one[some]))
+    return counts
+
+
+def without(text: UInt8s, offsets: Int64s, left_out: bytes) -> tuple[UInt8s, Int64s]:
+    """The documents of a block without certain bytes.
+
+    `offsets`: int64 [documents + 1], where each begins in `text` (uint8). Returns the same of what is left.
+    """
+    documents = [text[a:b].tobytes().translate(None, left_out) for a, b in pairwise(offsets.tolist())]
+    ends = np.cumsum([len(document) for document in documents], dtype=np.int64)
+    return np.frombuffer(b"".join(documents), np.uint8), np.append(np.int64(0), ends)
+
+
+def _tagged(sets: UInt64s, offsets: Int64s, chosen: Int64s) -> UInt64s:
+    """The members of these sets, each with the index of its set among them in the upper half."""
+    sizes = offsets[chosen + 1] - offsets[chosen]
+    ends = np.cumsum(sizes)
+    places = np.arange(ends[-1]) + np.repeat(offsets[chosen] - (ends - sizes), sizes)
+    tags = np.arange(len(chosen), dtype=np.uint64) << _HASH_BITS
+    return sets[places] & _HASH_MASK | np.repeat(tags, sizes)
+
+
+def _runs(sizes: Int64s) -> Iterator[slice]:
+    """Runs of pairs that take about `_SHINGLES_AT_ONCE` shingles, or one pair that takes more."""
+    ends = np.cumsum(sizes)
+    start = 0
+    while start < len(sizes):
+        limit = (ends[start - 1] if start else 0) + _SHINGLES_AT_ONCE
+        stop = max(int(np.searchsorted(ends, limit, side="right")), start + 1)
+        yield slice(start, stop)
+        start = stop
+
+
+def _word_starts(folded: Folded) -> Int64s:
+    """Where words begin, those included into which a run of more than `LONGEST` bytes is cut."""
+    inside = folded.text[: len(folded.cuts)] != 0
+    begins = inside & folded.cuts
+    begins[1:] |= inside[1:] & ~inside[:-1]
+    starts = np.flatnonzero(begins)
+    sizes = np.diff(starts, append=len(inside) - 1)
+    long = np.flatnonzero(sizes > LONGEST)
+    long = long[inside[starts[long] + LONGEST]]
+    if not len(long):
+        return starts
+    further = (sizes[long] - 1) // LONGEST
+    numbers = np.arange(1, further.sum() + 1) - np.repeat(np.cumsum(further) - further, further)
+    places = np.repeat(starts[long], further) + numbers * LONGEST
+    return np.sort(np.concatenate([starts, places[inside[places]]]))
+
+
+def _word_hashes(pieces: UInt64s, starts: Int64s) -> UInt32s:
+    """uint32 [words], from where each word begins, and the block's end. All bytes between words are 0."""
+    starts, sizes = starts[:-1], np.diff(starts)
+    found = pieces[starts] & _LOW_BYTES[np.minimum(sizes, PIECE)]
+    totals = _piece_hashes(found)
+    longer = np.flatnonzero(found >= _EIGHT_BYTES)
+    for number in range(1, LONGEST // PIECE):
+        if not len(longer):
+            break
+        found = pieces[starts[longer] + number * PIECE]
+        found &= _LOW_BYTES[np.minimum(sizes[longer] - number * PIECE, PIECE)]
+        totals[longer] += _piece_hashes(found + np.uint64(number * STEP % 2**64)) * (found != 0)
+        longer = longer[found >= _EIGHT_BYTES]
+    return (totals >> np.uint64(32)).astype(np.uint32)
+
+
+def _piece_hashes(pieces: UInt64s) -> UInt64s:
+    pieces = pieces * np.uint64(MIX_1)
+    pieces ^= pieces >> np.uint64(32)
+    pieces *= np.uint64(MIX_2)
+    return pieces
+
+
+def _combined(words: UInt32s, offsets: Int64s, multipliers: UInt32s) -> tuple[UInt32s, Int64s]:
+    """The hashes of shingles, from those of the documents' words."""
+    ngram = len(multipliers)
+    padded = np.append(words, np.zeros(ngram - 1, np.uint32))
+    totals = words * multipliers[0]
+    for place in range(1, ngram):
+        totals += padded[place : place + len(words)] * multipliers[place]
+    starts, ends = offsets[:-1], offsets[1:]
+    counts = ends - starts
+    for document in np.flatnonzero((counts > 0) & (counts < ngram)).tolist():
+        few = words[starts[document] : ends[document]]
+        totals[starts[document]] = (few * multipliers[: len(few)]).sum(dtype=np.uint32)
+
+    whole = np.ones(len(words), np.bool_)
+    for back in range(1, ngram):
+        last = ends - back
+        whole[last[last > starts]] = False
+    hashes = totals[whole]
+    hashes ^= hashes >> np.uint32(16)
+    hashes *= np.uint32(MIX_32)
+    hashes ^= hashes >> np.uint32(15)
+    sizes = np.where(counts > 0, np.maximum(counts - ngram + 1, 1), 0)
+    return np.maximum(hashes, np.uint32(1)), np.append(0, np.cumsum(sizes))

@@ -1,0 +1,65 @@
+"""What a rule found in each document of a batch, and whether that breaks the rule.
+
+FOLDED: What the published filters look for in a line; the expressions mean the same to Python and to Arrow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deepseek_v3.data.heuristics.ragged import Ints, Mask
+
+Figures = NDArray[np.int64] | NDArray[np.float64]
+
+
+def _nothing(document: int) -> str | None:  # noqa: ARG001
+    return None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A rule's code and threshold, and by document the figure, whether it breaks the rule, what text decided."""
+
+    code: str
+    limit: float
+    found: Figures
+    broken: Mask
+    trigger: Callable[[int], str | None] = _nothing
+
+    def among(self, documents: Mask) -> Finding:
+        """The same where only some documents are asked."""
+        return replace(self, broken=self.broken & documents)
+
+
+def above(
+    code: str, found: Figures, limit: float | None, trigger: Callable[[int], str | None] = _nothing
+) -> Iterator[Finding]:
+    """The rule `code`, if it is on: no figure may be above its limit."""
+    if limit is not None:
+        yield Finding(code, limit, found, found > limit, trigger)
+
+
+def below(code: str, found: Figures, limit: float | None) -> Iterator[Finding]:
+    """The rule `code`, if it is on: no figure may be below its limit."""
+    if limit is not None:
+        yield Finding(code, limit, found, found < limit)
+
+
+def share(part: Ints, whole: Ints) -> NDArray[np.float64]:
+    """`part` of `whole`, where an empty whole counts as 1."""
+    return part / np.maximum(whole, 1)
+
+
+BULLETS = ("•", "-")
+ELLIPSES = ("...", "…")
+# C4. Phrases are found in any case of ASCII.
+FINAL_MARKS = (".", "?", "!", '"', "'")
+CITATION = r"\[(?:[0-9]*|edit|citation needed)\]"
+LOREM_IPSUM = ("lorem ipsum",)
+JAVASCRIPT = ("javascript",)
+CURLY_BRACKET = ("{",)
+POLICIES = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")

@@ -1,0 +1,76 @@
+"""Secrets: private keys, keys of well-known services, tokens, and what is assigned to a name such as api_key."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from itertools import chain
+
+from deepseek_v3.data.pii.detectors import Finder, Spans
+
+_BLOCK = r"-----BEGIN [A-Z0-9 ]{0,32}PRIVATE KEY(?: BLOCK)?-----"
+_BLOCK_END = re.compile(r"-----END [A-Z0-9 ]{0,32}PRIVATE KEY(?: BLOCK)?-----")
+_LONGEST_BLOCK = 20_000
+_SHORTEST_BODY = 32  # otherwise the text only speaks of keys
+_BASE64 = re.compile(r"[A-Za-z0-9+/=\s]*", re.ASCII)
+
+_SERVICES = "|".join(
+    [
+        r"(?:AKIA|ASIA)[A-Z2-7]{16}",  # Amazon Web Services
+        r"gh[pousr]_[A-Za-z0-9]{36,255}|github_pat_[A-Za-z0-9_]{22,255}",
+        r"xox[abeoprs]-[A-Za-z0-9-]{10,255}",  # Slack
+        r"AIza[A-Za-z0-9_-]{35}",  # Google
+        r"eyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}",  # JSON Web Tokens, RFC 7519
+    ]
+)
+_ASSIGNED = (
+    r"(?:api_?key|access_?key|secret(?:_?key)?|auth_?token|access_?token|token|passwd|password|client_?secret)"
+    r"""["']? {0,3}(?::=|=>|[:=]) {0,3}["']?"""
+)
+_VALUE = r"[A-Za-z0-9+/_=.-]{20,}"
+_BLOCK_START = re.compile(_BLOCK)
+_SERVICE_KEY = re.compile(rf"(?<![\w.-])(?:{_SERVICES})(?![\w-])", re.ASCII)
+_ASSIGNMENT = re.compile(f"{_ASSIGNED}({_VALUE})", re.ASCII | re.IGNORECASE)
+_LEAST_ENTROPY = 3.5  # bits per character; random hexadecimal digits have up to 4, English words less
+
+
+def _keys(text: str) -> Spans:
+    """Pieces may overlap in the text: a key of a service is often assigned to something."""
+    end = 0
+    for start, stop in sorted(chain(_blocks(text), _service_keys(text), _assignments(text))):
+        if start >= end:
+            yield start, stop
+            end = stop
+
+
+def _blocks(text: str) -> Spans:
+    """Private keys in PEM, whole, or as much as is there of them."""
+    for begin in _BLOCK_START.finditer(text):
+        end = text.find("-----END ", begin.end(), begin.end() + _LONGEST_BLOCK)
+        stop = _BLOCK_END.match(text, end) if end >= 0 else None
+        stop = stop or _BASE64.match(text, begin.end())
+        if stop and stop.end() - begin.end() >= _SHORTEST_BODY:
+            yield begin.start(), stop.end()
+
+
+def _service_keys(text: str) -> Spans:
+    for match in _SERVICE_KEY.finditer(text):
+        yield match.span()
+
+
+def _assignments(text: str) -> Spans:
+    for match in _ASSIGNMENT.finditer(text):
+        value = match[1].rstrip(".")
+        is_mixed = re.search(r"\d", value) and re.search(r"[A-Za-z]", value)
+        if is_mixed and _entropy(value) >= _LEAST_ENTROPY:
+            yield match.start(1), match.start(1) + len(value)
+
+
+def _entropy(value: str) -> float:
+    """Bits per character (Shannon 1948)."""
+    shares = [count / len(value) for count in Counter(value).values()]
+    return -sum(share * math.log2(share) for share in shares)
+
+
+KEY = Finder(f"{_BLOCK}|{_SERVICES}|(?i:{_ASSIGNED}){_VALUE}", _keys)

@@ -1,0 +1,154 @@
+"""Between two passes: compares the documents of all parts, task by task, and decides which of them go."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from deepseek_v3.data.pipeline.executors import Engine
+from deepseek_v3.data.pipeline.progress import Progress
+from deepseek_v3.data.pipeline.run_folder import IDS_FILE, RECORDS_FILE, FinishedPart, appearing_folder, read_table
+from deepseek_v3.data.stages import CorpusStage, Part, Task, split_by_part
+
+_FIGURES_FILE = "figures.json"
+_EXCERPT_CHARACTERS = 1500
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a corpus stage decided, in `folder`, about `parts`, of which the first `earlier` are of other runs."""
+
+    folder: Path
+    parts: tuple[Part, ...]
+    earlier: int
+
+    def own(self, number: int) -> Part:
+        """The part of this run with that number."""
+        return self.parts[self.earlier + number]
+
+    def ids_of(self, documents: NDArray[np.int64]) -> list[str]:
+        """The ids of documents by their numbers."""
+        return _column(self.parts, "id", documents)
+
+
+def decide(
+    stages: Sequence[CorpusStage],
+    finished: Sequence[FinishedPart],
+    earlier: Sequence[Sequence[Part]],
+    folders: Sequence[Path],
+    engine: Engine,
+    memory: int,
+    progress: Progress,
+) -> tuple[Decision, ...]:
+    """Lets each stage, in order, decide about all documents that the ones before it left.
+
+    `earlier` are, for each stage, the parts of other runs. What is decided already stays. No task takes more than
+    `memory` bytes where the stage can help it.
+    """
+    decisions: list[Decision] = []
+    removed: list[Path | None] = [None] * len(finished)
+    for stage, before, folder in zip(stages, earlier, folders, strict=True):
+        parts = _numbered(stage, before, finished, removed)
+        decision = Decision(folder / "decisions", tuple(parts), len(before))
+        if not decision.folder.is_dir():
+            _decide(stage, decision, engine, memory, progress)
+        decisions.append(decision)
+        if stage is not stages[-1]:
+            removed = _removed(stage, decision, removed)
+    return tuple(decisions)
+
+
+def figures_of(folder: Path) -> dict[str, Any]:
+    """What a stage reported of its decisions in `folder`."""
+    figures: dict[str, Any] = orjson.loads((folder / "decisions" / _FIGURES_FILE).read_bytes())
+    return figures
+
+
+def _numbered(
+    stage: CorpusStage, before: Sequence[Part], finished: Sequence[FinishedPart], removed: Sequence[Path | None]
+) -> list[Part]:
+    parts = list(before)
+    first = sum(part.rows for part in before)
+    for done, mask in zip(finished, removed, strict=True):
+        keys, records = done.folder / "keys" / stage.name, done.folder / RECORDS_FILE
+        parts.append(Part(keys, records, first, done.rows, mask))
+        first += done.rows
+    return parts
+
+
+def _decide(stage: CorpusStage, decision: Decision, engine: Engine, memory: int, progress: Progress) -> None:
+    folder, parts = decision.folder.parent, decision.parts
+    folder.mkdir(parents=True, exist_ok=True)
+    matches = _run(stage, stage.match_tasks(parts, memory), folder, "matching", engine, progress)
+    refined = _run(stage, stage.refine_tasks(parts, memory, matches), folder, "comparing", engine, progress)
+    with appearing_folder(decision.folder) as partial:
+        figures = stage.resolve(parts, matches, refined, partial)
+        for example in figures.get("examples", []):
+            example["documents"] = _shown(parts, [example.pop("kept"), example.pop("duplicate")])
+        (partial / _FIGURES_FILE).write_bytes(orjson.dumps(figures, option=orjson.OPT_SORT_KEYS))
+
+
+def _run(
+    stage: CorpusStage, tasks: Sequence[Task], folder: Path, kind: str, engine: Engine, progress: Progress
+) -> list[Path]:
+    """Runs the tasks whose files are not there yet; returns the files of all, in order."""
+    files = [folder / f"{kind}-{number:06d}.npy" for number in range(len(tasks))]
+    missing = [(stage, task, file) for task, file in zip(tasks, files, strict=True) if not file.exists()]
+    with progress.step(f"{stage.name}: {kind}", len(missing), "tasks") as step:
+        engine.run(run_task, missing, lambda _: step.advance(1))
+    return files
+
+
+def run_task(stage: CorpusStage, task: Task, file: Path) -> None:
+    """Runs one task of a stage, whose file appears whole."""
+    partial = file.with_name(f".{uuid.uuid4().hex}.npy")
+    try:
+        getattr(stage, task.method)(partial, *task.arguments)
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _removed(stage: CorpusStage, decision: Decision, before: Sequence[Path | None]) -> list[Path | None]:
+    """For each part of this run a file with the mask of all documents that this stage or one before it removed."""
+    everywhere = stage.removed(decision.parts, decision.folder)
+    masks = decision.folder.parent / "removed"
+    masks.mkdir(exist_ok=True)
+    files: list[Path | None] = []
+    for number, earlier in enumerate(before):
+        part = decision.own(number)
+        mask = everywhere[part.first : part.first + part.rows]
+        file = masks / f"{number:06d}.npy"
+        np.save(file, mask if earlier is None else mask | np.load(earlier))
+        files.append(file)
+    return files
+
+
+def _shown(parts: Sequence[Part], documents: Sequence[int]) -> list[dict[str, Any]]:
+    """Documents of an example as the report shows them; of an earlier run's, only the ids are left."""
+    numbers = np.array(documents, np.int64)
+    known = np.zeros(len(numbers), np.bool_)
+    for part, chosen in split_by_part(parts, numbers):
+        known[chosen] = part.records is not None
+    texts = iter(_column(parts, "text", numbers[known]))
+    return [
+        {"id": id_, "text": next(texts)[:_EXCERPT_CHARACTERS] if has_text else None}
+        for id_, has_text in zip(_column(parts, "id", numbers), known, strict=True)
+    ]
+
+
+def _column(parts: Sequence[Part], name: str, documents: NDArray[np.int64]) -> list[str]:
+    """A column's values for documents by their numbers."""
+    values = np.empty(len(documents), object)
+    for part, chosen in split_by_part(parts, documents):
+        column = read_table(part.records or part.keys / IDS_FILE).column(name)
+        values[chosen] = column.take(pa.array(documents[chosen] - part.first)).to_pylist()
+    return values.tolist()

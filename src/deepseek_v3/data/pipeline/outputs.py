@@ -1,0 +1,166 @@
+"""The end of a run: output files in their places, what was dropped and set aside, the manifest, the report."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from deepseek_v3.config.preprocess_config import PreprocessConfig
+from deepseek_v3.data.formats.inputs import Inputs
+from deepseek_v3.data.formats.writing import RecordWriter
+from deepseek_v3.data.pipeline.global_stages import figures_of
+from deepseek_v3.data.pipeline.passes import Pass
+from deepseek_v3.data.pipeline.resume import description, read_json, write_json
+from deepseek_v3.data.pipeline.run_folder import (
+    DROPPED_FILE,
+    QUARANTINED_FILE,
+    SHARD_PREFIX,
+    TALLY_FILE,
+    FinishedPart,
+    Layout,
+    read_table,
+)
+from deepseek_v3.data.pipeline.stats import Tally, empty_stage
+from deepseek_v3.data.report.page import write_report
+from deepseek_v3.utils.logging import get_logger
+
+_ROWS_PER_FILE = 1_000_000
+
+_log = get_logger("Preprocess")
+
+
+def finish(
+    config: PreprocessConfig, layout: Layout, passes: Sequence[Pass], shards: Sequence[FinishedPart], inputs: Inputs
+) -> dict[str, Any]:
+    """Puts the results in their places and returns the manifest. May be interrupted anywhere, and run again."""
+    folders = [layout.parts(number) for number in range(len(passes) - 1)]
+    parts = [folder / name for folder in folders for name in read_json(folder / "complete.json")["parts"]]
+    parts += [shard.folder for shard in shards]
+    tally = Tally()
+    for part in parts:
+        tally.add(Tally.from_json((part / TALLY_FILE).read_bytes()))
+    balance = _balance(config, layout, parts, tally, sum(shard.rows for shard in shards))
+    files = [_place(layout, shard) for shard in shards]
+    stats = _stats(config, layout, passes, tally, balance)
+    write_json(layout.output / "stats.json", stats)
+    write_report(stats, layout.output / "report.html")
+    manifest = {
+        **description(config, inputs.files),
+        "ignored": [ignored._asdict() for ignored in inputs.ignored],
+        "counts": balance,
+        "alarms": stats["alarms"],
+        "outputs": files,
+    }
+    write_json(layout.manifest, manifest)
+    shutil.rmtree(layout.work, ignore_errors=True)
+    return manifest
+
+
+def _balance(
+    config: PreprocessConfig, layout: Layout, parts: Sequence[Path], tally: Tally, written: int
+) -> dict[str, int]:
+    """Writes what was dropped and set aside, and checks that with what is kept this is all that was read."""
+    counts = tally.counts
+    balance = {
+        "input": counts.get("read", {}).get("records", 0),
+        "kept": written - counts.get("kept", {}).get("copies", 0),
+        "dropped": _write_all(parts, DROPPED_FILE, layout.output / "dropped", config.output_format),
+        "quarantined": _write_all(parts, QUARANTINED_FILE, layout.output / "quarantine", config.output_format),
+        "copies": counts.get("kept", {}).get("copies", 0),
+    }
+    if balance["input"] != balance["kept"] + balance["dropped"] + balance["quarantined"]:
+        raise AssertionError(f"documents were lost or doubled: {balance}; the run's folder {layout.work} is kept")
+    return balance
+
+
+def _write_all(parts: Sequence[Path], name: str, folder: Path, output_format: str) -> int:
+    """Writes the rows of all parts' files of one name, in order, and returns how many records they stand for."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    tables = (read_table(part / name) for part in parts)
+    records = 0
+    for number, batches in enumerate(_grouped(tables)):
+        with RecordWriter(folder / f"part-{number:05d}.{output_format}") as writer:
+            for batch in batches:
+                writer.write(batch)
+                records += (
+                    pc.sum(batch.column("records")).as_py() if "records" in batch.schema.names else batch.num_rows
+                )
+    return records
+
+
+def _grouped(tables: Iterable[pa.Table]) -> Iterator[list[pa.RecordBatch]]:
+    """The batches of tables, in groups of about a million rows."""
+    group: list[pa.RecordBatch] = []
+    rows = 0
+    for table in tables:
+        group += [batch for batch in table.to_batches() if batch.num_rows]
+        rows += table.num_rows
+        if rows >= _ROWS_PER_FILE:
+            yield group
+            group, rows = [], 0
+    if group:
+        yield group
+
+
+def _place(layout: Layout, shard: FinishedPart) -> dict[str, Any]:
+    """Moves a shard's file to `data/`, unless it is there, and describes it."""
+    name = next(name for name in shard.checksums if name.startswith(SHARD_PREFIX))
+    target = layout.output / "data" / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if (shard.folder / name).exists():
+        (shard.folder / name).replace(target)
+    return {
+        "file": f"data/{name}",
+        "documents": shard.rows,
+        "text_bytes": shard.text_bytes,
+        "bytes": target.stat().st_size,
+        "xxh3_128": shard.checksums[name],
+    }
+
+
+def _stats(
+    config: PreprocessConfig, layout: Layout, passes: Sequence[Pass], tally: Tally, balance: dict[str, int]
+) -> dict[str, Any]:
+    counts = tally.counts
+    kept = counts.get("kept", {})
+    counted = config.tokenizer is not None and kept.get("tokens", 0) > 0
+    figures = {
+        stage.name: figures_of(layout.decisions(number, stage.name))
+        for number, each in enumerate(passes)
+        for stage in each.corpus
+    }
+    stages = [
+        {"name": name, "figures": figures.get(name, {}), **counts.get("stages", {}).get(name, empty_stage())}
+        for name in config.pipeline
+    ]
+    return {
+        "counts": balance,
+        "bytes_per_token": kept["bytes"] / kept["tokens"] if counted else config.bytes_per_token,
+        "tokens_counted": counted,
+        "read": counts.get("read", {}),
+        "quarantined": counts.get("quarantined", {}),
+        "stages": stages,
+        "kept": kept,
+        "samples": tally.samples,
+        "alarms": [alarm for stage in stages for alarm in _alarm(config, stage)],
+    }
+
+
+def _alarm(config: PreprocessConfig, stage: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    given, left = stage["in"]["documents"], stage["out"]["documents"]
+    limit = getattr(config, stage["name"]).alarm
+    if given and (given - left) / given > limit:
+        share = round((given - left) / given, 4)
+        _log.warning(
+            "%s removed %.1f%% of its documents, above its alarm of %.1f%%; look at the samples in report.html",
+            stage["name"],
+            100 * share,
+            100 * limit,
+        )
+        yield {"stage": stage["name"], "removed": share, "limit": limit}

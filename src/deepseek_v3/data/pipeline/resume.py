@@ -1,0 +1,171 @@
+"""What a run has finished, and whether it may go on: same configuration, same input, nobody else at work."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from deepseek_v3.config.preprocess_config import PreprocessConfig
+from deepseek_v3.data.formats.inputs import InputFile
+from deepseek_v3.data.pipeline.run_folder import FinishedPart, Layout, is_whole, read_part
+from deepseek_v3.utils.errors import DataError
+from deepseek_v3.utils.files import written_atomically
+from deepseek_v3.utils.locks import locked
+from deepseek_v3.utils.redaction import masked
+from deepseek_v3.utils.text import value_text
+
+FORMAT_VERSION = 2
+# They say how a run is carried out, and change nothing about what comes out.
+_FREE = ("output_dir", "engine", "ray_address", "workers", "memory")
+
+
+def description(config: PreprocessConfig, files: Sequence[InputFile]) -> dict[str, Any]:
+    """What decides about the result: the configuration, the input and what stages read besides, as JSON."""
+    fields = {name: value for name, value in config.model_dump(mode="json").items() if name not in _FREE}
+    described: dict[str, Any] = orjson.loads(
+        orjson.dumps(
+            {
+                "format_version": FORMAT_VERSION,
+                "config": fields,
+                "inputs": [{"name": file.name, "size": file.size, "modified": file.modified} for file in files],
+                "read_by_stages": _read_by_stages(config),
+            },
+        )
+    )
+    return described
+
+
+def _read_by_stages(config: PreprocessConfig) -> list[dict[str, Any]]:
+    """The models, evaluation sets and other files that the configured stages name, those that there are."""
+    named = [config.tokenizer]
+    for stage in config.pipeline:
+        for _, value in getattr(config, stage):
+            named += value if isinstance(value, tuple) else [value]
+    paths = [path for path in named if isinstance(path, Path)]
+    files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    return [
+        {"name": str(file), "size": file.stat().st_size, "modified": str(file.stat().st_mtime_ns)}
+        for file in files
+        if file.is_file()
+    ]
+
+
+def begin(layout: Layout, described: dict[str, Any]) -> bool:
+    """Starts a run, or goes on with one: returns whether work of an earlier process is there.
+
+    Raises DataError where the output folder holds anything else, or the run began with another configuration or
+    another input.
+    """
+    if not layout.run_file.exists():
+        strangers = (
+            [path.name for path in layout.output.iterdir() if path != layout.work] if layout.output.exists() else []
+        )
+        if strangers:
+            raise DataError(
+                f"{layout.output}: holds {', '.join(sorted(strangers)[:5])} and no unfinished run; choose another "
+                "output_dir, or remove it"
+            )
+        write_json(layout.run_file, described)
+        return False
+    check_same(read_json(layout.run_file), described, layout.run_file, f"remove {layout.work} to start anew")
+    return True
+
+
+def check_same(before: dict[str, Any], now: dict[str, Any], where: Path, advice: str) -> None:
+    """Raises DataError, naming the first field or file that differs, unless both describe the same run."""
+    if before["format_version"] != now["format_version"]:
+        raise DataError(f"{where}: was written by another version of this program; {advice}")
+    _check_files("input file", before["inputs"], now["inputs"], where, advice)
+    _check_files("file", before["read_by_stages"], now["read_by_stages"], where, advice)
+    for name, value in now["config"].items():
+        if before["config"].get(name) != value and _masked(before["config"].get(name)) != value:
+            raise DataError(
+                f"{where}: the run began with another {name}: {value_text(before['config'].get(name))}, "
+                f"now {value_text(value)}; "
+                f"set it back, choose another output_dir, or {advice}"
+            )
+
+
+def _masked(value: Any) -> Any:
+    """The value of a run that began when secrets were still written down."""
+    if isinstance(value, str):
+        return masked(value)
+    return [_masked(each) for each in value] if isinstance(value, list) else value
+
+
+def _check_files(
+    kind: str, before: list[dict[str, Any]], now: list[dict[str, Any]], where: Path, advice: str
+) -> None:
+    known = {file["name"]: file for file in before}
+    found = {file["name"]: file for file in now}
+    for name in sorted(known.keys() | found.keys()):
+        if known.get(name) == found.get(name):
+            continue
+        change = "was changed" if name in known and name in found else "is new" if name in found else "is gone"
+        raise DataError(
+            f"{where}: the {kind} {name} {change} since the run began; put it back, choose another output_dir, "
+            f"or {advice}"
+        )
+
+
+@contextmanager
+def at_work(layout: Layout, shared: bool) -> Iterator[None]:
+    """Holds the run's lock, which shards share; raises as `locked` does."""
+    with locked(layout.work / "lock", layout.output, "choose another output_dir", shared=shared):
+        yield
+
+
+def complete_parts(folder: Path) -> list[FinishedPart] | None:
+    """The parts of a pass that is complete, or None where it is not."""
+    marker = folder / "complete.json"
+    if not marker.exists():
+        return None
+    parts = [read_part(folder / name) for name in read_json(marker)["parts"]]
+    found = [part for part in parts if part is not None]
+    if len(found) < len(parts):
+        raise DataError(
+            f"{folder}: finished work is missing; remove the folder .work that it lies in and run again"
+        )
+    return found
+
+
+def mark_complete(folder: Path, parts: Sequence[FinishedPart]) -> None:
+    """Notes that a pass has all its parts."""
+    write_json(folder / "complete.json", {"parts": [part.name for part in parts]})
+
+
+def count_finished(layout: Layout) -> int:
+    """Parts of all passes that are finished, and so need not be made again."""
+    folders = sorted(layout.work.glob("pass-*")) + [layout.shards]
+    return sum(read_part(path) is not None for folder in folders if folder.is_dir() for path in folder.iterdir())
+
+
+def discard_damaged(folder: Path) -> int:
+    """Removes what a process left unfinished in a pass, and parts that are not as written; returns how many."""
+    damaged = 0
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        part = read_part(path)
+        if path.is_dir() and (path.name.endswith(".partial") or part is None or not is_whole(part)):
+            shutil.rmtree(path, ignore_errors=True)
+            damaged += not path.name.endswith(".partial")
+    return damaged
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a run."""
+    try:
+        fields: dict[str, Any] = orjson.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: is damaged: {error}; remove the run's folder .work and run again") from None
+    return fields
+
+
+def write_json(path: Path, fields: dict[str, Any]) -> None:
+    """Writes a JSON file with sorted keys, whole or not at all."""
+    with written_atomically(path) as partial:
+        partial.write_bytes(orjson.dumps(fields, option=orjson.OPT_SORT_KEYS | orjson.OPT_INDENT_2) + b"\n")

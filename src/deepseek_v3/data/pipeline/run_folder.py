@@ -1,0 +1,166 @@
+"""Finished pieces of work on disk: folders that appear whole, with checksums of what is in them.
+
+FOLDED: Where a run keeps what, below its output folder.
+"""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pyarrow as pa
+import xxhash
+
+from deepseek_v3.utils.errors import DataError
+
+_MARKER = "part.json"
+_CHUNK_BYTES = 2**22
+
+RECORDS_FILE = "records.arrow"
+DROPPED_FILE = "dropped.arrow"
+QUARANTINED_FILE = "quarantined.arrow"
+TALLY_FILE = "tally.json"
+SHARD_PREFIX = "part-"
+IDS_FILE = "ids.arrow"  # of an earlier corpus, beside its keys
+
+
+@dataclass(frozen=True)
+class FinishedPart:
+    """A folder of finished work.
+
+    `rows` documents of `text_bytes` bytes were left when it was written. `resume` says where the reading of a unit
+    goes on, as (index of the span, position in it), or is None where nothing is left to read.
+    """
+
+    folder: Path
+    rows: int
+    text_bytes: int
+    resume: tuple[int, int] | None
+    checksums: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+
+@contextmanager
+def appearing_folder(folder: Path) -> Iterator[Path]:
+    """Yields an empty folder beside `folder` that takes its name on success and is removed otherwise.
+
+    Where `folder` came into being meanwhile, that one stays: whoever wrote it did the same work.
+    """
+    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.partial")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def finish_part(
+    folder: Path, partial: Path, rows: int, text_bytes: int, resume: tuple[int, int] | None
+) -> FinishedPart:
+    """Writes the marker of a part whose files are complete in `partial`, soon to be `folder`."""
+    checksums = {path.relative_to(partial).as_posix(): checksum(path) for path in _files(partial)}
+    part = FinishedPart(folder, rows, text_bytes, resume, checksums)
+    fields = {name: value for name, value in asdict(part).items() if name != "folder"}
+    (partial / _MARKER).write_bytes(orjson.dumps(fields, option=orjson.OPT_SORT_KEYS))
+    return part
+
+
+def read_part(folder: Path) -> FinishedPart | None:
+    """The finished part in `folder`, or None where there is none."""
+    try:
+        fields: dict[str, Any] = orjson.loads((folder / _MARKER).read_bytes())
+        resume = fields["resume"]
+        return FinishedPart(
+            folder, fields["rows"], fields["text_bytes"], resume and (resume[0], resume[1]), fields["checksums"]
+        )
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def is_whole(part: FinishedPart) -> bool:
+    """Whether all files of a part are there as they were written."""
+    try:
+        return all(checksum(part.folder / name) == expected for name, expected in part.checksums.items())
+    except OSError:
+        return False
+
+
+def checksum(path: Path) -> str:
+    """XXH3-128 of a file, in hexadecimal."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_table(table: pa.Table, path: Path) -> None:
+    """Writes an Arrow file that can be memory-mapped: uncompressed."""
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table.combine_chunks())
+
+
+def read_table(path: Path) -> pa.Table:
+    """A memory-mapped table."""
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(
+            f"{path}: unfinished work is damaged: {error}; remove the folder .work and run again"
+        ) from None
+
+
+def single_batch(table: pa.Table) -> pa.RecordBatch:
+    """The rows of a table as one batch."""
+    batches = table.combine_chunks().to_batches()
+    return batches[0] if batches else pa.RecordBatch.from_pylist([], table.schema)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The folders of a run. Everything in `work` is removed once the run is complete."""
+
+    output: Path
+
+    @property
+    def work(self) -> Path:
+        return self.output / ".work"
+
+    @property
+    def run_file(self) -> Path:
+        return self.work / "run.json"
+
+    @property
+    def manifest(self) -> Path:
+        return self.output / "manifest.json"
+
+    def parts(self, number: int) -> Path:
+        """The finished parts of a pass."""
+        return self.work / f"pass-{number}"
+
+    def decisions(self, number: int, stage: str) -> Path:
+        """What a corpus stage decided before pass `number`."""
+        return self.work / f"decisions-{number}" / stage
+
+    @property
+    def shards(self) -> Path:
+        """Finished output files, until the run is complete."""
+        return self.work / "shards"

@@ -1,0 +1,181 @@
+"""Why documents were dropped, stage by stage, and why records were set aside.
+
+FOLDED: Some documents of each reason, with what decided about them, and some that were kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+
+from deepseek_v3.charts.markup import (
+    Body,
+    Html,
+    code,
+    count,
+    element,
+    figure,
+    joined,
+    passage,
+    share,
+    shortened,
+    size,
+    slug,
+    stage_title,
+    table,
+)
+from deepseek_v3.charts.svg import bar
+from deepseek_v3.data.formats.quarantine import REASONS
+from deepseek_v3.data.report.duplicates import occurrences
+
+_KEPT = "kept"
+_SHOWN = 5  # of each reason
+_CHARACTERS = 600
+_ALL_CHARACTERS = 150_000  # of all samples together, which keeps the page below 2 MB
+_NAME_CHARACTERS = 160
+
+
+def anchor(stage: str, reason: str) -> str:
+    """The id of a reason's samples on the page."""
+    return slug("samples", stage, reason)
+
+
+def samples(stats: dict[str, Any]) -> Html:
+    """All samples, folded up, in the order of the stages."""
+    found: dict[str, list[dict[str, Any]]] = stats.get("samples", {})
+    number = sum(len(each[:_SHOWN]) for each in found.values())
+    if not number:
+        return element("p", "No documents came in.")
+    characters = min(_CHARACTERS, _ALL_CHARACTERS // number)
+    order = [stage["name"] for stage in stats.get("stages", [])]
+    stages = sorted(
+        {key.split("/", 1)[0] for key in found} - {_KEPT}, key=lambda name: (order + [name]).index(name)
+    )
+    parts = [_stage_reasons(stage, found, stats, characters) for stage in stages]
+    if found.get(_KEPT):
+        parts += [
+            element("h3", "Kept"),
+            _group(anchor(_KEPT, ""), "documents of the output", found[_KEPT], characters),
+        ]
+    return joined(parts)
+
+
+def _stage_reasons(
+    name: str, found: dict[str, list[dict[str, Any]]], stats: dict[str, Any], characters: int
+) -> Html:
+    stage: dict[str, Any] = next((stage for stage in stats.get("stages", []) if stage["name"] == name), {})
+    groups = []
+    for key in sorted(key for key in found if key.startswith(f"{name}/")):
+        reason = key.split("/", 1)[1]
+        documents = stage.get("reasons", {}).get(reason, {}).get("documents")
+        title = joined([code(reason), "" if documents is None else f" {count(documents)} documents dropped"])
+        groups.append(_group(anchor(name, reason), title, found[key], characters))
+    return joined([element("h3", stage_title(name)), *groups])
+
+
+def _group(key: str, title: str, found: list[dict[str, Any]], characters: int) -> Html:
+    shown = [_sample(sample, characters) for sample in found[:_SHOWN]]
+    # A link to something inside opens what is folded up.
+    return element("details", element("summary", title), element("div", *shown, id=key), class_="samples")
+
+
+def _sample(sample: dict[str, Any], characters: int) -> Html:
+    text, trigger = sample.get("text") or "", sample.get("trigger")
+    shown = text[:characters]
+    spans = occurrences(shown, trigger) if trigger else []
+    details = [*_figures(sample.get("figures")), *_length(len(shown), sample.get("characters", len(text)))]
+    decided = (
+        [element("p", "Decided by: ", element("mark", element("bdi", trigger)))] if trigger and not spans else []
+    )
+    return element(
+        "article",
+        _origin(sample),
+        element("p", joined(details), class_="figures") if details else "",
+        *decided,
+        passage(shown, spans),
+        class_="sample",
+    )
+
+
+def _origin(sample: dict[str, Any]) -> Html:
+    source = element("bdi", shortened(str(sample.get("source", "")), _NAME_CHARACTERS))
+    name = element("bdi", shortened(str(sample.get("id", "")), _NAME_CHARACTERS))
+    return element("p", source, f", place {figure(sample.get('place'))}, id ", name, class_="origin")
+
+
+def _figures(figures: str | None) -> list[Html]:
+    """The figures of a decision: what was found beside its limit first, then all others by name."""
+    found: dict[str, Any] = orjson.loads(figures) if figures else {}
+    shown = sorted(name for name in found if found[name] not in ([], {}, None))
+    names = sorted(shown, key=lambda name: name not in ("found", "limit"))
+    return [element("span", f"{name} ", element("b", element("bdi", figure(found[name])))) for name in names]
+
+
+def _length(shown: int, whole: int) -> list[Html]:
+    if shown >= whole:
+        return []
+    return [element("span", f"the first {count(shown)} of {count(whole)} characters")]
+
+
+_MEANINGS = {**REASONS, "duplicate_id": "a record whose id an earlier record of the corpus has"}
+
+
+def reasons(stats: dict[str, Any]) -> Html:
+    """A table of all reasons with bars that compare across stages."""
+    stages = stats.get("stages", [])
+    most = max((reason.get("documents", 0) for stage in stages for reason in _of(stage).values()), default=0)
+    bodies = [_stage_samples(stage, most, stats.get("samples", {})) for stage in stages]
+    if not bodies:
+        return element("p", "No stage ran.")
+    header = ["reason", "", "documents", "share", "text", "share"]
+    note = "Shares are of what came to the stage. A reason that has samples leads to them."
+    return joined(
+        [table("Documents dropped, by stage and reason", header, *bodies), element("p", note, class_="note")]
+    )
+
+
+def quarantine(stats: dict[str, Any]) -> Html:
+    """Reasons of records that hold no usable document."""
+    found = sorted(stats.get("quarantined", {}).items(), key=lambda item: (-item[1], item[0]))
+    if not found:
+        return element("p", "Every record could be read.")
+    most = max(found[0][1], 1)  # an empty file stands for no record
+    rows = [
+        (code(reason), bar(("quarantined", number / most)), count(number), _MEANINGS.get(reason, ""))
+        for reason, number in found
+    ]
+    return table("Records set aside, by reason", ["reason", "", "records", "meaning"], Body(rows), left=[3])
+
+
+def _stage_samples(stage: dict[str, Any], most: int, samples: dict[str, Any]) -> Body:
+    given, left, found = stage.get("in", {}), stage.get("out", {}), _of(stage)
+    documents, num_bytes = given.get("documents", 0), given.get("bytes", 0)
+    rows: list[tuple[str, ...]] = [
+        (
+            _name(stage["name"], reason, samples),
+            bar(("dropped", each.get("documents", 0) / max(most, 1))),
+            count(each.get("documents", 0)),
+            share(each.get("documents", 0), documents),
+            size(each.get("bytes", 0)),
+            share(each.get("bytes", 0), num_bytes),
+        )
+        for reason, each in sorted(found.items(), key=lambda item: (-item[1].get("documents", 0), item[0]))
+    ]
+    shorter = num_bytes - left.get("bytes", 0) - sum(each.get("bytes", 0) for each in found.values())
+    if shorter > 0:
+        rows.append(
+            ("text taken out of documents that go on", "", "", "", size(shorter), share(shorter, num_bytes))
+        )
+    heading = f"{stage_title(stage['name'])}: {count(documents)} in, {count(left.get('documents', 0))} out"
+    return Body(rows, heading)
+
+
+def _of(stage: dict[str, Any]) -> dict[str, dict[str, int]]:
+    found: dict[str, dict[str, int]] = stage.get("reasons", {})
+    return found
+
+
+def _name(stage: str, reason: str, samples: dict[str, Any]) -> Html:
+    shown = code(reason)
+    return element("a", shown, href=f"#{anchor(stage, reason)}") if samples.get(f"{stage}/{reason}") else shown

@@ -1,0 +1,232 @@
+"""From a source of text to token shards on disk, in bounded memory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from deepseek_v3.data.formats.reading import read_documents
+from deepseek_v3.data.sample_corpora import stdlib_documents
+from deepseek_v3.data.tokens.encoding import CorpusEncoder, encoded_batches
+from deepseek_v3.data.tokens.fim import FillInMiddle
+from deepseek_v3.data.tokens.holdout import DEFAULT_SHARE, HoldOut, HoldOutPlanner, TokenBounds
+from deepseek_v3.data.tokens.index import SPLITS, CorpusOptions, ShardIndex, SplitTotals
+from deepseek_v3.data.tokens.shards import ShardWriter
+from deepseek_v3.data.tokens.tokenizer import Tokenizer, check_vocab_size, least_tokens
+from deepseek_v3.utils.errors import DataError
+from deepseek_v3.utils.files import partial_path, remove_partials
+from deepseek_v3.utils.locks import locked
+from deepseek_v3.utils.logging import get_console, get_logger
+from deepseek_v3.utils.text import counted
+
+PYTHON_STDLIB = "python-stdlib"
+SEQUENCE_LENGTH = 256  # tokens in a window, where nobody says what the model will read
+
+_BATCH_CHARACTERS = 2**20  # text encoded at a time: enough to outweigh the way to another process and back
+
+_log = get_logger("Tokens")
+
+
+@dataclass(frozen=True)
+class CorpusSummary:
+    """What was written, and where."""
+
+    output: Path
+    vocab_size: int
+    train: SplitTotals
+    holdout: SplitTotals
+
+
+def tokenize_corpus(
+    source: str,
+    output: Path,
+    *,
+    vocab_size: int | None,
+    tokenizer: Path | None,
+    holdout: float | None,
+    fim_rate: float,
+    seed: int,
+    sequence_length: int = SEQUENCE_LENGTH,
+    text_field: str = "text",
+    shard_tokens: int = 2**27,
+    workers: int | None = None,
+) -> CorpusSummary:
+    """Writes token shards of `source`, a file or folder of text or `python-stdlib`, to the new directory `output`.
+
+    Takes the tokenizer from a file, or trains one of `vocab_size` on the training split. `HoldOutPlanner.choose`
+    says what is held out of the text for a `holdout` share and windows of `sequence_length` tokens; copies of a
+    text never stand on both sides. Of the training documents the share `fim_rate` is rearranged for
+    fill-in-the-middle. What is written does not depend on `workers`, the processes that encode (None: one for each
+    core). Memory holds a few megabytes of text for each, or the longest documents.
+
+    `output` appears when all is written, or not at all. Raises DataError if it exists, if the source cannot be used
+    as it is, or if either split would be shorter than one window.
+    """
+    _check_options(vocab_size, tokenizer, holdout, fim_rate, workers)
+    share = DEFAULT_SHARE if holdout is None else holdout
+    options = CorpusOptions(source=source, text_field=text_field, holdout=share, fim_rate=fim_rate, seed=seed)
+    with _appearing_whole(output) as partial:
+        coder = None if tokenizer is None else Tokenizer.load(tokenizer)
+        if coder is not None:
+            FillInMiddle(
+                fim_rate, seed, coder.fim
+            )  # refuses a tokenizer without the markers before the text is read
+        split = _choose_holdout(options, holdout, coder, sequence_length)
+        if coder is None:
+            coder = _train(options, split, vocab_size)
+        encoder = CorpusEncoder(coder, options, split)
+        with ShardWriter(partial, coder, shard_tokens) as writer, _Meter("Tokenizing", "tokens") as meter:
+            batches = _batches(_texts(options, warn=True))
+            with closing(encoded_batches(encoder, batches, workers or os.cpu_count() or 1)) as encoded:
+                for batch in encoded:
+                    for side, ids, num_bytes in batch.documents():
+                        writer.add(side, ids, num_bytes)
+                    meter.add(len(batch.lengths), len(batch.ids) + len(batch.lengths))
+            index = writer.finish(options)
+        _check_windows(index, sequence_length)
+    return CorpusSummary(output, coder.vocab_size, index.totals("train"), index.totals("holdout"))
+
+
+def _check_options(
+    vocab_size: int | None, tokenizer: Path | None, holdout: float | None, fim_rate: float, workers: int | None
+) -> None:
+    if (vocab_size is None) == (tokenizer is None):
+        raise DataError(
+            f"vocab_size = {vocab_size} and tokenizer = {tokenizer}: expected one of the two, a size to train a "
+            "tokenizer of or a tokenizer.json to use"
+        )
+    if vocab_size is not None:
+        check_vocab_size(vocab_size)
+    if holdout is not None and not 0 < holdout < 1:
+        raise DataError(f"holdout = {holdout}: expected a share between 0 and 1, such as 0.02")
+    if not 0 <= fim_rate <= 1:
+        raise DataError(f"fim_rate = {fim_rate}: expected a share from 0 to 1, such as 0.1")
+    if workers is not None and workers < 1:
+        raise DataError(f"workers = {workers}: expected at least 1")
+
+
+def _choose_holdout(
+    options: CorpusOptions, share: float | None, tokenizer: Tokenizer | None, sequence_length: int
+) -> HoldOut:
+    if tokenizer is None:
+        bounds = TokenBounds(least_tokens, lambda text: len(text.encode("utf-8")) + 1)
+    else:
+        bounds = TokenBounds(*(2 * [lambda text: len(tokenizer.encode(text)) + 1]))
+    need = f"one window of {sequence_length:,} tokens"
+    return HoldOutPlanner(options.source, lambda: _texts(options), bounds, sequence_length + 1, need).choose(share)
+
+
+def _check_windows(index: ShardIndex, sequence_length: int) -> None:
+    """Raises DataError where the tokenizer made fewer tokens of the text than it was expected to make."""
+    for split in SPLITS:
+        tokens, size = index.totals(split).tokens, index.totals(split).bytes
+        if tokens <= sequence_length:
+            raise DataError(
+                f"{index.options.source}: the split {split!r} holds {tokens:,} tokens, made of {size:,} bytes; "
+                f"expected at least {sequence_length + 1:,} for one window, about "
+                f"{-(-size * (sequence_length + 1) // tokens):,} bytes; add text, change holdout = "
+                f"{index.options.holdout}, or lower the sequence length"
+            )
+
+
+@contextmanager
+def _appearing_whole(output: Path) -> Iterator[Path]:
+    """Yields an empty directory beside `output` that takes its name on success and is removed otherwise.
+
+    Also removes those of processes that were killed. Raises InUseError where another process writes `output`.
+    """
+    _refuse_if_there(output)
+    with locked(output.with_name(f".{output.name}.lock"), output, "choose another output directory"):
+        _refuse_if_there(output)  # another process may have finished it meanwhile
+        remove_partials(output)
+        partial = partial_path(output)
+        try:
+            partial.mkdir()
+            yield partial
+            partial.rename(output)
+        except OSError as error:
+            raise DataError(
+                f"{output}: cannot be written: {error}; make room, or choose another directory"
+            ) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _refuse_if_there(output: Path) -> None:
+    if output.exists() or output.is_symlink():
+        raise DataError(f"{output}: exists and is left as it is; remove it, or choose another output directory")
+
+
+def _texts(options: CorpusOptions, *, warn: bool = False) -> Iterator[str]:
+    if options.source == PYTHON_STDLIB:
+        return (document.text for document in stdlib_documents())
+    return (document.text for document in read_documents(options.source, options.text_field, warn=warn))
+
+
+def _train(options: CorpusOptions, holdout: HoldOut, vocab_size: int | None) -> Tokenizer:
+    assert vocab_size is not None
+    with _Meter("Training the tokenizer", "characters") as meter:
+
+        def texts() -> Iterator[str]:
+            for text in holdout.training_texts(_texts(options)):
+                meter.add(1, len(text))
+                yield text
+
+        tokenizer = Tokenizer.train(texts(), vocab_size)
+    if tokenizer.vocab_size < vocab_size:
+        _log.warning(
+            f"the tokenizer has {tokenizer.vocab_size:,} ids where {vocab_size:,} were asked for: no other pair "
+            f"occurs twice in the text of {options.source}; add text, or ask for fewer ids"
+        )
+    return tokenizer
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+class _Meter:
+    """Counts documents and what is in them: a live line on a terminal, and a line in the log at the end."""
+
+    def __init__(self, title: str, unit: str) -> None:
+        self._title, self._unit = title, unit
+        self._documents = self._amount = 0
+        self._status = get_console().status(title)
+
+    def __enter__(self) -> _Meter:
+        self._start = time.monotonic()
+        if self._status.console.is_terminal:
+            self._status.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._status.stop()
+        if error is None:
+            _log.info(self._line())
+
+    def add(self, documents: int, amount: int) -> None:
+        self._documents += documents
+        self._amount += amount
+        self._status.update(self._line())
+
+    def _line(self) -> str:
+        amount, unit = self._amount, self._unit
+        rate = amount / max(time.monotonic() - self._start, 1e-9)
+        return f"{self._title}: {counted(self._documents, 'document')}, {amount:,} {unit}, {rate:,.0f}/s"

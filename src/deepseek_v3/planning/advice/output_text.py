@@ -1,0 +1,178 @@
+"""How the advice of `dsv3 plan` is printed: what fits, what it takes, why not, and what to do."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable
+
+import typer
+
+from deepseek_v3.planning.advice.advisor import ESTIMATE_ONLY, Advice, launch_command, sources
+from deepseek_v3.planning.advice.request import OBJECTIVES, PlanRequest
+from deepseek_v3.planning.advice.size_plan import SizePlan
+from deepseek_v3.planning.hardware import Device
+from deepseek_v3.planning.layout_search import Layout
+from deepseek_v3.planning.scaling_laws import ExpectedLoss
+from deepseek_v3.utils.command_line import say_next
+from deepseek_v3.utils.text import dollars, figures, gibibytes, paragraph, short_count, side_by_side, spelled, table
+
+_LEGEND = (
+    "layout: copies × shards of the data; ep, pp: devices that share out the experts, the layers; mb: micro-batch; "
+    "re: layers run again in the backward pass. MFU: the model's operations over the devices' peak. "
+    "T/P: tokens per active parameter. *: outside what the law was fitted on."
+)
+
+
+def print_advice(advice: Advice, price_given: bool) -> None:
+    """Prints the whole answer to standard output."""
+    for text in _header(advice.request, price_given):
+        typer.echo(paragraph(text))
+    _print_table(_fit_table(advice), advice)
+    _print_table(side_by_side(_cost_table(advice), _loss_table(advice)), advice)
+    typer.echo(f"\n{paragraph(_LEGEND)}")
+    _print_missing(advice)
+    _print_parts(advice)
+    typer.echo()
+    for name, source in sources().items():
+        typer.echo(paragraph(f"{name.capitalize()}: {source}."))
+    _print_recommendation(advice)
+
+
+def print_devices(devices: Iterable[Device]) -> None:
+    """Prints what is known of each device, and from where."""
+    header = "device GiB bf16_TFLOP/s fp32_TFLOP/s memory_GB/s link_GB/s network_GB/s $_an_hour"
+    rows: list[list[str]] = []
+    named: dict[str, list[str]] = {}
+    for device in devices:
+        rates = (device.memory_gib, device.bfloat16_tflops, device.float32_tflops, device.memory_gb_per_s)
+        links = (device.link_gb_per_s, device.network_gb_per_s)
+        shown = ["–" if rate is None else f"{rate:,g}" for rate in (*rates, *links)]
+        rows.append([device.name, *shown, f"{device.dollars_per_hour:.2f}"])
+        named.setdefault(device.source, []).append(device.name)
+    typer.echo("\n".join(table([name.replace("_", " ") for name in header.split()], rows)) + "\n")
+    for source, names in named.items():
+        typer.echo(paragraph(f"{', '.join(names)}: {source}."))
+    typer.echo(paragraph("Choose one with --gpu, or describe yours in a file for --hardware. Rates are dense."))
+
+
+def _header(request: PlanRequest, price_given: bool) -> tuple[str, str]:
+    device = request.device
+    limits = request.budgets + ([f"{short_count(request.tokens)} tokens"] if request.tokens else [])
+    within = ", ".join(limits)
+    return (
+        f"{request.devices:,} × {device.name}, {device.memory_gib:g} GiB each, "
+        f"${device.dollars_per_hour:.2f} an hour each ({'rent as given' if price_given else device.source})",
+        f"{f'Within {within}' if within else 'No limits'}; the aim is {OBJECTIVES[request.objective]} "
+        f"(--objective {request.objective})",
+    )
+
+
+def _fit_table(advice: Advice) -> list[str]:
+    device = advice.request.device
+    memory = f"GiB of {gibibytes(device.memory_bytes)}"
+    rows = []
+    for row in advice.rows:
+        layout = row.layout
+        counts = (short_count(row.total_parameters), short_count(row.active_parameters))
+        shape = (f"{layout.devices:,}", _shape(layout)) if layout else ("–", "–")
+        rows.append([row.name, *counts, "✓" if row.fits else "✗", *shape, gibibytes(row.needed_bytes)])
+    return table(["size", "total", "active", "fits", "devices", "layout", memory], rows, left=["layout"])
+
+
+def _memory_table(advice: Advice) -> list[str]:
+    """GiB by part on the fullest device of each size; of what does not fit, in its leanest layout."""
+    parts = [row.memory_parts for row in advice.rows]
+    rows = [[spelled(name), *(gibibytes(part[name]) for part in parts)] for name in parts[0]]
+    return table(["GiB", *(row.name for row in advice.rows)], rows)
+
+
+def _cost_table(advice: Advice) -> list[str]:
+    header = ["size", "step s", "MFU", "hours", "device hours", "cost"]
+    return table(header, [[row.name, *_costs(row)] for row in advice.rows])
+
+
+def _loss_table(advice: Advice) -> list[str]:
+    rows = [
+        [
+            row.name,
+            short_count(row.tokens),
+            f"{row.ratio:.1f}",
+            f"{row.steps:,}",
+            f"{row.compute:.1e}",
+            _loss(row.loss) if row.loss else "–",
+        ]
+        for row in advice.rows
+    ]
+    return table(["size", "tokens", "T/P", "steps", "FLOPs", "loss (low–high)"], rows)
+
+
+def _costs(row: SizePlan) -> tuple[str, ...]:
+    layout, cost = row.layout, row.cost
+    if layout is None or cost is None:
+        return ("–",) * 5
+    hours = (figures(hours) if hours >= 0.001 else "<0.001" for hours in (cost.hours, cost.device_hours))
+    return figures(layout.step.total), f"{cost.mfu:.0%}", *hours, dollars(cost.dollars)
+
+
+def _print_table(lines: list[str], advice: Advice) -> None:
+    """The recommended size's lines stand out, and those that do not fit stand back."""
+    typer.echo()
+    unfit = {row.name for row in advice.rows if not row.fits}
+    best = advice.recommended.name if advice.recommended else None
+    for line in lines:
+        name = line.split(" ")[0]
+        styled = typer.style(line.rstrip(), bold=name == best or None, dim=name in unfit or None)
+        typer.echo(styled if name in {best, *unfit} else line.rstrip())
+
+
+def _print_missing(advice: Advice) -> None:
+    lines = [f"✗ {row.name} {reason}" for row in advice.rows for reason in row.reasons]
+    if lines:
+        typer.echo("\n" + "\n".join(map(paragraph, lines)))
+
+
+def _print_parts(advice: Advice) -> None:
+    """Memory of every size, and time of the recommended one, by part."""
+    row, lines = advice.recommended, _memory_table(advice)
+    title = "Memory by part on the fullest device, at its fullest moment"
+    if row and row.layout:
+        seconds = {**row.layout.step.parts(), "a step": row.layout.step.total}
+        times = [[spelled(name), figures(part)] for name, part in seconds.items()]
+        lines = side_by_side(lines, table([f"{row.name}, seconds", ""], times))
+        title += f"; for {row.name} the {row.memory.moment}"
+    typer.echo("\n" + paragraph(f"{title}:"))
+    typer.echo("\n".join(lines))
+
+
+def _print_recommendation(advice: Advice) -> None:
+    typer.echo()
+    row = advice.recommended
+    if row is None or row.cost is None:
+        typer.echo(paragraph(f"Recommended: none; {advice.reason}."))
+        return
+    loss = f", expected loss {row.loss.value:.2f}" if row.loss else ""
+    takes = f"{figures(row.cost.hours)} hours, {dollars(row.cost.dollars)}{loss}"
+    typer.secho(paragraph(f"Recommended: {row.name} ({takes}); {advice.reason}."), bold=True)
+    if row.config.parallel.world_size > 1:
+        typer.echo(paragraph(f"Note: {ESTIMATE_ONLY}."))
+    data, commands = row.config.data, [shlex.split(launch_command(row, advice.request.device.devices_per_node))]
+    if data.corpus is None and not data.path.exists():
+        words = ["dsv3", "tokenize", "--input", "FOLDER", "--vocab-size", str(row.config.model.vocab_size)]
+        commands.insert(0, [*words, "--output", str(data.path)])
+    say_next(*commands)
+
+
+def _shape(layout: Layout) -> str:
+    """How the run is laid out, in the words of the legend."""
+    parallel = layout.config.parallel
+    words = [f"{parallel.data_replicate}×{parallel.data_shard}"]
+    words += [f"ep{parallel.expert}"] if parallel.expert > 1 else []
+    words += [f"pp{parallel.pipeline}"] if parallel.pipeline > 1 else []
+    words += [f"mb{parallel.micro_batch_size}"]
+    words += ["re"] if parallel.recomputation == "full" else []
+    return " ".join([*words, "bf16" if layout.run.width == 2 else "fp32"])
+
+
+def _loss(loss: ExpectedLoss) -> str:
+    mark = "*" if loss.extrapolated else ""
+    return f"{loss.value:.2f}{mark} ({loss.low:.2f}–{loss.high:.2f})"

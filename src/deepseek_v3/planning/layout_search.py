@@ -1,0 +1,165 @@
+"""How a run can be laid out over devices, and which layout is the fastest that fits.
+
+Answers are kept: the same ones are asked for under every limit of a budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+
+from deepseek_v3.config.parallel_config import ParallelConfig, pipeline_problem
+from deepseek_v3.config.train_config import RunConfig, batch_sizes, batch_unit
+from deepseek_v3.planning.counts import count_float32_weights, own_share, parameters_by_place, rank_parameters
+from deepseek_v3.planning.execution import Execution, execution_on
+from deepseek_v3.planning.hardware import Device
+from deepseek_v3.planning.memory import MemoryEstimate, estimate_memory, needed_bytes
+from deepseek_v3.planning.step_time import StepTime, estimate_step
+from deepseek_v3.utils.numbers import divisors
+
+MOST_DEVICES = 4096
+_LARGEST_MICRO_BATCH = 32
+_DEGREES = (1, 2, 4, 8, 16, 32, 64)
+_RECOMPUTATION = ("none", "selective", "full")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A run with its `parallel` section filled in, and what it costs: memory of the fullest rank, time of a step.
+
+    `run`: how its layers are executed. `needed_bytes` is what each device must have free.
+    """
+
+    config: RunConfig
+    run: Execution
+    memory: MemoryEstimate
+    needed_bytes: float
+    step: StepTime
+
+    @property
+    def devices(self) -> int:
+        """How many it runs on."""
+        return self.config.parallel.world_size
+
+
+def measure_layout(config: RunConfig, device: Device) -> Layout:
+    """Memory and time of a run as its `parallel` section lays it out."""
+    run = execution_on(device, config)
+    memory = estimate_memory(config, run)
+    return Layout(config, run, memory, needed_bytes(memory, device), estimate_step(config, run, device))
+
+
+@lru_cache
+def fastest_layout(config: RunConfig, device: Device, devices: int) -> Layout | None:
+    """The layout over so many devices with the shortest step among those that fit; None where none does.
+
+    Of steps that are equal to three digits it is the one with the smallest share of the weights on each device.
+    Where the batch does not divide over all of them, the most devices over which it does.
+    """
+    candidates = _holding_states(config, device, devices)
+    executed = [(candidate, execution_on(device, candidate)) for candidate in candidates]
+    timed = [(estimate_step(candidate, run, device), candidate, run) for candidate, run in executed]
+    for step, candidate, run in sorted(timed, key=_preference):
+        memory = estimate_memory(candidate, run)
+        needed = needed_bytes(memory, device)
+        if needed <= device.memory_bytes:
+            return Layout(candidate, run, memory, needed, step)
+    return None
+
+
+def _preference(timed: tuple[StepTime, RunConfig, Execution]) -> tuple[float, float, float]:
+    step, config, _ = timed
+    return float(f"{step.total:.3g}"), rank_parameters(config).share, step.total
+
+
+@lru_cache
+def leanest_layout(config: RunConfig, device: Device, devices: int) -> Layout:
+    """The layout over so many devices that needs the least memory."""
+    candidates = _on_most_devices(config, device, devices)
+    return measure_layout(min(candidates, key=lambda candidate: _needed(candidate, device)), device)
+
+
+def fewest_devices(config: RunConfig, device: Device, above: int = 0) -> int | None:
+    """The smallest power of two of devices, more than `above`, that some layout fits; None up to `MOST_DEVICES`."""
+    powers = (2**power for power in range(MOST_DEVICES.bit_length()))
+    return next((number for number in powers if number > above and fits_on(config, device, number)), None)
+
+
+@lru_cache
+def fits_on(config: RunConfig, device: Device, devices: int) -> bool:
+    """Whether any layout over so many devices fits their memory."""
+    candidates = _holding_states(config, device, devices)
+    smallest_first = sorted(candidates, key=lambda candidate: candidate.parallel.micro_batch_size)
+    return any(_needed(candidate, device) <= device.memory_bytes for candidate in smallest_first)
+
+
+def _needed(config: RunConfig, device: Device) -> float:
+    return needed_bytes(estimate_memory(config, execution_on(device, config)), device)
+
+
+def _holding_states(config: RunConfig, device: Device, devices: int) -> list[RunConfig]:
+    """The layouts for which weights, gradients and moments alone are not too large: quick, and drops most."""
+    routed, in_layers, outside = parameters_by_place(config.model)
+    whole = count_float32_weights(config.model)
+    width = 4 + 4 + 2 * config.training.optimizer.moment_bytes
+
+    def states(parallel: ParallelConfig) -> float:
+        return width * own_share(parallel, routed, whole, in_layers + outside - whole) / parallel.pipeline
+
+    candidates = _on_most_devices(config, device, devices)
+    return [candidate for candidate in candidates if states(candidate.parallel) <= device.memory_bytes]
+
+
+def _on_most_devices(config: RunConfig, device: Device, devices: int) -> list[RunConfig]:
+    # Each stage of a pipeline has as many ranks as the batch divides over.
+    numbers = {degree * ranks for degree in _DEGREES for ranks in divisors(batch_unit(config.training))}
+    for used in sorted((number for number in numbers if number <= devices), reverse=True):
+        if runs := list(_candidates(config, device, used)):
+            return runs
+    raise AssertionError("one device takes any batch")
+
+
+def _candidates(config: RunConfig, device: Device, devices: int) -> Iterator[RunConfig]:
+    """Every layout on exactly so many devices that the model and the batch divide into."""
+    model, batch, batches = config.model, batch_unit(config.training), batch_sizes(config.training)
+    for pipeline in _DEGREES:
+        if devices % pipeline or pipeline > model.num_hidden_layers:
+            continue
+        ranks = devices // pipeline
+        if batch % ranks:
+            continue
+        largest = min(batch // ranks, _LARGEST_MICRO_BATCH)
+        micro_batches = [size for size in range(1, largest + 1) if batch // ranks % size == 0]
+        for shard, expert, micro, recomputation in product(
+            _shards(ranks, device), _DEGREES, micro_batches, _RECOMPUTATION
+        ):
+            if ranks % expert or model.n_routed_experts % expert:
+                continue
+            if max(shard, expert) % min(shard, expert):
+                continue
+            laid_out = _with_parallel(config, ranks // shard, shard, expert, pipeline, micro, recomputation)
+            if pipeline_problem(laid_out.parallel, model, batches) is None:
+                yield laid_out
+
+
+def _shards(ranks: int, device: Device) -> list[int]:
+    """Whole copies on every rank, one copy to each node, or one copy over all ranks."""
+    node = device.devices_per_node
+    return sorted({1, ranks, node if ranks % node == 0 else 1})
+
+
+def _with_parallel(
+    config: RunConfig, replicate: int, shard: int, expert: int, pipeline: int, micro: int, recomputation: str
+) -> RunConfig:
+    changes = {
+        "data_replicate": replicate,
+        "data_shard": shard,
+        "expert": expert,
+        "pipeline": pipeline,
+        "micro_batch_size": micro,
+        "recomputation": recomputation,
+    }
+    parallel: ParallelConfig = config.parallel.model_copy(update=changes)
+    return config.model_copy(update={"parallel": parallel})

@@ -1,0 +1,102 @@
+"""The tokens of a run: opened, checked against the model, and brought to the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from deepseek_v3.config.model_config import ModelConfig
+from deepseek_v3.config.train_config import RunConfig
+from deepseek_v3.data.tokens.loader import Int64s, prefetched
+from deepseek_v3.data.tokens.shards import TokenShards
+from deepseek_v3.data.tokens.tokenize_corpus import tokenize_corpus
+from deepseek_v3.utils.distributed.collectives import together
+from deepseek_v3.utils.errors import DataError
+from deepseek_v3.utils.logging import get_logger
+
+Item = TypeVar("Item")
+
+
+def open_tokens(config: RunConfig) -> TokenShards:
+    """The run's token shards, built first from `data.corpus` where they do not exist yet.
+
+    Raises DataError where they are missing or damaged, or hold ids that the model does not know.
+    """
+    data = config.data
+    if not data.path.exists():
+        if data.corpus is None:
+            raise DataError(
+                f"{data.path}: no token shards here; write them with dsv3 tokenize --input FOLDER --vocab-size "
+                f"32768 --output {data.path}, or name others with --set data.path=..."
+            )
+        get_logger("Data").info(f"{data.path} does not exist yet: building it from {data.corpus.source}")
+        options = data.corpus.model_dump()
+        length = config.training.sequence_length
+        tokenize_corpus(output=data.path, tokenizer=None, sequence_length=length, **options)
+    shards = TokenShards.open(data.path, verify=data.verify_checksums)
+    check_vocabulary(shards, config.model)
+    return shards
+
+
+def open_tokens_together(config: RunConfig, group: ProcessGroup) -> TokenShards:
+    """The same on all ranks of a job, of which the first one builds what is missing while the others wait."""
+    if dist.get_rank(group) == 0:
+        together(group, lambda: open_tokens(config))
+    else:
+        together(group, lambda: None)
+    return together(group, lambda: open_tokens(config))
+
+
+def check_vocabulary(shards: TokenShards, model: ModelConfig) -> None:
+    """Raises DataError where the tokens hold ids beyond the model's vocabulary."""
+    if shards.index.vocab_size > model.vocab_size:
+        raise DataError(
+            f"{shards.directory}: its tokenizer has {shards.index.vocab_size} ids, model.vocab_size = "
+            f"{model.vocab_size} has room for fewer; raise it, set it to null, which follows the tokenizer, or "
+            "tokenize with a smaller vocabulary"
+        )
+
+
+def token_batches(
+    read: Callable[[Item], Int64s],
+    groups: Iterable[Sequence[Item]],
+    device: torch.device,
+    ranks: ProcessGroup | None = None,
+) -> Generator[Iterator[Tensor]]:
+    """For each group of items the micro-batches `read(item)` on `device`, int64 (sequences, sequence_length + 1).
+
+    The next group is read in the background, and a group is handed out when all of it has been read: a step or an
+    evaluation that has begun cannot fail for want of tokens. Raises the DataError of reading in place of the group,
+    on all of `ranks` if any of them has one; `ranks` None speaks for this rank alone.
+    """
+
+    def on_device(batch: Int64s) -> Tensor:
+        tokens = torch.from_numpy(batch)
+        return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens
+
+    with closing(prefetched(lambda group: [read(item) for item in group], groups)) as ahead:
+        while (batches := together(ranks, lambda: next(ahead, None))) is not None:
+            yield map(on_device, batches)
+
+
+def document_numbers(tokens_BS: Tensor, end_of_text: int) -> Tensor:
+    """Numbers the documents of each packed sequence from 0; end-of-text belongs to the document it ends."""
+    ends_BS = (tokens_BS == end_of_text).long()
+    return ends_BS.cumsum(1) - ends_BS
+
+
+class Documents:
+    """Says which document each token belongs to, where a run keeps documents apart."""
+
+    def __init__(self, shards: TokenShards, masked: bool) -> None:
+        self._end_of_text = shards.index.end_of_text if masked else None
+
+    def __call__(self, tokens_BX: Tensor) -> Tensor | None:
+        """`document_numbers`; None where all tokens see those before them."""
+        return None if self._end_of_text is None else document_numbers(tokens_BX, self._end_of_text)

@@ -1,0 +1,68 @@
+"""The layout of a run over the processes that were started: as the config says, or as the planner chooses."""
+
+from __future__ import annotations
+
+from deepseek_v3.config.parallel_config import ParallelConfig
+from deepseek_v3.config.train_config import RunConfig
+from deepseek_v3.planning.hardware import Device
+from deepseek_v3.planning.layout_search import fastest_layout, leanest_layout
+from deepseek_v3.utils.errors import ConfigError, PlanError
+from deepseek_v3.utils.logging import get_logger
+
+_GIB = 2**30
+_CHOSEN = ("data_replicate", "data_shard", "expert", "pipeline", "micro_batch_size", "recomputation")
+
+
+def laid_out(config: RunConfig, processes: int, device: Device) -> RunConfig:
+    """The config with a layout for so many processes, one to a device.
+
+    Raises ConfigError where the given degrees make another number, and PlanError where `auto` finds no layout on
+    exactly so many devices that fits their memory.
+    """
+    if config.parallel.layout == "auto":
+        return _chosen(config, processes, device)
+    if config.parallel.world_size != processes:
+        raise ConfigError(_mismatch(config.parallel, processes))
+    return config
+
+
+def _chosen(config: RunConfig, processes: int, device: Device) -> RunConfig:
+    layout = fastest_layout(config, device, processes)
+    if layout is None:
+        least = leanest_layout(config, device, processes).needed_bytes / _GIB
+        raise PlanError(
+            f"parallel.layout = auto: no layout over {processes} × {device.name} fits: the leanest needs "
+            f"{least:.1f} GiB on each, of {device.memory_gib:.1f}; start more processes, or take a smaller model"
+        )
+    if layout.devices != processes:
+        raise PlanError(
+            f"parallel.layout = auto: the batch of {config.training.global_batch_size} does not divide over "
+            f"{processes} processes; start {layout.devices}, or change training.global_batch_size"
+        )
+    chosen = layout.config.parallel.model_copy(update={"layout": "given"})
+    parts = sorted(layout.step.parts().items(), key=lambda part: -part[1])[:3]
+    get_logger("Plan").info(
+        f"layout for {processes} × {device.name}: {_spelled(chosen)}; of all that fit it has the shortest step, "
+        f"{layout.step.total:.2f} s ({', '.join(f'{name} {seconds:.2f}' for name, seconds in parts)}), "
+        f"and needs {layout.needed_bytes / _GIB:.1f} GiB"
+    )
+    return config.model_copy(update={"parallel": chosen})
+
+
+def _spelled(parallel: ParallelConfig) -> str:
+    return ", ".join(f"{name} {getattr(parallel, name)}" for name in _CHOSEN)
+
+
+def _mismatch(parallel: ParallelConfig, processes: int) -> str:
+    """What the degrees make, and the nearest change that makes it right."""
+    others = parallel.data_replicate * parallel.pipeline
+    shard = processes // others if processes % others == 0 else None
+    if shard and max(shard, parallel.expert) % min(shard, parallel.expert) == 0:
+        advice = f"--set parallel.data_shard={shard} fits, or let the planner choose: --set parallel.layout=auto"
+    else:
+        advice = "let the planner choose: --set parallel.layout=auto"
+    return (
+        f"parallel: data_replicate {parallel.data_replicate} × data_shard {parallel.data_shard} × pipeline "
+        f"{parallel.pipeline} = {parallel.world_size} ranks, and {processes} "
+        f"{'process was' if processes == 1 else 'processes were'} started; {advice}"
+    )

@@ -1,0 +1,262 @@
+"""Training by DeepSpeed: ZeRO stages 1, 2 and 3 (Rajbhandari et al. 2020) around the same objective."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+from deepspeed.utils import (
+    logger,
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard
+
+from deepseek_v3.config.train_config import RunConfig
+from deepseek_v3.model.init import initial_values, reset_buffers
+from deepseek_v3.training.data import Documents
+from deepseek_v3.training.loss import Losses, Objective
+from deepseek_v3.training.optimizer import MOMENTS, PartitionedAdamW, is_finite_step, local
+from deepseek_v3.training.parallel.deepspeed_config import DeepSpeedFile
+from deepseek_v3.training.parallel.engine import Engine, combined
+from deepseek_v3.training.parallel.fsdp import float32_parameters
+from deepseek_v3.training.parallel.mesh import Ranks
+from deepseek_v3.training.parallel.parallelize import assembled
+from deepseek_v3.training.parallel.sharding import as_sharded
+from deepseek_v3.training.schedule import Step
+from deepseek_v3.training.validation import main_losses
+from deepseek_v3.utils.errors import ConfigError
+from deepseek_v3.utils.logging import get_logger
+
+
+class DeepSpeed(Engine):
+    """Each rank has a part of the data; DeepSpeed shares out moments (stage 1), gradients (2) and weights (3).
+
+    `file`: the settings, for a config that it has laid out. In bfloat16 the weights that compute are rounded copies
+    of float32 ones, which are shared out too. Routers and norms compute in float32 under stages 1 and 2; stage 3
+    holds all weights in one bfloat16 buffer. torch.distributed has to run, also on a single rank.
+    """
+
+    optimizer: PartitionedAdamW
+
+    def __init__(
+        self, config: RunConfig, ranks: Ranks, device: torch.device, documents: Documents, file: DeepSpeedFile
+    ) -> None:
+        _enter_the_group()
+        self.objective, model = assembled(config, device, Ranks(config.parallel, ranks.rank), Objective)
+        is_bfloat16 = model.compute_dtype == torch.bfloat16
+        settings = _accepted(file, config, is_bfloat16)
+        self._run, self._stage = config, file.stage
+        self._fill(model, device, settings if file.stage == 3 else None)
+        super().__init__(ranks, [model])
+        self._documents, self._balance_weight = documents, config.training.balance.sequence_loss_weight
+        self._parameters = dict(model.named_parameters())
+        self.optimizer = PartitionedAdamW(self._parameters, config.training.optimizer)
+        self.objective.train()
+        wide = float32_parameters(model) if is_bfloat16 and file.stage < 3 else []
+        if is_bfloat16 and not wide:
+            get_logger("Plan").warning(
+                "DeepSpeed's stage 3 rounds the weights of routers and norms to bfloat16, which sends a few tokens "
+                "to other experts; stages 1 and 2, and runs without --deepspeed, keep them in float32"
+            )
+        self._engine, *_ = deepspeed.initialize(
+            model=self.objective,
+            optimizer=lambda _: self._optimizer_of(wide),
+            config=settings,
+            dist_init_required=False,
+        )
+        self._link_moments()
+        if file.stage == 3:
+            # The losses use the head's weight outside the module that has it.
+            deepspeed.zero.register_external_parameter(self.objective, model.head_weight_VD)
+        if is_bfloat16:  # the float32 weights were made of rounded ones
+            for name, parameter in self._parameters.items():
+                values = self._first_values(name, _shape(parameter), device)
+                safe_set_full_fp32_param(parameter, values)
+                if parameter.dtype == torch.float32:
+                    parameter.data.copy_(values)
+
+    def _backward(self, batches: Iterator[Tensor], step: Step) -> Losses:
+        parts: list[Losses] = []
+        self._engine.set_train_batch_size(step.num_samples)
+        count = self._engine.gradient_accumulation_steps()
+        tokens = list(islice(batches, count))
+        documents = [self._documents(tokens_BX) for tokens_BX in tokens]
+        num_targets = self._targets_per_micro_batch(documents)
+        for number, (tokens_BX, documents_BX) in enumerate(zip(tokens, documents, strict=True), start=1):
+            self._engine.set_gradient_accumulation_boundary(number == count)
+            losses = self._engine(
+                tokens_BX,
+                step.prediction_weight,
+                self._balance_weight,
+                documents_BX,
+                num_targets=num_targets,
+            )
+            self._engine.backward(losses.total)  # divides by the micro-batches, and the sum by the ranks
+            parts.append(losses._replace(total=losses.total.detach()))
+            if number < count:
+                self._engine.step()
+        return combined(parts)
+
+    def _update(self, step: Step, loss: Tensor) -> Tensor:
+        def norm() -> Tensor:
+            found = self._engine.optimizer._global_grad_norm  # known before the optimizer is called
+            return torch.as_tensor(found, dtype=torch.float32, device=loss.device)
+
+        # DeepSpeed itself leaves out the update where the gradient is not finite, unless its settings forbid that.
+        self.optimizer.before_step(step.learning_rate, lambda: is_finite_step(loss, norm()))
+        self._engine.step()
+        self.optimizer.after_step()
+        return norm()
+
+    def main_losses(self, batches: Iterable[Tensor]) -> Tensor:
+        return main_losses(self.objective, self._documents, batches)
+
+    def state(self) -> dict[str, Any]:
+        """Copies in CPU memory, of which each rank has its rows; all ranks gather parameter by parameter."""
+
+        def weight(name: str) -> Tensor:
+            return self._part(safe_get_full_fp32_param(self._parameters[name]))
+
+        def moment(name: str, kind: str) -> Tensor:
+            values = safe_get_full_optimizer_state(self._parameters[name], kind)
+            return self._part(values.to(self.optimizer.moment_dtype))
+
+        return self._entries(weight, moment)
+
+    def places(self) -> dict[str, Any]:
+        def place(name: str, dtype: torch.dtype) -> Tensor:
+            shape = _shape(self._parameters[name])
+            first, last = self._rows_of(shape)
+            return self._as_part(torch.zeros(last - first, *shape[1:], dtype=dtype), shape)
+
+        return self._entries(
+            lambda name: place(name, torch.float32), lambda name, _: place(name, self.optimizer.moment_dtype)
+        )
+
+    def loaded(self, places: dict[str, Any], num_steps: int) -> None:
+        super().loaded(places, num_steps)
+        for name, parameter in self._parameters.items():
+            self._set_weight(parameter, self._whole(places["model"][name], parameter.device))
+            for kind in MOMENTS:
+                values = self._whole(places["optimizer"][kind][name], parameter.device)
+                safe_set_full_optimizer_state(parameter, values, kind)
+
+    def _fill(self, model: nn.Module, device: torch.device, shared: dict[str, Any] | None) -> None:
+        """Gives the parameters memory and first values, and shares out each as soon as it has them, if at all."""
+        for prefix, module in reversed(list(model.named_modules())):  # parts before what they are part of
+            module.to_empty(device=device, recurse=False)
+            own = dict(module.named_parameters(prefix, recurse=False))
+            for name, parameter in own.items():
+                parameter.data.copy_(self._first_values(name, parameter.shape, device))
+            if shared and own:
+                for parameter in own.values():
+                    parameter.data = parameter.data.to(
+                        torch.bfloat16 if shared["bf16"]["enabled"] else torch.float32
+                    )
+                deepspeed.zero.Init(module=module, config_dict_or_path=shared)
+        reset_buffers(model)
+
+    def _first_values(self, name: str, shape: Sequence[int], device: torch.device) -> Tensor:
+        std, seed = self._run.model.initializer_range, self._run.training.seed
+        whole = torch.empty(*shape, device=device)
+        for rows, values in initial_values(name, shape, range(shape[0]), std, seed, device):
+            whole[rows] = values
+        return whole
+
+    def _optimizer_of(self, wide: Sequence[nn.Parameter]) -> PartitionedAdamW:
+        """The optimizer, with `wide` parameters in float32 and in groups of their own.
+
+        DeepSpeed asks for it after it has cast every parameter, and then flattens each group into a buffer of one
+        type.
+        """
+        ids = {id(parameter) for parameter in wide}
+        for parameter in wide:
+            parameter.data = parameter.data.float()
+        for group in list(self.optimizer.param_groups):
+            kept = [parameter for parameter in group["params"] if id(parameter) not in ids]
+            taken = [parameter for parameter in group["params"] if id(parameter) in ids]
+            if kept and taken:
+                group["params"] = kept
+                self.optimizer.add_param_group({**group, "params": taken})
+        return self.optimizer
+
+    def _link_moments(self) -> None:
+        """Makes all moments before the first step, and lets the library know to which parameters they belong."""
+        sharing = self._engine.optimizer
+        if self._stage == 3:
+            self.optimizer.make_moments(sharing.fp32_partitioned_groups_flat)
+        else:
+            self.optimizer.make_moments(part for group in self.optimizer.param_groups for part in group["params"])
+            sharing._lazy_init_hp_params_optimizer_state()
+
+    @torch.no_grad()
+    def _set_weight(self, parameter: nn.Parameter, values: Tensor) -> None:
+        """Sets the float32 weight, and the one that computes."""
+        safe_set_full_fp32_param(parameter, values)
+        if self._stage == 3:
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                if self.ranks.rank == 0:
+                    parameter.copy_(values)
+        else:
+            parameter.copy_(values)
+
+    def _entries(self, weight: Callable[[str], Tensor], moment: Callable[[str, str], Tensor]) -> dict[str, Any]:
+        moments = {kind: {name: moment(name, kind) for name in self._parameters} for kind in MOMENTS}
+        weights = {name: weight(name) for name in self._parameters}
+        buffers = dict(self.models[0].named_buffers())
+        return {"model": weights | buffers, "optimizer": {"num_steps": self.optimizer.num_steps, **moments}}
+
+    def _rows_of(self, shape: Sequence[int]) -> tuple[int, int]:
+        """The first of this rank's rows in files, and the one after its last: cut as torch.chunk does."""
+        size = -(-shape[0] // self.ranks.size)
+        return min(self.ranks.rank * size, shape[0]), min((self.ranks.rank + 1) * size, shape[0])
+
+    def _part(self, whole: Tensor) -> Tensor:
+        """A copy of this rank's rows, in CPU memory."""
+        first, last = self._rows_of(whole.shape)
+        return self._as_part(whole[first:last].detach().to("cpu", copy=True), whole.shape)
+
+    def _as_part(self, rows: Tensor, shape: Sequence[int]) -> Tensor:
+        if self.ranks.is_alone:
+            return rows
+        mesh = DeviceMesh("cpu", torch.arange(self.ranks.size), _init_backend=False)
+        return as_sharded(rows, mesh, [Shard(0)], shape)
+
+    def _whole(self, part: Tensor, device: torch.device) -> Tensor:
+        """The tensor of which each rank has its rows, as float32."""
+        first, last = self._rows_of(part.shape)
+        whole = torch.zeros(*part.shape, device=device)
+        whole[first:last] = local(part).to(device)
+        return self.ranks.summed(whole)
+
+
+def _shape(parameter: nn.Parameter) -> Sequence[int]:
+    """Of the whole, also where only a part is in memory."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _enter_the_group() -> None:
+    """Lets DeepSpeed work on the processes that have met already, and say less."""
+    logger.setLevel(logging.WARNING)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled for a minute; gloo does it
+    deepspeed.init_distributed(dist_init_required=False, verbose=False)
+
+
+def _accepted(file: DeepSpeedFile, config: RunConfig, is_bfloat16: bool) -> dict[str, Any]:
+    """The settings, filled; raises ConfigError where the library has no such field or value."""
+    settings = file.filled(config, is_bfloat16)
+    try:
+        DeepSpeedConfig(settings)
+    except (AssertionError, DeepSpeedConfigError, ValueError) as error:
+        raise ConfigError(f"{file.path}: DeepSpeed refuses it: {' '.join(str(error).split())}") from error
+    return settings

@@ -1,0 +1,321 @@
+"""Layers on ranks of their own, micro-batches passing through them one behind the other.
+
+The schedules are those of torch.distributed.pipelining. A stage is a module of its own that knows where its layers
+stand; tokens reach every stage directly, so that only states travel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleDualPipeV,
+    ScheduleInterleaved1F1B,
+    ScheduleZBVZeroBubble,
+)
+
+from deepseek_v3.config.train_config import RunConfig
+from deepseek_v3.model.transformer import DeepSeekV3, HiddenStates
+from deepseek_v3.planning.pipeline_split import stage_layers, stages_of_rank
+from deepseek_v3.training.data import Documents
+from deepseek_v3.training.loss import Losses, losses_of, stacked_counts, sum_of_balance
+from deepseek_v3.training.optimizer import MOMENTS, AdamW, local
+from deepseek_v3.training.parallel.engine import Engine, combined
+from deepseek_v3.training.parallel.fsdp import sum_whole_gradients
+from deepseek_v3.training.parallel.mesh import Ranks
+from deepseek_v3.training.parallel.parallelize import prepare
+from deepseek_v3.training.parallel.sharding import NormOverRanks, pieces_of
+from deepseek_v3.training.schedule import Step
+
+_SCHEDULES = {
+    "1f1b": Schedule1F1B,
+    "interleaved": ScheduleInterleaved1F1B,
+    "zero_bubble": ScheduleZBVZeroBubble,
+    "dualpipe_v": ScheduleDualPipeV,
+}
+
+
+class Stage(nn.Module):
+    """Some layers of a model, with the embedding if they are the first, with head and losses if the last.
+
+    `prediction_weight`, `balance_weight`, `share`, the factor of a micro-batch's loss, and `num_targets`, as in
+    `losses_of`, hold for a step and are set before it. `found` gathers the losses of each micro-batch; what other
+    stages compute counts as 0.
+    """
+
+    def __init__(
+        self, model: DeepSeekV3, layers: range, is_first: bool, is_last: bool, documents: Documents
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.layers, self.is_first, self.is_last = layers, is_first, is_last
+        self.documents = documents
+        self.prediction_weight = self.balance_weight = 0.0
+        self.share = 1.0
+        self.num_targets: Tensor | int | None = None
+        self.predicts = True
+        self.found: list[Losses] = []
+
+    def forward(self, x: Tensor, *, tokens_BX: Tensor) -> Tensor:
+        """States (B, S, D) of the stage before, or tokens, to states; of the last stage to a loss [1]."""
+        inputs_BS = tokens_BX[:, :-1]
+        documents_BX = self.documents(tokens_BX)
+        documents_BS = None if documents_BX is None else documents_BX[:, :-1]
+        placement = self.model.placement(inputs_BS, documents_BS)
+        x_BSD = self.model.embed(inputs_BS) if self.is_first else x
+        x_BSD, routing = self.model.run_layers(x_BSD, placement, self.layers)
+        if not self.is_last:
+            zero = torch.zeros((), device=x_BSD.device)
+            balance, counts = sum_of_balance(routing, zero), stacked_counts(routing, self._experts, x_BSD.device)
+            total = self.balance_weight * balance
+            self.found.append(Losses(total.detach(), zero, zero, balance.detach(), counts))
+            return _AlsoLoss.apply(x_BSD, self.share * total) if total.requires_grad else x_BSD
+        states = HiddenStates(self.model.model.norm(x_BSD), [], routing)
+        if self.predicts and self.model.config.num_nextn_predict_layers:
+            predictions, more = self.model.run_predictions(states.main_BSD, self.model.embed(inputs_BS), placement)
+            states = HiddenStates(states.main_BSD, predictions, routing + more)
+        losses = losses_of(
+            self.model,
+            states,
+            tokens_BX,
+            self.prediction_weight,
+            self.balance_weight,
+            documents_BX,
+            self.num_targets,
+        )
+        self.found.append(losses._replace(total=losses.total.detach()))
+        return self.share * losses.total.view(1)
+
+    @property
+    def _experts(self) -> int:
+        return self.model.config.n_routed_experts
+
+
+class _AlsoLoss(torch.autograd.Function):
+    """Hands states on, and gives a loss of this stage, which goes no further, its gradient of 1 all the same."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
+        ctx.save_for_backward(loss)
+        return x.clone()  # schedules detach what a stage returns, which a view does not allow
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor, Tensor]:
+        (loss,) = ctx.saved_tensors
+        return grad_x, torch.ones_like(loss)
+
+
+class Pipelined(Engine):
+    """The stages of one rank, and the schedule that moves micro-batches through the stages of all."""
+
+    def __init__(self, config: RunConfig, ranks: Ranks, device: torch.device, documents: Documents) -> None:
+        parallel = config.parallel
+        self._numbers = stages_of_rank(parallel, ranks.pipeline_rank)
+        self._total = parallel.pipeline * parallel.stages_per_rank
+        cut = stage_layers(config.model, self._total, config.training.sequence_length)
+        self._stages = []
+        for number in self._numbers:
+            ends = (number == 0, number == self._total - 1)
+            wrap = partial(Stage, layers=cut[number], is_first=ends[0], is_last=ends[1], documents=documents)
+            keep = partial(_keep_only, layers=cut[number], is_first=ends[0], is_last=ends[1])
+            self._stages.append(prepare(config, device, ranks, wrap, keep))
+        super().__init__(ranks, [stage.model for stage in self._stages])
+        self._training, self._device, self._documents = config.training, device, documents
+        self._schedules: dict[int, Any] = {}
+        self._embeddings = SharedEmbeddings(self._stages, ranks)
+        parameters, pieces = {}, {}
+        for number, model in zip(self._numbers, self.models, strict=True):
+            for name, piece in pieces_of(model, ranks).items():
+                key = name if name not in parameters else f"{name} of stage {number}"
+                parameters[key] = model.get_parameter(name)
+                pieces[key] = replace(piece, copies=piece.copies * self._embeddings.copies_of(name))
+        self.optimizer = AdamW(parameters, config.training.optimizer, NormOverRanks(pieces, ranks))
+
+    def loaded(self, places: dict[str, Any], num_steps: int) -> None:
+        super().loaded(places, num_steps)
+        self._embeddings.copy_first(self.optimizer)
+
+    def _backward(self, batches: Iterator[Tensor], step: Step) -> Losses:
+        parallel = self.ranks.parallel
+        count = step.num_samples // (parallel.micro_batch_size * parallel.data_ranks)
+        micro_batches = list(islice(batches, count))
+        num_targets = self._targets_per_micro_batch([self._documents(tokens_BX) for tokens_BX in micro_batches])
+        for stage in self._stages:
+            stage.num_targets = num_targets
+            stage.prediction_weight = step.prediction_weight
+            stage.balance_weight = self._training.balance.sequence_loss_weight
+            stage.share = 1 / (count * parallel.data_ranks)
+        found = self._run(micro_batches)
+        sum_whole_gradients(self.models, self.ranks)
+        self._embeddings.sum_gradients()
+        return _joined([combined(losses) for losses in found])
+
+    @torch.no_grad()
+    def main_losses(self, batches: Iterable[Tensor]) -> Tensor:
+        return torch.stack([self._main_loss(tokens_BX) for tokens_BX in batches])
+
+    def _main_loss(self, tokens_BX: Tensor) -> Tensor:
+        """One micro-batch forward through all stages; the schedules of a V cannot do without the way back."""
+        states = tokens_BX
+        for number, stage in zip(self._numbers, self._stages, strict=True):
+            stage.predicts, stage.num_targets = False, tokens_BX[:, 1:].numel()
+            if number > 0 and number - 1 not in self._numbers:
+                size, length = tokens_BX.shape
+                states = torch.empty(
+                    size, length - 1, self.config.hidden_size, dtype=stage.model.compute_dtype, device=self._device
+                )
+                dist.recv(states, self._rank_of(number - 1))
+            states = stage(states, tokens_BX=tokens_BX)
+            if number + 1 < self._total and number + 1 not in self._numbers:
+                dist.send(states, self._rank_of(number + 1))
+        return self._stages[-1].found.pop().main
+
+    def _rank_of(self, number: int) -> int:
+        """The rank that has a stage of this pipeline."""
+        parallel = self.ranks.parallel
+        place = next(rank for rank in range(parallel.pipeline) if number in stages_of_rank(parallel, rank))
+        return place * parallel.data_ranks + self.ranks.data_rank
+
+    def _run(self, batches: Sequence[Tensor]) -> list[list[Losses]]:
+        """Moves micro-batches through all stages and back; returns for each own stage its losses of each."""
+        for stage in self._stages:
+            stage.predicts = True
+            stage.found.clear()
+        tokens = torch.cat(list(batches))
+        first = [tokens] if self._stages[0].is_first else []
+        self._schedule(len(batches)).step(*first, target=tokens, tokens_BX=tokens)
+        return [list(stage.found) for stage in self._stages]
+
+    def _schedule(self, count: int) -> Any:
+        """The schedule for so many micro-batches; the last one is kept, with its buffers."""
+        if count not in self._schedules:
+            stages = [self._pipeline_stage(*each) for each in zip(self._numbers, self._stages, strict=True)]
+            kind = self.ranks.parallel.pipeline_schedule
+            passed = stages[0] if kind == "1f1b" else stages
+            made = _SCHEDULES[kind](passed, count, loss_fn=_given_loss, scale_grads=False)
+            self._schedules = {count: made}
+        return self._schedules[count]
+
+    def _pipeline_stage(self, number: int, stage: Stage) -> PipelineStage:
+        """With all shapes given, so that nothing is run to find them out."""
+        size, length = self.ranks.parallel.micro_batch_size, self._training.sequence_length
+        tokens = torch.empty(size, length + 1, dtype=torch.int64, device="meta")
+        states = torch.empty(
+            size,
+            length,
+            self.config.hidden_size,
+            dtype=stage.model.compute_dtype,
+            device="meta",
+            requires_grad=True,
+        )
+        loss = torch.empty(1, device="meta", requires_grad=True)
+        return PipelineStage(
+            stage,
+            number,
+            self._total,
+            self._device,
+            input_args=tokens if stage.is_first else states,
+            output_args=loss if stage.is_last else states,
+            group=self.ranks.group("pipeline"),
+            dw_builder=_no_gradients_left if self._goes_back_whole(stage) else None,
+        )
+
+    def _goes_back_whole(self, stage: Stage) -> bool:
+        """Whether one backward pass makes all gradients, where zero bubble has one for states and one for weights.
+
+        The second half runs a backward pass for every weight, from the places where it meets the states. It fails
+        where a prediction layer or a tied head uses a weight at several of these places, it runs a recomputed layer
+        again for every weight, and a compiled layer computes all its gradients in both halves.
+        """
+        depth = self.config.num_nextn_predict_layers if stage.is_last else 0
+        uses_weights_again = depth > 1 or (depth > 0 and self.config.tie_word_embeddings)
+        is_compiled = any(module._compiled_call_impl is not None for module in stage.modules())
+        return uses_weights_again or is_compiled or self.ranks.parallel.recomputation != "none"
+
+
+class SharedEmbeddings:
+    """Copies of the embedding on the first and the last stage, which also reads it: their gradients are one."""
+
+    def __init__(self, stages: Sequence[Stage], ranks: Ranks) -> None:
+        config = stages[0].model.config
+        self._shared = config.tie_word_embeddings or config.num_nextn_predict_layers > 0
+        held = [stage for stage in stages if stage.is_first or stage.is_last]
+        self._weights = [stage.model.model.embed_tokens.weight for stage in held] if self._shared else []
+        self._group: dist.ProcessGroup | None = None
+        if self._shared and ranks.parallel.pipeline_schedule in ("1f1b", "interleaved"):
+            last = ranks.size - ranks.parallel.data_ranks
+            pairs = [[place, last + place] for place in range(ranks.parallel.data_ranks)]
+            self._group, _ = dist.new_subgroups_by_enumeration(pairs)
+
+    def copies_of(self, name: str) -> int:
+        """On how many stages a parameter is."""
+        return 2 if self._shared and name == "model.embed_tokens.weight" else 1
+
+    @torch.no_grad()
+    def copy_first(self, optimizer: AdamW) -> None:
+        """Gives the second copy of a rank the weight and moments of the first, the only one that files know."""
+        if len(self._weights) == 2:
+            first, second = self._weights
+            local(second).copy_(local(first))
+            for moment in MOMENTS:
+                local(optimizer.state[second][moment]).copy_(local(optimizer.state[first][moment]))
+
+    @torch.no_grad()
+    def sum_gradients(self) -> None:
+        """Gives all copies the sum of their gradients."""
+        gradients = [local(weight.grad) for weight in self._weights if weight.grad is not None]
+        if len(gradients) == 2:  # both ends of a V are on one rank
+            gradients[0] += gradients[1]
+            gradients[1].copy_(gradients[0])
+        elif gradients:
+            dist.all_reduce(gradients[0], group=self._group)
+
+
+def _keep_only(model: DeepSeekV3, layers: range, is_first: bool, is_last: bool) -> list[int]:
+    """Takes away what other stages have; returns the layers that are left, prediction layers included."""
+    config, parts = model.config, model.model
+    predictions = range(config.num_hidden_layers, len(parts.layers)) if is_last else range(0)
+    kept = [*layers, *predictions]
+    for number in range(len(parts.layers)):
+        if number not in kept:
+            parts.layers[number] = nn.Identity()
+    embeds_again = is_last and (config.tie_word_embeddings or config.num_nextn_predict_layers > 0)
+    if not (is_first or embeds_again):
+        parts.set_submodule("embed_tokens", nn.Identity())
+    if not is_last:
+        parts.set_submodule("norm", nn.Identity())
+        if not config.tie_word_embeddings:
+            model.set_submodule("lm_head", nn.Identity())
+    return kept
+
+
+def _no_gradients_left() -> Callable[[], None]:
+    """What is left to do for the weights of a stage whose backward pass is whole."""
+    return lambda: None
+
+
+def _given_loss(output: Tensor, target: Tensor) -> Tensor:  # noqa: ARG001 -- the stage has met the target already
+    return output.sum()
+
+
+def _joined(losses: Sequence[Losses]) -> Losses:
+    """Losses of the stages of one rank, each of other layers."""
+    total, main, prediction, balance, counts = zip(*losses, strict=True)
+    return Losses(
+        total=torch.stack(total).sum(),
+        main=torch.stack(main).sum(),
+        prediction=torch.stack(prediction).sum(),
+        balance=torch.stack(balance).sum(),
+        counts_LE=torch.cat(counts),
+    )

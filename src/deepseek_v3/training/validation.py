@@ -1,0 +1,177 @@
+"""Loss on text that is never trained on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from deepseek_v3.config.train_config import RunConfig
+from deepseek_v3.data.tokens.loader import TokenLoader, drawn_windows
+from deepseek_v3.data.tokens.shards import TokenShards
+from deepseek_v3.training.data import Documents, token_batches
+from deepseek_v3.training.loss import Objective
+from deepseek_v3.utils.errors import DataError
+
+_TOKENS_READ_AT_ONCE = 2**20  # by each rank, between two agreements of all ranks that all could read
+
+Batch = NDArray[np.int64]  # numbers of windows
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """`loss` in nats per token over `tokens` target tokens, which stand for `num_bytes` bytes of UTF-8 text.
+
+    `windows`: how many windows of the hold-out split these tokens stand in.
+    """
+
+    loss: float
+    tokens: int
+    num_bytes: float
+    windows: int
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The same loss in bits per byte of text, comparable between tokenizers."""
+        return self.in_bits_per_byte(self.loss)
+
+    def in_bits_per_byte(self, loss: float) -> float:
+        """Any loss in nats per token over the same targets, in bits per byte; NaN where they stand for no text."""
+        return loss / math.log(2) * self.tokens / self.num_bytes if self.num_bytes else math.nan
+
+
+class HeldOutWindows:
+    """The windows of the hold-out split that are measured: `max_tokens` tokens at most, and at least one window.
+
+    They are drawn from the whole split by `drawn_windows`, so they are the same for every run, rank, batch size and
+    baseline. With `masked` documents the first token of a document is no target, because no token of its own
+    document stands before it. Raises DataError where the split is shorter than one window, or no target is left.
+    """
+
+    def __init__(self, shards: TokenShards, sequence_length: int, max_tokens: int, masked: bool = False) -> None:
+        self._loader = TokenLoader(shards, "holdout", sequence_length=sequence_length, shuffle=False)
+        count = max(1, min(self._loader.num_samples, max_tokens // sequence_length))
+        self.numbers = drawn_windows(self._loader.num_samples, count)
+        self._end_of_text = shards.index.end_of_text if masked else None
+        self.num_targets = sum(targets.size for targets in self._targets()) if masked else count * sequence_length
+        if not self.num_targets:
+            raise DataError(
+                f"{shards.directory}: every target of the {count} held-out windows measured is the first token of "
+                "a document, expected some within documents; measure more tokens, or set data.mask_documents=false"
+            )
+        self._byte_lengths = self._calibrated(shards)
+
+    def read(self, numbers: Batch) -> NDArray[np.int64]:
+        """These windows with the token behind each: int64 [windows, sequence_length + 1]."""
+        return self._loader.windows(numbers)
+
+    def blocks(self) -> Iterator[NDArray[np.int64]]:
+        """All of them, about a million tokens at a time: int64 [windows, sequence_length + 1]."""
+        at_once = max(1, _TOKENS_READ_AT_ONCE // self._loader.sequence_length)
+        for first in range(0, len(self.numbers), at_once):
+            yield self.read(self.numbers[first : first + at_once])
+
+    def num_bytes(self) -> float:
+        """Bytes of text that the targets stand for."""
+        return float(sum(self._byte_lengths[targets].sum() for targets in self._targets()))
+
+    def _targets(self) -> Iterator[NDArray[np.int64]]:
+        """All tokens of the windows but the first, less those that begin a masked document."""
+        for windows in self.blocks():
+            targets = windows[:, 1:]
+            yield targets if self._end_of_text is None else targets[windows[:, :-1] != self._end_of_text]
+
+    def _calibrated(self, shards: TokenShards) -> NDArray[np.float64]:
+        """Bytes of each id. Where ids do not tell them exactly, scaled so that the whole split has its bytes."""
+        tokenizer = shards.load_tokenizer()
+        lengths = tokenizer.byte_lengths.astype(np.float64)
+        if tokenizer.is_byte_exact:
+            return lengths
+        total, size = shards.num_tokens("holdout"), _TOKENS_READ_AT_ONCE
+        blocks = (shards.read("holdout", start, min(size, total - start)) for start in range(0, total, size))
+        spelled = float(sum(lengths[block].sum() for block in blocks))
+        return lengths * (shards.num_bytes("holdout") / spelled if spelled else 1.0)
+
+
+class HeldOutEvaluation:
+    """Measures the main model's loss on `HeldOutWindows`.
+
+    Of `ranks` ranks each takes every `ranks`-th batch, from the one numbered `rank` on.
+    """
+
+    def __init__(
+        self, shards: TokenShards, config: RunConfig, max_tokens: int, rank: int = 0, ranks: int = 1
+    ) -> None:
+        length = config.training.sequence_length
+        self.windows = HeldOutWindows(shards, length, max_tokens, config.data.mask_documents)
+        self._length = length
+        self._num_bytes = self.windows.num_bytes()
+        batches = list(_batches(self.windows.numbers, config.parallel.micro_batch_size))
+        own = batches[rank::ranks]
+        # All ranks run together and so equally often: one with fewer batches repeats the first with weight 0.
+        padding = -(-len(batches) // ranks) - len(own)
+        self._batches = [batch for batch, _ in own] + [batches[0][0]] * padding
+        self._weights = [weight for _, weight in own] + [0] * padding
+        self._at_once = max(1, _TOKENS_READ_AT_ONCE // (batches[0][0].size * length))
+
+    def measure(
+        self,
+        main_losses: Callable[[Iterable[Tensor]], Tensor],
+        device: torch.device,
+        summed: Callable[[Tensor], Tensor] = lambda values: values,
+        group: ProcessGroup | None = None,
+    ) -> HeldOutLoss:
+        """Runs the model over the windows; nothing of the model changes.
+
+        `main_losses` gives the summed loss of each of some batches of tokens over the number of their positions,
+        `summed` the sum of a tensor over all ranks.
+        Raises DataError, on all ranks of `group` before any of them runs the model, where one cannot read tokens.
+        """
+        numbers = [
+            self._batches[first : first + self._at_once] for first in range(0, len(self._batches), self._at_once)
+        ]
+        weights = iter(self._weights)
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for batches in token_batches(self.windows.read, numbers, device, group):
+            losses = main_losses(batches).double()
+            total += (losses * losses.new_tensor(list(islice(weights, len(losses))))).sum()
+        windows = self.windows
+        loss = summed(total).item() * self._length / windows.num_targets
+        return HeldOutLoss(loss, windows.num_targets, self._num_bytes, len(windows.numbers))
+
+
+def _batches(windows: Batch, size: int) -> Iterator[tuple[Batch, int]]:
+    """Batches of exactly `size` windows, so that a compiled model meets one shape, and how many differ in each.
+
+    The last windows, too few for a batch, are repeated in batches of their own, each equally often: the mean loss
+    of a batch is then the mean over those that differ, and every window is measured whatever the batch size.
+    """
+    while len(windows):
+        different = max(number for number in range(1, size + 1) if size % number == 0 and number <= len(windows))
+        yield np.repeat(windows[:different], size // different), different
+        windows = windows[different:]
+
+
+@torch.no_grad()
+def main_losses(objective: Objective, documents: Documents, batches: Iterable[Tensor]) -> Tensor:
+    """The main model's summed loss on each micro-batch over the number of its positions: float32 [batches]."""
+    return torch.stack(
+        [
+            objective(
+                tokens_BX,
+                0.0,
+                0.0,
+                documents(tokens_BX),
+                predict=False,
+                num_targets=tokens_BX[:, 1:].numel(),
+            ).main
+            for tokens_BX in batches
+        ]
+    )

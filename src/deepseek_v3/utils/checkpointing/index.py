@@ -1,0 +1,252 @@
+"""`index.json` of a sharded checkpoint: where every tensor lies, what the files are, and all that is no tensor.
+
+    {"version":1,"sha256":"<64 hex digits>","files":{…},"tensors":{…},"plain":{…}}
+
+The hash is over every byte behind its comma. The numbers lie in safetensors files, one from each rank that wrote.
+
+
+FOLDED: Whether boxes cut a tensor into parts: each of its numbers in exactly one of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from deepseek_v3.utils.checkpointing.errors import (
+    REPAIR,
+    damaged,
+    listed,
+    require_regular_file,
+    unreadable,
+    validation_problems,
+)
+from deepseek_v3.utils.checkpointing.safetensors_file import DTYPES, HeaderEntry, require_plain_json
+from deepseek_v3.utils.errors import CheckpointError
+
+Numbers = tuple[int, ...]
+Box = tuple[Numbers, Numbers]  # offsets and sizes
+
+_MOST_CUT_AXES = 8  # a box has 2**n corners
+
+
+def tiling_problem(shape: Numbers, boxes: Sequence[Box]) -> str | None:
+    """What is wrong with boxes that should hold each number of a tensor exactly once; None where nothing is.
+
+    The boxes have as many axes as `shape` and lie within it; their order does not matter, and empty ones do not
+    count. Takes time linear in the number of boxes, whatever way they cut the tensor.
+    """
+    if 0 in shape:
+        return None
+    filled = [(offsets, sizes) for offsets, sizes in boxes if 0 not in sizes]
+    axes = [axis for axis, size in enumerate(shape) if any(sizes[axis] != size for _, sizes in filled)]
+    if len(axes) > _MOST_CUT_AXES:
+        return f"is cut along {len(axes)} axes, expected at most {_MOST_CUT_AXES}"
+    place = _first_miscounted([shape[axis] for axis in axes], [_along(axes, box) for box in filled])
+    if place is None:
+        return None
+    position, surplus = place
+    index = [0] * len(shape)
+    for axis, coordinate in zip(axes, position, strict=True):
+        index[axis] = coordinate
+    return f"has the number at {index} {'in no chunk' if surplus < 0 else f'in {surplus + 1} chunks'}"
+
+
+def _along(axes: Sequence[int], box: Box) -> Box:
+    offsets, sizes = box
+    return tuple(offsets[axis] for axis in axes), tuple(sizes[axis] for axis in axes)
+
+
+def _first_miscounted(shape: Sequence[int], boxes: Sequence[Box]) -> tuple[Numbers, int] | None:
+    """The first position, row by row, that is not in exactly one box, and in how many more than one it is.
+
+    How many boxes hold a position is the sum over all corners before it of their signs, +1 or -1. So the boxes hold
+    each position once where their corners cancel to those of the whole, and else the first corner that is left over
+    is the first wrong position, wrong by its own sum of signs.
+    """
+    corners: Counter[Numbers] = Counter()
+    whole = ((0,) * len(shape), tuple(shape))
+    for weight, (offsets, sizes) in [(-1, whole), *((1, box) for box in boxes)]:
+        ends = [((offset, 1), (offset + size, -1)) for offset, size in zip(offsets, sizes, strict=True)]
+        for corner in product(*ends):
+            corners[tuple(place for place, _ in corner)] += weight * math.prod(sign for _, sign in corner)
+    left_over = [corner for corner, sign in corners.items() if sign]
+    return (min(left_over), corners[min(left_over)]) if left_over else None
+
+
+INDEX_FILE = "index.json"
+_VERSION = 1
+_MOST_NUMBERS = 2**60  # of a tensor; what torch counts bytes with holds no more
+_HEAD = re.compile(rb'\{"version":([0-9]+),"sha256":"([0-9a-f]{64})",')
+
+Natural = Annotated[int, Field(ge=0)]
+FileName = Annotated[str, Field(pattern=r"^rank_[0-9]+\.safetensors$")]  # no path: never outside the folder
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Chunk(_Entry):
+    """A box of a tensor, and its place: byte `begin` of `file`."""
+
+    file: FileName
+    begin: Natural
+    offsets: tuple[Natural, ...]
+    sizes: tuple[Natural, ...]
+
+
+class StoredTensor(_Entry):
+    """A tensor in chunks that together are all of it; `dtype` is a name of the safetensors format."""
+
+    dtype: str
+    shape: tuple[Natural, ...]
+    chunks: tuple[Chunk, ...]
+
+
+class StoredFile(_Entry):
+    """What proves a file whole."""
+
+    bytes: Natural
+    sha256: Sha256
+
+
+class Index(_Entry):
+    """The contents of `index.json` behind its version and checksum.
+
+    Valid only where the chunks of every tensor hold each of its numbers once, at places of their own within the
+    files, and so that nothing can be read that was never written.
+    """
+
+    files: dict[FileName, StoredFile]
+    tensors: dict[str, StoredTensor]
+    plain: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Index:
+        problems = [problem for name, tensor in self.tensors.items() for problem in self._problems(name, tensor)]
+        problems += self._overlaps()
+        if problems:
+            raise ValueError(listed(problems))
+        return self
+
+    def _problems(self, name: str, tensor: StoredTensor) -> list[str]:
+        if tensor.dtype not in DTYPES:
+            return [f"{name!r} has dtype {tensor.dtype!r}, expected one of {', '.join(DTYPES)}"]
+        if math.prod(size for size in tensor.shape if size) > _MOST_NUMBERS:
+            return [f"{name!r} has shape {list(tensor.shape)}, which is more than any memory holds"]
+        problems = [
+            f"{name!r} {problem}" for chunk in tensor.chunks for problem in self._chunk_problems(tensor, chunk)
+        ]
+        if problems:
+            return problems
+        problem = tiling_problem(tensor.shape, [(chunk.offsets, chunk.sizes) for chunk in tensor.chunks])
+        return [f"{name!r} {problem}"] if problem else []
+
+    def _chunk_problems(self, tensor: StoredTensor, chunk: Chunk) -> list[str]:
+        problems = []
+        axes = len(tensor.shape)
+        if len(chunk.offsets) != axes or len(chunk.sizes) != axes:
+            problems.append(f"has a chunk with other axes than its shape {list(tensor.shape)}")
+        elif any(o + size > whole for o, size, whole in zip(chunk.offsets, chunk.sizes, tensor.shape, strict=True)):
+            problems.append(f"has a chunk beyond its shape {list(tensor.shape)}")
+        if chunk.file not in self.files:
+            problems.append(f"lies in {chunk.file}, which is not among the files")
+        elif _end(tensor, chunk) > self.files[chunk.file].bytes:
+            problems.append(f"lies beyond the end of {chunk.file}")
+        if chunk.begin % DTYPES[tensor.dtype].itemsize:
+            problems.append(f"begins at byte {chunk.begin} of {chunk.file}, which is not aligned to its numbers")
+        return problems
+
+    def _overlaps(self) -> list[str]:
+        """Chunks that share bytes of a file with another one."""
+        spans = sorted(
+            (chunk.file, chunk.begin, _end(tensor, chunk), name)
+            for name, tensor in self.tensors.items()
+            if tensor.dtype in DTYPES
+            for chunk in tensor.chunks
+            if 0 not in chunk.sizes
+        )
+        return [
+            f"{name!r} lies where {other!r} lies, at byte {begin} of {file}"
+            for (other_file, _, end, other), (file, begin, _, name) in pairwise(spans)
+            if file == other_file and begin < end
+        ]
+
+    def stored_in(self, file: str) -> dict[str, HeaderEntry]:
+        """What the header of a file has to say: its chunks by their names there."""
+        return {
+            chunk_name(name, tensor.shape, chunk.offsets, chunk.sizes): HeaderEntry(
+                tensor.dtype, chunk.sizes, chunk.begin
+            )
+            for name, tensor in self.tensors.items()
+            for chunk in tensor.chunks
+            if chunk.file == file
+        }
+
+    def write(self, folder: Path) -> None:
+        """Writes and fsyncs the index of a folder. Raises OSError."""
+        body = self.model_dump_json()[1:].encode()
+        head = f'{{"version":{_VERSION},"sha256":"{hashlib.sha256(body).hexdigest()}",'
+        with (folder / INDEX_FILE).open("wb") as file:
+            file.write(head.encode() + body)
+            file.flush()
+            os.fsync(file.fileno())
+
+    @classmethod
+    def read(cls, folder: Path) -> Index:
+        """The index of a folder.
+
+        Raises CheckpointError where it is missing, damaged, of another version, or contradicts itself: all problems
+        in one message.
+        """
+        path = folder / INDEX_FILE
+        try:
+            require_regular_file(path)
+            content = path.read_bytes()
+        except OSError as error:
+            raise unreadable(path, error) from None
+        head = _HEAD.match(content)
+        if not head:
+            raise CheckpointError(
+                f"{path}: does not begin with a version and a checksum, so it is damaged or no index of this "
+                f"project; {REPAIR}"
+            )
+        if int(head[1]) != _VERSION:
+            raise CheckpointError(
+                f"{path}: has version {int(head[1])}, this program reads version {_VERSION}; "
+                "load it with the version of the program that wrote it"
+            )
+        body = content[head.end() :]
+        found = hashlib.sha256(body).hexdigest()
+        if found != head[2].decode():
+            raise damaged(path, found, head[2].decode())
+        try:
+            require_plain_json(b"{" + body)
+            return cls.model_validate_json(b"{" + body)
+        except ValidationError as error:
+            raise CheckpointError(f"{path}: {validation_problems(error)}; {REPAIR}") from None
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path}: is not JSON as this project writes it: {error}; {REPAIR}") from None
+
+
+def chunk_name(name: str, shape: Numbers, offsets: Numbers, sizes: Numbers) -> str:
+    """A chunk's name within its file: the tensor's, and where that is cut the part of it, as in `w[0:2,4:8]`."""
+    if sizes == shape:
+        return name
+    spans = (f"{offset}:{offset + size}" for offset, size in zip(offsets, sizes, strict=True))
+    return f"{name}[{','.join(spans)}]"
+
+
+def _end(tensor: StoredTensor, chunk: Chunk) -> int:
+    return chunk.begin + math.prod(chunk.sizes) * DTYPES[tensor.dtype].itemsize

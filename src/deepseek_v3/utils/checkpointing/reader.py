@@ -1,0 +1,250 @@
+"""A checkpoint opened for reading, whichever form it has: its plain values at once, its numbers when touched.
+
+FOLDED: How `torch.distributed.checkpoint` reads our checkpoints, folders and files alike.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.storage import StorageReader
+from torch.futures import Future
+
+from deepseek_v3.utils.checkpointing.checks import TensorInfo, infos
+from deepseek_v3.utils.checkpointing.errors import (
+    REPAIR,
+    damaged,
+    is_folder,
+    listed,
+    require_regular_file,
+    unreadable,
+)
+from deepseek_v3.utils.checkpointing.index import INDEX_FILE, Index, Numbers
+from deepseek_v3.utils.checkpointing.safetensors_file import DTYPES, HeaderEntry, map_bytes, read_header
+from deepseek_v3.utils.checkpointing.single_file import load_file, verify_file
+from deepseek_v3.utils.checkpointing.state_dict import split
+from deepseek_v3.utils.errors import CheckpointError
+from deepseek_v3.utils.files import sha256_of_file
+
+
+class Contents(ABC):
+    """What a checkpoint holds: the tensors by their dotted names (see `nesting`), in `plain` all the rest."""
+
+    path: Path
+    plain: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+
+    files: list[str]
+
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Compares checksums with the bytes of every `parts`-th file, from number `part` on.
+
+        Raises CheckpointError for one that is damaged, missing or unreadable.
+        """
+        for name in self.files[part::parts]:
+            self.verify_file(name)
+
+    @abstractmethod
+    def verify_file(self, name: str) -> None:
+        """The same for one file."""
+
+    @abstractmethod
+    def chunks(self, name: str) -> list[tuple[Numbers, Numbers]]:
+        """The offsets and sizes of the boxes in which a tensor is stored."""
+
+    @abstractmethod
+    def chunk(self, name: str, offsets: Numbers) -> Tensor:
+        """The box at `offsets`, mapped into memory; not to be written to."""
+
+    def whole(self, name: str) -> Tensor:
+        """A tensor put together in memory of its own."""
+        info = self.tensors[name]
+        tensor = torch.empty(info.shape, dtype=info.dtype)
+        for offsets, sizes in self.chunks(name):
+            box = tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))
+            tensor[box] = self.chunk(name, offsets)
+        return tensor
+
+
+def open_checkpoint(path: Path) -> Contents:
+    """Opens a checkpoint folder or file; its checksums are left to `verify`.
+
+    Raises CheckpointError where it is missing, or so damaged that it cannot even be listed.
+    """
+    return FolderContents(path) if is_folder(path) else FileContents(path)
+
+
+class FolderContents(Contents):
+    """A folder that several ranks wrote."""
+
+    def __init__(self, path: Path) -> None:
+        index = Index.read(path)
+        self.path, self.plain = path, index.plain
+        self.files, self._files, self._index = sorted(index.files), index.files, index
+        self.tensors = {
+            name: TensorInfo(DTYPES[tensor.dtype], tensor.shape) for name, tensor in index.tensors.items()
+        }
+        self._chunks = {
+            name: {chunk.offsets: chunk for chunk in tensor.chunks if 0 in tensor.shape or 0 not in chunk.sizes}
+            for name, tensor in index.tensors.items()
+        }
+        self._mapped: dict[str, Tensor] = {}
+
+    def verify_file(self, name: str) -> None:
+        path, expected = self._path_of_size(name), self._files[name].sha256
+        try:
+            found = sha256_of_file(path)
+            if found != expected:
+                raise damaged(path, found, expected)
+            self._compare_header(path)
+        except OSError as error:  # of a disk that fails, or a folder that is deleted meanwhile
+            raise unreadable(path, error) from None
+
+    def _compare_header(self, path: Path) -> None:
+        """Raises CheckpointError unless a file says of each of its tensors what the index says."""
+        try:
+            found = read_header(path)
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path}: has no header of the safetensors format: {error}; {REPAIR}") from None
+        expected = self._index.stored_in(path.name)
+        problems = [
+            f"has {_entry(found, name)} as {name!r}, and by {INDEX_FILE} {_entry(expected, name)}"
+            for name in sorted(found.keys() | expected.keys())
+            if found.get(name) != expected.get(name)
+        ]
+        if problems:
+            raise CheckpointError(f"{path}: {listed(problems)}; {REPAIR}")
+
+    def chunks(self, name: str) -> list[tuple[Numbers, Numbers]]:
+        return [(chunk.offsets, chunk.sizes) for chunk in self._chunks[name].values()]
+
+    def chunk(self, name: str, offsets: Numbers) -> Tensor:
+        chunk, dtype = self._chunks[name][offsets], self.tensors[name].dtype
+        if 0 in chunk.sizes:
+            return torch.empty(chunk.sizes, dtype=dtype)
+        if chunk.file not in self._mapped:
+            path = self._path_of_size(chunk.file)
+            try:
+                self._mapped[chunk.file] = map_bytes(path, self._files[chunk.file].bytes)
+            except RuntimeError:  # as torch tells of files that have gone meanwhile
+                raise CheckpointError(f"{path}: cannot be mapped into memory; is it being deleted?") from None
+        num_bytes = math.prod(chunk.sizes) * dtype.itemsize
+        return self._mapped[chunk.file][chunk.begin :][:num_bytes].view(dtype).view(chunk.sizes)
+
+    def _path_of_size(self, name: str) -> Path:
+        """The path of a file, which has been seen to be there with all its bytes."""
+        path, expected = self.path / name, self._files[name].bytes
+        try:
+            found = require_regular_file(path)
+            path.open("rb").close()
+        except OSError as error:
+            raise unreadable(path, error) from None
+        if found != expected:
+            raise CheckpointError(f"{path}: has {found:,} bytes, expected {expected:,}; {REPAIR}")
+        return path
+
+
+def _entry(entries: dict[str, HeaderEntry], name: str) -> str:
+    if name not in entries:
+        return "nothing"
+    entry = entries[name]
+    return f"{entry.dtype} {list(entry.shape)} at byte {entry.begin}"
+
+
+class FileContents(Contents):
+    """A single file; each of its tensors is one chunk."""
+
+    def __init__(self, path: Path) -> None:
+        state = load_file(path, verify=False, mmap=True)
+        try:
+            self._tensors, self.plain = split(state)
+        except TypeError as error:
+            raise CheckpointError(
+                f"{path}: cannot be shared out among ranks: {error}; "
+                "resume it once in a single process, whose next checkpoint can"
+            ) from None
+        self.path, self.files = path, [path.name]
+        self.tensors = infos(self._tensors)
+
+    def verify_file(self, name: str) -> None:
+        assert name == self.path.name
+        try:
+            verify_file(self.path)
+        except OSError as error:
+            raise unreadable(self.path, error) from error
+
+    def chunks(self, name: str) -> list[tuple[Numbers, Numbers]]:
+        shape = self.tensors[name].shape
+        return [((0,) * len(shape), shape)]
+
+    def chunk(self, name: str, offsets: Numbers) -> Tensor:
+        assert not any(offsets)
+        return self._tensors[name]
+
+
+class ContentsReader(StorageReader):
+    """Reads any opened checkpoint, a folder or a file, into tensors that may be cut differently."""
+
+    def __init__(self, contents: Contents) -> None:
+        self.contents = contents
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Nothing: a reader serves one checkpoint."""
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Nothing: all is open already."""
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:  # noqa: ARG003
+        """Any; none is ever given."""
+        return True
+
+    def read_metadata(self) -> Metadata:
+        """What the checkpoint holds, in the terms of torch.distributed.checkpoint."""
+        return Metadata({name: self._metadata_of(name) for name in self.contents.tensors})
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """The plan as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """The plans as they are."""
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Copies what the plan asks for to where it belongs."""
+        for item in plan.items:
+            self._read(item, planner)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _read(self, item: ReadItem, planner: LoadPlanner) -> None:
+        index = item.storage_index
+        assert index.offset is not None
+        chunk = self.contents.chunk(index.fqn, tuple(index.offset))
+        box = zip(item.storage_offsets, item.lengths, strict=True)
+        target = planner.resolve_tensor(item).detach()
+        target.copy_(chunk[tuple(slice(offset, offset + length) for offset, length in box)])
+        planner.commit_tensor(item, target)
+
+    def _metadata_of(self, name: str) -> TensorStorageMetadata:
+        dtype, shape = self.contents.tensors[name]
+        chunks = [
+            ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+            for offsets, sizes in self.contents.chunks(name)
+        ]
+        return TensorStorageMetadata(TensorProperties(dtype), torch.Size(shape), chunks)

@@ -1,0 +1,75 @@
+"""Who is kept: connected components against a plain search, and chains that lead too far."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deepseek_v3.data.deduplication.clusters import earliest_connected, keepers
+from deepseek_v3.data.deduplication.key_files import grouped, repeated
+
+Pairs = set[tuple[int, int]]
+DOCUMENTS = 12
+PAIRS = st.sets(
+    st.tuples(st.integers(0, 11), st.integers(0, 11)).filter(lambda pair: pair[0] < pair[1]), max_size=25
+)
+
+
+def _columns(pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
+    one, other = np.array(sorted(pairs), np.int64).reshape(-1, 2).T
+    return one, other
+
+
+def _reachable(pairs: Pairs, start: int) -> set[int]:
+    found, waiting = {start}, [start]
+    while waiting:
+        here = waiting.pop()
+        near = {b if a == here else a for a, b in pairs if here in (a, b)} - found
+        found |= near
+        waiting += near
+    return found
+
+
+def _all(kept: np.ndarray, documents: np.ndarray) -> np.ndarray:
+    return np.ones(len(documents), np.bool_)
+
+
+def _none(kept: np.ndarray, documents: np.ndarray) -> np.ndarray:
+    return np.zeros(len(documents), np.bool_)
+
+
+@given(PAIRS)
+def test_connected_documents_are_those_that_a_search_reaches(pairs: Pairs) -> None:
+    expected = [min(_reachable(pairs, document)) for document in range(DOCUMENTS)]
+    assert earliest_connected(*_columns(pairs), DOCUMENTS).tolist() == expected
+    assert keepers(*_columns(pairs), DOCUMENTS, _all).tolist() == expected
+
+
+@given(PAIRS, st.sets(st.integers(0, 11)))
+def test_of_each_pair_one_at_most_is_kept_and_what_is_kept_stands_for_what_it_is_close_to(
+    pairs: Pairs, close: set[int]
+) -> None:
+    kept = keepers(*_columns(pairs), DOCUMENTS, lambda _, documents: np.isin(documents, list(close))).tolist()
+    for one, other in pairs:
+        assert kept[one] != one or kept[other] != other
+    for document, keeper in enumerate(kept):
+        assert kept[keeper] == keeper <= document
+        if document != keeper:
+            assert (keeper, document) in pairs or document in close
+            assert keeper in _reachable(pairs, document)
+
+
+def test_a_chain_without_closeness_is_cut_where_documents_are_no_pair_with_a_kept_one() -> None:
+    chain = {(i, i + 1) for i in range(6)}
+    assert keepers(*_columns(chain), 8, _all).tolist() == [0] * 7 + [7]
+    assert keepers(*_columns(chain), 8, _none).tolist() == [0, 0, 2, 2, 4, 4, 6, 7]
+
+
+@given(st.lists(st.integers(0, 9), max_size=40))
+def test_grouping_sorts_by_key_and_then_place(keys: list[int]) -> None:
+    found = grouped(np.array(keys, np.uint64))
+    expected = sorted(range(len(keys)), key=lambda place: (keys[place], place))
+    assert found.places.tolist() == expected
+    assert [keys[place] for place in expected] == [sorted(set(keys))[group] for group in found.groups.tolist()]
+    more = repeated(found)
+    assert more.places.tolist() == [place for place in expected if keys.count(keys[place]) > 1]
+    assert [sorted(set(keys))[group] for group in more.groups.tolist()] == [keys[p] for p in more.places.tolist()]

@@ -1,0 +1,236 @@
+"""Finding the files of an input: each once, under a name that does not depend on how it was given."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from deepseek_v3.data.formats.batches import ReadOptions, Span
+from deepseek_v3.data.formats.file_types import Format, format_of
+from deepseek_v3.data.formats.inputs import Inputs, find_inputs
+from deepseek_v3.data.formats.reading import read_span, spans
+from deepseek_v3.utils.errors import DataError
+from helpers.formats import rows, texts, write
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    for name in ("b.jsonl", "a/x.jsonl", "a/y.txt", "a/deep/z.parquet", "c/x.jsonl.gz"):
+        write(tmp_path / "corpus" / name, name)
+    for name in (".hidden.txt", ".git/config.txt", "a/__pycache__/m.py", "picture.png", "a/table.csv"):
+        write(tmp_path / "corpus" / name, name)
+    return tmp_path / "corpus"
+
+
+@pytest.fixture
+def store():
+    memory = fsspec.filesystem("memory")
+    memory.store.clear()
+    yield memory
+    memory.store.clear()
+
+
+def names(inputs: Inputs) -> list[str]:
+    return [file.name for file in inputs.files]
+
+
+def error_of(given: object) -> str:
+    with pytest.raises(DataError) as caught:
+        find_inputs(given)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("a.jsonl", Format("json_lines", None)),
+        ("A.NDJSON.ZSTD", Format("json_lines", "zst")),
+        ("a.json.xz", Format("json", "xz")),
+        ("a.b.parquet", Format("parquet", None)),
+        ("a.feather", Format("arrow", None)),
+        ("folder.gz/a.ipc", Format("arrow", None)),
+        ("CC-MAIN-1.warc.gz", Format("warc", "gz")),
+        ("CC-MAIN-1.warc.wet.gz", Format("warc", "gz")),
+        ("notes.md", Format("text", None)),
+        ("main.CPP", Format("text", None)),
+        ("README", Format("text", None)),
+        ("README.bz2", Format("text", "bz2")),
+        ("page.html.gz", Format("text", "gz")),
+        ("a.parquet.gz", None),
+        ("a.tar.gz", None),
+        ("a.csv", None),
+        ("a.png", None),
+        ("v1.2", None),
+    ],
+)
+def test_names_tell_the_format(name, found):
+    assert format_of(name) == found
+
+
+def test_a_folder_is_searched_and_what_is_not_read_is_said(corpus):
+    files, ignored = find_inputs(corpus)
+    assert [file.name for file in files] == ["a/deep/z.parquet", "a/x.jsonl", "a/y.txt", "b.jsonl", "c/x.jsonl.gz"]
+    assert [(one.name, one.reason) for one in ignored] == [
+        ("a/table.csv", "no format is known by the suffix '.csv'"),
+        ("picture.png", "no format is known by the suffix '.png'"),
+    ]
+    for file in files:
+        status = Path(file.path).stat()
+        assert (file.size, file.modified) == (status.st_size, str(status.st_mtime_ns))
+        assert not file.is_remote
+
+
+def test_one_file_is_an_input(corpus):
+    ((file,), ignored) = find_inputs(str(corpus / "a" / "y.txt"))
+    assert (file.name, file.path, ignored) == ("y.txt", str(corpus / "a" / "y.txt"), [])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("*.jsonl", ["b.jsonl"]),
+        ("*/x.*", ["a/x.jsonl", "c/x.jsonl.gz"]),
+        ("**/*.jsonl", ["a/x.jsonl", "b.jsonl"]),
+        ("**", ["a/deep/z.parquet", "a/x.jsonl", "a/y.txt", "b.jsonl", "c/x.jsonl.gz"]),
+        ("[ac]", ["a/deep/z.parquet", "a/x.jsonl", "a/y.txt", "c/x.jsonl.gz"]),
+        ("a/d?ep/*", ["z.parquet"]),
+        ("a/*", ["deep/z.parquet", "x.jsonl", "y.txt"]),
+    ],
+)
+def test_patterns_match_files_and_folders(corpus, pattern, found):
+    found_names = names(find_inputs(f"{corpus}/{pattern}"))
+    assert found_names == ([f"deep/{name}" for name in found] if pattern == "a/d?ep/*" else found)
+
+
+def test_a_relative_pattern_starts_here(corpus, monkeypatch):
+    monkeypatch.chdir(corpus)
+    ((file,), _) = find_inputs("*.jsonl")
+    assert (file.name, file.path) == ("b.jsonl", str(corpus / "b.jsonl"))
+
+
+def test_a_name_with_the_signs_of_a_pattern_is_a_name(tmp_path):
+    path = write(tmp_path / "part[1].txt", "a")
+    assert names(find_inputs(path)) == ["part[1].txt"]
+
+
+def test_the_order_of_inputs_does_not_matter_and_none_is_read_twice(corpus):
+    given = [str(corpus / "a"), f"{corpus}/**/*.jsonl", str(corpus / "b.jsonl")]
+    found = find_inputs(given)
+    assert names(found) == ["a/x.jsonl", "b.jsonl", "deep/z.parquet", "y.txt"]
+    for _ in given:
+        given.append(given.pop(0))
+        assert find_inputs(given) == found
+
+
+def test_links_are_followed_once_and_links_to_nowhere_are_said(tmp_path):
+    folder = tmp_path / "corpus"
+    write(folder / "a.txt", "a")
+    write(tmp_path / "elsewhere" / "b.txt", "b")
+    (folder / "up").symlink_to(folder)
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "dangling.txt").symlink_to(tmp_path / "missing")
+    os.mkfifo(folder / "pipe")
+    found = find_inputs(folder)
+    assert names(found) == ["a.txt", "linked/b.txt"]
+    assert [(one.name, one.reason) for one in found.ignored] == [
+        ("dangling.txt", "is a link to nowhere, or no regular file"),
+        ("pipe", "is a link to nowhere, or no regular file"),
+    ]
+
+
+def test_a_name_that_is_no_utf8_is_said(tmp_path):
+    write(tmp_path / "a.txt", "a")
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("b")
+    found = find_inputs(tmp_path)
+    assert names(found) == ["a.txt"]
+    assert [(one.name, one.reason) for one in found.ignored] == [("caf?.txt", "its name is no UTF-8; rename it")]
+
+
+def test_what_cannot_be_meant_is_named(corpus, tmp_path):
+    assert "nothing was given" in error_of([])
+    assert error_of(corpus / "nowhere").startswith(f"{corpus}/nowhere: does not exist")
+    assert error_of(f"{corpus}/nowhere/*.txt").startswith(f"{corpus}/nowhere/*.txt: does not exist")
+    assert "holds no text: expected .jsonl" in error_of(f"{corpus}/*.warc")
+    assert "holds no text: found only picture.png" in error_of(corpus / "picture.png")
+    assert "write ** between slashes" in error_of(f"{corpus}/**.jsonl")
+    (tmp_path / "empty").mkdir()
+    assert "holds no text" in error_of([str(corpus), str(tmp_path / "empty")])
+
+
+def test_two_files_of_one_name_are_refused(corpus):
+    one, other = corpus / "a" / "x.jsonl", write(corpus / "d" / "x.jsonl", "")
+    message = error_of([str(corpus / "a"), str(corpus / "d")])
+    assert message.startswith(f"{one} and {other}: would both be called 'x.jsonl'")
+
+
+def test_an_unreadable_folder_is_named(corpus, monkeypatch):
+    def refuse(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    assert error_of(corpus) == f"{corpus}: cannot be read: Permission denied"
+
+
+def test_stores_are_searched_and_read(store):
+    lines = b"".join(b'{"text": "line %d"}\n' % number for number in range(9))
+    store.pipe(
+        {"/bucket/a/x.jsonl": lines, "/bucket/b.txt": b"text", "/bucket/.hidden/c.txt": b"", "/bucket/d.png": b""}
+    )
+    files, ignored = find_inputs("memory://bucket")
+    assert [(file.name, file.path, file.size) for file in files] == [
+        ("a/x.jsonl", "memory:///bucket/a/x.jsonl", len(lines)),
+        ("b.txt", "memory:///bucket/b.txt", 4),
+    ]
+    assert [one.name for one in ignored] == ["d.png"]
+    assert all(file.modified and file.is_remote for file in files)
+    assert spans(files[0], 20) == [Span(files[0])]
+    with store.open("/bucket/c.parquet", "wb") as file:
+        pq.write_table(pa.table({"text": ["one", "two"]}), file, row_group_size=1)
+    ((columnar,), _) = find_inputs("memory://bucket/c.parquet")
+    assert [span.start for span in spans(columnar, 1)] == [0, 1]
+    assert texts(rows(list(read_span(spans(columnar, 1)[1], ReadOptions())))[0]) == ["two"]
+    found = [list(read_span(Span(file), ReadOptions())) for file in files]
+    assert texts(rows(found[0])[0]) == [f"line {number}" for number in range(9)]
+    assert texts(rows(found[1])[0]) == ["text"]
+    assert names(find_inputs("memory://bucket/**/*.jsonl")) == ["a/x.jsonl"]
+    assert names(find_inputs("memory://bucket/b.txt")) == ["b.txt"]
+    assert "nothing was found there" in error_of("memory://bucket/nowhere")
+
+
+def test_what_vanished_from_a_store_is_an_entry_and_a_failing_store_an_error(store, monkeypatch):
+    store.pipe("/bucket/a.jsonl", b'{"text": "a"}\n')
+    (file,) = find_inputs("memory://bucket/a.jsonl").files
+    store.rm("/bucket/a.jsonl")
+    assert rows(list(read_span(Span(file), ReadOptions())))[1][0]["reason"] == "unreadable"
+
+    def fail(*_, **__):
+        raise TimeoutError("no answer")
+
+    monkeypatch.setattr(fsspec, "open", fail)
+    with pytest.raises(DataError, match=r"memory:///bucket/a.jsonl: cannot be read: no answer; start again"):
+        list(read_span(Span(file), ReadOptions()))
+
+
+def test_addresses_of_local_files_are_paths(corpus):
+    assert find_inputs(f"file://{corpus}") == find_inputs(corpus)
+    assert find_inputs(f"file://{corpus}/**/*.jsonl") == find_inputs(f"{corpus}/**/*.jsonl")
+
+
+def test_a_library_that_a_store_needs_is_named(monkeypatch):
+    def missing(_):
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr("deepseek_v3.data.formats.inputs.url_to_fs", missing)
+    assert error_of("s3://bucket/a").endswith("Install s3fs to access S3; run `pip install s3fs`")
+    assert error_of("odd://bucket/a").endswith("Install s3fs to access S3; install what it names")
+
+
+def test_an_unknown_kind_of_address_is_named():
+    assert error_of("nosuch://bucket/a").startswith("nosuch://bucket/a: cannot be opened: Protocol not known")

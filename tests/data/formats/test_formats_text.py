@@ -1,0 +1,55 @@
+"""Plain text: a file is a document, or one entry that says why not."""
+
+from __future__ import annotations
+
+import gzip
+import os
+
+import pytest
+
+from deepseek_v3.data.formats import plain_text
+from helpers.formats import read, read_in_spans, write
+
+
+def test_a_file_is_a_document(tmp_path):
+    content = "\ufeffFirst line\r\nä\n"
+    for name, data in {"a.txt": content.encode(), "b.md.gz": gzip.compress(content.encode())}.items():
+        path = write(tmp_path / name, data)
+        ((record,), quarantined) = read(path)
+        assert read_in_spans(path, 5) == ([record], quarantined)
+        assert record == {"id": name, "text": content[1:], "source": name, "place": 0, "metadata": None}
+        assert quarantined == []
+
+
+@pytest.mark.parametrize(
+    ("data", "reason", "error"),
+    [
+        (b"", "empty", "holds no bytes"),
+        (b"caf\xe9", "not_utf8", "byte 0xe9 at offset 3 is not UTF-8; convert the file"),
+        (b"\xef\xbb\xbfcaf\xe9", "not_utf8", "byte 0xe9 at offset 6 is not UTF-8"),
+        ("text".encode("utf-16"), "not_utf8", "it looks like UTF-16"),
+        (b"bin\0ary", "nul", "NUL at character 3"),
+        (b"a" * 101, "too_long", "the file has 101 bytes, expected at most 100 (max_record_bytes)"),
+        (b"a" * 1000, "too_long", "the file has 1000 bytes"),
+    ],
+)
+def test_what_is_no_text_is_one_entry(tmp_path, data, reason, error, monkeypatch):
+    monkeypatch.setattr(plain_text, "_PIECE_BYTES", 16)
+    records, (entry,) = read(write(tmp_path / "a.txt", data), max_record_bytes=100)
+    assert records == []
+    assert (entry["reason"], entry["length"], entry["records"]) == (reason, len(data), 1)
+    assert error in entry["error"]
+    assert entry["raw"] == (None if reason in ("empty", "too_long") else data)
+
+
+def test_a_compressed_file_cut_short_is_no_document(tmp_path):
+    records, (entry,) = read(write(tmp_path / "a.txt.gz", gzip.compress(b"text " * 99)[:-20]))
+    assert (records, entry["reason"]) == ([], "truncated")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
+def test_an_unreadable_file_is_one_entry(tmp_path):
+    path = write(tmp_path / "a.txt", "a")
+    path.chmod(0)
+    records, (entry,) = read(path)
+    assert (records, entry["reason"]) == ([], "unreadable")

@@ -1,0 +1,179 @@
+"""WARC: pages as their raw HTML, and every byte that is no record accounted for."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deepseek_v3.data.formats import warc
+from deepseek_v3.data.formats.inputs import find_inputs
+from deepseek_v3.utils.errors import DataError
+from helpers.formats import read, reasons, texts, write
+
+HTML = "Content-Type: text/html; charset=utf-8"
+HTTP = "application/http; msgtype=response"
+
+
+def record(number: int, body: bytes, kind: str = "response", content_type: str = HTTP, **changes: object) -> bytes:
+    headers = {
+        "WARC-Type": kind,
+        "WARC-Record-ID": f"<urn:uuid:{number}>",
+        "WARC-Target-URI": f"https://example.org/{number}",
+        "WARC-Date": "2024-02-29T12:00:00Z",
+        "Content-Type": content_type,
+        "Content-Length": len(body),
+        **{name.replace("_", "-"): value for name, value in changes.items()},
+    }
+    head = "".join(f"{name}: {value}\r\n" for name, value in headers.items() if value is not None)
+    return f"WARC/1.0\r\n{head}\r\n".encode() + body + b"\r\n\r\n"
+
+
+def page(body: bytes, *headers: str) -> bytes:
+    return "\r\n".join(["HTTP/1.1 200 OK", *headers, "", ""]).encode() + body
+
+
+def named(number: int, text: str = "") -> bytes:
+    return record(number, page(f"<p>page {number}{text}</p>".encode(), HTML))
+
+
+def test_responses_resources_and_conversions_are_documents(tmp_path):
+    content = [
+        record(0, b"software: test", "warcinfo", "application/warc-fields"),
+        record(1, b"GET / HTTP/1.1\r\n\r\n", "request", "application/http; msgtype=request"),
+        record(2, page("<p>ü</p>".encode(), HTML)),
+        record(3, b"fetchTimeMs: 1", "metadata", "application/warc-fields"),
+        record(4, "plain ü".encode(), "conversion", "text/plain"),
+        record(5, "<b>ü</b>".encode("latin1"), "resource", "text/html; charset=ISO-8859-1"),
+    ]
+    data = b"".join(content)
+    plain = read(write(tmp_path / "a.warc", data))
+    records, quarantined = plain
+    assert quarantined == []
+    assert texts(records) == ["<p>ü</p>", "plain ü", "<b>ü</b>"]
+    assert [one["id"] for one in records] == ["<urn:uuid:2>", "<urn:uuid:4>", "<urn:uuid:5>"]
+    assert [one["place"] for one in records] == [data.index(content[number]) for number in (2, 4, 5)]
+    assert json.loads(records[0]["metadata"]) == {
+        "url": "https://example.org/2",
+        "date": "2024-02-29T12:00:00Z",
+        "content_type": "text/html; charset=utf-8",
+    }
+    members = b"".join(map(gzip.compress, content))
+    for packed in (members, gzip.compress(data)):
+        records, _ = read(write(tmp_path / "a.warc.wet.gz", packed))
+        assert [one["place"] for one in records] == [one["place"] for one in plain[0]]
+        assert texts(records) == texts(plain[0])
+
+
+@pytest.mark.parametrize(
+    ("payload", "text"),
+    [
+        (page("<p>café</p>".encode("latin1"), "Content-Type: text/html; charset=iso-8859-1"), "<p>café</p>"),
+        (page("<p>日本</p>".encode("shift_jis"), 'Content-Type: text/html; charset="Shift_JIS"'), "<p>日本</p>"),
+        (
+            page('<meta charset="koi8-r">привет'.encode("koi8-r"), "Content-Type: text/html"),
+            '<meta charset="koi8-r">привет',
+        ),
+        (page("<p>naïve café</p>".encode(), "Content-Type: text/html; charset=unheard-of"), "<p>naïve café</p>"),
+        (page(b"\xef\xbb\xbf<p>marked</p>", HTML), "<p>marked</p>"),
+        (page(b"<p>a\x81b\xff</p>", HTML), "<p>a�b�</p>"),
+        (page(b"no type"), "no type"),
+        (page(gzip.compress(b"<p>packed</p>"), HTML, "Content-Encoding: gzip"), "<p>packed</p>"),
+        (page(b"<p>not packed</p>", HTML, "Content-Encoding: gzip"), "<p>not packed</p>"),
+        (page(b"5\r\nhello\r\n0\r\n\r\n", HTML, "Transfer-Encoding: chunked"), "hello"),
+        (page(b"<p>not in chunks</p>", HTML, "Transfer-Encoding: chunked"), "<p>not in chunks</p>"),
+        (page(b"{}", "Content-Type: application/ld+json"), "{}"),
+    ],
+)
+def test_payloads_are_decoded(tmp_path, payload, text):
+    records, quarantined = read(write(tmp_path / "a.warc", record(1, payload)))
+    assert (texts(records), quarantined) == ([text], [])
+
+
+@pytest.mark.parametrize(
+    ("damaged", "reason"),
+    [
+        (record(1, page(b"\x89PNG", "Content-Type: image/png")), "not_text"),
+        (record(1, page(b"a\0b", HTML)), "nul"),
+        (record(1, b"no http"), "damaged"),
+        (named(1).replace(b"WARC/1.0", b"WARC/x.0"), "damaged"),
+        (record(1, page(b"", HTML), WARC_Type=None), "damaged"),
+        (record(1, page(b"", HTML), Content_Length=None), "damaged"),
+        (record(1, page(b"", HTML), Content_Length="many"), "damaged"),
+        (b"XARC/1.0\r\nContent-Length: 3\r\n\r\nabc\r\n\r\n", "damaged"),
+        (b"junk" * 100 + b"\r\n\r\n", "damaged"),
+        (record(1, page(b"a" * 3000, HTML)), "too_long"),
+        (record(1, page(gzip.compress(b"a" * 3000), HTML, "Content-Encoding: gzip")), "too_long"),
+    ],
+)
+def test_a_damaged_record_costs_itself_alone(tmp_path, damaged, reason, monkeypatch):
+    monkeypatch.setattr(warc, "_PIECE_BYTES", 11)
+    data = named(0) + damaged + named(2)
+    records, quarantined = read(write(tmp_path / "a.warc", data), max_record_bytes=2000)
+    assert texts(records) == ["<p>page 0</p>", "<p>page 2</p>"]
+    (entry,) = quarantined
+    assert (entry["reason"], entry["offset"]) == (reason, len(named(0)))
+    assert entry["length"] == len(damaged.rstrip(b"\r\n")) or reason == "damaged"
+
+
+def test_a_length_that_is_wrong_costs_no_more_than_the_next_record(tmp_path):
+    short = record(1, page(b"<p>one</p>", HTML), Content_Length=60)
+    records, quarantined = read(write(tmp_path / "a.warc", named(0) + short + named(2)))
+    assert [texts(records)[0], texts(records)[-1]] == ["<p>page 0</p>", "<p>page 2</p>"]
+    assert reasons(quarantined) == ["damaged"]
+    long = record(1, page(b"<p>one</p>", HTML), Content_Length=120)
+    records, quarantined = read(write(tmp_path / "a.warc", named(0) + long + named(2) + named(3)))
+    assert [texts(records)[0], texts(records)[-1]] == ["<p>page 0</p>", "<p>page 3</p>"]
+    assert reasons(quarantined) == ["damaged"]
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_file_cut_short_keeps_the_records_before(tmp_path, suffix):
+    content = [named(number) for number in range(3)]
+    data = b"".join(map(gzip.compress, content)) if suffix else b"".join(content)
+    whole = len(gzip.compress(content[0])) if suffix else len(content[0])
+    for cut in range(whole, len(data) - 4, 13):
+        records, quarantined = read(write(tmp_path / f"a.warc{suffix}", data[:cut]))
+        assert texts(records) == [f"<p>page {number}</p>" for number in range(len(records))]
+        assert len(records) >= 1
+        assert reasons(quarantined) in ([], ["truncated"], ["damaged"])
+        assert quarantined or cut == whole or data[:cut].endswith(b"</p>\r\n\r\n")
+
+
+def test_empty_files_and_files_without_records(tmp_path):
+    assert [(one["reason"], one["records"]) for one in read(write(tmp_path / "a.warc", b""))[1]] == [("empty", 0)]
+    assert read(write(tmp_path / "b.warc", b"\r\n\r\n")) == ([], [])
+    assert reasons(read(write(tmp_path / "c.warc", bytes(range(256)) * 1000))[1]) == ["damaged"]
+    ((entry,)) = read(write(tmp_path / "d.warc.gz", gzip.compress(b"junk" * 99)[:-9]))[1]
+    assert entry["reason"] == "truncated"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.one_of(st.integers(0, 9), st.binary(max_size=40)), max_size=12),
+    st.integers(1, 300),
+    st.integers(8, 50),
+)
+def test_records_between_any_junk_are_found(tmp_path_factory, content, batch_bytes, piece):
+    parts = [named(part) if isinstance(part, int) else b"junk" + part + b"\r\n" for part in content]
+    path = write(tmp_path_factory.mktemp("warc") / "a.warc", b"".join(parts))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(warc, "BATCH_BYTES", batch_bytes)
+        patch.setattr(warc, "BATCH_RECORDS", 3)
+        patch.setattr(warc, "_PIECE_BYTES", piece)
+        records, quarantined = read(path)
+    assert texts(records) == [f"<p>page {part}</p>" for part in content if isinstance(part, int)]
+    for entry in quarantined:
+        assert path.read_bytes()[entry["offset"] :].startswith(b"junk") or entry["reason"] == "empty"
+
+
+def test_a_missing_library_is_named_before_anything_is_read(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.warc", named(0))
+    monkeypatch.setitem(sys.modules, "fastwarc.warc", None)
+    with pytest.raises(DataError) as caught:
+        find_inputs(tmp_path)
+    assert str(caught.value) == f"{path}: reading WARC needs fastwarc; run `pip install 'deepseek_v3[warc]'`"

@@ -1,0 +1,88 @@
+"""A corpus stage run over documents that are cut into parts, and what must be the same however they are cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from deepseek_v3.data.documents import record_batch
+from deepseek_v3.data.stages import CorpusStage, Part
+
+ENOUGH = 2**28
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a stage decided: figures, the texts that go on by document, and the drops, also by document."""
+
+    figures: dict[str, Any]
+    kept: dict[int, str]
+    dropped: dict[int, dict[str, Any]]
+    removed: list[int]
+    files: dict[str, bytes]
+
+
+def batch_of(texts: Sequence[str], first: int = 0) -> pa.RecordBatch:
+    ids = [f"d{first + i}" for i in range(len(texts))]
+    return record_batch(ids, texts, ["corpus"] * len(texts), range(1, len(texts) + 1), [None] * len(texts))
+
+
+def write_parts(stage: CorpusStage, texts: Sequence[str], cuts: Sequence[int], folder: Path) -> list[Part]:
+    """Parts of the documents, the first of which begin at 0 and at each of the `cuts`."""
+    edges = [0, *sorted(cuts), len(texts)]
+    parts = []
+    for number, (first, end) in enumerate(pairwise(edges)):
+        part = Part(folder / f"keys{number}", folder / f"{number}.arrow", first, end - first)
+        part.keys.mkdir(parents=True)
+        table = pa.Table.from_batches([batch_of(texts[first:end], first)])
+        with pa.OSFile(str(part.records), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=7)
+        stage.write_keys(table, part.keys)
+        parts.append(part)
+    return parts
+
+
+def without(parts: Sequence[Part], removed: Sequence[int], folder: Path) -> list[Part]:
+    """The parts, with masks of documents that an earlier stage removed."""
+    masked = []
+    for number, part in enumerate(parts):
+        mask = np.isin(np.arange(part.first, part.first + part.rows), removed)
+        np.save(folder / f"removed{number}.npy", mask)
+        masked.append(replace(part, removed=folder / f"removed{number}.npy"))
+    return masked
+
+
+def decide(
+    stage: CorpusStage, parts: Sequence[Part], texts: Sequence[str], folder: Path, memory: int = ENOUGH
+) -> Run:
+    """Runs all steps from `match_tasks` on, and applies the decisions to documents in batches of 5."""
+    folder.mkdir(parents=True)
+    matches = _run(stage, stage.match_tasks(parts, memory), folder, "match")
+    refined = _run(stage, stage.refine_tasks(parts, memory, matches), folder, "refine")
+    decisions = folder / "decisions"
+    decisions.mkdir()
+    figures = stage.resolve(parts, matches, refined, decisions)
+    kept: dict[int, str] = {}
+    dropped: dict[int, dict[str, Any]] = {}
+    for first in range(0, len(texts), 5):
+        some = texts[first : first + 5]
+        numbers = np.arange(first, first + len(some))
+        result = stage.apply(batch_of(some, first), numbers, decisions, lambda ns: [f"d{n}" for n in ns.tolist()])
+        kept |= dict(zip(numbers[result.kept_rows].tolist(), result.kept.column("text").to_pylist(), strict=True))
+        dropped |= dict(zip(numbers[~result.kept_rows].tolist(), result.dropped.to_pylist(), strict=True))
+    removed = np.flatnonzero(stage.removed(parts, decisions)).tolist()
+    files = {path.name: path.read_bytes() for path in sorted(decisions.iterdir())}
+    return Run(figures, kept, dropped, removed, files)
+
+
+def _run(stage: CorpusStage, tasks: Sequence[Any], folder: Path, kind: str) -> list[Path]:
+    files = [folder / f"{kind}-{number}.npy" for number in range(len(tasks))]
+    for task, file in reversed(list(zip(tasks, files, strict=True))):  # in no order that anything may rely on
+        getattr(stage, task.method)(file, *task.arguments)
+    return files

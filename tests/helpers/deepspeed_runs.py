@@ -1,0 +1,83 @@
+"""Training with DeepSpeed, with everything that has to be the same as in one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from deepseek_v3.config.loading import load_config
+from deepseek_v3.config.train_config import RunConfig
+from deepseek_v3.training.parallel.build import engine_for
+from deepseek_v3.training.parallel.deepspeed_config import DeepSpeedFile
+from deepseek_v3.training.parallel.engine import Engine
+from deepseek_v3.training.parallel.mesh import arrange
+from deepseek_v3.training.trainer import Trainer
+from deepseek_v3.utils.distributed.launch import World, announce
+from helpers import parallel_runs
+
+CPU = torch.device("cpu")
+
+
+def write_settings(folder: Path, settings: dict[str, Any]) -> Path:
+    """A DeepSpeed JSON file in `folder`."""
+    path = folder / "deepspeed.json"
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    return path
+
+
+def train(file: Path, steps: int, parallel: dict[str, Any], training: dict[str, Any]) -> dict[str, Any]:
+    """Losses, norms, loads and biases of every step; gradients of the first and weights of the last, whole."""
+    engine, config = engine_of(file, steps, parallel, training)
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+
+    parameters = dict(engine.models[0].named_parameters())
+    gradients: dict[str, Any] = {}
+    take_step = engine._engine.step
+
+    def keeping() -> None:
+        if not gradients and engine._engine.is_gradient_accumulation_boundary():
+            gradients.update({n: safe_get_full_grad(p).numpy().copy() for n, p in parameters.items()})
+        take_step()
+
+    engine._engine.step = keeping
+    rows = parallel_runs.take_steps(engine, config)
+    weights = {name: safe_get_full_fp32_param(p).numpy().copy() for name, p in parameters.items()}
+    held_out = engine.main_losses([parallel_runs.batches_of(config, 99)[:1]]).numpy()
+    return {"rows": rows, "gradients": gradients, "weights": weights, "held_out": held_out}
+
+
+def routings(file: Path) -> dict[tuple[str, int], Any]:
+    """As `parallel_runs.routings`, by DeepSpeed in bfloat16."""
+    engine, config = engine_of(file, 1, {"precision": "bfloat16"}, {})
+    for name, parameter in engine.models[0].named_parameters():
+        engine._set_weight(parameter, parallel_runs.noise(name, parameter.shape))
+    return parallel_runs.routings_of(engine, config)
+
+
+def engine_of(
+    file: Path, steps: int, parallel: dict[str, Any], training: dict[str, Any]
+) -> tuple[Engine, RunConfig]:
+    """What trains a run by DeepSpeed, and the run as it was laid out."""
+    _announce()
+    settings = DeepSpeedFile(file)
+    config = settings.laid_out(parallel_runs.run_config(steps, parallel, training), dist.get_world_size())
+    return engine_for(config, arrange(config.parallel, "cpu"), CPU, lambda _: None, settings), config
+
+
+def train_run(file: Path, path: Path, overrides: list[str], resume: str | None) -> tuple[int, float]:
+    """Runs the trainer as the command does; returns the last step and the held-out loss."""
+    _announce()
+    settings = DeepSpeedFile(file)
+    config = settings.laid_out(load_config(path, overrides), dist.get_world_size())
+    result = Trainer(config, CPU, resume, arrange(config.parallel, "cpu"), deepspeed=settings).run()
+    assert result.held_out is not None
+    return result.step, result.held_out.loss
+
+
+def _announce() -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    announce(World(rank, size, rank, size), CPU)

@@ -1,0 +1,59 @@
+"""Reading whole files and their pieces, and what must be the same however it was done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from deepseek_v3.data.formats.batches import ReadBatch, ReadOptions, Span
+from deepseek_v3.data.formats.inputs import InputFile, find_inputs
+from deepseek_v3.data.formats.reading import read_span, spans
+
+Rows = list[dict[str, Any]]
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def file_of(path: Path) -> InputFile:
+    (file,) = find_inputs(path).files
+    return file
+
+
+def read(path: Path, **options: Any) -> tuple[Rows, Rows]:
+    """All records and all that is quarantined, after checking that reading may stop and go on anywhere."""
+    return rows(read_resumably(Span(file_of(path)), ReadOptions(**options)))
+
+
+def read_in_spans(path: Path, span_bytes: int, **options: Any) -> tuple[Rows, Rows]:
+    """As `read`, one span after the other."""
+    batches: list[ReadBatch] = []
+    for span in spans(file_of(path), span_bytes):
+        batches += read_resumably(span, ReadOptions(**options))
+    return rows(batches)
+
+
+def read_resumably(span: Span, options: ReadOptions) -> list[ReadBatch]:
+    """The batches of a span. Those from any position on are the same ones."""
+    batches = list(read_span(span, options))
+    for number, batch in enumerate(batches, start=1):
+        again = list(read_span(span, options, batch.position))
+        assert [one.position for one in again] == [one.position for one in batches[number:]]
+        assert rows(again) == rows(batches[number:])
+    return batches
+
+
+def rows(batches: list[ReadBatch]) -> tuple[Rows, Rows]:
+    records = [row for batch in batches for row in batch.records.to_pylist()]
+    return records, [row for batch in batches for row in batch.quarantined.to_pylist()]
+
+
+def texts(records: Rows) -> list[str]:
+    return [record["text"] for record in records]
+
+
+def reasons(quarantined: Rows) -> list[str]:
+    return [entry["reason"] for entry in quarantined]

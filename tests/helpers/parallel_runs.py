@@ -1,0 +1,266 @@
+"""Training a few steps on the ranks of a layout, with everything that has to be the same under all layouts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from deepseek_v3.config.loading import load_config
+from deepseek_v3.config.train_config import RunConfig
+from deepseek_v3.model.block import DecoderLayer
+from deepseek_v3.moe.routing import Router, Routing
+from deepseek_v3.training.data import document_numbers
+from deepseek_v3.training.optimizer import MOMENTS, local
+from deepseek_v3.training.parallel.build import engine_for
+from deepseek_v3.training.parallel.engine import Engine
+from deepseek_v3.training.parallel.mesh import arrange
+from deepseek_v3.training.parallel.sharding import pieces_of
+from deepseek_v3.training.schedule import Step, TokenPlan
+from deepseek_v3.training.trainer import Trainer
+from deepseek_v3.utils.checkpointing.directory import load_checkpoint
+from deepseek_v3.utils.errors import DataError
+from helpers.runs import SEQUENCE_LENGTH, run_fields
+
+SEQUENCES = 8
+
+
+def run_config(
+    steps: int, parallel: dict[str, Any], training: dict[str, Any], model: dict[str, Any] | None = None
+) -> RunConfig:
+    """A run whose batch divides over four ranks twice."""
+    fields = run_fields(Path("run"))
+    fields["model"] |= {"num_hidden_layers": 4, "n_routed_experts": 8, "n_group": 4, "topk_group": 2}
+    fields["model"] |= model or {}
+    fields["training"] |= {
+        "total_tokens": steps * SEQUENCES * SEQUENCE_LENGTH,
+        "global_batch_size": SEQUENCES,
+        "balance": {"sequence_loss_weight": 0.01, "bias_update_speed": 0.01},
+        **training,
+    }
+    fields["training"]["optimizer"] = {"learning_rate": 1e-3, "moments": "float32"}
+    fields["parallel"] = {"micro_batch_size": 1, **parallel}
+    return RunConfig.model_validate(fields, strict=False)
+
+
+def batches_of(config: RunConfig, number: int) -> Tensor:
+    """The sequences of a step, int64 (sequences, length + 1): a function of its number alone."""
+    generator = torch.Generator().manual_seed(number)
+    return torch.randint(0, config.model.vocab_size, (SEQUENCES, SEQUENCE_LENGTH + 1), generator=generator)
+
+
+def train(
+    steps: int,
+    parallel: dict[str, Any],
+    training: dict[str, Any] | None = None,
+    device: str = "cpu",
+    masked: bool = False,
+    model: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Losses, norms, loads and biases of every step; this rank's blocks of the first gradients and last weights.
+
+    With `masked` documents are kept apart, of which one sequence has more than another.
+    """
+    config = run_config(steps, {"precision": "float32", **parallel}, training or {}, model)
+    engine = engine_of(config, device, _documents if masked else _no_documents)
+    first: dict[str, Any] = {}
+    _keep_gradients(engine, first)
+    rows = take_steps(engine, config)
+    weights = _blocks(engine, lambda parameter: parameter)
+    held_out = engine.main_losses([batches_of(config, 99)[:1].to(own(device))]).cpu().numpy()
+    return {"rows": rows, "gradients": first, "weights": weights, "held_out": held_out}
+
+
+def engine_of(config: RunConfig, device: str = "cpu", documents: Any = None) -> Engine:
+    """What trains a run on the ranks of its layout; each sequence is one document unless `documents` are given."""
+    return engine_for(config, arrange(config.parallel, device), own(device), documents or _no_documents)
+
+
+def own(device: str) -> torch.device:
+    """This rank's device of a kind."""
+    return torch.device(device, dist.get_rank()) if device == "cuda" else torch.device(device)
+
+
+def layer_runs(parallel: dict[str, Any]) -> int:
+    """How many forward passes of layers one step takes on this rank, those that run again included."""
+    config, runs = run_config(1, {"precision": "float32", **parallel}, {}), []
+    engine = engine_for(config, arrange(config.parallel, "cpu"), own("cpu"), _no_documents)
+    for model in engine.models:
+        for layer in model.model.layers:
+            if isinstance(layer, DecoderLayer):
+                layer.register_forward_pre_hook(lambda *_: runs.append(1))
+    take_steps(engine, config)
+    return len(runs)
+
+
+def take_steps(engine: Engine, config: RunConfig) -> list[Any]:
+    """Figures, loads and biases of every step of a run."""
+    rows = []
+    plan = TokenPlan(config)
+    for number in range(1, plan.total_steps + 1):
+        step = plan.step(number)
+        whole, norm, _ = engine.run_step(micro_batches_of(engine, config, step), step)
+        figures = [whole.total, whole.main, whole.prediction, whole.balance, norm]
+        rows.append(
+            (np.array([float(f) for f in figures]), whole.counts_LE.cpu().numpy(), engine.biases().cpu().numpy())
+        )
+    return rows
+
+
+def routings(parallel: dict[str, Any]) -> dict[tuple[str, int], tuple[np.ndarray, np.ndarray]]:
+    """As `routings_of`, of the engine of a layout in bfloat16, whose weights are noise."""
+    config = run_config(1, {"precision": "bfloat16", **parallel}, {})
+    engine = engine_of(config)
+    for part in engine.models:
+        for name, piece in pieces_of(part, engine.ranks).items():
+            local(part.get_parameter(name)).detach().copy_(piece.of(noise(name, piece.shape)))
+    return routings_of(engine, config)
+
+
+def noise(name: str, shape: Sequence[int]) -> Tensor:
+    """Values of a parameter that bfloat16 would round: a function of its name and shape alone."""
+    values = 0.2 * torch.randn(*shape, generator=torch.Generator().manual_seed(len(name)))
+    return 1 + values if name.endswith("norm.weight") else values
+
+
+def routings_of(engine: Engine, config: RunConfig) -> dict[tuple[str, int], tuple[np.ndarray, np.ndarray]]:
+    """Experts and gates that each router gives each sequence in a step, by router and number of the sequence."""
+    found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    for part in engine.models:
+        for name, module in part.named_modules():
+            if isinstance(module, Router):
+                kept = found.setdefault(name, [])
+                module.register_forward_hook(lambda _, __, routing, kept=kept: kept.append(_as_arrays(routing)))
+    step = TokenPlan(config).step(1)
+    samples = TokenPlan(config).micro_batches(step, 1, engine.ranks.data_rank, engine.ranks.parallel.data_ranks)
+    tokens = batches_of(config, 1)
+    engine.run_step(iter([tokens[first:][:size] for first, size in samples]), step)
+    return {
+        (name, first): routing
+        for name, kept in found.items()
+        for (first, _), routing in zip(samples, kept, strict=True)
+    }
+
+
+def _as_arrays(routing: Routing) -> tuple[np.ndarray, np.ndarray]:
+    return routing.experts_TK.numpy(), routing.gates_TK.detach().numpy()
+
+
+def micro_batches_of(engine: Engine, config: RunConfig, step: Step) -> Iterator[Tensor]:
+    """This rank's share of a step."""
+    parallel, ranks = config.parallel, engine.ranks
+    micro = TokenPlan(config).micro_batches(step, parallel.micro_batch_size, ranks.data_rank, parallel.data_ranks)
+    tokens = batches_of(config, step.number).to(engine.biases().device)
+    return iter([tokens[start - step.first_sample :][:size] for start, size in micro])
+
+
+def whole(results: list[dict[str, Any]], what: str) -> dict[str, np.ndarray]:
+    """Tensors put together from the blocks of all ranks, each number held by somebody."""
+    tensors: dict[str, np.ndarray] = {}
+    for result in results:
+        for name, (shape, starts, values) in result[what].items():
+            tensor = tensors.setdefault(name, np.full(shape, np.nan, values.dtype))
+            tensor[tuple(slice(s, s + n) for s, n in zip(starts, values.shape, strict=True))] = values
+    assert not any(np.isnan(tensor).any() for tensor in tensors.values())
+    return tensors
+
+
+def _no_documents(tokens_BX: Tensor) -> None:
+    return None
+
+
+def _documents(tokens_BX: Tensor) -> Tensor:
+    return document_numbers(tokens_BX % 5, end_of_text=0)
+
+
+def _keep_gradients(engine: Engine, kept: dict[str, Any]) -> None:
+    step = engine.optimizer.step
+
+    def keeping(learning_rate: float, loss: Tensor) -> Tensor:
+        if not kept:
+            kept.update(_blocks(engine, lambda parameter: parameter.grad))
+        return step(learning_rate, loss)
+
+    engine.optimizer.step = keeping
+
+
+def _blocks(engine: Engine, tensor_of: Any) -> dict[str, Any]:
+    blocks = {}
+    for model in engine.models:
+        for name, piece in pieces_of(model, engine.ranks).items():
+            values = local(tensor_of(model.get_parameter(name))).detach().cpu().numpy().copy()
+            if name in blocks:  # a second copy on this rank
+                np.testing.assert_array_equal(blocks[name][2], values, err_msg=name)
+            blocks[name] = (piece.shape, piece.starts, values)
+    return blocks
+
+
+def rank() -> int:
+    """The rank of this process."""
+    return dist.get_rank()
+
+
+def train_until_tokens_are_lost(path: Path, overrides: list[str], split: str, rank: int) -> tuple[int, str]:
+    """Trains while one rank's shards become unreadable in step 3; the last step, and the error of this rank."""
+    config = load_config(path, overrides)
+    loses = dist.get_rank() == rank
+
+    def lose(step: int) -> None:
+        if step == 3 and loses:
+            copy = Path(f"{config.data.path} of rank {rank}")
+            shutil.copytree(config.data.path, copy)
+            trainer.shards.directory = copy
+            trainer.shards._file.cache_clear()
+            for name, number, _ in trainer.shards._shards():
+                trainer.shards._file(name, number)
+            for file in (copy / split).iterdir():
+                os.truncate(file, 9)
+
+    trainer = Trainer(config, own("cpu"), None, arrange(config.parallel, "cpu"), lose)
+    try:
+        trainer.run()
+    except DataError as error:
+        return trainer._steps_done, str(error)
+    return trainer._steps_done, "nothing was lost"
+
+
+def train_run(path: Path, overrides: list[str], resume: str | None, device: str = "cpu") -> tuple[int, float]:
+    """Runs the trainer as the command does; returns the last step and the held-out loss."""
+    config = load_config(path, overrides)
+    trainer = Trainer(config, own(device), resume, arrange(config.parallel, device))
+    result = trainer.run()
+    assert result.held_out is not None
+    return result.step, result.held_out.loss
+
+
+class Resumed(NamedTuple):
+    """What a rank holds after resuming: kinds of tensors compared, those that differ in any bit, held-out loss."""
+
+    compared: set[str]
+    differing: list[str]
+    held_out: float
+
+
+def resumed(path: Path, overrides: list[str], checkpoint: str, device: str = "cpu") -> Resumed:
+    """Resumes a run and compares every weight and moment of this rank, second copies too, with the checkpoint's."""
+    config = load_config(path, overrides)
+    trainer = Trainer(config, own(device), checkpoint, arrange(config.parallel, device))
+    engine, saved = trainer.engine, load_checkpoint(Path(checkpoint))
+    wholes = {"model": saved["model"], **{kind: saved["optimizer"][kind] for kind in MOMENTS}}
+    compared, differing = set(), []
+    for model in engine.models:
+        for name, piece in pieces_of(model, engine.ranks).items():
+            parameter = model.get_parameter(name)
+            for kind, values in {"model": parameter, **engine.optimizer.state[parameter]}.items():
+                compared.add(kind)
+                if not local(values).cpu().equal(piece.of(wholes[kind][name])):
+                    differing.append(f"{kind} of {name}")
+    measured = trainer.evaluation.measure(engine.main_losses, own(device), engine.ranks.summed)
+    return Resumed(compared, differing, measured.loss)

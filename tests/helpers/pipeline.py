@@ -1,0 +1,41 @@
+"""Runs of the data pipeline small enough for a test, and what they leave on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from deepseek_v3.config.loading import section_from_dict
+from deepseek_v3.config.preprocess_config import PreprocessConfig
+
+SHEET = ["preliminary_cleaning", "deduplication", "quality_filtering"]
+
+
+def pipeline_config(source: object, output: Path, pipeline: list[str], **fields: Any) -> PreprocessConfig:
+    """A run in small pieces, so that a small corpus has many of them."""
+    small = {"piece_size": "64KB", "shard_size": "200KB", "max_record_size": "1MB", "workers": 1}
+    paths = {"input_path": source, "output_dir": str(output), "pipeline": pipeline}
+    return section_from_dict(PreprocessConfig, {**small, **paths, **fields}, "test")
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """A JSON lines file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def digests(output: Path) -> dict[str, str]:
+    """A digest of every file that a run left, but for the manifest, which names the configuration."""
+    files = [path for path in sorted(output.rglob("*")) if path.is_file() and path.name != "manifest.json"]
+    return {path.relative_to(output).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def rows_of(output: Path, folder: str) -> list[dict[str, Any]]:
+    """The rows of `data`, `dropped` or `quarantine`, in order."""
+    files = sorted((output / folder).glob("*.parquet"))
+    return [row for file in files for row in pq.read_table(file).to_pylist()]

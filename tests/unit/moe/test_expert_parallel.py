@@ -1,0 +1,184 @@
+"""Experts on several ranks, real processes over gloo, against one process that has all experts."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from helpers.experts import (
+    Case,
+    alone,
+    on_this_rank,
+    order_of_events,
+    poisoned_on_this_rank,
+    rows_sent_and_received,
+    sums_of_constants,
+    together,
+)
+from helpers.models import relative_difference
+from helpers.rank_pool import RankPool
+
+TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10}
+ANYWHERE = {"n_group": 1, "topk_group": 1}
+ONE = {"num_experts_per_tok": 1}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert found.keys() == expected.keys()
+    differences = {name: relative_difference(found[name], expected[name]) for name in expected}
+    assert all(difference < tolerance for difference in differences.values()), differences
+
+
+@st.composite
+def some_cases(draw: st.DrawFn) -> list[Case]:
+    """Any tokens on 1, 2 or 4 ranks, any experts, any way to them."""
+    world = draw(st.sampled_from([1, 2, 4]))
+    return draw(st.lists(cases(world), min_size=4, max_size=4))
+
+
+@st.composite
+def cases(draw: st.DrawFn, world: int) -> Case:
+    experts = draw(st.sampled_from([4, 8]))
+    chosen = draw(st.integers(1, experts))
+    model = {
+        "n_routed_experts": experts,
+        "num_experts_per_tok": chosen,
+        "n_shared_experts": draw(st.integers(0, 2)),
+    }
+    return Case(
+        lengths=tuple(draw(st.lists(st.integers(0, 6), min_size=world, max_size=world).filter(any))),
+        seed=draw(st.integers(0, 99)),
+        dtype=draw(st.sampled_from([torch.float32, torch.float64])),
+        favoured=tuple(draw(st.sets(st.integers(0, experts - 1), max_size=chosen))),
+        ranks_per_node=draw(st.sampled_from([None, 1, 2])),
+        recomputed=draw(st.booleans()),
+        model=ANYWHERE | model,
+    )
+
+
+@settings(max_examples=5)
+@given(drawn=some_cases())
+def test_ranks_compute_what_one_process_does(pool: RankPool, drawn: list[Case]) -> None:
+    results = pool.run(len(drawn[0].lengths), poisoned_on_this_rank, drawn)
+    for number, case in enumerate(drawn):
+        assert_same(together([result[number] for result in results]), alone(case), TOLERANCES[case.dtype])
+
+
+# K experts of 8, of which each of four ranks holds two.
+SITUATIONS: dict[str, dict[str, Any]] = {
+    "groups": {"lengths": (5, 4, 3, 7)},
+    "a rank without tokens": {"lengths": (5, 0, 3, 7)},
+    "fewer tokens than ranks": {"lengths": (0, 0, 1, 0)},
+    "empty experts": {"lengths": (5, 0, 3, 7), "favoured": (1, 6), "model": ANYWHERE | {"num_experts_per_tok": 2}},
+    "empty ranks": {"lengths": (5, 0, 3, 7), "favoured": (2, 3), "model": ANYWHERE | {"num_experts_per_tok": 2}},
+    "all to one expert": {
+        "lengths": (4, 4, 4, 4),
+        "favoured": (5,),
+        "model": ANYWHERE | {"num_experts_per_tok": 1},
+    },
+    "all to all experts": {"lengths": (4, 2, 0, 1), "model": ANYWHERE | {"num_experts_per_tok": 8}},
+    "one expert on each rank": {"lengths": (3, 4, 5, 6), "model": {"n_routed_experts": 4, "n_group": 2}},
+}
+
+
+@pytest.mark.parametrize("ranks_per_node", [None, 2], ids=["one hop", "by way of nodes"])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_every_situation_and_no_memory_is_read_before_it_is_written(
+    pool: RankPool, dtype: torch.dtype, ranks_per_node: int | None
+) -> None:
+    situations = [Case(**fields, dtype=dtype, ranks_per_node=ranks_per_node) for fields in SITUATIONS.values()]
+    results = pool.run(4, poisoned_on_this_rank, situations)
+    for number, case in enumerate(situations):
+        assert_same(together([result[number] for result in results]), alone(case), TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_rows_travel_in_8_bits_and_gradients_as_they_are(pool: RankPool, situation: str) -> None:
+    """One process rounds the rows of its experts alike, and passes gradients by the rounding."""
+    one_hop = Case(**SITUATIONS[situation], fp8=True)
+    for case in (one_hop, replace(one_hop, ranks_per_node=2)):
+        assert_same(together(pool.run(4, on_this_rank, case)), alone(case), 1e-10)
+
+
+@pytest.mark.parametrize("ranks_per_node", [None, 2], ids=["one hop", "by way of nodes"])
+@pytest.mark.parametrize("fp8", [False, True], ids=["as it is", "8 bits"])
+def test_layers_that_are_computed_again_have_the_same_gradients(
+    pool: RankPool, fp8: bool, ranks_per_node: int | None
+) -> None:
+    case = Case((5, 0, 3, 7), recomputed=True, fp8=fp8, ranks_per_node=ranks_per_node)
+    again = pool.run(4, poisoned_on_this_rank, [case])
+    once = pool.run(4, poisoned_on_this_rank, [replace(case, recomputed=False)])
+    for (one,), (other,) in zip(again, once, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+# What travels.
+
+
+def chosen_experts(case: Case) -> list[list[list[int]]]:
+    """By rank and token, the experts that the first layer chooses."""
+    layer = case.layers()[0]
+    experts_TK = layer.gate(case.tokens()[0][0]).experts_TK
+    return [part.tolist() for part in experts_TK.split(case.lengths)]
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_a_token_goes_once_to_each_rank_and_none_is_dropped(pool: RankPool, situation: str) -> None:
+    case = Case(**SITUATIONS[situation])
+    size = case.layers()[0].config.n_routed_experts // 4
+    tokens = [
+        [sum(any(e // size == there for e in experts) for experts in rank) for there in range(4)]
+        for rank in chosen_experts(case)
+    ]
+    for here, exchanges in enumerate(pool.run(4, rows_sent_and_received, case)):
+        sent, received = tokens[here], [tokens[there][here] for there in range(4)]
+        assert exchanges[:2] == [(sent, received), (received, sent)]
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_a_token_goes_once_to_each_node_and_on_from_there(pool: RankPool, situation: str) -> None:
+    case = Case(**SITUATIONS[situation], ranks_per_node=2)
+    size = case.layers()[0].config.n_routed_experts // 4
+    chosen = chosen_experts(case)
+    between, within = [[0] * 4 for _ in range(4)], [[0] * 4 for _ in range(4)]
+    for rank, tokens in enumerate(chosen):
+        for experts in tokens:
+            ranks = {e // size for e in experts}
+            for node in {there // 2 for there in ranks}:
+                twin = 2 * node + rank % 2
+                between[rank][twin] += 1
+                for there in ranks & {2 * node, 2 * node + 1}:
+                    within[twin][there] += 1
+    for here, exchanges in enumerate(pool.run(4, rows_sent_and_received, case)):
+        there_and_back = [(table[here], [table[there][here] for there in range(4)]) for table in (between, within)]
+        expected = there_and_back + [(received, sent) for sent, received in reversed(there_and_back)]
+        assert exchanges[:4] == expected
+
+
+# When it travels.
+
+
+def test_shared_experts_compute_while_rows_travel_in_both_passes(pool: RankPool) -> None:
+    """Rows move only when somebody waits, into memory full of NaN, so that nothing before can depend on them."""
+    case = Case((5, 3))
+    results = pool.run(2, order_of_events, case)
+    for events, _ in results:
+        assert events == [
+            *("start", "shared hidden", "wait", "routed", "start", "shared down", "wait"),
+            *("start", "shared down backward", "wait", "routed backward"),
+            *("start", "shared hidden backward", "wait"),
+        ]
+    expected = alone(case, layers=1)
+    assert_same(together([result for _, result in results]), expected, 1e-10)
+
+
+def test_results_of_several_ranks_are_summed_in_float32(pool: RankPool) -> None:
+    """In bfloat16, 256 + 1 would stay 256 at every step."""
+    for ranks_per_node in (None, 2):
+        for found in pool.run(4, sums_of_constants, [256.0, 1.0, 1.0, 2.0], ranks_per_node):
+            assert found == ([260.0], [260.0])

@@ -1,0 +1,201 @@
+"""The DeepEP back end with stand-ins for the library, and how a back end is chosen."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from deepseek_v3.moe.all_to_all import AllToAllDispatcher
+from deepseek_v3.moe.deepep import DeepEPDispatcher, Traffic
+from deepseek_v3.moe.select_dispatcher import expert_dispatcher
+from deepseek_v3.utils.errors import ConfigError
+from helpers.experts import Case, on_this_rank
+from helpers.fakes.deep_ep import by_deepep
+from helpers.rank_pool import RankPool
+
+GENERATIONS = ["Buffer", "ElasticBuffer"]
+# Rows of bfloat16 and of 8 bits with whole blocks; 8 experts, of which each rank holds as many.
+MODEL = {"hidden_size": 128, "n_group": 1, "topk_group": 1}
+SITUATIONS: dict[str, dict[str, Any]] = {
+    "two ranks": {"lengths": (5, 7)},
+    "four ranks": {"lengths": (5, 4, 3, 7)},
+    "a rank without tokens": {"lengths": (5, 0, 3, 7)},
+    "empty ranks": {"lengths": (5, 0, 3, 7), "favoured": (2, 3), "model": MODEL | {"num_experts_per_tok": 2}},
+    "all to one expert": {"lengths": (4, 4), "favoured": (5,), "model": MODEL | {"num_experts_per_tok": 1}},
+    "8 bits": {"lengths": (5, 4, 3, 7), "fp8": True},
+    "recomputed": {"lengths": (5, 4), "recomputed": True},
+}
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_deepep_gives_what_torch_does(pool: RankPool, situation: str, generation: str) -> None:
+    """Bit for bit: rows arrive in the same order, and sums of a few bfloat16 are exact in float32."""
+    case = Case(**{"model": MODEL, **SITUATIONS[situation]}, dtype=torch.bfloat16)
+    expected = pool.run(len(case.lengths), on_this_rank, case)
+    found = pool.run(len(case.lengths), by_deepep, case, generation)
+    for one, other in zip(found, expected, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+# Choosing.
+
+TRAFFIC = Traffic(tokens=64, width=256, experts_per_token=2, dtype=torch.bfloat16)
+
+
+class Group(SimpleNamespace):
+    """A process group as far as choosing looks at it."""
+
+    def size(self) -> int:
+        return 4
+
+    def rank(self) -> int:
+        return 1
+
+
+class SilentBuffer:
+    """A buffer that is made and not used."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.get_theoretical_num_sms = lambda *_: 4
+
+    @staticmethod
+    def get_dispatch_config(*_: Any) -> Any:
+        return SimpleNamespace(get_nvl_buffer_size_hint=lambda *_: 1, get_rdma_buffer_size_hint=lambda *_: 1)
+
+    get_combine_config = get_dispatch_config
+
+
+def refuse_number_of_ranks(number: int) -> Any:
+    raise AssertionError(f"Unsupported number of EP ranks: {number}")
+
+
+def library(*generations: str) -> ModuleType:
+    module = ModuleType("deep_ep")
+    for generation in generations:
+        setattr(module, generation, SilentBuffer)
+    return module
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks on CUDA devices, with both generations of the library."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dist, "get_backend_config", lambda _: "cuda:nccl")
+    monkeypatch.setitem(sys.modules, "deep_ep", library("Buffer", "ElasticBuffer"))
+
+
+def chosen(kind: Any, traffic: Traffic = TRAFFIC, num_experts: int = 8, **options: Any) -> Any:
+    return expert_dispatcher(kind, num_experts, Group(), traffic, **options)
+
+
+@pytest.mark.usefixtures("gpus")
+@pytest.mark.parametrize("kind", ["auto", "deepep"])
+@pytest.mark.parametrize("installed", [["Buffer"], ["ElasticBuffer"], ["Buffer", "ElasticBuffer"]])
+def test_deepep_is_taken_where_it_can_run_and_its_newest_buffer(
+    kind: str, installed: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "deep_ep", library(*installed))
+    with caplog.at_level(logging.INFO, logger="deepseek_v3"):
+        assert isinstance(chosen(kind, precision="fp8"), DeepEPDispatcher)
+    assert f"DeepEP's {installed[-1]}, fp8" in caplog.text
+
+
+@pytest.mark.usefixtures("gpus")
+def test_torch_is_taken_where_it_is_named() -> None:
+    dispatcher = chosen("torch", ranks_per_node=2, precision="fp8")
+    assert isinstance(dispatcher, AllToAllDispatcher)
+    assert [(hop.ranks, hop.stride) for hop in dispatcher.hops] == [(2, 2), (2, 1)]
+    assert dispatcher.fp8
+
+
+@pytest.mark.usefixtures("gpus")
+@pytest.mark.parametrize(("in_groups", "num_sms"), [(False, 4), (True, 20)])
+def test_gates_limited_to_groups_are_not_given_the_librarys_estimate(
+    in_groups: bool, num_sms: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def dispatch(_buffer: Any, _rows: Any, **options: Any) -> Any:
+        asked.append(options)
+        return None, None, None, SimpleNamespace(num_recv_tokens_per_expert_list=[]), None
+
+    monkeypatch.setattr(SilentBuffer, "dispatch", dispatch, raising=False)
+    monkeypatch.setattr(SilentBuffer, "capture", lambda _: None, raising=False)
+    monkeypatch.setattr(SilentBuffer, "combine", lambda _, __, **options: asked.append(options), raising=False)
+    buffer = chosen("deepep", TRAFFIC._replace(in_groups=in_groups))._buffer
+    buffer.dispatch(torch.zeros(1), torch.zeros(1), torch.zeros(1))
+    buffer.dispatch_again(torch.zeros(1), None)
+    buffer.combine(torch.zeros(1), None)
+    assert [options["num_sms"] for options in asked] == [num_sms] * 3
+
+
+OBSTACLES: dict[str, Any] = {
+    "no CUDA": (TRAFFIC, {}, "it needs CUDA devices"),
+    "no NCCL": (TRAFFIC, {}, "NCCL between them"),
+    "not installed": (TRAFFIC, {}, "deep_ep cannot be imported"),
+    "unknown": (TRAFFIC, {}, "neither Buffer nor ElasticBuffer"),
+    "float32": (
+        TRAFFIC._replace(dtype=torch.float32),
+        {},
+        "the model computes in torch.float32",
+    ),
+    "ranks": (TRAFFIC, {}, "its Buffer has no configuration for 4 ranks"),
+    "int32": (TRAFFIC, {}, "deep_ep was built for torch.int32 numbers of experts, not torch.int64"),
+    "odd width": (TRAFFIC._replace(width=252), {}, "hidden_size = 252 is no multiple of 8"),
+    "no whole blocks": (
+        TRAFFIC._replace(width=192),
+        {"precision": "fp8"},
+        "hidden_size = 192 is no multiple of 128",
+    ),
+}
+
+
+@pytest.mark.usefixtures("gpus")
+@pytest.mark.parametrize("obstacle", OBSTACLES)
+def test_where_deepep_cannot_run_auto_says_why_and_its_name_is_an_error(
+    obstacle: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    traffic, options, reason = OBSTACLES[obstacle]
+    if obstacle == "no CUDA":
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    elif obstacle == "no NCCL":
+        monkeypatch.setattr(dist, "get_backend_config", lambda _: "cpu:gloo")
+    elif obstacle == "not installed":
+        monkeypatch.setitem(sys.modules, "deep_ep", None)
+    elif obstacle == "unknown":
+        monkeypatch.setitem(sys.modules, "deep_ep", library())
+    elif obstacle == "ranks":
+        monkeypatch.setitem(sys.modules, "deep_ep", library("Buffer"))
+        monkeypatch.setattr(SilentBuffer, "get_combine_config", refuse_number_of_ranks)
+    elif obstacle == "int32":
+        monkeypatch.setattr(sys.modules["deep_ep"], "topk_idx_t", torch.int32, raising=False)
+    with caplog.at_level(logging.INFO, logger="deepseek_v3"):
+        assert isinstance(chosen("auto", traffic, **options), AllToAllDispatcher)
+    assert reason in caplog.text
+    with pytest.raises(ConfigError, match=r"expert_back_end = deepep: .*expert_back_end=torch") as error:
+        chosen("deepep", traffic, **options)
+    assert reason in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["auto", "torch", "deepep"])
+def test_experts_have_to_divide_over_the_ranks(kind: str) -> None:
+    with pytest.raises(ConfigError, match="10 experts do not divide over 4 ranks"):
+        chosen(kind, num_experts=10)
+
+
+@pytest.mark.parametrize(("ranks_per_node", "hops"), [(None, 1), (1, 1), (2, 2), (4, 1), (8, 1)])
+def test_there_are_two_hops_where_there_are_nodes(ranks_per_node: int | None, hops: int) -> None:
+    assert len(chosen("torch", ranks_per_node=ranks_per_node).hops) == hops
+
+
+def test_nodes_have_to_be_whole() -> None:
+    with pytest.raises(ConfigError, match=r"parallel\.expert = 4 ranks are no whole number of nodes of 3"):
+        chosen("torch", ranks_per_node=3)

@@ -1,0 +1,221 @@
+"""What a layer keeps for its backward pass, against the storages that autograd and the compiler really hold."""
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from deepseek_v3.config.model_config import ModelConfig
+from deepseek_v3.mla.attention import Placement
+from deepseek_v3.mla.rotary import rotary_tables
+from deepseek_v3.model.block import DecoderLayer
+from deepseek_v3.model.mtp import PredictionLayer
+from deepseek_v3.planning.activations import saved_bytes
+from deepseek_v3.planning.execution import Execution, LayerKind
+from helpers.models import fill_with_noise, small_config
+
+# Saved tensors of compiled layers, in autograd's order, as "shape type", and what allocated memory grew by.
+RECORD = json.loads((Path(__file__).parent / "compiled_saved_tensors.json").read_text(encoding="utf-8"))
+LAYERS = [(point, layer) for point in RECORD["points"] for layer in point["layers"]]
+
+KINDS: tuple[LayerKind, ...] = ("dense", "mixture", "prediction")
+SHAPES: dict[str, dict[str, Any]] = {
+    "query rank, narrow values": {},
+    "no query rank, two shared experts": {"q_lora_rank": None, "n_shared_experts": 2},
+    "values as wide as keys": {"v_head_dim": 18},
+    "wide, many heads, no query rank": {
+        "hidden_size": 96,
+        "intermediate_size": 352,
+        "num_attention_heads": 8,
+        "q_lora_rank": None,
+        "kv_lora_rank": 48,
+        "v_head_dim": 18,
+        "n_shared_experts": 2,
+        "moe_intermediate_size": 72,
+    },
+    "every expert for every token": {"topk_group": 4, "num_experts_per_tok": 8},
+    "one expert per token, three shared": {"num_experts_per_tok": 1, "n_shared_experts": 3},
+}
+TOKENS = {"2 × 32": (2, 32), "1 × 7": (1, 7), "3 × 50": (3, 50)}
+
+
+class _CastsOfParameters(TorchFunctionMode):
+    """Keeps every copy of a parameter in another type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is Tensor.to and isinstance(args[0], nn.Parameter) and result is not args[0]:
+            self.copies.append(result)
+        return result
+
+
+def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Bytes of every storage that these tensors lie in, each once, by its address."""
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+
+
+def _layer(model: ModelConfig, kind: LayerKind) -> DecoderLayer:
+    if kind == "prediction":
+        return PredictionLayer(model, model.num_hidden_layers)
+    return DecoderLayer(model, 0 if kind == "dense" else model.first_k_dense_replace)
+
+
+def _held(model: ModelConfig, kind: LayerKind, dtype: torch.dtype, batch: int, length: int) -> tuple[float, int]:
+    """Bytes per token of the activations that one layer on the CPU holds, and bytes of cast weights."""
+    layer = _layer(model, kind)
+    fill_with_noise(layer)
+    positions_BS = torch.arange(length)[None]
+    placement = Placement(positions_BS, *rotary_tables(positions_BS, model))
+    inputs = [
+        torch.randn(batch, length, model.hidden_size).to(dtype).requires_grad_()
+        for _ in range(2 if kind == "prediction" else 1)
+    ]
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _CastsOfParameters() as casts:
+        output, _ = layer(*inputs, placement)
+    given = _storages([*layer.parameters(), *inputs, *placement[:3]])
+    held = {place: size for place, size in _storages([*saved, output]).items() if place not in given}
+    copies = {place: size for place, size in held.items() if place in _storages(casts.copies)}
+    return (sum(held.values()) - sum(copies.values())) / (batch * length), sum(copies.values())
+
+
+def _padding(model: ModelConfig, width: int) -> int:
+    """What the CPU holds besides for values narrower than keys, in bytes per token.
+
+    Its attention gets values padded to the keys' width, in place of those that lie in the expanded latent, and
+    gives a padded output, held beside the one without padding.
+    """
+    if model.v_head_dim == model.qk_head_dim:
+        return 0
+    expanded = model.qk_nope_head_dim + model.v_head_dim
+    return width * model.num_attention_heads * (model.qk_head_dim - expanded + model.qk_head_dim)
+
+
+def _matrix_weights(model: ModelConfig, kind: LayerKind) -> int:
+    """Weights that are cast to the activations' type: those of all matrices but the router's."""
+    with torch.device("meta"):
+        layer = _layer(model, kind)
+    return sum(p.numel() for name, p in layer.named_parameters() if p.ndim >= 2 and name != "mlp.gate.weight")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("tokens", TOKENS.values(), ids=TOKENS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
+def test_eager_layers_hold_what_the_formulas_say(
+    changes: dict[str, Any], kind: LayerKind, tokens: tuple[int, int], dtype: torch.dtype
+) -> None:
+    model = small_config(**changes)
+    found, copies = _held(model, kind, dtype, *tokens)
+    expected = saved_bytes(model, kind, Execution(dtype.itemsize, compiled=False)) + _padding(model, dtype.itemsize)
+    assert expected == pytest.approx(found, rel=0.006)
+    assert copies == (2 * _matrix_weights(model, kind) if dtype == torch.bfloat16 else 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_without_shared_experts_the_formulas_are_a_close_upper_bound(dtype: torch.dtype) -> None:
+    model = small_config(n_shared_experts=0)
+    found, _ = _held(model, "mixture", dtype, 2, 32)
+    expected = saved_bytes(model, "mixture", Execution(dtype.itemsize, compiled=False))
+    assert 0.998 * found <= expected + _padding(model, dtype.itemsize) <= 1.03 * found
+
+
+def _model(point: dict[str, Any]) -> ModelConfig:
+    return ModelConfig.model_validate(point["model"])
+
+
+def _name(value: dict[str, Any]) -> str:
+    return value["name"] if "name" in value else value["kind"]
+
+
+def _tensors(layer: dict[str, Any]) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and types of what the layer saved, parameters left out."""
+    lines = [line.split() for line in layer["saved"] if not line.endswith(" parameter")]
+    return [
+        (() if shape == "scalar" else tuple(map(int, shape.split("x"))), getattr(torch, dtype))
+        for shape, dtype in lines
+    ]
+
+
+def _observed(point: dict[str, Any], layer: dict[str, Any]) -> tuple[float, int, int]:
+    """Bytes of activations with the layer's output, bytes of cast weights, and tokens, of a recorded layer.
+
+    Left out are the layer's inputs and the rotary tables, which all layers share. Two saved tensors are parts of
+    larger storages, which count whole: the values, of the expanded keys and values, and the latent before its norm,
+    of the projection that also holds the rotary key.
+    """
+    model, tensors = _model(point), _tensors(layer)
+    batch, length, width = next(shape for shape, dtype in tensors if len(shape) == 3 and dtype == torch.bfloat16)
+    tokens, heads = batch * length, model.num_attention_heads
+    values, latent = (batch, heads, length, model.v_head_dim), (batch, length, model.kv_lora_rank)
+    widened = {
+        values: (*values[:-1], model.qk_nope_head_dim + model.v_head_dim),
+        latent: (*latent[:-1], model.kv_lora_rank + model.qk_rope_head_dim),
+    }
+    inputs = 2 if layer["kind"] == "prediction" else 1
+    activations = tokens * width * 2.0
+    weights = 0
+    for shape, dtype in tensors:
+        if shape == (batch, length, width) and inputs:
+            inputs -= 1
+        elif shape[:1] == (1,):
+            assert shape == (1, length, model.qk_rope_head_dim // 2)
+        elif dtype == torch.bfloat16 and shape[0] not in (batch, tokens, tokens * model.num_experts_per_tok):
+            weights += math.prod(shape) * dtype.itemsize
+        else:
+            activations += math.prod(widened.pop(shape, shape)) * dtype.itemsize
+    assert not widened
+    return activations, weights, tokens
+
+
+@pytest.mark.parametrize(("point", "layer"), [found for found in LAYERS if "saved" in found[1]], ids=_name)
+def test_compiled_layers_saved_what_the_formulas_say(point: dict[str, Any], layer: dict[str, Any]) -> None:
+    model, kind = _model(point), layer["kind"]
+    activations, weights, tokens = _observed(point, layer)
+    expected = saved_bytes(model, kind, Execution(2, compiled=True)) * tokens
+    assert weights == 2 * _matrix_weights(model, kind)
+    assert expected == pytest.approx(activations, rel=0.0005)
+
+
+@pytest.mark.parametrize(("point", "layer"), LAYERS, ids=_name)
+def test_allocated_memory_grew_by_what_the_formulas_say(point: dict[str, Any], layer: dict[str, Any]) -> None:
+    model, kind = _model(point), layer["kind"]
+    narrow = point["precision"] == "bfloat16"
+    tokens = point["sequences"] * (point["sequence_length"] - (kind == "prediction"))
+    activations = saved_bytes(model, kind, Execution(2 if narrow else 4, compiled=narrow)) * tokens
+    weights = 2 * _matrix_weights(model, kind) if narrow else 0
+    assert activations + weights == pytest.approx(layer["allocated_mib"] * 2**20, rel=0.003)
+
+
+def test_the_record_covers_every_kind_and_both_attentions() -> None:
+    assert {layer["kind"] for _, layer in LAYERS if "saved" in layer} == set(KINDS)
+    assert {bool(point["model"].get("q_lora_rank")) for point, layer in LAYERS if "saved" in layer} == {True, False}
+    assert {point["precision"] for point, _ in LAYERS} == {"bfloat16", "float32"}
+    assert RECORD["device"]
+    assert RECORD["versions"]["torch"]
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_rows_of_uneven_experts_count_in_proportion(compiled: bool) -> None:
+    model = small_config()
+    even, uneven = (saved_bytes(model, "mixture", Execution(2, compiled, factor)) for factor in (1.0, 1.5))
+    none = saved_bytes(model, "mixture", Execution(2, compiled, 0.0))
+    assert uneven - none == pytest.approx(1.5 * (even - none))
+    assert saved_bytes(model, "dense", Execution(2, compiled, 1.5)) == saved_bytes(
+        model, "dense", Execution(2, compiled)
+    )

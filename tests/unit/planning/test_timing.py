@@ -1,0 +1,401 @@
+"""The time of a step: its quantities of work against operations and bytes counted by hand, and what must hold."""
+
+import math
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deepseek_v3.config.loading import load_config
+from deepseek_v3.config.train_config import RunConfig
+from deepseek_v3.model.transformer import DeepSeekV3
+from deepseek_v3.planning.calibration import calibration
+from deepseek_v3.planning.execution import Execution, execution_on
+from deepseek_v3.planning.flops import flops_per_token, training_flops_per_token
+from deepseek_v3.planning.hardware import Device, device_named
+from deepseek_v3.planning.pipeline_split import longest_stage
+from deepseek_v3.planning.step_time import (
+    StepTime,
+    StepWork,
+    collective_seconds,
+    computing_time,
+    estimate_step,
+    step_work,
+)
+from helpers import ROOT
+from helpers.runs import run_fields
+
+CONFIGS = sorted((ROOT / "configs").glob("deepseek_v3_*.yaml"))
+COMPILED = Execution(2, compiled=True)
+RANKS = {"data_replicate": 2, "data_shard": 4, "expert": 2, "pipeline": 2}
+RATES = ("bfloat16_tflops", "float32_tflops", "memory_gb_per_s", "link_gb_per_s", "network_gb_per_s")
+
+WHOLE = ("norm.weight", "mlp.gate.weight")  # routers and norms, which every rank holds
+
+# A tenth of a second for a gigabyte between neighbours, ten times that beyond a node of four: collectives reach
+# half of a link's published rate, rows to experts a quarter, and all of them 0.8 of the network's.
+DEVICE = Device(
+    name="a device for hand counts",
+    memory_gib=10.0,
+    bfloat16_tflops=100.0,
+    float32_tflops=50.0,
+    memory_gb_per_s=1000.0,
+    link_gb_per_s=20.0,
+    network_gb_per_s=1.25,
+    devices_per_node=4,
+    dollars_per_hour=1.0,
+    source="made up",
+)
+LINK, LINK_OF_ROWS, NETWORK = 10e9, 5e9, 1e9
+SLOWED = 0.5  # of the time of what communication is beside
+# So slow at computing that all communication but the experts' hides behind it.
+SLOW = DEVICE.model_copy(update={"bfloat16_tflops": 1e-6})
+
+
+def _run(model: dict[str, Any] | None = None, moments: str = "bfloat16", **changes: Any) -> RunConfig:
+    """A small run; `changes` are fields of `parallel`, or of `training` where they are its."""
+    fields = run_fields(Path("run"))
+    del fields["data"]["corpus"]
+    fields["model"] |= model or {}
+    fields["training"]["optimizer"]["moments"] = moments
+    for name, value in changes.items():
+        fields["training" if name in ("sequence_length", "global_batch_size") else "parallel"][name] = value
+    return RunConfig.model_validate(fields, strict=False)
+
+
+def _operations(work: StepWork) -> float:
+    return work.matrix_operations + work.expert_operations + work.attention_operations
+
+
+def _busy(step: StepTime) -> float:
+    return step.total - step.communication - step.waiting
+
+
+def _weights(config: RunConfig, *parts: str) -> int:
+    """Parameters of the built model whose name holds any of `parts`."""
+    with torch.device("meta"):
+        named = list(DeepSeekV3(config.model).named_parameters())
+    return sum(parameter.numel() for name, parameter in named if any(part in name for part in parts))
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("ranks", [{}, RANKS], ids=["one rank", "many ranks"])
+def test_operations_of_all_ranks_are_those_of_every_token(depth: int, ranks: dict[str, int]) -> None:
+    config = _run({"num_nextn_predict_layers": depth}, global_batch_size=64, **ranks)
+    tokens = 64 * config.training.sequence_length
+    kept = _operations(step_work(config, COMPILED)) * config.parallel.world_size
+    assert kept == training_flops_per_token(config.model, config.training.sequence_length) * tokens
+    again = _run({"num_nextn_predict_layers": depth}, global_batch_size=64, recomputation="full", **ranks)
+    repeated = _operations(step_work(again, COMPILED)) * config.parallel.world_size
+    assert repeated == flops_per_token(config.model, config.training.sequence_length, "full").total * tokens
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_operations_of_shipped_runs(path: Path) -> None:
+    config = load_config(path)
+    training, model = config.training, config.model
+    tokens = training.global_batch_size * training.sequence_length
+    found = _operations(step_work(config, COMPILED)) * config.parallel.world_size
+    counts = flops_per_token(model, training.sequence_length, config.parallel.recomputation)
+    assert found == pytest.approx(counts.total * tokens, rel=1e-12)
+
+
+def test_experts_of_the_busiest_rank_do_more() -> None:
+    config = _run()
+    even, uneven = step_work(config, COMPILED), step_work(config, Execution(2, compiled=True, row_factor=1.5))
+    assert uneven.expert_operations == 1.5 * even.expert_operations
+    assert uneven.matrix_operations == even.matrix_operations
+    assert uneven.attention_operations == even.attention_operations
+
+
+@given(
+    factor=st.integers(2, 5),
+    micro=st.integers(1, 4),
+    recomputation=st.sampled_from(["none", "selective", "full"]),
+    precision=st.sampled_from(["bfloat16", "float32"]),
+)
+def test_work_is_linear_in_tokens(factor: int, micro: int, recomputation: str, precision: str) -> None:
+    def work(sequences: int, at_once: int) -> StepWork:
+        config = _run(global_batch_size=sequences, micro_batch_size=at_once, recomputation=recomputation)
+        return step_work(config, Execution(2 if precision == "bfloat16" else 4, precision == "bfloat16"))
+
+    once, more = work(4 * micro, micro), work(4 * micro * factor, micro)
+    for part in ("matrix_operations", "expert_operations", "attention_operations"):
+        assert getattr(more, part) == pytest.approx(factor * getattr(once, part))
+    for part in ("expert_bytes", "activation_bytes", "logit_bytes", "layer_runs"):
+        assert getattr(more, part) == pytest.approx(factor * getattr(once, part))
+    # More at once is the same work on fewer and longer passes: the weights are read less often.
+    longer = work(4 * micro * factor, micro * factor)
+    assert _operations(longer) == pytest.approx(_operations(more))
+    assert longer.layer_runs == pytest.approx(once.layer_runs)
+    assert longer.weight_bytes == once.weight_bytes < more.weight_bytes
+    assert longer.expert_bytes < more.expert_bytes
+
+
+def test_weights_are_passed_over_once_a_step_and_cast_at_every_micro_batch() -> None:
+    config = {"vocab_size": 7, "num_nextn_predict_layers": 1}
+    inside = _weights(_run(config), ".layers.", "model.norm")
+    whole = inside + 2 * 7 * 32
+
+    def weight_bytes(
+        micro_batches: int, width: int, moments: str = "bfloat16", recomputation: str = "none", shards: int = 1
+    ) -> float:
+        run = _run(
+            config,
+            moments,
+            micro_batch_size=1,
+            global_batch_size=micro_batches * shards,
+            recomputation=recomputation,
+            data_shard=shards,
+        )
+        return step_work(run, Execution(2 if width == 2 else 4, compiled=width == 2)).weight_bytes
+
+    # The norm reads gradients; the update reads weights, gradients and moments, and writes weights and moments.
+    update = 4 + 3 * 4
+    assert weight_bytes(1, 4) == (update + 2 * 4) * whole
+    assert weight_bytes(1, 4, "float32") == (update + 2 * 8) * whole
+    # A later micro-batch's gradients are read, and read and written where they are summed.
+    assert weight_bytes(3, 4) - weight_bytes(1, 4) == 2 * 3 * 4 * whole
+    # Each cast reads one type and writes the other: of the weights forward, of their gradients backward.
+    assert weight_bytes(1, 2) - weight_bytes(1, 4) == 2 * 6 * inside
+    assert weight_bytes(1, 2, recomputation="full") - weight_bytes(1, 4) == 3 * 6 * inside
+    assert weight_bytes(3, 2) - weight_bytes(3, 4) == 3 * 2 * 6 * inside
+    # Shared out, a rank updates half, and all routers and norms; all parameters of layers are gathered and reduced
+    # for each micro-batch.
+    updated = (1 + _weights(_run(config), *WHOLE) / whole) / 2
+    for micro_batches in (1, 3):
+        shared = weight_bytes(micro_batches, 2, shards=2)
+        assert shared == pytest.approx(weight_bytes(micro_batches, 4) * updated + micro_batches * 41 * inside)
+
+
+def test_seconds_are_work_over_the_rates_of_the_device() -> None:
+    work = StepWork(
+        matrix_operations=1e14,
+        expert_operations=2e14,
+        attention_operations=3e14,
+        expert_bytes=1e12,
+        activation_bytes=2e12,
+        logit_bytes=3e12,
+        weight_bytes=4e12,
+        layer_runs=5.0,
+    )
+    rates = calibration().rates(Execution(2, compiled=True))
+    seconds = computing_time(work, rates, COMPILED, DEVICE)
+    assert seconds == {
+        "matrices": pytest.approx(rates.matrices),
+        "experts": pytest.approx(2 * rates.experts + rates.expert_bytes),
+        "attention": pytest.approx(3 * rates.attention),
+        "elementwise": pytest.approx(2 * rates.activations + 3 * rates.logits),
+        "weights": pytest.approx(4 * rates.weights),
+        "launches": pytest.approx(5 * rates.seconds_per_layer + rates.seconds_per_step),
+    }
+    half_as_fast = computing_time(work, rates, Execution(4, compiled=False), DEVICE)
+    assert half_as_fast["attention"] == pytest.approx(2 * seconds["attention"])
+
+
+@given(
+    micro=st.integers(1, 3),
+    micro_batches=st.integers(1, 3),
+    recomputation=st.sampled_from(["none", "selective", "full"]),
+    precision=st.sampled_from(["bfloat16", "float32"]),
+)
+def test_one_device_waits_for_nobody(micro: int, micro_batches: int, recomputation: str, precision: str) -> None:
+    config = _run(
+        micro_batch_size=micro,
+        global_batch_size=micro * micro_batches,
+        recomputation=recomputation,
+        precision=precision,
+    )
+    step = estimate_step(config, execution_on(DEVICE, config), DEVICE)
+    assert step.communication == step.waiting == 0
+    assert step.total == pytest.approx(sum(step.parts().values()))
+    assert all(math.isfinite(seconds) and seconds >= 0 for seconds in step.parts().values())
+    assert step.total > 0
+
+
+def _sending_seconds(config: RunConfig) -> float:
+    """Seconds of all collectives but the experts', on links so slow that they outlast the computation."""
+    changes = {rate: 1e-4 * getattr(DEVICE, rate) for rate in ("link_gb_per_s", "network_gb_per_s")}
+    step = estimate_step(config, COMPILED, DEVICE.model_copy(update=changes))
+    assert step.communication > 0
+    return 1e-4 * (step.communication + (1 - SLOWED) * _busy(step))
+
+
+@pytest.mark.parametrize(("shards", "bandwidth"), [(2, LINK), (4, LINK), (8, NETWORK)])
+def test_gathers_and_reductions_of_shares(shards: int, bandwidth: float) -> None:
+    config = _run({"vocab_size": 1}, data_shard=shards, micro_batch_size=1, global_batch_size=3 * shards)
+    whole = _weights(config, *WHOLE)
+    weights = _weights(config, ".layers.", "model.norm") - whole
+    # In each of three micro-batches layers are gathered twice in bfloat16, and gradients reduced in float32. Those
+    # of routers and norms are summed once.
+    sent = (3 * (2 * 2 + 4) * weights + 2 * 4 * whole) * (shards - 1) / shards
+    assert _sending_seconds(config) == pytest.approx(sent / bandwidth, rel=0.01)
+
+
+@pytest.mark.parametrize(("copies", "bandwidth"), [(2, LINK), (4, LINK), (8, NETWORK)])
+def test_gradients_of_copies_are_summed_once_a_step(copies: int, bandwidth: float) -> None:
+    config = _run({"vocab_size": 1}, data_replicate=copies, micro_batch_size=1, global_batch_size=3 * copies)
+    weights = _weights(config, "")
+    # A ring sends every gradient twice but for one rank's share, in float32.
+    assert _sending_seconds(config) == pytest.approx(2 * 4 * weights * (copies - 1) / copies / bandwidth, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("replicate", "shard", "expert", "expert_shards", "expert_copies"),
+    [(1, 4, 2, 2, 1), (1, 4, 4, 1, 1), (2, 2, 2, 1, 2), (2, 2, 4, 1, 1)],
+)
+def test_experts_that_live_apart_are_gathered_and_summed_over_fewer_ranks(
+    replicate: int, shard: int, expert: int, expert_shards: int, expert_copies: int
+) -> None:
+    config = _run(
+        {"vocab_size": 1},
+        data_replicate=replicate,
+        data_shard=shard,
+        expert=expert,
+        micro_batch_size=1,
+        global_batch_size=replicate * shard,
+    )
+    experts, whole = _weights(config, ".mlp.experts."), _weights(config, *WHOLE)
+    others = _weights(config, "") - experts - whole
+    kinds = (
+        (whole, 1, replicate * shard),
+        (others, shard, replicate),
+        (experts / expert, expert_shards, expert_copies),
+    )
+    sent = sum(
+        (2 * 2 + 4) * weights * (shards - 1) / shards + 2 * 4 * weights / shards * (copies - 1) / copies
+        for weights, shards, copies in kinds
+    )
+    rows = estimate_step(config, COMPILED, SLOW).communication - SLOWED * sent / LINK
+    assert _sending_seconds(config) - rows == pytest.approx(sent / LINK, rel=0.01)
+
+
+def _others_reached(places: int, chosen: int, experts: int) -> float:
+    """By counting: other places that hold any of `chosen` experts drawn one by one, each from all of them."""
+    draws = list(product(range(experts), repeat=chosen))
+    reached = [{expert * places // experts for expert in draw} - {0} for draw in draws]
+    return sum(map(len, reached)) / len(draws)
+
+
+@pytest.mark.parametrize(("recomputation", "passes"), [("none", 2), ("full", 3)])
+@pytest.mark.parametrize("row_factor", [1.0, 1.2])
+@pytest.mark.parametrize(
+    ("expert", "ways"),
+    [(1, {}), (2, {2: LINK_OF_ROWS}), (4, {4: LINK_OF_ROWS}), (8, {8: LINK_OF_ROWS, 2: NETWORK})],
+)
+def test_rows_travel_once_to_every_rank_with_experts_and_back(
+    recomputation: str, passes: int, row_factor: float, expert: int, ways: dict[int, float]
+) -> None:
+    """Beyond a node of four they go once to each node, and on from there."""
+    chosen, width, mixtures = 2, 32, 2
+    config = _run(
+        {"n_routed_experts": 8, "num_experts_per_tok": chosen},
+        data_replicate=8,
+        expert=expert,
+        micro_batch_size=2,
+        global_batch_size=48,
+        sequence_length=32,
+        recomputation=recomputation,
+    )
+    run = Execution(2, compiled=True, row_factor=row_factor)
+    tokens = 3 * 2 * 32 * row_factor * mixtures
+    seconds = sum(_others_reached(places, chosen, 8) / rate for places, rate in ways.items())
+    _, found = collective_seconds(config, run, DEVICE)
+    assert found == pytest.approx(2 * passes * tokens * 2 * width * seconds)
+
+
+def test_communication_hides_behind_computing_and_slows_it() -> None:
+    config = _run(data_shard=4, micro_batch_size=1, global_batch_size=12)
+    run = execution_on(DEVICE, config)
+    hidden = estimate_step(config, run, SLOW).communication
+    assert hidden == pytest.approx(SLOWED * _sending_seconds(config))
+    for link in (1e-3, 1e-4):
+        step = estimate_step(config, run, DEVICE.model_copy(update={"link_gb_per_s": link}))
+        sending = _sending_seconds(config) * 20.0 / link
+        assert step.communication + (1 - SLOWED) * _busy(step) == pytest.approx(sending)
+        assert step.total == pytest.approx(_busy(step) + step.communication)
+
+
+@pytest.mark.parametrize(
+    ("layout", "seconds"),
+    [
+        ({"data_shard": 2}, 0.011),
+        ({"data_replicate": 2}, 0.011),
+        ({"data_replicate": 2, "expert": 2}, 0.018),
+        ({"pipeline": 2}, 0.005),
+    ],
+)
+def test_no_step_of_several_gpus_is_shorter_than_launching_it(layout: dict[str, int], seconds: float) -> None:
+    fast = DEVICE.model_copy(update=dict.fromkeys(RATES, 1e12))
+    config = _run({"num_hidden_layers": 3}, **layout, micro_batch_size=1, global_batch_size=8)
+    step = estimate_step(config, execution_on(fast, config), fast)
+    ranks = config.parallel.data_ranks
+    layers = 4 / config.parallel.pipeline  # a prediction layer among them
+    assert step.total - step.waiting == pytest.approx(8 / ranks * layers * seconds)
+    cpu = device_named("CPU")
+    assert cpu is not None
+    assert estimate_step(config, execution_on(cpu, config), cpu).launches == 0
+
+
+@pytest.mark.parametrize(("stages", "micro_batches"), [(1, 4), (2, 4), (3, 6), (3, 3)])
+def test_stages_without_work_wait(stages: int, micro_batches: int) -> None:
+    model = {"num_hidden_layers": 5}
+    config = _run(model, pipeline=stages, micro_batch_size=2, global_batch_size=2 * micro_batches)
+    step = estimate_step(config, execution_on(DEVICE, config), DEVICE)
+    uneven = longest_stage(config.model, stages, config.training.sequence_length)
+    handing_over = 0.003 * micro_batches if stages > 1 else 0.0
+    longest = uneven * (1 + (stages - 1) / micro_batches) * _busy(step)
+    assert step.waiting + _busy(step) == pytest.approx(longest + handing_over)
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> RunConfig:
+    """A small run over any ranks."""
+    ranks = {name: draw(st.sampled_from([1, 2, 4])) for name in ("data_replicate", "data_shard")}
+    every = ranks["data_replicate"] * ranks["data_shard"]
+    micro, micro_batches = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    fitting = [expert for expert in (1, 2, 4) if every % expert == 0]  # powers of two: one divides the other
+    return _run(
+        **ranks,
+        expert=draw(st.sampled_from(fitting)),
+        pipeline=draw(st.integers(1, min(2, micro_batches))),
+        micro_batch_size=micro,
+        global_batch_size=micro * micro_batches * every,
+        recomputation=draw(st.sampled_from(["none", "selective", "full"])),
+        precision=draw(st.sampled_from(["bfloat16", "float32"])),
+    )
+
+
+@given(layouts(), st.sampled_from(RATES), st.floats(1, 1000))
+def test_a_device_that_does_anything_faster_is_never_slower(config: RunConfig, rate: str, factor: float) -> None:
+    faster = DEVICE.model_copy(update={rate: factor * getattr(DEVICE, rate)})
+    run = execution_on(DEVICE, config)
+    usual, found = estimate_step(config, run, DEVICE), estimate_step(config, run, faster)
+    assert found.total <= usual.total * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_known_devices_come_in_the_order_of_their_rates(path: Path) -> None:
+    overrides = [f"parallel.{name}=1" for name in ("data_replicate", "data_shard", "expert", "pipeline")]
+    config = load_config(path, [*overrides, "parallel.precision=bfloat16"])
+    seconds = []
+    for name in ("B200", "H200", "H100", "A100", "RTX 3090"):
+        device = device_named(name)
+        assert device is not None
+        seconds.append(estimate_step(config, execution_on(device, config), device).total)
+    assert seconds == sorted(set(seconds))
+
+
+@given(layouts())
+def test_recomputation_costs_up_to_half_as_much_again(config: RunConfig) -> None:
+    def total(**changes: str) -> float:
+        changed = config.model_copy(update={"parallel": config.parallel.model_copy(update=changes)})
+        return _busy(estimate_step(changed, execution_on(DEVICE, changed), DEVICE))
+
+    # A fourth pass beside three; casts of weights, twice a micro-batch, become three.
+    none, full = total(recomputation="none"), total(recomputation="full")
+    assert none < full <= 1.5 * none

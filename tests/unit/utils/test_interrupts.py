@@ -1,0 +1,78 @@
+"""Ctrl-C before a program has begun, and in the processes that it starts: no traceback, and exit code 130."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from deepseek_v3.utils.interrupts import importing
+from helpers import ROOT
+
+
+@pytest.fixture
+def exits(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The codes with which the process would have ended; Ctrl-C is handled as in a new one."""
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    yield codes
+    signal.signal(signal.SIGINT, earlier)
+
+
+def test_while_importing_ctrl_c_ends_the_process_at_once(exits: list[int]) -> None:
+    with importing():
+        signal.raise_signal(signal.SIGINT)
+    assert exits == [130]
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_where_ctrl_c_is_ignored_it_stays_so(exits: list[int]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with importing():
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    assert exits == []
+
+
+def test_a_program_is_ready_for_ctrl_c_before_it_imports_anything() -> None:
+    code = "import sys, deepseek_v3.utils.interrupts; print({'typer', 'pydantic', 'torch'} & sys.modules.keys())"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "set()\n"
+    starts = [ROOT / "src" / "training" / "train.py", ROOT / "src" / "deepseek_v3" / "__main__.py"]
+    for script in [*(ROOT / "scripts").glob("*.py"), *starts]:
+        lines = script.read_text(encoding="utf-8").splitlines()
+        ours = [line for line in lines if line.lstrip().startswith("from deepseek_v3")]
+        assert ours[0].startswith("from deepseek_v3.utils.interrupts import importing"), script
+        assert all(line.startswith("    ") for line in ours[1:]), script
+
+
+WORKERS = """
+import multiprocessing, re
+from multiprocessing import forkserver
+from pathlib import Path
+from deepseek_v3.utils.process_pool import start_fork_server
+
+def blocked(pid):
+    mask = re.search(r"SigBlk:\\s*([0-9a-f]+)", Path(f"/proc/{pid}/status").read_text())[1]
+    return bool(int(mask, 16) & 2)
+
+if __name__ == "__main__":
+    start_fork_server(["json"])
+    context = multiprocessing.get_context("forkserver")
+    with context.Pool(1) as pool:
+        print(blocked("self"), blocked(forkserver._forkserver._forkserver_pid), pool.map(blocked, ["self"]))
+"""
+
+
+def test_workers_and_their_server_never_hear_ctrl_c(tmp_path: Path) -> None:
+    program = tmp_path / "workers.py"
+    program.write_text(WORKERS)
+    run = subprocess.run([sys.executable, program], capture_output=True, text=True, check=True)
+    assert run.stdout == "False True [True]\n"

@@ -1,0 +1,154 @@
+"""Models in checkpoint folders: saved by sharded data parallel, loaded by one process, and the other way round."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from typer import Typer
+from typer.testing import CliRunner
+
+from deepseek_v3.config.loading import config_from_dict
+from deepseek_v3.config.train_config import OptimizerConfig, RunConfig
+from deepseek_v3.data.tokens.tokenizer import Tokenizer
+from deepseek_v3.inference.generate import generate
+from deepseek_v3.model.pretrained import config_of, load_model, model_entries, moments_by_name
+from deepseek_v3.model.transformer import DeepSeekV3
+from deepseek_v3.training.optimizer import AdamW
+from deepseek_v3.utils.checkpointing.directory import CheckpointDirectory, load_checkpoint
+from deepseek_v3.utils.checkpointing.sharded import ShardedWriter, load_sharded
+from deepseek_v3.utils.checkpointing.state_dict import split
+from deepseek_v3.utils.distributed.collectives import checkpoint_group
+from deepseek_v3.utils.errors import CheckpointError
+from helpers.models import fill_with_noise, small_config, small_model
+from helpers.rank_pool import RankPool
+
+CPU = torch.device("cpu")
+
+
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(["the cat sat on the mat\n"] * 3, vocab_size=280)
+
+
+def config() -> RunConfig:
+    model = small_config(vocab_size=tokenizer().vocab_size, max_position_embeddings=32)
+    sections: dict[str, Any] = {
+        "model": model.model_dump(),
+        "training": {
+            "total_tokens": 1000,
+            "sequence_length": 16,
+            "global_batch_size": 1,
+            "optimizer": {"learning_rate": 0.001},
+        },
+        "data": {"path": "x"},
+        "logging": {"directory": "x"},
+    }
+    return config_from_dict(sections, "test")
+
+
+def noisy_model() -> DeepSeekV3:
+    torch.manual_seed(0)
+    return small_model(config().model)
+
+
+def state_of(model: DeepSeekV3) -> dict[str, Any]:
+    return {**model_entries(model, config(), tokenizer().to_json()), "step": 7, "tokens": 112}
+
+
+def shard(model: DeepSeekV3) -> DeepSeekV3:
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    return model
+
+
+def sharded_both_ways(folder: Path) -> None:
+    """Saves a sharded model as a folder, and fills another one from the file that the test saved."""
+    group = checkpoint_group()
+    with ShardedWriter(CheckpointDirectory(folder / "out", keep=1), group) as writer:
+        writer.save(7, state_of(shard(noisy_model())))
+    other = shard(DeepSeekV3(config().model))
+    tensors, _ = split({"model": other.state_dict()})
+    load_sharded(folder / "in" / "checkpoint_step_7.pt", tensors, group)
+    expected = noisy_model().state_dict()
+    for name, value in other.state_dict().items():
+        whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+        assert torch.equal(whole, expected[name]), name
+
+
+@pytest.fixture(scope="module")
+def checkpoints(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`in` with a file that one process saved, `out` with a folder that three ranks saved."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    CheckpointDirectory(folder / "in", keep=1).save(7, state_of(noisy_model()))
+    pool.run(3, sharded_both_ways, folder)
+    return folder
+
+
+@pytest.mark.parametrize("place", ["out", "out/checkpoint_step_7"])
+def test_one_process_runs_the_model_of_a_folder(place: str, checkpoints: Path) -> None:
+    saved, alone = load_model(checkpoints / place, CPU), load_model(checkpoints / "in", CPU)
+    assert (saved.step, saved.tokens, saved.config) == (7, 112, config())
+    assert saved.tokenizer_json == tokenizer().to_json()
+    tokens_BS = torch.arange(12).view(2, 6)
+    assert torch.equal(saved.model(tokens_BS), alone.model(tokens_BS))
+
+
+def test_the_command_generates_from_a_folder(checkpoints: Path) -> None:
+    app = Typer()
+    app.command("generate")(generate)
+    options = ["--prompt", "the", "--max-new-tokens", "4", "--temperature", "0", "--device", "cpu"]
+    outputs = []
+    for place in ("out", "out/checkpoint_step_7", "in"):
+        result = CliRunner().invoke(app, ["--checkpoint", str(checkpoints / place), *options])
+        assert result.exit_code == 0, result.output
+        outputs.append(result.stdout)
+    assert outputs[0]
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
+def test_moments_saved_by_position_get_their_names() -> None:
+    model = noisy_model()
+    optimizer = AdamW(dict(model.named_parameters()), OptimizerConfig(learning_rate=0.001))
+    for number, parameter in enumerate(model.parameters()):
+        for kind, moment in optimizer.state[parameter].items():
+            moment.fill_(number + (0.5 if kind == "exp_avg" else 0.0))
+    found = moments_by_name({"num_steps": 3, "moments": by_position(optimizer)}, dict(model.state_dict()))
+    assert found.keys() == {"num_steps", "exp_avg", "exp_avg_sq"}
+    assert found["num_steps"] == 3
+    for name, parameter in model.named_parameters():
+        for kind in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(found[kind][name], optimizer.state[parameter][kind]), name
+    assert found["exp_avg"].keys() == dict(model.named_parameters()).keys()
+    assert moments_by_name(found, dict(model.state_dict())) is found
+
+
+def by_position(optimizer: AdamW) -> list[dict[str, Tensor]]:
+    """The moments as format 1 has them."""
+    return [dict(optimizer.state[p]) for group in optimizer.param_groups for p in group["params"]]
+
+
+def test_later_formats_are_refused(checkpoints: Path) -> None:
+    path = checkpoints / "in" / "checkpoint_step_7.pt"
+    state = load_checkpoint(path)
+    assert config_of({**state, "format": 1}, path) == config_of(state, path) == config()
+    for other in (3, 0, None, "2"):
+        with pytest.raises(
+            CheckpointError, match=r"has checkpoint format .*, this version reads up to 2; load it with"
+        ):
+            config_of({**state, "format": other}, path)
+
+
+def test_a_model_with_other_tensors_is_refused(checkpoints: Path) -> None:
+    model = DeepSeekV3(config().model)
+    fill_with_noise(model)
+    tensors, _ = split({"model": model.state_dict()})
+    norm = tensors.pop("model.model.norm.weight")
+    with pytest.raises(CheckpointError, match=r"has the tensor 'model.model.norm.weight'"):
+        load_sharded(checkpoints / "out" / "checkpoint_step_7", tensors, None)
+    with pytest.raises(CheckpointError, match=r"has no tensor 'model.norm.weight', which is needed here"):
+        load_sharded(checkpoints / "out" / "checkpoint_step_7", {**tensors, "model.norm.weight": norm}, None)
