@@ -70,7 +70,7 @@ def test_one_process_goes_on_from_it(folder: Path, tmp_path: Path) -> None:
     )
 
 
-def test_a_field_that_deepspeed_does_not_know_is_refused_in_one_line(folder: Path, tmp_path: Path) -> None:
+def test_an_unknown_deepspeed_field_is_refused_in_one_line(folder: Path, tmp_path: Path) -> None:
     settings = tmp_path / "wrong.json"
     settings.write_text('{"zero_optimization": {"stage": 2, "bucket": 1}}', encoding="utf-8")
     places = ["--set", f"checkpoint.directory={tmp_path}/c", "--set", f"logging.directory={tmp_path}/l"]

@@ -32,7 +32,7 @@ def run(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("split", ["train", "holdout"])
-def test_a_run_whose_shards_become_shorter_saves_and_goes_on_later(tmp_path: Path, run: Path, split: str) -> None:
+def test_a_run_whose_shards_shrink_saves_and_resumes_later(tmp_path: Path, run: Path, split: str) -> None:
     config = load_config(run, SETTINGS)
     files = list((config.data.path / split).iterdir())
     contents = [file.read_bytes() for file in files]
@@ -103,7 +103,7 @@ def test_an_evaluation_whose_shards_are_lost(run: Path, monkeypatch: pytest.Monk
         (["parallel.pipeline=2"], "train", 1),
     ],
 )
-def test_all_ranks_stop_after_the_same_step_when_one_loses_tokens(
+def test_ranks_stop_after_the_same_step_when_one_loses_tokens(
     pool: RankPool, run: Path, layout: list[str], split: str, loses: int
 ) -> None:
     overrides = [*SETTINGS, *layout]

@@ -84,7 +84,7 @@ def checkout(tmp_path: Path) -> Path:
     (folder / "run.yaml").touch()
     commands = tmp_path / "bin"
     commands.mkdir()
-    text = (ROOT / "tests" / "slurm_stand_in.py").read_text(encoding="utf-8")
+    text = (ROOT / "tests" / "helpers" / "fakes" / "slurm.py").read_text(encoding="utf-8")
     for name in ("sbatch", "srun", "scontrol"):
         (commands / name).write_text(f"#!{sys.executable}\n{text}", encoding="utf-8")
         (commands / name).chmod(0o755)

@@ -141,7 +141,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(folder: Path, fi
 
 
 @pytest.mark.parametrize("budget", [700, 768, 769])
-def test_a_run_ends_with_the_first_step_that_reaches_its_budget_and_says_so(folder: Path, budget: int) -> None:
+def test_a_run_ends_with_the_first_step_that_reaches_its_budget(folder: Path, budget: int) -> None:
     shutil.rmtree(folder / "checkpoints")
     setting = f"training.total_tokens={budget}"
     result = dsv3("train", "--device", "cpu", "--config", folder / "run.yaml", "--set", setting)
@@ -225,7 +225,7 @@ def test_a_resumed_run_may_be_given_a_larger_budget(folder: Path) -> None:
     assert read_metrics(folder / "run" / "metrics.jsonl")[-2]["tokens"] == 8 * TOKENS_PER_STEP
 
 
-def test_going_back_to_an_earlier_checkpoint_warns_of_the_later_ones(
+def test_resuming_an_older_checkpoint_warns_of_the_newer_ones(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     earlier = folder / "checkpoints" / "checkpoint_step_4.pt"
@@ -262,7 +262,7 @@ def test_a_finished_run_resumed_has_nothing_left_to_do(folder: Path) -> None:
     assert (folder / "checkpoints" / "checkpoint_step_6.pt").read_bytes() == before
 
 
-def test_a_finished_run_resumed_without_its_logs_has_nothing_to_draw(folder: Path) -> None:
+def test_a_finished_run_resumes_without_its_logs(folder: Path) -> None:
     shutil.rmtree(folder / "run")
     result = dsv3("train", "--device", "cpu", "--config", folder / "run.yaml", "--resume", "latest")
     assert result.exit_code == 0, result.output
