@@ -11,9 +11,9 @@ import struct
 from pathlib import Path
 from typing import Annotated, Any
 
-from deepseek_v3.utils.interrupts import importing
+from deepseek_v3.utils.interrupts import exit_on_interrupt
 
-with importing():
+with exit_on_interrupt():
     import torch
     import typer
     from torch import Tensor

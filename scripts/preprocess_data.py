@@ -5,9 +5,9 @@ The same command as `dsv3 preprocess`.
 
 from __future__ import annotations
 
-from deepseek_v3.utils.interrupts import importing
+from deepseek_v3.utils.interrupts import exit_on_interrupt
 
-with importing():
+with exit_on_interrupt():
     from deepseek_v3.data.pipeline.command import preprocess
     from deepseek_v3.utils.command_line import run_command
 

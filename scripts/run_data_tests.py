@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from deepseek_v3.utils.interrupts import importing
+from deepseek_v3.utils.interrupts import exit_on_interrupt
 
-with importing():
+with exit_on_interrupt():
     from deepseek_v3.data.pipeline.smoke_test import smoke_test
     from deepseek_v3.utils.command_line import run_command
 

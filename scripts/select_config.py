@@ -5,9 +5,9 @@ Without options it asks. The same command as `dsv3 plan`.
 
 from __future__ import annotations
 
-from deepseek_v3.utils.interrupts import importing
+from deepseek_v3.utils.interrupts import exit_on_interrupt
 
-with importing():
+with exit_on_interrupt():
     from deepseek_v3.planning.plan_command import plan
     from deepseek_v3.utils.command_line import run_command
 

@@ -5,9 +5,9 @@ Without --config it checks every model size in `configs`. The same command as `d
 
 from __future__ import annotations
 
-from deepseek_v3.utils.interrupts import importing
+from deepseek_v3.utils.interrupts import exit_on_interrupt
 
-with importing():
+with exit_on_interrupt():
     from deepseek_v3.planning.validate_command import validate
     from deepseek_v3.utils.command_line import run_command
 

@@ -1,8 +1,8 @@
 """Starts `dsv3`, also as `python -m deepseek_v3`."""
 
-from deepseek_v3.utils.interrupts import importing
+from deepseek_v3.utils.interrupts import exit_on_interrupt
 
-with importing():
+with exit_on_interrupt():
     from deepseek_v3.cli import main
 
 __all__ = ["main"]

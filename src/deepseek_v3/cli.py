@@ -17,10 +17,10 @@ from deepseek_v3 import __version__
 from deepseek_v3.config.loading import config_to_yaml, load_config
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.counts_command import counts
-from deepseek_v3.utils.command_line import run_app, set_options
-from deepseek_v3.utils.errors import system_errors_named
+from deepseek_v3.utils.command_line import override_options, run_app
+from deepseek_v3.utils.errors import translate_os_errors
 from deepseek_v3.utils.lazily import imported
-from deepseek_v3.utils.redaction import masked
+from deepseek_v3.utils.redaction import redact
 from deepseek_v3.utils.threads import wait_passively
 
 # Name -> where its function lives, and its line of help. Imported only when run: planning waits for no torch.
@@ -72,7 +72,7 @@ class _LazyGroup(TyperGroup):
             return super().make_context(*arguments, **options)
 
     def invoke(self, ctx: Any) -> Any:
-        with system_errors_named(), _usage_errors_masked():
+        with translate_os_errors(), _usage_errors_masked():
             return super().invoke(ctx)
 
 
@@ -84,7 +84,7 @@ def _usage_errors_masked() -> Iterator[None]:
     except Exception as error:
         # Click's errors carry their message there; Typer has its own copy of Click in some versions.
         if isinstance(message := getattr(error, "message", None), str):
-            error.message = masked(message)  # type: ignore[attr-defined]
+            error.message = redact(message)  # type: ignore[attr-defined]
         raise
 
 
@@ -140,7 +140,7 @@ def show(
 ) -> None:
     """Print a config as a run would use it, every default spelled out."""
     typer.echo(config_to_yaml(load_config(config, override or [])), nl=False)
-    words = ["dsv3", "train", "--config", str(config), *set_options(override)]
+    words = ["dsv3", "train", "--config", str(config), *override_options(override)]
     typer.echo(f"# Next: {shlex.join(words)}")  # a comment, so that the output stays a config
 
 

@@ -26,10 +26,10 @@ from deepseek_v3.model.pretrained import SavedModel, load_model
 from deepseek_v3.training.metrics import plot_run
 from deepseek_v3.training.train import train_run
 from deepseek_v3.training.trainer import TrainingResult
-from deepseek_v3.utils.command_line import say_next, set_options
+from deepseek_v3.utils.command_line import override_options, print_next_steps
 from deepseek_v3.utils.distributed.launch import select_device
 from deepseek_v3.utils.errors import DataError, InUseError, UserError
-from deepseek_v3.utils.files import refuse_address, written_atomically
+from deepseek_v3.utils.files import atomic_write, refuse_address
 from deepseek_v3.utils.logging import configure_logging, get_console, get_logger
 
 _SUMMARY = "summary.json"
@@ -49,7 +49,7 @@ def quickstart(
     folder = run.logging.directory
     if not result.finished:
         get_logger("Quickstart").info(f"Stopped after step {result.step}; the same command goes on from there")
-        say_next(["dsv3", "quickstart", *_options(config, runs)])
+        print_next_steps(["dsv3", "quickstart", *_options(config, runs)])
         raise typer.Exit(130)
     shards, saved = TokenShards.open(run.data.path), load_model(result.checkpoint, device)
     held_out = result.held_out or measure_saved(saved, shards, run.training.evaluation.tokens, device)
@@ -139,7 +139,7 @@ def _write_summary(folder: Path, comparison: Comparison) -> None:
         "nats_per_token": {"model": model.loss, "bigram": comparison.bigram, "unigram": comparison.unigram},
         "bits_per_byte": model.bits_per_byte,
     }
-    with written_atomically(folder / _SUMMARY) as partial:
+    with atomic_write(folder / _SUMMARY) as partial:
         partial.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
@@ -163,8 +163,8 @@ def _show_samples(saved: SavedModel) -> None:
 def _show_next_steps(config: Path, run: RunConfig, checkpoint: Path) -> None:
     folder = run.logging.directory
     get_console().print(f"Losses: {folder}/loss.png")
-    longer = set_options(["training.total_tokens=40x", *_own_tokens(config)])
-    say_next(
+    longer = override_options(["training.total_tokens=40x", *_own_tokens(config)])
+    print_next_steps(
         ["dsv3", "generate", "--checkpoint", checkpoint, "--prompt", "def main("],
         ["dsv3", "eval", "--checkpoint", checkpoint],
         ["tensorboard", "--logdir", folder / "tensorboard"],

@@ -8,9 +8,9 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from deepseek_v3.utils.interrupts import importing  # noqa: E402 -- after the path is set
+from deepseek_v3.utils.interrupts import exit_on_interrupt  # noqa: E402 -- after the path is set
 
-with importing():
+with exit_on_interrupt():
     from deepseek_v3.utils.threads import wait_passively
 
     wait_passively()  # torch reads what it sets

@@ -16,7 +16,7 @@ from deepseek_v3.training.parallel.deepspeed_config import DeepSpeedFile
 from deepseek_v3.training.parallel.engine import Engine
 from deepseek_v3.training.parallel.mesh import arrange
 from deepseek_v3.training.trainer import Trainer
-from deepseek_v3.utils.distributed.launch import World, announce
+from deepseek_v3.utils.distributed.launch import World, export_environment
 from helpers import parallel_runs
 
 CPU = torch.device("cpu")
@@ -80,4 +80,4 @@ def train_run(file: Path, path: Path, overrides: list[str], resume: str | None) 
 
 def _announce() -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
-    announce(World(rank, size, rank, size), CPU)
+    export_environment(World(rank, size, rank, size), CPU)

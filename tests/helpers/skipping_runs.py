@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from deepseek_v3.training.optimizer import local
 from deepseek_v3.training.parallel.engine import Engine
 from deepseek_v3.training.schedule import Step, TokenPlan
-from deepseek_v3.utils.checkpointing.state_dict import split
+from deepseek_v3.utils.checkpointing.state_dict import flatten
 from helpers import deepspeed_runs, parallel_runs
 
 # What happens in each step of a run, on its last rank alone.
@@ -50,7 +50,7 @@ def _told(engine: Engine, config: Any, story: tuple[str, ...]) -> list[Any]:
 
 
 def _state(engine: Engine) -> dict[str, Tensor]:
-    return {name: local(tensor).detach().clone() for name, tensor in split(engine.state())[0].items()}
+    return {name: local(tensor).detach().clone() for name, tensor in flatten(engine.state())[0].items()}
 
 
 class _Trouble:

@@ -12,7 +12,7 @@ from deepseek_v3.training.loss import Losses
 from deepseek_v3.training.parallel.data_parallel import DataParallel
 from deepseek_v3.training.schedule import Step, TokenPlan
 from deepseek_v3.utils.checkpointing.directory import load_checkpoint
-from deepseek_v3.utils.checkpointing.state_dict import split
+from deepseek_v3.utils.checkpointing.state_dict import flatten
 from deepseek_v3.utils.monitoring import read_metrics
 from helpers import deepspeed_runs, skipping_runs
 from helpers.rank_pool import RankPool
@@ -120,7 +120,7 @@ class TestRun:
             again = dsv3("train", "--device", "cpu", "--config", config, "--resume", "latest")
             assert again.exit_code == 0, again.output
             resumed = load_checkpoint(folder / "checkpoint_step_6.pt")
-            tensors, expected = (split({**state, "config": {}})[0] for state in (resumed, last))
+            tensors, expected = (flatten({**state, "config": {}})[0] for state in (resumed, last))
             assert tensors.keys() == expected.keys()
             assert all(tensor.equal(expected[name]) for name, tensor in tensors.items())
             found = [record for record in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in record]

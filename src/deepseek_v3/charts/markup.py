@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from deepseek_v3.utils.text import spelled
+from deepseek_v3.utils.text import humanize
 
 # Controls but tab and newline, soft hyphens, marks of direction and of zero width, line separators, surrogates,
 # private use, signs for notes, what is no character, tags. Joiners stay: scripts and emoji are made with them.
@@ -130,7 +130,7 @@ _ABBREVIATIONS = ("pii",)
 
 def stage_title(name: str) -> str:
     """A stage's name as a heading."""
-    return name.upper() if name in _ABBREVIATIONS else spelled(name).capitalize()
+    return name.upper() if name in _ABBREVIATIONS else humanize(name).capitalize()
 
 
 def count(number: int) -> str:

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from deepseek_v3.utils.numbers import LARGEST_COUNT, parse_count, parse_number, parse_size
-from deepseek_v3.utils.text import value_text
+from deepseek_v3.utils.numbers import MAX_COUNT, parse_count, parse_number, parse_size
+from deepseek_v3.utils.text import format_value
 
 
 class Section(BaseModel):
@@ -32,7 +32,7 @@ def read_with(parse: Callable[[str], float]) -> Callable[[Any], Any]:
         try:
             return parse(value)
         except ValueError as error:
-            raise ValueError(f"found {value_text(value)}: {error}") from None
+            raise ValueError(f"found {format_value(value)}: {error}") from None
 
     return read
 
@@ -46,7 +46,7 @@ Integer = Annotated[
     int,
     BeforeValidator(read_with(parse_count), json_schema_input_type=int | str),
     BeforeValidator(_whole),
-    Field(ge=-LARGEST_COUNT, le=LARGEST_COUNT),
+    Field(ge=-MAX_COUNT, le=MAX_COUNT),
 ]
 PositiveInt = Annotated[Integer, Field(gt=0)]
 NonNegativeInt = Annotated[Integer, Field(ge=0)]
@@ -55,7 +55,7 @@ Size = Annotated[
     int,
     BeforeValidator(read_with(parse_size), json_schema_input_type=int | str),
     BeforeValidator(_whole),
-    Field(ge=1, le=LARGEST_COUNT),
+    Field(ge=1, le=MAX_COUNT),
 ]
 
 Real = Annotated[float, BeforeValidator(read_with(parse_number), json_schema_input_type=float | str)]

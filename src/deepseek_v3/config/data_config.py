@@ -9,20 +9,20 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
 
 from deepseek_v3.config.base import Fraction, Integer, NonNegativeInt, Real, Section
 from deepseek_v3.utils.files import is_address
-from deepseek_v3.utils.redaction import masked
-from deepseek_v3.utils.text import value_text
+from deepseek_v3.utils.redaction import redact
+from deepseek_v3.utils.text import format_value
 
 
 def _without_nul(path: Path) -> Path:
     if "\0" in str(path):
-        raise ValueError(f"found {value_text(path)}: expected a path without a NUL character")
+        raise ValueError(f"found {format_value(path)}: expected a path without a NUL character")
     return path
 
 
 def _not_an_address(value: object) -> object:
     """Raises ValueError for `s3://bucket/x` and the like, which would become a folder of that name here."""
     if isinstance(value, str) and is_address(value):
-        raise ValueError(f"found {value_text(masked(value))}: expected a path of this machine, not an address")
+        raise ValueError(f"found {format_value(redact(value))}: expected a path of this machine, not an address")
     return value
 
 
@@ -32,9 +32,9 @@ AnyPath = Annotated[
     Field(strict=False),
     BeforeValidator(_not_an_address),
     AfterValidator(_without_nul),
-    PlainSerializer(lambda path: masked(str(path)), str, "json"),
+    PlainSerializer(lambda path: redact(str(path)), str, "json"),
 ]
-Address = Annotated[str, PlainSerializer(masked, str, "json")]
+Address = Annotated[str, PlainSerializer(redact, str, "json")]
 # Training a tokenizer takes 72 bytes for each entry at once, and no model has a tenth of these.
 LARGEST_VOCABULARY = 2**22
 DEFAULT_TOKENS = Path("data/tokens")

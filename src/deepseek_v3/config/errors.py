@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from deepseek_v3.utils.text import value_text
+from deepseek_v3.utils.text import format_value
 
 FieldPath = tuple[str, ...]
 Explanation = Callable[[dict[str, Any], type[BaseModel], FieldPath], str]
@@ -31,7 +31,7 @@ def describe(error: ValidationError, root: type[BaseModel], where: Mapping[Field
 def _one_line(problem: dict[str, Any], root: type[BaseModel], where: Mapping[FieldPath, str]) -> str:
     path = tuple(str(part) for part in problem["loc"] if part not in _BRANCHES)
     place = next(where[path[:n]] for n in range(len(path), -1, -1) if path[:n] in where)
-    field = ".".join(part if part.isprintable() and len(part) < 60 else value_text(part) for part in path)
+    field = ".".join(part if part.isprintable() and len(part) < 60 else format_value(part) for part in path)
     return ": ".join(part for part in (place, field, _explain(problem, root, path)) if part)
 
 
@@ -40,7 +40,7 @@ def _explain(problem: dict[str, Any], root: type[BaseModel], path: FieldPath) ->
     if explain:
         return explain(problem, root, path)
     message = str(problem["msg"]).removeprefix("Input should be ")
-    return f"found {value_text(problem['input'])}: expected {message[0].lower()}{message[1:]}"
+    return f"found {format_value(problem['input'])}: expected {message[0].lower()}{message[1:]}"
 
 
 def _unknown(_problem: dict[str, Any], root: type[BaseModel], path: FieldPath) -> str:
@@ -60,20 +60,20 @@ def _contradiction(problem: dict[str, Any], _root: type[BaseModel], _path: Field
 
 def _not_a_section(problem: dict[str, Any], root: type[BaseModel], path: FieldPath) -> str:
     fields = ", ".join(_section_at(root, path).model_fields)
-    return f"found {value_text(problem['input'])}: expected a section, with fields such as {fields}"
+    return f"found {format_value(problem['input'])}: expected a section, with fields such as {fields}"
 
 
 def _not_a_choice(problem: dict[str, Any], _root: type[BaseModel], _path: FieldPath) -> str:
     choices = str(problem["ctx"]["expected"]).replace("'", "").replace("True", "true").replace("False", "false")
-    return f"found {value_text(problem['input'])}: expected {choices}"
+    return f"found {format_value(problem['input'])}: expected {choices}"
 
 
 def _too_short(problem: dict[str, Any], _root: type[BaseModel], _path: FieldPath) -> str:
-    return f"found {value_text(problem['input'])}: expected a list of at least {problem['ctx']['min_length']}"
+    return f"found {format_value(problem['input'])}: expected a list of at least {problem['ctx']['min_length']}"
 
 
 def _expecting(kind: str) -> Explanation:
-    return lambda problem, _root, _path: f"found {value_text(problem['input'])}: expected {kind}"
+    return lambda problem, _root, _path: f"found {format_value(problem['input'])}: expected {kind}"
 
 
 _EXPLANATIONS: dict[str, Explanation] = {

@@ -26,7 +26,7 @@ from pydantic import Field, model_validator
 
 from deepseek_v3.config.base import Fraction, Integer, NonNegativeInt, PositiveFloat, PositiveInt, Real, StageConfig
 from deepseek_v3.config.data_config import AnyPath
-from deepseek_v3.utils.text import value_text
+from deepseek_v3.utils.text import format_value
 
 RuleGroup = Literal["gopher_repetition", "gopher_quality", "c4", "fineweb"]
 RULE_GROUPS: tuple[RuleGroup, ...] = ("gopher_repetition", "gopher_quality", "c4", "fineweb")
@@ -94,7 +94,7 @@ class HeuristicsConfig(StageConfig):
     @model_validator(mode="after")
     def _each_group_once(self) -> HeuristicsConfig:
         if len(set(self.rules)) < len(self.rules):
-            raise ValueError(f"rules = {value_text(self.rules)}: names a group twice; expected each at most once")
+            raise ValueError(f"rules = {format_value(self.rules)}: names a group twice; expected each at most once")
         return self
 
 
@@ -158,7 +158,7 @@ class QualityConfig(StageConfig):
         head, middle = self.head_limit, self.middle_limit
         if (head is None) != (middle is None) or (head is not None and middle is not None and head > middle):
             raise ValueError(
-                f"head_limit = {value_text(head)} and middle_limit = {value_text(middle)}: expected both, the "
+                f"head_limit = {format_value(head)} and middle_limit = {format_value(middle)}: expected both, the "
                 "first below the second, or neither"
             )
         return self

@@ -25,7 +25,7 @@ from deepseek_v3.config.vocabulary_size import fill_vocabulary
 from deepseek_v3.config.yaml_text import YamlProblem, parse_yaml, to_yaml
 from deepseek_v3.utils.errors import ConfigError
 from deepseek_v3.utils.logging import get_logger
-from deepseek_v3.utils.text import value_text
+from deepseek_v3.utils.text import format_value
 
 
 def chosen_files(files: Sequence[Path] | None, folder: Path | None) -> Sequence[Path]:
@@ -149,20 +149,20 @@ def _apply(override: str, fields: dict[str, Any], where: dict[FieldPath, str]) -
     """Sets one dotted field; its value is read as YAML, so `null`, `true`, `1e-4` and lists mean what they say."""
     name, equals, text = override.partition("=")
     path = tuple(part.strip() for part in name.split("."))
-    typed = f"--set {override if override.isprintable() and len(override) < 200 else value_text(override)}"
+    typed = f"--set {override if override.isprintable() and len(override) < 200 else format_value(override)}"
     if not equals or not all(path) or len(path) > _DEEPEST_FIELD or not _is_unicode(name):
         raise ConfigError(f"{typed}: expected section.field=value, such as training.seed=1")
     try:
         value, _ = parse_yaml(text)
     except YamlProblem as problem:
-        raise ConfigError(f"{typed}: the value {value_text(text)} is not valid YAML: {problem}") from None
+        raise ConfigError(f"{typed}: the value {format_value(text)} is not valid YAML: {problem}") from None
     section = fields
     for part in path[:-1]:
         inner = section.setdefault(part, {})
         if inner is None:
             inner = section[part] = {}
         if not isinstance(inner, dict):
-            raise ConfigError(f"{typed}: {part} is the value {value_text(inner)}, not a section")
+            raise ConfigError(f"{typed}: {part} is the value {format_value(inner)}, not a section")
         section = inner
     section[path[-1]] = value
     for known in [known for known in where if known[: len(path)] == path]:

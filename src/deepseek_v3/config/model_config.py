@@ -13,7 +13,7 @@ from deepseek_v3.config.base import NonNegativeInt, PositiveFloat, PositiveInt, 
 from deepseek_v3.config.errors import describe
 from deepseek_v3.config.text_files import read_json_object, shown_path
 from deepseek_v3.utils.errors import ConfigError
-from deepseek_v3.utils.text import value_text
+from deepseek_v3.utils.text import format_value
 
 # Fields of a released or Transformers-written config.json that say nothing about the model's shape:
 # library bookkeeping, serving hints, the weights' storage format and the released modules' import table.
@@ -209,7 +209,7 @@ def _shape_fields(released: dict[str, Any]) -> dict[str, Any]:
     """The fields of a config.json that shape the model, in the released spelling."""
     left_out = _WITHOUT_EFFECT | {"qk_head_dim"}
     if released.get("model_type", "deepseek_v3") != "deepseek_v3":
-        raise ValueError(f"model_type = {value_text(released['model_type'])}, expected deepseek_v3")
+        raise ValueError(f"model_type = {format_value(released['model_type'])}, expected deepseek_v3")
     return _with_released_rope({name: value for name, value in released.items() if name not in left_out})
 
 
@@ -229,7 +229,7 @@ def _check_head_dim(stated: object, config: ModelConfig) -> None:
     """Raises ValueError where the file's `qk_head_dim` is not the sum that it stands for."""
     if stated not in (None, config.qk_head_dim):
         raise ValueError(
-            f"qk_head_dim = {value_text(stated)} is not qk_nope_head_dim + qk_rope_head_dim = {config.qk_head_dim}"
+            f"qk_head_dim = {format_value(stated)} is not qk_nope_head_dim + qk_rope_head_dim = {config.qk_head_dim}"
         )
 
 
@@ -243,7 +243,7 @@ def _with_released_rope(fields: dict[str, Any]) -> dict[str, Any]:
     name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
     scaling = fields.pop("rope_scaling", None) or rope or {}
     if not isinstance(scaling, dict):
-        raise ValueError(f"{name} = {value_text(scaling)}: expected an object of fields")
+        raise ValueError(f"{name} = {format_value(scaling)}: expected an object of fields")
     scaling = dict(scaling)
     if "rope_theta" in scaling:
         fields["rope_theta"] = scaling.pop("rope_theta")

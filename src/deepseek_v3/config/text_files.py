@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_v3.utils.errors import ConfigError
-from deepseek_v3.utils.files import read_file
-from deepseek_v3.utils.numbers import LONGEST_NUMBER
-from deepseek_v3.utils.text import value_text
+from deepseek_v3.utils.files import read_regular_file
+from deepseek_v3.utils.numbers import MAX_NUMBER_CHARACTERS
+from deepseek_v3.utils.text import format_value
 
 LONGEST_FILE = 2**20
 
@@ -62,17 +62,17 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 def described(value: Any) -> str:
     """What a file holds in place of fields."""
-    return "a list" if isinstance(value, list) else value_text(value)
+    return "a list" if isinstance(value, list) else format_value(value)
 
 
 def shown_path(path: Path) -> str:
     """The path as it is, quoted where it holds characters that cannot be printed."""
-    return str(path) if str(path).isprintable() else value_text(path)
+    return str(path) if str(path).isprintable() else format_value(path)
 
 
 def _read(path: Path) -> bytes:
     try:
-        return read_file(path, LONGEST_FILE, "a configuration")
+        return read_regular_file(path, LONGEST_FILE, "a configuration")
     except ValueError as error:
         raise ConfigError(f"{shown_path(path)}: {error}") from None
 
@@ -81,14 +81,14 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise ValueError(f"{value_text(name)} is given twice")
+            raise ValueError(f"{format_value(name)} is given twice")
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{value_text(name)}: found {value}, expected a finite number")
+            raise ValueError(f"{format_value(name)}: found {value}, expected a finite number")
         found[name] = value
     return found
 
 
 def _integer(digits: str) -> int:
-    if len(digits) > LONGEST_NUMBER:
-        raise ValueError(f"holds a number of {len(digits):,} digits, expected at most {LONGEST_NUMBER}")
+    if len(digits) > MAX_NUMBER_CHARACTERS:
+        raise ValueError(f"holds a number of {len(digits):,} digits, expected at most {MAX_NUMBER_CHARACTERS}")
     return int(digits)

@@ -25,8 +25,8 @@ from deepseek_v3.config.base import (
 from deepseek_v3.config.data_config import AnyPath, DataConfig
 from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.config.parallel_config import BatchSize, ParallelConfig, check_batch, check_ranks, pipeline_problem
-from deepseek_v3.utils.numbers import MOST_TOKENS
-from deepseek_v3.utils.text import value_text
+from deepseek_v3.utils.numbers import MAX_TOKENS
+from deepseek_v3.utils.text import format_value
 
 
 def _check_budget(value: object) -> int | str:
@@ -36,14 +36,14 @@ def _check_budget(value: object) -> int | str:
         return _TOKENS.validate_python(value)
     except ValidationError:
         raise ValueError(
-            f"found {value_text(value)}: expected a number of tokens from 1 to 1e18, such as 3.8e9 or 10B, or a "
+            f"found {format_value(value)}: expected a number of tokens from 1 to 1e18, such as 3.8e9 or 10B, or a "
             "multiple of the active parameters such as 20x"
         ) from None
 
 
 Budget = Annotated[int | str, PlainValidator(_check_budget, json_schema_input_type=int | str)]
 
-_TOKENS = TypeAdapter[int](Annotated[PositiveInt, Field(le=MOST_TOKENS)], config={"strict": True})
+_TOKENS = TypeAdapter[int](Annotated[PositiveInt, Field(le=MAX_TOKENS)], config={"strict": True})
 
 # The report's 14.8T tokens are the unit in which it dates every change of the recipe.
 _REPORT_TOKENS = 14.8e12

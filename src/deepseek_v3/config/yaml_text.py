@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from deepseek_v3.utils.numbers import LONGEST_NUMBER
-from deepseek_v3.utils.text import value_text
+from deepseek_v3.utils.numbers import MAX_NUMBER_CHARACTERS
+from deepseek_v3.utils.text import format_value
 
 _DEEPEST = 50
 _PREFIX = "tag:yaml.org,2002:"
@@ -63,7 +63,7 @@ class YamlLoader(yaml.SafeLoader):
                 raise _error("a field's name must be a word", key)
             name = self._text(key)
             if name in seen:
-                raise _error(f"{value_text(name)} is given twice", key)
+                raise _error(f"{format_value(name)} is given twice", key)
             seen.add(name)
         return node
 
@@ -111,7 +111,7 @@ def parse_yaml(text: str) -> tuple[Any, yaml.Node | None]:
         loader = YamlLoader(text)
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise YamlProblem(f"holds the control character {value_text(chr(int(error.character)))}", line) from None
+        raise YamlProblem(f"holds the control character {format_value(chr(int(error.character)))}", line) from None
     try:
         node = loader.get_single_node()
         return (loader.construct_document(node) if node else None), node
@@ -143,10 +143,10 @@ def _error(problem: str, place: Any) -> yaml.MarkedYAMLError:
 
 
 def _short(node: yaml.ScalarNode) -> str:
-    if len(node.value) > LONGEST_NUMBER:
-        raise _error(f"a number of {len(node.value):,} characters, expected at most {LONGEST_NUMBER}", node)
+    if len(node.value) > MAX_NUMBER_CHARACTERS:
+        raise _error(f"a number of {len(node.value):,} characters, expected at most {MAX_NUMBER_CHARACTERS}", node)
     return str(node.value)
 
 
 def _one_line(problem: str) -> str:
-    return problem if problem.isprintable() and len(problem) < 200 else value_text(problem)
+    return problem if problem.isprintable() and len(problem) < 200 else format_value(problem)

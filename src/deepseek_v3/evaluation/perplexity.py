@@ -24,7 +24,7 @@ from deepseek_v3.model.pretrained import SavedModel, load_model
 from deepseek_v3.training.data import Documents, check_vocabulary
 from deepseek_v3.training.loss import Objective
 from deepseek_v3.training.validation import HeldOutEvaluation, HeldOutLoss, HeldOutWindows, main_losses
-from deepseek_v3.utils.command_line import say_next, whole_option
+from deepseek_v3.utils.command_line import integer_option, print_next_steps
 from deepseek_v3.utils.distributed.launch import select_device
 from deepseek_v3.utils.errors import CheckpointError, DataError
 from deepseek_v3.utils.logging import configure_logging, get_console
@@ -86,7 +86,7 @@ def evaluate(
     tokens: Annotated[
         int | None,
         typer.Option(
-            metavar="NUMBER", parser=whole_option(at_least=1), help="Held-out tokens to read; all if left out."
+            metavar="NUMBER", parser=integer_option(at_least=1), help="Held-out tokens to read; all if left out."
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -109,7 +109,7 @@ def evaluate(
     console.print(f"{checkpoint}, step {saved.step}, on {held_out.tokens:,} held-out tokens of {shards.directory}")
     console.print(comparison.table())
     same = [] if device == "auto" else ["--device", device]
-    say_next(["dsv3", "generate", "--checkpoint", checkpoint, "--prompt", "The", *same])
+    print_next_steps(["dsv3", "generate", "--checkpoint", checkpoint, "--prompt", "The", *same])
 
 
 def _check_tokenizer(shards: TokenShards, saved: SavedModel, checkpoint: Path) -> None:

@@ -19,10 +19,10 @@ from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.inference.engine import Completion, Generator
 from deepseek_v3.inference.sampling import SamplingConfig
 from deepseek_v3.model.pretrained import load_model
-from deepseek_v3.utils.command_line import number_option, say_next, whole_option
+from deepseek_v3.utils.command_line import integer_option, number_option, print_next_steps
 from deepseek_v3.utils.distributed.launch import select_device
 from deepseek_v3.utils.errors import GenerationError
-from deepseek_v3.utils.files import read_file, written_atomically
+from deepseek_v3.utils.files import atomic_write, read_regular_file
 from deepseek_v3.utils.logging import configure_logging, get_logger
 
 _LONGEST_PROMPTS = 2**26  # bytes of a file of prompts: all are held in memory
@@ -36,7 +36,7 @@ def generate(
         typer.Option(help='One prompt per line, or .jsonl with a field "prompt"; blank lines are skipped.'),
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option(metavar="NUMBER", parser=whole_option(), help="The most tokens to add.")
+        int, typer.Option(metavar="NUMBER", parser=integer_option(), help="The most tokens to add.")
     ] = SamplingConfig.max_new_tokens,
     temperature: Annotated[
         float,
@@ -57,7 +57,7 @@ def generate(
     top_k: Annotated[
         int | None,
         typer.Option(
-            metavar="NUMBER", parser=whole_option(), help="Sample from this many of the most probable tokens."
+            metavar="NUMBER", parser=integer_option(), help="Sample from this many of the most probable tokens."
         ),
     ] = None,
     repetition_penalty: Annotated[
@@ -67,7 +67,7 @@ def generate(
         ),
     ] = SamplingConfig.repetition_penalty,
     seed: Annotated[
-        int, typer.Option(metavar="NUMBER", parser=whole_option(), help="The same seed gives the same text.")
+        int, typer.Option(metavar="NUMBER", parser=integer_option(), help="The same seed gives the same text.")
     ] = SamplingConfig.seed,
     stop: Annotated[list[str] | None, typer.Option(help="End before this string; may be repeated.")] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Recompute the whole text at every step.")] = False,
@@ -99,7 +99,7 @@ def generate(
         _write(output, completions)
     typer.echo(_summary(completions, seconds), err=True)
     same = [] if device == "auto" else ["--device", device]
-    say_next(["dsv3", "eval", "--checkpoint", checkpoint, *same], err=True)
+    print_next_steps(["dsv3", "eval", "--checkpoint", checkpoint, *same], err=True)
 
 
 def _prompts(prompt: str | None, file: Path | None) -> list[str]:
@@ -114,7 +114,7 @@ def _prompts(prompt: str | None, file: Path | None) -> list[str]:
 def _read_prompts(file: Path) -> list[str]:
     """The prompts of a file, one per line that is not blank."""
     try:
-        text = read_file(file, _LONGEST_PROMPTS, "a file of prompts").decode("utf-8-sig")
+        text = read_regular_file(file, _LONGEST_PROMPTS, "a file of prompts").decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise GenerationError(f"{file}: is not UTF-8 at byte {error.start}; convert it to UTF-8") from None
     except ValueError as error:
@@ -186,7 +186,7 @@ def _summary(completions: Sequence[Completion], seconds: float) -> str:
 
 def _write(output: Path, completions: Iterable[Completion]) -> None:
     try:
-        with written_atomically(output) as partial:
+        with atomic_write(output) as partial:
             lines = (json.dumps(asdict(completion), ensure_ascii=False) for completion in completions)
             partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     except OSError as error:

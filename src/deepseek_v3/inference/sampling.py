@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deepseek_v3.ops.dtypes import at_least_float32
 from deepseek_v3.utils.errors import GenerationError
-from deepseek_v3.utils.text import value_text
+from deepseek_v3.utils.text import format_value
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class SamplingConfig:
 
     def _require(self, field: str, allowed: bool, expected: str) -> None:
         if not allowed:
-            raise GenerationError(f"{field} = {value_text(getattr(self, field))}: expected {expected}")
+            raise GenerationError(f"{field} = {format_value(getattr(self, field))}: expected {expected}")
 
 
 def row_generator(seed: int, index: int) -> np.random.Generator:

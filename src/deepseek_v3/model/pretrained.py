@@ -15,12 +15,19 @@ from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.model.backends import choose_back_ends, compute_dtype
 from deepseek_v3.model.saved_entries import ModelEntries, check_entries
 from deepseek_v3.model.transformer import DeepSeekV3
-from deepseek_v3.utils.checkpointing.checks import infos, non_finite, non_finite_summary, refuse, unfit, unknown
+from deepseek_v3.utils.checkpointing.checks import (
+    mismatches,
+    non_finite,
+    non_finite_summary,
+    raise_problems,
+    tensor_infos,
+    unexpected_tensors,
+)
 from deepseek_v3.utils.checkpointing.directory import CheckpointDirectory, is_checkpoint, load_checkpoint
 from deepseek_v3.utils.checkpointing.errors import REPAIR
-from deepseek_v3.utils.checkpointing.state_dict import split
+from deepseek_v3.utils.checkpointing.state_dict import flatten
 from deepseek_v3.utils.errors import CheckpointError
-from deepseek_v3.utils.text import value_text
+from deepseek_v3.utils.text import format_value
 
 # 2: the optimizer's moments by parameter name; 1: in the order of its parameters.
 FORMAT = 2
@@ -51,8 +58,8 @@ def config_of(state: dict[str, Any], path: Path) -> RunConfig:
     """The config of the run that wrote a checkpoint. Raises CheckpointError where it is of a later format."""
     if type(state.get("format")) is not int or state["format"] not in range(1, FORMAT + 1):
         raise CheckpointError(
-            f"{path}: has checkpoint format {value_text(state.get('format'))}, this version reads up to {FORMAT}; "
-            "load it with the version of the program that wrote it"
+            f"{path}: has checkpoint format {format_value(state.get('format'))}, "
+            f"this version reads up to {FORMAT}; load it with the version of the program that wrote it"
         )
     if not isinstance(state.get("config"), dict):
         raise CheckpointError(f"{path}: has no entry 'config' of sections and their fields; {REPAIR}")
@@ -90,7 +97,7 @@ def split_entries(state: dict[str, Any], path: Path) -> tuple[dict[str, Tensor],
         if isinstance(optimizer, dict) and isinstance(model, dict):
             weights = {name: value for name, value in model.items() if isinstance(value, Tensor)}
             state = {**state, "optimizer": moments_by_name(optimizer, weights)}
-        return split(state)
+        return flatten(state)
     except (TypeError, CheckpointError) as error:
         raise CheckpointError(f"{path}: {error}; {REPAIR}") from None
 
@@ -119,9 +126,11 @@ def _load_model(path: Path, device: torch.device) -> SavedModel:
         )
     with torch.device("meta"):
         model = DeepSeekV3(config.model)
-    expected = infos({f"model.{name}": tensor for name, tensor in model.state_dict().items()})
-    found = infos({name: tensor for name, tensor in tensors.items() if name.startswith("model.")})
-    refuse(path, [*unfit(found, expected), *unknown(sorted(found.keys() - expected.keys()))], REPAIR)
+    expected = tensor_infos({f"model.{name}": tensor for name, tensor in model.state_dict().items()})
+    found = tensor_infos({name: tensor for name, tensor in tensors.items() if name.startswith("model.")})
+    raise_problems(
+        path, [*mismatches(found, expected), *unexpected_tensors(sorted(found.keys() - expected.keys()))], REPAIR
+    )
     model.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()}, assign=True)
     model.compute_dtype = compute_dtype(config.parallel.precision, device)
     choose_back_ends(model, device)

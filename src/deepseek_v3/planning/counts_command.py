@@ -13,8 +13,8 @@ from deepseek_v3.config.loading import load_config
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.counts import active_conventions, count_active_parts, count_parameters
 from deepseek_v3.planning.flops import flops_per_token, forward_parts, prediction_parts
-from deepseek_v3.utils.command_line import say_next, set_options
-from deepseek_v3.utils.text import paragraph, side_by_side, spelled, table
+from deepseek_v3.utils.command_line import override_options, print_next_steps
+from deepseek_v3.utils.text import humanize, paragraph, side_by_side, table
 
 
 def counts(
@@ -28,7 +28,7 @@ def counts(
         typer.echo(json.dumps(found, indent=2))
     else:
         _print(found)
-        say_next(["dsv3", "train", "--config", config, *set_options(override)])
+        print_next_steps(["dsv3", "train", "--config", config, *override_options(override)])
 
 
 def counts_of(config: RunConfig) -> dict[str, Any]:
@@ -52,8 +52,8 @@ def counts_of(config: RunConfig) -> dict[str, Any]:
 
 def _print(found: dict[str, Any]) -> None:
     total, active = found["parameters"], found["active_parameters"]
-    rows = [[spelled(part), f"{total[part]:,}", f"{active[part]:,}"] for part in total]
-    conventions = [[spelled(name), f"{count:,}"] for name, count in found["active_by_convention"].items()]
+    rows = [[humanize(part), f"{total[part]:,}", f"{active[part]:,}"] for part in total]
+    conventions = [[humanize(name), f"{count:,}"] for name, count in found["active_by_convention"].items()]
     parameters, others = (
         table(["parameters", "all", "active"], rows),
         table(["active by convention", ""], conventions),
@@ -62,10 +62,10 @@ def _print(found: dict[str, Any]) -> None:
     typer.echo(paragraph("Here and throughout, active is the first: every weight that a token multiplies with."))
     forward = found["forward_operations"]
     parts = [
-        [spelled(part), f"{forward['model'][part]:,}", f"{forward['prediction'][part]:,}"]
+        [humanize(part), f"{forward['model'][part]:,}", f"{forward['prediction'][part]:,}"]
         for part in forward["model"]
     ]
-    passes = [[spelled(name), f"{count:,}"] for name, count in found["operations_per_token"].items()]
+    passes = [[humanize(name), f"{count:,}"] for name, count in found["operations_per_token"].items()]
     typer.echo(
         "\n"
         + paragraph(

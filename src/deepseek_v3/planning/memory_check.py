@@ -10,7 +10,7 @@ from deepseek_v3.planning.hardware import Device
 from deepseek_v3.planning.layout_search import fastest_layout, fewest_devices, leanest_layout, measure_layout
 from deepseek_v3.utils.errors import PlanError
 from deepseek_v3.utils.numbers import divisors
-from deepseek_v3.utils.text import spelled
+from deepseek_v3.utils.text import humanize
 
 _GIB = 2**30
 
@@ -21,7 +21,7 @@ def refuse_unless_it_fits(config: RunConfig, device: Device) -> None:
     if layout.needed_bytes <= device.memory_bytes:
         return
     parts = ", ".join(
-        f"{spelled(name)} {size / _GIB:.1f}" for name, size in layout.memory.parts().items() if size >= 0.05 * _GIB
+        f"{humanize(name)} {size / _GIB:.1f}" for name, size in layout.memory.parts().items() if size >= 0.05 * _GIB
     )
     raise PlanError(
         f"this run needs {layout.needed_bytes / _GIB:.1f} GiB on {device.name}, where {device.memory_gib:.1f} GiB "

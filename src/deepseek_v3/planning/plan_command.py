@@ -18,15 +18,15 @@ from deepseek_v3.planning.advice.output_text import print_advice, print_devices
 from deepseek_v3.planning.advice.prompts import ask_for_options
 from deepseek_v3.planning.advice.request import OBJECTIVES, PlanOptions, PlanRequest
 from deepseek_v3.planning.hardware import known_devices
-from deepseek_v3.utils.command_line import number_option, say_next, whole_option
+from deepseek_v3.utils.command_line import integer_option, number_option, print_next_steps
 from deepseek_v3.utils.errors import ConfigError
-from deepseek_v3.utils.text import showable
+from deepseek_v3.utils.text import printable
 
 
 def plan(
     gpus: Annotated[
         int | None,
-        typer.Option(metavar="NUMBER", parser=whole_option(), help="Number of devices.", show_default="8; 1 CPU"),
+        typer.Option(metavar="NUMBER", parser=integer_option(), help="Number of devices.", show_default="8; 1 CPU"),
     ] = None,
     gpu: Annotated[
         str | None,
@@ -74,7 +74,7 @@ def plan(
     """
     if list_gpus:
         print_devices(known_devices())
-        say_next(["dsv3", "plan", "--gpu", gpu or "H100", "--gpus", gpus or 8])
+        print_next_steps(["dsv3", "plan", "--gpu", gpu or "H100", "--gpus", gpus or 8])
         return
     picture = _picture(plot, picture)
     options = PlanOptions(gpus, gpu, gpu_memory, hardware, price, budget_hours, budget_dollars, tokens, objective)
@@ -89,7 +89,7 @@ def plan(
     if picture:
         _plot(advice, picture)
     if asks:
-        typer.echo(showable(f"\nThe same without questions: {options.command()}"))
+        typer.echo(printable(f"\nThe same without questions: {options.command()}"))
 
 
 def _advise(request: PlanRequest, paths: Sequence[Path]) -> Advice:
@@ -115,4 +115,4 @@ def _plot(advice: Advice, path: Path) -> None:
         import_module("deepseek_v3.planning.advice.plot").plot_plan(advice, path)
     except OSError as error:
         raise ConfigError(f"--plot {path}: cannot be written: {error.strerror}") from None
-    typer.echo(showable(f"Drawn: {path}"), err=True)
+    typer.echo(printable(f"Drawn: {path}"), err=True)

@@ -12,9 +12,9 @@ import typer
 
 from deepseek_v3.config.loading import PATTERN, chosen_files, load_config
 from deepseek_v3.planning.chinchilla import Compliance, Verdict, check_compliance, shown_ratio
-from deepseek_v3.utils.command_line import say_next
+from deepseek_v3.utils.command_line import print_next_steps
 from deepseek_v3.utils.errors import ConfigError
-from deepseek_v3.utils.text import short_count, showable
+from deepseek_v3.utils.text import format_count, printable
 
 _RULE = "=" * 80
 
@@ -47,9 +47,9 @@ def validate(
             json.dumps([{**asdict(result), "verdict": result.verdict.value} for result in results], indent=2)
         )
     elif results:
-        typer.echo(showable("\n\n".join(map(_block, results)) + f"\n\n{_summary(results, len(problems))}"))
+        typer.echo(printable("\n\n".join(map(_block, results)) + f"\n\n{_summary(results, len(problems))}"))
         if not problems:
-            say_next(["dsv3", "plan", *_same(config, configs)], err=True)
+            print_next_steps(["dsv3", "plan", *_same(config, configs)], err=True)
     if problems:
         raise ConfigError("\n".join(problems))
     if strict and not all(result.verdict.accepted for result in results):
@@ -76,10 +76,10 @@ def _check(paths: Sequence[Path], overrides: Sequence[str]) -> tuple[list[Compli
 
 def _block(result: Compliance) -> str:
     labelled = {
-        "Active params": short_count(result.active_parameters),
+        "Active params": format_count(result.active_parameters),
         "Target ratio": f"{result.target_ratio} T/P",
-        f"Required tokens ({result.target_ratio} T/P)": short_count(result.required_tokens),
-        "Total tokens": short_count(result.total_tokens),
+        f"Required tokens ({result.target_ratio} T/P)": format_count(result.required_tokens),
+        "Total tokens": format_count(result.total_tokens),
         "Actual ratio": f"{shown_ratio(result.total_tokens, result.active_parameters)} T/P",
     }
     lines = [f"{label + ':':<28}{value}" for label, value in labelled.items()]

@@ -23,21 +23,21 @@ from deepseek_v3.training.parallel.mesh import Ranks
 from deepseek_v3.training.resume_rules import ALLOW, check_changes
 from deepseek_v3.training.schedule import TokenPlan
 from deepseek_v3.utils.checkpointing.checks import (
-    OTHER_CONFIG,
+    SAME_CONFIG_ADVICE,
     TensorInfo,
-    infos,
+    mismatches,
     non_finite,
     non_finite_summary,
-    refuse,
-    unfit,
-    unknown,
+    raise_problems,
+    tensor_infos,
+    unexpected_tensors,
 )
 from deepseek_v3.utils.checkpointing.directory import CheckpointDirectory, load_checkpoint
 from deepseek_v3.utils.checkpointing.errors import REPAIR
 from deepseek_v3.utils.checkpointing.reader import open_checkpoint
 from deepseek_v3.utils.checkpointing.sharded import ShardedWriter, load_sharded, newest_checkpoint
-from deepseek_v3.utils.checkpointing.state_dict import split
-from deepseek_v3.utils.distributed.collectives import checkpoint_group, together
+from deepseek_v3.utils.checkpointing.state_dict import flatten
+from deepseek_v3.utils.distributed.collectives import checkpoint_group, run_on_all_ranks
 from deepseek_v3.utils.errors import CheckpointError
 from deepseek_v3.utils.logging import get_logger
 
@@ -94,13 +94,13 @@ def restore_run(
         found, plain = split_entries(load_checkpoint(path, verify=verify), path)
         _check(plain, path, config, plan, shards, allow_changed_data)
         places = engine.places()
-        random = _fill(split(places)[0], found, path)
+        random = _fill(flatten(places)[0], found, path)
     else:
-        contents = together(group, lambda: open_checkpoint(path))
+        contents = run_on_all_ranks(group, lambda: open_checkpoint(path))
         plain = contents.plain
-        together(group, lambda: _check(plain, path, config, plan, shards, allow_changed_data))
+        run_on_all_ranks(group, lambda: _check(plain, path, config, plan, shards, allow_changed_data))
         places = engine.places()
-        tensors, random = split(places)[0], _random_places(contents.tensors)
+        tensors, random = flatten(places)[0], _random_places(contents.tensors)
         converted = {
             name: torch.empty_like(tensors[name], dtype=info.dtype)
             for name, info in _expected(tensors, contents.tensors).items()
@@ -110,7 +110,7 @@ def restore_run(
         for name, values in converted.items():
             tensors[name].copy_(values)
     _restore_random_state(random, path)
-    if bad := non_finite(split(places)[0], group):
+    if bad := non_finite(flatten(places)[0], group):
         raise CheckpointError(
             f"{path}: {non_finite_summary(bad)}; its training had diverged, so resume an earlier checkpoint"
         )
@@ -121,7 +121,7 @@ def restore_run(
 
 def _expected(tensors: dict[str, Tensor], found: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """What a checkpoint has to say of this run's tensors; moments of any floating type are converted."""
-    expected = infos(tensors)
+    expected = tensor_infos(tensors)
     for name, info in expected.items():
         if name.startswith("optimizer.") and name in found and found[name].dtype.is_floating_point:
             expected[name] = info._replace(dtype=found[name].dtype)
@@ -130,10 +130,14 @@ def _expected(tensors: dict[str, Tensor], found: Mapping[str, TensorInfo]) -> di
 
 def _fill(tensors: dict[str, Tensor], found: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Copies what a checkpoint holds into the tensors of a run in one process; returns its random states."""
-    saved = infos(found)
+    saved = tensor_infos(found)
     random = _random_places(saved)
-    expected = {**_expected(tensors, saved), **infos(random)}
-    refuse(path, [*unfit(saved, expected), *unknown(sorted(saved.keys() - expected.keys()))], OTHER_CONFIG)
+    expected = {**_expected(tensors, saved), **tensor_infos(random)}
+    raise_problems(
+        path,
+        [*mismatches(saved, expected), *unexpected_tensors(sorted(saved.keys() - expected.keys()))],
+        SAME_CONFIG_ADVICE,
+    )
     for name, tensor in tensors.items():
         tensor.detach().copy_(found[name])
     return {name: found[name] for name in random}
@@ -243,9 +247,9 @@ class RunCheckpoints:
         continue, or where a fresh start would write among the checkpoints of another run.
         """
         if resume == "auto":
-            resume = "latest" if together(self.group, self.directory.steps) else None
+            resume = "latest" if run_on_all_ranks(self.group, self.directory.steps) else None
         if resume is None:
-            together(self.group, self.directory.refuse_if_used)
+            run_on_all_ranks(self.group, self.directory.refuse_if_used)
             return None
         return newest_checkpoint(self.directory, self.group) if resume == "latest" else Path(resume)
 

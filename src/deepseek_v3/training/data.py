@@ -16,7 +16,7 @@ from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.tokens.loader import Int64s, prefetched
 from deepseek_v3.data.tokens.shards import TokenShards
 from deepseek_v3.data.tokens.tokenize_corpus import tokenize_corpus
-from deepseek_v3.utils.distributed.collectives import together
+from deepseek_v3.utils.distributed.collectives import run_on_all_ranks
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.logging import get_logger
 
@@ -47,10 +47,10 @@ def open_tokens(config: RunConfig) -> TokenShards:
 def open_tokens_together(config: RunConfig, group: ProcessGroup) -> TokenShards:
     """The same on all ranks of a job, of which the first one builds what is missing while the others wait."""
     if dist.get_rank(group) == 0:
-        together(group, lambda: open_tokens(config))
+        run_on_all_ranks(group, lambda: open_tokens(config))
     else:
-        together(group, lambda: None)
-    return together(group, lambda: open_tokens(config))
+        run_on_all_ranks(group, lambda: None)
+    return run_on_all_ranks(group, lambda: open_tokens(config))
 
 
 def check_vocabulary(shards: TokenShards, model: ModelConfig) -> None:
@@ -81,7 +81,7 @@ def token_batches(
         return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens
 
     with closing(prefetched(lambda group: [read(item) for item in group], groups)) as ahead:
-        while (batches := together(ranks, lambda: next(ahead, None))) is not None:
+        while (batches := run_on_all_ranks(ranks, lambda: next(ahead, None))) is not None:
             yield map(on_device, batches)
 
 

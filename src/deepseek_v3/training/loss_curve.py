@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from deepseek_v3.utils.files import written_atomically
+from deepseek_v3.utils.files import atomic_write
 
 _TRAIN, _MTP, _HOLDOUT, _BASELINE = "#1f5fa8", "#8a6fb3", "#d1495b", "#5f6770"
 _UNITS = ((1e12, "trillions"), (1e9, "billions"), (1e6, "millions"), (1e3, "thousands"))
@@ -41,7 +41,7 @@ def plot_losses(
     _draw_holdout(axes, holdout, unit)
     _draw_baselines(axes, baselines or {})
     _label(axes, unit_name)
-    with written_atomically(path) as partial:
+    with atomic_write(path) as partial:
         figure.savefig(partial, format="png")
 
 

@@ -26,7 +26,7 @@ from deepseek_v3.training.loss_curve import has_losses, plot_losses
 from deepseek_v3.training.schedule import Step, TokenPlan
 from deepseek_v3.training.validation import HeldOutLoss
 from deepseek_v3.utils.errors import DataError
-from deepseek_v3.utils.files import written_atomically
+from deepseek_v3.utils.files import atomic_write
 from deepseek_v3.utils.logging import get_logger
 from deepseek_v3.utils.monitoring import (
     MetricsWriter,
@@ -217,7 +217,7 @@ def write_config(config: RunConfig) -> None:
     """Writes the resolved config to the run's folder. Raises DataError where that cannot be written."""
     path = config.logging.directory / "config.yaml"
     try:
-        with written_atomically(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_text(config_to_yaml(config), encoding="utf-8")
     except OSError as error:
         raise DataError(

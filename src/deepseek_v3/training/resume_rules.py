@@ -10,7 +10,7 @@ from deepseek_v3.config.base import Section
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.utils.errors import CheckpointError
 from deepseek_v3.utils.logging import get_logger
-from deepseek_v3.utils.text import value_text
+from deepseek_v3.utils.text import format_value
 
 
 class Rule(Enum):
@@ -97,7 +97,7 @@ def check_changes(saved: RunConfig, current: RunConfig, path: Path, allow_change
     and for changes of the data unless `allow_changed_data`.
     """
     changes = [
-        (rule_of(field), f"{field}: {value_text(before)} -> {value_text(after)}")
+        (rule_of(field), f"{field}: {format_value(before)} -> {format_value(after)}")
         for (field, before), (_, after) in zip(
             fields_of(RunConfig, saved), fields_of(RunConfig, current), strict=True
         )

@@ -13,11 +13,11 @@ from torch.distributed import ProcessGroup
 
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.training.disk_space import check_disk
-from deepseek_v3.utils.checkpointing.errors import unwritable
-from deepseek_v3.utils.distributed.collectives import gathered, rank_and_size, together
+from deepseek_v3.utils.checkpointing.errors import write_error
+from deepseek_v3.utils.distributed.collectives import gather_objects, rank_and_size, run_on_all_ranks
 from deepseek_v3.utils.errors import CheckpointError
 from deepseek_v3.utils.files import remove_leftovers, remove_partials
-from deepseek_v3.utils.locks import locked
+from deepseek_v3.utils.locks import hold_lock
 
 _LOCK_FILE = ".lock"
 _PROBE = "probe"
@@ -41,7 +41,7 @@ def held_folders(
         check_disk(config, resume, force)
 
     with ExitStack() as locks:
-        together(group, prepare if rank_and_size(group)[0] == 0 else lambda: None)
+        run_on_all_ranks(group, prepare if rank_and_size(group)[0] == 0 else lambda: None)
         if group is not None:
             _require_one_folder(config.checkpoint.directory, group)
         yield
@@ -56,7 +56,7 @@ def _take(config: RunConfig, locks: ExitStack) -> None:
     for field, folder in fields.items():
         if folder.resolve() not in held:
             held.add(folder.resolve())
-            locks.enter_context(locked(folder / _LOCK_FILE, folder, f"choose another with --set {field}=..."))
+            locks.enter_context(hold_lock(folder / _LOCK_FILE, folder, f"choose another with --set {field}=..."))
 
 
 def _tidy_up(config: RunConfig) -> None:
@@ -64,7 +64,7 @@ def _tidy_up(config: RunConfig) -> None:
     try:
         remove_leftovers(config.checkpoint.directory)
     except OSError as error:
-        raise unwritable(config.checkpoint.directory, error) from error
+        raise write_error(config.checkpoint.directory, error) from error
     remove_partials(config.checkpoint.directory / _PROBE)
     for name in ("config.yaml", "metrics.jsonl", "loss.png"):
         remove_partials(config.logging.directory / name)
@@ -74,10 +74,10 @@ def _require_one_folder(folder: Path, group: ProcessGroup) -> None:
     """Raises CheckpointError on all ranks where one of them cannot write what rank 0 finds in `folder`."""
     rank = rank_and_size(group)[0]
     # A name of which no host has an old answer, and which is tidied up where a run dies now.
-    probe = folder / gathered(group, f".{_PROBE}.{uuid.uuid4().int}.partial")[0]
+    probe = folder / gather_objects(group, f".{_PROBE}.{uuid.uuid4().int}.partial")[0]
     try:
-        together(group, lambda: _write(probe, folder, rank, os.O_CREAT) if rank == 0 else None)
-        together(group, lambda: _write(probe, folder, rank))
+        run_on_all_ranks(group, lambda: _write(probe, folder, rank, os.O_CREAT) if rank == 0 else None)
+        run_on_all_ranks(group, lambda: _write(probe, folder, rank))
     finally:
         if rank == 0:
             probe.unlink(missing_ok=True)
@@ -92,4 +92,4 @@ def _write(probe: Path, folder: Path, rank: int, create: int = 0) -> None:
             "set checkpoint.directory to a folder that all hosts share"
         ) from None
     except OSError as error:
-        raise unwritable(folder, error) from error
+        raise write_error(folder, error) from error

@@ -8,7 +8,7 @@ from deepseek_v3.data.tokens.loader import TokenLoader
 from deepseek_v3.data.tokens.shards import TokenShards
 from deepseek_v3.training.schedule import TokenPlan
 from deepseek_v3.utils.logging import get_logger
-from deepseek_v3.utils.text import value_text
+from deepseek_v3.utils.text import format_value
 
 MOST_EPOCHS = 4  # repeated text trains nearly as well as fresh text up to here (Muennighoff et al. 2023, §6)
 LEAST_OF_VOCABULARY, PADDING = 0.9, 128  # what padding a vocabulary to a round number leaves unused is less
@@ -62,7 +62,7 @@ def _built_otherwise(corpus: CorpusConfig, shards: TokenShards) -> str | None:
     options = shards.index.options
     asked = {name: getattr(corpus, name) for name in ("source", "holdout", "fim_rate", "seed")}
     different = [
-        f"{name} = {value_text(getattr(options, name))} where data.corpus says {value_text(value)}"
+        f"{name} = {format_value(getattr(options, name))} where data.corpus says {format_value(value)}"
         for name, value in asked.items()
         if value is not None and value != getattr(options, name)
     ]

@@ -24,9 +24,9 @@ from deepseek_v3.training.run_folders import held_folders
 from deepseek_v3.training.samples import refuse_samples_of_ranks
 from deepseek_v3.training.signals import StopRequest
 from deepseek_v3.training.trainer import Trainer, TrainingResult
-from deepseek_v3.utils.command_line import run_command, say_next, set_options, whole_option
+from deepseek_v3.utils.command_line import integer_option, override_options, print_next_steps, run_command
 from deepseek_v3.utils.distributed.collectives import checkpoint_group
-from deepseek_v3.utils.distributed.launch import ALONE, World, announce, process_group, select_device
+from deepseek_v3.utils.distributed.launch import ALONE, World, export_environment, process_group, select_device
 from deepseek_v3.utils.distributed.watchdog import Watchdog
 from deepseek_v3.utils.logging import configure_logging, get_logger
 from deepseek_v3.utils.threads import describe_threads, usable_cores
@@ -56,7 +56,7 @@ def train(
     timeout: Annotated[
         int,
         typer.Option(
-            parser=whole_option(at_least=1),
+            parser=integer_option(at_least=1),
             metavar="SECONDS",
             help="Of several processes, how long one waits for the others.",
         ),
@@ -94,15 +94,15 @@ def train(
         if result.finished:
             checkpoint = ["--checkpoint", str(result.checkpoint), *same]
             prompt = "def main(" if run.data.corpus and run.data.corpus.source == PYTHON_STDLIB else "The"
-            say_next(["dsv3", "generate", *checkpoint, "--prompt", prompt], ["dsv3", "eval", *checkpoint])
+            print_next_steps(["dsv3", "generate", *checkpoint, "--prompt", prompt], ["dsv3", "eval", *checkpoint])
             return
         launcher = "" if world.is_alone else f"; LAUNCHER starts {world.size} processes as before"
         get_logger("Trainer").info(f"Stopped after step {result.step}{launcher}")
-        words = ["--config", str(config), "--resume", "latest", *set_options(overrides), *same]
+        words = ["--config", str(config), "--resume", "latest", *override_options(overrides), *same]
         words += ["--force"] if force else []
         words += ["--allow-changed-data"] if allow_changed_data else []
         words += ["--deepspeed", str(deepspeed)] if deepspeed else []
-        say_next(_command(world, words))
+        print_next_steps(_command(world, words))
 
 
 def _command(world: World, words: list[str]) -> list[str]:
@@ -138,7 +138,7 @@ def train_run(
     if deepspeed is None:
         config = laid_out(config, world.size, described)
     else:
-        announce(world, device)
+        export_environment(world, device)
         config = deepspeed.laid_out(config, world.size)
     refuse_samples_of_ranks(config, world.size, deepspeed is not None)
     check_plan(config, described, force)

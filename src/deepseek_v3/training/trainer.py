@@ -31,8 +31,8 @@ from deepseek_v3.training.schedule import Step, TokenPlan
 from deepseek_v3.training.signals import StopRequest
 from deepseek_v3.training.validation import HeldOutEvaluation, HeldOutLoss
 from deepseek_v3.utils.checkpointing.checks import non_finite, non_finite_summary
-from deepseek_v3.utils.checkpointing.state_dict import split
-from deepseek_v3.utils.distributed.collectives import together
+from deepseek_v3.utils.checkpointing.state_dict import flatten
+from deepseek_v3.utils.distributed.collectives import run_on_all_ranks
 from deepseek_v3.utils.errors import DataError, TrainingError
 from deepseek_v3.utils.logging import get_logger
 
@@ -85,7 +85,7 @@ class Trainer:
         )
         warn_of_run(config, self.plan, self.loader, self.shards)
         torch.manual_seed(config.training.seed)
-        self.evaluation = together(self._group, self._evaluation)
+        self.evaluation = run_on_all_ranks(self._group, self._evaluation)
         documents = Documents(self.shards, config.data.mask_documents)
         self.engine = engine_for(config, self.ranks, device, documents, deepspeed)
         self._steps_done = 0
@@ -127,7 +127,7 @@ class Trainer:
         stop.listen()
         with self.checkpoints, closing(batches), reporter:
             stopping = False
-            tokens = together(self._group, lambda: next(batches, None))
+            tokens = run_on_all_ranks(self._group, lambda: next(batches, None))
             while self._steps_done < self.plan.total_steps and not stopping:
                 assert tokens is not None
                 step = self.plan.step(self._steps_done + 1)
@@ -142,7 +142,7 @@ class Trainer:
             if self._steps_done == self.plan.total_steps and self._failure is None:
                 reporter.report_end(self._steps_done, self.skipped.total)
         if stopping:
-            together(self._group, self._raise_failure)
+            run_on_all_ranks(self._group, self._raise_failure)
         return self._result()
 
     def _next(self, batches: Iterator[Iterator[Tensor]], stop: StopRequest) -> Iterator[Tensor] | None:
@@ -215,7 +215,7 @@ class Trainer:
         """What a checkpoint of step `number` holds. Raises TrainingError on all ranks unless it is finite."""
         tokens = self.plan.tokens_after(number)
         state = run_state(self.engine, self.config, self.shards, number, tokens, self.skipped.in_a_row)
-        bad = non_finite(split(state)[0], self._group)
+        bad = non_finite(flatten(state)[0], self._group)
         if bad:
             raise TrainingError(f"step {number}: after the update {non_finite_summary(bad)}. {self._what_stands()}")
         return state

@@ -18,11 +18,11 @@ from typing import Any, TextIO
 
 import typer
 
-from deepseek_v3.utils.errors import UserError, chain_of, system_errors_named
-from deepseek_v3.utils.interrupts import INTERRUPTED
-from deepseek_v3.utils.numbers import LARGEST_COUNT, parse_count, parse_number
-from deepseek_v3.utils.redaction import masked
-from deepseek_v3.utils.text import showable, value_text
+from deepseek_v3.utils.errors import UserError, error_chain, translate_os_errors
+from deepseek_v3.utils.interrupts import EXIT_INTERRUPTED
+from deepseek_v3.utils.numbers import MAX_COUNT, parse_count, parse_number
+from deepseek_v3.utils.redaction import redact
+from deepseek_v3.utils.text import format_value, printable
 
 
 def run_app(app: Callable[[], Any]) -> None:
@@ -34,13 +34,13 @@ def run_app(app: Callable[[], Any]) -> None:
     """
     sys.excepthook = _show_traceback
     try:
-        with system_errors_named():
+        with translate_os_errors():
             app()
     except BaseException as error:
         # Typer makes an exit of it, torch's archive writer a RuntimeError.
-        if any(isinstance(cause, KeyboardInterrupt) for cause in chain_of(error)):
-            _keep_exit_code(INTERRUPTED)
-            sys.exit(INTERRUPTED)
+        if any(isinstance(cause, KeyboardInterrupt) for cause in error_chain(error)):
+            _keep_exit_code(EXIT_INTERRUPTED)
+            sys.exit(EXIT_INTERRUPTED)
         if isinstance(error, UserError):
             with suppress(OSError):
                 print(f"error: {error}", file=sys.stderr)
@@ -80,7 +80,7 @@ def _flush(stream: TextIO | None) -> None:
 def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Prints a traceback as Python does, without the secrets that an error's message may hold."""
     with suppress(OSError):
-        print(masked("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+        print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 def run_command(command: Callable[..., None]) -> None:
@@ -90,7 +90,7 @@ def run_command(command: Callable[..., None]) -> None:
     run_app(app)
 
 
-def whole_option(at_least: int = -LARGEST_COUNT, at_most: int = LARGEST_COUNT) -> Callable[[Any], int]:
+def integer_option(at_least: int = -MAX_COUNT, at_most: int = MAX_COUNT) -> Callable[[Any], int]:
     """The parser of a command line's whole number, written as `parse_count` reads it within these limits."""
 
     def parse(value: Any) -> int:
@@ -114,22 +114,22 @@ def _read(value: Any, parse: Callable[[str], Any]) -> Any:
     try:
         return parse(value)
     except ValueError as error:
-        raise typer.BadParameter(f"{value_text(value)}: {error}") from None
+        raise typer.BadParameter(f"{format_value(value)}: {error}") from None
 
 
 Words = Sequence[object]
 
 
-def say_next(*commands: Words, err: bool = False) -> None:
+def print_next_steps(*commands: Words, err: bool = False) -> None:
     """Prints commands, each a sequence of words, ready to be copied into a shell.
 
     To standard output, or with `err` to standard error where standard output belongs to the result alone.
     """
-    lines = [f"  {masked(shlex.join(map(str, words)))}" for words in commands]
+    lines = [f"  {redact(shlex.join(map(str, words)))}" for words in commands]
     with suppress(OSError):  # nobody reads; what the command was for is done
-        typer.echo(showable("\n".join(["Next:", *lines])), err=err)
+        typer.echo(printable("\n".join(["Next:", *lines])), err=err)
 
 
-def set_options(overrides: Iterable[str] | None) -> list[str]:
+def override_options(overrides: Iterable[str] | None) -> list[str]:
     """The words that repeat overrides: `--set section.field=value` for each."""
     return [word for override in overrides or () for word in ("--set", override)]

@@ -11,14 +11,14 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from deepseek_v3.utils.redaction import masked
+from deepseek_v3.utils.redaction import redact
 
 
 class UserError(Exception):
     """Something that the person who called us can mend. Secrets in the message are masked."""
 
     def __init__(self, message: object = "") -> None:
-        super().__init__(masked(str(message)))
+        super().__init__(redact(str(message)))
 
 
 class ConfigError(UserError):
@@ -49,7 +49,7 @@ class TrainingError(UserError):
     """A run that cannot go on, such as one whose loss is no longer a number."""
 
 
-class PlaceError(UserError):
+class PathError(UserError):
     """A file or folder that cannot be used, of which nothing more is known than what the system says."""
 
 
@@ -58,8 +58,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
-def system_errors_named() -> Iterator[None]:
-    """Turns an OSError that names a file, or a full disk, into a PlaceError; others are defects and stay.
+def translate_os_errors() -> Iterator[None]:
+    """Turns an OSError that names a file, or a full disk, into a PathError; others are defects and stay.
 
     Whatever knows the option that gave the file says so itself, with an error of its own.
     """
@@ -70,12 +70,12 @@ def system_errors_named() -> Iterator[None]:
             raise
         names = [str(name) for name in (error.filename, error.filename2) if name is not None]
         place = f"{' and '.join(names)}: " if names else ""
-        raise PlaceError(
+        raise PathError(
             f"{place}cannot be used: {error.strerror}; make room, or choose another file or folder"
         ) from error
 
 
-def chain_of(error: BaseException | None) -> Iterator[BaseException]:
+def error_chain(error: BaseException | None) -> Iterator[BaseException]:
     """An error, then the one that it came from or was raised while handling, and so on."""
     while error is not None:
         yield error

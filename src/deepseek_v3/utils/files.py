@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from itertools import chain, count
 from pathlib import Path
 
-from deepseek_v3.utils.redaction import masked
+from deepseek_v3.utils.redaction import redact
 
 _CHUNK_BYTES = 1 << 22
 
@@ -33,7 +33,7 @@ def unused_path(path: Path) -> Path:
     return next(found for found in chain([path], later) if not found.exists() and not found.is_symlink())
 
 
-def read_file(path: Path, most_bytes: int, expected: str) -> bytes:
+def read_regular_file(path: Path, most_bytes: int, expected: str) -> bytes:
     """All bytes of a regular file, or of a link to one.
 
     Raises ValueError with the reason and what was `expected`, but without the path: it cannot be read, is a folder,
@@ -74,11 +74,11 @@ def is_address(text: str) -> bool:
 def refuse_address(path: Path) -> None:
     """Raises OSError for `s3://bucket/x` and the like, which would become a folder of that name here."""
     if is_address(str(path)):
-        raise OSError(errno.EINVAL, "is an address, expected a path of this machine", masked(str(path)))
+        raise OSError(errno.EINVAL, "is an address, expected a path of this machine", redact(str(path)))
 
 
 @contextmanager
-def written_atomically(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a path beside `path` to write to; on success the file is fsynced and renamed to `path`.
 
     On an exception nothing appears at `path`, and the partial file is removed. Raises OSError where `path` is a
@@ -94,7 +94,7 @@ def written_atomically(path: Path) -> Iterator[Path]:
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
-        sync_directory(path.parent)
+        fsync_directory(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -124,7 +124,7 @@ def remove_entry(path: Path) -> None:
             path.unlink()
 
 
-def sync_directory(directory: Path) -> None:
+def fsync_directory(directory: Path) -> None:
     """Makes a rename inside `directory` survive a power cut."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
@@ -158,11 +158,11 @@ def partial_folder(folder: Path) -> Path:
 def publish_folder(folder: Path) -> None:
     """Gives `partial_folder(folder)`, whose files are fsynced, its name; an earlier `folder` goes away."""
     partial, replaced = partial_folder(folder), _hidden(folder, "replaced")
-    sync_directory(partial)
+    fsync_directory(partial)
     if folder.is_dir():
         folder.rename(replaced)
     partial.rename(folder)
-    sync_directory(folder.parent)
+    fsync_directory(folder.parent)
     if replaced.is_dir():
         _delete(replaced, folder)
 
@@ -184,7 +184,7 @@ def remove_leftovers(directory: Path) -> None:
             continue  # a file under the name of a folder, or the other way round, is none of ours
         if match["state"] == "replaced" and not (folder := directory / match["name"]).exists():
             entry.rename(folder)
-            sync_directory(directory)
+            fsync_directory(directory)
         elif match["state"] == "replaced":
             _delete(entry, folder)
         else:

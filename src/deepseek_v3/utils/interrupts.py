@@ -7,11 +7,11 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-INTERRUPTED = 130  # the exit code that shells report for Ctrl-C: 128 + SIGINT
+EXIT_INTERRUPTED = 130  # the exit code that shells report for Ctrl-C: 128 + SIGINT
 
 
 @contextmanager
-def importing() -> Iterator[None]:
+def exit_on_interrupt() -> Iterator[None]:
     """While entered, Ctrl-C ends this process at once with exit code 130, and without a traceback.
 
     For the imports of a program, which leave nothing to clean up. Changes nothing where Ctrl-C is ignored, or
@@ -20,7 +20,7 @@ def importing() -> Iterator[None]:
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
-    signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+    signal.signal(signal.SIGINT, lambda *_: os._exit(EXIT_INTERRUPTED))
     try:
         yield
     finally:

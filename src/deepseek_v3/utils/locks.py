@@ -49,7 +49,7 @@ class _Owner(NamedTuple):
 
 
 @contextmanager
-def locked(path: Path, subject: Path, advice: str, *, shared: bool = False) -> Iterator[None]:
+def hold_lock(path: Path, subject: Path, advice: str, *, shared: bool = False) -> Iterator[None]:
     """Holds the lock file `path`, which is made with its folder and removed with it where that is left empty.
 
     Messages name `subject`, what the lock is for, and end with `advice`, what else can be done. `shared` locks

@@ -10,7 +10,7 @@ from typing import IO, Any, cast
 
 from rich.console import Console
 
-from deepseek_v3.utils.redaction import masked
+from deepseek_v3.utils.redaction import redact
 
 _PROJECT = "deepseek_v3"
 
@@ -103,7 +103,7 @@ class _LineFormatter(logging.Formatter):
         component = record.name.removeprefix(f"{_PROJECT}.")
         severity = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
         start = f"[{component}] "
-        return f"{start}{severity}{masked(record.message)}".replace("\n", "\n" + " " * len(start))
+        return f"{start}{severity}{redact(record.message)}".replace("\n", "\n" + " " * len(start))
 
 
 class _ConsoleHandler(logging.Handler):

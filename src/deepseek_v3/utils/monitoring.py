@@ -28,7 +28,7 @@ from tensorboard.summary.writer import event_file_writer
 from torch.utils.tensorboard import SummaryWriter
 
 from deepseek_v3.utils.errors import DataError
-from deepseek_v3.utils.files import written_atomically
+from deepseek_v3.utils.files import atomic_write
 from deepseek_v3.utils.logging import get_console, get_logger
 
 _log = get_logger("Metrics")
@@ -235,7 +235,7 @@ def _tell_of_thread(hook: Callable[[threading.ExceptHookArgs], object], failure:
 
 def _drop_after(path: Path, step: int) -> None:
     kept = [record for record in read_metrics(path) if record["step"] <= step]
-    with written_atomically(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
 
 

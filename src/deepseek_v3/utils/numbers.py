@@ -14,11 +14,11 @@ _DECIMAL_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 # 64-bit counters, seeds and file offsets hold no more.
-LARGEST_COUNT = 2**63 - 1
+MAX_COUNT = 2**63 - 1
 # Tokens of a corpus or a budget: far more than there is text.
-MOST_TOKENS = 10**18
+MAX_TOKENS = 10**18
 # More characters than any number needs that a person means; longer ones take Python long to read.
-LONGEST_NUMBER = 64
+MAX_NUMBER_CHARACTERS = 64
 _EXACT = Context(prec=800)
 
 # Commas stand between groups of three digits, so that 3,8 is not taken for 38.
@@ -57,7 +57,7 @@ def parse_size(text: str) -> int:
 
     Raises ValueError for anything else. A part of a byte, as in `1.1GiB`, is left out.
     """
-    match = _SIZE.fullmatch(text.strip()) if len(text) <= LONGEST_NUMBER else None
+    match = _SIZE.fullmatch(text.strip()) if len(text) <= MAX_NUMBER_CHARACTERS else None
     number = _plain(match[1]) if match else None
     if match is None or number is None or number < 0 or (match[3] and not match[2]):
         raise ValueError("expected a size such as 4GB, 512MiB or a number of bytes")
@@ -76,7 +76,7 @@ def divisors(number: int) -> list[int]:
 
 def _decimal(text: str) -> Decimal | None:
     """The number that the text writes, its unit included; None where it writes none."""
-    match = _COUNT.fullmatch(text.strip()) if len(text) <= LONGEST_NUMBER else None
+    match = _COUNT.fullmatch(text.strip()) if len(text) <= MAX_NUMBER_CHARACTERS else None
     number = _plain(match[1]) if match else None
     return number.scaleb(_COUNT_UNITS[match[2].upper()], _EXACT) if match and number is not None else None
 

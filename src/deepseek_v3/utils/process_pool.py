@@ -26,7 +26,7 @@ def start_fork_server(modules: Sequence[str] = ()) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
 
 
-def end_with_parent() -> None:
+def exit_with_parent() -> None:
     """Lets this worker end with the process that started it, however that ends, and leaves Ctrl-C to that one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_wait_for_parent, daemon=True).start()

@@ -37,7 +37,7 @@ _PATTERNS = (_PARAMETER, _SETTING, _OPTION, _HEADER, _KEY)
 _SHORTEST = 4
 
 
-def masked(text: str, *addresses: str) -> str:
+def redact(text: str, *addresses: str) -> str:
     """The text with `***` in place of every secret that can be told as one.
 
     Those are users and passwords of addresses (`s3://user:password@host`), parameters such as `X-Amz-Signature=`,

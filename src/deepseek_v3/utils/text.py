@@ -24,7 +24,7 @@ _LONGEST_VALUE = 200
 _DEEPEST_VALUE = 8
 
 
-def showable(text: str) -> str:
+def printable(text: str) -> str:
     """The text as standard output can print it: where signs are missing, plain ones such as OK, X and x."""
     encoding = sys.stdout.encoding or "utf-8"
     try:
@@ -36,7 +36,7 @@ def showable(text: str) -> str:
     return text
 
 
-def value_text(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as a YAML file or a command line writes it, on one line: null, true, 5, name, 'two words', [1, 2].
 
     Text that would be read as something else is quoted; what is longer than 200 characters is cut in the middle.
@@ -89,7 +89,7 @@ def output_width() -> int:
 
 def paragraph(text: str) -> str:
     """The text in lines no wider than the output, broken at spaces alone."""
-    return textwrap.fill(showable(text), output_width(), break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(printable(text), output_width(), break_long_words=False, break_on_hyphens=False)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = ()) -> list[str]:
@@ -97,7 +97,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[s
 
     Columns are aligned to the right, except for the first and those in `left`.
     """
-    cells = [[showable(cell) for cell in row] for row in (header, *rows)]
+    cells = [[printable(cell) for cell in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     is_left = [index == 0 or name in left for index, name in enumerate(header)]
     lines = [
@@ -107,7 +107,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[s
         )
         for row in cells
     ]
-    return [lines[0], showable("─") * len(lines[0]), *lines[1:]]
+    return [lines[0], printable("─") * len(lines[0]), *lines[1:]]
 
 
 def side_by_side(one: Sequence[str], other: Sequence[str]) -> list[str]:
@@ -118,17 +118,17 @@ def side_by_side(one: Sequence[str], other: Sequence[str]) -> list[str]:
     return [(left.ljust(width) + gap + right).rstrip() for left, right in zip_longest(one, other, fillvalue="")]
 
 
-def spelled(name: str) -> str:
+def humanize(name: str) -> str:
     """The name of a field or a part in words."""
     return name.replace("_", " ")
 
 
-def counted(number: int, thing: str) -> str:
+def pluralize(number: int, thing: str) -> str:
     """`1 document`, `2 documents`."""
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
-def short_count(number: int) -> str:
+def format_count(number: int) -> str:
     """A count in trillions, billions or millions with two decimals; below 10,000 as it is."""
     for size, unit in ((1e12, "T"), (1e9, "B")):
         if round(number / size, 2) >= 1:
@@ -136,7 +136,7 @@ def short_count(number: int) -> str:
     return f"{number / 1e6:.2f}M" if number >= 10_000 else f"{number:,}"
 
 
-def figures(number: float) -> str:
+def three_figures(number: float) -> str:
     """Three significant figures, or all before the point: 0.0123, 4.57, 12,345."""
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
@@ -151,7 +151,7 @@ def gibibytes(number: float) -> str:
     return f"{number / 2**30:,.1f}"
 
 
-def told_apart(one: float, other: float, shown: Callable[[Any], str]) -> tuple[str, str]:
+def format_distinct(one: float, other: float, shown: Callable[[Any], str]) -> tuple[str, str]:
     """Two different numbers as they are shown, or with all their digits where that would make them the same."""
     short = (shown(one), shown(other))
     return short if short[0] != short[1] else (f"{one:,}", f"{other:,}")

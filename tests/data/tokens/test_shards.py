@@ -15,7 +15,7 @@ from deepseek_v3.data.tokens.index import CorpusOptions, Shard, ShardIndex
 from deepseek_v3.data.tokens.shards import ShardWriter, TokenShards
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.utils.errors import DataError
-from deepseek_v3.utils.text import value_text
+from deepseek_v3.utils.text import format_value
 
 OPTIONS = CorpusOptions(source="corpus", text_field="text", holdout=0.1, fim_rate=0.0, seed=0)
 TOKENIZER = Tokenizer.train([], 260)
@@ -201,7 +201,7 @@ def test_a_shard_that_cannot_be_read_is_named(directory, monkeypatch):
 def test_file_names_stay_inside_the_directory(directory, file, verify):
     edit_index(directory, train__file=file)
     message = error_of(directory, verify)
-    assert f"{directory / 'index.json'}: train.0.file: found {value_text(file)}" in message
+    assert f"{directory / 'index.json'}: train.0.file: found {format_value(file)}" in message
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,8 @@ from deepseek_v3.planning.memory_check import refuse_unless_it_fits
 from deepseek_v3.planning.token_budget import planned_steps
 from deepseek_v3.training.parallel.deepspeed_config import DeepSpeedFile
 from deepseek_v3.training.schedule import TokenPlan
-from deepseek_v3.utils.errors import ConfigError, PlanError, system_errors_named
-from deepseek_v3.utils.files import written_atomically
+from deepseek_v3.utils.errors import ConfigError, PlanError, translate_os_errors
+from deepseek_v3.utils.files import atomic_write
 from helpers import ROOT
 from helpers.models import small_config
 from helpers.runs import dsv3, message_of, run_fields
@@ -283,7 +283,7 @@ def test_a_plan_for_any_numbers_is_a_result_or_a_refusal(words: list[str]) -> No
 def test_a_device_is_never_replaced_by_a_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for place in (tmp_path / "pipe", Path("/dev/null"), tmp_path):
-        with pytest.raises(FileExistsError, match="is no regular file"), written_atomically(place):
+        with pytest.raises(FileExistsError, match="is no regular file"), atomic_write(place):
             pass
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
@@ -308,5 +308,5 @@ def test_what_the_system_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch, er
 
 
 def test_other_system_errors_are_defects() -> None:
-    with pytest.raises(BrokenPipeError), system_errors_named():
+    with pytest.raises(BrokenPipeError), translate_os_errors():
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from deepseek_v3.inference.sampling import SamplingConfig, choose_next, next_token_probabilities, row_generator
 from deepseek_v3.utils.errors import GenerationError
-from deepseek_v3.utils.text import value_text
+from deepseek_v3.utils.text import format_value
 
 LOGITS_V = [1.0, -0.5, 2.0, 0.25, -3.0, 1.5]
 
@@ -207,7 +207,7 @@ def test_the_extremes_allowed_stay_finite(temperature, penalty):
 def test_what_a_field_cannot_mean_is_refused_by_name(field, value):
     with pytest.raises(GenerationError) as caught:
         SamplingConfig(**{field: value})
-    assert str(caught.value).startswith(f"{field} = {value_text(value)}: expected ")
+    assert str(caught.value).startswith(f"{field} = {format_value(value)}: expected ")
 
 
 def test_the_limits_themselves_are_allowed():

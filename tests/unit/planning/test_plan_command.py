@@ -25,7 +25,7 @@ from deepseek_v3.planning.advice.request import PlanOptions, PlanRequest, parse_
 from deepseek_v3.planning.hardware import known_devices
 from deepseek_v3.utils import text
 from deepseek_v3.utils.errors import ConfigError
-from deepseek_v3.utils.text import dollars, figures, short_count, told_apart
+from deepseek_v3.utils.text import dollars, format_count, format_distinct, three_figures
 from helpers import ROOT
 from helpers.runs import dsv3, message_of
 
@@ -89,17 +89,17 @@ def test_every_size_and_every_figure_is_printed() -> None:
     found = _json(*words)
     for row in found["rows"]:
         cells = _line_of(row["name"], result.output)
-        assert short_count(row["total_parameters"]) in cells
-        assert short_count(row["active_parameters"]) in cells
+        assert format_count(row["total_parameters"]) in cells
+        assert format_count(row["active_parameters"]) in cells
         assert ("✓" in cells) == row["fits"]
         assert f"{row['memory']['needed_bytes'] / 2**30:,.1f}" in cells
-        assert short_count(row["tokens"]) in cells
+        assert format_count(row["tokens"]) in cells
         assert f"{row['steps']:,}" in cells
         for shortage in row["shortages"]:
             assert shortage["reason"] in result.output.replace("\n", " ")
         if row["cost"]:
             assert dollars(row["cost"]["dollars"]) in cells
-            assert figures(row["step_seconds"]["total"]) in cells
+            assert three_figures(row["step_seconds"]["total"]) in cells
         if row["loss"]:
             loss = row["loss"]
             assert f"{loss['value']:.2f}{'*' if loss['extrapolated'] else ''}" in cells
@@ -120,7 +120,7 @@ def test_the_recommended_size_s_step_is_taken_apart_and_its_command_given() -> N
     output, found = dsv3("plan", "--budget-hours", 72).output, _json("--budget-hours", 72)
     [row] = [row for row in found["rows"] if row["name"] == found["recommendation"]["name"]]
     for name, seconds in row["step_seconds"]["parts"].items():
-        assert re.search(rf"    {name} +{re.escape(figures(seconds))}$", output, re.MULTILINE), name
+        assert re.search(rf"    {name} +{re.escape(three_figures(seconds))}$", output, re.MULTILINE), name
     assert sum(row["step_seconds"]["parts"].values()) == pytest.approx(row["step_seconds"]["total"])
     assert f"\nRecommended: {row['name']} (" in output
     assert output.splitlines()[-1] == f"  {found['recommendation']['command']}"
@@ -413,9 +413,9 @@ def test_options_become_a_request_and_their_own_words() -> None:
 
 
 def test_numbers_that_look_alike_are_told_apart() -> None:
-    assert told_apart(72.0001, 72.0, figures) == ("72.0001", "72.0")
-    assert told_apart(3_749_248_000, 3_749_000_000, short_count) == ("3,749,248,000", "3,749,000,000")
-    assert told_apart(1200.0, 24.0, figures) == ("1,200", "24")
+    assert format_distinct(72.0001, 72.0, three_figures) == ("72.0001", "72.0")
+    assert format_distinct(3_749_248_000, 3_749_000_000, format_count) == ("3,749,248,000", "3,749,000,000")
+    assert format_distinct(1200.0, 24.0, three_figures) == ("1,200", "24")
 
 
 def test_a_picture_goes_to_the_file_named_or_to_the_usual_one(

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from deepseek_v3.utils.checkpointing.directory import save_checkpoint
 from deepseek_v3.utils.checkpointing.sharded import save_sharded
-from deepseek_v3.utils.checkpointing.state_dict import split
+from deepseek_v3.utils.checkpointing.state_dict import flatten
 from helpers import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -109,7 +109,7 @@ def test_entries_of_one_side_and_other_containers_are_told(tmp_path: Path) -> No
 
 
 def test_a_folder_equals_the_file_of_the_same_state(tmp_path: Path) -> None:
-    tensors, plain = split(STATE)
+    tensors, plain = flatten(STATE)
     folder = save_sharded(tmp_path / "checkpoint_step_3", tensors, plain, None).wait()
     save_checkpoint(tmp_path / "A.pt", STATE)
     assert run(tmp_path / "A.pt", folder) == (0, ["equal bit for bit: 4 tensors, 9 numbers"])

@@ -13,15 +13,15 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepseek_v3.utils.distributed.failure_detector import AwakeTime, Beat, Sightings
-from deepseek_v3.utils.distributed.stack_probe import Whereabouts
+from deepseek_v3.utils.distributed.failure_detector import AwakeClock, FailureDetector, Heartbeat
+from deepseek_v3.utils.distributed.stack_probe import StackProbe
 
 LIMIT = 10.0
 
 
-def _watch(history: Iterable[tuple[float, dict[int, Beat]]]) -> Sightings:
+def _watch(history: Iterable[tuple[float, dict[int, Heartbeat]]]) -> FailureDetector:
     """What is known after messages were looked at, at the given times."""
-    sightings = Sightings()
+    sightings = FailureDetector()
     for now, beats in history:
         for rank, beat in beats.items():
             sightings.see(rank, beat, now)
@@ -30,7 +30,7 @@ def _watch(history: Iterable[tuple[float, dict[int, Beat]]]) -> Sightings:
 
 @given(
     st.builds(
-        Beat,
+        Heartbeat,
         st.integers(0, 10**9),
         st.integers(0, 10**9),
         st.floats(0, 1e6),
@@ -38,46 +38,46 @@ def _watch(history: Iterable[tuple[float, dict[int, Beat]]]) -> Sightings:
         st.booleans(),
     )
 )
-def test_a_message_comes_back_as_it_was(beat: Beat) -> None:
-    assert Beat.decode(beat.encode()) == beat
-    assert Beat.decode(beat.encode().encode()) == beat
+def test_a_message_comes_back_as_it_was(beat: Heartbeat) -> None:
+    assert Heartbeat.decode(beat.encode()) == beat
+    assert Heartbeat.decode(beat.encode().encode()) == beat
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=3, max_size=3), min_size=1, max_size=40))
 def test_silent_are_those_whose_last_new_message_is_long_ago(beating: list[list[bool]]) -> None:
     counts, last = [0, 0, 0], [0, 0, 0]
-    history = [(0.0, {rank: Beat() for rank in range(3)})]
+    history = [(0.0, {rank: Heartbeat() for rank in range(3)})]
     for second, beats in enumerate(beating, start=1):
         for rank, beats_now in enumerate(beats):
             counts[rank] += beats_now
             last[rank] = second if beats_now else last[rank]
-        history.append((float(second), {rank: Beat(counts[rank]) for rank in range(3)}))
+        history.append((float(second), {rank: Heartbeat(counts[rank]) for rank in range(3)}))
     now = len(beating)
     assert _watch(history).silent(now, LIMIT) == [rank for rank in range(3) if now - last[rank] > LIMIT]
 
 
 def test_those_that_have_ended_are_not_silent() -> None:
-    sightings = _watch([(0, {0: Beat(1), 1: Beat(1, ended=True)})])
+    sightings = _watch([(0, {0: Heartbeat(1), 1: Heartbeat(1, ended=True)})])
     assert sightings.silent(100, LIMIT) == [0]
 
 
 @given(st.integers(2, 100))
 def test_every_rank_is_looked_after_by_others_and_the_silence_of_one_draws_all_eyes(size: int) -> None:
-    looks = [Sightings().to_look_at(rank, size, 0, LIMIT) for rank in range(size)]
+    looks = [FailureDetector().to_look_at(rank, size, 0, LIMIT) for rank in range(size)]
     for rank in range(size):
         assert rank in looks[rank]
         assert len(set(looks[rank])) == len(looks[rank])
         watchers = [other for other in range(size) if other != rank and rank in looks[other]]
         assert len(watchers) == min(size - 1, 32)
-    sightings = _watch([(0, {1: Beat(1)})])
+    sightings = _watch([(0, {1: Heartbeat(1)})])
     assert sightings.to_look_at(size - 1, size, LIMIT - 1, LIMIT) == looks[size - 1]
     assert sightings.to_look_at(size - 1, size, LIMIT + 1, LIMIT) == list(range(size))
 
 
 def test_ranks_that_are_no_longer_looked_at_are_forgotten() -> None:
-    sightings = _watch([(0, {0: Beat(1), 1: Beat(1)})])
+    sightings = _watch([(0, {0: Heartbeat(1), 1: Heartbeat(1)})])
     sightings.forget_all_but([1])
-    sightings.see(0, Beat(1), 99)
+    sightings.see(0, Heartbeat(1), 99)
     assert sightings.silent(100, LIMIT) == [1]
 
 
@@ -92,13 +92,13 @@ def test_ranks_that_are_no_longer_looked_at_are_forgotten() -> None:
     ],
 )
 def test_ranks_behind_the_others_hang(steps: dict[int, int], expected: list[int]) -> None:
-    beats = {rank: Beat(1, step) for rank, step in steps.items()}
+    beats = {rank: Heartbeat(1, step) for rank, step in steps.items()}
     assert _watch([(0, beats)]).hanging(LIMIT + 1, LIMIT) == expected
     assert _watch([(0, beats)]).hanging(LIMIT - 1, LIMIT) == []
 
 
 def test_a_rank_that_moved_on_lately_does_not_hang() -> None:
-    history = [(0.0, {0: Beat(1, 5), 1: Beat(1, 3)}), (8.0, {0: Beat(2, 5), 1: Beat(2, 4)})]
+    history = [(0.0, {0: Heartbeat(1, 5), 1: Heartbeat(1, 3)}), (8.0, {0: Heartbeat(2, 5), 1: Heartbeat(2, 4)})]
     assert _watch(history).hanging(12, LIMIT) == []
     assert _watch(history).hanging(19, LIMIT) == [1]
 
@@ -114,26 +114,26 @@ def test_a_rank_that_moved_on_lately_does_not_hang() -> None:
     ],
 )
 def test_in_one_step_those_hang_that_do_not_join_the_others(waits: dict[int, float], expected: list[int]) -> None:
-    beats = {rank: Beat(1, 5, seconds) for rank, seconds in waits.items()}
+    beats = {rank: Heartbeat(1, 5, seconds) for rank, seconds in waits.items()}
     assert _watch([(0, beats)]).hanging(12, LIMIT) == expected
 
 
 def test_ranks_that_have_ended_hang_no_more_and_keep_nobody_waiting() -> None:
-    sightings = _watch([(0, {0: Beat(1, 5, ended=True), 1: Beat(1, 4), 2: Beat(1, 4)})])
+    sightings = _watch([(0, {0: Heartbeat(1, 5, ended=True), 1: Heartbeat(1, 4), 2: Heartbeat(1, 4)})])
     assert sightings.hanging(100, LIMIT) == []
 
 
 def test_time_in_which_this_process_stood_still_does_not_count() -> None:
-    awake, sightings = AwakeTime(longest=2.0), Sightings()
-    sightings.see(1, Beat(1), awake.look(5.0))
-    sightings.see(1, Beat(1), awake.look(6.5))
+    awake, sightings = AwakeClock(longest=2.0), FailureDetector()
+    sightings.see(1, Heartbeat(1), awake.look(5.0))
+    sightings.see(1, Heartbeat(1), awake.look(6.5))
     assert awake.seconds == 1.5
-    sightings.see(1, Beat(1), awake.look(10_006.5))  # suspended; the other rank wakes up after this one
+    sightings.see(1, Heartbeat(1), awake.look(10_006.5))  # suspended; the other rank wakes up after this one
     assert sightings.silent(awake.seconds, LIMIT) == []
-    sightings.see(1, Beat(2), awake.look(10_007.5))
+    sightings.see(1, Heartbeat(2), awake.look(10_007.5))
     assert (awake.seconds, sightings.silent(awake.seconds, 0.5)) == (4.5, [])
     for second in range(10_008, 10_020):
-        sightings.see(1, Beat(2), awake.look(second))
+        sightings.see(1, Heartbeat(2), awake.look(second))
     assert sightings.silent(awake.seconds, LIMIT) == [1]
 
 
@@ -154,7 +154,7 @@ def test_a_thread_is_found_where_it_is() -> None:
     thread.start()
     thread.there.wait()
     assert thread.ident is not None
-    whereabouts = Whereabouts(thread.ident)
+    whereabouts = StackProbe(thread.ident)
     line = _Elsewhere.run.__code__.co_firstlineno
     assert whereabouts.look(0.0)[0] in [f"test_heartbeats.py:{line + 1}", f"test_heartbeats.py:{line + 2}"]
     assert whereabouts.look(50.0)[1] == 0.0  # stands still, but not in a collective operation
@@ -173,7 +173,7 @@ def test_waiting_counts_inside_collective_operations_only(folder: Path, waits: f
     thread = threading.Thread(target=names["stand"], daemon=True)
     thread.start()
     assert thread.ident is not None
-    whereabouts = Whereabouts(thread.ident)
+    whereabouts = StackProbe(thread.ident)
     while thread.ident not in sys._current_frames() or sys._current_frames()[thread.ident].f_lineno != 3:
         time.sleep(0.001)
     whereabouts.look(70.0)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_v3.utils.interrupts import importing
+from deepseek_v3.utils.interrupts import exit_on_interrupt
 from helpers import ROOT
 
 
@@ -26,7 +26,7 @@ def exits(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 
 def test_while_importing_ctrl_c_ends_the_process_at_once(exits: list[int]) -> None:
-    with importing():
+    with exit_on_interrupt():
         signal.raise_signal(signal.SIGINT)
     assert exits == [130]
     with pytest.raises(KeyboardInterrupt):
@@ -35,7 +35,7 @@ def test_while_importing_ctrl_c_ends_the_process_at_once(exits: list[int]) -> No
 
 def test_where_ctrl_c_is_ignored_it_stays_so(exits: list[int]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with importing():
+    with exit_on_interrupt():
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     assert exits == []

@@ -17,7 +17,7 @@ from deepseek_v3.training.run_folders import held_folders
 from deepseek_v3.utils import locks
 from deepseek_v3.utils.distributed.collectives import checkpoint_group
 from deepseek_v3.utils.errors import DataError, InUseError
-from deepseek_v3.utils.locks import locked
+from deepseek_v3.utils.locks import hold_lock
 from helpers import fork_server
 from helpers.rank_pool import RankPool
 from helpers.runs import dsv3, message_of, write_corpus, write_run
@@ -26,7 +26,7 @@ ADVICE = "choose another folder"
 
 
 def take(folder: Path, *, shared: bool = False) -> None:
-    with locked(folder / ".lock", folder, ADVICE, shared=shared):
+    with hold_lock(folder / ".lock", folder, ADVICE, shared=shared):
         pass
 
 
@@ -41,7 +41,7 @@ def name_owner(folder: Path, *, kernel: str, silent: float = 0.0) -> Path:
 
 
 def test_a_second_process_is_refused_and_told_by_whom(tmp_path: Path) -> None:
-    with locked(tmp_path / ".lock", tmp_path, ADVICE):
+    with hold_lock(tmp_path / ".lock", tmp_path, ADVICE):
         with pytest.raises(InUseError, match=rf"works on this run \(process {os.getpid()} on host "):
             take(tmp_path)
         with pytest.raises(InUseError, match=r"wait for it, or stop it; or choose another folder$"):
@@ -52,19 +52,19 @@ def test_a_second_process_is_refused_and_told_by_whom(tmp_path: Path) -> None:
 def test_a_released_lock_leaves_nothing_but_what_was_written(tmp_path: Path) -> None:
     take(tmp_path / "runs" / "one")
     assert list(tmp_path.iterdir()) == []
-    with locked(tmp_path / "runs" / "one" / ".lock", tmp_path, ADVICE):
+    with hold_lock(tmp_path / "runs" / "one" / ".lock", tmp_path, ADVICE):
         (tmp_path / "runs" / "mine").touch()
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["mine"]
 
 
 def test_an_error_in_the_block_releases_the_lock(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), locked(tmp_path / ".lock", tmp_path, ADVICE):
+    with pytest.raises(ZeroDivisionError), hold_lock(tmp_path / ".lock", tmp_path, ADVICE):
         raise ZeroDivisionError
     take(tmp_path)
 
 
 def test_shared_locks_exclude_only_others(tmp_path: Path) -> None:
-    with locked(tmp_path / ".lock", tmp_path, ADVICE, shared=True):
+    with hold_lock(tmp_path / ".lock", tmp_path, ADVICE, shared=True):
         take(tmp_path, shared=True)
         with pytest.raises(InUseError, match="another process works on this run; wait"):
             take(tmp_path)
@@ -72,7 +72,7 @@ def test_shared_locks_exclude_only_others(tmp_path: Path) -> None:
 
 
 def hold(folder: Path, end: Connection) -> None:
-    with locked(folder / ".lock", folder, ADVICE):
+    with hold_lock(folder / ".lock", folder, ADVICE):
         end.send("held")
         end.recv()
 
@@ -110,7 +110,7 @@ def test_without_locks_in_the_file_system_the_owner_counts(tmp_path: Path, monke
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with locked(tmp_path / ".lock", tmp_path, ADVICE), pytest.raises(InUseError, match=f"process {os.getpid()}"):
+    with hold_lock(tmp_path / ".lock", tmp_path, ADVICE), pytest.raises(InUseError, match=f"process {os.getpid()}"):
         take(tmp_path)
     name_owner(tmp_path, kernel=locks._kernel(), silent=70)
     take(tmp_path)
@@ -142,7 +142,7 @@ def test_a_lock_file_removed_meanwhile_is_made_anew(tmp_path: Path, monkeypatch:
         calls.append(operation)
 
     monkeypatch.setattr(fcntl, "flock", remove_first)
-    with locked(path, tmp_path, ADVICE):
+    with hold_lock(path, tmp_path, ADVICE):
         assert json.loads(path.read_bytes())["pid"] == os.getpid()
         assert len(calls) == 2
 
@@ -230,7 +230,7 @@ def test_all_ranks_are_refused_with_one_message(pool: RankPool, tmp_path: Path) 
 def test_two_processes_do_not_write_the_same_tokens(tmp_path: Path) -> None:
     output = tmp_path / "tokens"
     build = ("tokenize", "--input", write_corpus(tmp_path / "text"), "--vocab-size", "300", "--output", output)
-    with locked(tmp_path / ".tokens.lock", output, ADVICE):
+    with hold_lock(tmp_path / ".tokens.lock", output, ADVICE):
         assert f"{output}: another process works on this run" in message_of(dsv3(*build))
         assert not output.exists()
     left = [tmp_path / ".tokens.4711.partial", tmp_path / ".tokens.12.partial"]

@@ -21,7 +21,7 @@ from deepseek_v3.inference.sampling import SamplingConfig
 from deepseek_v3.planning.hardware import Device
 from deepseek_v3.utils.errors import ConfigError, GenerationError
 from deepseek_v3.utils.numbers import parse_count, parse_number, parse_size
-from deepseek_v3.utils.text import value_text
+from deepseek_v3.utils.text import format_value
 from helpers.runs import dsv3, message_of, write_run
 
 
@@ -199,11 +199,11 @@ def test_a_count_on_a_command_line_is_whole() -> None:
     ],
 )
 def test_values_are_shown_as_yaml_writes_them(value: object, text: str) -> None:
-    assert value_text(value) == text
+    assert format_value(value) == text
 
 
 def test_a_number_too_long_to_write_is_described() -> None:
-    assert value_text(10**5000) == "a number of 16,610 bits"
+    assert format_value(10**5000) == "a number of 16,610 bits"
 
 
 def test_an_option_of_generate_is_shown_as_it_was_typed() -> None:

@@ -20,7 +20,7 @@ from deepseek_v3.config.preprocess_config import PreprocessConfig
 from deepseek_v3.data.pipeline.run import preprocess
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.logging import configure_logging, get_logger
-from deepseek_v3.utils.redaction import masked
+from deepseek_v3.utils.redaction import redact
 from helpers.runs import dsv3, message_of, run_fields
 
 SECRET = "s3cr%2Ft"
@@ -60,31 +60,31 @@ PLAIN = [
 
 @pytest.mark.parametrize("text", ADDRESSES)
 def test_secrets_of_every_kind_are_masked(text: str) -> None:
-    shown = masked(f"before {text} after")
+    shown = redact(f"before {text} after")
     assert "s3cr" not in shown
     assert "***" in shown
     assert shown.startswith("before ")
-    assert masked(shown) == shown
+    assert redact(shown) == shown
 
 
 @pytest.mark.parametrize("text", PLAIN)
 def test_what_is_no_secret_stays(text: str) -> None:
-    assert masked(text) == text
+    assert redact(text) == text
 
 
 @pytest.mark.parametrize("key", ["AKIA" + "A1" * 8, "ASIA" + "B2" * 8, "hf_" + "a" * 30, "ghp_" + "b" * 36])
 def test_keys_of_a_known_form_are_masked(key: str) -> None:
-    assert masked(f"denied for {key}.") == "denied for ***."
+    assert redact(f"denied for {key}.") == "denied for ***."
 
 
 @pytest.mark.parametrize("address", [f"https://host/a?token={SECRET}", f"AWS_SECRET_ACCESS_KEY={SECRET}"])
 def test_the_colon_behind_a_secret_stays(address: str) -> None:
-    assert masked(f"{address}: denied") == f"{address.replace(SECRET, '***')}: denied"
+    assert redact(f"{address}: denied") == f"{address.replace(SECRET, '***')}: denied"
 
 
 def test_what_a_library_decodes_or_cuts_out_is_masked() -> None:
     address = f"https://user:{SECRET}@host/a?sig=abc%2Bd"
-    assert masked("s3cr/t is wrong, and abc+d and abc%2Bd", address) == "*** is wrong, and *** and ***"
+    assert redact("s3cr/t is wrong, and abc+d and abc%2Bd", address) == "*** is wrong, and *** and ***"
 
 
 def test_errors_and_log_lines_mask_what_they_say(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard
 from deepseek_v3.training.parallel.sharding import as_sharded
 from deepseek_v3.utils.checkpointing.directory import load_checkpoint, save_checkpoint
 from deepseek_v3.utils.checkpointing.sharded import load_sharded, save_sharded, verify_checkpoint
-from deepseek_v3.utils.checkpointing.state_dict import joined
+from deepseek_v3.utils.checkpointing.state_dict import unflatten
 from deepseek_v3.utils.distributed.collectives import checkpoint_group
 from deepseek_v3.utils.errors import CheckpointError
 from helpers.rank_pool import RankPool
@@ -123,7 +123,7 @@ def folder(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same as one file."""
     path = tmp_path_factory.mktemp("one") / "checkpoint_step_7.pt"
-    save_checkpoint(path, joined(wholes(), PLAIN))
+    save_checkpoint(path, unflatten(wholes(), PLAIN))
     return path
 
 

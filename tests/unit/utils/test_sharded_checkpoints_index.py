@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from deepseek_v3.utils.checkpointing.directory import load_checkpoint
 from deepseek_v3.utils.checkpointing.index import Chunk, Index, StoredFile, StoredTensor, chunk_name, tiling_problem
-from deepseek_v3.utils.checkpointing.safetensors_file import NAMES, write_tensor_file
+from deepseek_v3.utils.checkpointing.safetensors_file import DTYPE_NAMES, write_tensor_file
 from deepseek_v3.utils.checkpointing.sharded import load_sharded
 from deepseek_v3.utils.errors import CheckpointError
 
@@ -59,7 +59,7 @@ def write_folder(folder: Path) -> Path:
                 begin = begins[chunk_name(name, tuple(TENSORS[name].shape), place, sizes)]
                 chunks[name].append(Chunk(file=file, begin=begin, offsets=place, sizes=sizes))
     tensors = {
-        name: StoredTensor(dtype=NAMES[tensor.dtype], shape=tuple(tensor.shape), chunks=tuple(chunks[name]))
+        name: StoredTensor(dtype=DTYPE_NAMES[tensor.dtype], shape=tuple(tensor.shape), chunks=tuple(chunks[name]))
         for name, tensor in TENSORS.items()
     }
     Index(files=files, tensors=tensors, plain=PLAIN).write(folder)

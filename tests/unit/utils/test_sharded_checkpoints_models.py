@@ -21,7 +21,7 @@ from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.training.optimizer import AdamW
 from deepseek_v3.utils.checkpointing.directory import CheckpointDirectory, load_checkpoint
 from deepseek_v3.utils.checkpointing.sharded import ShardedWriter, load_sharded
-from deepseek_v3.utils.checkpointing.state_dict import split
+from deepseek_v3.utils.checkpointing.state_dict import flatten
 from deepseek_v3.utils.distributed.collectives import checkpoint_group
 from deepseek_v3.utils.errors import CheckpointError
 from helpers.models import fill_with_noise, small_config, small_model
@@ -72,7 +72,7 @@ def sharded_both_ways(folder: Path) -> None:
     with ShardedWriter(CheckpointDirectory(folder / "out", keep=1), group) as writer:
         writer.save(7, state_of(shard(noisy_model())))
     other = shard(DeepSeekV3(config().model))
-    tensors, _ = split({"model": other.state_dict()})
+    tensors, _ = flatten({"model": other.state_dict()})
     load_sharded(folder / "in" / "checkpoint_step_7.pt", tensors, group)
     expected = noisy_model().state_dict()
     for name, value in other.state_dict().items():
@@ -146,7 +146,7 @@ def test_later_formats_are_refused(checkpoints: Path) -> None:
 def test_a_model_with_other_tensors_is_refused(checkpoints: Path) -> None:
     model = DeepSeekV3(config().model)
     fill_with_noise(model)
-    tensors, _ = split({"model": model.state_dict()})
+    tensors, _ = flatten({"model": model.state_dict()})
     norm = tensors.pop("model.model.norm.weight")
     with pytest.raises(CheckpointError, match=r"has the tensor 'model.model.norm.weight'"):
         load_sharded(checkpoints / "out" / "checkpoint_step_7", tensors, None)

@@ -15,7 +15,7 @@ from torch import Tensor
 from deepseek_v3.utils.checkpointing.directory import save_checkpoint
 from deepseek_v3.utils.checkpointing.safetensors_file import DTYPES, map_bytes, write_tensor_file
 from deepseek_v3.utils.checkpointing.sharded import load_sharded
-from deepseek_v3.utils.checkpointing.state_dict import joined, split
+from deepseek_v3.utils.checkpointing.state_dict import flatten, unflatten
 from deepseek_v3.utils.errors import CheckpointError
 from deepseek_v3.utils.files import sha256_of_file
 
@@ -44,8 +44,8 @@ def shown(value: Any) -> Any:
 
 @given(state=STATES)
 def test_what_is_split_is_joined_again(state: dict[str, Any]) -> None:
-    tensors, plain = split(state)
-    assert shown(joined(tensors, plain)) == shown(state)
+    tensors, plain = flatten(state)
+    assert shown(unflatten(tensors, plain)) == shown(state)
     assert not any(isinstance(value, Tensor) for value in plain.values())
 
 
@@ -53,7 +53,7 @@ def test_names_are_paths_with_dots() -> None:
     weight = torch.zeros(1)
     moments = {"num_steps": 3, "exp_avg": {"norm.weight": weight}, "exp_avg_sq": {"norm.weight": weight}}
     state = {"step": 1, "model": {"norm.weight": weight}, "optimizer": moments}
-    tensors, plain = split(state)
+    tensors, plain = flatten(state)
     assert list(tensors) == [
         "model.norm.weight",
         "optimizer.exp_avg.norm.weight",
@@ -76,7 +76,7 @@ def test_names_are_paths_with_dots() -> None:
 )
 def test_what_could_not_be_joined_is_refused(state: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
-        split(state)
+        flatten(state)
 
 
 @given(

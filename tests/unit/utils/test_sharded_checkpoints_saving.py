@@ -26,7 +26,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from deepseek_v3.utils.checkpointing import writer
 from deepseek_v3.utils.checkpointing.directory import CheckpointDirectory, load_checkpoint
 from deepseek_v3.utils.checkpointing.sharded import ShardedWriter, load_sharded, newest_checkpoint, save_sharded
-from deepseek_v3.utils.checkpointing.writer import CpuCopies
+from deepseek_v3.utils.checkpointing.writer import CpuStager
 from deepseek_v3.utils.distributed.collectives import checkpoint_group
 from deepseek_v3.utils.errors import CheckpointError, TrainingError
 from deepseek_v3.utils.files import remove_leftovers
@@ -101,7 +101,7 @@ def test_a_save_waits_for_the_one_before(gate: threading.Event, tmp_path: Path) 
 
 
 def test_the_memory_of_a_save_serves_the_next(tmp_path: Path) -> None:
-    copies, weight = CpuCopies(), torch.zeros(2, 2)
+    copies, weight = CpuStager(), torch.zeros(2, 2)
     places = []
     for step, view in enumerate((weight, weight, weight[:1], weight.bfloat16())):
         weight.fill_(step)

@@ -21,7 +21,7 @@ from deepseek_v3.data.documents import walk_files
 from deepseek_v3.data.formats.file_types import READABLE, Format, format_of
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.lazily import imported
-from deepseek_v3.utils.redaction import masked
+from deepseek_v3.utils.redaction import redact
 
 
 def archive_iterator(path: str) -> Any:
@@ -151,7 +151,7 @@ def _readable(given: str) -> list[_Found]:
         found = list(_in_store(given) if "://" in given else _on_disk(Path(given)))
     except OSError as error:
         raise DataError(
-            masked(f"{error.filename or given}: cannot be read: {error.strerror or error}", given)
+            redact(f"{error.filename or given}: cannot be read: {error.strerror or error}", given)
         ) from None
     if not any(one.fault is None for one in found):
         others = f"found only {found[0].file.name}: {found[0].fault}; " if found else ""
@@ -196,7 +196,7 @@ def _listed(store: AbstractFileSystem, root: str, given: str) -> dict[str, dict[
     except OSError:
         raise
     except Exception as error:  # noqa: BLE001 -- each store's library has errors of its own
-        raise DataError(masked(f"{given}: cannot be listed: {error}", given)) from None
+        raise DataError(redact(f"{given}: cannot be listed: {error}", given)) from None
     return found
 
 
@@ -212,10 +212,10 @@ def _store(given: str) -> tuple[AbstractFileSystem, str]:
     except ImportError as error:
         library = _LIBRARIES.get(given.partition("://")[0])
         run = f"run `pip install {library}`" if library else "install what it names"
-        raise DataError(masked(f"{given}: cannot be opened: {error}; {run}", given)) from None
+        raise DataError(redact(f"{given}: cannot be opened: {error}; {run}", given)) from None
     except ValueError as error:
         problem = f"{given}: cannot be opened: {error}; expected a path or an address such as s3://bucket/folder"
-        raise DataError(masked(problem, given)) from None
+        raise DataError(redact(problem, given)) from None
 
 
 def _found(name: str, path: str, size: int, modified: str) -> _Found:

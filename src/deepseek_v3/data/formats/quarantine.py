@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from deepseek_v3.utils.redaction import masked
+from deepseek_v3.utils.redaction import redact
 
 # `place` is as in `RECORDS`, `offset` and `length` bytes of the decompressed file, -1 where unknown, `records` how
 # many records the entry stands for, and `raw` the record's bytes where they are known and few.
@@ -48,5 +48,5 @@ class Rejected(Exception):  # noqa: N818 -- no failure: what reading gives in pl
     """Something read that is no document: a code of `REASONS`, and what was found and expected."""
 
     def __init__(self, reason: str, error: str) -> None:
-        super().__init__(reason, masked(error))
-        self.reason, self.error = reason, masked(error)
+        super().__init__(reason, redact(error))
+        self.reason, self.error = reason, redact(error)

@@ -20,7 +20,7 @@ from deepseek_v3.data.formats.file_types import Compression
 from deepseek_v3.data.formats.inputs import InputFile
 from deepseek_v3.data.formats.quarantine import Rejected
 from deepseek_v3.utils.errors import DataError
-from deepseek_v3.utils.redaction import masked
+from deepseek_v3.utils.redaction import redact
 
 
 class _Decoder(Protocol):
@@ -180,12 +180,12 @@ def unreadable(file: InputFile, error: OSError) -> Rejected:
     """
     if file.is_remote and not isinstance(error, (FileNotFoundError, PermissionError)):
         raise _unanswered(file, error) from None
-    return Rejected("unreadable", masked(f"cannot be read: {error.strerror or error}", file.path))
+    return Rejected("unreadable", redact(f"cannot be read: {error.strerror or error}", file.path))
 
 
 def _unanswered(file: InputFile, error: Exception) -> DataError:
     problem = f"{file.path}: cannot be read: {error}; start again once the store answers"
-    return DataError(masked(problem, file.path))
+    return DataError(redact(problem, file.path))
 
 
 class ByteStream:

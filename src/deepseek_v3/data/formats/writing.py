@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from deepseek_v3.data.formats.json_values import plain
 from deepseek_v3.utils.errors import DataError
-from deepseek_v3.utils.files import written_atomically
+from deepseek_v3.utils.files import atomic_write
 
 _GROUP_ROWS = 8192
 _GROUP_BYTES = 2**26
@@ -52,7 +52,7 @@ class RecordWriter:
         self._pending_rows = self._pending_bytes = 0
 
     def __enter__(self) -> RecordWriter:
-        self._partial = self._files.enter_context(written_atomically(self._path))
+        self._partial = self._files.enter_context(atomic_write(self._path))
         return self
 
     def __exit__(

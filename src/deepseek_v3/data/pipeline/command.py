@@ -13,7 +13,7 @@ from deepseek_v3.config.loading import load_section
 from deepseek_v3.config.preprocess_config import PreprocessConfig
 from deepseek_v3.data.pipeline.registry import preload
 from deepseek_v3.data.pipeline.run_folder import Layout
-from deepseek_v3.utils.command_line import say_next, set_options
+from deepseek_v3.utils.command_line import override_options, print_next_steps
 from deepseek_v3.utils.errors import ConfigError
 from deepseek_v3.utils.files import unused_path
 from deepseek_v3.utils.lazily import imported
@@ -44,12 +44,12 @@ def preprocess(
         finished = imported("deepseek_v3.data.pipeline.resume:count_finished")(Layout(settings.output_dir))
         kept = "Stopped; %d finished pieces are kept in %s, and the same command goes on from there"
         log.info(kept, finished, settings.output_dir)
-        words = ["dsv3", "preprocess", "--config", config, *set_options(override)]
-        say_next([*words, *(["--shard", shard] if shard else []), *(["--merge"] if merge else [])])
+        words = ["dsv3", "preprocess", "--config", config, *override_options(override)]
+        print_next_steps([*words, *(["--shard", shard] if shard else []), *(["--merge"] if merge else [])])
         raise
     if not manifest:
         log.info("shard %s is read; once all are, run again with --merge", shard)
-        say_next(["dsv3", "preprocess", "--config", config, *set_options(override), "--merge"])
+        print_next_steps(["dsv3", "preprocess", "--config", config, *override_options(override), "--merge"])
         return
     log.info(_summary(manifest["counts"]))
     log.info("%s: data/, dropped/, quarantine/, manifest.json, stats.json, report.html", settings.output_dir)
@@ -61,7 +61,7 @@ def preprocess(
         )
         return
     clean, tokens = settings.output_dir / "data", unused_path(DEFAULT_TOKENS)
-    say_next(["dsv3", "tokenize", "--input", clean, "--vocab-size", 32768, "--output", tokens])
+    print_next_steps(["dsv3", "tokenize", "--input", clean, "--vocab-size", 32768, "--output", tokens])
 
 
 def _summary(counts: dict[str, Any]) -> str:

@@ -16,8 +16,8 @@ from typing import Any
 import pyarrow as pa
 
 from deepseek_v3.utils.errors import DataError
-from deepseek_v3.utils.process_pool import end_with_parent, start_fork_server
-from deepseek_v3.utils.redaction import masked
+from deepseek_v3.utils.process_pool import exit_with_parent, start_fork_server
+from deepseek_v3.utils.redaction import redact
 
 
 class Engine(ABC):
@@ -100,7 +100,7 @@ class Ray(Engine):
             self._ray.init(include_dashboard=False, log_to_driver=False, logging_level="error", **options)
         except (ConnectionError, RuntimeError, ValueError) as error:
             problem = f"ray_address = {address}: no Ray cluster answers: {error}"
-            raise DataError(masked(problem, address or "")) from None
+            raise DataError(redact(problem, address or "")) from None
 
     def run(
         self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], done: Callable[[Any], None]
@@ -127,4 +127,4 @@ def _with_copies(function: Callable[..., Any], *arguments: Any) -> Any:
 def _start_worker() -> None:
     """Keeps a worker to one thread, and lets it end with the process that started the run."""
     pa.set_cpu_count(1)
-    end_with_parent()
+    exit_with_parent()

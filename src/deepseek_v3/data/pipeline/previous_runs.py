@@ -11,7 +11,7 @@ from deepseek_v3.data.pipeline.resume import read_json, write_json
 from deepseek_v3.data.pipeline.run_folder import IDS_FILE, RECORDS_FILE, FinishedPart, read_table, write_table
 from deepseek_v3.data.stages import Part
 from deepseek_v3.utils.errors import ConfigError, DataError
-from deepseek_v3.utils.text import value_text
+from deepseek_v3.utils.text import format_value
 
 _INDEX = "keys.json"
 
@@ -59,8 +59,8 @@ def earlier_parts(stage: str, options: dict[str, Any], runs: Sequence[Path]) -> 
         for name, value in index["options"].items():
             if options.get(name) != value:
                 raise ConfigError(
-                    f"{stage}.{name} = {value_text(options.get(name))}, and the keys in {run} were made "
-                    f"with {value_text(value)}; "
+                    f"{stage}.{name} = {format_value(options.get(name))}, and the keys in {run} were made "
+                    f"with {format_value(value)}; "
                     "use the same options to compare with an earlier run"
                 )
         for name, rows in index["parts"]:

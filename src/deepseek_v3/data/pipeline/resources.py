@@ -15,7 +15,7 @@ from deepseek_v3.data.formats.reading import spans
 from deepseek_v3.data.pipeline.tasks import Unit
 from deepseek_v3.utils.cgroups import usable_memory
 from deepseek_v3.utils.errors import ConfigError, DataError
-from deepseek_v3.utils.text import value_text
+from deepseek_v3.utils.text import format_value
 
 _WORKER_BYTES = 500 * 10**6  # the interpreter with its libraries, and a model or two
 _COPIES = 6  # of a piece's text that a worker holds at a time: as read, parsed, judged, as tokens and hashes
@@ -68,7 +68,7 @@ def workers_for(config: PreprocessConfig) -> int:
     allowed = memory_of(config) // each
     if allowed < 1:
         raise ConfigError(
-            f"memory = {value_text(config.memory)}: one worker takes about {each:,} bytes "
+            f"memory = {format_value(config.memory)}: one worker takes about {each:,} bytes "
             f"(piece_size = {config.piece_size}, "
             f"max_record_size = {config.max_record_size}); allow more, or make the pieces smaller"
         )

@@ -14,10 +14,10 @@ from deepseek_v3.config.preprocess_config import PreprocessConfig
 from deepseek_v3.data.formats.inputs import InputFile
 from deepseek_v3.data.pipeline.run_folder import FinishedPart, Layout, is_whole, read_part
 from deepseek_v3.utils.errors import DataError
-from deepseek_v3.utils.files import written_atomically
-from deepseek_v3.utils.locks import locked
-from deepseek_v3.utils.redaction import masked
-from deepseek_v3.utils.text import value_text
+from deepseek_v3.utils.files import atomic_write
+from deepseek_v3.utils.locks import hold_lock
+from deepseek_v3.utils.redaction import redact
+from deepseek_v3.utils.text import format_value
 
 FORMAT_VERSION = 2
 # They say how a run is carried out, and change nothing about what comes out.
@@ -85,8 +85,8 @@ def check_same(before: dict[str, Any], now: dict[str, Any], where: Path, advice:
     for name, value in now["config"].items():
         if before["config"].get(name) != value and _masked(before["config"].get(name)) != value:
             raise DataError(
-                f"{where}: the run began with another {name}: {value_text(before['config'].get(name))}, "
-                f"now {value_text(value)}; "
+                f"{where}: the run began with another {name}: {format_value(before['config'].get(name))}, "
+                f"now {format_value(value)}; "
                 f"set it back, choose another output_dir, or {advice}"
             )
 
@@ -94,7 +94,7 @@ def check_same(before: dict[str, Any], now: dict[str, Any], where: Path, advice:
 def _masked(value: Any) -> Any:
     """The value of a run that began when secrets were still written down."""
     if isinstance(value, str):
-        return masked(value)
+        return redact(value)
     return [_masked(each) for each in value] if isinstance(value, list) else value
 
 
@@ -115,8 +115,8 @@ def _check_files(
 
 @contextmanager
 def at_work(layout: Layout, shared: bool) -> Iterator[None]:
-    """Holds the run's lock, which shards share; raises as `locked` does."""
-    with locked(layout.work / "lock", layout.output, "choose another output_dir", shared=shared):
+    """Holds the run's lock, which shards share; raises as `hold_lock` does."""
+    with hold_lock(layout.work / "lock", layout.output, "choose another output_dir", shared=shared):
         yield
 
 
@@ -167,5 +167,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, fields: dict[str, Any]) -> None:
     """Writes a JSON file with sorted keys, whole or not at all."""
-    with written_atomically(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_bytes(orjson.dumps(fields, option=orjson.OPT_SORT_KEYS | orjson.OPT_INDENT_2) + b"\n")

@@ -23,10 +23,10 @@ from deepseek_v3.data.quality_filtering.ngram_training import PERCENTILES, Limit
 from deepseek_v3.data.quality_filtering.perplexity_score import ArpaModel, load_language_model
 from deepseek_v3.data.tokens.holdout import HoldOutPlanner, TokenBounds
 from deepseek_v3.data.tokens.index import Split
-from deepseek_v3.utils.command_line import number_option, say_next, whole_option
+from deepseek_v3.utils.command_line import integer_option, number_option, print_next_steps
 from deepseek_v3.utils.errors import DataError
-from deepseek_v3.utils.redaction import masked
-from deepseek_v3.utils.text import counted
+from deepseek_v3.utils.redaction import redact
+from deepseek_v3.utils.text import pluralize
 
 quality_app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Train and try the models of the quality stage."
@@ -52,13 +52,15 @@ def train(
     epochs: Annotated[
         int,
         typer.Option(
-            metavar="NUMBER", parser=whole_option(at_least=1), help="With --good: how often each document is seen."
+            metavar="NUMBER",
+            parser=integer_option(at_least=1),
+            help="With --good: how often each document is seen.",
         ),
     ] = 5,
     seed: Annotated[
         int,
         typer.Option(
-            metavar="NUMBER", parser=whole_option(at_least=0), help="With --good: draws the start and the order."
+            metavar="NUMBER", parser=integer_option(at_least=0), help="With --good: draws the start and the order."
         ),
     ] = 0,
     holdout: Annotated[
@@ -114,7 +116,7 @@ def score(
 def _say_next(model: Path, *, is_classifier: bool, err: bool = False) -> None:
     field = "classifier" if is_classifier else "language_model"
     words = ["dsv3", "preprocess", "--config", "data_config", "--set", f"quality_filtering.{field}={model}"]
-    say_next(words, err=err)
+    print_next_steps(words, err=err)
 
 
 def _train_classifier(
@@ -160,7 +162,7 @@ def _train_language_model(
     )
     if limits.documents < _FEW_DOCUMENTS:
         typer.echo(
-            f"Percentiles of {counted(limits.documents, 'document')} hardly tell head, middle and tail apart: give "
+            f"Percentiles of {pluralize(limits.documents, 'document')} hardly tell head, middle and tail apart: give "
             f"{_FEW_DOCUMENTS} or more by --reference, or more text",
             err=True,
         )
@@ -172,12 +174,12 @@ def _texts(files: Sequence[str], text_field: str) -> Iterator[str]:
 
 def _split(files: Sequence[str], holdout: float | None, text_field: str) -> tuple[list[str], list[str]]:
     """Texts to train on, and those held out. Raises DataError where there are fewer than two words."""
-    source = ", ".join(map(masked, files))
+    source = ", ".join(map(redact, files))
     texts = [*_texts(files, text_field)]
     num_words = sum(map(_num_words, texts))
     if num_words < 2:
         raise DataError(
-            f"{source}: {counted(num_words, 'word')} in {counted(len(texts), 'document')}; expected at least 2, "
+            f"{source}: {pluralize(num_words, 'word')} in {pluralize(len(texts), 'document')}; expected at least 2, "
             "one to train on and one to hold out; give files with more text"
         )
     words = TokenBounds(_num_words, _num_words)

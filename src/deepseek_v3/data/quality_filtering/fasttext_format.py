@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepseek_v3.utils.errors import DataError
-from deepseek_v3.utils.files import written_atomically
+from deepseek_v3.utils.files import atomic_write
 
 Floats = NDArray[np.float32]
 
@@ -68,7 +68,7 @@ class FastTextFile:
 
     def write(self, path: Path) -> None:
         """Writes the model, unpruned and not quantised, for this project and for fastText itself."""
-        with written_atomically(path) as partial, partial.open("wb") as file:
+        with atomic_write(path) as partial, partial.open("wb") as file:
             width, losses = self.input.shape[1], {name: code for code, name in _LOSSES.items()}
             file.write(struct.pack("<2i", _MAGIC, _VERSION))
             # dim, ws, epoch, minCount, neg, wordNgrams, loss, model, bucket, minn, maxn, lrUpdateRate, t

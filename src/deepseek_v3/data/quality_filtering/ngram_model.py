@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from deepseek_v3.data.sorted_lookup import find_sorted
 from deepseek_v3.utils.errors import DataError
-from deepseek_v3.utils.files import written_atomically
+from deepseek_v3.utils.files import atomic_write
 
 Int64s = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -97,7 +97,7 @@ def read_arpa(path: Path) -> NgramModel:
 
 def write_arpa(model: NgramModel, path: Path) -> None:
     """Writes a model."""
-    with written_atomically(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
+    with atomic_write(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
         file.write("\\data\\\n")
         file.writelines(f"ngram {k}={len(rows)}\n" for k, rows in enumerate(model.log_probs, start=1))
         ngrams = model.words

@@ -20,7 +20,7 @@ from deepseek_v3.config.errors import describe
 from deepseek_v3.data.quality_filtering.ngram_model import BEGIN, END, UNKNOWN, Float64s, Int64s, NgramModel, before
 from deepseek_v3.data.quality_filtering.perplexity_score import NEW_LINE, LanguageModel, sentences, tokens
 from deepseek_v3.utils.errors import DataError
-from deepseek_v3.utils.files import written_atomically
+from deepseek_v3.utils.files import atomic_write
 
 _FALLBACK = (0.0, 0.5, 1.0, 1.5)  # KenLM's discounts where a small text has no n-grams of some count
 _NEVER = -99.0  # the log10 probability of BEGIN, which is never predicted
@@ -146,7 +146,7 @@ class Limits(Section):
 
     def write(self, model: Path) -> None:
         """Writes them beside a model's file."""
-        with written_atomically(_path(model)) as partial:
+        with atomic_write(_path(model)) as partial:
             partial.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 

@@ -19,7 +19,7 @@ from deepseek_v3.charts.markup import (
     table,
 )
 from deepseek_v3.charts.svg import bars_before_after, histogram_chart, legend
-from deepseek_v3.utils.text import spelled
+from deepseek_v3.utils.text import humanize
 
 _WORDS = 15
 _WORD_CHARACTERS = 40
@@ -39,7 +39,7 @@ def distributions(stats: dict[str, Any]) -> Html:
 
 
 def _title(stage: str, quantity: str) -> str:
-    return stage_title(stage) if stage == quantity else f"{stage_title(stage)}: {spelled(quantity)}"
+    return stage_title(stage) if stage == quantity else f"{stage_title(stage)}: {humanize(quantity)}"
 
 
 def _lengths(stats: dict[str, Any]) -> Html | None:
@@ -63,7 +63,7 @@ def _observed(key: str, title: str, quantity: str, counts: dict[str, Any]) -> Ht
         return _words(title, before, after) if before else None
     histogram = histograms.of_numbers(numbers, histograms.numeric(after), quantity)
     caption = _number_caption(before, after)
-    return histogram_chart(histogram, key, title, caption, _edge, spelled(quantity))
+    return histogram_chart(histogram, key, title, caption, _edge, humanize(quantity))
 
 
 def _number_caption(before: dict[str, int], after: dict[str, int]) -> str:

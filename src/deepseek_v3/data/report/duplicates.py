@@ -25,7 +25,7 @@ from deepseek_v3.charts.markup import (
     table,
 )
 from deepseek_v3.charts.svg import bar
-from deepseek_v3.utils.text import spelled
+from deepseek_v3.utils.text import humanize
 
 # Scripts without spaces between words are compared character by character.
 _IDEOGRAPHS = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -80,7 +80,7 @@ def _compares(stage: dict[str, Any]) -> bool:
 
 def _stage(name: str, figures: dict[str, Any]) -> Html:
     facts = [
-        element("div", element("dt", spelled(key)), element("dd", figure(value)))
+        element("div", element("dt", humanize(key)), element("dd", figure(value)))
         for key, value in sorted(figures.items())
         if isinstance(value, (int, float, str))
     ]

@@ -12,7 +12,7 @@ from deepseek_v3.data.report.drops import quarantine, reasons, samples
 from deepseek_v3.data.report.duplicates import duplicates
 from deepseek_v3.data.report.overview import funnel, overview
 from deepseek_v3.data.report.sources import mixture, sources
-from deepseek_v3.utils.files import written_atomically
+from deepseek_v3.utils.files import atomic_write
 
 _TITLE = "Data preprocessing report"
 _SECTIONS = {
@@ -43,7 +43,7 @@ _PAGE = f"""<!DOCTYPE html>
 
 def write_report(stats: dict[str, Any], path: Path) -> None:
     """Writes the page that shows `stats`, the content of stats.json; the same bytes for the same stats."""
-    with written_atomically(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_bytes(page(stats).encode())
 
 

@@ -10,10 +10,10 @@ import typer
 from deepseek_v3.config.data_config import DEFAULT_TOKENS
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.data.tokens.tokenize_corpus import PYTHON_STDLIB, SEQUENCE_LENGTH, tokenize_corpus
-from deepseek_v3.utils.command_line import number_option, say_next, set_options, whole_option
+from deepseek_v3.utils.command_line import integer_option, number_option, override_options, print_next_steps
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.logging import configure_logging, get_logger
-from deepseek_v3.utils.text import counted
+from deepseek_v3.utils.text import pluralize
 
 
 def tokenize(
@@ -28,7 +28,7 @@ def tokenize(
     vocab_size: Annotated[
         int | None,
         typer.Option(
-            metavar="NUMBER", parser=whole_option(), help="Train a byte-level BPE tokenizer with this many ids."
+            metavar="NUMBER", parser=integer_option(), help="Train a byte-level BPE tokenizer with this many ids."
         ),
     ] = None,
     text_field: Annotated[str, typer.Option(help="Field of a JSONL line that holds the text.")] = "text",
@@ -45,7 +45,7 @@ def tokenize(
         int,
         typer.Option(
             metavar="NUMBER",
-            parser=whole_option(at_least=2),
+            parser=integer_option(at_least=2),
             help="Tokens in a window of the model to train; each split holds at least one.",
         ),
     ] = SEQUENCE_LENGTH,
@@ -58,14 +58,14 @@ def tokenize(
     seed: Annotated[
         int,
         typer.Option(
-            metavar="NUMBER", parser=whole_option(), help="Chooses where fill-in-the-middle splits documents."
+            metavar="NUMBER", parser=integer_option(), help="Chooses where fill-in-the-middle splits documents."
         ),
     ] = 0,
     workers: Annotated[
         int | None,
         typer.Option(
             metavar="NUMBER",
-            parser=whole_option(at_least=1, at_most=4096),
+            parser=integer_option(at_least=1, at_most=4096),
             help="Processes that encode; by default one for each core.",
         ),
     ] = None,
@@ -90,10 +90,10 @@ def tokenize(
     )
     get_logger("Data").info(
         f"{summary.output}: {summary.train.tokens:,} training tokens in "
-        f"{counted(summary.train.documents, 'document')},\n{summary.holdout.tokens:,} held-out tokens in "
+        f"{pluralize(summary.train.documents, 'document')},\n{summary.holdout.tokens:,} held-out tokens in "
         f"{summary.holdout.documents:,}, vocabulary {summary.vocab_size:,}"
     )
-    say_next(_training(output, sequence_length))
+    print_next_steps(_training(output, sequence_length))
 
 
 def _training(tokens: Path, sequence_length: int) -> list[str]:
@@ -109,4 +109,4 @@ def _training(tokens: Path, sequence_length: int) -> list[str]:
         overrides.append(f"training.sequence_length={sequence_length}")
     if size != "tiny":
         overrides.append("model.vocab_size=null")  # else the published vocabulary
-    return ["dsv3", "train", "--config", size, *set_options(overrides)]
+    return ["dsv3", "train", "--config", size, *override_options(overrides)]

@@ -20,7 +20,7 @@ from deepseek_v3.data.tokens.holdout import HoldOut
 from deepseek_v3.data.tokens.index import CorpusOptions, Split, token_type
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.utils.errors import DataError
-from deepseek_v3.utils.process_pool import end_with_parent, start_fork_server
+from deepseek_v3.utils.process_pool import exit_with_parent, start_fork_server
 
 _ALONE_CHARACTERS = 2**24  # about what is encoded in the time that other processes need to start
 
@@ -117,7 +117,7 @@ def _encoded_by_processes(
 def _start_worker(tokenizer: str, options: CorpusOptions, holdout: HoldOut) -> None:
     global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process for each core is enough
-    end_with_parent()
+    exit_with_parent()
     _encoder = CorpusEncoder(Tokenizer.from_json(tokenizer), options, holdout)
 
 

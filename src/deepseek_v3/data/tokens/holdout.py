@@ -10,7 +10,7 @@ from hashlib import blake2b
 from deepseek_v3.data.tokens.index import Split
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.logging import get_logger
-from deepseek_v3.utils.text import counted
+from deepseek_v3.utils.text import pluralize
 
 DEFAULT_SHARE = 0.02
 
@@ -150,7 +150,7 @@ class HoldOutPlanner:
         total = sum(sizes.values())
         size = sum(size for found, size in sizes.items() if found < holdout.threshold)
         whole = sum(found < holdout.threshold for found in sizes)
-        words = [f"{whole:,} of {counted(len(sizes), 'document')}"] if whole else []
+        words = [f"{whole:,} of {pluralize(len(sizes), 'document')}"] if whole else []
         if holdout.cut_hash is not None:
             text = next(text for text in self.texts() if text_hash(text) == holdout.cut_hash)
             end = len(text[holdout.cut_at :].encode("utf-8"))
@@ -163,7 +163,7 @@ class HoldOutPlanner:
 
     def _too_small(self, sizes: dict[int, int], asked: float, suited: float | None) -> str:
         size = sum(sizes.values())
-        has = f"{self.source}: holds {size:,} bytes of text in {counted(len(sizes), 'document')}"
+        has = f"{self.source}: holds {size:,} bytes of text in {pluralize(len(sizes), 'document')}"
         if suited is not None:
             return (
                 f"{has}; holdout = {asked} leaves less than {self.need} to one of the splits; "

@@ -14,7 +14,7 @@ from deepseek_v3.config.base import Section
 from deepseek_v3.config.data_config import Address
 from deepseek_v3.config.errors import describe
 from deepseek_v3.utils.errors import DataError
-from deepseek_v3.utils.files import written_atomically
+from deepseek_v3.utils.files import atomic_write
 
 Split = Literal["train", "holdout"]
 SPLITS: tuple[Split, ...] = ("train", "holdout")
@@ -134,7 +134,7 @@ class ShardIndex(Section):
         """Writes the index of a directory, whose other files must be complete by now."""
         text = self.model_copy(update={"index_sha256": _NO_SHA256}).model_dump_json(indent=2) + "\n"
         own = _sha256_of_rest(text, _NO_SHA256)
-        with written_atomically(directory / INDEX_FILE) as partial:
+        with atomic_write(directory / INDEX_FILE) as partial:
             partial.write_bytes(text.replace(_entry(_NO_SHA256), _entry(own), 1).encode("utf-8"))
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import tiktoken
 from tokenizers import Regex, Tokenizer, models, normalizers
 
-from deepseek_v3.utils.text import value_text
+from deepseek_v3.utils.text import format_value
 
 # DeepSeek-V3's cuts: digits in groups of three, runs of Chinese and Japanese, then words with the one sign before
 # them, punctuation with the line breaks after it, and white space.
@@ -171,7 +171,7 @@ def _ranks(model: dict[str, Any]) -> dict[bytes, int]:
     used = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
     for option in used:
         if model[option]:
-            raise NotExpressibleError(f"its model has {option} = {value_text(model[option])}")
+            raise NotExpressibleError(f"its model has {option} = {format_value(model[option])}")
     vocabulary: dict[str, int] = model["vocab"]
     merges = [(left, right) for left, right in model["merges"]]
     merged = [vocabulary[left + right] for left, right in merges]

@@ -21,9 +21,9 @@ from deepseek_v3.data.tokens.shards import ShardWriter
 from deepseek_v3.data.tokens.tokenizer import Tokenizer, check_vocab_size, least_tokens
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.files import partial_path, remove_partials
-from deepseek_v3.utils.locks import locked
+from deepseek_v3.utils.locks import hold_lock
 from deepseek_v3.utils.logging import get_console, get_logger
-from deepseek_v3.utils.text import counted
+from deepseek_v3.utils.text import pluralize
 
 PYTHON_STDLIB = "python-stdlib"
 SEQUENCE_LENGTH = 256  # tokens in a window, where nobody says what the model will read
@@ -142,7 +142,7 @@ def _appearing_whole(output: Path) -> Iterator[Path]:
     Also removes those of processes that were killed. Raises InUseError where another process writes `output`.
     """
     _refuse_if_there(output)
-    with locked(output.with_name(f".{output.name}.lock"), output, "choose another output directory"):
+    with hold_lock(output.with_name(f".{output.name}.lock"), output, "choose another output directory"):
         _refuse_if_there(output)  # another process may have finished it meanwhile
         remove_partials(output)
         partial = partial_path(output)
@@ -229,4 +229,4 @@ class _Meter:
     def _line(self) -> str:
         amount, unit = self._amount, self._unit
         rate = amount / max(time.monotonic() - self._start, 1e-9)
-        return f"{self._title}: {counted(self._documents, 'document')}, {amount:,} {unit}, {rate:,.0f}/s"
+        return f"{self._title}: {pluralize(self._documents, 'document')}, {amount:,} {unit}, {rate:,.0f}/s"

@@ -20,7 +20,7 @@ from deepseek_v3.data.documents import check_unicode
 from deepseek_v3.data.tokens.tiktoken_encoder import DEEPSEEK, NotExpressibleError, TiktokenEncoder
 from deepseek_v3.data.tokens.vocabulary import check_complete, check_ids, dropping_step, steps_of
 from deepseek_v3.utils.errors import DataError
-from deepseek_v3.utils.files import read_file, written_atomically
+from deepseek_v3.utils.files import atomic_write, read_regular_file
 from deepseek_v3.utils.logging import get_logger
 
 _MARKERS = ("<|endoftext|>", "<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>")
@@ -122,7 +122,7 @@ class Tokenizer:
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
         try:
-            text = read_file(file, _LONGEST_FILE, "a tokenizer.json").decode("utf-8")
+            text = read_regular_file(file, _LONGEST_FILE, "a tokenizer.json").decode("utf-8")
         except UnicodeDecodeError as error:
             raise DataError(f"{file}: is not UTF-8 at byte {error.start}; expected a tokenizer.json") from None
         except ValueError as error:
@@ -141,7 +141,7 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Writes a `tokenizer.json` that Transformers reads too."""
-        with written_atomically(Path(path)) as partial:
+        with atomic_write(Path(path)) as partial:
             partial.write_bytes(self._json.encode("utf-8"))
 
     def encode(self, text: str) -> list[int]:

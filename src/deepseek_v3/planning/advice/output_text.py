@@ -13,8 +13,17 @@ from deepseek_v3.planning.advice.size_plan import SizePlan
 from deepseek_v3.planning.hardware import Device
 from deepseek_v3.planning.layout_search import Layout
 from deepseek_v3.planning.scaling_laws import ExpectedLoss
-from deepseek_v3.utils.command_line import say_next
-from deepseek_v3.utils.text import dollars, figures, gibibytes, paragraph, short_count, side_by_side, spelled, table
+from deepseek_v3.utils.command_line import print_next_steps
+from deepseek_v3.utils.text import (
+    dollars,
+    format_count,
+    gibibytes,
+    humanize,
+    paragraph,
+    side_by_side,
+    table,
+    three_figures,
+)
 
 _LEGEND = (
     "layout: copies × shards of the data; ep, pp: devices that share out the experts, the layers; mb: micro-batch; "
@@ -57,7 +66,7 @@ def print_devices(devices: Iterable[Device]) -> None:
 
 def _header(request: PlanRequest, price_given: bool) -> tuple[str, str]:
     device = request.device
-    limits = request.budgets + ([f"{short_count(request.tokens)} tokens"] if request.tokens else [])
+    limits = request.budgets + ([f"{format_count(request.tokens)} tokens"] if request.tokens else [])
     within = ", ".join(limits)
     return (
         f"{request.devices:,} × {device.name}, {device.memory_gib:g} GiB each, "
@@ -73,7 +82,7 @@ def _fit_table(advice: Advice) -> list[str]:
     rows = []
     for row in advice.rows:
         layout = row.layout
-        counts = (short_count(row.total_parameters), short_count(row.active_parameters))
+        counts = (format_count(row.total_parameters), format_count(row.active_parameters))
         shape = (f"{layout.devices:,}", _shape(layout)) if layout else ("–", "–")
         rows.append([row.name, *counts, "✓" if row.fits else "✗", *shape, gibibytes(row.needed_bytes)])
     return table(["size", "total", "active", "fits", "devices", "layout", memory], rows, left=["layout"])
@@ -82,7 +91,7 @@ def _fit_table(advice: Advice) -> list[str]:
 def _memory_table(advice: Advice) -> list[str]:
     """GiB by part on the fullest device of each size; of what does not fit, in its leanest layout."""
     parts = [row.memory_parts for row in advice.rows]
-    rows = [[spelled(name), *(gibibytes(part[name]) for part in parts)] for name in parts[0]]
+    rows = [[humanize(name), *(gibibytes(part[name]) for part in parts)] for name in parts[0]]
     return table(["GiB", *(row.name for row in advice.rows)], rows)
 
 
@@ -95,7 +104,7 @@ def _loss_table(advice: Advice) -> list[str]:
     rows = [
         [
             row.name,
-            short_count(row.tokens),
+            format_count(row.tokens),
             f"{row.ratio:.1f}",
             f"{row.steps:,}",
             f"{row.compute:.1e}",
@@ -110,8 +119,8 @@ def _costs(row: SizePlan) -> tuple[str, ...]:
     layout, cost = row.layout, row.cost
     if layout is None or cost is None:
         return ("–",) * 5
-    hours = (figures(hours) if hours >= 0.001 else "<0.001" for hours in (cost.hours, cost.device_hours))
-    return figures(layout.step.total), f"{cost.mfu:.0%}", *hours, dollars(cost.dollars)
+    hours = (three_figures(hours) if hours >= 0.001 else "<0.001" for hours in (cost.hours, cost.device_hours))
+    return three_figures(layout.step.total), f"{cost.mfu:.0%}", *hours, dollars(cost.dollars)
 
 
 def _print_table(lines: list[str], advice: Advice) -> None:
@@ -137,7 +146,7 @@ def _print_parts(advice: Advice) -> None:
     title = "Memory by part on the fullest device, at its fullest moment"
     if row and row.layout:
         seconds = {**row.layout.step.parts(), "a step": row.layout.step.total}
-        times = [[spelled(name), figures(part)] for name, part in seconds.items()]
+        times = [[humanize(name), three_figures(part)] for name, part in seconds.items()]
         lines = side_by_side(lines, table([f"{row.name}, seconds", ""], times))
         title += f"; for {row.name} the {row.memory.moment}"
     typer.echo("\n" + paragraph(f"{title}:"))
@@ -151,7 +160,7 @@ def _print_recommendation(advice: Advice) -> None:
         typer.echo(paragraph(f"Recommended: none; {advice.reason}."))
         return
     loss = f", expected loss {row.loss.value:.2f}" if row.loss else ""
-    takes = f"{figures(row.cost.hours)} hours, {dollars(row.cost.dollars)}{loss}"
+    takes = f"{three_figures(row.cost.hours)} hours, {dollars(row.cost.dollars)}{loss}"
     typer.secho(paragraph(f"Recommended: {row.name} ({takes}); {advice.reason}."), bold=True)
     if row.config.parallel.world_size > 1:
         typer.echo(paragraph(f"Note: {ESTIMATE_ONLY}."))
@@ -159,7 +168,7 @@ def _print_recommendation(advice: Advice) -> None:
     if data.corpus is None and not data.path.exists():
         words = ["dsv3", "tokenize", "--input", "FOLDER", "--vocab-size", str(row.config.model.vocab_size)]
         commands.insert(0, [*words, "--output", str(data.path)])
-    say_next(*commands)
+    print_next_steps(*commands)
 
 
 def _shape(layout: Layout) -> str:

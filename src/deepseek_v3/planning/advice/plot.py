@@ -18,7 +18,7 @@ from deepseek_v3.planning.advice.size_plan import SizePlan
 from deepseek_v3.planning.chinchilla import MAX_RATIO, TARGET_RATIO
 from deepseek_v3.planning.scaling_laws import expected_loss, training_compute
 from deepseek_v3.utils.errors import ConfigError
-from deepseek_v3.utils.files import written_atomically
+from deepseek_v3.utils.files import atomic_write
 
 _FITS, _UNFIT, _BEST, _LIMIT, _LAW, _CURVE = "#1f5fa8", "#8a939d", "#d1495b", "#5f6770", "#d99a2b", "#b9c6d6"
 _RATIOS = ((TARGET_RATIO, "-"), (MAX_RATIO, "--"))
@@ -43,7 +43,7 @@ def plot_plan(advice: Advice, path: Path) -> None:
     _label(axes, advice.request)
     figure.supxlabel(_source(advice.rows), x=0.01, ha="left", fontsize=6.5, color=_LIMIT)
     _keep_apart(figure, names)
-    with written_atomically(path) as partial:
+    with atomic_write(path) as partial:
         figure.savefig(partial, format="png")
 
 

@@ -11,7 +11,7 @@ from deepseek_v3.planning.advice.request import OBJECTIVES, PlanOptions
 from deepseek_v3.planning.hardware import known_devices
 from deepseek_v3.utils.errors import ConfigError
 from deepseek_v3.utils.numbers import parse_count, parse_number
-from deepseek_v3.utils.text import showable
+from deepseek_v3.utils.text import printable
 
 
 def ask_for_options() -> PlanOptions:
@@ -37,14 +37,14 @@ def ask_for_options() -> PlanOptions:
 def _ask(question: str, options: PlanOptions, changed: Callable[[PlanOptions, str], PlanOptions]) -> PlanOptions:
     """The options with the answer in them, once they make a request."""
     while True:
-        answer = typer.prompt(showable(question), default="", show_default=False).strip()
+        answer = typer.prompt(printable(question), default="", show_default=False).strip()
         if not answer:
             return options
         try:
             answered = changed(options, answer)
             answered.request()
         except ConfigError as error:
-            typer.echo(showable(f"  {error}"))
+            typer.echo(printable(f"  {error}"))
         else:
             return answered
 

@@ -19,8 +19,8 @@ from deepseek_v3.planning.hardware import (
     load_device,
 )
 from deepseek_v3.utils.errors import ConfigError
-from deepseek_v3.utils.numbers import MOST_TOKENS, parse_count
-from deepseek_v3.utils.text import dollars, figures
+from deepseek_v3.utils.numbers import MAX_TOKENS, parse_count
+from deepseek_v3.utils.text import dollars, three_figures
 
 OBJECTIVES = {
     "best-loss": "the lowest expected loss",
@@ -63,7 +63,10 @@ class PlanRequest:
     def budgets(self) -> list[str]:
         """Hours and dollars, as they are read, where there is a limit of them."""
         hours, rent = self.budget_hours, self.budget_dollars
-        shown = (None if hours is None else f"{figures(hours)} hours", None if rent is None else dollars(rent))
+        shown = (
+            None if hours is None else f"{three_figures(hours)} hours",
+            None if rent is None else dollars(rent),
+        )
         return [budget for budget in shown if budget]
 
     def seconds(self, devices: int) -> float:
@@ -147,7 +150,7 @@ def parse_tokens(text: str) -> int:
         tokens = parse_count(text)
     except ValueError:
         tokens = 0
-    if not 1 <= tokens <= MOST_TOKENS:
+    if not 1 <= tokens <= MAX_TOKENS:
         raise ConfigError(f"--tokens {text}: expected a whole number from 1 to 1e18, such as 3.8e9, 10B or 1.5T")
     return tokens
 

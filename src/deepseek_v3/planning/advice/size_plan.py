@@ -23,7 +23,7 @@ from deepseek_v3.planning.layout_search import MOST_DEVICES, Layout, fewest_devi
 from deepseek_v3.planning.memory import MemoryEstimate
 from deepseek_v3.planning.scaling_laws import ExpectedLoss, expected_loss, training_compute
 from deepseek_v3.planning.token_budget import budget_in_tokens, planned_steps
-from deepseek_v3.utils.text import dollars, figures, gibibytes, short_count, told_apart
+from deepseek_v3.utils.text import dollars, format_count, format_distinct, gibibytes, three_figures
 
 # Without a limit of hours, longer than anybody waits.
 _HOURS_OF_A_YEAR = 24 * 365
@@ -137,13 +137,15 @@ def _shortages(config: RunConfig, cost: RunCost, request: PlanRequest) -> tuple[
     found = []
     hours, budget = request.budget_hours, request.budget_dollars
     if hours is None and cost.hours > _HOURS_OF_A_YEAR:
-        reason = f"takes {figures(cost.hours)} hours, more than a year; --budget-hours allows as many as it names"
+        reason = (
+            f"takes {three_figures(cost.hours)} hours, more than a year; --budget-hours allows as many as it names"
+        )
         found.append(Shortage("hours", cost.hours, _HOURS_OF_A_YEAR, reason))
     elif hours is not None and cost.hours > hours * ROUNDING:
-        takes, limit = told_apart(cost.hours, hours, figures)
+        takes, limit = format_distinct(cost.hours, hours, three_figures)
         found.append(Shortage("hours", cost.hours, hours, f"takes {takes} hours, the budget is {limit}"))
     if budget is not None and cost.dollars > budget * ROUNDING:
-        costs, limit = told_apart(cost.dollars, budget, dollars)
+        costs, limit = format_distinct(cost.dollars, budget, dollars)
         found.append(Shortage("dollars", cost.dollars, budget, f"costs {costs}, the budget is {limit}"))
     return (*found, *_too_few_tokens(config, request))
 
@@ -152,7 +154,7 @@ def _too_few_tokens(config: RunConfig, request: PlanRequest) -> tuple[Shortage, 
     least = token_range(config)[0]
     if request.tokens is None or request.tokens >= least:
         return ()
-    needed, available = told_apart(least, request.tokens, short_count)
+    needed, available = format_distinct(least, request.tokens, format_count)
     return (Shortage("tokens", least, request.tokens, f"needs {needed} tokens, {available} are there"),)
 
 

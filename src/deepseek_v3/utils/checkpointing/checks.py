@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from deepseek_v3.utils.checkpointing.errors import listed
-from deepseek_v3.utils.distributed.collectives import gathered
+from deepseek_v3.utils.checkpointing.errors import join_problems
+from deepseek_v3.utils.distributed.collectives import gather_objects
 from deepseek_v3.utils.errors import CheckpointError
 
-OTHER_CONFIG = "resume with the config that it was saved with"
+SAME_CONFIG_ADVICE = "resume with the config that it was saved with"
 
 
 class TensorInfo(NamedTuple):
@@ -31,12 +31,12 @@ class TensorInfo(NamedTuple):
         return f"{self.dtype} {list(self.shape)}"
 
 
-def infos(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
+def tensor_infos(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
     """The types and shapes of tensors; those of whole tensors where they are cut into parts."""
     return {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
-def unfit(found: Mapping[str, TensorInfo], expected: Mapping[str, TensorInfo]) -> list[str]:
+def mismatches(found: Mapping[str, TensorInfo], expected: Mapping[str, TensorInfo]) -> list[str]:
     """A problem for every expected tensor that a checkpoint lacks or has in another shape or type."""
     return [
         f"has no tensor {name!r}, which is needed here"
@@ -47,15 +47,15 @@ def unfit(found: Mapping[str, TensorInfo], expected: Mapping[str, TensorInfo]) -
     ]
 
 
-def unknown(names: Iterable[str]) -> list[str]:
+def unexpected_tensors(names: Iterable[str]) -> list[str]:
     """A problem for every tensor that nobody expects."""
     return [f"has the tensor {name!r}, which has no place here" for name in names]
 
 
-def refuse(path: Path, problems: Iterable[str], advice: str) -> None:
+def raise_problems(path: Path, problems: Iterable[str], advice: str) -> None:
     """Raises CheckpointError with all problems, each told once; nothing where there are none."""
     if found := list(dict.fromkeys(problems)):
-        raise CheckpointError(f"{path}: {listed(found)}; {advice}")
+        raise CheckpointError(f"{path}: {join_problems(found)}; {advice}")
 
 
 _NAMED = 5  # tensors that a message names
@@ -74,7 +74,7 @@ def non_finite(tensors: Mapping[str, Tensor], group: ProcessGroup | None = None)
             finite.append(torch.stack(held.aminmax()).isfinite().all())
     flags = torch.stack([flag.to(finite[0].device) for flag in finite]).tolist() if finite else []
     own = [name for name, is_finite in zip(names, flags, strict=True) if not is_finite]
-    return sorted({name for found in gathered(group, own) for name in found})
+    return sorted({name for found in gather_objects(group, own) for name in found})
 
 
 def non_finite_summary(names: Sequence[str]) -> str:

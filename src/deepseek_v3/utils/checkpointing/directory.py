@@ -14,12 +14,12 @@ from typing import Any, TypeVar
 
 import torch
 
-from deepseek_v3.utils.checkpointing.errors import is_folder, unreadable
+from deepseek_v3.utils.checkpointing.errors import is_folder, read_error
 from deepseek_v3.utils.checkpointing.index import INDEX_FILE
-from deepseek_v3.utils.checkpointing.reader import FolderContents
+from deepseek_v3.utils.checkpointing.reader import FolderReader
 from deepseek_v3.utils.checkpointing.single_file import load_file
 from deepseek_v3.utils.checkpointing.single_file import save_file as save_checkpoint
-from deepseek_v3.utils.checkpointing.state_dict import joined
+from deepseek_v3.utils.checkpointing.state_dict import unflatten
 from deepseek_v3.utils.errors import CheckpointError
 from deepseek_v3.utils.files import remove_folder
 from deepseek_v3.utils.logging import get_logger
@@ -41,11 +41,11 @@ def load_checkpoint(path: Path, *, verify: bool = True, map_location: str | torc
     """
     if not is_folder(path):
         return load_file(path, verify=verify, map_location=map_location)
-    contents = FolderContents(path)
+    contents = FolderReader(path)
     if verify:
         contents.verify()
     tensors = {name: contents.whole(name).to(map_location) for name in contents.tensors}
-    return joined(tensors, contents.plain)
+    return unflatten(tensors, contents.plain)
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -58,7 +58,7 @@ def is_checkpoint(path: Path) -> bool:
     try:
         return (path / INDEX_FILE).exists()
     except OSError as error:
-        raise unreadable(path, error) from None
+        raise read_error(path, error) from None
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ REPAIR = "copy it again, or load an older one"
 _MOST_LISTED = 8  # problems in one message
 
 
-def unwritable(path: Path, error: OSError) -> CheckpointError:
+def write_error(path: Path, error: OSError) -> CheckpointError:
     """What to say where the disk refuses `path`."""
     return CheckpointError(
         f"{path}: cannot be written: {error.strerror}; "
@@ -25,7 +25,7 @@ def unwritable(path: Path, error: OSError) -> CheckpointError:
     )
 
 
-def unreadable(path: Path, error: OSError) -> CheckpointError:
+def read_error(path: Path, error: OSError) -> CheckpointError:
     """What to say where `path` is missing or cannot be read."""
     if isinstance(error, FileNotFoundError):
         return CheckpointError(
@@ -38,7 +38,7 @@ def unreadable(path: Path, error: OSError) -> CheckpointError:
     )
 
 
-def damaged(path: Path, found: str, expected: str) -> CheckpointError:
+def checksum_error(path: Path, found: str, expected: str) -> CheckpointError:
     """What to say where the SHA-256 of a file's bytes is not the one noted when it was written."""
     return CheckpointError(
         f"{path}: is damaged: the SHA-256 of its bytes is {found[:12]}…, expected {expected[:12]}…; {REPAIR}"
@@ -62,10 +62,10 @@ def is_folder(path: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
-        raise unreadable(path, error) from None
+        raise read_error(path, error) from None
 
 
-def listed(problems: Sequence[str]) -> str:
+def join_problems(problems: Sequence[str]) -> str:
     """All problems as one line, the first few in words."""
     more = len(problems) - _MOST_LISTED
     return "; ".join([*problems[:_MOST_LISTED], *([f"and {more} more"] if more > 0 else [])])
@@ -73,7 +73,7 @@ def listed(problems: Sequence[str]) -> str:
 
 def validation_problems(error: ValidationError) -> str:
     """What pydantic found, each problem with the name of its field."""
-    return listed([_in_words(dict(problem)) for problem in error.errors()])
+    return join_problems([_in_words(dict(problem)) for problem in error.errors()])
 
 
 def _in_words(problem: dict[str, Any]) -> str:

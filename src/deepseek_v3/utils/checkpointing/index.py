@@ -24,22 +24,22 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from deepseek_v3.utils.checkpointing.errors import (
     REPAIR,
-    damaged,
-    listed,
+    checksum_error,
+    join_problems,
+    read_error,
     require_regular_file,
-    unreadable,
     validation_problems,
 )
 from deepseek_v3.utils.checkpointing.safetensors_file import DTYPES, HeaderEntry, require_plain_json
 from deepseek_v3.utils.errors import CheckpointError
 
-Numbers = tuple[int, ...]
-Box = tuple[Numbers, Numbers]  # offsets and sizes
+Extents = tuple[int, ...]
+Box = tuple[Extents, Extents]  # offsets and sizes
 
 _MOST_CUT_AXES = 8  # a box has 2**n corners
 
 
-def tiling_problem(shape: Numbers, boxes: Sequence[Box]) -> str | None:
+def tiling_problem(shape: Extents, boxes: Sequence[Box]) -> str | None:
     """What is wrong with boxes that should hold each number of a tensor exactly once; None where nothing is.
 
     The boxes have as many axes as `shape` and lie within it; their order does not matter, and empty ones do not
@@ -66,14 +66,14 @@ def _along(axes: Sequence[int], box: Box) -> Box:
     return tuple(offsets[axis] for axis in axes), tuple(sizes[axis] for axis in axes)
 
 
-def _first_miscounted(shape: Sequence[int], boxes: Sequence[Box]) -> tuple[Numbers, int] | None:
+def _first_miscounted(shape: Sequence[int], boxes: Sequence[Box]) -> tuple[Extents, int] | None:
     """The first position, row by row, that is not in exactly one box, and in how many more than one it is.
 
     How many boxes hold a position is the sum over all corners before it of their signs, +1 or -1. So the boxes hold
     each position once where their corners cancel to those of the whole, and else the first corner that is left over
     is the first wrong position, wrong by its own sum of signs.
     """
-    corners: Counter[Numbers] = Counter()
+    corners: Counter[Extents] = Counter()
     whole = ((0,) * len(shape), tuple(shape))
     for weight, (offsets, sizes) in [(-1, whole), *((1, box) for box in boxes)]:
         ends = [((offset, 1), (offset + size, -1)) for offset, size in zip(offsets, sizes, strict=True)]
@@ -137,7 +137,7 @@ class Index(_Entry):
         problems = [problem for name, tensor in self.tensors.items() for problem in self._problems(name, tensor)]
         problems += self._overlaps()
         if problems:
-            raise ValueError(listed(problems))
+            raise ValueError(join_problems(problems))
         return self
 
     def _problems(self, name: str, tensor: StoredTensor) -> list[str]:
@@ -215,7 +215,7 @@ class Index(_Entry):
             require_regular_file(path)
             content = path.read_bytes()
         except OSError as error:
-            raise unreadable(path, error) from None
+            raise read_error(path, error) from None
         head = _HEAD.match(content)
         if not head:
             raise CheckpointError(
@@ -230,7 +230,7 @@ class Index(_Entry):
         body = content[head.end() :]
         found = hashlib.sha256(body).hexdigest()
         if found != head[2].decode():
-            raise damaged(path, found, head[2].decode())
+            raise checksum_error(path, found, head[2].decode())
         try:
             require_plain_json(b"{" + body)
             return cls.model_validate_json(b"{" + body)
@@ -240,7 +240,7 @@ class Index(_Entry):
             raise CheckpointError(f"{path}: is not JSON as this project writes it: {error}; {REPAIR}") from None
 
 
-def chunk_name(name: str, shape: Numbers, offsets: Numbers, sizes: Numbers) -> str:
+def chunk_name(name: str, shape: Extents, offsets: Extents, sizes: Extents) -> str:
     """A chunk's name within its file: the tensor's, and where that is cut the part of it, as in `w[0:2,4:8]`."""
     if sizes == shape:
         return name

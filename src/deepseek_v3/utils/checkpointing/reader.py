@@ -23,24 +23,24 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from deepseek_v3.utils.checkpointing.checks import TensorInfo, infos
+from deepseek_v3.utils.checkpointing.checks import TensorInfo, tensor_infos
 from deepseek_v3.utils.checkpointing.errors import (
     REPAIR,
-    damaged,
+    checksum_error,
     is_folder,
-    listed,
+    join_problems,
+    read_error,
     require_regular_file,
-    unreadable,
 )
-from deepseek_v3.utils.checkpointing.index import INDEX_FILE, Index, Numbers
+from deepseek_v3.utils.checkpointing.index import INDEX_FILE, Extents, Index
 from deepseek_v3.utils.checkpointing.safetensors_file import DTYPES, HeaderEntry, map_bytes, read_header
 from deepseek_v3.utils.checkpointing.single_file import load_file, verify_file
-from deepseek_v3.utils.checkpointing.state_dict import split
+from deepseek_v3.utils.checkpointing.state_dict import flatten
 from deepseek_v3.utils.errors import CheckpointError
 from deepseek_v3.utils.files import sha256_of_file
 
 
-class Contents(ABC):
+class CheckpointReader(ABC):
     """What a checkpoint holds: the tensors by their dotted names (see `nesting`), in `plain` all the rest."""
 
     path: Path
@@ -62,11 +62,11 @@ class Contents(ABC):
         """The same for one file."""
 
     @abstractmethod
-    def chunks(self, name: str) -> list[tuple[Numbers, Numbers]]:
+    def chunks(self, name: str) -> list[tuple[Extents, Extents]]:
         """The offsets and sizes of the boxes in which a tensor is stored."""
 
     @abstractmethod
-    def chunk(self, name: str, offsets: Numbers) -> Tensor:
+    def chunk(self, name: str, offsets: Extents) -> Tensor:
         """The box at `offsets`, mapped into memory; not to be written to."""
 
     def whole(self, name: str) -> Tensor:
@@ -79,15 +79,15 @@ class Contents(ABC):
         return tensor
 
 
-def open_checkpoint(path: Path) -> Contents:
+def open_checkpoint(path: Path) -> CheckpointReader:
     """Opens a checkpoint folder or file; its checksums are left to `verify`.
 
     Raises CheckpointError where it is missing, or so damaged that it cannot even be listed.
     """
-    return FolderContents(path) if is_folder(path) else FileContents(path)
+    return FolderReader(path) if is_folder(path) else FileReader(path)
 
 
-class FolderContents(Contents):
+class FolderReader(CheckpointReader):
     """A folder that several ranks wrote."""
 
     def __init__(self, path: Path) -> None:
@@ -108,10 +108,10 @@ class FolderContents(Contents):
         try:
             found = sha256_of_file(path)
             if found != expected:
-                raise damaged(path, found, expected)
+                raise checksum_error(path, found, expected)
             self._compare_header(path)
         except OSError as error:  # of a disk that fails, or a folder that is deleted meanwhile
-            raise unreadable(path, error) from None
+            raise read_error(path, error) from None
 
     def _compare_header(self, path: Path) -> None:
         """Raises CheckpointError unless a file says of each of its tensors what the index says."""
@@ -126,12 +126,12 @@ class FolderContents(Contents):
             if found.get(name) != expected.get(name)
         ]
         if problems:
-            raise CheckpointError(f"{path}: {listed(problems)}; {REPAIR}")
+            raise CheckpointError(f"{path}: {join_problems(problems)}; {REPAIR}")
 
-    def chunks(self, name: str) -> list[tuple[Numbers, Numbers]]:
+    def chunks(self, name: str) -> list[tuple[Extents, Extents]]:
         return [(chunk.offsets, chunk.sizes) for chunk in self._chunks[name].values()]
 
-    def chunk(self, name: str, offsets: Numbers) -> Tensor:
+    def chunk(self, name: str, offsets: Extents) -> Tensor:
         chunk, dtype = self._chunks[name][offsets], self.tensors[name].dtype
         if 0 in chunk.sizes:
             return torch.empty(chunk.sizes, dtype=dtype)
@@ -151,7 +151,7 @@ class FolderContents(Contents):
             found = require_regular_file(path)
             path.open("rb").close()
         except OSError as error:
-            raise unreadable(path, error) from None
+            raise read_error(path, error) from None
         if found != expected:
             raise CheckpointError(f"{path}: has {found:,} bytes, expected {expected:,}; {REPAIR}")
         return path
@@ -164,41 +164,41 @@ def _entry(entries: dict[str, HeaderEntry], name: str) -> str:
     return f"{entry.dtype} {list(entry.shape)} at byte {entry.begin}"
 
 
-class FileContents(Contents):
+class FileReader(CheckpointReader):
     """A single file; each of its tensors is one chunk."""
 
     def __init__(self, path: Path) -> None:
         state = load_file(path, verify=False, mmap=True)
         try:
-            self._tensors, self.plain = split(state)
+            self._tensors, self.plain = flatten(state)
         except TypeError as error:
             raise CheckpointError(
                 f"{path}: cannot be shared out among ranks: {error}; "
                 "resume it once in a single process, whose next checkpoint can"
             ) from None
         self.path, self.files = path, [path.name]
-        self.tensors = infos(self._tensors)
+        self.tensors = tensor_infos(self._tensors)
 
     def verify_file(self, name: str) -> None:
         assert name == self.path.name
         try:
             verify_file(self.path)
         except OSError as error:
-            raise unreadable(self.path, error) from error
+            raise read_error(self.path, error) from error
 
-    def chunks(self, name: str) -> list[tuple[Numbers, Numbers]]:
+    def chunks(self, name: str) -> list[tuple[Extents, Extents]]:
         shape = self.tensors[name].shape
         return [((0,) * len(shape), shape)]
 
-    def chunk(self, name: str, offsets: Numbers) -> Tensor:
+    def chunk(self, name: str, offsets: Extents) -> Tensor:
         assert not any(offsets)
         return self._tensors[name]
 
 
-class ContentsReader(StorageReader):
+class DcpReader(StorageReader):
     """Reads any opened checkpoint, a folder or a file, into tensors that may be cut differently."""
 
-    def __init__(self, contents: Contents) -> None:
+    def __init__(self, contents: CheckpointReader) -> None:
         self.contents = contents
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:

@@ -31,7 +31,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ORDER = list(DTYPES.values())
 _ALIGNMENT = 8
 _LENGTH_BYTES = 8  # the length of the header, before it
@@ -113,7 +113,7 @@ def _header(tensors: dict[str, Tensor]) -> tuple[bytes, dict[str, int]]:
     """The header, padded so that the numbers begin aligned, and where in the file each tensor begins."""
     ends = list(accumulate((tensor.nbytes for tensor in tensors.values()), initial=0))
     entries = {
-        name: {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
+        name: {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
         for (name, tensor), span in zip(tensors.items(), pairwise(ends), strict=True)
     }
     text = json.dumps(entries).encode()

@@ -26,13 +26,25 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
-from deepseek_v3.utils.checkpointing.checks import OTHER_CONFIG, infos, refuse, unfit, unknown
+from deepseek_v3.utils.checkpointing.checks import (
+    SAME_CONFIG_ADVICE,
+    mismatches,
+    raise_problems,
+    tensor_infos,
+    unexpected_tensors,
+)
 from deepseek_v3.utils.checkpointing.directory import CheckpointDirectory
-from deepseek_v3.utils.checkpointing.reader import Contents, ContentsReader, open_checkpoint
-from deepseek_v3.utils.checkpointing.safetensors_file import NAMES
-from deepseek_v3.utils.checkpointing.state_dict import split
-from deepseek_v3.utils.checkpointing.writer import CopiesPlanner, CpuCopies, FolderWriter
-from deepseek_v3.utils.distributed.collectives import gathered, on_any, rank_and_size, shared_errors, together
+from deepseek_v3.utils.checkpointing.reader import CheckpointReader, DcpReader, open_checkpoint
+from deepseek_v3.utils.checkpointing.safetensors_file import DTYPE_NAMES
+from deepseek_v3.utils.checkpointing.state_dict import flatten
+from deepseek_v3.utils.checkpointing.writer import CpuStager, DcpWriter, StagedSavePlanner
+from deepseek_v3.utils.distributed.collectives import (
+    any_rank,
+    gather_objects,
+    raise_first_rank_error,
+    rank_and_size,
+    run_on_all_ranks,
+)
 from deepseek_v3.utils.errors import CheckpointError
 from deepseek_v3.utils.logging import get_logger
 
@@ -55,7 +67,7 @@ class PendingSave:
 
     def wait(self) -> Path:
         """Waits until the checkpoint is complete. Raises the CheckpointError of any rank on all ranks."""
-        with shared_errors():
+        with raise_first_rank_error():
             self._future.result()
         return self.path
 
@@ -67,7 +79,7 @@ def save_sharded(
     group: ProcessGroup | None,
     *,
     completed: Callable[[], None] = lambda: None,
-    copies: CpuCopies | None = None,
+    copies: CpuStager | None = None,
 ) -> PendingSave:
     """Begins to write `folder`, which appears whole or not at all and replaces an earlier one.
 
@@ -78,13 +90,15 @@ def save_sharded(
     numbers that cannot be saved.
     """
     for name, tensor in tensors.items():
-        if tensor.dtype not in NAMES:
-            raise TypeError(f"{name} is of {tensor.dtype}; a sharded checkpoint holds {', '.join(map(str, NAMES))}")
-    copies = copies or CpuCopies()
+        if tensor.dtype not in DTYPE_NAMES:
+            raise TypeError(
+                f"{name} is of {tensor.dtype}; a sharded checkpoint holds {', '.join(map(str, DTYPE_NAMES))}"
+            )
+    copies = copies or CpuStager()
     future = async_save(
         {name: tensor.detach() for name, tensor in tensors.items()},
-        storage_writer=FolderWriter(folder, plain, completed),
-        planner=CopiesPlanner(copies),
+        storage_writer=DcpWriter(folder, plain, completed),
+        planner=StagedSavePlanner(copies),
         async_stager=copies,
         process_group=group,
         no_dist=group is None,
@@ -107,7 +121,7 @@ class ShardedWriter:
         saved: Callable[[Path], None] = lambda _: None,
     ) -> None:
         self._checkpoints, self._group, self._saved = checkpoints, group, saved
-        self._copies = CpuCopies()
+        self._copies = CpuStager()
         self._pending: PendingSave | None = None
 
     def __enter__(self) -> ShardedWriter:
@@ -130,7 +144,7 @@ class ShardedWriter:
         complete. Raises TypeError, naming the entry, for what a sharded checkpoint cannot hold.
         """
         self.wait()
-        tensors, plain = split(state)
+        tensors, plain = flatten(state)
         folder = self._checkpoints.folder_of(step)
         completed = partial(self._completed, folder)
         self._pending = save_sharded(folder, tensors, plain, self._group, completed=completed, copies=self._copies)
@@ -164,14 +178,14 @@ def load_sharded(
     out the checksums of the files, or skip them by `verify=False`. Raises CheckpointError, on all ranks and before
     anything is changed, for damage, for names that only one side has, and for other shapes or types: all in one.
     """
-    contents = together(group, lambda: open_checkpoint(path))
+    contents = run_on_all_ranks(group, lambda: open_checkpoint(path))
     if verify:
         _verify(contents, group)
     _check_tensors(contents, tensors, group)
-    with shared_errors():
+    with raise_first_rank_error():
         load(
             dict(tensors),
-            storage_reader=ContentsReader(contents),
+            storage_reader=DcpReader(contents),
             planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
             process_group=group,
             no_dist=group is None,
@@ -183,27 +197,27 @@ def newest_checkpoint(checkpoints: CheckpointDirectory, group: ProcessGroup | No
 
     Rank 0 logs each that is passed over. Raises CheckpointError where there is none.
     """
-    paths = gathered(group, together(group, checkpoints.newest_first))[0]
+    paths = gather_objects(group, run_on_all_ranks(group, checkpoints.newest_first))[0]
     tell = rank_and_size(group)[0] == 0
     return checkpoints.first_usable(paths, partial(verify_checkpoint, group=group), tell=tell)[0]
 
 
 def verify_checkpoint(path: Path, group: ProcessGroup | None) -> None:
     """Raises CheckpointError, on all ranks, where a checkpoint is missing or damaged; the ranks share the work."""
-    _verify(together(group, lambda: open_checkpoint(path)), group)
+    _verify(run_on_all_ranks(group, lambda: open_checkpoint(path)), group)
 
 
-def _verify(contents: Contents, group: ProcessGroup | None) -> None:
-    together(group, lambda: contents.verify(*rank_and_size(group)))
+def _verify(contents: CheckpointReader, group: ProcessGroup | None) -> None:
+    run_on_all_ranks(group, lambda: contents.verify(*rank_and_size(group)))
 
 
-def _check_tensors(contents: Contents, tensors: dict[str, Tensor], group: ProcessGroup | None) -> None:
+def _check_tensors(contents: CheckpointReader, tensors: dict[str, Tensor], group: ProcessGroup | None) -> None:
     """Raises one CheckpointError on all ranks, with the problems of all of them."""
     for name, tensor in tensors.items():
         if tensor.is_meta:
             raise TypeError(f"{name} is on the meta device and has no memory to load into")
-    wanted = on_any(group, [name in tensors for name in contents.tensors])
+    wanted = any_rank(group, [name in tensors for name in contents.tensors])
     left_over = [name for name, place in zip(contents.tensors, wanted, strict=True) if not place]
-    of_ranks = gathered(group, unfit(contents.tensors, infos(tensors)))
+    of_ranks = gather_objects(group, mismatches(contents.tensors, tensor_infos(tensors)))
     problems = [problem for of_rank in of_ranks for problem in of_rank]
-    refuse(contents.path, [*problems, *unknown(left_over)], OTHER_CONFIG)
+    raise_problems(contents.path, [*problems, *unexpected_tensors(left_over)], SAME_CONFIG_ADVICE)

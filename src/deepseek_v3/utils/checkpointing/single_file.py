@@ -18,9 +18,15 @@ from typing import Any
 
 import torch
 
-from deepseek_v3.utils.checkpointing.errors import REPAIR, damaged, require_regular_file, unreadable, unwritable
+from deepseek_v3.utils.checkpointing.errors import (
+    REPAIR,
+    checksum_error,
+    read_error,
+    require_regular_file,
+    write_error,
+)
 from deepseek_v3.utils.errors import CheckpointError
-from deepseek_v3.utils.files import sha256_of_file, written_atomically
+from deepseek_v3.utils.files import atomic_write, sha256_of_file
 
 _COMMENT_BYTES = len("sha256:") + 64
 _COMMENT_LENGTH = _COMMENT_BYTES.to_bytes(2, "little")
@@ -41,7 +47,7 @@ def save_file(path: Path, state: dict[str, Any]) -> None:
     """
     _require_plain(state, "state")
     try:
-        with written_atomically(path) as partial:
+        with atomic_write(path) as partial:
             with partial.open("wb") as file:
                 torch.save(state, file)
             _append_checksum(partial)
@@ -50,7 +56,7 @@ def save_file(path: Path, state: dict[str, Any]) -> None:
         cause = error.__context__ if isinstance(error, RuntimeError) else error
         if not isinstance(cause, OSError):
             raise
-        raise unwritable(path, cause) from error
+        raise write_error(path, cause) from error
 
 
 def load_file(
@@ -67,7 +73,7 @@ def load_file(
             verify_file(path)
         state = _load_plain(path, map_location, mmap)
     except OSError as error:
-        raise unreadable(path, error) from error
+        raise read_error(path, error) from error
     if not isinstance(state, dict):
         raise CheckpointError(
             f"{path}: holds a {type(state).__name__}, expected a dict; load a checkpoint that this project saved"
@@ -93,7 +99,7 @@ def verify_file(path: Path) -> None:
     expected = ending[1].decode()
     found = sha256_of_file(path, num_bytes - _COMMENT_BYTES)
     if found != expected:
-        raise damaged(path, found, expected)
+        raise checksum_error(path, found, expected)
 
 
 def _load_plain(path: Path, map_location: str | torch.device, mmap: bool) -> object:

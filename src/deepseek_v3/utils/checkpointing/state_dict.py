@@ -14,18 +14,18 @@ from torch import Tensor
 _SCALARS = (str, int, bool, type(None))
 
 
-def split(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of nested dicts by dotted name, and the dicts without them, which JSON can hold.
 
-    Raises TypeError, naming the entry, for what `joined` could not build again: keys that are no str, values that
-    are neither tensors nor JSON, and names in which a dot could mean two things.
+    Raises TypeError, naming the entry, for what `unflatten` could not rebuild: keys that are not str, values that
+    are neither tensors nor JSON, and names in which a dot is ambiguous.
     """
     tensors: dict[str, Tensor] = {}
     return tensors, _without_tensors(state, (), tensors)
 
 
-def joined(tensors: dict[str, Tensor], plain: dict[str, Any]) -> dict[str, Any]:
-    """The nested dicts of which `split` made these: each tensor goes to the deepest dict along its name."""
+def unflatten(tensors: dict[str, Tensor], plain: dict[str, Any]) -> dict[str, Any]:
+    """The nested dicts of which `flatten` made these: each tensor goes to the deepest dict along its name."""
     state = deepcopy(plain)
     for name, tensor in tensors.items():
         place, key = state, name

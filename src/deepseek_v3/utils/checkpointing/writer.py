@@ -30,9 +30,9 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
-from deepseek_v3.utils.checkpointing.errors import unwritable
+from deepseek_v3.utils.checkpointing.errors import write_error
 from deepseek_v3.utils.checkpointing.index import Chunk, Index, StoredFile, StoredTensor, chunk_name
-from deepseek_v3.utils.checkpointing.safetensors_file import NAMES, write_tensor_file
+from deepseek_v3.utils.checkpointing.safetensors_file import DTYPE_NAMES, write_tensor_file
 from deepseek_v3.utils.errors import CheckpointError
 from deepseek_v3.utils.files import partial_folder, publish_folder, remove_leftovers
 
@@ -45,7 +45,7 @@ class _Written(NamedTuple):
     chunks: list[tuple[str, Chunk]]
 
 
-class FolderWriter(StorageWriter):
+class DcpWriter(StorageWriter):
     """Writes one folder: each rank its file, then the coordinator the index, and the name by which it is seen.
 
     `plain` is the coordinator's; `completed` is called by the coordinator, last of all.
@@ -77,7 +77,7 @@ class FolderWriter(StorageWriter):
             remove_leftovers(self.folder.parent)
             self.partial.mkdir()
         except OSError as error:
-            raise unwritable(self.folder, error) from None
+            raise write_error(self.folder, error) from None
         return [replace(plan, storage_data=f"rank_{rank:05d}.safetensors") for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -99,7 +99,7 @@ class FolderWriter(StorageWriter):
             index.write(self.partial)
             publish_folder(self.folder)
         except OSError as error:
-            raise unwritable(self.folder, error) from None
+            raise write_error(self.folder, error) from None
         self.completed()
 
     def _write(self, name: str, items: list[WriteItem], planner: SavePlanner) -> WriteResult:
@@ -108,7 +108,7 @@ class FolderWriter(StorageWriter):
             self.partial.mkdir(exist_ok=True)  # a network file system may not have shown it to this host yet
             num_bytes, sha256, begins = write_tensor_file(self.partial / name, tensors)
         except OSError as error:
-            raise unwritable(self.folder / name, error) from None
+            raise write_error(self.folder / name, error) from None
         chunks = [
             (item.index.fqn, Chunk(file=name, begin=begins[_key(item)], offsets=box.offsets, sizes=box.sizes))
             for item in items
@@ -137,7 +137,7 @@ def _stored_tensors(metadata: Metadata, written: list[_Written]) -> dict[str, St
 
 def _stored_tensor(entry: Any, chunks: list[Chunk]) -> StoredTensor:
     assert isinstance(entry, TensorStorageMetadata)
-    return StoredTensor(dtype=NAMES[entry.properties.dtype], shape=tuple(entry.size), chunks=tuple(chunks))
+    return StoredTensor(dtype=DTYPE_NAMES[entry.properties.dtype], shape=tuple(entry.size), chunks=tuple(chunks))
 
 
 def _resolved(item: WriteItem, planner: SavePlanner) -> Tensor:
@@ -157,7 +157,7 @@ def _key(item: WriteItem) -> str:
     return chunk_name(item.index.fqn, tuple(item.tensor_data.size), tuple(box.offsets), tuple(box.sizes))
 
 
-class CpuCopies(AsyncStager):
+class CpuStager(AsyncStager):
     """Copies this rank's part of every tensor, and keeps the memory for the next save.
 
     Fresh memory costs a page fault every 4 KiB, which makes the first save the slowest. Torch's own stager keeps
@@ -195,10 +195,10 @@ class CpuCopies(AsyncStager):
         return copy.copy_(part)
 
 
-class CopiesPlanner(DefaultSavePlanner):
+class StagedSavePlanner(DefaultSavePlanner):
     """Plans by the layout of the tensors themselves, and hands out their copies."""
 
-    def __init__(self, copies: CpuCopies) -> None:
+    def __init__(self, copies: CpuStager) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._copies = copies
 

@@ -36,7 +36,7 @@ def rank_and_size(group: ProcessGroup | None) -> tuple[int, int]:
     return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
 
 
-def gathered(group: ProcessGroup | None, value: T) -> list[T]:
+def gather_objects(group: ProcessGroup | None, value: T) -> list[T]:
     """The value of every rank, on every rank."""
     values = [value] * rank_and_size(group)[1]
     if group is not None:
@@ -44,7 +44,7 @@ def gathered(group: ProcessGroup | None, value: T) -> list[T]:
     return values
 
 
-def on_any(group: ProcessGroup | None, flags: list[bool]) -> list[bool]:
+def any_rank(group: ProcessGroup | None, flags: list[bool]) -> list[bool]:
     """Which of these flags, in the same order on every rank, are set on any rank."""
     numbers = torch.tensor(flags, dtype=torch.uint8)
     if group is not None:
@@ -52,21 +52,21 @@ def on_any(group: ProcessGroup | None, flags: list[bool]) -> list[bool]:
     return [bool(number) for number in numbers.tolist()]
 
 
-def together(group: ProcessGroup | None, work: Callable[[], T]) -> T:
+def run_on_all_ranks(group: ProcessGroup | None, work: Callable[[], T]) -> T:
     """Does `work` on every rank; a UserError of any is raised on all, that of the first rank."""
     error: UserError | None = None
     try:
         result = work()
     except UserError as raised:
         error = raised
-    for failure in gathered(group, error):
+    for failure in gather_objects(group, error):
         if failure is not None:
             raise failure
     return result
 
 
 @contextmanager
-def shared_errors() -> Iterator[None]:
+def raise_first_rank_error() -> Iterator[None]:
     """Raises the first rank's error within torch.distributed.checkpoint, instead of a report of it."""
     try:
         yield

@@ -14,7 +14,7 @@ _WATCHED = 32  # others that each rank looks after: enough that the loss of a fe
 
 
 @dataclass(frozen=True)
-class Beat:
+class Heartbeat:
     """One message of a rank.
 
     `count` rises with every message. `step` is the step that the rank is in, 0 before its first; `waits` is for how
@@ -33,12 +33,12 @@ class Beat:
         return json.dumps(asdict(self))
 
     @classmethod
-    def decode(cls, text: str | bytes) -> Beat:
+    def decode(cls, text: str | bytes) -> Heartbeat:
         """The inverse of `encode`."""
         return cls(**json.loads(text))
 
 
-class AwakeTime:
+class AwakeClock:
     """Seconds in which this process was running, from its own looks at a clock.
 
     Between two looks no more than `longest` seconds count: a process that was suspended, or that a busy machine
@@ -59,29 +59,29 @@ class AwakeTime:
 
 
 @dataclass(frozen=True)
-class Sighting:
+class RankState:
     """A rank's last message; when a newer one was last seen and when its step last changed, by our own clock."""
 
-    beat: Beat
+    beat: Heartbeat
     beat_at: float
     step_at: float
 
 
-class Sightings:
+class FailureDetector:
     """What one rank has seen of the others; times in seconds, of one clock."""
 
     def __init__(self) -> None:
-        self._seen: dict[int, Sighting] = {}
+        self._seen: dict[int, RankState] = {}
 
-    def see(self, rank: int, beat: Beat, now: float) -> None:
+    def see(self, rank: int, beat: Heartbeat, now: float) -> None:
         """Takes note of the message that lies there for a rank now, be it new or not."""
         earlier = self._seen.get(rank)
         if earlier is None:
-            self._seen[rank] = Sighting(beat, now, now)
+            self._seen[rank] = RankState(beat, now, now)
             return
         beat_at = earlier.beat_at if beat.count == earlier.beat.count else now
         step_at = earlier.step_at if beat.step == earlier.beat.step else now
-        self._seen[rank] = Sighting(beat, beat_at, step_at)
+        self._seen[rank] = RankState(beat, beat_at, step_at)
 
     def to_look_at(self, rank: int, size: int, now: float, seconds: float) -> list[int]:
         """Ranks from our own on; all, to know who else is, while one has been silent for longer than `seconds`."""
@@ -94,7 +94,7 @@ class Sightings:
         kept = set(ranks)
         self._seen = {rank: sighting for rank, sighting in self._seen.items() if rank in kept}
 
-    def beat_of(self, rank: int) -> Beat:
+    def beat_of(self, rank: int) -> Heartbeat:
         """The last message of a rank."""
         return self._seen[rank].beat
 
@@ -122,5 +122,5 @@ class Sightings:
             return []
         return [rank for rank, sighting in stuck if sighting.beat.waits == 0]
 
-    def _running(self) -> list[tuple[int, Sighting]]:
+    def _running(self) -> list[tuple[int, RankState]]:
         return [(rank, sighting) for rank, sighting in sorted(self._seen.items()) if not sighting.beat.ended]

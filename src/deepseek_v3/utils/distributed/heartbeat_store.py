@@ -17,7 +17,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not said to be so
 
-from deepseek_v3.utils.distributed.failure_detector import Beat
+from deepseek_v3.utils.distributed.failure_detector import Heartbeat
 from deepseek_v3.utils.distributed.launch import World
 from deepseek_v3.utils.errors import TrainingError
 
@@ -25,7 +25,7 @@ _PLACE, _FINDING, _NOTHING = "watchdog", "finding", "-"
 
 
 @dataclass(frozen=True)
-class Finding:
+class FailureReport:
     """Why the job ends: `lost` ranks answer no more, or nobody waits for them; `speaker` is to say `text`.
 
     Without a speaker there is nothing to say: a lost rank says it itself. One that only hangs is `alive`: it too
@@ -38,7 +38,7 @@ class Finding:
     alive: bool = False
 
 
-class Noticeboard:
+class HeartbeatStore:
     """One rank's connection to the store; for one thread at a time, which a store that is frozen keeps for ever.
 
     Every method raises torch.distributed.DistError where the store has gone.
@@ -53,7 +53,7 @@ class Noticeboard:
         self._store = _rank_0s_store(world, timeout)
         if self.rank == 0:
             self._store.set(_FINDING, _NOTHING)
-        self.set_beat(Beat())
+        self.set_beat(Heartbeat())
         self._store.set(_name_key(self.rank), f"host {socket.gethostname()}, pid {os.getpid()}")
         keys = [_name_key(rank) for rank in range(self.size)]
         try:
@@ -85,16 +85,16 @@ class Noticeboard:
         host = self._names[rank].partition(", pid ")[0]
         return [other for other, name in enumerate(self._names) if name.partition(", pid ")[0] == host]
 
-    def set_beat(self, beat: Beat) -> None:
+    def set_beat(self, beat: Heartbeat) -> None:
         """Leaves this rank's latest message."""
         self._store.set(_beat_key(self.rank), beat.encode())
 
-    def read(self, ranks: Sequence[int]) -> tuple[Finding | None, list[Beat]]:
+    def read(self, ranks: Sequence[int]) -> tuple[FailureReport | None, list[Heartbeat]]:
         """The finding, where there is one, and the latest messages of these ranks."""
         finding, *beats = self._store.multi_get([_FINDING, *map(_beat_key, ranks)])
-        return _decoded(finding), [Beat.decode(beat) for beat in beats]
+        return _decoded(finding), [Heartbeat.decode(beat) for beat in beats]
 
-    def publish(self, finding: Finding) -> bool:
+    def publish(self, finding: FailureReport) -> bool:
         """Writes down a finding, where there is none yet; returns whether it is the one that counts."""
         text = json.dumps(asdict(finding))
         return self._store.compare_set(_FINDING, _NOTHING, text).decode() == text
@@ -131,11 +131,11 @@ def _name_key(rank: int) -> str:
     return f"name/{rank}"
 
 
-def _decoded(finding: bytes) -> Finding | None:
+def _decoded(finding: bytes) -> FailureReport | None:
     if finding.decode() == _NOTHING:
         return None
     fields = json.loads(finding)
-    return Finding(tuple(fields["lost"]), fields["text"], fields["speaker"], fields["alive"])
+    return FailureReport(tuple(fields["lost"]), fields["text"], fields["speaker"], fields["alive"])
 
 
 def _listed(names: list[str], most: int = 8) -> str:

@@ -151,7 +151,7 @@ def process_group(
             dist.destroy_process_group()
 
 
-def announce(world: World, device: torch.device) -> None:
+def export_environment(world: World, device: torch.device) -> None:
     """Tells DeepSpeed, which reads the environment, what was found there or chosen otherwise."""
     os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank))
     os.environ["DS_ACCELERATOR"] = device.type

@@ -16,7 +16,7 @@ _COLLECTIVES = str(Path(dist.__file__).parent)
 _OPERATORS = str(Path(torch.__file__).parent / "_ops.py")  # through which functional collectives are called
 
 
-class Whereabouts:
+class StackProbe:
     """Looks at a thread now and then; keeps none of its frames, which would keep their tensors."""
 
     def __init__(self, thread: int) -> None:

@@ -21,11 +21,11 @@ from types import TracebackType
 
 import torch.distributed as dist
 
-from deepseek_v3.utils.distributed.failure_detector import AwakeTime, Beat, Sightings
-from deepseek_v3.utils.distributed.heartbeat_store import Finding, Noticeboard
+from deepseek_v3.utils.distributed.failure_detector import AwakeClock, FailureDetector, Heartbeat
+from deepseek_v3.utils.distributed.heartbeat_store import FailureReport, HeartbeatStore
 from deepseek_v3.utils.distributed.launch import World
-from deepseek_v3.utils.distributed.stack_probe import Whereabouts
-from deepseek_v3.utils.errors import chain_of
+from deepseek_v3.utils.distributed.stack_probe import StackProbe
+from deepseek_v3.utils.errors import error_chain
 from deepseek_v3.utils.logging import get_logger
 
 _BEATS_PER_SILENCE = 10
@@ -63,8 +63,8 @@ class Watchdog:
         self._silence, self._hang = silence.total_seconds(), 0.9 * timeout.total_seconds()
         self._before_exit, self._grace = before_exit, grace.total_seconds()
         self._interval = self._silence / _BEATS_PER_SILENCE
-        self._sightings = Sightings()
-        self._awake = AwakeTime(longest=2 * self._interval)
+        self._sightings = FailureDetector()
+        self._awake = AwakeClock(longest=2 * self._interval)
         self._count = self._step = self._beats_unanswered = 0
         self._released, self._store_failed, self._closed = threading.Event(), threading.Event(), threading.Event()
         self._leaving = threading.Lock()  # taken once, by the thread that ends the process
@@ -80,8 +80,8 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         if self._world.is_alone:
             return self
-        self._whereabouts = Whereabouts(threading.get_ident())
-        self._board = Noticeboard(self._world, self._timeout)
+        self._whereabouts = StackProbe(threading.get_ident())
+        self._board = HeartbeatStore(self._world, self._timeout)
         self._talker = threading.Thread(target=self._talk_until_released, name="watchdog", daemon=True)
         self._talker.start()
         threading.Thread(target=self._guard_store, name="watchdog of the store", daemon=True).start()
@@ -94,7 +94,7 @@ class Watchdog:
             return
         if error is not None:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # launchers end all after the first; this one must speak
-        if any(_may_be_an_echo(cause) for cause in chain_of(error)):
+        if any(_may_be_an_echo(cause) for cause in error_chain(error)):
             self._await_finding()
         self._released.set()
         self._talker.join()
@@ -120,7 +120,7 @@ class Watchdog:
 
     def _fail(self) -> None:
         """Lets all others end with this rank, whose error is about to be printed."""
-        if not self._board.publish(Finding(lost=(self._world.rank,))):
+        if not self._board.publish(FailureReport(lost=(self._world.rank,))):
             self._look()  # at the finding of another, which ends the process
         self._board.set_beat(self._beat(ended=True))
         while self._world.rank == 0 and self._others_live():
@@ -155,10 +155,10 @@ class Watchdog:
             if self._store_failed.is_set() or self._beats_unanswered > _BEATS_PER_SILENCE:
                 self._leave_without_store()
 
-    def _beat(self, ended: bool = False) -> Beat:
+    def _beat(self, ended: bool = False) -> Heartbeat:
         place, waits = self._whereabouts.look(time.monotonic())
         self._count += 1
-        return Beat(self._count, self._step, waits, place, ended)
+        return Heartbeat(self._count, self._step, waits, place, ended)
 
     def _look(self) -> None:
         """Looks for the signs of life of others, and acts on what is missing."""
@@ -185,14 +185,14 @@ class Watchdog:
             what = f"not left step {beat.step} for {self._hang:g} s while others wait, and stands at {beat.place}"
         if lost:
             text = f"{self._board.described(lost)} {what}; {_ADVICE}"
-            self._board.publish(Finding(tuple(lost), text, self._speaker(lost), alive=not silent))
+            self._board.publish(FailureReport(tuple(lost), text, self._speaker(lost), alive=not silent))
 
     def _speaker(self, lost: list[int]) -> int | None:
         """The lowest rank that is left, as far as this one knows."""
         ranks = range(self._world.size)
         return next((rank for rank in ranks if rank not in lost and not self._sightings.has_ended(rank)), None)
 
-    def _leave(self, finding: Finding) -> None:
+    def _leave(self, finding: FailureReport) -> None:
         """Ends the process after whoever has something to say; rank 0, with the store, after all who read there."""
         self._leaving.acquire()
         if finding.speaker == self._world.rank:
