@@ -229,7 +229,8 @@ def _check_head_dim(stated: object, config: ModelConfig) -> None:
     """Raises ValueError where the file's `qk_head_dim` is not the sum that it stands for."""
     if stated not in (None, config.qk_head_dim):
         raise ValueError(
-            f"qk_head_dim = {format_value(stated)} is not qk_nope_head_dim + qk_rope_head_dim = {config.qk_head_dim}"
+            f"qk_head_dim = {format_value(stated)}, "
+            f"expected qk_nope_head_dim + qk_rope_head_dim = {config.qk_head_dim}"
         )
 
 

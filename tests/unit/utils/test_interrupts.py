@@ -49,7 +49,7 @@ def test_a_program_is_ready_for_ctrl_c_before_it_imports_anything() -> None:
     for script in [*(ROOT / "scripts").glob("*.py"), *starts]:
         lines = script.read_text(encoding="utf-8").splitlines()
         ours = [line for line in lines if line.lstrip().startswith("from deepseek_v3")]
-        assert ours[0].startswith("from deepseek_v3.utils.interrupts import importing"), script
+        assert ours[0].startswith("from deepseek_v3.utils.interrupts import exit_on_interrupt"), script
         assert all(line.startswith("    ") for line in ours[1:]), script
 
 

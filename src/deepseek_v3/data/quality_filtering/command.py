@@ -162,8 +162,8 @@ def _train_language_model(
     )
     if limits.documents < _FEW_DOCUMENTS:
         typer.echo(
-            f"Percentiles of {pluralize(limits.documents, 'document')} hardly tell head, middle and tail apart: give "
-            f"{_FEW_DOCUMENTS} or more by --reference, or more text",
+            f"Percentiles of {pluralize(limits.documents, 'document')} hardly tell head, middle and tail apart: "
+            f"give {_FEW_DOCUMENTS} or more by --reference, or more text",
             err=True,
         )
 
@@ -179,8 +179,8 @@ def _split(files: Sequence[str], holdout: float | None, text_field: str) -> tupl
     num_words = sum(map(_num_words, texts))
     if num_words < 2:
         raise DataError(
-            f"{source}: {pluralize(num_words, 'word')} in {pluralize(len(texts), 'document')}; expected at least 2, "
-            "one to train on and one to hold out; give files with more text"
+            f"{source}: {pluralize(num_words, 'word')} in {pluralize(len(texts), 'document')}; expected at least "
+            "2, one to train on and one to hold out; give files with more text"
         )
     words = TokenBounds(_num_words, _num_words)
     planner = HoldOutPlanner(source, lambda: texts, words, 1, "one word", "words", "add text")
