@@ -10,18 +10,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import xxhash
-from numpy.typing import NDArray
 from typing_extensions import override
 
 from deepseek_v3.config.filter_config import MixingConfig
 from deepseek_v3.config.loading import load_config, section_from_dict
+from deepseek_v3.data.arrays import BoolArray, Float64Array, Int32Array, Int64Array, UInt64Array
 from deepseek_v3.data.documents import RECORDS, with_column
 from deepseek_v3.data.stages import CorpusStage, Drop, Outcome, Part, outcome
 from deepseek_v3.data.tokens.counting import TokenCounter
 from deepseek_v3.planning.token_budget import budget_in_tokens
 from deepseek_v3.utils.logging import get_logger
-
-Int64s = NDArray[np.int64]
 
 _EVERYTHING = "*"
 _NO_SOURCE = -1
@@ -89,9 +87,9 @@ class Mixer(CorpusStage):
     def apply(
         self,
         batch: pa.RecordBatch,
-        documents: Int64s,
+        documents: Int64Array,
         folder: Path,
-        ids_of: Callable[[Int64s], list[str]],
+        ids_of: Callable[[Int64Array], list[str]],
     ) -> Outcome:
         copies = np.load(folder / "copies.npy", mmap_mode="r")[documents]
         sources = np.load(folder / "sources.npy", mmap_mode="r")[documents]
@@ -103,7 +101,7 @@ class Mixer(CorpusStage):
         return Outcome(_repeated(result.kept, copies[result.kept_rows]), result.kept_rows, result.dropped)
 
     @override
-    def removed(self, parts: Sequence[Part], folder: Path) -> NDArray[np.bool_]:
+    def removed(self, parts: Sequence[Part], folder: Path) -> BoolArray:
         return np.load(folder / "copies.npy") == 0
 
     def _source(self, name: str) -> int:
@@ -112,11 +110,11 @@ class Mixer(CorpusStage):
 
     def _figures(
         self,
-        tokens: Int64s,
-        sources: NDArray[np.int32],
-        copies: Int64s,
-        available: Int64s,
-        targets: NDArray[np.float64],
+        tokens: Int64Array,
+        sources: Int32Array,
+        copies: Int64Array,
+        available: Int64Array,
+        targets: Float64Array,
     ) -> dict[str, Any]:
         mixed = {}
         for number, pattern in enumerate(self._patterns):
@@ -131,9 +129,7 @@ class Mixer(CorpusStage):
         return {"tokens": int((tokens * copies).sum()), "sources": mixed}
 
 
-def shares_of_budget(
-    weights: NDArray[np.float64], available: Int64s, budget: int, max_epochs: float
-) -> NDArray[np.float64]:
+def shares_of_budget(weights: Float64Array, available: Int64Array, budget: int, max_epochs: float) -> Float64Array:
     """Tokens to take of each source: in proportion to its weight, and no more than `max_epochs` times what it has.
 
     What a source cannot give is shared by the others in proportion to their weights. float64 [sources].
@@ -152,7 +148,7 @@ def shares_of_budget(
     return targets
 
 
-def copies_for(tokens: Int64s, order: NDArray[np.uint64], target: float) -> Int64s:
+def copies_for(tokens: Int64Array, order: UInt64Array, target: float) -> Int64Array:
     """How often to take each document for `target` tokens in all: int64 [n].
 
     Whole rounds of all, then the first in `order`, the last one only if that comes closer to the target.
@@ -168,7 +164,7 @@ def copies_for(tokens: Int64s, order: NDArray[np.uint64], target: float) -> Int6
     return copies
 
 
-def _repeated(kept: pa.RecordBatch, copies: Int64s) -> pa.RecordBatch:
+def _repeated(kept: pa.RecordBatch, copies: Int64Array) -> pa.RecordBatch:
     """Each document as often as it is wanted, one after the other."""
     if not (copies > 1).any():
         return kept

@@ -12,8 +12,8 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import orjson
 import pyarrow as pa
-from numpy.typing import NDArray
 
+from deepseek_v3.data.arrays import BoolArray, Int64Array
 from deepseek_v3.data.documents import AnyDocument, Documents, given_back, given_batches
 
 # `figures` is a JSON object, such as {"found": 0.31, "limit": 0.2}; `trigger` the piece of text that decided.
@@ -51,7 +51,7 @@ class Outcome:
     """
 
     kept: pa.RecordBatch
-    kept_rows: NDArray[np.bool_]
+    kept_rows: BoolArray
     dropped: pa.RecordBatch
     observed: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
@@ -173,12 +173,12 @@ class Part:
     rows: int
     removed: Path | None = None
 
-    def removed_rows(self) -> NDArray[np.bool_]:
+    def removed_rows(self) -> BoolArray:
         """Which documents an earlier stage removed: bool [rows]."""
         return np.zeros(self.rows, np.bool_) if self.removed is None else np.load(self.removed)
 
 
-def split_by_part(parts: Sequence[Part], documents: NDArray[np.int64]) -> list[tuple[Part, NDArray[np.int64]]]:
+def split_by_part(parts: Sequence[Part], documents: Int64Array) -> list[tuple[Part, Int64Array]]:
     """The parts that any of the documents belong to, with the indices of those documents."""
     owners = np.searchsorted([part.first + part.rows for part in parts], documents, side="right")
     order = np.argsort(owners, kind="stable")
@@ -230,9 +230,9 @@ class CorpusStage(ABC):
     def apply(
         self,
         batch: pa.RecordBatch,
-        documents: NDArray[np.int64],
+        documents: Int64Array,
         folder: Path,
-        ids_of: Callable[[NDArray[np.int64]], list[str]],
+        ids_of: Callable[[Int64Array], list[str]],
     ) -> Outcome:
         """Carries out the decisions in `folder` for a batch of the `documents` with these numbers, ascending.
 
@@ -240,7 +240,7 @@ class CorpusStage(ABC):
         """
 
     @abstractmethod
-    def removed(self, parts: Sequence[Part], folder: Path) -> NDArray[np.bool_]:
+    def removed(self, parts: Sequence[Part], folder: Path) -> BoolArray:
         """Which of all documents the decisions in `folder` remove."""
 
     @property

@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-Ids = NDArray[np.int64]
-Floats = NDArray[np.float64]
+from deepseek_v3.data.arrays import Float64Array, Int64Array, UInt8Array
+
 # Makes the blocks of a text anew, each int64 (windows, tokens). No pair is counted across two windows.
-Blocks = Callable[[], Iterable[Ids]]
+Blocks = Callable[[], Iterable[Int64Array]]
 
 TABLE_BYTES = 2**28
 _DISCOUNT_WITHOUT_RARE_PAIRS = 0.5  # above 0, so that a pair never seen has a probability
@@ -69,15 +68,15 @@ class _Counts:
     `once` and `twice` say how many different pairs occur that often.
     """
 
-    tokens: Ids
-    contexts: Ids
-    followers: Ids
-    pairs: Ids
+    tokens: Int64Array
+    contexts: Int64Array
+    followers: Int64Array
+    pairs: Int64Array
     once: int = 0
     twice: int = 0
 
 
-def _counted(fitted: Blocks, pairs: Ids, vocab_size: int, table_bytes: int) -> _Counts:
+def _counted(fitted: Blocks, pairs: Int64Array, vocab_size: int, table_bytes: int) -> _Counts:
     """Counts a text, in each pass the pairs of as many contexts as there is memory for; `pairs` is sorted."""
     counts = _Counts(_zeros(vocab_size), _zeros(vocab_size), _zeros(vocab_size), _zeros(len(pairs)))
     row_bytes = -(-vocab_size // 4)  # two bits for each token that may follow
@@ -97,7 +96,7 @@ def _counted(fitted: Blocks, pairs: Ids, vocab_size: int, table_bytes: int) -> _
     return counts
 
 
-def _add_wanted(sums: Ids, pairs: Ids, found: Ids, times: Ids) -> None:
+def _add_wanted(sums: Int64Array, pairs: Int64Array, found: Int64Array, times: Int64Array) -> None:
     """Adds how often the wanted pairs were found; both `pairs` and `found` are sorted."""
     if len(pairs):
         places = np.searchsorted(pairs, found).clip(max=len(pairs) - 1)
@@ -106,7 +105,7 @@ def _add_wanted(sums: Ids, pairs: Ids, found: Ids, times: Ids) -> None:
 
 
 def _add_to_table(
-    counts: _Counts, table: NDArray[np.uint8], first: int, found: Ids, times: Ids, vocab: int
+    counts: _Counts, table: UInt8Array, first: int, found: Int64Array, times: Int64Array, vocab: int
 ) -> None:
     """Adds different pairs to the table of contexts from `first` on, and updates what is known of all pairs."""
     contexts, after = np.divmod(found, vocab)
@@ -120,26 +119,26 @@ def _add_to_table(
     counts.twice += int((new == 2).sum()) - int((old == 2).sum())
 
 
-def _different_pairs(blocks: Blocks, vocab_size: int) -> tuple[Ids, Ids]:
+def _different_pairs(blocks: Blocks, vocab_size: int) -> tuple[Int64Array, Int64Array]:
     """The different pairs of a text, sorted, and how often each occurs."""
     pairs, times = _zeros(0), _zeros(0)
     for before, after in _targets(blocks):
         found, counts = np.unique(before * vocab_size + after, return_counts=True)
-        places: Ids
+        places: Int64Array
         pairs, places = np.unique(np.concatenate([pairs, found]), return_inverse=True)
         times = np.bincount(places, weights=np.concatenate([times, counts])).astype(np.int64)
     return pairs, times
 
 
-def _targets(blocks: Blocks) -> Iterator[tuple[Ids, Ids]]:
+def _targets(blocks: Blocks) -> Iterator[tuple[Int64Array, Int64Array]]:
     """Each block's tokens but the last of a window, and the tokens behind them, both flat."""
     for windows in blocks():
         yield windows[:, :-1].ravel(), windows[:, 1:].ravel()
 
 
-def _zeros(size: int) -> Ids:
+def _zeros(size: int) -> Int64Array:
     return np.zeros(size, np.int64)
 
 
-def _mean_loss(probabilities: Floats, occurrences: Ids) -> float:
+def _mean_loss(probabilities: Float64Array, occurrences: Int64Array) -> float:
     return float(-(np.log(probabilities) * occurrences).sum() / occurrences.sum())

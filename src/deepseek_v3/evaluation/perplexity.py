@@ -16,10 +16,11 @@ from rich.progress import track
 from rich.table import Table
 
 from deepseek_v3.config.train_config import RunConfig
+from deepseek_v3.data.arrays import Int64Array
 from deepseek_v3.data.tokens.loader import TokenLoader
 from deepseek_v3.data.tokens.shards import TokenShards
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
-from deepseek_v3.evaluation.ngrams import Ids, ngram_losses
+from deepseek_v3.evaluation.ngrams import ngram_losses
 from deepseek_v3.model.pretrained import SavedModel, load_model
 from deepseek_v3.training.data import Documents, check_vocabulary
 from deepseek_v3.training.loss import Objective
@@ -123,7 +124,7 @@ def _check_tokenizer(shards: TokenShards, saved: SavedModel, checkpoint: Path) -
         )
 
 
-def _blocks(loader: TokenLoader, windows: int) -> Iterator[Ids]:
+def _blocks(loader: TokenLoader, windows: int) -> Iterator[Int64Array]:
     """The first `windows` samples of a loader, about a million tokens at a time; shows how far it is."""
     at_once = max(1, _TOKENS_AT_ONCE // loader.sequence_length)
     console = get_console()

@@ -13,7 +13,8 @@ from torch.distributed import ProcessGroup
 
 from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.config.train_config import RunConfig
-from deepseek_v3.data.tokens.loader import Int64s, prefetched
+from deepseek_v3.data.arrays import Int64Array
+from deepseek_v3.data.tokens.loader import prefetched
 from deepseek_v3.data.tokens.shards import TokenShards
 from deepseek_v3.data.tokens.tokenize_corpus import tokenize_corpus
 from deepseek_v3.utils.distributed.collectives import run_on_all_ranks
@@ -64,7 +65,7 @@ def check_vocabulary(shards: TokenShards, model: ModelConfig) -> None:
 
 
 def token_batches(
-    read: Callable[[Item], Int64s],
+    read: Callable[[Item], Int64Array],
     groups: Iterable[Sequence[Item]],
     device: torch.device,
     ranks: ProcessGroup | None = None,
@@ -76,7 +77,7 @@ def token_batches(
     on all of `ranks` if any of them has one; `ranks` None speaks for this rank alone.
     """
 
-    def on_device(batch: Int64s) -> Tensor:
+    def on_device(batch: Int64Array) -> Tensor:
         tokens = torch.from_numpy(batch)
         return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens
 

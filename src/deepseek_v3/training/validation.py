@@ -9,11 +9,11 @@ from itertools import islice
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from deepseek_v3.config.train_config import RunConfig
+from deepseek_v3.data.arrays import Float64Array, Int64Array
 from deepseek_v3.data.tokens.loader import TokenLoader, drawn_windows
 from deepseek_v3.data.tokens.shards import TokenShards
 from deepseek_v3.training.data import Documents, token_batches
@@ -22,7 +22,7 @@ from deepseek_v3.utils.errors import DataError
 
 _TOKENS_READ_AT_ONCE = 2**20  # by each rank, between two agreements of all ranks that all could read
 
-Batch = NDArray[np.int64]  # numbers of windows
+Batch = Int64Array  # numbers of windows
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,11 @@ class HeldOutWindows:
             )
         self._byte_lengths = self._calibrated(shards)
 
-    def read(self, numbers: Batch) -> NDArray[np.int64]:
+    def read(self, numbers: Batch) -> Int64Array:
         """These windows with the token behind each: int64 [windows, sequence_length + 1]."""
         return self._loader.windows(numbers)
 
-    def blocks(self) -> Iterator[NDArray[np.int64]]:
+    def blocks(self) -> Iterator[Int64Array]:
         """All of them, about a million tokens at a time: int64 [windows, sequence_length + 1]."""
         at_once = max(1, _TOKENS_READ_AT_ONCE // self._loader.sequence_length)
         for first in range(0, len(self.numbers), at_once):
@@ -82,13 +82,13 @@ class HeldOutWindows:
         """Bytes of text that the targets stand for."""
         return float(sum(self._byte_lengths[targets].sum() for targets in self._targets()))
 
-    def _targets(self) -> Iterator[NDArray[np.int64]]:
+    def _targets(self) -> Iterator[Int64Array]:
         """All tokens of the windows but the first, less those that begin a masked document."""
         for windows in self.blocks():
             targets = windows[:, 1:]
             yield targets if self._end_of_text is None else targets[windows[:, :-1] != self._end_of_text]
 
-    def _calibrated(self, shards: TokenShards) -> NDArray[np.float64]:
+    def _calibrated(self, shards: TokenShards) -> Float64Array:
         """Bytes of each id. Where ids do not tell them exactly, scaled so that the whole split has its bytes."""
         tokenizer = shards.load_tokenizer()
         lengths = tokenizer.byte_lengths.astype(np.float64)

@@ -16,10 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deepseek_v3.data.arrays import find_sorted
 from deepseek_v3.data.decontamination import Decontaminator
 from deepseek_v3.data.decontamination.index import EvaluationIndex, words
 from deepseek_v3.data.documents import record_batch
-from deepseek_v3.data.sorted_lookup import find_sorted
 from deepseek_v3.utils.errors import ConfigError, DataError
 
 QUESTION = "A farmer has seventeen sheep and all but nine of them run away, so how many sheep are left?"

@@ -11,7 +11,8 @@ import pyarrow as pa
 
 from deepseek_v3.config.filter_config import DecontaminationConfig
 from deepseek_v3.config.loading import section_from_dict
-from deepseek_v3.data.decontamination.index import Int64s, Matches, evaluation_index, word_pattern, words
+from deepseek_v3.data.arrays import Int64Array
+from deepseek_v3.data.decontamination.index import Matches, evaluation_index, word_pattern, words
 from deepseek_v3.data.documents import chunks
 from deepseek_v3.data.stages import Drop, Outcome, Stage, outcome
 from deepseek_v3.utils.errors import ConfigError, DataError
@@ -20,7 +21,7 @@ from deepseek_v3.utils.errors import ConfigError, DataError
 class _Overlap(NamedTuple):
     """By document: how many n-grams match, and the share of its words that they cover."""
 
-    ngrams: Int64s
+    ngrams: Int64Array
     shares: list[float]
 
 
@@ -73,7 +74,7 @@ class Decontaminator(Stage):
         shares += overlap.shares
 
 
-def _overlap(matches: Matches, sizes: Int64s) -> _Overlap:
+def _overlap(matches: Matches, sizes: Int64Array) -> _Overlap:
     """From matches in documents of so many words each."""
     document_of = np.repeat(np.arange(len(sizes)), sizes)
     ngrams = np.bincount(document_of[matches.starts], minlength=len(sizes))

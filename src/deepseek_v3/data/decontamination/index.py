@@ -14,15 +14,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from deepseek_v3.config.filter_config import DecontaminationConfig
+from deepseek_v3.data.arrays import BoolArray, Int64Array, UInt64Array, find_sorted
 from deepseek_v3.data.formats.reading import read_documents
-from deepseek_v3.data.sorted_lookup import find_sorted
 from deepseek_v3.utils.errors import DataError
-
-Int64s = NDArray[np.int64]
-UInt64s = NDArray[np.uint64]
 
 # Scripts without spaces between words, in which each character counts as one.
 _UNSPACED = (
@@ -49,13 +45,13 @@ def word_pattern(lower: str) -> re.Pattern[str]:
 class NgramHashes:
     """The hashes of all n-grams of words, for any n: equal ones for equal words, wherever they stand."""
 
-    def __init__(self, values: UInt64s) -> None:
+    def __init__(self, values: UInt64Array) -> None:
         """From a random number for each word: uint64 [words]."""
         powers = np.multiply.accumulate(np.full(len(values), _FACTOR, np.uint64))
         self._inverse = np.multiply.accumulate(np.full(len(values), _INVERSE, np.uint64))
         self._sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(values * powers)])
 
-    def at(self, starts: Int64s, n: int | Int64s) -> UInt64s:
+    def at(self, starts: Int64Array, n: int | Int64Array) -> UInt64Array:
         """The hashes of the n-grams that begin at these words; n may be one for each."""
         return (self._sums[starts + n] - self._sums[starts]) * self._inverse[starts]
 
@@ -63,8 +59,8 @@ class NgramHashes:
 class _Table(NamedTuple):
     """Ascending hashes of n-grams (uint64), and the number of the evaluation text that has each (int64)."""
 
-    hashes: UInt64s
-    owners: Int64s
+    hashes: UInt64Array
+    owners: Int64Array
 
 
 class Matches(NamedTuple):
@@ -73,9 +69,9 @@ class Matches(NamedTuple):
     `starts` are indices into all words of all texts, `lengths` counts words, `owners` numbers evaluation texts.
     """
 
-    starts: Int64s
-    lengths: Int64s
-    owners: Int64s
+    starts: Int64Array
+    lengths: Int64Array
+    owners: Int64Array
 
 
 class EvaluationIndex:
@@ -104,7 +100,7 @@ class EvaluationIndex:
         numbers = np.fromiter(known, np.int64)
         hashes = NgramHashes(self._values[numbers])
         room = _known_words_ahead(numbers > 0, ends)
-        found: list[tuple[Int64s, Int64s, Int64s]] = []
+        found: list[tuple[Int64Array, Int64Array, Int64Array]] = []
         for length, table in self._tables.items():
             starts = np.flatnonzero(room >= length)
             rows = find_sorted(table.hashes, hashes.at(starts, length))
@@ -114,7 +110,7 @@ class EvaluationIndex:
         order = np.lexsort((lengths, starts))
         return Matches(starts[order], lengths[order], owners[order])
 
-    def _tabulate(self, hashes: NgramHashes, sizes: Int64s, ngram: int, min_ngram: int) -> dict[int, _Table]:
+    def _tabulate(self, hashes: NgramHashes, sizes: Int64Array, ngram: int, min_ngram: int) -> dict[int, _Table]:
         """A table for each length of n-grams to look for."""
         firsts = np.cumsum(sizes) - sizes
         tables = {}
@@ -142,7 +138,7 @@ def _evaluation_texts(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, 
             yield f"{path}: {document.id}", document.text
 
 
-def _known_words_ahead(known: NDArray[np.bool_], ends: Int64s) -> Int64s:
+def _known_words_ahead(known: BoolArray, ends: Int64Array) -> Int64Array:
     """For each word how many there are from it on, up to an unknown one or the end of its text, which ascend."""
     places = np.arange(len(known))
     unknown = np.append(np.flatnonzero(~known), len(known))

@@ -11,9 +11,9 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from deepseek_v3.data.deduplication.utf8 import Int64s, UInt8s, multibyte, overwrite, padded, utf8_of
+from deepseek_v3.data.arrays import BoolArray, Int64Array, UInt8Array, UInt32Array
+from deepseek_v3.data.deduplication.utf8 import multibyte, overwrite, padded, utf8_of
 
 # Blocks of scripts that put no spaces between words (Unicode, Blocks.txt): first and last code point.
 _UNSPACED = (
@@ -67,8 +67,8 @@ class Tables(NamedTuple):
     of a word; `alone` (bool) says that it is a word by itself.
     """
 
-    folded: NDArray[np.uint32]
-    alone: NDArray[np.bool_]
+    folded: UInt32Array
+    alone: BoolArray
 
 
 @lru_cache(maxsize=1)
@@ -103,11 +103,11 @@ class Folded(NamedTuple):
     `cuts` (bool [n + 1]): where no word goes on, because a document begins or a character is a word by itself.
     """
 
-    text: UInt8s
-    cuts: NDArray[np.bool_]
+    text: UInt8Array
+    cuts: BoolArray
 
 
-def fold(text: UInt8s, offsets: Int64s) -> Folded:
+def fold(text: UInt8Array, offsets: Int64Array) -> Folded:
     """Folds documents that stand one behind the other.
 
     `text`: UTF-8, uint8 [n]. `offsets`: int64 [documents + 1], where each document begins, from 0 to n.

@@ -13,13 +13,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from deepseek_v3.data.deduplication.utf8 import Int64s
+from deepseek_v3.data.arrays import BoolArray, Int64Array
 from deepseek_v3.data.stages import Drop, Outcome, Part, outcome
 
 
 def keepers(
-    one: Int64s, other: Int64s, documents: int, close: Callable[[Int64s, Int64s], NDArray[np.bool_]]
-) -> Int64s:
+    one: Int64Array, other: Int64Array, documents: int, close: Callable[[Int64Array, Int64Array], BoolArray]
+) -> Int64Array:
     """For each of so many documents the one that is kept in its place, perhaps itself: int64 [documents].
 
     `one` and `other` are pairs of alike documents, one < other. Of all that pairs connect the earliest is kept; it
@@ -46,7 +46,7 @@ def keepers(
     return kept
 
 
-def earliest_connected(one: Int64s, other: Int64s, documents: int) -> Int64s:
+def earliest_connected(one: Int64Array, other: Int64Array, documents: int) -> Int64Array:
     """For each of so many documents the earliest that pairs connect it with, perhaps itself: int64 [documents].
 
     Every document points at an earlier one that it is connected with, or at itself. What two of a pair point at is
@@ -77,7 +77,7 @@ _EXAMPLES = 20
 
 
 def write_decisions(
-    folder: Path, parts: Sequence[Part], kept: Int64s, similarity: NDArray[np.floating[Any]]
+    folder: Path, parts: Sequence[Part], kept: Int64Array, similarity: NDArray[np.floating[Any]]
 ) -> dict[str, Any]:
     """Writes them, and returns what a report says of the documents that this run judges, as JSON.
 
@@ -99,13 +99,13 @@ def write_decisions(
     }
 
 
-def judged_documents(parts: Sequence[Part]) -> NDArray[np.bool_]:
+def judged_documents(parts: Sequence[Part]) -> BoolArray:
     """Which documents this run judges: none of an earlier corpus, none that a stage before it removed."""
     rows = [np.zeros(part.rows, np.bool_) if part.records is None else ~part.removed_rows() for part in parts]
     return np.concatenate([np.zeros(0, np.bool_), *rows])
 
 
-def removed_documents(folder: Path) -> NDArray[np.bool_]:
+def removed_documents(folder: Path) -> BoolArray:
     """Which documents are duplicates: bool [documents]."""
     kept = np.load(folder / _KEPT_FILE, mmap_mode="r")
     return np.asarray(kept != np.arange(len(kept)))
@@ -115,9 +115,9 @@ def drop_duplicates(
     stage: str,
     reason: str,
     batch: pa.RecordBatch,
-    documents: Int64s,
+    documents: Int64Array,
     folder: Path,
-    ids_of: Callable[[Int64s], list[str]],
+    ids_of: Callable[[Int64Array], list[str]],
 ) -> Outcome:
     """The batch of these documents without the duplicates among them."""
     kept = np.load(folder / _KEPT_FILE, mmap_mode="r")[documents]
@@ -130,12 +130,14 @@ def drop_duplicates(
     return outcome(stage, batch, drops)
 
 
-def _by_power_of_two(sizes: Int64s) -> dict[str, int]:
+def _by_power_of_two(sizes: Int64Array) -> dict[str, int]:
     powers, counts = np.unique(np.floor(np.log2(sizes)).astype(np.int64), return_counts=True)
     return {f"{2**p}-{2 ** (p + 1) - 1}": c for p, c in zip(powers.tolist(), counts.tolist(), strict=True)}
 
 
-def _examples(kept: Int64s, duplicates: Int64s, similarity: NDArray[np.floating[Any]]) -> list[dict[str, Any]]:
+def _examples(
+    kept: Int64Array, duplicates: Int64Array, similarity: NDArray[np.floating[Any]]
+) -> list[dict[str, Any]]:
     _, first = np.unique(kept[duplicates], return_index=True)
     spread = np.linspace(0, len(first) - 1, min(_EXAMPLES, len(first))).astype(np.int64)
     chosen = duplicates[first[spread]]

@@ -13,17 +13,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from deepseek_v3.config.deduplication_config import ExactDeduplicationConfig
 from deepseek_v3.config.loading import section_from_dict
+from deepseek_v3.data.arrays import BoolArray, Int64Array
 from deepseek_v3.data.deduplication import clusters, repeated_hashes
 from deepseek_v3.data.deduplication.clusters import judged_documents
 from deepseek_v3.data.deduplication.in_memory import Deduplicator
 from deepseek_v3.data.deduplication.key_files import key_ranges, mapped
 from deepseek_v3.data.deduplication.normalization import normal_hashes
 from deepseek_v3.data.deduplication.repeated_hashes import Repeats
-from deepseek_v3.data.deduplication.utf8 import Int64s
 from deepseek_v3.data.documents import with_texts
 from deepseek_v3.data.stages import Drop, Outcome, Part, Task, outcome
 
@@ -80,7 +79,7 @@ class Shortening:
             f"repeated_{self.unit}s": int(counts[judged].sum()),
         }
 
-    def apply(self, stage: str, batch: pa.RecordBatch, documents: Int64s, folder: Path) -> Outcome:
+    def apply(self, stage: str, batch: pa.RecordBatch, documents: Int64Array, folder: Path) -> Outcome:
         """Takes the repeated units out of a batch of these documents, and drops those of which nothing is left."""
         found = np.load(folder / _REPEATS_FILE, mmap_mode="r")
         starts = np.searchsorted(found["document"], documents)
@@ -97,7 +96,7 @@ class Shortening:
                 texts[row] = "".join(unit for place, unit in enumerate(units) if place not in gone)
         return outcome(stage, with_texts(batch, texts), drops)
 
-    def removed(self, folder: Path) -> NDArray[np.bool_]:
+    def removed(self, folder: Path) -> BoolArray:
         """Which documents have nothing left: bool [documents]."""
         return np.load(folder / _REMOVED_FILE)
 
@@ -157,11 +156,11 @@ class ExactDeduplicator(Deduplicator):
         return clusters.write_decisions(folder, parts, kept, np.ones(len(kept)))
 
     def apply(
-        self, batch: pa.RecordBatch, documents: Int64s, folder: Path, ids_of: Callable[[Int64s], list[str]]
+        self, batch: pa.RecordBatch, documents: Int64Array, folder: Path, ids_of: Callable[[Int64Array], list[str]]
     ) -> Outcome:
         if self._units is not None:
             return self._units.apply(self.name, batch, documents, folder)
         return clusters.drop_duplicates(self.name, "exact_duplicate", batch, documents, folder, ids_of)
 
-    def removed(self, parts: Sequence[Part], folder: Path) -> NDArray[np.bool_]:  # noqa: ARG002
+    def removed(self, parts: Sequence[Part], folder: Path) -> BoolArray:  # noqa: ARG002
         return clusters.removed_documents(folder) if self._units is None else self._units.removed(folder)

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pyarrow as pa
 
-from deepseek_v3.data.deduplication.utf8 import Int64s
+from deepseek_v3.data.arrays import Int64Array
 from deepseek_v3.data.documents import Documents, GivenBatch, given_back, given_batches
 from deepseek_v3.data.stages import Collected, CorpusStage, Filtered, Part, Task
 
@@ -64,7 +64,7 @@ class Deduplicator(CorpusStage):
     def _applied(self, batches: Sequence[GivenBatch], parts: Sequence[Part], decisions: Path) -> Filtered:
         ids = np.array([str(id_) for given in batches for id_ in given.ids], object)
 
-        def ids_of(documents: Int64s) -> list[str]:
+        def ids_of(documents: Int64Array) -> list[str]:
             return ids[documents].tolist()
 
         collected = Collected()

@@ -13,11 +13,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from deepseek_v3.data.arrays import BoolArray, Float64Array, Int64Array, UInt64Array
 from deepseek_v3.data.deduplication.clusters import earliest_connected
 from deepseek_v3.data.deduplication.key_files import read_signatures, read_sizes
-from deepseek_v3.data.deduplication.lsh import Floats, estimates
+from deepseek_v3.data.deduplication.lsh import estimates
 from deepseek_v3.data.deduplication.minhash import MinHasher
-from deepseek_v3.data.deduplication.utf8 import Int64s, UInt64s
 from deepseek_v3.data.stages import Part, split_by_part
 
 # The earlier and the later document, by number, and their Jaccard similarity, be it exact or estimated.
@@ -28,7 +28,7 @@ _DEVIATIONS = 3
 _PAIRS_AT_ONCE = 2**16
 
 
-def as_pairs(one: Int64s, other: Int64s, similarity: Floats) -> Pairs:
+def as_pairs(one: Int64Array, other: Int64Array, similarity: Float64Array) -> Pairs:
     """An array of `PAIR` from its columns."""
     pairs = np.empty(len(one), PAIR)
     pairs["one"], pairs["other"], pairs["similarity"] = one, other, similarity
@@ -53,7 +53,7 @@ def margin(threshold: float, values: int) -> float:
     return _DEVIATIONS * math.sqrt(threshold * (1 - threshold) / values)
 
 
-def estimated(parts: Sequence[Part], one: Int64s, other: Int64s) -> Floats:
+def estimated(parts: Sequence[Part], one: Int64Array, other: Int64Array) -> Float64Array:
     """Estimated Jaccard similarities of documents: float64 [pairs]."""
     found = np.empty(len(one))
     for start in range(0, len(one), _PAIRS_AT_ONCE):
@@ -64,7 +64,7 @@ def estimated(parts: Sequence[Part], one: Int64s, other: Int64s) -> Floats:
     return found
 
 
-def have_texts(parts: Sequence[Part], pairs: Pairs) -> NDArray[np.bool_]:
+def have_texts(parts: Sequence[Part], pairs: Pairs) -> BoolArray:
     """Of which pairs both texts are there to be compared: bool [pairs]."""
     there = np.ones(len(pairs), np.bool_)
     for side in ("one", "other"):
@@ -92,7 +92,7 @@ def in_chunks(parts: Sequence[Part], pairs: Pairs, memory: int) -> list[Pairs]:
     return [chunk for chunk in np.split(pairs, np.flatnonzero(np.diff(chunks)) + 1) if len(chunk)]
 
 
-def similarities(parts: Sequence[Part], one: Int64s, other: Int64s, hasher: MinHasher) -> Floats:
+def similarities(parts: Sequence[Part], one: Int64Array, other: Int64Array, hasher: MinHasher) -> Float64Array:
     """The Jaccard similarities of the shingles of pairs of documents: float64 [pairs]."""
     documents, indices = np.unique(np.concatenate([one, other]), return_inverse=True)
     one, other = np.split(indices, 2)
@@ -102,9 +102,11 @@ def similarities(parts: Sequence[Part], one: Int64s, other: Int64s, hasher: MinH
     return common / (sizes[one] + sizes[other] - common)
 
 
-def _shingle_sets(parts: Sequence[Part], documents: Int64s, hasher: MinHasher) -> tuple[UInt64s, Int64s]:
+def _shingle_sets(
+    parts: Sequence[Part], documents: Int64Array, hasher: MinHasher
+) -> tuple[UInt64Array, Int64Array]:
     """The different shingles of each of these documents, ascending, as uint64, and where each document's begin."""
-    sets: list[UInt64s] = []
+    sets: list[UInt64Array] = []
     for part, chosen in split_by_part(parts, documents):
         document = int(chosen[0])
         for texts in _texts(part, documents[chosen] - part.first):
@@ -117,7 +119,7 @@ def _shingle_sets(parts: Sequence[Part], documents: Int64s, hasher: MinHasher) -
     return joined, np.searchsorted(joined, np.arange(len(documents) + 1, dtype=np.uint64) << _HASH_BITS)
 
 
-def _sorted_set(values: UInt64s) -> UInt64s:
+def _sorted_set(values: UInt64Array) -> UInt64Array:
     """The different values, ascending. Few at a time, so that they stay in the caches while they are sorted."""
     values.sort()
     new = np.ones(len(values), np.bool_)
@@ -125,7 +127,7 @@ def _sorted_set(values: UInt64s) -> UInt64s:
     return values[new]
 
 
-def _texts(part: Part, rows: Int64s) -> Iterator[pa.Array]:
+def _texts(part: Part, rows: Int64Array) -> Iterator[pa.Array]:
     """The texts of these rows, ascending, of a part's memory-mapped documents."""
     assert part.records is not None
     with pa.memory_map(str(part.records)) as file:

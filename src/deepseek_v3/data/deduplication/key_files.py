@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from deepseek_v3.data.deduplication.utf8 import Int64s, UInt8s, UInt32s, UInt64s
+from deepseek_v3.data.arrays import Int64Array, UInt8Array, UInt32Array, UInt64Array
 from deepseek_v3.data.stages import Part, split_by_part
 from deepseek_v3.utils.errors import DataError
 
@@ -29,11 +29,11 @@ from deepseek_v3.utils.errors import DataError
 class Groups(NamedTuple):
     """Places in an array of keys, by key and then in order; equal keys have the same number of `groups`."""
 
-    places: Int64s
-    groups: Int64s
+    places: Int64Array
+    groups: Int64Array
 
 
-def grouped(keys: UInt64s) -> Groups:
+def grouped(keys: UInt64Array) -> Groups:
     """All places of the keys.
 
     The keys are sorted by an unstable sort, which in NumPy is many times as fast as a stable one, and then groups
@@ -55,7 +55,7 @@ def repeated(found: Groups) -> Groups:
     return Groups(found.places[kept], found.groups[kept])
 
 
-def write_keys(folder: Path, signatures: UInt8s, shingles: UInt32s, band_keys: UInt64s) -> None:
+def write_keys(folder: Path, signatures: UInt8Array, shingles: UInt32Array, band_keys: UInt64Array) -> None:
     """Writes them into a folder; `band_keys` is uint64 [bands, documents] in the documents' order."""
     filled = np.flatnonzero(shingles)
     orders = [filled[grouped(keys[filled]).places] for keys in band_keys]
@@ -65,9 +65,9 @@ def write_keys(folder: Path, signatures: UInt8s, shingles: UInt32s, band_keys: U
     np.save(folder / "rows.npy", np.array(orders, np.uint32))
 
 
-def read_band(parts: Sequence[Part], band: int, low: int, high: int) -> tuple[UInt64s, Int64s]:
+def read_band(parts: Sequence[Part], band: int, low: int, high: int) -> tuple[UInt64Array, Int64Array]:
     """The keys of a band from `low` to below `high`, and whose they are; documents that were removed left out."""
-    found: list[tuple[UInt64s, Int64s]] = []
+    found: list[tuple[UInt64Array, Int64Array]] = []
     for part in parts:
         keys = mapped(part, "keys.npy")[band]
         start = int(np.searchsorted(keys, np.uint64(low)))
@@ -78,12 +78,12 @@ def read_band(parts: Sequence[Part], band: int, low: int, high: int) -> tuple[UI
     return np.concatenate([keys for keys, _ in found]), np.concatenate([documents for _, documents in found])
 
 
-def read_signatures(parts: Sequence[Part], documents: Int64s) -> UInt8s:
+def read_signatures(parts: Sequence[Part], documents: Int64Array) -> UInt8Array:
     """uint8 [documents, values]."""
     return _read_rows(parts, documents, "signatures.npy")
 
 
-def read_sizes(parts: Sequence[Part], documents: Int64s) -> UInt32s:
+def read_sizes(parts: Sequence[Part], documents: Int64Array) -> UInt32Array:
     """How many shingles they have: uint32 [documents]."""
     return _read_rows(parts, documents, "shingles.npy")
 
@@ -103,7 +103,7 @@ def mapped(part: Part, name: str) -> NDArray[Any]:
         raise DataError(f"{path}: keys of a part are damaged: {error}; make them anew") from None
 
 
-def _read_rows(parts: Sequence[Part], documents: Int64s, name: str) -> NDArray[Any]:
+def _read_rows(parts: Sequence[Part], documents: Int64Array, name: str) -> NDArray[Any]:
     groups = [(part, chosen, mapped(part, name)) for part, chosen in split_by_part(parts, documents)]
     shape, dtype = (groups[0][2].shape[1:], groups[0][2].dtype) if groups else ((0,), np.dtype(np.uint8))
     found = np.empty((len(documents), *shape), dtype)

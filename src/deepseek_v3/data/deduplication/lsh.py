@@ -8,12 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from numpy.typing import NDArray
 
-from deepseek_v3.data.deduplication.hashing import mixed, random_bits
-from deepseek_v3.data.deduplication.utf8 import Int64s, UInt8s, UInt32s, UInt64s
-
-Floats = NDArray[np.float64]
+from deepseek_v3.data.arrays import Float64Array, Int64Array, UInt8Array, UInt32Array, UInt64Array, mix64
+from deepseek_v3.data.deduplication.hashing import random_bits
 
 _BAND_SEED = 2**32 + 16
 _BYTE_MULTIPLIER = np.uint32(0x9E3779B1)  # near 2^32 divided by the golden ratio
@@ -21,22 +18,22 @@ _NEAR = 8  # members of a bucket
 _PAIRS_AT_ONCE = 2**12
 
 
-def band_keys(signatures: UInt32s, bands: int, rows: int) -> UInt64s:
+def band_keys(signatures: UInt32Array, bands: int, rows: int) -> UInt64Array:
     """Keys of 64 bits for bands of `rows` values: uint64 [bands, documents] from uint32 [documents, values]."""
     multipliers = random_bits(_BAND_SEED, rows) | np.uint64(1)
     values = signatures[:, : bands * rows].reshape(-1, bands, rows)
     totals = np.zeros((len(signatures), bands), np.uint64)
     for row in range(rows):
         totals += values[:, :, row] * multipliers[row]
-    return mixed(totals.T)
+    return mix64(totals.T)
 
 
-def shortened(signatures: UInt32s) -> UInt8s:
+def shortened(signatures: UInt32Array) -> UInt8Array:
     """8 bits of each value (b-bit minwise hashing, Li and König 2010): a quarter to keep, hardly less to tell."""
     return (signatures * _BYTE_MULTIPLIER >> np.uint32(24)).astype(np.uint8)
 
 
-def estimates(signatures: UInt8s, one: Int64s, other: Int64s) -> Floats:
+def estimates(signatures: UInt8Array, one: Int64Array, other: Int64Array) -> Float64Array:
     """Estimated Jaccard similarities of pairs of documents: float64 [pairs], without bias.
 
     `signatures`: uint8 [documents, values]; `one` and `other` are rows of it. Values that differ agree by chance in
@@ -49,7 +46,9 @@ def estimates(signatures: UInt8s, one: Int64s, other: Int64s) -> Floats:
     return (256 * agreeing / signatures.shape[1] - 1) / 255
 
 
-def similar_pairs(signatures: UInt8s, buckets: Int64s, least: float, sure: float) -> tuple[Int64s, Int64s, Floats]:
+def similar_pairs(
+    signatures: UInt8Array, buckets: Int64Array, least: float, sure: float
+) -> tuple[Int64Array, Int64Array, Float64Array]:
     """Pairs of documents of the same bucket whose estimated similarity is at least `least`.
 
     `signatures`: uint8 [documents, values]. `buckets`: int64 [documents], ascending. Returns the documents' indices
@@ -74,7 +73,7 @@ def similar_pairs(signatures: UInt8s, buckets: Int64s, least: float, sure: float
     return one[kept], other[kept], similarities[kept]
 
 
-def _candidates(buckets: Int64s, first: Int64s) -> Iterator[tuple[Int64s, Int64s]]:
+def _candidates(buckets: Int64Array, first: Int64Array) -> Iterator[tuple[Int64Array, Int64Array]]:
     """Pairs of near members of a bucket, then those of its first few with all that are further away."""
     for distance in range(1, _NEAR + 1):
         one = np.flatnonzero(buckets[distance:] == buckets[:-distance])

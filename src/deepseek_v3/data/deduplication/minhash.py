@@ -8,17 +8,18 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
+from deepseek_v3.data.arrays import Int64Array, UInt32Array, UInt64Array
 from deepseek_v3.data.deduplication.case_folding import fold
 from deepseek_v3.data.deduplication.hashing import odd_multipliers, shingle_multipliers
 from deepseek_v3.data.deduplication.kernels.select import kernels
-from deepseek_v3.data.deduplication.utf8 import Int64s, UInt32s, UInt64s, blocks
+from deepseek_v3.data.deduplication.utf8 import blocks
 
 
 class Shingles(NamedTuple):
     """`hashes` (uint32, never 0): document d has those from `offsets[d]` to `offsets[d + 1]` (int64)."""
 
-    hashes: UInt32s
-    offsets: Int64s
+    hashes: UInt32Array
+    offsets: Int64Array
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,12 @@ class MinHasher:
         for text, offsets in blocks(texts):
             yield Shingles(*shingle_hashes(fold(text, offsets), offsets, multipliers))
 
-    def signatures(self, shingles: Shingles) -> UInt32s:
+    def signatures(self, shingles: Shingles) -> UInt32Array:
         """uint32 [documents, num_perm]; all 2^32 - 1 for a document without words."""
         multipliers = odd_multipliers(self.seed, self.num_perm)
         return kernels(self.accelerator).minima(*shingles, multipliers)
 
-    def common(self, sets: UInt64s, offsets: Int64s, one: Int64s, other: Int64s) -> Int64s:
+    def common(self, sets: UInt64Array, offsets: Int64Array, one: Int64Array, other: Int64Array) -> Int64Array:
         """How many members two sets have in common, for pairs of sets: int64 [pairs].
 
         Set s stands, ascending and without repeats, from `offsets[s]` to `offsets[s + 1]`; the lower 32 bits count.

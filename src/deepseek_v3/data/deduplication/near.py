@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from deepseek_v3.config.deduplication_config import DeduplicationConfig
 from deepseek_v3.config.loading import section_from_dict
+from deepseek_v3.data.arrays import BoolArray, Int64Array
 from deepseek_v3.data.deduplication import jaccard, key_files, lsh
 from deepseek_v3.data.deduplication.clusters import drop_duplicates, keepers, removed_documents, write_decisions
 from deepseek_v3.data.deduplication.in_memory import Deduplicator
@@ -26,7 +26,6 @@ from deepseek_v3.data.deduplication.jaccard import (
 )
 from deepseek_v3.data.deduplication.key_files import grouped, repeated
 from deepseek_v3.data.deduplication.minhash import MinHasher
-from deepseek_v3.data.deduplication.utf8 import Int64s
 from deepseek_v3.data.stages import Outcome, Part, Task
 
 _BYTES_PER_KEY = 500  # what a match task needs for each document of its range
@@ -90,7 +89,7 @@ class MinHashDeduplicator(Deduplicator):
             for some in jaccard.in_chunks(parts, pairs, memory)
         ]
 
-    def refine(self, output: Path, parts: Sequence[Part], one: Int64s, other: Int64s) -> None:
+    def refine(self, output: Path, parts: Sequence[Part], one: Int64Array, other: Int64Array) -> None:
         """Writes those of the pairs whose exact similarity reaches the threshold."""
         similarity = jaccard.similarities(parts, one, other, self._hasher)
         alike = similarity >= self.options.threshold
@@ -103,7 +102,7 @@ class MinHashDeduplicator(Deduplicator):
         alike, _ = self._judged(parts, pairs)
         pairs = np.concatenate([pairs[alike], read_pairs(refined)])
 
-        def close(kept: Int64s, documents: Int64s) -> NDArray[np.bool_]:
+        def close(kept: Int64Array, documents: Int64Array) -> BoolArray:
             return estimated(parts, kept, documents) >= self.options.least_to_kept
 
         kept = keepers(pairs["one"], pairs["other"], sum(part.rows for part in parts), close)
@@ -113,14 +112,14 @@ class MinHashDeduplicator(Deduplicator):
         return write_decisions(folder, parts, kept, similarity)
 
     def apply(
-        self, batch: pa.RecordBatch, documents: Int64s, folder: Path, ids_of: Callable[[Int64s], list[str]]
+        self, batch: pa.RecordBatch, documents: Int64Array, folder: Path, ids_of: Callable[[Int64Array], list[str]]
     ) -> Outcome:
         return drop_duplicates(self.name, "near_duplicate", batch, documents, folder, ids_of)
 
-    def removed(self, parts: Sequence[Part], folder: Path) -> NDArray[np.bool_]:  # noqa: ARG002
+    def removed(self, parts: Sequence[Part], folder: Path) -> BoolArray:  # noqa: ARG002
         return removed_documents(folder)
 
-    def _judged(self, parts: Sequence[Part], pairs: Pairs) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    def _judged(self, parts: Sequence[Part], pairs: Pairs) -> tuple[BoolArray, BoolArray]:
         """Which pairs the estimates show to be alike, and for which the texts have to be compared.
 
         Where texts are missing, the estimate alone decides.

@@ -9,17 +9,9 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+from deepseek_v3.data.arrays import Int64Array, UInt8Array, UInt32Array, UInt64Array
 from deepseek_v3.data.deduplication.kernels.select import kernels
-from deepseek_v3.data.deduplication.utf8 import (
-    Int64s,
-    UInt8s,
-    UInt32s,
-    UInt64s,
-    blocks,
-    multibyte,
-    overwrite,
-    padded,
-)
+from deepseek_v3.data.deduplication.utf8 import blocks, multibyte, overwrite, padded
 
 _SPACES = bytes(byte for byte in range(128) if chr(byte).isspace())
 _LOWERED_BYTES = bytes(ord(chr(byte).lower()) for byte in range(128)) + bytes(range(128, 256))
@@ -32,13 +24,13 @@ def normal_form(text: str) -> str:
     return "".join(text.lower().split())
 
 
-def normal_hashes(texts: pa.Array) -> UInt64s:
+def normal_hashes(texts: pa.Array) -> UInt64Array:
     """XXH3-128 of the normal form of each text in UTF-8: uint64 [texts, 2]."""
     digests = [digest for text, offsets in blocks(texts) for digest in _digests(text, offsets)]
     return np.frombuffer(b"".join(digests), ">u8").astype(np.uint64).reshape(-1, 2)
 
 
-def _digests(text: UInt8s, offsets: Int64s) -> list[bytes]:
+def _digests(text: UInt8Array, offsets: Int64Array) -> list[bytes]:
     lowered, hard = _lowered(text, offsets)
     left, places = kernels("auto").without(lowered, offsets, _SPACES)
     normal, ends = memoryview(left), places.tolist()
@@ -49,7 +41,7 @@ def _digests(text: UInt8s, offsets: Int64s) -> list[bytes]:
     return digests
 
 
-def _lowered(text: UInt8s, offsets: Int64s) -> tuple[UInt8s, set[int]]:
+def _lowered(text: UInt8Array, offsets: Int64Array) -> tuple[UInt8Array, set[int]]:
     """The text with lower case and ASCII spaces in place of other capitals and spaces.
 
     Returns also the documents in which that is not all there is to do.
@@ -65,7 +57,7 @@ def _lowered(text: UInt8s, offsets: Int64s) -> tuple[UInt8s, set[int]]:
 
 
 @lru_cache(maxsize=1)
-def _replacements() -> UInt32s:
+def _replacements() -> UInt32Array:
     """By code point: the UTF-8, first byte lowest, of what stands for the character in `_lowered`.
 
     0 where that is the character itself. The last entry stands for all from there on.

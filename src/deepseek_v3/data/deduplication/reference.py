@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
+from deepseek_v3.data.arrays import SPLITMIX64_GAMMA, SPLITMIX64_MIX_1, SPLITMIX64_MIX_2
 from deepseek_v3.data.deduplication.case_folding import LONGEST, folded, is_unspaced, is_word
-from deepseek_v3.data.deduplication.hashing import MIX_1, MIX_2, MIX_32, STEP, shingle_multipliers
+from deepseek_v3.data.deduplication.hashing import MIX_32, shingle_multipliers
 
 Shingle = tuple[bytes, ...]
 
@@ -50,9 +51,9 @@ def word_hash(word: bytes) -> int:
     """32 bits: the hashes of the word's pieces of 8 bytes, each at its place, added up."""
     total = 0
     for number, start in enumerate(range(0, len(word), 8)):
-        value = int.from_bytes(word[start : start + 8], "little") + number * STEP
-        value = value * MIX_1 % 2**64
-        total += (value ^ value >> 32) * MIX_2
+        value = int.from_bytes(word[start : start + 8], "little") + number * SPLITMIX64_GAMMA
+        value = value * SPLITMIX64_MIX_1 % 2**64
+        total += (value ^ value >> 32) * SPLITMIX64_MIX_2
     return total % 2**64 >> 32
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from deepseek_v3.data.arrays import UInt32Array, UInt64Array
 from deepseek_v3.data.deduplication.key_files import grouped, mapped, repeated
-from deepseek_v3.data.deduplication.utf8 import UInt32s, UInt64s
 from deepseek_v3.data.stages import Part
 
 # A text that stood before: the document that holds it, its number there, and the document that held it first.
@@ -22,7 +22,7 @@ REPEAT = np.dtype([("document", "<i8"), ("place", "<i8"), ("first", "<i8")])
 Repeats = NDArray[np.void]
 
 
-def write_keys(folder: Path, hashes: UInt64s, rows: UInt32s, places: UInt32s) -> None:
+def write_keys(folder: Path, hashes: UInt64Array, rows: UInt32Array, places: UInt32Array) -> None:
     """Writes them into a folder, from the texts in their order; `hashes` is uint64 [texts, 2]."""
     order = grouped(hashes[:, 0]).places
     np.save(folder / "hashes.npy", hashes[order].T)
@@ -56,9 +56,9 @@ def read_repeats(files: Iterable[Path]) -> Repeats:
     return repeats[np.lexsort((repeats["place"], repeats["document"]))]
 
 
-def _read_range(parts: Sequence[Part], low: int, high: int) -> tuple[UInt64s, Repeats]:
+def _read_range(parts: Sequence[Part], low: int, high: int) -> tuple[UInt64Array, Repeats]:
     """The hashes of a range, uint64 [2, texts], and where the texts stand, in the order of their first halves."""
-    found: list[UInt64s] = [np.zeros((2, 0), np.uint64)]
+    found: list[UInt64Array] = [np.zeros((2, 0), np.uint64)]
     texts = [np.zeros(0, REPEAT)]
     for part in parts:
         hashes = mapped(part, "hashes.npy")

@@ -7,12 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
-Int64s = NDArray[np.int64]
-UInt8s = NDArray[np.uint8]
-UInt32s = NDArray[np.uint32]
-UInt64s = NDArray[np.uint64]
+from deepseek_v3.data.arrays import Int64Array, UInt8Array, UInt32Array, UInt64Array
 
 PIECE = 8  # bytes read at once
 
@@ -20,7 +16,7 @@ _BLOCK_BYTES = 2**18  # of text, so that most of what is made of it fits the sec
 _MULTIBYTE = 0xC0  # from here on a byte begins a character of several bytes
 
 
-def blocks(texts: pa.Array) -> Iterator[tuple[UInt8s, Int64s]]:
+def blocks(texts: pa.Array) -> Iterator[tuple[UInt8Array, Int64Array]]:
     """Runs of texts: UTF-8 (uint8 [n]), and where each document begins in it (int64 [documents + 1], 0 to n)."""
     if not len(texts):
         return
@@ -35,12 +31,12 @@ def blocks(texts: pa.Array) -> Iterator[tuple[UInt8s, Int64s]]:
         first = end
 
 
-def padded(text: UInt8s) -> bytearray:
+def padded(text: UInt8Array) -> bytearray:
     """A copy with `PIECE` zeros behind."""
     return bytearray().join((text.data, bytes(PIECE)))
 
 
-def pieces_of(text: UInt8s) -> UInt64s:
+def pieces_of(text: UInt8Array) -> UInt64Array:
     """The 8 bytes from any place of a padded text on, the first one lowest: uint64 [n + 1], overlapping itself."""
     return np.ndarray(len(text) - PIECE + 1, "<u8", text.data, strides=(1,))
 
@@ -48,12 +44,12 @@ def pieces_of(text: UInt8s) -> UInt64s:
 class Multibyte(NamedTuple):
     """Characters outside ASCII: the places of their first bytes, their code points, how many bytes they take."""
 
-    places: Int64s
-    code_points: UInt32s
-    sizes: UInt32s
+    places: Int64Array
+    code_points: UInt32Array
+    sizes: UInt32Array
 
 
-def multibyte(text: UInt8s) -> Multibyte:
+def multibyte(text: UInt8Array) -> Multibyte:
     """Those of a padded text, in order."""
     places = np.flatnonzero(text >= _MULTIBYTE)
     bytes_ = pieces_of(text)[places].astype(np.uint32)
@@ -65,7 +61,7 @@ def multibyte(text: UInt8s) -> Multibyte:
     return Multibyte(places, code_points, sizes)
 
 
-def utf8_of(code_points: UInt32s) -> UInt32s:
+def utf8_of(code_points: UInt32Array) -> UInt32Array:
     """The UTF-8 of characters, the first byte lowest."""
     last, third, second = (0x80 | code_points >> shift & 63 for shift in (0, 6, 12))
     kinds = [code_points < 0x80, code_points < 0x800, code_points < 0x10000]
@@ -75,7 +71,7 @@ def utf8_of(code_points: UInt32s) -> UInt32s:
     return np.select(kinds, [ascii_, two, three], four)
 
 
-def overwrite(text: UInt8s, places: Int64s, encoded: UInt32s, sizes: UInt32s) -> None:
+def overwrite(text: UInt8Array, places: Int64Array, encoded: UInt32Array, sizes: UInt32Array) -> None:
     """Puts other characters of the same sizes at these places: their UTF-8, the first byte lowest."""
     text[places], text[places + 1] = encoded, encoded >> np.uint32(8)
     for byte in (2, 3):

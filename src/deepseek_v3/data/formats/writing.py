@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import zstandard
-from numpy.typing import NDArray
 
+from deepseek_v3.data.arrays import Int64Array
 from deepseek_v3.data.formats.json_values import plain
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.files import atomic_write
@@ -88,7 +88,7 @@ class RecordWriter:
             self._write_group = self._files.enter_context(self._sink(self._partial, self._schema))
         return self._schema
 
-    def _fitting(self, sizes: NDArray[np.int64]) -> int:
+    def _fitting(self, sizes: Int64Array) -> int:
         """How many of the next rows, of so many bytes each, belong to the waiting group; at least one begins it."""
         by_bytes = int(np.searchsorted(np.cumsum(sizes), _GROUP_BYTES - self._pending_bytes, side="right"))
         return min(max(by_bytes, 0 if self._pending else 1), _GROUP_ROWS - self._pending_rows)
@@ -162,7 +162,7 @@ def _values(column: pa.Array, is_json: bool) -> list[Any]:
     return [value and orjson.Fragment(value) for value in values] if is_json else values
 
 
-def _row_bytes(table: pa.Table) -> NDArray[np.int64]:
+def _row_bytes(table: pa.Table) -> Int64Array:
     """About how many bytes each row has."""
     sizes = np.full(table.num_rows, 8 * table.num_columns, np.int64)
     for column in table.columns:

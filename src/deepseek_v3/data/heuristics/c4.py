@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from deepseek_v3.config.filter_config import HeuristicsConfig
-from deepseek_v3.data.heuristics.ragged import Ints, Mask, any_of, mask, run_of, sums, totals
+from deepseek_v3.data.arrays import BoolArray, Int64Array
+from deepseek_v3.data.heuristics.ragged import any_of, mask, run_of, sums, totals
 from deepseek_v3.data.heuristics.rules import (
     CURLY_BRACKET,
     FINAL_MARKS,
@@ -33,8 +34,8 @@ class KeptLines:
     """
 
     lines: pa.Array
-    rows: Ints
-    starts: Ints
+    rows: Int64Array
+    starts: Int64Array
 
     def texts(self) -> pa.Array:
         """What is left of each document."""
@@ -59,7 +60,7 @@ def c4(table: TextTable, options: HeuristicsConfig) -> tuple[list[Finding], Kept
     return findings, kept
 
 
-def _well_formed(table: TextTable, shown: pa.Array, options: HeuristicsConfig) -> Mask:
+def _well_formed(table: TextTable, shown: pa.Array, options: HeuristicsConfig) -> BoolArray:
     """Lines that have neither too few words nor one too long, counted with citations, and end as a sentence."""
     chunk_starts = table.chunk_starts[: len(shown) + 1]
     fine = np.diff(chunk_starts) >= (options.min_words_per_line or 0)
@@ -70,14 +71,14 @@ def _well_formed(table: TextTable, shown: pa.Array, options: HeuristicsConfig) -
     return fine
 
 
-def _naming(phrases: Sequence[str], lines: pa.Array, among: Mask) -> Mask:
+def _naming(phrases: Sequence[str], lines: pa.Array, among: BoolArray) -> BoolArray:
     """Those of the lines `among` that hold one of the phrases."""
     found = among.copy()
     found[among] = any_of(pc.match_substring, pc.ascii_lower(lines.filter(pa.array(among))), phrases)
     return found
 
 
-def _phrase(code: str, named: Mask, lines: pa.Array, starts: Ints) -> Iterator[Finding]:
+def _phrase(code: str, named: BoolArray, lines: pa.Array, starts: Int64Array) -> Iterator[Finding]:
     """A rule that no line may break."""
     rows = np.flatnonzero(named)
 
@@ -87,7 +88,7 @@ def _phrase(code: str, named: Mask, lines: pa.Array, starts: Ints) -> Iterator[F
     return above(code, sums(named, starts), 0, trigger)
 
 
-def _sentences(table: TextTable) -> Ints:
+def _sentences(table: TextTable) -> Int64Array:
     """Sentences of each line: one begins with the first word after an end mark that is no punctuation itself."""
     traits = table.traits[table.words]
     ends_before = totals(traits & SENTENCE_END > 0)

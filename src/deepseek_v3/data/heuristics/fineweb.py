@@ -10,9 +10,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from deepseek_v3.config.filter_config import HeuristicsConfig
+from deepseek_v3.data.arrays import Int64Array
 from deepseek_v3.data.heuristics.c4 import KeptLines
 from deepseek_v3.data.heuristics.gopher_repetition import repeated_items
-from deepseek_v3.data.heuristics.ragged import Ints, lengths, mask, sums
+from deepseek_v3.data.heuristics.ragged import lengths, mask, sums
 from deepseek_v3.data.heuristics.rules import Finding, above, below, share
 from deepseek_v3.data.heuristics.text_table import TextTable
 from deepseek_v3.data.heuristics.words import SENTENCE_ENDS
@@ -25,10 +26,10 @@ class Prose:
     """The lines that are not blank, where each document's start, its newlines, words, and characters in lines."""
 
     lines: pa.Array
-    starts: Ints
-    newlines: Ints
-    words: Ints
-    characters: Ints
+    starts: Int64Array
+    newlines: Int64Array
+    words: Int64Array
+    characters: Int64Array
 
 
 def whole_texts(table: TextTable) -> Prose:

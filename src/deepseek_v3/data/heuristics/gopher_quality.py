@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from deepseek_v3.config.filter_config import HeuristicsConfig
-from deepseek_v3.data.heuristics.ragged import Ints, any_of, lengths, run_of, sums
+from deepseek_v3.data.arrays import Int64Array
+from deepseek_v3.data.heuristics.ragged import any_of, lengths, run_of, sums
 from deepseek_v3.data.heuristics.rules import BULLETS, ELLIPSES, Finding, above, below, share
 from deepseek_v3.data.heuristics.text_table import TextTable
 from deepseek_v3.data.heuristics.words import LETTER, SYMBOL
@@ -36,7 +37,7 @@ def gopher_quality(table: TextTable, options: HeuristicsConfig) -> Iterator[Find
     yield from below("gopher_few_stop_words", _stop_words(table, words, options), options.min_stop_words)
 
 
-def _occurrences(texts: pa.Array, symbols: Sequence[str]) -> Ints:
+def _occurrences(texts: pa.Array, symbols: Sequence[str]) -> Int64Array:
     """How often any of the symbols stands in each text."""
     return np.array([sum(map(text.count, symbols)) for text in texts.to_pylist()], np.int64)
 
@@ -54,7 +55,7 @@ def _marked_lines(table: TextTable, options: HeuristicsConfig) -> Iterator[Findi
     )
 
 
-def _stop_words(table: TextTable, words: Ints, options: HeuristicsConfig) -> Ints:
+def _stop_words(table: TextTable, words: Int64Array, options: HeuristicsConfig) -> Int64Array:
     """How many different stop words each document has."""
     ranks = pc.index_in(table.vocabulary, pa.array(options.stop_words, pa.string()))
     rank = pc.fill_null(ranks, -1).to_numpy()[words]

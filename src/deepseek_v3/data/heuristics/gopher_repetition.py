@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from deepseek_v3.config.filter_config import HeuristicsConfig
+from deepseek_v3.data.arrays import Int64Array
 from deepseek_v3.data.heuristics.ragged import (
-    Ints,
     first_equal,
     flattened,
     lengths,
@@ -42,16 +42,16 @@ class RepeatedNgrams:
     """
 
     n: int
-    positions: Ints
-    first: Ints
+    positions: Int64Array
+    first: Int64Array
 
 
-def repeated_ngrams(words: Ints, starts: Ints, longest: int) -> Iterator[RepeatedNgrams]:
+def repeated_ngrams(words: Int64Array, starts: Int64Array, longest: int) -> Iterator[RepeatedNgrams]:
     """For n = 1 to `longest` what repeats. Document d has the words words[starts[d] : starts[d + 1]]."""
     begins = np.zeros(len(words) + 1, np.bool_)
     begins[starts] = True
-    positions: Ints = np.arange(len(words))
-    keys: Ints = run_of(starts) * (int(words.max(initial=0)) + 1) + words
+    positions: Int64Array = np.arange(len(words))
+    keys: Int64Array = run_of(starts) * (int(words.max(initial=0)) + 1) + words
     for n in range(1, longest + 1):
         same = first_equal(keys)
         repeated = np.bincount(same, minlength=len(same))[same] > 1
@@ -69,11 +69,11 @@ class TopNgrams:
     A document with fewer than n words has a count of 0.
     """
 
-    counts: Ints
-    positions: Ints
+    counts: Int64Array
+    positions: Int64Array
 
 
-def top_ngrams(ngrams: RepeatedNgrams, starts: Ints) -> TopNgrams:
+def top_ngrams(ngrams: RepeatedNgrams, starts: Int64Array) -> TopNgrams:
     """The most frequent n-gram of each document."""
     total = max(int(starts[-1]), 1)
     heads = ngrams.positions[ngrams.positions == ngrams.first]
@@ -91,11 +91,11 @@ class DuplicateNgrams:
     N-grams are taken from left to right and do not overlap.
     """
 
-    characters: Ints
-    positions: Ints
+    characters: Int64Array
+    positions: Int64Array
 
 
-def duplicate_ngrams(ngrams: RepeatedNgrams, starts: Ints, ends: Ints) -> DuplicateNgrams:
+def duplicate_ngrams(ngrams: RepeatedNgrams, starts: Int64Array, ends: Int64Array) -> DuplicateNgrams:
     """What repeats in each document. The first i words of the batch have ends[i] characters together."""
     later = ngrams.positions[ngrams.positions != ngrams.first]
     totals = np.append(ends[later + ngrams.n] - ends[later], 0)
@@ -121,7 +121,7 @@ def gopher_repetition(table: TextTable, options: HeuristicsConfig) -> Iterator[F
     yield from _ngrams(table, options)
 
 
-def _paragraphs(texts: pa.Array) -> tuple[pa.Array, Ints]:
+def _paragraphs(texts: pa.Array) -> tuple[pa.Array, Int64Array]:
     """What blank lines separate, without white space at the ends; a run for each text."""
     parts, starts = flattened(pc.split_pattern(texts, "\n\n"))
     parts = pc.utf8_trim_whitespace(parts)
@@ -133,12 +133,12 @@ def _paragraphs(texts: pa.Array) -> tuple[pa.Array, Ints]:
 class RepeatedItems:
     """Lines or paragraphs that stood before in their document: their number, characters, and the first of them."""
 
-    counts: Ints
-    characters: Ints
+    counts: Int64Array
+    characters: Int64Array
     first: Callable[[int], str]
 
 
-def repeated_items(items: pa.Array, starts: Ints) -> RepeatedItems:
+def repeated_items(items: pa.Array, starts: Int64Array) -> RepeatedItems:
     """What repeats itself among the items of each document, items[starts[i] : starts[i + 1]]."""
     repeated = repeats(numbered(items)[0], starts)
     positions = np.flatnonzero(repeated)
@@ -150,7 +150,11 @@ def repeated_items(items: pa.Array, starts: Ints) -> RepeatedItems:
 
 
 def _duplicates(
-    name: str, items: pa.Array, starts: Ints, characters: Ints, limits: tuple[float | None, float | None]
+    name: str,
+    items: pa.Array,
+    starts: Int64Array,
+    characters: Int64Array,
+    limits: tuple[float | None, float | None],
 ) -> Iterator[Finding]:
     found = repeated_items(items, starts)
     yield from above(f"gopher_duplicate_{name}s", share(found.counts, np.diff(starts)), limits[0], found.first)
@@ -174,7 +178,7 @@ def _ngrams(table: TextTable, options: HeuristicsConfig) -> Iterator[Finding]:
     return chain(top, duplicate)
 
 
-def _top(table: TextTable, ngrams: RepeatedNgrams, ends: Ints, limit: float | None) -> Iterator[Finding]:
+def _top(table: TextTable, ngrams: RepeatedNgrams, ends: Int64Array, limit: float | None) -> Iterator[Finding]:
     n = ngrams.n
     top = top_ngrams(ngrams, table.document_words)
     afterwards = np.minimum(top.positions + n, len(ends) - 1)
@@ -186,7 +190,9 @@ def _top(table: TextTable, ngrams: RepeatedNgrams, ends: Ints, limit: float | No
     return above(f"gopher_top_{n}gram", share(characters, table.characters), limit, trigger)
 
 
-def _duplicate(table: TextTable, ngrams: RepeatedNgrams, ends: Ints, limit: float | None) -> Iterator[Finding]:
+def _duplicate(
+    table: TextTable, ngrams: RepeatedNgrams, ends: Int64Array, limit: float | None
+) -> Iterator[Finding]:
     duplicate = duplicate_ngrams(ngrams, table.document_words, ends)
 
     def trigger(document: int) -> str:

@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
-from deepseek_v3.data.heuristics.ragged import Ints, Mask
+from deepseek_v3.data.arrays import BoolArray, Float64Array, Int64Array
 
-Figures = NDArray[np.int64] | NDArray[np.float64]
+Figures = Int64Array | Float64Array
 
 
 def _nothing(document: int) -> str | None:  # noqa: ARG001
@@ -27,10 +26,10 @@ class Finding:
     code: str
     limit: float
     found: Figures
-    broken: Mask
+    broken: BoolArray
     trigger: Callable[[int], str | None] = _nothing
 
-    def among(self, documents: Mask) -> Finding:
+    def among(self, documents: BoolArray) -> Finding:
         """The same where only some documents are asked."""
         return replace(self, broken=self.broken & documents)
 
@@ -49,7 +48,7 @@ def below(code: str, found: Figures, limit: float | None) -> Iterator[Finding]:
         yield Finding(code, limit, found, found < limit)
 
 
-def share(part: Ints, whole: Ints) -> NDArray[np.float64]:
+def share(part: Int64Array, whole: Int64Array) -> Float64Array:
     """`part` of `whole`, where an empty whole counts as 1."""
     return part / np.maximum(whole, 1)
 

@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from deepseek_v3.data.heuristics.ragged import Ints, flattened, lengths, mask, numbered, totals
+from deepseek_v3.data.arrays import Int64Array
+from deepseek_v3.data.heuristics.ragged import flattened, lengths, mask, numbered, totals
 from deepseek_v3.data.heuristics.rules import CITATION
 from deepseek_v3.data.heuristics.words import split_chunk, traits
 
@@ -29,23 +30,23 @@ class TextTable:
     texts: pa.Array
     lines: pa.Array
     trimmed: pa.Array
-    newlines: Ints
-    line_starts: Ints
-    uncited: Ints
-    chunk_starts: Ints
-    chunk_lengths: Ints
-    word_starts: Ints
-    words: Ints
+    newlines: Int64Array
+    line_starts: Int64Array
+    uncited: Int64Array
+    chunk_starts: Int64Array
+    chunk_lengths: Int64Array
+    word_starts: Int64Array
+    words: Int64Array
     vocabulary: pa.Array
-    traits: Ints
+    traits: Int64Array
 
     @cached_property
-    def document_words(self) -> Ints:
+    def document_words(self) -> Int64Array:
         """Document d has the words `document_words[d]` to `document_words[d + 1] - 1`."""
         return self.word_starts[self.line_starts]
 
     @cached_property
-    def characters(self) -> Ints:
+    def characters(self) -> Int64Array:
         """Length of each document."""
         return lengths(self.texts)
 
@@ -86,7 +87,7 @@ def text_table(texts: pa.Array, remove_citations: bool) -> TextTable:
     )
 
 
-def _words(chunk_numbers: Ints, distinct_chunks: pa.Array) -> tuple[Ints, pa.Array, Ints]:
+def _words(chunk_numbers: Int64Array, distinct_chunks: pa.Array) -> tuple[Int64Array, pa.Array, Int64Array]:
     """The words of all chunks as numbers, the word of each number, and where each chunk's words begin."""
     split = list(map(split_chunk, distinct_chunks.to_pylist()))
     starts = totals(np.array(list(map(len, split)), np.int64))

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
 from deepseek_v3.config.filter_config import PII_KINDS, PiiConfig, PiiKind
 from deepseek_v3.config.loading import section_from_dict
+from deepseek_v3.data.arrays import BoolArray, Int64Array
 from deepseek_v3.data.documents import with_texts
 from deepseek_v3.data.pii.detectors import CARD, EMAIL, IP_ADDRESS, PHONE, Finder
 from deepseek_v3.data.pii.secrets import KEY
@@ -56,7 +56,7 @@ class PiiMasker(Stage):
         totals = np.sum([*counts.values()], axis=0).tolist()
         return outcome(self.name, batch, [], {"pii": totals, **observed})
 
-    def _masked(self, text: str, kinds: list[PiiKind], counts: dict[PiiKind, NDArray[np.int64]], row: int) -> str:
+    def _masked(self, text: str, kinds: list[PiiKind], counts: dict[PiiKind, Int64Array], row: int) -> str:
         """The text with everything masked, also what is seen only once its neighbour is."""
         found = True
         while found:
@@ -70,8 +70,8 @@ class PiiMasker(Stage):
         return text
 
 
-def _matches(texts: pa.Array, pattern: str) -> NDArray[np.bool_]:
-    matches: NDArray[np.bool_] = pc.match_substring_regex(texts, pattern).to_numpy(zero_copy_only=False)
+def _matches(texts: pa.Array, pattern: str) -> BoolArray:
+    matches: BoolArray = pc.match_substring_regex(texts, pattern).to_numpy(zero_copy_only=False)
     return matches
 
 

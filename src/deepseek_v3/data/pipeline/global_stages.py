@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import orjson
 import pyarrow as pa
-from numpy.typing import NDArray
 
+from deepseek_v3.data.arrays import Int64Array
 from deepseek_v3.data.pipeline.executors import Engine
 from deepseek_v3.data.pipeline.progress import Progress
 from deepseek_v3.data.pipeline.run_folder import IDS_FILE, RECORDS_FILE, FinishedPart, appearing_folder, read_table
@@ -34,7 +34,7 @@ class Decision:
         """The part of this run with that number."""
         return self.parts[self.earlier + number]
 
-    def ids_of(self, documents: NDArray[np.int64]) -> list[str]:
+    def ids_of(self, documents: Int64Array) -> list[str]:
         """The ids of documents by their numbers."""
         return _column(self.parts, "id", documents)
 
@@ -145,7 +145,7 @@ def _shown(parts: Sequence[Part], documents: Sequence[int]) -> list[dict[str, An
     ]
 
 
-def _column(parts: Sequence[Part], name: str, documents: NDArray[np.int64]) -> list[str]:
+def _column(parts: Sequence[Part], name: str, documents: Int64Array) -> list[str]:
     """A column's values for documents by their numbers."""
     values = np.empty(len(documents), object)
     for part, chosen in split_by_part(parts, documents):

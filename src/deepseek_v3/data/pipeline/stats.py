@@ -12,8 +12,8 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
-from numpy.typing import NDArray
 
+from deepseek_v3.data.arrays import BoolArray, Int64Array
 from deepseek_v3.data.stages import Outcome
 
 _SAMPLES = 5  # of each stage and reason
@@ -124,7 +124,7 @@ class Tally:
     def _add(self, name: str, counts: dict[str, Any]) -> None:
         _merge(self.counts.setdefault(name, {}), counts)
 
-    def _sample(self, stage: str, before: pa.RecordBatch, gone: NDArray[np.int64], dropped: pa.RecordBatch) -> None:
+    def _sample(self, stage: str, before: pa.RecordBatch, gone: Int64Array, dropped: pa.RecordBatch) -> None:
         rows = dropped.select(["reason", "figures", "trigger"]).to_pylist()
         found: dict[str, list[tuple[int, int]]] = {}
         for index, (row, drop) in enumerate(zip(gone.tolist(), rows, strict=True)):
@@ -184,7 +184,7 @@ def _by_log2(lengths: pa.Array) -> dict[str, int]:
     return {str(size): int(count) for size, count in enumerate(np.bincount(bins)) if count} if len(bins) else {}
 
 
-def _chosen(values: Sequence[Any], rows: NDArray[np.bool_]) -> list[Any]:
+def _chosen(values: Sequence[Any], rows: BoolArray) -> list[Any]:
     return [value for value, chosen in zip(values, rows.tolist(), strict=True) if chosen]
 
 

@@ -10,17 +10,15 @@ import numpy as np
 import orjson
 import pyarrow as pa
 import xxhash
-from numpy.typing import NDArray
 from typing_extensions import override
 
+from deepseek_v3.data.arrays import BoolArray, Int64Array
 from deepseek_v3.data.deduplication import repeated_hashes
 from deepseek_v3.data.deduplication.key_files import key_ranges
 from deepseek_v3.data.formats.quarantine import QUARANTINED, RAW_BYTES
 from deepseek_v3.data.stages import CorpusStage, Drop, Outcome, Part, Task, outcome
 
 _BYTES_PER_KEY = 200  # a match task's need for each id of its range, at most
-
-Int64s = NDArray[np.int64]
 
 
 class UniqueIds(CorpusStage):
@@ -57,16 +55,16 @@ class UniqueIds(CorpusStage):
     def apply(
         self,
         batch: pa.RecordBatch,
-        documents: Int64s,
+        documents: Int64Array,
         folder: Path,
-        ids_of: Callable[[Int64s], list[str]],
+        ids_of: Callable[[Int64Array], list[str]],
     ) -> Outcome:
         repeated = np.load(folder / "repeated.npy")
         rows = np.flatnonzero(np.isin(documents, repeated))
         return outcome(self.name, batch, [Drop(row, "duplicate_id") for row in rows.tolist()])
 
     @override
-    def removed(self, parts: Sequence[Part], folder: Path) -> NDArray[np.bool_]:
+    def removed(self, parts: Sequence[Part], folder: Path) -> BoolArray:
         mask = np.zeros(sum(part.rows for part in parts), np.bool_)
         mask[np.load(folder / "repeated.npy")] = True
         return mask

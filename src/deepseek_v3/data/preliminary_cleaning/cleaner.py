@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
 from deepseek_v3.config.filter_config import CleaningConfig
 from deepseek_v3.config.loading import section_from_dict
+from deepseek_v3.data.arrays import BoolArray
 from deepseek_v3.data.documents import with_texts
 from deepseek_v3.data.preliminary_cleaning.characters import (
     BIDI_CONTROLS,
@@ -75,7 +75,7 @@ class PreliminaryCleaner(Stage):
                 drops.append(Drop(row, "empty", {"characters": len(before)}))
         return outcome(self.name, with_texts(batch, texts) if rows else batch, drops)
 
-    def _may_change(self, column: pa.Array, texts: list[str]) -> NDArray[np.bool_]:
+    def _may_change(self, column: pa.Array, texts: list[str]) -> BoolArray:
         """Texts that `clean` may change; it leaves all others as they are."""
         found = pc.match_substring_regex(column, self._dirt).to_numpy(zero_copy_only=False)
         form = self.options.unicode_form

@@ -19,13 +19,10 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 from scipy.special import expit
 
+from deepseek_v3.data.arrays import BoolArray, Float32Array, Int64Array, UInt32Array, UInt64Array
 from deepseek_v3.data.documents import chunks
-from deepseek_v3.data.quality_filtering.fasttext_format import LABEL, FastTextFile, Floats
+from deepseek_v3.data.quality_filtering.fasttext_format import LABEL, FastTextFile
 from deepseek_v3.utils.errors import DataError
-
-Int64s = NDArray[np.int64]
-UInt32s = NDArray[np.uint32]
-UInt64s = NDArray[np.uint64]
 
 _OFFSET, _PRIME = 2166136261, 16777619
 _WORD_FACTOR = np.uint64(116049371)
@@ -40,20 +37,20 @@ def word_hash(word: bytes) -> int:
     return value
 
 
-def word_hashes(words: Sequence[bytes]) -> UInt64s:
+def word_hashes(words: Sequence[bytes]) -> UInt64Array:
     """The hashes with which `word_ngrams` begins: signed numbers of 32 bits, extended to uint64 [words]."""
     return np.array([*map(word_hash, words)], np.uint32).view(np.int32).astype(np.int64).view(np.uint64)
 
 
-def word_ngrams(hashes: UInt64s, starts: Int64s, longest: int) -> tuple[UInt64s, Int64s]:
+def word_ngrams(hashes: UInt64Array, starts: Int64Array, longest: int) -> tuple[UInt64Array, Int64Array]:
     """Hashes of all n-grams of 2 to `longest` words, and the line of each, ascending.
 
     `hashes` (uint64 [words]) are those of words; line i has the words from starts[i] to starts[i + 1].
     """
     line_of = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
     last = starts[1:][line_of]
-    found: list[UInt64s] = []
-    owners: list[Int64s] = []
+    found: list[UInt64Array] = []
+    owners: list[Int64Array] = []
     begins = np.arange(len(hashes))
     values = hashes
     for n in range(2, longest + 1):
@@ -67,7 +64,9 @@ def word_ngrams(hashes: UInt64s, starts: Int64s, longest: int) -> tuple[UInt64s,
     return np.concatenate(found)[order], owner[order]
 
 
-def character_ngrams(words: Sequence[bytes], shortest: int, longest: int) -> Iterator[tuple[UInt32s, Int64s]]:
+def character_ngrams(
+    words: Sequence[bytes], shortest: int, longest: int
+) -> Iterator[tuple[UInt32Array, Int64Array]]:
     """For each n from 1 to `longest`, if it is at least `shortest`: the hashes of all n-grams, and their words.
 
     N-grams count characters of `<word>`; those of one character are none of the two brackets.
@@ -79,8 +78,8 @@ def character_ngrams(words: Sequence[bytes], shortest: int, longest: int) -> Ite
     word_of = np.repeat(np.arange(len(words)), [*map(len, marked)])[begins]
     signed = data.view(np.int8).astype(np.int32).view(np.uint32)
 
-    first: Int64s = np.arange(len(begins))
-    values: UInt32s = np.full(len(begins), _OFFSET, np.uint32)
+    first: Int64Array = np.arange(len(begins))
+    values: UInt32Array = np.full(len(begins), _OFFSET, np.uint32)
     for n in range(1, longest + 1):
         inside = first + n <= len(begins)
         first, values = first[inside], values[inside]
@@ -96,7 +95,7 @@ def character_ngrams(words: Sequence[bytes], shortest: int, longest: int) -> Ite
             yield values[chosen], word_of[first[chosen]]
 
 
-def _inner(word_of: Int64s, characters: Int64s) -> NDArray[np.bool_]:
+def _inner(word_of: Int64Array, characters: Int64Array) -> BoolArray:
     """Which characters are not the first or the last of their word."""
     change = np.flatnonzero(np.diff(word_of)) + 1
     inner = np.ones(len(word_of), np.bool_)
@@ -121,7 +120,7 @@ class FastText:
         self._model = model
         self._path = path
         self.labels: list[str] = model.labels
-        self._rows_of_buckets: Int64s | None = None
+        self._rows_of_buckets: Int64Array | None = None
         if model.kept is not None:
             self._rows_of_buckets = np.full(model.buckets, -1, np.int64)
             self._rows_of_buckets[[*model.kept]] = [*model.kept.values()]
@@ -134,7 +133,7 @@ class FastText:
             raise DataError(f"{self._path}: has no label {label!r}, only {known}; name one of them")
         return self.labels.index(label)
 
-    def probabilities(self, texts: Sequence[str]) -> Floats:
+    def probabilities(self, texts: Sequence[str]) -> Float32Array:
         """Probabilities of all labels: float32 [texts, labels]; zeros where the model knows nothing of a text.
 
         Line breaks count as spaces. A text's probabilities depend on that text alone.
@@ -142,7 +141,7 @@ class FastText:
         found = [self._output(self._hidden(chunk)) for chunk in chunks(texts)]
         return np.concatenate(found) if found else np.zeros((0, len(self.labels)), np.float32)
 
-    def _hidden(self, texts: Sequence[str]) -> tuple[Floats, Int64s]:
+    def _hidden(self, texts: Sequence[str]) -> tuple[Float32Array, Int64Array]:
         """The mean of the vectors of all words and n-grams of each text, and how many those are."""
         lines = [split_words(text) for text in texts]
         numbers: defaultdict[bytes, int] = defaultdict(count().__next__)
@@ -156,7 +155,7 @@ class FastText:
             self._add(totals, counts, hashes % np.uint64(self._model.buckets), line_of)
         return totals / np.maximum(counts, 1)[:, None].astype(np.float32), counts
 
-    def _word_vectors(self, words: list[bytes]) -> tuple[Floats, Int64s]:
+    def _word_vectors(self, words: list[bytes]) -> tuple[Float32Array, Int64Array]:
         """The sum of each word's vector and those of its n-grams of characters, and how many those are."""
         known = np.array([self._model.words.get(word, -1) for word in words], np.int64)
         found = np.flatnonzero(known >= 0)
@@ -169,7 +168,9 @@ class FastText:
                 self._add(totals, counts, hashes % np.uint32(self._model.buckets), word_of)
         return totals, counts
 
-    def _add(self, totals: Floats, counts: Int64s, buckets: NDArray[np.unsignedinteger], owner: Int64s) -> None:
+    def _add(
+        self, totals: Float32Array, counts: Int64Array, buckets: NDArray[np.unsignedinteger], owner: Int64Array
+    ) -> None:
         """Adds the vectors of buckets to the totals of their owners, which ascend."""
         rows = buckets.astype(np.int64)
         if self._rows_of_buckets is not None:
@@ -180,7 +181,7 @@ class FastText:
         totals += sums(vectors, np.arange(len(rows)), np.concatenate([[0], np.cumsum(sizes)]))
         counts += sizes
 
-    def _output(self, hidden: tuple[Floats, Int64s]) -> Floats:
+    def _output(self, hidden: tuple[Float32Array, Int64Array]) -> Float32Array:
         means, counts = hidden
         # One small product per text: a product of all at once would round differently with their number.
         logits = np.matmul(means[:, None, :], self._model.output.T)[:, 0, :]
@@ -212,7 +213,7 @@ class _Tree:
             self._children.append((pair[0], pair[1]))
         self._labels = labels
 
-    def probabilities(self, logits: Floats) -> Floats:
+    def probabilities(self, logits: Float32Array) -> Float32Array:
         """From the logits of the tree's inner nodes, [texts, labels], whose last column is not used."""
         right = expit(logits)
         logs = np.zeros((len(logits), 2 * self._labels - 1), np.float32)
@@ -234,7 +235,7 @@ def split_words(text: str) -> list[bytes]:
     return [*words, END_OF_LINE]
 
 
-def sums(vectors: Floats, chosen: Int64s, starts: Int64s) -> Floats:
+def sums(vectors: Float32Array, chosen: Int64Array, starts: Int64Array) -> Float32Array:
     """Sums of chosen vectors: float32 [segments, width], segment i having chosen[starts[i] : starts[i + 1]]."""
     ones = np.ones(len(chosen), np.float32)
     return csr_matrix((ones, chosen, starts), (len(starts) - 1, len(vectors))) @ vectors

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deepseek_v3.data.arrays import Float32Array, UInt8Array
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.files import atomic_write
-
-Floats = NDArray[np.float32]
 
 LABEL = "__label__"
 _MAGIC, _VERSION = 793712314, 12
@@ -46,8 +45,8 @@ class FastTextFile:
     buckets: int
     loss: str
     kept: dict[int, int] | None
-    input: Floats
-    output: Floats
+    input: Float32Array
+    output: Float32Array
 
     @classmethod
     def read(cls, path: Path) -> FastTextFile:
@@ -145,12 +144,12 @@ class _Reader:
         kept = None if num_kept < 0 else dict(zip(pairs[::2], pairs[1::2], strict=True))
         return words, [*labels], [*labels.values()], kept
 
-    def _matrix(self) -> Floats:
+    def _matrix(self) -> Float32Array:
         rows, width = self._unpack(_SHAPE)
         start = self._advance(rows * width * 4)
         return np.memmap(self._path, "<f4", "r", start, (rows, width))
 
-    def _quantised(self) -> Floats:
+    def _quantised(self) -> Float32Array:
         """A matrix by product quantisation (Jégou et al. 2011), decoded to float32 [rows, width]."""
         (with_norms,) = self._unpack(struct.Struct("<?"))
         rows, width = self._unpack(_SHAPE)
@@ -164,7 +163,7 @@ class _Reader:
             raise ValueError(f"a matrix is {matrix.shape[1]} wide instead of {width}")
         return matrix
 
-    def _decoded(self, codes: NDArray[np.uint8]) -> Floats:
+    def _decoded(self, codes: UInt8Array) -> Float32Array:
         width, parts, part, _ = self._unpack(struct.Struct("<4i"))
         centroids = self._array("<f4", width * _CENTROIDS)
         pieces = []

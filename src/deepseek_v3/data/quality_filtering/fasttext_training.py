@@ -12,11 +12,11 @@ from itertools import count
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from deepseek_v3.data.quality_filtering.fasttext import FastText, Int64s, split_words, word_hashes, word_ngrams
-from deepseek_v3.data.quality_filtering.fasttext_format import FastTextFile, Floats
+from deepseek_v3.data.arrays import Float32Array, Int64Array
+from deepseek_v3.data.quality_filtering.fasttext import FastText, split_words, word_hashes, word_ngrams
+from deepseek_v3.data.quality_filtering.fasttext_format import FastTextFile
 from deepseek_v3.utils.errors import DataError
 
 GOOD, BAD = "good", "bad"
@@ -94,13 +94,13 @@ def held_out_figures(model: FastTextFile, path: Path, good: Sequence[str], bad: 
     )
 
 
-def _numbered(text: str, vocabulary: defaultdict[bytes, int]) -> Int64s:
+def _numbered(text: str, vocabulary: defaultdict[bytes, int]) -> Int64Array:
     return np.fromiter(map(vocabulary.__getitem__, split_words(text)), np.int64)
 
 
 def _features(
-    documents: Sequence[Int64s], words: Sequence[bytes], options: TrainingOptions
-) -> list[tuple[Int64s, Floats]]:
+    documents: Sequence[Int64Array], words: Sequence[bytes], options: TrainingOptions
+) -> list[tuple[Int64Array, Float32Array]]:
     """For each document the rows of its words and n-grams, and the share of each among all: [rows, 1]."""
     hashes = word_hashes(words)
     features = []
@@ -115,8 +115,8 @@ def _features(
 
 
 def _descend(
-    features: Sequence[tuple[Int64s, Floats]], targets: NDArray[np.int64], rows: int, options: TrainingOptions
-) -> tuple[Floats, Floats]:
+    features: Sequence[tuple[Int64Array, Float32Array]], targets: Int64Array, rows: int, options: TrainingOptions
+) -> tuple[Float32Array, Float32Array]:
     """Stochastic gradient descent, document by document, with a rate that falls to 0: both matrices."""
     random = np.random.default_rng(options.seed)
     bound = 1 / options.width

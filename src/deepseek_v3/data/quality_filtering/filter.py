@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from deepseek_v3.config.filter_config import Bucket, QualityConfig
 from deepseek_v3.config.loading import section_from_dict
+from deepseek_v3.data.arrays import Float32Array
 from deepseek_v3.data.documents import with_column
 from deepseek_v3.data.heuristics import HeuristicFilter
 from deepseek_v3.data.quality_filtering.fasttext import load_fasttext
@@ -84,7 +84,7 @@ class QualityFilter(Stage):
             if bucket not in self.options.keep
         }
 
-    def _buckets(self, perplexities: NDArray[np.float32]) -> list[Bucket]:
+    def _buckets(self, perplexities: Float32Array) -> list[Bucket]:
         head, middle = self._limits()
         names: tuple[Bucket, ...] = ("head", "middle", "tail")
         return [names[index] for index in np.searchsorted([head, middle], perplexities, side="right").tolist()]
@@ -103,6 +103,6 @@ class QualityFilter(Stage):
         return limits.head, limits.middle
 
 
-def _quality_scores(path: Path, label: str, texts: Sequence[str]) -> NDArray[np.float32]:
+def _quality_scores(path: Path, label: str, texts: Sequence[str]) -> Float32Array:
     model = load_fasttext(path)
     return model.probabilities(texts)[:, model.index(label)]

@@ -13,15 +13,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 
-from deepseek_v3.data.sorted_lookup import find_sorted
+from deepseek_v3.data.arrays import BoolArray, Float32Array, Float64Array, Int64Array, find_sorted
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.files import atomic_write
-
-Int64s = NDArray[np.int64]
-Floats = NDArray[np.float32]
-Float64s = NDArray[np.float64]
 
 UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"
 
@@ -37,16 +32,16 @@ class NgramModel:
     """
 
     words: list[str]
-    keys: list[Int64s]
-    log_probs: list[Floats]
-    backoffs: list[Floats]
+    keys: list[Int64Array]
+    log_probs: list[Float32Array]
+    backoffs: list[Float32Array]
 
     @cached_property
     def rows_of_words(self) -> dict[str, int]:
         """The row of each word."""
         return {word: row for row, word in enumerate(self.words)}
 
-    def find(self, length: int, contexts: Int64s, words: Int64s) -> Int64s:
+    def find(self, length: int, contexts: Int64Array, words: Int64Array) -> Int64Array:
         """Rows of n-grams of a length from 2 on, given their contexts' rows and last words; -1 where there is none.
 
         A context of -1 stands for none.
@@ -56,7 +51,7 @@ class NgramModel:
         found[asked] = find_sorted(self.keys[length - 2], contexts[asked] * len(self.words) + words[asked])
         return found
 
-    def score(self, words: Int64s) -> Float64s:
+    def score(self, words: Int64Array) -> Float64Array:
         """The log10 probability of each word of sentences that stand one behind the other; 0 for each `BEGIN`.
 
         `words` are rows (int64 [n]); every sentence starts with that of `BEGIN`.
@@ -74,7 +69,7 @@ class NgramModel:
         return scores
 
 
-def before(rows: Int64s, begins: NDArray[np.bool_]) -> Int64s:
+def before(rows: Int64Array, begins: BoolArray) -> Int64Array:
     """For each word the row that belongs to the word before it; -1 where a sentence begins, as with the first."""
     shifted = np.roll(rows, 1)
     shifted[begins] = -1
@@ -172,7 +167,7 @@ class _Reader:
         if not longest:
             self._model.backoffs.append(np.array(backoffs, np.float32)[order])
 
-    def _add_words(self, words: list[bytes]) -> Int64s:
+    def _add_words(self, words: list[bytes]) -> Int64Array:
         """Takes over the words; they stay in their order."""
         self._rows = {word: row for row, word in enumerate(words)}
         if not {BEGIN.encode(), END.encode()} <= self._rows.keys() or len(self._rows) < len(words):
@@ -181,7 +176,7 @@ class _Reader:
         self._model.words.extend(names)
         return np.arange(len(words))
 
-    def _add_keys(self, length: int, words: list[bytes]) -> Int64s:
+    def _add_keys(self, length: int, words: list[bytes]) -> Int64Array:
         """Takes over the keys of n-grams; returns the order in which they ascend."""
         rows = np.array([self._rows.get(word, -1) for word in words], np.int64).reshape(-1, length)
         contexts = rows[:, 0]

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
 from deepseek_v3.config.base import Section
 from deepseek_v3.config.errors import describe
-from deepseek_v3.data.quality_filtering.ngram_model import BEGIN, END, UNKNOWN, Float64s, Int64s, NgramModel, before
+from deepseek_v3.data.arrays import BoolArray, Float64Array, Int64Array
+from deepseek_v3.data.quality_filtering.ngram_model import BEGIN, END, UNKNOWN, NgramModel, before
 from deepseek_v3.data.quality_filtering.perplexity_score import NEW_LINE, LanguageModel, sentences, tokens
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.files import atomic_write
@@ -29,14 +29,14 @@ _NEVER = -99.0  # the log10 probability of BEGIN, which is never predicted
 class _Ngrams(NamedTuple):
     """All n-grams of a length: for each its key, raw count, the rows of all but its last and but its first word."""
 
-    keys: Int64s
-    counts: Int64s
-    contexts: Int64s
-    suffixes: Int64s
-    from_begin: NDArray[np.bool_]
+    keys: Int64Array
+    counts: Int64Array
+    contexts: Int64Array
+    suffixes: Int64Array
+    from_begin: BoolArray
 
 
-def train_kneser_ney(sentences: Int64s, words: list[str], order: int) -> NgramModel:
+def train_kneser_ney(sentences: Int64Array, words: list[str], order: int) -> NgramModel:
     """A model of `order` from sentences that stand one behind the other.
 
     `sentences` are indices into `words` (int64 [n]); every sentence starts with that of `BEGIN`, and ends with END.
@@ -64,7 +64,7 @@ def train_kneser_ney(sentences: Int64s, words: list[str], order: int) -> NgramMo
     return NgramModel(words, keys, log_probs, backoffs)
 
 
-def _counted(sentences: Int64s, words: list[str], order: int) -> list[_Ngrams]:
+def _counted(sentences: Int64Array, words: list[str], order: int) -> list[_Ngrams]:
     """The n-grams of length 1 to `order`."""
     begin = words.index(BEGIN)
     begins = sentences == begin
@@ -88,7 +88,7 @@ def _counted(sentences: Int64s, words: list[str], order: int) -> list[_Ngrams]:
     return lengths
 
 
-def _adjusted(ngrams: _Ngrams, longer: _Ngrams | None) -> Int64s:
+def _adjusted(ngrams: _Ngrams, longer: _Ngrams | None) -> Int64Array:
     """How many words stand before each n-gram, or its count, if it is one of the longest or begins a sentence."""
     if longer is None:
         return ngrams.counts.copy()
@@ -96,7 +96,7 @@ def _adjusted(ngrams: _Ngrams, longer: _Ngrams | None) -> Int64s:
     return np.where(ngrams.from_begin, ngrams.counts, different)
 
 
-def _discounts(counts: Int64s) -> Float64s:
+def _discounts(counts: Int64Array) -> Float64Array:
     """What to take from counts of 0, 1, 2, and 3 or more."""
     have = np.bincount(counts, minlength=5)[:5].astype(np.float64)
     if not have[1:].all():

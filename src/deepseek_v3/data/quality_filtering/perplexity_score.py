@@ -16,16 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from deepseek_v3.data.arrays import Float64Array, Int64Array
 from deepseek_v3.data.documents import chunks
-from deepseek_v3.data.quality_filtering.ngram_model import (
-    BEGIN,
-    END,
-    UNKNOWN,
-    Float64s,
-    Int64s,
-    NgramModel,
-    read_arpa,
-)
+from deepseek_v3.data.quality_filtering.ngram_model import BEGIN, END, UNKNOWN, NgramModel, read_arpa
 from deepseek_v3.utils.errors import DataError
 
 NEW_LINE = "\n"
@@ -53,8 +46,8 @@ class Sentences(NamedTuple):
     `words` (int64 [n]), and for each of them the text that it is of: `text_of` (int64 [n], ascending).
     """
 
-    words: Int64s
-    text_of: Int64s
+    words: Int64Array
+    text_of: Int64Array
 
 
 def sentences(rows: Iterable[int], sizes: Sequence[int], begin: int, end: int) -> Sentences:
@@ -81,8 +74,8 @@ _KENLM_BINARY = b"mmap lm http://kheafield.com/code"
 class Scores(NamedTuple):
     """For each text its log10 probability (float64), and the number of words and ends of lines in it (int64)."""
 
-    log_probs: Float64s
-    counts: Int64s
+    log_probs: Float64Array
+    counts: Int64Array
 
 
 class LanguageModel(ABC):
@@ -92,7 +85,7 @@ class LanguageModel(ABC):
     def scores(self, texts: Sequence[str]) -> Scores:
         """The scores of texts, each of which depends on that text alone."""
 
-    def perplexities(self, texts: Sequence[str]) -> Float64s:
+    def perplexities(self, texts: Sequence[str]) -> Float64Array:
         """10 to the power of -log10(probability) per word or end of line; infinite for a text without words."""
         found = [self.scores(chunk) for chunk in chunks(texts)]
         log_probs = np.concatenate([np.zeros(0), *(scores.log_probs for scores in found)])

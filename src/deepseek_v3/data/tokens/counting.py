@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
+from deepseek_v3.data.arrays import Int64Array
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 
 
@@ -25,7 +25,7 @@ class TokenCounter:
         """Tokens of all texts together."""
         return int(self.per_document(texts).sum())
 
-    def per_document(self, texts: pa.Array) -> NDArray[np.int64]:
+    def per_document(self, texts: pa.Array) -> Int64Array:
         """Tokens of each text, with one more for the mark at its end; int64 [n]."""
         if self.tokenizer is None:
             lengths = pc.binary_length(texts).to_numpy(zero_copy_only=False)

@@ -12,18 +12,15 @@ from hashlib import blake2b
 from typing import TypeVar
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from deepseek_v3.data.arrays import SPLITMIX64_GAMMA, Int64Array, UInt64Array, mix64
 from deepseek_v3.data.tokens.index import Split
 from deepseek_v3.data.tokens.shards import TokenShards
 from deepseek_v3.utils.errors import DataError
 
-Int64s = NDArray[np.int64]
-UInt64s = NDArray[np.uint64]
-
 _ROUNDS = 6
 _LEAST_HALF_BITS = 3  # on smaller halves this many rounds leave some orders of the indices likelier than others
-_GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)  # the step of SplitMix64
 _PREFETCHED = 1  # items that are read ahead of the one in use
 
 Item = TypeVar("Item")
@@ -48,7 +45,7 @@ class Permutation:
         digest = blake2b(repr(seed).encode(), digest_size=8 * _ROUNDS).digest()
         self._keys = np.frombuffer(digest, np.dtype("<u8")).astype(np.uint64)
 
-    def __call__(self, index: ArrayLike) -> Int64s:
+    def __call__(self, index: ArrayLike) -> Int64Array:
         """Where each index goes: int64, in the shape of `index`. Raises IndexError outside range(n)."""
         indices = np.asarray(index, np.int64)
         if indices.size and not 0 <= indices.min() <= indices.max() < self.n:
@@ -58,19 +55,12 @@ class Permutation:
             values[outside] = self._shuffled(values[outside])
         return values.astype(np.int64).reshape(indices.shape)
 
-    def _shuffled(self, values: UInt64s) -> UInt64s:
+    def _shuffled(self, values: UInt64Array) -> UInt64Array:
         """One pass of the network over range(4^k)."""
         left, right = values >> self._half_bits, values & self._half_mask
         for key in self._keys:
-            left, right = right, left ^ (_mixed(right ^ key) & self._half_mask)
+            left, right = right, left ^ (mix64(right ^ key) & self._half_mask)
         return (left << self._half_bits) | right
-
-
-def _mixed(x: UInt64s) -> UInt64s:
-    """The finaliser of SplitMix64 (Steele et al. 2014): every bit of the input reaches every bit of the output."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 class TokenLoader:
@@ -101,15 +91,15 @@ class TokenLoader:
             )
         self._shards, self._split, self._seed, self._shuffle = shards, split, seed, shuffle
 
-    def sample(self, i: int) -> Int64s:
+    def sample(self, i: int) -> Int64Array:
         """Sample `i`, counted from 0 through all epochs: [sequence_length + 1] int64."""
         return self.batch(i, 1)[0]
 
-    def batch(self, first: int, count: int) -> Int64s:
+    def batch(self, first: int, count: int) -> Int64Array:
         """Samples `first` to `first + count`: [count, sequence_length + 1] int64."""
         return self.windows(self._positions(first, count))
 
-    def windows(self, numbers: ArrayLike) -> Int64s:
+    def windows(self, numbers: ArrayLike) -> Int64Array:
         """The windows of these numbers, from 0 in the order of the split: [count, sequence_length + 1] int64.
 
         Raises DataError where a shard can no longer be read.
@@ -120,7 +110,7 @@ class TokenLoader:
             sample[:] = self._shards.read(self._split, number * self.sequence_length, self.sequence_length + 1)
         return samples
 
-    def _positions(self, first: int, count: int) -> Int64s:
+    def _positions(self, first: int, count: int) -> Int64Array:
         """Which window of the split each sample is."""
         epochs, positions = np.divmod(np.arange(first, first + count), self.num_samples)
         if self._shuffle:
@@ -130,7 +120,7 @@ class TokenLoader:
         return positions
 
 
-def drawn_windows(num_windows: int, count: int) -> Int64s:
+def drawn_windows(num_windows: int, count: int) -> Int64Array:
     """The numbers of `count` out of `num_windows` windows of a split, ascending: int64 [count].
 
     The split is cut into `count` equal stretches, and a hash of a stretch's number chooses one window in it. So
@@ -141,7 +131,7 @@ def drawn_windows(num_windows: int, count: int) -> Int64s:
     stretches = np.arange(count + 1)
     borders = stretches * quotient + stretches * remainder // count
     widths = np.diff(borders).astype(np.uint64)
-    hashes = _mixed(stretches[1:].astype(np.uint64) * _GOLDEN_GAMMA)
+    hashes = mix64(stretches[1:].astype(np.uint64) * np.uint64(SPLITMIX64_GAMMA))
     return borders[:-1] + (hashes % widths).astype(np.int64)
 
 

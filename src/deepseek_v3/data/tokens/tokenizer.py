@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
 from deepseek_v3.config.data_config import LARGEST_VOCABULARY
 from deepseek_v3.config.text_files import shown_path
+from deepseek_v3.data.arrays import Int64Array
 from deepseek_v3.data.documents import check_unicode
 from deepseek_v3.data.tokens.tiktoken_encoder import DEEPSEEK, NotExpressibleError, TiktokenEncoder
 from deepseek_v3.data.tokens.vocabulary import check_complete, check_ids, dropping_step, steps_of
@@ -183,7 +183,7 @@ class Tokenizer:
         return [encoding.ids for encoding in encodings]
 
     @cached_property
-    def byte_lengths(self) -> NDArray[np.int64]:
+    def byte_lengths(self) -> Int64Array:
         """Bytes of UTF-8 text that each id stands for: int64 [vocab_size]; 0 for markers, which stand for no text.
 
         Exact where `is_byte_exact`; of other tokenizers each id is counted as it is spelled in the vocabulary.

@@ -12,15 +12,16 @@ from typing import Any
 import numba
 import numpy as np
 
+from deepseek_v3.data import arrays
+from deepseek_v3.data.arrays import Int64Array, UInt8Array, UInt32Array, UInt64Array
 from deepseek_v3.data.deduplication import case_folding, hashing, utf8
 from deepseek_v3.data.deduplication.case_folding import Folded
-from deepseek_v3.data.deduplication.utf8 import Int64s, UInt8s, UInt32s, UInt64s
 
 _PIECE = utf8.PIECE
 _LONGEST = case_folding.LONGEST
-_MIX_1 = np.uint64(hashing.MIX_1)
-_MIX_2 = np.uint64(hashing.MIX_2)
-_STEP = np.uint64(hashing.STEP)
+_MIX_1 = np.uint64(arrays.SPLITMIX64_MIX_1)
+_MIX_2 = np.uint64(arrays.SPLITMIX64_MIX_2)
+_STEP = np.uint64(arrays.SPLITMIX64_GAMMA)
 _MIX_32 = np.uint32(hashing.MIX_32)
 _LOW_BYTES = np.array([2 ** (8 * size) - 1 for size in range(_PIECE + 1)], np.uint64)
 _GREATEST = np.uint32(2**32 - 1)
@@ -39,22 +40,22 @@ def _compiled(signature: str) -> Callable[[Callable[..., Any]], Callable[..., An
     return compile_function
 
 
-def shingle_hashes(folded: Folded, offsets: Int64s, multipliers: UInt32s) -> tuple[UInt32s, Int64s]:
+def shingle_hashes(folded: Folded, offsets: Int64Array, multipliers: UInt32Array) -> tuple[UInt32Array, Int64Array]:
     """As `numpy_kernels.shingle_hashes`."""
     return _shingle_hashes(folded.text, folded.cuts, offsets, multipliers)
 
 
-def minima(hashes: UInt32s, offsets: Int64s, multipliers: UInt32s) -> UInt32s:
+def minima(hashes: UInt32Array, offsets: Int64Array, multipliers: UInt32Array) -> UInt32Array:
     """As `numpy_kernels.minima`."""
     return _minima(hashes, offsets, multipliers)
 
 
-def common(sets: UInt64s, offsets: Int64s, one: Int64s, other: Int64s) -> Int64s:
+def common(sets: UInt64Array, offsets: Int64Array, one: Int64Array, other: Int64Array) -> Int64Array:
     """As `numpy_kernels.common`."""
     return _common(sets, offsets, one, other)
 
 
-def without(text: UInt8s, offsets: Int64s, left_out: bytes) -> tuple[UInt8s, Int64s]:
+def without(text: UInt8Array, offsets: Int64Array, left_out: bytes) -> tuple[UInt8Array, Int64Array]:
     """As `numpy_kernels.without`."""
     kept = np.ones(256, np.uint8)
     kept[[*left_out]] = 0

@@ -7,9 +7,18 @@ from itertools import pairwise
 
 import numpy as np
 
+from deepseek_v3.data.arrays import (
+    SPLITMIX64_GAMMA,
+    SPLITMIX64_MIX_1,
+    SPLITMIX64_MIX_2,
+    Int64Array,
+    UInt8Array,
+    UInt32Array,
+    UInt64Array,
+)
 from deepseek_v3.data.deduplication.case_folding import LONGEST, Folded
-from deepseek_v3.data.deduplication.hashing import MIX_1, MIX_2, MIX_32, STEP
-from deepseek_v3.data.deduplication.utf8 import PIECE, Int64s, UInt8s, UInt32s, UInt64s, pieces_of
+from deepseek_v3.data.deduplication.hashing import MIX_32
+from deepseek_v3.data.deduplication.utf8 import PIECE, pieces_of
 
 _LOW_BYTES = np.array([2 ** (8 * size) - 1 for size in range(PIECE + 1)], np.uint64)
 _EIGHT_BYTES = np.uint64(2**56)  # the least piece whose last byte is not 0
@@ -19,7 +28,7 @@ _HASH_BITS = np.uint64(32)
 _HASH_MASK = np.uint64(2**32 - 1)
 
 
-def shingle_hashes(folded: Folded, offsets: Int64s, multipliers: UInt32s) -> tuple[UInt32s, Int64s]:
+def shingle_hashes(folded: Folded, offsets: Int64Array, multipliers: UInt32Array) -> tuple[UInt32Array, Int64Array]:
     """The hashes of all shingles of a block's documents.
 
     `offsets`: int64 [documents + 1]. `multipliers`: uint32 [ngram]. Returns uint32 [shingles], never 0, and where
@@ -30,7 +39,7 @@ def shingle_hashes(folded: Folded, offsets: Int64s, multipliers: UInt32s) -> tup
     return _combined(_word_hashes(pieces_of(folded.text), np.append(starts, offsets[-1])), firsts, multipliers)
 
 
-def minima(hashes: UInt32s, offsets: Int64s, multipliers: UInt32s) -> UInt32s:
+def minima(hashes: UInt32Array, offsets: Int64Array, multipliers: UInt32Array) -> UInt32Array:
     """The least product, mod 2^32, of any of a document's hashes with each multiplier.
 
     `hashes`: uint32 [shingles]. `offsets`: int64 [documents + 1]. Returns uint32 [documents, multipliers], with the
@@ -48,7 +57,7 @@ def minima(hashes: UInt32s, offsets: Int64s, multipliers: UInt32s) -> UInt32s:
     return np.ascontiguousarray(least.T)
 
 
-def common(sets: UInt64s, offsets: Int64s, one: Int64s, other: Int64s) -> Int64s:
+def common(sets: UInt64Array, offsets: Int64Array, one: Int64Array, other: Int64Array) -> Int64Array:
     """How many members two sets have in common, for pairs of sets: int64 [pairs].
 
     Set s stands, ascending and without repeats, from `offsets[s]` to `offsets[s + 1]` (int64 [sets + 1]) in `sets`;
@@ -65,7 +74,7 @@ def common(sets: UInt64s, offsets: Int64s, one: Int64s, other: Int64s) -> Int64s
     return counts
 
 
-def without(text: UInt8s, offsets: Int64s, left_out: bytes) -> tuple[UInt8s, Int64s]:
+def without(text: UInt8Array, offsets: Int64Array, left_out: bytes) -> tuple[UInt8Array, Int64Array]:
     """The documents of a block without certain bytes.
 
     `offsets`: int64 [documents + 1], where each begins in `text` (uint8). Returns the same of what is left.
@@ -75,7 +84,7 @@ def without(text: UInt8s, offsets: Int64s, left_out: bytes) -> tuple[UInt8s, Int
     return np.frombuffer(b"".join(documents), np.uint8), np.append(np.int64(0), ends)
 
 
-def _tagged(sets: UInt64s, offsets: Int64s, chosen: Int64s) -> UInt64s:
+def _tagged(sets: UInt64Array, offsets: Int64Array, chosen: Int64Array) -> UInt64Array:
     """The members of these sets, each with the index of its set among them in the upper half."""
     sizes = offsets[chosen + 1] - offsets[chosen]
     ends = np.cumsum(sizes)
@@ -84,7 +93,7 @@ def _tagged(sets: UInt64s, offsets: Int64s, chosen: Int64s) -> UInt64s:
     return sets[places] & _HASH_MASK | np.repeat(tags, sizes)
 
 
-def _runs(sizes: Int64s) -> Iterator[slice]:
+def _runs(sizes: Int64Array) -> Iterator[slice]:
     """Runs of pairs that take about `_SHINGLES_AT_ONCE` shingles, or one pair that takes more."""
     ends = np.cumsum(sizes)
     start = 0
@@ -95,7 +104,7 @@ def _runs(sizes: Int64s) -> Iterator[slice]:
         start = stop
 
 
-def _word_starts(folded: Folded) -> Int64s:
+def _word_starts(folded: Folded) -> Int64Array:
     """Where words begin, those included into which a run of more than `LONGEST` bytes is cut."""
     inside = folded.text[: len(folded.cuts)] != 0
     begins = inside & folded.cuts
@@ -112,7 +121,7 @@ def _word_starts(folded: Folded) -> Int64s:
     return np.sort(np.concatenate([starts, places[inside[places]]]))
 
 
-def _word_hashes(pieces: UInt64s, starts: Int64s) -> UInt32s:
+def _word_hashes(pieces: UInt64Array, starts: Int64Array) -> UInt32Array:
     """uint32 [words], from where each word begins, and the block's end. All bytes between words are 0."""
     starts, sizes = starts[:-1], np.diff(starts)
     found = pieces[starts] & _LOW_BYTES[np.minimum(sizes, PIECE)]
@@ -123,19 +132,19 @@ def _word_hashes(pieces: UInt64s, starts: Int64s) -> UInt32s:
             break
         found = pieces[starts[longer] + number * PIECE]
         found &= _LOW_BYTES[np.minimum(sizes[longer] - number * PIECE, PIECE)]
-        totals[longer] += _piece_hashes(found + np.uint64(number * STEP % 2**64)) * (found != 0)
+        totals[longer] += _piece_hashes(found + np.uint64(number * SPLITMIX64_GAMMA % 2**64)) * (found != 0)
         longer = longer[found >= _EIGHT_BYTES]
     return (totals >> np.uint64(32)).astype(np.uint32)
 
 
-def _piece_hashes(pieces: UInt64s) -> UInt64s:
-    pieces = pieces * np.uint64(MIX_1)
+def _piece_hashes(pieces: UInt64Array) -> UInt64Array:
+    pieces = pieces * np.uint64(SPLITMIX64_MIX_1)
     pieces ^= pieces >> np.uint64(32)
-    pieces *= np.uint64(MIX_2)
+    pieces *= np.uint64(SPLITMIX64_MIX_2)
     return pieces
 
 
-def _combined(words: UInt32s, offsets: Int64s, multipliers: UInt32s) -> tuple[UInt32s, Int64s]:
+def _combined(words: UInt32Array, offsets: Int64Array, multipliers: UInt32Array) -> tuple[UInt32Array, Int64Array]:
     """The hashes of shingles, from those of the documents' words."""
     ngram = len(multipliers)
     padded = np.append(words, np.zeros(ngram - 1, np.uint32))
