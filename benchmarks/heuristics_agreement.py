@@ -163,7 +163,7 @@ def causes(texts: Sequence[str], ours: Reasons, theirs: dict[str, Any]) -> Count
 def keeps(text: str, change: Change) -> bool:
     """Whether the reference keeps a text when some of its definitions are changed."""
     with patch.multiple(reference, **change):
-        return not reference.judge(text, HeuristicsConfig())[0]
+        return not reference.apply_rules(text, HeuristicsConfig())[0]
 
 
 def differences_of_definition(theirs: dict[str, Any]) -> dict[str, Change]:

@@ -48,7 +48,7 @@ def write_parts(stage: CorpusStage, texts: Sequence[str], cuts: Sequence[int], f
     return parts
 
 
-def without(parts: Sequence[Part], removed: Sequence[int], folder: Path) -> list[Part]:
+def mark_removed(parts: Sequence[Part], removed: Sequence[int], folder: Path) -> list[Part]:
     """The parts, with masks of documents that an earlier stage removed."""
     masked = []
     for number, part in enumerate(parts):

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from deepseek_v3.data.arrays import find_sorted
 from deepseek_v3.data.decontamination import Decontaminator
-from deepseek_v3.data.decontamination.index import EvaluationIndex, words
+from deepseek_v3.data.decontamination.index import EvaluationIndex, split_words
 from deepseek_v3.data.documents import record_batch
 from deepseek_v3.utils.errors import ConfigError, DataError
 
@@ -145,13 +145,13 @@ def test_what_is_found_is_what_a_search_finds(texts: list[str], sets: list[str],
     if max(len(text.split()) for text in sets) < min_ngram:
         return
     index = EvaluationIndex([(text, text) for text in sets], ngram, min_ngram)
-    lists = [words(text) for text in texts]
+    lists = [split_words(text) for text in texts]
     found = index.find(lists)
     expected = brute_force(texts, sets, ngram, min_ngram)
     flat = [word for some in lists for word in some]
     assert len(found.starts) == sum(hits for hits, _ in expected)
     for start, length, owner in zip(*(part.tolist() for part in found), strict=True):
-        assert " ".join(flat[start : start + length]) in " ".join(words(sets[owner]))
+        assert " ".join(flat[start : start + length]) in " ".join(split_words(sets[owner]))
 
 
 def test_shares_are_those_of_a_search(tmp_path: Path) -> None:

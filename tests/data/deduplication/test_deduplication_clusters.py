@@ -4,8 +4,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepseek_v3.data.deduplication.clusters import earliest_connected, keepers
-from deepseek_v3.data.deduplication.key_files import grouped, repeated
+from deepseek_v3.data.deduplication.clusters import choose_kept, connected_components
+from deepseek_v3.data.deduplication.key_files import group_keys, repeated_keys
 
 Pairs = set[tuple[int, int]]
 DOCUMENTS = 12
@@ -40,15 +40,15 @@ def _none(kept: np.ndarray, documents: np.ndarray) -> np.ndarray:
 @given(PAIRS)
 def test_connected_documents_are_those_that_a_search_reaches(pairs: Pairs) -> None:
     expected = [min(_reachable(pairs, document)) for document in range(DOCUMENTS)]
-    assert earliest_connected(*_columns(pairs), DOCUMENTS).tolist() == expected
-    assert keepers(*_columns(pairs), DOCUMENTS, _all).tolist() == expected
+    assert connected_components(*_columns(pairs), DOCUMENTS).tolist() == expected
+    assert choose_kept(*_columns(pairs), DOCUMENTS, _all).tolist() == expected
 
 
 @given(PAIRS, st.sets(st.integers(0, 11)))
 def test_of_each_pair_one_at_most_is_kept_and_what_is_kept_stands_for_what_it_is_close_to(
     pairs: Pairs, close: set[int]
 ) -> None:
-    kept = keepers(*_columns(pairs), DOCUMENTS, lambda _, documents: np.isin(documents, list(close))).tolist()
+    kept = choose_kept(*_columns(pairs), DOCUMENTS, lambda _, documents: np.isin(documents, list(close))).tolist()
     for one, other in pairs:
         assert kept[one] != one or kept[other] != other
     for document, keeper in enumerate(kept):
@@ -60,16 +60,16 @@ def test_of_each_pair_one_at_most_is_kept_and_what_is_kept_stands_for_what_it_is
 
 def test_a_chain_without_closeness_is_cut_where_documents_are_no_pair_with_a_kept_one() -> None:
     chain = {(i, i + 1) for i in range(6)}
-    assert keepers(*_columns(chain), 8, _all).tolist() == [0] * 7 + [7]
-    assert keepers(*_columns(chain), 8, _none).tolist() == [0, 0, 2, 2, 4, 4, 6, 7]
+    assert choose_kept(*_columns(chain), 8, _all).tolist() == [0] * 7 + [7]
+    assert choose_kept(*_columns(chain), 8, _none).tolist() == [0, 0, 2, 2, 4, 4, 6, 7]
 
 
 @given(st.lists(st.integers(0, 9), max_size=40))
 def test_grouping_sorts_by_key_and_then_place(keys: list[int]) -> None:
-    found = grouped(np.array(keys, np.uint64))
+    found = group_keys(np.array(keys, np.uint64))
     expected = sorted(range(len(keys)), key=lambda place: (keys[place], place))
     assert found.places.tolist() == expected
     assert [keys[place] for place in expected] == [sorted(set(keys))[group] for group in found.groups.tolist()]
-    more = repeated(found)
+    more = repeated_keys(found)
     assert more.places.tolist() == [place for place in expected if keys.count(keys[place]) > 1]
     assert [sorted(set(keys))[group] for group in more.groups.tolist()] == [keys[p] for p in more.places.tolist()]

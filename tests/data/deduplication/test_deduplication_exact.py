@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek_v3.data.deduplication import ExactDeduplicator, repeated_hashes
-from deepseek_v3.data.deduplication.normalization import normal_form, normal_hashes
+from deepseek_v3.data.deduplication.normalization import normalize, normalized_hashes
 from deepseek_v3.data.documents import Document
 from deepseek_v3.data.stages import Part
 from deepseek_v3.utils.errors import ConfigError, DataError
-from helpers.deduplication import decide, without, write_parts
+from helpers.deduplication import decide, mark_removed, write_parts
 
 # Capitals and spaces of all sizes, and those whose lower case is longer, shorter, or depends on its place.
 ODD = "aB \t\n\x0b\x1c\x85\xa0\u1680\u2003\u2028\u3000éÉßẞİIıΣσςJ\u212aǅⱥȺ中𐐀😀"
@@ -28,17 +28,17 @@ ODD = "aB \t\n\x0b\x1c\x85\xa0\u1680\u2003\u2028\u3000éÉßẞİIıΣσςJ\u212
 @given(st.lists(st.text(st.sampled_from(ODD), max_size=30) | st.text(max_size=20), max_size=8))
 def test_hashes_are_those_of_the_normal_form(texts: list[str]) -> None:
     expected = [xxhash.xxh3_128_intdigest("".join(text.lower().split()).encode()) for text in texts]
-    found = [(high << 64) + low for high, low in normal_hashes(pa.array(texts, pa.string())).tolist()]
+    found = [(high << 64) + low for high, low in normalized_hashes(pa.array(texts, pa.string())).tolist()]
     assert found == expected
 
 
 def test_every_character_has_its_normal_form() -> None:
     characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
     texts = ["".join(characters[start : start + 50]) for start in range(0, len(characters), 50)]
-    expected = [xxhash.xxh3_64_intdigest(normal_form(text).encode()) for text in texts]
+    expected = [xxhash.xxh3_64_intdigest(normalize(text).encode()) for text in texts]
     assert len(set(expected)) > 20_000
-    found = [(high << 64) + low for high, low in normal_hashes(pa.array(texts)).tolist()]
-    assert found == [xxhash.xxh3_128_intdigest(normal_form(text).encode()) for text in texts]
+    found = [(high << 64) + low for high, low in normalized_hashes(pa.array(texts)).tolist()]
+    assert found == [xxhash.xxh3_128_intdigest(normalize(text).encode()) for text in texts]
 
 
 def test_the_first_of_equal_documents_is_kept() -> None:
@@ -104,7 +104,7 @@ def test_lines_repeat_within_a_document_too_and_short_ones_stay(tmp_path: Path) 
 
 
 def _first_documents(texts: list[str]) -> dict[int, str]:
-    forms = [normal_form(text) for text in texts]
+    forms = [normalize(text) for text in texts]
     return {document: text for document, text in enumerate(texts) if forms.index(forms[document]) == document}
 
 
@@ -114,7 +114,7 @@ def _first_lines(texts: list[str]) -> dict[int, str]:
     for document, text in enumerate(texts):
         left = []
         for line in text.splitlines(keepends=True):
-            long, form = len(line.strip()) >= 2, normal_form(line)
+            long, form = len(line.strip()) >= 2, normalize(line)
             if not long or form not in seen:
                 left.append(line)
             if long:
@@ -146,7 +146,7 @@ def test_plain_python_agrees_however_the_corpus_is_cut(
 def test_documents_that_an_earlier_stage_removed_are_nobody_s_original(tmp_path: Path) -> None:
     texts = ["same", "other", "SAME", "same "]
     stage = ExactDeduplicator()
-    parts = without(write_parts(stage, texts, [1], tmp_path / "p"), [0], tmp_path)
+    parts = mark_removed(write_parts(stage, texts, [1], tmp_path / "p"), [0], tmp_path)
     run = decide(stage, parts, texts, tmp_path / "r")
     assert run.removed == [3]
     assert run.dropped[3]["figures"] == '{"duplicate_of":"d2","similarity":1.0}'

@@ -20,7 +20,7 @@ from deepseek_v3.data.deduplication.lsh import similar_pairs
 from deepseek_v3.data.deduplication.reference import jaccard, shingles
 from deepseek_v3.data.stages import Part
 from deepseek_v3.utils.errors import ConfigError
-from helpers.deduplication import ENOUGH, Run, decide, without, write_parts
+from helpers.deduplication import ENOUGH, Run, decide, mark_removed, write_parts
 
 BACK_ENDS = ("numpy", "numba")
 
@@ -241,7 +241,7 @@ def test_an_earlier_corpus_drops_documents_by_its_keys_alone(tmp_path: Path) -> 
 def test_documents_that_an_earlier_stage_removed_are_nobody_s_original(tmp_path: Path) -> None:
     texts = ["a b c d e f g", "h i j k l m n", "A b c d e f g", "a, b, c, d, e, f, g"]
     stage = MinHashDeduplicator()
-    parts = without(write_parts(stage, texts, [1], tmp_path / "p"), [0], tmp_path)
+    parts = mark_removed(write_parts(stage, texts, [1], tmp_path / "p"), [0], tmp_path)
     run = decide(stage, parts, texts, tmp_path / "r")
     assert run.removed == [3]
     assert run.dropped[3] == {

@@ -14,9 +14,9 @@ from pydantic import ValidationError
 
 from deepseek_v3.config.deduplication_config import DeduplicationConfig, candidate_probability
 from deepseek_v3.data.deduplication.hashing import odd_multipliers
-from deepseek_v3.data.deduplication.jaccard import margin
+from deepseek_v3.data.deduplication.jaccard import estimate_margin
 from deepseek_v3.data.deduplication.kernels import numba_kernels, numpy_kernels, select
-from deepseek_v3.data.deduplication.lsh import band_keys, estimates, shortened
+from deepseek_v3.data.deduplication.lsh import b_bit_signatures, band_keys, estimate_jaccard
 from deepseek_v3.data.deduplication.minhash import MinHasher, Shingles
 from deepseek_v3.utils.errors import DataError
 
@@ -31,7 +31,7 @@ def _random_hashes(seed: int, count: int) -> np.ndarray:
 def test_values_are_the_least_products(module: ModuleType) -> None:
     hashes, multipliers = _random_hashes(0, 30), odd_multipliers(0, 20)
     offsets = np.array([0, 0, 1, 9, 9, 30, 30])
-    found = module.minima(hashes, offsets, multipliers)
+    found = module.minhash_signatures(hashes, offsets, multipliers)
     for document, (start, end) in enumerate(pairwise(offsets)):
         for value, multiplier in enumerate(multipliers.tolist()):
             products = [h * multiplier % 2**32 for h in hashes[start:end].tolist()]
@@ -42,7 +42,7 @@ def test_values_are_the_least_products(module: ModuleType) -> None:
 def test_numpy_and_numba_agree_bit_for_bit(sizes: list[int], values: int, seed: int) -> None:
     offsets = np.cumsum([0, *sizes])
     hashes, multipliers = _random_hashes(seed, sum(sizes)), odd_multipliers(seed, values)
-    one, other = (module.minima(hashes, offsets, multipliers) for module in KERNELS)
+    one, other = (module.minhash_signatures(hashes, offsets, multipliers) for module in KERNELS)
     assert one.dtype == other.dtype == np.uint32
     assert one.shape == (len(sizes), values)
     assert one.tobytes() == other.tobytes()
@@ -56,7 +56,7 @@ def test_common_members_are_those_of_both_sets(module: ModuleType, sets: list[se
     )
     offsets = np.cumsum([0, *map(len, sets)])
     one, other = np.random.default_rng(seed).integers(0, len(sets), (2, 20))
-    found = module.common(members, offsets, one, other)
+    found = module.intersection_sizes(members, offsets, one, other)
     assert found.tolist() == [len(sets[a] & sets[b]) for a, b in zip(one, other, strict=True)]
 
 
@@ -64,7 +64,7 @@ def test_many_pairs_are_taken_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(numpy_kernels, "_SHINGLES_AT_ONCE", 7)
     members, offsets = np.array([1, 2, 3, 4, 2, 3, 5, 9], np.uint64), np.array([0, 4, 4, 8])
     one, other = np.array([0, 0, 2, 1, 0]), np.array([2, 1, 2, 1, 0])
-    assert numpy_kernels.common(members, offsets, one, other).tolist() == [2, 0, 4, 0, 4]
+    assert numpy_kernels.intersection_sizes(members, offsets, one, other).tolist() == [2, 0, 4, 0, 4]
 
 
 @pytest.mark.parametrize("module", KERNELS)
@@ -73,7 +73,7 @@ def test_bytes_are_left_out_wherever_they_stand(
     module: ModuleType, documents: list[bytes], left_out: bytes
 ) -> None:
     text, offsets = np.frombuffer(bytearray(b"".join(documents)), np.uint8), np.cumsum([0, *map(len, documents)])
-    left, places = module.without(text, offsets, left_out)
+    left, places = module.remove_bytes(text, offsets, left_out)
     found = [left[start:end].tobytes() for start, end in pairwise(places)]
     assert found == [bytes(byte for byte in document if byte not in left_out) for document in documents]
 
@@ -91,7 +91,7 @@ def test_estimates_have_no_bias_and_the_spread_of_independent_values(size: int, 
         for side in sides
     ]
     rows = np.arange(trials)
-    found = estimates(shortened(np.concatenate(signatures)), rows, rows + trials)
+    found = estimate_jaccard(b_bit_signatures(np.concatenate(signatures)), rows, rows + trials)
     truth = both / size
     deviation = np.sqrt(truth * (1 - truth) / values)
     assert found.mean() == pytest.approx(truth, abs=4 * deviation / np.sqrt(trials))
@@ -146,8 +146,8 @@ def test_options_that_cannot_work_are_refused() -> None:
 
 
 def test_the_margin_is_three_standard_deviations() -> None:
-    assert margin(0.8, 128) == pytest.approx(0.106, abs=1e-3)
-    assert margin(1.0, 128) == 0
+    assert estimate_margin(0.8, 128) == pytest.approx(0.106, abs=1e-3)
+    assert estimate_margin(1.0, 128) == 0
 
 
 def _without_numba(name: str, *args: Any) -> ModuleType:
@@ -162,12 +162,12 @@ def test_without_numba_numpy_takes_its_place(monkeypatch: pytest.MonkeyPatch) ->
         hasher.signatures(found) for hasher in [MinHasher(16, 5, 0, "numba")] for found in hasher.shingles(texts)
     ]
     monkeypatch.setattr(select, "import_module", _without_numba)
-    select.kernels.cache_clear()
+    select.select_kernels.cache_clear()
     hasher = MinHasher(16, 5, 0, "auto")
     assert [hasher.signatures(found).tolist() for found in hasher.shingles(texts)] == [f.tolist() for f in expected]
     with pytest.raises(DataError, match=r"pip install 'deepseek_v3\[numba\]'"):
         MinHasher(16, 5, 0, "numba")
-    select.kernels.cache_clear()
+    select.select_kernels.cache_clear()
 
 
 def test_where_no_cache_is_writable_numba_compiles_without(monkeypatch: pytest.MonkeyPatch) -> None:

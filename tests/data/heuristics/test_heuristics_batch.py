@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from deepseek_v3.config.filter_config import HeuristicsConfig
 from deepseek_v3.data.documents import record_batch
 from deepseek_v3.data.heuristics import HeuristicFilter, gopher_repetition, ragged, reference
-from deepseek_v3.data.heuristics.filter import ask
-from deepseek_v3.data.heuristics.text_table import text_table
+from deepseek_v3.data.heuristics.filter import apply_rules
+from deepseek_v3.data.heuristics.text_table import build_text_table
 from deepseek_v3.data.sample_corpora import stdlib_documents
 from deepseek_v3.utils.errors import ConfigError
 
@@ -124,11 +124,11 @@ def batch_of(*texts):
 @given(texts=TEXTS)
 @settings(deadline=None)
 def test_figures_and_lines_are_those_of_the_reference(options, texts):
-    findings, kept = ask(text_table(pa.array(texts, pa.string()), options.remove_citations), options)
+    findings, kept = apply_rules(build_text_table(pa.array(texts, pa.string()), options.remove_citations), options)
 
     left = texts if kept is None else kept.texts().to_pylist()
     for number, text in enumerate(texts):
-        broken, shown = reference.judge(text, options)
+        broken, shown = reference.apply_rules(text, options)
         found = [
             (rule.code, rule.found[number], rule.limit, rule.trigger(number))
             for rule in findings
@@ -147,7 +147,7 @@ OF_LINES = {"min_words_per_line", "max_word_length"}  # drop lines and name no d
 
 def rules_of(texts, **options):
     config = HeuristicsConfig(**options)
-    return ask(text_table(pa.array(texts, pa.string()), config.remove_citations), config)[0]
+    return apply_rules(build_text_table(pa.array(texts, pa.string()), config.remove_citations), config)[0]
 
 
 def codes(texts, **options):
@@ -167,7 +167,7 @@ def test_with_every_threshold_null_no_rule_is_asked():
     assert len(THRESHOLDS) == 22
     assert not any(rule.broken.any() for rule in rules_of(texts, **off))
     for text in texts:
-        assert reference.judge(text, HeuristicsConfig(**off))[0] == []
+        assert reference.apply_rules(text, HeuristicsConfig(**off))[0] == []
 
 
 def test_real_text_is_judged_as_by_the_reference():
@@ -176,7 +176,7 @@ def test_real_text_is_judged_as_by_the_reference():
     options = HeuristicsConfig(min_alphabetic_words=0.5, drop_curly_brackets=False, min_sentences=2)
     result = HeuristicFilter(**options.model_dump()).apply(batch_of(*texts))
 
-    expected = [reference.judge(text, options) for text in texts]
+    expected = [reference.apply_rules(text, options) for text in texts]
     assert result.kept.column("text").to_pylist() == [text for broken, text in expected if not broken]
     assert [*zip(result.dropped["reason"].to_pylist(), result.dropped["figures"].to_pylist(), strict=True)] == [
         (
@@ -264,13 +264,13 @@ def test_options_and_pickle():
 def test_first_equal_with_small_and_with_large_keys(numbers, scale):
     keys = np.array(numbers, np.int64) * scale
 
-    assert ragged.first_equal(keys).tolist() == [numbers.index(number) for number in numbers]
+    assert ragged.first_occurrences(keys).tolist() == [numbers.index(number) for number in numbers]
 
 
 @given(st.lists(st.lists(st.integers(0, 2), max_size=12), max_size=4), st.integers(1, 4))
 def test_repeated_ngrams_against_brute_force(documents, n):
     words = np.array([word for document in documents for word in document], np.int64)
-    starts = ragged.totals(np.array([len(document) for document in documents], np.int64))
+    starts = ragged.prefix_sums(np.array([len(document) for document in documents], np.int64))
     *_, repeated = gopher_repetition.repeated_ngrams(words, starts, n)
 
     expected = []

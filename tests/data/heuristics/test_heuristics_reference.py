@@ -18,7 +18,7 @@ PROSE = (
 
 
 def codes(text, **options):
-    return [broken.code for broken in reference.judge(text, HeuristicsConfig(**options))[0]]
+    return [broken.code for broken in reference.apply_rules(text, HeuristicsConfig(**options))[0]]
 
 
 def found(broken, code):
@@ -33,7 +33,7 @@ def test_the_thresholds_are_those_of_gopher_table_a1():
 
 
 def test_prose_breaks_no_rule_and_keeps_its_lines():
-    assert reference.judge(PROSE, DEFAULTS) == ([], PROSE.strip())
+    assert reference.apply_rules(PROSE, DEFAULTS) == ([], PROSE.strip())
 
 
 def test_repeated_lines_and_paragraphs():

@@ -6,7 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepseek_v3.data.heuristics.words import LONGEST, has_letter, is_punctuation, is_symbol, split_chunk
+from deepseek_v3.data.heuristics.words import (
+    MAX_CHUNK_CHARACTERS,
+    has_letter,
+    is_punctuation,
+    is_symbol,
+    split_chunk,
+)
 
 # What spacy.blank("en") of spaCy 3.8 makes of each of these, parts joined here by a space.
 SPACY = """
@@ -38,8 +44,8 @@ def test_what_is_split_stays_together_with_itself(chunk):
 
 
 def test_chunks_beyond_all_words_are_not_split():
-    assert len(split_chunk("a-" * (LONGEST // 2))) == LONGEST - 1
-    assert split_chunk("a-" * LONGEST) == ("a-" * LONGEST,)
+    assert len(split_chunk("a-" * (MAX_CHUNK_CHARACTERS // 2))) == MAX_CHUNK_CHARACTERS - 1
+    assert split_chunk("a-" * MAX_CHUNK_CHARACTERS) == ("a-" * MAX_CHUNK_CHARACTERS,)
 
 
 @pytest.mark.parametrize(

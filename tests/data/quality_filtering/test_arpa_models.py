@@ -16,14 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek_v3.data.quality_filtering.ngram_model import BEGIN, END, UNKNOWN, NgramModel, read_arpa, write_arpa
-from deepseek_v3.data.quality_filtering.ngram_training import Limits, train_language_model
+from deepseek_v3.data.quality_filtering.ngram_training import PerplexityLimits, train_language_model
 from deepseek_v3.data.quality_filtering.perplexity_score import (
     ArpaModel,
     KenlmModel,
     LanguageModel,
+    build_sentences,
     load_language_model,
-    sentences,
-    tokens,
+    tokenize,
 )
 from deepseek_v3.data.sample_corpora import stdlib_documents
 from deepseek_v3.utils.errors import DataError
@@ -148,7 +148,7 @@ def kneser_ney(lines: list[list[str]], order: int) -> dict[tuple[str, ...], floa
 @pytest.mark.parametrize("order", [2, 3, 5])
 def test_the_probabilities_are_those_of_the_definition(order: int, texts: list[str]) -> None:
     for text in (SMALL, "\n".join(texts)[:20_000]):
-        lines = [tokens(line) for line in text.split("\n") if tokens(line)]
+        lines = [tokenize(line) for line in text.split("\n") if tokenize(line)]
         expected = kneser_ney(lines, order)
         found = ngrams_of(train_language_model([text], order))
         assert expected.keys() == found.keys() - {(BEGIN,), (UNKNOWN,)}
@@ -163,10 +163,10 @@ def test_kenlm_reads_the_file_and_gives_the_same_scores(order: int, texts: list[
     outside = kenlm().Model(str(path))
     assert outside.order == order
     ours = load_language_model(path)
-    lines = [line for text in texts[15:] for line in text.split("\n") if tokens(line)][:1500]
+    lines = [line for text in texts[15:] for line in text.split("\n") if tokenize(line)][:1500]
     found = ours.scores(lines)
-    assert (found.counts == [len(tokens(line)) + 1 for line in lines]).all()
-    expected = [sum(part[0] for part in outside.full_scores(" ".join(tokens(line)))) for line in lines]
+    assert (found.counts == [len(tokenize(line)) + 1 for line in lines]).all()
+    expected = [sum(part[0] for part in outside.full_scores(" ".join(tokenize(line)))) for line in lines]
     np.testing.assert_allclose(found.log_probs, expected, atol=1e-4)
 
 
@@ -263,7 +263,7 @@ def test_a_damaged_binary_file(tmp_path: Path) -> None:
 
 
 def test_tokens() -> None:
-    assert tokens("The “Cat” ate 12\n\n3.5—yes") == [
+    assert tokenize("The “Cat” ate 12\n\n3.5—yes") == [
         "the",
         '"',
         "cat",
@@ -288,7 +288,7 @@ def test_sentences_are_the_lines_that_are_not_empty(texts: list[list[int]]) -> N
         for line in filter(None, joined.split("\n")):
             words += [1, *map(int, line), 2]
             text_of += [number] * (len(line) + 2)
-    found = sentences(chain.from_iterable(texts), [*map(len, texts)], 1, 2)
+    found = build_sentences(chain.from_iterable(texts), [*map(len, texts)], 1, 2)
     assert found.words.tolist() == words
     assert found.text_of.tolist() == text_of
 
@@ -304,27 +304,27 @@ def test_a_texts_perplexity_does_not_depend_on_its_neighbours(texts: list[str]) 
 def test_limits_are_the_percentiles_of_reference_documents(tmp_path: Path) -> None:
     model = ArpaModel(train_language_model([SMALL], 2))
     reference = [" ".join(letters) for letters in product("abcd", repeat=3)]
-    limits = Limits.of(model, [*reference, "", "\n"])
+    limits = PerplexityLimits.of(model, [*reference, "", "\n"])
     assert limits.documents == 64
     perplexities = sorted(model.perplexities(reference))
     assert limits.head == pytest.approx(np.percentile(perplexities, 30))
     assert limits.middle == pytest.approx(np.percentile(perplexities, 60))
     limits.write(tmp_path / "model.arpa")
-    assert Limits.read(tmp_path / "model.arpa") == limits
-    assert Limits.read(tmp_path / "other.arpa") is None
+    assert PerplexityLimits.read(tmp_path / "model.arpa") == limits
+    assert PerplexityLimits.read(tmp_path / "other.arpa") is None
     with pytest.raises(DataError, match="found none with words"):
-        Limits.of(model, ["", " "])
+        PerplexityLimits.of(model, ["", " "])
 
 
 def test_damaged_limits_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "model.arpa.limits.json"
     file.write_text('{"head": -1, "middle": 2, "documents": 3}')
     with pytest.raises(DataError, match=r"limits.json: head: .*train the model anew"):
-        Limits.read(tmp_path / "model.arpa")
+        PerplexityLimits.read(tmp_path / "model.arpa")
     file.unlink()
     file.mkdir()
     with pytest.raises(DataError, match="cannot be read"):
-        Limits.read(tmp_path / "model.arpa")
+        PerplexityLimits.read(tmp_path / "model.arpa")
 
 
 def test_text_without_words_trains_nothing() -> None:

@@ -167,7 +167,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     read = FastTextFile.read(path)
     assert is_fasttext(path)
     assert (read.words, read.labels, read.label_counts) == (model.words, model.labels, model.label_counts)
-    assert (read.word_ngrams, read.buckets, read.loss, read.kept) == (3, 20, "hs", None)
+    assert (read.word_ngrams, read.buckets, read.loss, read.bucket_rows) == (3, 20, "hs", None)
     assert (read.input == model.input).all()
     assert (read.output == model.output).all()
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from deepseek_v3.data.quality_filtering.fasttext import FastText, load_fasttext
-from deepseek_v3.data.quality_filtering.fasttext_training import TrainingOptions, held_out_figures, train_classifier
+from deepseek_v3.data.quality_filtering.fasttext_training import TrainingOptions, held_out_metrics, train_classifier
 from deepseek_v3.utils.errors import DataError
 
 OPTIONS = TrainingOptions(buckets=500)
@@ -38,7 +38,7 @@ def test_it_tells_unseen_documents_apart() -> None:
     model = train_classifier(documents("fine", 150), documents("poor", 200), OPTIONS)
     assert model.labels == ["bad", "good"]  # the more frequent first, as in fastText's files
     assert model.label_counts == [200, 150]
-    held = held_out_figures(model, Path("m"), documents("fine", 60, 1), documents("poor", 60, 1))
+    held = held_out_metrics(model, Path("m"), documents("fine", 60, 1), documents("poor", 60, 1))
     assert held.documents == 120
     assert min(held.precision, held.recall, held.auc) > 0.95
 
@@ -50,14 +50,14 @@ def test_what_is_in_the_order_of_words_alone_is_learnt_too() -> None:
     bad = [f"{other} {one} x" for one, other in pairs]
     both = train_classifier(good, bad, TrainingOptions(buckets=500, epochs=20))
     alone = train_classifier(good, bad, TrainingOptions(buckets=1, word_ngrams=1, epochs=20))
-    assert held_out_figures(both, Path("m"), good[:50], bad[:50]).auc == 1
-    assert held_out_figures(alone, Path("m"), good[:50], bad[:50]).auc < 0.7
+    assert held_out_metrics(both, Path("m"), good[:50], bad[:50]).auc == 1
+    assert held_out_metrics(alone, Path("m"), good[:50], bad[:50]).auc < 0.7
 
 
 def test_the_area_is_the_share_of_pairs_in_order() -> None:
     model = train_classifier(documents("fine", 20), documents("poor", 20), TrainingOptions(buckets=10, epochs=1))
     good, bad = [*documents("fine", 9, 2), *documents("poor", 3, 3)], documents("poor", 14, 4)
-    held = held_out_figures(model, Path("m"), good, bad)
+    held = held_out_metrics(model, Path("m"), good, bad)
     classifier = FastText(model, Path("m"))
     score = {text: classifier.probabilities([text])[0, classifier.index("good")] for text in (*good, *bad)}
     pairs = [(score[one] > score[other]) + (score[one] == score[other]) / 2 for one in good for other in bad]

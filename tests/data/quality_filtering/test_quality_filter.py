@@ -22,7 +22,7 @@ from deepseek_v3.data.quality_filtering.fasttext import load_fasttext
 from deepseek_v3.data.quality_filtering.fasttext_training import TrainingOptions, train_classifier
 from deepseek_v3.data.quality_filtering.filter import QualityFilter
 from deepseek_v3.data.quality_filtering.ngram_model import write_arpa
-from deepseek_v3.data.quality_filtering.ngram_training import Limits, train_language_model
+from deepseek_v3.data.quality_filtering.ngram_training import PerplexityLimits, train_language_model
 from deepseek_v3.data.quality_filtering.perplexity_score import load_language_model
 from deepseek_v3.utils.errors import ConfigError, DataError
 
@@ -61,7 +61,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = TrainingOptions(buckets=1000)
     train_classifier(prose(80, 0), noise(80, 0), options).write(folder / "classifier.bin")
     write_arpa(train_language_model(prose(80, 0), 3), folder / "model.arpa")
-    Limits.of(load_language_model(folder / "model.arpa"), [*prose(60, 1), *noise(40, 1)]).write(
+    PerplexityLimits.of(load_language_model(folder / "model.arpa"), [*prose(60, 1), *noise(40, 1)]).write(
         folder / "model.arpa"
     )
     return folder
@@ -98,7 +98,7 @@ def test_perplexity_makes_buckets(models: Path) -> None:
     path = models / "model.arpa"
     result = QualityFilter(language_model=str(path)).apply(batch(texts))
     perplexities = load_language_model(path).perplexities(texts).astype(np.float32)
-    limits = Limits.read(path)
+    limits = PerplexityLimits.read(path)
     assert limits is not None
     expected = ["head" if p < limits.head else "middle" if p < limits.middle else "tail" for p in perplexities]
     assert {*expected} == {"head", "middle", "tail"}
@@ -242,9 +242,9 @@ def test_a_language_model_is_trained_and_scores(tmp_path: Path) -> None:
     text, reference = lines(tmp_path / "text.jsonl", prose(90, 8)), lines(tmp_path / "web.jsonl", noise(90, 8))
     model = str(tmp_path / "model.arpa")
     assert "held-out documents: 30 % below" in run("train", "--text", text, "--output", model).output
-    held_out = Limits.read(Path(model))
+    held_out = PerplexityLimits.read(Path(model))
     output = run("train", "--text", text, "--reference", reference, "--order", "2", "--output", model).output
-    by_reference = Limits.read(Path(model))
+    by_reference = PerplexityLimits.read(Path(model))
     assert "perplexity of 90 reference documents" in output
     assert held_out is not None
     assert by_reference is not None

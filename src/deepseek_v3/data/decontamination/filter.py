@@ -12,7 +12,7 @@ import pyarrow as pa
 from deepseek_v3.config.filter_config import DecontaminationConfig
 from deepseek_v3.config.loading import section_from_dict
 from deepseek_v3.data.arrays import Int64Array
-from deepseek_v3.data.decontamination.index import Matches, evaluation_index, word_pattern, words
+from deepseek_v3.data.decontamination.index import NgramMatches, load_evaluation_index, split_words, word_pattern
 from deepseek_v3.data.documents import chunks
 from deepseek_v3.data.stages import Drop, Outcome, Stage, outcome
 from deepseek_v3.utils.errors import ConfigError, DataError
@@ -53,8 +53,8 @@ class Decontaminator(Stage):
 
     def _judge(self, texts: Sequence[str], drops: list[Drop], shares: list[float]) -> None:
         """Adds what becomes of further texts to `drops`, and how much of them is in evaluation sets to `shares`."""
-        index = evaluation_index(self.options)
-        lists = [words(text) for text in texts]
+        index = load_evaluation_index(self.options)
+        lists = [split_words(text) for text in texts]
         matches = index.find(lists)
         sizes = np.array([*map(len, lists)], np.int64)
         firsts = np.cumsum(sizes) - sizes
@@ -74,7 +74,7 @@ class Decontaminator(Stage):
         shares += overlap.shares
 
 
-def _overlap(matches: Matches, sizes: Int64Array) -> _Overlap:
+def _overlap(matches: NgramMatches, sizes: Int64Array) -> _Overlap:
     """From matches in documents of so many words each."""
     document_of = np.repeat(np.arange(len(sizes)), sizes)
     ngrams = np.bincount(document_of[matches.starts], minlength=len(sizes))

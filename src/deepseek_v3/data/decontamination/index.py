@@ -32,7 +32,7 @@ _FACTOR = 0x9E3779B97F4A7C15  # odd, so it has an inverse modulo 2^64
 _INVERSE = pow(_FACTOR, -1, 2**64)
 
 
-def words(lower: str) -> list[str]:
+def split_words(lower: str) -> list[str]:
     """The runs of letters and digits of a text in lower case."""
     return word_pattern(lower).findall(lower)
 
@@ -63,7 +63,7 @@ class _Table(NamedTuple):
     owners: Int64Array
 
 
-class Matches(NamedTuple):
+class NgramMatches(NamedTuple):
     """N-grams of evaluation texts in other texts, by where they stand: int64 [matches] each.
 
     `starts` are indices into all words of all texts, `lengths` counts words, `owners` numbers evaluation texts.
@@ -81,7 +81,7 @@ class EvaluationIndex:
         """`texts` are pairs of a name and a text. Raises DataError where all are shorter than `min_ngram` words."""
         self.names = [name for name, _ in texts]
         vocabulary: defaultdict[str, int] = defaultdict(count(1).__next__)  # 0: words of no evaluation text
-        lists = [words(text.lower()) for _, text in texts]
+        lists = [split_words(text.lower()) for _, text in texts]
         numbers = np.fromiter(map(vocabulary.__getitem__, chain.from_iterable(lists)), np.int64)
         sizes = np.array([*map(len, lists)], np.int64)
         if sizes.max(initial=0) < min_ngram:
@@ -93,7 +93,7 @@ class EvaluationIndex:
         self._values = np.random.default_rng(0).integers(2**64, size=len(vocabulary) + 1, dtype=np.uint64)
         self._tables = self._tabulate(NgramHashes(self._values[numbers]), sizes, ngram, min_ngram)
 
-    def find(self, lists: Sequence[Sequence[str]]) -> Matches:
+    def find(self, lists: Sequence[Sequence[str]]) -> NgramMatches:
         """Matches in texts, given as lists of words; by their places."""
         known = map(self._vocabulary.get, chain.from_iterable(lists), repeat(0))
         ends = np.cumsum([*map(len, lists)], dtype=np.int64)
@@ -108,7 +108,7 @@ class EvaluationIndex:
             found.append((starts, np.full(len(starts), length), table.owners[rows]))
         starts, lengths, owners = (np.concatenate(parts) for parts in zip(*found, strict=True))
         order = np.lexsort((lengths, starts))
-        return Matches(starts[order], lengths[order], owners[order])
+        return NgramMatches(starts[order], lengths[order], owners[order])
 
     def _tabulate(self, hashes: NgramHashes, sizes: Int64Array, ngram: int, min_ngram: int) -> dict[int, _Table]:
         """A table for each length of n-grams to look for."""
@@ -126,7 +126,7 @@ class EvaluationIndex:
 
 
 @lru_cache(maxsize=2)
-def evaluation_index(options: DecontaminationConfig) -> EvaluationIndex:
+def load_evaluation_index(options: DecontaminationConfig) -> EvaluationIndex:
     """The index of the files in the options, made once per process. Raises DataError where they cannot be read."""
     texts = [text for path in options.evaluation for text in _evaluation_texts(path, options.fields)]
     return EvaluationIndex(texts, options.ngram, options.min_ngram)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from deepseek_v3.data.arrays import BoolArray, Int64Array, UInt8Array, UInt32Array
-from deepseek_v3.data.deduplication.utf8 import multibyte, overwrite, padded, utf8_of
+from deepseek_v3.data.deduplication.utf8 import encode_utf8, find_multibyte, overwrite_characters, pad_text
 
 # Blocks of scripts that put no spaces between words (Unicode, Blocks.txt): first and last code point.
 _UNSPACED = (
@@ -40,19 +40,19 @@ _VARIATION_SELECTORS = range(0xFE00, 0xFE10)
 _END = 0x34000  # behind it stand no letters
 
 
-def is_word(character: str) -> bool:
+def is_word_character(character: str) -> bool:
     """Whether it is a letter, a mark on one, a digit or other number, or the underscore."""
     if unicodedata.category(character)[0] not in "LMN":
         return character == "_"
     return ord(character) < _END and ord(character) not in _VARIATION_SELECTORS
 
 
-def is_unspaced(character: str) -> bool:
+def is_unspaced_script(character: str) -> bool:
     """Whether it belongs to a script that puts no spaces between words."""
     return any(first <= ord(character) <= last for first, last in _UNSPACED)
 
 
-def folded(character: str) -> str:
+def fold_character(character: str) -> str:
     """The character without its case, where that is one character of as many bytes in UTF-8; else as it is."""
     for candidate in (character.casefold(), character.lower()):
         if len(candidate) == 1 and len(candidate.encode()) == len(character.encode()):
@@ -60,43 +60,43 @@ def folded(character: str) -> str:
     return character
 
 
-class Tables(NamedTuple):
+class CharacterTables(NamedTuple):
     """By code point, the last entry standing for all from there on.
 
     `folded` (uint32) holds the UTF-8 bytes, the first one lowest, of the folded character, or 0 where it is no part
     of a word; `alone` (bool) says that it is a word by itself.
     """
 
-    folded: UInt32Array
-    alone: BoolArray
+    utf8: UInt32Array
+    is_whole_word: BoolArray
 
 
 @lru_cache(maxsize=1)
-def tables() -> Tables:
+def character_tables() -> CharacterTables:
     """The tables of all characters; made once per process."""
-    words = [character for character in map(chr, range(_END)) if is_word(character)]
+    words = [character for character in map(chr, range(_END)) if is_word_character(character)]
     changed = [
         character for character in words if character != character.casefold() or character != character.lower()
     ]
     folds = np.arange(_END, dtype=np.uint32)
-    folds[[*map(ord, changed)]] = [ord(folded(character)) for character in changed]
+    folds[[*map(ord, changed)]] = [ord(fold_character(character)) for character in changed]
     encoded = np.zeros(_END + 1, np.uint32)
     in_words = [*map(ord, words)]
-    encoded[in_words] = utf8_of(folds[in_words])
+    encoded[in_words] = encode_utf8(folds[in_words])
     alone = np.zeros(_END + 1, np.bool_)
     for first, last in _UNSPACED:
         alone[first : last + 1] = encoded[first : last + 1] != 0
-    return Tables(encoded, alone)
+    return CharacterTables(encoded, alone)
 
 
-LONGEST = 64  # bytes of a word; what is longer, such as Base64, counts as several words
+MAX_WORD_BYTES = 64  # bytes of a word; what is longer, such as Base64, counts as several words
 
 _IN_WORDS = (string.ascii_letters + string.digits + "_").encode()
 _ASCII = bytes(ord(chr(byte).lower()) if byte in _IN_WORDS else 0 for byte in range(128))
 _FOLDED_BYTES = _ASCII + bytes(range(128, 256))
 
 
-class Folded(NamedTuple):
+class FoldedText(NamedTuple):
     """A block of n bytes of text.
 
     `text` (uint8 [n + 8]): each character of a word without its case, 0 for all other bytes, and 8 more zeros.
@@ -104,23 +104,23 @@ class Folded(NamedTuple):
     """
 
     text: UInt8Array
-    cuts: BoolArray
+    word_breaks: BoolArray
 
 
-def fold(text: UInt8Array, offsets: Int64Array) -> Folded:
+def fold_case(text: UInt8Array, offsets: Int64Array) -> FoldedText:
     """Folds documents that stand one behind the other.
 
     `text`: UTF-8, uint8 [n]. `offsets`: int64 [documents + 1], where each document begins, from 0 to n.
     """
-    folded = np.frombuffer(padded(text).translate(_FOLDED_BYTES), np.uint8)
+    folded = np.frombuffer(pad_text(text).translate(_FOLDED_BYTES), np.uint8)
     cuts = np.zeros(len(text) + 1, np.bool_)
     cuts[offsets] = True
-    places, code_points, sizes = multibyte(folded)
+    places, code_points, sizes = find_multibyte(folded)
     if len(places):
-        known = tables()
-        code_points = np.minimum(code_points, len(known.folded) - 1)
-        overwrite(folded, places, known.folded[code_points], sizes)
-        alone = np.flatnonzero(known.alone[code_points])
+        known = character_tables()
+        code_points = np.minimum(code_points, len(known.utf8) - 1)
+        overwrite_characters(folded, places, known.utf8[code_points], sizes)
+        alone = np.flatnonzero(known.is_whole_word[code_points])
         cuts[places[alone]] = True
         cuts[places[alone] + sizes[alone]] = True
-    return Folded(folded, cuts)
+    return FoldedText(folded, cuts)

@@ -17,7 +17,7 @@ from deepseek_v3.data.arrays import BoolArray, Int64Array
 from deepseek_v3.data.stages import Drop, Outcome, Part, outcome
 
 
-def keepers(
+def choose_kept(
     one: Int64Array, other: Int64Array, documents: int, close: Callable[[Int64Array, Int64Array], BoolArray]
 ) -> Int64Array:
     """For each of so many documents the one that is kept in its place, perhaps itself: int64 [documents].
@@ -29,7 +29,7 @@ def keepers(
 
     Connected components alone would drop whole chains whose ends have nothing in common.
     """
-    kept = earliest_connected(one, other, documents)
+    kept = connected_components(one, other, documents)
     members = np.flatnonzero(kept != np.arange(documents))
     direct = np.zeros(documents, np.bool_)
     direct[other[one == kept[other]]] = True
@@ -46,7 +46,7 @@ def keepers(
     return kept
 
 
-def earliest_connected(one: Int64Array, other: Int64Array, documents: int) -> Int64Array:
+def connected_components(one: Int64Array, other: Int64Array, documents: int) -> Int64Array:
     """For each of so many documents the earliest that pairs connect it with, perhaps itself: int64 [documents].
 
     Every document points at an earlier one that it is connected with, or at itself. What two of a pair point at is
@@ -86,7 +86,7 @@ def write_decisions(
     """
     np.save(folder / _KEPT_FILE, kept)
     np.save(folder / _SIMILARITY_FILE, similarity.astype(np.float32))
-    judged = judged_documents(parts)
+    judged = documents_to_filter(parts)
     duplicates = np.flatnonzero((kept != np.arange(len(kept))) & judged)
     clusters, sizes = np.unique(kept[duplicates], return_counts=True)
     return {
@@ -99,13 +99,13 @@ def write_decisions(
     }
 
 
-def judged_documents(parts: Sequence[Part]) -> BoolArray:
+def documents_to_filter(parts: Sequence[Part]) -> BoolArray:
     """Which documents this run judges: none of an earlier corpus, none that a stage before it removed."""
     rows = [np.zeros(part.rows, np.bool_) if part.records is None else ~part.removed_rows() for part in parts]
     return np.concatenate([np.zeros(0, np.bool_), *rows])
 
 
-def removed_documents(folder: Path) -> BoolArray:
+def read_duplicates(folder: Path) -> BoolArray:
     """Which documents are duplicates: bool [documents]."""
     kept = np.load(folder / _KEPT_FILE, mmap_mode="r")
     return np.asarray(kept != np.arange(len(kept)))

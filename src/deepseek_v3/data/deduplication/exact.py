@@ -18,10 +18,10 @@ from deepseek_v3.config.deduplication_config import ExactDeduplicationConfig
 from deepseek_v3.config.loading import section_from_dict
 from deepseek_v3.data.arrays import BoolArray, Int64Array
 from deepseek_v3.data.deduplication import clusters, repeated_hashes
-from deepseek_v3.data.deduplication.clusters import judged_documents
+from deepseek_v3.data.deduplication.clusters import documents_to_filter
 from deepseek_v3.data.deduplication.in_memory import Deduplicator
-from deepseek_v3.data.deduplication.key_files import key_ranges, mapped
-from deepseek_v3.data.deduplication.normalization import normal_hashes
+from deepseek_v3.data.deduplication.key_files import key_ranges, map_keys
+from deepseek_v3.data.deduplication.normalization import normalized_hashes
 from deepseek_v3.data.deduplication.repeated_hashes import Repeats
 from deepseek_v3.data.documents import with_texts
 from deepseek_v3.data.stages import Drop, Outcome, Part, Task, outcome
@@ -33,7 +33,7 @@ _REMOVED_FILE = "removed.npy"
 
 
 @dataclass(frozen=True)
-class Shortening:
+class UnitDeduplication:
     """Works on one kind of `unit`, `paragraph` or `line`, and leaves those below `min_characters` alone."""
 
     unit: str
@@ -60,18 +60,18 @@ class Shortening:
                     rows.append(row)
                     places.append(place)
                     texts.append(unit)
-        hashes = normal_hashes(pa.array(texts, pa.large_string()))
+        hashes = normalized_hashes(pa.array(texts, pa.large_string()))
         repeated_hashes.write_keys(folder, hashes, np.array(rows, np.uint32), np.array(places, np.uint32))
         np.save(folder / _UNITS_FILE, filled)
 
     def resolve(self, parts: Sequence[Part], found: Repeats, folder: Path) -> dict[str, Any]:
         """Writes which units go, and which documents have no others. Returns figures for the report."""
         counts = np.bincount(found["document"], minlength=sum(part.rows for part in parts))
-        filled = np.concatenate([np.zeros(0, np.uint32), *(mapped(part, _UNITS_FILE) for part in parts)])
+        filled = np.concatenate([np.zeros(0, np.uint32), *(map_keys(part, _UNITS_FILE) for part in parts)])
         removed = (counts > 0) & (counts == filled)
         np.save(folder / _REPEATS_FILE, found)
         np.save(folder / _REMOVED_FILE, removed)
-        judged = judged_documents(parts)
+        judged = documents_to_filter(parts)
         return {
             "documents": int(judged.sum()),
             "duplicates": int((removed & judged).sum()),
@@ -117,7 +117,7 @@ class ExactDeduplicator(Deduplicator):
     def __init__(self, **options: Any) -> None:
         self.options = section_from_dict(ExactDeduplicationConfig, options, type(self).__name__)
         unit = self.options.unit
-        self._units = None if unit == "document" else Shortening(unit, self.options.min_characters)
+        self._units = None if unit == "document" else UnitDeduplication(unit, self.options.min_characters)
 
     @property
     def changes_texts(self) -> bool:
@@ -127,7 +127,7 @@ class ExactDeduplicator(Deduplicator):
         if self._units is not None:
             self._units.write_keys(table, folder)
             return
-        hashes = [normal_hashes(texts) for texts in table.column("text").chunks]
+        hashes = [normalized_hashes(texts) for texts in table.column("text").chunks]
         rows = np.arange(table.num_rows, dtype=np.uint32)
         repeated_hashes.write_keys(
             folder, np.concatenate([np.zeros((0, 2), np.uint64), *hashes]), rows, np.zeros_like(rows)
@@ -163,4 +163,4 @@ class ExactDeduplicator(Deduplicator):
         return clusters.drop_duplicates(self.name, "exact_duplicate", batch, documents, folder, ids_of)
 
     def removed(self, parts: Sequence[Part], folder: Path) -> BoolArray:  # noqa: ARG002
-        return clusters.removed_documents(folder) if self._units is None else self._units.removed(folder)
+        return clusters.read_duplicates(folder) if self._units is None else self._units.removed(folder)

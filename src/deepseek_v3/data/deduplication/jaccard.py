@@ -14,9 +14,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from deepseek_v3.data.arrays import BoolArray, Float64Array, Int64Array, UInt64Array
-from deepseek_v3.data.deduplication.clusters import earliest_connected
-from deepseek_v3.data.deduplication.key_files import read_signatures, read_sizes
-from deepseek_v3.data.deduplication.lsh import estimates
+from deepseek_v3.data.deduplication.clusters import connected_components
+from deepseek_v3.data.deduplication.key_files import read_shingle_counts, read_signatures
+from deepseek_v3.data.deduplication.lsh import estimate_jaccard
 from deepseek_v3.data.deduplication.minhash import MinHasher
 from deepseek_v3.data.stages import Part, split_by_part
 
@@ -28,7 +28,7 @@ _DEVIATIONS = 3
 _PAIRS_AT_ONCE = 2**16
 
 
-def as_pairs(one: Int64Array, other: Int64Array, similarity: Float64Array) -> Pairs:
+def make_pairs(one: Int64Array, other: Int64Array, similarity: Float64Array) -> Pairs:
     """An array of `PAIR` from its columns."""
     pairs = np.empty(len(one), PAIR)
     pairs["one"], pairs["other"], pairs["similarity"] = one, other, similarity
@@ -48,23 +48,23 @@ def unique_pairs(pairs: Pairs) -> Pairs:
     return pairs[new]
 
 
-def margin(threshold: float, values: int) -> float:
+def estimate_margin(threshold: float, values: int) -> float:
     """How far an estimate from so many values may be off: three standard deviations at the threshold."""
     return _DEVIATIONS * math.sqrt(threshold * (1 - threshold) / values)
 
 
-def estimated(parts: Sequence[Part], one: Int64Array, other: Int64Array) -> Float64Array:
+def estimate_pairs(parts: Sequence[Part], one: Int64Array, other: Int64Array) -> Float64Array:
     """Estimated Jaccard similarities of documents: float64 [pairs]."""
     found = np.empty(len(one))
     for start in range(0, len(one), _PAIRS_AT_ONCE):
         some = slice(start, start + _PAIRS_AT_ONCE)
         signatures = read_signatures(parts, np.concatenate([one[some], other[some]]))
         first, second = np.split(np.arange(len(signatures)), 2)
-        found[some] = estimates(signatures, first, second)
+        found[some] = estimate_jaccard(signatures, first, second)
     return found
 
 
-def have_texts(parts: Sequence[Part], pairs: Pairs) -> BoolArray:
+def have_both_texts(parts: Sequence[Part], pairs: Pairs) -> BoolArray:
     """Of which pairs both texts are there to be compared: bool [pairs]."""
     there = np.ones(len(pairs), np.bool_)
     for side in ("one", "other"):
@@ -79,26 +79,28 @@ _BYTES_PER_SHINGLE = 50  # what `similarities` needs for each shingle of a docum
 _CHUNK_MEMORY = 2**25  # more would only leave fewer chunks to share
 
 
-def in_chunks(parts: Sequence[Part], pairs: Pairs, memory: int) -> list[Pairs]:
+def split_pairs(parts: Sequence[Part], pairs: Pairs, memory: int) -> list[Pairs]:
     """Different pairs in chunks for `similarities` to take: those of a cluster together, so that few texts are read
     twice, and no more than need `memory` bytes.
     """
-    clusters = earliest_connected(pairs["one"], pairs["other"], sum(part.rows for part in parts))[pairs["one"]]
+    clusters = connected_components(pairs["one"], pairs["other"], sum(part.rows for part in parts))[pairs["one"]]
     pairs = pairs[np.argsort(clusters, kind="stable")]
     documents, first = np.unique(np.stack([pairs["one"], pairs["other"]], axis=1), return_index=True)
     needed = np.zeros(2 * len(pairs), np.int64)
-    needed[first] = read_sizes(parts, documents).astype(np.int64) * _BYTES_PER_SHINGLE
+    needed[first] = read_shingle_counts(parts, documents).astype(np.int64) * _BYTES_PER_SHINGLE
     chunks = np.cumsum(needed)[1::2] // min(memory, _CHUNK_MEMORY)
     return [chunk for chunk in np.split(pairs, np.flatnonzero(np.diff(chunks)) + 1) if len(chunk)]
 
 
-def similarities(parts: Sequence[Part], one: Int64Array, other: Int64Array, hasher: MinHasher) -> Float64Array:
+def jaccard_similarities(
+    parts: Sequence[Part], one: Int64Array, other: Int64Array, hasher: MinHasher
+) -> Float64Array:
     """The Jaccard similarities of the shingles of pairs of documents: float64 [pairs]."""
     documents, indices = np.unique(np.concatenate([one, other]), return_inverse=True)
     one, other = np.split(indices, 2)
     sets, offsets = _shingle_sets(parts, documents, hasher)
     sizes = np.diff(offsets)
-    common = hasher.common(sets, offsets, one, other)
+    common = hasher.intersection_sizes(sets, offsets, one, other)
     return common / (sizes[one] + sizes[other] - common)
 
 

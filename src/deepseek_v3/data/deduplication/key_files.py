@@ -26,14 +26,14 @@ from deepseek_v3.data.stages import Part, split_by_part
 from deepseek_v3.utils.errors import DataError
 
 
-class Groups(NamedTuple):
+class KeyGroups(NamedTuple):
     """Places in an array of keys, by key and then in order; equal keys have the same number of `groups`."""
 
     places: Int64Array
     groups: Int64Array
 
 
-def grouped(keys: UInt64Array) -> Groups:
+def group_keys(keys: UInt64Array) -> KeyGroups:
     """All places of the keys.
 
     The keys are sorted by an unstable sort, which in NumPy is many times as fast as a stable one, and then groups
@@ -45,20 +45,20 @@ def grouped(keys: UInt64Array) -> Groups:
     packed = np.cumsum(ranked[1:] != ranked[:-1])
     packed = np.append(np.zeros(min(len(keys), 1), np.int64), packed) << bits | order
     packed.sort()
-    return Groups(packed & (1 << bits) - 1, packed >> bits)
+    return KeyGroups(packed & (1 << bits) - 1, packed >> bits)
 
 
-def repeated(found: Groups) -> Groups:
+def repeated_keys(found: KeyGroups) -> KeyGroups:
     """Those places whose keys others have too."""
     same = found.groups[1:] == found.groups[:-1]
     kept = np.append(same, False) | np.append(False, same) if len(found.groups) else np.zeros(0, np.bool_)
-    return Groups(found.places[kept], found.groups[kept])
+    return KeyGroups(found.places[kept], found.groups[kept])
 
 
 def write_keys(folder: Path, signatures: UInt8Array, shingles: UInt32Array, band_keys: UInt64Array) -> None:
     """Writes them into a folder; `band_keys` is uint64 [bands, documents] in the documents' order."""
     filled = np.flatnonzero(shingles)
-    orders = [filled[grouped(keys[filled]).places] for keys in band_keys]
+    orders = [filled[group_keys(keys[filled]).places] for keys in band_keys]
     np.save(folder / "signatures.npy", signatures)
     np.save(folder / "shingles.npy", shingles)
     np.save(folder / "keys.npy", [keys[order] for keys, order in zip(band_keys, orders, strict=True)])
@@ -69,10 +69,10 @@ def read_band(parts: Sequence[Part], band: int, low: int, high: int) -> tuple[UI
     """The keys of a band from `low` to below `high`, and whose they are; documents that were removed left out."""
     found: list[tuple[UInt64Array, Int64Array]] = []
     for part in parts:
-        keys = mapped(part, "keys.npy")[band]
+        keys = map_keys(part, "keys.npy")[band]
         start = int(np.searchsorted(keys, np.uint64(low)))
         stop = int(np.searchsorted(keys, np.uint64(high - 1), side="right"))
-        rows = mapped(part, "rows.npy")[band, start:stop]
+        rows = map_keys(part, "rows.npy")[band, start:stop]
         left = ~part.removed_rows()[rows]
         found.append((keys[start:stop][left], rows[left].astype(np.int64) + part.first))
     return np.concatenate([keys for keys, _ in found]), np.concatenate([documents for _, documents in found])
@@ -83,7 +83,7 @@ def read_signatures(parts: Sequence[Part], documents: Int64Array) -> UInt8Array:
     return _read_rows(parts, documents, "signatures.npy")
 
 
-def read_sizes(parts: Sequence[Part], documents: Int64Array) -> UInt32Array:
+def read_shingle_counts(parts: Sequence[Part], documents: Int64Array) -> UInt32Array:
     """How many shingles they have: uint32 [documents]."""
     return _read_rows(parts, documents, "shingles.npy")
 
@@ -94,7 +94,7 @@ def key_ranges(needed: int, memory: int) -> list[tuple[int, int]]:
     return list(pairwise([*(number * 2**64 // ranges for number in range(ranges)), 2**64])) if ranges else []
 
 
-def mapped(part: Part, name: str) -> NDArray[Any]:
+def map_keys(part: Part, name: str) -> NDArray[Any]:
     """A key file, mapped into memory. Raises DataError where it is missing or damaged."""
     path = part.keys / name
     try:
@@ -104,7 +104,7 @@ def mapped(part: Part, name: str) -> NDArray[Any]:
 
 
 def _read_rows(parts: Sequence[Part], documents: Int64Array, name: str) -> NDArray[Any]:
-    groups = [(part, chosen, mapped(part, name)) for part, chosen in split_by_part(parts, documents)]
+    groups = [(part, chosen, map_keys(part, name)) for part, chosen in split_by_part(parts, documents)]
     shape, dtype = (groups[0][2].shape[1:], groups[0][2].dtype) if groups else ((0,), np.dtype(np.uint8))
     found = np.empty((len(documents), *shape), dtype)
     for part, chosen, values in groups:

@@ -28,12 +28,12 @@ def band_keys(signatures: UInt32Array, bands: int, rows: int) -> UInt64Array:
     return mix64(totals.T)
 
 
-def shortened(signatures: UInt32Array) -> UInt8Array:
+def b_bit_signatures(signatures: UInt32Array) -> UInt8Array:
     """8 bits of each value (b-bit minwise hashing, Li and König 2010): a quarter to keep, hardly less to tell."""
     return (signatures * _BYTE_MULTIPLIER >> np.uint32(24)).astype(np.uint8)
 
 
-def estimates(signatures: UInt8Array, one: Int64Array, other: Int64Array) -> Float64Array:
+def estimate_jaccard(signatures: UInt8Array, one: Int64Array, other: Int64Array) -> Float64Array:
     """Estimated Jaccard similarities of pairs of documents: float64 [pairs], without bias.
 
     `signatures`: uint8 [documents, values]; `one` and `other` are rows of it. Values that differ agree by chance in
@@ -61,13 +61,13 @@ def similar_pairs(
     first = np.searchsorted(buckets, buckets)
     other = np.flatnonzero(first < np.arange(len(buckets)))
     one = first[other]
-    found = [(one, other, estimates(signatures, one, other))]
+    found = [(one, other, estimate_jaccard(signatures, one, other))]
     settled = np.ones(len(buckets), np.bool_)
     settled[other] = found[0][2] > sure
     for one, other in _candidates(buckets, first):
         needed = np.flatnonzero(~(settled[one] & settled[other]) & (one > first[one]))
         one, other = one[needed], other[needed]
-        found.append((one, other, estimates(signatures, one, other)))
+        found.append((one, other, estimate_jaccard(signatures, one, other)))
     one, other, similarities = (np.concatenate(column) for column in zip(*found, strict=True))
     kept = similarities >= least
     return one[kept], other[kept], similarities[kept]

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from deepseek_v3.data.arrays import Int64Array, UInt32Array, UInt64Array
-from deepseek_v3.data.deduplication.case_folding import fold
+from deepseek_v3.data.deduplication.case_folding import fold_case
 from deepseek_v3.data.deduplication.hashing import odd_multipliers, shingle_multipliers
-from deepseek_v3.data.deduplication.kernels.select import kernels
-from deepseek_v3.data.deduplication.utf8 import blocks
+from deepseek_v3.data.deduplication.kernels.select import select_kernels
+from deepseek_v3.data.deduplication.utf8 import text_blocks
 
 
 class Shingles(NamedTuple):
@@ -40,23 +40,25 @@ class MinHasher:
 
     def __post_init__(self) -> None:
         if self.accelerator == "numba":
-            kernels(self.accelerator)
+            select_kernels(self.accelerator)
 
     def shingles(self, texts: pa.Array) -> Iterator[Shingles]:
         """The shingles of runs of documents, which together are all of them."""
-        shingle_hashes = kernels(self.accelerator).shingle_hashes
+        shingle_hashes = select_kernels(self.accelerator).shingle_hashes
         multipliers = shingle_multipliers(self.ngram)
-        for text, offsets in blocks(texts):
-            yield Shingles(*shingle_hashes(fold(text, offsets), offsets, multipliers))
+        for text, offsets in text_blocks(texts):
+            yield Shingles(*shingle_hashes(fold_case(text, offsets), offsets, multipliers))
 
     def signatures(self, shingles: Shingles) -> UInt32Array:
         """uint32 [documents, num_perm]; all 2^32 - 1 for a document without words."""
         multipliers = odd_multipliers(self.seed, self.num_perm)
-        return kernels(self.accelerator).minima(*shingles, multipliers)
+        return select_kernels(self.accelerator).minhash_signatures(*shingles, multipliers)
 
-    def common(self, sets: UInt64Array, offsets: Int64Array, one: Int64Array, other: Int64Array) -> Int64Array:
+    def intersection_sizes(
+        self, sets: UInt64Array, offsets: Int64Array, one: Int64Array, other: Int64Array
+    ) -> Int64Array:
         """How many members two sets have in common, for pairs of sets: int64 [pairs].
 
         Set s stands, ascending and without repeats, from `offsets[s]` to `offsets[s + 1]`; the lower 32 bits count.
         """
-        return kernels(self.accelerator).common(sets, offsets, one, other)
+        return select_kernels(self.accelerator).intersection_sizes(sets, offsets, one, other)

@@ -13,18 +13,18 @@ from deepseek_v3.config.deduplication_config import DeduplicationConfig
 from deepseek_v3.config.loading import section_from_dict
 from deepseek_v3.data.arrays import BoolArray, Int64Array
 from deepseek_v3.data.deduplication import jaccard, key_files, lsh
-from deepseek_v3.data.deduplication.clusters import drop_duplicates, keepers, removed_documents, write_decisions
+from deepseek_v3.data.deduplication.clusters import choose_kept, drop_duplicates, read_duplicates, write_decisions
 from deepseek_v3.data.deduplication.in_memory import Deduplicator
 from deepseek_v3.data.deduplication.jaccard import (
     Pairs,
-    as_pairs,
-    estimated,
-    have_texts,
-    margin,
+    estimate_margin,
+    estimate_pairs,
+    have_both_texts,
+    make_pairs,
     read_pairs,
     unique_pairs,
 )
-from deepseek_v3.data.deduplication.key_files import grouped, repeated
+from deepseek_v3.data.deduplication.key_files import group_keys, repeated_keys
 from deepseek_v3.data.deduplication.minhash import MinHasher
 from deepseek_v3.data.stages import Outcome, Part, Task
 
@@ -43,7 +43,7 @@ class MinHashDeduplicator(Deduplicator):
     def __init__(self, **options: Any) -> None:
         self.options = section_from_dict(DeduplicationConfig, options, type(self).__name__)
         self._bands, self._rows = self.options.banding()
-        self._margin = margin(self.options.threshold, self.options.num_perm)
+        self._margin = estimate_margin(self.options.threshold, self.options.num_perm)
         self._hasher = MinHasher(
             self.options.num_perm, self.options.ngram, self.options.seed, self.options.accelerator
         )
@@ -57,7 +57,7 @@ class MinHashDeduplicator(Deduplicator):
             for shingles in self._hasher.shingles(texts):
                 found = self._hasher.signatures(shingles)
                 some = slice(first, first + len(found))
-                signatures[some] = lsh.shortened(found)
+                signatures[some] = lsh.b_bit_signatures(found)
                 band_keys[:, some] = lsh.band_keys(found, self._bands, self._rows)
                 sizes[some] = np.diff(shingles.offsets)
                 first += len(found)
@@ -71,7 +71,7 @@ class MinHashDeduplicator(Deduplicator):
     def match(self, output: Path, parts: Sequence[Part], band: int, low: int, high: int) -> None:
         """Writes the pairs that a band proposes among the keys from `low` to below `high`, and their estimates."""
         band_keys, documents = key_files.read_band(parts, band, low, high)
-        buckets = repeated(grouped(band_keys))
+        buckets = repeated_keys(group_keys(band_keys))
         members = documents[buckets.places]
         one, other, similarity = lsh.similar_pairs(
             key_files.read_signatures(parts, members),
@@ -79,21 +79,21 @@ class MinHashDeduplicator(Deduplicator):
             self.options.threshold - self._margin,
             self.options.threshold + self._margin,
         )
-        np.save(output, as_pairs(members[one], members[other], similarity))
+        np.save(output, make_pairs(members[one], members[other], similarity))
 
     def refine_tasks(self, parts: Sequence[Part], memory: int, matches: Sequence[Path]) -> list[Task]:
         pairs = read_pairs(matches)
         pairs = unique_pairs(pairs[self._judged(parts, pairs)[1]])
         return [
             Task("refine", (tuple(parts), some["one"], some["other"]))
-            for some in jaccard.in_chunks(parts, pairs, memory)
+            for some in jaccard.split_pairs(parts, pairs, memory)
         ]
 
     def refine(self, output: Path, parts: Sequence[Part], one: Int64Array, other: Int64Array) -> None:
         """Writes those of the pairs whose exact similarity reaches the threshold."""
-        similarity = jaccard.similarities(parts, one, other, self._hasher)
+        similarity = jaccard.jaccard_similarities(parts, one, other, self._hasher)
         alike = similarity >= self.options.threshold
-        np.save(output, as_pairs(one[alike], other[alike], similarity[alike]))
+        np.save(output, make_pairs(one[alike], other[alike], similarity[alike]))
 
     def resolve(
         self, parts: Sequence[Part], matches: Sequence[Path], refined: Sequence[Path], folder: Path
@@ -103,12 +103,12 @@ class MinHashDeduplicator(Deduplicator):
         pairs = np.concatenate([pairs[alike], read_pairs(refined)])
 
         def close(kept: Int64Array, documents: Int64Array) -> BoolArray:
-            return estimated(parts, kept, documents) >= self.options.least_to_kept
+            return estimate_pairs(parts, kept, documents) >= self.options.least_to_kept
 
-        kept = keepers(pairs["one"], pairs["other"], sum(part.rows for part in parts), close)
+        kept = choose_kept(pairs["one"], pairs["other"], sum(part.rows for part in parts), close)
         duplicates = np.flatnonzero(kept != np.arange(len(kept)))
         similarity = np.ones(len(kept))
-        similarity[duplicates] = estimated(parts, kept[duplicates], duplicates)
+        similarity[duplicates] = estimate_pairs(parts, kept[duplicates], duplicates)
         return write_decisions(folder, parts, kept, similarity)
 
     def apply(
@@ -117,7 +117,7 @@ class MinHashDeduplicator(Deduplicator):
         return drop_duplicates(self.name, "near_duplicate", batch, documents, folder, ids_of)
 
     def removed(self, parts: Sequence[Part], folder: Path) -> BoolArray:  # noqa: ARG002
-        return removed_documents(folder)
+        return read_duplicates(folder)
 
     def _judged(self, parts: Sequence[Part], pairs: Pairs) -> tuple[BoolArray, BoolArray]:
         """Which pairs the estimates show to be alike, and for which the texts have to be compared.
@@ -126,5 +126,5 @@ class MinHashDeduplicator(Deduplicator):
         """
         similarity = pairs["similarity"]
         sure = similarity > self.options.threshold + self._margin
-        texts = have_texts(parts, pairs)
+        texts = have_both_texts(parts, pairs)
         return sure | (~texts & (similarity >= self.options.threshold)), ~sure & texts

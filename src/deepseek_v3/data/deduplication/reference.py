@@ -6,7 +6,12 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from deepseek_v3.data.arrays import SPLITMIX64_GAMMA, SPLITMIX64_MIX_1, SPLITMIX64_MIX_2
-from deepseek_v3.data.deduplication.case_folding import LONGEST, folded, is_unspaced, is_word
+from deepseek_v3.data.deduplication.case_folding import (
+    MAX_WORD_BYTES,
+    fold_character,
+    is_unspaced_script,
+    is_word_character,
+)
 from deepseek_v3.data.deduplication.hashing import MIX_32, shingle_multipliers
 
 Shingle = tuple[bytes, ...]
@@ -27,12 +32,16 @@ def words(text: str) -> list[bytes]:
         elif in_word:
             runs.append(plain)
         inside = in_word and not alone
-    return [run[start : start + LONGEST] for run in map(str.encode, runs) for start in range(0, len(run), LONGEST)]
+    return [
+        run[start : start + MAX_WORD_BYTES]
+        for run in map(str.encode, runs)
+        for start in range(0, len(run), MAX_WORD_BYTES)
+    ]
 
 
 @lru_cache(maxsize=2**12)
 def _seen_as(character: str) -> tuple[bool, bool, str]:
-    return is_word(character), is_unspaced(character), folded(character)
+    return is_word_character(character), is_unspaced_script(character), fold_character(character)
 
 
 def shingles(text: str, ngram: int = 5) -> set[Shingle]:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepseek_v3.data.arrays import UInt32Array, UInt64Array
-from deepseek_v3.data.deduplication.key_files import grouped, mapped, repeated
+from deepseek_v3.data.deduplication.key_files import group_keys, map_keys, repeated_keys
 from deepseek_v3.data.stages import Part
 
 # A text that stood before: the document that holds it, its number there, and the document that held it first.
@@ -24,7 +24,7 @@ Repeats = NDArray[np.void]
 
 def write_keys(folder: Path, hashes: UInt64Array, rows: UInt32Array, places: UInt32Array) -> None:
     """Writes them into a folder, from the texts in their order; `hashes` is uint64 [texts, 2]."""
-    order = grouped(hashes[:, 0]).places
+    order = group_keys(hashes[:, 0]).places
     np.save(folder / "hashes.npy", hashes[order].T)
     np.save(folder / "rows.npy", rows[order])
     np.save(folder / "places.npy", places[order])
@@ -32,13 +32,13 @@ def write_keys(folder: Path, hashes: UInt64Array, rows: UInt32Array, places: UIn
 
 def count_texts(parts: Sequence[Part]) -> int:
     """How many texts the parts have keys of."""
-    return sum(mapped(part, "hashes.npy").shape[1] for part in parts)
+    return sum(map_keys(part, "hashes.npy").shape[1] for part in parts)
 
 
 def find_repeats(parts: Sequence[Part], low: int, high: int) -> Repeats:
     """All occurrences but the first of texts whose hash begins with at least `low` and less than `high`."""
     hashes, texts = _read_range(parts, low, high)
-    found = repeated(grouped(hashes[0]))
+    found = repeated_keys(group_keys(hashes[0]))
     second = hashes[1, found.places]
     order = np.lexsort((found.places, second, found.groups))
     places, second, groups = found.places[order], second[order], found.groups[order]
@@ -61,14 +61,14 @@ def _read_range(parts: Sequence[Part], low: int, high: int) -> tuple[UInt64Array
     found: list[UInt64Array] = [np.zeros((2, 0), np.uint64)]
     texts = [np.zeros(0, REPEAT)]
     for part in parts:
-        hashes = mapped(part, "hashes.npy")
+        hashes = map_keys(part, "hashes.npy")
         start = int(np.searchsorted(hashes[0], np.uint64(low)))
         stop = int(np.searchsorted(hashes[0], np.uint64(high - 1), side="right"))
-        rows = mapped(part, "rows.npy")[start:stop]
+        rows = map_keys(part, "rows.npy")[start:stop]
         left = ~part.removed_rows()[rows]
         some = np.zeros(int(left.sum()), REPEAT)
         some["document"] = rows[left].astype(np.int64) + part.first
-        some["place"] = mapped(part, "places.npy")[start:stop][left]
+        some["place"] = map_keys(part, "places.npy")[start:stop][left]
         found.append(hashes[:, start:stop][:, left])
         texts.append(some)
     return np.concatenate(found, axis=1), np.concatenate(texts)

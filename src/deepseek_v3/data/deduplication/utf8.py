@@ -10,13 +10,13 @@ import pyarrow as pa
 
 from deepseek_v3.data.arrays import Int64Array, UInt8Array, UInt32Array, UInt64Array
 
-PIECE = 8  # bytes read at once
+WINDOW_BYTES = 8  # bytes read at once
 
 _BLOCK_BYTES = 2**18  # of text, so that most of what is made of it fits the second-level cache
 _MULTIBYTE = 0xC0  # from here on a byte begins a character of several bytes
 
 
-def blocks(texts: pa.Array) -> Iterator[tuple[UInt8Array, Int64Array]]:
+def text_blocks(texts: pa.Array) -> Iterator[tuple[UInt8Array, Int64Array]]:
     """Runs of texts: UTF-8 (uint8 [n]), and where each document begins in it (int64 [documents + 1], 0 to n)."""
     if not len(texts):
         return
@@ -31,17 +31,17 @@ def blocks(texts: pa.Array) -> Iterator[tuple[UInt8Array, Int64Array]]:
         first = end
 
 
-def padded(text: UInt8Array) -> bytearray:
+def pad_text(text: UInt8Array) -> bytearray:
     """A copy with `PIECE` zeros behind."""
-    return bytearray().join((text.data, bytes(PIECE)))
+    return bytearray().join((text.data, bytes(WINDOW_BYTES)))
 
 
-def pieces_of(text: UInt8Array) -> UInt64Array:
+def byte_windows(text: UInt8Array) -> UInt64Array:
     """The 8 bytes from any place of a padded text on, the first one lowest: uint64 [n + 1], overlapping itself."""
-    return np.ndarray(len(text) - PIECE + 1, "<u8", text.data, strides=(1,))
+    return np.ndarray(len(text) - WINDOW_BYTES + 1, "<u8", text.data, strides=(1,))
 
 
-class Multibyte(NamedTuple):
+class MultibyteCharacters(NamedTuple):
     """Characters outside ASCII: the places of their first bytes, their code points, how many bytes they take."""
 
     places: Int64Array
@@ -49,19 +49,19 @@ class Multibyte(NamedTuple):
     sizes: UInt32Array
 
 
-def multibyte(text: UInt8Array) -> Multibyte:
+def find_multibyte(text: UInt8Array) -> MultibyteCharacters:
     """Those of a padded text, in order."""
     places = np.flatnonzero(text >= _MULTIBYTE)
-    bytes_ = pieces_of(text)[places].astype(np.uint32)
+    bytes_ = byte_windows(text)[places].astype(np.uint32)
     first, second, third = bytes_ & 255, bytes_ >> 8 & 63, bytes_ >> 16 & 63
     code_points = np.where(first < 0xE0, (first & 31) << 6 | second, (first & 15) << 12 | second << 6 | third)
     sizes = 2 + (first >= 0xE0).astype(np.uint32) + (first >= 0xF0)
     four = np.flatnonzero(sizes == 4)
     code_points[four] = (first[four] & 7) << 18 | second[four] << 12 | third[four] << 6 | bytes_[four] >> 24 & 63
-    return Multibyte(places, code_points, sizes)
+    return MultibyteCharacters(places, code_points, sizes)
 
 
-def utf8_of(code_points: UInt32Array) -> UInt32Array:
+def encode_utf8(code_points: UInt32Array) -> UInt32Array:
     """The UTF-8 of characters, the first byte lowest."""
     last, third, second = (0x80 | code_points >> shift & 63 for shift in (0, 6, 12))
     kinds = [code_points < 0x80, code_points < 0x800, code_points < 0x10000]
@@ -71,7 +71,7 @@ def utf8_of(code_points: UInt32Array) -> UInt32Array:
     return np.select(kinds, [ascii_, two, three], four)
 
 
-def overwrite(text: UInt8Array, places: Int64Array, encoded: UInt32Array, sizes: UInt32Array) -> None:
+def overwrite_characters(text: UInt8Array, places: Int64Array, encoded: UInt32Array, sizes: UInt32Array) -> None:
     """Puts other characters of the same sizes at these places: their UTF-8, the first byte lowest."""
     text[places], text[places + 1] = encoded, encoded >> np.uint32(8)
     for byte in (2, 3):

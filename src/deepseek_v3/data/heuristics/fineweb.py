@@ -13,8 +13,8 @@ from deepseek_v3.config.filter_config import HeuristicsConfig
 from deepseek_v3.data.arrays import Int64Array
 from deepseek_v3.data.heuristics.c4 import KeptLines
 from deepseek_v3.data.heuristics.gopher_repetition import repeated_items
-from deepseek_v3.data.heuristics.ragged import lengths, mask, sums
-from deepseek_v3.data.heuristics.rules import Finding, above, below, share
+from deepseek_v3.data.heuristics.ragged import segment_sums, string_lengths, to_mask
+from deepseek_v3.data.heuristics.rules import RuleResult, at_least, at_most, ratio
 from deepseek_v3.data.heuristics.text_table import TextTable
 from deepseek_v3.data.heuristics.words import SENTENCE_ENDS
 
@@ -22,52 +22,56 @@ _FINAL_MARK = rf"[{''.join(sorted(SENTENCE_ENDS))}]$"
 
 
 @dataclass(frozen=True)
-class Prose:
+class LineTable:
     """The lines that are not blank, where each document's start, its newlines, words, and characters in lines."""
 
     lines: pa.Array
     starts: Int64Array
-    newlines: Int64Array
+    newline_counts: Int64Array
     words: Int64Array
     characters: Int64Array
 
 
-def whole_texts(table: TextTable) -> Prose:
+def lines_of_documents(table: TextTable) -> LineTable:
     """The documents as they are."""
-    return Prose(
+    return LineTable(
         lines=table.lines,
         starts=table.line_starts,
-        newlines=table.newlines,
-        words=np.diff(table.document_words),
-        characters=table.characters - table.newlines,
+        newline_counts=table.newline_counts,
+        words=np.diff(table.document_word_starts),
+        characters=table.characters - table.newline_counts,
     )
 
 
-def kept_lines(table: TextTable, kept: KeptLines) -> Prose:
+def lines_left_by_c4(table: TextTable, kept: KeptLines) -> LineTable:
     """The documents as C4 leaves them."""
-    return Prose(
+    return LineTable(
         lines=kept.lines,
         starts=kept.starts,
-        newlines=np.maximum(np.diff(kept.starts) - 1, 0),
-        words=sums(np.diff(table.word_starts)[kept.rows], kept.starts),
-        characters=sums(lengths(kept.lines), kept.starts),
+        newline_counts=np.maximum(np.diff(kept.starts) - 1, 0),
+        words=segment_sums(np.diff(table.word_starts)[kept.rows], kept.starts),
+        characters=segment_sums(string_lengths(kept.lines), kept.starts),
     )
 
 
-def fineweb(prose: Prose, options: HeuristicsConfig) -> Iterator[Finding]:
+def fineweb(prose: LineTable, options: HeuristicsConfig) -> Iterator[RuleResult]:
     """What each rule found, in the order in which they are asked."""
     count = np.diff(prose.starts)
-    punctuated = mask(pc.match_substring_regex(pc.utf8_trim_whitespace(prose.lines), _FINAL_MARK))
-    short = lengths(prose.lines) <= options.short_line_length
+    punctuated = to_mask(pc.match_substring_regex(pc.utf8_trim_whitespace(prose.lines), _FINAL_MARK))
+    short = string_lengths(prose.lines) <= options.short_line_length
     repeated = repeated_items(prose.lines, prose.starts)
-    yield from below(
-        "fineweb_unpunctuated_lines", share(sums(punctuated, prose.starts), count), options.min_punctuated_lines
+    yield from at_least(
+        "fineweb_unpunctuated_lines",
+        ratio(segment_sums(punctuated, prose.starts), count),
+        options.min_punctuated_lines,
     )
-    yield from above("fineweb_short_lines", share(sums(short, prose.starts), count), options.max_short_lines)
-    yield from above(
+    yield from at_most(
+        "fineweb_short_lines", ratio(segment_sums(short, prose.starts), count), options.max_short_lines
+    )
+    yield from at_most(
         "fineweb_repeated_lines",
-        share(repeated.characters, prose.characters),
+        ratio(repeated.characters, prose.characters),
         options.max_repeated_line_characters,
         repeated.first,
     )
-    yield from above("fineweb_newlines", share(prose.newlines, prose.words), options.max_newlines_per_word)
+    yield from at_most("fineweb_newlines", ratio(prose.newline_counts, prose.words), options.max_newlines_per_word)

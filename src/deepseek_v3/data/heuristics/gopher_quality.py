@@ -10,31 +10,31 @@ import pyarrow.compute as pc
 
 from deepseek_v3.config.filter_config import HeuristicsConfig
 from deepseek_v3.data.arrays import Int64Array
-from deepseek_v3.data.heuristics.ragged import any_of, lengths, run_of, sums
-from deepseek_v3.data.heuristics.rules import BULLETS, ELLIPSES, Finding, above, below, share
+from deepseek_v3.data.heuristics.ragged import matches_any, segment_ids, segment_sums, string_lengths
+from deepseek_v3.data.heuristics.rules import BULLETS, ELLIPSES, RuleResult, at_least, at_most, ratio
 from deepseek_v3.data.heuristics.text_table import TextTable
 from deepseek_v3.data.heuristics.words import LETTER, SYMBOL
 
 
-def gopher_quality(table: TextTable, options: HeuristicsConfig) -> Iterator[Finding]:
+def gopher_quality(table: TextTable, options: HeuristicsConfig) -> Iterator[RuleResult]:
     """What each rule found, in the order in which they are asked."""
-    starts = table.document_words
+    starts = table.document_word_starts
     words = table.words[: starts[-1]]
     total = np.diff(starts)
     proper = table.traits & SYMBOL == 0
-    proper_words = sums(proper[words], starts)
-    mean = share(sums((lengths(table.vocabulary) * proper)[words], starts), proper_words)
-    alphabetic = share(sums((table.traits & LETTER > 0)[words], starts), total)
+    proper_words = segment_sums(proper[words], starts)
+    mean = ratio(segment_sums((string_lengths(table.vocabulary) * proper)[words], starts), proper_words)
+    alphabetic = ratio(segment_sums((table.traits & LETTER > 0)[words], starts), total)
     hashes, ellipses = _occurrences(table.texts, ("#",)), _occurrences(table.texts, ELLIPSES)
-    yield from below("gopher_too_few_words", proper_words, options.min_words)
-    yield from above("gopher_too_many_words", proper_words, options.max_words)
-    yield from below("gopher_short_words", mean, options.min_mean_word_length)
-    yield from above("gopher_long_words", mean, options.max_mean_word_length)
-    yield from above("gopher_hashes", share(hashes, total), options.max_symbols_per_word)
-    yield from above("gopher_ellipses", share(ellipses, total), options.max_symbols_per_word)
+    yield from at_least("gopher_too_few_words", proper_words, options.min_words)
+    yield from at_most("gopher_too_many_words", proper_words, options.max_words)
+    yield from at_least("gopher_short_words", mean, options.min_mean_word_length)
+    yield from at_most("gopher_long_words", mean, options.max_mean_word_length)
+    yield from at_most("gopher_hashes", ratio(hashes, total), options.max_symbols_per_word)
+    yield from at_most("gopher_ellipses", ratio(ellipses, total), options.max_symbols_per_word)
     yield from _marked_lines(table, options)
-    yield from below("gopher_few_alphabetic_words", alphabetic, options.min_alphabetic_words)
-    yield from below("gopher_few_stop_words", _stop_words(table, words, options), options.min_stop_words)
+    yield from at_least("gopher_few_alphabetic_words", alphabetic, options.min_alphabetic_words)
+    yield from at_least("gopher_few_stop_words", _stop_words(table, words, options), options.min_stop_words)
 
 
 def _occurrences(texts: pa.Array, symbols: Sequence[str]) -> Int64Array:
@@ -42,16 +42,20 @@ def _occurrences(texts: pa.Array, symbols: Sequence[str]) -> Int64Array:
     return np.array([sum(map(text.count, symbols)) for text in texts.to_pylist()], np.int64)
 
 
-def _marked_lines(table: TextTable, options: HeuristicsConfig) -> Iterator[Finding]:
+def _marked_lines(table: TextTable, options: HeuristicsConfig) -> Iterator[RuleResult]:
     """Lines that begin with a bullet or end with an ellipsis, as shares of all lines, blank ones included."""
-    lines, starts = table.trimmed[: len(table.lines)], table.line_starts
-    bullets = any_of(pc.starts_with, lines, BULLETS)
-    ellipses = any_of(pc.ends_with, lines, ELLIPSES)
-    yield from above(
-        "gopher_bullet_lines", share(sums(bullets, starts), table.newlines + 1), options.max_bullet_lines
+    lines, starts = table.stripped[: len(table.lines)], table.line_starts
+    bullets = matches_any(pc.starts_with, lines, BULLETS)
+    ellipses = matches_any(pc.ends_with, lines, ELLIPSES)
+    yield from at_most(
+        "gopher_bullet_lines",
+        ratio(segment_sums(bullets, starts), table.newline_counts + 1),
+        options.max_bullet_lines,
     )
-    yield from above(
-        "gopher_ellipsis_lines", share(sums(ellipses, starts), table.newlines + 1), options.max_ellipsis_lines
+    yield from at_most(
+        "gopher_ellipsis_lines",
+        ratio(segment_sums(ellipses, starts), table.newline_counts + 1),
+        options.max_ellipsis_lines,
     )
 
 
@@ -61,5 +65,5 @@ def _stop_words(table: TextTable, words: Int64Array, options: HeuristicsConfig) 
     rank = pc.fill_null(ranks, -1).to_numpy()[words]
     found = np.flatnonzero(rank >= 0)
     has = np.zeros((len(table.texts), len(options.stop_words)), np.bool_)
-    has[run_of(table.document_words)[found], rank[found]] = True
+    has[segment_ids(table.document_word_starts)[found], rank[found]] = True
     return has.sum(axis=1)

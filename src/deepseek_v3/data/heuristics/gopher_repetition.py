@@ -20,17 +20,17 @@ import pyarrow.compute as pc
 from deepseek_v3.config.filter_config import HeuristicsConfig
 from deepseek_v3.data.arrays import Int64Array
 from deepseek_v3.data.heuristics.ragged import (
-    first_equal,
-    flattened,
-    lengths,
-    mask,
-    numbered,
-    repeats,
-    run_of,
-    sums,
-    totals,
+    encode_strings,
+    first_occurrences,
+    flatten_lists,
+    prefix_sums,
+    seen_before,
+    segment_ids,
+    segment_sums,
+    string_lengths,
+    to_mask,
 )
-from deepseek_v3.data.heuristics.rules import Finding, above, share
+from deepseek_v3.data.heuristics.rules import RuleResult, at_most, ratio
 from deepseek_v3.data.heuristics.text_table import TextTable
 
 
@@ -51,9 +51,9 @@ def repeated_ngrams(words: Int64Array, starts: Int64Array, longest: int) -> Iter
     begins = np.zeros(len(words) + 1, np.bool_)
     begins[starts] = True
     positions: Int64Array = np.arange(len(words))
-    keys: Int64Array = run_of(starts) * (int(words.max(initial=0)) + 1) + words
+    keys: Int64Array = segment_ids(starts) * (int(words.max(initial=0)) + 1) + words
     for n in range(1, longest + 1):
-        same = first_equal(keys)
+        same = first_occurrences(keys)
         repeated = np.bincount(same, minlength=len(same))[same] > 1
         first, positions = positions[same[repeated]], positions[repeated]
         yield RepeatedNgrams(n, positions, first)
@@ -111,7 +111,7 @@ def duplicate_ngrams(ngrams: RepeatedNgrams, starts: Int64Array, ends: Int64Arra
     return DuplicateNgrams(totals[np.where(some, firsts, -1)], positions)
 
 
-def gopher_repetition(table: TextTable, options: HeuristicsConfig) -> Iterator[Finding]:
+def gopher_repetition(table: TextTable, options: HeuristicsConfig) -> Iterator[RuleResult]:
     """What each rule found, in the order in which they are asked."""
     paragraphs, starts = _paragraphs(table.texts)
     limits = (options.max_duplicate_paragraphs, options.max_duplicate_paragraph_characters)
@@ -123,10 +123,10 @@ def gopher_repetition(table: TextTable, options: HeuristicsConfig) -> Iterator[F
 
 def _paragraphs(texts: pa.Array) -> tuple[pa.Array, Int64Array]:
     """What blank lines separate, without white space at the ends; a run for each text."""
-    parts, starts = flattened(pc.split_pattern(texts, "\n\n"))
+    parts, starts = flatten_lists(pc.split_pattern(texts, "\n\n"))
     parts = pc.utf8_trim_whitespace(parts)
     filled = pc.not_equal(parts, "")
-    return parts.filter(filled), totals(mask(filled))[starts]
+    return parts.filter(filled), prefix_sums(to_mask(filled))[starts]
 
 
 @dataclass(frozen=True)
@@ -140,13 +140,15 @@ class RepeatedItems:
 
 def repeated_items(items: pa.Array, starts: Int64Array) -> RepeatedItems:
     """What repeats itself among the items of each document, items[starts[i] : starts[i + 1]]."""
-    repeated = repeats(numbered(items)[0], starts)
+    repeated = seen_before(encode_strings(items)[0], starts)
     positions = np.flatnonzero(repeated)
 
     def first(document: int) -> str:
         return items[positions[np.searchsorted(positions, starts[document])]].as_py()
 
-    return RepeatedItems(sums(repeated, starts), sums(lengths(items) * repeated, starts), first)
+    return RepeatedItems(
+        segment_sums(repeated, starts), segment_sums(string_lengths(items) * repeated, starts), first
+    )
 
 
 def _duplicates(
@@ -155,21 +157,21 @@ def _duplicates(
     starts: Int64Array,
     characters: Int64Array,
     limits: tuple[float | None, float | None],
-) -> Iterator[Finding]:
+) -> Iterator[RuleResult]:
     found = repeated_items(items, starts)
-    yield from above(f"gopher_duplicate_{name}s", share(found.counts, np.diff(starts)), limits[0], found.first)
-    share_of_text = share(found.characters, characters)
-    yield from above(f"gopher_duplicate_{name}_characters", share_of_text, limits[1], found.first)
+    yield from at_most(f"gopher_duplicate_{name}s", ratio(found.counts, np.diff(starts)), limits[0], found.first)
+    share_of_text = ratio(found.characters, characters)
+    yield from at_most(f"gopher_duplicate_{name}_characters", share_of_text, limits[1], found.first)
 
 
-def _ngrams(table: TextTable, options: HeuristicsConfig) -> Iterator[Finding]:
-    starts = table.document_words
+def _ngrams(table: TextTable, options: HeuristicsConfig) -> Iterator[RuleResult]:
+    starts = table.document_word_starts
     words = table.words[: starts[-1]]
-    ends = totals(lengths(table.vocabulary)[words])
+    ends = prefix_sums(string_lengths(table.vocabulary)[words])
     top_limits = options.max_top_ngram_characters or {}
     duplicate_limits = options.max_duplicate_ngram_characters or {}
-    top: list[Finding] = []
-    duplicate: list[Finding] = []
+    top: list[RuleResult] = []
+    duplicate: list[RuleResult] = []
     for ngrams in repeated_ngrams(words, starts, max([*top_limits, *duplicate_limits], default=0)):
         if ngrams.n in top_limits:
             top += _top(table, ngrams, ends, top_limits[ngrams.n])
@@ -178,25 +180,25 @@ def _ngrams(table: TextTable, options: HeuristicsConfig) -> Iterator[Finding]:
     return chain(top, duplicate)
 
 
-def _top(table: TextTable, ngrams: RepeatedNgrams, ends: Int64Array, limit: float | None) -> Iterator[Finding]:
+def _top(table: TextTable, ngrams: RepeatedNgrams, ends: Int64Array, limit: float | None) -> Iterator[RuleResult]:
     n = ngrams.n
-    top = top_ngrams(ngrams, table.document_words)
+    top = top_ngrams(ngrams, table.document_word_starts)
     afterwards = np.minimum(top.positions + n, len(ends) - 1)
     characters = (ends[afterwards] - ends[top.positions] + n - 1) * top.counts
 
     def trigger(document: int) -> str:
         return table.phrase(top.positions[document], n)
 
-    return above(f"gopher_top_{n}gram", share(characters, table.characters), limit, trigger)
+    return at_most(f"gopher_top_{n}gram", ratio(characters, table.characters), limit, trigger)
 
 
 def _duplicate(
     table: TextTable, ngrams: RepeatedNgrams, ends: Int64Array, limit: float | None
-) -> Iterator[Finding]:
-    duplicate = duplicate_ngrams(ngrams, table.document_words, ends)
+) -> Iterator[RuleResult]:
+    duplicate = duplicate_ngrams(ngrams, table.document_word_starts, ends)
 
     def trigger(document: int) -> str:
         return table.phrase(duplicate.positions[document], ngrams.n)
 
-    found = share(duplicate.characters, table.characters)
-    return above(f"gopher_duplicate_{ngrams.n}grams", found, limit, trigger)
+    found = ratio(duplicate.characters, table.characters)
+    return at_most(f"gopher_duplicate_{ngrams.n}grams", found, limit, trigger)

@@ -24,7 +24,7 @@ from deepseek_v3.data.heuristics.rules import (
 from deepseek_v3.data.heuristics.words import SENTENCE_ENDS, has_letter, is_punctuation, is_symbol, split_chunk
 
 
-class Broken(NamedTuple):
+class BrokenRule(NamedTuple):
     """A rule that a document breaks: its code, the figure found, the threshold, the text that decided."""
 
     code: str
@@ -33,9 +33,9 @@ class Broken(NamedTuple):
     trigger: str | None = None
 
 
-def judge(text: str, options: HeuristicsConfig) -> tuple[list[Broken], str]:
+def apply_rules(text: str, options: HeuristicsConfig) -> tuple[list[BrokenRule], str]:
     """The rules that a document breaks, in the order in which they are asked, and its text without C4's lines."""
-    broken: list[Broken] = []
+    broken: list[BrokenRule] = []
     if "gopher_repetition" in options.rules:
         broken += gopher_repetition(text, options)
     if "gopher_quality" in options.rules:
@@ -52,24 +52,24 @@ def judge(text: str, options: HeuristicsConfig) -> tuple[list[Broken], str]:
     return broken, text
 
 
-def words_of(text: str) -> list[str]:
+def split_words(text: str) -> list[str]:
     """All words of a text, in order."""
     return [word for chunk in text.split() for word in split_chunk(chunk)]
 
 
-def above(code: str, found: float, limit: float | None, trigger: str | None = None) -> Iterator[Broken]:
+def at_most(code: str, found: float, limit: float | None, trigger: str | None = None) -> Iterator[BrokenRule]:
     """The rule `code`, if it is on and the figure found is above its limit."""
     if limit is not None and found > limit:
-        yield Broken(code, found, limit, trigger)
+        yield BrokenRule(code, found, limit, trigger)
 
 
-def below(code: str, found: float, limit: float | None) -> Iterator[Broken]:
+def at_least(code: str, found: float, limit: float | None) -> Iterator[BrokenRule]:
     """The rule `code`, if it is on and the figure found is below its limit."""
     if limit is not None and found < limit:
-        yield Broken(code, found, limit)
+        yield BrokenRule(code, found, limit)
 
 
-def repeats(items: Sequence[str]) -> list[str]:
+def seen_before(items: Sequence[str]) -> list[str]:
     """Those items that stood before, in order."""
     seen: set[str] = set()
     found = []
@@ -80,7 +80,7 @@ def repeats(items: Sequence[str]) -> list[str]:
     return found
 
 
-def gopher_repetition(text: str, options: HeuristicsConfig) -> Iterator[Broken]:
+def gopher_repetition(text: str, options: HeuristicsConfig) -> Iterator[BrokenRule]:
     """Repetition (Rae et al. 2021, table A1). Characters are shares of the whole text."""
     size = max(len(text), 1)
     for name, items, share, characters in (
@@ -92,20 +92,20 @@ def gopher_repetition(text: str, options: HeuristicsConfig) -> Iterator[Broken]:
         ),
         ("lines", filled_lines(text), options.max_duplicate_lines, options.max_duplicate_line_characters),
     ):
-        found = repeats(items)
+        found = seen_before(items)
         first = found[0] if found else None
-        yield from above(f"gopher_duplicate_{name}", len(found) / max(len(items), 1), share, first)
+        yield from at_most(f"gopher_duplicate_{name}", len(found) / max(len(items), 1), share, first)
         found_characters = sum(map(len, found)) / size
-        yield from above(f"gopher_duplicate_{name[:-1]}_characters", found_characters, characters, first)
-    words = words_of(text)
+        yield from at_most(f"gopher_duplicate_{name[:-1]}_characters", found_characters, characters, first)
+    words = split_words(text)
     for n, limit in sorted((options.max_top_ngram_characters or {}).items()):
         ngram, count = top_ngram(words, n)
-        yield from above(f"gopher_top_{n}gram", len(ngram) * count / size, limit, ngram)
+        yield from at_most(f"gopher_top_{n}gram", len(ngram) * count / size, limit, ngram)
     for n, limit in sorted((options.max_duplicate_ngram_characters or {}).items()):
         duplicates = duplicate_ngrams(words, n)
         characters = sum(len(word) for ngram in duplicates for word in ngram)
         first = " ".join(duplicates[0]) if duplicates else None
-        yield from above(f"gopher_duplicate_{n}grams", characters / size, limit, first)
+        yield from at_most(f"gopher_duplicate_{n}grams", characters / size, limit, first)
 
 
 def paragraphs(text: str) -> list[str]:
@@ -139,30 +139,30 @@ def duplicate_ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
     return found
 
 
-def gopher_quality(text: str, options: HeuristicsConfig) -> Iterator[Broken]:
+def gopher_quality(text: str, options: HeuristicsConfig) -> Iterator[BrokenRule]:
     """Quality (Rae et al. 2021, A.1). Word counts and lengths leave symbols out; lines include blank ones."""
-    words = words_of(text)
+    words = split_words(text)
     total = max(len(words), 1)
     proper = [word for word in words if not is_symbol(word)]
     mean = sum(map(len, proper)) / max(len(proper), 1)
     lines = text.split("\n")
     bullets = sum(line.lstrip().startswith(BULLETS) for line in lines) / len(lines)
     ellipses = sum(line.rstrip().endswith(ELLIPSES) for line in lines) / len(lines)
-    yield from below("gopher_too_few_words", len(proper), options.min_words)
-    yield from above("gopher_too_many_words", len(proper), options.max_words)
-    yield from below("gopher_short_words", mean, options.min_mean_word_length)
-    yield from above("gopher_long_words", mean, options.max_mean_word_length)
-    yield from above("gopher_hashes", text.count("#") / total, options.max_symbols_per_word)
-    yield from above("gopher_ellipses", sum(map(text.count, ELLIPSES)) / total, options.max_symbols_per_word)
-    yield from above("gopher_bullet_lines", bullets, options.max_bullet_lines)
-    yield from above("gopher_ellipsis_lines", ellipses, options.max_ellipsis_lines)
-    yield from below(
+    yield from at_least("gopher_too_few_words", len(proper), options.min_words)
+    yield from at_most("gopher_too_many_words", len(proper), options.max_words)
+    yield from at_least("gopher_short_words", mean, options.min_mean_word_length)
+    yield from at_most("gopher_long_words", mean, options.max_mean_word_length)
+    yield from at_most("gopher_hashes", text.count("#") / total, options.max_symbols_per_word)
+    yield from at_most("gopher_ellipses", sum(map(text.count, ELLIPSES)) / total, options.max_symbols_per_word)
+    yield from at_most("gopher_bullet_lines", bullets, options.max_bullet_lines)
+    yield from at_most("gopher_ellipsis_lines", ellipses, options.max_ellipsis_lines)
+    yield from at_least(
         "gopher_few_alphabetic_words", sum(map(has_letter, words)) / total, options.min_alphabetic_words
     )
-    yield from below("gopher_few_stop_words", len({*words} & {*options.stop_words}), options.min_stop_words)
+    yield from at_least("gopher_few_stop_words", len({*words} & {*options.stop_words}), options.min_stop_words)
 
 
-def c4(text: str, options: HeuristicsConfig) -> tuple[list[Broken], list[str]]:
+def c4(text: str, options: HeuristicsConfig) -> tuple[list[BrokenRule], list[str]]:
     """Clean lines (Raffel et al. 2020, §2.2): what a document breaks, and the lines that are left of it."""
     kept: list[str] = []
     lorem: list[str] = []
@@ -181,11 +181,11 @@ def c4(text: str, options: HeuristicsConfig) -> tuple[list[Broken], list[str]]:
             continue
         kept.append(shown)
     broken = [
-        Broken(code, len(lines), 0, lines[0])
+        BrokenRule(code, len(lines), 0, lines[0])
         for code, lines in (("c4_lorem_ipsum", lorem), ("c4_curly_bracket", curly))
         if lines
     ]
-    broken += below("c4_too_few_sentences", sum(map(sentences, kept)), options.min_sentences)
+    broken += at_least("c4_too_few_sentences", sum(map(sentences, kept)), options.min_sentences)
     return broken, kept
 
 
@@ -205,7 +205,7 @@ def _names(line: str, phrases: Sequence[str]) -> bool:
 def sentences(line: str) -> int:
     """Sentences of a line: one begins with the first word after an end mark that is no punctuation itself."""
     count, ended = 1, False
-    for word in words_of(line):
+    for word in split_words(line):
         if word in SENTENCE_ENDS:
             ended = True
         elif ended and not is_punctuation(word):
@@ -213,18 +213,18 @@ def sentences(line: str) -> int:
     return count
 
 
-def fineweb(lines: Sequence[str], options: HeuristicsConfig) -> Iterator[Broken]:
+def fineweb(lines: Sequence[str], options: HeuristicsConfig) -> Iterator[BrokenRule]:
     """Lines that look like prose (Penedo et al. 2024, §3.6)."""
     filled = [line for line in lines if line.strip()]
     count = max(len(filled), 1)
-    found = repeats(filled)
+    found = seen_before(filled)
     punctuated = sum(line.rstrip()[-1] in SENTENCE_ENDS for line in filled) / count
     short = sum(len(line) <= options.short_line_length for line in filled) / count
     repeated = sum(map(len, found)) / max(sum(map(len, lines)), 1)
-    newlines = (len(lines) - 1) / max(len(words_of("\n".join(lines))), 1)
-    yield from below("fineweb_unpunctuated_lines", punctuated, options.min_punctuated_lines)
-    yield from above("fineweb_short_lines", short, options.max_short_lines)
-    yield from above(
+    newlines = (len(lines) - 1) / max(len(split_words("\n".join(lines))), 1)
+    yield from at_least("fineweb_unpunctuated_lines", punctuated, options.min_punctuated_lines)
+    yield from at_most("fineweb_short_lines", short, options.max_short_lines)
+    yield from at_most(
         "fineweb_repeated_lines", repeated, options.max_repeated_line_characters, found[0] if found else None
     )
-    yield from above("fineweb_newlines", newlines, options.max_newlines_per_word)
+    yield from at_most("fineweb_newlines", newlines, options.max_newlines_per_word)

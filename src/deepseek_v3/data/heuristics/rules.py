@@ -12,7 +12,7 @@ import numpy as np
 
 from deepseek_v3.data.arrays import BoolArray, Float64Array, Int64Array
 
-Figures = Int64Array | Float64Array
+RuleValues = Int64Array | Float64Array
 
 
 def _nothing(document: int) -> str | None:  # noqa: ARG001
@@ -20,35 +20,35 @@ def _nothing(document: int) -> str | None:  # noqa: ARG001
 
 
 @dataclass(frozen=True)
-class Finding:
+class RuleResult:
     """A rule's code and threshold, and by document the figure, whether it breaks the rule, what text decided."""
 
     code: str
     limit: float
-    found: Figures
+    found: RuleValues
     broken: BoolArray
     trigger: Callable[[int], str | None] = _nothing
 
-    def among(self, documents: BoolArray) -> Finding:
+    def restricted_to(self, documents: BoolArray) -> RuleResult:
         """The same where only some documents are asked."""
         return replace(self, broken=self.broken & documents)
 
 
-def above(
-    code: str, found: Figures, limit: float | None, trigger: Callable[[int], str | None] = _nothing
-) -> Iterator[Finding]:
+def at_most(
+    code: str, found: RuleValues, limit: float | None, trigger: Callable[[int], str | None] = _nothing
+) -> Iterator[RuleResult]:
     """The rule `code`, if it is on: no figure may be above its limit."""
     if limit is not None:
-        yield Finding(code, limit, found, found > limit, trigger)
+        yield RuleResult(code, limit, found, found > limit, trigger)
 
 
-def below(code: str, found: Figures, limit: float | None) -> Iterator[Finding]:
+def at_least(code: str, found: RuleValues, limit: float | None) -> Iterator[RuleResult]:
     """The rule `code`, if it is on: no figure may be below its limit."""
     if limit is not None:
-        yield Finding(code, limit, found, found < limit)
+        yield RuleResult(code, limit, found, found < limit)
 
 
-def share(part: Int64Array, whole: Int64Array) -> Float64Array:
+def ratio(part: Int64Array, whole: Int64Array) -> Float64Array:
     """`part` of `whole`, where an empty whole counts as 1."""
     return part / np.maximum(whole, 1)
 

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from deepseek_v3.data.arrays import Int64Array
-from deepseek_v3.data.heuristics.ragged import flattened, lengths, mask, numbered, totals
+from deepseek_v3.data.heuristics.ragged import encode_strings, flatten_lists, prefix_sums, string_lengths, to_mask
 from deepseek_v3.data.heuristics.rules import CITATION
-from deepseek_v3.data.heuristics.words import split_chunk, traits
+from deepseek_v3.data.heuristics.words import split_chunk, word_traits
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class TextTable:
 
     texts: pa.Array
     lines: pa.Array
-    trimmed: pa.Array
-    newlines: Int64Array
+    stripped: pa.Array
+    newline_counts: Int64Array
     line_starts: Int64Array
     uncited: Int64Array
     chunk_starts: Int64Array
@@ -41,58 +41,58 @@ class TextTable:
     traits: Int64Array
 
     @cached_property
-    def document_words(self) -> Int64Array:
+    def document_word_starts(self) -> Int64Array:
         """Document d has the words `document_words[d]` to `document_words[d + 1] - 1`."""
         return self.word_starts[self.line_starts]
 
     @cached_property
     def characters(self) -> Int64Array:
         """Length of each document."""
-        return lengths(self.texts)
+        return string_lengths(self.texts)
 
     def phrase(self, start: int, count: int) -> str:
         """`count` words from `start` on, joined by spaces."""
         return " ".join(self.vocabulary.take(pa.array(self.words[start : start + count])).to_pylist())
 
 
-def text_table(texts: pa.Array, remove_citations: bool) -> TextTable:
+def build_text_table(texts: pa.Array, remove_citations: bool) -> TextTable:
     """Cuts texts into lines, chunks and words. Where citations stay, `uncited` leads to the lines themselves."""
-    lines, starts = flattened(pc.split_pattern(texts, "\n"))
+    lines, starts = flatten_lists(pc.split_pattern(texts, "\n"))
     trimmed = pc.utf8_trim_whitespace(lines)
     filled = pc.not_equal(trimmed, "")
     lines, trimmed = lines.filter(filled), trimmed.filter(filled)
     uncited = np.arange(len(lines))
     if remove_citations:
-        cited = np.flatnonzero(mask(pc.match_substring_regex(trimmed, CITATION)))
+        cited = np.flatnonzero(to_mask(pc.match_substring_regex(trimmed, CITATION)))
         uncited[cited] = np.arange(len(lines), len(lines) + len(cited))
         trimmed = pa.concat_arrays(
             [trimmed, pc.replace_substring_regex(trimmed.take(pa.array(cited)), CITATION, "")]
         )
-    chunks, chunk_starts = flattened(pc.utf8_split_whitespace(trimmed))
-    chunk_numbers, distinct_chunks = numbered(chunks)
+    chunks, chunk_starts = flatten_lists(pc.utf8_split_whitespace(trimmed))
+    chunk_numbers, distinct_chunks = encode_strings(chunks)
     words, vocabulary, first_words = _words(chunk_numbers, distinct_chunks)
     return TextTable(
         texts=texts,
         lines=lines,
-        trimmed=trimmed,
-        newlines=np.diff(starts) - 1,
-        line_starts=totals(mask(filled))[starts],
+        stripped=trimmed,
+        newline_counts=np.diff(starts) - 1,
+        line_starts=prefix_sums(to_mask(filled))[starts],
         uncited=uncited,
         chunk_starts=chunk_starts,
-        chunk_lengths=lengths(distinct_chunks)[chunk_numbers],
+        chunk_lengths=string_lengths(distinct_chunks)[chunk_numbers],
         word_starts=first_words[chunk_starts],
         words=words,
         vocabulary=vocabulary,
-        traits=np.fromiter(map(traits, vocabulary.to_pylist()), np.int64, len(vocabulary)),
+        traits=np.fromiter(map(word_traits, vocabulary.to_pylist()), np.int64, len(vocabulary)),
     )
 
 
 def _words(chunk_numbers: Int64Array, distinct_chunks: pa.Array) -> tuple[Int64Array, pa.Array, Int64Array]:
     """The words of all chunks as numbers, the word of each number, and where each chunk's words begin."""
     split = list(map(split_chunk, distinct_chunks.to_pylist()))
-    starts = totals(np.array(list(map(len, split)), np.int64))
-    numbers, vocabulary = numbered(pa.array(list(chain.from_iterable(split)), pa.string()))
+    starts = prefix_sums(np.array(list(map(len, split)), np.int64))
+    numbers, vocabulary = encode_strings(pa.array(list(chain.from_iterable(split)), pa.string()))
     counts = np.diff(starts)[chunk_numbers]
-    first_words = totals(counts)
+    first_words = prefix_sums(counts)
     positions = np.repeat(starts[chunk_numbers] - first_words[:-1], counts) + np.arange(first_words[-1])
     return numbers[positions], vocabulary, first_words

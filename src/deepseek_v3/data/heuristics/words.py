@@ -19,7 +19,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-LONGEST = 1000
+MAX_CHUNK_CHARACTERS = 1000
 
 # The marks that end a sentence: the Unicode property Sentence_Terminal, of the basic plane.
 SENTENCE_ENDS = frozenset(
@@ -113,7 +113,7 @@ def split_chunk(chunk: str) -> tuple[str, ...]:
     """The words of a chunk, a text without white space. Joined they give the chunk again."""
     if chunk.isalpha():
         return _CONTRACTIONS.get(chunk) or (chunk,)
-    if len(chunk) > LONGEST:
+    if len(chunk) > MAX_CHUNK_CHARACTERS:
         return (chunk,)
     before, core = _without_opening(chunk)
     core, after = _without_closing(core)
@@ -189,7 +189,7 @@ def is_punctuation(word: str) -> bool:
 SYMBOL, LETTER, PUNCTUATION, SENTENCE_END = 1, 2, 4, 8
 
 
-def traits(word: str) -> int:
+def word_traits(word: str) -> int:
     """All of this about a word: the sum of SYMBOL, LETTER, PUNCTUATION and SENTENCE_END, where they apply."""
     if word.isalpha():
         return LETTER

@@ -15,11 +15,11 @@ from deepseek_v3.data.quality_filtering.fasttext_format import is_fasttext
 from deepseek_v3.data.quality_filtering.fasttext_training import (
     GOOD,
     TrainingOptions,
-    held_out_figures,
+    held_out_metrics,
     train_classifier,
 )
 from deepseek_v3.data.quality_filtering.ngram_model import write_arpa
-from deepseek_v3.data.quality_filtering.ngram_training import PERCENTILES, Limits, train_language_model
+from deepseek_v3.data.quality_filtering.ngram_training import PERCENTILES, PerplexityLimits, train_language_model
 from deepseek_v3.data.quality_filtering.perplexity_score import ArpaModel, load_language_model
 from deepseek_v3.data.tokens.holdout import HoldOutPlanner, TokenBounds
 from deepseek_v3.data.tokens.index import Split
@@ -135,7 +135,7 @@ def _train_classifier(
         f"{output}: {len(good_texts):,} good and {len(bad_texts):,} bad documents, {len(model.words):,} words, "
         f"{output.stat().st_size:,} bytes"
     )
-    held = held_out_figures(model, output, good_held, bad_held)
+    held = held_out_metrics(model, output, good_held, bad_held)
     typer.echo(
         f"held out: {held.documents:,} documents, precision {held.precision:.3f} and recall {held.recall:.3f} of "
         f"the good ones at a score of 0.5, area under the ROC curve {held.auc:.3f}"
@@ -150,7 +150,7 @@ def _train_language_model(
     else:
         texts, measured = _split(text, holdout, text_field)
     model = train_language_model(texts, order)
-    limits = Limits.of(ArpaModel(model), measured)
+    limits = PerplexityLimits.of(ArpaModel(model), measured)
     write_arpa(model, output)
     limits.write(output)
     numbers = ", ".join(f"{len(rows):,} {length}-grams" for length, rows in enumerate(model.log_probs, start=1))

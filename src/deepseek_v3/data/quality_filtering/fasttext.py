@@ -121,10 +121,10 @@ class FastText:
         self._path = path
         self.labels: list[str] = model.labels
         self._rows_of_buckets: Int64Array | None = None
-        if model.kept is not None:
+        if model.bucket_rows is not None:
             self._rows_of_buckets = np.full(model.buckets, -1, np.int64)
-            self._rows_of_buckets[[*model.kept]] = [*model.kept.values()]
-        self._tree = _Tree(model.label_counts) if model.loss == "hs" else None
+            self._rows_of_buckets[[*model.bucket_rows]] = [*model.bucket_rows.values()]
+        self._tree = _LabelTree(model.label_counts) if model.loss == "hs" else None
 
     def index(self, label: str) -> int:
         """The column of a label. Raises DataError if the model has none of that name."""
@@ -148,7 +148,7 @@ class FastText:
         tokens = np.fromiter(map(numbers.__getitem__, chain.from_iterable(lines)), np.int64)
         starts = np.concatenate([[0], np.cumsum([*map(len, lines)])])
         vectors, sizes = self._word_vectors([*numbers])
-        totals = sums(vectors, tokens, starts)
+        totals = sum_vectors(vectors, tokens, starts)
         counts = np.diff(np.concatenate([[0], np.cumsum(sizes[tokens])])[starts])
         if self._model.word_ngrams > 1:
             hashes, line_of = word_ngrams(word_hashes([*numbers])[tokens], starts, self._model.word_ngrams)
@@ -178,7 +178,7 @@ class FastText:
             rows, owner = rows[rows >= 0], owner[rows >= 0]
         sizes = np.bincount(owner, minlength=len(totals))
         vectors = self._model.input[len(self._model.words) + rows]
-        totals += sums(vectors, np.arange(len(rows)), np.concatenate([[0], np.cumsum(sizes)]))
+        totals += sum_vectors(vectors, np.arange(len(rows)), np.concatenate([[0], np.cumsum(sizes)]))
         counts += sizes
 
     def _output(self, hidden: tuple[Float32Array, Int64Array]) -> Float32Array:
@@ -194,7 +194,7 @@ class FastText:
         return np.minimum(result, 1)
 
 
-class _Tree:
+class _LabelTree:
     """Hierarchical softmax: a label's probability is the product of those of the turns to it in a tree."""
 
     def __init__(self, label_counts: Sequence[int]) -> None:
@@ -235,7 +235,7 @@ def split_words(text: str) -> list[bytes]:
     return [*words, END_OF_LINE]
 
 
-def sums(vectors: Float32Array, chosen: Int64Array, starts: Int64Array) -> Float32Array:
+def sum_vectors(vectors: Float32Array, chosen: Int64Array, starts: Int64Array) -> Float32Array:
     """Sums of chosen vectors: float32 [segments, width], segment i having chosen[starts[i] : starts[i + 1]]."""
     ones = np.ones(len(chosen), np.float32)
     return csr_matrix((ones, chosen, starts), (len(starts) - 1, len(vectors))) @ vectors

@@ -44,7 +44,7 @@ class FastTextFile:
     max_characters: int
     buckets: int
     loss: str
-    kept: dict[int, int] | None
+    bucket_rows: dict[int, int] | None
     input: Float32Array
     output: Float32Array
 
@@ -56,7 +56,7 @@ class FastTextFile:
         """
         try:
             with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _Reader(path, data).model()
+                return _ModelReader(path, data).model()
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}; expected a fastText model") from None
         except (struct.error, ValueError) as error:
@@ -84,7 +84,7 @@ class FastTextFile:
                 np.ascontiguousarray(matrix, "<f4").tofile(file)
 
 
-class _Reader:
+class _ModelReader:
     """Reads a model's parts in the order in which they stand."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
@@ -119,7 +119,7 @@ class _Reader:
             max_characters=longest if version == _VERSION else 0,
             buckets=buckets,
             loss=_LOSSES[loss],
-            kept=kept,
+            bucket_rows=kept,
             input=input_rows,
             output=output_rows,
         )

@@ -35,12 +35,12 @@ class TrainingOptions:
     word_ngrams: int = 2
     buckets: int = 2**20
     epochs: int = 5
-    rate: float = 0.5
+    learning_rate: float = 0.5
     seed: int = 0
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldOutMetrics:
     """How a classifier does on documents that it has not seen, `good` being what it has to find."""
 
     documents: int
@@ -52,7 +52,7 @@ class Held:
 def train_classifier(good: Iterable[str], bad: Iterable[str], options: TrainingOptions) -> FastTextFile:
     """Trains on texts of both kinds. Raises DataError where one of them has none."""
     vocabulary: defaultdict[bytes, int] = defaultdict(count().__next__)
-    texts = [[_numbered(text, vocabulary) for text in kind] for kind in (good, bad)]
+    texts = [[_number_words(text, vocabulary) for text in kind] for kind in (good, bad)]
     for name, kind in zip((GOOD, BAD), texts, strict=True):
         if not kind:
             raise DataError(f"{name} documents: found none to train on; give files with more of them")
@@ -61,7 +61,7 @@ def train_classifier(good: Iterable[str], bad: Iterable[str], options: TrainingO
         labels, sizes, texts = labels[::-1], sizes[::-1], texts[::-1]
     features = _features([*texts[0], *texts[1]], [*vocabulary], options)
     targets = np.repeat([0, 1], sizes)
-    input_rows, output_rows = _descend(features, targets, len(vocabulary) + options.buckets, options)
+    input_rows, output_rows = _train_by_sgd(features, targets, len(vocabulary) + options.buckets, options)
     return FastTextFile(
         words=dict(vocabulary),
         labels=labels,
@@ -71,13 +71,13 @@ def train_classifier(good: Iterable[str], bad: Iterable[str], options: TrainingO
         max_characters=0,
         buckets=options.buckets,
         loss="softmax",
-        kept=None,
+        bucket_rows=None,
         input=input_rows,
         output=output_rows,
     )
 
 
-def held_out_figures(model: FastTextFile, path: Path, good: Sequence[str], bad: Sequence[str]) -> Held:
+def held_out_metrics(model: FastTextFile, path: Path, good: Sequence[str], bad: Sequence[str]) -> HeldOutMetrics:
     """Precision and recall of `good` at a probability of 0.5, and the area under the ROC curve."""
     classifier = FastText(model, path)
     scores = classifier.probabilities([*good, *bad])[:, classifier.index(GOOD)]
@@ -86,7 +86,7 @@ def held_out_figures(model: FastTextFile, path: Path, good: Sequence[str], bad: 
     hits = int((chosen & is_good).sum())
     # The share of pairs of a good and a bad document that are in order (Mann and Whitney 1947).
     rank_sum = rankdata(scores)[is_good].sum() - len(good) * (len(good) + 1) / 2
-    return Held(
+    return HeldOutMetrics(
         documents=len(scores),
         precision=hits / max(int(chosen.sum()), 1),
         recall=hits / max(len(good), 1),
@@ -94,7 +94,7 @@ def held_out_figures(model: FastTextFile, path: Path, good: Sequence[str], bad: 
     )
 
 
-def _numbered(text: str, vocabulary: defaultdict[bytes, int]) -> Int64Array:
+def _number_words(text: str, vocabulary: defaultdict[bytes, int]) -> Int64Array:
     return np.fromiter(map(vocabulary.__getitem__, split_words(text)), np.int64)
 
 
@@ -114,7 +114,7 @@ def _features(
     return features
 
 
-def _descend(
+def _train_by_sgd(
     features: Sequence[tuple[Int64Array, Float32Array]], targets: Int64Array, rows: int, options: TrainingOptions
 ) -> tuple[Float32Array, Float32Array]:
     """Stochastic gradient descent, document by document, with a rate that falls to 0: both matrices."""
@@ -132,7 +132,7 @@ def _descend(
         hidden = (input_rows[chosen] * shares).sum(axis=0)
         powers = np.exp(output_rows @ hidden)
         error = truths[targets[document]] - powers / powers.sum()
-        error *= np.float32(options.rate * (1 - step / steps))
+        error *= np.float32(options.learning_rate * (1 - step / steps))
         input_rows[chosen] += shares * (error @ output_rows)
         output_rows += np.outer(error, hidden)
     return input_rows, output_rows

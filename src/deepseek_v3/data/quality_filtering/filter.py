@@ -16,7 +16,7 @@ from deepseek_v3.data.arrays import Float32Array
 from deepseek_v3.data.documents import with_column
 from deepseek_v3.data.heuristics import HeuristicFilter
 from deepseek_v3.data.quality_filtering.fasttext import load_fasttext
-from deepseek_v3.data.quality_filtering.ngram_training import Limits
+from deepseek_v3.data.quality_filtering.ngram_training import PerplexityLimits
 from deepseek_v3.data.quality_filtering.perplexity_score import load_language_model
 from deepseek_v3.data.stages import DROPPED, Drop, Outcome, Stage, outcome
 from deepseek_v3.utils.errors import DataError
@@ -94,7 +94,7 @@ class QualityFilter(Stage):
         if options.head_limit is not None and options.middle_limit is not None:
             return options.head_limit, options.middle_limit
         assert options.language_model is not None
-        limits = Limits.read(options.language_model)
+        limits = PerplexityLimits.read(options.language_model)
         if limits is None:
             raise DataError(
                 f"{options.language_model}: has no file of limits beside it; set quality_filtering.head_limit and "

@@ -60,7 +60,7 @@ class NgramModel:
         scores = self.log_probs[0][words].astype(np.float64)
         rows = words
         for length in range(2, len(self.log_probs) + 1):
-            contexts = before(rows, begins)
+            contexts = previous_rows(rows, begins)
             known = contexts >= 0
             scores[known] += self.backoffs[length - 2][contexts[known]]
             rows = self.find(length, contexts, words)
@@ -69,7 +69,7 @@ class NgramModel:
         return scores
 
 
-def before(rows: Int64Array, begins: BoolArray) -> Int64Array:
+def previous_rows(rows: Int64Array, begins: BoolArray) -> Int64Array:
     """For each word the row that belongs to the word before it; -1 where a sentence begins, as with the first."""
     shifted = np.roll(rows, 1)
     shifted[begins] = -1
@@ -85,7 +85,7 @@ def read_arpa(path: Path) -> NgramModel:
     """Reads a model. Raises DataError, naming the line, where the file cannot be read or is no such model."""
     try:
         with path.open("rb") as file:
-            return _Reader(path, file).model()
+            return _ArpaReader(path, file).model()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}; expected a language model") from None
 
@@ -114,7 +114,7 @@ def write_arpa(model: NgramModel, path: Path) -> None:
         file.write("\n\\end\\\n")
 
 
-class _Reader:
+class _ArpaReader:
     """Reads a model line by line."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:

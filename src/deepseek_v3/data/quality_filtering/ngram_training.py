@@ -17,8 +17,8 @@ from pydantic import Field, ValidationError
 from deepseek_v3.config.base import Section
 from deepseek_v3.config.errors import describe
 from deepseek_v3.data.arrays import BoolArray, Float64Array, Int64Array
-from deepseek_v3.data.quality_filtering.ngram_model import BEGIN, END, UNKNOWN, NgramModel, before
-from deepseek_v3.data.quality_filtering.perplexity_score import NEW_LINE, LanguageModel, sentences, tokens
+from deepseek_v3.data.quality_filtering.ngram_model import BEGIN, END, UNKNOWN, NgramModel, previous_rows
+from deepseek_v3.data.quality_filtering.perplexity_score import NEW_LINE, LanguageModel, build_sentences, tokenize
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.files import atomic_write
 
@@ -73,7 +73,7 @@ def _counted(sentences: Int64Array, words: list[str], order: int) -> list[_Ngram
     lengths = [_Ngrams(every, np.bincount(sentences, minlength=len(words)), nothing, nothing, every == begin)]
     rows = sentences
     for _ in range(2, order + 1):
-        contexts = before(rows, begins)
+        contexts = previous_rows(rows, begins)
         inside = np.flatnonzero(contexts >= 0)
         keys, first, numbers, counts = np.unique(
             contexts[inside] * len(words) + sentences[inside],
@@ -109,7 +109,7 @@ def _discounts(counts: Int64Array) -> Float64Array:
 PERCENTILES = (30, 60)
 
 
-class Limits(Section):
+class PerplexityLimits(Section):
     """The perplexities that divide documents into head, middle and tail: the file beside a model.
 
     They are the percentiles 30 and 60 of `documents` reference documents, as in CCNet's code; the paper (Wenzek et
@@ -122,7 +122,7 @@ class Limits(Section):
     documents: Annotated[int, Field(ge=1)]
 
     @classmethod
-    def of(cls, model: LanguageModel, reference: Sequence[str]) -> Limits:
+    def of(cls, model: LanguageModel, reference: Sequence[str]) -> PerplexityLimits:
         """The limits by reference documents. Raises DataError where none of them has a word."""
         perplexities = model.perplexities(reference)
         perplexities = perplexities[np.isfinite(perplexities)]
@@ -132,7 +132,7 @@ class Limits(Section):
         return cls(head=head, middle=middle, documents=len(perplexities))
 
     @classmethod
-    def read(cls, model: Path) -> Limits | None:
+    def read(cls, model: Path) -> PerplexityLimits | None:
         """The limits beside a model's file; None where there are none. Raises DataError where they are damaged."""
         path = _path(model)
         try:
@@ -154,8 +154,8 @@ def train_language_model(texts: Iterable[str], order: int) -> NgramModel:
     """A model of the lines of texts. Raises DataError where they have no words."""
     marks = {UNKNOWN: 0, BEGIN: 1, END: 2, NEW_LINE: -1}
     rows = defaultdict(count(3).__next__, marks)
-    numbered = [np.fromiter(map(rows.__getitem__, tokens(text)), np.int64) for text in texts]
-    words = sentences(chain.from_iterable(numbered), [*map(len, numbered)], rows[BEGIN], rows[END]).words
+    numbered = [np.fromiter(map(rows.__getitem__, tokenize(text)), np.int64) for text in texts]
+    words = build_sentences(chain.from_iterable(numbered), [*map(len, numbered)], rows[BEGIN], rows[END]).words
     if not len(words):
         raise DataError("documents to train a language model on: found no words; give files with text")
     del rows[NEW_LINE]

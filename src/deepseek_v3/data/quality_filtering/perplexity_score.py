@@ -29,7 +29,7 @@ _PLAIN = dict(zip("“”„‟«»‘’‚‛′‐‑‒–—―−。、，
 _ODD = re.compile(f"[{''.join(_PLAIN)}]")
 
 
-def tokens(text: str) -> list[str]:
+def tokenize(text: str) -> list[str]:
     """Words, single signs of punctuation, and line breaks of a text; lower case, every digit a 0, plain quotes.
 
     What CCNet (Wenzek et al. 2020) does before it scores, less the removal of accents.
@@ -50,7 +50,7 @@ class Sentences(NamedTuple):
     text_of: Int64Array
 
 
-def sentences(rows: Iterable[int], sizes: Sequence[int], begin: int, end: int) -> Sentences:
+def build_sentences(rows: Iterable[int], sizes: Sequence[int], begin: int, end: int) -> Sentences:
     """From the rows of all tokens of texts with so many tokens each; that of `NEW_LINE` is -1."""
     text_of = np.repeat(np.arange(len(sizes)), sizes)
     words = np.fromiter(rows, np.int64, len(text_of))
@@ -118,9 +118,9 @@ class ArpaModel(LanguageModel):
 
     def scores(self, texts: Sequence[str]) -> Scores:
         """Looks up all words of all texts at once."""
-        lists = [tokens(text) for text in texts]
+        lists = [tokenize(text) for text in texts]
         rows = map(self._rows.get, chain.from_iterable(lists), repeat(self._rows[UNKNOWN]))
-        words, text_of = sentences(rows, [*map(len, lists)], self._rows[BEGIN], self._rows[END])
+        words, text_of = build_sentences(rows, [*map(len, lists)], self._rows[BEGIN], self._rows[END])
         scores = self._model.score(words)
         log_probs = np.bincount(text_of, scores, minlength=len(texts)).astype(np.float64)
         counts = np.bincount(text_of[words != self._rows[BEGIN]], minlength=len(texts))
@@ -139,7 +139,7 @@ class KenlmModel(LanguageModel):
 
     def scores(self, texts: Sequence[str]) -> Scores:
         """Scores line by line."""
-        found = [self._score(tokens(text)) for text in texts]
+        found = [self._score(tokenize(text)) for text in texts]
         log_probs = np.array([score for score, _ in found], np.float64)
         return Scores(log_probs, np.array([count for _, count in found], np.int64))
 

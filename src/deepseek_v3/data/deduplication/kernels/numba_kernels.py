@@ -15,15 +15,15 @@ import numpy as np
 from deepseek_v3.data import arrays
 from deepseek_v3.data.arrays import Int64Array, UInt8Array, UInt32Array, UInt64Array
 from deepseek_v3.data.deduplication import case_folding, hashing, utf8
-from deepseek_v3.data.deduplication.case_folding import Folded
+from deepseek_v3.data.deduplication.case_folding import FoldedText
 
-_PIECE = utf8.PIECE
-_LONGEST = case_folding.LONGEST
+_WINDOW_BYTES = utf8.WINDOW_BYTES
+_MAX_WORD_BYTES = case_folding.MAX_WORD_BYTES
 _MIX_1 = np.uint64(arrays.SPLITMIX64_MIX_1)
 _MIX_2 = np.uint64(arrays.SPLITMIX64_MIX_2)
 _STEP = np.uint64(arrays.SPLITMIX64_GAMMA)
 _MIX_32 = np.uint32(hashing.MIX_32)
-_LOW_BYTES = np.array([2 ** (8 * size) - 1 for size in range(_PIECE + 1)], np.uint64)
+_LOW_BYTES = np.array([2 ** (8 * size) - 1 for size in range(_WINDOW_BYTES + 1)], np.uint64)
 _GREATEST = np.uint32(2**32 - 1)
 _HASH_MASK = np.uint64(2**32 - 1)
 
@@ -40,61 +40,63 @@ def _compiled(signature: str) -> Callable[[Callable[..., Any]], Callable[..., An
     return compile_function
 
 
-def shingle_hashes(folded: Folded, offsets: Int64Array, multipliers: UInt32Array) -> tuple[UInt32Array, Int64Array]:
+def shingle_hashes(
+    folded: FoldedText, offsets: Int64Array, multipliers: UInt32Array
+) -> tuple[UInt32Array, Int64Array]:
     """As `numpy_kernels.shingle_hashes`."""
-    return _shingle_hashes(folded.text, folded.cuts, offsets, multipliers)
+    return _shingle_hashes(folded.text, folded.word_breaks, offsets, multipliers)
 
 
-def minima(hashes: UInt32Array, offsets: Int64Array, multipliers: UInt32Array) -> UInt32Array:
-    """As `numpy_kernels.minima`."""
-    return _minima(hashes, offsets, multipliers)
+def minhash_signatures(hashes: UInt32Array, offsets: Int64Array, multipliers: UInt32Array) -> UInt32Array:
+    """As `numpy_kernels.minhash_signatures`."""
+    return _minhash_signatures(hashes, offsets, multipliers)
 
 
-def common(sets: UInt64Array, offsets: Int64Array, one: Int64Array, other: Int64Array) -> Int64Array:
-    """As `numpy_kernels.common`."""
-    return _common(sets, offsets, one, other)
+def intersection_sizes(sets: UInt64Array, offsets: Int64Array, one: Int64Array, other: Int64Array) -> Int64Array:
+    """As `numpy_kernels.intersection_sizes`."""
+    return _intersection_sizes(sets, offsets, one, other)
 
 
-def without(text: UInt8Array, offsets: Int64Array, left_out: bytes) -> tuple[UInt8Array, Int64Array]:
-    """As `numpy_kernels.without`."""
+def remove_bytes(text: UInt8Array, offsets: Int64Array, left_out: bytes) -> tuple[UInt8Array, Int64Array]:
+    """As `numpy_kernels.remove_bytes`."""
     kept = np.ones(256, np.uint8)
     kept[[*left_out]] = 0
-    return _without(text, offsets, kept)
+    return _remove_bytes(text, offsets, kept)
 
 
 @numba.njit(inline="always")
-def _piece(text, start, size):  # type: ignore[no-untyped-def]  # pragma: no cover
+def _read_window(text, start, size):  # type: ignore[no-untyped-def]  # pragma: no cover
     """The bytes from `start` on as a number, the first one lowest: 8 of them, or `size` where that is less.
 
     Unsigned indices spare the test for negative ones; what is left compiles to one load.
     """
     piece = np.uint64(0)
-    for byte in range(_PIECE):
+    for byte in range(_WINDOW_BYTES):
         piece |= np.uint64(text[np.uint64(start) + np.uint64(byte)]) << np.uint64(8 * byte)
-    return piece & _LOW_BYTES[min(size, _PIECE)]
+    return piece & _LOW_BYTES[min(size, _WINDOW_BYTES)]
 
 
 @numba.njit(inline="always")
-def _piece_hash(piece):  # type: ignore[no-untyped-def]  # pragma: no cover
+def _hash_window(piece):  # type: ignore[no-untyped-def]  # pragma: no cover
     piece = piece * _MIX_1
     return (piece ^ (piece >> np.uint64(32))) * _MIX_2
 
 
 @numba.njit(inline="always")
-def _word_hash(text, start, size):  # type: ignore[no-untyped-def]  # pragma: no cover
-    piece = _piece(text, start, size)
-    total = _piece_hash(piece)
-    place = _PIECE
+def _hash_word(text, start, size):  # type: ignore[no-untyped-def]  # pragma: no cover
+    piece = _read_window(text, start, size)
+    total = _hash_window(piece)
+    place = _WINDOW_BYTES
     while piece >> np.uint64(56) and place < size:
-        piece = _piece(text, start + place, size - place)
+        piece = _read_window(text, start + place, size - place)
         if piece:
-            total += _piece_hash(piece + np.uint64(place // _PIECE) * _STEP)
-        place += _PIECE
+            total += _hash_window(piece + np.uint64(place // _WINDOW_BYTES) * _STEP)
+        place += _WINDOW_BYTES
     return np.uint32(total >> np.uint64(32))
 
 
 @numba.njit
-def _word_starts(text, cuts, begins, starts):  # type: ignore[no-untyped-def]  # pragma: no cover
+def _find_word_starts(text, cuts, begins, starts):  # type: ignore[no-untyped-def]  # pragma: no cover
     """Writes where words begin, and the end behind; returns how many begin. `begins` is room for as many bytes."""
     begins[0] = text[0] != 0
     for place in range(1, len(text)):
@@ -108,22 +110,22 @@ def _word_starts(text, cuts, begins, starts):  # type: ignore[no-untyped-def]  #
 
 
 @numba.njit
-def _word_hashes(text, starts, runs, words):  # type: ignore[no-untyped-def]  # pragma: no cover
+def _hash_words(text, starts, runs, words):  # type: ignore[no-untyped-def]  # pragma: no cover
     """Writes the hashes of the words in as many runs of letters; returns how many words they are."""
     count = 0
     for run in range(runs):
         start, end = starts[run], starts[run + 1]
         going_on = True
         while going_on:
-            words[count] = _word_hash(text, start, min(end - start, _LONGEST))
+            words[count] = _hash_word(text, start, min(end - start, _MAX_WORD_BYTES))
             count += 1
-            start += _LONGEST
+            start += _MAX_WORD_BYTES
             going_on = start < end and text[start] != 0
     return count
 
 
 @numba.njit
-def _combined(words, count, multipliers, hashes):  # type: ignore[no-untyped-def]  # pragma: no cover
+def _hash_shingles(words, count, multipliers, hashes):  # type: ignore[no-untyped-def]  # pragma: no cover
     """Writes the hashes of the shingles of so many words; returns how many they are."""
     if not count:
         return 0
@@ -155,15 +157,15 @@ def _shingle_hashes(text, cuts, offsets, multipliers):  # type: ignore[no-untype
         first, end = offsets[document], offsets[document + 1]
         count = 0
         if end > first:
-            runs = _word_starts(text[first:end], cuts[first:end], begins, starts)
-            count = _word_hashes(text[first:], starts, runs, words)
+            runs = _find_word_starts(text[first:end], cuts[first:end], begins, starts)
+            count = _hash_words(text[first:], starts, runs, words)
         at = firsts[document]
-        firsts[document + 1] = at + _combined(words, count, multipliers, hashes[at:])
+        firsts[document + 1] = at + _hash_shingles(words, count, multipliers, hashes[at:])
     return hashes[: firsts[documents]].copy(), firsts
 
 
 @_compiled("uint32[:, ::1](uint32[::1], int64[::1], uint32[::1])")
-def _minima(hashes, offsets, multipliers):  # type: ignore[no-untyped-def]  # pragma: no cover
+def _minhash_signatures(hashes, offsets, multipliers):  # type: ignore[no-untyped-def]  # pragma: no cover
     """Eight shingles at a time, so that a minimum is loaded and stored only once for all of them."""
     least = np.full((len(offsets) - 1, len(multipliers)), _GREATEST)
     for document in range(len(offsets) - 1):
@@ -182,7 +184,7 @@ def _minima(hashes, offsets, multipliers):  # type: ignore[no-untyped-def]  # pr
 
 
 @_compiled("int64[::1](uint64[::1], int64[::1], int64[::1], int64[::1])")
-def _common(sets, offsets, one, other):  # type: ignore[no-untyped-def]  # pragma: no cover
+def _intersection_sizes(sets, offsets, one, other):  # type: ignore[no-untyped-def]  # pragma: no cover
     """Goes through both sets of a pair side by side; no branch depends on what is in them."""
     counts = np.zeros(len(one), np.int64)
     for pair in range(len(one)):
@@ -199,7 +201,7 @@ def _common(sets, offsets, one, other):  # type: ignore[no-untyped-def]  # pragm
 
 
 @_compiled("Tuple((uint8[::1], int64[::1]))(uint8[::1], int64[::1], uint8[::1])")
-def _without(text, offsets, kept):  # type: ignore[no-untyped-def]  # pragma: no cover
+def _remove_bytes(text, offsets, kept):  # type: ignore[no-untyped-def]  # pragma: no cover
     """Writes every byte, and goes on behind those that are kept."""
     left = np.empty(len(text) + 1, np.uint8)
     places = np.zeros(len(offsets), np.int64)

@@ -16,11 +16,11 @@ from deepseek_v3.data.arrays import (
     UInt32Array,
     UInt64Array,
 )
-from deepseek_v3.data.deduplication.case_folding import LONGEST, Folded
+from deepseek_v3.data.deduplication.case_folding import MAX_WORD_BYTES, FoldedText
 from deepseek_v3.data.deduplication.hashing import MIX_32
-from deepseek_v3.data.deduplication.utf8 import PIECE, pieces_of
+from deepseek_v3.data.deduplication.utf8 import WINDOW_BYTES, byte_windows
 
-_LOW_BYTES = np.array([2 ** (8 * size) - 1 for size in range(PIECE + 1)], np.uint64)
+_LOW_BYTES = np.array([2 ** (8 * size) - 1 for size in range(WINDOW_BYTES + 1)], np.uint64)
 _EIGHT_BYTES = np.uint64(2**56)  # the least piece whose last byte is not 0
 _AT_ONCE = 2**17  # products of shingles and multipliers: half a megabyte
 _SHINGLES_AT_ONCE = 2**18
@@ -28,18 +28,22 @@ _HASH_BITS = np.uint64(32)
 _HASH_MASK = np.uint64(2**32 - 1)
 
 
-def shingle_hashes(folded: Folded, offsets: Int64Array, multipliers: UInt32Array) -> tuple[UInt32Array, Int64Array]:
+def shingle_hashes(
+    folded: FoldedText, offsets: Int64Array, multipliers: UInt32Array
+) -> tuple[UInt32Array, Int64Array]:
     """The hashes of all shingles of a block's documents.
 
     `offsets`: int64 [documents + 1]. `multipliers`: uint32 [ngram]. Returns uint32 [shingles], never 0, and where
     each document's begin: int64 [documents + 1].
     """
-    starts = _word_starts(folded)
+    starts = _find_word_starts(folded)
     firsts = np.searchsorted(starts, offsets)
-    return _combined(_word_hashes(pieces_of(folded.text), np.append(starts, offsets[-1])), firsts, multipliers)
+    return _hash_shingles(
+        _hash_words(byte_windows(folded.text), np.append(starts, offsets[-1])), firsts, multipliers
+    )
 
 
-def minima(hashes: UInt32Array, offsets: Int64Array, multipliers: UInt32Array) -> UInt32Array:
+def minhash_signatures(hashes: UInt32Array, offsets: Int64Array, multipliers: UInt32Array) -> UInt32Array:
     """The least product, mod 2^32, of any of a document's hashes with each multiplier.
 
     `hashes`: uint32 [shingles]. `offsets`: int64 [documents + 1]. Returns uint32 [documents, multipliers], with the
@@ -57,7 +61,7 @@ def minima(hashes: UInt32Array, offsets: Int64Array, multipliers: UInt32Array) -
     return np.ascontiguousarray(least.T)
 
 
-def common(sets: UInt64Array, offsets: Int64Array, one: Int64Array, other: Int64Array) -> Int64Array:
+def intersection_sizes(sets: UInt64Array, offsets: Int64Array, one: Int64Array, other: Int64Array) -> Int64Array:
     """How many members two sets have in common, for pairs of sets: int64 [pairs].
 
     Set s stands, ascending and without repeats, from `offsets[s]` to `offsets[s + 1]` (int64 [sets + 1]) in `sets`;
@@ -74,7 +78,7 @@ def common(sets: UInt64Array, offsets: Int64Array, one: Int64Array, other: Int64
     return counts
 
 
-def without(text: UInt8Array, offsets: Int64Array, left_out: bytes) -> tuple[UInt8Array, Int64Array]:
+def remove_bytes(text: UInt8Array, offsets: Int64Array, left_out: bytes) -> tuple[UInt8Array, Int64Array]:
     """The documents of a block without certain bytes.
 
     `offsets`: int64 [documents + 1], where each begins in `text` (uint8). Returns the same of what is left.
@@ -104,47 +108,49 @@ def _runs(sizes: Int64Array) -> Iterator[slice]:
         start = stop
 
 
-def _word_starts(folded: Folded) -> Int64Array:
+def _find_word_starts(folded: FoldedText) -> Int64Array:
     """Where words begin, those included into which a run of more than `LONGEST` bytes is cut."""
-    inside = folded.text[: len(folded.cuts)] != 0
-    begins = inside & folded.cuts
+    inside = folded.text[: len(folded.word_breaks)] != 0
+    begins = inside & folded.word_breaks
     begins[1:] |= inside[1:] & ~inside[:-1]
     starts = np.flatnonzero(begins)
     sizes = np.diff(starts, append=len(inside) - 1)
-    long = np.flatnonzero(sizes > LONGEST)
-    long = long[inside[starts[long] + LONGEST]]
+    long = np.flatnonzero(sizes > MAX_WORD_BYTES)
+    long = long[inside[starts[long] + MAX_WORD_BYTES]]
     if not len(long):
         return starts
-    further = (sizes[long] - 1) // LONGEST
+    further = (sizes[long] - 1) // MAX_WORD_BYTES
     numbers = np.arange(1, further.sum() + 1) - np.repeat(np.cumsum(further) - further, further)
-    places = np.repeat(starts[long], further) + numbers * LONGEST
+    places = np.repeat(starts[long], further) + numbers * MAX_WORD_BYTES
     return np.sort(np.concatenate([starts, places[inside[places]]]))
 
 
-def _word_hashes(pieces: UInt64Array, starts: Int64Array) -> UInt32Array:
+def _hash_words(pieces: UInt64Array, starts: Int64Array) -> UInt32Array:
     """uint32 [words], from where each word begins, and the block's end. All bytes between words are 0."""
     starts, sizes = starts[:-1], np.diff(starts)
-    found = pieces[starts] & _LOW_BYTES[np.minimum(sizes, PIECE)]
-    totals = _piece_hashes(found)
+    found = pieces[starts] & _LOW_BYTES[np.minimum(sizes, WINDOW_BYTES)]
+    totals = _hash_windows(found)
     longer = np.flatnonzero(found >= _EIGHT_BYTES)
-    for number in range(1, LONGEST // PIECE):
+    for number in range(1, MAX_WORD_BYTES // WINDOW_BYTES):
         if not len(longer):
             break
-        found = pieces[starts[longer] + number * PIECE]
-        found &= _LOW_BYTES[np.minimum(sizes[longer] - number * PIECE, PIECE)]
-        totals[longer] += _piece_hashes(found + np.uint64(number * SPLITMIX64_GAMMA % 2**64)) * (found != 0)
+        found = pieces[starts[longer] + number * WINDOW_BYTES]
+        found &= _LOW_BYTES[np.minimum(sizes[longer] - number * WINDOW_BYTES, WINDOW_BYTES)]
+        totals[longer] += _hash_windows(found + np.uint64(number * SPLITMIX64_GAMMA % 2**64)) * (found != 0)
         longer = longer[found >= _EIGHT_BYTES]
     return (totals >> np.uint64(32)).astype(np.uint32)
 
 
-def _piece_hashes(pieces: UInt64Array) -> UInt64Array:
+def _hash_windows(pieces: UInt64Array) -> UInt64Array:
     pieces = pieces * np.uint64(SPLITMIX64_MIX_1)
     pieces ^= pieces >> np.uint64(32)
     pieces *= np.uint64(SPLITMIX64_MIX_2)
     return pieces
 
 
-def _combined(words: UInt32Array, offsets: Int64Array, multipliers: UInt32Array) -> tuple[UInt32Array, Int64Array]:
+def _hash_shingles(
+    words: UInt32Array, offsets: Int64Array, multipliers: UInt32Array
+) -> tuple[UInt32Array, Int64Array]:
     """The hashes of shingles, from those of the documents' words."""
     ngram = len(multipliers)
     padded = np.append(words, np.zeros(ngram - 1, np.uint32))

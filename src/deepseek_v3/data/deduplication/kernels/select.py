@@ -13,7 +13,7 @@ _PACKAGE = __name__.rpartition(".")[0]
 
 
 @lru_cache(maxsize=3)
-def kernels(accelerator: str) -> ModuleType:
+def select_kernels(accelerator: str) -> ModuleType:
     """The module with the loops that cost the time. Raises DataError if Numba is asked for and missing."""
     if accelerator != "numpy":
         try:
