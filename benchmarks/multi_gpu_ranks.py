@@ -21,10 +21,10 @@ import typer
 from torch import Tensor
 
 from deepseek_v3.config.model_config import ModelConfig
-from deepseek_v3.moe.deepep import Traffic
+from deepseek_v3.moe.deepep import BufferShape
 from deepseek_v3.moe.dispatch import Dispatcher
 from deepseek_v3.moe.layer import MixtureOfExperts
-from deepseek_v3.moe.select_dispatcher import expert_dispatcher
+from deepseek_v3.moe.select_dispatcher import select_dispatcher
 from deepseek_v3.ops.grouped_gemm import fastest_grouped_linear
 from deepseek_v3.utils.distributed.launch import World, process_group, select_device
 from deepseek_v3.utils.errors import ConfigError
@@ -60,15 +60,15 @@ class AtOnce:
         self.inner = inner
 
     def dispatch(self, x_TD: Tensor, gates_TK: Tensor, experts_TK: Tensor) -> Any:
-        return self.inner.receive(self.inner.dispatch(x_TD, gates_TK, experts_TK))
+        return self.inner.wait_dispatch(self.inner.dispatch(x_TD, gates_TK, experts_TK))
 
-    def receive(self, sent: Any) -> Any:
+    def wait_dispatch(self, sent: Any) -> Any:
         return sent
 
     def combine(self, rows_XD: Tensor, handle: Any) -> Any:
-        return self.inner.collect(self.inner.combine(rows_XD, handle))
+        return self.inner.wait_combine(self.inner.combine(rows_XD, handle))
 
-    def collect(self, returned: Any) -> Any:
+    def wait_combine(self, returned: Any) -> Any:
         return returned
 
 
@@ -132,11 +132,11 @@ def whole_layer(config: ModelConfig, dispatcher: Dispatcher, device: torch.devic
 def exchange(config: ModelConfig, dispatcher: Dispatcher, device: torch.device, precision: str) -> dict[str, float]:
     """Milliseconds and GB/s of rows to experts and of results back, for tokens that choose experts at random."""
     x_TD, gates_TK, experts_TK = _tokens(config, device)
-    there = seconds_of(lambda: dispatcher.receive(dispatcher.dispatch(x_TD, gates_TK, experts_TK)))
+    there = seconds_of(lambda: dispatcher.wait_dispatch(dispatcher.dispatch(x_TD, gates_TK, experts_TK)))
 
     def both() -> None:
-        again = dispatcher.receive(dispatcher.dispatch(x_TD, gates_TK, experts_TK))
-        dispatcher.collect(dispatcher.combine(again.rows_XD, again.handle))
+        again = dispatcher.wait_dispatch(dispatcher.dispatch(x_TD, gates_TK, experts_TK))
+        dispatcher.wait_combine(dispatcher.combine(again.rows_XD, again.handle))
 
     back = seconds_of(both) - there
     here = config.n_routed_experts // dist.get_world_size()
@@ -173,16 +173,16 @@ def seconds_of(run: Callable[[], object], repeats: int = 15) -> float:
 
 def _dispatcher(config: ModelConfig, kind: Any, precision: Any) -> Dispatcher:
     in_groups = config.topk_group < config.n_group
-    traffic = Traffic(TOKENS, config.hidden_size, config.num_experts_per_tok, torch.bfloat16, in_groups)
+    shape = BufferShape(TOKENS, config.hidden_size, config.num_experts_per_tok, torch.bfloat16, in_groups)
     group = dist.group.WORLD
     assert group is not None
-    return expert_dispatcher(kind, config.n_routed_experts, group, traffic, precision=precision)
+    return select_dispatcher(kind, config.n_routed_experts, group, shape, precision=precision)
 
 
 def _layer(config: ModelConfig, dispatcher: Dispatcher, device: torch.device) -> MixtureOfExperts:
     with torch.device("meta"):
         layer = MixtureOfExperts(config)
-    layer.experts.keep_share(dist.get_rank(), dist.get_world_size())
+    layer.experts.keep_shard(dist.get_rank(), dist.get_world_size())
     layer.to_empty(device=device).bfloat16()
     torch.manual_seed(0)
     for parameter in layer.parameters():

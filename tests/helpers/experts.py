@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from deepseek_v3.moe.all_to_all import AllToAllDispatcher
-from deepseek_v3.moe.dispatch import Arrived, Dispatcher, LocalDispatcher
-from deepseek_v3.moe.exchange import hops
+from deepseek_v3.moe.dispatch import DispatchedTokens, Dispatcher, LocalDispatcher
+from deepseek_v3.moe.exchange import exchange_steps
 from deepseek_v3.moe.layer import MixtureOfExperts
 from deepseek_v3.ops.fp8 import dequantize_1x128, quantize_1x128
 from helpers.models import fill_with_noise, small_config
@@ -81,7 +81,7 @@ def alone(case: Case, layers: int = 2) -> dict[str, Tensor]:
 class Rounding(LocalDispatcher):
     """Experts see rows as they are after a journey in 8 bits; gradients pass the rounding by."""
 
-    def dispatch(self, x_TD: Tensor, gates_TK: Tensor, experts_TK: Tensor) -> Arrived:
+    def dispatch(self, x_TD: Tensor, gates_TK: Tensor, experts_TK: Tensor) -> DispatchedTokens:
         rounded_TD = dequantize_1x128(*quantize_1x128(x_TD.detach()), x_TD.dtype)
         return super().dispatch(x_TD + (rounded_TD - x_TD.detach()), gates_TK, experts_TK)
 
@@ -91,9 +91,9 @@ def on_this_rank(case: Case, dispatcher: Dispatcher | None = None) -> dict[str, 
     rank, world = dist.get_rank(), dist.get_world_size()
     layers = case.layers()
     for layer in layers:
-        way = hops(dist.group.WORLD, case.ranks_per_node)
+        way = exchange_steps(dist.group.WORLD, case.ranks_per_node)
         layer.dispatcher = dispatcher or AllToAllDispatcher(layer.config.n_routed_experts, way, case.fp8)
-        layer.experts.keep_share(rank, world)
+        layer.experts.keep_shard(rank, world)
     x_BSD, upstream_BSD = (tensor.split(case.lengths, dim=1)[rank] for tensor in case.tokens())
     return run_layers(layers, x_BSD, upstream_BSD, case.recomputed)
 
@@ -182,8 +182,8 @@ def order_of_events(case: Case) -> tuple[list[str], dict[str, Tensor]]:
     rank, world = dist.get_rank(), dist.get_world_size()
     layers = case.layers()[:1]
     layer = layers[0]
-    layer.dispatcher = AllToAllDispatcher(layer.config.n_routed_experts, hops(dist.group.WORLD))
-    layer.experts.keep_share(rank, world)
+    layer.dispatcher = AllToAllDispatcher(layer.config.n_routed_experts, exchange_steps(dist.group.WORLD))
+    layer.experts.keep_shard(rank, world)
     for name, module in (("hidden", layer.shared_experts.up_proj), ("down", layer.shared_experts.down_proj)):
         module.register_forward_hook(tell(f"shared {name}"))
         module.register_full_backward_hook(tell(f"shared {name} backward"))
@@ -200,9 +200,9 @@ def sums_of_constants(values: list[float], ranks_per_node: int | None) -> tuple[
     value = values[dist.get_rank()]
     experts_TK = torch.arange(len(values)).unsqueeze(0)
     x_TD = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)
-    dispatcher = AllToAllDispatcher(len(values), hops(dist.group.WORLD, ranks_per_node))
-    arrived = dispatcher.receive(dispatcher.dispatch(x_TD, torch.ones(1, len(values)), experts_TK))
-    results_XD = arrived.rows_XD * value + value
-    y_TD = dispatcher.collect(dispatcher.combine(results_XD, arrived.handle))
+    dispatcher = AllToAllDispatcher(len(values), exchange_steps(dist.group.WORLD, ranks_per_node))
+    dispatched = dispatcher.wait_dispatch(dispatcher.dispatch(x_TD, torch.ones(1, len(values)), experts_TK))
+    results_XD = dispatched.rows_XD * value + value
+    y_TD = dispatcher.wait_combine(dispatcher.combine(results_XD, dispatched.handle))
     (gradient_TD,) = torch.autograd.grad(y_TD, x_TD, torch.ones_like(y_TD))
     return y_TD.flatten().tolist(), gradient_TD.flatten().tolist()

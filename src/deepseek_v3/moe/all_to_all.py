@@ -1,8 +1,9 @@
-"""Experts on several ranks, reached through torch.distributed, over NCCL or gloo.
+"""Expert parallelism over torch.distributed, with NCCL or gloo.
 
-A token goes once to each rank that holds any of its experts. Where ranks are grouped in nodes it goes once to each
-node, to the rank that has the same place there, and on from there. Of these two hops the one between nodes is in
-flight while the caller computes, both ways.
+A token is sent once to each rank that holds any of its experts. Where ranks are grouped in nodes, it is sent once
+to each node, to the rank that has the same place there, and from there to the other ranks of that node. Only the
+step between nodes overlaps with computation, in both directions; the step within a node runs when the first one is
+done.
 
 Axes: T tokens, K experts per token, R received tokens, D width.
 """
@@ -14,89 +15,89 @@ from typing import final
 
 from torch import Tensor
 
-from deepseek_v3.moe.exchange import Homecoming, Hop, Leg, columns_of, pack, unpack
-from deepseek_v3.moe.expert_parallel import RemoteDispatcher
+from deepseek_v3.moe.exchange import ExchangeStep, ReturnHandle, RoutingPlan, fields_of, pack, unpack
+from deepseek_v3.moe.expert_parallel import ExpertParallelDispatcher
 from deepseek_v3.ops.fp8 import dequantize_1x128, quantize_1x128
 
 
 @final
-class AllToAllDispatcher(RemoteDispatcher):
-    """Reaches experts over `hops`; with `fp8`, rows travel to them in 8 bits and everything else as it is."""
+class AllToAllDispatcher(ExpertParallelDispatcher):
+    """Reaches experts through `steps`. With `fp8`, dispatched rows are sent as e4m3; all else keeps its type."""
 
-    def __init__(self, num_experts: int, hops: Sequence[Hop], fp8: bool = False) -> None:
-        super().__init__(num_experts // hops[0].group.size())
-        self.num_experts, self.hops, self.fp8 = num_experts, hops, fp8
+    def __init__(self, num_experts: int, steps: Sequence[ExchangeStep], fp8: bool = False) -> None:
+        super().__init__(num_experts // steps[0].group.size())
+        self.num_experts, self.steps, self.fp8 = num_experts, steps, fp8
 
-    def _dispatching(self, experts_TK: Tensor) -> _Dispatching:
-        return _Dispatching(self, experts_TK)
+    def _dispatch_exchange(self, experts_TK: Tensor) -> _DispatchExchange:
+        return _DispatchExchange(self, experts_TK)
 
 
-class _Dispatching:
-    """Tokens on their way to experts; the way back is that of their gradients."""
+class _DispatchExchange:
+    """Sends tokens to their experts; in the backward pass, sends the gradients back."""
 
     def __init__(self, dispatcher: AllToAllDispatcher, experts_TK: Tensor) -> None:
         self._dispatcher = dispatcher
-        self._legs = [dispatcher.hops[0].leg(experts_TK, dispatcher.num_experts)]
+        self._plans = [dispatcher.steps[0].plan(experts_TK, dispatcher.num_experts)]
 
     def start(self, *tensors: Tensor) -> None:
         x_TD, gates_TK, experts_TK = tensors
         rows = quantize_1x128(x_TD) if self._dispatcher.fp8 else (x_TD,)
-        parts = [*rows, gates_TK, experts_TK.int()]
-        self._dtype, self._columns = x_TD.dtype, columns_of(parts)
-        self._flight = self._legs[0].outward(pack(parts))
+        sent = [*rows, gates_TK, experts_TK.int()]
+        self._dtype, self._fields = x_TD.dtype, fields_of(sent)
+        self._all_to_all = self._plans[0].send(pack(sent))
 
-    def finish(self) -> tuple[Tensor, ...]:
-        packed = self._flight.land()
-        for hop in self._dispatcher.hops[1:]:
-            experts_RK = unpack(packed, self._columns)[-1]
-            self._legs.append(hop.leg(experts_RK, self._dispatcher.num_experts))
-            packed = self._legs[-1].outward(packed).land()
-        *rows, gates_RK, experts_RK = unpack(packed, self._columns)
+    def wait(self) -> tuple[Tensor, ...]:
+        packed = self._all_to_all.wait()
+        for step in self._dispatcher.steps[1:]:
+            experts_RK = unpack(packed, self._fields)[-1]
+            self._plans.append(step.plan(experts_RK, self._dispatcher.num_experts))
+            packed = self._plans[-1].send(packed).wait()
+        *rows, gates_RK, experts_RK = unpack(packed, self._fields)
         x_RD = dequantize_1x128(rows[0], rows[1], self._dtype) if self._dispatcher.fp8 else rows[0]
         return x_RD, gates_RK, experts_RK
 
-    def start_back(self, *gradients: Tensor) -> None:
-        self._homecoming = _homeward(self._legs, gradients[:2])
+    def start_backward(self, *gradients: Tensor) -> None:
+        self._returning = _start_return(self._plans, gradients[:2])
 
-    def finish_back(self) -> tuple[Tensor | None, ...]:
-        return *self._homecoming.land(), None
+    def wait_backward(self) -> tuple[Tensor | None, ...]:
+        return *self._returning.wait(), None
 
     @property
     def num_copies(self) -> int:
-        return self._legs[-1].num_copies
+        return self._plans[-1].num_copies
 
     @property
     def first_expert(self) -> int:
-        return self._dispatcher.hops[0].group.rank() * self._dispatcher.num_local_experts
+        return self._dispatcher.steps[0].group.rank() * self._dispatcher.num_local_experts
 
-    def combining(self) -> _Combining:
-        return _Combining(self._legs)
+    def combine_exchange(self) -> _CombineExchange:
+        return _CombineExchange(self._plans)
 
 
-class _Combining:
-    """Results on their way back over the same legs; the way of their gradients is that of the tokens."""
+class _CombineExchange:
+    """Sends results back over the steps of the dispatch; in the backward pass, dispatches their gradients."""
 
-    def __init__(self, legs: Sequence[Leg]) -> None:
-        self._legs = legs
+    def __init__(self, plans: Sequence[RoutingPlan]) -> None:
+        self._plans = plans
 
     def start(self, *tensors: Tensor) -> None:
-        self._homecoming = _homeward(self._legs, tensors)
+        self._returning = _start_return(self._plans, tensors)
 
-    def finish(self) -> tuple[Tensor, ...]:
-        return tuple(self._homecoming.land())
+    def wait(self) -> tuple[Tensor, ...]:
+        return tuple(self._returning.wait())
 
-    def start_back(self, *gradients: Tensor) -> None:
-        self._flight = self._legs[0].outward(*gradients)
+    def start_backward(self, *gradients: Tensor) -> None:
+        self._all_to_all = self._plans[0].send(gradients[0])
 
-    def finish_back(self) -> tuple[Tensor, ...]:
-        rows_RD = self._flight.land()
-        for leg in self._legs[1:]:
-            rows_RD = leg.outward(rows_RD).land()
-        return (rows_RD,)
+    def wait_backward(self) -> tuple[Tensor, ...]:
+        rows = self._all_to_all.wait()
+        for plan in self._plans[1:]:
+            rows = plan.send(rows).wait()
+        return (rows,)
 
 
-def _homeward(legs: Sequence[Leg], parts: Sequence[Tensor]) -> Homecoming:
-    """Rows back over all legs; over the first one they are still on their way."""
-    for leg in reversed(legs[1:]):
-        parts = leg.homeward(parts).land()
-    return legs[0].homeward(parts)
+def _start_return(plans: Sequence[RoutingPlan], tensors_RD: Sequence[Tensor]) -> ReturnHandle:
+    """Sends rows back through every step, the last one first; the first one is still in flight on return."""
+    for plan in reversed(plans[1:]):
+        tensors_RD = plan.send_back(tensors_RD).wait()
+    return plans[0].send_back(tensors_RD)

@@ -1,11 +1,12 @@
-"""Bringing tokens to their experts and the results back, in DeepEP's terms.
+"""Dispatching tokens to their experts and combining the results, in DeepEP's terms.
 
-A dispatcher is an object that a layer holds; running on several ranks means holding another one, not a branch in
-the layer. `dispatch` sends the rows off, `receive` waits for those that have arrived; `combine` sends results back
-and `collect` waits for them. What is computed between the two halves runs while rows travel. The backward pass of
-dispatch is combine, and the other way round.
+A layer holds a dispatcher object. To run on several ranks, the layer holds another dispatcher; it has no branch for
+that. Either direction is cut in two halves: `dispatch` sends the tokens and `wait_dispatch` waits for the tokens of
+this rank's experts; `combine` sends the results back and `wait_combine` waits for them. Whatever the layer computes
+between two halves overlaps with the communication. The backward pass of a dispatch is a combine, and that of a
+combine is a dispatch.
 
-Axes: T tokens, K experts per token, R received rows, X rows in expert order, D width, E experts of this rank.
+Axes: T tokens, K experts per token, X rows in expert order, D width, E experts of this rank.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from torch import Tensor
 from deepseek_v3.ops.moe_permute import permute, sort_by_expert, unpermute
 
 
-class Arrived(NamedTuple):
-    """Rows for the experts of this rank: `rows_XD` in expert order, their gates, and where each expert's end.
+class DispatchedTokens(NamedTuple):
+    """Rows for the experts of this rank: `rows_XD` in expert order, the gate of each row, and where experts end.
 
-    `ends_E` int32, not decreasing; the last one is the number of rows. `handle` belongs to `combine`.
+    `ends_E` int32, not decreasing: expert e has the rows ends[e-1] … ends[e]-1; the last entry is X. `handle` is
+    the argument that `combine` needs to send the results back.
     """
 
     rows_XD: Tensor
@@ -30,38 +32,38 @@ class Arrived(NamedTuple):
 
 
 class Dispatcher(Protocol):
-    """Takes every token to the experts chosen for it, and the sum of their results back to it."""
+    """Brings every token to the experts chosen for it, and brings back the sum of their results."""
 
     def dispatch(self, x_TD: Tensor, gates_TK: Tensor, experts_TK: Tensor) -> Any:
-        """Sends (T, D) tokens to their experts; returns what `receive` takes."""
+        """Sends tokens (T, D) to their experts; returns the argument of `wait_dispatch`."""
 
-    def receive(self, sent: Any) -> Arrived:
-        """What has come for the experts of this rank."""
+    def wait_dispatch(self, sent: Any) -> DispatchedTokens:
+        """Waits for the tokens that all ranks have sent to the experts of this rank."""
 
     def combine(self, rows_XD: Tensor, handle: Any) -> Any:
-        """Sends the experts' results back; returns what `collect` takes."""
+        """Sends the results of the experts back; returns the argument of `wait_combine`."""
 
-    def collect(self, returned: Any) -> Tensor:
-        """For each of the tokens that were sent off the sum over its experts: (T, D)."""
+    def wait_combine(self, returned: Any) -> Tensor:
+        """Waits for the results; returns, for each token passed to `dispatch`, the sum over its experts (T, D)."""
 
 
 class LocalDispatcher:
-    """All experts are here: sort the copies by expert, and afterwards put them back and sum."""
+    """The dispatcher of a rank that has all experts: it sorts rows by expert, and later restores their order."""
 
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
 
-    def dispatch(self, x_TD: Tensor, gates_TK: Tensor, experts_TK: Tensor) -> Arrived:
+    def dispatch(self, x_TD: Tensor, gates_TK: Tensor, experts_TK: Tensor) -> DispatchedTokens:
         order = sort_by_expert(experts_TK, self.num_experts)
         gates_X = permute(gates_TK.view(-1, 1), order).squeeze(-1)
-        return Arrived(permute(x_TD, order), gates_X, order.ends_E, (order, x_TD.shape[0]))
+        return DispatchedTokens(permute(x_TD, order), gates_X, order.ends_E, (order, x_TD.shape[0]))
 
-    def receive(self, sent: Arrived) -> Arrived:
+    def wait_dispatch(self, sent: DispatchedTokens) -> DispatchedTokens:
         return sent
 
     def combine(self, rows_XD: Tensor, handle: Any) -> Tensor:
         order, num_tokens = handle
         return unpermute(rows_XD, order, num_tokens)
 
-    def collect(self, returned: Tensor) -> Tensor:
+    def wait_combine(self, returned: Tensor) -> Tensor:
         return returned

@@ -1,13 +1,10 @@
-"""The steps on which tokens go to the ranks of their experts, and what moves on each.
+"""All-to-all exchanges of token rows between the ranks of a group, in one step, or between nodes and then within.
 
-Axes: T tokens, K experts per token, R received rows, D width, P ranks of a hop, C counts.
+Several tensors with one row per token are packed into one tensor of bytes and exchanged in one collective: the back
+ends of torch.distributed support different number formats, and gloo supports neither 8-bit floats nor 16-bit
+integers.
 
-
-FOLDED: Rows of several tensors as one, and their exchange in one collective.
-
-The exchange is one of bytes: the back ends of torch.distributed take different number formats, and gloo neither
-8-bit floats nor 16-bit integers.
-
+Axes: T tokens, K experts per token, R received rows, D width, P ranks that a step reaches, C counts.
 """
 
 from __future__ import annotations
@@ -19,14 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepseek_v3.ops.moe_permute import Bins, Copies, line_up, sum_copies
+from deepseek_v3.ops.moe_permute import ExpertBins, RowCopies, sort_into_bins, sum_rows
 from deepseek_v3.utils.errors import ConfigError
 
-_WORD = torch.int64  # rows are copied in words; every tensor begins at one
+_WORD = torch.int64  # rows are copied in words; every packed tensor begins at a word
 
 
-class Columns(NamedTuple):
-    """The columns of one tensor among others."""
+class Field(NamedTuple):
+    """The type and width of one tensor in a packed row."""
 
     dtype: torch.dtype
     width: int
@@ -40,134 +37,149 @@ class Columns(NamedTuple):
         return -(-self.num_bytes // _WORD.itemsize)
 
 
-def columns_of(parts: Sequence[Tensor]) -> list[Columns]:
-    """The columns of tensors (rows, width) with equally many rows, in order."""
-    return [Columns(part.dtype, part.shape[1]) for part in parts]
+def fields_of(tensors: Sequence[Tensor]) -> list[Field]:
+    """The fields of tensors (rows, width) with the same number of rows, in order."""
+    return [Field(tensor.dtype, tensor.shape[1]) for tensor in tensors]
 
 
-def pack(parts: Sequence[Tensor]) -> Tensor:
-    """Tensors (rows, width) side by side, (rows, words) int64; one alone stays as it is."""
-    if len(parts) == 1:
-        return parts[0]
-    columns = columns_of(parts)
-    packed = torch.empty(len(parts[0]), sum(c.num_words for c in columns), dtype=_WORD, device=parts[0].device)
-    for place, part in zip(unpack(packed, columns), parts, strict=True):
-        place.copy_(part)
+def pack(tensors: Sequence[Tensor]) -> Tensor:
+    """Packs tensors (rows, width) side by side into (rows, words) int64; a single tensor is returned unchanged."""
+    if len(tensors) == 1:
+        return tensors[0]
+    fields = fields_of(tensors)
+    num_words = sum(field.num_words for field in fields)
+    packed = torch.empty(len(tensors[0]), num_words, dtype=_WORD, device=tensors[0].device)
+    for view, tensor in zip(unpack(packed, fields), tensors, strict=True):
+        view.copy_(tensor)
     return packed
 
 
-def unpack(packed: Tensor, columns: Sequence[Columns]) -> list[Tensor]:
-    """The tensors again, as views."""
-    if len(columns) == 1:
+def unpack(packed: Tensor, fields: Sequence[Field]) -> list[Tensor]:
+    """The packed tensors, as views of `packed`."""
+    if len(fields) == 1:
         return [packed]
-    places = packed.view(torch.uint8).split([c.num_words * _WORD.itemsize for c in columns], dim=1)
-    return [place[:, : c.num_bytes].view(c.dtype) for place, c in zip(places, columns, strict=True)]
+    columns = packed.view(torch.uint8).split([field.num_words * _WORD.itemsize for field in fields], dim=1)
+    return [column[:, : field.num_bytes].view(field.dtype) for column, field in zip(columns, fields, strict=True)]
 
 
-class Flight:
-    """Rows on their way through one collective: how many go to each rank of the group, and come from it."""
+class AsyncAllToAll:
+    """One all-to-all of rows that is under way.
 
-    def __init__(self, rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> None:
+    `num_sent` and `num_received` say how many rows this rank sends to and receives from each rank of the group.
+    """
+
+    def __init__(
+        self, rows: Tensor, num_sent: list[int], num_received: list[int], group: dist.ProcessGroup
+    ) -> None:
         rows = rows.contiguous()
-        arriving = rows.new_empty(sum(received), rows.shape[1])
+        received = rows.new_empty(sum(num_received), rows.shape[1])
         work = dist.all_to_all_single(
-            arriving.view(torch.uint8), rows.view(torch.uint8), received, sent, group=group, async_op=True
+            received.view(torch.uint8), rows.view(torch.uint8), num_received, num_sent, group=group, async_op=True
         )
-        self._under_way: tuple[dist.Work, Tensor, Tensor] | None = work, rows, arriving
+        self._pending: tuple[dist.Work, Tensor, Tensor] | None = work, rows, received
 
-    def land(self) -> Tensor:
-        """Waits, once, for what has been sent here. On a GPU it is the current stream that waits."""
-        assert self._under_way is not None
-        work, _, arriving = self._under_way
+    def wait(self) -> Tensor:
+        """Waits for the received rows and returns them. May be called once. On a GPU the current stream waits."""
+        assert self._pending is not None
+        work, _, received = self._pending
         work.wait()
-        self._under_way = None  # what was sent needs to be kept no longer
-        return arriving
+        self._pending = None  # frees the rows that were sent
+        return received
 
 
-class Leg(NamedTuple):
-    """A hop as certain tokens take it: which go where, and how many rows to and from each rank of the group.
+class RoutingPlan(NamedTuple):
+    """Which tokens an exchange step sends to which rank, and how many rows each rank sends and receives.
 
-    `num_copies` is how many experts of the received tokens lie ahead.
+    `num_copies` is the number of (token, expert) pairs of the received rows whose expert is in the range of experts
+    that the step brings them to: the experts of this rank after the last step.
     """
 
     group: dist.ProcessGroup
-    copies: Copies
-    sent: list[int]
-    received: list[int]
+    copies: RowCopies
+    num_sent: list[int]
+    num_received: list[int]
     num_copies: int
 
-    def outward(self, rows_TD: Tensor) -> Flight:
-        """Sends a copy of each token to each rank that it goes to; rows (R, D) arrive."""
-        return Flight(rows_TD[self.copies.source_X], self.sent, self.received, self.group)
+    def send(self, rows_TD: Tensor) -> AsyncAllToAll:
+        """Starts to send one copy of each token to each of its ranks; `wait` returns the received rows (R, D)."""
+        return AsyncAllToAll(rows_TD[self.copies.source_X], self.num_sent, self.num_received, self.group)
 
-    def homeward(self, parts_RD: Sequence[Tensor]) -> Homecoming:
-        """Sends rows (R, D) back; their sums (T, D) arrive."""
-        return Homecoming(self, parts_RD)
-
-
-class Homecoming:
-    """Rows on their way back over one leg."""
-
-    def __init__(self, leg: Leg, parts_RD: Sequence[Tensor]) -> None:
-        self._columns, self._copies = columns_of(parts_RD), leg.copies
-        self._flight = Flight(pack(parts_RD), leg.received, leg.sent, leg.group)
-
-    def land(self) -> list[Tensor]:
-        """Waits, and sums the rows of each token in float32."""
-        return [sum_copies(part, self._copies) for part in unpack(self._flight.land(), self._columns)]
+    def send_back(self, tensors_RD: Sequence[Tensor]) -> ReturnHandle:
+        """Starts to send one row per received token back; `wait` returns the sums (T, D) of each token's rows."""
+        return ReturnHandle(self, tensors_RD)
 
 
-class Hop(NamedTuple):
-    """One step: to any of so many `ranks` of a group, `stride` apart, of whom this rank is one."""
+class ReturnHandle:
+    """Rows that are being sent back over one exchange step."""
+
+    def __init__(self, plan: RoutingPlan, tensors_RD: Sequence[Tensor]) -> None:
+        self._fields, self._copies = fields_of(tensors_RD), plan.copies
+        self._all_to_all = AsyncAllToAll(pack(tensors_RD), plan.num_received, plan.num_sent, plan.group)
+
+    def wait(self) -> list[Tensor]:
+        """Waits for the rows, and sums those of each token in float32."""
+        return [sum_rows(rows, self._copies) for rows in unpack(self._all_to_all.wait(), self._fields)]
+
+
+class ExchangeStep(NamedTuple):
+    """One step on the way to an expert: it reaches `num_ranks` ranks that are `stride` apart, this rank among them.
+
+    With two steps, the first reaches the rank with the same place in each node (stride = ranks per node), and the
+    second reaches the ranks of this node (stride = 1).
+    """
 
     group: dist.ProcessGroup
-    ranks: int
+    num_ranks: int
     stride: int = 1
 
-    def leg(self, experts_TK: Tensor, num_experts: int) -> Leg:
-        """The step as tokens take it that chose these of so many experts. Exchanges counts and waits for them."""
-        runs, run = self._runs()
-        size = num_experts // (runs * self.ranks)
-        order = line_up(experts_TK, Bins(run * self.ranks * size, size, self.ranks), once=True)
-        going, coming = self._exchanged(order.counts_B2)
-        copies = order.copies(sum(rows for rows, _ in going))
-        num_copies = sum(experts for _, experts in coming)
-        sent, received = (self._by_rank([rows for rows, _ in counts]) for counts in (going, coming))
-        return Leg(self.group, copies, sent, received, num_copies)
+    def plan(self, experts_TK: Tensor, num_experts: int) -> RoutingPlan:
+        """Plans this step for tokens that chose these of `num_experts` experts. Exchanges the counts and waits."""
+        num_blocks, block = self._blocks()
+        size = num_experts // (num_blocks * self.num_ranks)
+        bins = ExpertBins(block * self.num_ranks * size, size, self.num_ranks)
+        order = sort_into_bins(experts_TK, bins, once=True)
+        sent, received = self._exchange_counts(order.counts_B2)
+        copies = order.copies(sum(rows for rows, _ in sent))
+        num_copies = sum(experts for _, experts in received)
+        num_sent, num_received = (self._by_rank([rows for rows, _ in counts]) for counts in (sent, received))
+        return RoutingPlan(self.group, copies, num_sent, num_received, num_copies)
 
-    def _runs(self) -> tuple[int, int]:
-        """How many runs of ranks there are that no token leaves on this hop, and which one this rank is in."""
-        size = self.ranks * self.stride
+    def _blocks(self) -> tuple[int, int]:
+        """How many blocks of ranks there are that no token leaves in this step, and which one this rank is in."""
+        size = self.num_ranks * self.stride
         return self.group.size() // size, self.group.rank() // size
 
     def _by_rank(self, counts_P: list[int]) -> list[int]:
-        """Counts for each rank of the group, 0 for those that the hop does not reach."""
-        first = self._runs()[1] * self.ranks * self.stride + self.group.rank() % self.stride
+        """Counts for each rank of the group: 0 for the ranks that this step does not reach."""
+        first = self._blocks()[1] * self.num_ranks * self.stride + self.group.rank() % self.stride
         counts = [0] * self.group.size()
         for place, count in enumerate(counts_P):
             counts[first + place * self.stride] = count
         return counts
 
-    def _exchanged(self, going_PC: Tensor) -> tuple[list[list[int]], list[list[int]]]:
-        """Counts for each rank of the hop, and those of each for this one; the two are read in one go."""
-        coming_PC = torch.empty_like(going_PC)
-        one_each = self._by_rank([1] * self.ranks)
-        dist.all_to_all_single(coming_PC, going_PC, one_each, one_each, group=self.group)
-        going, coming = torch.stack([going_PC, coming_PC]).tolist()
-        return going, coming
+    def _exchange_counts(self, sent_PC: Tensor) -> tuple[list[list[int]], list[list[int]]]:
+        """The counts for each rank of the step and those from each rank, copied to the host in one transfer."""
+        received_PC = torch.empty_like(sent_PC)
+        one_each = self._by_rank([1] * self.num_ranks)
+        dist.all_to_all_single(received_PC, sent_PC, one_each, one_each, group=self.group)
+        sent, received = torch.stack([sent_PC, received_PC]).tolist()
+        return sent, received
 
 
-def hops(group: dist.ProcessGroup, ranks_per_node: int | None = None) -> list[Hop]:
-    """The way to any rank of a group: in one hop, or between nodes and then within one.
+def exchange_steps(group: dist.ProcessGroup, ranks_per_node: int | None = None) -> list[ExchangeStep]:
+    """The steps that bring a token to any rank of a group: one step, or one between nodes and one within the node.
 
-    Consecutive ranks are a node. Raises ConfigError where the group does not consist of whole nodes.
+    A node is `ranks_per_node` consecutive ranks. Raises ConfigError where the group is not a whole number of nodes.
     """
-    ranks = group.size()
-    if ranks_per_node is None or ranks_per_node == 1 or ranks_per_node >= ranks:
-        return [Hop(group, ranks)]
-    if ranks_per_node < 1 or ranks % ranks_per_node:
+    num_ranks = group.size()
+    if ranks_per_node is None or ranks_per_node == 1 or ranks_per_node >= num_ranks:
+        return [ExchangeStep(group, num_ranks)]
+    if ranks_per_node < 1 or num_ranks % ranks_per_node:
         raise ConfigError(
-            f"parallel.expert = {ranks} ranks are no whole number of nodes of {ranks_per_node}; "
+            f"parallel.expert = {num_ranks} ranks are no whole number of nodes of {ranks_per_node}; "
             "choose a degree that is a multiple or a divisor of the ranks of a node"
         )
-    return [Hop(group, ranks // ranks_per_node, stride=ranks_per_node), Hop(group, ranks_per_node)]
+    return [
+        ExchangeStep(group, num_ranks // ranks_per_node, stride=ranks_per_node),
+        ExchangeStep(group, ranks_per_node),
+    ]

@@ -1,14 +1,11 @@
-"""What all ways to experts on other ranks have in common.
+"""Dispatching tokens to experts on other ranks: the part that every communication back end shares.
+
+An exchange of rows between ranks is two autograd nodes, `start_exchange` and `wait_exchange`. Whatever the layer
+computes between the two overlaps with the exchange. Autograd runs later nodes first, so the backward pass of
+`wait_exchange` starts the exchange of the gradients, then autograd differentiates what was computed in between,
+then the backward pass of `start_exchange` waits for the gradients.
 
 Axes: T tokens, R received tokens, K experts per token, X rows in expert order, D width, E experts of this rank.
-
-
-FOLDED: Moving rows between ranks as two nodes of autograd, one that starts and one that waits.
-
-Whatever is computed between the two runs while rows travel. Autograd runs the latest node first, so the backward
-pass meets the same two in the other order: the one that waited starts the way back, then comes the gradient of what
-was computed in between, then the one that started waits.
-
 """
 
 from __future__ import annotations
@@ -20,124 +17,128 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from deepseek_v3.moe.dispatch import Arrived
-from deepseek_v3.ops.moe_permute import Bins, Copies, line_up, spread, sum_copies
+from deepseek_v3.moe.dispatch import DispatchedTokens
+from deepseek_v3.ops.moe_permute import ExpertBins, RowCopies, gather_rows, sort_into_bins, sum_rows
 
 
-class Crossing(Protocol):
-    """Rows on their way between ranks: one way in the forward pass, back in the backward pass.
+class AsyncExchange(Protocol):
+    """An exchange of rows between ranks, and the exchange of their gradients in the opposite direction.
 
-    Each of the four may be called once in a pass, in this order.
+    Each method may be called once per pass, in the order in which they are listed here.
     """
 
     def start(self, *tensors: Tensor) -> None:
-        """Sends rows off."""
+        """Sends the rows of this rank."""
 
-    def finish(self) -> tuple[Tensor, ...]:
-        """Waits for the rows that have been sent here."""
+    def wait(self) -> tuple[Tensor, ...]:
+        """Waits for the rows that this rank receives."""
 
-    def start_back(self, *gradients: Tensor) -> None:
-        """Sends the gradients of what `finish` returned off."""
+    def start_backward(self, *gradients: Tensor) -> None:
+        """Sends the gradients of the tensors that `wait` returned."""
 
-    def finish_back(self) -> tuple[Tensor | None, ...]:
-        """Waits for the gradients of what `start` took; None for whole numbers."""
-
-
-def depart(crossing: Crossing, *tensors: Tensor) -> Tensor:
-    """Starts a crossing; returns a ticket, an empty tensor that ties the two halves together."""
-    return _Depart.apply(crossing, *tensors)
+    def wait_backward(self) -> tuple[Tensor | None, ...]:
+        """Waits for the gradients of the tensors that `start` sent; None for integer tensors."""
 
 
-def arrive(crossing: Crossing, ticket: Tensor) -> tuple[Tensor, ...]:
-    """Waits for what has crossed."""
-    return _Arrive.apply(crossing, ticket)
+def start_exchange(exchange: AsyncExchange, *tensors: Tensor) -> Tensor:
+    """Starts an exchange; returns an empty tensor, the order token that `wait_exchange` needs.
+
+    The order token makes the second node depend on the first one in autograd's graph.
+    """
+    return _StartExchange.apply(exchange, *tensors)
 
 
-class _Depart(torch.autograd.Function):
+def wait_exchange(exchange: AsyncExchange, order_token: Tensor) -> tuple[Tensor, ...]:
+    """Waits for an exchange and returns the received tensors."""
+    return _WaitExchange.apply(exchange, order_token)
+
+
+class _StartExchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, crossing: Crossing, *tensors: Tensor) -> Tensor:
-        ctx.crossing = crossing
-        crossing.start(*tensors)
+    def forward(ctx: Any, exchange: AsyncExchange, *tensors: Tensor) -> Tensor:
+        ctx.exchange = exchange
+        exchange.start(*tensors)
         return tensors[0].new_zeros(0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.crossing.finish_back()
+        return None, *ctx.exchange.wait_backward()
 
 
-class _Arrive(torch.autograd.Function):
+class _WaitExchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, crossing: Crossing, ticket: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG004 -- ties the halves
-        ctx.crossing = crossing
-        return crossing.finish()
+    def forward(ctx: Any, exchange: AsyncExchange, order_token: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG004
+        ctx.exchange = exchange
+        return exchange.wait()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
-        ctx.crossing.start_back(*gradients)
+        ctx.exchange.start_backward(*gradients)
         return None, gradients[0].new_zeros(0)
 
 
-class Dispatching(Crossing, Protocol):
-    """The way of tokens (T, D), gates (T, K) and chosen experts (T, K) int64 to the ranks that hold these experts.
+class DispatchExchange(AsyncExchange, Protocol):
+    """Sends tokens (T, D), gates (T, K) and expert numbers (T, K) int64 to the ranks that hold the experts.
 
-    Each token arrives once, with its gates and experts, of which some may be other ranks'.
+    A rank receives each token at most once, with all K gates and expert numbers, some of them of other ranks.
     """
 
     @property
     def first_expert(self) -> int:
-        """The number by which arriving tokens name this rank's first expert; the others follow."""
+        """The number of this rank's first expert in the received expert numbers; its other experts follow."""
 
     @property
     def num_copies(self) -> int:
-        """How many experts of this rank the tokens that have arrived chose."""
+        """The number of (token, expert) pairs of the received tokens with an expert of this rank: X."""
 
-    def combining(self) -> Crossing:
-        """The way back, of one row (R, D) for each token that has arrived, to sums (T, D)."""
-
-
-class Handle(NamedTuple):
-    """How to get back: the way that tokens came, and which rows are copies of which of them."""
-
-    dispatching: Dispatching
-    copies: Copies
+    def combine_exchange(self) -> AsyncExchange:
+        """The exchange that sends one row (R, D) per received token back, and returns their sums (T, D)."""
 
 
-class RemoteDispatcher(ABC):
-    """A `Dispatcher` to experts that lie in equal runs on the ranks of a group.
+class CombineHandle(NamedTuple):
+    """What combine needs to know of the dispatch: its exchange, and which rows are copies of which token."""
 
-    Each received token is copied to its experts here; their results are summed in float32 before they go back, and
-    once more where they come home.
+    exchange: DispatchExchange
+    copies: RowCopies
+
+
+class ExpertParallelDispatcher(ABC):
+    """A `Dispatcher` for experts that are sharded over the ranks of a group, consecutive experts on each rank.
+
+    Each received token is copied once for each of its experts on this rank. The results of these experts are summed
+    in float32 before they are sent back; the rank that sent the token sums over the ranks, again in float32.
     """
 
     def __init__(self, num_local_experts: int) -> None:
         self.num_local_experts = num_local_experts
 
     @abstractmethod
-    def _dispatching(self, experts_TK: Tensor) -> Dispatching:
-        """The way of tokens that chose these experts."""
+    def _dispatch_exchange(self, experts_TK: Tensor) -> DispatchExchange:
+        """A new exchange for tokens that chose these experts."""
 
-    def dispatch(self, x_TD: Tensor, gates_TK: Tensor, experts_TK: Tensor) -> tuple[Dispatching, Tensor]:
-        """Sends tokens off to the ranks that hold their experts."""
-        dispatching = self._dispatching(experts_TK)
-        return dispatching, depart(dispatching, x_TD, gates_TK, experts_TK)
+    def dispatch(self, x_TD: Tensor, gates_TK: Tensor, experts_TK: Tensor) -> tuple[DispatchExchange, Tensor]:
+        """Sends tokens to the ranks that hold their experts."""
+        exchange = self._dispatch_exchange(experts_TK)
+        return exchange, start_exchange(exchange, x_TD, gates_TK, experts_TK)
 
-    def receive(self, sent: tuple[Dispatching, Tensor]) -> Arrived:
-        """Waits for the tokens of all ranks for experts of this one."""
-        dispatching, ticket = sent
-        rows_RD, gates_RK, experts_RK = arrive(dispatching, ticket)
-        bins = Bins(dispatching.first_expert, 1, self.num_local_experts)
-        order, number = line_up(experts_RK, bins), dispatching.num_copies
-        copies = order.copies(number)
-        gates_X = spread(gates_RK.reshape(-1, 1), order.copies_of_choices(number)).squeeze(1)
-        return Arrived(spread(rows_RD, copies), gates_X, order.ends_B, Handle(dispatching, copies))
+    def wait_dispatch(self, sent: tuple[DispatchExchange, Tensor]) -> DispatchedTokens:
+        """Waits for the tokens of all ranks and copies them into expert order."""
+        exchange, order_token = sent
+        rows_RD, gates_RK, experts_RK = wait_exchange(exchange, order_token)
+        bins = ExpertBins(exchange.first_expert, 1, self.num_local_experts)
+        order, num_copies = sort_into_bins(experts_RK, bins), exchange.num_copies
+        copies = order.copies(num_copies)
+        gates_X = gather_rows(gates_RK.reshape(-1, 1), order.copies_of_choices(num_copies)).squeeze(1)
+        rows_XD = gather_rows(rows_RD, copies)
+        return DispatchedTokens(rows_XD, gates_X, order.ends_B, CombineHandle(exchange, copies))
 
-    def combine(self, rows_XD: Tensor, handle: Handle) -> tuple[Crossing, Tensor]:
-        """Sends one row for each received token back to where it came from."""
-        combining = handle.dispatching.combining()
-        return combining, depart(combining, sum_copies(rows_XD, handle.copies))
+    def combine(self, rows_XD: Tensor, handle: CombineHandle) -> tuple[AsyncExchange, Tensor]:
+        """Sums the results of this rank's experts for each received token, and sends the sums back."""
+        exchange = handle.exchange.combine_exchange()
+        return exchange, start_exchange(exchange, sum_rows(rows_XD, handle.copies))
 
-    def collect(self, returned: tuple[Crossing, Tensor]) -> Tensor:
-        """Waits for the sums over all experts of this rank's tokens; (T, D)."""
-        return arrive(*returned)[0]
+    def wait_combine(self, returned: tuple[AsyncExchange, Tensor]) -> Tensor:
+        """Waits for the sums over all experts of each of this rank's tokens; (T, D)."""
+        return wait_exchange(*returned)[0]

@@ -1,4 +1,7 @@
-"""Feed-forward networks: the dense one, and the stack of routed experts."""
+"""Feed-forward networks: the dense one, and the stack of routed experts.
+
+Axes: X rows in expert order, D model width, F expert width, E experts.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from deepseek_v3.ops.swiglu import swiglu
 
 
 class FeedForward(nn.Module):
-    """SwiGLU network of a dense layer or of the shared experts; (..., D) to (..., D)."""
+    """The SwiGLU network of a dense layer or of the shared experts; (..., D) to (..., D)."""
 
     def __init__(self, width: int, hidden_width: int) -> None:
         super().__init__()
@@ -24,15 +27,15 @@ class FeedForward(nn.Module):
         return self.down_proj(self.hidden(x))
 
     def hidden(self, x: Tensor) -> Tensor:
-        """All but the last projection: (..., D) to (..., F)."""
+        """All of the network but the last projection: (..., D) to (..., F)."""
         return swiglu(self.gate_proj(x), self.up_proj(x))
 
 
 class RoutedExperts(nn.Module):
-    """All routed experts of a layer, stacked: one tensor per projection, gate above up in the first.
+    """The routed experts of a layer, stacked: one tensor per projection, and gate and up projection in one tensor.
 
-    After `keep_share` a run of them, from `first_expert` on, of `num_experts` in all.
-    Axes: X rows in expert order, D model width, F expert width, E experts.
+    `num_experts` is the number of all experts of the layer. After `keep_shard` the tensors hold consecutive experts
+    of them, from number `first_expert` on.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -43,18 +46,19 @@ class RoutedExperts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, width, hidden))
         self.grouped_linear: GroupedLinear = reference_grouped_linear
 
-    def keep_share(self, number: int, shares: int) -> None:
-        """Leaves share `number`, from 0, of so many equal ones. Their count must divide that of the experts."""
-        size = self.num_experts // shares
-        self.first_expert = number * size
+    def keep_shard(self, index: int, num_shards: int) -> None:
+        """Keeps shard `index`, from 0, of `num_shards` equal ones. `num_shards` must divide `num_experts`."""
+        size = self.num_experts // num_shards
+        self.first_expert = index * size
         for name, stack in list(self.named_parameters()):
             kept = stack.detach()[self.first_expert : self.first_expert + size].clone()
             setattr(self, name, nn.Parameter(kept))
 
     def forward(self, rows_XD: Tensor, gates_X: Tensor, ends_E: Tensor) -> Tensor:
-        """Every row through its expert, times its gate; `ends_E` int32, where each expert's rows end.
+        """Runs every row through its expert, and multiplies it by its gate; (X, D).
 
-        The gate is applied before the down projection, where rows are narrower and the product is fused.
+        `gates_X` float32; `ends_E` int32 says where each expert's rows end. The gate is applied before the down
+        projection, where rows are narrower and the product is part of the activation.
         """
         gate_XF, up_XF = self.grouped_linear(rows_XD, self.gate_up_proj, ends_E).chunk(2, dim=-1)
         hidden_XF = swiglu(gate_XF, up_XF, gates_X[:, None])

@@ -1,4 +1,8 @@
-"""A mixture-of-experts layer (DeepSeek-V3 report, §2.1.2, eq. 12)."""
+"""A mixture-of-experts layer (DeepSeek-V3 report, §2.1.2, eq. 12).
+
+Axes: B batch, S sequence, T = B·S tokens, D model width, E experts, K experts per token, X rows in expert order,
+F hidden width of the shared experts.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +17,9 @@ from deepseek_v3.moe.routing import Router, Routing
 
 
 class MixtureOfExperts(nn.Module):
-    """Routed experts chosen per token, plus shared experts that see every token.
+    """Routed experts, K of them per token, plus shared experts that see every token.
 
-    The released weights hold the shared experts as one network of their joint width.
+    As in the released weights, the shared experts are one network whose hidden width is the sum of theirs.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -30,26 +34,26 @@ class MixtureOfExperts(nn.Module):
             )
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, RoutingStats]:
-        """(B, S, D) to the layer's output of the same shape and type, and what its router did."""
+        """Returns the layer's output, in the shape (B, S, D) and type of `x_BSD`, and statistics of its router."""
         routing, stats = self.route(x_BSD)
-        return self._mixed(x_BSD, routing), stats
+        return self._run_experts(x_BSD, routing), stats
 
     def route(self, x_BSD: Tensor) -> tuple[Routing, RoutingStats]:
-        """Which experts take each token, and how that loads and balances them."""
+        """Chooses the experts of each token, and counts and balances the load that this makes."""
         routing = self.gate(x_BSD.flatten(0, 1))
         experts_E = torch.arange(self.config.n_routed_experts, device=x_BSD.device)
         counts_E = (routing.experts_TK.flatten()[:, None] == experts_E).sum(0)
         balance_loss = sequence_balance_loss(routing.scores_TE, x_BSD.shape[0], self.config.num_experts_per_tok)
         return routing, RoutingStats(counts_E, balance_loss)
 
-    def _mixed(self, x_BSD: Tensor, routing: Routing) -> Tensor:
-        """Routed and shared experts; the shared ones compute while rows travel to the others and back."""
+    def _run_experts(self, x_BSD: Tensor, routing: Routing) -> Tensor:
+        """The sum of routed and shared experts; the shared ones run while tokens are dispatched and combined."""
         shared = self.shared_experts if self.config.n_shared_experts else None
         sent = self.dispatcher.dispatch(x_BSD.flatten(0, 1), routing.gates_TK, routing.experts_TK)
         hidden_BSF = shared.hidden(x_BSD) if shared else None
-        arrived = self.dispatcher.receive(sent)
-        rows_XD = self.experts(arrived.rows_XD, arrived.gates_X, arrived.ends_E)
-        returned = self.dispatcher.combine(rows_XD, arrived.handle)
+        dispatched = self.dispatcher.wait_dispatch(sent)
+        rows_XD = self.experts(dispatched.rows_XD, dispatched.gates_X, dispatched.ends_E)
+        returned = self.dispatcher.combine(rows_XD, dispatched.handle)
         shared_BSD = shared.down_proj(hidden_BSF) if shared else None
-        y_BSD = self.dispatcher.collect(returned).view_as(x_BSD)
+        y_BSD = self.dispatcher.wait_combine(returned).view_as(x_BSD)
         return y_BSD if shared_BSD is None else y_BSD + shared_BSD

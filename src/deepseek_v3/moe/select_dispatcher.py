@@ -1,8 +1,7 @@
-"""Which way to experts on other ranks a run takes: chosen once, at its start, and logged."""
+"""Selecting how a run reaches experts on other ranks: chosen once, when the model is built, and logged."""
 
 from __future__ import annotations
 
-from importlib import import_module
 from types import ModuleType
 from typing import Literal
 
@@ -12,81 +11,81 @@ import torch.distributed as dist
 from deepseek_v3.moe.all_to_all import AllToAllDispatcher
 from deepseek_v3.moe.deepep import (
     Buffer,
+    BufferShape,
     CannotRunError,
     DeepEPDispatcher,
-    FirstGeneration,
-    SecondGeneration,
-    Traffic,
+    ElasticBuffer,
+    LegacyBuffer,
 )
 from deepseek_v3.moe.dispatch import Dispatcher
-from deepseek_v3.moe.exchange import hops
+from deepseek_v3.moe.exchange import exchange_steps
 from deepseek_v3.ops.fp8 import BLOCK
 from deepseek_v3.utils.errors import ConfigError
 from deepseek_v3.utils.logging import get_logger
 
-# DeepEP copies rows in pieces of 16 bytes.
-_BFLOAT16_PER_PIECE = 8
+_BFLOAT16_PER_COPY = 8  # DeepEP copies rows in units of 16 bytes
 
 
-def expert_dispatcher(
-    kind: Literal["auto", "torch", "deepep"],
+def select_dispatcher(
+    backend: Literal["auto", "torch", "deepep"],
     num_experts: int,
     group: dist.ProcessGroup,
-    traffic: Traffic,
+    shape: BufferShape,
     *,
     precision: Literal["activations", "fp8"] = "activations",
     ranks_per_node: int | None = None,
 ) -> Dispatcher:
-    """The dispatcher of a layer whose experts lie in equal runs on the ranks of `group`; every rank has to ask.
+    """The dispatcher of layers whose experts are sharded over `group`; every rank of the group has to call this.
 
-    `auto` is DeepEP where it can run. `precision` is that of rows on the way to experts. `ranks_per_node`, for the
-    `torch` back end, sends each token once to each node; DeepEP does so by itself. Raises ConfigError where experts
-    or ranks do not divide, and where DeepEP is asked for by name and cannot run.
+    `auto` takes DeepEP where it can run. `precision` is the number format of dispatched rows. With `ranks_per_node`
+    the `torch` back end sends each token once to each node; DeepEP does so by itself. Raises ConfigError where the
+    number of experts or of ranks does not divide, and where `deepep` is named and cannot run.
     """
     if num_experts % group.size():
         raise ConfigError(
             f"parallel.expert: {num_experts} experts do not divide over {group.size()} ranks; "
             "choose a degree that divides model.n_routed_experts"
         )
-    fp8, on_the_way = precision == "fp8", f"{precision} on the way there"
+    fp8, rows = precision == "fp8", f"dispatched rows in {'FP8' if precision == 'fp8' else 'the activations type'}"
     log = get_logger("Experts")
-    if kind != "torch":
+    if backend != "torch":
         try:
-            buffer = _deepep_buffer(num_experts, group, traffic, fp8)
+            buffer = _deepep_buffer(num_experts, group, shape, fp8)
         except CannotRunError as error:
-            if kind == "deepep":
+            if backend == "deepep":
                 message = f"parallel.expert_back_end = deepep: {error}; use --set parallel.expert_back_end=torch"
                 raise ConfigError(message) from error
             log.info(f"DeepEP cannot run: {error}")
         else:
-            log.info(f"on {group.size()} ranks, reached by DeepEP's {buffer.name}, {on_the_way}")
+            log.info(f"sharded over {group.size()} ranks, reached through DeepEP's {buffer.name}, {rows}")
             return DeepEPDispatcher(num_experts // group.size(), buffer, fp8)
-    way = hops(group, ranks_per_node)
-    log.info(f"on {group.size()} ranks, reached by torch.distributed in {len(way)} hop(s), {on_the_way}")
-    return AllToAllDispatcher(num_experts, way, fp8)
+    steps = exchange_steps(group, ranks_per_node)
+    num_steps = "one step" if len(steps) == 1 else "two steps"
+    log.info(f"sharded over {group.size()} ranks, reached through torch.distributed in {num_steps}, {rows}")
+    return AllToAllDispatcher(num_experts, steps, fp8)
 
 
-def _deepep_buffer(num_experts: int, group: dist.ProcessGroup, traffic: Traffic, fp8: bool) -> Buffer:
+def _deepep_buffer(num_experts: int, group: dist.ProcessGroup, shape: BufferShape, fp8: bool) -> Buffer:
     if not torch.cuda.is_available() or "nccl" not in dist.get_backend_config(group):
         raise CannotRunError("it needs CUDA devices, one per rank, and NCCL between them")
-    multiple = BLOCK if fp8 else _BFLOAT16_PER_PIECE
-    if traffic.dtype != torch.bfloat16:
-        raise CannotRunError(f"it carries bfloat16, the model computes in {traffic.dtype}")
-    if traffic.width % multiple:
-        raise CannotRunError(f"hidden_size = {traffic.width} is no multiple of {multiple}")
-    library = _deepep()
-    generation = SecondGeneration if hasattr(library, "ElasticBuffer") else FirstGeneration
-    return generation(library, num_experts, group, traffic)
+    multiple = BLOCK if fp8 else _BFLOAT16_PER_COPY
+    if shape.dtype != torch.bfloat16:
+        raise CannotRunError(f"it sends bfloat16, the model computes in {shape.dtype}")
+    if shape.width % multiple:
+        raise CannotRunError(f"hidden_size = {shape.width} is no multiple of {multiple}")
+    library = _import_deepep()
+    buffer_class = ElasticBuffer if hasattr(library, "ElasticBuffer") else LegacyBuffer
+    return buffer_class(library, num_experts, group, shape)
 
 
-def _deepep() -> ModuleType:
+def _import_deepep() -> ModuleType:
     try:
-        library = import_module("deep_ep")
+        import deep_ep
     except (ImportError, OSError) as error:  # OSError: built for other versions of CUDA, NCCL or NVSHMEM
         raise CannotRunError(f"deep_ep cannot be imported ({error})") from error
-    if not hasattr(library, "ElasticBuffer") and not hasattr(library, "Buffer"):
-        version = getattr(library, "__version__", "of unknown version")
+    if not hasattr(deep_ep, "ElasticBuffer") and not hasattr(deep_ep, "Buffer"):
+        version = getattr(deep_ep, "__version__", "of unknown version")
         raise CannotRunError(f"deep_ep {version} has neither Buffer nor ElasticBuffer")
-    if getattr(library, "topk_idx_t", torch.int64) != torch.int64:
-        raise CannotRunError(f"deep_ep was built for {library.topk_idx_t} numbers of experts, not torch.int64")
-    return library
+    if getattr(deep_ep, "topk_idx_t", torch.int64) != torch.int64:
+        raise CannotRunError(f"deep_ep was built for expert numbers of type {deep_ep.topk_idx_t}, not torch.int64")
+    return deep_ep

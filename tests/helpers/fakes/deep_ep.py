@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepseek_v3.moe.deepep import DeepEPDispatcher, FirstGeneration, SecondGeneration, Traffic
+from deepseek_v3.moe.deepep import BufferShape, DeepEPDispatcher, ElasticBuffer, LegacyBuffer
 from helpers.experts import Case, on_this_rank
 
 NOT_CHOSEN = -1
@@ -45,17 +45,17 @@ class Wire:
         goes_here = [(experts_TK // size == self.rank).any(1) for _, experts_TK, _ in sent]
         places = [(rank, int(token)) for rank, mask in enumerate(goes_here) for token in mask.nonzero()]
 
-        def arrived(parts: list[Tensor]) -> Tensor:
+        def arriving(parts: list[Tensor]) -> Tensor:
             return torch.cat([part[mask] for part, mask in zip(parts, goes_here, strict=True)])
 
-        arrived_rows = [arrived([there[0][i] for there in sent]).view(part.dtype) for i, part in enumerate(rows)]
-        experts_RK = arrived([there[1] for there in sent]) - self.rank * size
+        arriving_rows = [arriving([there[0][i] for there in sent]).view(part.dtype) for i, part in enumerate(rows)]
+        experts_RK = arriving([there[1] for there in sent]) - self.rank * size
         experts_RK[(experts_RK < 0) | (experts_RK >= size)] = NOT_CHOSEN
         counts = [int((experts_RK == expert).sum()) for expert in range(size)]
         gates_RK = None
         if gates_TK is not None:
-            gates_RK = arrived([there[2] for there in sent]).where(experts_RK != NOT_CHOSEN, 0)
-        return arrived_rows, experts_RK, gates_RK, counts, places
+            gates_RK = arriving([there[2] for there in sent]).where(experts_RK != NOT_CHOSEN, 0)
+        return arriving_rows, experts_RK, gates_RK, counts, places
 
     def combine(self, values: Tensor, places: list[tuple[int, int]], tokens: int) -> Tensor:
         """Sums in float32 of the rows that all ranks have for tokens of this one."""
@@ -173,8 +173,8 @@ class FakeBuffer:
             assert topk_idx is None
             assert topk_weights is None
             sent_experts, num_experts, _ = handle
-            arrived, *_ = self.wire.dispatch(rows, sent_experts, None, num_experts)
-            results, event = later(*arrived)
+            arriving, *_ = self.wire.dispatch(rows, sent_experts, None, num_experts)
+            results, event = later(*arriving)
             return unpacked(results), None, None, None, None, event
         previous_event.current_stream_wait()
         assert num_tokens_per_rank is not None
@@ -186,8 +186,8 @@ class FakeBuffer:
         assert torch.equal(num_tokens_per_rank.long(), is_token_in_rank.sum(0))
         assert num_tokens_per_expert.sum() == topk_idx.numel()
         num_experts = len(num_tokens_per_expert)
-        arrived, experts, gates, counts, places = self.wire.dispatch(rows, topk_idx, topk_weights, num_experts)
-        (experts, gates, *received), event = later(experts, gates, *arrived)
+        arriving, experts, gates, counts, places = self.wire.dispatch(rows, topk_idx, topk_weights, num_experts)
+        (experts, gates, *received), event = later(experts, gates, *arriving)
         handle = (topk_idx.clone(), num_experts, places)
         return unpacked(received), experts, gates, counts, handle, event
 
@@ -282,15 +282,15 @@ class FakeElasticBuffer:
         assert len(rows[0]) <= self.most
         if handle is not None:
             assert topk_idx is None
-            arrived, *_ = self.wire.dispatch(rows, handle.topk_idx, None, handle.num_experts)
-            results, event = later(*arrived)
+            arriving, *_ = self.wire.dispatch(rows, handle.topk_idx, None, handle.num_experts)
+            results, event = later(*arriving)
             return unpacked(results), None, None, handle, event
         assert num_experts is not None
         assert topk_idx is not None
         assert topk_idx.dtype == torch.int64
         assert topk_weights is None or topk_weights.dtype == torch.float32
-        arrived, experts, gates, counts, places = self.wire.dispatch(rows, topk_idx, topk_weights, num_experts)
-        (experts, gates, *received), event = later(experts, gates, *arrived)
+        arriving, experts, gates, counts, places = self.wire.dispatch(rows, topk_idx, topk_weights, num_experts)
+        (experts, gates, *received), event = later(experts, gates, *arriving)
         handle = SimpleNamespace(
             topk_idx=topk_idx.clone(),
             num_experts=num_experts,
@@ -322,9 +322,9 @@ def by_deepep(case: Case, generation: str) -> dict[str, Tensor]:
     """What this rank computes of its tokens, with a stand-in for one of DeepEP's buffers on the way to experts."""
     config = case.layers()[0].config
     in_groups = config.topk_group < config.n_group
-    traffic = Traffic(max(case.lengths), config.hidden_size, config.num_experts_per_tok, case.dtype, in_groups)
+    shape = BufferShape(max(case.lengths), config.hidden_size, config.num_experts_per_tok, case.dtype, in_groups)
     library = ModuleType("deep_ep")
     library.Buffer, library.ElasticBuffer = FakeBuffer, FakeElasticBuffer
-    kind = {"Buffer": FirstGeneration, "ElasticBuffer": SecondGeneration}[generation]
-    buffer = kind(library, config.n_routed_experts, dist.group.WORLD, traffic)
+    kind = {"Buffer": LegacyBuffer, "ElasticBuffer": ElasticBuffer}[generation]
+    buffer = kind(library, config.n_routed_experts, dist.group.WORLD, shape)
     return on_this_rank(case, DeepEPDispatcher(config.n_routed_experts // dist.get_world_size(), buffer, case.fp8))

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from deepseek_v3.moe.all_to_all import AllToAllDispatcher
-from deepseek_v3.moe.deepep import DeepEPDispatcher, Traffic
-from deepseek_v3.moe.select_dispatcher import expert_dispatcher
+from deepseek_v3.moe.deepep import BufferShape, DeepEPDispatcher
+from deepseek_v3.moe.select_dispatcher import select_dispatcher
 from deepseek_v3.utils.errors import ConfigError
 from helpers.experts import Case, on_this_rank
 from helpers.fakes.deep_ep import by_deepep
@@ -47,7 +47,7 @@ def test_deepep_gives_what_torch_does(pool: RankPool, situation: str, generation
 
 # Choosing.
 
-TRAFFIC = Traffic(tokens=64, width=256, experts_per_token=2, dtype=torch.bfloat16)
+BUFFER_SHAPE = BufferShape(tokens=64, width=256, experts_per_token=2, dtype=torch.bfloat16)
 
 
 class Group(SimpleNamespace):
@@ -92,8 +92,8 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deep_ep", library("Buffer", "ElasticBuffer"))
 
 
-def chosen(kind: Any, traffic: Traffic = TRAFFIC, num_experts: int = 8, **options: Any) -> Any:
-    return expert_dispatcher(kind, num_experts, Group(), traffic, **options)
+def chosen(kind: Any, shape: BufferShape = BUFFER_SHAPE, num_experts: int = 8, **options: Any) -> Any:
+    return select_dispatcher(kind, num_experts, Group(), shape, **options)
 
 
 @pytest.mark.usefixtures("gpus")
@@ -105,14 +105,14 @@ def test_deepep_is_taken_where_it_can_run_and_its_newest_buffer(
     monkeypatch.setitem(sys.modules, "deep_ep", library(*installed))
     with caplog.at_level(logging.INFO, logger="deepseek_v3"):
         assert isinstance(chosen(kind, precision="fp8"), DeepEPDispatcher)
-    assert f"DeepEP's {installed[-1]}, fp8" in caplog.text
+    assert f"DeepEP's {installed[-1]}, dispatched rows in FP8" in caplog.text
 
 
 @pytest.mark.usefixtures("gpus")
 def test_torch_is_taken_where_it_is_named() -> None:
     dispatcher = chosen("torch", ranks_per_node=2, precision="fp8")
     assert isinstance(dispatcher, AllToAllDispatcher)
-    assert [(hop.ranks, hop.stride) for hop in dispatcher.hops] == [(2, 2), (2, 1)]
+    assert [(step.num_ranks, step.stride) for step in dispatcher.steps] == [(2, 2), (2, 1)]
     assert dispatcher.fp8
 
 
@@ -130,7 +130,7 @@ def test_gates_limited_to_groups_are_not_given_the_librarys_estimate(
     monkeypatch.setattr(SilentBuffer, "dispatch", dispatch, raising=False)
     monkeypatch.setattr(SilentBuffer, "capture", lambda _: None, raising=False)
     monkeypatch.setattr(SilentBuffer, "combine", lambda _, __, **options: asked.append(options), raising=False)
-    buffer = chosen("deepep", TRAFFIC._replace(in_groups=in_groups))._buffer
+    buffer = chosen("deepep", BUFFER_SHAPE._replace(in_groups=in_groups))._buffer
     buffer.dispatch(torch.zeros(1), torch.zeros(1), torch.zeros(1))
     buffer.dispatch_again(torch.zeros(1), None)
     buffer.combine(torch.zeros(1), None)
@@ -138,20 +138,20 @@ def test_gates_limited_to_groups_are_not_given_the_librarys_estimate(
 
 
 OBSTACLES: dict[str, Any] = {
-    "no CUDA": (TRAFFIC, {}, "it needs CUDA devices"),
-    "no NCCL": (TRAFFIC, {}, "NCCL between them"),
-    "not installed": (TRAFFIC, {}, "deep_ep cannot be imported"),
-    "unknown": (TRAFFIC, {}, "neither Buffer nor ElasticBuffer"),
+    "no CUDA": (BUFFER_SHAPE, {}, "it needs CUDA devices"),
+    "no NCCL": (BUFFER_SHAPE, {}, "NCCL between them"),
+    "not installed": (BUFFER_SHAPE, {}, "deep_ep cannot be imported"),
+    "unknown": (BUFFER_SHAPE, {}, "neither Buffer nor ElasticBuffer"),
     "float32": (
-        TRAFFIC._replace(dtype=torch.float32),
+        BUFFER_SHAPE._replace(dtype=torch.float32),
         {},
         "the model computes in torch.float32",
     ),
-    "ranks": (TRAFFIC, {}, "its Buffer has no configuration for 4 ranks"),
-    "int32": (TRAFFIC, {}, "deep_ep was built for torch.int32 numbers of experts, not torch.int64"),
-    "odd width": (TRAFFIC._replace(width=252), {}, "hidden_size = 252 is no multiple of 8"),
+    "ranks": (BUFFER_SHAPE, {}, "its Buffer has no configuration for 4 ranks"),
+    "int32": (BUFFER_SHAPE, {}, "deep_ep was built for expert numbers of type torch.int32, not torch.int64"),
+    "odd width": (BUFFER_SHAPE._replace(width=252), {}, "hidden_size = 252 is no multiple of 8"),
     "no whole blocks": (
-        TRAFFIC._replace(width=192),
+        BUFFER_SHAPE._replace(width=192),
         {"precision": "fp8"},
         "hidden_size = 192 is no multiple of 128",
     ),
@@ -163,7 +163,7 @@ OBSTACLES: dict[str, Any] = {
 def test_where_deepep_cannot_run_auto_says_why_and_its_name_is_an_error(
     obstacle: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    traffic, options, reason = OBSTACLES[obstacle]
+    shape, options, reason = OBSTACLES[obstacle]
     if obstacle == "no CUDA":
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     elif obstacle == "no NCCL":
@@ -178,10 +178,10 @@ def test_where_deepep_cannot_run_auto_says_why_and_its_name_is_an_error(
     elif obstacle == "int32":
         monkeypatch.setattr(sys.modules["deep_ep"], "topk_idx_t", torch.int32, raising=False)
     with caplog.at_level(logging.INFO, logger="deepseek_v3"):
-        assert isinstance(chosen("auto", traffic, **options), AllToAllDispatcher)
+        assert isinstance(chosen("auto", shape, **options), AllToAllDispatcher)
     assert reason in caplog.text
     with pytest.raises(ConfigError, match=r"expert_back_end = deepep: .*expert_back_end=torch") as error:
-        chosen("deepep", traffic, **options)
+        chosen("deepep", shape, **options)
     assert reason in str(error.value)
 
 
@@ -191,9 +191,9 @@ def test_experts_have_to_divide_over_the_ranks(kind: str) -> None:
         chosen(kind, num_experts=10)
 
 
-@pytest.mark.parametrize(("ranks_per_node", "hops"), [(None, 1), (1, 1), (2, 2), (4, 1), (8, 1)])
-def test_there_are_two_hops_where_there_are_nodes(ranks_per_node: int | None, hops: int) -> None:
-    assert len(chosen("torch", ranks_per_node=ranks_per_node).hops) == hops
+@pytest.mark.parametrize(("ranks_per_node", "num_steps"), [(None, 1), (1, 1), (2, 2), (4, 1), (8, 1)])
+def test_there_are_two_hops_where_there_are_nodes(ranks_per_node: int | None, num_steps: int) -> None:
+    assert len(chosen("torch", ranks_per_node=ranks_per_node).steps) == num_steps
 
 
 def test_nodes_have_to_be_whole() -> None:

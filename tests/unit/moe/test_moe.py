@@ -179,9 +179,9 @@ CHOICES: dict[str, list[list[int]]] = {
 def routed(x_TD: Tensor, gates_TK: Tensor, experts_TK: Tensor, experts: RoutedExperts) -> Tensor:
     """Tokens through experts that are all here."""
     dispatcher = LocalDispatcher(experts.num_experts)
-    arrived = dispatcher.receive(dispatcher.dispatch(x_TD, gates_TK, experts_TK))
-    rows_XD = experts(arrived.rows_XD, arrived.gates_X, arrived.ends_E)
-    return dispatcher.collect(dispatcher.combine(rows_XD, arrived.handle))
+    dispatched = dispatcher.wait_dispatch(dispatcher.dispatch(x_TD, gates_TK, experts_TK))
+    rows_XD = experts(dispatched.rows_XD, dispatched.gates_X, dispatched.ends_E)
+    return dispatcher.wait_combine(dispatcher.combine(rows_XD, dispatched.handle))
 
 
 @pytest.mark.parametrize("choice", CHOICES)

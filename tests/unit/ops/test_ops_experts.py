@@ -16,7 +16,15 @@ from deepseek_v3.ops.grouped_gemm import (
     reference_grouped_linear,
     torch_grouped_linear,
 )
-from deepseek_v3.ops.moe_permute import BinOrder, Bins, line_up, permute, reference, sort_by_expert, unpermute
+from deepseek_v3.ops.moe_permute import (
+    BinOrder,
+    ExpertBins,
+    permute,
+    reference,
+    sort_by_expert,
+    sort_into_bins,
+    unpermute,
+)
 from helpers.models import largest_difference
 
 BACK_ENDS = [reference_grouped_linear, torch_grouped_linear]
@@ -158,7 +166,7 @@ def kernel(name: str, where: str) -> Any:
     return getattr(import_module("deepseek_v3.ops.moe_permute.triton"), name)
 
 
-def check_order(order: BinOrder, choice: list[list[int]], bins: Bins, once: bool) -> None:
+def check_order(order: BinOrder, choice: list[list[int]], bins: ExpertBins, once: bool) -> None:
     """Compares an order with loops over tokens and bins."""
     chosen, nowhere = len(choice[0]) if choice else 1, sum(map(len, choice))
     runs = [range(bins.first + b * bins.size, bins.first + (b + 1) * bins.size) for b in range(bins.number)]
@@ -197,8 +205,8 @@ def test_choices_line_up_by_bins(
     experts = first + size * number + others
     chosen = data.draw(st.integers(1, experts))
     choice = [data.draw(st.permutations(range(-1, experts)))[:chosen] for _ in range(tokens)]
-    bins = Bins(first, size, number)
-    order = line_up(torch.tensor(choice, dtype=torch.int32).view(tokens, chosen), bins, once)
+    bins = ExpertBins(first, size, number)
+    order = sort_into_bins(torch.tensor(choice, dtype=torch.int32).view(tokens, chosen), bins, once)
     check_order(order, choice, bins, once)
 
 
@@ -206,13 +214,14 @@ def test_choices_line_up_by_bins(
 @pytest.mark.parametrize("once", [False, True])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize(
-    ("tokens", "chosen", "bins"), [(1, 1, Bins(0, 1, 1)), (700, 6, Bins(8, 4, 3)), (9, 3, Bins(0, 1, 40))]
+    ("tokens", "chosen", "bins"),
+    [(1, 1, ExpertBins(0, 1, 1)), (700, 6, ExpertBins(8, 4, 3)), (9, 3, ExpertBins(0, 1, 40))],
 )
 def test_kernels_line_choices_up_as_loops_do(
-    where: str, once: bool, dtype: torch.dtype, tokens: int, chosen: int, bins: Bins
+    where: str, once: bool, dtype: torch.dtype, tokens: int, chosen: int, bins: ExpertBins
 ) -> None:
     """Tables that lie apart in memory full of what looks like choices; 700 tokens take several programs."""
-    kernels = kernel("line_up", where)
+    kernels = kernel("sort_into_bins", where)
     device = torch.device("cuda" if where == "cuda" else "cpu")
     scores_TE = torch.rand(tokens, bins.first + bins.number * bins.size + 5)
     memory = torch.full((tokens + 1, chosen + 2), bins.first, dtype=dtype, device=device)

@@ -2,25 +2,25 @@
 
 from deepseek_v3.ops.moe_permute.permute import (
     BinOrder,
-    Bins,
-    Copies,
-    line_up,
+    ExpertBins,
+    RowCopies,
+    gather_rows,
     permute,
-    spread,
-    sum_copies,
+    sort_into_bins,
+    sum_rows,
     unpermute,
 )
 from deepseek_v3.ops.moe_permute.reference import ExpertOrder, sort_by_expert
 
 __all__ = [
     "BinOrder",
-    "Bins",
-    "Copies",
+    "ExpertBins",
     "ExpertOrder",
-    "line_up",
+    "RowCopies",
+    "gather_rows",
     "permute",
     "sort_by_expert",
-    "spread",
-    "sum_copies",
+    "sort_into_bins",
+    "sum_rows",
     "unpermute",
 ]

@@ -31,7 +31,7 @@ from deepseek_v3.utils.lazily import imported
 _SUMMED_BY_KERNEL = (torch.float32, torch.bfloat16)  # its sums are float32
 
 
-class Copies(NamedTuple):
+class RowCopies(NamedTuple):
     """Which copies there are of T rows.
 
     `source_X` int64: the row that each copy is of. `slots_TM` int64: for each row its copies, and in slots that are
@@ -42,17 +42,17 @@ class Copies(NamedTuple):
     slots_TM: Tensor
 
 
-def spread(x_TD: Tensor, copies: Copies) -> Tensor:
+def gather_rows(x_TD: Tensor, copies: RowCopies) -> Tensor:
     """A row for each copy: (X, D)."""
-    return _Spread.apply(x_TD, *copies)
+    return _GatherRows.apply(x_TD, *copies)
 
 
-def sum_copies(rows_XD: Tensor, copies: Copies) -> Tensor:
+def sum_rows(rows_XD: Tensor, copies: RowCopies) -> Tensor:
     """For each row the sum of its copies, 0 where there are none: (T, D)."""
-    return _SumCopies.apply(rows_XD, *copies)
+    return _SumRows.apply(rows_XD, *copies)
 
 
-class _Spread(torch.autograd.Function):
+class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, source_X: Tensor, slots_TM: Tensor) -> Tensor:
         ctx.save_for_backward(slots_TM)
@@ -65,7 +65,7 @@ class _Spread(torch.autograd.Function):
         return _sums(grad_XD, slots_TM), None, None
 
 
-class _SumCopies(torch.autograd.Function):
+class _SumRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_XD: Tensor, source_X: Tensor, slots_TM: Tensor) -> Tensor:
         ctx.save_for_backward(source_X)
@@ -129,7 +129,7 @@ def unpermute(rows_XD: Tensor, order: ExpertOrder, num_tokens: int) -> Tensor:
     return _Unpermute.apply(rows_XD, order.order_X, order.inverse_X, num_tokens)
 
 
-class Bins(NamedTuple):
+class ExpertBins(NamedTuple):
     """Consecutive runs of experts: so many, of `size` each, from expert `first` on."""
 
     first: int
@@ -151,27 +151,27 @@ class BinOrder(NamedTuple):
     ends_B: Tensor
     counts_B2: Tensor
 
-    def copies(self, number: int) -> Copies:
+    def copies(self, number: int) -> RowCopies:
         """The places, of which there are so many, as copies of the tokens."""
-        return Copies(self.tokens_N[:number], self.places_TK)
+        return RowCopies(self.tokens_N[:number], self.places_TK)
 
-    def copies_of_choices(self, number: int) -> Copies:
+    def copies_of_choices(self, number: int) -> RowCopies:
         """The places as copies of the choices."""
-        return Copies(self.choices_N[:number], self.places_TK.reshape(-1, 1))
+        return RowCopies(self.choices_N[:number], self.places_TK.reshape(-1, 1))
 
 
-def line_up(experts_TK: Tensor, bins: Bins, once: bool = False) -> BinOrder:
+def sort_into_bins(experts_TK: Tensor, bins: ExpertBins, once: bool = False) -> BinOrder:
     """Lines chosen experts (T, K), whole numbers, up by bins; those in no bin have no place.
 
     With `once`, a token that chose several experts of a bin has one place there, that of the first of them. On a
     GPU two kernels do all of it, because a training step has more to launch than time for launching.
     """
     if experts_TK.is_cuda and experts_TK.numel():
-        return BinOrder(*imported("deepseek_v3.ops.moe_permute.triton:line_up")(experts_TK, *bins, once))
-    return reference_line_up(experts_TK, bins, once)
+        return BinOrder(*imported("deepseek_v3.ops.moe_permute.triton:sort_into_bins")(experts_TK, *bins, once))
+    return reference_sort_into_bins(experts_TK, bins, once)
 
 
-def reference_line_up(experts_TK: Tensor, bins: Bins, once: bool = False) -> BinOrder:
+def reference_sort_into_bins(experts_TK: Tensor, bins: ExpertBins, once: bool = False) -> BinOrder:
     """The same by a stable sort."""
     offsets_TK = experts_TK.long() - bins.first
     inside_TK = (offsets_TK >= 0) & (offsets_TK < bins.number * bins.size)
@@ -190,5 +190,5 @@ def _repeats_an_earlier_one(bins_TK: Tensor) -> Tensor:
     return (bins_TK[:, :, None] == bins_TK[:, None, :]).tril(-1).any(-1)
 
 
-def _counts(bins_TK: Tensor, bins: Bins) -> Tensor:
+def _counts(bins_TK: Tensor, bins: ExpertBins) -> Tensor:
     return torch.bincount(bins_TK.flatten(), minlength=bins.number + 1)[:-1]

@@ -1,7 +1,7 @@
 """Rows of tokens on a GPU in as few kernels as they can be.
 
-`sum_rows` reads every row once and writes every sum once, without a table of all copies in between. `line_up` plans
-where rows go in two kernels: one counts, by bin and block of tokens, and one places.
+`sum_rows` reads every row once and writes every sum once, without a table of all copies in between.
+`sort_into_bins` plans where rows go in two kernels: one counts, by bin and block of tokens, and one places.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _sum_rows_kernel(
     tl.store(out + row * width + column, total.to(out.dtype.element_ty), mask=column < width)
 
 
-def line_up(
+def sort_into_bins(
     experts_TK: Tensor, first: int, size: int, bins: int, once: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of a `BinOrder`, for at least one choice."""

@@ -18,10 +18,10 @@ from deepseek_v3.model.backends import choose_back_ends, compute_dtype
 from deepseek_v3.model.block import DecoderLayer
 from deepseek_v3.model.init import initial_values, reset_buffers
 from deepseek_v3.model.transformer import DeepSeekV3
-from deepseek_v3.moe.deepep import Traffic
+from deepseek_v3.moe.deepep import BufferShape
 from deepseek_v3.moe.experts import RoutedExperts
 from deepseek_v3.moe.layer import MixtureOfExperts
-from deepseek_v3.moe.select_dispatcher import expert_dispatcher
+from deepseek_v3.moe.select_dispatcher import select_dispatcher
 from deepseek_v3.ops.grouped_gemm import reference_grouped_linear
 from deepseek_v3.training.optimizer import local
 from deepseek_v3.training.parallel.fsdp import shard
@@ -100,24 +100,24 @@ def _spread_experts(model: DeepSeekV3, config: RunConfig, ranks: Ranks) -> None:
     if parallel.expert == 1:
         return
     model_config = config.model
-    traffic = Traffic(
+    shape = BufferShape(
         tokens=parallel.micro_batch_size * config.training.sequence_length,
         width=model_config.hidden_size,
         experts_per_token=model_config.num_experts_per_tok,
         dtype=model.compute_dtype or torch.float32,
         in_groups=model_config.topk_group < model_config.n_group,
     )
-    dispatcher = expert_dispatcher(
+    dispatcher = select_dispatcher(
         parallel.expert_back_end,
         model_config.n_routed_experts,
         ranks.group("expert"),
-        traffic,
+        shape,
         precision=parallel.dispatch_precision,
         ranks_per_node=ranks.ranks_per_node,
     )
     for module in model.modules():
         if isinstance(module, MixtureOfExperts):
-            module.experts.keep_share(ranks.expert_rank, parallel.expert)
+            module.experts.keep_shard(ranks.expert_rank, parallel.expert)
             module.dispatcher = dispatcher
 
 
