@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import typer
 import yaml
-from surroundings import RESULTS, ROOT, surroundings
+from environment import RESULTS, ROOT, environment
 from torch.profiler import ProfilerActivity, profile
 
 from deepseek_v3.config.loading import load_config
@@ -62,7 +62,7 @@ def main(
             measure({**point, "overrides": wanted["run"] + point["overrides"]}, device)
             for point in wanted["points"]
         ]
-        record = {**surroundings("torch", commit=commit), "context_gib": _context_gib(), "points": points}
+        record = {**environment("torch", commit=commit), "context_gib": _context_gib(), "points": points}
     described = device_named(str(record["device"]))
     if described is None:
         raise SystemExit(f"{record['device']}: not in the planner's table of devices; add it there first")

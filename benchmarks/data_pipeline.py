@@ -25,12 +25,12 @@ import numpy as np
 import typer
 from corpus import DOCUMENTS, read_corpus, write_shards
 from encoding_speed import encoding_speed
-from growing import write_grown
+from environment import RESULTS, cpu_name, environment
+from exact_pairs import similar_pairs
 from heuristics_agreement import compare, run_peer
-from measuring import measured
 from near_duplicates import Int64s, System, score, systems
-from pairs_truth import similar_pairs
-from surroundings import RESULTS, cpu_name, surroundings
+from process_stats import run_and_measure
+from synthetic_corpus import write_synthetic_corpus
 
 from deepseek_v3.utils.text import table
 
@@ -91,7 +91,7 @@ def main(
             "encoding": encoding_speed(part, Path(folder), repeats),
         }
     results |= ratios(results)
-    head = surroundings(*_PACKAGES) | ({"peers": _versions(peers_venv)} if peers or heuristics else {})
+    head = environment(*_PACKAGES) | ({"peers": _versions(peers_venv)} if peers or heuristics else {})
     name = machine or "_".join(cpu_name().lower().replace(",", "").split())
     text = json.dumps({**head, "results": results}, indent=2)
     (RESULTS / f"data_pipeline_{name}.json").write_text(text + "\n", encoding="utf-8")
@@ -107,7 +107,7 @@ def near_duplicates(chosen: Sequence[System], corpus: Path, folder: Path, repeat
         for system in chosen:
             output = folder / f"{system.name}-{repeat}"
             output.mkdir()
-            run = measured(system.command(corpus, output))
+            run = run_and_measure(system.command(corpus, output))
             rows[system.name]["runs"].append(run._asdict())
             if repeat == 0:
                 rows[system.name] |= score(system.decisions(corpus, output), pairs) | _stages(output)
@@ -121,10 +121,10 @@ def near_duplicates(chosen: Sequence[System], corpus: Path, folder: Path, repeat
 
 def grown(system: System, corpus: Path, folder: Path, documents: int) -> Results:
     """Time and memory of a system on a corpus of that many documents."""
-    write_grown(corpus, folder / "grown", documents)
+    write_synthetic_corpus(corpus, folder / "grown", documents)
     output = folder / "grown-output"
     output.mkdir()
-    run = measured(system.command(folder / "grown", output))
+    run = run_and_measure(system.command(folder / "grown", output))
     size = sum(path.stat().st_size for path in (folder / "grown" / DOCUMENTS).iterdir())
     shutil.rmtree(folder / "grown")
     shutil.rmtree(output)

@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 from corpus import DOCUMENTS, read_corpus
-from measuring import measured
+from process_stats import run_and_measure
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
@@ -46,7 +46,7 @@ def encoding_speed(corpus: Path, folder: Path, repeats: int) -> dict[str, Any]:
                 corpus / DOCUMENTS,
             ]
             command += ["--tokenizer", folder / "tokenizer.json", "--output", folder / f"{workers}-{number}"]
-            seconds.append(measured([*command, "--workers", str(workers)]).seconds)
+            seconds.append(run_and_measure([*command, "--workers", str(workers)]).seconds)
         rates[f"tokenize_command_{workers}_workers"] = megabytes / median(seconds)
     return rates
 

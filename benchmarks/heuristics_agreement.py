@@ -24,7 +24,7 @@ from unittest.mock import patch
 
 import orjson
 import pyarrow as pa
-from surroundings import surroundings
+from environment import environment
 
 from deepseek_v3.config.filter_config import RULE_GROUPS, HeuristicsConfig
 from deepseek_v3.data.documents import record_batch
@@ -76,7 +76,7 @@ def main() -> None:
     theirs = run_peer(arguments.peer_python, texts)
     result = compare(texts, theirs)
     show(result)
-    text = json.dumps({**surroundings("numpy", "pyarrow"), "peer": "datatrove 0.10.1", **result}, indent=2)
+    text = json.dumps({**environment("numpy", "pyarrow"), "peer": "datatrove 0.10.1", **result}, indent=2)
     arguments.output.write_text(text + "\n", encoding="utf-8")
 
 

@@ -13,9 +13,9 @@ from itertools import count
 from pathlib import Path
 
 import numpy as np
+from environment import RESULTS, environment
 from rich.console import Console
 from rich.table import Table
-from surroundings import RESULTS, surroundings
 
 from deepseek_v3.data.sample_corpora import stdlib_documents
 from deepseek_v3.data.tokens.index import CorpusOptions
@@ -43,7 +43,7 @@ def main() -> None:
         for name, directory in (("python-stdlib", stdlib), ("synthetic", synthetic)):
             rows += measure_loader(name, TokenShards.open(directory))
     show(rows)
-    text = json.dumps({**surroundings("numpy", "tokenizers"), "results": rows}, indent=2)
+    text = json.dumps({**environment("numpy", "tokenizers"), "results": rows}, indent=2)
     (RESULTS / "loader.json").write_text(text + "\n", encoding="utf-8")
 
 

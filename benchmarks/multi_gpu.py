@@ -29,7 +29,7 @@ from typing import Annotated, Any
 import psutil  # type: ignore[import-untyped]
 import torch
 import typer
-from surroundings import RESULTS, ROOT, surroundings
+from environment import RESULTS, ROOT, environment
 
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.planning.hardware import Device, device_named
@@ -113,7 +113,7 @@ def main(
     end = time.monotonic() + seconds
     work = Work(shape, gpus, steps, micro, gpus * (batch or micro), override or [])
     results: dict[str, Any] = {
-        **surroundings("torch", "numpy", commit=commit),
+        **environment("torch", "numpy", commit=commit),
         "gpus": gpus,
         "sequences_of_a_step": work.batch,
         "shape": shape.stem,

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from surroundings import ROOT, surroundings
+from environment import ROOT, environment
 from torch.autograd import DeviceType  # type: ignore[attr-defined]  # public, but not said to be so
 from torch.profiler import ProfilerActivity, profile
 
@@ -49,7 +49,7 @@ def main(
         steps = Steps(trainer)
         steps.take(WARM_UP)
         found = {
-            **surroundings("torch", commit=commit),
+            **environment("torch", commit=commit),
             "shape": shape.stem,
             "overrides": override or [],
             "tokens_per_step": config.training.global_batch_size * config.training.sequence_length,

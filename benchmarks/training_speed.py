@@ -12,7 +12,7 @@ from statistics import median
 from typing import Annotated
 
 import typer
-from surroundings import RESULTS, surroundings
+from environment import RESULTS, environment
 
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.training.train import train_run
@@ -46,7 +46,7 @@ def main(
         "memory_gib": max(record["memory_bytes"] for record in steps) / 2**30,
         "loss_first_and_last": [steps[0]["loss"], steps[-1]["loss"]],
     }
-    head = surroundings("torch", "numpy", commit=commit)
+    head = environment("torch", "numpy", commit=commit)
     text = json.dumps({**head, "results": figures}, indent=2)
     (RESULTS / f"training_{name or shape}.json").write_text(text + "\n", encoding="utf-8")
     typer.echo(text)

@@ -23,7 +23,7 @@ from deepseek_v3.ops.rotary import rotate
 _LATENT_NORM_EPS = 1e-6
 
 
-class Placement(NamedTuple):
+class AttentionMetadata(NamedTuple):
     """Where the tokens of one forward pass stand.
 
     `cos_BSP`, `sin_BSP` float32 as from `rotary_tables`; `positions_BS` int64; `allowed_BSS` bool (query, key)
@@ -62,20 +62,20 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_b_proj = Linear(rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
         self.o_proj = Linear(heads * config.v_head_dim, width)
 
-    def forward(self, x_BSD: Tensor, placement: Placement, cache: LatentCache | None = None) -> Tensor:
+    def forward(self, x_BSD: Tensor, metadata: AttentionMetadata, cache: LatentCache | None = None) -> Tensor:
         """(B, S, D) to (B, S, D); with a cache also stores the new tokens' rows and sees the cached ones."""
-        q_nope_BSHN, q_rope_BSHR = self._queries(x_BSD, placement)
-        latent_BSC, k_rope_BSR = self._compress(x_BSD, placement)
+        q_nope_BSHN, q_rope_BSHR = self._queries(x_BSD, metadata)
+        latent_BSC, k_rope_BSR = self._compress(x_BSD, metadata)
         if cache is not None:
             latent_BSL = torch.cat((latent_BSC, k_rope_BSR), dim=-1)
-            rows_BTL = cache.write(self.layer, placement.positions_BS, latent_BSL)
+            rows_BTL = cache.write(self.layer, metadata.positions_BS, latent_BSL)
             if not cache.is_empty:
-                out_BSHV = self._attend_absorbed(q_nope_BSHN, q_rope_BSHR, rows_BTL, placement.positions_BS)
+                out_BSHV = self._attend_absorbed(q_nope_BSHN, q_rope_BSHR, rows_BTL, metadata.positions_BS)
                 return self.o_proj(out_BSHV.flatten(-2))
-        out_BSHV = self._attend_expanded(q_nope_BSHN, q_rope_BSHR, latent_BSC, k_rope_BSR, placement.allowed_BSS)
+        out_BSHV = self._attend_expanded(q_nope_BSHN, q_rope_BSHR, latent_BSC, k_rope_BSR, metadata.allowed_BSS)
         return self.o_proj(out_BSHV.flatten(-2))
 
-    def _queries(self, x_BSD: Tensor, placement: Placement) -> tuple[Tensor, Tensor]:
+    def _queries(self, x_BSD: Tensor, metadata: AttentionMetadata) -> tuple[Tensor, Tensor]:
         """Eq. 6-9: every head's query, its part without position and its rotated part."""
         if self.config.q_lora_rank is None:
             q_BSX = self.q_proj(x_BSD)
@@ -83,14 +83,14 @@ class MultiHeadLatentAttention(nn.Module):
             q_BSX = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BSD)))
         q_BSHK = q_BSX.unflatten(-1, (self.config.num_attention_heads, self.config.qk_head_dim))
         q_nope_BSHN, q_rope_BSHR = q_BSHK.split((self.config.qk_nope_head_dim, self.config.qk_rope_head_dim), -1)
-        return q_nope_BSHN, rotate(q_rope_BSHR, placement.cos_BSP, placement.sin_BSP)
+        return q_nope_BSHN, rotate(q_rope_BSHR, metadata.cos_BSP, metadata.sin_BSP)
 
-    def _compress(self, x_BSD: Tensor, placement: Placement) -> tuple[Tensor, Tensor]:
+    def _compress(self, x_BSD: Tensor, metadata: AttentionMetadata) -> tuple[Tensor, Tensor]:
         """Eq. 1 and 3: the latent, normalised, and the rotated key that all heads share."""
         latent_BSC, k_rope_BSR = self.kv_a_proj_with_mqa(x_BSD).split(
             (self.config.kv_lora_rank, self.config.qk_rope_head_dim), -1
         )
-        k_rope_BSR = rotate(k_rope_BSR.unsqueeze(2), placement.cos_BSP, placement.sin_BSP).squeeze(2)
+        k_rope_BSR = rotate(k_rope_BSR.unsqueeze(2), metadata.cos_BSP, metadata.sin_BSP).squeeze(2)
         return self.kv_a_layernorm(latent_BSC), k_rope_BSR
 
     def _attend_expanded(

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from deepseek_v3.config.model_config import ModelConfig
-from deepseek_v3.mla.attention import MultiHeadLatentAttention, Placement
+from deepseek_v3.mla.attention import AttentionMetadata, MultiHeadLatentAttention
 from deepseek_v3.mla.kv_compression import LatentCache
 from deepseek_v3.moe.balance import RoutingStats
 from deepseek_v3.moe.experts import FeedForward
@@ -37,17 +37,17 @@ class DecoderLayer(nn.Module):
             self.mlp = FeedForward(config.hidden_size, config.intermediate_size)
 
     def forward(
-        self, x_BSD: Tensor, placement: Placement, cache: LatentCache | None = None
+        self, x_BSD: Tensor, metadata: AttentionMetadata, cache: LatentCache | None = None
     ) -> tuple[Tensor, RoutingStats | None]:
         """(B, S, D) to (B, S, D), and what the router did where the layer has one."""
-        x_BSD, normed_BSD = self.attend(x_BSD, placement, cache)
+        x_BSD, normed_BSD = self.attend(x_BSD, metadata, cache)
         y_BSD = self.run_feed_forward(self.mlp, normed_BSD)
         y_BSD, stats = y_BSD if isinstance(y_BSD, tuple) else (y_BSD, None)
         return x_BSD + y_BSD, stats
 
     def attend(
-        self, x_BSD: Tensor, placement: Placement, cache: LatentCache | None = None
+        self, x_BSD: Tensor, metadata: AttentionMetadata, cache: LatentCache | None = None
     ) -> tuple[Tensor, Tensor]:
         """The first half of the layer: its result (B, S, D), and the same normed for the feed-forward network."""
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), placement, cache)
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), metadata, cache)
         return x_BSD, self.post_attention_layernorm(x_BSD)

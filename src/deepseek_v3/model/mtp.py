@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_v3.config.model_config import ModelConfig
-from deepseek_v3.mla.attention import Placement
+from deepseek_v3.mla.attention import AttentionMetadata
 from deepseek_v3.model.block import DecoderLayer
 from deepseek_v3.moe.balance import RoutingStats
 from deepseek_v3.ops.layers import Linear, RMSNorm
@@ -27,9 +27,9 @@ class PredictionLayer(DecoderLayer):
         self.shared_head = nn.ModuleDict({"norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
 
     def forward(  # type: ignore[override]  # a prediction layer is never run in place of a main one
-        self, hidden_BSD: Tensor, embedded_BSD: Tensor, placement: Placement
+        self, hidden_BSD: Tensor, embedded_BSD: Tensor, metadata: AttentionMetadata
     ) -> tuple[Tensor, RoutingStats | None]:
         """States of the depth before at positions i, embeddings of tokens i + k; to this depth's states."""
         joined_BSX = torch.cat((self.enorm(embedded_BSD), self.hnorm(hidden_BSD)), dim=-1)
-        y_BSD, stats = super().forward(self.eh_proj(joined_BSX), placement)
+        y_BSD, stats = super().forward(self.eh_proj(joined_BSX), metadata)
         return self.shared_head["norm"](y_BSD), stats

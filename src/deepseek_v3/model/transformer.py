@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepseek_v3.config.model_config import ModelConfig
-from deepseek_v3.mla.attention import Placement
+from deepseek_v3.mla.attention import AttentionMetadata
 from deepseek_v3.mla.kv_compression import LatentCache
 from deepseek_v3.mla.rotary import rotary_tables
 from deepseek_v3.model.block import DecoderLayer, call_directly
@@ -85,8 +85,8 @@ class DeepSeekV3(nn.Module):
 
     def final_states(self, tokens_BS: Tensor, cache: LatentCache | None = None) -> Tensor:
         """The states (B, S, D) that the head reads, with a cache as in `forward`."""
-        placement = self.placement(tokens_BS) if cache is None else self._continued(tokens_BS, cache)
-        x_BSD, _ = self.run_layers(self.embed(tokens_BS), placement, cache=cache)
+        metadata = self.attention_metadata(tokens_BS) if cache is None else self._continued(tokens_BS, cache)
+        x_BSD, _ = self.run_layers(self.embed(tokens_BS), metadata, cache=cache)
         return self.model.norm(x_BSD)
 
     def hidden_states(
@@ -97,12 +97,12 @@ class DeepSeekV3(nn.Module):
         `documents_BS` int64 numbers the document of each token; tokens then see only their own document. Without
         `predict` the prediction layers do not run.
         """
-        placement, embedded_BSD = self.placement(tokens_BS, documents_BS), self.embed(tokens_BS)
-        x_BSD, routing = self.run_layers(embedded_BSD, placement)
+        metadata, embedded_BSD = self.attention_metadata(tokens_BS, documents_BS), self.embed(tokens_BS)
+        x_BSD, routing = self.run_layers(embedded_BSD, metadata)
         main_BSD = self.model.norm(x_BSD)
         if not predict:
             return HiddenStates(main_BSD, [], routing)
-        predictions, more = self.run_predictions(main_BSD, embedded_BSD, placement)
+        predictions, more = self.run_predictions(main_BSD, embedded_BSD, metadata)
         return HiddenStates(main_BSD, predictions, routing + more)
 
     def keep_predictions(self, depth: int) -> None:
@@ -110,11 +110,11 @@ class DeepSeekV3(nn.Module):
         self.config = self.config.model_copy(update={"num_nextn_predict_layers": depth})
         del self.model.layers[self.config.num_hidden_layers + depth :]
 
-    def placement(self, tokens_BS: Tensor, documents_BS: Tensor | None = None) -> Placement:
+    def attention_metadata(self, tokens_BS: Tensor, documents_BS: Tensor | None = None) -> AttentionMetadata:
         """Where the tokens of sequences stand that begin with their first token."""
         positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)[None]
         allowed_BSS = None if documents_BS is None else _same_document(documents_BS)
-        return Placement(positions_BS, *rotary_tables(positions_BS, self.config), allowed_BSS)
+        return AttentionMetadata(positions_BS, *rotary_tables(positions_BS, self.config), allowed_BSS)
 
     def embed(self, tokens_BS: Tensor) -> Tensor:
         """The states (B, S, D) that enter the first layer."""
@@ -122,17 +122,21 @@ class DeepSeekV3(nn.Module):
         return embedded_BSD if self.compute_dtype is None else embedded_BSD.to(self.compute_dtype)
 
     def run_layers(
-        self, x_BSD: Tensor, placement: Placement, layers: range | None = None, cache: LatentCache | None = None
+        self,
+        x_BSD: Tensor,
+        metadata: AttentionMetadata,
+        layers: range | None = None,
+        cache: LatentCache | None = None,
     ) -> tuple[Tensor, list[RoutingStats]]:
         """States (B, S, D) through some layers of the main model, or all, and what their routers did."""
         routing: list[RoutingStats] = []
         for layer in range(self.config.num_hidden_layers) if layers is None else layers:
-            x_BSD, stats = self.run_layer(self.model.layers[layer], x_BSD, placement, cache)
+            x_BSD, stats = self.run_layer(self.model.layers[layer], x_BSD, metadata, cache)
             routing += [stats] if stats else []
         return x_BSD, routing
 
     def run_predictions(
-        self, main_BSD: Tensor, embedded_BSD: Tensor, placement: Placement
+        self, main_BSD: Tensor, embedded_BSD: Tensor, metadata: AttentionMetadata
     ) -> tuple[list[Tensor], list[RoutingStats]]:
         """The states of every prediction depth, from the main model's and the embeddings of the same tokens."""
         predictions: list[Tensor] = []
@@ -140,15 +144,15 @@ class DeepSeekV3(nn.Module):
         hidden_BSD, length = main_BSD, main_BSD.shape[1]
         for depth, layer in enumerate(self.model.layers[self.config.num_hidden_layers :], start=1):
             hidden_BSD, stats = self.run_layer(
-                layer, hidden_BSD[:, :-1], embedded_BSD[:, depth:], _shortened(placement, length - depth)
+                layer, hidden_BSD[:, :-1], embedded_BSD[:, depth:], _shortened(metadata, length - depth)
             )
             predictions.append(hidden_BSD)
             routing += [stats] if stats else []
         return predictions, routing
 
-    def _continued(self, tokens_BS: Tensor, cache: LatentCache) -> Placement:
+    def _continued(self, tokens_BS: Tensor, cache: LatentCache) -> AttentionMetadata:
         positions_BS = cache.next_positions(tokens_BS.shape[1])
-        return Placement(positions_BS, *rotary_tables(positions_BS, self.config))
+        return AttentionMetadata(positions_BS, *rotary_tables(positions_BS, self.config))
 
 
 def _same_document(documents_BS: Tensor) -> Tensor:
@@ -157,11 +161,11 @@ def _same_document(documents_BS: Tensor) -> Tensor:
     return same_BSS & torch.ones_like(same_BSS[0]).tril()
 
 
-def _shortened(placement: Placement, length: int) -> Placement:
-    allowed_BSS = placement.allowed_BSS
-    return Placement(
-        placement.positions_BS[:, :length],
-        placement.cos_BSP[:, :length],
-        placement.sin_BSP[:, :length],
+def _shortened(metadata: AttentionMetadata, length: int) -> AttentionMetadata:
+    allowed_BSS = metadata.allowed_BSS
+    return AttentionMetadata(
+        metadata.positions_BS[:, :length],
+        metadata.cos_BSP[:, :length],
+        metadata.sin_BSP[:, :length],
         None if allowed_BSS is None else allowed_BSS[:, :length, :length],
     )

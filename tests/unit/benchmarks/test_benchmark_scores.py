@@ -11,11 +11,11 @@ import pytest
 from helpers import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-import measuring
+import process_stats
 from corpus import DOCUMENTS, Document, write_shards
-from growing import write_grown
-from measuring import measured
 from near_duplicates import Decisions, connected, score, systems
+from process_stats import run_and_measure
+from synthetic_corpus import write_synthetic_corpus
 
 
 def write_corpus(folder: Path, texts: list[str]) -> Path:
@@ -76,7 +76,7 @@ def test_ours_runs_on_a_corpus(tmp_path):
     output = tmp_path / "output"
     output.mkdir()
     ours = systems(tmp_path, 1)["ours"]
-    assert measured(ours.command(corpus, output)).seconds > 0
+    assert run_and_measure(ours.command(corpus, output)).seconds > 0
     clusters, kept = ours.decisions(corpus, output)
     assert kept.tolist() == [True, False, True, False]
     assert clusters[0] == clusters[1] == clusters[3] != clusters[2]
@@ -86,7 +86,7 @@ def test_grown_corpora_have_as_many_documents_as_asked(tmp_path):
     lines = [f"Line {number} of a text that is long enough to be drawn." for number in range(400)]
     corpus = write_corpus(tmp_path / "corpus", ["\n".join(lines)])
     for name in ("one", "other"):
-        write_grown(corpus, tmp_path / name, 500)
+        write_synthetic_corpus(corpus, tmp_path / name, 500)
     documents = [
         json.loads(line) for path in sorted((tmp_path / "one/documents").iterdir()) for line in path.open()
     ]
@@ -101,7 +101,7 @@ def test_grown_corpora_have_as_many_documents_as_asked(tmp_path):
 
 def test_memory_is_that_of_the_program_and_what_it_starts(tmp_path, monkeypatch):
     looked = tmp_path / "looked"
-    filled = measuring._filled
+    filled = process_stats._filled
 
     def look(pid):
         found = filled(pid)
@@ -109,15 +109,15 @@ def test_memory_is_that_of_the_program_and_what_it_starts(tmp_path, monkeypatch)
             looked.touch()
         return found
 
-    monkeypatch.setattr(measuring, "_filled", look)
+    monkeypatch.setattr(process_stats, "_filled", look)
     wait = f"[time.sleep(0.01) for _ in range(10_000) if not os.path.exists({str(looked)!r})]"
     child = f"import os, time; data = bytearray(60_000_000); {wait}"
     program = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], check=True)"
-    run = measured([sys.executable, "-c", program])
+    run = run_and_measure([sys.executable, "-c", program])
     assert run.seconds > 0
     assert 60 < run.peak_megabytes < 200
 
 
 def test_a_program_that_fails_shows_what_it_said():
     with pytest.raises(SystemExit, match="no such thing"):
-        measured([sys.executable, "-c", "print('no such thing'); raise SystemExit(3)"])
+        run_and_measure([sys.executable, "-c", "print('no such thing'); raise SystemExit(3)"])

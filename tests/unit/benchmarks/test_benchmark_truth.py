@@ -13,7 +13,7 @@ from helpers import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from corpus import edit
-from pairs_truth import similar_pairs
+from exact_pairs import similar_pairs
 from words import words_of
 
 from deepseek_v3.data.sample_corpora import stdlib_documents

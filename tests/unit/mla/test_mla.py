@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
 
 from deepseek_v3.config.model_config import ModelConfig, RopeScaling
-from deepseek_v3.mla.attention import MultiHeadLatentAttention, Placement
+from deepseek_v3.mla.attention import AttentionMetadata, MultiHeadLatentAttention
 from deepseek_v3.mla.kv_compression import LatentCache, expanded_width, latent_width
 from deepseek_v3.mla.rotary import inverse_frequencies, rotary_tables, softmax_scale
 from helpers.models import YARN, fill_with_noise, largest_difference, random_tokens, small_config, small_model
@@ -31,12 +31,12 @@ def attention_layer(config: ModelConfig, dtype: torch.dtype = torch.float64) -> 
     return layer.to(dtype)
 
 
-def placement_at(config: ModelConfig, positions_BS: Tensor, allowed_BSS: Tensor | None = None) -> Placement:
-    return Placement(positions_BS, *rotary_tables(positions_BS, config), allowed_BSS)
+def metadata_at(config: ModelConfig, positions_BS: Tensor, allowed_BSS: Tensor | None = None) -> AttentionMetadata:
+    return AttentionMetadata(positions_BS, *rotary_tables(positions_BS, config), allowed_BSS)
 
 
-def from_the_start(config: ModelConfig, length: int) -> Placement:
-    return placement_at(config, torch.arange(length)[None])
+def from_the_start(config: ModelConfig, length: int) -> AttentionMetadata:
+    return metadata_at(config, torch.arange(length)[None])
 
 
 def poisoned_cache(config: ModelConfig, batch_size: int, capacity: int, dtype: torch.dtype) -> LatentCache:
@@ -49,8 +49,8 @@ def poisoned_cache(config: ModelConfig, batch_size: int, capacity: int, dtype: t
 
 def decode(layer: MultiHeadLatentAttention, cache: LatentCache, x_BSD: Tensor, lengths_B: Tensor) -> Tensor:
     """One step: the new tokens of every sequence, of which the first `lengths_B` are real."""
-    placement = placement_at(layer.config, cache.next_positions(x_BSD.shape[1]))
-    out_BSD = layer(x_BSD, placement, cache)
+    metadata = metadata_at(layer.config, cache.next_positions(x_BSD.shape[1]))
+    out_BSD = layer(x_BSD, metadata, cache)
     cache.advance(lengths_B)
     return out_BSD
 

@@ -9,7 +9,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Decod
 
 from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.interop.huggingface import load_released, to_released_names
-from deepseek_v3.mla.attention import Placement
+from deepseek_v3.mla.attention import AttentionMetadata
 from deepseek_v3.mla.rotary import rotary_tables
 from deepseek_v3.model.block import DecoderLayer
 from deepseek_v3.model.transformer import DeepSeekV3
@@ -44,8 +44,8 @@ def equations_21_and_22(model: DeepSeekV3, tokens_S: Tensor, states_SD: Tensor, 
         state_D = normalised(states_SD[i], layer.hnorm.weight, config.rms_norm_eps)
         joined.append(layer.eh_proj.weight @ torch.cat((next_D, state_D)))
     positions_BS = torch.arange(len(joined))[None]
-    placement = Placement(positions_BS, *rotary_tables(positions_BS, config))
-    out_BSD, _ = DecoderLayer.forward(layer, torch.stack(joined)[None], placement)
+    metadata = AttentionMetadata(positions_BS, *rotary_tables(positions_BS, config))
+    out_BSD, _ = DecoderLayer.forward(layer, torch.stack(joined)[None], metadata)
     final_D = layer.shared_head["norm"].weight
     return torch.stack([normalised(out_D, final_D, config.rms_norm_eps) for out_D in out_BSD[0]])
 

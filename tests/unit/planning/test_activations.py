@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from deepseek_v3.config.model_config import ModelConfig
-from deepseek_v3.mla.attention import Placement
+from deepseek_v3.mla.attention import AttentionMetadata
 from deepseek_v3.mla.rotary import rotary_tables
 from deepseek_v3.model.block import DecoderLayer
 from deepseek_v3.model.mtp import PredictionLayer
@@ -75,7 +75,7 @@ def _held(model: ModelConfig, kind: LayerKind, dtype: torch.dtype, batch: int, l
     layer = _layer(model, kind)
     fill_with_noise(layer)
     positions_BS = torch.arange(length)[None]
-    placement = Placement(positions_BS, *rotary_tables(positions_BS, model))
+    metadata = AttentionMetadata(positions_BS, *rotary_tables(positions_BS, model))
     inputs = [
         torch.randn(batch, length, model.hidden_size).to(dtype).requires_grad_()
         for _ in range(2 if kind == "prediction" else 1)
@@ -87,8 +87,8 @@ def _held(model: ModelConfig, kind: LayerKind, dtype: torch.dtype, batch: int, l
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _CastsOfParameters() as casts:
-        output, _ = layer(*inputs, placement)
-    given = _storages([*layer.parameters(), *inputs, *placement[:3]])
+        output, _ = layer(*inputs, metadata)
+    given = _storages([*layer.parameters(), *inputs, *metadata[:3]])
     held = {place: size for place, size in _storages([*saved, output]).items() if place not in given}
     copies = {place: size for place, size in held.items() if place in _storages(casts.copies)}
     return (sum(held.values()) - sum(copies.values())) / (batch * length), sum(copies.values())

@@ -71,9 +71,9 @@ class Stage(nn.Module):
         inputs_BS = tokens_BX[:, :-1]
         documents_BX = self.documents(tokens_BX)
         documents_BS = None if documents_BX is None else documents_BX[:, :-1]
-        placement = self.model.placement(inputs_BS, documents_BS)
+        metadata = self.model.attention_metadata(inputs_BS, documents_BS)
         x_BSD = self.model.embed(inputs_BS) if self.is_first else x
-        x_BSD, routing = self.model.run_layers(x_BSD, placement, self.layers)
+        x_BSD, routing = self.model.run_layers(x_BSD, metadata, self.layers)
         if not self.is_last:
             zero = torch.zeros((), device=x_BSD.device)
             balance, counts = sum_of_balance(routing, zero), stacked_counts(routing, self._experts, x_BSD.device)
@@ -82,7 +82,7 @@ class Stage(nn.Module):
             return _AlsoLoss.apply(x_BSD, self.share * total) if total.requires_grad else x_BSD
         states = HiddenStates(self.model.model.norm(x_BSD), [], routing)
         if self.predicts and self.model.config.num_nextn_predict_layers:
-            predictions, more = self.model.run_predictions(states.main_BSD, self.model.embed(inputs_BS), placement)
+            predictions, more = self.model.run_predictions(states.main_BSD, self.model.embed(inputs_BS), metadata)
             states = HiddenStates(states.main_BSD, predictions, routing + more)
         losses = losses_of(
             self.model,

@@ -12,7 +12,7 @@ from typing import NamedTuple
 _INTERVAL = 0.2  # seconds between two looks at the memory
 
 
-class Measured(NamedTuple):
+class ProcessStats(NamedTuple):
     """Wall-clock time, start and end of the program included, and the most memory at any look, in 10^6 bytes.
 
     Memory is what the processes themselves filled. Files that are mapped into it do not count: the system takes
@@ -23,7 +23,7 @@ class Measured(NamedTuple):
     peak_megabytes: float
 
 
-def measured(command: Sequence[str | Path]) -> Measured:
+def run_and_measure(command: Sequence[str | Path]) -> ProcessStats:
     """Runs a command, which must succeed. Its output is shown where it fails."""
     start = time.perf_counter()
     process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -34,7 +34,7 @@ def measured(command: Sequence[str | Path]) -> Measured:
     peak.stop()
     if process.returncode:
         raise SystemExit(f"{' '.join(map(str, command))}\n{output.decode(errors='replace')}")
-    return Measured(seconds, peak.bytes / 1e6)
+    return ProcessStats(seconds, peak.bytes / 1e6)
 
 
 class _Peak(threading.Thread):

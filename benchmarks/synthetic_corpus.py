@@ -12,7 +12,7 @@ LENGTH = 1200  # characters of a document, about
 COPIES = 0.1  # share of documents that are near copies of the one before, with 1 % of its words edited
 
 
-def write_grown(corpus: Path, output: Path, documents: int, seed: int = 0) -> None:
+def write_synthetic_corpus(corpus: Path, output: Path, documents: int, seed: int = 0) -> None:
     """Writes `documents` documents, each of lines drawn at random from all of a corpus, in eight shards."""
     chooser = Random(seed)
     lines = [line for document in read_corpus(corpus) for line in document.text.splitlines() if len(line) > 40]

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def surroundings(*packages: str, commit: str | None = None) -> dict[str, object]:
+def environment(*packages: str, commit: str | None = None) -> dict[str, object]:
     """For the head of a result file; `commit` where the code was copied without its history."""
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),

@@ -1,4 +1,4 @@
-"""All pairs of near duplicates in a corpus, exactly: `python benchmarks/pairs_truth.py FOLDER`.
+"""All pairs of near duplicates in a corpus, exactly: `python benchmarks/exact_pairs.py FOLDER`.
 
 Two documents are alike from a Jaccard similarity of 0.8 on between their sets of five consecutive words; words are
 those of words.py. Nothing is hashed and nothing is estimated. Beside the corpus,
