@@ -17,7 +17,7 @@ SHEET = ["preliminary_cleaning", "deduplication", "quality_filtering"]
 
 def pipeline_config(source: object, output: Path, pipeline: list[str], **fields: Any) -> PreprocessConfig:
     """A run in small pieces, so that a small corpus has many of them."""
-    small = {"piece_size": "64KB", "shard_size": "200KB", "max_record_size": "1MB", "workers": 1}
+    small = {"work_unit_size": "64KB", "shard_size": "200KB", "max_record_size": "1MB", "workers": 1}
     paths = {"input_path": source, "output_dir": str(output), "pipeline": pipeline}
     return section_from_dict(PreprocessConfig, {**small, **paths, **fields}, "test")
 

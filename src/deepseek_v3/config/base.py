@@ -1,12 +1,10 @@
-"""What every section of a configuration has in common, and the types of its numbers.
-
-FOLDED: What the options of every stage of the data pipeline have in common.
-"""
+"""The base class of every section of a configuration, and the types of its numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -64,7 +62,49 @@ NonNegativeFloat = Annotated[Real, Field(ge=0)]
 Fraction = Annotated[Real, Field(ge=0, le=1)]
 
 
-class StageConfig(Section):
-    """`alarm`: the share of its documents that a stage may remove before the run warns of it."""
+@dataclass(frozen=True)
+class RenamedFrom:
+    """Metadata of a field: the name under which version 0.1 knew it. A file that uses that name is refused."""
 
-    alarm: Annotated[Real, Field(gt=0, le=1)] = 0.5
+    name: str
+
+
+# The share of its documents that a stage may drop before the run warns.
+DropWarning = Annotated[Real, Field(gt=0, le=1), RenamedFrom("alarm")]
+
+
+class StageConfig(Section):
+    """The options that every stage of the data pipeline has.
+
+    `max_drop_warning`: the share of its documents that the stage may drop before the run warns.
+    """
+
+    max_drop_warning: DropWarning = 0.5
+
+
+def renamed_fields(section: type[BaseModel]) -> dict[str, str]:
+    """The present name of each renamed field of a section, by its former name."""
+    return {
+        metadata.name: name
+        for name, field in section.model_fields.items()
+        for metadata in field.metadata
+        if isinstance(metadata, RenamedFrom)
+    }
+
+
+def with_present_names(section: type[BaseModel], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a section, and of the sections in it, as a former version stored them, under present names."""
+    renamed = renamed_fields(section)
+    present = {renamed.get(name, name): value for name, value in fields.items()}
+    for name, value in present.items():
+        inner = subsection(section, name)
+        if inner is not None and isinstance(value, Mapping):
+            present[name] = with_present_names(inner, value)
+    return present
+
+
+def subsection(section: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """The class of the section that the field `name` of a section holds; None where it holds a plain value."""
+    field = section.model_fields.get(name)
+    kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)

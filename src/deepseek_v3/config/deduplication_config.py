@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from deepseek_v3.config.base import Fraction, Integer, NonNegativeInt, PositiveInt, Real, StageConfig
+from deepseek_v3.config.base import Fraction, Integer, NonNegativeInt, PositiveInt, Real, RenamedFrom, StageConfig
 
 # The least probability with which two documents exactly as similar as the threshold become candidates.
 _LEAST_CANDIDATE_PROBABILITY = 0.94
@@ -33,7 +33,7 @@ class DeduplicationConfig(StageConfig):
     more: for 128 values and 0.8 there are 16 bands of 8. `seed` draws the permutations.
 
     A chain of alike documents is one cluster, of which the earliest is kept, as far as its members are
-    `kept_threshold` alike to that one; null is the threshold less 0.1. With the threshold itself a document is
+    `cluster_threshold` alike to that one; null is the threshold less 0.1. With the threshold itself a document is
     dropped only if it is alike to the one that is kept; 0 follows every chain to its end.
 
     `accelerator: auto` takes Numba where it is installed; results are the same bit for bit.
@@ -44,7 +44,7 @@ class DeduplicationConfig(StageConfig):
 
     num_perm: Annotated[Integer, Field(ge=16, le=2048)] = 128
     threshold: Annotated[Real, Field(gt=0, le=1)] = 0.8
-    kept_threshold: Fraction | None = None
+    cluster_threshold: Annotated[Fraction | None, RenamedFrom("kept_threshold")] = None
     ngram: Annotated[Integer, Field(ge=1, le=64)] = 5
     bands: PositiveInt | None = None
     seed: NonNegativeInt = 0
@@ -53,7 +53,7 @@ class DeduplicationConfig(StageConfig):
     @property
     def least_to_kept(self) -> float:
         """How alike a document must be to the one that is kept in its place."""
-        return max(self.threshold - _CHAIN, 0.0) if self.kept_threshold is None else self.kept_threshold
+        return max(self.threshold - _CHAIN, 0.0) if self.cluster_threshold is None else self.cluster_threshold
 
     def banding(self) -> tuple[int, int]:
         """Bands, and signature values (rows) in each."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from deepseek_v3.config.base import renamed_fields, subsection
 from deepseek_v3.utils.text import format_value
 
 FieldPath = tuple[str, ...]
@@ -44,7 +45,10 @@ def _explain(problem: dict[str, Any], root: type[BaseModel], path: FieldPath) ->
 
 
 def _unknown(_problem: dict[str, Any], root: type[BaseModel], path: FieldPath) -> str:
-    known = sorted(_section_at(root, path[:-1]).model_fields)
+    section = _section_at(root, path[:-1])
+    if path[-1] in (renamed := renamed_fields(section)):
+        return f"this field was renamed; use {renamed[path[-1]]}"
+    known = sorted(section.model_fields)
     close = difflib.get_close_matches(path[-1], known, n=1)
     hint = f"did you mean {close[0]}?" if close else f"known fields: {', '.join(known)}"
     return f"unknown field; {hint}"
@@ -97,7 +101,5 @@ def _section_at(root: type[BaseModel], path: FieldPath) -> type[BaseModel]:
     """The section class that holds the field at `path`, as far down as sections go."""
     section = root
     for name in path:
-        field = section.model_fields.get(name)
-        kinds = (field.annotation, *get_args(field.annotation)) if field else ()
-        section = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), section)
+        section = subsection(section, name) or section
     return section

@@ -24,7 +24,16 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
-from deepseek_v3.config.base import Fraction, Integer, NonNegativeInt, PositiveFloat, PositiveInt, Real, StageConfig
+from deepseek_v3.config.base import (
+    DropWarning,
+    Fraction,
+    Integer,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Real,
+    StageConfig,
+)
 from deepseek_v3.config.data_config import AnyPath
 from deepseek_v3.utils.text import format_value
 
@@ -211,7 +220,7 @@ class MixingConfig(StageConfig):
     as well as fresh text (Muennighoff et al. 2023, §6). `seed` chooses the documents.
     """
 
-    alarm: Annotated[Real, Field(gt=0, le=1)] = 1.0  # a token budget is meant to leave documents out
+    max_drop_warning: DropWarning = 1.0  # a token budget is meant to leave documents out
     weights: dict[str, PositiveFloat] = Field(default_factory=dict)
     tokens: PositiveInt | None = None
     for_config: AnyPath | None = None

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from deepseek_v3.config.base import PositiveFloat, PositiveInt, Section, Size
+from deepseek_v3.config.base import PositiveFloat, PositiveInt, RenamedFrom, Section, Size
 from deepseek_v3.config.data_config import Address, AnyPath
 from deepseek_v3.config.deduplication_config import DeduplicationConfig, ExactDeduplicationConfig
 from deepseek_v3.config.filter_config import (
@@ -35,14 +35,18 @@ StageName = Literal[
 class PreprocessConfig(Section):
     """One run of the data pipeline.
 
-    `pipeline` names the stages in the order in which they run; the section of a stage's name holds its options.
-    What is read: `text_field` (dots lead into objects) and `id_field` of each record, of `max_record_size` at most.
-    What the run may use: `workers` (None: every core), `memory` for all of them together (None: half of the
-    machine), `engine` (`ray_address`: a cluster to join). None of these changes what comes out.
-    Pieces of `piece_size` bytes of text are the units of work and of resuming; `shard_size` is the text of one
-    output file. `keep_keys` leaves the deduplication's keys in `keys/`, and `earlier` names finished runs with such
-    keys: what they hold counts as seen. Tokens are counted with `tokenizer` (a tokenizer.json), or without one
-    estimated from `bytes_per_token`.
+    Stages: `pipeline` names them in the order in which they run; the section with a stage's name holds its options.
+
+    Input: `text_field` and `id_field` name fields of a record (`a.b` is the field `b` of the object `a`). A record
+    may have `max_record_size` bytes. `previous_runs` are the `output_dir`s of finished runs that kept their keys:
+    their documents count as already seen by the deduplication.
+
+    Output: one file holds `shard_size` bytes of text. `keep_keys` stores the deduplication's keys in `keys/` for
+    later runs. `tokenizer` (a tokenizer.json) counts the tokens; without one, `bytes_per_token` estimates them.
+
+    Resources, none of which changes the output: `workers` (None: one per core), `memory` for all of them together
+    (None: half of the machine), `engine` and `ray_address` (the cluster to join). The input is cut into work units
+    of `work_unit_size` bytes of text; an interrupted run repeats only the unfinished ones.
     """
 
     input_path: Address | tuple[Address, ...]
@@ -53,13 +57,13 @@ class PreprocessConfig(Section):
     max_record_size: Size = 2**26
     output_format: Literal["parquet", "jsonl", "jsonl.zst", "jsonl.gz"] = "parquet"
     shard_size: Size = 2**26
-    piece_size: Size = 2**25
+    work_unit_size: Annotated[Size, RenamedFrom("piece_size")] = 2**25
     engine: Literal["local", "ray"] = "local"
     ray_address: Address | None = None
     workers: Annotated[PositiveInt, Field(le=4096)] | None = None
     memory: Size | None = None
     keep_keys: bool = False
-    earlier: tuple[AnyPath, ...] = ()
+    previous_runs: Annotated[tuple[AnyPath, ...], RenamedFrom("earlier")] = ()
     tokenizer: AnyPath | None = None
     bytes_per_token: Annotated[PositiveFloat, Field(ge=0.01, le=10_000)] = 4.0
     preliminary_cleaning: CleaningConfig = CleaningConfig()
@@ -79,8 +83,8 @@ class PreprocessConfig(Section):
             raise ValueError(f"pipeline: {', '.join(twice)} stands there twice, expected each stage once")
         if "mixing" in self.pipeline and self.pipeline[-1] != "mixing":
             raise ValueError("pipeline: mixing repeats documents, so it must be the last stage")
-        if self.earlier and not {"exact_deduplication", "deduplication"} & {*self.pipeline}:
-            raise ValueError("earlier: needs exact_deduplication or deduplication in the pipeline")
+        if self.previous_runs and not {"exact_deduplication", "deduplication"} & {*self.pipeline}:
+            raise ValueError("previous_runs: needs exact_deduplication or deduplication in the pipeline")
         if self.ray_address is not None and self.engine != "ray":
             raise ValueError("ray_address: needs engine: ray")
         return self

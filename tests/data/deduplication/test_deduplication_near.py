@@ -78,7 +78,7 @@ def test_all_pairs_are_found_that_the_bands_promise_and_few_others_linked(thresh
     truth = _true_pairs(texts, threshold)
     bands = DeduplicationConfig(threshold=threshold).banding()
     promised = sum(candidate_probability(similarity, *bands) for similarity in truth.values())
-    everything = _clusters(_run(texts, tmp_path / "all", threshold=threshold, kept_threshold=0.0))
+    everything = _clusters(_run(texts, tmp_path / "all", threshold=threshold, cluster_threshold=0.0))
     assert len(truth) > 60
     assert sum(everything[one] == everything[other] for one, other in truth) >= promised - 2
 
@@ -213,11 +213,11 @@ def test_a_chain_is_followed_no_further_than_the_kept_document_allows() -> None:
     chain = [" ".join(words[start : start + 200]) for start in range(0, 200, 12)]
     similarities = [jaccard(shingles(chain[0]), shingles(other)) for other in chain[:4]]
     assert similarities == pytest.approx([1, 0.885, 0.782, 0.690], abs=1e-3)
-    to_the_end = MinHashDeduplicator(kept_threshold=0.0).deduplicate(chain)
+    to_the_end = MinHashDeduplicator(cluster_threshold=0.0).deduplicate(chain)
     assert to_the_end.ids == [0]
     assert to_the_end.stats["largest_cluster"] == len(chain) == 17
-    assert MinHashDeduplicator(kept_threshold=1.0).deduplicate(chain).ids == list(range(0, 17, 2))
-    assert MinHashDeduplicator(kept_threshold=0.74).deduplicate(chain).ids == [0, 3, 5, 7, 9, 11, 13, 15]
+    assert MinHashDeduplicator(cluster_threshold=1.0).deduplicate(chain).ids == list(range(0, 17, 2))
+    assert MinHashDeduplicator(cluster_threshold=0.74).deduplicate(chain).ids == [0, 3, 5, 7, 9, 11, 13, 15]
 
 
 def test_an_earlier_corpus_drops_documents_by_its_keys_alone(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ STRICT = {
     **{
         name: 0.0
         for name, field in HeuristicsConfig.model_fields.items()
-        if name.startswith("max_") and "ngram" not in name
+        if name.startswith("max_") and "ngram" not in name and name != "max_drop_warning"
     },
     "max_words": 0,
     "max_word_length": 9,

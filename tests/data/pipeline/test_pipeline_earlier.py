@@ -34,7 +34,7 @@ def _new_rows() -> list[dict[str, Any]]:
 
 def test_what_an_earlier_run_holds_counts_as_seen(first: Path, tmp_path: Path) -> None:
     source = write_lines(tmp_path / "b.jsonl", _new_rows())
-    config = pipeline_config(str(source), tmp_path / "out", PIPELINE, earlier=[str(first)])
+    config = pipeline_config(str(source), tmp_path / "out", PIPELINE, previous_runs=[str(first)])
     counts = preprocess(config)["counts"]
     assert counts == {"input": 13, "kept": 10, "dropped": 3, "quarantined": 0, "copies": 0}
     dropped = {row["id"]: row for row in rows_of(tmp_path / "out", "dropped")}
@@ -48,14 +48,14 @@ def test_what_an_earlier_run_holds_counts_as_seen(first: Path, tmp_path: Path) -
 def test_a_chain_of_runs(first: Path, tmp_path: Path) -> None:
     second = tmp_path / "second"
     source = write_lines(tmp_path / "b.jsonl", _new_rows())
-    preprocess(pipeline_config(str(source), second, PIPELINE, earlier=[str(first)], keep_keys=True))
-    config = pipeline_config(str(source), tmp_path / "third", PIPELINE, earlier=[str(first), str(second)])
+    preprocess(pipeline_config(str(source), second, PIPELINE, previous_runs=[str(first)], keep_keys=True))
+    config = pipeline_config(str(source), tmp_path / "third", PIPELINE, previous_runs=[str(first), str(second)])
     assert preprocess(config)["counts"]["kept"] == 0
 
 
 def test_a_run_without_keys_is_refused(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "b.jsonl", _new_rows())
-    config = pipeline_config(str(source), tmp_path / "out", PIPELINE, earlier=[str(tmp_path)])
+    config = pipeline_config(str(source), tmp_path / "out", PIPELINE, previous_runs=[str(tmp_path)])
     with pytest.raises(DataError, match="holds no keys of exact_deduplication"):
         preprocess(config)
 
@@ -63,7 +63,7 @@ def test_a_run_without_keys_is_refused(tmp_path: Path) -> None:
 def test_keys_of_other_options_are_refused(first: Path, tmp_path: Path) -> None:
     source = write_lines(tmp_path / "b.jsonl", _new_rows())
     config = pipeline_config(
-        str(source), tmp_path / "out", ["deduplication"], earlier=[str(first)], deduplication={"ngram": 3}
+        str(source), tmp_path / "out", ["deduplication"], previous_runs=[str(first)], deduplication={"ngram": 3}
     )
     with pytest.raises(ConfigError, match=r"deduplication\.ngram = 3, and the keys in .* were made with 5"):
         preprocess(config)

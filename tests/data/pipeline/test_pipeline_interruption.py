@@ -22,7 +22,7 @@ from helpers.pipeline import digests, pipeline_config
 
 PIPELINE = ["preliminary_cleaning", "exact_deduplication", "deduplication", "heuristic_filters"]
 SCRIPT = ROOT / "scripts" / "preprocess_data.py"
-SIZES = {"piece_size": 20_000, "shard_size": 60_000, "max_record_size": 1_000_000, "workers": 2}
+SIZES = {"work_unit_size": 20_000, "shard_size": 60_000, "max_record_size": 1_000_000, "workers": 2}
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ sys.path.insert(0, {str(ROOT / "tests")!r})
 from helpers.pipeline import pipeline_config
 resource.setrlimit(resource.RLIMIT_DATA, (600_000_000, 600_000_000))
 preprocess(pipeline_config({str(tmp_path / "in")!r}, Path({str(tmp_path / "out")!r}), {PIPELINE!r}, memory="600MB",
-           piece_size="4MB", max_record_size="4MB"))
+           work_unit_size="4MB", max_record_size="4MB"))
 """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     result = subprocess.run(

@@ -63,7 +63,7 @@ def test_shards_then_merge(config: Path) -> None:
         (["--set", "mixing.tokens=many"], "expected a whole number such as"),
         (["--set", "input_path=nowhere"], "nowhere"),
         (["--set", "ray_address=auto"], "needs engine: ray"),
-        (["--set", "earlier=[x]", "--set", "pipeline=[pii]"], "needs exact_deduplication or deduplication"),
+        (["--set", "previous_runs=[x]", "--set", "pipeline=[pii]"], "needs exact_deduplication or deduplication"),
         (["--set", "deduplicaton.threshold=0.7"], "did you mean deduplication?"),
     ],
 )
@@ -102,7 +102,7 @@ def test_an_output_that_cannot_be_is_one_line(config: Path, tmp_path: Path, plac
     [
         "workers=1e6",
         "workers=1e12",
-        "piece_size=1",
+        "work_unit_size=1",
         "memory=1",
         "shard_size=0",
         "bytes_per_token=1e-320",

@@ -138,12 +138,12 @@ def test_overrides_and_files_read_counts_alike(tmp_path: Path, text: str) -> Non
     assert load_config(path, [f"training.evaluation.tokens={text}"]).training.evaluation.tokens == 10**6
     pipeline = tmp_path / "data.yaml"
     pipeline.write_text(
-        f"input_path: a\noutput_dir: b\npipeline: []\npiece_size: {text.replace('M', 'MB')}\n"
+        f"input_path: a\noutput_dir: b\npipeline: []\nwork_unit_size: {text.replace('M', 'MB')}\n"
         f"mixing:\n  tokens: {text}\n  weights: {{a: {text.replace(',', '_')}}}\n",
         encoding="utf-8",
     )
     config = load_section(PreprocessConfig, pipeline)
-    assert (config.piece_size, config.mixing.tokens, config.mixing.weights) == (10**6, 10**6, {"a": 1e6})
+    assert (config.work_unit_size, config.mixing.tokens, config.mixing.weights) == (10**6, 10**6, {"a": 1e6})
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ class Processes(Engine):
         except BrokenProcessPool:
             raise DataError(
                 "a worker process was killed, perhaps for want of memory; what it had finished is kept: run the "
-                "same command again, with fewer workers or a smaller piece_size if memory ran out"
+                "same command again, with fewer workers or a smaller work_unit_size if memory ran out"
             ) from None
         finally:
             for future in futures:

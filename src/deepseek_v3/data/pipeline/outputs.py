@@ -154,11 +154,12 @@ def _stats(
 
 def _alarm(config: PreprocessConfig, stage: dict[str, Any]) -> Iterator[dict[str, Any]]:
     given, left = stage["in"]["documents"], stage["out"]["documents"]
-    limit = getattr(config, stage["name"]).alarm
+    limit = getattr(config, stage["name"]).max_drop_warning
     if given and (given - left) / given > limit:
         share = round((given - left) / given, 4)
         _log.warning(
-            "%s removed %.1f%% of its documents, above its alarm of %.1f%%; look at the samples in report.html",
+            "%s removed %.1f%% of its documents, above its max_drop_warning of %.1f%%; look at the samples in "
+            "report.html",
             stage["name"],
             100 * share,
             100 * limit,

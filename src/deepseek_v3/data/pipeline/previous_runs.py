@@ -17,7 +17,7 @@ _INDEX = "keys.json"
 
 
 KEPT_STAGES = ("exact_deduplication", "deduplication")
-_NO_PART_OF_KEYS = ("alarm", "accelerator", "kept_threshold")
+_NO_PART_OF_KEYS = ("max_drop_warning", "accelerator", "cluster_threshold")
 
 
 def key_options(config: PreprocessConfig, stage: str) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def earlier_parts(stage: str, options: dict[str, Any], runs: Sequence[Path]) -> 
         folder = run / "keys" / stage
         if not (folder / _INDEX).exists():
             raise DataError(
-                f"earlier: {run} holds no keys of {stage}; name the output_dir of a finished run with "
+                f"previous_runs: {run} holds no keys of {stage}; name the output_dir of a finished run with "
                 f"keep_keys: true and {stage} in its pipeline"
             )
         index = read_json(folder / _INDEX)

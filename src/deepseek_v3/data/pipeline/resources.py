@@ -33,7 +33,7 @@ def units_of(files: Sequence[InputFile], piece_bytes: int) -> list[Unit]:
     pieces_at_least = sum(file.size for file in files) // piece_bytes
     if pieces_at_least > _MOST_UNITS:
         raise ConfigError(
-            f"piece_size = {piece_bytes}: cuts the input into {pieces_at_least:,} pieces, expected at most "
+            f"work_unit_size = {piece_bytes}: cuts the input into {pieces_at_least:,} pieces, expected at most "
             f"{_MOST_UNITS:,}; make the pieces larger"
         )
     units: list[Unit] = []
@@ -69,7 +69,7 @@ def workers_for(config: PreprocessConfig) -> int:
     if allowed < 1:
         raise ConfigError(
             f"memory = {format_value(config.memory)}: one worker takes about {each:,} bytes "
-            f"(piece_size = {config.piece_size}, "
+            f"(work_unit_size = {config.work_unit_size}, "
             f"max_record_size = {config.max_record_size}); allow more, or make the pieces smaller"
         )
     return min(wanted, allowed)
@@ -77,7 +77,7 @@ def workers_for(config: PreprocessConfig) -> int:
 
 def worker_memory(config: PreprocessConfig) -> int:
     """Bytes that one worker needs at most."""
-    return _WORKER_BYTES + _COPIES * max(config.piece_size, config.max_record_size)
+    return _WORKER_BYTES + _COPIES * max(config.work_unit_size, config.max_record_size)
 
 
 def memory_of(config: PreprocessConfig) -> int:

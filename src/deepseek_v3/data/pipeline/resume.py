@@ -10,6 +10,7 @@ from typing import Any
 
 import orjson
 
+from deepseek_v3.config.base import with_present_names
 from deepseek_v3.config.preprocess_config import PreprocessConfig
 from deepseek_v3.data.formats.inputs import InputFile
 from deepseek_v3.data.pipeline.run_folder import FinishedPart, Layout, is_whole, read_part
@@ -82,10 +83,11 @@ def check_same(before: dict[str, Any], now: dict[str, Any], where: Path, advice:
         raise DataError(f"{where}: was written by another version of this program; {advice}")
     _check_files("input file", before["inputs"], now["inputs"], where, advice)
     _check_files("file", before["read_by_stages"], now["read_by_stages"], where, advice)
+    config = with_present_names(PreprocessConfig, before["config"])
     for name, value in now["config"].items():
-        if before["config"].get(name) != value and _masked(before["config"].get(name)) != value:
+        if config.get(name) != value and _masked(config.get(name)) != value:
             raise DataError(
-                f"{where}: the run began with another {name}: {format_value(before['config'].get(name))}, "
+                f"{where}: the run began with another {name}: {format_value(config.get(name))}, "
                 f"now {format_value(value)}; "
                 f"set it back, choose another output_dir, or {advice}"
             )

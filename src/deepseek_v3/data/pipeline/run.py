@@ -57,7 +57,7 @@ def preprocess(
             _discard_damaged(layout, len(passes))
         with _engine(config, workers) as engine, Progress() as progress:
             run = _Run(config, layout, passes, engine, progress, resources.memory_of(config) // workers)
-            units = resources.units_of(inputs.files, config.piece_size)
+            units = resources.units_of(inputs.files, config.work_unit_size)
             if shard is not None:
                 run.read(units[shard[0] :: shard[1]])
                 return {}
@@ -85,7 +85,8 @@ class _Run:
             return
         options = ReadOptions(self.config.text_field, self.config.id_field, self.config.max_record_size)
         arguments = [
-            (unit, options, self.passes[0], self._following(0), folder, self.config.piece_size) for unit in units
+            (unit, options, self.passes[0], self._following(0), folder, self.config.work_unit_size)
+            for unit in units
         ]
         title = ", ".join(["reading", *(stage.name for stage in self.passes[0].stages)])
         sizes = {unit.number: unit.size for unit in units}
@@ -143,7 +144,8 @@ class _Run:
     def _decide(self, number: int, finished: Sequence[FinishedPart]) -> tuple[Decision, ...]:
         stages = self.passes[number].corpus
         earlier = [
-            earlier_parts(stage.name, key_options(self.config, stage.name), self.config.earlier) for stage in stages
+            earlier_parts(stage.name, key_options(self.config, stage.name), self.config.previous_runs)
+            for stage in stages
         ]
         folders = [self.layout.decisions(number, stage.name) for stage in stages]
         return decide(stages, finished, earlier, folders, self.engine, self.memory, self.progress)

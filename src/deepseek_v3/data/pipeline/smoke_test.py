@@ -46,7 +46,7 @@ def _run(folder: Path, workers: int) -> dict[str, Any]:
         "output_dir": str(folder / f"clean-{workers}"),
         "pipeline": list(_PIPELINE),
         "workers": workers,
-        "piece_size": "256KB",
+        "work_unit_size": "256KB",
         "shard_size": "1MB",
     }
     return preprocess(section_from_dict(PreprocessConfig, fields, "smoke test"))
