@@ -26,6 +26,7 @@ from deepseek_v3.training.schedule import TokenPlan
 from helpers import ROOT
 
 PAGE = (ROOT / "docs" / "CONFIGURATIONS.md").read_text(encoding="utf-8")
+FIELDS = (ROOT / "docs" / "reference" / "config_fields.md").read_text(encoding="utf-8")
 
 # Total parameters by name, and the recipe: active parameters and tokens in billions, sequences a step, steps.
 SIZES: dict[str, tuple[float, float, float, int, int]] = {
@@ -354,7 +355,8 @@ def _fields(section: type[BaseModel], prefix: str = "") -> dict[str, Any]:
         inner = next(
             (kind for kind in (field.annotation, *_arguments(field.annotation)) if _is_section(kind)), None
         )
-        found[f"{prefix}{name}"] = "required" if field.is_required() else field.default
+        default = str(field.default) if isinstance(field.default, Path) else field.default
+        found[f"{prefix}{name}"] = "required" if field.is_required() else default
         if inner is not None:
             del found[f"{prefix}{name}"]
             found |= _fields(inner, f"{prefix}{name}.")
@@ -370,16 +372,16 @@ def _is_section(kind: Any) -> bool:
 
 
 def _documented(section: str) -> dict[str, Any]:
-    """The field reference of the page: dotted paths below the section and their defaults, one for all or each."""
+    """The field reference: dotted paths below the section and their defaults, one for all or each."""
     found: dict[str, Any] = {}
-    text = PAGE.split(f"### `{section}`")[1].split("\n#")[0]
+    text = FIELDS.split(f"### `{section}`")[1].split("\n#")[0]
     for names, cell in re.findall(r"^\| (`[^|]+`) \| ([^|]+) \|", text, re.MULTILINE):
         fields, defaults = re.findall(r"`([^`]+)`", names), yaml.safe_load(f"[{cell}]")
         found |= zip(fields, defaults * len(fields) if len(defaults) == 1 else defaults, strict=True)
     return found
 
 
-@pytest.mark.parametrize("section", ["model", "training", "parallel"])
+@pytest.mark.parametrize("section", RunConfig.model_fields)
 def test_the_page_names_every_field_and_its_default(section: str) -> None:
     fields = _fields(RunConfig.model_fields[section].annotation)  # type: ignore[arg-type]
     documented = _documented(section)

@@ -533,7 +533,7 @@ def test_measurements_differ_in_what_matters() -> None:
 
 
 def test_the_documentation_prints_the_measurements() -> None:
-    page = (ROOT / "docs" / "PLANNING.md").read_text(encoding="utf-8").splitlines()
+    page = (ROOT / "docs" / "measurements" / "planning.md").read_text(encoding="utf-8").splitlines()
     for file in ("planner_points.json", "planner_held_out.json"):
         record = json.loads((RESULTS / file).read_text(encoding="utf-8"))
         device = _device(record["device"])
