@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek_v3.data.mixing import copies_for, shares_of_budget
-from deepseek_v3.data.pipeline.run import preprocess
+from deepseek_v3.data.pipeline.run import run_pipeline
 from helpers import ROOT
 from helpers.pipeline import pipeline_config, rows_of, write_lines
 
@@ -79,7 +79,7 @@ def _corpus(tmp_path: Path) -> Path:
 def test_a_mixture_on_disk(tmp_path: Path) -> None:
     options = {"weights": {"wiki/*": 3, "code/*": 1}, "tokens": 4000}
     config = pipeline_config(str(_corpus(tmp_path)), tmp_path / "out", ["mixing"], mixing=options)
-    counts = preprocess(config)["counts"]
+    counts = run_pipeline(config)["counts"]
     rows = rows_of(tmp_path / "out", "data")
     sizes = {name: sum(len(row["text"]) for row in rows if row["id"].startswith(name)) for name in ("wiki", "code")}
     assert sizes["wiki"] / sizes["code"] == pytest.approx(3, rel=0.1)
@@ -95,7 +95,7 @@ def test_a_document_of_no_listed_source_is_dropped_with_that_reason(tmp_path: Pa
     config = pipeline_config(
         str(_corpus(tmp_path)), tmp_path / "out", ["mixing"], mixing={"weights": {"wiki/*": 1}}
     )
-    assert preprocess(config)["counts"]["dropped"] == 60
+    assert run_pipeline(config)["counts"]["dropped"] == 60
     assert {row["reason"] for row in rows_of(tmp_path / "out", "dropped")} == {"no_weight"}
 
 
@@ -104,7 +104,7 @@ def test_another_seed_chooses_other_documents(tmp_path: Path) -> None:
     chosen = []
     for seed in (0, 0, 1):
         output = tmp_path / f"out-{len(chosen)}"
-        preprocess(pipeline_config(str(source), output, ["mixing"], mixing={"tokens": 1000, "seed": seed}))
+        run_pipeline(pipeline_config(str(source), output, ["mixing"], mixing={"tokens": 1000, "seed": seed}))
         chosen.append([row["id"] for row in rows_of(output, "data")])
     assert chosen[0] == chosen[1] != chosen[2]
 
@@ -113,7 +113,7 @@ def test_the_budget_of_a_model_and_the_warning_where_the_text_is_too_little(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = pipeline_config(str(_corpus(tmp_path)), tmp_path / "out", ["mixing"], mixing={"for_config": str(TINY)})
-    counts = preprocess(config)["counts"]
+    counts = run_pipeline(config)["counts"]
     assert counts["kept"] == 100
     assert counts["copies"] == 300
     assert "that is all with max_epochs = 4.0" in caplog.text

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from deepseek_v3.data.documents import record_batch
-from deepseek_v3.data.stages import CorpusStage, Part
+from deepseek_v3.data.stages import GlobalStage, NumberedPart
 
 ENOUGH = 2**28
 
@@ -33,12 +33,12 @@ def batch_of(texts: Sequence[str], first: int = 0) -> pa.RecordBatch:
     return record_batch(ids, texts, ["corpus"] * len(texts), range(1, len(texts) + 1), [None] * len(texts))
 
 
-def write_parts(stage: CorpusStage, texts: Sequence[str], cuts: Sequence[int], folder: Path) -> list[Part]:
+def write_parts(stage: GlobalStage, texts: Sequence[str], cuts: Sequence[int], folder: Path) -> list[NumberedPart]:
     """Parts of the documents, the first of which begin at 0 and at each of the `cuts`."""
     edges = [0, *sorted(cuts), len(texts)]
     parts = []
     for number, (first, end) in enumerate(pairwise(edges)):
-        part = Part(folder / f"keys{number}", folder / f"{number}.arrow", first, end - first)
+        part = NumberedPart(folder / f"keys{number}", folder / f"{number}.arrow", first, end - first)
         part.keys.mkdir(parents=True)
         table = pa.Table.from_batches([batch_of(texts[first:end], first)])
         with pa.OSFile(str(part.records), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
@@ -48,7 +48,7 @@ def write_parts(stage: CorpusStage, texts: Sequence[str], cuts: Sequence[int], f
     return parts
 
 
-def mark_removed(parts: Sequence[Part], removed: Sequence[int], folder: Path) -> list[Part]:
+def mark_removed(parts: Sequence[NumberedPart], removed: Sequence[int], folder: Path) -> list[NumberedPart]:
     """The parts, with masks of documents that an earlier stage removed."""
     masked = []
     for number, part in enumerate(parts):
@@ -59,7 +59,7 @@ def mark_removed(parts: Sequence[Part], removed: Sequence[int], folder: Path) ->
 
 
 def decide(
-    stage: CorpusStage, parts: Sequence[Part], texts: Sequence[str], folder: Path, memory: int = ENOUGH
+    stage: GlobalStage, parts: Sequence[NumberedPart], texts: Sequence[str], folder: Path, memory: int = ENOUGH
 ) -> Run:
     """Runs all steps from `match_tasks` on, and applies the decisions to documents in batches of 5."""
     folder.mkdir(parents=True)
@@ -81,7 +81,7 @@ def decide(
     return Run(figures, kept, dropped, removed, files)
 
 
-def _run(stage: CorpusStage, tasks: Sequence[Any], folder: Path, kind: str) -> list[Path]:
+def _run(stage: GlobalStage, tasks: Sequence[Any], folder: Path, kind: str) -> list[Path]:
     files = [folder / f"{kind}-{number}.npy" for number in range(len(tasks))]
     for task, file in reversed(list(zip(tasks, files, strict=True))):  # in no order that anything may rely on
         getattr(stage, task.method)(file, *task.arguments)

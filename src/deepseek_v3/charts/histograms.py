@@ -15,7 +15,7 @@ _NEARLY = 1e-9  # what rounding may take from a value that stands on an edge
 
 
 @dataclass(frozen=True)
-class Scale:
+class Axis:
     """An axis: what it is called, where a value lies on it, the value at a place, and the width of a bin there."""
 
     name: str
@@ -28,28 +28,28 @@ class Scale:
 class Histogram:
     """Documents before and after, by bin; `edges` are the limits of the bins, `ticks` indices of those to label."""
 
-    scale: Scale
+    scale: Axis
     edges: list[float]
     before: list[int]
     after: list[int]
     ticks: list[int]
 
 
-def numeric(counts: Mapping[str, int]) -> dict[float, int]:
+def numeric_counts(counts: Mapping[str, int]) -> dict[float, int]:
     """The counts of those keys that are numbers, such as "0.93" and "1.2e+02", but not "nan"."""
     return {float(key): number for key, number in counts.items() if _NUMBER.fullmatch(key)}
 
 
-def of_lengths(before: Mapping[str, int], after: Mapping[str, int]) -> Histogram | None:
+def length_histogram(before: Mapping[str, int], after: Mapping[str, int]) -> Histogram | None:
     """Counts whose keys are the floor of log2 of 1 + bytes: bin k holds 2^k - 1 to 2^(k+1) - 2 bytes."""
     if not before and not after:
         return None
-    scale = Scale("logarithmic", lambda size: math.log2(1 + size), _doubled, 1)
+    scale = Axis("logarithmic", lambda size: math.log2(1 + size), _doubled, 1)
     bins = [Counter({int(key): number for key, number in counts.items()}) for counts in (before, after)]
     return _histogram(scale, bins[0], bins[1])
 
 
-def of_numbers(before: Mapping[float, int], after: Mapping[float, int], name: str) -> Histogram:
+def number_histogram(before: Mapping[float, int], after: Mapping[float, int], name: str) -> Histogram:
     """Counts by value, of which there is at least one, on the axis that suits them and what is called `name`."""
     values = {*before, *after}
     smallest, largest = min(values), max(values)
@@ -67,7 +67,7 @@ def of_numbers(before: Mapping[float, int], after: Mapping[float, int], name: st
     return _histogram(scale, bins[0], bins[1])
 
 
-def of_words(before: Mapping[str, int], after: Mapping[str, int], most: int) -> list[tuple[str, int, int]]:
+def word_counts(before: Mapping[str, int], after: Mapping[str, int], most: int) -> list[tuple[str, int, int]]:
     """Words with their counts before and after, the frequent ones first, all beyond the first `most` as "other"."""
     ranked = sorted({*before, *after}, key=lambda word: (-before.get(word, 0), word))
     rows = [(word, before.get(word, 0), after.get(word, 0)) for word in ranked]
@@ -89,7 +89,7 @@ def median(counts: Mapping[float, int]) -> float | None:
     return None
 
 
-def _histogram(scale: Scale, before: Counter[int], after: Counter[int]) -> Histogram:
+def _histogram(scale: Axis, before: Counter[int], after: Counter[int]) -> Histogram:
     first, last = min([*before, *after]), max([*before, *after])
     bins = range(first, last + 1)
     every = next(
@@ -108,24 +108,24 @@ def _tick_steps() -> list[int]:
     return [digit * 10**power for power in range(6) for digit in (1, 2, 5)]
 
 
-def _bin(scale: Scale, value: float) -> int:
+def _bin(scale: Axis, value: float) -> int:
     return math.floor(scale.place(value) / scale.width + _NEARLY)
 
 
-def _scale(smallest: float, largest: float, name: str, narrowest: float) -> Scale:
+def _scale(smallest: float, largest: float, name: str, narrowest: float) -> Axis:
     """Logarithmic for perplexities and for positive values that span decades; from 0 on, steps that double.
 
     A linear axis has no bins narrower than `narrowest`.
     """
     if smallest > 0 and ("perplexity" in name or (largest > 1 and largest / smallest >= 100)):
         decades = math.log10(largest) - math.log10(smallest)
-        return Scale("logarithmic", math.log10, lambda place: 10**place, _width(decades, 0.1))
+        return Axis("logarithmic", math.log10, lambda place: 10**place, _width(decades, 0.1))
     if smallest == 0 and largest > 100:
         doublings = math.log2(1 + largest)
-        return Scale("logarithmic", lambda value: math.log2(1 + value), _doubled, _width(doublings, 1))
+        return Axis("logarithmic", lambda value: math.log2(1 + value), _doubled, _width(doublings, 1))
     extent = max(abs(smallest), abs(largest)) or 1
     finest = 10.0 ** (math.ceil(math.log10(extent)) - 2)  # values are counted to two digits
-    return Scale("linear", float, float, _width(largest - smallest, max(finest, narrowest)))
+    return Axis("linear", float, float, _width(largest - smallest, max(finest, narrowest)))
 
 
 def _doubled(place: float) -> float:

@@ -19,7 +19,7 @@ _HIDDEN = (
     r"\ue000-\uf8ff\ufdd0-\ufdef\ufeff\ufff9-\ufffb\ufffe\uffff\U000e0000-\U000e007f]"
 )
 
-Span: TypeAlias = tuple[int, int]  # characters from the first up to, not including, the second
+TextRange: TypeAlias = tuple[int, int]  # characters from the first up to, not including, the second
 
 
 class Html(str):
@@ -33,14 +33,14 @@ def visible(text: str) -> str:
     return re.sub(_HIDDEN, lambda match: f"[U+{ord(match[0]):04X}]", text)
 
 
-def escaped(content: str) -> Html:
+def escape(content: str) -> Html:
     """Content as markup: `Html` as it is, any other text with its signs."""
     return content if isinstance(content, Html) else Html(html.escape(visible(content), quote=False))
 
 
-def joined(contents: Iterable[str]) -> Html:
+def concat(contents: Iterable[str]) -> Html:
     """Contents one after the other."""
-    return Html("".join(map(escaped, contents)))
+    return Html("".join(map(escape, contents)))
 
 
 def element(name: str, *contents: str, **attributes: str | int | float | None) -> Html:
@@ -50,10 +50,10 @@ def element(name: str, *contents: str, **attributes: str | int | float | None) -
         for key, value in attributes.items()
         if value is not None
     )
-    return Html(f"<{name}{described}>{joined(contents)}</{name}>")
+    return Html(f"<{name}{described}>{concat(contents)}</{name}>")
 
 
-def passage(text: str, marked: Sequence[Span] = ()) -> Html:
+def passage(text: str, marked: Sequence[TextRange] = ()) -> Html:
     """Text of a document with the ascending spans highlighted and its hidden characters set apart."""
     pieces: list[Html] = []
     end = 0
@@ -63,7 +63,7 @@ def passage(text: str, marked: Sequence[Span] = ()) -> Html:
     return element("div", *pieces, _with_signs(text[end:]), class_="text", dir="auto")
 
 
-def shortened(text: str, characters: int) -> str:
+def truncate(text: str, characters: int) -> str:
     """At most so many characters of the text."""
     return text if len(text) <= characters else text[: characters - 1] + "…"
 
@@ -75,18 +75,18 @@ def slug(*names: str) -> str:
 
 def code(name: str) -> Html:
     """A code such as `not_json`, which may break after an underscore."""
-    pieces = [escaped(piece) for piece in re.split("(?<=_)", name)]
+    pieces = [escape(piece) for piece in re.split("(?<=_)", name)]
     return element("code", Html("<wbr>".join(pieces)))
 
 
-class Body(NamedTuple):
+class TableBody(NamedTuple):
     """Rows of a table that belong together, and what stands above them."""
 
     rows: Sequence[Sequence[str]]
     heading: str | None = None
 
 
-def table(caption: str, header: Sequence[str], *bodies: Body, left: Sequence[int] = ()) -> Html:
+def html_table(caption: str, header: Sequence[str], *bodies: TableBody, left: Sequence[int] = ()) -> Html:
     """A table that can be moved sideways where it is too wide.
 
     Columns are aligned to the right, but for the first and those in `left`.
@@ -101,7 +101,7 @@ def table(caption: str, header: Sequence[str], *bodies: Body, left: Sequence[int
     return element("div", content, class_="scroll", role="region", tabindex=0, aria_label=caption)
 
 
-def _body(body: Body, columns: int, left: Sequence[int]) -> Html:
+def _body(body: TableBody, columns: int, left: Sequence[int]) -> Html:
     heading = element("th", body.heading, scope="rowgroup", colspan=columns) if body.heading else None
     rows = [
         element(
@@ -120,7 +120,7 @@ def _side(column: int, left: Sequence[int]) -> str | None:
 
 def _with_signs(text: str) -> Html:
     pieces = re.split(f"({_HIDDEN}+)", text)
-    return joined(element("i", visible(piece)) if index % 2 else piece for index, piece in enumerate(pieces))
+    return concat(element("i", visible(piece)) if index % 2 else piece for index, piece in enumerate(pieces))
 
 
 _STEPS = ("", "k", "M", "G", "T", "P", "E")
@@ -173,5 +173,5 @@ def figure(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     if isinstance(value, list):
-        return shortened(", ".join(map(figure, value)), _WORD_CHARACTERS)
-    return shortened(str(value), _WORD_CHARACTERS)
+        return truncate(", ".join(map(figure, value)), _WORD_CHARACTERS)
+    return truncate(str(value), _WORD_CHARACTERS)

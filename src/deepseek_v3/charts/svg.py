@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from deepseek_v3.charts.histograms import Histogram
-from deepseek_v3.charts.markup import Body, Html, count, element, joined, scaled, table
+from deepseek_v3.charts.markup import Html, TableBody, concat, count, element, html_table, scaled
 
 _PLOT = 180  # pixels from the axis to the top
 _TOP, _BELOW = 10, 26  # pixels above the plot, and below it for the ticks
@@ -26,7 +26,7 @@ def bar(*parts: tuple[str, float]) -> Html:
     return element("svg", *rectangles, class_="bar", aria_hidden="true")
 
 
-def bars_before_after(before: float, after: float) -> Html:
+def before_after_bars(before: float, after: float) -> Html:
     """Two thin bars, one above the other: shares of the longest."""
     return element(
         "svg",
@@ -69,10 +69,10 @@ def histogram_chart(
         height=_TOP + _PLOT + _BELOW,
         aria_labelledby=f"{key}-title {key}-desc",
     )
-    numbers = table(
+    numbers = html_table(
         title,
         [f"{unit}, from – below", "before", "after"],
-        Body([(name, count(before), count(after)) for name, before, after in rows]),
+        TableBody([(name, count(before), count(after)) for name, before, after in rows]),
     )
     return element(
         "figure",
@@ -91,7 +91,7 @@ def _grid(top: int) -> Html:
         lines.append(element("line", class_="grid", x1="0", x2="100%", y1=_short(y), y2=_short(y)))
         label = scaled(top * step / _GRID_LINES, "").replace(".0", "")
         lines.append(element("text", label, x=-8, y=_short(y + 4), text_anchor="end"))
-    return joined(lines)
+    return concat(lines)
 
 
 def _plot(histogram: Histogram, top: int) -> Html:
@@ -128,12 +128,12 @@ def _ticks(histogram: Histogram, edge: Callable[[float], str]) -> Html:
         bottom = _TOP + _PLOT
         ticks.append(element("line", class_="tick", x1=x, x2=x, y1=bottom, y2=bottom + 5))
         ticks.append(element("text", edge(histogram.edges[index]), x=x, y=bottom + 20, text_anchor="middle"))
-    return joined(ticks)
+    return concat(ticks)
 
 
 def _hints(rows: Sequence[tuple[str, int, int]]) -> Html:
     """Invisible fields that tell the numbers of the bin below the pointer."""
-    return joined(
+    return concat(
         element(
             "rect",
             element("title", f"{name}: {count(before)} before, {count(after)} after"),

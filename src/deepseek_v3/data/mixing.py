@@ -16,7 +16,7 @@ from deepseek_v3.config.filter_config import MixingConfig
 from deepseek_v3.config.loading import load_config, section_from_dict
 from deepseek_v3.data.arrays import BoolArray, Float64Array, Int32Array, Int64Array, UInt64Array
 from deepseek_v3.data.documents import RECORDS, with_column
-from deepseek_v3.data.stages import CorpusStage, Drop, Outcome, Part, outcome
+from deepseek_v3.data.stages import Drop, GlobalStage, NumberedPart, Outcome, outcome
 from deepseek_v3.data.tokens.counting import TokenCounter
 from deepseek_v3.planning.token_budget import budget_in_tokens
 from deepseek_v3.utils.logging import get_logger
@@ -27,7 +27,7 @@ _NO_SOURCE = -1
 _log = get_logger("Mixing")
 
 
-class Mixer(CorpusStage):
+class Mixer(GlobalStage):
     """Repeats and leaves out whole documents so that sources have their weights and the corpus its size.
 
     Options are the fields of `MixingConfig`; `counter` says how many tokens a text is. A document's source is the
@@ -61,7 +61,7 @@ class Mixer(CorpusStage):
 
     @override
     def resolve(
-        self, parts: Sequence[Part], matches: Sequence[Path], refined: Sequence[Path], folder: Path
+        self, parts: Sequence[NumberedPart], matches: Sequence[Path], refined: Sequence[Path], folder: Path
     ) -> dict[str, Any]:
         tokens, order, sources = (_joined(parts, name) for name in ("tokens", "order", "sources"))
         present = ~np.concatenate([part.removed_rows() for part in parts])
@@ -101,7 +101,7 @@ class Mixer(CorpusStage):
         return Outcome(_repeated(result.kept, copies[result.kept_rows]), result.kept_rows, result.dropped)
 
     @override
-    def removed(self, parts: Sequence[Part], folder: Path) -> BoolArray:
+    def removed(self, parts: Sequence[NumberedPart], folder: Path) -> BoolArray:
         return np.load(folder / "copies.npy") == 0
 
     def _source(self, name: str) -> int:
@@ -176,5 +176,5 @@ def _repeated(kept: pa.RecordBatch, copies: Int64Array) -> pa.RecordBatch:
     return with_column(repeated, RECORDS.field("id"), named)
 
 
-def _joined(parts: Sequence[Part], name: str) -> Any:
+def _joined(parts: Sequence[NumberedPart], name: str) -> Any:
     return np.concatenate([np.load(part.keys / f"{name}.npy") for part in parts])

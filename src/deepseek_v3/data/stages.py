@@ -108,7 +108,7 @@ class Stage(ABC):
 
         Raises DataError where one of them is no document.
         """
-        collected = Collected()
+        collected = FilteredBuilder()
         for given in given_batches(documents):
             result = self.apply(given.records)
             rows = np.flatnonzero(result.kept_rows).tolist()
@@ -118,7 +118,7 @@ class Stage(ABC):
         return collected.result()
 
 
-class Collected:
+class FilteredBuilder:
     """Gathers what is kept of batch after batch."""
 
     def __init__(self) -> None:
@@ -158,7 +158,7 @@ class Collected:
 
 
 @dataclass(frozen=True)
-class Part:
+class NumberedPart:
     """A run of documents of the corpus, as a CorpusStage sees it once their keys are written.
 
     The documents of all parts are numbered in order: this part's are `first` to `first + rows - 1`. `keys` is the
@@ -178,7 +178,7 @@ class Part:
         return np.zeros(self.rows, np.bool_) if self.removed is None else np.load(self.removed)
 
 
-def split_by_part(parts: Sequence[Part], documents: Int64Array) -> list[tuple[Part, Int64Array]]:
+def group_by_part(parts: Sequence[NumberedPart], documents: Int64Array) -> list[tuple[NumberedPart, Int64Array]]:
     """The parts that any of the documents belong to, with the indices of those documents."""
     owners = np.searchsorted([part.first + part.rows for part in parts], documents, side="right")
     order = np.argsort(owners, kind="stable")
@@ -194,7 +194,7 @@ class Task:
     arguments: tuple[Any, ...]
 
 
-class CorpusStage(ABC):
+class GlobalStage(ABC):
     """A stage that judges a document by all the others, in steps of bounded memory.
 
     1. `write_keys`, for each part: what has to be known of its documents. Pure.
@@ -212,17 +212,17 @@ class CorpusStage(ABC):
     def write_keys(self, table: pa.Table, folder: Path) -> None:
         """Writes the keys of a part's documents (`RECORDS`) into an empty folder."""
 
-    def match_tasks(self, parts: Sequence[Part], memory: int) -> list[Task]:  # noqa: ARG002
+    def match_tasks(self, parts: Sequence[NumberedPart], memory: int) -> list[Task]:  # noqa: ARG002
         """Tasks none of which needs more than `memory` bytes, where that is possible at all."""
         return []
 
-    def refine_tasks(self, parts: Sequence[Part], memory: int, matches: Sequence[Path]) -> list[Task]:  # noqa: ARG002
+    def refine_tasks(self, parts: Sequence[NumberedPart], memory: int, matches: Sequence[Path]) -> list[Task]:  # noqa: ARG002
         """Tasks made from the files of the match tasks, in their order; often none."""
         return []
 
     @abstractmethod
     def resolve(
-        self, parts: Sequence[Part], matches: Sequence[Path], refined: Sequence[Path], folder: Path
+        self, parts: Sequence[NumberedPart], matches: Sequence[Path], refined: Sequence[Path], folder: Path
     ) -> dict[str, Any]:
         """Writes the decisions into an empty folder. Returns figures for the report, as JSON."""
 
@@ -240,7 +240,7 @@ class CorpusStage(ABC):
         """
 
     @abstractmethod
-    def removed(self, parts: Sequence[Part], folder: Path) -> BoolArray:
+    def removed(self, parts: Sequence[NumberedPart], folder: Path) -> BoolArray:
         """Which of all documents the decisions in `folder` remove."""
 
     @property

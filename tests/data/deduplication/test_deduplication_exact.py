@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from deepseek_v3.data.deduplication import ExactDeduplicator, repeated_hashes
 from deepseek_v3.data.deduplication.normalization import normalize, normalized_hashes
 from deepseek_v3.data.documents import Document
-from deepseek_v3.data.stages import Part
+from deepseek_v3.data.stages import NumberedPart
 from deepseek_v3.utils.errors import ConfigError, DataError
 from helpers.deduplication import decide, mark_removed, write_parts
 
@@ -157,7 +157,7 @@ def test_hashes_that_agree_in_their_first_half_alone_are_different(tmp_path: Pat
     hashes = np.array([[7, 1], [7, 2], [5, 1], [7, 1], [7, 2], [7, 3]], np.uint64)
     rows = np.arange(6, dtype=np.uint32)
     repeated_hashes.write_keys(tmp_path, hashes, rows, np.zeros_like(rows))
-    found = repeated_hashes.find_repeats([Part(tmp_path, None, 10, 6)], 0, 2**64)
+    found = repeated_hashes.find_repeats([NumberedPart(tmp_path, None, 10, 6)], 0, 2**64)
     assert sorted(found.tolist()) == [(13, 0, 10), (14, 0, 11)]
 
 

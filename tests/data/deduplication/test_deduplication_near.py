@@ -18,7 +18,7 @@ from deepseek_v3.config.deduplication_config import DeduplicationConfig, candida
 from deepseek_v3.data.deduplication import MinHashDeduplicator
 from deepseek_v3.data.deduplication.lsh import similar_pairs
 from deepseek_v3.data.deduplication.reference import jaccard, shingles
-from deepseek_v3.data.stages import Part
+from deepseek_v3.data.stages import NumberedPart
 from deepseek_v3.utils.errors import ConfigError
 from helpers.deduplication import ENOUGH, Run, decide, mark_removed, write_parts
 
@@ -229,7 +229,7 @@ def test_an_earlier_corpus_drops_documents_by_its_keys_alone(tmp_path: Path) -> 
     first, second = write_parts(stage, texts, [2], tmp_path / "parts")
     assert first.records is not None
     first.records.unlink()
-    run = decide(stage, [Part(first.keys, None, 0, 2), second], texts, tmp_path / "run")
+    run = decide(stage, [NumberedPart(first.keys, None, 0, 2), second], texts, tmp_path / "run")
     assert run.removed == [3, 4]
     assert _kept_for(run) == {3: 1, 4: 1}
     assert run.figures["documents"] == 3

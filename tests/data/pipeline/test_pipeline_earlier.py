@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from deepseek_v3.data.pipeline.run import preprocess
+from deepseek_v3.data.pipeline.run import run_pipeline
 from deepseek_v3.data.sample_corpora import documents
 from deepseek_v3.utils.errors import ConfigError, DataError
 from helpers.pipeline import pipeline_config, rows_of, write_lines
@@ -21,7 +21,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("first")
     rows = [{"id": f"old-{number}", "text": text} for number, text in enumerate(documents(60, seed=1))]
     config = pipeline_config(str(write_lines(folder / "a.jsonl", rows)), folder / "out", PIPELINE, keep_keys=True)
-    assert preprocess(config)["counts"]["kept"] == 60
+    assert run_pipeline(config)["counts"]["kept"] == 60
     return folder / "out"
 
 
@@ -35,7 +35,7 @@ def _new_rows() -> list[dict[str, Any]]:
 def test_what_an_earlier_run_holds_counts_as_seen(first: Path, tmp_path: Path) -> None:
     source = write_lines(tmp_path / "b.jsonl", _new_rows())
     config = pipeline_config(str(source), tmp_path / "out", PIPELINE, previous_runs=[str(first)])
-    counts = preprocess(config)["counts"]
+    counts = run_pipeline(config)["counts"]
     assert counts == {"input": 13, "kept": 10, "dropped": 3, "quarantined": 0, "copies": 0}
     dropped = {row["id"]: row for row in rows_of(tmp_path / "out", "dropped")}
     assert dropped["new-0"]["reason"] == "exact_duplicate"
@@ -48,16 +48,16 @@ def test_what_an_earlier_run_holds_counts_as_seen(first: Path, tmp_path: Path) -
 def test_a_chain_of_runs(first: Path, tmp_path: Path) -> None:
     second = tmp_path / "second"
     source = write_lines(tmp_path / "b.jsonl", _new_rows())
-    preprocess(pipeline_config(str(source), second, PIPELINE, previous_runs=[str(first)], keep_keys=True))
+    run_pipeline(pipeline_config(str(source), second, PIPELINE, previous_runs=[str(first)], keep_keys=True))
     config = pipeline_config(str(source), tmp_path / "third", PIPELINE, previous_runs=[str(first), str(second)])
-    assert preprocess(config)["counts"]["kept"] == 0
+    assert run_pipeline(config)["counts"]["kept"] == 0
 
 
 def test_a_run_without_keys_is_refused(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "b.jsonl", _new_rows())
     config = pipeline_config(str(source), tmp_path / "out", PIPELINE, previous_runs=[str(tmp_path)])
     with pytest.raises(DataError, match="holds no keys of exact_deduplication"):
-        preprocess(config)
+        run_pipeline(config)
 
 
 def test_keys_of_other_options_are_refused(first: Path, tmp_path: Path) -> None:
@@ -66,4 +66,4 @@ def test_keys_of_other_options_are_refused(first: Path, tmp_path: Path) -> None:
         str(source), tmp_path / "out", ["deduplication"], previous_runs=[str(first)], deduplication={"ngram": 3}
     )
     with pytest.raises(ConfigError, match=r"deduplication\.ngram = 3, and the keys in .* were made with 5"):
-        preprocess(config)
+        run_pipeline(config)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_v3.data.pipeline.run import preprocess
+from deepseek_v3.data.pipeline.run import run_pipeline
 from deepseek_v3.data.sample_corpora import write_damaged_corpus
 from deepseek_v3.utils.errors import ConfigError, DataError
 from helpers.pipeline import digests, pipeline_config
@@ -26,14 +26,14 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def expected(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     output = tmp_path_factory.mktemp("output") / "clean"
-    manifest = preprocess(pipeline_config(str(corpus), output, PIPELINE, **MIXING))
+    manifest = run_pipeline(pipeline_config(str(corpus), output, PIPELINE, **MIXING))
     assert len(manifest["outputs"]) > 2
     return digests(output)
 
 
 @pytest.mark.parametrize("workers", [2, 4])
 def test_any_number_of_workers(corpus: Path, expected: dict[str, str], tmp_path: Path, workers: int) -> None:
-    preprocess(pipeline_config(str(corpus), tmp_path / "out", PIPELINE, workers=workers, **MIXING))
+    run_pipeline(pipeline_config(str(corpus), tmp_path / "out", PIPELINE, workers=workers, **MIXING))
     assert digests(tmp_path / "out") == expected
 
 
@@ -42,31 +42,31 @@ def test_little_memory_makes_more_tasks_and_the_same_bytes(
 ) -> None:
     monkeypatch.setattr("deepseek_v3.data.pipeline.resources._WORKER_BYTES", 0)
     config = pipeline_config(str(corpus), tmp_path / "out", PIPELINE, memory=6 * 10**6, **MIXING)
-    preprocess(config)
+    run_pipeline(config)
     assert digests(tmp_path / "out") == expected
 
 
 def test_ray(corpus: Path, expected: dict[str, str], tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="needs the extra `ray`")
-    preprocess(pipeline_config(str(corpus), tmp_path / "out", PIPELINE, workers=2, engine="ray", **MIXING))
+    run_pipeline(pipeline_config(str(corpus), tmp_path / "out", PIPELINE, workers=2, engine="ray", **MIXING))
     assert digests(tmp_path / "out") == expected
 
 
 def test_shards_and_merge(corpus: Path, expected: dict[str, str], tmp_path: Path) -> None:
     config = pipeline_config(str(corpus), tmp_path / "out", PIPELINE, **MIXING)
     for share in (2, 0):
-        assert preprocess(config, shard=(share, 3)) == {}
+        assert run_pipeline(config, shard=(share, 3)) == {}
     with pytest.raises(DataError, match="pieces of the input are not read yet"):
-        preprocess(config, merge=True)
-    preprocess(config, shard=(1, 3))
-    preprocess(config, merge=True)
+        run_pipeline(config, merge=True)
+    run_pipeline(config, shard=(1, 3))
+    run_pipeline(config, merge=True)
     assert digests(tmp_path / "out") == expected
 
 
 @pytest.mark.parametrize("shard", [(3, 3), (-1, 3)])
 def test_a_share_that_cannot_be_is_refused(corpus: Path, tmp_path: Path, shard: tuple[int, int]) -> None:
     with pytest.raises(ConfigError, match="expected i/n"):
-        preprocess(pipeline_config(str(corpus), tmp_path / "out", PIPELINE), shard=shard)
+        run_pipeline(pipeline_config(str(corpus), tmp_path / "out", PIPELINE), shard=shard)
 
 
 def test_files_given_in_any_order_and_made_in_any_order(tmp_path: Path) -> None:
@@ -77,9 +77,9 @@ def test_files_given_in_any_order_and_made_in_any_order(tmp_path: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, target)
     for copy in ("one", "two"):
-        preprocess(pipeline_config(str(tmp_path / copy / "in"), tmp_path / copy / "out", PIPELINE))
+        run_pipeline(pipeline_config(str(tmp_path / copy / "in"), tmp_path / copy / "out", PIPELINE))
     assert digests(tmp_path / "one" / "out") == digests(tmp_path / "two" / "out")
     patterns = [str(tmp_path / "one" / "in" / "web"), str(tmp_path / "one" / "in" / "list.json")]
     for name, given in (("forward", patterns), ("backward", patterns[::-1])):
-        preprocess(pipeline_config(given, tmp_path / name, PIPELINE))
+        run_pipeline(pipeline_config(given, tmp_path / name, PIPELINE))
     assert digests(tmp_path / "forward") == digests(tmp_path / "backward")

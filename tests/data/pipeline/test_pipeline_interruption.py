@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deepseek_v3.data.pipeline.run import preprocess
+from deepseek_v3.data.pipeline.run import run_pipeline
 from deepseek_v3.data.sample_corpora import write_damaged_corpus
 from deepseek_v3.utils.errors import DataError
 from helpers import ROOT
@@ -35,7 +35,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def expected(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     output = tmp_path_factory.mktemp("output") / "clean"
-    preprocess(pipeline_config(str(corpus), output, PIPELINE, **{**SIZES, "workers": 1}))
+    run_pipeline(pipeline_config(str(corpus), output, PIPELINE, **{**SIZES, "workers": 1}))
     return digests(output)
 
 
@@ -81,13 +81,13 @@ def test_a_damaged_piece_is_done_again(
     corpus: Path, expected: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = pipeline_config(str(corpus), tmp_path / "out", PIPELINE, **{**SIZES, "workers": 1})
-    preprocess(config, shard=(0, 1))
+    run_pipeline(config, shard=(0, 1))
     files = sorted((tmp_path / "out" / ".work" / "pass-0").glob("*/records.arrow"))
     damaged = bytearray(files[1].read_bytes())
     damaged[len(damaged) // 2] ^= 255
     files[1].write_bytes(damaged)
     files[2].unlink()
-    preprocess(config)
+    run_pipeline(config)
     assert "2 finished pieces were damaged and are done again" in caplog.text
     assert digests(tmp_path / "out") == expected
 
@@ -100,7 +100,7 @@ def test_two_runs_in_one_folder_are_refused(corpus: Path, tmp_path: Path) -> Non
     with (tmp_path / "out" / ".work" / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(DataError, match="another process works on this run"):
-            preprocess(config)
+            run_pipeline(config)
 
 
 def test_memory_stays_below_what_is_allowed(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_v3.data.pipeline.run import preprocess
+from deepseek_v3.data.pipeline.run import run_pipeline
 from deepseek_v3.data.sample_corpora import write_damaged_corpus
 from deepseek_v3.data.stages import Outcome
 from deepseek_v3.utils.errors import ConfigError, DataError
@@ -36,7 +36,7 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, i
 @pytest.fixture(scope="module")
 def finished(damaged: tuple[Path, dict[str, int]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("output") / "clean"
-    preprocess(pipeline_config(str(damaged[0]), output, SHEET))
+    run_pipeline(pipeline_config(str(damaged[0]), output, SHEET))
     return output
 
 
@@ -97,14 +97,14 @@ def test_metadata_is_kept(finished: Path) -> None:
 
 def test_a_complete_run_is_left_as_it_is(damaged: tuple[Path, dict[str, int]], finished: Path) -> None:
     before = digests(finished)
-    manifest = preprocess(pipeline_config(str(damaged[0]), finished, SHEET, workers=2))
+    manifest = run_pipeline(pipeline_config(str(damaged[0]), finished, SHEET, workers=2))
     assert manifest == json.loads((finished / "manifest.json").read_text())
     assert digests(finished) == before
 
 
 def test_other_options_do_not_touch_a_complete_run(damaged: tuple[Path, dict[str, int]], finished: Path) -> None:
     with pytest.raises(DataError, match="began with another pipeline"):
-        preprocess(pipeline_config(str(damaged[0]), finished, ["preliminary_cleaning"]))
+        run_pipeline(pipeline_config(str(damaged[0]), finished, ["preliminary_cleaning"]))
 
 
 def test_a_folder_with_other_things_in_it_is_refused(tmp_path: Path) -> None:
@@ -112,20 +112,20 @@ def test_a_folder_with_other_things_in_it_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("mine")
     with pytest.raises(DataError, match=r"holds thesis\.tex and no unfinished run"):
-        preprocess(pipeline_config(str(source), tmp_path / "out", SHEET))
+        run_pipeline(pipeline_config(str(source), tmp_path / "out", SHEET))
 
 
 def test_a_changed_input_file_is_noticed(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "in" / "a.jsonl", [{"text": f"Document number {n}."} for n in range(9)])
     config = pipeline_config(str(tmp_path / "in"), tmp_path / "out", ["preliminary_cleaning"])
-    preprocess(config, shard=(0, 1))
+    run_pipeline(config, shard=(0, 1))
     write_lines(source, [{"text": f"Another document {n}."} for n in range(9)])
     with pytest.raises(DataError, match=r"input file a\.jsonl was changed since the run began"):
-        preprocess(config)
+        run_pipeline(config)
     write_lines(tmp_path / "in" / "b.jsonl", [{"text": "New."}])
     source.unlink()
     with pytest.raises(DataError, match=r"input file a\.jsonl is gone"):
-        preprocess(config)
+        run_pipeline(config)
 
 
 def test_a_changed_file_of_a_stage_is_noticed(tmp_path: Path) -> None:
@@ -139,13 +139,13 @@ def test_a_changed_file_of_a_stage_is_noticed(tmp_path: Path) -> None:
         ["decontamination"],
         decontamination={"evaluation": [str(tmp_path / "sets")]},
     )
-    preprocess(config, shard=(0, 1))
+    run_pipeline(config, shard=(0, 1))
     write_lines(questions, [{"text": "What else is the number of a document, and who asks?"}])
     with pytest.raises(DataError, match=r"the file .*questions\.jsonl was changed since the run began"):
-        preprocess(config)
+        run_pipeline(config)
     questions.rename(tmp_path / "sets" / "more.jsonl")
     with pytest.raises(DataError, match=r"the file .*more\.jsonl is new"):
-        preprocess(config)
+        run_pipeline(config)
 
 
 @pytest.mark.parametrize("pipeline", [[], ["preliminary_cleaning"], ["exact_deduplication"], ALL_STAGES])
@@ -159,13 +159,13 @@ def test_any_list_of_stages_runs(tmp_path: Path, pipeline: list[str]) -> None:
         pipeline,
         decontamination={"evaluation": [str(tmp_path / "evaluation.jsonl")]},
     )
-    counts = preprocess(config)["counts"]
+    counts = run_pipeline(config)["counts"]
     assert counts["input"] == 4 == counts["kept"] + counts["dropped"]
 
 
 def test_an_input_without_a_single_good_record_ends_well(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text("{\n")
-    counts = preprocess(pipeline_config(str(tmp_path / "bad.jsonl"), tmp_path / "out", SHEET))["counts"]
+    counts = run_pipeline(pipeline_config(str(tmp_path / "bad.jsonl"), tmp_path / "out", SHEET))["counts"]
     assert counts == {"input": 1, "kept": 0, "dropped": 0, "quarantined": 1, "copies": 0}
 
 
@@ -173,7 +173,7 @@ def test_a_stage_that_removes_more_than_its_alarm_is_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = write_lines(tmp_path / "a.jsonl", [{"text": "The same."} for _ in range(10)])
-    manifest = preprocess(pipeline_config(str(source), tmp_path / "out", ["exact_deduplication"]))
+    manifest = run_pipeline(pipeline_config(str(source), tmp_path / "out", ["exact_deduplication"]))
     assert manifest["alarms"] == [{"stage": "exact_deduplication", "removed": 0.9, "limit": 0.5}]
     assert "removed 90.0% of its documents" in caplog.text
 
@@ -193,18 +193,18 @@ def test_a_stage_that_loses_a_document_is_a_defect_that_shows(
     monkeypatch.setattr(PreliminaryCleaner, "apply", careless)
     source = write_lines(tmp_path / "a.jsonl", [{"text": "One document."}])
     with pytest.raises(AssertionError, match="preliminary_cleaning lost 1 documents"):
-        preprocess(pipeline_config(str(source), tmp_path / "out", ["preliminary_cleaning"]))
+        run_pipeline(pipeline_config(str(source), tmp_path / "out", ["preliminary_cleaning"]))
 
 
 def test_too_little_memory_for_one_worker_is_refused(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "a.jsonl", [{"text": "One."}])
     with pytest.raises(ConfigError, match=r"memory = 1000000: one worker takes about"):
-        preprocess(pipeline_config(str(source), tmp_path / "out", SHEET, memory="1MB"))
+        run_pipeline(pipeline_config(str(source), tmp_path / "out", SHEET, memory="1MB"))
 
 
 def test_an_input_larger_than_the_disk_is_refused(tmp_path: Path) -> None:
     with (tmp_path / "huge.jsonl").open("wb") as file:
         file.truncate(2**43)
     with pytest.raises(DataError, match="GB on disk during the run, and"):
-        preprocess(pipeline_config(str(tmp_path / "huge.jsonl"), tmp_path / "out", SHEET))
+        run_pipeline(pipeline_config(str(tmp_path / "huge.jsonl"), tmp_path / "out", SHEET))
     assert not (tmp_path / "out" / "data").exists()

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek_v3.data.documents import record_batch
-from deepseek_v3.data.pipeline.run_folder import appearing_folder, finish_part, is_whole, read_part
-from deepseek_v3.data.pipeline.stats import Tally, source_groups
+from deepseek_v3.data.pipeline.run_folder import appearing_folder, finish_part, is_intact, read_part
+from deepseek_v3.data.pipeline.stats import Stats, source_groups
 from deepseek_v3.data.stages import Drop, outcome
 
 TEXTS = st.lists(st.text(max_size=40), max_size=12)
@@ -22,14 +22,14 @@ def _batch(texts: list[str], start: int = 0) -> pa.RecordBatch:
     return record_batch([str(place) for place in places], texts, sources, places, [None] * len(texts))
 
 
-def _tally(texts: list[str], start: int) -> Tally:
-    tally = Tally()
+def _tally(texts: list[str], start: int) -> Stats:
+    stats = Stats()
     batch = _batch(texts, start)
     drops = [Drop(row, "long", {"found": len(text)}) for row, text in enumerate(texts) if len(text) > 20]
     result = outcome("length", batch, drops, {"score": [len(text) / 40 for text in texts]})
-    tally.stage("length", batch, result)
-    tally.kept(result.kept, 7 * result.kept.num_rows)
-    return tally
+    stats.stage("length", batch, result)
+    stats.kept(result.kept, 7 * result.kept.num_rows)
+    return stats
 
 
 @given(st.lists(TEXTS, max_size=5), st.randoms())
@@ -41,9 +41,9 @@ def test_parts_add_up_in_any_order(parts: list[list[str]], chooser: object) -> N
         start += len(texts)
     sums = []
     for _ in range(2):
-        total = Tally()
-        for tally in tallies:
-            total.add(Tally.from_json(tally))
+        total = Stats()
+        for stats in tallies:
+            total.add(Stats.from_json(stats))
         sums.append(total.to_json())
         chooser.shuffle(tallies)  # type: ignore[attr-defined]
     assert sums[0] == sums[1]
@@ -89,9 +89,9 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert read_part(target) == written
     with appearing_folder(target) as partial:
         (partial / "file").write_text("a second worker did the same work")
-    assert is_whole(written)
+    assert is_intact(written)
     (target / "file").write_text("whale")
-    assert not is_whole(written)
+    assert not is_intact(written)
     (target / "file").unlink()
-    assert not is_whole(written)
+    assert not is_intact(written)
     assert read_part(tmp_path / "nothing") is None

@@ -16,7 +16,7 @@ import pytest
 from deepseek_v3.charts.markup import visible
 from deepseek_v3.data.documents import RECORDS
 from deepseek_v3.data.formats.quarantine import QUARANTINED
-from deepseek_v3.data.pipeline.stats import Tally, empty_stage
+from deepseek_v3.data.pipeline.stats import Stats, empty_stage_counts
 from deepseek_v3.data.report.page import page, write_report
 from deepseek_v3.data.stages import Drop, Outcome, outcome
 from helpers.jobs import HANGS
@@ -127,7 +127,7 @@ def quarantine_of(reasons: dict[str, int]) -> pa.RecordBatch:
 
 def run(texts: list[str], examples: list[dict[str, Any]]) -> dict[str, Any]:
     """What a run over these texts would put into stats.json, counted by the pipeline's own tally."""
-    tally = Tally()
+    tally = Stats()
     batch = batch_of(texts)
     tally.read(batch, quarantine_of({"not_json": 3, "unreadable": 1}))
     short = [
@@ -178,7 +178,7 @@ def run(texts: list[str], examples: list[dict[str, Any]]) -> dict[str, Any]:
         "read": counts["read"],
         "quarantined": counts["quarantined"],
         "stages": [
-            {"name": name, "figures": figures.get(name, {}), **counts["stages"].get(name, empty_stage())}
+            {"name": name, "figures": figures.get(name, {}), **counts["stages"].get(name, empty_stage_counts())}
             for name in names
         ][:3],
         "kept": counts["kept"],
@@ -295,7 +295,7 @@ def test_hostile_documents_stay_text(stats: dict[str, Any]) -> None:
 
 def test_hostile_names_stay_text() -> None:
     stage = {
-        **empty_stage(),
+        **empty_stage_counts(),
         "name": HOSTILE,
         "reasons": {HOSTILE: {"documents": 1, "bytes": 1}},
         "figures": {"clusters": 1},
@@ -313,7 +313,7 @@ def test_hostile_names_stay_text() -> None:
         "trigger": HOSTILE + "!",
         "figures": None,
     }
-    mixing = {**empty_stage(), "name": "mixing", "figures": {"sources": {HOSTILE: {"tokens": 1}}}}
+    mixing = {**empty_stage_counts(), "name": "mixing", "figures": {"sources": {HOSTILE: {"tokens": 1}}}}
     content = page(
         {
             "stages": [stage, mixing],
@@ -365,7 +365,7 @@ def test_long_documents_are_counted_in_binary_units(stats: dict[str, Any]) -> No
 
 def test_text_that_a_stage_takes_out_of_documents_is_counted_apart() -> None:
     stage = {
-        **empty_stage(),
+        **empty_stage_counts(),
         "name": "pii",
         "in": {"documents": 5, "bytes": 1000},
         "out": {"documents": 5, "bytes": 900},
@@ -397,7 +397,7 @@ def test_examples_mark_what_differs(stats: dict[str, Any]) -> None:
 
 def test_sources_are_sorted_by_what_was_removed() -> None:
     sources = {f"s{number:02d}": {"in": 100, "out": number} for number in range(40)}
-    stage = {**empty_stage(), "name": "language", "sources": sources}
+    stage = {**empty_stage_counts(), "name": "language", "sources": sources}
     rows = Read(page({"stages": [stage]})).tables["Documents removed, by source"]
     assert len(rows) == 1 + 30 + 1
     assert rows[1] == ["s00", "", "100.0%", "100", "100", "0", "Language"]
@@ -407,7 +407,7 @@ def test_sources_are_sorted_by_what_was_removed() -> None:
 @pytest.mark.parametrize("tokens_counted", [True, False])
 def test_a_run_without_documents_has_a_report(tmp_path: Path, tokens_counted: bool) -> None:
     counts = dict.fromkeys(["input", "kept", "dropped", "quarantined", "copies"], 0)
-    for stages in ([], [{"name": "pii", "figures": {}, **empty_stage()}]):
+    for stages in ([], [{"name": "pii", "figures": {}, **empty_stage_counts()}]):
         stats = {
             "counts": counts,
             "bytes_per_token": 4.0,

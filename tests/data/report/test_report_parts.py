@@ -15,14 +15,14 @@ from deepseek_v3.charts import histograms
 from deepseek_v3.charts.markup import (
     Html,
     element,
-    escaped,
+    escape,
     figure,
     passage,
     scaled,
     share,
-    shortened,
     size,
     slug,
+    truncate,
     visible,
 )
 from deepseek_v3.charts.style import STYLE
@@ -84,11 +84,11 @@ def test_a_passage_is_its_text_whatever_is_marked(text: str, cuts: list[int]) ->
 
 
 def test_markup_is_escaped_once() -> None:
-    assert escaped(escaped("a < b")) == "a &lt; b"
+    assert escape(escape("a < b")) == "a &lt; b"
     assert element("p", Html("<b>x</b>"), "<b>") == "<p><b>x</b>&lt;b&gt;</p>"
     assert element("a", "x", class_="y", aria_label="z", href=None) == '<a class="y" aria-label="z">x</a>'
     assert slug("samples", "a/b <c>") == "samples-a-b-c"
-    assert shortened("abcdef", 4) == "abc…"
+    assert truncate("abcdef", 4) == "abc…"
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_figures_of_any_kind() -> None:
 def test_bins_of_lengths_are_those_that_the_keys_name() -> None:
     lengths = np.random.default_rng(0).integers(0, 5000, 1000)
     keys = Counter(str(math.floor(math.log2(1 + length))) for length in lengths.tolist())
-    histogram = histograms.of_lengths(keys, {})
+    histogram = histograms.length_histogram(keys, {})
     assert histogram is not None
     assert histogram.before == np.histogram(lengths, [*histogram.edges[:-1], histogram.edges[-1] - 0.5])[0].tolist()
     assert histogram.after == [0] * len(histogram.before)
@@ -157,7 +157,7 @@ numbers = st.dictionaries(
 
 @given(numbers, st.sampled_from(["score", "perplexity"]))
 def test_bins_of_numbers_count_every_value_once_and_where_it_lies(counts: dict[float, int], name: str) -> None:
-    histogram = histograms.of_numbers(counts, {}, name)
+    histogram = histograms.number_histogram(counts, {}, name)
     edges = np.array(histogram.edges)
     assert (np.diff(edges) > 0).all()
     assert len(histogram.before) == len(edges) - 1 <= 30
@@ -171,14 +171,14 @@ def test_bins_of_numbers_count_every_value_once_and_where_it_lies(counts: dict[f
 
 def test_scores_have_round_bins_up_to_one() -> None:
     scores = np.round(np.random.default_rng(0).uniform(0, 1, 500), 2)
-    histogram = histograms.of_numbers({**Counter(scores.tolist()), 1.0: 7, 0.0: 1}, {0.5: 3}, "score")
+    histogram = histograms.number_histogram({**Counter(scores.tolist()), 1.0: 7, 0.0: 1}, {0.5: 3}, "score")
     assert histogram.scale.name == "linear"
     np.testing.assert_allclose(histogram.edges, np.linspace(0, 1, 21), atol=1e-12)
     assert histogram.after[10] == 3
 
 
 def test_small_counts_have_a_bin_each() -> None:
-    histogram = histograms.of_numbers({0.0: 90, 1.0: 5, 2.0: 3, 7.0: 2}, {}, "pii")
+    histogram = histograms.number_histogram({0.0: 90, 1.0: 5, 2.0: 3, 7.0: 2}, {}, "pii")
     assert histogram.edges == [*range(9)]
     assert histogram.before == [90, 5, 3, 0, 0, 0, 0, 2]
 
@@ -196,22 +196,22 @@ def test_small_counts_have_a_bin_each() -> None:
     ],
 )
 def test_axes_suit_their_values(values: list[float], name: str, scale: str) -> None:
-    histogram = histograms.of_numbers(dict.fromkeys(values, 1), {}, name)
+    histogram = histograms.number_histogram(dict.fromkeys(values, 1), {}, name)
     assert histogram.scale.name == scale
 
 
 def test_no_documents_have_no_lengths() -> None:
-    assert histograms.of_lengths({}, {}) is None
+    assert histograms.length_histogram({}, {}) is None
 
 
 def test_languages_are_no_numbers() -> None:
     counts = {"nan": 4, "inf": 1, "en": 2, "0.93": 3, "1.2e+02": 1, "-5": 1, "not finite": 9, "1_0": 1}
-    assert histograms.numeric(counts) == {0.93: 3, 120.0: 1, -5.0: 1}
+    assert histograms.numeric_counts(counts) == {0.93: 3, 120.0: 1, -5.0: 1}
 
 
 def test_words_beyond_the_most_frequent_are_added_up() -> None:
     before = {"en": 50, "de": 7, "fr": 7, "uk": 2, "nan": 1}
-    assert histograms.of_words(before, {"en": 40, "uk": 1}, 3) == [
+    assert histograms.word_counts(before, {"en": 40, "uk": 1}, 3) == [
         ("en", 50, 40),
         ("de", 7, 0),
         ("fr", 7, 0),
@@ -227,7 +227,7 @@ def test_the_median_is_that_of_all_values(counts: dict[int, int]) -> None:
 
 
 def test_a_chart_tells_its_numbers_to_those_who_do_not_see_it() -> None:
-    histogram = histograms.of_numbers({1.0: 5, 2.0: 1234567}, {2.0: 1}, "score")
+    histogram = histograms.number_histogram({1.0: 5, 2.0: 1234567}, {2.0: 1}, "score")
     chart = Seen(histogram_chart(histogram, "key", "Scores <b>", "All & sundry", str, "score"))
     assert "b" not in chart.tags
     labelled = chart.attributes[chart.tags.index("svg")]
@@ -302,4 +302,4 @@ def test_colours_can_be_told_from_their_grounds() -> None:
 
 
 def test_an_empty_file_alone_in_quarantine() -> None:
-    assert "empty" in str(drops.quarantine({"quarantined": {"empty": 0}}))
+    assert "empty" in str(drops.quarantine_section({"quarantined": {"empty": 0}}))

@@ -9,7 +9,7 @@ import pytest
 from deepseek_v3.config.base import renamed_fields, subsection, with_present_names
 from deepseek_v3.config.loading import load_section
 from deepseek_v3.config.preprocess_config import PreprocessConfig
-from deepseek_v3.data.pipeline.resume import check_same, description
+from deepseek_v3.data.pipeline.resume import check_same_run, describe_run
 from deepseek_v3.utils.errors import ConfigError, DataError
 
 RUN = "input_path: raw\noutput_dir: clean\npipeline: [deduplication]\n"
@@ -69,14 +69,14 @@ def test_stored_fields_are_read_under_their_present_names() -> None:
 
 def test_a_run_that_began_under_former_names_goes_on(tmp_path: Path) -> None:
     config = PreprocessConfig(input_path="raw", output_dir=tmp_path, pipeline=("deduplication",))
-    now = description(config, [])
+    now = describe_run(config, [])
     before = copy.deepcopy(now)
     stored = before["config"]
     stored["earlier"], stored["piece_size"] = stored.pop("previous_runs"), stored.pop("work_unit_size")
     for stage in STAGES:
         stored[stage]["alarm"] = stored[stage].pop("max_drop_warning")
     stored["deduplication"]["kept_threshold"] = stored["deduplication"].pop("cluster_threshold")
-    check_same(before, now, tmp_path, "start anew")
+    check_same_run(before, now, tmp_path, "start anew")
     stored["piece_size"] = 1
     with pytest.raises(DataError, match="began with another work_unit_size: 1, now 33554432"):
-        check_same(before, now, tmp_path, "start anew")
+        check_same_run(before, now, tmp_path, "start anew")

@@ -17,7 +17,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from deepseek_v3.config.loading import config_from_dict, config_to_yaml, load_section
 from deepseek_v3.config.preprocess_config import PreprocessConfig
-from deepseek_v3.data.pipeline.run import preprocess
+from deepseek_v3.data.pipeline.run import run_pipeline
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.logging import configure_logging, get_logger
 from deepseek_v3.utils.redaction import redact
@@ -199,19 +199,19 @@ def test_a_failing_read_leaks_nothing(
 
 def test_a_run_is_the_same_whatever_its_password(tmp_path: Path, leaky: type[_Leaky]) -> None:
     config = load_section(PreprocessConfig, _pipeline(tmp_path))
-    manifest = preprocess(config)
+    manifest = run_pipeline(config)
     assert manifest["counts"]["kept"] == 4
     assert manifest["config"]["input_path"] == "leaky://***@host/a.jsonl"
     assert _leaks(tmp_path) == []
     other = config.model_copy(update={"input_path": LEAKY.replace("passw0rd", "another")})
-    assert preprocess(other) == manifest
+    assert run_pipeline(other) == manifest
     written = tmp_path / "out" / "manifest.json"
     stored = orjson.loads(written.read_bytes())
     stored["config"]["input_path"] = LEAKY  # as an earlier version of this program wrote it
     written.write_bytes(orjson.dumps(stored))
-    assert preprocess(config)["counts"] == manifest["counts"]
+    assert run_pipeline(config)["counts"] == manifest["counts"]
     with pytest.raises(DataError, match="another bytes_per_token"):
-        preprocess(config.model_copy(update={"bytes_per_token": 5.0}))
+        run_pipeline(config.model_copy(update={"bytes_per_token": 5.0}))
 
 
 def test_a_resolved_config_masks_addresses(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from deepseek_v3.data.arrays import BoolArray, Int64Array
-from deepseek_v3.data.stages import Drop, Outcome, Part, outcome
+from deepseek_v3.data.stages import Drop, NumberedPart, Outcome, outcome
 
 
 def choose_kept(
@@ -77,7 +77,7 @@ _EXAMPLES = 20
 
 
 def write_decisions(
-    folder: Path, parts: Sequence[Part], kept: Int64Array, similarity: NDArray[np.floating[Any]]
+    folder: Path, parts: Sequence[NumberedPart], kept: Int64Array, similarity: NDArray[np.floating[Any]]
 ) -> dict[str, Any]:
     """Writes them, and returns what a report says of the documents that this run judges, as JSON.
 
@@ -99,7 +99,7 @@ def write_decisions(
     }
 
 
-def documents_to_filter(parts: Sequence[Part]) -> BoolArray:
+def documents_to_filter(parts: Sequence[NumberedPart]) -> BoolArray:
     """Which documents this run judges: none of an earlier corpus, none that a stage before it removed."""
     rows = [np.zeros(part.rows, np.bool_) if part.records is None else ~part.removed_rows() for part in parts]
     return np.concatenate([np.zeros(0, np.bool_), *rows])

@@ -24,7 +24,7 @@ from deepseek_v3.data.deduplication.key_files import key_ranges, map_keys
 from deepseek_v3.data.deduplication.normalization import normalized_hashes
 from deepseek_v3.data.deduplication.repeated_hashes import Repeats
 from deepseek_v3.data.documents import with_texts
-from deepseek_v3.data.stages import Drop, Outcome, Part, Task, outcome
+from deepseek_v3.data.stages import Drop, NumberedPart, Outcome, Task, outcome
 
 _BLANK_LINES = re.compile(r"(\n\s*\n)")
 _UNITS_FILE = "units.npy"  # of a part: uint32 [documents], how many paragraphs or lines are not blank
@@ -64,7 +64,7 @@ class UnitDeduplication:
         repeated_hashes.write_keys(folder, hashes, np.array(rows, np.uint32), np.array(places, np.uint32))
         np.save(folder / _UNITS_FILE, filled)
 
-    def resolve(self, parts: Sequence[Part], found: Repeats, folder: Path) -> dict[str, Any]:
+    def resolve(self, parts: Sequence[NumberedPart], found: Repeats, folder: Path) -> dict[str, Any]:
         """Writes which units go, and which documents have no others. Returns figures for the report."""
         counts = np.bincount(found["document"], minlength=sum(part.rows for part in parts))
         filled = np.concatenate([np.zeros(0, np.uint32), *(map_keys(part, _UNITS_FILE) for part in parts)])
@@ -133,17 +133,17 @@ class ExactDeduplicator(Deduplicator):
             folder, np.concatenate([np.zeros((0, 2), np.uint64), *hashes]), rows, np.zeros_like(rows)
         )
 
-    def match_tasks(self, parts: Sequence[Part], memory: int) -> list[Task]:
+    def match_tasks(self, parts: Sequence[NumberedPart], memory: int) -> list[Task]:
         ranges = key_ranges(repeated_hashes.count_texts(parts) * _BYTES_PER_KEY, memory)
         return [Task("match", (tuple(parts), low, high)) for low, high in ranges]
 
-    def match(self, output: Path, parts: Sequence[Part], low: int, high: int) -> None:
+    def match(self, output: Path, parts: Sequence[NumberedPart], low: int, high: int) -> None:
         """Writes the repeats among the hashes that begin with `low` to below `high`."""
         np.save(output, repeated_hashes.find_repeats(parts, low, high))
 
     def resolve(
         self,
-        parts: Sequence[Part],
+        parts: Sequence[NumberedPart],
         matches: Sequence[Path],
         refined: Sequence[Path],  # noqa: ARG002
         folder: Path,
@@ -162,5 +162,5 @@ class ExactDeduplicator(Deduplicator):
             return self._units.apply(self.name, batch, documents, folder)
         return clusters.drop_duplicates(self.name, "exact_duplicate", batch, documents, folder, ids_of)
 
-    def removed(self, parts: Sequence[Part], folder: Path) -> BoolArray:  # noqa: ARG002
+    def removed(self, parts: Sequence[NumberedPart], folder: Path) -> BoolArray:  # noqa: ARG002
         return clusters.read_duplicates(folder) if self._units is None else self._units.removed(folder)

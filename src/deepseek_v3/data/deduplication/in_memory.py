@@ -12,12 +12,12 @@ import pyarrow as pa
 
 from deepseek_v3.data.arrays import Int64Array
 from deepseek_v3.data.documents import Documents, GivenBatch, given_back, given_batches
-from deepseek_v3.data.stages import Collected, CorpusStage, Filtered, Part, Task
+from deepseek_v3.data.stages import Filtered, FilteredBuilder, GlobalStage, NumberedPart, Task
 
 _MEMORY = 2**28  # bytes for one task
 
 
-class Deduplicator(CorpusStage):
+class Deduplicator(GlobalStage):
     """A corpus stage that also works alone."""
 
     def deduplicate(self, documents: Documents) -> Filtered:
@@ -39,13 +39,15 @@ class Deduplicator(CorpusStage):
         stats = {**figures, "unique": filtered.stats["kept"], "reasons": filtered.stats["reasons"]}
         return Filtered(filtered.documents, filtered.ids, stats)
 
-    def _written(self, documents: Documents, folder: Path) -> tuple[list[GivenBatch], list[Part]]:
+    def _written(self, documents: Documents, folder: Path) -> tuple[list[GivenBatch], list[NumberedPart]]:
         """The documents, left in files that are mapped into memory, and their keys."""
         batches: list[GivenBatch] = []
-        parts: list[Part] = []
+        parts: list[NumberedPart] = []
         first = 0
         for number, given in enumerate(given_batches(documents)):
-            part = Part(folder / f"keys-{number}", folder / f"{number}.arrow", first, given.records.num_rows)
+            part = NumberedPart(
+                folder / f"keys-{number}", folder / f"{number}.arrow", first, given.records.num_rows
+            )
             part.keys.mkdir()
             with pa.OSFile(str(part.records), "wb") as sink, pa.ipc.new_file(sink, given.records.schema) as writer:
                 writer.write_batch(given.records)
@@ -61,13 +63,13 @@ class Deduplicator(CorpusStage):
             getattr(self, task.method)(file, *task.arguments)
         return files
 
-    def _applied(self, batches: Sequence[GivenBatch], parts: Sequence[Part], decisions: Path) -> Filtered:
+    def _applied(self, batches: Sequence[GivenBatch], parts: Sequence[NumberedPart], decisions: Path) -> Filtered:
         ids = np.array([str(id_) for given in batches for id_ in given.ids], object)
 
         def ids_of(documents: Int64Array) -> list[str]:
             return ids[documents].tolist()
 
-        collected = Collected()
+        collected = FilteredBuilder()
         for given, part in zip(batches, parts, strict=True):
             numbers = np.arange(part.first, part.first + part.rows)
             result = self.apply(given.records, numbers, decisions, ids_of)

@@ -18,7 +18,7 @@ from deepseek_v3.data.deduplication.clusters import connected_components
 from deepseek_v3.data.deduplication.key_files import read_shingle_counts, read_signatures
 from deepseek_v3.data.deduplication.lsh import estimate_jaccard
 from deepseek_v3.data.deduplication.minhash import MinHasher
-from deepseek_v3.data.stages import Part, split_by_part
+from deepseek_v3.data.stages import NumberedPart, group_by_part
 
 # The earlier and the later document, by number, and their Jaccard similarity, be it exact or estimated.
 PAIR = np.dtype([("one", "<i8"), ("other", "<i8"), ("similarity", "<f8")])
@@ -53,7 +53,7 @@ def estimate_margin(threshold: float, values: int) -> float:
     return _DEVIATIONS * math.sqrt(threshold * (1 - threshold) / values)
 
 
-def estimate_pairs(parts: Sequence[Part], one: Int64Array, other: Int64Array) -> Float64Array:
+def estimate_pairs(parts: Sequence[NumberedPart], one: Int64Array, other: Int64Array) -> Float64Array:
     """Estimated Jaccard similarities of documents: float64 [pairs]."""
     found = np.empty(len(one))
     for start in range(0, len(one), _PAIRS_AT_ONCE):
@@ -64,11 +64,11 @@ def estimate_pairs(parts: Sequence[Part], one: Int64Array, other: Int64Array) ->
     return found
 
 
-def have_both_texts(parts: Sequence[Part], pairs: Pairs) -> BoolArray:
+def have_both_texts(parts: Sequence[NumberedPart], pairs: Pairs) -> BoolArray:
     """Of which pairs both texts are there to be compared: bool [pairs]."""
     there = np.ones(len(pairs), np.bool_)
     for side in ("one", "other"):
-        for part, chosen in split_by_part(parts, pairs[side]):
+        for part, chosen in group_by_part(parts, pairs[side]):
             if part.records is None:
                 there[chosen] = False
     return there
@@ -79,7 +79,7 @@ _BYTES_PER_SHINGLE = 50  # what `similarities` needs for each shingle of a docum
 _CHUNK_MEMORY = 2**25  # more would only leave fewer chunks to share
 
 
-def split_pairs(parts: Sequence[Part], pairs: Pairs, memory: int) -> list[Pairs]:
+def split_pairs(parts: Sequence[NumberedPart], pairs: Pairs, memory: int) -> list[Pairs]:
     """Different pairs in chunks for `similarities` to take: those of a cluster together, so that few texts are read
     twice, and no more than need `memory` bytes.
     """
@@ -93,7 +93,7 @@ def split_pairs(parts: Sequence[Part], pairs: Pairs, memory: int) -> list[Pairs]
 
 
 def jaccard_similarities(
-    parts: Sequence[Part], one: Int64Array, other: Int64Array, hasher: MinHasher
+    parts: Sequence[NumberedPart], one: Int64Array, other: Int64Array, hasher: MinHasher
 ) -> Float64Array:
     """The Jaccard similarities of the shingles of pairs of documents: float64 [pairs]."""
     documents, indices = np.unique(np.concatenate([one, other]), return_inverse=True)
@@ -105,11 +105,11 @@ def jaccard_similarities(
 
 
 def _shingle_sets(
-    parts: Sequence[Part], documents: Int64Array, hasher: MinHasher
+    parts: Sequence[NumberedPart], documents: Int64Array, hasher: MinHasher
 ) -> tuple[UInt64Array, Int64Array]:
     """The different shingles of each of these documents, ascending, as uint64, and where each document's begin."""
     sets: list[UInt64Array] = []
-    for part, chosen in split_by_part(parts, documents):
+    for part, chosen in group_by_part(parts, documents):
         document = int(chosen[0])
         for texts in _texts(part, documents[chosen] - part.first):
             for shingles in hasher.shingles(texts):
@@ -129,7 +129,7 @@ def _sorted_set(values: UInt64Array) -> UInt64Array:
     return values[new]
 
 
-def _texts(part: Part, rows: Int64Array) -> Iterator[pa.Array]:
+def _texts(part: NumberedPart, rows: Int64Array) -> Iterator[pa.Array]:
     """The texts of these rows, ascending, of a part's memory-mapped documents."""
     assert part.records is not None
     with pa.memory_map(str(part.records)) as file:

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepseek_v3.data.arrays import Int64Array, UInt8Array, UInt32Array, UInt64Array
-from deepseek_v3.data.stages import Part, split_by_part
+from deepseek_v3.data.stages import NumberedPart, group_by_part
 from deepseek_v3.utils.errors import DataError
 
 
@@ -65,7 +65,7 @@ def write_keys(folder: Path, signatures: UInt8Array, shingles: UInt32Array, band
     np.save(folder / "rows.npy", np.array(orders, np.uint32))
 
 
-def read_band(parts: Sequence[Part], band: int, low: int, high: int) -> tuple[UInt64Array, Int64Array]:
+def read_band(parts: Sequence[NumberedPart], band: int, low: int, high: int) -> tuple[UInt64Array, Int64Array]:
     """The keys of a band from `low` to below `high`, and whose they are; documents that were removed left out."""
     found: list[tuple[UInt64Array, Int64Array]] = []
     for part in parts:
@@ -78,12 +78,12 @@ def read_band(parts: Sequence[Part], band: int, low: int, high: int) -> tuple[UI
     return np.concatenate([keys for keys, _ in found]), np.concatenate([documents for _, documents in found])
 
 
-def read_signatures(parts: Sequence[Part], documents: Int64Array) -> UInt8Array:
+def read_signatures(parts: Sequence[NumberedPart], documents: Int64Array) -> UInt8Array:
     """uint8 [documents, values]."""
     return _read_rows(parts, documents, "signatures.npy")
 
 
-def read_shingle_counts(parts: Sequence[Part], documents: Int64Array) -> UInt32Array:
+def read_shingle_counts(parts: Sequence[NumberedPart], documents: Int64Array) -> UInt32Array:
     """How many shingles they have: uint32 [documents]."""
     return _read_rows(parts, documents, "shingles.npy")
 
@@ -94,7 +94,7 @@ def key_ranges(needed: int, memory: int) -> list[tuple[int, int]]:
     return list(pairwise([*(number * 2**64 // ranges for number in range(ranges)), 2**64])) if ranges else []
 
 
-def map_keys(part: Part, name: str) -> NDArray[Any]:
+def map_keys(part: NumberedPart, name: str) -> NDArray[Any]:
     """A key file, mapped into memory. Raises DataError where it is missing or damaged."""
     path = part.keys / name
     try:
@@ -103,8 +103,8 @@ def map_keys(part: Part, name: str) -> NDArray[Any]:
         raise DataError(f"{path}: keys of a part are damaged: {error}; make them anew") from None
 
 
-def _read_rows(parts: Sequence[Part], documents: Int64Array, name: str) -> NDArray[Any]:
-    groups = [(part, chosen, map_keys(part, name)) for part, chosen in split_by_part(parts, documents)]
+def _read_rows(parts: Sequence[NumberedPart], documents: Int64Array, name: str) -> NDArray[Any]:
+    groups = [(part, chosen, map_keys(part, name)) for part, chosen in group_by_part(parts, documents)]
     shape, dtype = (groups[0][2].shape[1:], groups[0][2].dtype) if groups else ((0,), np.dtype(np.uint8))
     found = np.empty((len(documents), *shape), dtype)
     for part, chosen, values in groups:

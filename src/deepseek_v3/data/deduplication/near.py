@@ -26,7 +26,7 @@ from deepseek_v3.data.deduplication.jaccard import (
 )
 from deepseek_v3.data.deduplication.key_files import group_keys, repeated_keys
 from deepseek_v3.data.deduplication.minhash import MinHasher
-from deepseek_v3.data.stages import Outcome, Part, Task
+from deepseek_v3.data.stages import NumberedPart, Outcome, Task
 
 _BYTES_PER_KEY = 500  # what a match task needs for each document of its range
 
@@ -63,12 +63,12 @@ class MinHashDeduplicator(Deduplicator):
                 first += len(found)
         key_files.write_keys(folder, signatures, sizes, band_keys)
 
-    def match_tasks(self, parts: Sequence[Part], memory: int) -> list[Task]:
+    def match_tasks(self, parts: Sequence[NumberedPart], memory: int) -> list[Task]:
         documents = sum(part.rows for part in parts)
         ranges = key_files.key_ranges(documents * _BYTES_PER_KEY, memory)
         return [Task("match", (tuple(parts), band, *limits)) for band in range(self._bands) for limits in ranges]
 
-    def match(self, output: Path, parts: Sequence[Part], band: int, low: int, high: int) -> None:
+    def match(self, output: Path, parts: Sequence[NumberedPart], band: int, low: int, high: int) -> None:
         """Writes the pairs that a band proposes among the keys from `low` to below `high`, and their estimates."""
         band_keys, documents = key_files.read_band(parts, band, low, high)
         buckets = repeated_keys(group_keys(band_keys))
@@ -81,7 +81,7 @@ class MinHashDeduplicator(Deduplicator):
         )
         np.save(output, make_pairs(members[one], members[other], similarity))
 
-    def refine_tasks(self, parts: Sequence[Part], memory: int, matches: Sequence[Path]) -> list[Task]:
+    def refine_tasks(self, parts: Sequence[NumberedPart], memory: int, matches: Sequence[Path]) -> list[Task]:
         pairs = read_pairs(matches)
         pairs = unique_pairs(pairs[self._judged(parts, pairs)[1]])
         return [
@@ -89,14 +89,14 @@ class MinHashDeduplicator(Deduplicator):
             for some in jaccard.split_pairs(parts, pairs, memory)
         ]
 
-    def refine(self, output: Path, parts: Sequence[Part], one: Int64Array, other: Int64Array) -> None:
+    def refine(self, output: Path, parts: Sequence[NumberedPart], one: Int64Array, other: Int64Array) -> None:
         """Writes those of the pairs whose exact similarity reaches the threshold."""
         similarity = jaccard.jaccard_similarities(parts, one, other, self._hasher)
         alike = similarity >= self.options.threshold
         np.save(output, make_pairs(one[alike], other[alike], similarity[alike]))
 
     def resolve(
-        self, parts: Sequence[Part], matches: Sequence[Path], refined: Sequence[Path], folder: Path
+        self, parts: Sequence[NumberedPart], matches: Sequence[Path], refined: Sequence[Path], folder: Path
     ) -> dict[str, Any]:
         pairs = read_pairs(matches)
         alike, _ = self._judged(parts, pairs)
@@ -116,10 +116,10 @@ class MinHashDeduplicator(Deduplicator):
     ) -> Outcome:
         return drop_duplicates(self.name, "near_duplicate", batch, documents, folder, ids_of)
 
-    def removed(self, parts: Sequence[Part], folder: Path) -> BoolArray:  # noqa: ARG002
+    def removed(self, parts: Sequence[NumberedPart], folder: Path) -> BoolArray:  # noqa: ARG002
         return read_duplicates(folder)
 
-    def _judged(self, parts: Sequence[Part], pairs: Pairs) -> tuple[BoolArray, BoolArray]:
+    def _judged(self, parts: Sequence[NumberedPart], pairs: Pairs) -> tuple[BoolArray, BoolArray]:
         """Which pairs the estimates show to be alike, and for which the texts have to be compared.
 
         Where texts are missing, the estimate alone decides.

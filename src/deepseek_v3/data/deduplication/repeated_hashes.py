@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from deepseek_v3.data.arrays import UInt32Array, UInt64Array
 from deepseek_v3.data.deduplication.key_files import group_keys, map_keys, repeated_keys
-from deepseek_v3.data.stages import Part
+from deepseek_v3.data.stages import NumberedPart
 
 # A text that stood before: the document that holds it, its number there, and the document that held it first.
 REPEAT = np.dtype([("document", "<i8"), ("place", "<i8"), ("first", "<i8")])
@@ -30,12 +30,12 @@ def write_keys(folder: Path, hashes: UInt64Array, rows: UInt32Array, places: UIn
     np.save(folder / "places.npy", places[order])
 
 
-def count_texts(parts: Sequence[Part]) -> int:
+def count_texts(parts: Sequence[NumberedPart]) -> int:
     """How many texts the parts have keys of."""
     return sum(map_keys(part, "hashes.npy").shape[1] for part in parts)
 
 
-def find_repeats(parts: Sequence[Part], low: int, high: int) -> Repeats:
+def find_repeats(parts: Sequence[NumberedPart], low: int, high: int) -> Repeats:
     """All occurrences but the first of texts whose hash begins with at least `low` and less than `high`."""
     hashes, texts = _read_range(parts, low, high)
     found = repeated_keys(group_keys(hashes[0]))
@@ -56,7 +56,7 @@ def read_repeats(files: Iterable[Path]) -> Repeats:
     return repeats[np.lexsort((repeats["place"], repeats["document"]))]
 
 
-def _read_range(parts: Sequence[Part], low: int, high: int) -> tuple[UInt64Array, Repeats]:
+def _read_range(parts: Sequence[NumberedPart], low: int, high: int) -> tuple[UInt64Array, Repeats]:
     """The hashes of a range, uint64 [2, texts], and where the texts stand, in the order of their first halves."""
     found: list[UInt64Array] = [np.zeros((2, 0), np.uint64)]
     texts = [np.zeros(0, REPEAT)]

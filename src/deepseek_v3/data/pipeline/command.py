@@ -12,7 +12,7 @@ from deepseek_v3.config.data_config import DEFAULT_TOKENS
 from deepseek_v3.config.loading import load_section
 from deepseek_v3.config.preprocess_config import PreprocessConfig
 from deepseek_v3.data.pipeline.registry import preload
-from deepseek_v3.data.pipeline.run_folder import Layout
+from deepseek_v3.data.pipeline.run_folder import RunFolder
 from deepseek_v3.utils.command_line import override_options, print_next_steps
 from deepseek_v3.utils.errors import ConfigError
 from deepseek_v3.utils.files import unused_path
@@ -41,7 +41,7 @@ def preprocess(
     try:
         manifest = run_preprocess(settings, shard=_parse_shard(shard), merge=merge)
     except KeyboardInterrupt:
-        finished = imported("deepseek_v3.data.pipeline.resume:count_finished")(Layout(settings.output_dir))
+        finished = imported("deepseek_v3.data.pipeline.resume:count_finished")(RunFolder(settings.output_dir))
         kept = "Stopped; %d finished pieces are kept in %s, and the same command goes on from there"
         log.info(kept, finished, settings.output_dir)
         words = ["dsv3", "preprocess", "--config", config, *override_options(override)]

@@ -20,7 +20,7 @@ from deepseek_v3.utils.process_pool import exit_with_parent, start_fork_server
 from deepseek_v3.utils.redaction import redact
 
 
-class Engine(ABC):
+class Executor(ABC):
     """Runs independent tasks, which leave their work whole or not at all, and so may be stopped or run twice."""
 
     @abstractmethod
@@ -35,7 +35,7 @@ class Engine(ABC):
     def close(self) -> None:  # noqa: B027 -- there may be nobody to let go
         """Lets the workers go."""
 
-    def __enter__(self) -> Engine:
+    def __enter__(self) -> Executor:
         return self
 
     def __exit__(
@@ -44,7 +44,7 @@ class Engine(ABC):
         self.close()
 
 
-class InProcess(Engine):
+class InProcessExecutor(Executor):
     """One task after the other, here."""
 
     def run(
@@ -54,7 +54,7 @@ class InProcess(Engine):
             done(function(*each))
 
 
-class Processes(Engine):
+class ProcessExecutor(Executor):
     """Worker processes on this machine. They start while the run is still being planned, and end when it ends."""
 
     def __init__(self, workers: int) -> None:
@@ -87,7 +87,7 @@ class Processes(Engine):
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-class Ray(Engine):
+class RayExecutor(Executor):
     """Tasks on a Ray cluster whose machines share the file system; without an address, on this machine."""
 
     def __init__(self, workers: int, address: str | None) -> None:

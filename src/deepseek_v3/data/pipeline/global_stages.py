@@ -13,24 +13,24 @@ import orjson
 import pyarrow as pa
 
 from deepseek_v3.data.arrays import Int64Array
-from deepseek_v3.data.pipeline.executors import Engine
+from deepseek_v3.data.pipeline.executors import Executor
 from deepseek_v3.data.pipeline.progress import Progress
-from deepseek_v3.data.pipeline.run_folder import IDS_FILE, RECORDS_FILE, FinishedPart, appearing_folder, read_table
-from deepseek_v3.data.stages import CorpusStage, Part, Task, split_by_part
+from deepseek_v3.data.pipeline.run_folder import IDS_FILE, RECORDS_FILE, Part, appearing_folder, read_table
+from deepseek_v3.data.stages import GlobalStage, NumberedPart, Task, group_by_part
 
 _FIGURES_FILE = "figures.json"
 _EXCERPT_CHARACTERS = 1500
 
 
 @dataclass(frozen=True)
-class Decision:
+class StageDecisions:
     """What a corpus stage decided, in `folder`, about `parts`, of which the first `earlier` are of other runs."""
 
     folder: Path
-    parts: tuple[Part, ...]
+    parts: tuple[NumberedPart, ...]
     earlier: int
 
-    def own(self, number: int) -> Part:
+    def own(self, number: int) -> NumberedPart:
         """The part of this run with that number."""
         return self.parts[self.earlier + number]
 
@@ -39,56 +39,58 @@ class Decision:
         return _column(self.parts, "id", documents)
 
 
-def decide(
-    stages: Sequence[CorpusStage],
-    finished: Sequence[FinishedPart],
-    earlier: Sequence[Sequence[Part]],
+def run_global_stages(
+    stages: Sequence[GlobalStage],
+    finished: Sequence[Part],
+    earlier: Sequence[Sequence[NumberedPart]],
     folders: Sequence[Path],
-    engine: Engine,
+    executor: Executor,
     memory: int,
     progress: Progress,
-) -> tuple[Decision, ...]:
+) -> tuple[StageDecisions, ...]:
     """Lets each stage, in order, decide about all documents that the ones before it left.
 
     `earlier` are, for each stage, the parts of other runs. What is decided already stays. No task takes more than
     `memory` bytes where the stage can help it.
     """
-    decisions: list[Decision] = []
+    decisions: list[StageDecisions] = []
     removed: list[Path | None] = [None] * len(finished)
     for stage, before, folder in zip(stages, earlier, folders, strict=True):
         parts = _numbered(stage, before, finished, removed)
-        decision = Decision(folder / "decisions", tuple(parts), len(before))
+        decision = StageDecisions(folder / "decisions", tuple(parts), len(before))
         if not decision.folder.is_dir():
-            _decide(stage, decision, engine, memory, progress)
+            _decide(stage, decision, executor, memory, progress)
         decisions.append(decision)
         if stage is not stages[-1]:
             removed = _removed(stage, decision, removed)
     return tuple(decisions)
 
 
-def figures_of(folder: Path) -> dict[str, Any]:
+def read_figures(folder: Path) -> dict[str, Any]:
     """What a stage reported of its decisions in `folder`."""
     figures: dict[str, Any] = orjson.loads((folder / "decisions" / _FIGURES_FILE).read_bytes())
     return figures
 
 
 def _numbered(
-    stage: CorpusStage, before: Sequence[Part], finished: Sequence[FinishedPart], removed: Sequence[Path | None]
-) -> list[Part]:
+    stage: GlobalStage, before: Sequence[NumberedPart], finished: Sequence[Part], removed: Sequence[Path | None]
+) -> list[NumberedPart]:
     parts = list(before)
     first = sum(part.rows for part in before)
     for done, mask in zip(finished, removed, strict=True):
         keys, records = done.folder / "keys" / stage.name, done.folder / RECORDS_FILE
-        parts.append(Part(keys, records, first, done.rows, mask))
+        parts.append(NumberedPart(keys, records, first, done.rows, mask))
         first += done.rows
     return parts
 
 
-def _decide(stage: CorpusStage, decision: Decision, engine: Engine, memory: int, progress: Progress) -> None:
+def _decide(
+    stage: GlobalStage, decision: StageDecisions, executor: Executor, memory: int, progress: Progress
+) -> None:
     folder, parts = decision.folder.parent, decision.parts
     folder.mkdir(parents=True, exist_ok=True)
-    matches = _run(stage, stage.match_tasks(parts, memory), folder, "matching", engine, progress)
-    refined = _run(stage, stage.refine_tasks(parts, memory, matches), folder, "comparing", engine, progress)
+    matches = _run(stage, stage.match_tasks(parts, memory), folder, "matching", executor, progress)
+    refined = _run(stage, stage.refine_tasks(parts, memory, matches), folder, "comparing", executor, progress)
     with appearing_folder(decision.folder) as partial:
         figures = stage.resolve(parts, matches, refined, partial)
         for example in figures.get("examples", []):
@@ -97,17 +99,17 @@ def _decide(stage: CorpusStage, decision: Decision, engine: Engine, memory: int,
 
 
 def _run(
-    stage: CorpusStage, tasks: Sequence[Task], folder: Path, kind: str, engine: Engine, progress: Progress
+    stage: GlobalStage, tasks: Sequence[Task], folder: Path, kind: str, executor: Executor, progress: Progress
 ) -> list[Path]:
     """Runs the tasks whose files are not there yet; returns the files of all, in order."""
     files = [folder / f"{kind}-{number:06d}.npy" for number in range(len(tasks))]
     missing = [(stage, task, file) for task, file in zip(tasks, files, strict=True) if not file.exists()]
     with progress.step(f"{stage.name}: {kind}", len(missing), "tasks") as step:
-        engine.run(run_task, missing, lambda _: step.advance(1))
+        executor.run(run_task, missing, lambda _: step.advance(1))
     return files
 
 
-def run_task(stage: CorpusStage, task: Task, file: Path) -> None:
+def run_task(stage: GlobalStage, task: Task, file: Path) -> None:
     """Runs one task of a stage, whose file appears whole."""
     partial = file.with_name(f".{uuid.uuid4().hex}.npy")
     try:
@@ -117,7 +119,7 @@ def run_task(stage: CorpusStage, task: Task, file: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _removed(stage: CorpusStage, decision: Decision, before: Sequence[Path | None]) -> list[Path | None]:
+def _removed(stage: GlobalStage, decision: StageDecisions, before: Sequence[Path | None]) -> list[Path | None]:
     """For each part of this run a file with the mask of all documents that this stage or one before it removed."""
     everywhere = stage.removed(decision.parts, decision.folder)
     masks = decision.folder.parent / "removed"
@@ -132,11 +134,11 @@ def _removed(stage: CorpusStage, decision: Decision, before: Sequence[Path | Non
     return files
 
 
-def _shown(parts: Sequence[Part], documents: Sequence[int]) -> list[dict[str, Any]]:
+def _shown(parts: Sequence[NumberedPart], documents: Sequence[int]) -> list[dict[str, Any]]:
     """Documents of an example as the report shows them; of an earlier run's, only the ids are left."""
     numbers = np.array(documents, np.int64)
     known = np.zeros(len(numbers), np.bool_)
-    for part, chosen in split_by_part(parts, numbers):
+    for part, chosen in group_by_part(parts, numbers):
         known[chosen] = part.records is not None
     texts = iter(_column(parts, "text", numbers[known]))
     return [
@@ -145,10 +147,10 @@ def _shown(parts: Sequence[Part], documents: Sequence[int]) -> list[dict[str, An
     ]
 
 
-def _column(parts: Sequence[Part], name: str, documents: Int64Array) -> list[str]:
+def _column(parts: Sequence[NumberedPart], name: str, documents: Int64Array) -> list[str]:
     """A column's values for documents by their numbers."""
     values = np.empty(len(documents), object)
-    for part, chosen in split_by_part(parts, documents):
+    for part, chosen in group_by_part(parts, documents):
         column = read_table(part.records or part.keys / IDS_FILE).column(name)
         values[chosen] = column.take(pa.array(documents[chosen] - part.first)).to_pylist()
     return values.tolist()

@@ -13,19 +13,19 @@ import pyarrow.compute as pc
 from deepseek_v3.config.preprocess_config import PreprocessConfig
 from deepseek_v3.data.formats.inputs import Inputs
 from deepseek_v3.data.formats.writing import RecordWriter
-from deepseek_v3.data.pipeline.global_stages import figures_of
+from deepseek_v3.data.pipeline.global_stages import read_figures
 from deepseek_v3.data.pipeline.passes import Pass
-from deepseek_v3.data.pipeline.resume import description, read_json, write_json
+from deepseek_v3.data.pipeline.resume import describe_run, read_run_json, write_run_json
 from deepseek_v3.data.pipeline.run_folder import (
     DROPPED_FILE,
     QUARANTINED_FILE,
     SHARD_PREFIX,
-    TALLY_FILE,
-    FinishedPart,
-    Layout,
+    STATS_FILE,
+    Part,
+    RunFolder,
     read_table,
 )
-from deepseek_v3.data.pipeline.stats import Tally, empty_stage
+from deepseek_v3.data.pipeline.stats import Stats, empty_stage_counts
 from deepseek_v3.data.report.page import write_report
 from deepseek_v3.utils.logging import get_logger
 
@@ -34,47 +34,49 @@ _ROWS_PER_FILE = 1_000_000
 _log = get_logger("Preprocess")
 
 
-def finish(
-    config: PreprocessConfig, layout: Layout, passes: Sequence[Pass], shards: Sequence[FinishedPart], inputs: Inputs
+def write_outputs(
+    config: PreprocessConfig, run_folder: RunFolder, passes: Sequence[Pass], shards: Sequence[Part], inputs: Inputs
 ) -> dict[str, Any]:
     """Puts the results in their places and returns the manifest. May be interrupted anywhere, and run again."""
-    folders = [layout.parts(number) for number in range(len(passes) - 1)]
-    parts = [folder / name for folder in folders for name in read_json(folder / "complete.json")["parts"]]
+    folders = [run_folder.parts(number) for number in range(len(passes) - 1)]
+    parts = [folder / name for folder in folders for name in read_run_json(folder / "complete.json")["parts"]]
     parts += [shard.folder for shard in shards]
-    tally = Tally()
+    tally = Stats()
     for part in parts:
-        tally.add(Tally.from_json((part / TALLY_FILE).read_bytes()))
-    balance = _balance(config, layout, parts, tally, sum(shard.rows for shard in shards))
-    files = [_place(layout, shard) for shard in shards]
-    stats = _stats(config, layout, passes, tally, balance)
-    write_json(layout.output / "stats.json", stats)
-    write_report(stats, layout.output / "report.html")
+        tally.add(Stats.from_json((part / STATS_FILE).read_bytes()))
+    balance = _balance(config, run_folder, parts, tally, sum(shard.rows for shard in shards))
+    files = [_place(run_folder, shard) for shard in shards]
+    stats = _stats(config, run_folder, passes, tally, balance)
+    write_run_json(run_folder.output / "stats.json", stats)
+    write_report(stats, run_folder.output / "report.html")
     manifest = {
-        **description(config, inputs.files),
+        **describe_run(config, inputs.files),
         "ignored": [ignored._asdict() for ignored in inputs.ignored],
         "counts": balance,
         "alarms": stats["alarms"],
         "outputs": files,
     }
-    write_json(layout.manifest, manifest)
-    shutil.rmtree(layout.work, ignore_errors=True)
+    write_run_json(run_folder.manifest, manifest)
+    shutil.rmtree(run_folder.work, ignore_errors=True)
     return manifest
 
 
 def _balance(
-    config: PreprocessConfig, layout: Layout, parts: Sequence[Path], tally: Tally, written: int
+    config: PreprocessConfig, run_folder: RunFolder, parts: Sequence[Path], tally: Stats, written: int
 ) -> dict[str, int]:
     """Writes what was dropped and set aside, and checks that with what is kept this is all that was read."""
     counts = tally.counts
     balance = {
         "input": counts.get("read", {}).get("records", 0),
         "kept": written - counts.get("kept", {}).get("copies", 0),
-        "dropped": _write_all(parts, DROPPED_FILE, layout.output / "dropped", config.output_format),
-        "quarantined": _write_all(parts, QUARANTINED_FILE, layout.output / "quarantine", config.output_format),
+        "dropped": _write_all(parts, DROPPED_FILE, run_folder.output / "dropped", config.output_format),
+        "quarantined": _write_all(parts, QUARANTINED_FILE, run_folder.output / "quarantine", config.output_format),
         "copies": counts.get("kept", {}).get("copies", 0),
     }
     if balance["input"] != balance["kept"] + balance["dropped"] + balance["quarantined"]:
-        raise AssertionError(f"documents were lost or doubled: {balance}; the run's folder {layout.work} is kept")
+        raise AssertionError(
+            f"documents were lost or doubled: {balance}; the run's folder {run_folder.work} is kept"
+        )
     return balance
 
 
@@ -108,10 +110,10 @@ def _grouped(tables: Iterable[pa.Table]) -> Iterator[list[pa.RecordBatch]]:
         yield group
 
 
-def _place(layout: Layout, shard: FinishedPart) -> dict[str, Any]:
+def _place(run_folder: RunFolder, shard: Part) -> dict[str, Any]:
     """Moves a shard's file to `data/`, unless it is there, and describes it."""
     name = next(name for name in shard.checksums if name.startswith(SHARD_PREFIX))
-    target = layout.output / "data" / name
+    target = run_folder.output / "data" / name
     target.parent.mkdir(parents=True, exist_ok=True)
     if (shard.folder / name).exists():
         (shard.folder / name).replace(target)
@@ -125,18 +127,18 @@ def _place(layout: Layout, shard: FinishedPart) -> dict[str, Any]:
 
 
 def _stats(
-    config: PreprocessConfig, layout: Layout, passes: Sequence[Pass], tally: Tally, balance: dict[str, int]
+    config: PreprocessConfig, run_folder: RunFolder, passes: Sequence[Pass], tally: Stats, balance: dict[str, int]
 ) -> dict[str, Any]:
     counts = tally.counts
     kept = counts.get("kept", {})
     counted = config.tokenizer is not None and kept.get("tokens", 0) > 0
     figures = {
-        stage.name: figures_of(layout.decisions(number, stage.name))
+        stage.name: read_figures(run_folder.decisions(number, stage.name))
         for number, each in enumerate(passes)
-        for stage in each.corpus
+        for stage in each.global_stages
     }
     stages = [
-        {"name": name, "figures": figures.get(name, {}), **counts.get("stages", {}).get(name, empty_stage())}
+        {"name": name, "figures": figures.get(name, {}), **counts.get("stages", {}).get(name, empty_stage_counts())}
         for name in config.pipeline
     ]
     return {

@@ -8,7 +8,7 @@ from typing import Any
 from deepseek_v3.config.preprocess_config import PreprocessConfig
 from deepseek_v3.data.pipeline.registry import STAGES
 from deepseek_v3.data.pipeline.unique_ids import UniqueIds
-from deepseek_v3.data.stages import CorpusStage, Stage
+from deepseek_v3.data.stages import GlobalStage, Stage
 from deepseek_v3.data.tokens.counting import TokenCounter
 from deepseek_v3.utils.lazily import imported
 
@@ -17,16 +17,16 @@ from deepseek_v3.utils.lazily import imported
 class Pass:
     """One reading of the corpus: first the decisions of `corpus` stages are carried out, then `stages` applied."""
 
-    corpus: tuple[CorpusStage, ...]
+    global_stages: tuple[GlobalStage, ...]
     stages: tuple[Stage, ...]
 
 
-def passes_of(config: PreprocessConfig) -> tuple[Pass, ...]:
+def build_passes(config: PreprocessConfig) -> tuple[Pass, ...]:
     """The passes of a configuration: at least two, since ids must be unique in the whole corpus.
 
     Neighbouring corpus stages share a pass, unless one of them changes texts that the next one judges.
     """
-    groups: list[tuple[list[CorpusStage], list[Stage]]] = [([], [])]
+    groups: list[tuple[list[GlobalStage], list[Stage]]] = [([], [])]
     for name in config.pipeline:
         stage = _stage(config, name)
         corpus, stages = groups[-1]
@@ -42,9 +42,9 @@ def passes_of(config: PreprocessConfig) -> tuple[Pass, ...]:
     return tuple(Pass(tuple(corpus), tuple(stages)) for corpus, stages in groups)
 
 
-def _stage(config: PreprocessConfig, name: str) -> Stage | CorpusStage:
+def _stage(config: PreprocessConfig, name: str) -> Stage | GlobalStage:
     options: dict[str, Any] = getattr(config, name).model_dump(mode="json")
     if name == "mixing":
         options["counter"] = TokenCounter(config.tokenizer, config.bytes_per_token)
-    stage: Stage | CorpusStage = imported(STAGES[name])(**options)
+    stage: Stage | GlobalStage = imported(STAGES[name])(**options)
     return stage

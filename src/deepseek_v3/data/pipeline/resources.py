@@ -12,7 +12,7 @@ from deepseek_v3.config.preprocess_config import PreprocessConfig
 from deepseek_v3.data.formats.batches import Span
 from deepseek_v3.data.formats.inputs import InputFile
 from deepseek_v3.data.formats.reading import spans
-from deepseek_v3.data.pipeline.tasks import Unit
+from deepseek_v3.data.pipeline.tasks import WorkUnit
 from deepseek_v3.utils.cgroups import usable_memory
 from deepseek_v3.utils.errors import ConfigError, DataError
 from deepseek_v3.utils.text import format_value
@@ -25,7 +25,7 @@ _MOST_UNITS = 10**6
 _RECORDS_PER_TEXT_BYTE = 1.1
 
 
-def units_of(files: Sequence[InputFile], piece_bytes: int) -> list[Unit]:
+def split_into_work_units(files: Sequence[InputFile], piece_bytes: int) -> list[WorkUnit]:
     """Cuts the files, in their order, into units of about `piece_bytes` on disk; small files share a unit.
 
     Raises ConfigError where there would be more than a million.
@@ -36,14 +36,14 @@ def units_of(files: Sequence[InputFile], piece_bytes: int) -> list[Unit]:
             f"work_unit_size = {piece_bytes}: cuts the input into {pieces_at_least:,} pieces, expected at most "
             f"{_MOST_UNITS:,}; make the pieces larger"
         )
-    units: list[Unit] = []
+    units: list[WorkUnit] = []
     waiting: list[Span] = []
     waiting_bytes = 0
 
     def close() -> None:
         nonlocal waiting, waiting_bytes
         if waiting:
-            units.append(Unit(len(units), tuple(waiting), waiting_bytes))
+            units.append(WorkUnit(len(units), tuple(waiting), waiting_bytes))
         waiting, waiting_bytes = [], 0
 
     for file in files:
@@ -58,14 +58,14 @@ def units_of(files: Sequence[InputFile], piece_bytes: int) -> list[Unit]:
     return units
 
 
-def workers_for(config: PreprocessConfig) -> int:
+def count_workers(config: PreprocessConfig) -> int:
     """As many workers as are wanted and as the memory allows.
 
     Raises ConfigError where it does not even allow one.
     """
     wanted = config.workers or os.cpu_count() or 1
     each = worker_memory(config)
-    allowed = memory_of(config) // each
+    allowed = memory_limit(config) // each
     if allowed < 1:
         raise ConfigError(
             f"memory = {format_value(config.memory)}: one worker takes about {each:,} bytes "
@@ -80,27 +80,27 @@ def worker_memory(config: PreprocessConfig) -> int:
     return _WORKER_BYTES + _COPIES * max(config.work_unit_size, config.max_record_size)
 
 
-def memory_of(config: PreprocessConfig) -> int:
+def memory_limit(config: PreprocessConfig) -> int:
     """Bytes that the run may take: as configured, or half of what this process may take of the machine."""
     return config.memory or usable_memory() // 2
 
 
-class DiskNeed(NamedTuple):
+class DiskEstimate(NamedTuple):
     """Bytes of text in the input as estimated, and of disk that the run takes at its widest, output included."""
 
     text: int
     disk: int
 
 
-def disk_need(files: Sequence[InputFile], config: PreprocessConfig) -> DiskNeed:
+def estimate_disk(files: Sequence[InputFile], config: PreprocessConfig) -> DiskEstimate:
     """Estimates what a run takes on disk: at most two passes' documents lie there at a time, with their keys."""
     text = sum(file.size * (_EXPANSION if _is_compressed(file) else 1) for file in files)
     has_keys = {"deduplication", "exact_deduplication"} & {*config.pipeline}
     per_byte = 2 * _RECORDS_PER_TEXT_BYTE + (_KEYS_PER_TEXT_BYTE if has_keys else 0)
-    return DiskNeed(text, int(text * per_byte))
+    return DiskEstimate(text, int(text * per_byte))
 
 
-def check_disk(need: DiskNeed, output: Path) -> None:
+def check_disk(need: DiskEstimate, output: Path) -> None:
     """Raises DataError where the disk that `output` will stand on has too little room."""
     place = next(parent for parent in (output, *output.absolute().parents) if parent.exists())
     free = shutil.disk_usage(place).free

@@ -13,7 +13,7 @@ import orjson
 from deepseek_v3.config.base import with_present_names
 from deepseek_v3.config.preprocess_config import PreprocessConfig
 from deepseek_v3.data.formats.inputs import InputFile
-from deepseek_v3.data.pipeline.run_folder import FinishedPart, Layout, is_whole, read_part
+from deepseek_v3.data.pipeline.run_folder import Part, RunFolder, is_intact, read_part
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.files import atomic_write
 from deepseek_v3.utils.locks import hold_lock
@@ -25,7 +25,7 @@ FORMAT_VERSION = 2
 _FREE = ("output_dir", "engine", "ray_address", "workers", "memory")
 
 
-def description(config: PreprocessConfig, files: Sequence[InputFile]) -> dict[str, Any]:
+def describe_run(config: PreprocessConfig, files: Sequence[InputFile]) -> dict[str, Any]:
     """What decides about the result: the configuration, the input and what stages read besides, as JSON."""
     fields = {name: value for name, value in config.model_dump(mode="json").items() if name not in _FREE}
     described: dict[str, Any] = orjson.loads(
@@ -56,28 +56,35 @@ def _read_by_stages(config: PreprocessConfig) -> list[dict[str, Any]]:
     ]
 
 
-def begin(layout: Layout, described: dict[str, Any]) -> bool:
+def start_or_resume(run_folder: RunFolder, described: dict[str, Any]) -> bool:
     """Starts a run, or goes on with one: returns whether work of an earlier process is there.
 
     Raises DataError where the output folder holds anything else, or the run began with another configuration or
     another input.
     """
-    if not layout.run_file.exists():
+    if not run_folder.run_file.exists():
         strangers = (
-            [path.name for path in layout.output.iterdir() if path != layout.work] if layout.output.exists() else []
+            [path.name for path in run_folder.output.iterdir() if path != run_folder.work]
+            if run_folder.output.exists()
+            else []
         )
         if strangers:
             raise DataError(
-                f"{layout.output}: holds {', '.join(sorted(strangers)[:5])} and no unfinished run; choose another "
-                "output_dir, or remove it"
+                f"{run_folder.output}: holds {', '.join(sorted(strangers)[:5])} and no unfinished run; "
+                "choose another output_dir, or remove it"
             )
-        write_json(layout.run_file, described)
+        write_run_json(run_folder.run_file, described)
         return False
-    check_same(read_json(layout.run_file), described, layout.run_file, f"remove {layout.work} to start anew")
+    check_same_run(
+        read_run_json(run_folder.run_file),
+        described,
+        run_folder.run_file,
+        f"remove {run_folder.work} to start anew",
+    )
     return True
 
 
-def check_same(before: dict[str, Any], now: dict[str, Any], where: Path, advice: str) -> None:
+def check_same_run(before: dict[str, Any], now: dict[str, Any], where: Path, advice: str) -> None:
     """Raises DataError, naming the first field or file that differs, unless both describe the same run."""
     if before["format_version"] != now["format_version"]:
         raise DataError(f"{where}: was written by another version of this program; {advice}")
@@ -116,18 +123,18 @@ def _check_files(
 
 
 @contextmanager
-def at_work(layout: Layout, shared: bool) -> Iterator[None]:
+def run_lock(run_folder: RunFolder, shared: bool) -> Iterator[None]:
     """Holds the run's lock, which shards share; raises as `hold_lock` does."""
-    with hold_lock(layout.work / "lock", layout.output, "choose another output_dir", shared=shared):
+    with hold_lock(run_folder.work / "lock", run_folder.output, "choose another output_dir", shared=shared):
         yield
 
 
-def complete_parts(folder: Path) -> list[FinishedPart] | None:
+def completed_parts(folder: Path) -> list[Part] | None:
     """The parts of a pass that is complete, or None where it is not."""
     marker = folder / "complete.json"
     if not marker.exists():
         return None
-    parts = [read_part(folder / name) for name in read_json(marker)["parts"]]
+    parts = [read_part(folder / name) for name in read_run_json(marker)["parts"]]
     found = [part for part in parts if part is not None]
     if len(found) < len(parts):
         raise DataError(
@@ -136,14 +143,14 @@ def complete_parts(folder: Path) -> list[FinishedPart] | None:
     return found
 
 
-def mark_complete(folder: Path, parts: Sequence[FinishedPart]) -> None:
+def mark_complete(folder: Path, parts: Sequence[Part]) -> None:
     """Notes that a pass has all its parts."""
-    write_json(folder / "complete.json", {"parts": [part.name for part in parts]})
+    write_run_json(folder / "complete.json", {"parts": [part.name for part in parts]})
 
 
-def count_finished(layout: Layout) -> int:
+def count_finished(run_folder: RunFolder) -> int:
     """Parts of all passes that are finished, and so need not be made again."""
-    folders = sorted(layout.work.glob("pass-*")) + [layout.shards]
+    folders = sorted(run_folder.work.glob("pass-*")) + [run_folder.shards]
     return sum(read_part(path) is not None for folder in folders if folder.is_dir() for path in folder.iterdir())
 
 
@@ -152,13 +159,13 @@ def discard_damaged(folder: Path) -> int:
     damaged = 0
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         part = read_part(path)
-        if path.is_dir() and (path.name.endswith(".partial") or part is None or not is_whole(part)):
+        if path.is_dir() and (path.name.endswith(".partial") or part is None or not is_intact(part)):
             shutil.rmtree(path, ignore_errors=True)
             damaged += not path.name.endswith(".partial")
     return damaged
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_run_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file of a run."""
     try:
         fields: dict[str, Any] = orjson.loads(path.read_bytes())
@@ -167,7 +174,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return fields
 
 
-def write_json(path: Path, fields: dict[str, Any]) -> None:
+def write_run_json(path: Path, fields: dict[str, Any]) -> None:
     """Writes a JSON file with sorted keys, whole or not at all."""
     with atomic_write(path) as partial:
         partial.write_bytes(orjson.dumps(fields, option=orjson.OPT_SORT_KEYS | orjson.OPT_INDENT_2) + b"\n")

@@ -25,13 +25,13 @@ _CHUNK_BYTES = 2**22
 RECORDS_FILE = "records.arrow"
 DROPPED_FILE = "dropped.arrow"
 QUARANTINED_FILE = "quarantined.arrow"
-TALLY_FILE = "tally.json"
+STATS_FILE = "tally.json"
 SHARD_PREFIX = "part-"
 IDS_FILE = "ids.arrow"  # of an earlier corpus, beside its keys
 
 
 @dataclass(frozen=True)
-class FinishedPart:
+class Part:
     """A folder of finished work.
 
     `rows` documents of `text_bytes` bytes were left when it was written. `resume` says where the reading of a unit
@@ -68,30 +68,28 @@ def appearing_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def finish_part(
-    folder: Path, partial: Path, rows: int, text_bytes: int, resume: tuple[int, int] | None
-) -> FinishedPart:
+def finish_part(folder: Path, partial: Path, rows: int, text_bytes: int, resume: tuple[int, int] | None) -> Part:
     """Writes the marker of a part whose files are complete in `partial`, soon to be `folder`."""
     checksums = {path.relative_to(partial).as_posix(): checksum(path) for path in _files(partial)}
-    part = FinishedPart(folder, rows, text_bytes, resume, checksums)
+    part = Part(folder, rows, text_bytes, resume, checksums)
     fields = {name: value for name, value in asdict(part).items() if name != "folder"}
     (partial / _MARKER).write_bytes(orjson.dumps(fields, option=orjson.OPT_SORT_KEYS))
     return part
 
 
-def read_part(folder: Path) -> FinishedPart | None:
+def read_part(folder: Path) -> Part | None:
     """The finished part in `folder`, or None where there is none."""
     try:
         fields: dict[str, Any] = orjson.loads((folder / _MARKER).read_bytes())
         resume = fields["resume"]
-        return FinishedPart(
+        return Part(
             folder, fields["rows"], fields["text_bytes"], resume and (resume[0], resume[1]), fields["checksums"]
         )
     except (OSError, ValueError, KeyError):
         return None
 
 
-def is_whole(part: FinishedPart) -> bool:
+def is_intact(part: Part) -> bool:
     """Whether all files of a part are there as they were written."""
     try:
         return all(checksum(part.folder / name) == expected for name, expected in part.checksums.items())
@@ -135,7 +133,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 @dataclass(frozen=True)
-class Layout:
+class RunFolder:
     """The folders of a run. Everything in `work` is removed once the run is complete."""
 
     output: Path

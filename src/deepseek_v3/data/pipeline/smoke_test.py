@@ -11,7 +11,7 @@ import orjson
 
 from deepseek_v3.config.loading import section_from_dict
 from deepseek_v3.config.preprocess_config import PreprocessConfig
-from deepseek_v3.data.pipeline.run import preprocess
+from deepseek_v3.data.pipeline.run import run_pipeline
 from deepseek_v3.data.pipeline.run_folder import checksum
 from deepseek_v3.data.sample_corpora import write_damaged_corpus
 from deepseek_v3.data.tokens.tokenize_corpus import tokenize_corpus
@@ -49,7 +49,7 @@ def _run(folder: Path, workers: int) -> dict[str, Any]:
         "work_unit_size": "256KB",
         "shard_size": "1MB",
     }
-    return preprocess(section_from_dict(PreprocessConfig, fields, "smoke test"))
+    return run_pipeline(section_from_dict(PreprocessConfig, fields, "smoke test"))
 
 
 def _checks(

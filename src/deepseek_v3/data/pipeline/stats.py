@@ -20,7 +20,7 @@ _SAMPLES = 5  # of each stage and reason
 _EXCERPT_CHARACTERS = 600
 
 
-class Tally:
+class Stats:
     """Nested counts, and a few samples for each reason: those whose place hashes lowest, whoever finds them.
 
     `counts` holds
@@ -105,7 +105,7 @@ class Tally:
         """Notes that so many of the documents that were written are copies of others."""
         self._add("kept", {"documents": -copies, "copies": copies})
 
-    def add(self, other: Tally) -> None:
+    def add(self, other: Stats) -> None:
         """Adds another tally to this one."""
         _merge(self.counts, other.counts)
         for key, samples in other.samples.items():
@@ -116,7 +116,7 @@ class Tally:
         return orjson.dumps({"counts": self.counts, "samples": self.samples}, option=orjson.OPT_SORT_KEYS)
 
     @classmethod
-    def from_json(cls, data: bytes) -> Tally:
+    def from_json(cls, data: bytes) -> Stats:
         """What `to_json` wrote."""
         fields = orjson.loads(data)
         return cls(fields["counts"], fields["samples"])
@@ -139,7 +139,7 @@ class Tally:
         self.samples[key] = everyone[:_SAMPLES]
 
 
-def empty_stage() -> dict[str, Any]:
+def empty_stage_counts() -> dict[str, Any]:
     """The counts of a stage that no document reached."""
     nothing = {"documents": 0, "bytes": 0}
     return {"in": {**nothing}, "out": {**nothing}, "reasons": {}, "sources": {}, "observed": {}}

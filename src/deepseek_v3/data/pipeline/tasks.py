@@ -22,14 +22,14 @@ from deepseek_v3.data.formats.batches import BATCH_BYTES, ReadBatch, ReadOptions
 from deepseek_v3.data.formats.quarantine import QUARANTINED
 from deepseek_v3.data.formats.reading import read_span
 from deepseek_v3.data.formats.writing import RecordWriter
-from deepseek_v3.data.pipeline.global_stages import Decision
+from deepseek_v3.data.pipeline.global_stages import StageDecisions
 from deepseek_v3.data.pipeline.passes import Pass
 from deepseek_v3.data.pipeline.run_folder import (
     DROPPED_FILE,
     QUARANTINED_FILE,
     RECORDS_FILE,
-    TALLY_FILE,
-    FinishedPart,
+    STATS_FILE,
+    Part,
     appearing_folder,
     finish_part,
     read_part,
@@ -37,68 +37,68 @@ from deepseek_v3.data.pipeline.run_folder import (
     single_batch,
     write_table,
 )
-from deepseek_v3.data.pipeline.stats import Tally
-from deepseek_v3.data.pipeline.unique_ids import UniqueIds, set_aside
-from deepseek_v3.data.stages import DROPPED, CorpusStage, Outcome, Stage
+from deepseek_v3.data.pipeline.stats import Stats
+from deepseek_v3.data.pipeline.unique_ids import UniqueIds, as_quarantined
+from deepseek_v3.data.stages import DROPPED, GlobalStage, Outcome, Stage
 from deepseek_v3.data.tokens.counting import TokenCounter
 
 
-def judge_part(
-    target: Path, number: int, decisions: Sequence[Decision], this: Pass, following: Sequence[CorpusStage]
+def apply_stages(
+    target: Path, number: int, decisions: Sequence[StageDecisions], this: Pass, following: Sequence[GlobalStage]
 ) -> None:
     """Carries out the decisions for the part of that number and applies the stages of a pass, not the last one.
 
     What is left, its keys for the `following` stages, and what was dropped appear in the folder `target`.
     """
-    collector = Collector(this.stages)
-    kept = pa.Table.from_batches(_judged(number, decisions, this, collector))
-    write_records(kept, collector, following, target)
+    runner = StageRunner(this.stages)
+    kept = pa.Table.from_batches(_judged(number, decisions, this, runner))
+    write_records(kept, runner, following, target)
 
 
 def write_shard(
     target: Path,
     numbers: Sequence[int],
-    decisions: Sequence[Decision],
+    decisions: Sequence[StageDecisions],
     this: Pass,
     file_name: str,
     tokens: TokenCounter,
 ) -> None:
     """As `judge_part`, in the last pass, for several parts whose documents become one output file."""
-    collector = Collector(this.stages)
+    runner = StageRunner(this.stages)
     rows = num_bytes = 0
     with appearing_folder(target) as partial:
         with RecordWriter(partial / file_name) as writer:
             for number in numbers:
-                for batch in _judged(number, decisions, this, collector):
-                    collector.tally.kept(batch, tokens.total(batch.column("text")))
+                for batch in _judged(number, decisions, this, runner):
+                    runner.stats.kept(batch, tokens.total(batch.column("text")))
                     writer.write(batch)
                     rows += batch.num_rows
                     num_bytes += text_bytes(batch)
-        collector.tally.copies(collector.copies)
-        collector.write(partial)
+        runner.stats.copies(runner.copies)
+        runner.write(partial)
         finish_part(target, partial, rows, num_bytes, None)
 
 
 def _judged(
-    number: int, decisions: Sequence[Decision], this: Pass, collector: Collector
+    number: int, decisions: Sequence[StageDecisions], this: Pass, runner: StageRunner
 ) -> Iterator[pa.RecordBatch]:
     """The documents of a part that are left after the decisions and the stages of a pass; one batch or several."""
     records = decisions[0].own(number).records
     assert records is not None
     batch = single_batch(read_table(records))
     rows = np.arange(batch.num_rows)
-    for stage, decision in zip(this.corpus, decisions, strict=True):
+    for stage, decision in zip(this.global_stages, decisions, strict=True):
         documents = decision.own(number).first + rows
         result = stage.apply(batch, documents, decision.folder, decision.ids_of)
         if isinstance(stage, UniqueIds):
-            repeated = set_aside(batch, result)
-            collector.tally.quarantine(repeated)
-            collector.quarantine(repeated)
+            repeated = as_quarantined(batch, result)
+            runner.stats.quarantine(repeated)
+            runner.quarantine(repeated)
         else:
-            collector.account(stage.name, batch, result)
+            runner.record(stage.name, batch, result)
         batch, rows = result.kept, rows[result.kept_rows]
     for piece in _pieces(batch):
-        yield collector.judge(piece)
+        yield runner.run(piece)
 
 
 def _pieces(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
@@ -110,7 +110,7 @@ def _pieces(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
 
 
 @dataclass(frozen=True)
-class Unit:
+class WorkUnit:
     """Spans of the input that one task reads, in the order of the corpus."""
 
     number: int
@@ -118,8 +118,13 @@ class Unit:
     size: int  # bytes on disk
 
 
-def read_unit(
-    unit: Unit, options: ReadOptions, first: Pass, following: Sequence[CorpusStage], folder: Path, part_bytes: int
+def read_work_unit(
+    unit: WorkUnit,
+    options: ReadOptions,
+    first: Pass,
+    following: Sequence[GlobalStage],
+    folder: Path,
+    part_bytes: int,
 ) -> int:
     """Reads what is left of a unit, and returns its number.
 
@@ -137,16 +142,16 @@ def read_unit(
     return unit.number
 
 
-def finished_parts(unit: int, folder: Path) -> list[FinishedPart]:
+def finished_parts(unit: int, folder: Path) -> list[Part]:
     """The parts of a unit that are finished, in order."""
-    parts: list[FinishedPart] = []
+    parts: list[Part] = []
     while part := read_part(folder / f"{unit:06d}-{len(parts):05d}"):
         parts.append(part)
     return parts
 
 
 def _batches(
-    unit: Unit, options: ReadOptions, resume: tuple[int, int]
+    unit: WorkUnit, options: ReadOptions, resume: tuple[int, int]
 ) -> Iterator[tuple[ReadBatch, tuple[int, int]]]:
     """The batches of a unit from a place on, each with the place where the next one starts."""
     index, position = resume
@@ -159,35 +164,35 @@ def _batches(
 def _write_part(
     batches: Iterator[tuple[ReadBatch, tuple[int, int]]],
     first: Pass,
-    following: Sequence[CorpusStage],
+    following: Sequence[GlobalStage],
     target: Path,
     part_bytes: int,
-) -> FinishedPart:
-    collector = Collector(first.stages)
+) -> Part:
+    runner = StageRunner(first.stages)
     kept: list[pa.RecordBatch] = []
     read_bytes = 0
     resume = None
     for batch, place in batches:
-        collector.tally.read(batch.records, batch.quarantined)
-        collector.quarantine(batch.quarantined)
+        runner.stats.read(batch.records, batch.quarantined)
+        runner.quarantine(batch.quarantined)
         read_bytes += text_bytes(batch.records)
-        kept.append(collector.judge(batch.records))
+        kept.append(runner.run(batch.records))
         if read_bytes >= part_bytes:
             resume = place
             break
     if not kept:  # stages append their columns to no documents as well
-        kept.append(collector.judge(pa.RecordBatch.from_pylist([], RECORDS)))
+        kept.append(runner.run(pa.RecordBatch.from_pylist([], RECORDS)))
     table = pa.Table.from_batches(kept)
-    return write_records(table, collector, following, target, resume)
+    return write_records(table, runner, following, target, resume)
 
 
 def write_records(
     table: pa.Table,
-    collector: Collector,
-    following: Sequence[CorpusStage],
+    runner: StageRunner,
+    following: Sequence[GlobalStage],
     target: Path,
     resume: tuple[int, int] | None = None,
-) -> FinishedPart:
+) -> Part:
     """Writes a part: its documents, their keys for the stages that come next, and what was collected on the way."""
     table = table.combine_chunks()
     with appearing_folder(target) as partial:
@@ -196,7 +201,7 @@ def write_records(
             keys = partial / "keys" / stage.name
             keys.mkdir(parents=True)
             stage.write_keys(table, keys)
-        collector.write(partial)
+        runner.write(partial)
         return finish_part(target, partial, table.num_rows, text_bytes(table), resume)
 
 
@@ -205,31 +210,31 @@ def text_bytes(records: pa.RecordBatch | pa.Table) -> int:
     return int(pc.sum(pc.binary_length(records.column("text"))).as_py() or 0)
 
 
-class Collector:
+class StageRunner:
     """What the documents of one part became."""
 
     def __init__(self, stages: Sequence[Stage]) -> None:
         self._stages = stages
         self._dropped: list[pa.RecordBatch] = []
         self._quarantined: list[pa.RecordBatch] = []
-        self.tally = Tally()
+        self.stats = Stats()
         self.copies = 0  # of documents that go on more than once
 
-    def judge(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+    def run(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         """The batch after all stages of the pass."""
         for stage in self._stages:
             result = stage.apply(batch)
-            self.account(stage.name, batch, result)
+            self.record(stage.name, batch, result)
             batch = result.kept
         return batch
 
-    def account(self, stage: str, before: pa.RecordBatch, result: Outcome) -> None:
+    def record(self, stage: str, before: pa.RecordBatch, result: Outcome) -> None:
         """Counts what a stage did to a batch, and keeps what it dropped."""
         missing = before.num_rows - int(result.kept_rows.sum()) - result.dropped.num_rows
         if missing:
             raise AssertionError(f"stage {stage} lost {missing} documents of a batch without a reason")
         self.copies += result.kept.num_rows - int(result.kept_rows.sum())
-        self.tally.stage(stage, before, result)
+        self.stats.stage(stage, before, result)
         if result.dropped.num_rows:
             self._dropped.append(result.dropped)
 
@@ -242,4 +247,4 @@ class Collector:
         """Writes what was dropped and set aside, and the counts."""
         write_table(pa.Table.from_batches(self._dropped, DROPPED), folder / DROPPED_FILE)
         write_table(pa.Table.from_batches(self._quarantined, QUARANTINED), folder / QUARANTINED_FILE)
-        (folder / TALLY_FILE).write_bytes(self.tally.to_json())
+        (folder / STATS_FILE).write_bytes(self.stats.to_json())

@@ -16,12 +16,12 @@ from deepseek_v3.data.arrays import BoolArray, Int64Array
 from deepseek_v3.data.deduplication import repeated_hashes
 from deepseek_v3.data.deduplication.key_files import key_ranges
 from deepseek_v3.data.formats.quarantine import QUARANTINED, RAW_BYTES
-from deepseek_v3.data.stages import CorpusStage, Drop, Outcome, Part, Task, outcome
+from deepseek_v3.data.stages import Drop, GlobalStage, NumberedPart, Outcome, Task, outcome
 
 _BYTES_PER_KEY = 200  # a match task's need for each id of its range, at most
 
 
-class UniqueIds(CorpusStage):
+class UniqueIds(GlobalStage):
     """Drops every record but the first of those with the same id, by XXH3-128 of the id."""
 
     name = "unique_ids"
@@ -35,17 +35,17 @@ class UniqueIds(CorpusStage):
         )
 
     @override
-    def match_tasks(self, parts: Sequence[Part], memory: int) -> list[Task]:
+    def match_tasks(self, parts: Sequence[NumberedPart], memory: int) -> list[Task]:
         ranges = key_ranges(repeated_hashes.count_texts(parts) * _BYTES_PER_KEY, memory)
         return [Task("match", (tuple(parts), low, high)) for low, high in ranges]
 
-    def match(self, output: Path, parts: Sequence[Part], low: int, high: int) -> None:
+    def match(self, output: Path, parts: Sequence[NumberedPart], low: int, high: int) -> None:
         """Writes the repeats among the hashes that begin with `low` to below `high`."""
         np.save(output, repeated_hashes.find_repeats(parts, low, high))
 
     @override
     def resolve(
-        self, parts: Sequence[Part], matches: Sequence[Path], refined: Sequence[Path], folder: Path
+        self, parts: Sequence[NumberedPart], matches: Sequence[Path], refined: Sequence[Path], folder: Path
     ) -> dict[str, Any]:
         repeated = repeated_hashes.read_repeats(matches)["document"]
         np.save(folder / "repeated.npy", repeated)
@@ -64,13 +64,13 @@ class UniqueIds(CorpusStage):
         return outcome(self.name, batch, [Drop(row, "duplicate_id") for row in rows.tolist()])
 
     @override
-    def removed(self, parts: Sequence[Part], folder: Path) -> BoolArray:
+    def removed(self, parts: Sequence[NumberedPart], folder: Path) -> BoolArray:
         mask = np.zeros(sum(part.rows for part in parts), np.bool_)
         mask[np.load(folder / "repeated.npy")] = True
         return mask
 
 
-def set_aside(batch: pa.RecordBatch, result: Outcome) -> pa.RecordBatch:
+def as_quarantined(batch: pa.RecordBatch, result: Outcome) -> pa.RecordBatch:
     """The records that `UniqueIds` dropped, as `QUARANTINED`."""
     rows = [
         {

@@ -7,25 +7,25 @@ from typing import Any
 
 from deepseek_v3.charts import histograms
 from deepseek_v3.charts.markup import (
-    Body,
     Html,
+    TableBody,
+    concat,
     count,
     element,
     figure,
-    joined,
+    html_table,
     share,
-    shortened,
     stage_title,
-    table,
+    truncate,
 )
-from deepseek_v3.charts.svg import bars_before_after, histogram_chart, legend
+from deepseek_v3.charts.svg import before_after_bars, histogram_chart, legend
 from deepseek_v3.utils.text import humanize
 
 _WORDS = 15
 _WORD_CHARACTERS = 40
 
 
-def distributions(stats: dict[str, Any]) -> Html:
+def distributions_section(stats: dict[str, Any]) -> Html:
     """A chart for each quantity."""
     charts = [_lengths(stats)]
     for number, stage in enumerate(stats.get("stages", [])):
@@ -35,7 +35,7 @@ def distributions(stats: dict[str, Any]) -> Html:
     shown = [chart for chart in charts if chart]
     if not shown:
         return element("p", "Nothing was observed.")
-    return joined([legend(), element("div", *shown, class_="charts")])
+    return concat([legend(), element("div", *shown, class_="charts")])
 
 
 def _title(stage: str, quantity: str) -> str:
@@ -44,7 +44,7 @@ def _title(stage: str, quantity: str) -> str:
 
 def _lengths(stats: dict[str, Any]) -> Html | None:
     read, kept = stats.get("read", {}), stats.get("kept", {})
-    histogram = histograms.of_lengths(read.get("lengths", {}), kept.get("lengths", {}))
+    histogram = histograms.length_histogram(read.get("lengths", {}), kept.get("lengths", {}))
     if histogram is None:
         return None
     means = [
@@ -58,31 +58,31 @@ def _lengths(stats: dict[str, Any]) -> Html | None:
 def _observed(key: str, title: str, quantity: str, counts: dict[str, Any]) -> Html | None:
     """What a stage saw of the documents that came to it, and of those that went on."""
     before, after = counts.get("before", {}), counts.get("after", {})
-    numbers = histograms.numeric(before)
+    numbers = histograms.numeric_counts(before)
     if not numbers:
         return _words(title, before, after) if before else None
-    histogram = histograms.of_numbers(numbers, histograms.numeric(after), quantity)
+    histogram = histograms.number_histogram(numbers, histograms.numeric_counts(after), quantity)
     caption = _number_caption(before, after)
     return histogram_chart(histogram, key, title, caption, _edge, humanize(quantity))
 
 
 def _number_caption(before: dict[str, int], after: dict[str, int]) -> str:
-    medians = [histograms.median(histograms.numeric(counts)) for counts in (before, after)]
+    medians = [histograms.median(histograms.numeric_counts(counts)) for counts in (before, after)]
     was, is_ = (figure(middle) if middle is not None else "none" for middle in medians)
-    left_out = sum(before.values()) - sum(histograms.numeric(before).values())
+    left_out = sum(before.values()) - sum(histograms.numeric_counts(before).values())
     odd = f" {count(left_out)} more have no finite number." if left_out else ""
-    came, went = (count(sum(histograms.numeric(counts).values())) for counts in (before, after))
+    came, went = (count(sum(histograms.numeric_counts(counts).values())) for counts in (before, after))
     return f"{came} documents that came to the stage, {went} that went on; median {was} before, {is_} after.{odd}"
 
 
 def _words(title: str, before: dict[str, int], after: dict[str, int]) -> Html:
-    rows = histograms.of_words(before, after, _WORDS)
+    rows = histograms.word_counts(before, after, _WORDS)
     most = max(max(row[1:]) for row in rows)
     total = sum(before.values())
     body = [
         (
-            element("bdi", shortened(word, _WORD_CHARACTERS)),
-            bars_before_after(was / most, is_ / most),
+            element("bdi", truncate(word, _WORD_CHARACTERS)),
+            before_after_bars(was / most, is_ / most),
             count(was),
             share(was, total),
             count(is_),
@@ -91,7 +91,7 @@ def _words(title: str, before: dict[str, int], after: dict[str, int]) -> Html:
         for word, was, is_ in rows
     ]
     header = ["", "", "before", "share", "after", "kept"]
-    return element("figure", element("h4", title), table(title, header, Body(body)), class_="words")
+    return element("figure", element("h4", title), html_table(title, header, TableBody(body)), class_="words")
 
 
 def _bytes(edge: float) -> str:

@@ -10,20 +10,20 @@ from typing import Any
 import orjson
 
 from deepseek_v3.charts.markup import (
-    Body,
     Html,
+    TableBody,
     code,
+    concat,
     count,
     element,
     figure,
-    joined,
+    html_table,
     passage,
     share,
-    shortened,
     size,
     slug,
     stage_title,
-    table,
+    truncate,
 )
 from deepseek_v3.charts.svg import bar
 from deepseek_v3.data.formats.quarantine import REASONS
@@ -41,7 +41,7 @@ def anchor(stage: str, reason: str) -> str:
     return slug("samples", stage, reason)
 
 
-def samples(stats: dict[str, Any]) -> Html:
+def samples_section(stats: dict[str, Any]) -> Html:
     """All samples, folded up, in the order of the stages."""
     found: dict[str, list[dict[str, Any]]] = stats.get("samples", {})
     number = sum(len(each[:_SHOWN]) for each in found.values())
@@ -58,7 +58,7 @@ def samples(stats: dict[str, Any]) -> Html:
             element("h3", "Kept"),
             _group(anchor(_KEPT, ""), "documents of the output", found[_KEPT], characters),
         ]
-    return joined(parts)
+    return concat(parts)
 
 
 def _stage_reasons(
@@ -69,9 +69,9 @@ def _stage_reasons(
     for key in sorted(key for key in found if key.startswith(f"{name}/")):
         reason = key.split("/", 1)[1]
         documents = stage.get("reasons", {}).get(reason, {}).get("documents")
-        title = joined([code(reason), "" if documents is None else f" {count(documents)} documents dropped"])
+        title = concat([code(reason), "" if documents is None else f" {count(documents)} documents dropped"])
         groups.append(_group(anchor(name, reason), title, found[key], characters))
-    return joined([element("h3", stage_title(name)), *groups])
+    return concat([element("h3", stage_title(name)), *groups])
 
 
 def _group(key: str, title: str, found: list[dict[str, Any]], characters: int) -> Html:
@@ -91,7 +91,7 @@ def _sample(sample: dict[str, Any], characters: int) -> Html:
     return element(
         "article",
         _origin(sample),
-        element("p", joined(details), class_="figures") if details else "",
+        element("p", concat(details), class_="figures") if details else "",
         *decided,
         passage(shown, spans),
         class_="sample",
@@ -99,8 +99,8 @@ def _sample(sample: dict[str, Any], characters: int) -> Html:
 
 
 def _origin(sample: dict[str, Any]) -> Html:
-    source = element("bdi", shortened(str(sample.get("source", "")), _NAME_CHARACTERS))
-    name = element("bdi", shortened(str(sample.get("id", "")), _NAME_CHARACTERS))
+    source = element("bdi", truncate(str(sample.get("source", "")), _NAME_CHARACTERS))
+    name = element("bdi", truncate(str(sample.get("id", "")), _NAME_CHARACTERS))
     return element("p", source, f", place {figure(sample.get('place'))}, id ", name, class_="origin")
 
 
@@ -121,7 +121,7 @@ def _length(shown: int, whole: int) -> list[Html]:
 _MEANINGS = {**REASONS, "duplicate_id": "a record whose id an earlier record of the corpus has"}
 
 
-def reasons(stats: dict[str, Any]) -> Html:
+def reasons_section(stats: dict[str, Any]) -> Html:
     """A table of all reasons with bars that compare across stages."""
     stages = stats.get("stages", [])
     most = max((reason.get("documents", 0) for stage in stages for reason in _of(stage).values()), default=0)
@@ -130,12 +130,12 @@ def reasons(stats: dict[str, Any]) -> Html:
         return element("p", "No stage ran.")
     header = ["reason", "", "documents", "share", "text", "share"]
     note = "Shares are of what came to the stage. A reason that has samples leads to them."
-    return joined(
-        [table("Documents dropped, by stage and reason", header, *bodies), element("p", note, class_="note")]
+    return concat(
+        [html_table("Documents dropped, by stage and reason", header, *bodies), element("p", note, class_="note")]
     )
 
 
-def quarantine(stats: dict[str, Any]) -> Html:
+def quarantine_section(stats: dict[str, Any]) -> Html:
     """Reasons of records that hold no usable document."""
     found = sorted(stats.get("quarantined", {}).items(), key=lambda item: (-item[1], item[0]))
     if not found:
@@ -145,10 +145,12 @@ def quarantine(stats: dict[str, Any]) -> Html:
         (code(reason), bar(("quarantined", number / most)), count(number), _MEANINGS.get(reason, ""))
         for reason, number in found
     ]
-    return table("Records set aside, by reason", ["reason", "", "records", "meaning"], Body(rows), left=[3])
+    return html_table(
+        "Records set aside, by reason", ["reason", "", "records", "meaning"], TableBody(rows), left=[3]
+    )
 
 
-def _stage_samples(stage: dict[str, Any], most: int, samples: dict[str, Any]) -> Body:
+def _stage_samples(stage: dict[str, Any], most: int, samples: dict[str, Any]) -> TableBody:
     given, left, found = stage.get("in", {}), stage.get("out", {}), _of(stage)
     documents, num_bytes = given.get("documents", 0), given.get("bytes", 0)
     rows: list[tuple[str, ...]] = [
@@ -168,7 +170,7 @@ def _stage_samples(stage: dict[str, Any], most: int, samples: dict[str, Any]) ->
             ("text taken out of documents that go on", "", "", "", size(shorter), share(shorter, num_bytes))
         )
     heading = f"{stage_title(stage['name'])}: {count(documents)} in, {count(left.get('documents', 0))} out"
-    return Body(rows, heading)
+    return TableBody(rows, heading)
 
 
 def _of(stage: dict[str, Any]) -> dict[str, dict[str, int]]:

@@ -12,17 +12,17 @@ from difflib import SequenceMatcher
 from typing import Any
 
 from deepseek_v3.charts.markup import (
-    Body,
     Html,
-    Span,
+    TableBody,
+    TextRange,
+    concat,
     count,
     element,
     figure,
-    joined,
+    html_table,
     passage,
-    shortened,
     stage_title,
-    table,
+    truncate,
 )
 from deepseek_v3.charts.svg import bar
 from deepseek_v3.utils.text import humanize
@@ -32,7 +32,7 @@ _IDEOGRAPHS = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _WORD = re.compile(rf"[{_IDEOGRAPHS}]|[^\W{_IDEOGRAPHS}]+|[^\w\s]")
 
 
-def differences(one: str, other: str) -> tuple[list[Span], list[Span]]:
+def differences(one: str, other: str) -> tuple[list[TextRange], list[TextRange]]:
     """The spans of each text that the other one lacks, white space aside."""
     words = [[match.span() for match in _WORD.finditer(text)] for text in (one, other)]
     matcher = SequenceMatcher(
@@ -41,7 +41,7 @@ def differences(one: str, other: str) -> tuple[list[Span], list[Span]]:
         [other[start:stop] for start, stop in words[1]],
         autojunk=False,
     )
-    spans: tuple[list[Span], list[Span]] = ([], [])
+    spans: tuple[list[TextRange], list[TextRange]] = ([], [])
     for kind, first, last, other_first, other_last in matcher.get_opcodes():
         if kind != "equal":
             spans[0].extend(_extent(words[0][first:last]))
@@ -49,7 +49,7 @@ def differences(one: str, other: str) -> tuple[list[Span], list[Span]]:
     return spans
 
 
-def occurrences(text: str, trigger: str) -> list[Span]:
+def occurrences(text: str, trigger: str) -> list[TextRange]:
     """Where the trigger's words stand in the text, whatever their letter case and the white space between them."""
     words = trigger.split()
     if not words:
@@ -59,7 +59,7 @@ def occurrences(text: str, trigger: str) -> list[Span]:
     return [match.span() for match in pattern.finditer(text)]
 
 
-def _extent(spans: Sequence[Span]) -> list[Span]:
+def _extent(spans: Sequence[TextRange]) -> list[TextRange]:
     return [(spans[0][0], spans[-1][1])] if spans else []
 
 
@@ -68,10 +68,10 @@ _CHARACTERS = 1200  # of each of their texts
 _NAME_CHARACTERS = 160
 
 
-def duplicates(stats: dict[str, Any]) -> Html:
+def duplicates_section(stats: dict[str, Any]) -> Html:
     """Each stage that compared documents."""
     parts = [_stage(stage["name"], stage["figures"]) for stage in stats.get("stages", []) if _compares(stage)]
-    return joined(parts) if parts else element("p", "No stage looked for copies.")
+    return concat(parts) if parts else element("p", "No stage looked for copies.")
 
 
 def _compares(stage: dict[str, Any]) -> bool:
@@ -92,7 +92,7 @@ def _stage(name: str, figures: dict[str, Any]) -> Html:
     if examples:
         parts.append(element("p", "Words that the other document lacks are marked.", class_="note"))
         parts += [_example(example) for example in examples[:_SHOWN]]
-    return joined(parts)
+    return concat(parts)
 
 
 def _sizes(sizes: dict[str, int]) -> Html:
@@ -109,7 +109,7 @@ def _sizes(sizes: dict[str, int]) -> Html:
         )
         for bits in sorted(ranges)
     ]
-    return table("Clusters by size", ["documents in a cluster", "", "clusters"], Body(rows))
+    return html_table("Clusters by size", ["documents in a cluster", "", "clusters"], TableBody(rows))
 
 
 def _example(example: dict[str, Any]) -> Html:
@@ -131,8 +131,8 @@ def _example(example: dict[str, Any]) -> Html:
     )
 
 
-def _document(document: dict[str, Any], text: str, marked: list[Span]) -> Html:
-    name = element("bdi", shortened(str(document.get("id", "")), _NAME_CHARACTERS))
+def _document(document: dict[str, Any], text: str, marked: list[TextRange]) -> Html:
+    name = element("bdi", truncate(str(document.get("id", "")), _NAME_CHARACTERS))
     lost = document.get("text") is None
     shown = element("p", "Of an earlier run: its text is no longer at hand.") if lost else passage(text, marked)
     return element("article", element("p", "id ", name, class_="origin"), shown, class_="sample")

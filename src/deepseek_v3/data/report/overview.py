@@ -7,7 +7,18 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from deepseek_v3.charts.markup import Body, Html, count, element, joined, scaled, share, size, stage_title, table
+from deepseek_v3.charts.markup import (
+    Html,
+    TableBody,
+    concat,
+    count,
+    element,
+    html_table,
+    scaled,
+    share,
+    size,
+    stage_title,
+)
 from deepseek_v3.charts.svg import bar
 
 _PARTS = {
@@ -17,7 +28,7 @@ _PARTS = {
 }
 
 
-def overview(stats: dict[str, Any]) -> Html:
+def overview_section(stats: dict[str, Any]) -> Html:
     """The alarms, the numbers and how they add up."""
     counts = {name: stats.get("counts", {}).get(name, 0) for name in ("input", *_PARTS, "copies")}
     cards = [_card("input", counts["input"], counts["input"], "records in the input files")]
@@ -25,7 +36,7 @@ def overview(stats: dict[str, Any]) -> Html:
     if counts["copies"]:
         cards.append(_card("copies", counts["copies"], counts["input"], "written again, beyond those kept"))
     parts = bar(*((name, counts[name] / max(counts["input"], 1)) for name in _PARTS))
-    return joined(
+    return concat(
         [
             _alarms(stats, counts),
             element("dl", *cards, class_="cards"),
@@ -36,7 +47,7 @@ def overview(stats: dict[str, Any]) -> Html:
     )
 
 
-def tokens_of(stats: dict[str, Any], num_bytes: int) -> float:
+def estimate_tokens(stats: dict[str, Any], num_bytes: int) -> float:
     """Tokens in so many bytes of text, at the rate of this run."""
     return num_bytes / stats["bytes_per_token"] if stats.get("bytes_per_token") else 0
 
@@ -46,7 +57,7 @@ def tokens_kept(stats: dict[str, Any]) -> int:
     kept = stats.get("kept", {})
     if stats.get("tokens_counted") and "tokens" in kept:
         return int(kept["tokens"])
-    return round(tokens_of(stats, kept.get("bytes", 0)))
+    return round(estimate_tokens(stats, kept.get("bytes", 0)))
 
 
 def _card(name: str, number: int, whole: int, meaning: str) -> Html:
@@ -95,12 +106,12 @@ def _alarms(stats: dict[str, Any], counts: dict[str, int]) -> Html:
             element("li", f"Of {count(counts['input'])} records of the input {count(total)} are accounted for.")
         )
     if not alarms:
-        return joined([])
+        return concat([])
     heading = element("h2", "Alarms", id="alarms")
     return element("section", heading, element("ul", *alarms), class_="alarms", aria_labelledby="alarms")
 
 
-class Step(NamedTuple):
+class FunnelStep(NamedTuple):
     """What a step leaves. The bytes of records that were never read as documents are not known."""
 
     name: str
@@ -108,24 +119,24 @@ class Step(NamedTuple):
     num_bytes: int | None
 
 
-def steps_of(stats: dict[str, Any]) -> list[Step]:
+def funnel_steps(stats: dict[str, Any]) -> list[FunnelStep]:
     """The input, the documents read, what each stage left, what was set aside in between, and what was written."""
     counts, read, kept = (stats.get(name, {}) for name in ("counts", "read", "kept"))
-    steps = [Step("Input", counts.get("input", 0), None)]
-    steps.append(Step("Read as documents", read.get("documents", 0), read.get("bytes", 0)))
+    steps = [FunnelStep("Input", counts.get("input", 0), None)]
+    steps.append(FunnelStep("Read as documents", read.get("documents", 0), read.get("bytes", 0)))
     for stage in stats.get("stages", []):
         _set_aside(steps, stage.get("in", {}).get("documents"), stage.get("in", {}).get("bytes", 0))
         left = stage.get("out", {})
-        steps.append(Step(stage_title(stage["name"]), left.get("documents", 0), left.get("bytes", 0)))
+        steps.append(FunnelStep(stage_title(stage["name"]), left.get("documents", 0), left.get("bytes", 0)))
     _set_aside(steps, counts.get("kept"), kept.get("bytes", 0))
     copies = counts.get("copies", 0)
     name = "Written, with copies" if copies else "Written"
-    return [*steps, Step(name, counts.get("kept", 0) + copies, kept.get("bytes", 0))]
+    return [*steps, FunnelStep(name, counts.get("kept", 0) + copies, kept.get("bytes", 0))]
 
 
-def funnel(stats: dict[str, Any]) -> Html:
+def funnel_section(stats: dict[str, Any]) -> Html:
     """The figure, and the table with all its numbers."""
-    steps = steps_of(stats)
+    steps = funnel_steps(stats)
     most = max(1, *(step.documents for step in steps)), max(1, *(step.num_bytes or 0 for step in steps))
     items = [_item(step, before, steps[0], *most) for step, before in zip(steps[1:], steps, strict=False)]
     figure = element(
@@ -137,16 +148,16 @@ def funnel(stats: dict[str, Any]) -> Html:
             "Orange is what the step took away.",
         ),
     )
-    return joined([figure, _table(stats, steps)])
+    return concat([figure, _table(stats, steps)])
 
 
-def _set_aside(steps: list[Step], documents: int | None, num_bytes: int) -> None:
+def _set_aside(steps: list[FunnelStep], documents: int | None, num_bytes: int) -> None:
     """Adds a step where fewer documents came to the next one than the last one left: their ids were not unique."""
     if documents is not None and documents != steps[-1].documents:
-        steps.append(Step("Repeated ids set aside", documents, num_bytes))
+        steps.append(FunnelStep("Repeated ids set aside", documents, num_bytes))
 
 
-def _item(step: Step, before: Step, first: Step, most_documents: int, most_bytes: int) -> Html:
+def _item(step: FunnelStep, before: FunnelStep, first: FunnelStep, most_documents: int, most_bytes: int) -> Html:
     num_bytes = step.num_bytes or 0
     lost_bytes = max((before.num_bytes or num_bytes) - num_bytes, 0)
     lost = max(before.documents - step.documents, 0)
@@ -162,7 +173,7 @@ def _item(step: Step, before: Step, first: Step, most_documents: int, most_bytes
     )
 
 
-def _table(stats: dict[str, Any], steps: list[Step]) -> Html:
+def _table(stats: dict[str, Any], steps: list[FunnelStep]) -> Html:
     rate = f"{stats.get('bytes_per_token', 0):.3g} bytes of text"
     estimate = (
         f"Tokens are counted in the output; before that a token is taken as {rate}, as in the output."
@@ -172,17 +183,19 @@ def _table(stats: dict[str, Any], steps: list[Step]) -> Html:
     header = ["step", "documents", "share", "taken away", "text", "share", "tokens", "share"]
     if not stats.get("tokens_counted"):
         header[6] = "tokens (estimated)"
-    tokens = [tokens_of(stats, step.num_bytes or 0) for step in steps[:-1]] + [tokens_kept(stats)]
+    tokens = [estimate_tokens(stats, step.num_bytes or 0) for step in steps[:-1]] + [tokens_kept(stats)]
     rows = [
         _row(step, before, steps, tokens[index], tokens[1])
         for index, (step, before) in enumerate(zip(steps, [steps[0], *steps], strict=False))
     ]
-    return joined(
-        [table("What is left after each step", header, Body(rows)), element("p", estimate, class_="note")]
+    return concat(
+        [html_table("What is left after each step", header, TableBody(rows)), element("p", estimate, class_="note")]
     )
 
 
-def _row(step: Step, before: Step, steps: list[Step], tokens: float, all_tokens: float) -> list[str]:
+def _row(
+    step: FunnelStep, before: FunnelStep, steps: list[FunnelStep], tokens: float, all_tokens: float
+) -> list[str]:
     lost = before.documents - step.documents
     documents = [step.name, count(step.documents), share(step.documents, steps[0].documents), _change(lost)]
     if step.num_bytes is None:

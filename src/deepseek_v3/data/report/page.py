@@ -5,25 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from deepseek_v3.charts.markup import Html, element, joined
+from deepseek_v3.charts.markup import Html, concat, element
 from deepseek_v3.charts.style import STYLE
-from deepseek_v3.data.report.distributions import distributions
-from deepseek_v3.data.report.drops import quarantine, reasons, samples
-from deepseek_v3.data.report.duplicates import duplicates
-from deepseek_v3.data.report.overview import funnel, overview
-from deepseek_v3.data.report.sources import mixture, sources
+from deepseek_v3.data.report.distributions import distributions_section
+from deepseek_v3.data.report.drops import quarantine_section, reasons_section, samples_section
+from deepseek_v3.data.report.duplicates import duplicates_section
+from deepseek_v3.data.report.overview import funnel_section, overview_section
+from deepseek_v3.data.report.sources import mixture_section, sources_section
 from deepseek_v3.utils.files import atomic_write
 
 _TITLE = "Data preprocessing report"
 _SECTIONS = {
-    "Funnel": funnel,
-    "Reasons": reasons,
-    "Quarantine": quarantine,
-    "Distributions": distributions,
-    "Duplicates": duplicates,
-    "Mixture": mixture,
-    "Sources": sources,
-    "Samples": samples,
+    "Funnel": funnel_section,
+    "Reasons": reasons_section,
+    "Quarantine": quarantine_section,
+    "Distributions": distributions_section,
+    "Duplicates": duplicates_section,
+    "Mixture": mixture_section,
+    "Sources": sources_section,
+    "Samples": samples_section,
 }
 # Should a text ever get past the escaping, the browser still neither runs nor loads anything.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -53,7 +53,7 @@ def page(stats: dict[str, Any]) -> str:
     parts = [_section(title, show(stats)) for title, show in _SECTIONS.items()]
     body = element(
         "body",
-        element("header", element("h1", _TITLE), overview(stats)),
+        element("header", element("h1", _TITLE), overview_section(stats)),
         element("nav", *links, aria_label="Sections"),
         element("main", *parts),
     )
@@ -63,4 +63,4 @@ def page(stats: dict[str, Any]) -> str:
 def _section(title: str, content: Html) -> Html:
     key = title.lower()
     heading = element("h2", title, id=key)
-    return joined(["\n", element("section", heading, content, aria_labelledby=key)])
+    return concat(["\n", element("section", heading, content, aria_labelledby=key)])

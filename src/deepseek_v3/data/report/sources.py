@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from deepseek_v3.charts.markup import Body, Html, count, element, figure, share, shortened, stage_title, table
+from deepseek_v3.charts.markup import (
+    Html,
+    TableBody,
+    count,
+    element,
+    figure,
+    html_table,
+    share,
+    stage_title,
+    truncate,
+)
 from deepseek_v3.charts.svg import bar
 
 _SHOWN = 30
@@ -30,7 +40,7 @@ class Source(NamedTuple):
         return self.removed / max(self.given, 1)
 
 
-def sources(stats: dict[str, Any]) -> Html:
+def sources_section(stats: dict[str, Any]) -> Html:
     """The sources of which most was removed, and a line for all others."""
     found = _sources([stage for stage in stats.get("stages", []) if stage.get("sources")])
     if not found:
@@ -42,10 +52,10 @@ def sources(stats: dict[str, Any]) -> Html:
         others = f"{count(len(rest))} others"
         rows.append(_row(Source(others, sum(s.given for s in rest), sum(s.left for s in rest), "")))
     header = ["source", "", "share removed", "documents", "removed", "left", "mostly by"]
-    return table("Documents removed, by source", header, Body(rows), left=[6])
+    return html_table("Documents removed, by source", header, TableBody(rows), left=[6])
 
 
-def mixture(stats: dict[str, Any]) -> Html:
+def mixture_section(stats: dict[str, Any]) -> Html:
     """Tokens that each source gives to the corpus, beside what was aimed at."""
     mixed = [stage["figures"] for stage in stats.get("stages", []) if stage.get("figures", {}).get("sources")]
     if not mixed:
@@ -55,7 +65,7 @@ def mixture(stats: dict[str, Any]) -> Html:
     total = figures.get("tokens", sum(part.get("tokens", 0) for _, part in parts))
     rows = [
         (
-            element("bdi", shortened(name, _NAME_CHARACTERS)),
+            element("bdi", truncate(name, _NAME_CHARACTERS)),
             bar(("kept", part.get("tokens", 0) / max(total, 1))),
             share(part.get("tokens", 0), total),
             *(figure(part.get(key)) if key in part else "–" for key in ("tokens", "target", "documents", "epochs")),
@@ -63,7 +73,7 @@ def mixture(stats: dict[str, Any]) -> Html:
         for name, part in parts
     ]
     header = ["source", "", "share", "tokens", "target", "documents", "epochs"]
-    return table(f"Tokens by source, {count(total)} in all", header, Body(rows))
+    return html_table(f"Tokens by source, {count(total)} in all", header, TableBody(rows))
 
 
 def _sources(stages: list[dict[str, Any]]) -> list[Source]:
@@ -87,7 +97,7 @@ def _taken(stage: dict[str, Any], name: str) -> int:
 
 def _row(source: Source) -> tuple[str, ...]:
     return (
-        element("bdi", shortened(source.name, _NAME_CHARACTERS)),
+        element("bdi", truncate(source.name, _NAME_CHARACTERS)),
         bar(("dropped", source.share)),
         share(source.removed, source.given),
         count(source.given),
