@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepseek_v3.data.mixing import copies_for, shares_of_budget
+from deepseek_v3.data.mixing import copies_per_document, tokens_per_source
 from deepseek_v3.data.pipeline.run import run_pipeline
 from helpers import ROOT
 from helpers.pipeline import pipeline_config, rows_of, write_lines
@@ -18,7 +18,7 @@ TINY = ROOT / "configs" / "deepseek_v3_tiny.yaml"
 
 
 def shares(weights: list[float], available: list[int], budget: int, max_epochs: float) -> list[float]:
-    return shares_of_budget(np.array(weights), np.array(available), budget, max_epochs).tolist()
+    return tokens_per_source(np.array(weights), np.array(available), budget, max_epochs).tolist()
 
 
 def test_shares_follow_the_weights() -> None:
@@ -64,7 +64,7 @@ def test_copies_come_as_close_to_the_target_as_whole_documents_can(
 ) -> None:
     counts = np.array(tokens, np.int64)
     order = np.random.default_rng(seed).integers(0, 2**64, len(tokens), np.uint64)
-    copies = copies_for(counts, order, target)
+    copies = copies_per_document(counts, order, target)
     assert copies.max() - copies.min() <= 1
     assert abs(int((counts * copies).sum()) - target) <= max(tokens)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from deepseek_v3.data.formats.batches import ReadBatch, ReadOptions, Span
+from deepseek_v3.data.formats.batches import FileRange, ReadBatch, ReadOptions
 from deepseek_v3.data.formats.inputs import InputFile, find_inputs
-from deepseek_v3.data.formats.reading import read_span, spans
+from deepseek_v3.data.formats.reading import read_range, split_file
 
 Rows = list[dict[str, Any]]
 
@@ -25,22 +25,22 @@ def file_of(path: Path) -> InputFile:
 
 def read(path: Path, **options: Any) -> tuple[Rows, Rows]:
     """All records and all that is quarantined, after checking that reading may stop and go on anywhere."""
-    return rows(read_resumably(Span(file_of(path)), ReadOptions(**options)))
+    return rows(read_resumably(FileRange(file_of(path)), ReadOptions(**options)))
 
 
-def read_in_spans(path: Path, span_bytes: int, **options: Any) -> tuple[Rows, Rows]:
+def read_in_spans(path: Path, range_bytes: int, **options: Any) -> tuple[Rows, Rows]:
     """As `read`, one span after the other."""
     batches: list[ReadBatch] = []
-    for span in spans(file_of(path), span_bytes):
+    for span in split_file(file_of(path), range_bytes):
         batches += read_resumably(span, ReadOptions(**options))
     return rows(batches)
 
 
-def read_resumably(span: Span, options: ReadOptions) -> list[ReadBatch]:
+def read_resumably(span: FileRange, options: ReadOptions) -> list[ReadBatch]:
     """The batches of a span. Those from any position on are the same ones."""
-    batches = list(read_span(span, options))
+    batches = list(read_range(span, options))
     for number, batch in enumerate(batches, start=1):
-        again = list(read_span(span, options, batch.position))
+        again = list(read_range(span, options, batch.position))
         assert [one.position for one in again] == [one.position for one in batches[number:]]
         assert rows(again) == rows(batches[number:])
     return batches

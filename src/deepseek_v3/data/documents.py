@@ -103,7 +103,7 @@ def with_column(batch: pa.RecordBatch, field: pa.Field, values: Sequence[Any] | 
 
 
 @dataclass(frozen=True)
-class GivenBatch:
+class ConvertedBatch:
     """A batch of `RECORDS`, and what it was made of: the caller's own objects, or None for Arrow data.
 
     `ids` are the caller's ids, or where an object has none its position among all, counted from 0.
@@ -114,7 +114,7 @@ class GivenBatch:
     ids: list[str | int]
 
 
-def given_batches(documents: Documents) -> Iterator[GivenBatch]:
+def convert_documents(documents: Documents) -> Iterator[ConvertedBatch]:
     """Batches of documents that are texts, `Document`s, mappings with `text` and perhaps `id`, or Arrow data.
 
     Takes lists, iterators, Arrow tables, batches and readers. Raises DataError, naming the position, for anything
@@ -138,7 +138,9 @@ def given_batches(documents: Documents) -> Iterator[GivenBatch]:
         yield from _from_objects(chain([first], items))
 
 
-def given_back(given: GivenBatch, kept: pa.RecordBatch, rows: Sequence[int]) -> list[AnyDocument] | pa.RecordBatch:
+def convert_back(
+    given: ConvertedBatch, kept: pa.RecordBatch, rows: Sequence[int]
+) -> list[AnyDocument] | pa.RecordBatch:
     """The caller's own kind of object for the kept records, which stood in the given `rows` of the batch.
 
     A mapping takes on the new text and the columns that stages appended, a text and a `Document` the new text.
@@ -161,7 +163,7 @@ def _renewed(original: AnyDocument, fields: dict[str, Any]) -> AnyDocument:
     return {**original, **fields}
 
 
-def _from_arrow(batches: Iterable[pa.RecordBatch]) -> Iterator[GivenBatch]:
+def _from_arrow(batches: Iterable[pa.RecordBatch]) -> Iterator[ConvertedBatch]:
     position = 0
     for batch in batches:
         names = batch.schema.names
@@ -185,11 +187,11 @@ def _from_arrow(batches: Iterable[pa.RecordBatch]) -> Iterator[GivenBatch]:
             if name not in ("id", "text"):
                 filled[name] = batch.column(name)
         records = pa.RecordBatch.from_pydict(filled)
-        yield GivenBatch(records, None, ids)
+        yield ConvertedBatch(records, None, ids)
         position += batch.num_rows
 
 
-def _from_objects(items: Iterable[Any]) -> Iterator[GivenBatch]:
+def _from_objects(items: Iterable[Any]) -> Iterator[ConvertedBatch]:
     originals: list[AnyDocument] = []
     ids: list[str | int] = []
     texts: list[str] = []
@@ -209,10 +211,12 @@ def _from_objects(items: Iterable[Any]) -> Iterator[GivenBatch]:
 
 def _batch_of_objects(
     originals: list[AnyDocument], ids: list[str | int], texts: list[str], last: int
-) -> GivenBatch:
+) -> ConvertedBatch:
     places = range(last + 2 - len(ids), last + 2)
     metadata = [_metadata(item) for item in originals]
-    return GivenBatch(record_batch([str(i) for i in ids], texts, [""] * len(ids), places, metadata), originals, ids)
+    return ConvertedBatch(
+        record_batch([str(i) for i in ids], texts, [""] * len(ids), places, metadata), originals, ids
+    )
 
 
 def _id_and_text(item: Any, position: int) -> tuple[str | int, str]:
@@ -238,7 +242,7 @@ def _metadata(item: AnyDocument) -> str | None:
     return orjson.dumps(rest, default=str).decode() if rest else None
 
 
-def chunks(texts: Sequence[str], characters: int = 2**21) -> Iterator[list[str]]:
+def text_batches(texts: Sequence[str], characters: int = 2**21) -> Iterator[list[str]]:
     """The texts in lists that have at least so many characters together, but for the last."""
     chunk: list[str] = []
     total = 0

@@ -69,7 +69,7 @@ class Mixer(GlobalStage):
             [int(tokens[present & (sources == number)].sum()) for number in range(len(self._patterns))], np.int64
         )
         budget = self._budget or int(available.sum())
-        targets = shares_of_budget(self._weights, available, budget, self.options.max_epochs)
+        targets = tokens_per_source(self._weights, available, budget, self.options.max_epochs)
         if targets.sum() < 0.999 * budget:
             _log.warning(
                 "%s tokens, %.1f%% of the budget of %s: that is all with max_epochs = %s",
@@ -78,7 +78,7 @@ class Mixer(GlobalStage):
         copies = np.zeros(len(tokens), np.int64)
         for number, target in enumerate(targets.tolist()):
             chosen = np.flatnonzero(present & (sources == number))
-            copies[chosen] = copies_for(tokens[chosen], order[chosen], target)
+            copies[chosen] = copies_per_document(tokens[chosen], order[chosen], target)
         np.save(folder / "copies.npy", copies)
         np.save(folder / "sources.npy", sources)
         return self._figures(tokens, sources, copies, available, targets)
@@ -129,7 +129,7 @@ class Mixer(GlobalStage):
         return {"tokens": int((tokens * copies).sum()), "sources": mixed}
 
 
-def shares_of_budget(weights: Float64Array, available: Int64Array, budget: int, max_epochs: float) -> Float64Array:
+def tokens_per_source(weights: Float64Array, available: Int64Array, budget: int, max_epochs: float) -> Float64Array:
     """Tokens to take of each source: in proportion to its weight, and no more than `max_epochs` times what it has.
 
     What a source cannot give is shared by the others in proportion to their weights. float64 [sources].
@@ -148,7 +148,7 @@ def shares_of_budget(weights: Float64Array, available: Int64Array, budget: int, 
     return targets
 
 
-def copies_for(tokens: Int64Array, order: UInt64Array, target: float) -> Int64Array:
+def copies_per_document(tokens: Int64Array, order: UInt64Array, target: float) -> Int64Array:
     """How often to take each document for `target` tokens in all: int64 [n].
 
     Whole rounds of all, then the first in `order`, the last one only if that comes closer to the target.

@@ -38,13 +38,13 @@ _PLACES = "near behind with beside without above against beyond from inside for 
 _STARTS = "Yesterday|Once again|In the end|By chance|At last|After that|With some luck|Of course".split("|")
 
 
-def documents(count: int, seed: int) -> list[str]:
+def synthetic_documents(count: int, seed: int) -> list[str]:
     """Texts of 6 to 40 English sentences, the same for the same seed."""
     chooser = random.Random(seed)  # noqa: S311 -- no secret
-    return [document(chooser) for _ in range(count)]
+    return [synthetic_document(chooser) for _ in range(count)]
 
 
-def document(chooser: random.Random) -> str:
+def synthetic_document(chooser: random.Random) -> str:
     """One text in paragraphs."""
     paragraphs = [
         " ".join(_sentence(chooser) for _ in range(chooser.randint(3, 8))) for _ in range(chooser.randint(2, 5))
@@ -52,7 +52,7 @@ def document(chooser: random.Random) -> str:
     return "\n\n".join(paragraphs)
 
 
-def edited(text: str, words: int, chooser: random.Random) -> str:
+def replace_words(text: str, words: int, chooser: random.Random) -> str:
     """The text with that many of its words replaced."""
     pieces = text.split(" ")
     for place in chooser.sample(range(len(pieces)), words):
@@ -66,9 +66,9 @@ def write_damaged_corpus(folder: Path, count: int, seed: int = 0) -> dict[str, i
     Returns how many records are broken, by the reason that they must be quarantined for.
     """
     chooser = random.Random(seed)  # noqa: S311 -- no secret
-    texts = documents(count, seed)
+    texts = synthetic_documents(count, seed)
     texts += chooser.sample(texts, count // 10)
-    texts += [edited(text, 1, chooser) for text in chooser.sample(texts, count // 10)]
+    texts += [replace_words(text, 1, chooser) for text in chooser.sample(texts, count // 10)]
     texts += ["Short.", "x" * 500, "\n".join(["Read more about it here"] * 60)]
     chooser.shuffle(texts)
     rows = [{"id": f"doc-{number}", "text": text, "number": number} for number, text in enumerate(texts)]
@@ -88,7 +88,7 @@ def write_damaged_corpus(folder: Path, count: int, seed: int = 0) -> dict[str, i
     ) as file:
         file.write_table(pa.Table.from_pylist(shares[5][:half]))
     (folder / "list.json").write_text(json.dumps(shares[5][half:]), encoding="utf-8")
-    (folder / "page.txt").write_text(document(chooser), encoding="utf-8")
+    (folder / "page.txt").write_text(synthetic_document(chooser), encoding="utf-8")
     (folder / "latin.txt").write_bytes("Café au lait, très bon.".encode("latin-1"))
     (folder / "empty.jsonl").write_bytes(b"")
     return dict(_BROKEN)

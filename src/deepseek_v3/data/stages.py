@@ -14,7 +14,7 @@ import orjson
 import pyarrow as pa
 
 from deepseek_v3.data.arrays import BoolArray, Int64Array
-from deepseek_v3.data.documents import AnyDocument, Documents, given_back, given_batches
+from deepseek_v3.data.documents import AnyDocument, Documents, convert_back, convert_documents
 
 # `figures` is a JSON object, such as {"found": 0.31, "limit": 0.2}; `trigger` the piece of text that decided.
 DROPPED = pa.schema(
@@ -109,10 +109,10 @@ class Stage(ABC):
         Raises DataError where one of them is no document.
         """
         collected = FilteredBuilder()
-        for given in given_batches(documents):
+        for given in convert_documents(documents):
             result = self.apply(given.records)
             rows = np.flatnonzero(result.kept_rows).tolist()
-            kept = given_back(given, result.kept, rows)
+            kept = convert_back(given, result.kept, rows)
             reasons = result.dropped.column("reason").to_pylist()
             collected.add(kept, [given.ids[row] for row in rows], given.records.num_rows, reasons)
         return collected.result()

@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.arrays import Int64Array
-from deepseek_v3.data.tokens.loader import prefetched
+from deepseek_v3.data.tokens.loader import prefetch
 from deepseek_v3.data.tokens.shards import TokenShards
 from deepseek_v3.data.tokens.tokenize_corpus import tokenize_corpus
 from deepseek_v3.utils.distributed.collectives import run_on_all_ranks
@@ -81,7 +81,7 @@ def token_batches(
         tokens = torch.from_numpy(batch)
         return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens
 
-    with closing(prefetched(lambda group: [read(item) for item in group], groups)) as ahead:
+    with closing(prefetch(lambda group: [read(item) for item in group], groups)) as ahead:
         while (batches := run_on_all_ranks(ranks, lambda: next(ahead, None))) is not None:
             yield map(on_device, batches)
 

@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.arrays import Float64Array, Int64Array
-from deepseek_v3.data.tokens.loader import TokenLoader, drawn_windows
+from deepseek_v3.data.tokens.loader import TokenLoader, draw_windows
 from deepseek_v3.data.tokens.shards import TokenShards
 from deepseek_v3.training.data import Documents, token_batches
 from deepseek_v3.training.loss import Objective
@@ -50,7 +50,7 @@ class HeldOutLoss:
 class HeldOutWindows:
     """The windows of the hold-out split that are measured: `max_tokens` tokens at most, and at least one window.
 
-    They are drawn from the whole split by `drawn_windows`, so they are the same for every run, rank, batch size and
+    They are drawn from the whole split by `draw_windows`, so they are the same for every run, rank, batch size and
     baseline. With `masked` documents the first token of a document is no target, because no token of its own
     document stands before it. Raises DataError where the split is shorter than one window, or no target is left.
     """
@@ -58,7 +58,7 @@ class HeldOutWindows:
     def __init__(self, shards: TokenShards, sequence_length: int, max_tokens: int, masked: bool = False) -> None:
         self._loader = TokenLoader(shards, "holdout", sequence_length=sequence_length, shuffle=False)
         count = max(1, min(self._loader.num_samples, max_tokens // sequence_length))
-        self.numbers = drawn_windows(self._loader.num_samples, count)
+        self.numbers = draw_windows(self._loader.num_samples, count)
         self._end_of_text = shards.index.end_of_text if masked else None
         self.num_targets = sum(targets.size for targets in self._targets()) if masked else count * sequence_length
         if not self.num_targets:

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from deepseek_v3.data.formats import columnar
-from deepseek_v3.data.formats.batches import END, ReadOptions, Span
+from deepseek_v3.data.formats.batches import END_OF_FILE, FileRange, ReadOptions
 from deepseek_v3.data.formats.columnar import rows_per_batch
-from deepseek_v3.data.formats.reading import read_span, spans
+from deepseek_v3.data.formats.reading import read_range, split_file
 from helpers.formats import file_of, read, read_in_spans, reasons, texts, write
 
 FORMATS = ["a.parquet", "a.arrow", "a.stream.arrow"]
@@ -51,13 +51,13 @@ def test_rows_are_documents(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("span_bytes", [1, 1000, 10**6])
-def test_spans_hold_whole_groups_and_every_row_once(tmp_path, name, span_bytes, monkeypatch):
+@pytest.mark.parametrize("range_bytes", [1, 1000, 10**6])
+def test_spans_hold_whole_groups_and_every_row_once(tmp_path, name, range_bytes, monkeypatch):
     monkeypatch.setattr(columnar, "BATCH_RECORDS", 4)
     path = save(numbered(), tmp_path / name)
-    assert read_in_spans(path, span_bytes) == read(path)
-    cuts = [span.start for span in spans(file_of(path), span_bytes)]
-    assert cuts == {1: [0, 10, 20, 30], 10**6: [0]}.get(span_bytes, cuts)
+    assert read_in_spans(path, range_bytes) == read(path)
+    cuts = [span.start for span in split_file(file_of(path), range_bytes)]
+    assert cuts == {1: [0, 10, 20, 30], 10**6: [0]}.get(range_bytes, cuts)
     assert set(cuts) <= {0, 10, 20, 30}
 
 
@@ -69,7 +69,7 @@ def test_batches_have_about_four_mebibytes_or_ten_thousand_rows(tmp_path):
     table = pa.table({"text": [f"{number:01000d}" for number in range(10_000)]})
     for name in FORMATS:
         path = save(table, tmp_path / name, rows=10_000, compression=None)
-        batches = list(read_span(Span(file_of(path)), ReadOptions()))
+        batches = list(read_range(FileRange(file_of(path)), ReadOptions()))
         assert 3 <= len(batches) <= 4
         assert batches[-1].position == 10_000
 
@@ -195,7 +195,7 @@ def test_junk_and_files_without_an_end_are_one_entry(tmp_path, name):
         path = write(tmp_path / name, data)
         records, quarantined = read(path)
         assert (records, reasons(quarantined)) == ([], ["damaged"])
-        assert spans(file_of(path), 1) == [Span(file_of(path))]
+        assert split_file(file_of(path), 1) == [FileRange(file_of(path))]
 
 
 def test_a_stream_cut_short_keeps_the_batches_before(tmp_path):
@@ -275,10 +275,10 @@ def test_offsets_that_point_outside_are_damage(tmp_path):
 
 def test_a_group_with_fewer_rows_than_it_says_is_damage(tmp_path, monkeypatch):
     def groups(raw):
-        yield columnar.Group(5, iter([pa.RecordBatch.from_pydict({"text": ["a", "b"]})]))
+        yield columnar.RowGroup(5, iter([pa.RecordBatch.from_pydict({"text": ["a", "b"]})]))
 
     path = save(numbered(), tmp_path / "a.parquet")
-    first, last = columnar.read_columnar(groups, Span(file_of(path)), ReadOptions(), None)
+    first, last = columnar.read_columnar(groups, FileRange(file_of(path)), ReadOptions(), None)
     assert first.records["text"].to_pylist() == ["a", "b"]
     assert last.quarantined.select(["place", "records", "reason"]).to_pylist() == [
         {"place": 3, "records": 3, "reason": "damaged"}
@@ -291,6 +291,6 @@ def test_a_file_that_vanished_is_one_entry(tmp_path, name):
     path = save(numbered(), tmp_path / name)
     file = file_of(path)
     path.unlink()
-    ((records, quarantined, position),) = read_span(Span(file), ReadOptions())
-    assert (records.num_rows, position) == (0, END)
+    ((records, quarantined, position),) = read_range(FileRange(file), ReadOptions())
+    assert (records.num_rows, position) == (0, END_OF_FILE)
     assert quarantined["reason"].to_pylist() == ["unreadable"]

@@ -14,7 +14,7 @@ import pytest
 import zstandard
 
 from deepseek_v3.data.formats import streams
-from deepseek_v3.data.formats.quarantine import Rejected
+from deepseek_v3.data.formats.quarantine import InvalidRecord
 from deepseek_v3.data.formats.streams import Decompressor
 from helpers.formats import read, reasons, texts, write
 
@@ -52,9 +52,9 @@ def pieces(kind: str, data: bytes) -> tuple[bytes, str | None]:
     """All that is decompressed, and the reason of a damage."""
     decompressor, parts = Decompressor(io.BytesIO(data), kind), []
     try:
-        while piece := decompressor.next_piece():
+        while piece := decompressor.next_chunk():
             parts.append(piece)
-    except Rejected as damage:
+    except InvalidRecord as damage:
         if damage.reason == "damaged":
             parts.append(decompressor.rest_before_damage(io.BytesIO(data)))
         return b"".join(parts), damage.reason
@@ -78,7 +78,7 @@ def test_output_is_bounded_however_well_it_was_compressed(kind, monkeypatch):
     data = b"a" * 10**6
     decompressor = Decompressor(io.BytesIO(COMPRESS[kind](data)), kind)
     sizes = []
-    while piece := decompressor.next_piece():
+    while piece := decompressor.next_chunk():
         sizes.append(len(piece))
     assert sum(sizes) == len(data)
     if kind != "zst":

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from deepseek_v3.data.formats.batches import ReadOptions, Span
+from deepseek_v3.data.formats.batches import FileRange, ReadOptions
 from deepseek_v3.data.formats.file_types import Format, format_of
 from deepseek_v3.data.formats.inputs import Inputs, find_inputs
-from deepseek_v3.data.formats.reading import read_span, spans
+from deepseek_v3.data.formats.reading import read_range, split_file
 from deepseek_v3.utils.errors import DataError
 from helpers.formats import rows, texts, write
 
@@ -190,13 +190,13 @@ def test_stores_are_searched_and_read(store):
     ]
     assert [one.name for one in ignored] == ["d.png"]
     assert all(file.modified and file.is_remote for file in files)
-    assert spans(files[0], 20) == [Span(files[0])]
+    assert split_file(files[0], 20) == [FileRange(files[0])]
     with store.open("/bucket/c.parquet", "wb") as file:
         pq.write_table(pa.table({"text": ["one", "two"]}), file, row_group_size=1)
     ((columnar,), _) = find_inputs("memory://bucket/c.parquet")
-    assert [span.start for span in spans(columnar, 1)] == [0, 1]
-    assert texts(rows(list(read_span(spans(columnar, 1)[1], ReadOptions())))[0]) == ["two"]
-    found = [list(read_span(Span(file), ReadOptions())) for file in files]
+    assert [span.start for span in split_file(columnar, 1)] == [0, 1]
+    assert texts(rows(list(read_range(split_file(columnar, 1)[1], ReadOptions())))[0]) == ["two"]
+    found = [list(read_range(FileRange(file), ReadOptions())) for file in files]
     assert texts(rows(found[0])[0]) == [f"line {number}" for number in range(9)]
     assert texts(rows(found[1])[0]) == ["text"]
     assert names(find_inputs("memory://bucket/**/*.jsonl")) == ["a/x.jsonl"]
@@ -208,14 +208,14 @@ def test_what_vanished_from_a_store_is_an_entry_and_a_failing_store_an_error(sto
     store.pipe("/bucket/a.jsonl", b'{"text": "a"}\n')
     (file,) = find_inputs("memory://bucket/a.jsonl").files
     store.rm("/bucket/a.jsonl")
-    assert rows(list(read_span(Span(file), ReadOptions())))[1][0]["reason"] == "unreadable"
+    assert rows(list(read_range(FileRange(file), ReadOptions())))[1][0]["reason"] == "unreadable"
 
     def fail(*_, **__):
         raise TimeoutError("no answer")
 
     monkeypatch.setattr(fsspec, "open", fail)
     with pytest.raises(DataError, match=r"memory:///bucket/a.jsonl: cannot be read: no answer; start again"):
-        list(read_span(Span(file), ReadOptions()))
+        list(read_range(FileRange(file), ReadOptions()))
 
 
 def test_addresses_of_local_files_are_paths(corpus):

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek_v3.data.formats import json_files
-from deepseek_v3.data.formats.batches import END, ReadOptions, Span
+from deepseek_v3.data.formats.batches import END_OF_FILE, FileRange, ReadOptions
 from deepseek_v3.data.formats.inputs import InputFile
-from deepseek_v3.data.formats.reading import read_span
+from deepseek_v3.data.formats.reading import read_range
 from helpers.formats import read, reasons, texts, write
 
 values = st.recursive(
@@ -136,8 +136,8 @@ def test_damage_ends_an_array_in_one_entry(tmp_path):
 def test_reading_goes_on_behind_the_last_value(tmp_path):
     path = write(tmp_path / "a.json", json.dumps([{"text": "a" * 1000}] * 9000))
     file = InputFile("a.json", str(path), path.stat().st_size, "")
-    batches = list(read_span(Span(file), ReadOptions()))
+    batches = list(read_range(FileRange(file), ReadOptions()))
     assert [batch.records.num_rows for batch in batches] == [4137, 4137, 726]
-    assert batches[-1].position == END
-    again = list(read_span(Span(file), ReadOptions(), batches[0].position))
+    assert batches[-1].position == END_OF_FILE
+    again = list(read_range(FileRange(file), ReadOptions(), batches[0].position))
     assert [batch.records for batch in again] == [batch.records for batch in batches[1:]]

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek_v3.data.formats import json_lines
-from deepseek_v3.data.formats.batches import END, ReadOptions, Span
+from deepseek_v3.data.formats.batches import END_OF_FILE, FileRange, ReadOptions
 from deepseek_v3.data.formats.quarantine import REASONS
-from deepseek_v3.data.formats.reading import read_span, spans
+from deepseek_v3.data.formats.reading import read_range, split_file
 from helpers.formats import file_of, read, read_in_spans, reasons, texts, write
 
 LONGEST = 300
@@ -96,7 +96,7 @@ def small_blocks(patch: pytest.MonkeyPatch, num_bytes: int = 150, records: int =
 
 @settings(max_examples=150, deadline=None)
 @given(lines, st.sampled_from([b"\n", b"\r\n"]), st.booleans(), st.integers(1, 400), st.integers(1, 400))
-def test_every_line_is_once_a_record_or_quarantined(folder, content, newline, ends, span_bytes, batch_bytes):
+def test_every_line_is_once_a_record_or_quarantined(folder, content, newline, ends, range_bytes, batch_bytes):
     data = newline.join(line.data for line in content) + (newline if ends else b"")
     path = write(folder / "a.jsonl", data)
     offsets, offset = [], 0
@@ -106,7 +106,7 @@ def test_every_line_is_once_a_record_or_quarantined(folder, content, newline, en
     with pytest.MonkeyPatch.context() as patch:
         small_blocks(patch, batch_bytes)
         records, quarantined = read(path, max_record_bytes=LONGEST + 1)
-        assert read_in_spans(path, span_bytes, max_record_bytes=LONGEST + 1) == (records, quarantined)
+        assert read_in_spans(path, range_bytes, max_record_bytes=LONGEST + 1) == (records, quarantined)
     places = list(zip(offsets, content, strict=True))
     expected = [(place, line.text) for place, line in places if line.text is not None]
     assert [(record["place"], record["text"]) for record in records] == expected
@@ -209,23 +209,27 @@ def test_an_empty_file_is_an_entry_that_stands_for_no_record(tmp_path):
 
 def test_batches_end_at_four_mebibytes_or_ten_thousand_records(tmp_path):
     short = write(tmp_path / "short.jsonl", b'{"text": "a"}\n' * 25_000)
-    sizes = [batch.records.num_rows for batch in read_span(Span(file_of(short)), ReadOptions())]
+    sizes = [batch.records.num_rows for batch in read_range(FileRange(file_of(short)), ReadOptions())]
     assert sizes == [10_000, 10_000, 5_000]
     line = json.dumps({"text": "a" * 1013}).encode() + b"\n"
     assert len(line) == 1026
     long = write(tmp_path / "long.jsonl", line * 9000)
-    batches = list(read_span(Span(file_of(long)), ReadOptions()))
+    batches = list(read_range(FileRange(file_of(long)), ReadOptions()))
     starts_within = -(-(2**22) // 1026)
     assert [batch.records.num_rows for batch in batches] == [starts_within, starts_within, 9000 - 2 * starts_within]
-    assert [batch.position for batch in batches] == [starts_within * 1026, 2 * starts_within * 1026, END]
+    assert [batch.position for batch in batches] == [starts_within * 1026, 2 * starts_within * 1026, END_OF_FILE]
 
 
 def test_plain_files_are_cut_by_bytes_and_compressed_ones_are_not(tmp_path):
     data = b'{"text": "a"}\n' * 10
     plain = file_of(write(tmp_path / "a.jsonl", data))
-    assert spans(plain, 50) == [Span(plain, 0, 50), Span(plain, 50, 100), Span(plain, 100, None)]
+    assert split_file(plain, 50) == [
+        FileRange(plain, 0, 50),
+        FileRange(plain, 50, 100),
+        FileRange(plain, 100, None),
+    ]
     packed = file_of(write(tmp_path / "b.jsonl.gz", gzip.compress(data)))
-    assert spans(packed, 5) == [Span(packed)]
+    assert split_file(packed, 5) == [FileRange(packed)]
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
@@ -237,7 +241,7 @@ def test_a_line_of_any_length_is_passed_over_in_bounded_memory(tmp_path, suffix)
             file.write(b"a" * 2**20)
         file.write(b'"}\n{"text": "behind"}\n')
     tracemalloc.start()
-    batches = list(read_span(Span(file_of(path)), ReadOptions(max_record_bytes=2**20)))
+    batches = list(read_range(FileRange(file_of(path)), ReadOptions(max_record_bytes=2**20)))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 30 * 2**20
@@ -251,12 +255,12 @@ def test_a_file_that_vanished_is_one_entry(tmp_path):
     path = write(tmp_path / "a.jsonl", '{"text": "a"}\n' * 100)
     file = file_of(path)
     path.unlink()
-    (span,) = spans(file, 10)
-    ((records, quarantined, position),) = read_span(span, ReadOptions())
+    (span,) = split_file(file, 10)
+    ((records, quarantined, position),) = read_range(span, ReadOptions())
     assert records.num_rows == 0
     assert quarantined["reason"].to_pylist() == ["unreadable"]
     assert "No such file" in quarantined["error"][0].as_py()
-    assert list(read_span(span, ReadOptions(), position)) == []
+    assert list(read_range(span, ReadOptions(), position)) == []
 
 
 def test_what_the_disk_fails_to_give_is_an_entry_behind_what_it_gave(tmp_path, monkeypatch):

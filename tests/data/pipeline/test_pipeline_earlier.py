@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from deepseek_v3.data.pipeline.run import run_pipeline
-from deepseek_v3.data.sample_corpora import documents
+from deepseek_v3.data.sample_corpora import synthetic_documents
 from deepseek_v3.utils.errors import ConfigError, DataError
 from helpers.pipeline import pipeline_config, rows_of, write_lines
 
@@ -19,16 +19,16 @@ PIPELINE = ["exact_deduplication", "deduplication"]
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("first")
-    rows = [{"id": f"old-{number}", "text": text} for number, text in enumerate(documents(60, seed=1))]
+    rows = [{"id": f"old-{number}", "text": text} for number, text in enumerate(synthetic_documents(60, seed=1))]
     config = pipeline_config(str(write_lines(folder / "a.jsonl", rows)), folder / "out", PIPELINE, keep_keys=True)
     assert run_pipeline(config)["counts"]["kept"] == 60
     return folder / "out"
 
 
 def _new_rows() -> list[dict[str, Any]]:
-    seen = documents(60, seed=1)
+    seen = synthetic_documents(60, seed=1)
     near = f"{seen[5]} And one more remark at the end."
-    fresh = documents(10, seed=2)
+    fresh = synthetic_documents(10, seed=2)
     return [{"id": f"new-{number}", "text": text} for number, text in enumerate([seen[3], near, *fresh, fresh[0]])]
 
 

@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from deepseek_v3.data.tokens.index import CorpusOptions
-from deepseek_v3.data.tokens.loader import Permutation, TokenLoader, drawn_windows, prefetched
+from deepseek_v3.data.tokens.loader import Permutation, TokenLoader, draw_windows, prefetch
 from deepseek_v3.data.tokens.shards import ShardWriter, TokenShards
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.utils.errors import DataError
@@ -190,7 +190,7 @@ def test_prefetched_batches_are_the_batches(shards):
     read = read_from(shards)
     for number in range(6):
         wanted = [(10 * k, 3) for k in range(number)]
-        batches = list(prefetched(read, wanted))
+        batches = list(prefetch(read, wanted))
         assert len(batches) == number
         assert all(np.array_equal(batch, read(pair)) for batch, pair in zip(batches, wanted, strict=True))
     assert token_loader_threads() == 0
@@ -199,7 +199,7 @@ def test_prefetched_batches_are_the_batches(shards):
 def test_an_endless_run_is_read_only_a_little_ahead(shards):
     asked = []
     pairs = ((asked.append(k) or 3 * k, 3) for k in count())
-    batches = prefetched(read_from(shards), pairs)
+    batches = prefetch(read_from(shards), pairs)
     assert len(list(islice(batches, 5))) == 5
     assert token_loader_threads() == 1
     batches.close()
@@ -208,7 +208,7 @@ def test_an_endless_run_is_read_only_a_little_ahead(shards):
 
 
 def test_an_error_in_the_thread_is_raised_in_place_of_its_result():
-    results = prefetched(lambda number: 6 // number, [2, 0, 1])
+    results = prefetch(lambda number: 6 // number, [2, 0, 1])
     assert next(results) == 3
     with pytest.raises(ZeroDivisionError):
         next(results)
@@ -218,7 +218,7 @@ def test_an_error_in_the_thread_is_raised_in_place_of_its_result():
 @given(st.integers(1, 10**12), st.integers(1, 2000))
 def test_one_window_is_drawn_from_each_equal_stretch(num_windows, count):
     count = min(count, num_windows)
-    drawn = drawn_windows(num_windows, count).tolist()
+    drawn = draw_windows(num_windows, count).tolist()
     borders = [k * num_windows // count for k in range(count + 1)]
     # The borders of the stretches may be rounded either way.
     assert all(low <= window <= high for low, window, high in zip(borders, drawn, borders[1:], strict=False))
@@ -227,9 +227,9 @@ def test_one_window_is_drawn_from_each_equal_stretch(num_windows, count):
 
 
 def test_all_windows_are_drawn_where_all_are_asked_for():
-    assert drawn_windows(7, 7).tolist() == list(range(7))
+    assert draw_windows(7, 7).tolist() == list(range(7))
 
 
 def test_windows_are_drawn_from_anywhere_in_their_stretches():
-    places = drawn_windows(100_000, 1000) - 100 * np.arange(1000)
+    places = draw_windows(100_000, 1000) - 100 * np.arange(1000)
     assert chi_square(np.bincount(places // 10, minlength=10)) < 5

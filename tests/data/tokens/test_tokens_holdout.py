@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_v3.data.tokens.encoding import CorpusEncoder, encoded_batches
-from deepseek_v3.data.tokens.holdout import HoldOut, text_hash
+from deepseek_v3.data.tokens.encoding import CorpusEncoder, encode_batches
+from deepseek_v3.data.tokens.holdout import HoldoutRule, text_hash
 from deepseek_v3.data.tokens.index import SPLITS, CorpusOptions
 from deepseek_v3.data.tokens.shards import TokenShards
 from deepseek_v3.data.tokens.tokenize_corpus import CorpusSummary, tokenize_corpus
@@ -105,8 +105,8 @@ def test_worker_processes_cut_where_this_one_does(monkeypatch):
     monkeypatch.setattr("deepseek_v3.data.tokens.encoding._ALONE_CHARACTERS", 1)
     options = CorpusOptions(source="x", text_field="text", holdout=0.1, fim_rate=0.0, seed=0)
     text = prose(900)
-    encoder = CorpusEncoder(Tokenizer.train([], 260), options, HoldOut(0, text_hash(text), 300))
-    with closing(encoded_batches(encoder, iter([["a"], [text]]), 2)) as batches:
+    encoder = CorpusEncoder(Tokenizer.train([], 260), options, HoldoutRule(0, text_hash(text), 300))
+    with closing(encode_batches(encoder, iter([["a"], [text]]), 2)) as batches:
         _, last = batches
     assert last.splits == ["train", "holdout"]
     assert last.num_bytes == [300, 600]

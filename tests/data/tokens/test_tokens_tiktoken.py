@@ -18,8 +18,8 @@ from deepseek_v3.data.tokens.tiktoken_encoder import (
     DEEPSEEK,
     NotExpressibleError,
     TiktokenEncoder,
-    as_one_regex,
-    characters_apart,
+    single_regex,
+    unicode_disagreements,
 )
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 
@@ -65,7 +65,7 @@ def cut_by_tiktoken(release: str, text: str) -> list[bytes]:
 
     Each of that library's pieces is a token here, which tiktoken looks up before it merges anything.
     """
-    regex = as_one_regex(json.loads(pre_tokenizer(release).__getstate__()))
+    regex = single_regex(json.loads(pre_tokenizer(release).__getstate__()))
     ranks = {bytes([byte]): byte for byte in range(256)}
     for piece in pieces(release, text):
         ranks.setdefault(piece, len(ranks))
@@ -124,7 +124,7 @@ def test_nasty_text_has_the_same_ids(release, texts):
 @pytest.mark.parametrize("release", RELEASES)
 def test_real_text_has_the_same_ids(release):
     texts = [document.text for document in list(stdlib_documents())[7::20]]
-    assert encoder(trained(release)).takes(texts[0])
+    assert encoder(trained(release)).can_encode(texts[0])
     assert trained(release).encode_batch(texts) == ids_of(trained(release), texts)
 
 
@@ -136,15 +136,17 @@ def test_every_character_is_encoded_alike():
 
 
 def test_both_libraries_class_every_character_alike_or_it_is_known():
-    assert all(ord(c) > 0x2FF for c in characters_apart())
-    assert characters_apart((r"\w",)) == set("²³¹¼½¾\u200c\u200d")  # as Oniguruma 6.9 and Rust's regex 1 differ
+    assert all(ord(c) > 0x2FF for c in unicode_disagreements())
+    assert unicode_disagreements((r"\w",)) == set(
+        "²³¹¼½¾\u200c\u200d"
+    )  # as Oniguruma 6.9 and Rust's regex 1 differ
 
 
 def test_text_with_a_character_that_is_classed_apart_is_left_to_the_tokenizers_library(monkeypatch):
     apart = frozenset("é")
-    monkeypatch.setattr("deepseek_v3.data.tokens.tiktoken_encoder.characters_apart", lambda: apart)
-    assert not encoder(trained("ours")).takes("café")
-    assert encoder(trained("ours")).takes("cafè")
+    monkeypatch.setattr("deepseek_v3.data.tokens.tiktoken_encoder.unicode_disagreements", lambda: apart)
+    assert not encoder(trained("ours")).can_encode("café")
+    assert encoder(trained("ours")).can_encode("cafè")
     assert trained("ours").encode_batch(["café", "cafè"]) == ids_of(trained("ours"), ["café", "cafè"])
 
 
@@ -153,10 +155,10 @@ def test_endless_runs_are_left_to_the_tokenizers_library(run):
     """tiktoken panics on a million of them."""
     tokenizer = trained("ours")
     longest = "word" + run * (2**17 // len(run)) + "x"
-    assert not encoder(tokenizer).takes(longest)
+    assert not encoder(tokenizer).can_encode(longest)
     assert tokenizer.encode(longest) == ids_of(tokenizer, [longest])[0]
     shorter = ("word" + run * (2**16 // len(run) - 3) + "x") * 3
-    assert encoder(tokenizer).takes(shorter)
+    assert encoder(tokenizer).can_encode(shorter)
     assert tokenizer.encode(shorter) == ids_of(tokenizer, [shorter])[0]
 
 
@@ -164,7 +166,7 @@ def test_endless_runs_are_left_to_the_tokenizers_library(run):
     "text", ["世" * 300_000, "acgt" * 80_000, "-" * 300_000, "\u0301" * 300_000, "7" * 300_000]
 )
 def test_long_pieces_are_merged_alike(text):
-    assert encoder(trained("ours")).takes(text)
+    assert encoder(trained("ours")).can_encode(text)
     assert trained("ours").encode(text) == ids_of(trained("ours"), [text])[0]
 
 
@@ -183,7 +185,7 @@ def alphabet_and(*tokens: str, **options) -> dict:
 def test_a_token_that_its_own_merges_never_reach_does_not_arise():
     """`b+c` comes before `a+b`, so `abc` becomes `a bc`; by bytes alone `abc` would be found whole."""
     tokenizer = Tokenizer.from_json(json.dumps(alphabet_and("b+c", "a+b", "ab+c")))
-    assert encoder(tokenizer).takes("abc")
+    assert encoder(tokenizer).can_encode("abc")
     for text in ("abc", "abcabc abc", "ab c"):
         assert tokenizer.encode(text) == ids_of(tokenizer, [text])[0]
     assert tokenizer.decode(tokenizer.encode("abc")[:1]) == "a"
@@ -192,7 +194,7 @@ def test_a_token_that_its_own_merges_never_reach_does_not_arise():
 def test_a_token_with_several_merges_has_the_same_ids():
     """As converters from tiktoken list them: every pair that spells the token."""
     tokenizer = Tokenizer.from_json(json.dumps(alphabet_and("b+c", "a+b", "a+bc", "ab+c")))
-    assert encoder(tokenizer).takes("abc")
+    assert encoder(tokenizer).can_encode("abc")
     for text in ("abc", "abcab cabca"):
         assert tokenizer.encode(text) == ids_of(tokenizer, [text])[0]
 
@@ -208,7 +210,7 @@ def test_any_merges_give_the_same_ids(pairs, text):
             tokens.append("".join(pair))
             merges.append("+".join(pair))
     tokenizer = Tokenizer.from_json(json.dumps(alphabet_and(*merges)))
-    assert encoder(tokenizer).takes(text)
+    assert encoder(tokenizer).can_encode(text)
     assert tokenizer.encode(text) == ids_of(tokenizer, [text])[0]
 
 
@@ -284,7 +286,7 @@ def test_ids_are_the_same_where_tiktoken_cannot_be_used(caplog):
 
 def test_merges_that_are_ignored_for_whole_words_make_no_difference_where_they_reach_every_token():
     tokenizer = Tokenizer.from_json(json.dumps(alphabet_and("a+b", "ab+c", ignore_merges=True)))
-    assert encoder(tokenizer).takes("abc")
+    assert encoder(tokenizer).can_encode("abc")
     assert tokenizer.encode("abc abc ab") == ids_of(tokenizer, ["abc abc ab"])[0]
 
 
@@ -292,7 +294,7 @@ def test_an_added_name_is_text_for_tiktoken_too():
     theirs = published = alphabet_and("a+b")
     theirs["added_tokens"] += [{**published["added_tokens"][0], "id": 259, "content": "<|im_start|>"}]
     tokenizer = Tokenizer.from_json(json.dumps(theirs))
-    assert encoder(tokenizer).takes("<|im_start|>")
+    assert encoder(tokenizer).can_encode("<|im_start|>")
     assert max(tokenizer.encode("<|im_start|> a<|endoftext|>")) < 256
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from deepseek_v3.data.documents import Document
 from deepseek_v3.data.tokens import encoding
-from deepseek_v3.data.tokens.encoding import CorpusEncoder, encoded_batches
+from deepseek_v3.data.tokens.encoding import CorpusEncoder, encode_batches
 from deepseek_v3.data.tokens.index import CorpusOptions
 from deepseek_v3.data.tokens.tokenize_corpus import tokenize_corpus
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
@@ -79,7 +79,7 @@ def test_little_is_read_ahead(tokenizer, own_workers):
             yield TEXTS[start : start + 3]
 
     encoder = CorpusEncoder(tokenizer, OPTIONS)
-    with closing(encoded_batches(encoder, batches(), 2)) as encoded:
+    with closing(encode_batches(encoder, batches(), 2)) as encoded:
         for number, batch in enumerate(encoded, start=1):
             expected = encoder.encode(TEXTS[3 * number - 3 : 3 * number])
             assert [ids.tolist() for _, ids, _ in batch.documents()] == [
@@ -137,7 +137,7 @@ def test_workers_load_no_torch():
 ENDLESS = """
 import itertools, multiprocessing, signal
 from deepseek_v3.data.tokens import encoding
-from deepseek_v3.data.tokens.encoding import CorpusEncoder, encoded_batches
+from deepseek_v3.data.tokens.encoding import CorpusEncoder, encode_batches
 from deepseek_v3.data.tokens.index import CorpusOptions
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 
@@ -146,7 +146,7 @@ if __name__ == "__main__":
     encoding._ALONE_CHARACTERS = 1
     options = CorpusOptions(source="x", text_field="text", holdout=0.1, fim_rate=0.0, seed=0)
     encoder = CorpusEncoder(Tokenizer.train([], 260), options)
-    for number, _ in enumerate(encoded_batches(encoder, itertools.repeat(["some text"] * 100), 2)):
+    for number, _ in enumerate(encode_batches(encoder, itertools.repeat(["some text"] * 100), 2)):
         if number == 3:
             print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
 """

@@ -13,7 +13,7 @@ from deepseek_v3.config.filter_config import DecontaminationConfig
 from deepseek_v3.config.loading import section_from_dict
 from deepseek_v3.data.arrays import Int64Array
 from deepseek_v3.data.decontamination.index import NgramMatches, load_evaluation_index, split_words, word_pattern
-from deepseek_v3.data.documents import chunks
+from deepseek_v3.data.documents import text_batches
 from deepseek_v3.data.stages import Drop, Outcome, Stage, outcome
 from deepseek_v3.utils.errors import ConfigError, DataError
 
@@ -47,7 +47,7 @@ class Decontaminator(Stage):
         """Judges a batch by the n-grams of its texts."""
         drops: list[Drop] = []
         shares: list[float] = []
-        for texts in chunks(batch.column("text").to_pylist()):
+        for texts in text_batches(batch.column("text").to_pylist()):
             self._judge([text.lower() for text in texts], drops, shares)
         return outcome(self.name, batch, drops, {"evaluation_overlap": shares})
 

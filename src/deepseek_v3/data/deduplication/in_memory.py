@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from deepseek_v3.data.arrays import Int64Array
-from deepseek_v3.data.documents import Documents, GivenBatch, given_back, given_batches
+from deepseek_v3.data.documents import ConvertedBatch, Documents, convert_back, convert_documents
 from deepseek_v3.data.stages import Filtered, FilteredBuilder, GlobalStage, NumberedPart, Task
 
 _MEMORY = 2**28  # bytes for one task
@@ -39,12 +39,12 @@ class Deduplicator(GlobalStage):
         stats = {**figures, "unique": filtered.stats["kept"], "reasons": filtered.stats["reasons"]}
         return Filtered(filtered.documents, filtered.ids, stats)
 
-    def _written(self, documents: Documents, folder: Path) -> tuple[list[GivenBatch], list[NumberedPart]]:
+    def _written(self, documents: Documents, folder: Path) -> tuple[list[ConvertedBatch], list[NumberedPart]]:
         """The documents, left in files that are mapped into memory, and their keys."""
-        batches: list[GivenBatch] = []
+        batches: list[ConvertedBatch] = []
         parts: list[NumberedPart] = []
         first = 0
-        for number, given in enumerate(given_batches(documents)):
+        for number, given in enumerate(convert_documents(documents)):
             part = NumberedPart(
                 folder / f"keys-{number}", folder / f"{number}.arrow", first, given.records.num_rows
             )
@@ -63,7 +63,9 @@ class Deduplicator(GlobalStage):
             getattr(self, task.method)(file, *task.arguments)
         return files
 
-    def _applied(self, batches: Sequence[GivenBatch], parts: Sequence[NumberedPart], decisions: Path) -> Filtered:
+    def _applied(
+        self, batches: Sequence[ConvertedBatch], parts: Sequence[NumberedPart], decisions: Path
+    ) -> Filtered:
         ids = np.array([str(id_) for given in batches for id_ in given.ids], object)
 
         def ids_of(documents: Int64Array) -> list[str]:
@@ -75,6 +77,6 @@ class Deduplicator(GlobalStage):
             result = self.apply(given.records, numbers, decisions, ids_of)
             rows = np.flatnonzero(result.kept_rows).tolist()
             reasons = result.dropped.column("reason").to_pylist()
-            kept = given_back(given, result.kept, rows)
+            kept = convert_back(given, result.kept, rows)
             collected.add(kept, [given.ids[row] for row in rows], part.rows, reasons)
         return collected.result()

@@ -10,12 +10,12 @@ import pyarrow as pa
 
 from deepseek_v3.data.documents import record_batch
 from deepseek_v3.data.formats.inputs import InputFile
-from deepseek_v3.data.formats.json_values import plain
-from deepseek_v3.data.formats.quarantine import QUARANTINED, RAW_BYTES, Rejected
+from deepseek_v3.data.formats.json_values import json_default
+from deepseek_v3.data.formats.quarantine import MAX_RAW_BYTES, QUARANTINED, InvalidRecord
 
 BATCH_BYTES = 2**22
 BATCH_RECORDS = 10_000
-END = 2**63 - 1  # the position from which nothing is left to read
+END_OF_FILE = 2**63 - 1  # the position from which nothing is left to read
 
 _MISSING = object()
 _NAMES_SHOWN = 20
@@ -41,7 +41,7 @@ class ReadOptions:
 
 
 @dataclass(frozen=True)
-class Span:
+class FileRange:
     """A piece of a file, from `start` up to `stop`, or to the end: rows of Parquet and Arrow, else bytes."""
 
     file: InputFile
@@ -57,7 +57,7 @@ class ReadBatch(NamedTuple):
     position: int
 
 
-class Collector:
+class BatchBuilder:
     """Gathers the records of one batch, and what was rejected."""
 
     def __init__(self, source: str, options: ReadOptions) -> None:
@@ -74,9 +74,9 @@ class Collector:
         return not self._ids and not self._rejected
 
     def add(self, place: int, record: Any) -> None:
-        """Takes a record, whose fields are used up. Raises Rejected, and takes nothing, where it is no document."""
+        """Adds a record and removes fields from it. Raises InvalidRecord, and adds nothing, if it is not one."""
         if type(record) is not dict:
-            raise Rejected(
+            raise InvalidRecord(
                 "not_object",
                 f"holds {_type(record)}, expected an object with a field {self._options.text_field!r}",
             )
@@ -89,12 +89,14 @@ class Collector:
         self.add_text(place, id_, text, record)
 
     def add_text(self, place: int, id_: str, text: str, metadata: dict[str, Any]) -> None:
-        """Takes a document. Raises Rejected, and takes nothing, where its text or metadata cannot be meant."""
+        """Takes a document. Raises InvalidRecord, and takes nothing, where its text or metadata cannot be meant."""
         if "\0" in text:
-            raise Rejected("nul", f"the text has a NUL at character {text.index(chr(0))}; is it binary data?")
+            raise InvalidRecord("nul", f"the text has a NUL at character {text.index(chr(0))}; is it binary data?")
         limit = self._options.max_record_bytes
         if len(text) > limit // 4 and (size := len(text.encode())) > limit:
-            raise Rejected("too_long", f"the text has {size} bytes, expected at most {limit} (max_record_bytes)")
+            raise InvalidRecord(
+                "too_long", f"the text has {size} bytes, expected at most {limit} (max_record_bytes)"
+            )
         self._metadata.append(_as_json(metadata) if metadata else None)
         self._ids.append(id_)
         self._texts.append(text)
@@ -103,7 +105,7 @@ class Collector:
     def reject(
         self,
         place: int,
-        why: Rejected,
+        why: InvalidRecord,
         *,
         offset: int = -1,
         length: int = -1,
@@ -120,7 +122,7 @@ class Collector:
                 "records": records,
                 "reason": why.reason,
                 "error": why.error[:_ERROR_CHARACTERS],
-                "raw": raw if raw is not None and len(raw) <= RAW_BYTES else None,
+                "raw": raw if raw is not None and len(raw) <= MAX_RAW_BYTES else None,
             }
         )
 
@@ -130,13 +132,15 @@ class Collector:
         records = record_batch(self._ids, self._texts, sources, self._places, self._metadata)
         return ReadBatch(records, pa.RecordBatch.from_pylist(self._rejected, schema=QUARANTINED), position)
 
-    def _no_text(self, text: Any, record: dict[str, Any]) -> Rejected:
+    def _no_text(self, text: Any, record: dict[str, Any]) -> InvalidRecord:
         field = self._options.text_field
         if text is _MISSING:
             names = ", ".join(map(repr, sorted(record)[:_NAMES_SHOWN]))
-            return Rejected("text_missing", f"has no field {field!r}, only [{names}]; say which one holds the text")
+            return InvalidRecord(
+                "text_missing", f"has no field {field!r}, only [{names}]; say which one holds the text"
+            )
         reason = "text_null" if text is None else "text_type"
-        return Rejected(reason, f"field {field!r} holds {_type(text)}, expected a string")
+        return InvalidRecord(reason, f"field {field!r} holds {_type(text)}, expected a string")
 
     def _id(self, id_: Any, place: int) -> str:
         """The id that a record has as a number, or that it is given because it has none."""
@@ -145,7 +149,7 @@ class Collector:
         if type(id_) is int:
             return str(id_)
         field = self._options.id_field
-        raise Rejected("id_type", f"field {field!r} holds {_type(id_)}, expected a string or an integer")
+        raise InvalidRecord("id_type", f"field {field!r} holds {_type(id_)}, expected a string or an integer")
 
 
 def _type(value: Any) -> str:
@@ -164,7 +168,7 @@ def _take(record: dict[str, Any], field: str) -> Any:
 
 def _as_json(fields: dict[str, Any]) -> str:
     try:
-        return orjson.dumps(fields, default=plain).decode()
+        return orjson.dumps(fields, default=json_default).decode()
     except TypeError as error:
         reason = "nesting" if "ecursion" in str(error) else "metadata"
-        raise Rejected(reason, f"the other fields cannot be written as JSON: {error}") from None
+        raise InvalidRecord(reason, f"the other fields cannot be written as JSON: {error}") from None

@@ -17,18 +17,18 @@ import pyarrow.parquet as pq
 from deepseek_v3.data.formats.batches import (
     BATCH_BYTES,
     BATCH_RECORDS,
-    END,
-    Collector,
+    END_OF_FILE,
+    BatchBuilder,
+    FileRange,
     ReadBatch,
     ReadOptions,
-    Span,
 )
 from deepseek_v3.data.formats.inputs import InputFile
-from deepseek_v3.data.formats.quarantine import Rejected
-from deepseek_v3.data.formats.streams import open_raw, unreadable
+from deepseek_v3.data.formats.quarantine import InvalidRecord
+from deepseek_v3.data.formats.streams import open_raw, read_failure
 
 
-class Group(NamedTuple):
+class RowGroup(NamedTuple):
     """Rows that are stored together, as batches of about 4 MiB."""
 
     rows: int
@@ -36,7 +36,7 @@ class Group(NamedTuple):
 
 
 # Opens a file and yields its groups in order. Both iterators may raise what `_DAMAGE` lists.
-Groups = Callable[[BinaryIO], Iterator[Group]]
+RowGroupReader = Callable[[BinaryIO], Iterator[RowGroup]]
 
 # What pyarrow raises for data that it cannot decode.
 _DAMAGE = (pa.ArrowException, OSError, ValueError, MemoryError)
@@ -50,31 +50,33 @@ def rows_per_batch(num_bytes: int, rows: int) -> int:
     return min(max(BATCH_BYTES * rows // max(num_bytes, 1), 1), BATCH_RECORDS)
 
 
-def columnar_spans(groups: Groups, file: InputFile, span_bytes: int) -> list[Span]:
-    """Spans of whole groups, each of about `span_bytes` of the file; one span where it cannot be read."""
+def split_columnar(groups: RowGroupReader, file: InputFile, range_bytes: int) -> list[FileRange]:
+    """Spans of whole groups, each of about `range_bytes` of the file; one span where it cannot be read."""
     try:
         with open_raw(file) as raw:
             rows = [group.rows for group in groups(raw)]
     except _DAMAGE:
-        return [Span(file)]
-    rows_per_span = max(sum(rows) * span_bytes // max(file.size, 1), 1)
+        return [FileRange(file)]
+    rows_per_span = max(sum(rows) * range_bytes // max(file.size, 1), 1)
     starts, end = [0], 0
     for count in rows:
         if end - starts[-1] >= rows_per_span:
             starts.append(end)
         end += count
-    return [Span(file, one, other) for one, other in zip(starts, [*starts[1:], None], strict=True)]
+    return [FileRange(file, one, other) for one, other in zip(starts, [*starts[1:], None], strict=True)]
 
 
-def read_columnar(groups: Groups, span: Span, options: ReadOptions, start: int | None) -> Iterator[ReadBatch]:
+def read_columnar(
+    groups: RowGroupReader, span: FileRange, options: ReadOptions, start: int | None
+) -> Iterator[ReadBatch]:
     """Reads the groups that start in a span, or from row `start` on, counted from 0."""
     first = 0
     begin = span.start if start is None else start
     for group in _groups_or_damage(groups, span.file):
-        if isinstance(group, Rejected):
-            collector = Collector(span.file.name, options)
+        if isinstance(group, InvalidRecord):
+            collector = BatchBuilder(span.file.name, options)
             collector.reject(first + 1, group, records=0 if group.reason == "empty" else 1)
-            yield collector.batch(END)
+            yield collector.batch(END_OF_FILE)
             return
         if span.stop is not None and first >= span.stop:
             return
@@ -83,30 +85,32 @@ def read_columnar(groups: Groups, span: Span, options: ReadOptions, start: int |
         first += group.rows
 
 
-def _groups_or_damage(groups: Groups, file: InputFile) -> Iterator[Group | Rejected]:
+def _groups_or_damage(groups: RowGroupReader, file: InputFile) -> Iterator[RowGroup | InvalidRecord]:
     """The groups of a file, and last, where the file ends in damage, what that is."""
     try:
         with open_raw(file) as raw:
             if raw.read(1):
                 yield from groups(raw)
             else:
-                yield Rejected("empty", "holds no bytes")
+                yield InvalidRecord("empty", "holds no bytes")
     except _DAMAGE as error:
         yield _damage(file, error)
 
 
-def _read_group(group: Group, first: int, begin: int, file: InputFile, options: ReadOptions) -> Iterator[ReadBatch]:
+def _read_group(
+    group: RowGroup, first: int, begin: int, file: InputFile, options: ReadOptions
+) -> Iterator[ReadBatch]:
     """Reads a group whose first row is row `first`, and of it the batches behind row `begin`."""
     end = first + group.rows
     while first < end:
-        collector = Collector(file.name, options)
+        collector = BatchBuilder(file.name, options)
         try:
             batch = next(group.batches, None)
             if batch is None:
-                raise Rejected("damaged", "the group has fewer rows than the file says")
+                raise InvalidRecord("damaged", "the group has fewer rows than the file says")
             batch = _with_plain_types(batch, (options.text_field, options.id_field))
             read = batch.num_rows
-        except (Rejected, *_DAMAGE) as error:
+        except (InvalidRecord, *_DAMAGE) as error:
             read = end - first
             collector.reject(first + 1, _damage(file, error), records=read)
         else:
@@ -117,15 +121,15 @@ def _read_group(group: Group, first: int, begin: int, file: InputFile, options: 
         first += read
 
 
-def _damage(file: InputFile, error: Exception) -> Rejected:
-    if isinstance(error, Rejected):
+def _damage(file: InputFile, error: Exception) -> InvalidRecord:
+    if isinstance(error, InvalidRecord):
         return error
     if isinstance(error, OSError) and error.errno is not None:
-        return unreadable(file, error)
-    return Rejected("damaged", f"cannot be decoded: {_one_line(error)}")
+        return read_failure(file, error)
+    return InvalidRecord("damaged", f"cannot be decoded: {_one_line(error)}")
 
 
-def _collect(batch: pa.RecordBatch, first: int, collector: Collector) -> None:
+def _collect(batch: pa.RecordBatch, first: int, collector: BatchBuilder) -> None:
     """Takes a batch's rows, the first of which is row `first` of its file, counted from 0."""
     try:
         batch.validate(full=True)
@@ -134,24 +138,24 @@ def _collect(batch: pa.RecordBatch, first: int, collector: Collector) -> None:
         rows = [_row(batch.slice(index, 1)) for index in range(batch.num_rows)]
     for place, row in enumerate(rows, start=first + 1):
         try:
-            if isinstance(row, Rejected):
+            if isinstance(row, InvalidRecord):
                 raise row
             collector.add(place, row)
-        except Rejected as why:
+        except InvalidRecord as why:
             collector.reject(place, why)
 
 
-def _row(row: pa.RecordBatch) -> dict[str, Any] | Rejected:
+def _row(row: pa.RecordBatch) -> dict[str, Any] | InvalidRecord:
     """The one row of a batch, or why it cannot be read."""
     try:
         row.validate(full=True)
     except _DAMAGE as error:
         reason = "not_utf8" if "UTF8" in str(error) else "damaged"
-        return Rejected(reason, f"cannot be decoded: {_one_line(error)}")
+        return InvalidRecord(reason, f"cannot be decoded: {_one_line(error)}")
     try:
         return row.to_pylist()[0]
     except _UNWRITABLE as error:
-        return Rejected("metadata", f"a column cannot be written as JSON: {_one_line(error)}")
+        return InvalidRecord("metadata", f"a column cannot be written as JSON: {_one_line(error)}")
 
 
 def _one_line(error: Exception) -> str:
@@ -179,7 +183,7 @@ def _in_microseconds(type_: pa.DataType) -> pa.DataType:
 _MAGIC = b"ARROW1"
 
 
-def arrow_groups(raw: BinaryIO) -> Iterator[Group]:
+def arrow_groups(raw: BinaryIO) -> Iterator[RowGroup]:
     """The batches of a file, or of a stream."""
     raw.seek(0)
     is_file = raw.read(len(_MAGIC)) == _MAGIC
@@ -187,13 +191,13 @@ def arrow_groups(raw: BinaryIO) -> Iterator[Group]:
     return _file_groups(raw) if is_file else _stream_groups(raw)
 
 
-def _file_groups(raw: BinaryIO) -> Iterator[Group]:
+def _file_groups(raw: BinaryIO) -> Iterator[RowGroup]:
     reader = pa.ipc.open_file(raw)
     # One column, best one that is small, is enough to count the rows of batches that are skipped.
     column = next((index for index, type_ in enumerate(reader.schema.types) if pa.types.is_primitive(type_)), 0)
     counter = pa.ipc.open_file(raw, options=pa.ipc.IpcReadOptions(included_fields=[column]))
     for index in range(reader.num_record_batches):
-        yield Group(_count(counter, index), _batches(reader, index))
+        yield RowGroup(_count(counter, index), _batches(reader, index))
 
 
 def _count(reader: pa.RecordBatchFileReader, index: int) -> int:
@@ -208,9 +212,9 @@ def _batches(reader: pa.RecordBatchFileReader, index: int) -> Iterator[pa.Record
     yield from _cut(reader.get_batch(index))
 
 
-def _stream_groups(raw: BinaryIO) -> Iterator[Group]:
+def _stream_groups(raw: BinaryIO) -> Iterator[RowGroup]:
     for batch in pa.ipc.open_stream(raw):
-        yield Group(batch.num_rows, _cut(batch))
+        yield RowGroup(batch.num_rows, _cut(batch))
 
 
 def _cut(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
@@ -223,7 +227,7 @@ def _cut(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
 _BUFFER_BYTES = 2**20  # of each column that are read at a time
 
 
-def parquet_groups(raw: BinaryIO) -> Iterator[Group]:
+def parquet_groups(raw: BinaryIO) -> Iterator[RowGroup]:
     """The row groups of a file, whose pages are checked against their checksums where they have some."""
     with pq.ParquetFile(
         raw, buffer_size=_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
@@ -231,4 +235,4 @@ def parquet_groups(raw: BinaryIO) -> Iterator[Group]:
         for index in range(parquet.num_row_groups):
             group = parquet.metadata.row_group(index)
             size = rows_per_batch(group.total_byte_size, group.num_rows)
-            yield Group(group.num_rows, parquet.iter_batches(size, row_groups=[index], use_threads=False))
+            yield RowGroup(group.num_rows, parquet.iter_batches(size, row_groups=[index], use_threads=False))

@@ -84,7 +84,7 @@ class InputFile:
         return "://" in self.path
 
 
-class Ignored(NamedTuple):
+class IgnoredFile(NamedTuple):
     """What lies below the input and is not read, and why."""
 
     name: str
@@ -95,7 +95,7 @@ class Inputs(NamedTuple):
     """The files to read and those left out, both sorted by name."""
 
     files: list[InputFile]
-    ignored: list[Ignored]
+    ignored: list[IgnoredFile]
 
 
 class _Found(NamedTuple):
@@ -142,7 +142,7 @@ def _checked(found: list[_Found]) -> Inputs:
     for file in files:
         if file.format.kind == "warc":
             archive_iterator(file.path)
-    return Inputs(files, [Ignored(one.file.name, one.fault) for one in found if one.fault is not None])
+    return Inputs(files, [IgnoredFile(one.file.name, one.fault) for one in found if one.fault is not None])
 
 
 def _readable(given: str) -> list[_Found]:

@@ -14,15 +14,15 @@ import orjson
 from deepseek_v3.data.formats.batches import (
     BATCH_BYTES,
     BATCH_RECORDS,
-    END,
-    Collector,
+    END_OF_FILE,
+    BatchBuilder,
+    FileRange,
     ReadBatch,
     ReadOptions,
-    Span,
 )
 from deepseek_v3.data.formats.json_lines import read_json_lines
-from deepseek_v3.data.formats.json_values import BYTE_ORDER_MARK, json_value
-from deepseek_v3.data.formats.quarantine import Rejected
+from deepseek_v3.data.formats.json_values import BYTE_ORDER_MARK, parse_json
+from deepseek_v3.data.formats.quarantine import InvalidRecord
 from deepseek_v3.data.formats.streams import ByteStream
 
 _PIECE_BYTES = 2**18
@@ -135,7 +135,7 @@ class _Scanner:
 _HEAD_BYTES = 2**20
 
 
-def read_json(span: Span, options: ReadOptions, start: int | None) -> Iterator[ReadBatch]:
+def read_json(span: FileRange, options: ReadOptions, start: int | None) -> Iterator[ReadBatch]:
     """Reads the elements of an array, or values one after the other, from that at byte `start` on.
 
     A file whose first line is an object by itself holds JSON lines, and is read as such.
@@ -154,10 +154,10 @@ def read_json(span: Span, options: ReadOptions, start: int | None) -> Iterator[R
             values.skip()
             values.step()
         while not values.at_end:
-            collector = Collector(span.file.name, options)
+            collector = BatchBuilder(span.file.name, options)
             values.collect(collector)
             if not collector.is_empty:
-                yield collector.batch(END if values.at_end else values.offset)
+                yield collector.batch(END_OF_FILE if values.at_end else values.offset)
 
 
 def _is_object(line: bytes) -> bool:
@@ -175,7 +175,7 @@ class _Elements(Values):
         self.in_array = in_array
         self.at_end = False
 
-    def collect(self, collector: Collector) -> None:
+    def collect(self, collector: BatchBuilder) -> None:
         """Takes about 4 MiB of values, at most 10,000, and notes what is wrong with the end of the file."""
         stop = self.offset + BATCH_BYTES
         for _ in range(BATCH_RECORDS):
@@ -189,27 +189,27 @@ class _Elements(Values):
             if self.at_end or self.offset >= stop:
                 return
 
-    def _take(self, value: Value, collector: Collector) -> None:
+    def _take(self, value: Value, collector: BatchBuilder) -> None:
         offset, length, data, is_whole = value
         try:
             if not is_whole:
                 self.at_end = True
-                raise self._stream.damage or Rejected("truncated", "the file ends inside this value")
+                raise self._stream.damage or InvalidRecord("truncated", "the file ends inside this value")
             if data is None:
-                raise Rejected(
+                raise InvalidRecord(
                     "too_long", f"has {length} bytes, expected at most {self._longest} (max_record_bytes)"
                 )
-            collector.add(offset, json_value(data, offset))
-        except Rejected as why:
+            collector.add(offset, parse_json(data, offset))
+        except InvalidRecord as why:
             collector.reject(offset, why, offset=offset, length=length, raw=data)
 
-    def _check_end(self, is_closed: bool, collector: Collector) -> None:
+    def _check_end(self, is_closed: bool, collector: BatchBuilder) -> None:
         why = None
         if is_closed:
             self.step()
             if self.skip():
-                why = Rejected("not_json", "goes on behind the end of its array; expected one array")
+                why = InvalidRecord("not_json", "goes on behind the end of its array; expected one array")
         elif self.in_array:
-            why = Rejected("truncated", "the file ends before its array is closed")
+            why = InvalidRecord("truncated", "the file ends before its array is closed")
         if why := self._stream.damage or why:
             collector.reject(self.offset, why, offset=self.offset)

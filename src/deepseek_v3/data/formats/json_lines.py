@@ -10,33 +10,33 @@ import orjson
 from deepseek_v3.data.formats.batches import (
     BATCH_BYTES,
     BATCH_RECORDS,
-    END,
-    Collector,
+    END_OF_FILE,
+    BatchBuilder,
+    FileRange,
     ReadBatch,
     ReadOptions,
-    Span,
 )
 from deepseek_v3.data.formats.inputs import InputFile
-from deepseek_v3.data.formats.json_values import BYTE_ORDER_MARK, json_value
-from deepseek_v3.data.formats.quarantine import Rejected
+from deepseek_v3.data.formats.json_values import BYTE_ORDER_MARK, parse_json
+from deepseek_v3.data.formats.quarantine import InvalidRecord
 from deepseek_v3.data.formats.streams import ByteStream, open_raw
 
 _PIECE_BYTES = 2**16
 
 
-def json_lines_spans(file: InputFile, span_bytes: int) -> list[Span]:
-    """Spans of `span_bytes` of a local, uncompressed file; otherwise, or where it cannot be read, one for all."""
+def split_json_lines(file: InputFile, range_bytes: int) -> list[FileRange]:
+    """Spans of `range_bytes` of a local, uncompressed file; otherwise, or where it cannot be read, one for all."""
     if file.is_remote or file.format.compression:
-        return [Span(file)]
+        return [FileRange(file)]
     try:
         open_raw(file).close()
     except OSError:
-        return [Span(file)]
-    starts = [*range(0, file.size, span_bytes)] or [0]
-    return [Span(file, one, other) for one, other in zip(starts, [*starts[1:], None], strict=True)]
+        return [FileRange(file)]
+    starts = [*range(0, file.size, range_bytes)] or [0]
+    return [FileRange(file, one, other) for one, other in zip(starts, [*starts[1:], None], strict=True)]
 
 
-def read_json_lines(span: Span, options: ReadOptions, start: int | None) -> Iterator[ReadBatch]:
+def read_json_lines(span: FileRange, options: ReadOptions, start: int | None) -> Iterator[ReadBatch]:
     """Reads the lines that start in a span, or those from the line at `start` on."""
     # The byte before the span tells whether a line starts with it.
     begin = max(span.start - 1, 0) if start is None else start
@@ -46,7 +46,7 @@ def read_json_lines(span: Span, options: ReadOptions, start: int | None) -> Iter
             lines.skip_line()
         while span.stop is None or lines.offset < span.stop:
             block = lines.block(span.stop)
-            collector = Collector(span.file.name, options)
+            collector = BatchBuilder(span.file.name, options)
             unfinished = block.lines.pop() if stream.damage and block.unfinished else None
             offset = _collect(block.lines, block.offset, collector, options.max_record_bytes)
             if block.too_long:
@@ -55,7 +55,7 @@ def read_json_lines(span: Span, options: ReadOptions, start: int | None) -> Iter
                 _end(collector, lines.offset, unfinished, stream.damage)
             done = block.at_end or (span.stop is not None and lines.offset >= span.stop)
             if not collector.is_empty:
-                yield collector.batch(END if done else lines.offset)
+                yield collector.batch(END_OF_FILE if done else lines.offset)
             if done:
                 return
 
@@ -121,7 +121,7 @@ class _Lines:
                 return b"".join(parts) if length <= self._longest else None, length, bool(newline)
 
 
-def _collect(lines: list[bytes], offset: int, collector: Collector, longest: int) -> int:
+def _collect(lines: list[bytes], offset: int, collector: BatchBuilder, longest: int) -> int:
     """Takes the lines that are documents and rejects the others; returns the offset behind them."""
     for line in lines:
         try:
@@ -129,39 +129,39 @@ def _collect(lines: list[bytes], offset: int, collector: Collector, longest: int
                 _reject_long(collector, offset, len(line), longest)
             else:
                 collector.add(offset, orjson.loads(line))
-        except (orjson.JSONDecodeError, Rejected):
+        except (orjson.JSONDecodeError, InvalidRecord):
             _reconsider(line, offset, collector)
         offset += len(line) + 1
     return offset
 
 
-def _reconsider(line: bytes, offset: int, collector: Collector) -> None:
+def _reconsider(line: bytes, offset: int, collector: BatchBuilder) -> None:
     """Takes a line that is more than plain JSON in UTF-8, skips one that is blank, and rejects any other."""
     content = line.removeprefix(BYTE_ORDER_MARK) if offset == 0 else line
     if not content.strip():
         return
     try:
-        collector.add(offset, json_value(content, offset + len(line) - len(content)))
-    except Rejected as why:
+        collector.add(offset, parse_json(content, offset + len(line) - len(content)))
+    except InvalidRecord as why:
         collector.reject(offset, why, offset=offset, length=len(line), raw=line)
 
 
-def _reject_long(collector: Collector, offset: int, length: int, longest: int) -> None:
-    why = Rejected("too_long", f"the line has {length} bytes, expected at most {longest} (max_record_bytes)")
+def _reject_long(collector: BatchBuilder, offset: int, length: int, longest: int) -> None:
+    why = InvalidRecord("too_long", f"the line has {length} bytes, expected at most {longest} (max_record_bytes)")
     collector.reject(offset, why, offset=offset, length=length)
 
 
-def _end(collector: Collector, end: int, unfinished: bytes | None, damage: Rejected | None) -> None:
+def _end(collector: BatchBuilder, end: int, unfinished: bytes | None, damage: InvalidRecord | None) -> None:
     """Notes how the file ends, if it does not end well."""
     if damage is None:
         if end == 0:
-            collector.reject(0, Rejected("empty", "holds no bytes"), offset=0, length=0, records=0)
+            collector.reject(0, InvalidRecord("empty", "holds no bytes"), offset=0, length=0, records=0)
     elif unfinished is None:
         collector.reject(end, damage, offset=end)
     else:
         offset = end - len(unfinished)
         try:
-            collector.add(offset, json_value(unfinished, offset))
+            collector.add(offset, parse_json(unfinished, offset))
             collector.reject(end, damage, offset=end)
-        except Rejected:
+        except InvalidRecord:
             collector.reject(offset, damage, offset=offset, length=len(unfinished), raw=unfinished)

@@ -9,22 +9,22 @@ from typing import Any
 
 import orjson
 
-from deepseek_v3.data.formats.quarantine import Rejected
+from deepseek_v3.data.formats.quarantine import InvalidRecord
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
-def json_value(data: bytes, offset: int) -> Any:
-    """The value that the bytes at `offset` of a file spell. Raises Rejected."""
+def parse_json(data: bytes, offset: int) -> Any:
+    """The value that the bytes at `offset` of a file spell. Raises InvalidRecord."""
     try:
         return orjson.loads(data)
     except orjson.JSONDecodeError:
         raise _why(data, offset) from None
 
 
-def decoded(data: bytes, offset: int) -> str:
-    """The text whose UTF-8 stands at `offset` of a file. Raises Rejected."""
+def decode_utf8(data: bytes, offset: int) -> str:
+    """The text whose UTF-8 stands at `offset` of a file. Raises InvalidRecord."""
     try:
         return data.decode()
     except UnicodeDecodeError as error:
@@ -34,7 +34,7 @@ def decoded(data: bytes, offset: int) -> str:
             advice = (
                 "convert the file, for example with `iconv -f latin1 -t utf-8`, or move it away if it is no text"
             )
-        raise Rejected(
+        raise InvalidRecord(
             "not_utf8", f"byte 0x{data[error.start]:02x} at offset {offset + error.start} is not UTF-8; {advice}"
         ) from None
 
@@ -43,26 +43,28 @@ class _NotFiniteError(ValueError):
     pass
 
 
-def _why(data: bytes, offset: int) -> Rejected:
+def _why(data: bytes, offset: int) -> InvalidRecord:
     """Asks the standard library, which takes all of JSON and more, about what orjson refuses."""
     try:
-        value = json.loads(decoded(data, offset), parse_float=_finite, parse_int=_finite, parse_constant=_finite)
+        value = json.loads(
+            decode_utf8(data, offset), parse_float=_finite, parse_int=_finite, parse_constant=_finite
+        )
         json.dumps(value, ensure_ascii=False).encode()
-    except Rejected as not_utf8:
+    except InvalidRecord as not_utf8:
         return not_utf8
     except _NotFiniteError as number:
-        return Rejected("number", f"is not JSON: the number {number} is no finite double")
+        return InvalidRecord("number", f"is not JSON: the number {number} is no finite double")
     except UnicodeEncodeError as half:
         found = half.object[half.start]
-        return Rejected(
+        return InvalidRecord(
             "lone_surrogate",
             f"holds the lone surrogate {found!r}, which no UTF-8 can express; remove it, or write both halves",
         )
     except RecursionError:
         pass
     except ValueError as malformed:
-        return Rejected("not_json", f"is not JSON: {malformed}; expected an object")
-    return Rejected("nesting", "is nested too deep, expected fewer than 1,024 levels")
+        return InvalidRecord("not_json", f"is not JSON: {malformed}; expected an object")
+    return InvalidRecord("nesting", "is nested too deep, expected fewer than 1,024 levels")
 
 
 def _finite(digits: str) -> float:
@@ -72,6 +74,6 @@ def _finite(digits: str) -> float:
     return number
 
 
-def plain(value: Any) -> str:
+def json_default(value: Any) -> str:
     """What JSON has no type for: bytes in base64, and anything else as Python writes it."""
     return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)

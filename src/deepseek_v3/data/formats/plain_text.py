@@ -4,29 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from deepseek_v3.data.formats.batches import END, Collector, ReadBatch, ReadOptions, Span
-from deepseek_v3.data.formats.json_values import BYTE_ORDER_MARK, decoded
-from deepseek_v3.data.formats.quarantine import Rejected
+from deepseek_v3.data.formats.batches import END_OF_FILE, BatchBuilder, FileRange, ReadBatch, ReadOptions
+from deepseek_v3.data.formats.json_values import BYTE_ORDER_MARK, decode_utf8
+from deepseek_v3.data.formats.quarantine import InvalidRecord
 from deepseek_v3.data.formats.streams import ByteStream
 
 _PIECE_BYTES = 2**18
 
 
-def read_text(span: Span, options: ReadOptions, start: int | None) -> Iterator[ReadBatch]:  # noqa: ARG001
+def read_text(span: FileRange, options: ReadOptions, start: int | None) -> Iterator[ReadBatch]:  # noqa: ARG001
     """Reads a file, whose name is its id. Nothing is left behind its one batch, so there is nowhere to start."""
-    collector = Collector(span.file.name, options)
+    collector = BatchBuilder(span.file.name, options)
     data, length, damage = _read(span, options.max_record_bytes)
     try:
         if damage:
             raise damage
         content = data.removeprefix(BYTE_ORDER_MARK)
-        collector.add_text(0, span.file.name, decoded(content, length - len(content)), {})
-    except Rejected as why:
+        collector.add_text(0, span.file.name, decode_utf8(content, length - len(content)), {})
+    except InvalidRecord as why:
         collector.reject(0, why, offset=0, length=length, raw=data or None)
-    yield collector.batch(END)
+    yield collector.batch(END_OF_FILE)
 
 
-def _read(span: Span, longest: int) -> tuple[bytes, int, Rejected | None]:
+def _read(span: FileRange, longest: int) -> tuple[bytes, int, InvalidRecord | None]:
     """The file's bytes unless they are too many, their number, and what is wrong with it."""
     parts, length = [], 0
     with ByteStream(span.file) as stream:
@@ -38,7 +38,9 @@ def _read(span: Span, longest: int) -> tuple[bytes, int, Rejected | None]:
                 parts.clear()
         damage = stream.damage
     if not damage and not length:
-        damage = Rejected("empty", "holds no bytes")
+        damage = InvalidRecord("empty", "holds no bytes")
     if not damage and length > longest:
-        damage = Rejected("too_long", f"the file has {length} bytes, expected at most {longest} (max_record_bytes)")
+        damage = InvalidRecord(
+            "too_long", f"the file has {length} bytes, expected at most {longest} (max_record_bytes)"
+        )
     return b"".join(parts), length, damage

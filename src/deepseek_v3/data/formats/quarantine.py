@@ -20,7 +20,7 @@ QUARANTINED = pa.schema(
         pa.field("raw", pa.binary()),
     ]
 )
-RAW_BYTES = 2**16
+MAX_RAW_BYTES = 2**16
 
 REASONS = {
     "empty": "the file holds no bytes, or none once decompressed",
@@ -44,7 +44,7 @@ REASONS = {
 }
 
 
-class Rejected(Exception):  # noqa: N818 -- no failure: what reading gives in place of a document
+class InvalidRecord(Exception):  # noqa: N818 -- no failure: what reading gives in place of a document
     """Something read that is no document: a code of `REASONS`, and what was found and expected."""
 
     def __init__(self, reason: str, error: str) -> None:

@@ -16,19 +16,19 @@ from typing import TypeAlias
 import pyarrow as pa
 
 from deepseek_v3.data.documents import Document
-from deepseek_v3.data.formats.batches import END, ReadBatch, ReadOptions, Span
-from deepseek_v3.data.formats.columnar import arrow_groups, columnar_spans, parquet_groups, read_columnar
+from deepseek_v3.data.formats.batches import END_OF_FILE, FileRange, ReadBatch, ReadOptions
+from deepseek_v3.data.formats.columnar import arrow_groups, parquet_groups, read_columnar, split_columnar
 from deepseek_v3.data.formats.file_types import Kind
 from deepseek_v3.data.formats.inputs import InputFile, find_inputs
 from deepseek_v3.data.formats.json_files import read_json
-from deepseek_v3.data.formats.json_lines import json_lines_spans, read_json_lines
+from deepseek_v3.data.formats.json_lines import read_json_lines, split_json_lines
 from deepseek_v3.data.formats.plain_text import read_text
 from deepseek_v3.data.formats.streams import ByteStream
 from deepseek_v3.data.formats.warc import read_warc
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.logging import get_logger
 
-_Reader: TypeAlias = Callable[[Span, ReadOptions, "int | None"], Iterator[ReadBatch]]
+_Reader: TypeAlias = Callable[[FileRange, ReadOptions, "int | None"], Iterator[ReadBatch]]
 
 _READERS: dict[Kind, _Reader] = {
     "json_lines": read_json_lines,
@@ -40,30 +40,30 @@ _READERS: dict[Kind, _Reader] = {
 }
 
 
-def read_span(span: Span, options: ReadOptions, start: int | None = None) -> Iterator[ReadBatch]:
+def read_range(span: FileRange, options: ReadOptions, start: int | None = None) -> Iterator[ReadBatch]:
     """Reads a span from its beginning, or on from `start`, the position that came with one of its batches.
 
     A batch holds about 4 MiB or 10,000 records and depends on the content of the file alone, so reading on from a
     position gives the very batches that would have followed it. Whatever is no document is quarantined; nothing in
     a file raises. Raises DataError where a store fails, or where a library that the format needs is missing.
     """
-    return iter(()) if start == END else _READERS[span.file.format.kind](span, options, start)
+    return iter(()) if start == END_OF_FILE else _READERS[span.file.format.kind](span, options, start)
 
 
-def spans(file: InputFile, span_bytes: int) -> list[Span]:
-    """Cuts a file into spans of about `span_bytes`; one where its format has none.
+def split_file(file: InputFile, range_bytes: int) -> list[FileRange]:
+    """Cuts a file into spans of about `range_bytes`; one where its format has none.
 
     Local JSON lines are cut by bytes, a line belonging to the span that it starts in, Parquet by row groups and the
     Arrow file format by batches. Reading all spans in order gives the same as reading the whole.
     """
     kind = file.format.kind
     if kind == "json_lines":
-        return json_lines_spans(file, span_bytes)
+        return split_json_lines(file, range_bytes)
     if kind == "parquet":
-        return columnar_spans(parquet_groups, file, span_bytes)
+        return split_columnar(parquet_groups, file, range_bytes)
     if kind == "arrow":
-        return columnar_spans(arrow_groups, file, span_bytes)
-    return [Span(file)]
+        return split_columnar(arrow_groups, file, range_bytes)
+    return [FileRange(file)]
 
 
 _SHOWN = 3
@@ -73,7 +73,7 @@ _log = get_logger("Reading")
 def read_documents(source: str | Path, text_field: str = "text", *, warn: bool = True) -> Iterator[Document]:
     """Yields the documents of a file, a folder, a pattern or an address, leaving out those that are white space.
 
-    The files are read as `find_inputs` and `read_span` say, in the order of their names; their text stands in
+    The files are read as `find_inputs` and `read_range` say, in the order of their names; their text stands in
     `text_field`. Files of no known format are left out, and with `warn` the log names them.
 
     Raises DataError, naming file and line, byte or row, where something is no document, and at the end where there
@@ -86,7 +86,7 @@ def read_documents(source: str | Path, text_field: str = "text", *, warn: bool =
     options = ReadOptions(text_field)
     found = False
     for file in files:
-        for records, quarantined, _ in read_span(Span(file), options):
+        for records, quarantined, _ in read_range(FileRange(file), options):
             _check(quarantined, file)
             for id_, text in zip(records["id"].to_pylist(), records["text"].to_pylist(), strict=True):
                 if text and not text.isspace():

@@ -18,7 +18,7 @@ import zstandard
 
 from deepseek_v3.data.formats.file_types import Compression
 from deepseek_v3.data.formats.inputs import InputFile
-from deepseek_v3.data.formats.quarantine import Rejected
+from deepseek_v3.data.formats.quarantine import InvalidRecord
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.redaction import redact
 
@@ -99,25 +99,25 @@ class Decompressor:
         self._pieces = 0
         self._members = 0
 
-    def next_piece(self) -> bytes:
+    def next_chunk(self) -> bytes:
         """The next bytes, some hundred KB; none at the end.
 
-        Raises Rejected where the data are truncated or damaged, and OSError where the file cannot be read.
+        Raises InvalidRecord where the data are truncated or damaged, and OSError where the file cannot be read.
         """
         piece = self._next(_FEED_BYTES[self._compression])
         self._pieces += 1
         return piece
 
     def rest_before_damage(self, raw: BinaryIO) -> bytes:
-        """What a failed `next_piece` might have given, feeding byte after byte of the file opened anew."""
+        """What a failed `next_chunk` might have given, feeding byte after byte of the file opened anew."""
         again = Decompressor(raw, self._compression)
         for _ in range(self._pieces):
-            again.next_piece()
+            again.next_chunk()
         rest = []
         try:
             while byte := again._next(1):
                 rest.append(byte)
-        except Rejected:
+        except InvalidRecord:
             pass
         return b"".join(rest)
 
@@ -133,7 +133,7 @@ class Decompressor:
                 self._input, self._decoder = self._decoder.unused_data, None
                 self._members += 1
             elif at_end and not piece:
-                raise Rejected("truncated", f"the {self._compression} data end before their end")
+                raise InvalidRecord("truncated", f"the {self._compression} data end before their end")
             if piece:
                 return piece
         return b""
@@ -143,7 +143,7 @@ class Decompressor:
             return decoder.decompress(data, _PIECE_BYTES)
         except _CORRUPT as error:
             where = f"behind member {self._members}: " if self._members else ""
-            raise Rejected("damaged", f"the {self._compression} data are corrupt: {where}{error}") from None
+            raise InvalidRecord("damaged", f"the {self._compression} data are corrupt: {where}{error}") from None
 
     def _begins_member(self, feed: int) -> bool:
         """Whether there is a member more. Zeros may pad a file behind its first."""
@@ -173,14 +173,14 @@ def open_raw(file: InputFile) -> BinaryIO:
     return Path(file.path).open("rb")
 
 
-def unreadable(file: InputFile, error: OSError) -> Rejected:
+def read_failure(file: InputFile, error: OSError) -> InvalidRecord:
     """The entry for a file that the disk or the store does not give.
 
     Raises DataError instead where a store fails otherwise than by refusing the file: that may be over by and by.
     """
     if file.is_remote and not isinstance(error, (FileNotFoundError, PermissionError)):
         raise _unanswered(file, error) from None
-    return Rejected("unreadable", redact(f"cannot be read: {error.strerror or error}", file.path))
+    return InvalidRecord("unreadable", redact(f"cannot be read: {error.strerror or error}", file.path))
 
 
 def _unanswered(file: InputFile, error: Exception) -> DataError:
@@ -195,7 +195,7 @@ class ByteStream:
     """
 
     def __init__(self, file: InputFile, start: int = 0) -> None:
-        self.damage: Rejected | None = None
+        self.damage: InvalidRecord | None = None
         self._file = file
         self._raw: BinaryIO | None = None
         self._decompressor: Decompressor | None = None
@@ -208,7 +208,7 @@ class ByteStream:
             else:
                 self._raw.seek(start)
         except OSError as error:
-            self.damage = unreadable(file, error)
+            self.damage = read_failure(file, error)
         if self._decompressor:
             self._skip(start)
 
@@ -246,10 +246,10 @@ class ByteStream:
         if self._raw is None or self.damage:
             return b""
         try:
-            return self._decompressor.next_piece() if self._decompressor else self._raw.read(size)
+            return self._decompressor.next_chunk() if self._decompressor else self._raw.read(size)
         except OSError as error:
-            self.damage = unreadable(self._file, error)
-        except Rejected as damage:
+            self.damage = read_failure(self._file, error)
+        except InvalidRecord as damage:
             self.damage = damage
             if damage.reason == "damaged" and self._decompressor:
                 with open_raw(self._file) as raw:

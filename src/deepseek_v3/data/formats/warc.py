@@ -15,14 +15,14 @@ from resiliparse.parse.encoding import bytes_to_str, detect_encoding, map_encodi
 from deepseek_v3.data.formats.batches import (
     BATCH_BYTES,
     BATCH_RECORDS,
-    END,
-    Collector,
+    END_OF_FILE,
+    BatchBuilder,
+    FileRange,
     ReadBatch,
     ReadOptions,
-    Span,
 )
 from deepseek_v3.data.formats.inputs import archive_iterator
-from deepseek_v3.data.formats.quarantine import Rejected
+from deepseek_v3.data.formats.quarantine import InvalidRecord
 from deepseek_v3.data.formats.streams import ByteStream
 
 _HEADER_BYTES = 2**16
@@ -38,7 +38,7 @@ class Frame(NamedTuple):
 
     offset: int
     length: int
-    data: bytes | Rejected
+    data: bytes | InvalidRecord
 
 
 class Frames:
@@ -76,13 +76,13 @@ class Frames:
         self.offset += found
         if missing:
             self.at_end = True
-            cut = Rejected("truncated", f"the file ends {missing} bytes before the end of this record")
+            cut = InvalidRecord("truncated", f"the file ends {missing} bytes before the end of this record")
             return Frame(offset, found, self._stream.damage or cut)
         if not is_wanted:
             return None
         if length > self._longest:
             error = f"the record has {length} bytes, expected at most {self._longest} (max_record_bytes)"
-            return Frame(offset, found, Rejected("too_long", error))
+            return Frame(offset, found, InvalidRecord("too_long", error))
         return Frame(offset, found, b"".join(parts))
 
     def _lost(self, data: bytes, is_last: bool) -> Frame:
@@ -99,7 +99,9 @@ class Frames:
             data = self._stream.read(_PIECE_BYTES)
             is_last = len(data) < _PIECE_BYTES
         damage = self._stream.damage if self.at_end else None
-        lost = Rejected("damaged", "expected a WARC record with WARC-Type and Content-Length, found other bytes")
+        lost = InvalidRecord(
+            "damaged", "expected a WARC record with WARC-Type and Content-Length, found other bytes"
+        )
         return Frame(offset, self.offset - offset, damage or lost)
 
 
@@ -108,20 +110,20 @@ _TEXT_TYPE = re.compile(r"text/|application/([\w.-]+\+)?(xhtml|xml|json)\b|$", r
 _CHARSET = re.compile(r"charset=[\"']?([\w.:-]+)", re.IGNORECASE)
 
 
-def read_warc(span: Span, options: ReadOptions, start: int | None) -> Iterator[ReadBatch]:
+def read_warc(span: FileRange, options: ReadOptions, start: int | None) -> Iterator[ReadBatch]:
     """Reads the records from byte `start` on. Other kinds, such as requests, are no documents and left out."""
     begin = start or 0
     parser = archive_iterator(span.file.path)
     with ByteStream(span.file, begin) as stream:
         frames = Frames(stream, begin, options.max_record_bytes, _KINDS)
         while not frames.at_end:
-            collector = Collector(span.file.name, options)
+            collector = BatchBuilder(span.file.name, options)
             for frame in _some(frames):
                 _take(frame, span.file.name, collector, options, parser)
             if frames.at_end and frames.offset == 0 and not stream.damage:
-                collector.reject(0, Rejected("empty", "holds no bytes"), offset=0, length=0, records=0)
+                collector.reject(0, InvalidRecord("empty", "holds no bytes"), offset=0, length=0, records=0)
             if not collector.is_empty:
-                yield collector.batch(END if frames.at_end else frames.offset)
+                yield collector.batch(END_OF_FILE if frames.at_end else frames.offset)
 
 
 def _some(frames: Frames) -> Iterator[Frame]:
@@ -135,23 +137,23 @@ def _some(frames: Frames) -> Iterator[Frame]:
             return
 
 
-def _take(frame: Frame, source: str, collector: Collector, options: ReadOptions, parser: Any) -> None:
+def _take(frame: Frame, source: str, collector: BatchBuilder, options: ReadOptions, parser: Any) -> None:
     offset, length, data = frame
     try:
-        if isinstance(data, Rejected):
+        if isinstance(data, InvalidRecord):
             raise data
         record, body = _parsed(data, parser, options.max_record_bytes)
         id_ = record.headers.get("WARC-Record-ID") or f"{source}:{offset}"
         content_type = (record.http_headers if record.is_http else record.headers).get("Content-Type") or ""
         if not _TEXT_TYPE.match(content_type):
-            raise Rejected("not_text", f"the record holds {content_type}, expected text")
+            raise InvalidRecord("not_text", f"the record holds {content_type}, expected text")
         metadata = {
             "url": record.headers.get("WARC-Target-URI"),
             "date": record.headers.get("WARC-Date"),
             "content_type": content_type or None,
         }
         collector.add_text(offset, id_, _decoded(body, content_type, record), metadata)
-    except Rejected as why:
+    except InvalidRecord as why:
         raw = data if isinstance(data, bytes) else None
         collector.reject(offset, why, offset=offset, length=length, raw=raw)
 
@@ -164,11 +166,11 @@ def _parsed(data: bytes, parser: Any, longest: int, decoding: str = "all") -> tu
     except OSError as error:
         if decoding == "all":
             return _parsed(data, parser, longest, "none")
-        raise Rejected("damaged", f"is no WARC record: {error}") from None
+        raise InvalidRecord("damaged", f"is no WARC record: {error}") from None
     if record is None or (record.is_http and record.http_headers.status_code is None):
-        raise Rejected("damaged", "the record holds no HTTP response, though it says so")
+        raise InvalidRecord("damaged", "the record holds no HTTP response, though it says so")
     if len(body) > longest:
-        raise Rejected("too_long", f"the payload has more than {longest} bytes (max_record_bytes)")
+        raise InvalidRecord("too_long", f"the payload has more than {longest} bytes (max_record_bytes)")
     return record, body
 
 

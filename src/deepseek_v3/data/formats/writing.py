@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import zstandard
 
 from deepseek_v3.data.arrays import Int64Array
-from deepseek_v3.data.formats.json_values import plain
+from deepseek_v3.data.formats.json_values import json_default
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.files import atomic_write
 
@@ -154,7 +154,9 @@ def _write_lines(table: pa.Table, file: Any) -> None:
     for batch in table.to_batches(_ROWS_AT_A_TIME):
         columns = [_values(batch.column(name), name in _JSON) for name in names]
         rows = (dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True))
-        file.write(b"".join([orjson.dumps(row, default=plain, option=orjson.OPT_APPEND_NEWLINE) for row in rows]))
+        file.write(
+            b"".join([orjson.dumps(row, default=json_default, option=orjson.OPT_APPEND_NEWLINE) for row in rows])
+        )
 
 
 def _values(column: pa.Array, is_json: bool) -> list[Any]:

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import TypeAlias
 
-Spans: TypeAlias = Iterator[tuple[int, int]]
+TextSpans: TypeAlias = Iterator[tuple[int, int]]
 
 
 @dataclass(frozen=True)
-class Finder:
+class Detector:
     """`find` yields where pieces start and end, in order and apart; in a time that grows with the text's length.
 
     `pretest` is a pattern for RE2, without look-around, that matches in every text in which `find` finds anything.
@@ -26,7 +26,7 @@ class Finder:
     """
 
     pretest: str
-    find: Callable[[str], Spans]
+    find: Callable[[str], TextSpans]
 
 
 _BEFORE, _AFTER = r"(?<![\w.+/-])", r"(?!\w|[-./]\d)"
@@ -67,7 +67,7 @@ _FEWEST_DIGITS, _MOST_DIGITS = 8, 15  # E.164
 _FEWEST_UNGROUPED = 11  # fewer could be the seconds of a clock, or a line of a patch
 
 
-def _cards(text: str) -> Spans:
+def _cards(text: str) -> TextSpans:
     for match in _CARD_NUMBER.finditer(text):
         digits = re.sub(r"\D", "", match[0])
         separators = set(re.findall(r"\D", match[0]))
@@ -81,7 +81,7 @@ def _luhn(digits: str) -> bool:
     return total % 10 == 0 and len(set(digits)) > 1
 
 
-def _phones(text: str) -> Spans:
+def _phones(text: str) -> TextSpans:
     for match in _PHONE.finditer(text):
         if _is_phone(match[0]) and not _BOOK.search(text, max(0, match.start() - _BOOK_CHARACTERS), match.start()):
             yield match.span()
@@ -93,8 +93,8 @@ def _is_phone(found: str) -> bool:
     return (_FEWEST_UNGROUPED if ungrouped else _FEWEST_DIGITS) <= len(digits) <= _MOST_DIGITS
 
 
-CARD = Finder(_CARD, _cards)
-PHONE = Finder(f"{_INTERNATIONAL}|{_NATIONAL}", _phones)
+CARD = Detector(_CARD, _cards)
+PHONE = Detector(f"{_INTERNATIONAL}|{_NATIONAL}", _phones)
 
 
 # The lengths are those of RFC 5321 §4.5.3.1 and RFC 1035 §2.3.4.
@@ -117,7 +117,7 @@ _CONTEXT = 16
 _SMALL = 32  # where all four parts are smaller it is nearly always a version or a section: 1 in 4,096 addresses
 
 
-def _emails(text: str) -> Spans:
+def _emails(text: str) -> TextSpans:
     free = 0
     for match in _AT_DOMAIN.finditer(text):
         at = match.start()
@@ -129,7 +129,7 @@ def _emails(text: str) -> Spans:
             free = match.end()
 
 
-def _ip_addresses(text: str) -> Spans:
+def _ip_addresses(text: str) -> TextSpans:
     for match in _IP.finditer(text):
         start, found = match.start(), match[0]
         if found.endswith(":") and not found.endswith("::"):
@@ -148,5 +148,5 @@ def _is_public_address(text: str) -> bool:
     return address.is_global and not address.is_multicast
 
 
-EMAIL = Finder(_DOMAIN, _emails)
-IP_ADDRESS = Finder(f"{_IPV4}|{_IPV6}", _ip_addresses)
+EMAIL = Detector(_DOMAIN, _emails)
+IP_ADDRESS = Detector(f"{_IPV4}|{_IPV6}", _ip_addresses)

@@ -12,11 +12,11 @@ from deepseek_v3.config.filter_config import PII_KINDS, PiiConfig, PiiKind
 from deepseek_v3.config.loading import section_from_dict
 from deepseek_v3.data.arrays import BoolArray, Int64Array
 from deepseek_v3.data.documents import with_texts
-from deepseek_v3.data.pii.detectors import CARD, EMAIL, IP_ADDRESS, PHONE, Finder
+from deepseek_v3.data.pii.detectors import CARD, EMAIL, IP_ADDRESS, PHONE, Detector
 from deepseek_v3.data.pii.secrets import KEY
 from deepseek_v3.data.stages import Outcome, Stage, outcome
 
-_FINDERS: dict[PiiKind, Finder] = {
+_DETECTORS: dict[PiiKind, Detector] = {
     "key": KEY,
     "email": EMAIL,
     "card": CARD,
@@ -41,7 +41,7 @@ class PiiMasker(Stage):
     def apply(self, batch: pa.RecordBatch) -> Outcome:
         """Masks the texts of a batch."""
         texts = batch.column("text")
-        suspects = {kind: _matches(texts, _FINDERS[kind].pretest) for kind in self._kinds}
+        suspects = {kind: _matches(texts, _DETECTORS[kind].pretest) for kind in self._kinds}
         rows = np.flatnonzero(np.any([*suspects.values()], axis=0))
         counts = {kind: np.zeros(batch.num_rows, np.int64) for kind in self._kinds}
         masked = []
@@ -62,7 +62,7 @@ class PiiMasker(Stage):
         while found:
             found = False
             for kind in kinds:
-                spans = [*_FINDERS[kind].find(text)]
+                spans = [*_DETECTORS[kind].find(text)]
                 if spans:
                     found = True
                     counts[kind][row] += len(spans)

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from itertools import chain
 
-from deepseek_v3.data.pii.detectors import Finder, Spans
+from deepseek_v3.data.pii.detectors import Detector, TextSpans
 
 _BLOCK = r"-----BEGIN [A-Z0-9 ]{0,32}PRIVATE KEY(?: BLOCK)?-----"
 _BLOCK_END = re.compile(r"-----END [A-Z0-9 ]{0,32}PRIVATE KEY(?: BLOCK)?-----")
@@ -35,7 +35,7 @@ _ASSIGNMENT = re.compile(f"{_ASSIGNED}({_VALUE})", re.ASCII | re.IGNORECASE)
 _LEAST_ENTROPY = 3.5  # bits per character; random hexadecimal digits have up to 4, English words less
 
 
-def _keys(text: str) -> Spans:
+def _keys(text: str) -> TextSpans:
     """Pieces may overlap in the text: a key of a service is often assigned to something."""
     end = 0
     for start, stop in sorted(chain(_blocks(text), _service_keys(text), _assignments(text))):
@@ -44,7 +44,7 @@ def _keys(text: str) -> Spans:
             end = stop
 
 
-def _blocks(text: str) -> Spans:
+def _blocks(text: str) -> TextSpans:
     """Private keys in PEM, whole, or as much as is there of them."""
     for begin in _BLOCK_START.finditer(text):
         end = text.find("-----END ", begin.end(), begin.end() + _LONGEST_BLOCK)
@@ -54,12 +54,12 @@ def _blocks(text: str) -> Spans:
             yield begin.start(), stop.end()
 
 
-def _service_keys(text: str) -> Spans:
+def _service_keys(text: str) -> TextSpans:
     for match in _SERVICE_KEY.finditer(text):
         yield match.span()
 
 
-def _assignments(text: str) -> Spans:
+def _assignments(text: str) -> TextSpans:
     for match in _ASSIGNMENT.finditer(text):
         value = match[1].rstrip(".")
         is_mixed = re.search(r"\d", value) and re.search(r"[A-Za-z]", value)
@@ -73,4 +73,4 @@ def _entropy(value: str) -> float:
     return -sum(share * math.log2(share) for share in shares)
 
 
-KEY = Finder(f"{_BLOCK}|{_SERVICES}|(?i:{_ASSIGNED}){_VALUE}", _keys)
+KEY = Detector(f"{_BLOCK}|{_SERVICES}|(?i:{_ASSIGNED}){_VALUE}", _keys)

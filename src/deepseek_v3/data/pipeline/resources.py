@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from deepseek_v3.config.preprocess_config import PreprocessConfig
-from deepseek_v3.data.formats.batches import Span
+from deepseek_v3.data.formats.batches import FileRange
 from deepseek_v3.data.formats.inputs import InputFile
-from deepseek_v3.data.formats.reading import spans
+from deepseek_v3.data.formats.reading import split_file
 from deepseek_v3.data.pipeline.tasks import WorkUnit
 from deepseek_v3.utils.cgroups import usable_memory
 from deepseek_v3.utils.errors import ConfigError, DataError
@@ -37,7 +37,7 @@ def split_into_work_units(files: Sequence[InputFile], piece_bytes: int) -> list[
             f"{_MOST_UNITS:,}; make the pieces larger"
         )
     units: list[WorkUnit] = []
-    waiting: list[Span] = []
+    waiting: list[FileRange] = []
     waiting_bytes = 0
 
     def close() -> None:
@@ -47,7 +47,7 @@ def split_into_work_units(files: Sequence[InputFile], piece_bytes: int) -> list[
         waiting, waiting_bytes = [], 0
 
     for file in files:
-        pieces = spans(file, piece_bytes)
+        pieces = split_file(file, piece_bytes)
         for span in pieces:
             size = file.size // len(pieces)
             if waiting_bytes + size > piece_bytes:

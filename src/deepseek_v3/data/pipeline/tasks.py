@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from deepseek_v3.data.documents import RECORDS
-from deepseek_v3.data.formats.batches import BATCH_BYTES, ReadBatch, ReadOptions, Span
+from deepseek_v3.data.formats.batches import BATCH_BYTES, FileRange, ReadBatch, ReadOptions
 from deepseek_v3.data.formats.quarantine import QUARANTINED
-from deepseek_v3.data.formats.reading import read_span
+from deepseek_v3.data.formats.reading import read_range
 from deepseek_v3.data.formats.writing import RecordWriter
 from deepseek_v3.data.pipeline.global_stages import StageDecisions
 from deepseek_v3.data.pipeline.passes import Pass
@@ -114,7 +114,7 @@ class WorkUnit:
     """Spans of the input that one task reads, in the order of the corpus."""
 
     number: int
-    spans: tuple[Span, ...]
+    spans: tuple[FileRange, ...]
     size: int  # bytes on disk
 
 
@@ -157,7 +157,7 @@ def _batches(
     index, position = resume
     for number in range(index, len(unit.spans)):
         start = position if number == index and position else None
-        for batch in read_span(unit.spans[number], options, start):
+        for batch in read_range(unit.spans[number], options, start):
             yield batch, (number, batch.position)
 
 

@@ -15,7 +15,7 @@ from typing_extensions import override
 from deepseek_v3.data.arrays import BoolArray, Int64Array
 from deepseek_v3.data.deduplication import repeated_hashes
 from deepseek_v3.data.deduplication.key_files import key_ranges
-from deepseek_v3.data.formats.quarantine import QUARANTINED, RAW_BYTES
+from deepseek_v3.data.formats.quarantine import MAX_RAW_BYTES, QUARANTINED
 from deepseek_v3.data.stages import Drop, GlobalStage, NumberedPart, Outcome, Task, outcome
 
 _BYTES_PER_KEY = 200  # a match task's need for each id of its range, at most
@@ -90,4 +90,4 @@ def as_quarantined(batch: pa.RecordBatch, result: Outcome) -> pa.RecordBatch:
 
 def _raw(record: dict[str, Any]) -> bytes | None:
     raw = orjson.dumps({name: record[name] for name in ("id", "text", "metadata")})
-    return raw if len(raw) <= RAW_BYTES else None
+    return raw if len(raw) <= MAX_RAW_BYTES else None

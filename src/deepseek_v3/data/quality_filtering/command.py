@@ -21,7 +21,7 @@ from deepseek_v3.data.quality_filtering.fasttext_training import (
 from deepseek_v3.data.quality_filtering.ngram_model import write_arpa
 from deepseek_v3.data.quality_filtering.ngram_training import PERCENTILES, PerplexityLimits, train_language_model
 from deepseek_v3.data.quality_filtering.perplexity_score import ArpaModel, load_language_model
-from deepseek_v3.data.tokens.holdout import HoldOutPlanner, TokenBounds
+from deepseek_v3.data.tokens.holdout import HoldoutPlanner, TokenBounds
 from deepseek_v3.data.tokens.index import Split
 from deepseek_v3.utils.command_line import integer_option, number_option, print_next_steps
 from deepseek_v3.utils.errors import DataError
@@ -183,7 +183,7 @@ def _split(files: Sequence[str], holdout: float | None, text_field: str) -> tupl
             "2, one to train on and one to hold out; give files with more text"
         )
     words = TokenBounds(_num_words, _num_words)
-    planner = HoldOutPlanner(source, lambda: texts, words, 1, "one word", "words", "add text")
+    planner = HoldoutPlanner(source, lambda: texts, words, 1, "one word", "words", "add text")
     parts: dict[Split, list[str]] = {"train": [], "holdout": []}
     for split, part in chain.from_iterable(map(planner.choose(holdout, _DEFAULT_HOLDOUT).split, texts)):
         parts[split].append(part)

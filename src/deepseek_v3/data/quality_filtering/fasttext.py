@@ -20,7 +20,7 @@ from scipy.sparse import csr_matrix
 from scipy.special import expit
 
 from deepseek_v3.data.arrays import BoolArray, Float32Array, Int64Array, UInt32Array, UInt64Array
-from deepseek_v3.data.documents import chunks
+from deepseek_v3.data.documents import text_batches
 from deepseek_v3.data.quality_filtering.fasttext_format import LABEL, FastTextFile
 from deepseek_v3.utils.errors import DataError
 
@@ -138,7 +138,7 @@ class FastText:
 
         Line breaks count as spaces. A text's probabilities depend on that text alone.
         """
-        found = [self._output(self._hidden(chunk)) for chunk in chunks(texts)]
+        found = [self._output(self._hidden(chunk)) for chunk in text_batches(texts)]
         return np.concatenate(found) if found else np.zeros((0, len(self.labels)), np.float32)
 
     def _hidden(self, texts: Sequence[str]) -> tuple[Float32Array, Int64Array]:

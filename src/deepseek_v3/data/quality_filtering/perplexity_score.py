@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deepseek_v3.data.arrays import Float64Array, Int64Array
-from deepseek_v3.data.documents import chunks
+from deepseek_v3.data.documents import text_batches
 from deepseek_v3.data.quality_filtering.ngram_model import BEGIN, END, UNKNOWN, NgramModel, read_arpa
 from deepseek_v3.utils.errors import DataError
 
@@ -87,7 +87,7 @@ class LanguageModel(ABC):
 
     def perplexities(self, texts: Sequence[str]) -> Float64Array:
         """10 to the power of -log10(probability) per word or end of line; infinite for a text without words."""
-        found = [self.scores(chunk) for chunk in chunks(texts)]
+        found = [self.scores(chunk) for chunk in text_batches(texts)]
         log_probs = np.concatenate([np.zeros(0), *(scores.log_probs for scores in found)])
         counts = np.concatenate([np.zeros(0, np.int64), *(scores.counts for scores in found)])
         with np.errstate(over="ignore"):

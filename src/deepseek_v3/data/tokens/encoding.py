@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepseek_v3.data.tokens.fim import FillInMiddle
-from deepseek_v3.data.tokens.holdout import HoldOut
-from deepseek_v3.data.tokens.index import CorpusOptions, Split, token_type
+from deepseek_v3.data.tokens.holdout import HoldoutRule
+from deepseek_v3.data.tokens.index import CorpusOptions, Split, token_dtype
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.process_pool import exit_with_parent, start_fork_server
@@ -51,12 +51,12 @@ class CorpusEncoder:
     Raises DataError if the tokenizer has no markers for a `fim_rate`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, options: CorpusOptions, holdout: HoldOut | None = None) -> None:
+    def __init__(self, tokenizer: Tokenizer, options: CorpusOptions, holdout: HoldoutRule | None = None) -> None:
         self.tokenizer = tokenizer
         self.options = options
-        self.holdout = holdout or HoldOut(options.holdout * 2**64)
+        self.holdout = holdout or HoldoutRule(options.holdout * 2**64)
         self._fim = FillInMiddle(options.fim_rate, options.seed, tokenizer.fim)
-        self._dtype = np.dtype(token_type(tokenizer.vocab_size))
+        self._dtype = np.dtype(token_dtype(tokenizer.vocab_size))
 
     def encode(self, texts: Sequence[str]) -> EncodedBatch:
         """The ids of texts; those that are not held out may be rearranged for fill-in-the-middle."""
@@ -72,7 +72,7 @@ class CorpusEncoder:
         )
 
 
-def encoded_batches(encoder: CorpusEncoder, batches: Iterator[list[str]], workers: int) -> Generator[EncodedBatch]:
+def encode_batches(encoder: CorpusEncoder, batches: Iterator[list[str]], workers: int) -> Generator[EncodedBatch]:
     """Each batch of texts encoded, in order: the first 16 million characters here, more in `workers` processes.
 
     At most two batches for each worker are read ahead. The processes end with the iterator, for which it has to be
@@ -114,7 +114,7 @@ def _encoded_by_processes(
         pool.shutdown(cancel_futures=True)
 
 
-def _start_worker(tokenizer: str, options: CorpusOptions, holdout: HoldOut) -> None:
+def _start_worker(tokenizer: str, options: CorpusOptions, holdout: HoldoutRule) -> None:
     global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process for each core is enough
     exit_with_parent()

@@ -36,7 +36,7 @@ def is_held_out(text: str, holdout: float) -> bool:
 
 
 @dataclass(frozen=True)
-class HoldOut:
+class HoldoutRule:
     """Documents whose hash is less than `threshold` are held out whole.
 
     The document whose hash is `cut_hash`, and any copy of it, is cut: its first `cut_at` characters are for
@@ -70,7 +70,7 @@ class TokenBounds:
 
 
 @dataclass(frozen=True)
-class HoldOutPlanner:
+class HoldoutPlanner:
     """Chooses the hold-out of a corpus before a tokenizer or a model is trained on the rest.
 
     `texts()` reads the corpus anew. Each split is to hold `window` tokens, for token shards one sequence and the
@@ -85,7 +85,7 @@ class HoldOutPlanner:
     unit: str = "tokens"
     remedy: str = "add text, or lower the sequence length"
 
-    def choose(self, share: float | None, default: float = DEFAULT_SHARE) -> HoldOut:
+    def choose(self, share: float | None, default: float = DEFAULT_SHARE) -> HoldoutRule:
         """The hold-out of at most the `share` of the text; None: `default`, or more where that is no window.
 
         From 200 documents on, documents are held out by their hash, so the share is met on average. Fewer are held
@@ -94,7 +94,7 @@ class HoldOutPlanner:
         needed, where a split cannot hold a window.
         """
         asked = default if share is None else share
-        by_hash = HoldOut(asked * 2**64)
+        by_hash = HoldoutRule(asked * 2**64)
         if self._suffices(by_hash, self.bounds.least, _MANY_DOCUMENTS):
             return by_hash
         copies, sizes = self._documents()
@@ -108,7 +108,7 @@ class HoldOutPlanner:
         self._announce(possible[0][1], sizes)
         return possible[0][1]
 
-    def _suffices(self, holdout: HoldOut, count: Count, num_documents: int = 0) -> bool:
+    def _suffices(self, holdout: HoldoutRule, count: Count, num_documents: int = 0) -> bool:
         """Whether at least `num_documents` are there and each split holds a window; stops reading once known."""
         tokens: Counter[Split] = Counter()
         for number, text in enumerate(self.texts(), start=1):
@@ -133,20 +133,20 @@ class HoldOutPlanner:
             sizes[found] += len(text.encode("utf-8"))
         return copies, dict(sorted(sizes.items()))
 
-    def _within(self, share: float, copies: Counter[int], sizes: dict[int, int]) -> HoldOut:
+    def _within(self, share: float, copies: Counter[int], sizes: dict[int, int]) -> HoldoutRule:
         """The hold-out of at most the share: whole documents if they come near it, else with the next one cut."""
         most = left = int(share * sum(sizes.values()))
         for found, size in sizes.items():
             if size > left:
-                whole = HoldOut(found)
+                whole = HoldoutRule(found)
                 if left <= most // 4 and self._suffices(whole, self.bounds.least):
                     return whole
                 text = next(text for text in self.texts() if text_hash(text) == found)
-                return HoldOut(found, found, len(text) - len(_end_of(text, left // copies[found])))
+                return HoldoutRule(found, found, len(text) - len(_end_of(text, left // copies[found])))
             left -= size
         raise AssertionError("a share below 1 leaves a document")
 
-    def _announce(self, holdout: HoldOut, sizes: dict[int, int]) -> None:
+    def _announce(self, holdout: HoldoutRule, sizes: dict[int, int]) -> None:
         total = sum(sizes.values())
         size = sum(size for found, size in sizes.items() if found < holdout.threshold)
         whole = sum(found < holdout.threshold for found in sizes)

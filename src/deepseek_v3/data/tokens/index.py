@@ -18,11 +18,11 @@ from deepseek_v3.utils.files import atomic_write
 
 Split = Literal["train", "holdout"]
 SPLITS: tuple[Split, ...] = ("train", "holdout")
-TokenType = Literal["uint16", "uint32"]
+TokenDtype = Literal["uint16", "uint32"]
 
 INDEX_FILE = "index.json"
 _NO_SHA256 = 64 * "0"
-REPAIR = "copy the directory again, or build it anew with `dsv3 tokenize`"
+REBUILD_HINT = "copy the directory again, or build it anew with `dsv3 tokenize`"
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -66,7 +66,7 @@ class ShardIndex(Section):
 
     format_version: Literal[1] = 1
     index_sha256: Sha256 | None = None
-    dtype: TokenType
+    dtype: TokenDtype
     vocab_size: Annotated[int, Field(ge=1, le=2**32)]
     end_of_text: Annotated[int, Field(ge=0)]
     tokenizer_sha256: Sha256
@@ -76,7 +76,7 @@ class ShardIndex(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> ShardIndex:
-        expected = token_type(self.vocab_size)
+        expected = token_dtype(self.vocab_size)
         if self.dtype != expected:
             raise ValueError(
                 f"dtype = {self.dtype!r} does not go with vocab_size = {self.vocab_size}, expected {expected!r}"
@@ -114,19 +114,21 @@ class ShardIndex(Section):
                 f"{path}: cannot be read: {error.strerror}; expected token shards, as `dsv3 tokenize` writes them"
             ) from None
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}: is not JSON: {error}; {REPAIR}") from None
+            raise DataError(f"{path}: is not JSON: {error}; {REBUILD_HINT}") from None
         if not isinstance(fields, dict):
-            raise DataError(f"{path}: holds a {type(fields).__name__}, expected an object of fields; {REPAIR}")
+            raise DataError(
+                f"{path}: holds a {type(fields).__name__}, expected an object of fields; {REBUILD_HINT}"
+            )
         try:
             index = cls.model_validate_json(text)
         except ValidationError as error:
-            raise DataError(f"{describe(error, cls, {(): str(path)})}; {REPAIR}") from None
+            raise DataError(f"{describe(error, cls, {(): str(path)})}; {REBUILD_HINT}") from None
         if index.index_sha256 is not None:
             found = _sha256_of_rest(text, index.index_sha256)
             if found != index.index_sha256:
                 raise DataError(
                     f"{path}: is damaged or was edited: its SHA-256 is {found}, expected {index.index_sha256}; "
-                    f"{REPAIR}"
+                    f"{REBUILD_HINT}"
                 )
         return index
 
@@ -153,6 +155,6 @@ def shard_name(split: Split, number: int) -> str:
     return f"{split}/{number:05d}.bin"
 
 
-def token_type(vocab_size: int) -> TokenType:
+def token_dtype(vocab_size: int) -> TokenDtype:
     """The smallest type that holds every id."""
     return "uint16" if vocab_size <= 2**16 else "uint32"

@@ -120,7 +120,7 @@ class TokenLoader:
         return positions
 
 
-def drawn_windows(num_windows: int, count: int) -> Int64Array:
+def draw_windows(num_windows: int, count: int) -> Int64Array:
     """The numbers of `count` out of `num_windows` windows of a split, ascending: int64 [count].
 
     The split is cut into `count` equal stretches, and a hash of a stretch's number chooses one window in it. So
@@ -135,7 +135,7 @@ def drawn_windows(num_windows: int, count: int) -> Int64Array:
     return borders[:-1] + (hashes % widths).astype(np.int64)
 
 
-def prefetched(read: Callable[[Item], Result], items: Iterable[Item]) -> Generator[Result]:
+def prefetch(read: Callable[[Item], Result], items: Iterable[Item]) -> Generator[Result]:
     """Yields `read(item)` for each item, in order, read ahead by one background thread.
 
     An error in the thread is raised here, in place of its result. The thread ends with this iterator, be it closed

@@ -24,14 +24,14 @@ from numpy.typing import NDArray
 
 from deepseek_v3.data.tokens.index import (
     INDEX_FILE,
-    REPAIR,
+    REBUILD_HINT,
     SPLITS,
     CorpusOptions,
     Shard,
     ShardIndex,
     Split,
     shard_name,
-    token_type,
+    token_dtype,
 )
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.utils.errors import DataError
@@ -57,7 +57,7 @@ class ShardWriter:
     def __init__(self, directory: Path, tokenizer: Tokenizer, shard_tokens: int = 2**27) -> None:
         self._directory = directory
         self._tokenizer = tokenizer
-        self._dtype = np.dtype(token_type(tokenizer.vocab_size)).newbyteorder("<")
+        self._dtype = np.dtype(token_dtype(tokenizer.vocab_size)).newbyteorder("<")
         end = np.asarray(tokenizer.end_of_text, self._dtype).tobytes()
         self._splits = {split: _SplitWriter(directory, split, end, shard_tokens) for split in SPLITS}
 
@@ -82,7 +82,7 @@ class ShardWriter:
                 raise DataError(f"{options.source}: the split {split!r} holds no document, expected at least one")
         self._tokenizer.save(self._directory / _TOKENIZER_FILE)
         index = ShardIndex(
-            dtype=token_type(self._tokenizer.vocab_size),
+            dtype=token_dtype(self._tokenizer.vocab_size),
             vocab_size=self._tokenizer.vocab_size,
             end_of_text=self._tokenizer.end_of_text,
             tokenizer_sha256=sha256_of_file(self._directory / _TOKENIZER_FILE),
@@ -195,7 +195,7 @@ class TokenShards:
             if found != expected:
                 raise DataError(
                     f"{self.directory / INDEX_FILE}: {name} = {found}, and that of {_TOKENIZER_FILE} is "
-                    f"{expected}; {REPAIR}"
+                    f"{expected}; {REBUILD_HINT}"
                 )
 
     def _check_counts(self) -> None:
@@ -213,7 +213,7 @@ class TokenShards:
                 if said != found:
                     raise DataError(
                         f"{self.directory / INDEX_FILE}: {name} = {said} of {shard.file}, which holds {found}; "
-                        f"{REPAIR}"
+                        f"{REBUILD_HINT}"
                     )
 
     def load_tokenizer(self) -> Tokenizer:
@@ -277,7 +277,7 @@ class _OpenFile:
         except OSError as error:
             raise self._unreadable(error) from None
         if found != num_bytes:
-            raise DataError(f"{path}: holds {found} bytes, expected {num_bytes}; {REPAIR}")
+            raise DataError(f"{path}: holds {found} bytes, expected {num_bytes}; {REBUILD_HINT}")
 
     def __del__(self) -> None:
         if self._descriptor >= 0:
@@ -293,7 +293,7 @@ class _OpenFile:
                     size = os.fstat(self._descriptor).st_size
                     raise DataError(
                         f"{self._path}: has become shorter while it was in use: it holds {size} bytes, expected at "
-                        f"least {start + num_bytes}; {REPAIR}"
+                        f"least {start + num_bytes}; {REBUILD_HINT}"
                     )
                 data += more
         except OSError as error:
@@ -301,7 +301,7 @@ class _OpenFile:
         return data
 
     def _unreadable(self, error: OSError) -> DataError:
-        return DataError(f"{self._path}: can no longer be read: {error.strerror}; {REPAIR}")
+        return DataError(f"{self._path}: can no longer be read: {error.strerror}; {REBUILD_HINT}")
 
 
 @lru_cache
@@ -318,16 +318,16 @@ def _check_size(path: Path, expected: int) -> None:
         found = path.stat().st_size
     except OSError as error:
         raise DataError(
-            f"{path}: cannot be read: {error.strerror}; expected a file of {expected} bytes; {REPAIR}"
+            f"{path}: cannot be read: {error.strerror}; expected a file of {expected} bytes; {REBUILD_HINT}"
         ) from None
     if found != expected:
-        raise DataError(f"{path}: holds {found} bytes, expected {expected}; {REPAIR}")
+        raise DataError(f"{path}: holds {found} bytes, expected {expected}; {REBUILD_HINT}")
 
 
 def _check_sha256(path: Path, expected: str) -> None:
     try:
         found = sha256_of_file(path)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}; {REPAIR}") from None
+        raise DataError(f"{path}: cannot be read: {error.strerror}; {REBUILD_HINT}") from None
     if found != expected:
-        raise DataError(f"{path}: is damaged: its SHA-256 is {found}, expected {expected}; {REPAIR}")
+        raise DataError(f"{path}: is damaged: its SHA-256 is {found}, expected {expected}; {REBUILD_HINT}")

@@ -86,7 +86,7 @@ _AS_ONE: dict[tuple[str, ...], str] = {
 }
 
 
-def as_one_regex(pre_tokenizer: Mapping[str, Any] | None) -> str | None:
+def single_regex(pre_tokenizer: Mapping[str, Any] | None) -> str | None:
     """The regex that cuts text for tiktoken as a `tokenizer.json`'s `pre_tokenizer` does, or None if none is known.
 
     Known are the cuts of DeepSeek-V3, Llama 3, Qwen 2 and GPT-2, each followed by the step to bytes.
@@ -107,7 +107,7 @@ _PLANES = (range(0xD800), range(0xE000, 0x40000), range(0xE0000, 0xF0000))
 
 
 @lru_cache(1)
-def characters_apart(classes: tuple[str, ...] = _CLASSES) -> frozenset[str]:
+def unicode_disagreements(classes: tuple[str, ...] = _CLASSES) -> frozenset[str]:
     """The characters that the two libraries' versions of Unicode put into different classes of a regex.
 
     None where the versions agree. Takes 0.2 s, the first time.
@@ -132,7 +132,7 @@ class NotExpressibleError(Exception):
 
 
 class TiktokenEncoder:
-    """Gives the ids that a tokenizer of the tokenizers library gives, for every text that it `takes`.
+    """Gives the ids that a tokenizer of the tokenizers library gives, for every text that passes `can_encode`.
 
     Both merge the pair of the lowest rank, the leftmost first. tiktoken merges whatever two pieces spell a token,
     the other library those pairs alone that its list of merges names. These are the same pairs if each token,
@@ -145,7 +145,7 @@ class TiktokenEncoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         fields = json.loads(tokenizer.to_str())
-        regex = as_one_regex(fields["pre_tokenizer"])
+        regex = single_regex(fields["pre_tokenizer"])
         if regex is None:
             raise NotExpressibleError("its pre-tokenizer has no known single regex")
         if fields["normalizer"] not in (None, {"type": "Sequence", "normalizers": []}):
@@ -155,7 +155,7 @@ class TiktokenEncoder:
         ranks = _ranks(fields["model"])
         self._encoding = tiktoken.Encoding("same", pat_str=regex, mergeable_ranks=ranks, special_tokens={})
 
-    def takes(self, text: str) -> bool:
+    def can_encode(self, text: str) -> bool:
         """Whether this text is safe to encode: no character that the libraries class apart, no endless run."""
         return (text.isascii() or _is_classed_alike(text)) and not _has_long_run(text)
 
@@ -177,10 +177,10 @@ def _ranks(model: dict[str, Any]) -> dict[bytes, int]:
     merged = [vocabulary[left + right] for left, right in merges]
     if any(one > next_ for one, next_ in pairwise(merged)):
         raise NotExpressibleError("its ids do not grow with its merges")
-    spelled = [token for token in vocabulary if token and BYTES.keys() >= set(token)]
+    spelled = [token for token in vocabulary if token and BYTE_OF_CHARACTER.keys() >= set(token)]
     encodings = Tokenizer(models.BPE(vocabulary, merges)).encode_batch_fast(spelled, add_special_tokens=False)
     ranks = {
-        bytes(BYTES[sign] for sign in token): vocabulary[token]
+        bytes(BYTE_OF_CHARACTER[sign] for sign in token): vocabulary[token]
         for token, encoding in zip(spelled, encodings, strict=True)
         if encoding.ids == [vocabulary[token]]
     }
@@ -201,11 +201,11 @@ def _byte_signs() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-BYTES = _byte_signs()
+BYTE_OF_CHARACTER = _byte_signs()
 
 
 def _is_classed_alike(text: str) -> bool:
-    apart = characters_apart()
+    apart = unicode_disagreements()
     return not apart or apart.isdisjoint(text)
 
 

@@ -13,12 +13,12 @@ from types import TracebackType
 
 from deepseek_v3.data.formats.reading import read_documents
 from deepseek_v3.data.sample_corpora import stdlib_documents
-from deepseek_v3.data.tokens.encoding import CorpusEncoder, encoded_batches
+from deepseek_v3.data.tokens.encoding import CorpusEncoder, encode_batches
 from deepseek_v3.data.tokens.fim import FillInMiddle
-from deepseek_v3.data.tokens.holdout import DEFAULT_SHARE, HoldOut, HoldOutPlanner, TokenBounds
+from deepseek_v3.data.tokens.holdout import DEFAULT_SHARE, HoldoutPlanner, HoldoutRule, TokenBounds
 from deepseek_v3.data.tokens.index import SPLITS, CorpusOptions, ShardIndex, SplitTotals
 from deepseek_v3.data.tokens.shards import ShardWriter
-from deepseek_v3.data.tokens.tokenizer import Tokenizer, check_vocab_size, least_tokens
+from deepseek_v3.data.tokens.tokenizer import Tokenizer, check_vocab_size, min_tokens
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.files import partial_path, remove_partials
 from deepseek_v3.utils.locks import hold_lock
@@ -59,7 +59,7 @@ def tokenize_corpus(
 ) -> CorpusSummary:
     """Writes token shards of `source`, a file or folder of text or `python-stdlib`, to the new directory `output`.
 
-    Takes the tokenizer from a file, or trains one of `vocab_size` on the training split. `HoldOutPlanner.choose`
+    Takes the tokenizer from a file, or trains one of `vocab_size` on the training split. `HoldoutPlanner.choose`
     says what is held out of the text for a `holdout` share and windows of `sequence_length` tokens; copies of a
     text never stand on both sides. Of the training documents the share `fim_rate` is rearranged for
     fill-in-the-middle. What is written does not depend on `workers`, the processes that encode (None: one for each
@@ -83,7 +83,7 @@ def tokenize_corpus(
         encoder = CorpusEncoder(coder, options, split)
         with ShardWriter(partial, coder, shard_tokens) as writer, _Meter("Tokenizing", "tokens") as meter:
             batches = _batches(_texts(options, warn=True))
-            with closing(encoded_batches(encoder, batches, workers or os.cpu_count() or 1)) as encoded:
+            with closing(encode_batches(encoder, batches, workers or os.cpu_count() or 1)) as encoded:
                 for batch in encoded:
                     for side, ids, num_bytes in batch.documents():
                         writer.add(side, ids, num_bytes)
@@ -113,13 +113,13 @@ def _check_options(
 
 def _choose_holdout(
     options: CorpusOptions, share: float | None, tokenizer: Tokenizer | None, sequence_length: int
-) -> HoldOut:
+) -> HoldoutRule:
     if tokenizer is None:
-        bounds = TokenBounds(least_tokens, lambda text: len(text.encode("utf-8")) + 1)
+        bounds = TokenBounds(min_tokens, lambda text: len(text.encode("utf-8")) + 1)
     else:
         bounds = TokenBounds(*(2 * [lambda text: len(tokenizer.encode(text)) + 1]))
     need = f"one window of {sequence_length:,} tokens"
-    return HoldOutPlanner(options.source, lambda: _texts(options), bounds, sequence_length + 1, need).choose(share)
+    return HoldoutPlanner(options.source, lambda: _texts(options), bounds, sequence_length + 1, need).choose(share)
 
 
 def _check_windows(index: ShardIndex, sequence_length: int) -> None:
@@ -169,7 +169,7 @@ def _texts(options: CorpusOptions, *, warn: bool = False) -> Iterator[str]:
     return (document.text for document in read_documents(options.source, options.text_field, warn=warn))
 
 
-def _train(options: CorpusOptions, holdout: HoldOut, vocab_size: int | None) -> Tokenizer:
+def _train(options: CorpusOptions, holdout: HoldoutRule, vocab_size: int | None) -> Tokenizer:
     assert vocab_size is not None
     with _Meter("Training the tokenizer", "characters") as meter:
 

@@ -18,7 +18,7 @@ from deepseek_v3.config.text_files import shown_path
 from deepseek_v3.data.arrays import Int64Array
 from deepseek_v3.data.documents import check_unicode
 from deepseek_v3.data.tokens.tiktoken_encoder import DEEPSEEK, NotExpressibleError, TiktokenEncoder
-from deepseek_v3.data.tokens.vocabulary import check_complete, check_ids, dropping_step, steps_of
+from deepseek_v3.data.tokens.vocabulary import check_complete, check_ids, flatten_steps, removing_step
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.files import atomic_write, read_regular_file
 from deepseek_v3.utils.logging import get_logger
@@ -49,7 +49,7 @@ _LONGEST_FILE = 2**28  # bytes of a tokenizer.json; the largest published ones h
 _log = get_logger("Tokens")
 
 
-SMALLEST_VOCABULARY = len(_MARKERS) + 256
+MIN_VOCABULARY = len(_MARKERS) + 256
 
 
 class FimMarkers(NamedTuple):
@@ -128,7 +128,7 @@ class Tokenizer:
         except ValueError as error:
             raise DataError(f"{shown_path(file)}: {error}") from None
         tokenizer = cls(text, source=str(file))
-        if step := dropping_step(tokenizer._fields):
+        if step := removing_step(tokenizer._fields):
             _log.warning(
                 f"{file}: its pre-tokenizer ({step}) removes the characters at which it cuts text, so no id stands "
                 "for them; use a byte-level tokenizer to keep all text"
@@ -160,7 +160,7 @@ class Tokenizer:
         if tiktoken is None:
             return self._encode_with_tokenizers(texts)
         return [
-            tiktoken.encode(text) if tiktoken.takes(text) else self._encode_with_tokenizers([text])[0]
+            tiktoken.encode(text) if tiktoken.can_encode(text) else self._encode_with_tokenizers([text])[0]
             for text in texts
         ]
 
@@ -200,7 +200,7 @@ class Tokenizer:
     def is_byte_exact(self) -> bool:
         """Whether the `byte_lengths` of a text's ids sum to its bytes: byte-level BPE that takes text as it is."""
         fields = self._fields
-        model, cuts = fields["model"], steps_of(fields.get("pre_tokenizer"))
+        model, cuts = fields["model"], flatten_steps(fields.get("pre_tokenizer"))
         return (
             _is_byte_level(fields)
             and model["type"] == "BPE"
@@ -217,7 +217,7 @@ class Tokenizer:
     @cached_property
     def decoder_steps(self) -> list[dict[str, Any]]:
         """The steps that decoding takes, as a `tokenizer.json` describes them; none where it joins by spaces."""
-        return steps_of(self._fields["decoder"])
+        return flatten_steps(self._fields["decoder"])
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids. Markers appear by name, bytes that are no UTF-8 as U+FFFD, unknown ids not at all."""
@@ -233,7 +233,7 @@ def _keeps_text(step: dict[str, Any]) -> bool:
 
 def _is_byte_level(fields: dict[str, Any]) -> bool:
     """Whether the vocabulary spells each byte as one character."""
-    return any(step["type"] == "ByteLevel" for step in steps_of(fields.get("decoder")))
+    return any(step["type"] == "ByteLevel" for step in flatten_steps(fields.get("decoder")))
 
 
 def _spelled_bytes(piece: str) -> int:
@@ -245,14 +245,13 @@ def check_vocab_size(vocab_size: int) -> None:
     """Raises DataError for a size that a tokenizer trained here cannot have."""
     if vocab_size > LARGEST_VOCABULARY:
         raise DataError(f"vocab_size = {vocab_size:,}: expected at most {LARGEST_VOCABULARY:,}")
-    if vocab_size < SMALLEST_VOCABULARY:
+    if vocab_size < MIN_VOCABULARY:
         raise DataError(
-            f"vocab_size = {vocab_size} is too small: {len(_MARKERS)} markers and 256 bytes need "
-            f"{SMALLEST_VOCABULARY}"
+            f"vocab_size = {vocab_size} is too small: {len(_MARKERS)} markers and 256 bytes need {MIN_VOCABULARY}"
         )
 
 
-def least_tokens(text: str) -> int:
+def min_tokens(text: str) -> int:
     """How many tokens a document has at least, by any tokenizer trained here: no token crosses these cuts."""
     return len(_pre_tokenizer().pre_tokenize_str(text)) + 1
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from deepseek_v3.data.tokens.tiktoken_encoder import BYTES
+from deepseek_v3.data.tokens.tiktoken_encoder import BYTE_OF_CHARACTER
 from deepseek_v3.utils.errors import DataError
 
 # Ids may have gaps, but each id up to the largest takes a row of the embedding and of many a table.
@@ -46,22 +46,22 @@ def check_complete(fields: Mapping[str, Any], source: str) -> None:
         )
 
 
-def dropping_step(fields: Mapping[str, Any]) -> str | None:
+def removing_step(fields: Mapping[str, Any]) -> str | None:
     """The type of the pre-tokenizer's first step that removes what it cuts at, such as white space."""
-    for step in steps_of(fields["pre_tokenizer"]):
+    for step in flatten_steps(fields["pre_tokenizer"]):
         if step["type"] in _REMOVE or step.get("behavior") == "Removed":
             return str(step["type"])
     return None
 
 
-def steps_of(part: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+def flatten_steps(part: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """The steps of a normalizer, pre-tokenizer or decoder: one, or sequences of them in any depth."""
     if part is None:
         return []
     if part["type"] != "Sequence":
         return [dict(part)]
     inner = part.get("pretokenizers") or part.get("normalizers") or part.get("decoders") or []
-    return [step for each in inner for step in steps_of(each)]
+    return [step for each in inner for step in flatten_steps(each)]
 
 
 def _ids(vocabulary: Any) -> dict[str, int]:
@@ -118,9 +118,9 @@ def _lacking_bytes(
     fields: Mapping[str, Any], model: Mapping[str, Any], vocabulary: Mapping[str, int]
 ) -> str | None:
     """Why BPE does not know every byte that stands in text; None where it does."""
-    used = [*steps_of(fields.get("pre_tokenizer")), *steps_of(fields.get("normalizer"))]
+    used = [*flatten_steps(fields.get("pre_tokenizer")), *flatten_steps(fields.get("normalizer"))]
     if any(step["type"] == "ByteLevel" for step in used):
-        spellings = ((byte, token) for sign, byte in BYTES.items() for token in _spellings(sign, model))
+        spellings = ((byte, token) for sign, byte in BYTE_OF_CHARACTER.items() for token in _spellings(sign, model))
         return _lacking((byte, token) for byte, token in spellings if token not in vocabulary)
     if model.get("byte_fallback"):
         return _lacking((byte, f"<0x{byte:02X}>") for byte in range(256) if f"<0x{byte:02X}>" not in vocabulary)
