@@ -13,19 +13,24 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepseek_v3.utils.distributed.failure_detector import AwakeClock, FailureDetector, Heartbeat
+from deepseek_v3.utils.distributed.failure_detector import AwakeClock, FailureDetector
+from deepseek_v3.utils.distributed.heartbeat_store import Heartbeat
 from deepseek_v3.utils.distributed.stack_probe import StackProbe
 
 LIMIT = 10.0
 
 
+def _detector(rank: int = 0, size: int = 3) -> FailureDetector:
+    return FailureDetector(rank, size, silence=2 * LIMIT, hang=LIMIT)
+
+
 def _watch(history: Iterable[tuple[float, dict[int, Heartbeat]]]) -> FailureDetector:
     """What is known after messages were looked at, at the given times."""
-    sightings = FailureDetector()
+    detector = _detector()
     for now, beats in history:
         for rank, beat in beats.items():
-            sightings.see(rank, beat, now)
-    return sightings
+            detector.observe(rank, beat, now)
+    return detector
 
 
 @given(
@@ -57,28 +62,29 @@ def test_silent_are_those_whose_last_new_message_is_long_ago(beating: list[list[
 
 
 def test_those_that_have_ended_are_not_silent() -> None:
-    sightings = _watch([(0, {0: Heartbeat(1), 1: Heartbeat(1, ended=True)})])
-    assert sightings.silent(100, LIMIT) == [0]
+    detector = _watch([(0, {0: Heartbeat(1), 1: Heartbeat(1, ended=True)})])
+    assert detector.silent(100, LIMIT) == [0]
 
 
 @given(st.integers(2, 100))
 def test_every_rank_is_looked_after_by_others_and_the_silence_of_one_draws_all_eyes(size: int) -> None:
-    looks = [FailureDetector().to_look_at(rank, size, 0, LIMIT) for rank in range(size)]
+    looks = [_detector(rank, size).ranks_to_watch(0) for rank in range(size)]
     for rank in range(size):
         assert rank in looks[rank]
         assert len(set(looks[rank])) == len(looks[rank])
         watchers = [other for other in range(size) if other != rank and rank in looks[other]]
         assert len(watchers) == min(size - 1, 32)
-    sightings = _watch([(0, {1: Heartbeat(1)})])
-    assert sightings.to_look_at(size - 1, size, LIMIT - 1, LIMIT) == looks[size - 1]
-    assert sightings.to_look_at(size - 1, size, LIMIT + 1, LIMIT) == list(range(size))
+    detector = _detector(size - 1, size)
+    detector.observe(1, Heartbeat(1), 0)
+    assert detector.ranks_to_watch(LIMIT - 1) == looks[size - 1]
+    assert detector.ranks_to_watch(LIMIT + 1) == list(range(size))
 
 
 def test_ranks_that_are_no_longer_looked_at_are_forgotten() -> None:
-    sightings = _watch([(0, {0: Heartbeat(1), 1: Heartbeat(1)})])
-    sightings.forget_all_but([1])
-    sightings.see(0, Heartbeat(1), 99)
-    assert sightings.silent(100, LIMIT) == [1]
+    detector = _watch([(0, {0: Heartbeat(1), 1: Heartbeat(1)})])
+    detector.forget_all_except([1])
+    detector.observe(0, Heartbeat(1), 99)
+    assert detector.silent(100, LIMIT) == [1]
 
 
 @pytest.mark.parametrize(
@@ -93,14 +99,14 @@ def test_ranks_that_are_no_longer_looked_at_are_forgotten() -> None:
 )
 def test_ranks_behind_the_others_hang(steps: dict[int, int], expected: list[int]) -> None:
     beats = {rank: Heartbeat(1, step) for rank, step in steps.items()}
-    assert _watch([(0, beats)]).hanging(LIMIT + 1, LIMIT) == expected
-    assert _watch([(0, beats)]).hanging(LIMIT - 1, LIMIT) == []
+    assert _watch([(0, beats)]).hanging(LIMIT + 1) == expected
+    assert _watch([(0, beats)]).hanging(LIMIT - 1) == []
 
 
 def test_a_rank_that_moved_on_lately_does_not_hang() -> None:
     history = [(0.0, {0: Heartbeat(1, 5), 1: Heartbeat(1, 3)}), (8.0, {0: Heartbeat(2, 5), 1: Heartbeat(2, 4)})]
-    assert _watch(history).hanging(12, LIMIT) == []
-    assert _watch(history).hanging(19, LIMIT) == [1]
+    assert _watch(history).hanging(12) == []
+    assert _watch(history).hanging(19) == [1]
 
 
 @pytest.mark.parametrize(
@@ -115,26 +121,26 @@ def test_a_rank_that_moved_on_lately_does_not_hang() -> None:
 )
 def test_in_one_step_those_hang_that_do_not_join_the_others(waits: dict[int, float], expected: list[int]) -> None:
     beats = {rank: Heartbeat(1, 5, seconds) for rank, seconds in waits.items()}
-    assert _watch([(0, beats)]).hanging(12, LIMIT) == expected
+    assert _watch([(0, beats)]).hanging(12) == expected
 
 
 def test_ranks_that_have_ended_hang_no_more_and_keep_nobody_waiting() -> None:
-    sightings = _watch([(0, {0: Heartbeat(1, 5, ended=True), 1: Heartbeat(1, 4), 2: Heartbeat(1, 4)})])
-    assert sightings.hanging(100, LIMIT) == []
+    detector = _watch([(0, {0: Heartbeat(1, 5, ended=True), 1: Heartbeat(1, 4), 2: Heartbeat(1, 4)})])
+    assert detector.hanging(100) == []
 
 
 def test_time_in_which_this_process_stood_still_does_not_count() -> None:
-    awake, sightings = AwakeClock(longest=2.0), FailureDetector()
-    sightings.see(1, Heartbeat(1), awake.look(5.0))
-    sightings.see(1, Heartbeat(1), awake.look(6.5))
+    awake, detector = AwakeClock(max_gap=2.0), _detector()
+    detector.observe(1, Heartbeat(1), awake.advance(5.0))
+    detector.observe(1, Heartbeat(1), awake.advance(6.5))
     assert awake.seconds == 1.5
-    sightings.see(1, Heartbeat(1), awake.look(10_006.5))  # suspended; the other rank wakes up after this one
-    assert sightings.silent(awake.seconds, LIMIT) == []
-    sightings.see(1, Heartbeat(2), awake.look(10_007.5))
-    assert (awake.seconds, sightings.silent(awake.seconds, 0.5)) == (4.5, [])
+    detector.observe(1, Heartbeat(1), awake.advance(10_006.5))  # suspended; the other rank wakes up after this one
+    assert detector.silent(awake.seconds, LIMIT) == []
+    detector.observe(1, Heartbeat(2), awake.advance(10_007.5))
+    assert (awake.seconds, detector.silent(awake.seconds, 0.5)) == (4.5, [])
     for second in range(10_008, 10_020):
-        sightings.see(1, Heartbeat(2), awake.look(second))
-    assert sightings.silent(awake.seconds, LIMIT) == [1]
+        detector.observe(1, Heartbeat(2), awake.advance(second))
+    assert detector.silent(awake.seconds, LIMIT) == [1]
 
 
 class _Elsewhere(threading.Thread):
@@ -154,13 +160,13 @@ def test_a_thread_is_found_where_it_is() -> None:
     thread.start()
     thread.there.wait()
     assert thread.ident is not None
-    whereabouts = StackProbe(thread.ident)
+    probe = StackProbe(thread.ident)
     line = _Elsewhere.run.__code__.co_firstlineno
-    assert whereabouts.look(0.0)[0] in [f"test_heartbeats.py:{line + 1}", f"test_heartbeats.py:{line + 2}"]
-    assert whereabouts.look(50.0)[1] == 0.0  # stands still, but not in a collective operation
+    assert probe.sample(0.0)[0] in [f"test_heartbeats.py:{line + 1}", f"test_heartbeats.py:{line + 2}"]
+    assert probe.sample(50.0)[1] == 0.0  # stands still, but not in a collective operation
     thread.go.set()
     thread.join()
-    assert whereabouts.look(60.0) == ("nowhere", 0.0)
+    assert probe.sample(60.0) == ("nowhere", 0.0)
 
 
 @pytest.mark.parametrize(
@@ -173,11 +179,11 @@ def test_waiting_counts_inside_collective_operations_only(folder: Path, waits: f
     thread = threading.Thread(target=names["stand"], daemon=True)
     thread.start()
     assert thread.ident is not None
-    whereabouts = StackProbe(thread.ident)
+    probe = StackProbe(thread.ident)
     while thread.ident not in sys._current_frames() or sys._current_frames()[thread.ident].f_lineno != 3:
         time.sleep(0.001)
-    whereabouts.look(70.0)
-    assert whereabouts.look(100.0)[1] == waits
+    probe.sample(70.0)
+    assert probe.sample(100.0)[1] == waits
     held.release()
     thread.join()
-    assert whereabouts.look(101.0) == ("nowhere", 0.0)
+    assert probe.sample(101.0) == ("nowhere", 0.0)

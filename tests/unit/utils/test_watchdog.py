@@ -91,7 +91,7 @@ def _stay_until_killed(world: World, seen: Path) -> None:
     """Rank 1 ends at once; rank 2 says when it knows."""
     with process_group(world, torch.device("cpu"), PATIENT), Watchdog(world, PATIENT, silence=SILENCE) as watchdog:
         watchdog.step(1)
-        while world.rank == 2 and not watchdog._sightings.has_ended(1):
+        while world.rank == 2 and not watchdog._monitor.detector.has_ended(1):
             time.sleep(0.01)
         if world.rank == 2:
             seen.touch()
@@ -187,7 +187,7 @@ def test_a_living_rank_that_hangs_is_named_with_its_place(
     assert outcome.codes == [1] * size
     _assert_one_line(
         rf"{_name(job, culprit)} has not left step {where} for 4.5 s while others wait, "
-        r"and stands at test_watchdog.py:\d+",
+        r"and is at test_watchdog.py:\d+",
         outcome.lines,
     )
 

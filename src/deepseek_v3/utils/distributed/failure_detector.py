@@ -1,126 +1,193 @@
-"""What the ranks of a job tell each other about themselves, and how one that is dead or hangs is known by it.
+"""Detects, from the heartbeats of a job's ranks, which of them have died or hang.
 
-No rank trusts another's clock: it notes by its own when it saw something change. That clock stands still while the
-process itself does, so that nobody takes its own pause for the silence of the others.
+Every rank watches others and measures by its own clock when it saw their state change; clocks of different hosts
+are never compared. The clock stops while the process itself is suspended, so that a rank never mistakes its own
+pause for the silence of the others. Nothing here reads the time, sleeps or ends a process: the clock is an
+argument.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
-_WATCHED = 32  # others that each rank looks after: enough that the loss of a few hosts leaves somebody who does
+from deepseek_v3.utils.distributed.heartbeat_store import FailureReport, Heartbeat, HeartbeatStore
 
-
-@dataclass(frozen=True)
-class Heartbeat:
-    """One message of a rank.
-
-    `count` rises with every message. `step` is the step that the rank is in, 0 before its first; `waits` is for how
-    many seconds its main thread has stood in one and the same collective operation, and `place` the line of code
-    where that thread is. After `ended` nothing more is to be expected.
-    """
-
-    count: int = 0
-    step: int = 0
-    waits: float = 0.0
-    place: str = ""
-    ended: bool = False
-
-    def encode(self) -> str:
-        """As text, for a key-value store."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def decode(cls, text: str | bytes) -> Heartbeat:
-        """The inverse of `encode`."""
-        return cls(**json.loads(text))
+HEARTBEATS_PER_SILENCE = 10
+_WATCHED_RANKS = 32  # other ranks that each rank watches: enough that some watcher survives the loss of a few hosts
+RESUME_ADVICE = "the job stops: resume with --resume latest"
 
 
 class AwakeClock:
-    """Seconds in which this process was running, from its own looks at a clock.
+    """Counts the seconds in which this process was running, from successive readings of another clock.
 
-    Between two looks no more than `longest` seconds count: a process that was suspended, or that a busy machine
-    kept waiting, has not watched anybody for the rest of that time.
+    Between two readings at most `max_gap` seconds count: a process that was suspended, or starved on a busy
+    machine, has watched nobody for the rest of that time.
     """
 
-    def __init__(self, longest: float) -> None:
+    def __init__(self, max_gap: float) -> None:
         self.seconds = 0.0
-        self._longest = longest
+        self._max_gap = max_gap
         self._last: float | None = None
 
-    def look(self, now: float) -> float:
-        """The seconds so far; `now` is the clock's time in seconds."""
+    def advance(self, now: float) -> float:
+        """Returns the seconds so far; `now` is the other clock's time in seconds."""
         if self._last is not None:
-            self.seconds += min(now - self._last, self._longest)
+            self.seconds += min(now - self._last, self._max_gap)
         self._last = now
         return self.seconds
 
 
 @dataclass(frozen=True)
 class RankState:
-    """A rank's last message; when a newer one was last seen and when its step last changed, by our own clock."""
+    """A rank's latest heartbeat, and when this process first saw its count and its step, in seconds."""
 
-    beat: Heartbeat
-    beat_at: float
+    heartbeat: Heartbeat
+    heartbeat_at: float
     step_at: float
 
 
 class FailureDetector:
-    """What one rank has seen of the others; times in seconds, of one clock."""
+    """Decides which ranks have died or hang, from what one rank has observed of the others.
 
-    def __init__(self) -> None:
-        self._seen: dict[int, RankState] = {}
+    Rank `rank` of `size` observes. A rank that sends no new heartbeat for longer than `silence` seconds has died.
+    All times are in seconds of one clock.
+    """
 
-    def see(self, rank: int, beat: Heartbeat, now: float) -> None:
-        """Takes note of the message that lies there for a rank now, be it new or not."""
-        earlier = self._seen.get(rank)
-        if earlier is None:
-            self._seen[rank] = RankState(beat, now, now)
+    def __init__(self, rank: int, size: int, silence: float, hang: float) -> None:
+        self.rank, self.size, self.silence, self.hang = rank, size, silence, hang
+        self._states: dict[int, RankState] = {}
+
+    def observe(self, rank: int, heartbeat: Heartbeat, now: float) -> None:
+        """Records the heartbeat that the store holds for a rank at `now`, whether it is new or not."""
+        previous = self._states.get(rank)
+        if previous is None:
+            self._states[rank] = RankState(heartbeat, now, now)
             return
-        beat_at = earlier.beat_at if beat.count == earlier.beat.count else now
-        step_at = earlier.step_at if beat.step == earlier.beat.step else now
-        self._seen[rank] = RankState(beat, beat_at, step_at)
+        heartbeat_at = previous.heartbeat_at if heartbeat.count == previous.heartbeat.count else now
+        step_at = previous.step_at if heartbeat.step == previous.heartbeat.step else now
+        self._states[rank] = RankState(heartbeat, heartbeat_at, step_at)
 
-    def to_look_at(self, rank: int, size: int, now: float, seconds: float) -> list[int]:
-        """Ranks from our own on; all, to know who else is, while one has been silent for longer than `seconds`."""
-        if self.silent(now, seconds):
-            return list(range(size))
-        return [(rank + distance) % size for distance in range(min(size, _WATCHED + 1))]
+    def ranks_to_watch(self, now: float) -> list[int]:
+        """This rank and the next 32; all ranks while one has been silent for half of `silence`.
 
-    def forget_all_but(self, ranks: Iterable[int]) -> None:
-        """Drops ranks that are no longer looked at, whose messages would seem old."""
-        kept = set(ranks)
-        self._seen = {rank: sighting for rank, sighting in self._seen.items() if rank in kept}
+        The other ranks are then watched too, in order to report all that die at the same time.
+        """
+        if self.silent(now, self.silence / 2):
+            return list(range(self.size))
+        return [(self.rank + distance) % self.size for distance in range(min(self.size, _WATCHED_RANKS + 1))]
 
-    def beat_of(self, rank: int) -> Heartbeat:
-        """The last message of a rank."""
-        return self._seen[rank].beat
+    def forget_all_except(self, ranks: Iterable[int]) -> None:
+        """Drops the states of ranks that are not watched any more, which would seem silent later."""
+        watched = set(ranks)
+        self._states = {rank: state for rank, state in self._states.items() if rank in watched}
 
     def has_ended(self, rank: int) -> bool:
         """Whether a rank is known to have ended."""
-        return rank in self._seen and self._seen[rank].beat.ended
+        return rank in self._states and self._states[rank].heartbeat.ended
 
     def silent(self, now: float, seconds: float) -> list[int]:
-        """Ranks that have not ended and sent nothing new for longer than `seconds`."""
-        return [rank for rank, sighting in self._running() if now - sighting.beat_at > seconds]
+        """Ranks that have not ended and have sent no new heartbeat for longer than `seconds`."""
+        return [rank for rank, state in self._running() if now - state.heartbeat_at > seconds]
 
-    def hanging(self, now: float, seconds: float) -> list[int]:
-        """Ranks that all others wait for: they alone have not moved on for longer than `seconds`.
+    def hanging(self, now: float) -> list[int]:
+        """Ranks that the others wait for: only these have stayed in their step for longer than `hang` seconds.
 
-        Either they are in an earlier step than others, or in the same one, where another rank has waited in one
-        collective operation for so long and they have not joined it. Where all wait, nobody can be blamed.
+        They are either in an earlier step than others; or in the same step, while another rank has waited in one
+        collective operation for that long and they have not joined it. If all ranks wait, none can be blamed.
         """
         running = self._running()
-        stuck = [(rank, sighting) for rank, sighting in running if now - sighting.step_at > seconds]
-        newest = max((sighting.beat.step for _, sighting in running), default=0)
-        oldest = min((sighting.beat.step for _, sighting in stuck), default=newest)
+        stuck = [(rank, state) for rank, state in running if now - state.step_at > self.hang]
+        newest = max((state.heartbeat.step for _, state in running), default=0)
+        oldest = min((state.heartbeat.step for _, state in stuck), default=newest)
         if oldest < newest:
-            return [rank for rank, sighting in stuck if sighting.beat.step == oldest]
-        if len(stuck) < len(running) or all(sighting.beat.waits <= seconds for _, sighting in stuck):
+            return [rank for rank, state in stuck if state.heartbeat.step == oldest]
+        if len(stuck) < len(running) or all(state.heartbeat.waiting_seconds <= self.hang for _, state in stuck):
             return []
-        return [rank for rank, sighting in stuck if sighting.beat.waits == 0]
+        return [rank for rank, state in stuck if state.heartbeat.waiting_seconds == 0]
+
+    def failure(self, now: float, describe: Callable[[list[int]], str]) -> FailureReport | None:
+        """The report on the ranks that have died or hang, or None while all is well.
+
+        `describe` names ranks as `HeartbeatStore.describe` does. If one rank has died, those that have been silent
+        for 0.4 of `silence` are reported with it: they are likely to have died at the same time.
+        """
+        if self.silent(now, self.silence):
+            dead = self.silent(now, 0.4 * self.silence)
+            return self._report(dead, f"{describe(dead)} not answered for {self.silence:g} s", alive=False)
+        if hanging := self.hanging(now):
+            heartbeat = self._states[hanging[0]].heartbeat
+            text = (
+                f"{describe(hanging)} not left step {heartbeat.step} for {self.hang:g} s while others wait, "
+                f"and is at {heartbeat.location}"
+            )
+            return self._report(hanging, text, alive=True)
+        return None
+
+    def reporter(self, failed: Iterable[int]) -> int | None:
+        """The rank that logs the report: the lowest that has not failed and is not known to have ended."""
+        gone = set(failed)
+        return next((rank for rank in range(self.size) if rank not in gone and not self.has_ended(rank)), None)
+
+    def _report(self, failed: list[int], text: str, *, alive: bool) -> FailureReport:
+        return FailureReport(tuple(failed), f"{text}; {RESUME_ADVICE}", self.reporter(failed), alive)
 
     def _running(self) -> list[tuple[int, RankState]]:
-        return [(rank, sighting) for rank, sighting in sorted(self._seen.items()) if not sighting.beat.ended]
+        return [(rank, state) for rank, state in sorted(self._states.items()) if not state.heartbeat.ended]
+
+
+class RankMonitor:
+    """What one rank does about failures at each heartbeat interval: send its heartbeat, check those of others.
+
+    `time` returns the time in seconds; `silence` and `hang` are as in `FailureDetector`. Each method is one
+    exchange with the store and never waits, so a test can drive any number of ranks with a fake clock and one
+    HashStore.
+    """
+
+    def __init__(self, store: HeartbeatStore, silence: float, hang: float, time: Callable[[], float]) -> None:
+        self.store, self._time = store, time
+        self.detector = FailureDetector(store.rank, store.size, silence, hang)
+        self.interval = silence / HEARTBEATS_PER_SILENCE
+        self.clock = AwakeClock(max_gap=2 * self.interval)
+        self.answers = 0  # how often the store has answered
+        self._count = 0
+
+    def send(self, step: int, location: str, waiting_seconds: float, *, ended: bool = False) -> None:
+        """Publishes this rank's next heartbeat."""
+        self._count += 1
+        self.store.publish_heartbeat(Heartbeat(self._count, step, waiting_seconds, location, ended))
+
+    def check(self) -> FailureReport | None:
+        """Returns the job's failure report if there is one.
+
+        Otherwise records the heartbeats of the watched ranks, and publishes a report if one of them has failed; the
+        next check returns that report, or the one that another rank published first.
+        """
+        watched = self.detector.ranks_to_watch(self._now())
+        report, heartbeats = self.store.read(watched)
+        self.answers += 1
+        if report is not None:
+            return report
+        now = self._now()
+        self.detector.forget_all_except(watched)
+        self._observe(watched, heartbeats, now)
+        failure = self.detector.failure(now, self.store.describe)
+        if failure is not None:
+            self.store.publish_report(failure)
+        return None
+
+    def others_are_running(self) -> bool:
+        """Whether any other rank has neither ended nor fallen silent."""
+        now = self._now()
+        others = [rank for rank in range(self.store.size) if rank != self.store.rank]
+        self._observe(others, self.store.read(others)[1], now)
+        self.answers += 1
+        silent = self.detector.silent(now, self.detector.silence)
+        return any(not self.detector.has_ended(rank) and rank not in silent for rank in others)
+
+    def _observe(self, ranks: list[int], heartbeats: list[Heartbeat], now: float) -> None:
+        for rank, heartbeat in zip(ranks, heartbeats, strict=True):
+            self.detector.observe(rank, heartbeat, now)
+
+    def _now(self) -> float:
+        return self.clock.advance(self._time())

@@ -1,7 +1,8 @@
-"""What the ranks of a job let each other know through a store, without any collective operation.
+"""Heartbeats and the failure report of a job, exchanged through a key-value store without collective operations.
 
-The store lives in rank 0 and is not the job's own: that one may live in a launcher's process, which ends as soon as
-one of its ranks has died, before anybody could say which.
+The store of a real job is a TCPStore of its own in rank 0. The store through which the ranks rendezvous is not
+used: it may live in a launcher's process, which ends as soon as one of its ranks dies, before any rank could report
+why.
 """
 
 from __future__ import annotations
@@ -10,68 +11,121 @@ import json
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
-from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not said to be so
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # public, but not exported
 
-from deepseek_v3.utils.distributed.failure_detector import Heartbeat
 from deepseek_v3.utils.distributed.launch import World
 from deepseek_v3.utils.errors import TrainingError
 
-_PLACE, _FINDING, _NOTHING = "watchdog", "finding", "-"
+_ADDRESS_KEY, _REPORT_KEY, _NO_REPORT = "watchdog", "report", "-"
+_POLL_SECONDS = 0.05
+_MAX_NAMED_RANKS = 8
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """The latest state of a rank, as it publishes it.
+
+    `count` rises with every heartbeat. `step` is the training step that the rank is in, 0 before the first.
+    `waiting_seconds` is how long its main thread has been in one and the same collective operation, and `location`
+    the `file:line` at which that thread is. After a heartbeat with `ended` the rank sends no other.
+    """
+
+    count: int = 0
+    step: int = 0
+    waiting_seconds: float = 0.0
+    location: str = ""
+    ended: bool = False
+
+    def encode(self) -> str:
+        """The heartbeat as text for a key-value store."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def decode(cls, text: str | bytes) -> Heartbeat:
+        """The inverse of `encode`."""
+        return cls(**json.loads(text))
 
 
 @dataclass(frozen=True)
 class FailureReport:
-    """Why the job ends: `lost` ranks answer no more, or nobody waits for them; `speaker` is to say `text`.
+    """Why the job ends. There is one report in a job: the first that any rank publishes.
 
-    Without a speaker there is nothing to say: a lost rank says it itself. One that only hangs is `alive`: it too
-    will come to read this.
+    The ranks in `failed` have died, or hang, or raised an error. The rank `reporter` logs `text`; without a
+    reporter there is nothing to log, because the failed rank prints its own error. With `alive` the failed ranks
+    only hang: their watchdog threads still run and will read this report.
     """
 
-    lost: tuple[int, ...]
+    failed: tuple[int, ...]
     text: str = ""
-    speaker: int | None = None
+    reporter: int | None = None
     alive: bool = False
+
+    def encode(self) -> str:
+        """The report as text for a key-value store."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def decode(cls, text: str | bytes) -> FailureReport:
+        """The inverse of `encode`."""
+        fields = json.loads(text)
+        return cls(**{**fields, "failed": tuple(fields["failed"])})
 
 
 class HeartbeatStore:
-    """One rank's connection to the store; for one thread at a time, which a store that is frozen keeps for ever.
+    """One rank's view of the store that all ranks of a job share.
 
-    Every method raises torch.distributed.DistError where the store has gone.
+    Use an instance in one thread at a time: a store that does not answer blocks that thread for ever. Every method
+    raises torch.distributed.DistError where the store has gone. Any torch.distributed store will do; tests use a
+    HashStore, which lives in memory.
     """
 
-    def __init__(self, world: World, timeout: timedelta) -> None:
-        """Tells all ranks who this one is, and waits until all have done so.
+    def __init__(self, rank: int, size: int, store: Store) -> None:
+        """Publishes this rank's name and first heartbeat in `store`; `size` is the number of ranks."""
+        self.rank, self.size, self._store = rank, size, store
+        self._names: list[str] = []
+        if rank == 0:
+            store.set(_REPORT_KEY, _NO_REPORT)
+        self.publish_heartbeat(Heartbeat())
+        store.set(_name_key(rank), f"host {socket.gethostname()}, pid {os.getpid()}")
 
-        Raises TrainingError, with the ranks that are missing, after `timeout`.
+    @classmethod
+    def connect(cls, world: World, timeout: timedelta) -> HeartbeatStore:
+        """Creates the store in rank 0, connects every rank to it, and waits for all of them.
+
+        Raises TrainingError, naming the missing ranks, after `timeout`.
         """
-        self.rank, self.size = world.rank, world.size
-        self._store = _rank_0s_store(world, timeout)
-        if self.rank == 0:
-            self._store.set(_FINDING, _NOTHING)
-        self.set_beat(Heartbeat())
-        self._store.set(_name_key(self.rank), f"host {socket.gethostname()}, pid {os.getpid()}")
+        store = cls(world.rank, world.size, _connect_to_rank_0(world, timeout))
+        store.wait_for_all_ranks(timeout)
+        return store
+
+    def wait_for_all_ranks(self, timeout: timedelta) -> None:
+        """Waits until every rank has published its name, for as long as the store's own timeout.
+
+        Raises TrainingError, naming the missing ranks and giving `timeout` as the time that was waited.
+        """
         keys = [_name_key(rank) for rank in range(self.size)]
         try:
             self._names = [name.decode() for name in self._store.multi_get(keys)]
         except dist.DistError as error:
             missing = [f"rank {rank}" for rank, key in enumerate(keys) if not self._store.check([key])]
             raise TrainingError(
-                f"of {self.size} ranks, {_listed(missing)} did not start within {timeout.total_seconds():g} s; "
-                "see what they printed"
+                f"of {self.size} ranks, {_enumeration(missing)} did not start within "
+                f"{timeout.total_seconds():g} s; see what they printed"
             ) from error
 
-    def described(self, ranks: Sequence[int]) -> str:
-        """`rank 3 (host h, pid 7) has`, to be continued."""
+    def describe(self, ranks: Sequence[int]) -> str:
+        """The subject of a sentence about these ranks, with its verb: `rank 3 (host h, pid 7) has`."""
         names = [f"rank {rank} ({self._names[rank]})" for rank in ranks]
-        return f"{_listed(names)} {'has' if len(ranks) == 1 else 'have'}"
+        return f"{_enumeration(names)} {'has' if len(ranks) == 1 else 'have'}"
 
-    def host_answers(self, seconds: float) -> bool:
-        """Whether the host of the store lives: it takes, or refuses, another connection."""
+    def host_is_reachable(self, seconds: float) -> bool:
+        """Whether the host of a TCPStore accepts or refuses another connection within this time."""
+        assert isinstance(self._store, TCPStore)
         try:
             socket.create_connection((self._store.host, self._store.port), seconds).close()
         except ConnectionRefusedError:
@@ -80,64 +134,60 @@ class HeartbeatStore:
             return False
         return True
 
-    def same_host(self, rank: int) -> list[int]:
-        """All ranks on the host of one of them, this one included."""
+    def ranks_on_host_of(self, rank: int) -> list[int]:
+        """All ranks on the host of `rank`, `rank` included."""
         host = self._names[rank].partition(", pid ")[0]
         return [other for other, name in enumerate(self._names) if name.partition(", pid ")[0] == host]
 
-    def set_beat(self, beat: Heartbeat) -> None:
-        """Leaves this rank's latest message."""
-        self._store.set(_beat_key(self.rank), beat.encode())
+    def publish_heartbeat(self, heartbeat: Heartbeat) -> None:
+        """Replaces this rank's heartbeat."""
+        self._store.set(_heartbeat_key(self.rank), heartbeat.encode())
 
-    def read(self, ranks: Sequence[int]) -> tuple[FailureReport | None, list[Heartbeat]]:
-        """The finding, where there is one, and the latest messages of these ranks."""
-        finding, *beats = self._store.multi_get([_FINDING, *map(_beat_key, ranks)])
-        return _decoded(finding), [Heartbeat.decode(beat) for beat in beats]
+    def read(self, ranks: Iterable[int]) -> tuple[FailureReport | None, list[Heartbeat]]:
+        """The failure report, if there is one, and the latest heartbeats of `ranks`, in their order."""
+        report, *heartbeats = self._store.multi_get([_REPORT_KEY, *map(_heartbeat_key, ranks)])
+        return (
+            None if report.decode() == _NO_REPORT else FailureReport.decode(report),
+            [Heartbeat.decode(heartbeat) for heartbeat in heartbeats],
+        )
 
-    def publish(self, finding: FailureReport) -> bool:
-        """Writes down a finding, where there is none yet; returns whether it is the one that counts."""
-        text = json.dumps(asdict(finding))
-        return self._store.compare_set(_FINDING, _NOTHING, text).decode() == text
+    def publish_report(self, report: FailureReport) -> bool:
+        """Publishes a failure report unless there is one already; returns whether this one is the job's report."""
+        text = report.encode()
+        return self._store.compare_set(_REPORT_KEY, _NO_REPORT, text).decode() == text
+
+    def have_ended(self, ranks: Iterable[int]) -> bool:
+        """Whether all these ranks have ended."""
+        return all(heartbeat.ended for heartbeat in self.read(ranks)[1])
 
     def wait_for_end(self, ranks: Sequence[int], seconds: float) -> None:
-        """Waits until these ranks have ended, or for so long."""
+        """Waits until all these ranks have ended, but no longer than `seconds`."""
         deadline = time.monotonic() + seconds
         while not self.have_ended(ranks) and time.monotonic() < deadline:
-            time.sleep(0.05)
-
-    def have_ended(self, ranks: Sequence[int]) -> bool:
-        """Whether nothing more is to be expected of any of these ranks."""
-        return all(beat.ended for beat in self.read(ranks)[1])
+            time.sleep(_POLL_SECONDS)
 
 
-def _rank_0s_store(world: World, timeout: timedelta) -> TCPStore:
-    """A connection to the store in rank 0, at a free port of the address by which it reaches the job's store."""
-    job = world.connect(timeout)
+def _connect_to_rank_0(world: World, timeout: timedelta) -> TCPStore:
+    """Rank 0 hosts the store at a free port of the address by which it reaches the rendezvous store."""
+    rendezvous = world.connect(timeout)
     if world.rank == 0:
-        with socket.create_connection((job.host, job.port), timeout.total_seconds()) as connection:
+        with socket.create_connection((rendezvous.host, rendezvous.port), timeout.total_seconds()) as connection:
             address = connection.getsockname()[0]
         store = TCPStore(address, 0, is_master=True, timeout=timeout, wait_for_workers=False)
-        job.set(_PLACE, f"{address} {store.port}")
+        rendezvous.set(_ADDRESS_KEY, f"{address} {store.port}")
         return store
-    address, port = job.get(_PLACE).decode().split()
+    address, port = rendezvous.get(_ADDRESS_KEY).decode().split()
     return TCPStore(address, int(port), timeout=timeout)
 
 
-def _beat_key(rank: int) -> str:
-    return f"beat/{rank}"
+def _heartbeat_key(rank: int) -> str:
+    return f"heartbeat/{rank}"
 
 
 def _name_key(rank: int) -> str:
     return f"name/{rank}"
 
 
-def _decoded(finding: bytes) -> FailureReport | None:
-    if finding.decode() == _NOTHING:
-        return None
-    fields = json.loads(finding)
-    return FailureReport(tuple(fields["lost"]), fields["text"], fields["speaker"], fields["alive"])
-
-
-def _listed(names: list[str], most: int = 8) -> str:
-    more = [f"{len(names) - most} more"] if len(names) > most else []
-    return " and ".join([", ".join(names[:most]), *more])
+def _enumeration(names: list[str]) -> str:
+    more = len(names) - _MAX_NAMED_RANKS
+    return " and ".join([", ".join(names[:_MAX_NAMED_RANKS]), *([f"{more} more"] if more > 0 else [])])
