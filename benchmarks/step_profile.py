@@ -24,7 +24,7 @@ from torch.autograd import DeviceType  # type: ignore[attr-defined]  # public, b
 from torch.profiler import ProfilerActivity, profile
 
 from deepseek_v3.config.loading import load_config
-from deepseek_v3.training.parallel.mesh import arrange
+from deepseek_v3.training.parallel.mesh import build_mesh
 from deepseek_v3.training.trainer import Trainer
 from deepseek_v3.utils.distributed.launch import World, process_group, select_device
 from deepseek_v3.utils.logging import configure_logging
@@ -45,7 +45,7 @@ def main(
     with process_group(world, device, timedelta(minutes=5)), TemporaryDirectory() as folder:
         places = [f"checkpoint.directory={folder}/checkpoints", f"logging.directory={folder}/run"]
         config = load_config(shape, [*places, *(override or [])])
-        trainer = Trainer(config, device, ranks=arrange(config.parallel, "cuda", world.local_size))
+        trainer = Trainer(config, device, mesh=build_mesh(config.parallel, "cuda", world.local_size))
         steps = Steps(trainer)
         steps.take(WARM_UP)
         found = {

@@ -22,7 +22,7 @@ from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.evaluation.perplexity import Comparison, compare_with_ngrams, measure_saved
 from deepseek_v3.inference.engine import Generator
 from deepseek_v3.inference.sampling import SamplingConfig
-from deepseek_v3.model.pretrained import SavedModel, load_model
+from deepseek_v3.model.pretrained import LoadedModel, load_model
 from deepseek_v3.training.metrics import plot_run
 from deepseek_v3.training.train import train_run
 from deepseek_v3.training.trainer import TrainingResult
@@ -52,7 +52,7 @@ def quickstart(
         print_next_steps(["dsv3", "quickstart", *_options(config, runs)])
         raise typer.Exit(130)
     shards, saved = TokenShards.open(run.data.path), load_model(result.checkpoint, device)
-    held_out = result.held_out or measure_saved(saved, shards, run.training.evaluation.tokens, device)
+    held_out = result.validation or measure_saved(saved, shards, run.training.evaluation.tokens, device)
     comparison = compare_with_ngrams(held_out, shards, run, result.tokens)
     plot_run(folder, {"unigram": comparison.unigram, "bigram": comparison.bigram})
     get_console().print(comparison.table())
@@ -152,7 +152,7 @@ def _verdict(comparison: Comparison) -> str:
     return f"on text it has never seen, the model is {' and '.join(gains)}"
 
 
-def _show_samples(saved: SavedModel) -> None:
+def _show_samples(saved: LoadedModel) -> None:
     generator = Generator(saved.model, Tokenizer.from_json(saved.tokenizer_json))
     sampling = SamplingConfig(max_new_tokens=60, temperature=0.7, top_p=0.9, seed=0)
     for completion in generator.generate(list(_PROMPTS), sampling):

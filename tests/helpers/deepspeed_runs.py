@@ -11,10 +11,10 @@ import torch.distributed as dist
 
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.config.train_config import RunConfig
-from deepseek_v3.training.parallel.build import engine_for
+from deepseek_v3.training.parallel.build import build_engine
 from deepseek_v3.training.parallel.deepspeed_config import DeepSpeedFile
 from deepseek_v3.training.parallel.engine import Engine
-from deepseek_v3.training.parallel.mesh import arrange
+from deepseek_v3.training.parallel.mesh import build_mesh
 from deepseek_v3.training.trainer import Trainer
 from deepseek_v3.utils.distributed.launch import World, export_environment
 from helpers import parallel_runs
@@ -64,18 +64,18 @@ def engine_of(
     """What trains a run by DeepSpeed, and the run as it was laid out."""
     _announce()
     settings = DeepSpeedFile(file)
-    config = settings.laid_out(parallel_runs.run_config(steps, parallel, training), dist.get_world_size())
-    return engine_for(config, arrange(config.parallel, "cpu"), CPU, lambda _: None, settings), config
+    config = settings.resolve_layout(parallel_runs.run_config(steps, parallel, training), dist.get_world_size())
+    return build_engine(config, build_mesh(config.parallel, "cpu"), CPU, lambda _: None, settings), config
 
 
 def train_run(file: Path, path: Path, overrides: list[str], resume: str | None) -> tuple[int, float]:
     """Runs the trainer as the command does; returns the last step and the held-out loss."""
     _announce()
     settings = DeepSpeedFile(file)
-    config = settings.laid_out(load_config(path, overrides), dist.get_world_size())
-    result = Trainer(config, CPU, resume, arrange(config.parallel, "cpu"), deepspeed=settings).run()
-    assert result.held_out is not None
-    return result.step, result.held_out.loss
+    config = settings.resolve_layout(load_config(path, overrides), dist.get_world_size())
+    result = Trainer(config, CPU, resume, build_mesh(config.parallel, "cpu"), deepspeed=settings).run()
+    assert result.validation is not None
+    return result.step, result.validation.loss
 
 
 def _announce() -> None:

@@ -17,13 +17,13 @@ from deepseek_v3.config.loading import load_config
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.model.block import DecoderLayer
 from deepseek_v3.moe.routing import Router, Routing
-from deepseek_v3.training.data import document_numbers
+from deepseek_v3.training.data import document_ids
 from deepseek_v3.training.optimizer import MOMENTS, local
-from deepseek_v3.training.parallel.build import engine_for
+from deepseek_v3.training.parallel.build import build_engine
 from deepseek_v3.training.parallel.engine import Engine
-from deepseek_v3.training.parallel.mesh import arrange
-from deepseek_v3.training.parallel.sharding import pieces_of
-from deepseek_v3.training.schedule import Step, TokenPlan
+from deepseek_v3.training.parallel.mesh import build_mesh
+from deepseek_v3.training.parallel.sharding import local_shards
+from deepseek_v3.training.schedule import ScheduledStep, TrainingSchedule
 from deepseek_v3.training.trainer import Trainer
 from deepseek_v3.utils.checkpointing.directory import load_checkpoint
 from deepseek_v3.utils.errors import DataError
@@ -80,7 +80,7 @@ def train(
 
 def engine_of(config: RunConfig, device: str = "cpu", documents: Any = None) -> Engine:
     """What trains a run on the ranks of its layout; each sequence is one document unless `documents` are given."""
-    return engine_for(config, arrange(config.parallel, device), own(device), documents or _no_documents)
+    return build_engine(config, build_mesh(config.parallel, device), own(device), documents or _no_documents)
 
 
 def own(device: str) -> torch.device:
@@ -91,7 +91,7 @@ def own(device: str) -> torch.device:
 def layer_runs(parallel: dict[str, Any]) -> int:
     """How many forward passes of layers one step takes on this rank, those that run again included."""
     config, runs = run_config(1, {"precision": "float32", **parallel}, {}), []
-    engine = engine_for(config, arrange(config.parallel, "cpu"), own("cpu"), _no_documents)
+    engine = build_engine(config, build_mesh(config.parallel, "cpu"), own("cpu"), _no_documents)
     for model in engine.models:
         for layer in model.model.layers:
             if isinstance(layer, DecoderLayer):
@@ -103,13 +103,17 @@ def layer_runs(parallel: dict[str, Any]) -> int:
 def take_steps(engine: Engine, config: RunConfig) -> list[Any]:
     """Figures, loads and biases of every step of a run."""
     rows = []
-    plan = TokenPlan(config)
+    plan = TrainingSchedule(config)
     for number in range(1, plan.total_steps + 1):
         step = plan.step(number)
         whole, norm, _ = engine.run_step(micro_batches_of(engine, config, step), step)
-        figures = [whole.total, whole.main, whole.prediction, whole.balance, norm]
+        figures = [whole.total, whole.main, whole.mtp, whole.balance, norm]
         rows.append(
-            (np.array([float(f) for f in figures]), whole.counts_LE.cpu().numpy(), engine.biases().cpu().numpy())
+            (
+                np.array([float(f) for f in figures]),
+                whole.counts_LE.cpu().numpy(),
+                engine.routing_biases().cpu().numpy(),
+            )
         )
     return rows
 
@@ -119,7 +123,7 @@ def routings(parallel: dict[str, Any]) -> dict[tuple[str, int], tuple[np.ndarray
     config = run_config(1, {"precision": "bfloat16", **parallel}, {})
     engine = engine_of(config)
     for part in engine.models:
-        for name, piece in pieces_of(part, engine.ranks).items():
+        for name, piece in local_shards(part, engine.mesh).items():
             local(part.get_parameter(name)).detach().copy_(piece.of(noise(name, piece.shape)))
     return routings_of(engine, config)
 
@@ -138,8 +142,10 @@ def routings_of(engine: Engine, config: RunConfig) -> dict[tuple[str, int], tupl
             if isinstance(module, Router):
                 kept = found.setdefault(name, [])
                 module.register_forward_hook(lambda _, __, routing, kept=kept: kept.append(_as_arrays(routing)))
-    step = TokenPlan(config).step(1)
-    samples = TokenPlan(config).micro_batches(step, 1, engine.ranks.data_rank, engine.ranks.parallel.data_ranks)
+    step = TrainingSchedule(config).step(1)
+    samples = TrainingSchedule(config).micro_batches(
+        step, 1, engine.mesh.data_rank, engine.mesh.parallel.data_ranks
+    )
     tokens = batches_of(config, 1)
     engine.run_step(iter([tokens[first:][:size] for first, size in samples]), step)
     return {
@@ -153,11 +159,13 @@ def _as_arrays(routing: Routing) -> tuple[np.ndarray, np.ndarray]:
     return routing.experts_TK.numpy(), routing.gates_TK.detach().numpy()
 
 
-def micro_batches_of(engine: Engine, config: RunConfig, step: Step) -> Iterator[Tensor]:
+def micro_batches_of(engine: Engine, config: RunConfig, step: ScheduledStep) -> Iterator[Tensor]:
     """This rank's share of a step."""
-    parallel, ranks = config.parallel, engine.ranks
-    micro = TokenPlan(config).micro_batches(step, parallel.micro_batch_size, ranks.data_rank, parallel.data_ranks)
-    tokens = batches_of(config, step.number).to(engine.biases().device)
+    parallel, ranks = config.parallel, engine.mesh
+    micro = TrainingSchedule(config).micro_batches(
+        step, parallel.micro_batch_size, ranks.data_rank, parallel.data_ranks
+    )
+    tokens = batches_of(config, step.number).to(engine.routing_biases().device)
     return iter([tokens[start - step.first_sample :][:size] for start, size in micro])
 
 
@@ -177,7 +185,7 @@ def _no_documents(tokens_BX: Tensor) -> None:
 
 
 def _documents(tokens_BX: Tensor) -> Tensor:
-    return document_numbers(tokens_BX % 5, end_of_text=0)
+    return document_ids(tokens_BX % 5, end_of_text=0)
 
 
 def _keep_gradients(engine: Engine, kept: dict[str, Any]) -> None:
@@ -194,7 +202,7 @@ def _keep_gradients(engine: Engine, kept: dict[str, Any]) -> None:
 def _blocks(engine: Engine, tensor_of: Any) -> dict[str, Any]:
     blocks = {}
     for model in engine.models:
-        for name, piece in pieces_of(model, engine.ranks).items():
+        for name, piece in local_shards(model, engine.mesh).items():
             values = local(tensor_of(model.get_parameter(name))).detach().cpu().numpy().copy()
             if name in blocks:  # a second copy on this rank
                 np.testing.assert_array_equal(blocks[name][2], values, err_msg=name)
@@ -223,7 +231,7 @@ def train_until_tokens_are_lost(path: Path, overrides: list[str], split: str, ra
             for file in (copy / split).iterdir():
                 os.truncate(file, 9)
 
-    trainer = Trainer(config, own("cpu"), None, arrange(config.parallel, "cpu"), lose)
+    trainer = Trainer(config, own("cpu"), None, build_mesh(config.parallel, "cpu"), lose)
     try:
         trainer.run()
     except DataError as error:
@@ -234,33 +242,33 @@ def train_until_tokens_are_lost(path: Path, overrides: list[str], split: str, ra
 def train_run(path: Path, overrides: list[str], resume: str | None, device: str = "cpu") -> tuple[int, float]:
     """Runs the trainer as the command does; returns the last step and the held-out loss."""
     config = load_config(path, overrides)
-    trainer = Trainer(config, own(device), resume, arrange(config.parallel, device))
+    trainer = Trainer(config, own(device), resume, build_mesh(config.parallel, device))
     result = trainer.run()
-    assert result.held_out is not None
-    return result.step, result.held_out.loss
+    assert result.validation is not None
+    return result.step, result.validation.loss
 
 
 class Resumed(NamedTuple):
-    """What a rank holds after resuming: kinds of tensors compared, those that differ in any bit, held-out loss."""
+    """What a rank holds after resuming: kinds of tensors compared, tensors that differ, validation loss."""
 
     compared: set[str]
     differing: list[str]
-    held_out: float
+    validation: float
 
 
 def resumed(path: Path, overrides: list[str], checkpoint: str, device: str = "cpu") -> Resumed:
     """Resumes a run and compares every weight and moment of this rank, second copies too, with the checkpoint's."""
     config = load_config(path, overrides)
-    trainer = Trainer(config, own(device), checkpoint, arrange(config.parallel, device))
+    trainer = Trainer(config, own(device), checkpoint, build_mesh(config.parallel, device))
     engine, saved = trainer.engine, load_checkpoint(Path(checkpoint))
     wholes = {"model": saved["model"], **{kind: saved["optimizer"][kind] for kind in MOMENTS}}
     compared, differing = set(), []
     for model in engine.models:
-        for name, piece in pieces_of(model, engine.ranks).items():
+        for name, piece in local_shards(model, engine.mesh).items():
             parameter = model.get_parameter(name)
             for kind, values in {"model": parameter, **engine.optimizer.state[parameter]}.items():
                 compared.add(kind)
                 if not local(values).cpu().equal(piece.of(wholes[kind][name])):
                     differing.append(f"{kind} of {name}")
-    measured = trainer.evaluation.measure(engine.main_losses, own(device), engine.ranks.summed)
+    measured = trainer.validator.measure(engine.main_losses, own(device), engine.mesh.sum_over_ranks)
     return Resumed(compared, differing, measured.loss)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from deepseek_v3.training.optimizer import local
 from deepseek_v3.training.parallel.engine import Engine
-from deepseek_v3.training.schedule import Step, TokenPlan
+from deepseek_v3.training.schedule import ScheduledStep, TrainingSchedule
 from deepseek_v3.utils.checkpointing.state_dict import flatten
 from helpers import deepspeed_runs, parallel_runs
 
@@ -34,7 +34,7 @@ def _told(engine: Engine, config: Any, story: tuple[str, ...]) -> list[Any]:
     """Of every step: whether it was finite, whether it left all state as it was to the bit, the steps taken, its
     loss and its norm. Steps whose story is "left out" are not taken."""
     trouble = _Trouble(engine)
-    plan, found = TokenPlan(config), []
+    plan, found = TrainingSchedule(config), []
     for number, what in enumerate(story, start=1):
         if what == "left out":
             continue
@@ -58,13 +58,13 @@ class _Trouble:
 
     def __init__(self, engine: Engine) -> None:
         self.now = ""
-        if engine.ranks.rank != engine.ranks.size - 1:
+        if engine.mesh.rank != engine.mesh.size - 1:
             return
         layers = (layer for layer in engine.models[0].model.layers if not isinstance(layer, nn.Identity))
         next(layers).self_attn.register_forward_hook(self._hook)
         backward = engine._backward
 
-        def with_loss(batches: Any, step: Step) -> Any:
+        def with_loss(batches: Any, step: ScheduledStep) -> Any:
             losses = backward(batches, step)
             return losses._replace(total=losses.total * math.nan) if self.now == "loss nan" else losses
 

@@ -10,7 +10,7 @@ import yaml
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.tokens.shards import TokenShards
-from deepseek_v3.training.signals import StopRequest
+from deepseek_v3.training.signals import GracefulStop
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.monitoring import read_metrics
 from helpers.runs import dsv3, message_of, run_fields, write_corpus, write_run
@@ -134,7 +134,7 @@ def test_an_interrupted_quickstart_goes_on_where_it_was(tmp_path: Path, monkeypa
     command, steps = _quickstart(tmp_path), iter([False, False, True])
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patched:
-        patched.setattr(StopRequest, "agreed", lambda _: next(steps))
+        patched.setattr(GracefulStop, "agreed", lambda _: next(steps))
         stopped = dsv3(*command)
     assert stopped.exit_code == 130, stopped.output
     assert "Stopped after step 3; the same command goes on from there" in stopped.output

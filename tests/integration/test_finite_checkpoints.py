@@ -16,9 +16,9 @@ from deepseek_v3.config.loading import load_config
 from deepseek_v3.evaluation.perplexity import Comparison
 from deepseek_v3.training.data import open_tokens
 from deepseek_v3.training.optimizer import local
-from deepseek_v3.training.parallel.data_parallel import DataParallel
-from deepseek_v3.training.schedule import Step
-from deepseek_v3.training.validation import HeldOutEvaluation, HeldOutLoss
+from deepseek_v3.training.parallel.data_parallel import DataParallelEngine
+from deepseek_v3.training.schedule import ScheduledStep
+from deepseek_v3.training.validation import ValidationLoss, Validator
 from deepseek_v3.utils.checkpointing.checks import non_finite, non_finite_summary
 from deepseek_v3.utils.checkpointing.directory import load_checkpoint, save_checkpoint
 from deepseek_v3.utils.errors import TrainingError
@@ -30,17 +30,17 @@ WEIGHT, BIAS = "model.norm.weight", "model.layers.1.mlp.gate.e_score_correction_
 
 
 @torch.no_grad()
-def spoil_weight(engine: DataParallel) -> None:
+def spoil_weight(engine: DataParallelEngine) -> None:
     local(engine.models[0].get_parameter(WEIGHT))[-1] = math.inf
 
 
 @torch.no_grad()
-def spoil_moment(engine: DataParallel) -> None:
+def spoil_moment(engine: DataParallelEngine) -> None:
     engine.optimizer.state[engine.models[0].get_parameter(WEIGHT)]["exp_avg_sq"][2] = math.nan
 
 
 @torch.no_grad()
-def spoil_bias(engine: DataParallel) -> None:
+def spoil_bias(engine: DataParallelEngine) -> None:
     engine.models[0].get_buffer(BIAS)[1] = -math.inf
 
 
@@ -53,9 +53,9 @@ SPOILERS = {
 
 def after_update(number: int, what: Callable[[Any], None]) -> Callable[..., Tensor]:
     """A DataParallel._update that does something behind the update of this step."""
-    update = DataParallel._update
+    update = DataParallelEngine._update
 
-    def then(engine: DataParallel, step: Step, loss: Tensor) -> Tensor:
+    def then(engine: DataParallelEngine, step: ScheduledStep, loss: Tensor) -> Tensor:
         norm = update(engine, step, loss)
         if step.number == number:
             what(engine)
@@ -68,7 +68,7 @@ def after_update(number: int, what: Callable[[Any], None]) -> Callable[..., Tens
 def test_a_bad_state_never_replaces_a_good_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, step: int
 ) -> None:
-    monkeypatch.setattr(DataParallel, "_update", after_update(step, SPOILERS[name]))
+    monkeypatch.setattr(DataParallelEngine, "_update", after_update(step, SPOILERS[name]))
     words = ["--set", "checkpoint.keep=1", "--set", "checkpoint.interval_steps=1"]
     result = dsv3("train", "--device", "cpu", "--config", write_run(tmp_path), *words)
     message = message_of(result)
@@ -91,11 +91,11 @@ def test_an_update_without_bounds_saves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_signal_saves_no_bad_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def spoil_and_stop(engine: DataParallel) -> None:
+    def spoil_and_stop(engine: DataParallelEngine) -> None:
         spoil_weight(engine)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(DataParallel, "_update", after_update(3, spoil_and_stop))
+    monkeypatch.setattr(DataParallelEngine, "_update", after_update(3, spoil_and_stop))
     message = message_of(dsv3("train", "--device", "cpu", "--config", write_run(tmp_path, steps=1000)))
     assert f"step 3: after the update 1 tensor holds NaN or infinity: model.{WEIGHT}" in message
     assert [path.name for path in (tmp_path / "checkpoints").glob("*.pt")] == ["checkpoint_step_2.pt"]
@@ -104,17 +104,17 @@ def test_a_signal_saves_no_bad_state(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def bad_part_on_last_rank(path: Path, overrides: list[str]) -> str:
     """The error of a rank of a run, where the last rank's part of a weight is bad after step 3."""
 
-    def on_last_rank(engine: DataParallel) -> None:
-        if engine.ranks.rank == engine.ranks.size - 1:
+    def on_last_rank(engine: DataParallelEngine) -> None:
+        if engine.mesh.rank == engine.mesh.size - 1:
             spoil_weight(engine)
 
-    update, DataParallel._update = DataParallel._update, after_update(3, on_last_rank)  # type: ignore[method-assign]
+    update, DataParallelEngine._update = DataParallelEngine._update, after_update(3, on_last_rank)  # type: ignore[method-assign]
     try:
         parallel_runs.train_run(path, overrides, None)
     except TrainingError as error:
         return str(error)
     finally:
-        DataParallel._update = update  # type: ignore[method-assign]
+        DataParallelEngine._update = update  # type: ignore[method-assign]
     return "no error"
 
 
@@ -130,7 +130,7 @@ def test_all_ranks_refuse_a_part_that_is_bad_on_one(pool: RankPool, tmp_path: Pa
 
 def test_a_held_out_loss_that_is_no_number_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With weights that are finite; those that are not are named instead."""
-    monkeypatch.setattr(HeldOutEvaluation, "measure", lambda *_: HeldOutLoss(math.nan, 256, 400.0, 8))
+    monkeypatch.setattr(Validator, "measure", lambda *_: ValidationLoss(math.nan, 256, 400.0, 8))
     result = dsv3("train", "--device", "cpu", "--config", write_run(tmp_path))
     message = message_of(result)
     assert "held-out loss after step 3: nan, with weights that are finite" in message
@@ -148,14 +148,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_quickstart_stops_at_such_a_loss_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(HeldOutEvaluation, "measure", lambda *_: HeldOutLoss(math.nan, 256, 400.0, 8))
+    monkeypatch.setattr(Validator, "measure", lambda *_: ValidationLoss(math.nan, 256, 400.0, 8))
     message = message_of(dsv3("quickstart", "--config", write_run(tmp_path), "--runs", tmp_path / "runs"))
     assert "held-out loss after step 3: nan" in message
 
 
 def test_a_loss_of_any_size_has_a_row() -> None:
     """Its perplexity may be beyond the largest double."""
-    table = Comparison(HeldOutLoss(1000.0, 256, 400.0, 8), bigram=3.0, unigram=0.0).table()
+    table = Comparison(ValidationLoss(1000.0, 256, 400.0, 8), bigram=3.0, unigram=0.0).table()
     assert [list(column.cells) for column in table.columns] == [
         ["unigram", "bigram", "trained model"],
         ["0.0000", "3.0000", "1000.0000"],

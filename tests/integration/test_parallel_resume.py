@@ -129,7 +129,7 @@ def saved_by(pool: RankPool, run: Path, tmp_path_factory: pytest.TempPathFactory
         checkpoint = in_the_middle(folder)
         (result,) = pool.run(1, parallel_runs.resumed, run, recipe(folder, [*ALONE, *model]), checkpoint)
         assert result.differing == []
-        return checkpoint, result.held_out
+        return checkpoint, result.validation
 
     return lambda layout, model: saved(tuple(layout), tuple(model))
 
@@ -163,7 +163,7 @@ def test_resuming_fills_every_copy_of_a_weight(
     for result in pool.run(world, parallel_runs.resumed, run, overrides, checkpoint, pool.device):
         assert result.differing == []
         assert {"model", *MOMENTS} == result.compared
-        assert result.held_out == pytest.approx(expected, rel=1e-6)
+        assert result.validation == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.gpu

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deepseek_v3.config.loading import load_config
-from deepseek_v3.training.samples import refuse_samples_of_ranks
+from deepseek_v3.training.samples import check_samples_config
 from deepseek_v3.training.train import train_run
 from deepseek_v3.utils.checkpointing.directory import load_checkpoint
 from deepseek_v3.utils.distributed.launch import ALONE
@@ -63,9 +63,9 @@ def test_a_run_resumes_with_samples_that_it_did_not_have(tmp_path: Path) -> None
 def test_samples_of_several_processes_are_refused(tmp_path: Path, processes: int, by_deepspeed: bool) -> None:
     config = load_config(write_run(tmp_path), [SAMPLES])
     with pytest.raises(ConfigError, match=r"logging\.samples is given, .* set it to null, .* dsv3 generate"):
-        refuse_samples_of_ranks(config, processes, by_deepspeed)
-    refuse_samples_of_ranks(config, 1, by_deepspeed=False)
-    refuse_samples_of_ranks(load_config(tmp_path / "run.yaml"), processes, by_deepspeed)
+        check_samples_config(config, processes, by_deepspeed)
+    check_samples_config(config, 1, by_deepspeed=False)
+    check_samples_config(load_config(tmp_path / "run.yaml"), processes, by_deepspeed)
 
 
 def test_several_ranks_refuse_samples_before_anything_is_built(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.training.loss import Losses
-from deepseek_v3.training.parallel.data_parallel import DataParallel
-from deepseek_v3.training.schedule import Step, TokenPlan
+from deepseek_v3.training.parallel.data_parallel import DataParallelEngine
+from deepseek_v3.training.schedule import ScheduledStep, TrainingSchedule
 from deepseek_v3.utils.checkpointing.directory import load_checkpoint
 from deepseek_v3.utils.checkpointing.state_dict import flatten
 from deepseek_v3.utils.monitoring import read_metrics
@@ -79,16 +79,16 @@ class TestRun:
     @pytest.fixture
     def spoil(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[Container[int]], None]:
         """Gives the gradient of these steps one number that is infinite."""
-        backward = DataParallel._backward
+        backward = DataParallelEngine._backward
 
         def make(numbers: Container[int]) -> None:
-            def spoiled(engine: DataParallel, batches: Any, step: Step) -> Losses:
+            def spoiled(engine: DataParallelEngine, batches: Any, step: ScheduledStep) -> Losses:
                 losses = backward(engine, batches, step)
                 if step.number in numbers:
                     engine.models[0].model.norm.weight.grad[3] = math.inf
                 return losses
 
-            monkeypatch.setattr(DataParallel, "_backward", spoiled)
+            monkeypatch.setattr(DataParallelEngine, "_backward", spoiled)
 
         return make
 
@@ -108,7 +108,7 @@ class TestRun:
         steps = [record for record in whole if "loss" in record]
         assert [record["skipped_steps"] for record in steps] == [0, 1, 2, 2, 3, 3]
         assert [record["gradient_norm"] is None for record in steps] == [False, True, True, False, True, False]
-        plan = TokenPlan(load_config(config))
+        plan = TrainingSchedule(load_config(config))
         assert [record["learning_rate"] for record in steps] == [plan.step(n).learning_rate for n in range(1, 7)]
         last = load_checkpoint(folder / "checkpoint_step_6.pt")
         assert last["optimizer"]["num_steps"] == 3

@@ -24,7 +24,7 @@ import os, signal, sys, time
 from datetime import timedelta
 from pathlib import Path
 import torch, torch.distributed as dist
-from deepseek_v3.training.signals import StopRequest
+from deepseek_v3.training.signals import GracefulStop
 from deepseek_v3.utils.command_line import run_app
 from deepseek_v3.utils.distributed.launch import World, process_group, select_device
 from deepseek_v3.utils.logging import configure_logging
@@ -41,9 +41,9 @@ def train():
     with (
         process_group(world, select_device("cpu", world), timeout),
         Watchdog(world, timeout, silence=timedelta(seconds=2 if "DIES" in os.environ else 60)) as watchdog,
-        StopRequest(world.size) as stop,
+        GracefulStop(world.size) as stop,
     ):
-        stop.listen()
+        stop.install()
         for step in range(first, last + 1):
             watchdog.step(step)
             total = torch.tensor(world.rank + step)
@@ -54,7 +54,7 @@ def train():
                     os.kill(os.getpid(), signal.SIGKILL)
                 (state / "notify").touch()
             time.sleep(0.02)
-            if stop.agreed() or step == last:
+            if stop.should_stop() or step == last:
                 break
         if world.rank == 0:
             saved.write_text(str(step))

@@ -21,10 +21,10 @@ from deepseek_v3.data.tokens.loader import TokenLoader
 from deepseek_v3.data.tokens.shards import TokenShards
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.evaluation.ngrams import ngram_losses
-from deepseek_v3.model.pretrained import SavedModel, load_model
-from deepseek_v3.training.data import Documents, check_vocabulary
+from deepseek_v3.model.pretrained import LoadedModel, load_model
+from deepseek_v3.training.data import DocumentIds, check_vocabulary
 from deepseek_v3.training.loss import Objective
-from deepseek_v3.training.validation import HeldOutEvaluation, HeldOutLoss, HeldOutWindows, main_losses
+from deepseek_v3.training.validation import ValidationLoss, ValidationWindows, Validator, main_losses
 from deepseek_v3.utils.command_line import integer_option, print_next_steps
 from deepseek_v3.utils.distributed.launch import select_device
 from deepseek_v3.utils.errors import CheckpointError, DataError
@@ -38,7 +38,7 @@ _LARGEST_EXPONENT = math.log(sys.float_info.max)
 class Comparison:
     """Held-out losses in nats per token, all over the same tokens."""
 
-    model: HeldOutLoss
+    model: ValidationLoss
     bigram: float
     unigram: float
 
@@ -53,7 +53,7 @@ class Comparison:
 
 
 def compare_with_ngrams(
-    held_out: HeldOutLoss, shards: TokenShards, config: RunConfig, trained_tokens: int
+    held_out: ValidationLoss, shards: TokenShards, config: RunConfig, trained_tokens: int
 ) -> Comparison:
     """Sets a measured loss beside n-gram models of the first `trained_tokens` tokens in training order.
 
@@ -64,7 +64,7 @@ def compare_with_ngrams(
     trained = min(max(1, trained_tokens // length), loader.num_samples)
     if trained == loader.num_samples:
         loader = TokenLoader(shards, sequence_length=length, shuffle=False)  # the whole epoch, and faster to read
-    measured = HeldOutWindows(shards, length, held_out.windows * length)
+    measured = ValidationWindows(shards, length, held_out.windows * length)
     losses = ngram_losses(
         partial(_blocks, loader, trained),
         measured.blocks,
@@ -74,10 +74,10 @@ def compare_with_ngrams(
     return Comparison(held_out, losses.bigram, losses.unigram)
 
 
-def measure_saved(saved: SavedModel, shards: TokenShards, tokens: int, device: torch.device) -> HeldOutLoss:
+def measure_saved(saved: LoadedModel, shards: TokenShards, tokens: int, device: torch.device) -> ValidationLoss:
     """The loss of a saved model on at most `tokens` held-out tokens, measured as in its training run."""
-    evaluation = HeldOutEvaluation(shards, saved.config, tokens)
-    documents = Documents(shards, saved.config.data.mask_documents)
+    evaluation = Validator(shards, saved.config, tokens)
+    documents = DocumentIds(shards, saved.config.data.mask_documents)
     return evaluation.measure(partial(main_losses, Objective(saved.model), documents), device)
 
 
@@ -113,7 +113,7 @@ def evaluate(
     print_next_steps(["dsv3", "generate", "--checkpoint", checkpoint, "--prompt", "The", *same])
 
 
-def _check_tokenizer(shards: TokenShards, saved: SavedModel, checkpoint: Path) -> None:
+def _check_tokenizer(shards: TokenShards, saved: LoadedModel, checkpoint: Path) -> None:
     """Raises DataError where the ids of the shards do not mean what the model was trained to take them for."""
     if shards.load_tokenizer().to_json() != saved.tokenizer_json:
         known = Tokenizer.from_json(saved.tokenizer_json, f"{checkpoint}: its tokenizer").vocab_size

@@ -80,7 +80,7 @@ def load_released(model: DeepSeekV3, tensors: Mapping[str, Tensor]) -> None:
             first_absent,
             depth,
         )
-        model.keep_predictions(depth)
+        model.keep_mtp_layers(depth)
     if any(tensor.is_meta for tensor in ours.values()):
         model.to_empty(device="cpu")
     copies = _shared_copies(held)

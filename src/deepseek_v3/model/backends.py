@@ -17,7 +17,7 @@ from deepseek_v3.ops.grouped_gemm import fastest_grouped_linear
 from deepseek_v3.utils.errors import ConfigError
 
 
-def choose_back_ends(model: DeepSeekV3, device: torch.device) -> str:
+def choose_backends(model: DeepSeekV3, device: torch.device) -> str:
     """Sets the fastest that suits the device and the model's `compute_dtype`; returns their names for a log."""
     dtype = model.compute_dtype or torch.float32
     config = model.config

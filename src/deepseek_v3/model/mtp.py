@@ -12,7 +12,7 @@ from deepseek_v3.moe.balance import RoutingStats
 from deepseek_v3.ops.layers import Linear, RMSNorm
 
 
-class PredictionLayer(DecoderLayer):
+class MTPLayer(DecoderLayer):
     """The module of one prediction depth: it joins the states of the depth before with the next tokens.
 
     Embedding and head belong to the main model. Names, and the order of the two halves that `eh_proj` meets,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deepseek_v3.config.loading import config_from_dict
 from deepseek_v3.config.train_config import RunConfig
-from deepseek_v3.model.backends import choose_back_ends, compute_dtype
+from deepseek_v3.model.backends import choose_backends, compute_dtype
 from deepseek_v3.model.saved_entries import ModelEntries, check_entries
 from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.utils.checkpointing.checks import (
@@ -34,7 +34,7 @@ FORMAT = 2
 
 
 @dataclass(frozen=True)
-class SavedModel:
+class LoadedModel:
     """A model ready to run, with the config of its run, the text of its tokenizer.json, and how far it trained."""
 
     model: DeepSeekV3
@@ -54,7 +54,7 @@ def model_entries(model: DeepSeekV3, config: RunConfig, tokenizer_json: str) -> 
     }
 
 
-def config_of(state: dict[str, Any], path: Path) -> RunConfig:
+def checkpoint_config(state: dict[str, Any], path: Path) -> RunConfig:
     """The config of the run that wrote a checkpoint. Raises CheckpointError where it is of a later format."""
     if type(state.get("format")) is not int or state["format"] not in range(1, FORMAT + 1):
         raise CheckpointError(
@@ -102,7 +102,7 @@ def split_entries(state: dict[str, Any], path: Path) -> tuple[dict[str, Tensor],
         raise CheckpointError(f"{path}: {error}; {REPAIR}") from None
 
 
-def load_model(path: Path, device: torch.device) -> SavedModel:
+def load_model(path: Path, device: torch.device) -> LoadedModel:
     """Rebuilds the model of a checkpoint on `device`, computing in the format that suits it.
 
     `path` is a checkpoint, or a folder of them: the newest that is undamaged, each passed over logged as a warning.
@@ -115,9 +115,9 @@ def load_model(path: Path, device: torch.device) -> SavedModel:
     return checkpoints.first_usable(checkpoints.newest_first(), partial(_load_model, device=device))[1]
 
 
-def _load_model(path: Path, device: torch.device) -> SavedModel:
+def _load_model(path: Path, device: torch.device) -> LoadedModel:
     state = load_checkpoint(path)
-    config = config_of(state, path)
+    config = checkpoint_config(state, path)
     tensors, plain = split_entries(state, path)
     check_entries(ModelEntries, plain, path)
     if bad := non_finite(state["model"]):
@@ -133,6 +133,6 @@ def _load_model(path: Path, device: torch.device) -> SavedModel:
     )
     model.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()}, assign=True)
     model.compute_dtype = compute_dtype(config.parallel.precision, device)
-    choose_back_ends(model, device)
+    choose_backends(model, device)
     model = model.to(device).eval().requires_grad_(False)
-    return SavedModel(model, config, plain["tokenizer"], plain["step"], plain["tokens"])
+    return LoadedModel(model, config, plain["tokenizer"], plain["step"], plain["tokens"])

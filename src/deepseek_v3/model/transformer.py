@@ -18,7 +18,7 @@ from deepseek_v3.mla.kv_compression import LatentCache
 from deepseek_v3.mla.rotary import rotary_tables
 from deepseek_v3.model.block import DecoderLayer, call_directly
 from deepseek_v3.model.init import initialize
-from deepseek_v3.model.mtp import PredictionLayer
+from deepseek_v3.model.mtp import MTPLayer
 from deepseek_v3.moe.balance import RoutingStats
 from deepseek_v3.ops.layers import Linear, RMSNorm
 
@@ -26,12 +26,12 @@ from deepseek_v3.ops.layers import Linear, RMSNorm
 class HiddenStates(NamedTuple):
     """What training needs of one forward pass.
 
-    `main_BSD` and, for depth k = 1, 2, …, `predictions[k-1]` (B, S-k, D): the states that the shared head
+    `main_BSD` and, for depth k = 1, 2, …, `mtp[k-1]` (B, S-k, D): the states that the shared head
     reads. `routing`: one entry per mixture layer, in the order of `routers_of(model)`.
     """
 
     main_BSD: Tensor
-    predictions: list[Tensor]
+    mtp: list[Tensor]
     routing: list[RoutingStats]
 
 
@@ -44,7 +44,7 @@ class Backbone(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             [DecoderLayer(config, layer) for layer in range(main)]
-            + [PredictionLayer(config, layer) for layer in range(main, main + depth)]
+            + [MTPLayer(config, layer) for layer in range(main, main + depth)]
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -90,22 +90,22 @@ class DeepSeekV3(nn.Module):
         return self.model.norm(x_BSD)
 
     def hidden_states(
-        self, tokens_BS: Tensor, documents_BS: Tensor | None = None, predict: bool = True
+        self, tokens_BS: Tensor, documents_BS: Tensor | None = None, with_mtp: bool = True
     ) -> HiddenStates:
         """The states that the losses of the main model and of every prediction depth read.
 
         `documents_BS` int64 numbers the document of each token; tokens then see only their own document. Without
-        `predict` the prediction layers do not run.
+        `with_mtp` the MTP layers do not run.
         """
         metadata, embedded_BSD = self.attention_metadata(tokens_BS, documents_BS), self.embed(tokens_BS)
         x_BSD, routing = self.run_layers(embedded_BSD, metadata)
         main_BSD = self.model.norm(x_BSD)
-        if not predict:
+        if not with_mtp:
             return HiddenStates(main_BSD, [], routing)
-        predictions, more = self.run_predictions(main_BSD, embedded_BSD, metadata)
+        predictions, more = self.run_mtp(main_BSD, embedded_BSD, metadata)
         return HiddenStates(main_BSD, predictions, routing + more)
 
-    def keep_predictions(self, depth: int) -> None:
+    def keep_mtp_layers(self, depth: int) -> None:
         """Leaves the first `depth` prediction layers and takes the others away."""
         self.config = self.config.model_copy(update={"num_nextn_predict_layers": depth})
         del self.model.layers[self.config.num_hidden_layers + depth :]
@@ -135,7 +135,7 @@ class DeepSeekV3(nn.Module):
             routing += [stats] if stats else []
         return x_BSD, routing
 
-    def run_predictions(
+    def run_mtp(
         self, main_BSD: Tensor, embedded_BSD: Tensor, metadata: AttentionMetadata
     ) -> tuple[list[Tensor], list[RoutingStats]]:
         """The states of every prediction depth, from the main model's and the embeddings of the same tokens."""

@@ -16,12 +16,12 @@ from torch.distributed import ProcessGroup
 
 from deepseek_v3.config.train_config import CheckpointConfig, RunConfig
 from deepseek_v3.data.tokens.shards import TokenShards
-from deepseek_v3.model.pretrained import config_of, model_entries, split_entries
+from deepseek_v3.model.pretrained import checkpoint_config, model_entries, split_entries
 from deepseek_v3.model.saved_entries import RunEntries, check_entries
 from deepseek_v3.training.parallel.engine import Engine
-from deepseek_v3.training.parallel.mesh import Ranks
+from deepseek_v3.training.parallel.mesh import ParallelMesh
 from deepseek_v3.training.resume_rules import ALLOW, check_changes
-from deepseek_v3.training.schedule import TokenPlan
+from deepseek_v3.training.schedule import TrainingSchedule
 from deepseek_v3.utils.checkpointing.checks import (
     SAME_CONFIG_ADVICE,
     TensorInfo,
@@ -45,7 +45,7 @@ _CUDA_RANDOM_BYTES = 16  # a seed and an offset
 _RANDOM = "random."  # what the names of random states begin with, among a checkpoint's tensors
 
 
-class Progress(NamedTuple):
+class RunProgress(NamedTuple):
     """How far a run has come: its last step, how many steps it has skipped, and how many of these came last."""
 
     step: int
@@ -53,7 +53,7 @@ class Progress(NamedTuple):
     skipped_in_a_row: int = 0
 
 
-def run_state(
+def train_state(
     engine: Engine, config: RunConfig, shards: TokenShards, step: int, tokens: int, skipped_in_a_row: int = 0
 ) -> dict[str, Any]:
     """The entries of a checkpoint: the model's own, then progress, optimizer, random state and data identity.
@@ -71,17 +71,17 @@ def run_state(
     }
 
 
-def restore_run(
+def load_train_state(
     path: Path,
     group: ProcessGroup | None,
     engine: Engine,
     config: RunConfig,
-    plan: TokenPlan,
+    plan: TrainingSchedule,
     shards: TokenShards,
     *,
     verify: bool = True,
     allow_changed_data: bool = False,
-) -> Progress:
+) -> RunProgress:
     """Puts a checkpoint's state in place, on all ranks of `group` together, and returns how far its run had come.
 
     `verify=False` skips the checksums of one that has just been verified.
@@ -116,7 +116,7 @@ def restore_run(
         )
     step, taken = plain["step"], plain["optimizer"]["num_steps"]
     engine.loaded(places, taken)
-    return Progress(step, step - taken, plain.get("skipped_in_a_row", 0))
+    return RunProgress(step, step - taken, plain.get("skipped_in_a_row", 0))
 
 
 def _expected(tensors: dict[str, Tensor], found: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
@@ -147,12 +147,12 @@ def _check(
     saved: dict[str, Any],
     path: Path,
     config: RunConfig,
-    plan: TokenPlan,
+    plan: TrainingSchedule,
     shards: TokenShards,
     allow_changed_data: bool,
 ) -> None:
     """Raises CheckpointError where a checkpoint's plain values are not of this run."""
-    before = config_of(saved, path)
+    before = checkpoint_config(saved, path)
     check_entries(RunEntries, saved, path)
     check_changes(before, config, path, allow_changed_data)
     _check_same_steps(saved, plan, path, allow_changed_data)
@@ -176,7 +176,7 @@ def _identity(shards: TokenShards) -> list[str]:
     return [shards.index.tokenizer_sha256, *(shard.sha256 for shard in shards.index.train)]
 
 
-def _check_same_steps(state: dict[str, Any], plan: TokenPlan, path: Path, allow_changed_data: bool) -> None:
+def _check_same_steps(state: dict[str, Any], plan: TrainingSchedule, path: Path, allow_changed_data: bool) -> None:
     """The data goes on where it stopped only if the plan has used as many tokens by this step."""
     step, tokens = state["step"], state["tokens"]
     if step <= plan.total_steps and (tokens == plan.tokens_after(step) or allow_changed_data):
@@ -220,18 +220,18 @@ def _restore_random_state(state: dict[str, Tensor], path: Path) -> None:
         raise CheckpointError(f"{path}: 'random' is no state of a random generator: {reason}; {REPAIR}") from None
 
 
-class RunCheckpoints:
+class CheckpointManager:
     """For a `with` block around the training, at whose end every checkpoint is complete.
 
     All ranks call everything together. Several ranks write a checkpoint while training goes on, one at a time.
     """
 
-    def __init__(self, config: CheckpointConfig, ranks: Ranks) -> None:
+    def __init__(self, config: CheckpointConfig, mesh: ParallelMesh) -> None:
         self.directory = CheckpointDirectory(config.directory, config.keep)
-        self.group = None if ranks.is_alone else checkpoint_group()
-        self._writer = None if ranks.is_alone else ShardedWriter(self.directory, self.group, _tell_saved)
+        self.group = None if mesh.is_alone else checkpoint_group()
+        self._writer = None if mesh.is_alone else ShardedWriter(self.directory, self.group, _tell_saved)
 
-    def __enter__(self) -> RunCheckpoints:
+    def __enter__(self) -> CheckpointManager:
         return self
 
     def __exit__(

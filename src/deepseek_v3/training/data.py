@@ -45,7 +45,7 @@ def open_tokens(config: RunConfig) -> TokenShards:
     return shards
 
 
-def open_tokens_together(config: RunConfig, group: ProcessGroup) -> TokenShards:
+def open_tokens_on_all_ranks(config: RunConfig, group: ProcessGroup) -> TokenShards:
     """The same on all ranks of a job, of which the first one builds what is missing while the others wait."""
     if dist.get_rank(group) == 0:
         run_on_all_ranks(group, lambda: open_tokens(config))
@@ -86,18 +86,18 @@ def token_batches(
             yield map(on_device, batches)
 
 
-def document_numbers(tokens_BS: Tensor, end_of_text: int) -> Tensor:
+def document_ids(tokens_BS: Tensor, end_of_text: int) -> Tensor:
     """Numbers the documents of each packed sequence from 0; end-of-text belongs to the document it ends."""
     ends_BS = (tokens_BS == end_of_text).long()
     return ends_BS.cumsum(1) - ends_BS
 
 
-class Documents:
+class DocumentIds:
     """Says which document each token belongs to, where a run keeps documents apart."""
 
     def __init__(self, shards: TokenShards, masked: bool) -> None:
         self._end_of_text = shards.index.end_of_text if masked else None
 
     def __call__(self, tokens_BX: Tensor) -> Tensor | None:
-        """`document_numbers`; None where all tokens see those before them."""
-        return None if self._end_of_text is None else document_numbers(tokens_BX, self._end_of_text)
+        """`document_ids`; None where all tokens see those before them."""
+        return None if self._end_of_text is None else document_ids(tokens_BX, self._end_of_text)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.counts import count_parameters
-from deepseek_v3.training.schedule import TokenPlan
+from deepseek_v3.training.schedule import TrainingSchedule
 from deepseek_v3.utils.checkpointing.directory import CheckpointDirectory
 from deepseek_v3.utils.errors import PlanError
 from deepseek_v3.utils.logging import get_logger
@@ -60,7 +60,7 @@ def checkpoint_bytes(config: RunConfig) -> int:
 
 def _saves_after(step: int, config: RunConfig) -> int:
     """How many checkpoints a run writes after a step, if no signal stops it."""
-    total, interval = TokenPlan(config).total_steps, config.checkpoint.interval_steps
+    total, interval = TrainingSchedule(config).total_steps, config.checkpoint.interval_steps
     if step >= total:
         return 0
     at_intervals = (total - 1) // interval - step // interval if interval else 0

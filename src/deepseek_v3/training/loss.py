@@ -16,13 +16,13 @@ from deepseek_v3.ops.cross_entropy import IGNORED, linear_cross_entropy
 class Losses(NamedTuple):
     """Losses of one micro-batch, 0-d float32, in nats per token; `counts_LE` int64 loads of each mixture layer.
 
-    `total` = main + λ · prediction + α · balance. `prediction` is the mean over depths, `balance` the sum over
+    `total` = main + λ · mtp + α · balance. `mtp` is the mean over depths, `balance` the sum over
     layers; both are zero, and `counts_LE` has no rows, where the model has no such part.
     """
 
     total: Tensor
     main: Tensor
-    prediction: Tensor
+    mtp: Tensor
     balance: Tensor
     counts_LE: Tensor
 
@@ -37,40 +37,38 @@ class Objective(nn.Module):
     def forward(
         self,
         tokens_BX: Tensor,
-        prediction_weight: float,
+        mtp_weight: float,
         balance_weight: float,
         documents_BX: Tensor | None = None,
-        predict: bool = True,
+        with_mtp: bool = True,
         num_targets: Tensor | int | None = None,
     ) -> Losses:
         """Losses of S inputs and their targets, given as `tokens_BX` int64 with X = S + 1.
 
         `documents_BX` int64 numbers the document of each token: attention and targets then stay inside a document.
-        `num_targets` as in `losses_of`.
+        `num_targets` as in `compute_losses`.
         """
         documents_BS = None if documents_BX is None else documents_BX[:, :-1]
-        states = self.model.hidden_states(tokens_BX[:, :-1], documents_BS, predict)
-        return losses_of(
-            self.model, states, tokens_BX, prediction_weight, balance_weight, documents_BX, num_targets
-        )
+        states = self.model.hidden_states(tokens_BX[:, :-1], documents_BS, with_mtp)
+        return compute_losses(self.model, states, tokens_BX, mtp_weight, balance_weight, documents_BX, num_targets)
 
 
 def training_losses(
     model: DeepSeekV3,
     tokens_BX: Tensor,
-    prediction_weight: float,
+    mtp_weight: float,
     balance_weight: float,
     documents_BX: Tensor | None = None,
 ) -> Losses:
     """As `Objective` makes them."""
-    return Objective(model)(tokens_BX, prediction_weight, balance_weight, documents_BX)
+    return Objective(model)(tokens_BX, mtp_weight, balance_weight, documents_BX)
 
 
-def losses_of(
+def compute_losses(
     model: DeepSeekV3,
     states: HiddenStates,
     tokens_BX: Tensor,
-    prediction_weight: float,
+    mtp_weight: float,
     balance_weight: float,
     documents_BX: Tensor | None = None,
     num_targets: Tensor | int | None = None,
@@ -93,15 +91,15 @@ def losses_of(
 
     main = loss(states.main_BSD, depth=0)
     zero = torch.zeros_like(main)
-    depths = [loss(hidden_BSD, depth) for depth, hidden_BSD in enumerate(states.predictions, start=1)]
-    prediction = torch.stack(depths).mean() if depths else zero
-    balance = sum_of_balance(states.routing, zero)
+    depths = [loss(hidden_BSD, depth) for depth, hidden_BSD in enumerate(states.mtp, start=1)]
+    mtp = torch.stack(depths).mean() if depths else zero
+    balance = sum_balance_losses(states.routing, zero)
     return Losses(
-        total=main + prediction_weight * prediction + balance_weight * balance,
+        total=main + mtp_weight * mtp + balance_weight * balance,
         main=main.detach(),
-        prediction=prediction.detach(),
+        mtp=mtp.detach(),
         balance=balance.detach(),
-        counts_LE=stacked_counts(states.routing, model.config.n_routed_experts, tokens_BX.device),
+        counts_LE=stack_expert_counts(states.routing, model.config.n_routed_experts, tokens_BX.device),
     )
 
 
@@ -119,12 +117,12 @@ def _targets(tokens_BX: Tensor, documents_BX: Tensor | None, depth: int) -> Tens
     return targets_BS.masked_fill(leaves_BS, IGNORED)
 
 
-def sum_of_balance(routing: Sequence[RoutingStats], zero: Tensor) -> Tensor:
+def sum_balance_losses(routing: Sequence[RoutingStats], zero: Tensor) -> Tensor:
     """The balance losses of all these layers together, 0-d; `zero` where there are none."""
     return torch.stack([stats.balance_loss for stats in routing]).sum() if routing else zero
 
 
-def stacked_counts(routing: Sequence[RoutingStats], num_experts: int, device: torch.device) -> Tensor:
+def stack_expert_counts(routing: Sequence[RoutingStats], num_experts: int, device: torch.device) -> Tensor:
     """Loads of these layers' experts: int64 (layers, experts)."""
     counts = [stats.counts_E for stats in routing]
     return torch.stack(counts) if counts else torch.zeros(0, num_experts, dtype=torch.int64, device=device)

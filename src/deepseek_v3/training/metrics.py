@@ -23,8 +23,8 @@ from deepseek_v3.planning.flops import training_flops_per_token
 from deepseek_v3.planning.hardware import peak_bfloat16_flops
 from deepseek_v3.training.loss import Losses
 from deepseek_v3.training.loss_curve import has_losses, plot_losses
-from deepseek_v3.training.schedule import Step, TokenPlan
-from deepseek_v3.training.validation import HeldOutLoss
+from deepseek_v3.training.schedule import ScheduledStep, TrainingSchedule
+from deepseek_v3.training.validation import ValidationLoss
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.files import atomic_write
 from deepseek_v3.utils.logging import get_logger
@@ -37,17 +37,17 @@ from deepseek_v3.utils.monitoring import (
     time_left,
 )
 
-Figures = dict[str, float | list[float]]
+StepMetrics = dict[str, float | list[float]]
 
 
-def step_figures(config: ModelConfig, losses: Losses, gradient_norm: Tensor, biases_LE: Tensor) -> Figures:
+def step_metrics(config: ModelConfig, losses: Losses, gradient_norm: Tensor, biases_LE: Tensor) -> StepMetrics:
     """Losses in nats per token, gradient norm, and for each figure of the experts a list over mixture layers.
 
     `biases_LE` (layers, experts): the routing biases after the step.
     """
     figures = {"loss": losses.main, "gradient_norm": gradient_norm}
     if config.num_nextn_predict_layers:
-        figures["mtp_loss"] = losses.prediction
+        figures["mtp_loss"] = losses.mtp
     if len(biases_LE):
         figures["balance_loss"] = losses.balance
         figures |= {f"experts/{name}": values_L for name, values_L in load_metrics(losses.counts_LE).items()}
@@ -55,9 +55,9 @@ def step_figures(config: ModelConfig, losses: Losses, gradient_norm: Tensor, bia
     return _to_host(figures)
 
 
-def _to_host(figures: Mapping[str, Tensor]) -> Figures:
+def _to_host(figures: Mapping[str, Tensor]) -> StepMetrics:
     values = torch.cat([figure.double().flatten() for figure in figures.values()]).tolist()
-    host: Figures = {}
+    host: StepMetrics = {}
     for name, figure in figures.items():
         own, values = values[: figure.numel()], values[figure.numel() :]
         host[name] = own if figure.ndim else own[0]
@@ -67,10 +67,10 @@ def _to_host(figures: Mapping[str, Tensor]) -> Figures:
 _log = get_logger("Trainer")
 
 
-class Clock:
+class Throughput:
     """Steps and tokens per second since the last reading; time spent inside `paused` does not count."""
 
-    def __init__(self, plan: TokenPlan, step_number: int) -> None:
+    def __init__(self, plan: TrainingSchedule, step_number: int) -> None:
         self._plan, self._step_number = plan, step_number
         self._since = time.perf_counter()
 
@@ -101,7 +101,7 @@ class _Nowhere:
         """Drops it."""
 
 
-class Reporter:
+class MetricsLogger:
     """Reports one run; a context manager that holds the metrics files and the terminal's live display.
 
     `first_step` is the first step to be trained; a resumed run drops metrics from there on. Of the ranks of a job
@@ -111,7 +111,7 @@ class Reporter:
     def __init__(
         self,
         config: RunConfig,
-        plan: TokenPlan,
+        plan: TrainingSchedule,
         device: torch.device,
         compute_dtype: torch.dtype,
         first_step: int,
@@ -127,7 +127,7 @@ class Reporter:
         self._first_step, self._writes = first_step, writes
         self._stack = ExitStack()
 
-    def __enter__(self) -> Reporter:
+    def __enter__(self) -> MetricsLogger:
         logging, done = self._config.logging, self._first_step - 1
         self._announce()
         self._writer: MetricsWriter | _Nowhere = _Nowhere()
@@ -137,13 +137,13 @@ class Reporter:
                 MetricsWriter(logging.directory, logging.tensorboard, resume_step=done or None)
             )
             self._progress = self._stack.enter_context(ProgressDisplay(self._plan.total_steps, done))
-        self.clock = Clock(self._plan, done)
+        self.clock = Throughput(self._plan, done)
         return self
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def report_step(self, step: Step, figures: Figures, skipped: int) -> None:
+    def log_step(self, step: ScheduledStep, figures: StepMetrics, skipped: int) -> None:
         """Logs a step, and how many up to this one were `skipped` because they were not finite."""
         loss, norm = figures["loss"], figures["gradient_norm"]
         assert isinstance(loss, float)
@@ -170,7 +170,7 @@ class Reporter:
         figures_of_step = (step.number, total, loss, step.learning_rate, tokens, steps_per_second)
         _log.info(step_line(*figures_of_step, *fields, total_tokens=self._plan.total_tokens))
 
-    def report_held_out(self, step_number: int, held_out: HeldOutLoss) -> None:
+    def log_validation(self, step_number: int, held_out: ValidationLoss) -> None:
         """Logs a measurement on the hold-out split."""
         record = {"holdout_loss": held_out.loss, "holdout_bits_per_byte": held_out.bits_per_byte}
         self._writer.write(step_number, {"tokens": self._plan.tokens_after(step_number), **record})
@@ -179,7 +179,7 @@ class Reporter:
             f"{held_out.bits_per_byte:.4f} bits per byte"
         )
 
-    def report_end(self, step_number: int, skipped: int) -> None:
+    def log_end(self, step_number: int, skipped: int) -> None:
         """Logs what the whole run trained on, beside its budget; warns where steps were `skipped`."""
         tokens = self._plan.tokens_after(step_number)
         _log.info(

@@ -15,7 +15,7 @@ from deepseek_v3.utils.logging import get_logger
 _GIB = 2**30
 
 
-def check_plan(config: RunConfig, described: Device, force: bool = False) -> None:
+def check_memory(config: RunConfig, described: Device, force: bool = False) -> None:
     """Raises PlanError for a plan that does not fit in the device's memory; with `force` it is only a warning."""
     try:
         refuse_unless_it_fits(config, described)

@@ -24,7 +24,7 @@ _PROBE = "probe"
 
 
 @contextmanager
-def held_folders(
+def lock_run_folders(
     config: RunConfig, group: ProcessGroup | None, resume: str | None = None, force: bool = False
 ) -> Iterator[None]:
     """Holds the folders of checkpoints and of logs; all ranks of `group`, which is gloo, call it.

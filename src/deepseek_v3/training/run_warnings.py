@@ -6,7 +6,7 @@ from deepseek_v3.config.data_config import CorpusConfig
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.tokens.loader import TokenLoader
 from deepseek_v3.data.tokens.shards import TokenShards
-from deepseek_v3.training.schedule import TokenPlan
+from deepseek_v3.training.schedule import TrainingSchedule
 from deepseek_v3.utils.logging import get_logger
 from deepseek_v3.utils.text import format_value
 
@@ -14,7 +14,9 @@ MOST_EPOCHS = 4  # repeated text trains nearly as well as fresh text up to here 
 LEAST_OF_VOCABULARY, PADDING = 0.9, 128  # what padding a vocabulary to a round number leaves unused is less
 
 
-def warn_of_run(config: RunConfig, plan: TokenPlan, loader: TokenLoader, shards: TokenShards) -> None:
+def warn_of_unusual_settings(
+    config: RunConfig, plan: TrainingSchedule, loader: TokenLoader, shards: TokenShards
+) -> None:
     """Logs what is unusual about a run whose tokens are open."""
     found = [_repetition(plan, loader, shards), _warm_up(config, plan), _vocabulary(config, shards)]
     if config.data.corpus is not None:
@@ -24,7 +26,7 @@ def warn_of_run(config: RunConfig, plan: TokenPlan, loader: TokenLoader, shards:
             get_logger("Trainer").warning(warning)
 
 
-def _repetition(plan: TokenPlan, loader: TokenLoader, shards: TokenShards) -> str | None:
+def _repetition(plan: TrainingSchedule, loader: TokenLoader, shards: TokenShards) -> str | None:
     available = loader.num_samples * loader.sequence_length
     epochs = plan.total_tokens / available
     if epochs <= MOST_EPOCHS:
@@ -36,7 +38,7 @@ def _repetition(plan: TokenPlan, loader: TokenLoader, shards: TokenShards) -> st
     )
 
 
-def _warm_up(config: RunConfig, plan: TokenPlan) -> str | None:
+def _warm_up(config: RunConfig, plan: TrainingSchedule) -> str | None:
     steps = config.training.schedule.warmup_steps
     if steps < plan.total_steps:
         return None

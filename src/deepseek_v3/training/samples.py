@@ -17,7 +17,7 @@ from deepseek_v3.utils.logging import get_logger
 _log = get_logger("Samples")
 
 
-def refuse_samples_of_ranks(config: RunConfig, processes: int, by_deepspeed: bool) -> None:
+def check_samples_config(config: RunConfig, processes: int, by_deepspeed: bool) -> None:
     """Raises ConfigError where samples are asked for and one process does not have the whole model to itself."""
     if config.logging.samples and (processes > 1 or by_deepspeed):
         found = "DeepSpeed" if by_deepspeed else f"{processes} processes"
@@ -27,7 +27,7 @@ def refuse_samples_of_ranks(config: RunConfig, processes: int, by_deepspeed: boo
         )
 
 
-class TrainingSamples:
+class SampleWriter:
     """Continues the prompts of a config with the model as it is, and logs them.
 
     Weights, gradients and the random state of the run stay as they are, and a step gives the same bits as without.

@@ -22,18 +22,18 @@ _SECOND_TAIL_RATIO = 7.3e-6 / 2.2e-4
 
 
 @dataclass(frozen=True)
-class Step:
+class ScheduledStep:
     """One optimizer step: its samples, and the values that hold during it."""
 
     number: int  # from 1
     first_sample: int
     num_samples: int
     learning_rate: float
-    prediction_weight: float
+    mtp_weight: float
     bias_update_speed: float
 
 
-class TokenPlan:
+class TrainingSchedule:
     """The run laid out in steps, ending with the first one that reaches the token budget."""
 
     def __init__(self, config: RunConfig) -> None:
@@ -50,22 +50,22 @@ class TokenPlan:
         """Tokens trained on when step `step` has ended; 0 for step 0."""
         return self._borders[step] * self.training.sequence_length
 
-    def step(self, number: int) -> Step:
+    def step(self, number: int) -> ScheduledStep:
         """Step `number`, from 1 to `total_steps`."""
         first, end = self._borders[number - 1], self._borders[number]
         used = first * self.training.sequence_length / self.total_tokens
         prediction, balance = self.training.prediction, self.training.balance
-        return Step(
+        return ScheduledStep(
             number=number,
             first_sample=first,
             num_samples=end - first,
             learning_rate=self.training.optimizer.learning_rate
             * learning_rate_ratio(self.training.schedule, number, used),
-            prediction_weight=prediction.weight if used < prediction.switch_at else prediction.final_weight,
+            mtp_weight=prediction.weight if used < prediction.switch_at else prediction.final_weight,
             bias_update_speed=balance.bias_update_speed if used < balance.bias_update_until else 0.0,
         )
 
-    def micro_batches(self, step: Step, size: int, rank: int = 0, ranks: int = 1) -> list[tuple[int, int]]:
+    def micro_batches(self, step: ScheduledStep, size: int, rank: int = 0, ranks: int = 1) -> list[tuple[int, int]]:
         """First sample and number of samples of each micro-batch of a step, in order.
 
         Of `ranks` ranks each has as many neighbouring samples of the step, which divides evenly.

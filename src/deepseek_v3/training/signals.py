@@ -17,16 +17,18 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _FAILURE = max(signal.valid_signals()) + 1  # in place of a signal's number
 
 
-class StopRequest:
-    """From `listen` to the end of the `with` block, the first SIGINT (Ctrl-C), SIGTERM, SIGUSR1 or SIGHUP (a closed
-    terminal) asks to stop. SIGHUP stays ignored where it is, as under nohup.
+class GracefulStop:
+    """Stops a run between two steps, after a signal, so that it can save a last checkpoint.
 
-    In a process alone a second signal acts at once, except in `saving`, where it waits until the checkpoint is
-    complete. From the last save on only SIGINT acts: nothing is left that another signal could stop.
+    From `install` to the end of the `with` block, the first SIGINT (Ctrl-C), SIGTERM, SIGUSR1 or SIGHUP (the
+    terminal was closed) requests a stop. A SIGHUP that was ignored before, as under nohup, stays ignored.
 
-    Of several ranks each may be asked, and `agreed` tells all of them after the same step. There a second signal
-    changes nothing: launchers pass theirs on to ranks that the terminal has signalled already, and kill those that
-    stay too long.
+    With one process, a second signal acts at once; during `saving` it waits until the checkpoint is complete.
+    After the last checkpoint only SIGINT acts, because no other signal has anything left to stop.
+
+    With several ranks, any of them may receive the signal, and `should_stop` returns true on all ranks after the
+    same step. A second signal then changes nothing: a launcher forwards its signal to ranks that the terminal has
+    signalled already, and kills ranks that stay too long.
     """
 
     def __init__(self, num_ranks: int = 1) -> None:
@@ -42,11 +44,11 @@ class StopRequest:
         """Whether this rank has been asked."""
         return self._asked_by != 0
 
-    def ask_after_failure(self) -> None:
+    def request_after_failure(self) -> None:
         """Asks for the reason that this rank has nothing to go on with; what it is, the caller tells."""
         self._has_failed = True
 
-    def agreed(self) -> bool:
+    def should_stop(self) -> bool:
         """Whether to stop after this step: to be called by every rank, once in each step.
 
         Of several ranks it takes one reduction of a single number on the CPUs, which waits for no GPU.
@@ -71,13 +73,13 @@ class StopRequest:
         if self._waiting:
             self._act(self._waiting)
 
-    def listen(self) -> None:
+    def install(self) -> None:
         """Installs the handlers in place of the ones that were there."""
         outlives_terminal = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
         heard = [number for number in _SIGNALS if number != signal.SIGHUP or not outlives_terminal]
         self._earlier = {number: signal.signal(number, self._ask) for number in heard}
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> GracefulStop:
         return self
 
     def __exit__(

@@ -16,13 +16,13 @@ from deepseek_v3.config.loading import load_config
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.tokens.tokenize_corpus import PYTHON_STDLIB
 from deepseek_v3.training.metrics import plot_run, write_config
-from deepseek_v3.training.parallel.auto_layout import laid_out
+from deepseek_v3.training.parallel.auto_layout import resolve_layout
 from deepseek_v3.training.parallel.deepspeed_config import DeepSpeedFile
-from deepseek_v3.training.parallel.mesh import arrange
-from deepseek_v3.training.preflight import check_plan, describe_device
-from deepseek_v3.training.run_folders import held_folders
-from deepseek_v3.training.samples import refuse_samples_of_ranks
-from deepseek_v3.training.signals import StopRequest
+from deepseek_v3.training.parallel.mesh import build_mesh
+from deepseek_v3.training.preflight import check_memory, describe_device
+from deepseek_v3.training.run_folders import lock_run_folders
+from deepseek_v3.training.samples import check_samples_config
+from deepseek_v3.training.signals import GracefulStop
 from deepseek_v3.training.trainer import Trainer, TrainingResult
 from deepseek_v3.utils.command_line import integer_option, override_options, print_next_steps, run_command
 from deepseek_v3.utils.distributed.collectives import checkpoint_group
@@ -74,7 +74,7 @@ def train(
     place = select_device(device, world)
     limit = timedelta(seconds=timeout)
     group = process_group(world, place, limit, even_alone=deepspeed is not None)
-    with StopRequest(world.size) as stop, group, Watchdog(world, limit) as watchdog:
+    with GracefulStop(world.size) as stop, group, Watchdog(world, limit) as watchdog:
         settings = DeepSpeedFile(deepspeed) if deepspeed else None
         run = load_config(config, overrides, log=True)
         result = train_run(
@@ -121,7 +121,7 @@ def train_run(
     world: World = ALONE,
     watchdog: Watchdog | None = None,
     deepspeed: DeepSpeedFile | None = None,
-    stop: StopRequest | None = None,
+    stop: GracefulStop | None = None,
     *,
     allow_changed_data: bool = False,
 ) -> TrainingResult:
@@ -136,18 +136,18 @@ def train_run(
     if device.type == "cpu":
         _use_granted_cores()
     if deepspeed is None:
-        config = laid_out(config, world.size, described)
+        config = resolve_layout(config, world.size, described)
     else:
         export_environment(world, device)
-        config = deepspeed.laid_out(config, world.size)
-    refuse_samples_of_ranks(config, world.size, deepspeed is not None)
-    check_plan(config, described, force)
-    ranks = arrange(config.parallel, device.type, world.local_size)
+        config = deepspeed.resolve_layout(config, world.size)
+    check_samples_config(config, world.size, deepspeed is not None)
+    check_memory(config, described, force)
+    mesh = build_mesh(config.parallel, device.type, world.local_size)
     group = None if world.is_alone else checkpoint_group()
-    with held_folders(config, group, resume, force):
+    with lock_run_folders(config, group, resume, force):
         step_begins = watchdog.step if watchdog else None
         trainer = Trainer(
-            config, device, resume, ranks, step_begins, deepspeed, allow_changed_data=allow_changed_data
+            config, device, resume, mesh, step_begins, deepspeed, allow_changed_data=allow_changed_data
         )
         if watchdog is not None:
             watchdog.finish_first(trainer.checkpoints.finish)

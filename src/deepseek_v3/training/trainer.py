@@ -18,18 +18,18 @@ from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.tokens.loader import TokenLoader
 from deepseek_v3.data.tokens.shards import TokenShards
 from deepseek_v3.training.anomalies import SkippedSteps
-from deepseek_v3.training.checkpoint import RunCheckpoints, restore_run, run_state
-from deepseek_v3.training.data import Documents, open_tokens, open_tokens_together, token_batches
-from deepseek_v3.training.metrics import Reporter, step_figures
-from deepseek_v3.training.parallel.build import engine_for
+from deepseek_v3.training.checkpoint import CheckpointManager, load_train_state, train_state
+from deepseek_v3.training.data import DocumentIds, open_tokens, open_tokens_on_all_ranks, token_batches
+from deepseek_v3.training.metrics import MetricsLogger, step_metrics
+from deepseek_v3.training.parallel.build import build_engine
 from deepseek_v3.training.parallel.deepspeed_config import DeepSpeedFile
 from deepseek_v3.training.parallel.engine import StepResult
-from deepseek_v3.training.parallel.mesh import Ranks
-from deepseek_v3.training.run_warnings import warn_of_run
-from deepseek_v3.training.samples import TrainingSamples
-from deepseek_v3.training.schedule import Step, TokenPlan
-from deepseek_v3.training.signals import StopRequest
-from deepseek_v3.training.validation import HeldOutEvaluation, HeldOutLoss
+from deepseek_v3.training.parallel.mesh import ParallelMesh
+from deepseek_v3.training.run_warnings import warn_of_unusual_settings
+from deepseek_v3.training.samples import SampleWriter
+from deepseek_v3.training.schedule import ScheduledStep, TrainingSchedule
+from deepseek_v3.training.signals import GracefulStop
+from deepseek_v3.training.validation import ValidationLoss, Validator
 from deepseek_v3.utils.checkpointing.checks import non_finite, non_finite_summary
 from deepseek_v3.utils.checkpointing.state_dict import flatten
 from deepseek_v3.utils.distributed.collectives import run_on_all_ranks
@@ -41,17 +41,17 @@ _BUILDING = timedelta(days=1)  # for tokenizing a large corpus
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """How a run ended: `finished` is false where a signal stopped it; `held_out` is its last measurement."""
+    """How a run ended: `finished` is false where a signal stopped it; `validation` is its last measurement."""
 
     finished: bool
     step: int
     tokens: int
     checkpoint: Path
-    held_out: HeldOutLoss | None
+    validation: ValidationLoss | None
 
 
 class Trainer:
-    """One rank of a run, from its config to its last checkpoint; alone where no `ranks` are given.
+    """One rank of a run, from its config to its last checkpoint; alone where no `mesh` is given.
 
     `step_begins` hears the number of every step. `deepspeed` are the settings where DeepSpeed is to take the steps.
 
@@ -65,66 +65,66 @@ class Trainer:
         config: RunConfig,
         device: torch.device,
         resume: str | None = None,
-        ranks: Ranks | None = None,
+        mesh: ParallelMesh | None = None,
         step_begins: Callable[[int], None] | None = None,
         deepspeed: DeepSpeedFile | None = None,
         *,
         allow_changed_data: bool = False,
     ) -> None:
         self.config, self.device = config, device
-        self.ranks = ranks or Ranks(config.parallel)
+        self.mesh = mesh or ParallelMesh(config.parallel)
         self._step_begins = step_begins
-        self.plan = TokenPlan(config)
-        self.checkpoints = RunCheckpoints(config.checkpoint, self.ranks)
+        self.plan = TrainingSchedule(config)
+        self.checkpoints = CheckpointManager(config.checkpoint, self.mesh)
         start = self.checkpoints.start(resume)
         # For what ranks agree on while a checkpoint is written in the background over the group of checkpoints.
-        self._group = None if self.ranks.is_alone else dist.new_group(backend="gloo")
-        self.shards = open_tokens(config) if self.ranks.is_alone else self._tokens_of_all()
+        self._group = None if self.mesh.is_alone else dist.new_group(backend="gloo")
+        self.shards = open_tokens(config) if self.mesh.is_alone else self._tokens_of_all()
         self.loader = TokenLoader(
             self.shards, sequence_length=config.training.sequence_length, seed=config.training.seed
         )
-        warn_of_run(config, self.plan, self.loader, self.shards)
+        warn_of_unusual_settings(config, self.plan, self.loader, self.shards)
         torch.manual_seed(config.training.seed)
-        self.evaluation = run_on_all_ranks(self._group, self._evaluation)
-        documents = Documents(self.shards, config.data.mask_documents)
-        self.engine = engine_for(config, self.ranks, device, documents, deepspeed)
+        self.validator = run_on_all_ranks(self._group, self._make_validator)
+        documents = DocumentIds(self.shards, config.data.mask_documents)
+        self.engine = build_engine(config, self.mesh, device, documents, deepspeed)
         self._steps_done = 0
         samples = config.logging.samples
         self._samples = (
-            TrainingSamples(samples, self.engine.models[0], self.shards.load_tokenizer()) if samples else None
+            SampleWriter(samples, self.engine.models[0], self.shards.load_tokenizer()) if samples else None
         )
         self.skipped = SkippedSteps(config.training.max_skipped_steps)
         self._checkpoint: Path | None = None
-        self._held_out: HeldOutLoss | None = None
+        self._validation: ValidationLoss | None = None
         self._failure: DataError | None = None
         if start is not None:
             self._restore(start, str(resume), allow_changed_data)
 
     def _tokens_of_all(self) -> TokenShards:
         """The tokens, which one rank may have to build first, for hours if need be."""
-        return open_tokens_together(self.config, dist.new_group(backend="gloo", timeout=_BUILDING))
+        return open_tokens_on_all_ranks(self.config, dist.new_group(backend="gloo", timeout=_BUILDING))
 
-    def _evaluation(self) -> HeldOutEvaluation:
-        share = (self.ranks.data_rank, self.ranks.parallel.data_ranks)
-        return HeldOutEvaluation(self.shards, self.config, self.config.training.evaluation.tokens, *share)
+    def _make_validator(self) -> Validator:
+        share = (self.mesh.data_rank, self.mesh.parallel.data_ranks)
+        return Validator(self.shards, self.config, self.config.training.evaluation.tokens, *share)
 
     def batches(self) -> Generator[Iterator[Tensor]]:
         """The micro-batches of each step from the next one on, as `run_step` of the engine takes them."""
         return token_batches(lambda samples: self.loader.batch(*samples), self._micro_batches(), self.device)
 
-    def run(self, stop: StopRequest | None = None) -> TrainingResult:
+    def run(self, stop: GracefulStop | None = None) -> TrainingResult:
         """Trains to the end of the token budget, or until a signal asks to stop; either way saves last.
 
         Signals are given back when the last checkpoint is complete, or, with a `stop` of the caller, by the caller.
         """
         if stop is None:
-            with StopRequest(self.ranks.size) as own:
+            with GracefulStop(self.mesh.size) as own:
                 return self.run(own)
         batches = self.batches()
         dtype = self.engine.models[0].compute_dtype or torch.float32
-        writes = self.ranks.rank == 0
-        reporter = Reporter(self.config, self.plan, self.device, dtype, self._steps_done + 1, writes)
-        stop.listen()
+        writes = self.mesh.rank == 0
+        reporter = MetricsLogger(self.config, self.plan, self.device, dtype, self._steps_done + 1, writes)
+        stop.install()
         with self.checkpoints, closing(batches), reporter:
             stopping = False
             tokens = run_on_all_ranks(self._group, lambda: next(batches, None))
@@ -136,22 +136,22 @@ class Trainer:
                 result = self._train_step(step, tokens)
                 self._steps_done = step.number
                 tokens = self._next(batches, stop)
-                stopping = stop.agreed()
+                stopping = stop.should_stop()
                 self._after_step(step, result, reporter, stop, stopping)
                 stopping = stopping or self._failure is not None
             if self._steps_done == self.plan.total_steps and self._failure is None:
-                reporter.report_end(self._steps_done, self.skipped.total)
+                reporter.log_end(self._steps_done, self.skipped.total)
         if stopping:
             run_on_all_ranks(self._group, self._raise_failure)
         return self._result()
 
-    def _next(self, batches: Iterator[Iterator[Tensor]], stop: StopRequest) -> Iterator[Tensor] | None:
+    def _next(self, batches: Iterator[Iterator[Tensor]], stop: GracefulStop) -> Iterator[Tensor] | None:
         """The tokens of the next step; None at the end of the run, and, having asked to stop, if they are lost."""
         try:
             return next(batches, None)
         except DataError as error:
             self._failure = error
-            stop.ask_after_failure()
+            stop.request_after_failure()
             return None
 
     def _raise_failure(self) -> None:
@@ -161,12 +161,12 @@ class Trainer:
                 "on with --resume latest when the tokens are there again"
             )
 
-    def _train_step(self, step: Step, batches: Iterator[Tensor]) -> StepResult:
+    def _train_step(self, step: ScheduledStep, batches: Iterator[Tensor]) -> StepResult:
         """One optimizer step, which waits for nothing."""
         return self.engine.run_step(batches, step)
 
     def _after_step(
-        self, step: Step, result: StepResult, reporter: Reporter, stop: StopRequest, stopping: bool
+        self, step: ScheduledStep, result: StepResult, reporter: MetricsLogger, stop: GracefulStop, stopping: bool
     ) -> None:
         """Measures, reports and saves where any of it is due; what is saved has been seen to be finite."""
         config, number = self.config, step.number
@@ -189,32 +189,32 @@ class Trainer:
                 with stop.saving(last or stopping):
                     self._checkpoint = self.checkpoints.save(number, state)
 
-    def _report(self, step: Step, result: StepResult, reporter: Reporter) -> None:
+    def _report(self, step: ScheduledStep, result: StepResult, reporter: MetricsLogger) -> None:
         self.skipped.read()
-        figures = step_figures(self.config.model, result.losses, result.norm, self.engine.biases())
-        reporter.report_step(step, figures, self.skipped.total)
+        figures = step_metrics(self.config.model, result.losses, result.norm, self.engine.routing_biases())
+        reporter.log_step(step, figures, self.skipped.total)
 
-    def _measure(self, number: int, reporter: Reporter) -> None:
+    def _measure(self, number: int, reporter: MetricsLogger) -> None:
         """The held-out loss; a split that cannot be read ends the run, on all ranks together, once it is saved."""
         try:
-            self._held_out = self.evaluation.measure(
-                self.engine.main_losses, self.device, self.ranks.summed, self._group
+            self._validation = self.validator.measure(
+                self.engine.main_losses, self.device, self.mesh.sum_over_ranks, self._group
             )
         except DataError as error:
             self._failure = error
         else:
-            reporter.report_held_out(number, self._held_out)
-            if not math.isfinite(self._held_out.loss):
+            reporter.log_validation(number, self._validation)
+            if not math.isfinite(self._validation.loss):
                 self._finite_state(number)  # raises its own error if the weights are to blame
                 raise TrainingError(
-                    f"held-out loss after step {number}: {self._held_out.loss}, with weights that are finite. "
+                    f"held-out loss after step {number}: {self._validation.loss}, with weights that are finite. "
                     f"{self._what_stands()}"
                 )
 
     def _finite_state(self, number: int) -> dict[str, Any]:
         """What a checkpoint of step `number` holds. Raises TrainingError on all ranks unless it is finite."""
         tokens = self.plan.tokens_after(number)
-        state = run_state(self.engine, self.config, self.shards, number, tokens, self.skipped.in_a_row)
+        state = train_state(self.engine, self.config, self.shards, number, tokens, self.skipped.in_a_row)
         bad = non_finite(flatten(state)[0], self._group)
         if bad:
             raise TrainingError(f"step {number}: after the update {non_finite_summary(bad)}. {self._what_stands()}")
@@ -231,11 +231,11 @@ class Trainer:
         parallel = self.config.parallel
         for number in range(self._steps_done + 1, self.plan.total_steps + 1):
             yield self.plan.micro_batches(
-                self.plan.step(number), parallel.micro_batch_size, self.ranks.data_rank, parallel.data_ranks
+                self.plan.step(number), parallel.micro_batch_size, self.mesh.data_rank, parallel.data_ranks
             )
 
     def _restore(self, path: Path, resume: str, allow_changed_data: bool) -> None:
-        self._steps_done, *skipped = restore_run(
+        self._steps_done, *skipped = load_train_state(
             path,
             self.checkpoints.group,
             self.engine,
@@ -265,7 +265,7 @@ class Trainer:
             step=self._steps_done,
             tokens=self.plan.tokens_after(min(self._steps_done, self.plan.total_steps)),
             checkpoint=self._checkpoint,
-            held_out=self._held_out,
+            validation=self._validation,
         )
 
 

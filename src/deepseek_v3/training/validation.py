@@ -16,7 +16,7 @@ from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.arrays import Float64Array, Int64Array
 from deepseek_v3.data.tokens.loader import TokenLoader, draw_windows
 from deepseek_v3.data.tokens.shards import TokenShards
-from deepseek_v3.training.data import Documents, token_batches
+from deepseek_v3.training.data import DocumentIds, token_batches
 from deepseek_v3.training.loss import Objective
 from deepseek_v3.utils.errors import DataError
 
@@ -26,7 +26,7 @@ Batch = Int64Array  # numbers of windows
 
 
 @dataclass(frozen=True)
-class HeldOutLoss:
+class ValidationLoss:
     """`loss` in nats per token over `tokens` target tokens, which stand for `num_bytes` bytes of UTF-8 text.
 
     `windows`: how many windows of the hold-out split these tokens stand in.
@@ -47,7 +47,7 @@ class HeldOutLoss:
         return loss / math.log(2) * self.tokens / self.num_bytes if self.num_bytes else math.nan
 
 
-class HeldOutWindows:
+class ValidationWindows:
     """The windows of the hold-out split that are measured: `max_tokens` tokens at most, and at least one window.
 
     They are drawn from the whole split by `draw_windows`, so they are the same for every run, rank, batch size and
@@ -100,8 +100,8 @@ class HeldOutWindows:
         return lengths * (shards.num_bytes("holdout") / spelled if spelled else 1.0)
 
 
-class HeldOutEvaluation:
-    """Measures the main model's loss on `HeldOutWindows`.
+class Validator:
+    """Measures the main model's loss on `ValidationWindows`.
 
     Of `ranks` ranks each takes every `ranks`-th batch, from the one numbered `rank` on.
     """
@@ -110,7 +110,7 @@ class HeldOutEvaluation:
         self, shards: TokenShards, config: RunConfig, max_tokens: int, rank: int = 0, ranks: int = 1
     ) -> None:
         length = config.training.sequence_length
-        self.windows = HeldOutWindows(shards, length, max_tokens, config.data.mask_documents)
+        self.windows = ValidationWindows(shards, length, max_tokens, config.data.mask_documents)
         self._length = length
         self._num_bytes = self.windows.num_bytes()
         batches = list(_batches(self.windows.numbers, config.parallel.micro_batch_size))
@@ -127,7 +127,7 @@ class HeldOutEvaluation:
         device: torch.device,
         summed: Callable[[Tensor], Tensor] = lambda values: values,
         group: ProcessGroup | None = None,
-    ) -> HeldOutLoss:
+    ) -> ValidationLoss:
         """Runs the model over the windows; nothing of the model changes.
 
         `main_losses` gives the summed loss of each of some batches of tokens over the number of their positions,
@@ -144,7 +144,7 @@ class HeldOutEvaluation:
             total += (losses * losses.new_tensor(list(islice(weights, len(losses))))).sum()
         windows = self.windows
         loss = summed(total).item() * self._length / windows.num_targets
-        return HeldOutLoss(loss, windows.num_targets, self._num_bytes, len(windows.numbers))
+        return ValidationLoss(loss, windows.num_targets, self._num_bytes, len(windows.numbers))
 
 
 def _batches(windows: Batch, size: int) -> Iterator[tuple[Batch, int]]:
@@ -160,7 +160,7 @@ def _batches(windows: Batch, size: int) -> Iterator[tuple[Batch, int]]:
 
 
 @torch.no_grad()
-def main_losses(objective: Objective, documents: Documents, batches: Iterable[Tensor]) -> Tensor:
+def main_losses(objective: Objective, documents: DocumentIds, batches: Iterable[Tensor]) -> Tensor:
     """The main model's summed loss on each micro-batch over the number of its positions: float32 [batches]."""
     return torch.stack(
         [
@@ -169,7 +169,7 @@ def main_losses(objective: Objective, documents: Documents, batches: Iterable[Te
                 0.0,
                 0.0,
                 documents(tokens_BX),
-                predict=False,
+                with_mtp=False,
                 num_targets=tokens_BX[:, 1:].numel(),
             ).main
             for tokens_BX in batches

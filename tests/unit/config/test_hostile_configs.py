@@ -24,7 +24,7 @@ from deepseek_v3.planning.hardware import device_named, load_device
 from deepseek_v3.planning.memory_check import refuse_unless_it_fits
 from deepseek_v3.planning.token_budget import planned_steps
 from deepseek_v3.training.parallel.deepspeed_config import DeepSpeedFile
-from deepseek_v3.training.schedule import TokenPlan
+from deepseek_v3.training.schedule import TrainingSchedule
 from deepseek_v3.utils.errors import ConfigError, PlanError, translate_os_errors
 from deepseek_v3.utils.files import atomic_write
 from helpers import ROOT
@@ -233,7 +233,7 @@ def test_every_count_of_any_size_is_planned_or_refused(tmp_path: Path) -> None:
             try:
                 config = load_config(path, [f"{field}={value}"])
                 counts_of(config)
-                TokenPlan(config).step(planned_steps(config))
+                TrainingSchedule(config).step(planned_steps(config))
                 refuse_unless_it_fits(config, device)
                 planned += 1
             except (ConfigError, PlanError):

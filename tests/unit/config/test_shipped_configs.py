@@ -22,7 +22,7 @@ from deepseek_v3.planning.counts import (
 from deepseek_v3.planning.flops import flops_per_token, forward_parts, prediction_parts
 from deepseek_v3.planning.hardware import device_named
 from deepseek_v3.planning.layout_search import measure_layout
-from deepseek_v3.training.schedule import TokenPlan
+from deepseek_v3.training.schedule import TrainingSchedule
 from helpers import ROOT
 
 PAGE = (ROOT / "docs" / "CONFIGURATIONS.md").read_text(encoding="utf-8")
@@ -51,7 +51,7 @@ def _header(size: str) -> list[str]:
 
 def _law(config: RunConfig, factor: float, power: float) -> float:
     """A law of DeepSeek LLM (arXiv:2401.02954, eq. 1) at this run's compute, 6 × active × tokens."""
-    return factor * (6 * count_active_parameters(config.model) * TokenPlan(config).total_tokens) ** power
+    return factor * (6 * count_active_parameters(config.model) * TrainingSchedule(config).total_tokens) ** power
 
 
 def test_these_are_all() -> None:
@@ -62,7 +62,7 @@ def test_these_are_all() -> None:
 @pytest.mark.parametrize("size", ALL)
 def test_the_header_states_the_counts_and_the_budget(size: str) -> None:
     config = load_config(_path(size))
-    counts, plan = count_parameters(config.model), TokenPlan(config)
+    counts, plan = count_parameters(config.model), TrainingSchedule(config)
     active, step = count_active_parameters(config.model), plan.tokens_after(1)
     assert config.model.num_nextn_predict_layers == 1
     assert _header(size)[-2:] == [
@@ -77,7 +77,7 @@ def test_the_header_states_the_counts_and_the_budget(size: str) -> None:
 def test_size_and_recipe(size: str) -> None:
     total, active, tokens, batch, steps = SIZES[size]
     config = load_config(_path(size))
-    plan = TokenPlan(config)
+    plan = TrainingSchedule(config)
     assert count_parameters(config.model).total == pytest.approx(total, rel=1e-5 if size == "base" else 0.05)
     assert count_active_parameters(config.model) == pytest.approx(active * 1e9, rel=5e-3)
     assert plan.total_tokens == 20 * count_active_parameters(config.model) == pytest.approx(tokens * 1e9, rel=5e-3)
@@ -90,7 +90,9 @@ def test_learning_rate_follows_the_law_and_warmup_takes_a_twentieth_at_most(size
     config = load_config(_path(size))
     rate = config.training.optimizer.learning_rate
     assert rate == (pytest.approx(_law(config, 0.3118, -0.125), rel=0.03) if size != "base" else 2.2e-4)
-    assert config.training.schedule.warmup_steps <= min(2000, 0.053 * TokenPlan(config).total_steps)  # 5%, rounded
+    assert config.training.schedule.warmup_steps <= min(
+        2000, 0.053 * TrainingSchedule(config).total_steps
+    )  # 5%, rounded
 
 
 # tiny is exempt: its widths suit a laptop, and no FP8 or tensor-core tile ever meets them.
@@ -152,7 +154,7 @@ def test_the_header_of_base_gives_the_run_of_the_report() -> None:
     overrides = re.findall(r"--set (\S+)", " ".join(_header("base")))
     assert all(f"--set {override}" in PAGE for override in overrides)
     config = load_config(_path("base"), overrides)
-    training, plan = config.training, TokenPlan(config)
+    training, plan = config.training, TrainingSchedule(config)
     assert training.deliberate_overtraining
     assert plan.total_tokens == 14_800_000_000_000
     assert round(plan.total_tokens / count_active_parameters(config.model)) == 404
@@ -207,7 +209,7 @@ def parts_row(size: str, config: RunConfig) -> str:
 
 
 def recipe_row(size: str, config: RunConfig) -> str:
-    plan, training = TokenPlan(config), config.training
+    plan, training = TrainingSchedule(config), config.training
     warmup = training.schedule.warmup_steps
     return _row(
         size,
@@ -276,7 +278,7 @@ def sheet_row(size: str) -> str:
         f"{SHEET[size] * 1e9 / total:.0%}",
         _billions(active),
         f"{active / total:.0%}",
-        _billions(TokenPlan(config).total_tokens),
+        _billions(TrainingSchedule(config).total_tokens),
     )
 
 

@@ -227,7 +227,7 @@ def test_prediction_layers_that_are_not_there_are_left_out(
     warning = f"hold {held} of the {depth} prediction layers of the config, nothing of model.layers.{3 + held}"
     assert warning in caplog.text
     tokens_BS = random_tokens(source.config, 1, 6)
-    assert len(model.hidden_states(tokens_BS).predictions) == held
+    assert len(model.hidden_states(tokens_BS).mtp) == held
     assert torch.equal(model(tokens_BS), source(tokens_BS))
 
 

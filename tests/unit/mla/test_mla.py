@@ -222,9 +222,9 @@ def test_a_documents_mask_equals_running_the_documents_separately() -> None:
     tokens_BS = random_tokens(config, batch_size=1, length=sum(lengths))
     documents_BS = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None]
 
-    together_BSD = model.hidden_states(tokens_BS, documents_BS, predict=False).main_BSD
+    together_BSD = model.hidden_states(tokens_BS, documents_BS, with_mtp=False).main_BSD
 
-    parts = [model.hidden_states(part_BS, predict=False).main_BSD for part_BS in tokens_BS.split(lengths, dim=1)]
+    parts = [model.hidden_states(part_BS, with_mtp=False).main_BSD for part_BS in tokens_BS.split(lengths, dim=1)]
     # Angles are float32 and differ by where a document starts; attention sees only their differences.
     assert largest_difference(together_BSD, torch.cat(parts, dim=1)) < 1e-5
 

@@ -59,12 +59,12 @@ def test_prediction_is_the_papers_equations(depth: int) -> None:
 
     states = model.hidden_states(tokens_BS)
 
-    assert [tuple(h_BSD.shape) for h_BSD in states.predictions] == [(2, 7 - k, 40) for k in range(1, depth + 1)]
+    assert [tuple(h_BSD.shape) for h_BSD in states.mtp] == [(2, 7 - k, 40) for k in range(1, depth + 1)]
     for b, tokens_S in enumerate(tokens_BS):
         expected_SD = states.main_BSD[b]
         for k in range(1, depth + 1):
             expected_SD = equations_21_and_22(model, tokens_S, expected_SD, k)
-            assert largest_difference(states.predictions[k - 1][b], expected_SD) < EXACT
+            assert largest_difference(states.mtp[k - 1][b], expected_SD) < EXACT
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -76,14 +76,14 @@ def test_the_prediction_loss_is_equations_23_to_25(depth: int) -> None:
     tokens_BX = random_tokens(config, 2, 8)
     length, weight = 7, 0.3
 
-    losses = training_losses(model, tokens_BX, prediction_weight=weight, balance_weight=0.0)
+    losses = training_losses(model, tokens_BX, mtp_weight=weight, balance_weight=0.0)
 
     states = model.hidden_states(tokens_BX[:, :-1])
     expected = 0.0
     for b, tokens_X in enumerate(tokens_BX.tolist()):
         for k in range(1, depth + 1):
             for i in range(2 + k, length + 2):  # eq. 24
-                state_D = states.predictions[k - 1][b, i - k - 1 - 1]
+                state_D = states.mtp[k - 1][b, i - k - 1 - 1]
                 probabilities_V = (model.lm_head.weight @ state_D).softmax(-1)  # eq. 23, P_i^k
                 expected -= probabilities_V[tokens_X[i - 1]].log().item() / length
     expected *= weight / depth / len(tokens_BX)  # eq. 25, and the mean over the batch
@@ -95,7 +95,7 @@ def test_each_depth_sees_the_tokens_up_to_its_own_and_no_further() -> None:
     model = small_model(config, torch.float64)
     tokens_BS = torch.arange(7)[None]
     states = model.hidden_states(tokens_BS)
-    for k, hidden_BSD in enumerate(states.predictions, start=1):
+    for k, hidden_BSD in enumerate(states.mtp, start=1):
         (gradient_VD,) = torch.autograd.grad(
             hidden_BSD[0, 2].sum(), model.model.embed_tokens.weight, retain_graph=True
         )
@@ -130,7 +130,7 @@ def test_the_prediction_loss_teaches_embedding_head_and_main_layers() -> None:
     config = small_config(num_nextn_predict_layers=1)
     model = small_model(config)
     tokens_BS = random_tokens(config, 2, 9)
-    hidden_BSD = model.hidden_states(tokens_BS).predictions[0]
+    hidden_BSD = model.hidden_states(tokens_BS).mtp[0]
     logits_BSV = F.linear(hidden_BSD, model.head_weight_VD)
 
     F.cross_entropy(logits_BSV[:, :-1].flatten(0, 1), tokens_BS[:, 2:].flatten()).backward()
@@ -157,9 +157,9 @@ def test_without_prediction_only_the_main_model_runs() -> None:
     config = small_config(num_nextn_predict_layers=1)
     model = small_model(config)
     tokens_BS = random_tokens(config, 2, 6)
-    whole, main = model.hidden_states(tokens_BS), model.hidden_states(tokens_BS, predict=False)
+    whole, main = model.hidden_states(tokens_BS), model.hidden_states(tokens_BS, with_mtp=False)
     assert torch.equal(main.main_BSD, whole.main_BSD)
-    assert main.predictions == []
+    assert main.mtp == []
     assert len(main.routing) == len(whole.routing) - 1
     logits_BSV = model(tokens_BS)
     assert torch.equal(logits_BSV, F.linear(whole.main_BSD, model.lm_head.weight))
@@ -173,10 +173,10 @@ def test_a_documents_mask_holds_for_prediction_too() -> None:
     tokens_BS = random_tokens(config, 1, 11)
     documents_BS = torch.tensor([[0] * 5 + [1] * 6])
 
-    together_BSD = model.hidden_states(tokens_BS, documents_BS).predictions[0]
+    together_BSD = model.hidden_states(tokens_BS, documents_BS).mtp[0]
 
-    first_BSD = model.hidden_states(tokens_BS[:, :5]).predictions[0]
-    second_BSD = model.hidden_states(tokens_BS[:, 5:]).predictions[0]
+    first_BSD = model.hidden_states(tokens_BS[:, :5]).mtp[0]
+    second_BSD = model.hidden_states(tokens_BS[:, 5:]).mtp[0]
     # Angles are float32 and differ by where a document starts; attention sees only their differences.
     assert largest_difference(together_BSD[:, :4], first_BSD) < 1e-5
     assert largest_difference(together_BSD[:, 5:], second_BSD) < 1e-5
@@ -209,7 +209,7 @@ def test_states_and_every_gradient_agree_with_transformers(changes: dict[str, ob
     load_released(ours, released(theirs.state_dict(), their_layer.state_dict()))
     tokens_BS = random_tokens(config, 2, 13)
 
-    found_BSD = ours.hidden_states(tokens_BS).predictions[0]
+    found_BSD = ours.hidden_states(tokens_BS).mtp[0]
 
     embedded_BSD = theirs.model.embed_tokens(tokens_BS[:, 1:])
     later_BS = torch.arange(1, 13)[None]  # theirs counts from the token it is given; only differences matter

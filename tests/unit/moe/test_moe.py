@@ -412,7 +412,7 @@ def loads_and_gradients(run_layer: Callable[..., Any] | None) -> tuple[Tensor, l
     if run_layer is not None:
         model.run_layer = run_layer
     states = model.hidden_states(random_tokens(config, 2, 12))
-    loss = states.main_BSD.square().mean() + states.predictions[0].square().mean()
+    loss = states.main_BSD.square().mean() + states.mtp[0].square().mean()
     gradients = torch.autograd.grad(
         loss + sum(stats.balance_loss for stats in states.routing), list(model.model.parameters())
     )

@@ -15,7 +15,7 @@ from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.mla.attention import AttentionMetadata
 from deepseek_v3.mla.rotary import rotary_tables
 from deepseek_v3.model.block import DecoderLayer
-from deepseek_v3.model.mtp import PredictionLayer
+from deepseek_v3.model.mtp import MTPLayer
 from deepseek_v3.planning.activations import saved_bytes
 from deepseek_v3.planning.execution import Execution, LayerKind
 from helpers.models import fill_with_noise, small_config
@@ -66,7 +66,7 @@ def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
 
 def _layer(model: ModelConfig, kind: LayerKind) -> DecoderLayer:
     if kind == "prediction":
-        return PredictionLayer(model, model.num_hidden_layers)
+        return MTPLayer(model, model.num_hidden_layers)
     return DecoderLayer(model, 0 if kind == "dense" else model.first_k_dense_replace)
 
 

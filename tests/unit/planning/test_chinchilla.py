@@ -12,7 +12,7 @@ from deepseek_v3.config.loading import load_config
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.chinchilla import Verdict, check_compliance, shown_ratio
 from deepseek_v3.planning.counts import count_active_parameters
-from deepseek_v3.training.schedule import TokenPlan
+from deepseek_v3.training.schedule import TrainingSchedule
 from helpers import ROOT
 from helpers.runs import run_fields
 
@@ -95,7 +95,7 @@ def test_the_shown_ratio_is_never_on_a_bound_that_it_is_not(active: int, excess:
 def test_every_shipped_size_complies_and_plans_the_steps_that_training_takes(path: Path) -> None:
     config = load_config(path)
     result = check_compliance(path.stem, config)
-    plan = TokenPlan(config)
+    plan = TrainingSchedule(config)
     assert result.verdict is Verdict.COMPLIES
     assert 20 <= result.actual_ratio <= 26
     assert result.total_tokens == plan.total_tokens

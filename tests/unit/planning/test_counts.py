@@ -159,7 +159,7 @@ def test_a_tied_matrix_is_active_once() -> None:
 
 def _run_forward(model: DeepSeekV3, tokens_BS: Tensor) -> Tensor:
     states = model.hidden_states(tokens_BS)
-    return torch.stack([model.logits(hidden).sum() for hidden in (states.main_BSD, *states.predictions)]).sum()
+    return torch.stack([model.logits(hidden).sum() for hidden in (states.main_BSD, *states.mtp)]).sum()
 
 
 def _products(model: DeepSeekV3, tokens_BS: Tensor, backward: bool) -> Counter[str]:

@@ -29,8 +29,8 @@ from deepseek_v3.planning.pipeline_split import pipeline_stages
 from deepseek_v3.planning.step_time import estimate_step
 from deepseek_v3.training.loss import Objective, training_losses
 from deepseek_v3.training.optimizer import AdamW
-from deepseek_v3.training.parallel.mesh import Ranks
-from deepseek_v3.training.parallel.parallelize import prepare
+from deepseek_v3.training.parallel.mesh import ParallelMesh
+from deepseek_v3.training.parallel.parallelize import build_model
 from helpers import ROOT
 from helpers.runs import run_fields
 
@@ -393,7 +393,7 @@ def test_a_step_leaves_weights_gradients_and_moments_of_the_estimated_size(momen
 
 
 def _prepared(config: RunConfig) -> DeepSeekV3:
-    return prepare(config, torch.device("cpu"), Ranks(config.parallel), Objective).model
+    return build_model(config, torch.device("cpu"), ParallelMesh(config.parallel), Objective).model
 
 
 def _backward(model: DeepSeekV3, config: RunConfig) -> None:

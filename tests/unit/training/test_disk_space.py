@@ -14,7 +14,7 @@ import torch.distributed as dist
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.training.disk_space import check_disk, checkpoint_bytes
-from deepseek_v3.training.run_folders import held_folders
+from deepseek_v3.training.run_folders import lock_run_folders
 from deepseek_v3.utils.distributed.collectives import checkpoint_group
 from deepseek_v3.utils.errors import CheckpointError, PlanError
 from helpers.rank_pool import RankPool
@@ -129,7 +129,7 @@ def start_without_room(path: Path) -> str:
     with (
         patch.object(shutil, "disk_usage", lambda _: full),
         pytest.raises(PlanError) as error,
-        held_folders(load_config(path), checkpoint_group()),
+        lock_run_folders(load_config(path), checkpoint_group()),
     ):
         pass
     return str(error.value)
@@ -145,7 +145,7 @@ def start_on_disks_of_their_own(path: Path) -> str:
     try:
         with (
             pytest.raises(CheckpointError) as error,
-            held_folders(config.model_copy(update={"checkpoint": checkpoint}), checkpoint_group()),
+            lock_run_folders(config.model_copy(update={"checkpoint": checkpoint}), checkpoint_group()),
         ):
             pass
     finally:

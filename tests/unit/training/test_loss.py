@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from deepseek_v3.moe.balance import routers_of
-from deepseek_v3.training.data import document_numbers
+from deepseek_v3.training.data import document_ids
 from deepseek_v3.training.loss import Objective, count_targets, training_losses
 from helpers.models import random_tokens, small_config, small_model
 
@@ -15,7 +15,7 @@ def test_total_is_the_sum_of_main_prediction_and_balance(depth: int) -> None:
     config = small_config(num_nextn_predict_layers=depth)
     model = small_model(config, torch.float64)
     tokens = random_tokens(config, 2, 12)
-    losses = training_losses(model, tokens, prediction_weight=0.3, balance_weight=0.05)
+    losses = training_losses(model, tokens, mtp_weight=0.3, balance_weight=0.05)
 
     states = model.hidden_states(tokens[:, :-1])
     num_tokens = 2 * 11
@@ -27,7 +27,7 @@ def test_total_is_the_sum_of_main_prediction_and_balance(depth: int) -> None:
     main = cross_entropy_sum(states.main_BSD, tokens[:, 1:]) / num_tokens
     torch.testing.assert_close(losses.main, main)
     expected = main + 0.05 * sum(stats.balance_loss for stats in states.routing)
-    for k, hidden in enumerate(states.predictions, start=1):
+    for k, hidden in enumerate(states.mtp, start=1):
         expected = expected + 0.3 / depth * cross_entropy_sum(hidden, tokens[:, 1 + k :]) / num_tokens
     torch.testing.assert_close(losses.total, expected)
     assert losses.counts_LE.shape == (len(routers_of(model)), config.n_routed_experts)
@@ -85,7 +85,7 @@ def losses_of_separate_documents(model: torch.nn.Module, tokens_BX: torch.Tensor
                 continue
             # Tokens behind the document reach no state that has a target in it.
             states = model.hidden_states(torch.nn.functional.pad(document, (0, depths))[None])
-            for depth, hidden_BSD in enumerate([states.main_BSD, *states.predictions]):
+            for depth, hidden_BSD in enumerate([states.main_BSD, *states.mtp]):
                 for place in range(len(document) - depth - 1):
                     logits_V = model.lm_head.weight @ hidden_BSD[0, place]
                     sums[depth] = sums[depth] - logits_V.log_softmax(-1)[document[place + depth + 1]]
@@ -100,7 +100,7 @@ def test_masked_documents_have_the_losses_and_gradients_of_separate_ones(
     config = small_config(num_nextn_predict_layers=depth)
     model = small_model(config, torch.float64)
     tokens_BX = packed(ends)
-    documents_BX = document_numbers(tokens_BX, END)
+    documents_BX = document_ids(tokens_BX, END)
     num_targets = sum(token != END for tokens_X in tokens_BX.tolist() for token in tokens_X[:-1])
     assert count_targets(documents_BX) == num_targets
 
@@ -111,7 +111,7 @@ def test_masked_documents_have_the_losses_and_gradients_of_separate_ones(
     expected = main + 0.3 * prediction
     # Rotary angles are float32, and those of a document differ by where it stands.
     assert losses.main.item() == pytest.approx(main.item(), rel=1e-6)
-    assert losses.prediction.item() == pytest.approx(prediction.item(), rel=1e-6)
+    assert losses.mtp.item() == pytest.approx(prediction.item(), rel=1e-6)
     assert losses.total.item() == pytest.approx(expected.item(), rel=1e-6)
     found = torch.autograd.grad(losses.total, list(model.parameters()), materialize_grads=True)
     if not expected.requires_grad:
@@ -126,7 +126,7 @@ def test_micro_batches_with_other_numbers_of_targets_make_the_same_mean() -> Non
     config = small_config(num_nextn_predict_layers=2)
     model = small_model(config, torch.float64)
     tokens_BX = packed(ENDS["documents shorter than the depths"])
-    documents_BX = document_numbers(tokens_BX, END)
+    documents_BX = document_ids(tokens_BX, END)
     whole = training_losses(model, tokens_BX, 0.3, 0.0, documents_BX)
     parts = [
         Objective(model)(

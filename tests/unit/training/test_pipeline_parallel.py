@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deepseek_v3.model.transformer import DeepSeekV3
-from deepseek_v3.training.parallel.pipeline_parallel import Pipelined, Stage
+from deepseek_v3.training.parallel.pipeline_parallel import ModelStage, PipelineEngine
 from helpers.models import small_config
 
 
@@ -18,10 +18,10 @@ def goes_back_whole(
         model = DeepSeekV3(config)
     if compiled:
         model.model.layers[-1].compile(backend="eager")
-    stage = Stage(model, range(1, 2), is_first=False, is_last=is_last, documents=lambda _: None)
+    stage = ModelStage(model, range(1, 2), is_first=False, is_last=is_last, documents=lambda _: None)
     parallel = SimpleNamespace(recomputation=recomputation)
     engine = SimpleNamespace(config=config, ranks=SimpleNamespace(parallel=parallel))
-    return Pipelined._goes_back_whole(engine, stage)
+    return PipelineEngine._goes_back_whole(engine, stage)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -10,8 +10,8 @@ from deepseek_v3.config.loading import load_config
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.calibration import calibration
 from deepseek_v3.training import preflight
-from deepseek_v3.training.parallel.auto_layout import laid_out
-from deepseek_v3.training.preflight import check_plan, describe_device
+from deepseek_v3.training.parallel.auto_layout import resolve_layout
+from deepseek_v3.training.preflight import check_memory, describe_device
 from deepseek_v3.training.train import train_run
 from deepseek_v3.utils.errors import ConfigError, PlanError
 from helpers.runs import write_run
@@ -45,7 +45,7 @@ def test_force_starts_it_with_a_warning(
 ) -> None:
     monkeypatch.setattr(preflight, "usable_memory", lambda: 2**29)
     with caplog.at_level(logging.WARNING, logger="deepseek_v3"):
-        check_plan(load_config(write_run(tmp_path)), describe_device(CPU), force=True)
+        check_memory(load_config(write_run(tmp_path)), describe_device(CPU), force=True)
     assert "started by --force although this run needs" in caplog.text
 
 
@@ -54,24 +54,24 @@ def test_a_layout_for_another_number_of_processes_is_refused_with_one_that_fits(
     with pytest.raises(
         ConfigError, match=r"× pipeline 2 = 8 ranks, and 4 processes were started; --set parallel.data_shard=2 fits"
     ):
-        laid_out(config, 4, describe_device(CPU))
+        resolve_layout(config, 4, describe_device(CPU))
     with pytest.raises(ConfigError, match=r"8 ranks, and 3 processes were started; let the planner choose"):
-        laid_out(config, 3, describe_device(CPU))
+        resolve_layout(config, 3, describe_device(CPU))
     with pytest.raises(ConfigError, match=r"8 ranks, and 1 process was started; let the planner choose"):
-        laid_out(config, 1, describe_device(CPU))
-    assert laid_out(config, 8, describe_device(CPU)) == config
+        resolve_layout(config, 1, describe_device(CPU))
+    assert resolve_layout(config, 8, describe_device(CPU)) == config
 
 
 def test_the_planner_lays_out_what_was_started(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = _with(load_config(write_run(tmp_path)), "parallel", layout="auto")
     with caplog.at_level(logging.INFO, logger="deepseek_v3"):
-        chosen = laid_out(config, 2, describe_device(CPU, 2)).parallel
+        chosen = resolve_layout(config, 2, describe_device(CPU, 2)).parallel
     assert chosen.world_size == 2
     assert chosen.layout == "given"
     assert f"data_replicate {chosen.data_replicate}, data_shard {chosen.data_shard}" in caplog.text
     assert "of all that fit it has the shortest step" in caplog.text
     with pytest.raises(PlanError, match=r"the batch of 4 does not divide over 3 processes; start [12], or change"):
-        laid_out(config, 3, describe_device(CPU, 3))
+        resolve_layout(config, 3, describe_device(CPU, 3))
 
 
 def test_the_planner_may_replace_degrees_that_do_not_suit_the_batch(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_the_planner_may_replace_degrees_that_do_not_suit_the_batch(tmp_path: Pa
     with pytest.raises(ConfigError, match="is not a multiple of parallel"):
         load_config(write_run(tmp_path), unsuited)
     config = load_config(write_run(tmp_path), [*unsuited, "parallel.layout=auto"])
-    chosen = laid_out(config, 2, describe_device(CPU, 2)).parallel
+    chosen = resolve_layout(config, 2, describe_device(CPU, 2)).parallel
     assert chosen.world_size == 2
     assert config.training.global_batch_size % (chosen.micro_batch_size * chosen.data_ranks) == 0
 
@@ -91,7 +91,7 @@ def test_a_layout_that_no_memory_holds_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         PlanError, match=r"no layout over 2 × CPU fits: the leanest needs 0\.\d GiB on each, of 0\.1"
     ):
-        laid_out(config, 2, small)
+        resolve_layout(config, 2, small)
 
 
 @pytest.mark.gpu

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek_v3.config.train_config import RunConfig, ScheduleConfig
-from deepseek_v3.training.schedule import TokenPlan, learning_rate_ratio
+from deepseek_v3.training.schedule import TrainingSchedule, learning_rate_ratio
 from helpers.models import small_config
 
 PEAK = 2.2e-4
@@ -72,10 +72,10 @@ def test_cosine_and_wsd_end_at_their_final_ratio() -> None:
 
 
 def test_prediction_weight_and_bias_speed_change_once_at_their_dates() -> None:
-    plan = TokenPlan(_run(total_tokens=16 * 8 * 1000))
+    plan = TrainingSchedule(_run(total_tokens=16 * 8 * 1000))
     steps = [plan.step(number) for number in range(1, 1001)]
     switch = math.ceil(1000 * 10 / 14.8)
-    assert [step.prediction_weight for step in steps] == [0.3] * switch + [0.1] * (1000 - switch)
+    assert [step.mtp_weight for step in steps] == [0.3] * switch + [0.1] * (1000 - switch)
     rest = math.ceil(1000 * 14.3 / 14.8)
     assert [step.bias_update_speed for step in steps] == [1e-3] * rest + [0.0] * (1000 - rest)
 
@@ -91,7 +91,7 @@ def test_every_sample_is_planned_once_and_the_budget_is_met_within_one_step(
     total: int, initial: int, final: int, micro: int, fraction: float
 ) -> None:
     initial, final = initial * micro, final * micro
-    plan = TokenPlan(
+    plan = TrainingSchedule(
         _run(
             total_tokens=total,
             global_batch_size=final,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from deepseek_v3.config.loading import load_config
-from deepseek_v3.training.run_folders import held_folders
+from deepseek_v3.training.run_folders import lock_run_folders
 from deepseek_v3.utils import locks
 from deepseek_v3.utils.distributed.collectives import checkpoint_group
 from deepseek_v3.utils.errors import DataError, InUseError
@@ -176,7 +176,7 @@ def test_a_second_run_in_a_folder_is_refused_and_writes_nothing(field: str, tmp_
     config = load_config(path)
     other = "logging" if field == "checkpoint" else "checkpoint"
     running = load_config(path, [f"{other}.directory={tmp_path / 'of_another'}"])
-    with held_folders(running, None):
+    with lock_run_folders(running, None):
         message = message_of(dsv3("train", "--device", "cpu", "--config", path, "--resume", "auto"))
     folder = getattr(config, field).directory
     assert f"{folder}: another process works on this run" in message
@@ -187,7 +187,7 @@ def test_a_second_run_in_a_folder_is_refused_and_writes_nothing(field: str, tmp_
 
 def test_one_folder_may_serve_for_checkpoints_and_logs(tmp_path: Path) -> None:
     config = load_config(write_run(tmp_path), [f"checkpoint.directory={tmp_path / 'run' / '..' / 'run'}"])
-    with held_folders(config, None), pytest.raises(InUseError):
+    with lock_run_folders(config, None), pytest.raises(InUseError):
         take(tmp_path / "run")
     take(tmp_path / "run")
 
@@ -202,14 +202,14 @@ def test_a_run_removes_what_killed_runs_left_half_written(tmp_path: Path) -> Non
         folder.mkdir()
         for name in (*names, ".mine.1.partial"):
             (folder / name).write_text("half")
-    with held_folders(config, None):
+    with lock_run_folders(config, None):
         for folder in folders:
             assert sorted(path.name for path in folder.iterdir()) == [".lock", ".mine.1.partial"]
 
 
 def take_folders_by_ranks(config: Path) -> str:
     try:
-        with held_folders(load_config(config), checkpoint_group()):
+        with lock_run_folders(load_config(config), checkpoint_group()):
             return "held"
     except InUseError as error:
         return str(error)
@@ -217,7 +217,7 @@ def take_folders_by_ranks(config: Path) -> str:
 
 def test_all_ranks_are_refused_with_one_message(pool: RankPool, tmp_path: Path) -> None:
     path = write_run(tmp_path)
-    with held_folders(load_config(path), None):
+    with lock_run_folders(load_config(path), None):
         messages = pool.run(2, take_folders_by_ranks, path)
     assert "another process works on this run" in messages[0]
     assert messages[0] == messages[1]

@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Placement, Replicate, Shard
 
-from deepseek_v3.training.parallel.sharding import as_sharded
+from deepseek_v3.training.parallel.sharding import as_dtensor
 from deepseek_v3.utils.checkpointing.directory import load_checkpoint, save_checkpoint
 from deepseek_v3.utils.checkpointing.sharded import load_sharded, save_sharded, verify_checkpoint
 from deepseek_v3.utils.checkpointing.state_dict import unflatten
@@ -92,7 +92,7 @@ def cut(seed: int) -> dict[str, tuple[Tensor, Tensor]]:
             tensors[name] = whole.clone(), whole
         else:
             part = part_of(whole, mesh, placements)
-            tensors[name] = as_sharded(part.clone(), mesh, placements, whole.shape), part
+            tensors[name] = as_dtensor(part.clone(), mesh, placements, whole.shape), part
     return tensors
 
 
@@ -213,7 +213,7 @@ def check_parts() -> None:
     mesh = init_device_mesh("cpu", (2,))
     expected = 2 - dist.get_rank()
     with pytest.raises(ValueError, match=rf"part of shape \[3\] of \[3\], expected \[{expected}\] on this rank"):
-        as_sharded(torch.zeros(3), mesh, [Shard(0)], (3,))
+        as_dtensor(torch.zeros(3), mesh, [Shard(0)], (3,))
 
 
 def damaged_for_one(folder: Path) -> None:

@@ -16,7 +16,7 @@ from deepseek_v3.config.loading import config_from_dict
 from deepseek_v3.config.train_config import OptimizerConfig, RunConfig
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.inference.generate import generate
-from deepseek_v3.model.pretrained import config_of, load_model, model_entries, moments_by_name
+from deepseek_v3.model.pretrained import checkpoint_config, load_model, model_entries, moments_by_name
 from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.training.optimizer import AdamW
 from deepseek_v3.utils.checkpointing.directory import CheckpointDirectory, load_checkpoint
@@ -135,12 +135,12 @@ def by_position(optimizer: AdamW) -> list[dict[str, Tensor]]:
 def test_later_formats_are_refused(checkpoints: Path) -> None:
     path = checkpoints / "in" / "checkpoint_step_7.pt"
     state = load_checkpoint(path)
-    assert config_of({**state, "format": 1}, path) == config_of(state, path) == config()
+    assert checkpoint_config({**state, "format": 1}, path) == checkpoint_config(state, path) == config()
     for other in (3, 0, None, "2"):
         with pytest.raises(
             CheckpointError, match=r"has checkpoint format .*, this version reads up to 2; load it with"
         ):
-            config_of({**state, "format": other}, path)
+            checkpoint_config({**state, "format": other}, path)
 
 
 def test_a_model_with_other_tensors_is_refused(checkpoints: Path) -> None:

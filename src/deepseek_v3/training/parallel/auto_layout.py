@@ -13,7 +13,7 @@ _GIB = 2**30
 _CHOSEN = ("data_replicate", "data_shard", "expert", "pipeline", "micro_batch_size", "recomputation")
 
 
-def laid_out(config: RunConfig, processes: int, device: Device) -> RunConfig:
+def resolve_layout(config: RunConfig, processes: int, device: Device) -> RunConfig:
     """The config with a layout for so many processes, one to a device.
 
     Raises ConfigError where the given degrees make another number, and PlanError where `auto` finds no layout on

@@ -7,21 +7,21 @@ from collections.abc import Callable
 import torch
 
 from deepseek_v3.config.train_config import RunConfig
-from deepseek_v3.training.data import Documents
-from deepseek_v3.training.parallel.data_parallel import DataParallel
+from deepseek_v3.training.data import DocumentIds
+from deepseek_v3.training.parallel.data_parallel import DataParallelEngine
 from deepseek_v3.training.parallel.deepspeed_config import DeepSpeedFile
 from deepseek_v3.training.parallel.engine import Engine
-from deepseek_v3.training.parallel.mesh import Ranks
-from deepseek_v3.training.parallel.pipeline_parallel import Pipelined
+from deepseek_v3.training.parallel.mesh import ParallelMesh
+from deepseek_v3.training.parallel.pipeline_parallel import PipelineEngine
 from deepseek_v3.utils.errors import ConfigError
 from deepseek_v3.utils.lazily import imported
 
 
-def engine_for(
+def build_engine(
     config: RunConfig,
-    ranks: Ranks,
+    mesh: ParallelMesh,
     device: torch.device,
-    documents: Documents,
+    documents: DocumentIds,
     deepspeed: DeepSpeedFile | None = None,
 ) -> Engine:
     """Builds the model and what trains it on the ranks of the layout; by DeepSpeed where there is a file for it.
@@ -29,9 +29,9 @@ def engine_for(
     Raises ConfigError where DeepSpeed is not installed, or cannot do what its file says.
     """
     if deepspeed is not None:
-        return _deepspeed()(config, ranks, device, documents, deepspeed)
-    engine = Pipelined if config.parallel.pipeline > 1 else DataParallel
-    return engine(config, ranks, device, documents)
+        return _deepspeed()(config, mesh, device, documents, deepspeed)
+    engine = PipelineEngine if config.parallel.pipeline > 1 else DataParallelEngine
+    return engine(config, mesh, device, documents)
 
 
 def _deepspeed() -> Callable[..., Engine]:

@@ -9,31 +9,31 @@ import torch
 from torch import Tensor
 
 from deepseek_v3.config.train_config import RunConfig
-from deepseek_v3.training.data import Documents
+from deepseek_v3.training.data import DocumentIds
 from deepseek_v3.training.loss import Losses, Objective
 from deepseek_v3.training.optimizer import AdamW, norm_of_all
-from deepseek_v3.training.parallel.engine import Engine, combined
-from deepseek_v3.training.parallel.fsdp import before_micro_batch, sum_whole_gradients
-from deepseek_v3.training.parallel.mesh import Ranks
-from deepseek_v3.training.parallel.parallelize import prepare
-from deepseek_v3.training.parallel.sharding import NormOverRanks, pieces_of
-from deepseek_v3.training.schedule import Step
+from deepseek_v3.training.parallel.engine import Engine, mean_losses
+from deepseek_v3.training.parallel.fsdp import all_reduce_replicated_gradients, set_gradient_sync
+from deepseek_v3.training.parallel.mesh import ParallelMesh
+from deepseek_v3.training.parallel.parallelize import build_model
+from deepseek_v3.training.parallel.sharding import GlobalGradNorm, local_shards
+from deepseek_v3.training.schedule import ScheduledStep
 from deepseek_v3.training.validation import main_losses
 
 
-class DataParallel(Engine):
+class DataParallelEngine(Engine):
     """Forward and backward micro-batch by micro-batch; FSDP and expert parallelism sit inside the model."""
 
-    def __init__(self, config: RunConfig, ranks: Ranks, device: torch.device, documents: Documents) -> None:
-        self.objective = prepare(config, device, ranks, Objective)
-        super().__init__(ranks, [self.objective.model])
+    def __init__(self, config: RunConfig, mesh: ParallelMesh, device: torch.device, documents: DocumentIds) -> None:
+        self.objective = build_model(config, device, mesh, Objective)
+        super().__init__(mesh, [self.objective.model])
         self._parallel, self._documents = config.parallel, documents
         self._balance_weight = config.training.balance.sequence_loss_weight
         model = self.objective.model
-        norm = norm_of_all if ranks.is_alone else NormOverRanks(pieces_of(model, ranks), ranks)
+        norm = norm_of_all if mesh.is_alone else GlobalGradNorm(local_shards(model, mesh), mesh)
         self.optimizer = AdamW(dict(model.named_parameters()), config.training.optimizer, norm)
 
-    def _backward(self, batches: Iterator[Tensor], step: Step) -> Losses:
+    def _backward(self, batches: Iterator[Tensor], step: ScheduledStep) -> Losses:
         parallel = self._parallel
         count = step.num_samples // (parallel.micro_batch_size * parallel.data_ranks)
         parts: list[Losses] = []
@@ -41,18 +41,18 @@ class DataParallel(Engine):
         documents = [self._documents(tokens_BX) for tokens_BX in tokens]
         num_targets = self._targets_per_micro_batch(documents)
         for number, (tokens_BX, documents_BX) in enumerate(zip(tokens, documents, strict=True), start=1):
-            before_micro_batch(self.objective, parallel.zero_stage, is_last=number == count)
+            set_gradient_sync(self.objective, parallel.zero_stage, is_last=number == count)
             losses = self.objective(
                 tokens_BX,
-                step.prediction_weight,
+                step.mtp_weight,
                 self._balance_weight,
                 documents_BX,
                 num_targets=num_targets,
             )
             (losses.total / (count * parallel.data_ranks)).backward()
             parts.append(losses._replace(total=losses.total.detach()))
-        sum_whole_gradients(self.models, self.ranks)
-        return combined(parts)
+        all_reduce_replicated_gradients(self.models, self.mesh)
+        return mean_losses(parts)
 
     def main_losses(self, batches: Iterable[Tensor]) -> Tensor:
         return main_losses(self.objective, self._documents, batches)

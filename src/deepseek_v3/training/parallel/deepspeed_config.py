@@ -51,7 +51,7 @@ class DeepSpeedFile:
                 raise ConfigError(f"{path}: {section} = {json.dumps(found)}: expected an object: {{...}}")
         self.stage = self._stage()
 
-    def laid_out(self, config: RunConfig, processes: int) -> RunConfig:
+    def resolve_layout(self, config: RunConfig, processes: int) -> RunConfig:
         """The run over so many processes, among which DeepSpeed shares everything out, whatever degrees it names.
 
         Raises ConfigError where the batch does not divide over them.

@@ -23,22 +23,22 @@ from torch.distributed.tensor import Shard
 
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.model.init import initial_values, reset_buffers
-from deepseek_v3.training.data import Documents
+from deepseek_v3.training.data import DocumentIds
 from deepseek_v3.training.loss import Losses, Objective
 from deepseek_v3.training.optimizer import MOMENTS, PartitionedAdamW, is_finite_step, local
 from deepseek_v3.training.parallel.deepspeed_config import DeepSpeedFile
-from deepseek_v3.training.parallel.engine import Engine, combined
+from deepseek_v3.training.parallel.engine import Engine, mean_losses
 from deepseek_v3.training.parallel.fsdp import float32_parameters
-from deepseek_v3.training.parallel.mesh import Ranks
-from deepseek_v3.training.parallel.parallelize import assembled
-from deepseek_v3.training.parallel.sharding import as_sharded
-from deepseek_v3.training.schedule import Step
+from deepseek_v3.training.parallel.mesh import ParallelMesh
+from deepseek_v3.training.parallel.parallelize import build_on_meta
+from deepseek_v3.training.parallel.sharding import as_dtensor
+from deepseek_v3.training.schedule import ScheduledStep
 from deepseek_v3.training.validation import main_losses
 from deepseek_v3.utils.errors import ConfigError
 from deepseek_v3.utils.logging import get_logger
 
 
-class DeepSpeed(Engine):
+class DeepSpeedEngine(Engine):
     """Each rank has a part of the data; DeepSpeed shares out moments (stage 1), gradients (2) and weights (3).
 
     `file`: the settings, for a config that it has laid out. In bfloat16 the weights that compute are rounded copies
@@ -49,15 +49,20 @@ class DeepSpeed(Engine):
     optimizer: PartitionedAdamW
 
     def __init__(
-        self, config: RunConfig, ranks: Ranks, device: torch.device, documents: Documents, file: DeepSpeedFile
+        self,
+        config: RunConfig,
+        mesh: ParallelMesh,
+        device: torch.device,
+        documents: DocumentIds,
+        file: DeepSpeedFile,
     ) -> None:
         _enter_the_group()
-        self.objective, model = assembled(config, device, Ranks(config.parallel, ranks.rank), Objective)
+        self.objective, model = build_on_meta(config, device, ParallelMesh(config.parallel, mesh.rank), Objective)
         is_bfloat16 = model.compute_dtype == torch.bfloat16
         settings = _accepted(file, config, is_bfloat16)
         self._run, self._stage = config, file.stage
         self._fill(model, device, settings if file.stage == 3 else None)
-        super().__init__(ranks, [model])
+        super().__init__(mesh, [model])
         self._documents, self._balance_weight = documents, config.training.balance.sequence_loss_weight
         self._parameters = dict(model.named_parameters())
         self.optimizer = PartitionedAdamW(self._parameters, config.training.optimizer)
@@ -85,7 +90,7 @@ class DeepSpeed(Engine):
                 if parameter.dtype == torch.float32:
                     parameter.data.copy_(values)
 
-    def _backward(self, batches: Iterator[Tensor], step: Step) -> Losses:
+    def _backward(self, batches: Iterator[Tensor], step: ScheduledStep) -> Losses:
         parts: list[Losses] = []
         self._engine.set_train_batch_size(step.num_samples)
         count = self._engine.gradient_accumulation_steps()
@@ -96,7 +101,7 @@ class DeepSpeed(Engine):
             self._engine.set_gradient_accumulation_boundary(number == count)
             losses = self._engine(
                 tokens_BX,
-                step.prediction_weight,
+                step.mtp_weight,
                 self._balance_weight,
                 documents_BX,
                 num_targets=num_targets,
@@ -105,9 +110,9 @@ class DeepSpeed(Engine):
             parts.append(losses._replace(total=losses.total.detach()))
             if number < count:
                 self._engine.step()
-        return combined(parts)
+        return mean_losses(parts)
 
-    def _update(self, step: Step, loss: Tensor) -> Tensor:
+    def _update(self, step: ScheduledStep, loss: Tensor) -> Tensor:
         def norm() -> Tensor:
             found = self._engine.optimizer._global_grad_norm  # known before the optimizer is called
             return torch.as_tensor(found, dtype=torch.float32, device=loss.device)
@@ -205,7 +210,7 @@ class DeepSpeed(Engine):
         safe_set_full_fp32_param(parameter, values)
         if self._stage == 3:
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                if self.ranks.rank == 0:
+                if self.mesh.rank == 0:
                     parameter.copy_(values)
         else:
             parameter.copy_(values)
@@ -218,8 +223,8 @@ class DeepSpeed(Engine):
 
     def _rows_of(self, shape: Sequence[int]) -> tuple[int, int]:
         """The first of this rank's rows in files, and the one after its last: cut as torch.chunk does."""
-        size = -(-shape[0] // self.ranks.size)
-        return min(self.ranks.rank * size, shape[0]), min((self.ranks.rank + 1) * size, shape[0])
+        size = -(-shape[0] // self.mesh.size)
+        return min(self.mesh.rank * size, shape[0]), min((self.mesh.rank + 1) * size, shape[0])
 
     def _part(self, whole: Tensor) -> Tensor:
         """A copy of this rank's rows, in CPU memory."""
@@ -227,17 +232,17 @@ class DeepSpeed(Engine):
         return self._as_part(whole[first:last].detach().to("cpu", copy=True), whole.shape)
 
     def _as_part(self, rows: Tensor, shape: Sequence[int]) -> Tensor:
-        if self.ranks.is_alone:
+        if self.mesh.is_alone:
             return rows
-        mesh = DeviceMesh("cpu", torch.arange(self.ranks.size), _init_backend=False)
-        return as_sharded(rows, mesh, [Shard(0)], shape)
+        cpu_mesh = DeviceMesh("cpu", torch.arange(self.mesh.size), _init_backend=False)
+        return as_dtensor(rows, cpu_mesh, [Shard(0)], shape)
 
     def _whole(self, part: Tensor, device: torch.device) -> Tensor:
         """The tensor of which each rank has its rows, as float32."""
         first, last = self._rows_of(part.shape)
         whole = torch.zeros(*part.shape, device=device)
         whole[first:last] = local(part).to(device)
-        return self.ranks.summed(whole)
+        return self.mesh.sum_over_ranks(whole)
 
 
 def _shape(parameter: nn.Parameter) -> Sequence[int]:

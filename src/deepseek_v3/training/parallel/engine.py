@@ -14,9 +14,9 @@ from deepseek_v3.moe.balance import routers_of, update_biases
 from deepseek_v3.moe.routing import Router
 from deepseek_v3.training.loss import Losses, count_targets
 from deepseek_v3.training.optimizer import MOMENTS, AdamW, is_finite_step
-from deepseek_v3.training.parallel.mesh import Ranks
+from deepseek_v3.training.parallel.mesh import ParallelMesh
 from deepseek_v3.training.parallel.sharding import Views
-from deepseek_v3.training.schedule import Step
+from deepseek_v3.training.schedule import ScheduledStep
 
 
 class StepResult(NamedTuple):
@@ -39,15 +39,15 @@ class Engine(ABC):
 
     optimizer: AdamW
 
-    def __init__(self, ranks: Ranks, models: Sequence[DeepSeekV3]) -> None:
-        self.ranks = ranks
+    def __init__(self, mesh: ParallelMesh, models: Sequence[DeepSeekV3]) -> None:
+        self.mesh = mesh
         self.models = models
         self.config = models[0].config
         self._routers = [router for model in models for router in routers_of(model)]
         device = next(models[0].parameters()).device
         self._rows = torch.tensor([row for model in models for row in _router_rows(model)], device=device)
 
-    def run_step(self, batches: Iterator[Tensor], step: Step) -> StepResult:
+    def run_step(self, batches: Iterator[Tensor], step: ScheduledStep) -> StepResult:
         """One optimizer step on this rank's micro-batches, int64 (sequences, length + 1).
 
         Where the loss or the gradient of any rank is not finite, the step changes nothing on all ranks. That is
@@ -62,14 +62,14 @@ class Engine(ABC):
         return StepResult(losses, norm, finite)
 
     @abstractmethod
-    def _backward(self, batches: Iterator[Tensor], step: Step) -> Losses:
+    def _backward(self, batches: Iterator[Tensor], step: ScheduledStep) -> Losses:
         """Leaves this rank's part of the gradient of a step with the parameters.
 
         Returns the means of this rank's losses, with the summed loads of its own routers. Parts of the model that
         other ranks have count as 0.
         """
 
-    def _update(self, step: Step, loss: Tensor) -> Tensor:
+    def _update(self, step: ScheduledStep, loss: Tensor) -> Tensor:
         """Spends the gradient on the update, unless it or the `loss` is not finite; returns its norm."""
         norm = self.optimizer.step(step.learning_rate, loss)
         self.optimizer.zero_grad()
@@ -91,7 +91,7 @@ class Engine(ABC):
         model: dict[str, Tensor] = {}
         moments: dict[str, dict[str, Tensor]] = {moment: {} for moment in MOMENTS}
         for part in self.models:
-            view = Views(part, self.ranks)
+            view = Views(part, self.mesh)
             for name, tensor in part.state_dict().items():
                 model.setdefault(name, view(name, tensor))
             for name, parameter in part.named_parameters():
@@ -116,22 +116,22 @@ class Engine(ABC):
         if not numbered:
             return None
         own = torch.stack([count_targets(documents_BX) for documents_BX in numbered]).sum().double()
-        total = self.ranks.summed(own) / self.ranks.parallel.pipeline  # all stages see the same tokens
-        return total.clamp(min=1) / (len(numbered) * self.ranks.parallel.data_ranks)
+        total = self.mesh.sum_over_ranks(own) / self.mesh.parallel.pipeline  # all stages see the same tokens
+        return total.clamp(min=1) / (len(numbered) * self.mesh.parallel.data_ranks)
 
-    def biases(self) -> Tensor:
+    def routing_biases(self) -> Tensor:
         """The routing biases of all layers, (layers, experts), on every rank."""
         found = self._spread([router.e_score_correction_bias for router in self._routers], torch.float32)
-        return self.ranks.summed(found) / self.ranks.parallel.data_ranks
+        return self.mesh.sum_over_ranks(found) / self.mesh.parallel.data_ranks
 
     def _combined(self, losses: Losses) -> Losses:
         """Means of the losses over all ranks with different data, and sums of the loads: one collective."""
         counts_LE = self._spread(list(losses.counts_LE), torch.float64)
-        means = torch.stack([losses.total, losses.main, losses.prediction, losses.balance]).double()
-        values = torch.cat([means / self.ranks.parallel.data_ranks, counts_LE.flatten()])
-        self.ranks.summed(values)
-        total, main, prediction, balance = values[:4].float()
-        return Losses(total, main, prediction, balance, values[4:].view_as(counts_LE).round().long())
+        means = torch.stack([losses.total, losses.main, losses.mtp, losses.balance]).double()
+        values = torch.cat([means / self.mesh.parallel.data_ranks, counts_LE.flatten()])
+        self.mesh.sum_over_ranks(values)
+        total, main, mtp, balance = values[:4].float()
+        return Losses(total, main, mtp, balance, values[4:].view_as(counts_LE).round().long())
 
     def _spread(self, rows: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """Rows of this rank's routers in a table of all routers, the others 0."""
@@ -142,10 +142,10 @@ class Engine(ABC):
         return table
 
 
-def combined(parts: Sequence[Losses]) -> Losses:
+def mean_losses(parts: Sequence[Losses]) -> Losses:
     """Means of the losses of equal micro-batches, and the sums of their expert loads."""
-    total, main, prediction, balance, counts = (torch.stack(values) for values in zip(*parts, strict=True))
-    return Losses(total.mean(), main.mean(), prediction.mean(), balance.mean(), counts.sum(0))
+    total, main, mtp, balance, counts = (torch.stack(values) for values in zip(*parts, strict=True))
+    return Losses(total.mean(), main.mean(), mtp.mean(), balance.mean(), counts.sum(0))
 
 
 def _router_rows(model: DeepSeekV3) -> list[int]:

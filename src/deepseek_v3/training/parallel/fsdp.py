@@ -17,35 +17,35 @@ from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.moe.layer import MixtureOfExperts
 from deepseek_v3.moe.routing import Router
 from deepseek_v3.ops.layers import RMSNorm
-from deepseek_v3.training.parallel.mesh import Ranks
+from deepseek_v3.training.parallel.mesh import ParallelMesh
 
 
-def shard(root: nn.Module, model: DeepSeekV3, ranks: Ranks, layers: Sequence[int]) -> None:
+def apply_fsdp(root: nn.Module, model: DeepSeekV3, mesh: ParallelMesh, layers: Sequence[int]) -> None:
     """Shards the model inside `root`, of which this rank has `layers`; nothing happens where one rank has it all.
 
     Each layer is gathered by itself, its experts over the ranks that hold the same ones. Weights travel in the
     compute type, gradients are summed in float32 and not divided: losses must be shares of the whole batch.
 
     Routers and norms compute with float32 weights, as in one process, so FSDP leaves them whole on every rank;
-    `sum_whole_gradients` sums their gradients.
+    `all_reduce_replicated_gradients` sums their gradients.
     """
-    mesh = ranks.dense_mesh()
-    if mesh is None:
+    data_mesh = mesh.dense_mesh()
+    if data_mesh is None:
         return
     policy = MixedPrecisionPolicy(
         param_dtype=model.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     # A pipeline's schedules find the weights that a backward pass is about on the modules.
-    lets_go = ranks.parallel.zero_stage == 3 and ranks.parallel.pipeline == 1
+    lets_go = mesh.parallel.zero_stage == 3 and mesh.parallel.pipeline == 1
     wrap = partial(fully_shard, mp_policy=policy, reshard_after_forward=lets_go)
     whole = set(float32_parameters(model))
     chosen = [model.model.layers[number] for number in layers]
     for layer in chosen:
-        whole |= _shard_experts(layer, ranks, wrap)
-        wrap(layer, mesh=mesh, ignored_params=whole)
+        whole |= _shard_experts(layer, mesh, wrap)
+        wrap(layer, mesh=data_mesh, ignored_params=whole)
     if not model.config.tie_word_embeddings and not isinstance(model.model.embed_tokens, nn.Identity):
-        wrap(model.model.embed_tokens, mesh=mesh)
-    wrap(root, mesh=mesh, ignored_params=whole)
+        wrap(model.model.embed_tokens, mesh=data_mesh)
+    wrap(root, mesh=data_mesh, ignored_params=whole)
     for module in fsdp_modules(root):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sums
@@ -63,7 +63,7 @@ def fsdp_modules(root: nn.Module) -> list[FSDPModule]:
     return [module for module in root.modules() if isinstance(module, FSDPModule)]
 
 
-def before_micro_batch(root: nn.Module, zero_stage: int, is_last: bool) -> None:
+def set_gradient_sync(root: nn.Module, zero_stage: int, is_last: bool) -> None:
     """Leaves to the last micro-batch of a step what need not be done for each.
 
     Copies of a shard are summed once. At stage 1 gradients are also shared out once, in float32, and weights stay
@@ -78,32 +78,32 @@ def before_micro_batch(root: nn.Module, zero_stage: int, is_last: bool) -> None:
 
 
 @torch.no_grad()
-def sum_whole_gradients(models: Iterable[nn.Module], ranks: Ranks) -> None:
+def all_reduce_replicated_gradients(models: Iterable[nn.Module], mesh: ParallelMesh) -> None:
     """Sums the gradients of routers and norms over the ranks with other data, all in one buffer.
 
     Call it once a step, after the last micro-batch's backward pass.
     """
-    mesh = ranks.dense_mesh()
+    data_mesh = mesh.dense_mesh()
     whole = [parameter.grad for model in models for parameter in float32_parameters(model)]
     gradients = [gradient for gradient in whole if gradient is not None]
-    if mesh is None or not gradients:
+    if data_mesh is None or not gradients:
         return
     summed = torch.cat([gradient.flatten() for gradient in gradients])
-    for group in mesh.get_all_groups():
+    for group in data_mesh.get_all_groups():
         dist.all_reduce(summed, group=group)
     parts = summed.split([gradient.numel() for gradient in gradients])
     torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
 
 
-def _shard_experts(layer: nn.Module, ranks: Ranks, wrap: Callable[..., Any]) -> set[nn.Parameter]:
+def _shard_experts(layer: nn.Module, mesh: ParallelMesh, wrap: Callable[..., Any]) -> set[nn.Parameter]:
     """Shards the experts of a layer that live apart on several ranks; returns those that a rank has for itself."""
-    if ranks.parallel.expert == 1 or not isinstance(layer.mlp, MixtureOfExperts):
+    if mesh.parallel.expert == 1 or not isinstance(layer.mlp, MixtureOfExperts):
         return set()
-    experts, mesh = layer.mlp.experts, ranks.expert_mesh()
-    if mesh is None:
+    experts, expert_mesh = layer.mlp.experts, mesh.expert_mesh()
+    if expert_mesh is None:
         return set(experts.parameters())
-    shards = ranks.parallel.expert_shard
-    wrap(experts, mesh=mesh, shard_placement_fn=lambda stack: _cut(stack, shards))
+    shards = mesh.parallel.expert_shard
+    wrap(experts, mesh=expert_mesh, shard_placement_fn=lambda stack: _cut(stack, shards))
     return set()
 
 

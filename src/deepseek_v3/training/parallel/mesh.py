@@ -19,7 +19,7 @@ from deepseek_v3.config.parallel_config import ParallelConfig
 
 
 @dataclass(frozen=True)
-class Ranks:
+class ParallelMesh:
     """The grid of a layout and this rank's place in it; `dense` and `experts` are None where it is the only one.
 
     `dense` has the dimensions pipeline, replicate, shard; `experts` has pipeline, expert_replicate, expert_shard,
@@ -65,7 +65,7 @@ class Ranks:
         """The ranks that share out the same experts, in the same form."""
         return _used(self.experts, ("expert_replicate", "expert_shard"))
 
-    def expert_cuts(self) -> DeviceMesh:
+    def expert_shard_mesh(self) -> DeviceMesh:
         """The ranks of this stage as experts are cut among them: expert, expert_shard, expert_replicate.
 
         It says where parts belong; no rank can be reached by it.
@@ -81,25 +81,25 @@ class Ranks:
         assert mesh is not None
         return mesh[name].get_group()
 
-    def summed(self, values: Tensor) -> Tensor:
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
         """The sum of such tensors over all ranks, on each of them; in place."""
         if not self.is_alone:
             dist.all_reduce(values)
         return values
 
 
-def arrange(parallel: ParallelConfig, device_type: str, ranks_per_node: int = 1) -> Ranks:
+def build_mesh(parallel: ParallelConfig, device_type: str, ranks_per_node: int = 1) -> ParallelMesh:
     """The grid of the processes that torch.distributed was started with; of this one alone where it was not.
 
     `ranks_per_node`: how many neighbouring ones are on one host, and reach each other faster.
     """
     if parallel.world_size == 1:
-        return Ranks(parallel)
+        return ParallelMesh(parallel)
     numbers = torch.arange(parallel.world_size)
     dense = numbers.view(parallel.pipeline, parallel.data_replicate, parallel.data_shard)
     experts = numbers.view(parallel.pipeline, parallel.expert_replicate, parallel.expert_shard, parallel.expert)
     names = ("pipeline", "expert_replicate", "expert_shard", "expert")
-    return Ranks(
+    return ParallelMesh(
         parallel,
         dist.get_rank(),
         DeviceMesh(device_type, dense, mesh_dim_names=("pipeline", "replicate", "shard")),

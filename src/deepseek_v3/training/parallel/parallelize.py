@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from deepseek_v3.config.parallel_config import ParallelConfig
 from deepseek_v3.config.train_config import RunConfig
-from deepseek_v3.model.backends import choose_back_ends, compute_dtype
+from deepseek_v3.model.backends import choose_backends, compute_dtype
 from deepseek_v3.model.block import DecoderLayer
 from deepseek_v3.model.init import initial_values, reset_buffers
 from deepseek_v3.model.transformer import DeepSeekV3
@@ -24,14 +24,14 @@ from deepseek_v3.moe.layer import MixtureOfExperts
 from deepseek_v3.moe.select_dispatcher import select_dispatcher
 from deepseek_v3.ops.grouped_gemm import reference_grouped_linear
 from deepseek_v3.training.optimizer import local
-from deepseek_v3.training.parallel.fsdp import shard
-from deepseek_v3.training.parallel.mesh import Ranks
-from deepseek_v3.training.parallel.sharding import pieces_of
+from deepseek_v3.training.parallel.fsdp import apply_fsdp
+from deepseek_v3.training.parallel.mesh import ParallelMesh
+from deepseek_v3.training.parallel.sharding import local_shards
 from deepseek_v3.utils.errors import ConfigError
 from deepseek_v3.utils.logging import get_logger
 
 
-def recompute(model: DeepSeekV3, what: Literal["none", "selective", "full"]) -> None:
+def apply_activation_checkpointing(model: DeepSeekV3, what: Literal["none", "selective", "full"]) -> None:
     """Runs whole layers again (`full`), or of each layer what keeps most for its time: the feed-forward network."""
     if what == "full":
         model.run_layer = _recomputing
@@ -52,25 +52,25 @@ _COMPILED_VARIANTS = 16
 Root = TypeVar("Root", bound=nn.Module)
 
 
-def prepare(
+def build_model(
     config: RunConfig,
     device: torch.device,
-    ranks: Ranks,
+    mesh: ParallelMesh,
     wrap: Callable[[DeepSeekV3], Root],
     keep: Callable[[DeepSeekV3], Sequence[int]] | None = None,
 ) -> Root:
     """Builds this rank's part of the model on `device`, initialised from the run's seed; weights are float32."""
-    root, model = assembled(config, device, ranks, wrap, keep)
+    root, model = build_on_meta(config, device, mesh, wrap, keep)
     root.to_empty(device=device)
-    _initialize(model, config, ranks)
+    _initialize(model, config, mesh)
     root.train()
     return root
 
 
-def assembled(
+def build_on_meta(
     config: RunConfig,
     device: torch.device,
-    ranks: Ranks,
+    mesh: ParallelMesh,
     wrap: Callable[[DeepSeekV3], Root],
     keep: Callable[[DeepSeekV3], Sequence[int]] | None = None,
 ) -> tuple[Root, DeepSeekV3]:
@@ -83,18 +83,18 @@ def assembled(
         model = DeepSeekV3(config.model)
     layers = range(len(model.model.layers)) if keep is None else keep(model)
     model.compute_dtype = compute_dtype(config.parallel.precision, device)
-    back_ends = choose_back_ends(model, device)
+    back_ends = choose_backends(model, device)
     get_logger("Plan").info(f"{model.compute_dtype} compute, float32 weights, back ends\n{back_ends}")
-    _spread_experts(model, config, ranks)
-    recompute(model, config.parallel.recomputation)
+    _spread_experts(model, config, mesh)
+    apply_activation_checkpointing(model, config.parallel.recomputation)
     if _compiles(model, config, device):
         _compile_layers(_layers(model, layers), config.parallel)
     root = wrap(model)
-    shard(root, model, ranks, layers)
+    apply_fsdp(root, model, mesh, layers)
     return root, model
 
 
-def _spread_experts(model: DeepSeekV3, config: RunConfig, ranks: Ranks) -> None:
+def _spread_experts(model: DeepSeekV3, config: RunConfig, mesh: ParallelMesh) -> None:
     """Leaves each rank its share of the experts, and gives the layers a dispatcher that reaches the others."""
     parallel = config.parallel
     if parallel.expert == 1:
@@ -110,21 +110,21 @@ def _spread_experts(model: DeepSeekV3, config: RunConfig, ranks: Ranks) -> None:
     dispatcher = select_dispatcher(
         parallel.expert_back_end,
         model_config.n_routed_experts,
-        ranks.group("expert"),
+        mesh.group("expert"),
         shape,
         precision=parallel.dispatch_precision,
-        ranks_per_node=ranks.ranks_per_node,
+        ranks_per_node=mesh.ranks_per_node,
     )
     for module in model.modules():
         if isinstance(module, MixtureOfExperts):
-            module.experts.keep_shard(ranks.expert_rank, parallel.expert)
+            module.experts.keep_shard(mesh.expert_rank, parallel.expert)
             module.dispatcher = dispatcher
 
 
 @torch.no_grad()
-def _initialize(model: DeepSeekV3, config: RunConfig, ranks: Ranks) -> None:
+def _initialize(model: DeepSeekV3, config: RunConfig, mesh: ParallelMesh) -> None:
     """As `model/init.py` does, for what this rank holds."""
-    pieces, std, seed = pieces_of(model, ranks), config.model.initializer_range, config.training.seed
+    pieces, std, seed = local_shards(model, mesh), config.model.initializer_range, config.training.seed
     for name, parameter in model.named_parameters():
         piece, held = pieces[name], local(parameter)
         for place, values in initial_values(name, piece.shape, piece.rows, std, seed, held.device):

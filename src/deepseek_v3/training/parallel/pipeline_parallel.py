@@ -27,15 +27,15 @@ from torch.distributed.pipelining import (
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.model.transformer import DeepSeekV3, HiddenStates
 from deepseek_v3.planning.pipeline_split import stage_layers, stages_of_rank
-from deepseek_v3.training.data import Documents
-from deepseek_v3.training.loss import Losses, losses_of, stacked_counts, sum_of_balance
+from deepseek_v3.training.data import DocumentIds
+from deepseek_v3.training.loss import Losses, compute_losses, stack_expert_counts, sum_balance_losses
 from deepseek_v3.training.optimizer import MOMENTS, AdamW, local
-from deepseek_v3.training.parallel.engine import Engine, combined
-from deepseek_v3.training.parallel.fsdp import sum_whole_gradients
-from deepseek_v3.training.parallel.mesh import Ranks
-from deepseek_v3.training.parallel.parallelize import prepare
-from deepseek_v3.training.parallel.sharding import NormOverRanks, pieces_of
-from deepseek_v3.training.schedule import Step
+from deepseek_v3.training.parallel.engine import Engine, mean_losses
+from deepseek_v3.training.parallel.fsdp import all_reduce_replicated_gradients
+from deepseek_v3.training.parallel.mesh import ParallelMesh
+from deepseek_v3.training.parallel.parallelize import build_model
+from deepseek_v3.training.parallel.sharding import GlobalGradNorm, local_shards
+from deepseek_v3.training.schedule import ScheduledStep
 
 _SCHEDULES = {
     "1f1b": Schedule1F1B,
@@ -45,25 +45,25 @@ _SCHEDULES = {
 }
 
 
-class Stage(nn.Module):
+class ModelStage(nn.Module):
     """Some layers of a model, with the embedding if they are the first, with head and losses if the last.
 
-    `prediction_weight`, `balance_weight`, `share`, the factor of a micro-batch's loss, and `num_targets`, as in
-    `losses_of`, hold for a step and are set before it. `found` gathers the losses of each micro-batch; what other
-    stages compute counts as 0.
+    `mtp_weight`, `balance_weight`, `share` (the factor of a micro-batch's loss) and `num_targets` (as in
+    `compute_losses`) hold for one step and are set before it. `found` gathers the losses of each micro-batch; the
+    parts of a loss that other stages compute are 0 here.
     """
 
     def __init__(
-        self, model: DeepSeekV3, layers: range, is_first: bool, is_last: bool, documents: Documents
+        self, model: DeepSeekV3, layers: range, is_first: bool, is_last: bool, documents: DocumentIds
     ) -> None:
         super().__init__()
         self.model = model
         self.layers, self.is_first, self.is_last = layers, is_first, is_last
         self.documents = documents
-        self.prediction_weight = self.balance_weight = 0.0
+        self.mtp_weight = self.balance_weight = 0.0
         self.share = 1.0
         self.num_targets: Tensor | int | None = None
-        self.predicts = True
+        self.with_mtp = True
         self.found: list[Losses] = []
 
     def forward(self, x: Tensor, *, tokens_BX: Tensor) -> Tensor:
@@ -76,19 +76,22 @@ class Stage(nn.Module):
         x_BSD, routing = self.model.run_layers(x_BSD, metadata, self.layers)
         if not self.is_last:
             zero = torch.zeros((), device=x_BSD.device)
-            balance, counts = sum_of_balance(routing, zero), stacked_counts(routing, self._experts, x_BSD.device)
+            balance, counts = (
+                sum_balance_losses(routing, zero),
+                stack_expert_counts(routing, self._experts, x_BSD.device),
+            )
             total = self.balance_weight * balance
             self.found.append(Losses(total.detach(), zero, zero, balance.detach(), counts))
             return _AlsoLoss.apply(x_BSD, self.share * total) if total.requires_grad else x_BSD
         states = HiddenStates(self.model.model.norm(x_BSD), [], routing)
-        if self.predicts and self.model.config.num_nextn_predict_layers:
-            predictions, more = self.model.run_predictions(states.main_BSD, self.model.embed(inputs_BS), metadata)
-            states = HiddenStates(states.main_BSD, predictions, routing + more)
-        losses = losses_of(
+        if self.with_mtp and self.model.config.num_nextn_predict_layers:
+            mtp, more = self.model.run_mtp(states.main_BSD, self.model.embed(inputs_BS), metadata)
+            states = HiddenStates(states.main_BSD, mtp, routing + more)
+        losses = compute_losses(
             self.model,
             states,
             tokens_BX,
-            self.prediction_weight,
+            self.mtp_weight,
             self.balance_weight,
             documents_BX,
             self.num_targets,
@@ -116,50 +119,50 @@ class _AlsoLoss(torch.autograd.Function):
         return grad_x, torch.ones_like(loss)
 
 
-class Pipelined(Engine):
+class PipelineEngine(Engine):
     """The stages of one rank, and the schedule that moves micro-batches through the stages of all."""
 
-    def __init__(self, config: RunConfig, ranks: Ranks, device: torch.device, documents: Documents) -> None:
+    def __init__(self, config: RunConfig, mesh: ParallelMesh, device: torch.device, documents: DocumentIds) -> None:
         parallel = config.parallel
-        self._numbers = stages_of_rank(parallel, ranks.pipeline_rank)
+        self._numbers = stages_of_rank(parallel, mesh.pipeline_rank)
         self._total = parallel.pipeline * parallel.stages_per_rank
         cut = stage_layers(config.model, self._total, config.training.sequence_length)
         self._stages = []
         for number in self._numbers:
             ends = (number == 0, number == self._total - 1)
-            wrap = partial(Stage, layers=cut[number], is_first=ends[0], is_last=ends[1], documents=documents)
+            wrap = partial(ModelStage, layers=cut[number], is_first=ends[0], is_last=ends[1], documents=documents)
             keep = partial(_keep_only, layers=cut[number], is_first=ends[0], is_last=ends[1])
-            self._stages.append(prepare(config, device, ranks, wrap, keep))
-        super().__init__(ranks, [stage.model for stage in self._stages])
+            self._stages.append(build_model(config, device, mesh, wrap, keep))
+        super().__init__(mesh, [stage.model for stage in self._stages])
         self._training, self._device, self._documents = config.training, device, documents
         self._schedules: dict[int, Any] = {}
-        self._embeddings = SharedEmbeddings(self._stages, ranks)
+        self._embeddings = SharedEmbeddings(self._stages, mesh)
         parameters, pieces = {}, {}
         for number, model in zip(self._numbers, self.models, strict=True):
-            for name, piece in pieces_of(model, ranks).items():
+            for name, piece in local_shards(model, mesh).items():
                 key = name if name not in parameters else f"{name} of stage {number}"
                 parameters[key] = model.get_parameter(name)
                 pieces[key] = replace(piece, copies=piece.copies * self._embeddings.copies_of(name))
-        self.optimizer = AdamW(parameters, config.training.optimizer, NormOverRanks(pieces, ranks))
+        self.optimizer = AdamW(parameters, config.training.optimizer, GlobalGradNorm(pieces, mesh))
 
     def loaded(self, places: dict[str, Any], num_steps: int) -> None:
         super().loaded(places, num_steps)
         self._embeddings.copy_first(self.optimizer)
 
-    def _backward(self, batches: Iterator[Tensor], step: Step) -> Losses:
-        parallel = self.ranks.parallel
+    def _backward(self, batches: Iterator[Tensor], step: ScheduledStep) -> Losses:
+        parallel = self.mesh.parallel
         count = step.num_samples // (parallel.micro_batch_size * parallel.data_ranks)
         micro_batches = list(islice(batches, count))
         num_targets = self._targets_per_micro_batch([self._documents(tokens_BX) for tokens_BX in micro_batches])
         for stage in self._stages:
             stage.num_targets = num_targets
-            stage.prediction_weight = step.prediction_weight
+            stage.mtp_weight = step.mtp_weight
             stage.balance_weight = self._training.balance.sequence_loss_weight
             stage.share = 1 / (count * parallel.data_ranks)
         found = self._run(micro_batches)
-        sum_whole_gradients(self.models, self.ranks)
+        all_reduce_replicated_gradients(self.models, self.mesh)
         self._embeddings.sum_gradients()
-        return _joined([combined(losses) for losses in found])
+        return _joined([mean_losses(losses) for losses in found])
 
     @torch.no_grad()
     def main_losses(self, batches: Iterable[Tensor]) -> Tensor:
@@ -169,7 +172,7 @@ class Pipelined(Engine):
         """One micro-batch forward through all stages; the schedules of a V cannot do without the way back."""
         states = tokens_BX
         for number, stage in zip(self._numbers, self._stages, strict=True):
-            stage.predicts, stage.num_targets = False, tokens_BX[:, 1:].numel()
+            stage.with_mtp, stage.num_targets = False, tokens_BX[:, 1:].numel()
             if number > 0 and number - 1 not in self._numbers:
                 size, length = tokens_BX.shape
                 states = torch.empty(
@@ -183,14 +186,14 @@ class Pipelined(Engine):
 
     def _rank_of(self, number: int) -> int:
         """The rank that has a stage of this pipeline."""
-        parallel = self.ranks.parallel
+        parallel = self.mesh.parallel
         place = next(rank for rank in range(parallel.pipeline) if number in stages_of_rank(parallel, rank))
-        return place * parallel.data_ranks + self.ranks.data_rank
+        return place * parallel.data_ranks + self.mesh.data_rank
 
     def _run(self, batches: Sequence[Tensor]) -> list[list[Losses]]:
         """Moves micro-batches through all stages and back; returns for each own stage its losses of each."""
         for stage in self._stages:
-            stage.predicts = True
+            stage.with_mtp = True
             stage.found.clear()
         tokens = torch.cat(list(batches))
         first = [tokens] if self._stages[0].is_first else []
@@ -201,15 +204,15 @@ class Pipelined(Engine):
         """The schedule for so many micro-batches; the last one is kept, with its buffers."""
         if count not in self._schedules:
             stages = [self._pipeline_stage(*each) for each in zip(self._numbers, self._stages, strict=True)]
-            kind = self.ranks.parallel.pipeline_schedule
+            kind = self.mesh.parallel.pipeline_schedule
             passed = stages[0] if kind == "1f1b" else stages
             made = _SCHEDULES[kind](passed, count, loss_fn=_given_loss, scale_grads=False)
             self._schedules = {count: made}
         return self._schedules[count]
 
-    def _pipeline_stage(self, number: int, stage: Stage) -> PipelineStage:
+    def _pipeline_stage(self, number: int, stage: ModelStage) -> PipelineStage:
         """With all shapes given, so that nothing is run to find them out."""
-        size, length = self.ranks.parallel.micro_batch_size, self._training.sequence_length
+        size, length = self.mesh.parallel.micro_batch_size, self._training.sequence_length
         tokens = torch.empty(size, length + 1, dtype=torch.int64, device="meta")
         states = torch.empty(
             size,
@@ -227,11 +230,11 @@ class Pipelined(Engine):
             self._device,
             input_args=tokens if stage.is_first else states,
             output_args=loss if stage.is_last else states,
-            group=self.ranks.group("pipeline"),
+            group=self.mesh.group("pipeline"),
             dw_builder=_no_gradients_left if self._goes_back_whole(stage) else None,
         )
 
-    def _goes_back_whole(self, stage: Stage) -> bool:
+    def _goes_back_whole(self, stage: ModelStage) -> bool:
         """Whether one backward pass makes all gradients, where zero bubble has one for states and one for weights.
 
         The second half runs a backward pass for every weight, from the places where it meets the states. It fails
@@ -241,21 +244,21 @@ class Pipelined(Engine):
         depth = self.config.num_nextn_predict_layers if stage.is_last else 0
         uses_weights_again = depth > 1 or (depth > 0 and self.config.tie_word_embeddings)
         is_compiled = any(module._compiled_call_impl is not None for module in stage.modules())
-        return uses_weights_again or is_compiled or self.ranks.parallel.recomputation != "none"
+        return uses_weights_again or is_compiled or self.mesh.parallel.recomputation != "none"
 
 
 class SharedEmbeddings:
     """Copies of the embedding on the first and the last stage, which also reads it: their gradients are one."""
 
-    def __init__(self, stages: Sequence[Stage], ranks: Ranks) -> None:
+    def __init__(self, stages: Sequence[ModelStage], mesh: ParallelMesh) -> None:
         config = stages[0].model.config
         self._shared = config.tie_word_embeddings or config.num_nextn_predict_layers > 0
         held = [stage for stage in stages if stage.is_first or stage.is_last]
         self._weights = [stage.model.model.embed_tokens.weight for stage in held] if self._shared else []
         self._group: dist.ProcessGroup | None = None
-        if self._shared and ranks.parallel.pipeline_schedule in ("1f1b", "interleaved"):
-            last = ranks.size - ranks.parallel.data_ranks
-            pairs = [[place, last + place] for place in range(ranks.parallel.data_ranks)]
+        if self._shared and mesh.parallel.pipeline_schedule in ("1f1b", "interleaved"):
+            last = mesh.size - mesh.parallel.data_ranks
+            pairs = [[place, last + place] for place in range(mesh.parallel.data_ranks)]
             self._group, _ = dist.new_subgroups_by_enumeration(pairs)
 
     def copies_of(self, name: str) -> int:
@@ -311,11 +314,11 @@ def _given_loss(output: Tensor, target: Tensor) -> Tensor:  # noqa: ARG001 -- th
 
 def _joined(losses: Sequence[Losses]) -> Losses:
     """Losses of the stages of one rank, each of other layers."""
-    total, main, prediction, balance, counts = zip(*losses, strict=True)
+    total, main, mtp, balance, counts = zip(*losses, strict=True)
     return Losses(
         total=torch.stack(total).sum(),
         main=torch.stack(main).sum(),
-        prediction=torch.stack(prediction).sum(),
+        mtp=torch.stack(mtp).sum(),
         balance=torch.stack(balance).sum(),
         counts_LE=torch.cat(counts),
     )

@@ -16,10 +16,10 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from deepseek_v3.moe.experts import RoutedExperts
 from deepseek_v3.ops.multi_tensor import sum_of_squares
 from deepseek_v3.training.optimizer import local
-from deepseek_v3.training.parallel.mesh import Ranks
+from deepseek_v3.training.parallel.mesh import ParallelMesh
 
 
-def as_sharded(local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int]) -> DTensor:
+def as_dtensor(local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int]) -> DTensor:
     """A DTensor of `shape` whose part on this rank is `local`, in the same memory.
 
     `placements` cut the whole by one mesh dimension after the other: a stack of experts is cut by the expert
@@ -41,7 +41,7 @@ def as_sharded(local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement],
 
 
 @dataclass(frozen=True)
-class Piece:
+class LocalShard:
     """A block of a parameter of `shape`: along each dimension from `starts`, so many as `sizes`.
 
     `copies`: how many ranks hold this block. `is_expert`: whether it is of a stack of experts.
@@ -69,15 +69,15 @@ class Piece:
         return rows
 
 
-def pieces_of(model: nn.Module, ranks: Ranks) -> dict[str, Piece]:
-    """The piece of every parameter of a model that was laid out over `ranks`, by name."""
+def local_shards(model: nn.Module, mesh: ParallelMesh) -> dict[str, LocalShard]:
+    """The piece of every parameter of a model that was laid out over `mesh`, by name."""
     experts = {
         f"{prefix}.{name}": module
         for prefix, module in model.named_modules()
         if isinstance(module, RoutedExperts)
         for name, _ in module.named_parameters()
     }
-    parallel = ranks.parallel
+    parallel = mesh.parallel
     pieces = {}
     for name, parameter in model.named_parameters():
         starts, sizes = _held(parameter)
@@ -89,7 +89,7 @@ def pieces_of(model: nn.Module, ranks: Ranks) -> dict[str, Piece]:
             copies = parallel.expert_replicate
         else:
             copies = parallel.data_replicate if isinstance(parameter, DTensor) else parallel.data_ranks
-        pieces[name] = Piece(tuple(shape), tuple(starts), tuple(sizes), copies, name in experts)
+        pieces[name] = LocalShard(tuple(shape), tuple(starts), tuple(sizes), copies, name in experts)
     return pieces
 
 
@@ -99,29 +99,31 @@ class Views:
     FSDP's are already. Experts that live apart are whole tensors to each rank; here they are parts of all experts.
     """
 
-    def __init__(self, model: nn.Module, ranks: Ranks) -> None:
-        apart = ranks.parallel.expert > 1
-        self._pieces = {name: piece for name, piece in pieces_of(model, ranks).items() if apart and piece.is_expert}
-        self._ranks = ranks
+    def __init__(self, model: nn.Module, mesh: ParallelMesh) -> None:
+        apart = mesh.parallel.expert > 1
+        self._pieces = {
+            name: piece for name, piece in local_shards(model, mesh).items() if apart and piece.is_expert
+        }
+        self._mesh = mesh
 
     def __call__(self, name: str, tensor: Tensor) -> Tensor:
         """The tensor, as a DTensor where it is a part."""
         if name not in self._pieces:
             return tensor
         placements: list[Placement] = [Shard(0), Shard(_cut_dimension(tensor)), Replicate()]
-        return as_sharded(local(tensor), self._ranks.expert_cuts(), placements, self._pieces[name].shape)
+        return as_dtensor(local(tensor), self._mesh.expert_shard_mesh(), placements, self._pieces[name].shape)
 
 
-class NormOverRanks:
+class GlobalGradNorm:
     """The norm of the gradients of all ranks as one vector; each number counts once, however many ranks hold it."""
 
-    def __init__(self, pieces: Mapping[str, Piece], ranks: Ranks) -> None:
+    def __init__(self, pieces: Mapping[str, LocalShard], mesh: ParallelMesh) -> None:
         self._copies = {name: piece.copies for name, piece in pieces.items()}
-        self._ranks = ranks
+        self._mesh = mesh
 
     def __call__(self, gradients: Mapping[str, Tensor]) -> Tensor:
         shares = [1 / self._copies[name] for name in gradients]
-        return self._ranks.summed(sum_of_squares(list(gradients.values()), shares)).sqrt()
+        return self._mesh.sum_over_ranks(sum_of_squares(list(gradients.values()), shares)).sqrt()
 
 
 def _cut_dimension(tensor: Tensor) -> int:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from deepseek_v3.training.parallel.build import engine_for
+from deepseek_v3.training.parallel.build import build_engine
 from deepseek_v3.training.parallel.deepspeed_config import DeepSpeedFile
-from deepseek_v3.training.parallel.mesh import Ranks
+from deepseek_v3.training.parallel.mesh import ParallelMesh
 from deepseek_v3.utils.errors import ConfigError
 from helpers import ROOT, parallel_runs
 
@@ -25,7 +25,7 @@ def file_of(folder: Path, settings: Any) -> DeepSpeedFile:
 
 def filled(file: DeepSpeedFile, is_bfloat16: bool = True, **fields: Any) -> dict[str, Any]:
     config = parallel_runs.run_config(10, {"micro_batch_size": 2, **fields}, {})
-    return file.filled(file.laid_out(config, 2), is_bfloat16)
+    return file.filled(file.resolve_layout(config, 2), is_bfloat16)
 
 
 def test_the_shipped_file_is_filled_from_the_run() -> None:
@@ -60,14 +60,14 @@ def test_what_the_run_does_not_decide_is_kept(tmp_path: Path) -> None:
 
 def test_the_model_is_shared_out_over_all_processes_whatever_the_config_names(tmp_path: Path) -> None:
     given = parallel_runs.run_config(10, {"data_replicate": 2, "data_shard": 2, "expert": 2, "pipeline": 2}, {})
-    laid_out = file_of(tmp_path, {"zero_optimization": {"stage": 2}}).laid_out(given, 8).parallel
-    assert (laid_out.data_replicate, laid_out.data_shard, laid_out.expert, laid_out.pipeline) == (1, 8, 1, 1)
-    assert laid_out.zero_stage == 2
+    layout = file_of(tmp_path, {"zero_optimization": {"stage": 2}}).resolve_layout(given, 8).parallel
+    assert (layout.data_replicate, layout.data_shard, layout.expert, layout.pipeline) == (1, 8, 1, 1)
+    assert layout.zero_stage == 2
 
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"over 3 processes: training.global_batch_size = 8 is not a multiple"):
-        file_of(tmp_path, {}).laid_out(parallel_runs.run_config(10, {}, {}), 3)
+        file_of(tmp_path, {}).resolve_layout(parallel_runs.run_config(10, {}, {}), 3)
 
 
 @pytest.mark.parametrize(
@@ -136,8 +136,8 @@ def test_a_missing_or_unreadable_file_is_named(tmp_path: Path) -> None:
 def test_stage_3_does_not_compile_layers(tmp_path: Path) -> None:
     config = parallel_runs.run_config(10, {"compile": True}, {})
     with pytest.raises(ConfigError, match=r"zero_optimization.stage = 3 .* --set parallel.compile=auto"):
-        file_of(tmp_path, {}).laid_out(config, 2)
-    assert file_of(tmp_path, {"zero_optimization": {"stage": 2}}).laid_out(config, 2).parallel.compile is True
+        file_of(tmp_path, {}).resolve_layout(config, 2)
+    assert file_of(tmp_path, {"zero_optimization": {"stage": 2}}).resolve_layout(config, 2).parallel.compile is True
 
 
 def test_without_the_library_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,4 +147,4 @@ def test_without_the_library_the_extra_is_named(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(
         ConfigError, match=r"deepspeed is not installed; run pip install 'deepseek_v3\[deepspeed\]'"
     ):
-        engine_for(config, Ranks(config.parallel), torch.device("cpu"), lambda _: None, file)
+        build_engine(config, ParallelMesh(config.parallel), torch.device("cpu"), lambda _: None, file)

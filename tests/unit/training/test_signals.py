@@ -14,9 +14,9 @@ import torch
 
 from deepseek_v3.config.parallel_config import ParallelConfig
 from deepseek_v3.config.train_config import CheckpointConfig
-from deepseek_v3.training.checkpoint import RunCheckpoints
-from deepseek_v3.training.parallel.mesh import Ranks
-from deepseek_v3.training.signals import StopRequest
+from deepseek_v3.training.checkpoint import CheckpointManager
+from deepseek_v3.training.parallel.mesh import ParallelMesh
+from deepseek_v3.training.signals import GracefulStop
 from deepseek_v3.training.train import train
 from deepseek_v3.utils.checkpointing import writer
 from deepseek_v3.utils.checkpointing.directory import load_checkpoint
@@ -47,13 +47,13 @@ def handled_before() -> Iterator[None]:
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.usefixtures("handled_before")
 def test_alone_the_first_signal_asks_and_the_second_acts(number: signal.Signals) -> None:
-    with StopRequest() as stop:
-        stop.listen()
+    with GracefulStop() as stop:
+        stop.install()
         assert not stop.requested
-        assert not stop.agreed()
+        assert not stop.should_stop()
         signal.raise_signal(number)
         assert stop.requested
-        assert stop.agreed()
+        assert stop.should_stop()
         with pytest.raises(_ActedAtOnceError):
             signal.raise_signal(number)
 
@@ -61,8 +61,8 @@ def test_alone_the_first_signal_asks_and_the_second_acts(number: signal.Signals)
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.usefixtures("handled_before")
 def test_afterwards_signals_act_as_before(number: signal.Signals) -> None:
-    with StopRequest() as stop:
-        stop.listen()
+    with GracefulStop() as stop:
+        stop.install()
     with pytest.raises(_ActedAtOnceError):
         signal.raise_signal(number)
 
@@ -70,7 +70,7 @@ def test_afterwards_signals_act_as_before(number: signal.Signals) -> None:
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.usefixtures("handled_before")
 def test_before_it_listens_signals_act_as_before(number: signal.Signals) -> None:
-    with StopRequest(), pytest.raises(_ActedAtOnceError):
+    with GracefulStop(), pytest.raises(_ActedAtOnceError):
         signal.raise_signal(number)
 
 
@@ -79,8 +79,8 @@ def test_of_ignored_signals_only_sighup_stays_ignored() -> None:
     """nohup ignores SIGHUP for a run that outlives its terminal; batch scripts ignore signals that they pass on."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    with StopRequest() as stop:
-        stop.listen()
+    with GracefulStop() as stop:
+        stop.install()
         signal.raise_signal(signal.SIGHUP)
         assert not stop.requested
         signal.raise_signal(signal.SIGUSR1)
@@ -91,8 +91,8 @@ def test_of_ignored_signals_only_sighup_stays_ignored() -> None:
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.usefixtures("handled_before")
 def test_a_second_signal_waits_for_the_end_of_a_save(number: signal.Signals) -> None:
-    with StopRequest() as stop:
-        stop.listen()
+    with GracefulStop() as stop:
+        stop.install()
         saved = False
         with pytest.raises(_ActedAtOnceError):  # noqa: PT012, SIM117 -- the save is what it must not interrupt
             with stop.saving(last=False):
@@ -105,8 +105,8 @@ def test_a_second_signal_waits_for_the_end_of_a_save(number: signal.Signals) -> 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 @pytest.mark.usefixtures("handled_before")
 def test_from_the_last_save_on_only_ctrl_c_acts(number: signal.Signals) -> None:
-    with StopRequest() as stop:
-        stop.listen()
+    with GracefulStop() as stop:
+        stop.install()
         with stop.saving(last=True):
             for _ in range(5):
                 signal.raise_signal(number)
@@ -117,8 +117,8 @@ def test_from_the_last_save_on_only_ctrl_c_acts(number: signal.Signals) -> None:
 
 @pytest.mark.usefixtures("handled_before")
 def test_the_error_of_a_save_comes_before_a_signal() -> None:
-    with StopRequest() as stop, pytest.raises(ValueError, match="full"):  # noqa: PT012
-        stop.listen()
+    with GracefulStop() as stop, pytest.raises(ValueError, match="full"):  # noqa: PT012
+        stop.install()
         with stop.saving(last=False):
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
@@ -127,13 +127,13 @@ def test_the_error_of_a_save_comes_before_a_signal() -> None:
 
 def _train(world: World, signals: dict[tuple[int, int], signal.Signals], folder: Path) -> None:
     """Steps that signal this rank as `signals`, by rank and step, says; writes down the last one."""
-    with process_group(world, torch.device("cpu"), timedelta(seconds=HANGS)), StopRequest(world.size) as stop:
-        stop.listen()
+    with process_group(world, torch.device("cpu"), timedelta(seconds=HANGS)), GracefulStop(world.size) as stop:
+        stop.install()
         for step in range(1, 9):
             if (world.rank, step) in signals:
                 os.kill(os.getpid(), signals[world.rank, step])
                 os.kill(os.getpid(), signals[world.rank, step])  # once more, as launchers do
-            if stop.agreed():
+            if stop.should_stop():
                 break
         (folder / f"stopped_{world.rank}").write_text(str(step))
 
@@ -193,7 +193,7 @@ def test_signals_in_the_last_save_of_several_ranks_lose_nothing(tmp_path: Path) 
 @pytest.mark.parametrize("kind", ["background", "file"])
 def test_saved_is_said_when_it_is(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    ranks = Ranks(ParallelConfig(data_shard=2 if kind == "background" else 1))
+    ranks = ParallelMesh(ParallelConfig(data_shard=2 if kind == "background" else 1))
     gate, write = threading.Event(), writer.write_tensor_file
 
     def gated(path: Path, tensors: dict[str, torch.Tensor]) -> WrittenFile:
@@ -202,7 +202,7 @@ def test_saved_is_said_when_it_is(kind: str, tmp_path: Path, caplog: pytest.LogC
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(writer, "write_tensor_file", gated)
-        with RunCheckpoints(CheckpointConfig(directory=tmp_path), ranks) as checkpoints:
+        with CheckpointManager(CheckpointConfig(directory=tmp_path), ranks) as checkpoints:
             path = checkpoints.save(1, {"model": {"weight": torch.ones(2)}})
             assert caplog.messages == ([] if kind == "background" else [f"Saved {path}"])
             gate.set()

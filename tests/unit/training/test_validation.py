@@ -16,7 +16,7 @@ from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.tokens.index import CorpusOptions
 from deepseek_v3.data.tokens.shards import ShardWriter, TokenShards
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
-from deepseek_v3.training.validation import HeldOutEvaluation, HeldOutLoss, HeldOutWindows
+from deepseek_v3.training.validation import ValidationLoss, ValidationWindows, Validator
 from deepseek_v3.utils.errors import DataError
 from helpers.runs import write_run
 
@@ -47,7 +47,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     return load_config(write_run(tmp_path_factory.mktemp("run")))
 
 
-def measured(shards: TokenShards, config: RunConfig, tokens: int, micro_batch: int, ranks: int = 1) -> HeldOutLoss:
+def measured(
+    shards: TokenShards, config: RunConfig, tokens: int, micro_batch: int, ranks: int = 1
+) -> ValidationLoss:
     """Measures a made-up loss that differs from window to window, over ranks one after another."""
     parallel = config.parallel.model_copy(update={"micro_batch_size": micro_batch})
     config = config.model_copy(update={"parallel": parallel})
@@ -64,13 +66,13 @@ def measured(shards: TokenShards, config: RunConfig, tokens: int, micro_batch: i
         return torch.stack(sums).sum(0)
 
     for rank in range(ranks):
-        found = HeldOutEvaluation(shards, config, tokens, rank, ranks).measure(losses, CPU, summed)
+        found = Validator(shards, config, tokens, rank, ranks).measure(losses, CPU, summed)
     assert shapes == {(micro_batch, config.training.sequence_length + 1)}
     return found
 
 
 def test_windows_are_drawn_from_every_source(shards: TokenShards) -> None:
-    windows = HeldOutWindows(shards, 32, 10 * 32)
+    windows = ValidationWindows(shards, 32, 10 * 32)
     tokens = np.concatenate([shards.load_tokenizer().encode(text) for text in SOURCES[0]]).size
     share = tokens / shards.num_tokens("holdout")
     first = (windows.numbers < share * windows.numbers.max()).sum()
@@ -83,7 +85,7 @@ def test_bytes_are_those_of_the_measured_targets(shards: TokenShards, config: Ru
     found = measured(shards, config, tokens, micro_batch=4)
     tokenizer = shards.load_tokenizer()
     targets = np.concatenate(
-        [window[1:] for block in HeldOutWindows(shards, 32, tokens).blocks() for window in block]
+        [window[1:] for block in ValidationWindows(shards, 32, tokens).blocks() for window in block]
     )
     text = tokenizer.decode([token for token in targets.tolist() if token != tokenizer.end_of_text])
     assert found.tokens == len(targets)
@@ -125,9 +127,9 @@ def test_masked_documents_begin_with_no_target(
         return torch.stack(sums).sum(0)
 
     for rank in range(ranks):
-        found = HeldOutEvaluation(shards, config, 10**6, rank, ranks).measure(losses, CPU, summed)
+        found = Validator(shards, config, 10**6, rank, ranks).measure(losses, CPU, summed)
 
-    windows = np.concatenate(list(HeldOutWindows(shards, 32, 10**6).blocks()))
+    windows = np.concatenate(list(ValidationWindows(shards, 32, 10**6).blocks()))
     targets = windows[:, 1:][windows[:, :-1] != end]
     assert targets.size < windows[:, 1:].size
     assert found.tokens == targets.size
@@ -139,7 +141,7 @@ def test_masked_documents_begin_with_no_target(
 def test_masked_documents_of_one_token_leave_nothing_to_measure(tmp_path: Path) -> None:
     shards = shards_of(tmp_path, [""] * 40 + ["ab"], Tokenizer.train([], 260))
     with pytest.raises(DataError, match=r"first token of a document, .* set data\.mask_documents=false"):
-        HeldOutWindows(shards, 8, 100, masked=True)
+        ValidationWindows(shards, 8, 100, masked=True)
 
 
 def test_a_character_of_several_tokens_has_its_bytes(tmp_path: Path) -> None:
@@ -148,7 +150,7 @@ def test_a_character_of_several_tokens_has_its_bytes(tmp_path: Path) -> None:
     tokenizer = shards.load_tokenizer()
     assert tokenizer.is_byte_exact
     # All but the first token, a byte, are targets; the last target is the end of the text.
-    assert HeldOutWindows(shards, shards.num_tokens("holdout") - 1, 10**6).num_bytes() == len(text.encode()) - 1
+    assert ValidationWindows(shards, shards.num_tokens("holdout") - 1, 10**6).num_bytes() == len(text.encode()) - 1
     assert tokenizer.byte_lengths[tokenizer.end_of_text] == 0
 
 
@@ -187,5 +189,5 @@ def test_a_tokenizer_that_is_not_of_bytes_is_calibrated(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_json(theirs.to_str())
     shards = shards_of(tmp_path, ["A b a B " * 100], tokenizer)
     assert not tokenizer.is_byte_exact
-    windows = HeldOutWindows(shards, 10, 50)
+    windows = ValidationWindows(shards, 10, 50)
     assert windows.num_bytes() == pytest.approx(2 * windows.num_targets, rel=0.01)
