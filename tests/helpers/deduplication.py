@@ -1,4 +1,4 @@
-"""A corpus stage run over documents that are cut into parts, and what must be the same however they are cut."""
+"""Runs a corpus stage over documents in parts; the results must not depend on how the documents are cut."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import numpy as np
 import pyarrow as pa
 
 from deepseek_v3.data.documents import record_batch
-from deepseek_v3.data.stages import GlobalStage, NumberedPart
+from deepseek_v3.data.stages import GlobalStage, NumberedPart, Task
 
 ENOUGH = 2**28
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a stage decided: figures, the texts that go on by document, and the drops, also by document."""
+    """The decisions of a stage: figures, and by document the kept texts and the drops."""
 
     figures: dict[str, Any]
     kept: dict[int, str]
@@ -34,7 +34,7 @@ def batch_of(texts: Sequence[str], first: int = 0) -> pa.RecordBatch:
 
 
 def write_parts(stage: GlobalStage, texts: Sequence[str], cuts: Sequence[int], folder: Path) -> list[NumberedPart]:
-    """Parts of the documents, the first of which begin at 0 and at each of the `cuts`."""
+    """Writes the parts of the documents, which start at 0 and at each of the `cuts`."""
     edges = [0, *sorted(cuts), len(texts)]
     parts = []
     for number, (first, end) in enumerate(pairwise(edges)):
@@ -49,7 +49,7 @@ def write_parts(stage: GlobalStage, texts: Sequence[str], cuts: Sequence[int], f
 
 
 def mark_removed(parts: Sequence[NumberedPart], removed: Sequence[int], folder: Path) -> list[NumberedPart]:
-    """The parts, with masks of documents that an earlier stage removed."""
+    """Returns the parts with masks of the documents that a previous stage removed."""
     masked = []
     for number, part in enumerate(parts):
         mask = np.isin(np.arange(part.first, part.first + part.rows), removed)
@@ -61,10 +61,16 @@ def mark_removed(parts: Sequence[NumberedPart], removed: Sequence[int], folder: 
 def decide(
     stage: GlobalStage, parts: Sequence[NumberedPart], texts: Sequence[str], folder: Path, memory: int = ENOUGH
 ) -> Run:
-    """Runs all steps from `match_tasks` on, and applies the decisions to documents in batches of 5."""
+    """Runs a stage from `match_tasks` on, and applies its decisions to the documents in batches of 5."""
     folder.mkdir(parents=True)
-    matches = _run(stage, stage.match_tasks(parts, memory), folder, "match")
-    refined = _run(stage, stage.refine_tasks(parts, memory, matches), folder, "refine")
+
+    def execute(kind: str, tasks: Sequence[Task]) -> list[Path]:
+        files = [folder / f"{kind}-{number}.npy" for number in range(len(tasks))]
+        for task, file in reversed(list(zip(tasks, files, strict=True))):  # the order must not matter
+            task.run(stage, file)
+        return files
+
+    matches, refined = stage.run_tasks(parts, memory, execute)
     decisions = folder / "decisions"
     decisions.mkdir()
     figures = stage.resolve(parts, matches, refined, decisions)
@@ -79,10 +85,3 @@ def decide(
     removed = np.flatnonzero(stage.removed(parts, decisions)).tolist()
     files = {path.name: path.read_bytes() for path in sorted(decisions.iterdir())}
     return Run(figures, kept, dropped, removed, files)
-
-
-def _run(stage: GlobalStage, tasks: Sequence[Any], folder: Path, kind: str) -> list[Path]:
-    files = [folder / f"{kind}-{number}.npy" for number in range(len(tasks))]
-    for task, file in reversed(list(zip(tasks, files, strict=True))):  # in no order that anything may rely on
-        getattr(stage, task.method)(file, *task.arguments)
-    return files

@@ -14,7 +14,7 @@ import orjson
 import pyarrow as pa
 
 from deepseek_v3.data.arrays import BoolArray, Int64Array
-from deepseek_v3.data.documents import AnyDocument, Documents, convert_back, convert_documents
+from deepseek_v3.data.documents import AnyDocument, ConvertedBatch, Documents, convert_back, convert_documents
 
 # `figures` is a JSON object, such as {"found": 0.31, "limit": 0.2}; `trigger` the piece of text that decided.
 DROPPED = pa.schema(
@@ -110,11 +110,7 @@ class Stage(ABC):
         """
         collected = FilteredBuilder()
         for given in convert_documents(documents):
-            result = self.apply(given.records)
-            rows = np.flatnonzero(result.kept_rows).tolist()
-            kept = convert_back(given, result.kept, rows)
-            reasons = result.dropped.column("reason").to_pylist()
-            collected.add(kept, [given.ids[row] for row in rows], given.records.num_rows, reasons)
+            collected.add(given, self.apply(given.records))
         return collected.result()
 
 
@@ -128,21 +124,17 @@ class FilteredBuilder:
         self._reasons: Counter[str] = Counter()
         self._total = 0
 
-    def add(
-        self,
-        documents: list[AnyDocument] | pa.RecordBatch,
-        ids: Sequence[str | int],
-        total: int,
-        reasons: Sequence[str],
-    ) -> None:
-        """Takes what was kept of `total` documents, and the reasons of those that were not."""
+    def add(self, given: ConvertedBatch, result: Outcome) -> None:
+        """Adds what a stage kept of a batch, and counts the reasons of what it dropped."""
+        rows = np.flatnonzero(result.kept_rows).tolist()
+        documents = convert_back(given, result.kept, rows)
         if isinstance(documents, list):
             self._documents += documents
         else:
             self._batches.append(documents)
-        self._ids += ids
-        self._total += total
-        self._reasons.update(reasons)
+        self._ids += [given.ids[row] for row in rows]
+        self._total += given.records.num_rows
+        self._reasons.update(result.dropped.column("reason").to_pylist())
 
     def result(self) -> Filtered:
         """All of it."""
@@ -193,6 +185,10 @@ class Task:
     method: str
     arguments: tuple[Any, ...]
 
+    def run(self, stage: GlobalStage, file: Path) -> None:
+        """Runs the task, which writes `file` (.npy)."""
+        getattr(stage, self.method)(file, *self.arguments)
+
 
 class GlobalStage(ABC):
     """A stage that judges a document by all the others, in steps of bounded memory.
@@ -219,6 +215,17 @@ class GlobalStage(ABC):
     def refine_tasks(self, parts: Sequence[NumberedPart], memory: int, matches: Sequence[Path]) -> list[Task]:  # noqa: ARG002
         """Tasks made from the files of the match tasks, in their order; often none."""
         return []
+
+    def run_tasks(
+        self, parts: Sequence[NumberedPart], memory: int, execute: Callable[[str, Sequence[Task]], list[Path]]
+    ) -> tuple[list[Path], list[Path]]:
+        """Runs the match tasks, then the refine tasks, and returns the files of both for `resolve`.
+
+        `execute(kind, tasks)` runs tasks, in any order, and returns their files in the tasks' order; `kind` is
+        `matching` or `comparing`.
+        """
+        matches = execute("matching", self.match_tasks(parts, memory))
+        return matches, execute("comparing", self.refine_tasks(parts, memory, matches))
 
     @abstractmethod
     def resolve(

@@ -67,9 +67,10 @@ def test_a_chain_without_closeness_is_cut_where_documents_are_no_pair_with_a_kep
 @given(st.lists(st.integers(0, 9), max_size=40))
 def test_grouping_sorts_by_key_and_then_place(keys: list[int]) -> None:
     found = group_keys(np.array(keys, np.uint64))
-    expected = sorted(range(len(keys)), key=lambda place: (keys[place], place))
-    assert found.places.tolist() == expected
-    assert [keys[place] for place in expected] == [sorted(set(keys))[group] for group in found.groups.tolist()]
+    expected = sorted(range(len(keys)), key=lambda position: (keys[position], position))
+    assert found.positions.tolist() == expected
+    values = sorted(set(keys))
+    assert [keys[position] for position in expected] == [values[group] for group in found.groups.tolist()]
     more = repeated_keys(found)
-    assert more.places.tolist() == [place for place in expected if keys.count(keys[place]) > 1]
-    assert [sorted(set(keys))[group] for group in more.groups.tolist()] == [keys[p] for p in more.places.tolist()]
+    assert more.positions.tolist() == [position for position in expected if keys.count(keys[position]) > 1]
+    assert [values[group] for group in more.groups.tolist()] == [keys[i] for i in more.positions.tolist()]

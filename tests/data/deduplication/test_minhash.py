@@ -1,6 +1,7 @@
 """Signatures: their definition, what they estimate, and the two ways to compute them."""
 
-import importlib
+import logging
+import sys
 from itertools import pairwise
 from types import ModuleType
 from typing import Any
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from deepseek_v3.config.deduplication_config import DeduplicationConfig, candidate_probability
+from deepseek_v3.data.deduplication import kernels
 from deepseek_v3.data.deduplication.hashing import odd_multipliers
 from deepseek_v3.data.deduplication.jaccard import estimate_margin
 from deepseek_v3.data.deduplication.kernels import numba_kernels, numpy_kernels, select
@@ -61,7 +63,7 @@ def test_common_members_are_those_of_both_sets(module: ModuleType, sets: list[se
 
 
 def test_many_pairs_are_taken_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(numpy_kernels, "_SHINGLES_AT_ONCE", 7)
+    monkeypatch.setattr(numpy_kernels, "_SHINGLES_PER_CHUNK", 7)
     members, offsets = np.array([1, 2, 3, 4, 2, 3, 5, 9], np.uint64), np.array([0, 4, 4, 8])
     one, other = np.array([0, 0, 2, 1, 0]), np.array([2, 1, 2, 1, 0])
     assert numpy_kernels.intersection_sizes(members, offsets, one, other).tolist() == [2, 0, 4, 0, 4]
@@ -150,21 +152,20 @@ def test_the_margin_is_three_standard_deviations() -> None:
     assert estimate_margin(1.0, 128) == 0
 
 
-def _without_numba(name: str, *args: Any) -> ModuleType:
-    if name.endswith("numba_kernels"):
-        raise ImportError("No module named 'numba'")
-    return importlib.import_module(name, *args)
-
-
-def test_without_numba_numpy_takes_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_numba_numpy_takes_its_place(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     texts = pa.array(["one two three four five six", "seven"])
     expected = [
         hasher.signatures(found) for hasher in [MinHasher(16, 5, 0, "numba")] for found in hasher.shingles(texts)
     ]
-    monkeypatch.setattr(select, "import_module", _without_numba)
+    monkeypatch.delattr(kernels, "numba_kernels")
+    monkeypatch.setitem(sys.modules, numba_kernels.__name__, None)
     select.select_kernels.cache_clear()
+    caplog.set_level(logging.INFO)
     hasher = MinHasher(16, 5, 0, "auto")
     assert [hasher.signatures(found).tolist() for found in hasher.shingles(texts)] == [f.tolist() for f in expected]
+    assert [record.message[:40] for record in caplog.records] == ["kernels: numpy, because numba cannot be "]
     with pytest.raises(DataError, match=r"pip install 'deepseek_v3\[numba\]'"):
         MinHasher(16, 5, 0, "numba")
     select.select_kernels.cache_clear()

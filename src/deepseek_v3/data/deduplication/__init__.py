@@ -1,4 +1,4 @@
-"""Removes documents, paragraphs or lines that stand in the corpus more than once, and near duplicates."""
+"""Deduplication: removes repeated documents, paragraphs or lines, and near duplicates."""
 
 from deepseek_v3.data.deduplication.exact import ExactDeduplicator
 from deepseek_v3.data.deduplication.near import MinHashDeduplicator

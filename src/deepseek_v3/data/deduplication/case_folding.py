@@ -1,7 +1,4 @@
-"""Text in UTF-8 without its case, as an array of bytes in which only words are left: many documents at a time.
-
-FOLDED: What a character is to the deduplication: part of a word, a word by itself, or neither.
-"""
+"""Case folding of UTF-8 text: which characters make up words, and blocks in which only folded words remain."""
 
 from __future__ import annotations
 
@@ -14,6 +11,8 @@ import numpy as np
 
 from deepseek_v3.data.arrays import BoolArray, Int64Array, UInt8Array, UInt32Array
 from deepseek_v3.data.deduplication.utf8 import encode_utf8, find_multibyte, overwrite_characters, pad_text
+
+MAX_WORD_BYTES = 64  # longer runs of word characters, such as Base64, are cut into several words
 
 # Blocks of scripts that put no spaces between words (Unicode, Blocks.txt): first and last code point.
 _UNSPACED = (
@@ -37,23 +36,27 @@ _UNSPACED = (
     (0x20000, 0x33FFF),  # CJK Extensions B and on
 )
 _VARIATION_SELECTORS = range(0xFE00, 0xFE10)
-_END = 0x34000  # behind it stand no letters
+_END = 0x34000  # no code point from here on is a letter
+
+_WORD_BYTES = (string.ascii_letters + string.digits + "_").encode()
+_FOLDED_ASCII = bytes(ord(chr(byte).lower()) if byte in _WORD_BYTES else 0 for byte in range(128))
+_FOLDED_BYTES = _FOLDED_ASCII + bytes(range(128, 256))
 
 
 def is_word_character(character: str) -> bool:
-    """Whether it is a letter, a mark on one, a digit or other number, or the underscore."""
+    """Whether the character is part of a word: a letter, a mark, a digit or other number, or the underscore."""
     if unicodedata.category(character)[0] not in "LMN":
         return character == "_"
     return ord(character) < _END and ord(character) not in _VARIATION_SELECTORS
 
 
 def is_unspaced_script(character: str) -> bool:
-    """Whether it belongs to a script that puts no spaces between words."""
+    """Whether the character belongs to a script that puts no spaces between words."""
     return any(first <= ord(character) <= last for first, last in _UNSPACED)
 
 
 def fold_character(character: str) -> str:
-    """The character without its case, where that is one character of as many bytes in UTF-8; else as it is."""
+    """Folds the character's case if that gives one character of the same size in UTF-8; else returns it as is."""
     for candidate in (character.casefold(), character.lower()):
         if len(candidate) == 1 and len(candidate.encode()) == len(character.encode()):
             return candidate
@@ -61,10 +64,10 @@ def fold_character(character: str) -> str:
 
 
 class CharacterTables(NamedTuple):
-    """By code point, the last entry standing for all from there on.
+    """Tables indexed by code point; the last entry holds for all code points from there on.
 
-    `folded` (uint32) holds the UTF-8 bytes, the first one lowest, of the folded character, or 0 where it is no part
-    of a word; `alone` (bool) says that it is a word by itself.
+    `utf8` (uint32) holds the UTF-8 bytes of the folded character, the first byte lowest, or 0 for a character that
+    is in no word. `is_whole_word` (bool) is set for a character that is a word by itself.
     """
 
     utf8: UInt32Array
@@ -73,34 +76,28 @@ class CharacterTables(NamedTuple):
 
 @lru_cache(maxsize=1)
 def character_tables() -> CharacterTables:
-    """The tables of all characters; made once per process."""
+    """Builds the tables of all characters, once per process."""
     words = [character for character in map(chr, range(_END)) if is_word_character(character)]
     changed = [
         character for character in words if character != character.casefold() or character != character.lower()
     ]
-    folds = np.arange(_END, dtype=np.uint32)
-    folds[[*map(ord, changed)]] = [ord(fold_character(character)) for character in changed]
+    folded = np.arange(_END, dtype=np.uint32)
+    folded[[*map(ord, changed)]] = [ord(fold_character(character)) for character in changed]
     encoded = np.zeros(_END + 1, np.uint32)
     in_words = [*map(ord, words)]
-    encoded[in_words] = encode_utf8(folds[in_words])
-    alone = np.zeros(_END + 1, np.bool_)
+    encoded[in_words] = encode_utf8(folded[in_words])
+    is_whole_word = np.zeros(_END + 1, np.bool_)
     for first, last in _UNSPACED:
-        alone[first : last + 1] = encoded[first : last + 1] != 0
-    return CharacterTables(encoded, alone)
-
-
-MAX_WORD_BYTES = 64  # bytes of a word; what is longer, such as Base64, counts as several words
-
-_IN_WORDS = (string.ascii_letters + string.digits + "_").encode()
-_ASCII = bytes(ord(chr(byte).lower()) if byte in _IN_WORDS else 0 for byte in range(128))
-_FOLDED_BYTES = _ASCII + bytes(range(128, 256))
+        is_whole_word[first : last + 1] = encoded[first : last + 1] != 0
+    return CharacterTables(encoded, is_whole_word)
 
 
 class FoldedText(NamedTuple):
-    """A block of n bytes of text.
+    """A block of n bytes of case-folded text.
 
-    `text` (uint8 [n + 8]): each character of a word without its case, 0 for all other bytes, and 8 more zeros.
-    `cuts` (bool [n + 1]): where no word goes on, because a document begins or a character is a word by itself.
+    `text` (uint8 [n + 8]) holds the folded characters of words, 0 for every other byte, and 8 zeros at the end.
+    `word_breaks` (bool [n + 1]) is set where a word cannot continue: at the start of a document, and before and
+    after a character that is a word by itself.
     """
 
     text: UInt8Array
@@ -108,19 +105,19 @@ class FoldedText(NamedTuple):
 
 
 def fold_case(text: UInt8Array, offsets: Int64Array) -> FoldedText:
-    """Folds documents that stand one behind the other.
+    """Folds the case of a block of documents.
 
-    `text`: UTF-8, uint8 [n]. `offsets`: int64 [documents + 1], where each document begins, from 0 to n.
+    `text`: UTF-8, uint8 [n]. `offsets`: int64 [documents + 1], the start of each document, from 0 to n.
     """
     folded = np.frombuffer(pad_text(text).translate(_FOLDED_BYTES), np.uint8)
-    cuts = np.zeros(len(text) + 1, np.bool_)
-    cuts[offsets] = True
-    places, code_points, sizes = find_multibyte(folded)
-    if len(places):
-        known = character_tables()
-        code_points = np.minimum(code_points, len(known.utf8) - 1)
-        overwrite_characters(folded, places, known.utf8[code_points], sizes)
-        alone = np.flatnonzero(known.is_whole_word[code_points])
-        cuts[places[alone]] = True
-        cuts[places[alone] + sizes[alone]] = True
-    return FoldedText(folded, cuts)
+    word_breaks = np.zeros(len(text) + 1, np.bool_)
+    word_breaks[offsets] = True
+    positions, code_points, sizes = find_multibyte(folded)
+    if len(positions):
+        tables = character_tables()
+        code_points = np.minimum(code_points, len(tables.utf8) - 1)
+        overwrite_characters(folded, positions, tables.utf8[code_points], sizes)
+        whole = np.flatnonzero(tables.is_whole_word[code_points])
+        word_breaks[positions[whole]] = True
+        word_breaks[positions[whole] + sizes[whole]] = True
+    return FoldedText(folded, word_breaks)

@@ -1,6 +1,6 @@
-"""Clusters of documents that pairs connect, of which the earliest one is kept.
+"""Clusters of duplicate documents: connected components, the document kept of each, and the decision files.
 
-FOLDED: Which documents are duplicates of which: written once for the whole corpus, carried out part by part.
+A corpus stage writes its decisions once for the whole corpus; `drop_duplicates` applies them batch by batch.
 """
 
 from __future__ import annotations
@@ -16,97 +16,100 @@ from numpy.typing import NDArray
 from deepseek_v3.data.arrays import BoolArray, Int64Array
 from deepseek_v3.data.stages import Drop, NumberedPart, Outcome, outcome
 
+_KEPT_FILE = "keeper.npy"  # int64 [documents]: the document kept in place of each, which may be itself
+_SIMILARITY_FILE = "similarity.npy"  # float32 [documents]: the similarity of the two
+_MAX_EXAMPLES = 20
+
 
 def choose_kept(
-    one: Int64Array, other: Int64Array, documents: int, close: Callable[[Int64Array, Int64Array], BoolArray]
+    one: Int64Array, other: Int64Array, num_documents: int, is_close: Callable[[Int64Array, Int64Array], BoolArray]
 ) -> Int64Array:
-    """For each of so many documents the one that is kept in its place, perhaps itself: int64 [documents].
+    """Chooses, for each document, the document that is kept in its place; it may be itself: int64 [documents].
 
-    `one` and `other` are pairs of alike documents, one < other. Of all that pairs connect the earliest is kept; it
-    stands for those that are a pair with it or that `close(earliest, document)` calls close to it. The others,
-    which a chain of pairs has led away from it, are gone through in order: each is kept, unless it is a pair with
-    an earlier one of them that is. So of each pair one document at most is kept.
+    `one` and `other` (int64 [pairs]) are pairs of similar documents, one < other. The first document of each
+    connected component is kept. It replaces every document that it forms a pair with, or that
+    `is_close(first, document)` accepts. The remaining documents, which only a chain of pairs connects to it, are
+    visited in order: each is kept unless it forms a pair with a kept one of them. So at most one document of
+    each pair is kept.
 
-    Connected components alone would drop whole chains whose ends have nothing in common.
+    Dropping whole connected components would drop chains of documents whose ends have nothing in common.
     """
-    kept = connected_components(one, other, documents)
-    members = np.flatnonzero(kept != np.arange(documents))
-    direct = np.zeros(documents, np.bool_)
-    direct[other[one == kept[other]]] = True
-    far = members[~direct[members]]
-    far = far[~close(kept[far], far)]
+    kept = connected_components(one, other, num_documents)
+    members = np.flatnonzero(kept != np.arange(num_documents))
+    paired_with_kept = np.zeros(num_documents, np.bool_)
+    paired_with_kept[other[one == kept[other]]] = True
+    far = members[~paired_with_kept[members]]
+    far = far[~is_close(kept[far], far)]
     kept[far] = far
-    left = np.zeros(documents, np.bool_)
-    left[far] = True
-    among = np.flatnonzero(left[one] & left[other])
+    is_far = np.zeros(num_documents, np.bool_)
+    is_far[far] = True
+    among = np.flatnonzero(is_far[one] & is_far[other])
     among = among[np.lexsort((one[among], other[among]))]
-    for earlier, later in zip(one[among].tolist(), other[among].tolist(), strict=True):
-        if kept[earlier] == earlier and kept[later] == later:
-            kept[later] = earlier
+    for first, second in zip(one[among].tolist(), other[among].tolist(), strict=True):
+        if kept[first] == first and kept[second] == second:
+            kept[second] = first
     return kept
 
 
-def connected_components(one: Int64Array, other: Int64Array, documents: int) -> Int64Array:
-    """For each of so many documents the earliest that pairs connect it with, perhaps itself: int64 [documents].
+def connected_components(one: Int64Array, other: Int64Array, num_documents: int) -> Int64Array:
+    """Returns the first document of the connected component of each document: int64 [documents].
 
-    Every document points at an earlier one that it is connected with, or at itself. What two of a pair point at is
-    made to point at the earlier of both, and pointers are followed to their ends, until all pairs agree.
+    Union-find on whole arrays. Each document points to itself or to an earlier document of its component. A round
+    points the roots of both documents of each pair to the smaller root, and then follows all pointers to their
+    roots; rounds repeat until both documents of every pair have the same root.
     """
-    paired = np.zeros(documents, np.bool_)
+    paired = np.zeros(num_documents, np.bool_)
     paired[one] = paired[other] = True
     nodes = np.flatnonzero(paired)
     numbers = np.cumsum(paired) - 1
     one, other = numbers[one], numbers[other]
-    pointers = np.arange(len(nodes))
+    roots = np.arange(len(nodes))
     while len(one):
-        earlier = np.minimum(pointers[one], pointers[other])
-        np.minimum.at(pointers, pointers[one], earlier)
-        np.minimum.at(pointers, pointers[other], earlier)
-        while not np.array_equal(ends := pointers[pointers], pointers):
-            pointers = ends
-        apart = pointers[one] != pointers[other]
+        smaller = np.minimum(roots[one], roots[other])
+        np.minimum.at(roots, roots[one], smaller)
+        np.minimum.at(roots, roots[other], smaller)
+        while not np.array_equal(followed := roots[roots], roots):
+            roots = followed
+        apart = roots[one] != roots[other]
         one, other = one[apart], other[apart]
-    kept = np.arange(documents)
-    kept[nodes] = nodes[pointers]
-    return kept
-
-
-_KEPT_FILE = "keeper.npy"  # int64 [documents]: the document that is kept in place of each, perhaps itself
-_SIMILARITY_FILE = "similarity.npy"  # float32 [documents]: how alike the two are
-_EXAMPLES = 20
+    found = np.arange(num_documents)
+    found[nodes] = nodes[roots]
+    return found
 
 
 def write_decisions(
     folder: Path, parts: Sequence[NumberedPart], kept: Int64Array, similarity: NDArray[np.floating[Any]]
 ) -> dict[str, Any]:
-    """Writes them, and returns what a report says of the documents that this run judges, as JSON.
+    """Writes the decisions, and returns the report's figures on the documents of this run, as JSON.
 
-    A cluster is a kept document with its duplicates; `cluster_sizes` counts clusters by size, in powers of two.
-    `examples` are pairs of documents, by number, of different clusters, spread over all of them.
+    `kept` (int64 [documents]) is the document kept in place of each, `similarity` (float [documents]) the
+    similarity of the two. A cluster is a kept document with its duplicates; `cluster_sizes` counts clusters by
+    size, in powers of two. `examples` are pairs of document numbers from different clusters, spread over all of
+    them.
     """
     np.save(folder / _KEPT_FILE, kept)
     np.save(folder / _SIMILARITY_FILE, similarity.astype(np.float32))
-    judged = documents_to_filter(parts)
-    duplicates = np.flatnonzero((kept != np.arange(len(kept))) & judged)
+    in_this_run = documents_to_filter(parts)
+    duplicates = np.flatnonzero((kept != np.arange(len(kept))) & in_this_run)
     clusters, sizes = np.unique(kept[duplicates], return_counts=True)
     return {
-        "documents": int(judged.sum()),
+        "documents": int(in_this_run.sum()),
         "duplicates": len(duplicates),
         "clusters": len(clusters),
         "largest_cluster": 1 + int(sizes.max()) if len(sizes) else 0,
-        "cluster_sizes": _by_power_of_two(sizes + 1),
-        "examples": _examples(kept, duplicates[judged[kept[duplicates]]], similarity),
+        "cluster_sizes": _count_by_power_of_two(sizes + 1),
+        "examples": _examples(kept, duplicates[in_this_run[kept[duplicates]]], similarity),
     }
 
 
 def documents_to_filter(parts: Sequence[NumberedPart]) -> BoolArray:
-    """Which documents this run judges: none of an earlier corpus, none that a stage before it removed."""
+    """Marks the documents that this run filters: none of a previous run, none that a previous stage removed."""
     rows = [np.zeros(part.rows, np.bool_) if part.records is None else ~part.removed_rows() for part in parts]
     return np.concatenate([np.zeros(0, np.bool_), *rows])
 
 
 def read_duplicates(folder: Path) -> BoolArray:
-    """Which documents are duplicates: bool [documents]."""
+    """Marks the documents that the decisions in `folder` call duplicates: bool [documents]."""
     kept = np.load(folder / _KEPT_FILE, mmap_mode="r")
     return np.asarray(kept != np.arange(len(kept)))
 
@@ -119,18 +122,19 @@ def drop_duplicates(
     folder: Path,
     ids_of: Callable[[Int64Array], list[str]],
 ) -> Outcome:
-    """The batch of these documents without the duplicates among them."""
+    """Drops the duplicates from a batch of the documents with these numbers (int64 [rows])."""
     kept = np.load(folder / _KEPT_FILE, mmap_mode="r")[documents]
     rows = np.flatnonzero(kept != documents)
     similarity = np.load(folder / _SIMILARITY_FILE, mmap_mode="r")[documents[rows]]
+    kept_ids = ids_of(np.asarray(kept[rows]))
     drops = [
-        Drop(row, reason, {"duplicate_of": id_, "similarity": round(alike, 3)})
-        for row, id_, alike in zip(rows.tolist(), ids_of(np.asarray(kept[rows])), similarity.tolist(), strict=True)
+        Drop(row, reason, {"duplicate_of": kept_id, "similarity": round(value, 3)})
+        for row, kept_id, value in zip(rows.tolist(), kept_ids, similarity.tolist(), strict=True)
     ]
     return outcome(stage, batch, drops)
 
 
-def _by_power_of_two(sizes: Int64Array) -> dict[str, int]:
+def _count_by_power_of_two(sizes: Int64Array) -> dict[str, int]:
     powers, counts = np.unique(np.floor(np.log2(sizes)).astype(np.int64), return_counts=True)
     return {f"{2**p}-{2 ** (p + 1) - 1}": c for p, c in zip(powers.tolist(), counts.tolist(), strict=True)}
 
@@ -139,11 +143,11 @@ def _examples(
     kept: Int64Array, duplicates: Int64Array, similarity: NDArray[np.floating[Any]]
 ) -> list[dict[str, Any]]:
     _, first = np.unique(kept[duplicates], return_index=True)
-    spread = np.linspace(0, len(first) - 1, min(_EXAMPLES, len(first))).astype(np.int64)
+    spread = np.linspace(0, len(first) - 1, min(_MAX_EXAMPLES, len(first))).astype(np.int64)
     chosen = duplicates[first[spread]]
     return [
-        {"kept": one, "duplicate": other, "similarity": round(alike, 3)}
-        for one, other, alike in zip(
+        {"kept": one, "duplicate": other, "similarity": round(value, 3)}
+        for one, other, value in zip(
             kept[chosen].tolist(), chosen.tolist(), similarity[chosen].tolist(), strict=True
         )
     ]

@@ -1,4 +1,4 @@
-"""Deduplication of documents at hand, without a pipeline around it."""
+"""Deduplication of documents in memory, by the stages that the pipeline also runs."""
 
 from __future__ import annotations
 
@@ -11,36 +11,42 @@ import numpy as np
 import pyarrow as pa
 
 from deepseek_v3.data.arrays import Int64Array
-from deepseek_v3.data.documents import ConvertedBatch, Documents, convert_back, convert_documents
+from deepseek_v3.data.documents import ConvertedBatch, Documents, convert_documents
 from deepseek_v3.data.stages import Filtered, FilteredBuilder, GlobalStage, NumberedPart, Task
 
 _MEMORY = 2**28  # bytes for one task
 
 
 class Deduplicator(GlobalStage):
-    """A corpus stage that also works alone."""
+    """A corpus stage that can also be run without the pipeline, on documents in memory."""
 
     def deduplicate(self, documents: Documents) -> Filtered:
         """Removes duplicates from texts, Documents, mappings or Arrow data: a list, an iterator or a table.
 
-        Returns the unique documents, of the caller's own kind, their ids, or positions counted from 0, and figures:
-        `documents`, `unique`, `duplicates`, `reasons`, and what else `resolve` reports. Works in a temporary folder
-        a little larger than the texts. Raises DataError where one of them is no document.
+        Returns the unique documents as the caller's own kind of object, their ids (or positions, counted from 0),
+        and figures: `documents`, `unique`, `duplicates`, `reasons`, and the stage's own. Works in a temporary
+        folder that takes a little more space than the texts. Raises DataError for an item that is no document.
         """
         with TemporaryDirectory(prefix="deduplication-") as name:
             folder = Path(name)
-            batches, parts = self._written(documents, folder)
-            matches = self._run(self.match_tasks(parts, _MEMORY), folder, "match")
-            refined = self._run(self.refine_tasks(parts, _MEMORY, matches), folder, "refine")
+            batches, parts = self._write_parts(documents, folder)
+
+            def execute(kind: str, tasks: Sequence[Task]) -> list[Path]:
+                files = [folder / f"{kind}-{number}.npy" for number in range(len(tasks))]
+                for task, file in zip(tasks, files, strict=True):
+                    task.run(self, file)
+                return files
+
+            matches, refined = self.run_tasks(parts, _MEMORY, execute)
             decisions = folder / "decisions"
             decisions.mkdir()
             figures = self.resolve(parts, matches, refined, decisions)
-            filtered = self._applied(batches, parts, decisions)
+            filtered = self._apply_decisions(batches, parts, decisions)
         stats = {**figures, "unique": filtered.stats["kept"], "reasons": filtered.stats["reasons"]}
         return Filtered(filtered.documents, filtered.ids, stats)
 
-    def _written(self, documents: Documents, folder: Path) -> tuple[list[ConvertedBatch], list[NumberedPart]]:
-        """The documents, left in files that are mapped into memory, and their keys."""
+    def _write_parts(self, documents: Documents, folder: Path) -> tuple[list[ConvertedBatch], list[NumberedPart]]:
+        """Writes the documents and their keys; returns the batches, mapped from their files, and the parts."""
         batches: list[ConvertedBatch] = []
         parts: list[NumberedPart] = []
         first = 0
@@ -57,13 +63,7 @@ class Deduplicator(GlobalStage):
             first += part.rows
         return batches, parts
 
-    def _run(self, tasks: Sequence[Task], folder: Path, kind: str) -> list[Path]:
-        files = [folder / f"{kind}-{number}.npy" for number in range(len(tasks))]
-        for task, file in zip(tasks, files, strict=True):
-            getattr(self, task.method)(file, *task.arguments)
-        return files
-
-    def _applied(
+    def _apply_decisions(
         self, batches: Sequence[ConvertedBatch], parts: Sequence[NumberedPart], decisions: Path
     ) -> Filtered:
         ids = np.array([str(id_) for given in batches for id_ in given.ids], object)
@@ -73,10 +73,6 @@ class Deduplicator(GlobalStage):
 
         collected = FilteredBuilder()
         for given, part in zip(batches, parts, strict=True):
-            numbers = np.arange(part.first, part.first + part.rows)
-            result = self.apply(given.records, numbers, decisions, ids_of)
-            rows = np.flatnonzero(result.kept_rows).tolist()
-            reasons = result.dropped.column("reason").to_pylist()
-            kept = convert_back(given, result.kept, rows)
-            collected.add(kept, [given.ids[row] for row in rows], part.rows, reasons)
+            documents = np.arange(part.first, part.first + part.rows)
+            collected.add(given, self.apply(given.records, documents, decisions, ids_of))
         return collected.result()

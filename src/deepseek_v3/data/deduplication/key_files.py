@@ -1,14 +1,11 @@
-"""The key files of a part: what the comparison has to know of its documents.
+"""The key files of a part, from which near duplicates are found, and the sorting of equal 64-bit keys.
 
-- `signatures.npy`: uint8 [documents, values];
-- `shingles.npy`: uint32 [documents], how many each has; those with none take part in nothing;
-- `keys.npy`: uint64 [bands, documents with shingles], ascending in each band;
-- `rows.npy`: uint32, in the same shape, whose key each is.
+- `signatures.npy`: uint8 [documents, values], the 8-bit signatures;
+- `shingles.npy`: uint32 [documents], the number of shingles; documents without any have no band keys;
+- `keys.npy`: uint64 [bands, documents with shingles], the band keys, ascending in each band;
+- `rows.npy`: uint32, of the same shape, the row of the document that each key belongs to.
 
-So the documents of a band and a range of keys are one slice of a memory-mapped file.
-
-
-FOLDED: Equal keys of 64 bits, found by sorting.
+So the documents of one band and one range of keys are a single slice of a memory-mapped file.
 """
 
 from __future__ import annotations
@@ -27,17 +24,17 @@ from deepseek_v3.utils.errors import DataError
 
 
 class KeyGroups(NamedTuple):
-    """Places in an array of keys, by key and then in order; equal keys have the same number of `groups`."""
+    """The positions of an array of keys, sorted by key and then by position; equal keys share a group number."""
 
-    places: Int64Array
+    positions: Int64Array
     groups: Int64Array
 
 
 def group_keys(keys: UInt64Array) -> KeyGroups:
-    """All places of the keys.
+    """Groups equal keys.
 
-    The keys are sorted by an unstable sort, which in NumPy is many times as fast as a stable one, and then groups
-    and places together.
+    NumPy's unstable sort is many times as fast as its stable one, so the keys are sorted unstably, and then group
+    number and position as one number.
     """
     order = np.argsort(keys)
     ranked = keys[order]
@@ -49,16 +46,22 @@ def group_keys(keys: UInt64Array) -> KeyGroups:
 
 
 def repeated_keys(found: KeyGroups) -> KeyGroups:
-    """Those places whose keys others have too."""
+    """Returns the groups that have at least two positions."""
     same = found.groups[1:] == found.groups[:-1]
     kept = np.append(same, False) | np.append(False, same) if len(found.groups) else np.zeros(0, np.bool_)
-    return KeyGroups(found.places[kept], found.groups[kept])
+    return KeyGroups(found.positions[kept], found.groups[kept])
+
+
+def key_ranges(needed_bytes: int, memory: int) -> list[tuple[int, int]]:
+    """Divides the 64-bit keys into equal ranges [low, high), each of which needs at most `memory` bytes."""
+    ranges = -(-needed_bytes // memory)
+    return list(pairwise([*(number * 2**64 // ranges for number in range(ranges)), 2**64])) if ranges else []
 
 
 def write_keys(folder: Path, signatures: UInt8Array, shingles: UInt32Array, band_keys: UInt64Array) -> None:
-    """Writes them into a folder; `band_keys` is uint64 [bands, documents] in the documents' order."""
+    """Writes the key files of a part; `band_keys` is uint64 [bands, documents], in the documents' order."""
     filled = np.flatnonzero(shingles)
-    orders = [filled[group_keys(keys[filled]).places] for keys in band_keys]
+    orders = [filled[group_keys(keys[filled]).positions] for keys in band_keys]
     np.save(folder / "signatures.npy", signatures)
     np.save(folder / "shingles.npy", shingles)
     np.save(folder / "keys.npy", [keys[order] for keys, order in zip(band_keys, orders, strict=True)])
@@ -66,7 +69,10 @@ def write_keys(folder: Path, signatures: UInt8Array, shingles: UInt32Array, band
 
 
 def read_band(parts: Sequence[NumberedPart], band: int, low: int, high: int) -> tuple[UInt64Array, Int64Array]:
-    """The keys of a band from `low` to below `high`, and whose they are; documents that were removed left out."""
+    """Reads the keys of a band in [low, high) and the number of the document that each belongs to.
+
+    Documents that a previous stage removed are left out.
+    """
     found: list[tuple[UInt64Array, Int64Array]] = []
     for part in parts:
         keys = map_keys(part, "keys.npy")[band]
@@ -79,23 +85,17 @@ def read_band(parts: Sequence[NumberedPart], band: int, low: int, high: int) -> 
 
 
 def read_signatures(parts: Sequence[NumberedPart], documents: Int64Array) -> UInt8Array:
-    """uint8 [documents, values]."""
+    """Reads the signatures of documents by number: uint8 [documents, values]."""
     return _read_rows(parts, documents, "signatures.npy")
 
 
 def read_shingle_counts(parts: Sequence[NumberedPart], documents: Int64Array) -> UInt32Array:
-    """How many shingles they have: uint32 [documents]."""
+    """Reads the number of shingles of documents by number: uint32 [documents]."""
     return _read_rows(parts, documents, "shingles.npy")
 
 
-def key_ranges(needed: int, memory: int) -> list[tuple[int, int]]:
-    """Ranges of all keys of 64 bits, each from a first key to below another, that divide what is needed evenly."""
-    ranges = -(-needed // memory)
-    return list(pairwise([*(number * 2**64 // ranges for number in range(ranges)), 2**64])) if ranges else []
-
-
 def map_keys(part: NumberedPart, name: str) -> NDArray[Any]:
-    """A key file, mapped into memory. Raises DataError where it is missing or damaged."""
+    """Maps a key file of a part into memory. Raises DataError if it is missing or damaged."""
     path = part.keys / name
     try:
         return np.asarray(np.load(path, mmap_mode="r"))

@@ -1,6 +1,6 @@
-"""Locality-sensitive hashing (Leskovec et al., MMDS, §3.4): which documents are worth comparing.
+"""Locality-sensitive hashing (Leskovec et al., MMDS, §3.4): finds the pairs of documents to compare.
 
-Documents that agree in all signature values of a band fall into the same bucket and become candidates.
+Documents whose signatures agree in all values of a band fall into the same bucket and become candidates.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from deepseek_v3.data.deduplication.hashing import random_bits
 
 _BAND_SEED = 2**32 + 16
 _BYTE_MULTIPLIER = np.uint32(0x9E3779B1)  # near 2^32 divided by the golden ratio
-_NEAR = 8  # members of a bucket
-_PAIRS_AT_ONCE = 2**12
+_NEIGHBOURS = 8  # members of a bucket that each document is compared with, on either end
+_PAIRS_PER_CHUNK = 2**12
 
 
 def band_keys(signatures: UInt32Array, bands: int, rows: int) -> UInt64Array:
-    """Keys of 64 bits for bands of `rows` values: uint64 [bands, documents] from uint32 [documents, values]."""
+    """Hashes each band of `rows` signature values to 64 bits.
+
+    Takes uint32 [documents, values]; returns uint64 [bands, documents].
+    """
     multipliers = random_bits(_BAND_SEED, rows) | np.uint64(1)
     values = signatures[:, : bands * rows].reshape(-1, bands, rows)
     totals = np.zeros((len(signatures), bands), np.uint64)
@@ -29,56 +32,59 @@ def band_keys(signatures: UInt32Array, bands: int, rows: int) -> UInt64Array:
 
 
 def b_bit_signatures(signatures: UInt32Array) -> UInt8Array:
-    """8 bits of each value (b-bit minwise hashing, Li and König 2010): a quarter to keep, hardly less to tell."""
+    """Keeps 8 bits of each signature value (b-bit minwise hashing, Li and König 2010).
+
+    This takes a quarter of the space and costs the estimates hardly any precision.
+    """
     return (signatures * _BYTE_MULTIPLIER >> np.uint32(24)).astype(np.uint8)
 
 
 def estimate_jaccard(signatures: UInt8Array, one: Int64Array, other: Int64Array) -> Float64Array:
-    """Estimated Jaccard similarities of pairs of documents: float64 [pairs], without bias.
+    """Estimates the Jaccard similarities of pairs of documents without bias: float64 [pairs].
 
-    `signatures`: uint8 [documents, values]; `one` and `other` are rows of it. Values that differ agree by chance in
-    one of 256 cases (Li and König 2010, theorem 1).
+    `signatures`: uint8 [documents, values]. `one` and `other` (int64 [pairs]) are rows of it. Different values
+    agree in their 8 bits by chance in one of 256 cases (Li and König 2010, theorem 1).
     """
     agreeing = np.empty(len(one), np.int64)
-    for start in range(0, len(one), _PAIRS_AT_ONCE):
-        some = slice(start, start + _PAIRS_AT_ONCE)
-        agreeing[some] = (signatures[one[some]] == signatures[other[some]]).sum(axis=1)
+    for start in range(0, len(one), _PAIRS_PER_CHUNK):
+        chunk = slice(start, start + _PAIRS_PER_CHUNK)
+        agreeing[chunk] = (signatures[one[chunk]] == signatures[other[chunk]]).sum(axis=1)
     return (256 * agreeing / signatures.shape[1] - 1) / 255
 
 
 def similar_pairs(
-    signatures: UInt8Array, buckets: Int64Array, least: float, sure: float
+    signatures: UInt8Array, buckets: Int64Array, min_similarity: float, sure_similarity: float
 ) -> tuple[Int64Array, Int64Array, Float64Array]:
-    """Pairs of documents of the same bucket whose estimated similarity is at least `least`.
+    """Finds pairs of documents in the same bucket whose estimated similarity is at least `min_similarity`.
 
-    `signatures`: uint8 [documents, values]. `buckets`: int64 [documents], ascending. Returns the documents' indices
-    (in each pair the earlier and the later one) and the estimates.
+    `signatures`: uint8 [documents, values]. `buckets`: int64 [documents], ascending. Returns the indices of the
+    first and of the second document of each pair, in order, and the estimates.
 
-    In a bucket of up to 9 documents all pairs are compared; in a larger one each document with the first 8 and with
-    the 8 before it, so that the work grows no faster than the bucket. Two documents that are both more than `sure`
-    alike to the bucket's first are connected by it, so they are not compared.
+    In a bucket of up to 9 documents all pairs are compared; in a larger one each document is compared with the
+    first 8 and with the 8 before it, so the work grows linearly with the bucket. Two documents whose estimates
+    with the bucket's first document both exceed `sure_similarity` are connected by it, and are not compared.
     """
     first = np.searchsorted(buckets, buckets)
     other = np.flatnonzero(first < np.arange(len(buckets)))
     one = first[other]
     found = [(one, other, estimate_jaccard(signatures, one, other))]
     settled = np.ones(len(buckets), np.bool_)
-    settled[other] = found[0][2] > sure
+    settled[other] = found[0][2] > sure_similarity
     for one, other in _candidates(buckets, first):
         needed = np.flatnonzero(~(settled[one] & settled[other]) & (one > first[one]))
         one, other = one[needed], other[needed]
         found.append((one, other, estimate_jaccard(signatures, one, other)))
     one, other, similarities = (np.concatenate(column) for column in zip(*found, strict=True))
-    kept = similarities >= least
+    kept = similarities >= min_similarity
     return one[kept], other[kept], similarities[kept]
 
 
 def _candidates(buckets: Int64Array, first: Int64Array) -> Iterator[tuple[Int64Array, Int64Array]]:
-    """Pairs of near members of a bucket, then those of its first few with all that are further away."""
-    for distance in range(1, _NEAR + 1):
+    """Yields pairs of a bucket at most 8 positions apart, then pairs of its first members with all later ones."""
+    for distance in range(1, _NEIGHBOURS + 1):
         one = np.flatnonzero(buckets[distance:] == buckets[:-distance])
         yield one, one + distance
     ranks = np.arange(len(buckets)) - first
-    for leader in range(1, _NEAR):
-        other = np.flatnonzero(ranks > leader + _NEAR)
+    for leader in range(1, _NEIGHBOURS):
+        other = np.flatnonzero(ranks > leader + _NEIGHBOURS)
         yield first[other] + leader, other

@@ -1,4 +1,4 @@
-"""MinHash signatures (Broder 1997): how alike two documents are, from a few numbers of each."""
+"""MinHash signatures (Broder 1997): a few numbers per document that estimate Jaccard similarities."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from deepseek_v3.data.deduplication.utf8 import text_blocks
 
 
 class Shingles(NamedTuple):
-    """`hashes` (uint32, never 0): document d has those from `offsets[d]` to `offsets[d + 1]` (int64)."""
+    """The shingle hashes of documents: `hashes` (uint32, never 0) and `offsets` (int64 [documents + 1]).
+
+    Document d has the hashes from `offsets[d]` to `offsets[d + 1] - 1`.
+    """
 
     hashes: UInt32Array
     offsets: Int64Array
@@ -24,13 +27,15 @@ class Shingles(NamedTuple):
 
 @dataclass(frozen=True)
 class MinHasher:
-    """Makes shingles and signatures of documents.
+    """Computes shingles and MinHash signatures of documents.
 
-    Value p of a signature is the least product h * a[p] mod 2^32 of any hash h of the document's shingles with a
-    random odd multiplier a[p]. The probability that two documents agree in a value is their Jaccard similarity.
+    Value p of a signature is the minimum of h * a[p] mod 2^32 over all shingle hashes h of the document; a[p] is a
+    random odd multiplier. The probability that two documents agree in a value is their Jaccard similarity. The
+    usual summand b[p] of (a h + b) is not needed: the hashes are already random, and none is 0, which would be the
+    minimum under every multiplier.
 
-    A summand b[p], as in the usual (a h + b), would change nothing: hashes are as good as random, and none is 0,
-    which would be the least under every multiplier.
+    `num_perm` is the number of values, `ngram` the words of a shingle, `accelerator` the kernels' back end (`auto`,
+    `numpy` or `numba`). Raises DataError if `numba` is asked for and cannot be loaded.
     """
 
     num_perm: int
@@ -43,22 +48,23 @@ class MinHasher:
             select_kernels(self.accelerator)
 
     def shingles(self, texts: pa.Array) -> Iterator[Shingles]:
-        """The shingles of runs of documents, which together are all of them."""
+        """Yields the shingles of consecutive blocks of documents."""
         shingle_hashes = select_kernels(self.accelerator).shingle_hashes
         multipliers = shingle_multipliers(self.ngram)
         for text, offsets in text_blocks(texts):
             yield Shingles(*shingle_hashes(fold_case(text, offsets), offsets, multipliers))
 
     def signatures(self, shingles: Shingles) -> UInt32Array:
-        """uint32 [documents, num_perm]; all 2^32 - 1 for a document without words."""
+        """Returns the signatures: uint32 [documents, num_perm]; all 2^32 - 1 for a document without words."""
         multipliers = odd_multipliers(self.seed, self.num_perm)
         return select_kernels(self.accelerator).minhash_signatures(*shingles, multipliers)
 
     def intersection_sizes(
         self, sets: UInt64Array, offsets: Int64Array, one: Int64Array, other: Int64Array
     ) -> Int64Array:
-        """How many members two sets have in common, for pairs of sets: int64 [pairs].
+        """Returns the sizes of the intersections of pairs of sets: int64 [pairs].
 
-        Set s stands, ascending and without repeats, from `offsets[s]` to `offsets[s + 1]`; the lower 32 bits count.
+        Set s is `sets[offsets[s] : offsets[s + 1]]`, ascending and without repeats; only the lower 32 bits of each
+        member count.
         """
         return select_kernels(self.accelerator).intersection_sizes(sets, offsets, one, other)

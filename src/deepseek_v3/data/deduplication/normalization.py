@@ -1,4 +1,4 @@
-"""What makes two texts equal: the same characters, letter case and white space left out."""
+"""Text normalization for exact deduplication: texts are equal if they differ only in case and white space."""
 
 from __future__ import annotations
 
@@ -15,52 +15,52 @@ from deepseek_v3.data.deduplication.utf8 import find_multibyte, overwrite_charac
 
 _SPACES = bytes(byte for byte in range(128) if chr(byte).isspace())
 _LOWERED_BYTES = bytes(ord(chr(byte).lower()) for byte in range(128)) + bytes(range(128, 256))
-_END = 0x1F000  # behind it stand no capitals and no spaces
-_HARD = 1  # no character's UTF-8: lower case takes another number of bytes, or depends on what stands around
+_END = 0x1F000  # no code point from here on is a capital letter or white space
+_NEEDS_PYTHON = 1  # marks a character whose lower case has another size in UTF-8, or depends on its neighbours
 
 
 def normalize(text: str) -> str:
-    """The text in lower case, without white space."""
+    """Returns the text in lower case, without white space."""
     return "".join(text.lower().split())
 
 
 def normalized_hashes(texts: pa.Array) -> UInt64Array:
-    """XXH3-128 of the normal form of each text in UTF-8: uint64 [texts, 2]."""
-    digests = [digest for text, offsets in text_blocks(texts) for digest in _digests(text, offsets)]
+    """Returns the XXH3-128 hash of each normalized text in UTF-8: uint64 [texts, 2], the high half first."""
+    digests = [digest for text, offsets in text_blocks(texts) for digest in _block_digests(text, offsets)]
     return np.frombuffer(b"".join(digests), ">u8").astype(np.uint64).reshape(-1, 2)
 
 
-def _digests(text: UInt8Array, offsets: Int64Array) -> list[bytes]:
-    lowered, hard = _lowered(text, offsets)
-    left, places = select_kernels("auto").remove_bytes(lowered, offsets, _SPACES)
-    normal, ends = memoryview(left), places.tolist()
-    digests = [xxhash.xxh3_128_digest(normal[start:end]) for start, end in pairwise(ends)]
-    for document in hard:
+def _block_digests(text: UInt8Array, offsets: Int64Array) -> list[bytes]:
+    lowered, hard_documents = _lower_case(text, offsets)
+    normalized, normalized_offsets = select_kernels("auto").remove_bytes(lowered, offsets, _SPACES)
+    data, edges = memoryview(normalized), normalized_offsets.tolist()
+    digests = [xxhash.xxh3_128_digest(data[start:end]) for start, end in pairwise(edges)]
+    for document in hard_documents:
         whole = text[offsets[document] : offsets[document + 1]].tobytes().decode()
         digests[document] = xxhash.xxh3_128_digest(normalize(whole).encode())
     return digests
 
 
-def _lowered(text: UInt8Array, offsets: Int64Array) -> tuple[UInt8Array, set[int]]:
-    """The text with lower case and ASCII spaces in place of other capitals and spaces.
+def _lower_case(text: UInt8Array, offsets: Int64Array) -> tuple[UInt8Array, set[int]]:
+    """Replaces capitals by lower case, and white space by ASCII spaces, where the size in UTF-8 stays the same.
 
-    Returns also the documents in which that is not all there is to do.
+    Also returns the documents with a character that this cannot handle; `normalize` has to process those.
     """
     lowered = np.frombuffer(pad_text(text).translate(_LOWERED_BYTES), np.uint8)
-    places, code_points, sizes = find_multibyte(lowered)
-    known = _replacements()
-    found = known[np.minimum(code_points, len(known) - 1)]
+    positions, code_points, sizes = find_multibyte(lowered)
+    table = _replacements()
+    found = table[np.minimum(code_points, len(table) - 1)]
     changed = np.flatnonzero(found)
-    hard = places[changed[found[changed] == _HARD]]
-    overwrite_characters(lowered, places[changed], found[changed], sizes[changed])
+    hard = positions[changed[found[changed] == _NEEDS_PYTHON]]
+    overwrite_characters(lowered, positions[changed], found[changed], sizes[changed])
     return lowered[: len(text)], {*(np.searchsorted(offsets, hard, side="right") - 1).tolist()}
 
 
 @lru_cache(maxsize=1)
 def _replacements() -> UInt32Array:
-    """By code point: the UTF-8, first byte lowest, of what stands for the character in `_lowered`.
+    """Builds the table of replacements by code point: UTF-8 with the first byte lowest, or `_NEEDS_PYTHON`.
 
-    0 where that is the character itself. The last entry stands for all from there on.
+    An entry of 0 leaves the character as it is. The last entry holds for all code points from there on.
     """
     table = np.zeros(_END + 1, np.uint32)
     for code_point in range(128, _END):
@@ -70,6 +70,6 @@ def _replacements() -> UInt32Array:
             table[code_point] = int.from_bytes(b" " * 4, "little")
         elif lower != character:
             encoded = lower.encode()
-            simple = len(encoded) == len(character.encode()) and character != "Σ"  # Σ is ς or σ
-            table[code_point] = int.from_bytes(encoded, "little") if simple else _HARD
+            simple = len(encoded) == len(character.encode()) and character != "Σ"  # Σ becomes ς or σ
+            table[code_point] = int.from_bytes(encoded, "little") if simple else _NEEDS_PYTHON
     return table

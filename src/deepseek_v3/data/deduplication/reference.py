@@ -1,4 +1,4 @@
-"""Words, shingles and their hashes for one text at a time, written to be read: what the fast path computes."""
+"""The definition of words, shingles and their hashes, for one text at a time. The fast path computes the same."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ Shingle = tuple[bytes, ...]
 
 
 def words(text: str) -> list[bytes]:
-    """The words of a text without their case, in UTF-8.
+    """Returns the case-folded words of a text, in UTF-8.
 
-    A word is a run of letters, marks, numbers and underscores; in scripts without spaces each character is one. A
-    run of more than `LONGEST` bytes counts as several words, all but the last of that many bytes.
+    A word is a run of letters, marks, numbers and underscores; in scripts without spaces each character is a word.
+    A run of more than `MAX_WORD_BYTES` bytes is cut into words of that size, the last of which may be shorter.
     """
     runs: list[str] = []
     inside = False
     for character in text:
-        in_word, alone, plain = _seen_as(character)
-        if in_word and inside and not alone:
-            runs[-1] += plain
+        in_word, is_whole_word, folded = _classify(character)
+        if in_word and inside and not is_whole_word:
+            runs[-1] += folded
         elif in_word:
-            runs.append(plain)
-        inside = in_word and not alone
+            runs.append(folded)
+        inside = in_word and not is_whole_word
     return [
         run[start : start + MAX_WORD_BYTES]
         for run in map(str.encode, runs)
@@ -40,24 +40,27 @@ def words(text: str) -> list[bytes]:
 
 
 @lru_cache(maxsize=2**12)
-def _seen_as(character: str) -> tuple[bool, bool, str]:
+def _classify(character: str) -> tuple[bool, bool, str]:
     return is_word_character(character), is_unspaced_script(character), fold_character(character)
 
 
 def shingles(text: str, ngram: int = 5) -> set[Shingle]:
-    """All runs of `ngram` words; one of all words where they are fewer; none where there are no words."""
+    """Returns the shingles of a text: its n-grams of `ngram` words.
+
+    A text of fewer words has one shingle of all its words; a text without words has none.
+    """
     found = words(text)
     return {tuple(found[i : i + ngram]) for i in range(max(len(found) - ngram + 1, 1))} if found else set()
 
 
 def jaccard(one: set[Shingle], other: set[Shingle]) -> float:
-    """Shingles that both have, as a share of those that either has; 0 where neither has any."""
-    either = len(one | other)
-    return len(one & other) / either if either else 0.0
+    """Returns the Jaccard similarity |intersection| / |union|; 0 for two empty sets."""
+    union = len(one | other)
+    return len(one & other) / union if union else 0.0
 
 
 def word_hash(word: bytes) -> int:
-    """32 bits: the hashes of the word's pieces of 8 bytes, each at its place, added up."""
+    """Hashes a word to 32 bits: the sum of the hashes of its windows of 8 bytes, each offset by its position."""
     total = 0
     for number, start in enumerate(range(0, len(word), 8)):
         value = int.from_bytes(word[start : start + 8], "little") + number * SPLITMIX64_GAMMA
@@ -67,7 +70,7 @@ def word_hash(word: bytes) -> int:
 
 
 def shingle_hash(shingle: Sequence[bytes], ngram: int = 5) -> int:
-    """32 bits, never 0: a sum of the words' hashes, each times the multiplier of its place, mixed."""
+    """Hashes a shingle to 32 bits, never 0: the mix64 sum of its word hashes times a multiplier per position."""
     multipliers = shingle_multipliers(ngram).tolist()
     total = sum(word_hash(word) * factor for word, factor in zip(shingle, multipliers, strict=False)) % 2**32
     total = (total ^ total >> 16) * MIX_32 % 2**32

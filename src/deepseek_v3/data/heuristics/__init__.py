@@ -1,4 +1,4 @@
-"""Rules on length, repetition, symbols, stop words and lines, as Gopher, C4 and FineWeb published them."""
+"""The published heuristic filters of Gopher, C4 and FineWeb: length, repetition, symbols, stop words and lines."""
 
 from deepseek_v3.data.heuristics.filter import HeuristicFilter
 

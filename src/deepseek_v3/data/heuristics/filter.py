@@ -1,4 +1,4 @@
-"""The stage that asks the published rules of each document."""
+"""The stage that filters documents by the published rules of Gopher, C4 and FineWeb."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ from deepseek_v3.data.stages import Drop, Outcome, Stage, outcome
 
 
 class HeuristicFilter(Stage):
-    """Drops documents that break a rule of Gopher, C4 or FineWeb; C4 also removes lines from those that it keeps.
+    """Drops documents that break a rule of Gopher, C4 or FineWeb; C4 also removes lines from kept documents.
 
-    The reason is the first rule broken, in the order Gopher's repetition, Gopher's quality, C4, FineWeb; the last
-    judges the lines that C4 leaves. Figures: `found`, `limit`, and in `also` the codes of the other rules broken.
-    Options are those of `HeuristicsConfig`; raises ConfigError for others. `reference.py` defines each rule.
+    The reason is the first rule broken, in the order Gopher's repetition, Gopher's quality, C4, FineWeb; FineWeb's
+    rules apply to the lines that C4 leaves. Figures: the value `found`, its `limit`, and in `also` the codes of
+    the other rules broken. Takes the options of `HeuristicsConfig`; raises ConfigError for any other.
+    `reference.py` defines each rule.
     """
 
     name: ClassVar[str] = "heuristic_filters"
@@ -34,39 +35,42 @@ class HeuristicFilter(Stage):
         self.options = section_from_dict(HeuristicsConfig, options, "HeuristicFilter")
 
     def apply(self, batch: pa.RecordBatch) -> Outcome:
-        """Judges a batch of `RECORDS`. Never raises for any text."""
+        """Filters a batch of `RECORDS`. Accepts every text."""
         table = build_text_table(batch.column("text"), self.options.remove_citations)
-        findings, kept = apply_rules(table, self.options)
+        results, kept = apply_rules(table, self.options)
         if kept is not None:
             batch = with_texts(batch, kept.texts())
-        return outcome(self.name, batch, _drops(findings, batch.num_rows))
+        return outcome(self.name, batch, _drops(results, batch.num_rows))
 
 
 def apply_rules(table: TextTable, options: HeuristicsConfig) -> tuple[list[RuleResult], KeptLines | None]:
-    """What the rules that are on found, in the order in which they are asked, and what C4 leaves, if it is on."""
-    findings: list[RuleResult] = []
+    """Returns the results of the enabled rules, in the order in which they apply, and the lines that C4 leaves.
+
+    The second is None if C4 is not enabled.
+    """
+    results: list[RuleResult] = []
     if "gopher_repetition" in options.rules:
-        findings += gopher_repetition(table, options)
+        results += gopher_repetition(table, options)
     if "gopher_quality" in options.rules:
-        findings += gopher_quality(table, options)
+        results += gopher_quality(table, options)
     if "c4" not in options.rules:
         if "fineweb" in options.rules:
-            findings += fineweb(lines_of_documents(table), options)
-        return findings, None
-    found, kept = c4(table, options)
-    findings += found
+            results += fineweb(lines_of_documents(table), options)
+        return results, None
+    c4_results, kept = c4(table, options)
+    results += c4_results
     if "fineweb" in options.rules:
-        left = ~np.logical_or.reduce([finding.broken for finding in found])
-        findings += [finding.restricted_to(left) for finding in fineweb(lines_left_by_c4(table, kept), options)]
-    return findings, kept
+        left = ~np.logical_or.reduce([result.broken for result in c4_results])
+        results += [result.restricted_to(left) for result in fineweb(lines_left_by_c4(table, kept), options)]
+    return results, kept
 
 
-def _drops(findings: Sequence[RuleResult], documents: int) -> list[Drop]:
-    """Documents that break a rule, with the first one broken as their reason."""
-    broken = np.array([finding.broken for finding in findings], np.bool_).reshape(len(findings), documents)
+def _drops(results: Sequence[RuleResult], documents: int) -> list[Drop]:
+    """Returns the documents that break a rule, with the first broken rule as their reason."""
+    broken = np.array([result.broken for result in results], np.bool_).reshape(len(results), documents)
     drops = []
     for row in np.flatnonzero(broken.any(axis=0)).tolist():
-        first, *others = [findings[index] for index in np.flatnonzero(broken[:, row])]
+        first, *others = [results[index] for index in np.flatnonzero(broken[:, row])]
         figures = {"found": first.found[row].item(), "limit": first.limit, "also": [rule.code for rule in others]}
         drops.append(Drop(row, first.code, figures, first.trigger(row)))
     return drops

@@ -23,7 +23,10 @@ _FINAL_MARK = rf"[{''.join(sorted(SENTENCE_ENDS))}]$"
 
 @dataclass(frozen=True)
 class LineTable:
-    """The lines that are not blank, where each document's start, its newlines, words, and characters in lines."""
+    """The lines of documents that are not blank, and by document its newlines, words, and characters in lines.
+
+    Document d has lines[starts[d] : starts[d + 1]].
+    """
 
     lines: pa.Array
     starts: Int64Array
@@ -33,7 +36,7 @@ class LineTable:
 
 
 def lines_of_documents(table: TextTable) -> LineTable:
-    """The documents as they are."""
+    """Returns the lines of the documents as they are."""
     return LineTable(
         lines=table.lines,
         starts=table.line_starts,
@@ -44,7 +47,7 @@ def lines_of_documents(table: TextTable) -> LineTable:
 
 
 def lines_left_by_c4(table: TextTable, kept: KeptLines) -> LineTable:
-    """The documents as C4 leaves them."""
+    """Returns the lines of the documents that C4 leaves."""
     return LineTable(
         lines=kept.lines,
         starts=kept.starts,
@@ -54,24 +57,24 @@ def lines_left_by_c4(table: TextTable, kept: KeptLines) -> LineTable:
     )
 
 
-def fineweb(prose: LineTable, options: HeuristicsConfig) -> Iterator[RuleResult]:
-    """What each rule found, in the order in which they are asked."""
-    count = np.diff(prose.starts)
-    punctuated = to_mask(pc.match_substring_regex(pc.utf8_trim_whitespace(prose.lines), _FINAL_MARK))
-    short = string_lengths(prose.lines) <= options.short_line_length
-    repeated = repeated_items(prose.lines, prose.starts)
+def fineweb(table: LineTable, options: HeuristicsConfig) -> Iterator[RuleResult]:
+    """Yields the result of each rule, in the order in which the rules apply."""
+    num_lines = np.diff(table.starts)
+    punctuated = to_mask(pc.match_substring_regex(pc.utf8_trim_whitespace(table.lines), _FINAL_MARK))
+    short = string_lengths(table.lines) <= options.short_line_length
+    repeated = repeated_items(table.lines, table.starts)
     yield from at_least(
         "fineweb_unpunctuated_lines",
-        ratio(segment_sums(punctuated, prose.starts), count),
+        ratio(segment_sums(punctuated, table.starts), num_lines),
         options.min_punctuated_lines,
     )
     yield from at_most(
-        "fineweb_short_lines", ratio(segment_sums(short, prose.starts), count), options.max_short_lines
+        "fineweb_short_lines", ratio(segment_sums(short, table.starts), num_lines), options.max_short_lines
     )
     yield from at_most(
         "fineweb_repeated_lines",
-        ratio(repeated.characters, prose.characters),
+        ratio(repeated.characters, table.characters),
         options.max_repeated_line_characters,
         repeated.first,
     )
-    yield from at_most("fineweb_newlines", ratio(prose.newline_counts, prose.words), options.max_newlines_per_word)
+    yield from at_most("fineweb_newlines", ratio(table.newline_counts, table.words), options.max_newlines_per_word)

@@ -17,53 +17,46 @@ from deepseek_v3.data.heuristics.words import LETTER, SYMBOL
 
 
 def gopher_quality(table: TextTable, options: HeuristicsConfig) -> Iterator[RuleResult]:
-    """What each rule found, in the order in which they are asked."""
+    """Yields the result of each rule, in the order in which the rules apply."""
     starts = table.document_word_starts
     words = table.words[: starts[-1]]
-    total = np.diff(starts)
-    proper = table.traits & SYMBOL == 0
-    proper_words = segment_sums(proper[words], starts)
-    mean = ratio(segment_sums((string_lengths(table.vocabulary) * proper)[words], starts), proper_words)
-    alphabetic = ratio(segment_sums((table.traits & LETTER > 0)[words], starts), total)
-    hashes, ellipses = _occurrences(table.texts, ("#",)), _occurrences(table.texts, ELLIPSES)
+    num_words = np.diff(starts)
+    is_proper = table.traits & SYMBOL == 0
+    proper_words = segment_sums(is_proper[words], starts)
+    mean_length = ratio(segment_sums((string_lengths(table.vocabulary) * is_proper)[words], starts), proper_words)
+    alphabetic = ratio(segment_sums((table.traits & LETTER > 0)[words], starts), num_words)
+    hashes, ellipses = _count_symbols(table.texts, ("#",)), _count_symbols(table.texts, ELLIPSES)
     yield from at_least("gopher_too_few_words", proper_words, options.min_words)
     yield from at_most("gopher_too_many_words", proper_words, options.max_words)
-    yield from at_least("gopher_short_words", mean, options.min_mean_word_length)
-    yield from at_most("gopher_long_words", mean, options.max_mean_word_length)
-    yield from at_most("gopher_hashes", ratio(hashes, total), options.max_symbols_per_word)
-    yield from at_most("gopher_ellipses", ratio(ellipses, total), options.max_symbols_per_word)
+    yield from at_least("gopher_short_words", mean_length, options.min_mean_word_length)
+    yield from at_most("gopher_long_words", mean_length, options.max_mean_word_length)
+    yield from at_most("gopher_hashes", ratio(hashes, num_words), options.max_symbols_per_word)
+    yield from at_most("gopher_ellipses", ratio(ellipses, num_words), options.max_symbols_per_word)
     yield from _marked_lines(table, options)
     yield from at_least("gopher_few_alphabetic_words", alphabetic, options.min_alphabetic_words)
-    yield from at_least("gopher_few_stop_words", _stop_words(table, words, options), options.min_stop_words)
+    yield from at_least("gopher_few_stop_words", _count_stop_words(table, words, options), options.min_stop_words)
 
 
-def _occurrences(texts: pa.Array, symbols: Sequence[str]) -> Int64Array:
-    """How often any of the symbols stands in each text."""
+def _count_symbols(texts: pa.Array, symbols: Sequence[str]) -> Int64Array:
+    """Returns the number of occurrences of any of the symbols in each text."""
     return np.array([sum(map(text.count, symbols)) for text in texts.to_pylist()], np.int64)
 
 
 def _marked_lines(table: TextTable, options: HeuristicsConfig) -> Iterator[RuleResult]:
     """Lines that begin with a bullet or end with an ellipsis, as shares of all lines, blank ones included."""
     lines, starts = table.stripped[: len(table.lines)], table.line_starts
-    bullets = matches_any(pc.starts_with, lines, BULLETS)
-    ellipses = matches_any(pc.ends_with, lines, ELLIPSES)
-    yield from at_most(
-        "gopher_bullet_lines",
-        ratio(segment_sums(bullets, starts), table.newline_counts + 1),
-        options.max_bullet_lines,
-    )
-    yield from at_most(
-        "gopher_ellipsis_lines",
-        ratio(segment_sums(ellipses, starts), table.newline_counts + 1),
-        options.max_ellipsis_lines,
-    )
+    num_lines = table.newline_counts + 1
+    bullets = segment_sums(matches_any(pc.starts_with, lines, BULLETS), starts)
+    ellipses = segment_sums(matches_any(pc.ends_with, lines, ELLIPSES), starts)
+    yield from at_most("gopher_bullet_lines", ratio(bullets, num_lines), options.max_bullet_lines)
+    yield from at_most("gopher_ellipsis_lines", ratio(ellipses, num_lines), options.max_ellipsis_lines)
 
 
-def _stop_words(table: TextTable, words: Int64Array, options: HeuristicsConfig) -> Int64Array:
-    """How many different stop words each document has."""
-    ranks = pc.index_in(table.vocabulary, pa.array(options.stop_words, pa.string()))
-    rank = pc.fill_null(ranks, -1).to_numpy()[words]
-    found = np.flatnonzero(rank >= 0)
-    has = np.zeros((len(table.texts), len(options.stop_words)), np.bool_)
-    has[segment_ids(table.document_word_starts)[found], rank[found]] = True
-    return has.sum(axis=1)
+def _count_stop_words(table: TextTable, words: Int64Array, options: HeuristicsConfig) -> Int64Array:
+    """Returns the number of distinct stop words in each document."""
+    indices = pc.index_in(table.vocabulary, pa.array(options.stop_words, pa.string()))
+    index = pc.fill_null(indices, -1).to_numpy()[words]
+    found = np.flatnonzero(index >= 0)
+    contains = np.zeros((len(table.texts), len(options.stop_words)), np.bool_)
+    contains[segment_ids(table.document_word_starts)[found], index[found]] = True
+    return contains.sum(axis=1)

@@ -1,4 +1,4 @@
-"""The documents of a batch, cut once into lines, chunks and words."""
+"""A batch of documents split into lines, chunks and words, once for all rules."""
 
 from __future__ import annotations
 
@@ -18,13 +18,19 @@ from deepseek_v3.data.heuristics.words import split_chunk, word_traits
 
 @dataclass(frozen=True)
 class TextTable:
-    """The batch's texts, their lines that are not blank, and the same without white space at the ends.
+    """The texts of a batch with their lines, chunks (text between white space) and words.
 
-    Document d has `newlines[d]` newlines and the lines `line_starts[d]` to `line_starts[d + 1] - 1`. After the
-    lines of all documents, those with citations come once more without: C4 sees line i as `trimmed[uncited[i]]`.
-    Line i has the chunks `chunk_starts[i]` to `chunk_starts[i + 1] - 1` and the words `word_starts[i]` to
-    `word_starts[i + 1] - 1`; `words` are numbers, and `vocabulary` holds the word of each,
-    `traits` what `traits` says of it.
+    texts                 the documents
+    newline_counts        newlines of each document
+    lines                 all lines that are not blank; document d has lines[line_starts[d] : line_starts[d + 1]]
+    stripped              the same lines without surrounding white space, then those with citations once more,
+                          without the citations
+    uncited               for each line the row of `stripped` without citations, which C4 reads
+    chunk_starts          row i of `stripped` has the chunks from chunk_starts[i] to chunk_starts[i + 1] - 1
+    chunk_lengths         characters of each chunk
+    word_starts           row i of `stripped` has words[word_starts[i] : word_starts[i + 1]]
+    words                 all words, as indices into `vocabulary`
+    vocabulary, traits    the distinct words, and `word_traits` of each
     """
 
     texts: pa.Array
@@ -42,39 +48,39 @@ class TextTable:
 
     @cached_property
     def document_word_starts(self) -> Int64Array:
-        """Document d has the words `document_words[d]` to `document_words[d + 1] - 1`."""
+        """Document d has words[document_word_starts[d] : document_word_starts[d + 1]]."""
         return self.word_starts[self.line_starts]
 
     @cached_property
     def characters(self) -> Int64Array:
-        """Length of each document."""
+        """The number of characters of each document."""
         return string_lengths(self.texts)
 
     def phrase(self, start: int, count: int) -> str:
-        """`count` words from `start` on, joined by spaces."""
+        """Returns `count` words from word `start` on, joined by spaces."""
         return " ".join(self.vocabulary.take(pa.array(self.words[start : start + count])).to_pylist())
 
 
 def build_text_table(texts: pa.Array, remove_citations: bool) -> TextTable:
-    """Cuts texts into lines, chunks and words. Where citations stay, `uncited` leads to the lines themselves."""
+    """Splits texts into lines, chunks and words. Unless `remove_citations`, `uncited` points to the lines as is."""
     lines, starts = flatten_lists(pc.split_pattern(texts, "\n"))
-    trimmed = pc.utf8_trim_whitespace(lines)
-    filled = pc.not_equal(trimmed, "")
-    lines, trimmed = lines.filter(filled), trimmed.filter(filled)
+    stripped = pc.utf8_trim_whitespace(lines)
+    filled = pc.not_equal(stripped, "")
+    lines, stripped = lines.filter(filled), stripped.filter(filled)
     uncited = np.arange(len(lines))
     if remove_citations:
-        cited = np.flatnonzero(to_mask(pc.match_substring_regex(trimmed, CITATION)))
+        cited = np.flatnonzero(to_mask(pc.match_substring_regex(stripped, CITATION)))
         uncited[cited] = np.arange(len(lines), len(lines) + len(cited))
-        trimmed = pa.concat_arrays(
-            [trimmed, pc.replace_substring_regex(trimmed.take(pa.array(cited)), CITATION, "")]
+        stripped = pa.concat_arrays(
+            [stripped, pc.replace_substring_regex(stripped.take(pa.array(cited)), CITATION, "")]
         )
-    chunks, chunk_starts = flatten_lists(pc.utf8_split_whitespace(trimmed))
+    chunks, chunk_starts = flatten_lists(pc.utf8_split_whitespace(stripped))
     chunk_numbers, distinct_chunks = encode_strings(chunks)
-    words, vocabulary, first_words = _words(chunk_numbers, distinct_chunks)
+    words, vocabulary, first_words = _split_into_words(chunk_numbers, distinct_chunks)
     return TextTable(
         texts=texts,
         lines=lines,
-        stripped=trimmed,
+        stripped=stripped,
         newline_counts=np.diff(starts) - 1,
         line_starts=prefix_sums(to_mask(filled))[starts],
         uncited=uncited,
@@ -87,8 +93,10 @@ def build_text_table(texts: pa.Array, remove_citations: bool) -> TextTable:
     )
 
 
-def _words(chunk_numbers: Int64Array, distinct_chunks: pa.Array) -> tuple[Int64Array, pa.Array, Int64Array]:
-    """The words of all chunks as numbers, the word of each number, and where each chunk's words begin."""
+def _split_into_words(
+    chunk_numbers: Int64Array, distinct_chunks: pa.Array
+) -> tuple[Int64Array, pa.Array, Int64Array]:
+    """Returns the words of all chunks as numbers, the word of each number, and the first word of each chunk."""
     split = list(map(split_chunk, distinct_chunks.to_pylist()))
     starts = prefix_sums(np.array(list(map(len, split)), np.int64))
     numbers, vocabulary = encode_strings(pa.array(list(chain.from_iterable(split)), pa.string()))

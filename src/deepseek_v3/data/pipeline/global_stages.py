@@ -89,8 +89,11 @@ def _decide(
 ) -> None:
     folder, parts = decision.folder.parent, decision.parts
     folder.mkdir(parents=True, exist_ok=True)
-    matches = _run(stage, stage.match_tasks(parts, memory), folder, "matching", executor, progress)
-    refined = _run(stage, stage.refine_tasks(parts, memory, matches), folder, "comparing", executor, progress)
+
+    def execute(kind: str, tasks: Sequence[Task]) -> list[Path]:
+        return _run(stage, tasks, folder, kind, executor, progress)
+
+    matches, refined = stage.run_tasks(parts, memory, execute)
     with appearing_folder(decision.folder) as partial:
         figures = stage.resolve(parts, matches, refined, partial)
         for example in figures.get("examples", []):
@@ -113,7 +116,7 @@ def run_task(stage: GlobalStage, task: Task, file: Path) -> None:
     """Runs one task of a stage, whose file appears whole."""
     partial = file.with_name(f".{uuid.uuid4().hex}.npy")
     try:
-        getattr(stage, task.method)(partial, *task.arguments)
+        task.run(stage, partial)
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""`numpy_kernels` as loops that Numba compiles: the same functions, the same results bit for bit.
+"""The functions of `numpy_kernels` as loops that Numba compiles, with the same results bit for bit.
 
-Compiled code is kept beside this file or in the user's cache, so that only the first process on a machine compiles.
-Coverage cannot see it run.
+Numba caches the compiled code beside this file or in the user's cache directory, so that only the first process on
+a machine compiles. Coverage cannot measure compiled code.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from deepseek_v3.data.deduplication.case_folding import FoldedText
 
 _WINDOW_BYTES = utf8.WINDOW_BYTES
 _MAX_WORD_BYTES = case_folding.MAX_WORD_BYTES
+_GAMMA = np.uint64(arrays.SPLITMIX64_GAMMA)
 _MIX_1 = np.uint64(arrays.SPLITMIX64_MIX_1)
 _MIX_2 = np.uint64(arrays.SPLITMIX64_MIX_2)
-_STEP = np.uint64(arrays.SPLITMIX64_GAMMA)
 _MIX_32 = np.uint32(hashing.MIX_32)
 _LOW_BYTES = np.array([2 ** (8 * size) - 1 for size in range(_WINDOW_BYTES + 1)], np.uint64)
-_GREATEST = np.uint32(2**32 - 1)
+_MAX_UINT32 = np.uint32(2**32 - 1)
 _HASH_MASK = np.uint64(2**32 - 1)
 
 
 def _compiled(signature: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Compiles a function at once, or loads what was compiled before; without a cache where none is writable."""
+    """Compiles a function at import, or loads it from the cache; compiles without a cache if none is writable."""
 
     def compile_function(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
@@ -57,84 +57,87 @@ def intersection_sizes(sets: UInt64Array, offsets: Int64Array, one: Int64Array, 
     return _intersection_sizes(sets, offsets, one, other)
 
 
-def remove_bytes(text: UInt8Array, offsets: Int64Array, left_out: bytes) -> tuple[UInt8Array, Int64Array]:
+def remove_bytes(text: UInt8Array, offsets: Int64Array, unwanted: bytes) -> tuple[UInt8Array, Int64Array]:
     """As `numpy_kernels.remove_bytes`."""
     kept = np.ones(256, np.uint8)
-    kept[[*left_out]] = 0
+    kept[[*unwanted]] = 0
     return _remove_bytes(text, offsets, kept)
 
 
 @numba.njit(inline="always")
 def _read_window(text, start, size):  # type: ignore[no-untyped-def]  # pragma: no cover
-    """The bytes from `start` on as a number, the first one lowest: 8 of them, or `size` where that is less.
+    """Reads min(size, 8) bytes from `start` on as a little-endian number.
 
-    Unsigned indices spare the test for negative ones; what is left compiles to one load.
+    With unsigned indices Numba omits the test for negative ones, and the loop compiles to a single load.
     """
-    piece = np.uint64(0)
+    window = np.uint64(0)
     for byte in range(_WINDOW_BYTES):
-        piece |= np.uint64(text[np.uint64(start) + np.uint64(byte)]) << np.uint64(8 * byte)
-    return piece & _LOW_BYTES[min(size, _WINDOW_BYTES)]
+        window |= np.uint64(text[np.uint64(start) + np.uint64(byte)]) << np.uint64(8 * byte)
+    return window & _LOW_BYTES[min(size, _WINDOW_BYTES)]
 
 
 @numba.njit(inline="always")
-def _hash_window(piece):  # type: ignore[no-untyped-def]  # pragma: no cover
-    piece = piece * _MIX_1
-    return (piece ^ (piece >> np.uint64(32))) * _MIX_2
+def _hash_window(window):  # type: ignore[no-untyped-def]  # pragma: no cover
+    mixed = window * _MIX_1
+    return (mixed ^ (mixed >> np.uint64(32))) * _MIX_2
 
 
 @numba.njit(inline="always")
 def _hash_word(text, start, size):  # type: ignore[no-untyped-def]  # pragma: no cover
-    piece = _read_window(text, start, size)
-    total = _hash_window(piece)
-    place = _WINDOW_BYTES
-    while piece >> np.uint64(56) and place < size:
-        piece = _read_window(text, start + place, size - place)
-        if piece:
-            total += _hash_window(piece + np.uint64(place // _WINDOW_BYTES) * _STEP)
-        place += _WINDOW_BYTES
+    window = _read_window(text, start, size)
+    total = _hash_window(window)
+    position = _WINDOW_BYTES
+    while window >> np.uint64(56) and position < size:
+        window = _read_window(text, start + position, size - position)
+        if window:
+            total += _hash_window(window + np.uint64(position // _WINDOW_BYTES) * _GAMMA)
+        position += _WINDOW_BYTES
     return np.uint32(total >> np.uint64(32))
 
 
 @numba.njit
-def _find_word_starts(text, cuts, begins, starts):  # type: ignore[no-untyped-def]  # pragma: no cover
-    """Writes where words begin, and the end behind; returns how many begin. `begins` is room for as many bytes."""
-    begins[0] = text[0] != 0
-    for place in range(1, len(text)):
-        begins[place] = (text[place] != 0) & (cuts[place] | (text[place - 1] == 0))
+def _find_word_starts(text, word_breaks, is_start, starts):  # type: ignore[no-untyped-def]  # pragma: no cover
+    """Writes the starts of runs of word characters, then the end of the text; returns the number of runs.
+
+    `is_start` (bool) is scratch space of at least the text's length.
+    """
+    is_start[0] = text[0] != 0
+    for position in range(1, len(text)):
+        is_start[position] = (text[position] != 0) & (word_breaks[position] | (text[position - 1] == 0))
     count = 0
-    for place in range(len(text)):
-        starts[count] = place
-        count += begins[place]
+    for position in range(len(text)):
+        starts[count] = position
+        count += is_start[position]
     starts[count] = len(text)
     return count
 
 
 @numba.njit
 def _hash_words(text, starts, runs, words):  # type: ignore[no-untyped-def]  # pragma: no cover
-    """Writes the hashes of the words in as many runs of letters; returns how many words they are."""
+    """Writes the hashes of the words in `runs` runs of word characters; returns the number of words."""
     count = 0
     for run in range(runs):
         start, end = starts[run], starts[run + 1]
-        going_on = True
-        while going_on:
+        in_run = True
+        while in_run:
             words[count] = _hash_word(text, start, min(end - start, _MAX_WORD_BYTES))
             count += 1
             start += _MAX_WORD_BYTES
-            going_on = start < end and text[start] != 0
+            in_run = start < end and text[start] != 0
     return count
 
 
 @numba.njit
 def _hash_shingles(words, count, multipliers, hashes):  # type: ignore[no-untyped-def]  # pragma: no cover
-    """Writes the hashes of the shingles of so many words; returns how many they are."""
+    """Writes the hashes of the shingles of `count` words; returns the number of shingles."""
     if not count:
         return 0
     ngram = min(len(multipliers), count)
     shingles = count - ngram + 1
     hashes[:shingles] = 0
-    for place in range(ngram):
+    for position in range(ngram):
         for index in range(shingles):
-            hashes[index] += words[index + place] * multipliers[place]
+            hashes[index] += words[index + position] * multipliers[position]
     for index in range(shingles):
         mixed = hashes[index]
         mixed = np.uint32((mixed ^ (mixed >> np.uint32(16))) * _MIX_32)
@@ -143,21 +146,21 @@ def _hash_shingles(words, count, multipliers, hashes):  # type: ignore[no-untype
 
 
 @_compiled("Tuple((uint32[::1], int64[::1]))(uint8[::1], boolean[::1], int64[::1], uint32[::1])")
-def _shingle_hashes(text, cuts, offsets, multipliers):  # type: ignore[no-untyped-def]  # pragma: no cover
+def _shingle_hashes(text, word_breaks, offsets, multipliers):  # type: ignore[no-untyped-def]  # pragma: no cover
     documents = len(offsets) - 1
     longest = 1
     for document in range(documents):
         longest = max(longest, offsets[document + 1] - offsets[document])
-    begins = np.empty(longest, np.bool_)
+    is_start = np.empty(longest, np.bool_)
     starts = np.empty(longest + 1, np.int64)
     words = np.empty(longest, np.uint32)
-    hashes = np.empty(len(cuts), np.uint32)
+    hashes = np.empty(len(word_breaks), np.uint32)
     firsts = np.zeros(documents + 1, np.int64)
     for document in range(documents):
         first, end = offsets[document], offsets[document + 1]
         count = 0
         if end > first:
-            runs = _find_word_starts(text[first:end], cuts[first:end], begins, starts)
+            runs = _find_word_starts(text[first:end], word_breaks[first:end], is_start, starts)
             count = _hash_words(text[first:], starts, runs, words)
         at = firsts[document]
         firsts[document + 1] = at + _hash_shingles(words, count, multipliers, hashes[at:])
@@ -166,8 +169,8 @@ def _shingle_hashes(text, cuts, offsets, multipliers):  # type: ignore[no-untype
 
 @_compiled("uint32[:, ::1](uint32[::1], int64[::1], uint32[::1])")
 def _minhash_signatures(hashes, offsets, multipliers):  # type: ignore[no-untyped-def]  # pragma: no cover
-    """Eight shingles at a time, so that a minimum is loaded and stored only once for all of them."""
-    least = np.full((len(offsets) - 1, len(multipliers)), _GREATEST)
+    """Processes eight shingles at a time, so that each minimum is loaded and stored once for all eight."""
+    least = np.full((len(offsets) - 1, len(multipliers)), _MAX_UINT32)
     for document in range(len(offsets) - 1):
         row = least[document]
         last = offsets[document + 1] - 1
@@ -185,7 +188,7 @@ def _minhash_signatures(hashes, offsets, multipliers):  # type: ignore[no-untype
 
 @_compiled("int64[::1](uint64[::1], int64[::1], int64[::1], int64[::1])")
 def _intersection_sizes(sets, offsets, one, other):  # type: ignore[no-untyped-def]  # pragma: no cover
-    """Goes through both sets of a pair side by side; no branch depends on what is in them."""
+    """Merges both sets of each pair in step; no branch depends on their members."""
     counts = np.zeros(len(one), np.int64)
     for pair in range(len(one)):
         i, i_end = offsets[one[pair]], offsets[one[pair] + 1]
@@ -202,13 +205,13 @@ def _intersection_sizes(sets, offsets, one, other):  # type: ignore[no-untyped-d
 
 @_compiled("Tuple((uint8[::1], int64[::1]))(uint8[::1], int64[::1], uint8[::1])")
 def _remove_bytes(text, offsets, kept):  # type: ignore[no-untyped-def]  # pragma: no cover
-    """Writes every byte, and goes on behind those that are kept."""
+    """Writes every byte, and advances the end only past kept ones, so that no branch depends on the text."""
     left = np.empty(len(text) + 1, np.uint8)
-    places = np.zeros(len(offsets), np.int64)
+    left_offsets = np.zeros(len(offsets), np.int64)
     end = 0
     for document in range(len(offsets) - 1):
-        for place in range(offsets[document], offsets[document + 1]):
-            left[end] = text[place]
-            end += kept[text[place]]
-        places[document + 1] = end
-    return left[:end], places
+        for position in range(offsets[document], offsets[document + 1]):
+            left[end] = text[position]
+            end += kept[text[position]]
+        left_offsets[document + 1] = end
+    return left[:end], left_offsets
