@@ -1,6 +1,8 @@
 """Rules of the house that ruff, mypy and import-linter cannot state: names, sizes, folders and words."""
 
 import ast
+import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from deepseek_v3.utils.optional import OPTIONAL_LIBRARIES
 from helpers import ROOT
 
 SOURCE, TESTS = ROOT / "src" / "deepseek_v3", ROOT / "tests"
@@ -15,6 +18,15 @@ SOURCE, TESTS = ROOT / "src" / "deepseek_v3", ROOT / "tests"
 EXCHANGES = ("all_to_all", "deepep", "exchange", "expert_parallel", "select_dispatcher", "symmetric_memory")
 RECURRING = {"__init__", "__main__", "reference", "triton", "filter", "index", "errors", "command", "engine"}
 LONGEST_MODULE, SHORT_MODULE, MOST_SHORT_MODULES = 350, 50, 30
+# Modules that import an optional library at their top; only functions import these modules in turn.
+NEED_THEIR_LIBRARY = {
+    "data/deduplication/kernels/numba_kernels.py",
+    "ops/moe_permute/triton.py",
+    "ops/multi_tensor/triton.py",
+    "training/parallel/deepspeed_engine.py",
+}
+# Distributions whose package has another name.
+IMPORT_NAMES = {"pyyaml": "yaml", "typing-extensions": "typing_extensions"}
 KERNELS = ("triton", "numba_kernels", "numpy_kernels")  # a kernel is not cut in two to be short
 
 
@@ -53,15 +65,65 @@ def test_model_code_knows_nothing_of_ranks(folder: str) -> None:
     assert [relative(path) for path in paths if "torch.distributed" in dict(imports(tree_of(path))).values()] == []
 
 
-def test_no_import_hides_in_a_function() -> None:
+def libraries(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and import name of every library that is imported, the standard library and this package aside."""
+    for line, name in imports(tree):
+        library = name.partition(".")[0]
+        if library not in sys.stdlib_module_names and library != "deepseek_v3":
+            yield line, library
+
+
+def functions(tree: ast.AST) -> Iterator[ast.AST]:
+    return (node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
+
+
+def test_only_functions_import_optional_libraries() -> None:
+    found = []
+    for path in modules():
+        if path.relative_to(SOURCE).as_posix() in NEED_THEIR_LIBRARY:
+            continue
+        tree = tree_of(path)
+        inside = {line for function in functions(tree) for line, _ in libraries(function)}
+        found += [
+            f"{relative(path)}:{line} imports {library}"
+            for line, library in libraries(tree)
+            if library in OPTIONAL_LIBRARIES and line not in inside
+        ]
+    assert found == []
+
+
+def test_modules_that_need_a_library_are_imported_by_functions() -> None:
+    names = {f"deepseek_v3.{path.removesuffix('.py').replace('/', '.')}" for path in NEED_THEIR_LIBRARY}
+    found = []
+    for path in SOURCE.rglob("*.py"):
+        tree = tree_of(path)
+        inside = {line for function in functions(tree) for line, _ in imports(function)}
+        found += [
+            f"{relative(path)}:{line}" for line, name in imports(tree) if name in names and line not in inside
+        ]
+    assert found == []
+
+
+def test_functions_import_no_base_library() -> None:
     hidden = [
-        f"{relative(path)}:{line}"
+        f"{relative(path)}:{line} imports {library}"
         for path in modules()
-        for function in ast.walk(tree_of(path))
-        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
-        for line, _ in imports(function)
+        for function in functions(tree_of(path))
+        for line, library in libraries(function)
+        if library not in OPTIONAL_LIBRARIES
     ]
     assert hidden == []
+
+
+def test_every_library_is_a_declared_dependency() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    declared = re.search(r"^dependencies = \[(.*?)^\]", project, re.MULTILINE | re.DOTALL)
+    assert declared is not None
+    base = {IMPORT_NAMES.get(name, name) for name in re.findall(r'"([\w-]+)', declared[1])}
+    imported = {library for path in SOURCE.rglob("*.py") for _, library in libraries(tree_of(path))}
+    assert imported - set(OPTIONAL_LIBRARIES) == base
+    extras = set(re.findall(r"^(\w+) = \[", project.partition("optional-dependencies")[2], re.MULTILINE))
+    assert {extra for extra in OPTIONAL_LIBRARIES.values() if extra} <= extras
 
 
 def test_a_file_name_recurs_only_where_its_folder_says_what_it_is() -> None:

