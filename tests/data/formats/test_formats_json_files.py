@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from deepseek_v3.data.formats import json_files
 from deepseek_v3.data.formats.batches import END_OF_FILE, FileRange, ReadOptions
-from deepseek_v3.data.formats.inputs import InputFile
 from deepseek_v3.data.formats.reading import read_range
+from deepseek_v3.data.formats.streams import InputFile
 from helpers.formats import read, reasons, texts, write
 
 values = st.recursive(
@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
 
 
 def in_small_pieces(patch: pytest.MonkeyPatch, size: int) -> None:
-    patch.setattr(json_files, "_PIECE_BYTES", size)
+    patch.setattr(json_files, "_CHUNK_BYTES", size)
     patch.setattr(json_files, "BATCH_BYTES", 40)
     patch.setattr(json_files, "BATCH_RECORDS", 3)
 

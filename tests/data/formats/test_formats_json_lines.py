@@ -91,7 +91,7 @@ def folder(tmp_path_factory):
 def small_blocks(patch: pytest.MonkeyPatch, num_bytes: int = 150, records: int = 4) -> None:
     patch.setattr(json_lines, "BATCH_BYTES", num_bytes)
     patch.setattr(json_lines, "BATCH_RECORDS", records)
-    patch.setattr(json_lines, "_PIECE_BYTES", 7)
+    patch.setattr(json_lines, "_CHUNK_BYTES", 7)
 
 
 @settings(max_examples=150, deadline=None)

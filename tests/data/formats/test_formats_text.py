@@ -34,7 +34,7 @@ def test_a_file_is_a_document(tmp_path):
     ],
 )
 def test_what_is_no_text_is_one_entry(tmp_path, data, reason, error, monkeypatch):
-    monkeypatch.setattr(plain_text, "_PIECE_BYTES", 16)
+    monkeypatch.setattr(plain_text, "_CHUNK_BYTES", 16)
     records, (entry,) = read(write(tmp_path / "a.txt", data), max_record_bytes=100)
     assert records == []
     assert (entry["reason"], entry["length"], entry["records"]) == (reason, len(data), 1)

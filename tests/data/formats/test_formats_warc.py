@@ -111,7 +111,7 @@ def test_payloads_are_decoded(tmp_path, payload, text):
     ],
 )
 def test_a_damaged_record_costs_itself_alone(tmp_path, damaged, reason, monkeypatch):
-    monkeypatch.setattr(warc, "_PIECE_BYTES", 11)
+    monkeypatch.setattr(warc, "_CHUNK_BYTES", 11)
     data = named(0) + damaged + named(2)
     records, quarantined = read(write(tmp_path / "a.warc", data), max_record_bytes=2000)
     assert texts(records) == ["<p>page 0</p>", "<p>page 2</p>"]
@@ -164,7 +164,7 @@ def test_records_between_any_junk_are_found(tmp_path_factory, content, batch_byt
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(warc, "BATCH_BYTES", batch_bytes)
         patch.setattr(warc, "BATCH_RECORDS", 3)
-        patch.setattr(warc, "_PIECE_BYTES", piece)
+        patch.setattr(warc, "_CHUNK_BYTES", piece)
         records, quarantined = read(path)
     assert texts(records) == [f"<p>page {part}</p>" for part in content if isinstance(part, int)]
     for entry in quarantined:

@@ -1,4 +1,4 @@
-"""What reading takes and gives: spans of files, options, and batches of records and of what is none."""
+"""The interface of a reader: it takes a range of a file and options, and returns batches of records."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import orjson
 import pyarrow as pa
 
 from deepseek_v3.data.documents import record_batch
-from deepseek_v3.data.formats.inputs import InputFile
 from deepseek_v3.data.formats.json_values import json_default
 from deepseek_v3.data.formats.quarantine import MAX_RAW_BYTES, QUARANTINED, InvalidRecord
+from deepseek_v3.data.formats.streams import InputFile
 
 BATCH_BYTES = 2**22
 BATCH_RECORDS = 10_000
-END_OF_FILE = 2**63 - 1  # the position from which nothing is left to read
+END_OF_FILE = 2**63 - 1  # the position after which nothing is left to read
 
 _MISSING = object()
 _NAMES_SHOWN = 20
@@ -33,7 +33,7 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """Where a record holds its text and its id (`a.b` is field b of the object a), and the bytes it may have."""
+    """The fields that hold a record's text and id (`a.b` is field b of object a), and its largest size in bytes."""
 
     text_field: str = "text"
     id_field: str = "id"
@@ -42,7 +42,7 @@ class ReadOptions:
 
 @dataclass(frozen=True)
 class FileRange:
-    """A piece of a file, from `start` up to `stop`, or to the end: rows of Parquet and Arrow, else bytes."""
+    """The part of a file from `start` to `stop`, or to the end: rows of Parquet and Arrow files, else bytes."""
 
     file: InputFile
     start: int = 0
@@ -50,7 +50,7 @@ class FileRange:
 
 
 class ReadBatch(NamedTuple):
-    """A batch of `RECORDS`, one of `QUARANTINED`, and the position from which reading goes on after them."""
+    """A batch of `RECORDS`, a batch of `QUARANTINED`, and the position at which reading continues after them."""
 
     records: pa.RecordBatch
     quarantined: pa.RecordBatch
@@ -58,7 +58,10 @@ class ReadBatch(NamedTuple):
 
 
 class BatchBuilder:
-    """Gathers the records of one batch, and what was rejected."""
+    """Collects the documents and the invalid records of one batch.
+
+    A `place` is that of `RECORDS`.
+    """
 
     def __init__(self, source: str, options: ReadOptions) -> None:
         self._source, self._options = source, options
@@ -70,11 +73,11 @@ class BatchBuilder:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is neither a record nor anything rejected."""
+        """Whether nothing was added or rejected yet."""
         return not self._ids and not self._rejected
 
     def add(self, place: int, record: Any) -> None:
-        """Adds a record and removes fields from it. Raises InvalidRecord, and adds nothing, if it is not one."""
+        """Adds a record as a document, and removes fields from it. Raises InvalidRecord, and then adds nothing."""
         if type(record) is not dict:
             raise InvalidRecord(
                 "not_object",
@@ -89,7 +92,7 @@ class BatchBuilder:
         self.add_text(place, id_, text, record)
 
     def add_text(self, place: int, id_: str, text: str, metadata: dict[str, Any]) -> None:
-        """Takes a document. Raises InvalidRecord, and takes nothing, where its text or metadata cannot be meant."""
+        """Adds a document. Raises InvalidRecord, and then adds nothing, for an unusable text or metadata."""
         if "\0" in text:
             raise InvalidRecord("nul", f"the text has a NUL at character {text.index(chr(0))}; is it binary data?")
         limit = self._options.max_record_bytes
@@ -112,7 +115,7 @@ class BatchBuilder:
         records: int = 1,
         raw: bytes | None = None,
     ) -> None:
-        """Notes what is no document, as `QUARANTINED` says."""
+        """Adds an invalid record; the arguments are the columns of `QUARANTINED`."""
         self._rejected.append(
             {
                 "source": self._source,
@@ -127,7 +130,7 @@ class BatchBuilder:
         )
 
     def batch(self, position: int) -> ReadBatch:
-        """All of it; reading goes on at `position`."""
+        """The batch of everything added and rejected; reading continues at `position`."""
         sources = [self._source] * len(self._ids)
         records = record_batch(self._ids, self._texts, sources, self._places, self._metadata)
         return ReadBatch(records, pa.RecordBatch.from_pylist(self._rejected, schema=QUARANTINED), position)
@@ -143,7 +146,7 @@ class BatchBuilder:
         return InvalidRecord(reason, f"field {field!r} holds {_type(text)}, expected a string")
 
     def _id(self, id_: Any, place: int) -> str:
-        """The id that a record has as a number, or that it is given because it has none."""
+        """The id of a record that has none, or a number, as its id."""
         if id_ is None or id_ is _MISSING:
             return f"{self._source}:{place}"
         if type(id_) is int:
@@ -157,7 +160,7 @@ def _type(value: Any) -> str:
 
 
 def _take(record: dict[str, Any], field: str) -> Any:
-    """Removes a field, or where there is none of that name, one of an object inside; `_MISSING` where it is not."""
+    """Removes a field and returns it, or `_MISSING`. `a.b` is a field of that name, or else field b of object a."""
     value = record.pop(field, _MISSING)
     if value is not _MISSING or "." not in field:
         return value

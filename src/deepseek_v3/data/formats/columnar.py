@@ -1,9 +1,7 @@
-"""Rows of Arrow data as documents: what reading Parquet and Arrow files has in common.
+"""Reading Parquet and Arrow IPC files (also called Feather), which store their rows in groups.
 
-FOLDED: Reading Arrow IPC: the file format (also called Feather) and the stream format.
-
-
-FOLDED: Reading Parquet: its row groups, each some rows at a time.
+For each format a function opens a file and yields its groups. A group is read in batches of rows, and damage to a
+group costs only the rows of this group.
 """
 
 from __future__ import annotations
@@ -23,177 +21,92 @@ from deepseek_v3.data.formats.batches import (
     ReadBatch,
     ReadOptions,
 )
-from deepseek_v3.data.formats.inputs import InputFile
 from deepseek_v3.data.formats.quarantine import InvalidRecord
-from deepseek_v3.data.formats.streams import open_raw, read_failure
+from deepseek_v3.data.formats.streams import InputFile, open_raw, read_failure
 
 
 class RowGroup(NamedTuple):
-    """Rows that are stored together, as batches of about 4 MiB."""
+    """A row group of Parquet or a record batch of Arrow: its number of rows, and the rows in batches of 4 MiB."""
 
     rows: int
     batches: Iterator[pa.RecordBatch]
 
 
-# Opens a file and yields its groups in order. Both iterators may raise what `_DAMAGE` lists.
+# Opens a file and yields its groups in order. Both iterators may raise the errors in `_DAMAGE`.
 RowGroupReader = Callable[[BinaryIO], Iterator[RowGroup]]
 
-# What pyarrow raises for data that it cannot decode.
+# pyarrow raises these for data that it cannot decode.
 _DAMAGE = (pa.ArrowException, OSError, ValueError, MemoryError)
-# What it raises for values that Python has no type for, such as a date in the year 10,000.
+# It raises these, too, for values that no Python type can hold, such as a date in the year 10,000.
 _UNWRITABLE = (*_DAMAGE, ArithmeticError, LookupError)
 _AS_TEXT = {pa.binary(): pa.string(), pa.large_binary(): pa.large_string(), pa.binary_view(): pa.string_view()}
 
-
-def rows_per_batch(num_bytes: int, rows: int) -> int:
-    """How many of a group's rows make about 4 MiB, at most 10,000."""
-    return min(max(BATCH_BYTES * rows // max(num_bytes, 1), 1), BATCH_RECORDS)
+_ARROW_FILE_MAGIC = b"ARROW1"
+_BUFFER_BYTES = 2**20  # read at a time from each column of a Parquet file
 
 
 def split_columnar(groups: RowGroupReader, file: InputFile, range_bytes: int) -> list[FileRange]:
-    """Spans of whole groups, each of about `range_bytes` of the file; one span where it cannot be read."""
+    """Ranges of whole groups, each of about `range_bytes` of the file; a single one if it cannot be read."""
     try:
         with open_raw(file) as raw:
             rows = [group.rows for group in groups(raw)]
     except _DAMAGE:
         return [FileRange(file)]
-    rows_per_span = max(sum(rows) * range_bytes // max(file.size, 1), 1)
+    rows_per_range = max(sum(rows) * range_bytes // max(file.size, 1), 1)
     starts, end = [0], 0
     for count in rows:
-        if end - starts[-1] >= rows_per_span:
+        if end - starts[-1] >= rows_per_range:
             starts.append(end)
         end += count
     return [FileRange(file, one, other) for one, other in zip(starts, [*starts[1:], None], strict=True)]
 
 
 def read_columnar(
-    groups: RowGroupReader, span: FileRange, options: ReadOptions, start: int | None
+    groups: RowGroupReader, file_range: FileRange, options: ReadOptions, start: int | None
 ) -> Iterator[ReadBatch]:
-    """Reads the groups that start in a span, or from row `start` on, counted from 0."""
-    first = 0
-    begin = span.start if start is None else start
-    for group in _groups_or_damage(groups, span.file):
+    """Reads the groups that start in a range, or from row `start` on, counted from 0."""
+    file, first = file_range.file, 0
+    begin = file_range.start if start is None else start
+    for group in _groups_or_damage(groups, file):
         if isinstance(group, InvalidRecord):
-            collector = BatchBuilder(span.file.name, options)
-            collector.reject(first + 1, group, records=0 if group.reason == "empty" else 1)
-            yield collector.batch(END_OF_FILE)
+            builder = BatchBuilder(file.name, options)
+            builder.reject(first + 1, group, records=0 if group.reason == "empty" else 1)
+            yield builder.batch(END_OF_FILE)
             return
-        if span.stop is not None and first >= span.stop:
+        if file_range.stop is not None and first >= file_range.stop:
             return
         if first + group.rows > begin:
-            yield from _read_group(group, first, begin, span.file, options)
+            yield from _read_group(group, first, begin, file, options)
         first += group.rows
 
 
-def _groups_or_damage(groups: RowGroupReader, file: InputFile) -> Iterator[RowGroup | InvalidRecord]:
-    """The groups of a file, and last, where the file ends in damage, what that is."""
-    try:
-        with open_raw(file) as raw:
-            if raw.read(1):
-                yield from groups(raw)
-            else:
-                yield InvalidRecord("empty", "holds no bytes")
-    except _DAMAGE as error:
-        yield _damage(file, error)
-
-
-def _read_group(
-    group: RowGroup, first: int, begin: int, file: InputFile, options: ReadOptions
-) -> Iterator[ReadBatch]:
-    """Reads a group whose first row is row `first`, and of it the batches behind row `begin`."""
-    end = first + group.rows
-    while first < end:
-        collector = BatchBuilder(file.name, options)
-        try:
-            batch = next(group.batches, None)
-            if batch is None:
-                raise InvalidRecord("damaged", "the group has fewer rows than the file says")
-            batch = _with_plain_types(batch, (options.text_field, options.id_field))
-            read = batch.num_rows
-        except (InvalidRecord, *_DAMAGE) as error:
-            read = end - first
-            collector.reject(first + 1, _damage(file, error), records=read)
-        else:
-            if first >= begin:
-                _collect(batch, first, collector)
-        if read and first >= begin:
-            yield collector.batch(first + read)
-        first += read
-
-
-def _damage(file: InputFile, error: Exception) -> InvalidRecord:
-    if isinstance(error, InvalidRecord):
-        return error
-    if isinstance(error, OSError) and error.errno is not None:
-        return read_failure(file, error)
-    return InvalidRecord("damaged", f"cannot be decoded: {_one_line(error)}")
-
-
-def _collect(batch: pa.RecordBatch, first: int, collector: BatchBuilder) -> None:
-    """Takes a batch's rows, the first of which is row `first` of its file, counted from 0."""
-    try:
-        batch.validate(full=True)
-        rows = batch.to_pylist()
-    except _UNWRITABLE:
-        rows = [_row(batch.slice(index, 1)) for index in range(batch.num_rows)]
-    for place, row in enumerate(rows, start=first + 1):
-        try:
-            if isinstance(row, InvalidRecord):
-                raise row
-            collector.add(place, row)
-        except InvalidRecord as why:
-            collector.reject(place, why)
-
-
-def _row(row: pa.RecordBatch) -> dict[str, Any] | InvalidRecord:
-    """The one row of a batch, or why it cannot be read."""
-    try:
-        row.validate(full=True)
-    except _DAMAGE as error:
-        reason = "not_utf8" if "UTF8" in str(error) else "damaged"
-        return InvalidRecord(reason, f"cannot be decoded: {_one_line(error)}")
-    try:
-        return row.to_pylist()[0]
-    except _UNWRITABLE as error:
-        return InvalidRecord("metadata", f"a column cannot be written as JSON: {_one_line(error)}")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def _with_plain_types(batch: pa.RecordBatch, texts: tuple[str, ...]) -> pa.RecordBatch:
-    """The batch with texts and ids stored as bytes taken for UTF-8, and with nanoseconds cut to microseconds."""
-    columns = []
-    for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        if name in texts and column.type in _AS_TEXT:
-            column = column.view(_AS_TEXT[column.type])
-        elif pa.types.is_temporal(column.type) and getattr(column.type, "unit", None) == "ns":
-            column = column.cast(_in_microseconds(column.type), safe=False)
-        columns.append(column)
-    return pa.RecordBatch.from_arrays(columns, batch.schema.names)
-
-
-def _in_microseconds(type_: pa.DataType) -> pa.DataType:
-    if pa.types.is_timestamp(type_):
-        return pa.timestamp("us", type_.tz)
-    return pa.duration("us") if pa.types.is_duration(type_) else pa.time64("us")
-
-
-_MAGIC = b"ARROW1"
-
-
 def arrow_groups(raw: BinaryIO) -> Iterator[RowGroup]:
-    """The batches of a file, or of a stream."""
+    """The record batches of an Arrow file, or of an Arrow stream."""
     raw.seek(0)
-    is_file = raw.read(len(_MAGIC)) == _MAGIC
+    is_file = raw.read(len(_ARROW_FILE_MAGIC)) == _ARROW_FILE_MAGIC
     raw.seek(0)
     return _file_groups(raw) if is_file else _stream_groups(raw)
 
 
+def parquet_groups(raw: BinaryIO) -> Iterator[RowGroup]:
+    """The row groups of a Parquet file. Pages with checksums are verified."""
+    with pq.ParquetFile(
+        raw, buffer_size=_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
+    ) as parquet:
+        for index in range(parquet.num_row_groups):
+            group = parquet.metadata.row_group(index)
+            size = rows_per_batch(group.total_byte_size, group.num_rows)
+            yield RowGroup(group.num_rows, parquet.iter_batches(size, row_groups=[index], use_threads=False))
+
+
+def rows_per_batch(num_bytes: int, rows: int) -> int:
+    """The number of a group's rows that take about 4 MiB, at most 10,000."""
+    return min(max(BATCH_BYTES * rows // max(num_bytes, 1), 1), BATCH_RECORDS)
+
+
 def _file_groups(raw: BinaryIO) -> Iterator[RowGroup]:
     reader = pa.ipc.open_file(raw)
-    # One column, best one that is small, is enough to count the rows of batches that are skipped.
+    # One column, preferably a small one, is enough to count the rows of batches that are skipped.
     column = next((index for index, type_ in enumerate(reader.schema.types) if pa.types.is_primitive(type_)), 0)
     counter = pa.ipc.open_file(raw, options=pa.ipc.IpcReadOptions(included_fields=[column]))
     for index in range(reader.num_record_batches):
@@ -201,7 +114,7 @@ def _file_groups(raw: BinaryIO) -> Iterator[RowGroup]:
 
 
 def _count(reader: pa.RecordBatchFileReader, index: int) -> int:
-    """The rows of a batch; 1 where even that cannot be read."""
+    """The rows of a batch; 1 if they cannot be counted."""
     try:
         return reader.get_batch(index).num_rows
     except (pa.ArrowException, OSError):
@@ -224,15 +137,96 @@ def _cut(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
         yield batch.slice(start, size)
 
 
-_BUFFER_BYTES = 2**20  # of each column that are read at a time
+def _groups_or_damage(groups: RowGroupReader, file: InputFile) -> Iterator[RowGroup | InvalidRecord]:
+    """The groups of a file; if it is damaged, the last item describes the damage."""
+    try:
+        with open_raw(file) as raw:
+            if raw.read(1):
+                yield from groups(raw)
+            else:
+                yield InvalidRecord("empty", "holds no bytes")
+    except _DAMAGE as error:
+        yield _damage(file, error)
 
 
-def parquet_groups(raw: BinaryIO) -> Iterator[RowGroup]:
-    """The row groups of a file, whose pages are checked against their checksums where they have some."""
-    with pq.ParquetFile(
-        raw, buffer_size=_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
-    ) as parquet:
-        for index in range(parquet.num_row_groups):
-            group = parquet.metadata.row_group(index)
-            size = rows_per_batch(group.total_byte_size, group.num_rows)
-            yield RowGroup(group.num_rows, parquet.iter_batches(size, row_groups=[index], use_threads=False))
+def _read_group(
+    group: RowGroup, first: int, begin: int, file: InputFile, options: ReadOptions
+) -> Iterator[ReadBatch]:
+    """Reads the batches of a group that start at row `begin` or later; the group's first row is row `first`."""
+    end = first + group.rows
+    while first < end:
+        builder = BatchBuilder(file.name, options)
+        try:
+            batch = next(group.batches, None)
+            if batch is None:
+                raise InvalidRecord("damaged", "the group has fewer rows than the file says")
+            batch = _with_plain_types(batch, (options.text_field, options.id_field))
+            read = batch.num_rows
+        except (InvalidRecord, *_DAMAGE) as error:
+            read = end - first
+            builder.reject(first + 1, _damage(file, error), records=read)
+        else:
+            if first >= begin:
+                _add_rows(batch, first, builder)
+        if read and first >= begin:
+            yield builder.batch(first + read)
+        first += read
+
+
+def _damage(file: InputFile, error: Exception) -> InvalidRecord:
+    if isinstance(error, InvalidRecord):
+        return error
+    if isinstance(error, OSError) and error.errno is not None:
+        return read_failure(file, error)
+    return InvalidRecord("damaged", f"cannot be decoded: {_one_line(error)}")
+
+
+def _add_rows(batch: pa.RecordBatch, first: int, builder: BatchBuilder) -> None:
+    """Adds the rows of a batch; its first row is row `first` of its file, counted from 0."""
+    try:
+        batch.validate(full=True)
+        rows = batch.to_pylist()
+    except _UNWRITABLE:
+        rows = [_row(batch.slice(index, 1)) for index in range(batch.num_rows)]
+    for place, row in enumerate(rows, start=first + 1):
+        try:
+            if isinstance(row, InvalidRecord):
+                raise row
+            builder.add(place, row)
+        except InvalidRecord as why:
+            builder.reject(place, why)
+
+
+def _row(row: pa.RecordBatch) -> dict[str, Any] | InvalidRecord:
+    """The row of a batch of one, or the reason why it cannot be read."""
+    try:
+        row.validate(full=True)
+    except _DAMAGE as error:
+        reason = "not_utf8" if "UTF8" in str(error) else "damaged"
+        return InvalidRecord(reason, f"cannot be decoded: {_one_line(error)}")
+    try:
+        return row.to_pylist()[0]
+    except _UNWRITABLE as error:
+        return InvalidRecord("metadata", f"a column cannot be written as JSON: {_one_line(error)}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _with_plain_types(batch: pa.RecordBatch, texts: tuple[str, ...]) -> pa.RecordBatch:
+    """The batch with the binary columns among `texts` as UTF-8, and with nanoseconds cut to microseconds."""
+    columns = []
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        if name in texts and column.type in _AS_TEXT:
+            column = column.view(_AS_TEXT[column.type])
+        elif pa.types.is_temporal(column.type) and getattr(column.type, "unit", None) == "ns":
+            column = column.cast(_in_microseconds(column.type), safe=False)
+        columns.append(column)
+    return pa.RecordBatch.from_arrays(columns, batch.schema.names)
+
+
+def _in_microseconds(type_: pa.DataType) -> pa.DataType:
+    if pa.types.is_timestamp(type_):
+        return pa.timestamp("us", type_.tz)
+    return pa.duration("us") if pa.types.is_duration(type_) else pa.time64("us")

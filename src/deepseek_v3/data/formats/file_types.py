@@ -1,25 +1,25 @@
-"""Which format a file is in, told by its name."""
+"""The file formats that can be read: one entry of `FORMATS` for each.
+
+To add a format, write a module in this folder with a `Reader`, and add an entry. Everything else follows from the
+entry: which files of a folder are read, how a file is split into ranges, whether it may be compressed, and how
+messages name a place in it.
+"""
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, TypeAlias
 
-Kind = Literal["json_lines", "json", "parquet", "arrow", "text", "warc"]
-Compression = Literal["gz", "zst", "xz", "bz2"]
+from deepseek_v3.data.formats.batches import FileRange, ReadBatch, ReadOptions
+from deepseek_v3.data.formats.columnar import arrow_groups, parquet_groups, read_columnar, split_columnar
+from deepseek_v3.data.formats.json_files import read_json
+from deepseek_v3.data.formats.json_lines import read_json_lines, split_json_lines
+from deepseek_v3.data.formats.plain_text import read_text
+from deepseek_v3.data.formats.streams import COMPRESSIONS, InputFile, split_suffix
+from deepseek_v3.data.formats.warc import read_warc, require_fastwarc
 
-_COMPRESSIONS: dict[str, Compression] = {".gz": "gz", ".zst": "zst", ".zstd": "zst", ".xz": "xz", ".bz2": "bz2"}
-_KINDS: dict[str, Kind] = {
-    ".jsonl": "json_lines",
-    ".ndjson": "json_lines",
-    ".json": "json",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".feather": "arrow",
-    ".ipc": "arrow",
-    ".warc": "warc",
-    ".wet": "warc",
-}
 _PROSE = "txt text md markdown mdx rst adoc asciidoc org tex html htm xhtml"
 _CODE = (
     "c h cc cpp cxx hh hpp hxx cu cuh m mm java kt kts scala groovy clj cljs cs fs fsx vb go rs zig d nim v sv "
@@ -28,28 +28,72 @@ _CODE = (
     "bash zsh fish ps1 bat cmd sql graphql proto thrift cmake mk gradle bzl nix tf yaml yml toml ini cfg conf "
     "sol lean thy"
 )
-# A name without a suffix, such as README or Makefile, is text as well.
-_TEXT = frozenset(["", *(f".{suffix}" for suffix in f"{_PROSE} {_CODE}".split())])
+_TEXT = tuple(f".{suffix}" for suffix in f"{_PROSE} {_CODE}".split())
+_NO_SUFFIX = ""  # README, Makefile
 
-READABLE = (
-    ".jsonl, .ndjson, .json, .warc, .wet or text such as .txt, .md, .rst and source code, each perhaps with "
-    ".gz, .zst, .xz or .bz2; .parquet, .arrow, .feather or .ipc"
+# Reads a range from its start, or from the position that came with an earlier batch of it.
+Reader: TypeAlias = Callable[[FileRange, ReadOptions, "int | None"], Iterator[ReadBatch]]
+# Splits a file into ranges of about the given size in bytes, which together hold all of it.
+Splitter: TypeAlias = Callable[[InputFile, int], list[FileRange]]
+
+
+def _whole(file: InputFile, range_bytes: int) -> list[FileRange]:  # noqa: ARG001
+    return [FileRange(file)]
+
+
+@dataclass(frozen=True)
+class FileFormat:
+    """How files with one of `suffixes` hold documents.
+
+    `read` reads a range of a file, and `split` splits a file into ranges, by default into one. `place` says what
+    the `place` of a record counts: bytes, bytes to the start of a line, or rows; "file" if a file is one record.
+    `is_compressible` says whether the file may be compressed as a whole. `require` raises DataError if a library
+    that `read` needs is missing.
+    """
+
+    name: str
+    suffixes: tuple[str, ...]
+    read: Reader
+    split: Splitter = _whole
+    place: Literal["line", "byte", "row", "file"] = "byte"
+    is_compressible: bool = True
+    require: Callable[[InputFile], None] = lambda _: None
+
+
+_read_parquet, _split_parquet = partial(read_columnar, parquet_groups), partial(split_columnar, parquet_groups)
+_read_arrow, _split_arrow = partial(read_columnar, arrow_groups), partial(split_columnar, arrow_groups)
+
+FORMATS = (
+    FileFormat("json_lines", (".jsonl", ".ndjson"), read_json_lines, split_json_lines, place="line"),
+    FileFormat("json", (".json",), read_json),
+    FileFormat("warc", (".warc", ".wet"), read_warc, require=require_fastwarc),
+    FileFormat("text", (_NO_SUFFIX, *_TEXT), read_text, place="file"),
+    FileFormat("parquet", (".parquet",), _read_parquet, _split_parquet, "row", is_compressible=False),
+    FileFormat("arrow", (".arrow", ".feather", ".ipc"), _read_arrow, _split_arrow, "row", is_compressible=False),
 )
+_BY_SUFFIX = {suffix: format_ for format_ in FORMATS for suffix in format_.suffixes}
 
 
-class Format(NamedTuple):
-    """How a file holds documents, and how it is compressed, if at all."""
+def format_of(name: str) -> FileFormat | None:
+    """The format of a file by the suffix of its name, or None if it is unknown."""
+    suffix, compression = split_suffix(name)
+    found = _BY_SUFFIX.get(suffix)
+    return None if found is None or (compression and not found.is_compressible) else found
 
-    kind: Kind
-    compression: Compression | None
+
+def known_format(file: InputFile) -> FileFormat:
+    """The format of a file that `find_inputs` returned, which all have one."""
+    found = format_of(file.name)
+    assert found is not None, f"{file.name} has no known format"
+    return found
 
 
-def format_of(name: str) -> Format | None:
-    """The format of a file of this name, or None where no reader knows its suffix."""
-    path = PurePosixPath(name.lower())
-    compression = _COMPRESSIONS.get(path.suffix)
-    suffix = PurePosixPath(path.stem).suffix if compression else path.suffix
-    kind = "text" if suffix in _TEXT else _KINDS.get(suffix)
-    if kind is None or (compression and kind in ("parquet", "arrow")):
-        return None
-    return Format(kind, compression)
+def readable_suffixes() -> str:
+    """The known suffixes, for messages."""
+    compressions = ", ".join(one.suffixes[0] for one in COMPRESSIONS)
+    streams, columnar = (
+        ", ".join(s for one in FORMATS if one.name != "text" and one.is_compressible is flag for s in one.suffixes)
+        for flag in (True, False)
+    )
+    text = "text such as .txt, .md, .rst and source code"
+    return f"{streams} or {text}, each of them also compressed ({compressions}); {columnar}"

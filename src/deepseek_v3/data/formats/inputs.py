@@ -1,13 +1,9 @@
-"""The files of an input: found below files, folders, patterns and addresses in stores, and named.
-
-FOLDED: Libraries that only some formats need.
-"""
+"""Finding the files of an input: below files, folders, patterns and addresses in stores."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from glob import has_magic
 from itertools import pairwise, takewhile
 from pathlib import Path, PurePosixPath
@@ -18,21 +14,12 @@ from fsspec.core import url_to_fs
 from fsspec.utils import glob_translate
 
 from deepseek_v3.data.documents import walk_files
-from deepseek_v3.data.formats.file_types import READABLE, Format, format_of
+from deepseek_v3.data.formats.file_types import format_of, known_format, readable_suffixes
+from deepseek_v3.data.formats.streams import InputFile
 from deepseek_v3.utils.errors import DataError
-from deepseek_v3.utils.lazily import imported
 from deepseek_v3.utils.redaction import redact
 
-
-def archive_iterator(path: str) -> Any:
-    """The class that parses WARC records. Raises DataError, naming the file, where its library is missing."""
-    try:
-        return imported("fastwarc.warc:ArchiveIterator")
-    except ImportError:
-        raise DataError(f"{path}: reading WARC needs fastwarc; run `pip install 'deepseek_v3[warc]'`") from None
-
-
-# What a store may say about the version of an object, best first.
+# The fields in which stores give the version of an object, the most reliable first.
 _VERSIONS = (
     "ETag",
     "etag",
@@ -58,60 +45,36 @@ _LIBRARIES = {
 }
 
 
-@dataclass(frozen=True)
-class InputFile:
-    """A file to read.
-
-    `name` is its path below the input and differs between all files, `path` a whole local path or an address such
-    as s3://bucket/key, `size` its bytes, `modified` its time in ns or whatever the store changes when it changes.
-    """
-
-    name: str
-    path: str
-    size: int
-    modified: str
-
-    @property
-    def format(self) -> Format:
-        """How it holds documents."""
-        known = format_of(self.name)
-        assert known is not None, f"{self.name} is no file of find_inputs"
-        return known
-
-    @property
-    def is_remote(self) -> bool:
-        """Whether fsspec has to open it."""
-        return "://" in self.path
-
-
 class IgnoredFile(NamedTuple):
-    """What lies below the input and is not read, and why."""
+    """A file below the input that is not read, and the reason."""
 
     name: str
     reason: str
 
 
 class Inputs(NamedTuple):
-    """The files to read and those left out, both sorted by name."""
+    """The files to read and the files that are skipped, both sorted by name."""
 
     files: list[InputFile]
     ignored: list[IgnoredFile]
 
 
 class _Found(NamedTuple):
+    """A file, and the reason why it cannot be read, if there is one."""
+
     file: InputFile
     fault: str | None
 
 
 def find_inputs(input_path: str | Path | Sequence[str | Path]) -> Inputs:
-    """Finds the files of one input or several: files, folders, patterns with *, ?, [] and **, and addresses.
+    """Finds the files of one or more inputs: files, folders, patterns with *, ?, [] and **, and addresses.
 
-    A name is a path below the folder that was given, or below the part of a pattern before its first wildcard.
-    Hidden files and folders are left out, and __pycache__. Every link is followed once. A pattern that matches a
-    folder stands for what is below it. A file that is found twice is taken once.
+    The name of a file is its path below the given folder, or below the part of a pattern before its first wildcard.
+    A pattern that matches a folder selects every file below it. Hidden files and folders are skipped, and so is
+    __pycache__. Every link is followed once, and a file that is found twice is taken once.
 
-    Raises DataError where an input does not exist or holds nothing that can be read, where two files would have the
-    same name, and where a library that is needed to read them is not installed.
+    Raises DataError if an input does not exist or holds nothing that can be read, if two files would have the same
+    name, and if a library that is needed to read them is not installed.
     """
     given = [input_path] if isinstance(input_path, (str, Path)) else list(input_path)
     if not given:
@@ -120,7 +83,7 @@ def find_inputs(input_path: str | Path | Sequence[str | Path]) -> Inputs:
     for one in sorted(map(str, given)):
         for found in _readable(one):
             known = names.get(found.file.path)
-            # The longer name, whichever input was given first.
+            # The longer name, so that the order of the inputs does not matter.
             if known is None or _rank(known.file.name) < _rank(found.file.name):
                 names[found.file.path] = found
     return _checked(sorted(names.values(), key=lambda found: (found.file.name, found.file.path)))
@@ -131,7 +94,7 @@ def _rank(name: str) -> tuple[int, str]:
 
 
 def _checked(found: list[_Found]) -> Inputs:
-    """Splits them into files and ignored, once their names differ and their libraries are there."""
+    """Separates the readable files. Raises DataError if two names are equal or if a library is missing."""
     files = [one.file for one in found if one.fault is None]
     for file, following in pairwise(files):
         if file.name == following.name:
@@ -140,13 +103,12 @@ def _checked(found: list[_Found]) -> Inputs:
                 "both instead, or a pattern such as folder/*/*.jsonl, so that their names differ"
             )
     for file in files:
-        if file.format.kind == "warc":
-            archive_iterator(file.path)
+        known_format(file).require(file)
     return Inputs(files, [IgnoredFile(one.file.name, one.fault) for one in found if one.fault is not None])
 
 
 def _readable(given: str) -> list[_Found]:
-    """What one input holds; at least one file of it can be read."""
+    """The files of one input. Raises DataError unless at least one of them can be read."""
     try:
         found = list(_in_store(given) if "://" in given else _on_disk(Path(given)))
     except OSError as error:
@@ -155,7 +117,7 @@ def _readable(given: str) -> list[_Found]:
         ) from None
     if not any(one.fault is None for one in found):
         others = f"found only {found[0].file.name}: {found[0].fault}; " if found else ""
-        raise DataError(f"{given}: holds no text: {others}expected {READABLE}")
+        raise DataError(f"{given}: holds no text: {others}expected {readable_suffixes()}")
     return found
 
 
@@ -184,13 +146,13 @@ def _in_store(given: str) -> Iterator[_Found]:
     for key, info in infos.items():
         name = PurePosixPath(key).name if key == root else PurePosixPath(key).relative_to(root).as_posix()
         name = name.partition("?")[0] if _is_web(store) else name
-        if _matches(pattern, name) and not _hidden(name):
+        if _matches(pattern, name) and not _is_hidden(name):
             version = next((str(info[field]) for field in _VERSIONS if info.get(field) is not None), "")
             yield _found(name, store.unstrip_protocol(key), info["size"] or 0, version)
 
 
 def _listed(store: AbstractFileSystem, root: str, given: str) -> dict[str, dict[str, Any]]:
-    """What a store says about each file below an address."""
+    """The store's information on each file below an address."""
     try:
         found: dict[str, dict[str, Any]] = store.find(root, detail=True)
     except OSError:
@@ -201,7 +163,7 @@ def _listed(store: AbstractFileSystem, root: str, given: str) -> dict[str, dict[
 
 
 def _is_web(store: AbstractFileSystem) -> bool:
-    """Whether its addresses may have parameters, such as a signature, which say nothing about the file."""
+    """Whether the addresses may have query parameters, such as a signature, that do not belong to a file's name."""
     protocols = [store.protocol] if isinstance(store.protocol, str) else store.protocol
     return not {"http", "https"}.isdisjoint(protocols)
 
@@ -225,12 +187,12 @@ def _found(name: str, path: str, size: int, modified: str) -> _Found:
     return _Found(InputFile(name, path, size, modified), fault)
 
 
-def _hidden(name: str) -> bool:
+def _is_hidden(name: str) -> bool:
     return any(part.startswith(".") or part == "__pycache__" for part in name.split("/"))
 
 
 def _split(pattern: str) -> tuple[str, re.Pattern[str] | None]:
-    """The folder before the first wildcard, and what matches the paths below it: None where there is none."""
+    """The folder before the first wildcard, and a pattern for the paths below it, or None without a wildcard."""
     parts = pattern.split("/")
     fixed = list(takewhile(lambda part: not has_magic(part), parts))
     if len(fixed) == len(parts):
@@ -243,6 +205,6 @@ def _split(pattern: str) -> tuple[str, re.Pattern[str] | None]:
 
 
 def _matches(pattern: re.Pattern[str] | None, name: str) -> bool:
-    """Whether a pattern matches the file, or a folder that it is in."""
+    """Whether a pattern matches a file, or a folder that contains it."""
     parts = name.split("/")
     return pattern is None or any(pattern.match("/".join(parts[: n + 1])) for n in range(len(parts)))

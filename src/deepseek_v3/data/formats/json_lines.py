@@ -16,17 +16,16 @@ from deepseek_v3.data.formats.batches import (
     ReadBatch,
     ReadOptions,
 )
-from deepseek_v3.data.formats.inputs import InputFile
 from deepseek_v3.data.formats.json_values import BYTE_ORDER_MARK, parse_json
 from deepseek_v3.data.formats.quarantine import InvalidRecord
-from deepseek_v3.data.formats.streams import ByteStream, open_raw
+from deepseek_v3.data.formats.streams import ByteStream, InputFile, open_raw
 
-_PIECE_BYTES = 2**16
+_CHUNK_BYTES = 2**16
 
 
 def split_json_lines(file: InputFile, range_bytes: int) -> list[FileRange]:
-    """Spans of `range_bytes` of a local, uncompressed file; otherwise, or where it cannot be read, one for all."""
-    if file.is_remote or file.format.compression:
+    """Ranges of `range_bytes`; a single one if the file is remote, compressed or cannot be opened."""
+    if file.is_remote or file.compression:
         return [FileRange(file)]
     try:
         open_raw(file).close()
@@ -36,34 +35,36 @@ def split_json_lines(file: InputFile, range_bytes: int) -> list[FileRange]:
     return [FileRange(file, one, other) for one, other in zip(starts, [*starts[1:], None], strict=True)]
 
 
-def read_json_lines(span: FileRange, options: ReadOptions, start: int | None) -> Iterator[ReadBatch]:
-    """Reads the lines that start in a span, or those from the line at `start` on."""
-    # The byte before the span tells whether a line starts with it.
-    begin = max(span.start - 1, 0) if start is None else start
-    with ByteStream(span.file, begin) as stream:
-        lines = _Lines(stream, begin, options.max_record_bytes)
-        if begin < span.start:
+def read_json_lines(file_range: FileRange, options: ReadOptions, start: int | None) -> Iterator[ReadBatch]:
+    """Reads the lines that start in a range, or from the line at byte `start` on."""
+    # The byte before the range shows whether a line starts at its first byte.
+    begin = max(file_range.start - 1, 0) if start is None else start
+    stop, max_bytes = file_range.stop, options.max_record_bytes
+    with ByteStream(file_range.file, begin) as stream:
+        lines = _LineReader(stream, begin, max_bytes)
+        if begin < file_range.start:
             lines.skip_line()
-        while span.stop is None or lines.offset < span.stop:
-            block = lines.block(span.stop)
-            collector = BatchBuilder(span.file.name, options)
+        while stop is None or lines.offset < stop:
+            block = lines.next_block(stop)
+            builder = BatchBuilder(file_range.file.name, options)
             unfinished = block.lines.pop() if stream.damage and block.unfinished else None
-            offset = _collect(block.lines, block.offset, collector, options.max_record_bytes)
+            offset = _add_lines(block.lines, block.offset, builder, max_bytes)
             if block.too_long:
-                _reject_long(collector, offset, block.too_long, options.max_record_bytes)
+                _reject_long(builder, offset, block.too_long, max_bytes)
             if block.at_end:
-                _end(collector, lines.offset, unfinished, stream.damage)
-            done = block.at_end or (span.stop is not None and lines.offset >= span.stop)
-            if not collector.is_empty:
-                yield collector.batch(END_OF_FILE if done else lines.offset)
+                _add_end(builder, lines.offset, unfinished, stream.damage)
+            done = block.at_end or (stop is not None and lines.offset >= stop)
+            if not builder.is_empty:
+                yield builder.batch(END_OF_FILE if done else lines.offset)
             if done:
                 return
 
 
 class _Block(NamedTuple):
-    """Lines without their newlines, the first at byte `offset`, and the length of a last one that is too long.
+    """Lines without their newlines, and the byte `offset` of the first.
 
-    `at_end` says that the file ends here, `unfinished` that its last line has no newline.
+    `too_long` is the length of a further line that is longer than allowed, else 0. `at_end` says that the file ends
+    here, `unfinished` that the last line has no newline.
     """
 
     offset: int
@@ -73,20 +74,20 @@ class _Block(NamedTuple):
     unfinished: bool
 
 
-class _Lines:
-    """Cuts a stream into blocks of lines: those that start within 4 MiB, at most 10,000."""
+class _LineReader:
+    """Reads a stream in blocks of lines: those that start within 4 MiB, at most 10,000."""
 
-    def __init__(self, stream: ByteStream, offset: int, longest: int) -> None:
-        self._stream, self._longest = stream, longest
+    def __init__(self, stream: ByteStream, offset: int, max_bytes: int) -> None:
+        self._stream, self._max_bytes = stream, max_bytes
         self.offset = offset
 
     def skip_line(self) -> None:
-        """Goes on to the next start of a line."""
+        """Moves to the next start of a line."""
         _, length, has_newline = self._completed(b"")
         self.offset += length + has_newline
 
-    def block(self, stop: int | None) -> _Block:
-        """The next lines, those that start before `stop`."""
+    def next_block(self, stop: int | None) -> _Block:
+        """The next lines that start before byte `stop`."""
         offset = self.offset
         size = BATCH_BYTES if stop is None else min(BATCH_BYTES, stop - offset)
         data = self._stream.read(size)
@@ -106,62 +107,62 @@ class _Lines:
         return _Block(offset, [*lines, line], 0, not has_newline, not has_newline)
 
     def _completed(self, begun: bytes) -> tuple[bytes | None, int, bool]:
-        """The line that was begun, or None if it is too long, its length, and whether it ends with a newline."""
+        """The whole of a line that was begun (None if it is too long), its length, and whether it has a newline."""
         parts, length = [begun], len(begun)
         while True:
-            data = self._stream.read(_PIECE_BYTES)
+            data = self._stream.read(_CHUNK_BYTES)
             rest, newline, following = data.partition(b"\n")
             length += len(rest)
-            if length <= self._longest:
+            if length <= self._max_bytes:
                 parts.append(rest)
             else:
                 parts.clear()
-            if newline or len(data) < _PIECE_BYTES:
+            if newline or len(data) < _CHUNK_BYTES:
                 self._stream.unread(len(following))
-                return b"".join(parts) if length <= self._longest else None, length, bool(newline)
+                return b"".join(parts) if length <= self._max_bytes else None, length, bool(newline)
 
 
-def _collect(lines: list[bytes], offset: int, collector: BatchBuilder, longest: int) -> int:
-    """Takes the lines that are documents and rejects the others; returns the offset behind them."""
+def _add_lines(lines: list[bytes], offset: int, builder: BatchBuilder, max_bytes: int) -> int:
+    """Adds the lines that are documents and rejects the others; returns the offset after the last line."""
     for line in lines:
         try:
-            if len(line) > longest:
-                _reject_long(collector, offset, len(line), longest)
+            if len(line) > max_bytes:
+                _reject_long(builder, offset, len(line), max_bytes)
             else:
-                collector.add(offset, orjson.loads(line))
+                builder.add(offset, orjson.loads(line))
         except (orjson.JSONDecodeError, InvalidRecord):
-            _reconsider(line, offset, collector)
+            _add_unusual(line, offset, builder)
         offset += len(line) + 1
     return offset
 
 
-def _reconsider(line: bytes, offset: int, collector: BatchBuilder) -> None:
-    """Takes a line that is more than plain JSON in UTF-8, skips one that is blank, and rejects any other."""
+def _add_unusual(line: bytes, offset: int, builder: BatchBuilder) -> None:
+    """Adds a line that starts with a byte order mark, skips a blank line, and rejects any other."""
     content = line.removeprefix(BYTE_ORDER_MARK) if offset == 0 else line
     if not content.strip():
         return
     try:
-        collector.add(offset, parse_json(content, offset + len(line) - len(content)))
+        builder.add(offset, parse_json(content, offset + len(line) - len(content)))
     except InvalidRecord as why:
-        collector.reject(offset, why, offset=offset, length=len(line), raw=line)
+        builder.reject(offset, why, offset=offset, length=len(line), raw=line)
 
 
-def _reject_long(collector: BatchBuilder, offset: int, length: int, longest: int) -> None:
-    why = InvalidRecord("too_long", f"the line has {length} bytes, expected at most {longest} (max_record_bytes)")
-    collector.reject(offset, why, offset=offset, length=length)
+def _reject_long(builder: BatchBuilder, offset: int, length: int, max_bytes: int) -> None:
+    why = InvalidRecord("too_long", f"the line has {length} bytes, expected at most {max_bytes} (max_record_bytes)")
+    builder.reject(offset, why, offset=offset, length=length)
 
 
-def _end(collector: BatchBuilder, end: int, unfinished: bytes | None, damage: InvalidRecord | None) -> None:
-    """Notes how the file ends, if it does not end well."""
+def _add_end(builder: BatchBuilder, end: int, unfinished: bytes | None, damage: InvalidRecord | None) -> None:
+    """Rejects the end of an empty or damaged file; an unfinished last line before the damage may be a document."""
     if damage is None:
         if end == 0:
-            collector.reject(0, InvalidRecord("empty", "holds no bytes"), offset=0, length=0, records=0)
+            builder.reject(0, InvalidRecord("empty", "holds no bytes"), offset=0, length=0, records=0)
     elif unfinished is None:
-        collector.reject(end, damage, offset=end)
+        builder.reject(end, damage, offset=end)
     else:
         offset = end - len(unfinished)
         try:
-            collector.add(offset, parse_json(unfinished, offset))
-            collector.reject(end, damage, offset=end)
+            builder.add(offset, parse_json(unfinished, offset))
+            builder.reject(end, damage, offset=end)
         except InvalidRecord:
-            collector.reject(offset, damage, offset=offset, length=len(unfinished), raw=unfinished)
+            builder.reject(offset, damage, offset=offset, length=len(unfinished), raw=unfinished)

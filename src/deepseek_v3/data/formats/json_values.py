@@ -1,4 +1,4 @@
-"""One JSON value from its bytes, and what is wrong with bytes that are none."""
+"""Parsing one JSON value, and explaining why some bytes are none."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
 def parse_json(data: bytes, offset: int) -> Any:
-    """The value that the bytes at `offset` of a file spell. Raises InvalidRecord."""
+    """Parses the bytes that lie at `offset` of a file. Raises InvalidRecord."""
     try:
         return orjson.loads(data)
     except orjson.JSONDecodeError:
-        raise _why(data, offset) from None
+        raise _explain(data, offset) from None
 
 
 def decode_utf8(data: bytes, offset: int) -> str:
-    """The text whose UTF-8 stands at `offset` of a file. Raises InvalidRecord."""
+    """Decodes the bytes that lie at `offset` of a file. Raises InvalidRecord."""
     try:
         return data.decode()
     except UnicodeDecodeError as error:
@@ -39,16 +39,20 @@ def decode_utf8(data: bytes, offset: int) -> str:
         ) from None
 
 
+def json_default(value: Any) -> str:
+    """Converts a value that JSON has no type for: bytes to base64, and anything else with `str`."""
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
+
+
 class _NotFiniteError(ValueError):
     pass
 
 
-def _why(data: bytes, offset: int) -> InvalidRecord:
-    """Asks the standard library, which takes all of JSON and more, about what orjson refuses."""
+def _explain(data: bytes, offset: int) -> InvalidRecord:
+    """Finds out with the standard library, which accepts all of JSON and more, why orjson refuses some bytes."""
     try:
-        value = json.loads(
-            decode_utf8(data, offset), parse_float=_finite, parse_int=_finite, parse_constant=_finite
-        )
+        text = decode_utf8(data, offset)
+        value = json.loads(text, parse_float=_finite, parse_int=_finite, parse_constant=_finite)
         json.dumps(value, ensure_ascii=False).encode()
     except InvalidRecord as not_utf8:
         return not_utf8
@@ -72,8 +76,3 @@ def _finite(digits: str) -> float:
     if not math.isfinite(number):
         raise _NotFiniteError(digits[:20])
     return number
-
-
-def json_default(value: Any) -> str:
-    """What JSON has no type for: bytes in base64, and anything else as Python writes it."""
-    return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)

@@ -1,4 +1,4 @@
-"""Reading plain text: a file is a document."""
+"""Reading plain text files: each file is one document."""
 
 from __future__ import annotations
 
@@ -9,38 +9,39 @@ from deepseek_v3.data.formats.json_values import BYTE_ORDER_MARK, decode_utf8
 from deepseek_v3.data.formats.quarantine import InvalidRecord
 from deepseek_v3.data.formats.streams import ByteStream
 
-_PIECE_BYTES = 2**18
+_CHUNK_BYTES = 2**18
 
 
-def read_text(span: FileRange, options: ReadOptions, start: int | None) -> Iterator[ReadBatch]:  # noqa: ARG001
-    """Reads a file, whose name is its id. Nothing is left behind its one batch, so there is nowhere to start."""
-    collector = BatchBuilder(span.file.name, options)
-    data, length, damage = _read(span, options.max_record_bytes)
+def read_text(file_range: FileRange, options: ReadOptions, start: int | None) -> Iterator[ReadBatch]:  # noqa: ARG001
+    """Reads a file as one document, whose id is the file's name, in one batch; so `start` has no use."""
+    name = file_range.file.name
+    builder = BatchBuilder(name, options)
+    data, length, damage = _read(file_range, options.max_record_bytes)
     try:
         if damage:
             raise damage
         content = data.removeprefix(BYTE_ORDER_MARK)
-        collector.add_text(0, span.file.name, decode_utf8(content, length - len(content)), {})
+        builder.add_text(0, name, decode_utf8(content, length - len(content)), {})
     except InvalidRecord as why:
-        collector.reject(0, why, offset=0, length=length, raw=data or None)
-    yield collector.batch(END_OF_FILE)
+        builder.reject(0, why, offset=0, length=length, raw=data or None)
+    yield builder.batch(END_OF_FILE)
 
 
-def _read(span: FileRange, longest: int) -> tuple[bytes, int, InvalidRecord | None]:
-    """The file's bytes unless they are too many, their number, and what is wrong with it."""
+def _read(file_range: FileRange, max_bytes: int) -> tuple[bytes, int, InvalidRecord | None]:
+    """The bytes of the file, their number, and any damage; no bytes if there are more than `max_bytes`."""
     parts, length = [], 0
-    with ByteStream(span.file) as stream:
-        while part := stream.read(_PIECE_BYTES):
+    with ByteStream(file_range.file) as stream:
+        while part := stream.read(_CHUNK_BYTES):
             length += len(part)
-            if length <= longest:
+            if length <= max_bytes:
                 parts.append(part)
             else:
                 parts.clear()
         damage = stream.damage
     if not damage and not length:
         damage = InvalidRecord("empty", "holds no bytes")
-    if not damage and length > longest:
+    if not damage and length > max_bytes:
         damage = InvalidRecord(
-            "too_long", f"the file has {length} bytes, expected at most {longest} (max_record_bytes)"
+            "too_long", f"the file has {length} bytes, expected at most {max_bytes} (max_record_bytes)"
         )
     return b"".join(parts), length, damage

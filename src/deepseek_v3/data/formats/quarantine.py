@@ -1,4 +1,4 @@
-"""Input that holds no document: what is kept of it, and the codes that say what was wrong."""
+"""Input that is not a valid document: the table that keeps it, and the codes of the reasons."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import pyarrow as pa
 
 from deepseek_v3.utils.redaction import redact
 
-# `place` is as in `RECORDS`, `offset` and `length` bytes of the decompressed file, -1 where unknown, `records` how
-# many records the entry stands for, and `raw` the record's bytes where they are known and few.
+# `place` is that of `RECORDS`. `offset` and `length` count bytes of the decompressed file, and are -1 where
+# unknown. `records` is the number of records that the entry covers. `raw` holds the bytes of a short record if they
+# are known.
 QUARANTINED = pa.schema(
     [
         pa.field("source", pa.string(), nullable=False),
@@ -44,8 +45,8 @@ REASONS = {
 }
 
 
-class InvalidRecord(Exception):  # noqa: N818 -- no failure: what reading gives in place of a document
-    """Something read that is no document: a code of `REASONS`, and what was found and expected."""
+class InvalidRecord(Exception):  # noqa: N818 -- not a failure of the reader
+    """Input that is not a valid document: a code of `REASONS`, and the details, in which secrets are masked."""
 
     def __init__(self, reason: str, error: str) -> None:
         super().__init__(reason, redact(error))

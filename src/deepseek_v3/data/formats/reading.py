@@ -1,93 +1,62 @@
-"""Reading the spans of an input's files into batches of records and of what is none.
-
-FOLDED: Cutting the files of an input into spans that can be read independently.
-
-
-FOLDED: Reading documents one by one, and stopping at the first thing that is none.
-"""
+"""Reading the files of an input: in ranges and batches that keep invalid records aside, or document by document."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeAlias
 
 import pyarrow as pa
 
 from deepseek_v3.data.documents import Document
 from deepseek_v3.data.formats.batches import END_OF_FILE, FileRange, ReadBatch, ReadOptions
-from deepseek_v3.data.formats.columnar import arrow_groups, parquet_groups, read_columnar, split_columnar
-from deepseek_v3.data.formats.file_types import Kind
-from deepseek_v3.data.formats.inputs import InputFile, find_inputs
-from deepseek_v3.data.formats.json_files import read_json
-from deepseek_v3.data.formats.json_lines import read_json_lines, split_json_lines
-from deepseek_v3.data.formats.plain_text import read_text
-from deepseek_v3.data.formats.streams import ByteStream
-from deepseek_v3.data.formats.warc import read_warc
+from deepseek_v3.data.formats.file_types import known_format
+from deepseek_v3.data.formats.inputs import find_inputs
+from deepseek_v3.data.formats.streams import ByteStream, InputFile
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.logging import get_logger
 
-_Reader: TypeAlias = Callable[[FileRange, ReadOptions, "int | None"], Iterator[ReadBatch]]
+_NAMES_SHOWN = 3
 
-_READERS: dict[Kind, _Reader] = {
-    "json_lines": read_json_lines,
-    "json": read_json,
-    "parquet": partial(read_columnar, parquet_groups),
-    "arrow": partial(read_columnar, arrow_groups),
-    "text": read_text,
-    "warc": read_warc,
-}
-
-
-def read_range(span: FileRange, options: ReadOptions, start: int | None = None) -> Iterator[ReadBatch]:
-    """Reads a span from its beginning, or on from `start`, the position that came with one of its batches.
-
-    A batch holds about 4 MiB or 10,000 records and depends on the content of the file alone, so reading on from a
-    position gives the very batches that would have followed it. Whatever is no document is quarantined; nothing in
-    a file raises. Raises DataError where a store fails, or where a library that the format needs is missing.
-    """
-    return iter(()) if start == END_OF_FILE else _READERS[span.file.format.kind](span, options, start)
-
-
-def split_file(file: InputFile, range_bytes: int) -> list[FileRange]:
-    """Cuts a file into spans of about `range_bytes`; one where its format has none.
-
-    Local JSON lines are cut by bytes, a line belonging to the span that it starts in, Parquet by row groups and the
-    Arrow file format by batches. Reading all spans in order gives the same as reading the whole.
-    """
-    kind = file.format.kind
-    if kind == "json_lines":
-        return split_json_lines(file, range_bytes)
-    if kind == "parquet":
-        return split_columnar(parquet_groups, file, range_bytes)
-    if kind == "arrow":
-        return split_columnar(arrow_groups, file, range_bytes)
-    return [FileRange(file)]
-
-
-_SHOWN = 3
 _log = get_logger("Reading")
 
 
+def split_file(file: InputFile, range_bytes: int) -> list[FileRange]:
+    """Splits a file into ranges of about `range_bytes`, or into a single one if its format cannot be split.
+
+    Local, uncompressed JSON lines are split by bytes, and a line belongs to the range in which it starts. Parquet
+    files are split at row groups, Arrow files at record batches. All ranges in order give the records of the file.
+    """
+    return known_format(file).split(file, range_bytes)
+
+
+def read_range(file_range: FileRange, options: ReadOptions, start: int | None = None) -> Iterator[ReadBatch]:
+    """Reads a range from its beginning, or from `start`, the position that came with one of its batches.
+
+    A batch holds about 4 MiB or 10,000 records. Batches depend on the content of the file alone, so reading from a
+    position gives the same batches that would have followed it. Invalid records are quarantined; no content of a
+    file raises an error. Raises DataError if a store fails, or if a library that the format needs is missing.
+    """
+    return iter(()) if start == END_OF_FILE else known_format(file_range.file).read(file_range, options, start)
+
+
 def read_documents(source: str | Path, text_field: str = "text", *, warn: bool = True) -> Iterator[Document]:
-    """Yields the documents of a file, a folder, a pattern or an address, leaving out those that are white space.
+    """Yields the documents of a file, a folder, a pattern or an address, without those that are only white space.
 
-    The files are read as `find_inputs` and `read_range` say, in the order of their names; their text stands in
-    `text_field`. Files of no known format are left out, and with `warn` the log names them.
+    Reads the files that `find_inputs` finds, in the order of their names; the text of a record is in `text_field`.
+    With `warn`, logs the names of files that are skipped because their format is unknown.
 
-    Raises DataError, naming file and line, byte or row, where something is no document, and at the end where there
+    Raises DataError at the first invalid record, naming the file and the line, byte or row, and at the end if there
     was no text at all.
     """
     files, ignored = find_inputs(source)
     if ignored and warn:
-        names = ", ".join(one.name for one in ignored[:_SHOWN])
+        names = ", ".join(one.name for one in ignored[:_NAMES_SHOWN])
         _log.warning(f"{source}: {len(ignored)} files are left out, of no known format: {names}")
     options = ReadOptions(text_field)
     found = False
     for file in files:
         for records, quarantined, _ in read_range(FileRange(file), options):
-            _check(quarantined, file)
+            _require_valid(quarantined, file)
             for id_, text in zip(records["id"].to_pylist(), records["text"].to_pylist(), strict=True):
                 if text and not text.isspace():
                     found = True
@@ -96,8 +65,8 @@ def read_documents(source: str | Path, text_field: str = "text", *, warn: bool =
         raise DataError(f"{source}: holds no text; expected text files, or records with text in {text_field!r}")
 
 
-def _check(quarantined: pa.RecordBatch, file: InputFile) -> None:
-    """Raises DataError at the first entry, unless that says that the file is empty."""
+def _require_valid(quarantined: pa.RecordBatch, file: InputFile) -> None:
+    """Raises DataError for the first entry, except for one that says that the file is empty."""
     for entry in quarantined.to_pylist():
         if entry["reason"] != "empty":
             where = file.path if entry["reason"] == "unreadable" else _where(file, entry["place"])
@@ -105,16 +74,17 @@ def _check(quarantined: pa.RecordBatch, file: InputFile) -> None:
 
 
 def _where(file: InputFile, place: int) -> str:
-    kind = file.format.kind
-    if kind in ("parquet", "arrow"):
-        return f"{file.path}: row {place}"
-    if kind == "json_lines":
+    """The file and the place in it, for messages."""
+    kind = known_format(file).place
+    if kind == "file":
+        return file.path
+    if kind == "line":
         return f"{file.path}:{_line(file, place)}"
-    return f"{file.path}: byte {place}" if kind != "text" else file.path
+    return f"{file.path}: {kind} {place}"
 
 
 def _line(file: InputFile, offset: int) -> int:
-    """The number, counted from 1, of the line that starts at a byte."""
+    """The number, counted from 1, of the line that starts at byte `offset`."""
     line = 1
     with ByteStream(file) as stream:
         while offset > 0 and (data := stream.read(min(offset, 2**20))):

@@ -1,6 +1,7 @@
-"""A file as the stream of its decompressed bytes, wherever it lies and however it is damaged.
+"""Input files as streams of decompressed bytes, from a disk or a store.
 
-FOLDED: Decompressing piece by piece, in bounded memory, up to the very byte at which a file is damaged.
+A damaged file yields every byte before its damage. Decompression takes bounded memory, whatever the file holds. To
+add a compression, add a line to `COMPRESSIONS`.
 """
 
 from __future__ import annotations
@@ -9,22 +10,25 @@ import bz2
 import lzma
 import zlib
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import Any, BinaryIO, Protocol, cast
+from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 
 import fsspec
 import zstandard
 
-from deepseek_v3.data.formats.file_types import Compression
-from deepseek_v3.data.formats.inputs import InputFile
 from deepseek_v3.data.formats.quarantine import InvalidRecord
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.redaction import redact
 
+_CHUNK_BYTES = 2**20  # that a decoder returns at most
+_SKIP_BYTES = 2**20
+_CORRUPT = (zlib.error, zstandard.ZstdError, lzma.LZMAError, OSError, ValueError, EOFError)
+
 
 class _Decoder(Protocol):
-    """Decompresses one member (gzip), stream (xz, bzip2) or frame (Zstandard)."""
+    """Decompresses one member (gzip), stream (xz, bzip2) or frame (Zstandard), as lzma and bz2 do."""
 
     @property
     def eof(self) -> bool: ...
@@ -35,8 +39,8 @@ class _Decoder(Protocol):
     def decompress(self, data: bytes, max_length: int) -> bytes: ...
 
 
-class _Gunzip:
-    """zlib as lzma and bz2 offer themselves."""
+class _GzipDecoder:
+    """zlib behind the interface of lzma and bz2."""
 
     def __init__(self) -> None:
         self._zlib = zlib.decompressobj(wbits=31)
@@ -57,8 +61,8 @@ class _Gunzip:
         return self._zlib.decompress(self._zlib.unconsumed_tail + data, max_length)
 
 
-class _Unzstd:
-    """Zstandard as lzma and bz2 offer themselves; its output is bounded by its input alone: 32 KB for each byte."""
+class _ZstdDecoder:
+    """Zstandard behind the interface of lzma and bz2. It ignores `max_length`: a byte gives at most 32 KB."""
 
     needs_input = True
 
@@ -78,40 +82,82 @@ class _Unzstd:
         return self._zstd.decompress(data)
 
 
-_DECODERS: dict[Compression, Callable[[], Any]] = {
-    "gz": _Gunzip,
-    "zst": _Unzstd,
-    "xz": lzma.LZMADecompressor,
-    "bz2": bz2.BZ2Decompressor,
-}
-_FEED_BYTES = {"gz": 2**16, "zst": 2**12, "xz": 2**16, "bz2": 2**16}
-_PIECE_BYTES = 2**20
-_CORRUPT = (zlib.error, zstandard.ZstdError, lzma.LZMAError, OSError, ValueError, EOFError)
+class Compression(NamedTuple):
+    """How a file is compressed: `feed_bytes` is the number of compressed bytes that the decoder gets at a time."""
+
+    name: str
+    suffixes: tuple[str, ...]
+    decoder: Callable[[], Any]
+    feed_bytes: int = 2**16
+
+
+COMPRESSIONS = (
+    Compression("gz", (".gz",), _GzipDecoder),
+    Compression("zst", (".zst", ".zstd"), _ZstdDecoder, feed_bytes=2**12),
+    Compression("xz", (".xz",), lzma.LZMADecompressor),
+    Compression("bz2", (".bz2",), bz2.BZ2Decompressor),
+)
+_BY_SUFFIX = {suffix: compression for compression in COMPRESSIONS for suffix in compression.suffixes}
+
+
+def split_suffix(name: str) -> tuple[str, Compression | None]:
+    """The suffix of a file's name in lower case, without that of a compression, and the compression."""
+    path = PurePosixPath(name.lower())
+    compression = _BY_SUFFIX.get(path.suffix)
+    return PurePosixPath(path.stem).suffix if compression else path.suffix, compression
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file to read.
+
+    `name` is its path below the input and unique among all files, `path` an absolute local path or an address such
+    as s3://bucket/key, `size` its size in bytes, `modified` its modification time in ns, or what the store gives as
+    the version of the object.
+    """
+
+    name: str
+    path: str
+    size: int
+    modified: str
+
+    @property
+    def compression(self) -> Compression | None:
+        """How the file is compressed, by its suffix."""
+        return split_suffix(self.name)[1]
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether `path` is an address, which fsspec opens."""
+        return "://" in self.path
 
 
 class Decompressor:
-    """Decompresses a file of any number of members, one after the other."""
+    """Decompresses a file of one or more members, one after the other."""
 
     def __init__(self, raw: BinaryIO, compression: Compression) -> None:
         self._raw, self._compression = raw, compression
         self._decoder: _Decoder | None = None
         self._input = b""
-        self._pieces = 0
+        self._chunks = 0
         self._members = 0
 
     def next_chunk(self) -> bytes:
-        """The next bytes, some hundred KB; none at the end.
+        """The next bytes, some hundred KB; empty at the end.
 
         Raises InvalidRecord where the data are truncated or damaged, and OSError where the file cannot be read.
         """
-        piece = self._next(_FEED_BYTES[self._compression])
-        self._pieces += 1
-        return piece
+        chunk = self._next(self._compression.feed_bytes)
+        self._chunks += 1
+        return chunk
 
     def rest_before_damage(self, raw: BinaryIO) -> bytes:
-        """What a failed `next_chunk` might have given, feeding byte after byte of the file opened anew."""
+        """The bytes before the damage that made `next_chunk` fail.
+
+        `raw` is the same file, opened again. The failed chunk is decompressed again, byte by byte.
+        """
         again = Decompressor(raw, self._compression)
-        for _ in range(self._pieces):
+        for _ in range(self._chunks):
             again.next_chunk()
         rest = []
         try:
@@ -128,70 +174,69 @@ class Decompressor:
                 self._input = self._raw.read(feed)
             at_end = self._decoder.needs_input and not self._input
             data, self._input = (self._input, b"") if self._decoder.needs_input else (b"", self._input)
-            piece = self._decompress(self._decoder, data)
+            chunk = self._decompress(self._decoder, data)
             if self._decoder.eof:
                 self._input, self._decoder = self._decoder.unused_data, None
                 self._members += 1
-            elif at_end and not piece:
-                raise InvalidRecord("truncated", f"the {self._compression} data end before their end")
-            if piece:
-                return piece
+            elif at_end and not chunk:
+                raise InvalidRecord("truncated", f"the {self._compression.name} data end before their end")
+            if chunk:
+                return chunk
         return b""
 
     def _decompress(self, decoder: _Decoder, data: bytes) -> bytes:
         try:
-            return decoder.decompress(data, _PIECE_BYTES)
+            return decoder.decompress(data, _CHUNK_BYTES)
         except _CORRUPT as error:
             where = f"behind member {self._members}: " if self._members else ""
-            raise InvalidRecord("damaged", f"the {self._compression} data are corrupt: {where}{error}") from None
+            raise InvalidRecord(
+                "damaged", f"the {self._compression.name} data are corrupt: {where}{error}"
+            ) from None
 
     def _begins_member(self, feed: int) -> bool:
-        """Whether there is a member more. Zeros may pad a file behind its first."""
+        """Starts the next member, and returns whether there is one. Zeros may pad a file after its first member."""
         while True:
             if self._members:
                 self._input = self._input.lstrip(b"\0")
             if self._input:
-                self._decoder = _DECODERS[self._compression]()
+                self._decoder = self._compression.decoder()
                 return True
             self._input = self._raw.read(feed)
             if not self._input:
                 return False
 
 
-_SKIP_BYTES = 2**20
-
-
 def open_raw(file: InputFile) -> BinaryIO:
-    """Opens a file as it is stored. Raises OSError."""
+    """Opens a file without decompressing it. Raises OSError, and DataError if a store fails in another way."""
     if file.is_remote:
         try:
             return cast(BinaryIO, fsspec.open(file.path, "rb").open())
         except OSError:
             raise
         except Exception as error:  # noqa: BLE001 -- each store's library has errors of its own
-            raise _unanswered(file, error) from None
+            raise _store_failure(file, error) from None
     return Path(file.path).open("rb")
 
 
 def read_failure(file: InputFile, error: OSError) -> InvalidRecord:
-    """The entry for a file that the disk or the store does not give.
+    """The quarantine entry for a file that the disk or the store refuses to read.
 
-    Raises DataError instead where a store fails otherwise than by refusing the file: that may be over by and by.
+    Raises DataError instead for any other failure of a store, which may be temporary.
     """
     if file.is_remote and not isinstance(error, (FileNotFoundError, PermissionError)):
-        raise _unanswered(file, error) from None
+        raise _store_failure(file, error) from None
     return InvalidRecord("unreadable", redact(f"cannot be read: {error.strerror or error}", file.path))
 
 
-def _unanswered(file: InputFile, error: Exception) -> DataError:
+def _store_failure(file: InputFile, error: Exception) -> DataError:
     problem = f"{file.path}: cannot be read: {error}; start again once the store answers"
     return DataError(redact(problem, file.path))
 
 
 class ByteStream:
-    """The decompressed bytes of a file, from byte `start` on, inside a `with` block.
+    """The decompressed bytes of a file from byte `start` on, inside a `with` block.
 
-    Where the file is damaged the stream ends before the damage, which `damage` then names.
+    In a damaged file the stream ends before the damage, and `damage` then describes it.
     """
 
     def __init__(self, file: InputFile, start: int = 0) -> None:
@@ -199,12 +244,11 @@ class ByteStream:
         self._file = file
         self._raw: BinaryIO | None = None
         self._decompressor: Decompressor | None = None
-        self._held, self._at = b"", 0  # what was read of the file last, and how much of it was given
-        compression = file.format.compression
+        self._buffer, self._at = b"", 0  # bytes read ahead, and the index of the next one to return
         try:
             self._raw = open_raw(file)
-            if compression:
-                self._decompressor = Decompressor(self._raw, compression)
+            if file.compression:
+                self._decompressor = Decompressor(self._raw, file.compression)
             else:
                 self._raw.seek(start)
         except OSError as error:
@@ -223,19 +267,19 @@ class ByteStream:
 
     def read(self, size: int) -> bytes:
         """The next `size` bytes; fewer only at the end."""
-        missing = self._at + size - len(self._held)
+        missing = self._at + size - len(self._buffer)
         if missing > 0:
-            parts = [self._held[self._at :]] if self._at < len(self._held) else []
-            while missing > 0 and (piece := self._next(missing)):
-                parts.append(piece)
-                missing -= len(piece)
-            self._held, self._at = b"".join(parts), 0
-        data = self._held[self._at : self._at + size]
+            parts = [self._buffer[self._at :]] if self._at < len(self._buffer) else []
+            while missing > 0 and (chunk := self._next(missing)):
+                parts.append(chunk)
+                missing -= len(chunk)
+            self._buffer, self._at = b"".join(parts), 0
+        data = self._buffer[self._at : self._at + size]
         self._at += len(data)
         return data
 
     def unread(self, count: int) -> None:
-        """Goes back `count` bytes of what was read last."""
+        """Goes back `count` bytes, at most as many as the last `read` returned."""
         self._at -= count
 
     def _skip(self, size: int) -> None:
@@ -257,5 +301,5 @@ class ByteStream:
         except Exception as error:
             if not self._file.is_remote:
                 raise
-            raise _unanswered(self._file, error) from None
+            raise _store_failure(self._file, error) from None
         return b""

@@ -1,6 +1,6 @@
-"""Reading WARC: the responses, resources and conversions of a web archive (ISO 28500).
+"""Reading WARC, the format of web archives (ISO 28500): responses, resources and conversions become documents.
 
-FOLDED: Where WARC records begin and end in a stream, and what is left of those that are damaged.
+A scanner finds where records begin and end, and what can be saved of damaged ones; fastwarc parses a single record.
 """
 
 from __future__ import annotations
@@ -21,55 +21,90 @@ from deepseek_v3.data.formats.batches import (
     ReadBatch,
     ReadOptions,
 )
-from deepseek_v3.data.formats.inputs import archive_iterator
 from deepseek_v3.data.formats.quarantine import InvalidRecord
-from deepseek_v3.data.formats.streams import ByteStream
+from deepseek_v3.data.formats.streams import ByteStream, InputFile
+from deepseek_v3.utils.errors import DataError
+from deepseek_v3.utils.optional import missing_library
 
 _HEADER_BYTES = 2**16
-_PIECE_BYTES = 2**18
-_KIND = re.compile(rb"^WARC-Type:[ \t]*(\w+)", re.IGNORECASE | re.MULTILINE)
-_LENGTH = re.compile(rb"^Content-Length:[ \t]*(\d{1,18})[ \t]*\r$", re.IGNORECASE | re.MULTILINE)
+_CHUNK_BYTES = 2**18
+_RECORD_TYPE = re.compile(rb"^WARC-Type:[ \t]*(\w+)", re.IGNORECASE | re.MULTILINE)
+_CONTENT_LENGTH = re.compile(rb"^Content-Length:[ \t]*(\d{1,18})[ \t]*\r$", re.IGNORECASE | re.MULTILINE)
 _NEXT_RECORD = re.compile(rb"\nWARC/\d")
-_OVERLAP = 6  # bytes of a match that may end one piece
+_OVERLAP = 6  # bytes of a match that may end one chunk
+
+_DOCUMENT_TYPES = (b"response", b"resource", b"conversion")
+_TEXT_TYPE = re.compile(r"text/|application/([\w.-]+\+)?(xhtml|xml|json)\b|$", re.IGNORECASE)
+_CHARSET = re.compile(r"charset=[\"']?([\w.:-]+)", re.IGNORECASE)
 
 
-class Frame(NamedTuple):
-    """A record of `length` bytes at byte `offset`: header, blank line and block, or why they cannot be had."""
+def read_warc(file_range: FileRange, options: ReadOptions, start: int | None) -> Iterator[ReadBatch]:
+    """Reads the records from byte `start` on. Records of other types, such as requests, are skipped."""
+    begin = start or 0
+    name = file_range.file.name
+    parser = _archive_iterator(file_range.file)
+    with ByteStream(file_range.file, begin) as stream:
+        scanner = WarcScanner(stream, begin, options.max_record_bytes, _DOCUMENT_TYPES)
+        while not scanner.at_end:
+            builder = BatchBuilder(name, options)
+            for record in _next_records(scanner):
+                _add(record, name, builder, options, parser)
+            if scanner.at_end and scanner.offset == 0 and not stream.damage:
+                builder.reject(0, InvalidRecord("empty", "holds no bytes"), offset=0, length=0, records=0)
+            if not builder.is_empty:
+                yield builder.batch(END_OF_FILE if scanner.at_end else scanner.offset)
+
+
+def require_fastwarc(file: InputFile) -> None:
+    """Raises DataError, naming the file, if fastwarc is not installed."""
+    _archive_iterator(file)
+
+
+def _archive_iterator(file: InputFile) -> Any:
+    try:
+        from fastwarc.warc import ArchiveIterator
+    except ImportError:
+        raise DataError(f"{file.path}: {missing_library('reading WARC', 'fastwarc')}") from None
+    return ArchiveIterator
+
+
+class WarcRecord(NamedTuple):
+    """A record of `length` bytes at byte `offset`: its header, blank line and block, or why they cannot be read."""
 
     offset: int
     length: int
     data: bytes | InvalidRecord
 
 
-class Frames:
-    """Cuts a stream into WARC records of the given kinds, and passes over all others."""
+class WarcScanner:
+    """Cuts a stream into WARC records of the given types, and skips all others."""
 
-    def __init__(self, stream: ByteStream, offset: int, longest: int, kinds: Collection[bytes]) -> None:
-        self._stream, self._longest, self._kinds = stream, longest, kinds
+    def __init__(self, stream: ByteStream, offset: int, max_bytes: int, types: Collection[bytes]) -> None:
+        self._stream, self._max_bytes, self._types = stream, max_bytes, types
         self.offset = offset
         self.at_end = False
 
-    def next_frame(self) -> Frame | None:
-        """The next record, or None where it is of another kind or there is none."""
+    def next_record(self) -> WarcRecord | None:
+        """The next record, or None if it is of another type or if there is none."""
         data = self._stream.read(_HEADER_BYTES)
         blank = len(data) - len(data.lstrip(b"\r\n"))
         self.offset += blank
         if blank == len(data):
             self.at_end = len(data) < _HEADER_BYTES
             damage = self._stream.damage if self.at_end else None
-            return Frame(self.offset, 0, damage) if damage else None
+            return WarcRecord(self.offset, 0, damage) if damage else None
         end = data.find(b"\r\n\r\n", blank) + 4
         header = data[blank:end] if data.startswith(b"WARC/", blank) and end > blank else b""
-        kind, length = _KIND.search(header), _LENGTH.search(header)
-        if kind is None or length is None:
-            return self._lost(data[blank:], len(data) < _HEADER_BYTES)
+        type_, length = _RECORD_TYPE.search(header), _CONTENT_LENGTH.search(header)
+        if type_ is None or length is None:
+            return self._resync(data[blank:], len(data) < _HEADER_BYTES)
         self._stream.unread(len(data) - end)
-        return self._record(header, int(length[1]), kind[1].lower() in self._kinds)
+        return self._read_block(header, int(length[1]), type_[1].lower() in self._types)
 
-    def _record(self, header: bytes, length: int, is_wanted: bool) -> Frame | None:
+    def _read_block(self, header: bytes, length: int, is_wanted: bool) -> WarcRecord | None:
         parts, missing = [header], length
-        while missing > 0 and (part := self._stream.read(min(missing, _PIECE_BYTES))):
-            if is_wanted and length <= self._longest:
+        while missing > 0 and (part := self._stream.read(min(missing, _CHUNK_BYTES))):
+            if is_wanted and length <= self._max_bytes:
                 parts.append(part)
             missing -= len(part)
         offset, found = self.offset, len(header) + length - missing
@@ -77,16 +112,19 @@ class Frames:
         if missing:
             self.at_end = True
             cut = InvalidRecord("truncated", f"the file ends {missing} bytes before the end of this record")
-            return Frame(offset, found, self._stream.damage or cut)
+            return WarcRecord(offset, found, self._stream.damage or cut)
         if not is_wanted:
             return None
-        if length > self._longest:
-            error = f"the record has {length} bytes, expected at most {self._longest} (max_record_bytes)"
-            return Frame(offset, found, InvalidRecord("too_long", error))
-        return Frame(offset, found, b"".join(parts))
+        if length > self._max_bytes:
+            error = f"the record has {length} bytes, expected at most {self._max_bytes} (max_record_bytes)"
+            return WarcRecord(offset, found, InvalidRecord("too_long", error))
+        return WarcRecord(offset, found, b"".join(parts))
 
-    def _lost(self, data: bytes, is_last: bool) -> Frame:
-        """Passes over what is no record, up to the next one; `data` were read last, `is_last` from the file."""
+    def _resync(self, data: bytes, is_last: bool) -> WarcRecord:
+        """Skips bytes that are no record, up to the next record.
+
+        `data` are the bytes read last; `is_last` says that the file ends with them.
+        """
         offset = self.offset
         while True:
             match = _NEXT_RECORD.search(data)
@@ -96,53 +134,32 @@ class Frames:
             self.offset += len(data) - again
             if match or is_last:
                 break
-            data = self._stream.read(_PIECE_BYTES)
-            is_last = len(data) < _PIECE_BYTES
+            data = self._stream.read(_CHUNK_BYTES)
+            is_last = len(data) < _CHUNK_BYTES
         damage = self._stream.damage if self.at_end else None
         lost = InvalidRecord(
             "damaged", "expected a WARC record with WARC-Type and Content-Length, found other bytes"
         )
-        return Frame(offset, self.offset - offset, damage or lost)
+        return WarcRecord(offset, self.offset - offset, damage or lost)
 
 
-_KINDS = (b"response", b"resource", b"conversion")
-_TEXT_TYPE = re.compile(r"text/|application/([\w.-]+\+)?(xhtml|xml|json)\b|$", re.IGNORECASE)
-_CHARSET = re.compile(r"charset=[\"']?([\w.:-]+)", re.IGNORECASE)
-
-
-def read_warc(span: FileRange, options: ReadOptions, start: int | None) -> Iterator[ReadBatch]:
-    """Reads the records from byte `start` on. Other kinds, such as requests, are no documents and left out."""
-    begin = start or 0
-    parser = archive_iterator(span.file.path)
-    with ByteStream(span.file, begin) as stream:
-        frames = Frames(stream, begin, options.max_record_bytes, _KINDS)
-        while not frames.at_end:
-            collector = BatchBuilder(span.file.name, options)
-            for frame in _some(frames):
-                _take(frame, span.file.name, collector, options, parser)
-            if frames.at_end and frames.offset == 0 and not stream.damage:
-                collector.reject(0, InvalidRecord("empty", "holds no bytes"), offset=0, length=0, records=0)
-            if not collector.is_empty:
-                yield collector.batch(END_OF_FILE if frames.at_end else frames.offset)
-
-
-def _some(frames: Frames) -> Iterator[Frame]:
+def _next_records(scanner: WarcScanner) -> Iterator[WarcRecord]:
     """The next records, about 4 MiB, at most 10,000."""
-    stop = frames.offset + BATCH_BYTES
+    stop = scanner.offset + BATCH_BYTES
     for _ in range(BATCH_RECORDS):
-        frame = frames.next_frame()
-        if frame:
-            yield frame
-        if frames.at_end or frames.offset >= stop:
+        record = scanner.next_record()
+        if record:
+            yield record
+        if scanner.at_end or scanner.offset >= stop:
             return
 
 
-def _take(frame: Frame, source: str, collector: BatchBuilder, options: ReadOptions, parser: Any) -> None:
-    offset, length, data = frame
+def _add(found: WarcRecord, source: str, builder: BatchBuilder, options: ReadOptions, parser: Any) -> None:
+    offset, length, data = found
     try:
         if isinstance(data, InvalidRecord):
             raise data
-        record, body = _parsed(data, parser, options.max_record_bytes)
+        record, body = _parse(data, parser, options.max_record_bytes)
         id_ = record.headers.get("WARC-Record-ID") or f"{source}:{offset}"
         content_type = (record.http_headers if record.is_http else record.headers).get("Content-Type") or ""
         if not _TEXT_TYPE.match(content_type):
@@ -152,30 +169,33 @@ def _take(frame: Frame, source: str, collector: BatchBuilder, options: ReadOptio
             "date": record.headers.get("WARC-Date"),
             "content_type": content_type or None,
         }
-        collector.add_text(offset, id_, _decoded(body, content_type, record), metadata)
+        builder.add_text(offset, id_, _decode(body, content_type, record), metadata)
     except InvalidRecord as why:
         raw = data if isinstance(data, bytes) else None
-        collector.reject(offset, why, offset=offset, length=length, raw=raw)
+        builder.reject(offset, why, offset=offset, length=length, raw=raw)
 
 
-def _parsed(data: bytes, parser: Any, longest: int, decoding: str = "all") -> tuple[Any, bytes]:
-    """A record and its payload, without the encodings of the transfer, or as it is where they are not kept to."""
+def _parse(data: bytes, parser: Any, max_bytes: int, decoding: str = "all") -> tuple[Any, bytes]:
+    """A record and its payload.
+
+    The payload is decoded from its transfer and content encodings, or left as it is if it does not follow them.
+    """
     try:
         record = next(iter(parser(io.BytesIO(data), auto_decode=decoding)), None)
-        body = record.reader.read(longest + 1) if record else b""
+        body = record.reader.read(max_bytes + 1) if record else b""
     except OSError as error:
         if decoding == "all":
-            return _parsed(data, parser, longest, "none")
+            return _parse(data, parser, max_bytes, "none")
         raise InvalidRecord("damaged", f"is no WARC record: {error}") from None
     if record is None or (record.is_http and record.http_headers.status_code is None):
         raise InvalidRecord("damaged", "the record holds no HTTP response, though it says so")
-    if len(body) > longest:
-        raise InvalidRecord("too_long", f"the payload has more than {longest} bytes (max_record_bytes)")
+    if len(body) > max_bytes:
+        raise InvalidRecord("too_long", f"the payload has more than {max_bytes} bytes (max_record_bytes)")
     return record, body
 
 
-def _decoded(body: bytes, content_type: str, record: Any) -> str:
-    """The payload's text, in the encoding that its headers or HTML name, or else the most likely one."""
+def _decode(body: bytes, content_type: str, record: Any) -> str:
+    """The text of a payload, in the encoding that its headers or its HTML name, or else in the most likely one."""
     charset = _CHARSET.search(content_type)
     encoding = charset and map_encoding_to_html5(charset[1], fallback_utf8=False)
     if not encoding and record.headers.get("WARC-Type") != "conversion":

@@ -1,4 +1,4 @@
-"""Writing batches to one file, the same bytes however the rows were cut into batches."""
+"""Writing batches to one file, whose bytes do not depend on how the rows were divided into batches."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _GROUP_BYTES = 2**26
 _ROWS_AT_A_TIME = 128
 _ZSTD_LEVEL = 3
 _GZIP_LEVEL = 6
-_LONG = ("text", "metadata", "raw")  # columns that repeat nothing: no dictionary pays, and no statistics
-_JSON = ("metadata", "figures")  # columns that hold JSON, which is an object in JSON lines
+_LONG = ("text", "metadata", "raw")  # columns whose values do not repeat: without dictionary and statistics
+_JSON = ("metadata", "figures")  # columns that hold JSON text, written as objects to JSON lines
 
 _VARIABLE = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
 
@@ -36,11 +36,12 @@ _Sink: TypeAlias = Callable[[Path, pa.Schema], AbstractContextManager[_Write]]
 
 
 class RecordWriter:
-    """Writes batches of one schema to a file, which appears complete at the end of the `with` block, or not at all.
+    """Writes batches of one schema to a file that appears complete at the end of the `with` block, or not at all.
 
-    The suffix says how: `.parquet` (zstd, level 3, with page checksums), or `.jsonl`, `.jsonl.zst` and `.jsonl.gz`,
-    where bytes are base64 and `metadata` is an object. The file depends on the rows and their order alone: they are
-    written in groups of 8,192 rows or 64 MiB. `rows` counts them. Raises DataError for any other suffix.
+    The suffix selects the format: `.parquet` (zstd, level 3, with page checksums), or `.jsonl`, `.jsonl.zst` and
+    `.jsonl.gz`, where bytes are base64 and `metadata` is an object. The file depends on the rows and their order
+    alone: rows are written in groups of 8,192 rows or 64 MiB. `rows` is the number of rows so far. Raises DataError
+    for any other suffix.
     """
 
     def __init__(self, path: Path) -> None:
@@ -66,13 +67,13 @@ class RecordWriter:
             self._write_pending()
 
     def write(self, batch: pa.RecordBatch) -> None:
-        """Takes rows; every batch must have the columns of the first, in any order, and may have more."""
+        """Adds rows. A batch must have the columns of the first one, in any order; other columns are dropped."""
         schema = self._begin(batch.schema)
         table = pa.Table.from_batches([batch]).select(schema.names).cast(schema)
         self.rows += table.num_rows
         sizes = _row_bytes(table)
         while len(sizes):
-            count = self._fitting(sizes)
+            count = self._rows_that_fit(sizes)
             if count == 0:
                 self._write_pending()
                 continue
@@ -82,14 +83,14 @@ class RecordWriter:
             sizes = sizes[count:]
 
     def _begin(self, schema: pa.Schema) -> pa.Schema:
-        """The schema of the file, which is that of the first batch."""
+        """The schema of the file, which the first batch determines."""
         if self._schema is None:
             self._schema = schema.remove_metadata()
             self._write_group = self._files.enter_context(self._sink(self._partial, self._schema))
         return self._schema
 
-    def _fitting(self, sizes: Int64Array) -> int:
-        """How many of the next rows, of so many bytes each, belong to the waiting group; at least one begins it."""
+    def _rows_that_fit(self, sizes: Int64Array) -> int:
+        """The number of rows, of `sizes` bytes each, that still fit the group; an empty one takes at least one."""
         by_bytes = int(np.searchsorted(np.cumsum(sizes), _GROUP_BYTES - self._pending_bytes, side="right"))
         return min(max(by_bytes, 0 if self._pending else 1), _GROUP_ROWS - self._pending_rows)
 
@@ -149,7 +150,7 @@ def _sink_of(path: Path) -> _Sink:
 
 
 def _write_lines(table: pa.Table, file: Any) -> None:
-    """Writes rows as JSON, a few at a time: five times as fast as many, whose objects leave the cache."""
+    """Writes rows as JSON, few at a time: five times as fast, because their objects stay in the cache."""
     names = table.schema.names
     for batch in table.to_batches(_ROWS_AT_A_TIME):
         columns = [_values(batch.column(name), name in _JSON) for name in names]
@@ -165,7 +166,7 @@ def _values(column: pa.Array, is_json: bool) -> list[Any]:
 
 
 def _row_bytes(table: pa.Table) -> Int64Array:
-    """About how many bytes each row has."""
+    """The approximate size of each row in bytes: int64 [rows]."""
     sizes = np.full(table.num_rows, 8 * table.num_columns, np.int64)
     for column in table.columns:
         if any(is_kind(column.type) for is_kind in _VARIABLE):

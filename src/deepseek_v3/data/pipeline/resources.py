@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 from deepseek_v3.config.preprocess_config import PreprocessConfig
 from deepseek_v3.data.formats.batches import FileRange
-from deepseek_v3.data.formats.inputs import InputFile
+from deepseek_v3.data.formats.file_types import known_format
 from deepseek_v3.data.formats.reading import split_file
+from deepseek_v3.data.formats.streams import InputFile
 from deepseek_v3.data.pipeline.tasks import WorkUnit
 from deepseek_v3.utils.cgroups import usable_memory
 from deepseek_v3.utils.errors import ConfigError, DataError
@@ -112,4 +113,4 @@ def check_disk(need: DiskEstimate, output: Path) -> None:
 
 
 def _is_compressed(file: InputFile) -> bool:
-    return file.format.compression is not None or file.format.kind == "parquet"
+    return file.compression is not None or known_format(file).name == "parquet"

@@ -12,7 +12,7 @@ import orjson
 
 from deepseek_v3.config.base import with_present_names
 from deepseek_v3.config.preprocess_config import PreprocessConfig
-from deepseek_v3.data.formats.inputs import InputFile
+from deepseek_v3.data.formats.streams import InputFile
 from deepseek_v3.data.pipeline.run_folder import Part, RunFolder, is_intact, read_part
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.files import atomic_write
