@@ -27,10 +27,10 @@ from torch.profiler import ProfilerActivity, profile
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.calibration import CALIBRATION_FILE, Calibration, Rates
-from deepseek_v3.planning.execution import Execution, execution_on
-from deepseek_v3.planning.hardware import Device, device_named
+from deepseek_v3.planning.execution import Execution, resolve_execution
+from deepseek_v3.planning.hardware import Device, find_device
 from deepseek_v3.planning.memory import estimate_memory
-from deepseek_v3.planning.step_time import computing_time, ideal_seconds, step_work
+from deepseek_v3.planning.step_time import compute_seconds, ideal_seconds, step_work
 from deepseek_v3.training.trainer import Trainer
 from deepseek_v3.utils.distributed.launch import select_device
 from deepseek_v3.utils.logging import configure_logging
@@ -63,7 +63,7 @@ def main(
             for point in wanted["points"]
         ]
         record = {**environment("torch", commit=commit), "context_gib": _context_gib(), "points": points}
-    described = device_named(str(record["device"]))
+    described = find_device(str(record["device"]))
     if described is None:
         raise SystemExit(f"{record['device']}: not in the planner's table of devices; add it there first")
     calibration = fit(record, described)
@@ -213,7 +213,7 @@ def _fit_eager(points: list[dict[str, Any]], device: Device, compiled: Rates) ->
 def _ideal_seconds(point: dict[str, Any], device: Device) -> dict[str, float]:
     """What each factor is multiplied with at this point."""
     config = _config(point)
-    run = execution_on(device, config)
+    run = resolve_execution(device, config)
     return ideal_seconds(step_work(config, run), run, device)
 
 
@@ -252,9 +252,9 @@ def _least_squares(columns: list[list[float]], measured: list[float], scale: lis
 def compare(point: dict[str, Any], calibration: Calibration, device: Device) -> dict[str, float]:
     """The planner's estimates beside the measurement, and their relative errors."""
     config = _config(point)
-    run = execution_on(device, config)
+    run = resolve_execution(device, config)
     memory = estimate_memory(config, run)
-    seconds = sum(computing_time(step_work(config, run), calibration.rates(run), run, device).values())
+    seconds = sum(compute_seconds(step_work(config, run), calibration.rates(run), run, device).values())
     return {
         "estimated_gib": memory.total / 2**30,
         "memory_error": memory.total / 2**30 / point["measured_gib"] - 1,
@@ -264,7 +264,7 @@ def compare(point: dict[str, Any], calibration: Calibration, device: Device) -> 
 
 
 def _run(point: dict[str, Any], device: Device) -> Execution:
-    return execution_on(device, _config(point))
+    return resolve_execution(device, _config(point))
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ import typer
 from environment import RESULTS, ROOT, environment
 
 from deepseek_v3.config.loading import load_config
-from deepseek_v3.planning.hardware import Device, device_named
-from deepseek_v3.planning.layout_search import measure_layout
+from deepseek_v3.planning.hardware import Device, find_device
+from deepseek_v3.planning.layout_search import estimate_layout
 from deepseek_v3.utils.monitoring import read_metrics
 
 PARTS = ("ranks", "tests", "training", "peer")
@@ -202,7 +202,7 @@ def figures(folder: Path, work: Work) -> dict[str, Any]:
     config = load_config(folder / "run" / "config.yaml")
     steps = [record for record in read_metrics(folder / "run" / "metrics.jsonl") if "loss" in record]
     rates = [record["tokens_per_second"] for record in steps if record["step"] > INTERVAL]
-    estimate = measure_layout(config, this_device())
+    estimate = estimate_layout(config, this_device())
     expected = work.batch * config.training.sequence_length / estimate.step.total
     return {
         "parallel": {k: v for k, v in config.parallel.model_dump().items() if v not in (1, "given", "auto")},
@@ -236,7 +236,7 @@ def torchtitan(work: Work, expert: int, micro: int, recompute: str) -> dict[str,
 
 def this_device() -> Device:
     """The planner's description of these GPUs; of a CPU where a small shape only tries the program."""
-    device = device_named(torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU")
+    device = find_device(torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU")
     assert device is not None
     return device
 

@@ -52,7 +52,7 @@ def main(
             **environment("torch", commit=commit),
             "shape": shape.stem,
             "overrides": override or [],
-            "tokens_per_step": config.training.global_batch_size * config.training.sequence_length,
+            "tokens_per_step": config.tokens_per_step,
             "in_a_row": steps.timed(wait=False),
             "one_by_one": steps.timed(wait=True),
             **steps.traced(),

@@ -38,7 +38,7 @@ def main(
     figures = {
         "shape": shape,
         "overrides": override or [],
-        "tokens_per_step": config.training.global_batch_size * config.training.sequence_length,
+        "tokens_per_step": config.tokens_per_step,
         "steps": steps[-1]["step"],
         "tokens_per_second_median": median(rates),
         "tokens_per_second_range": [min(rates), max(rates)],

@@ -11,8 +11,8 @@ from deepseek_v3.model.backends import choose_backends
 from deepseek_v3.model.block import DecoderLayer
 from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.ops.attention import cudnn_attention, reference_attention
-from deepseek_v3.planning.execution import execution_on
-from deepseek_v3.planning.hardware import device_named
+from deepseek_v3.planning.execution import resolve_execution
+from deepseek_v3.planning.hardware import find_device
 from deepseek_v3.planning.memory import estimate_memory
 from deepseek_v3.training.loss import training_losses
 from deepseek_v3.training.parallel.parallelize import _compile_layers
@@ -165,9 +165,9 @@ def test_steps_need_the_memory_that_was_planned(tmp_path: Path, recomputation: s
     tokens = torch.randint(config.model.vocab_size, (16, 1025), device=CUDA)
     for number in (1, 2):
         trainer._train_step(trainer.plan.step(number), iter([tokens]))
-    device = device_named(torch.cuda.get_device_name())
+    device = find_device(torch.cuda.get_device_name())
     assert device is not None
-    planned = estimate_memory(config, execution_on(device, config)).total
+    planned = estimate_memory(config, resolve_execution(device, config)).total
     assert torch.cuda.max_memory_allocated() - before == pytest.approx(planned, rel=0.05)
 
 

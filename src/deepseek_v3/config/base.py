@@ -21,7 +21,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-def read_with(parse: Callable[[str], float]) -> Callable[[Any], Any]:
+def text_parser(parse: Callable[[str], float]) -> Callable[[Any], Any]:
     """A validator that reads text with `parse` and leaves all else as it is."""
 
     def read(value: Any) -> Any:
@@ -42,21 +42,21 @@ def _whole(value: Any) -> Any:
 
 Integer = Annotated[
     int,
-    BeforeValidator(read_with(parse_count), json_schema_input_type=int | str),
+    BeforeValidator(text_parser(parse_count), json_schema_input_type=int | str),
     BeforeValidator(_whole),
     Field(ge=-MAX_COUNT, le=MAX_COUNT),
 ]
 PositiveInt = Annotated[Integer, Field(gt=0)]
 NonNegativeInt = Annotated[Integer, Field(ge=0)]
 # Bytes.
-Size = Annotated[
+ByteSize = Annotated[
     int,
-    BeforeValidator(read_with(parse_size), json_schema_input_type=int | str),
+    BeforeValidator(text_parser(parse_size), json_schema_input_type=int | str),
     BeforeValidator(_whole),
     Field(ge=1, le=MAX_COUNT),
 ]
 
-Real = Annotated[float, BeforeValidator(read_with(parse_number), json_schema_input_type=float | str)]
+Real = Annotated[float, BeforeValidator(text_parser(parse_number), json_schema_input_type=float | str)]
 PositiveFloat = Annotated[Real, Field(gt=0)]
 NonNegativeFloat = Annotated[Real, Field(ge=0)]
 Fraction = Annotated[Real, Field(ge=0, le=1)]

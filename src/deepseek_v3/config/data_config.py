@@ -27,7 +27,7 @@ def _not_an_address(value: object) -> object:
 
 
 # What is written to files, as JSON, never holds the secrets of an address.
-AnyPath = Annotated[
+LocalPath = Annotated[
     Path,
     Field(strict=False),
     BeforeValidator(_not_an_address),
@@ -57,7 +57,7 @@ class CorpusConfig(Section):
 class DataConfig(Section):
     """Token shards, as `dsv3 tokenize` writes them."""
 
-    path: AnyPath = DEFAULT_TOKENS
+    path: LocalPath = DEFAULT_TOKENS
     corpus: CorpusConfig | None = None
     mask_documents: bool = False
     verify_checksums: bool = True

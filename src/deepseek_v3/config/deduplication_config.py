@@ -51,7 +51,7 @@ class DeduplicationConfig(StageConfig):
     accelerator: Literal["auto", "numpy", "numba"] = "auto"
 
     @property
-    def least_to_kept(self) -> float:
+    def min_similarity_to_kept(self) -> float:
         """How alike a document must be to the one that is kept in its place."""
         return max(self.threshold - _CHAIN, 0.0) if self.cluster_threshold is None else self.cluster_threshold
 

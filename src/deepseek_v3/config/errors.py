@@ -18,7 +18,7 @@ Explanation = Callable[[dict[str, Any], type[BaseModel], FieldPath], str]
 _BRANCHES = ("str", "tuple[str, ...]")
 
 
-def describe(error: ValidationError, root: type[BaseModel], where: Mapping[FieldPath, str]) -> str:
+def describe_errors(error: ValidationError, root: type[BaseModel], where: Mapping[FieldPath, str]) -> str:
     """One line per problem: its place, the field's path, what was found and what would be right.
 
     `where` says for a field's path the file and line, or the override, that gave it; `where[()]` is the file.

@@ -34,7 +34,7 @@ from deepseek_v3.config.base import (
     Real,
     StageConfig,
 )
-from deepseek_v3.config.data_config import AnyPath
+from deepseek_v3.config.data_config import LocalPath
 from deepseek_v3.utils.text import format_value
 
 RuleGroup = Literal["gopher_repetition", "gopher_quality", "c4", "fineweb"]
@@ -135,7 +135,7 @@ class LanguageConfig(StageConfig):
     languages: tuple[str, ...] = ()
     min_score: Fraction = 0.65
     characters: PositiveInt = 1000
-    model: AnyPath | None = None
+    model: LocalPath | None = None
 
 
 Bucket = Literal["head", "middle", "tail"]
@@ -154,10 +154,10 @@ class QualityConfig(StageConfig):
     2024).
     """
 
-    classifier: AnyPath | None = None
+    classifier: LocalPath | None = None
     label: Annotated[str, Field(min_length=1)] = "good"
     min_score: Fraction = 0.5
-    language_model: AnyPath | None = None
+    language_model: LocalPath | None = None
     head_limit: PositiveFloat | None = None
     middle_limit: PositiveFloat | None = None
     keep: Annotated[tuple[Bucket, ...], Field(min_length=1)] = ("head", "middle")
@@ -197,7 +197,7 @@ class DecontaminationConfig(StageConfig):
     `min_share` of its words; 0: with any match.
     """
 
-    evaluation: tuple[AnyPath, ...] = ()
+    evaluation: tuple[LocalPath, ...] = ()
     fields: Annotated[tuple[str, ...], Field(min_length=1)] = ("text",)
     ngram: NgramLength = 13
     min_ngram: NgramLength = 8
@@ -223,7 +223,7 @@ class MixingConfig(StageConfig):
     max_drop_warning: DropWarning = 1.0  # a token budget is meant to leave documents out
     weights: dict[str, PositiveFloat] = Field(default_factory=dict)
     tokens: PositiveInt | None = None
-    for_config: AnyPath | None = None
+    for_config: LocalPath | None = None
     max_epochs: Annotated[Real, Field(ge=1, le=10_000)] = 4.0
     seed: NonNegativeInt = 0
 

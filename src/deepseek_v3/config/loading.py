@@ -18,8 +18,8 @@ import yaml
 from pydantic import ValidationError
 
 from deepseek_v3.config.base import Section
-from deepseek_v3.config.errors import FieldPath, describe
-from deepseek_v3.config.text_files import described, read_text, shown_path
+from deepseek_v3.config.errors import FieldPath, describe_errors
+from deepseek_v3.config.text_files import describe_content, printable_path, read_text
 from deepseek_v3.config.train_config import STORED, RunConfig
 from deepseek_v3.config.vocabulary_size import fill_vocabulary
 from deepseek_v3.config.yaml_text import YamlProblem, parse_yaml, to_yaml
@@ -28,17 +28,17 @@ from deepseek_v3.utils.logging import get_logger
 from deepseek_v3.utils.text import format_value
 
 
-def chosen_files(files: Sequence[Path] | None, folder: Path | None) -> Sequence[Path]:
+def select_config_files(files: Sequence[Path] | None, folder: Path | None) -> Sequence[Path]:
     """What a command's --config and --configs mean: the files, or else every size in the folder.
 
-    Raises ConfigError where both are given, and as `config_files` does.
+    Raises ConfigError where both are given, and as `list_config_files` does.
     """
     if files and folder:
         raise ConfigError(f"--configs {folder}: expected either --config files or a --configs folder, not both")
-    return [find_config(file) for file in files] if files else config_files(folder)
+    return [find_config(file) for file in files] if files else list_config_files(folder)
 
 
-def config_files(folder: Path | None = None) -> list[Path]:
+def list_config_files(folder: Path | None = None) -> list[Path]:
     """Every size in `folder`, by default `configs` in the working directory or else those that ship.
 
     Raises ConfigError where there is no such folder, or none in it.
@@ -115,22 +115,24 @@ def _checked(
     try:
         return kind.model_validate_json(json.dumps(fields), context=context)
     except ValidationError as error:
-        raise ConfigError(describe(error, kind, where)) from None
+        raise ConfigError(describe_errors(error, kind, where)) from None
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[FieldPath, str]]:
     """The file's fields, and for each field's path the place that gave it."""
     if not os.path.lexists(path):
-        hint = f"; expected a file, or a shipped config: {', '.join(shipped_names())}" if is_name(path) else ""
-        raise ConfigError(f"{shown_path(path)}: cannot be read: No such file or directory{hint}")
-    text, shown = read_text(path), shown_path(path)
+        hint = (
+            f"; expected a file, or a shipped config: {', '.join(shipped_names())}" if is_shipped_name(path) else ""
+        )
+        raise ConfigError(f"{printable_path(path)}: cannot be read: No such file or directory{hint}")
+    text, shown = read_text(path), printable_path(path)
     try:
         fields, node = parse_yaml(text)
     except YamlProblem as problem:
         raise ConfigError(f"{shown}:{problem.line}: is not valid YAML: {problem}") from None
     if fields is not None and not isinstance(fields, dict):
         raise ConfigError(
-            f"{shown}: holds {described(fields)}, expected sections such as model: or fields such as name: x"
+            f"{shown}: holds {describe_content(fields)}, expected sections such as model: or fields such as name: x"
         )
     where: dict[FieldPath, str] = {(): shown}
     _locate(node, (), shown, where)
@@ -189,7 +191,7 @@ def shipped_folder() -> Path:
     return next((place for place in _PLACES if place.is_dir()), FOLDER)
 
 
-def is_name(path: Path) -> bool:
+def is_shipped_name(path: Path) -> bool:
     """Whether a path may be the name of a shipped config: a bare one, or one in `configs`."""
     return path.parent in (Path(), FOLDER)
 
@@ -201,14 +203,14 @@ def find_config(path: str | Path) -> Path:
     `deepspeed_config.json`. What is neither is returned as it is.
     """
     path = Path(path)
-    if os.path.isfile(path) or not is_name(path):  # noqa: PTH113 -- False for names too long
+    if os.path.isfile(path) or not is_shipped_name(path):  # noqa: PTH113 -- False for names too long
         return path
     folder = shipped_folder()
     names = [path.name] if path.suffix else [f"{path.name}.yaml", f"{PREFIX}{path.name}.yaml"]
     return next((folder / name for name in names if os.path.isfile(folder / name)), path)  # noqa: PTH113 -- likewise
 
 
-def shown_config(path: Path) -> str:
+def short_config_name(path: Path) -> str:
     """The shortest words that `find_config` takes for `path` from any folder."""
     if path.is_absolute() and path.parent == shipped_folder():
         return path.stem.removeprefix(PREFIX) if path.suffix == ".yaml" else path.name

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AliasChoices, Field, ValidationError, model_validator
 
 from deepseek_v3.config.base import NonNegativeInt, PositiveFloat, PositiveInt, Real, Section
-from deepseek_v3.config.errors import describe
-from deepseek_v3.config.text_files import read_json_object, shown_path
+from deepseek_v3.config.errors import describe_errors
+from deepseek_v3.config.text_files import printable_path, read_json_object
 from deepseek_v3.utils.errors import ConfigError
 from deepseek_v3.utils.text import format_value
 
@@ -198,10 +198,10 @@ class ModelConfig(Section):
             config = cls.model_validate_json(json.dumps(fields))
             _check_head_dim(file.get("qk_head_dim"), config)
         except ValidationError as error:
-            problems = describe(error, cls, {(): shown_path(path)})
+            problems = describe_errors(error, cls, {(): printable_path(path)})
             raise ConfigError(_with_defaults_named(problems, given)) from None
         except ValueError as error:
-            raise ConfigError(f"{shown_path(path)}: {error}") from None
+            raise ConfigError(f"{printable_path(path)}: {error}") from None
         return config
 
 

@@ -127,7 +127,7 @@ def _unsuited(batch: int, count: int, schedule: str, needed: str) -> str:
     )
 
 
-def check_ranks(parallel: ParallelConfig, model: ModelConfig) -> None:
+def check_degrees(parallel: ParallelConfig, model: ModelConfig) -> None:
     """Raises ValueError where the degrees of a layout do not divide each other or the experts of the model."""
     expert, experts, ranks = parallel.expert, model.n_routed_experts, parallel.data_ranks
     if experts % expert:

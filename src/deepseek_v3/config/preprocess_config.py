@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from deepseek_v3.config.base import PositiveFloat, PositiveInt, RenamedFrom, Section, Size
-from deepseek_v3.config.data_config import Address, AnyPath
+from deepseek_v3.config.base import ByteSize, PositiveFloat, PositiveInt, RenamedFrom, Section
+from deepseek_v3.config.data_config import Address, LocalPath
 from deepseek_v3.config.deduplication_config import DeduplicationConfig, ExactDeduplicationConfig
 from deepseek_v3.config.filter_config import (
     CleaningConfig,
@@ -50,21 +50,21 @@ class PreprocessConfig(Section):
     """
 
     input_path: Address | tuple[Address, ...]
-    output_dir: AnyPath
+    output_dir: LocalPath
     pipeline: tuple[StageName, ...]
     text_field: Annotated[str, Field(min_length=1)] = "text"
     id_field: Annotated[str, Field(min_length=1)] = "id"
-    max_record_size: Size = 2**26
+    max_record_size: ByteSize = 2**26
     output_format: Literal["parquet", "jsonl", "jsonl.zst", "jsonl.gz"] = "parquet"
-    shard_size: Size = 2**26
-    work_unit_size: Annotated[Size, RenamedFrom("piece_size")] = 2**25
+    shard_size: ByteSize = 2**26
+    work_unit_size: Annotated[ByteSize, RenamedFrom("piece_size")] = 2**25
     engine: Literal["local", "ray"] = "local"
     ray_address: Address | None = None
     workers: Annotated[PositiveInt, Field(le=4096)] | None = None
-    memory: Size | None = None
+    memory: ByteSize | None = None
     keep_keys: bool = False
-    previous_runs: Annotated[tuple[AnyPath, ...], RenamedFrom("earlier")] = ()
-    tokenizer: AnyPath | None = None
+    previous_runs: Annotated[tuple[LocalPath, ...], RenamedFrom("earlier")] = ()
+    tokenizer: LocalPath | None = None
     bytes_per_token: Annotated[PositiveFloat, Field(ge=0.01, le=10_000)] = 4.0
     preliminary_cleaning: CleaningConfig = CleaningConfig()
     exact_deduplication: ExactDeduplicationConfig = ExactDeduplicationConfig()

@@ -23,13 +23,13 @@ def read_text(path: Path) -> str:
     """
     data = _read(path)
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise ConfigError(f"{shown_path(path)}: is in UTF-16, expected UTF-8 text; save it in that encoding")
+        raise ConfigError(f"{printable_path(path)}: is in UTF-16, expected UTF-8 text; save it in that encoding")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ConfigError(
-            f"{shown_path(path)}:{line}: is not UTF-8 text: found the byte 0x{data[error.start]:02x}"
+            f"{printable_path(path)}:{line}: is not UTF-8 text: found the byte 0x{data[error.start]:02x}"
         ) from None
 
 
@@ -39,7 +39,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     Raises ConfigError as `read_text` does, and for text that is no JSON, for another value than an object, for
     fields that are given twice, and for numbers that are not finite.
     """
-    text, where = read_text(path), shown_path(path)
+    text, where = read_text(path), printable_path(path)
     try:
         fields = json.loads(
             text,
@@ -56,16 +56,16 @@ def read_json_object(path: Path) -> dict[str, Any]:
     except RecursionError:
         raise ConfigError(f"{where}: its values are nested too deeply for a configuration") from None
     if not isinstance(fields, dict):
-        raise ConfigError(f"{where}: holds {described(fields)}, expected an object of fields: {{...}}")
+        raise ConfigError(f"{where}: holds {describe_content(fields)}, expected an object of fields: {{...}}")
     return fields
 
 
-def described(value: Any) -> str:
+def describe_content(value: Any) -> str:
     """What a file holds in place of fields."""
     return "a list" if isinstance(value, list) else format_value(value)
 
 
-def shown_path(path: Path) -> str:
+def printable_path(path: Path) -> str:
     """The path as it is, quoted where it holds characters that cannot be printed."""
     return str(path) if str(path).isprintable() else format_value(path)
 
@@ -74,7 +74,7 @@ def _read(path: Path) -> bytes:
     try:
         return read_regular_file(path, LONGEST_FILE, "a configuration")
     except ValueError as error:
-        raise ConfigError(f"{shown_path(path)}: {error}") from None
+        raise ConfigError(f"{printable_path(path)}: {error}") from None
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -22,9 +22,15 @@ from deepseek_v3.config.base import (
     Real,
     Section,
 )
-from deepseek_v3.config.data_config import AnyPath, DataConfig
+from deepseek_v3.config.data_config import DataConfig, LocalPath
 from deepseek_v3.config.model_config import ModelConfig
-from deepseek_v3.config.parallel_config import BatchSize, ParallelConfig, check_batch, check_ranks, pipeline_problem
+from deepseek_v3.config.parallel_config import (
+    BatchSize,
+    ParallelConfig,
+    check_batch,
+    check_degrees,
+    pipeline_problem,
+)
 from deepseek_v3.utils.numbers import MAX_TOKENS
 from deepseek_v3.utils.text import format_value
 
@@ -164,7 +170,7 @@ class TrainingConfig(Section):
 class CheckpointConfig(Section):
     """Where checkpoints go, how often (0: only at the end), and how many of the newest are kept."""
 
-    directory: AnyPath = Path("checkpoints")
+    directory: LocalPath = Path("checkpoints")
     interval_steps: NonNegativeInt = 1000
     keep: PositiveInt = 3
 
@@ -180,7 +186,7 @@ class SamplesConfig(Section):
 class LoggingConfig(Section):
     """Where the run writes its resolved config and metrics, how often it prints, and what it writes as samples."""
 
-    directory: AnyPath
+    directory: LocalPath
     interval_steps: PositiveInt = 10
     tensorboard: bool = True
     samples: SamplesConfig | None = None
@@ -195,6 +201,16 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-batches that each data-parallel rank runs in a step of the full batch."""
+        return self.training.global_batch_size // (self.parallel.micro_batch_size * self.parallel.data_ranks)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of a step of the full batch."""
+        return self.training.global_batch_size * self.training.sequence_length
 
     @model_validator(mode="after")
     def _sections_agree(self) -> RunConfig:
@@ -219,7 +235,7 @@ class RunConfig(Section):
             sizes["training.batch_ramp.initial"] = training.batch_ramp.initial
             sizes |= _increment(training.batch_ramp, training.global_batch_size)
         if self.parallel.layout == "given":  # the planner's degrees, which replace these, divide everything
-            check_ranks(self.parallel, model)
+            check_degrees(self.parallel, model)
             for name, size in sizes.items():
                 check_batch(name, size, self.parallel)
             if problem := pipeline_problem(self.parallel, model, batch_sizes(training)):
@@ -252,7 +268,7 @@ def batch_sizes(training: TrainingConfig) -> range:
     return range(ramp.initial, last + 1, ramp.increment or math.gcd(ramp.initial, last))
 
 
-def batch_unit(training: TrainingConfig) -> int:
+def batch_size_divisor(training: TrainingConfig) -> int:
     """Sequences that the batch of every step is a multiple of: the most that a layout can always take at once."""
     sizes = batch_sizes(training)
     return math.gcd(sizes[0], sizes[-1], sizes.step if len(sizes) > 1 else 0)

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from deepseek_v3.config.text_files import shown_path
+from deepseek_v3.config.text_files import printable_path
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.inference.engine import Completion, Generator
@@ -118,7 +118,7 @@ def _read_prompts(file: Path) -> list[str]:
     except UnicodeDecodeError as error:
         raise GenerationError(f"{file}: is not UTF-8 at byte {error.start}; convert it to UTF-8") from None
     except ValueError as error:
-        raise GenerationError(f"{shown_path(file)}: {error}") from None
+        raise GenerationError(f"{printable_path(file)}: {error}") from None
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     filled = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not filled:

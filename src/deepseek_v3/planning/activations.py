@@ -16,7 +16,7 @@ def saved_bytes(model: ModelConfig, kind: LayerKind, run: Execution) -> float:
     parts = _compiled_attention(model) if run.compiled else _eager_attention(model, run.width)
     parts["mask"] = run.mask_bytes
     parts["feed-forward network"] = feed_forward_bytes(model, kind, run)
-    if kind == "prediction":
+    if kind == "mtp":
         parts |= _prediction(model, run)
     parts["output"] = run.width * model.hidden_size
     return sum(parts.values())
@@ -27,7 +27,7 @@ def feed_forward_bytes(model: ModelConfig, kind: LayerKind, run: Execution) -> f
     return (
         feed_forward_network_bytes(model.intermediate_size, run)
         if kind == "dense"
-        else sum(_mixture(model, run).values())
+        else sum(_moe(model, run).values())
     )
 
 
@@ -70,10 +70,10 @@ def feed_forward_network_bytes(hidden: int, run: Execution) -> float:
     return 3 * 2 * hidden if run.compiled else (3 * 4 + run.width) * hidden
 
 
-def _mixture(model: ModelConfig, run: Execution) -> dict[str, float]:
+def _moe(model: ModelConfig, run: Execution) -> dict[str, float]:
     width, experts, chosen = model.hidden_size, model.n_routed_experts, model.num_experts_per_tok
     hidden = model.moe_intermediate_size
-    rows = chosen * run.row_factor
+    rows = chosen * run.expert_imbalance
     # Without the compiler each row keeps gate, up, activated gate and their product in float32, then the result.
     per_row = 2 * (width + 3 * hidden) if run.compiled else run.width * width + (4 * 4 + run.width) * hidden
     return {
@@ -90,7 +90,7 @@ def _mixture(model: ModelConfig, run: Execution) -> dict[str, float]:
 def _prediction(model: ModelConfig, run: Execution) -> dict[str, float]:
     """What a prediction layer has besides: two norms joined, their projection, and a norm at its end."""
     width = model.hidden_size
-    if run.compiled and not run.in_parts:
+    if run.compiled and not run.compiled_in_parts:
         return {"joined states, projected; state before the last norm": 2 * (2 * width + width + width)}
     return {
         "norms of states and embeddings": 2 * (4 + (4 if run.width == 2 else 0)) * width,

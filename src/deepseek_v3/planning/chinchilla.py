@@ -67,7 +67,7 @@ def check_compliance(name: str, config: RunConfig) -> Compliance:
     )
 
 
-def shown_ratio(tokens: int, active: int) -> str:
+def format_ratio(tokens: int, active: int) -> str:
     """The ratio with one decimal, or with as many as tell it apart from a bound that it is not."""
     ratio = Fraction(tokens, active)
     for digits in count(1):
@@ -121,10 +121,9 @@ _REASONS = {
 
 
 def _found(active: int, tokens: int) -> str:
-    return f"training.total_tokens = {tokens:,} is {shown_ratio(tokens, active)} tokens per active parameter"
+    return f"training.total_tokens = {tokens:,} is {format_ratio(tokens, active)} tokens per active parameter"
 
 
 def _steps(config: RunConfig) -> str:
-    training = config.training
-    size = training.global_batch_size * training.sequence_length
-    return f"{planned_steps(config):,} steps of {'up to ' if training.batch_ramp else ''}{size:,} tokens"
+    size = f"{'up to ' if config.training.batch_ramp else ''}{config.tokens_per_step:,} tokens"
+    return f"{planned_steps(config):,} steps of {size}"

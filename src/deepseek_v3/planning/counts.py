@@ -75,36 +75,37 @@ def active_conventions(config: ModelConfig) -> dict[str, int]:
     }
 
 
-def count_layers(config: ModelConfig, dense: int, mixture: int, experts: int) -> ParameterCounts:
-    """Parameters of so many dense and mixture layers, `experts` of the routed experts counted in each mixture."""
+def count_layers(config: ModelConfig, dense: int, moe: int, experts: int) -> ParameterCounts:
+    """Parameters of so many dense and MoE layers, `experts` of the routed experts counted in each MoE layer."""
     expert = _ffn(config, config.moe_intermediate_size)
     return ParameterCounts(
-        attention=(dense + mixture) * _attention(config),
+        attention=(dense + moe) * _attention(config),
         dense_ffn=dense * _ffn(config, config.intermediate_size),
-        routed_experts=mixture * experts * expert,
-        shared_experts=mixture * config.n_shared_experts * expert,
-        gates=mixture * config.n_routed_experts * config.hidden_size,
-        norms=(dense + mixture) * (2 * config.hidden_size + config.kv_lora_rank + (config.q_lora_rank or 0)),
+        routed_experts=moe * experts * expert,
+        shared_experts=moe * config.n_shared_experts * expert,
+        gates=moe * config.n_routed_experts * config.hidden_size,
+        norms=(dense + moe) * (2 * config.hidden_size + config.kv_lora_rank + (config.q_lora_rank or 0)),
     )
 
 
 def count_float32_weights(config: ModelConfig) -> int:
     """Weights of all routers and norms, prediction layers included: those that every rank holds whole."""
-    mixtures = config.num_moe_layers + config.num_nextn_predict_layers
-    counts = count_layers(config, config.first_k_dense_replace, mixtures, 0)
+    moe_layers = config.num_moe_layers + config.num_nextn_predict_layers
+    counts = count_layers(config, config.first_k_dense_replace, moe_layers, 0)
     return counts.gates + counts.norms + (1 + 3 * config.num_nextn_predict_layers) * config.hidden_size
 
 
-def joining_weights(config: ModelConfig) -> int:
+def mtp_projection_weights(config: ModelConfig) -> int:
     """Weights of the matrix with which one prediction layer joins states and embeddings."""
     return 2 * config.hidden_size * config.hidden_size
 
 
 def _count_model(config: ModelConfig, experts: int) -> ParameterCounts:
-    """All but embedding and head, `experts` of the routed experts counted in each mixture layer."""
+    """All but embedding and head, `experts` of the routed experts counted in each MoE layer."""
     layers = count_layers(config, config.first_k_dense_replace, config.num_moe_layers, experts)
     depth, width = config.num_nextn_predict_layers, config.hidden_size
-    prediction = count_layers(config, 0, depth, experts).total + depth * (joining_weights(config) + 3 * width)
+    around = mtp_projection_weights(config) + 3 * width  # the projection of an MTP layer's inputs, and three norms
+    prediction = count_layers(config, 0, depth, experts).total + depth * around
     return replace(layers, norms=layers.norms + width, prediction=prediction)
 
 
@@ -127,39 +128,33 @@ class RankParameters:
     """How many parameters a rank works on.
 
     `layers`: in whole layers; of these `experts` in routed experts, and `whole` in routers and norms, which every
-    rank holds whole. `share`: those that the rank updates.
+    rank holds whole. `owned`: those that the rank updates.
     """
 
     layers: float
     experts: float
     whole: float
-    share: float
+    owned: float
 
 
 def rank_parameters(config: RunConfig) -> RankParameters:
     """Those of one rank, on average over pipeline stages."""
-    parallel, (routed, others, outside) = config.parallel, parameters_by_place(config.model)
+    parallel, (routed, others, outside) = config.parallel, parameters_by_group(config.model)
     experts, whole, stages = routed / parallel.expert, count_float32_weights(config.model), parallel.pipeline
-    share = own_share(parallel, routed, whole, others + outside - whole)
+    share = owned_parameters(parallel, routed, whole, others + outside - whole)
     return RankParameters((experts + others) / stages, experts / stages, whole / stages, share / stages)
 
 
-def own_share(parallel: ParallelConfig, routed: float, whole: float, others: float) -> float:
+def owned_parameters(parallel: ParallelConfig, routed: float, whole: float, others: float) -> float:
     """How many a rank owns of parameters in routed experts, in what every rank holds whole, and of others."""
     return routed / max(parallel.data_shard, parallel.expert) + whole + others / parallel.data_shard
 
 
 @lru_cache
-def parameters_by_place(model: ModelConfig) -> tuple[int, int, int]:
+def parameters_by_group(model: ModelConfig) -> tuple[int, int, int]:
     """Parameters of routed experts, of all else in layers, and of embedding and head."""
-    mixtures = model.num_moe_layers + model.num_nextn_predict_layers
-    routed = count_layers(model, 0, mixtures, model.n_routed_experts).routed_experts
+    moe_layers = model.num_moe_layers + model.num_nextn_predict_layers
+    routed = count_layers(model, 0, moe_layers, model.n_routed_experts).routed_experts
     counts = count_parameters(model)
     outside = counts.embedding + counts.head
     return routed, counts.with_prediction - outside - routed, outside
-
-
-def micro_batches(config: RunConfig) -> int:
-    """Those that a rank runs in a step of the full batch."""
-    parallel = config.parallel
-    return config.training.global_batch_size // (parallel.micro_batch_size * parallel.data_ranks)

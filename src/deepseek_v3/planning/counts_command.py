@@ -12,7 +12,7 @@ import typer
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.counts import active_conventions, count_active_parts, count_parameters
-from deepseek_v3.planning.flops import flops_per_token, forward_parts, prediction_parts
+from deepseek_v3.planning.flops import flops_per_token, forward_flops, mtp_forward_flops
 from deepseek_v3.utils.command_line import override_options, print_next_steps
 from deepseek_v3.utils.text import humanize, paragraph, side_by_side, table
 
@@ -44,8 +44,8 @@ def counts_of(config: RunConfig) -> dict[str, Any]:
         "recomputation": config.parallel.recomputation,
         "operations_per_token": {**asdict(operations), "total": operations.total},
         "forward_operations": {
-            "model": asdict(forward_parts(model, length)),
-            "prediction": asdict(prediction_parts(model, length)),
+            "model": asdict(forward_flops(model, length)),
+            "prediction": asdict(mtp_forward_flops(model, length)),
         },
     }
 

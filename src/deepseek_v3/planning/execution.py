@@ -1,4 +1,4 @@
-"""How a run's layers are executed: the width of activations, compilation, and their division over ranks."""
+"""How a run's layers are executed: bytes per activation, compilation, and the division of experts over ranks."""
 
 from __future__ import annotations
 
@@ -8,35 +8,37 @@ from typing import Literal
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.hardware import Device
 
-LayerKind = Literal["dense", "mixture", "prediction"]
+LayerKind = Literal["dense", "moe", "mtp"]
 
 # As in ops/cross_entropy/chunked.py.
 _LOGITS_AT_ONCE = {"gpu": 1 << 28, "cpu": 1 << 20}
 
-# Rows that the busiest rank gets over those that even loads would give it; an assumption, not measured.
+# An assumption, not measured.
 _UNEVEN_EXPERTS = 1.2
 
 
 @dataclass(frozen=True)
 class Execution:
-    """`width`: bytes of an activation. `compiled`: layers are compiled, in bfloat16; `in_parts`: attention and
-    feed-forward network each by itself, so that what joins a prediction layer's inputs is not compiled.
+    """How the layers of a run are executed.
 
-    `row_factor`: rows that the experts of the busiest rank see over those of even loads; 1 where one rank holds
-    all experts. `logits_at_once`: numbers in one chunk of the loss. `mask_bytes`: what a layer keeps per token of
-    the mask that parts documents, 0 without one.
+    `width`: bytes of one activation. `compiled`: the layers are compiled, in bfloat16. `compiled_in_parts`: the
+    attention and the feed-forward network are compiled separately; an MTP layer's input projection is not compiled.
+
+    `expert_imbalance`: rows of the busiest rank's experts over the rows of an even load; 1 where one rank holds all
+    experts. `logits_per_chunk`: numbers in one chunk of the loss. `mask_bytes`: bytes of the attention mask of
+    separate documents that a layer keeps per token; 0 without such a mask.
     """
 
     width: Literal[2, 4]
     compiled: bool
-    row_factor: float = 1.0
-    logits_at_once: int = _LOGITS_AT_ONCE["gpu"]
+    expert_imbalance: float = 1.0
+    logits_per_chunk: int = _LOGITS_AT_ONCE["gpu"]
     mask_bytes: int = 0
-    in_parts: bool = False
+    compiled_in_parts: bool = False
 
 
-def execution_on(device: Device, config: RunConfig) -> Execution:
-    """What `training/parallel/plan.py` makes of `parallel.precision` and `parallel.compile` on this device."""
+def resolve_execution(device: Device, config: RunConfig) -> Execution:
+    """How this device executes a run: what `training/parallel/parallelize.py` makes of its `parallel` section."""
     parallel, model = config.parallel, config.model
     has_bfloat16 = device.bfloat16_tflops is not None
     narrow = parallel.precision == "bfloat16" or (parallel.precision == "auto" and has_bfloat16)
@@ -46,8 +48,8 @@ def execution_on(device: Device, config: RunConfig) -> Execution:
     return Execution(
         width=width,
         compiled=compiled,
-        in_parts=compiled and (parallel.recomputation == "selective" or parallel.expert > 1),
-        row_factor=_UNEVEN_EXPERTS if parallel.expert > 1 else 1.0,
-        logits_at_once=_LOGITS_AT_ONCE["cpu" if device.is_cpu else "gpu"],
+        compiled_in_parts=compiled and (parallel.recomputation == "selective" or parallel.expert > 1),
+        expert_imbalance=_UNEVEN_EXPERTS if parallel.expert > 1 else 1.0,
+        logits_per_chunk=_LOGITS_AT_ONCE["cpu" if device.is_cpu else "gpu"],
         mask_bytes=width * config.training.sequence_length if config.data.mask_documents else 0,
     )

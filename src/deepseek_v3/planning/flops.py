@@ -15,7 +15,7 @@ from deepseek_v3.planning.counts import (
     ParameterCounts,
     count_active_parts,
     count_layers,
-    joining_weights,
+    mtp_projection_weights,
 )
 from deepseek_v3.planning.execution import LayerKind
 
@@ -67,7 +67,7 @@ def flops_per_token(config: ModelConfig, sequence_length: int, recomputation: Re
     Full recomputation runs every decoder and prediction layer forward once more, but not the head; selective
     recomputation only what comes behind attention.
     """
-    parts = (forward_parts(config, sequence_length), prediction_parts(config, sequence_length))
+    parts = (forward_flops(config, sequence_length), mtp_forward_flops(config, sequence_length))
     forward = sum(part.total for part in parts)
     again = {"none": 0, "selective": sum(part.feed_forward for part in parts)}
     repeated = again.get(recomputation, forward - sum(part.head for part in parts))
@@ -83,26 +83,26 @@ def training_flops_per_token(config: ModelConfig, sequence_length: int) -> int:
     return flops_per_token(config, sequence_length).total
 
 
-def forward_parts(config: ModelConfig, sequence_length: int) -> ForwardFlops:
+def forward_flops(config: ModelConfig, sequence_length: int) -> ForwardFlops:
     """The main model's forward pass, by part."""
     active = count_active_parts(config)
     scores = config.num_hidden_layers * _scores(config, sequence_length)
     return _doubled(active, scores, joining=0, head=active.head)
 
 
-def prediction_parts(config: ModelConfig, sequence_length: int) -> ForwardFlops:
+def mtp_forward_flops(config: ModelConfig, sequence_length: int) -> ForwardFlops:
     """The forward pass of all prediction layers together, by part; each also runs the shared head."""
     depth = config.num_nextn_predict_layers
     active = count_layers(config, 0, depth, config.num_experts_per_tok)
     head = depth * config.vocab_size * config.hidden_size
-    return _doubled(active, depth * _scores(config, sequence_length), depth * joining_weights(config), head)
+    return _doubled(active, depth * _scores(config, sequence_length), depth * mtp_projection_weights(config), head)
 
 
 def layer_flops(config: ModelConfig, kind: LayerKind, sequence_length: int) -> int:
     """The forward pass of one layer of a kind, for one token."""
     dense = kind == "dense"
     active = count_layers(config, int(dense), int(not dense), config.num_experts_per_tok)
-    joining = joining_weights(config) if kind == "prediction" else 0
+    joining = mtp_projection_weights(config) if kind == "mtp" else 0
     return _doubled(active, _scores(config, sequence_length), joining, head=0).total
 
 

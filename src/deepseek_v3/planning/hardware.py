@@ -115,7 +115,7 @@ def known_devices() -> tuple[Device, ...]:
     return _DEVICES
 
 
-def device_named(name: str, devices: tuple[Device, ...] = _DEVICES) -> Device | None:
+def find_device(name: str, devices: tuple[Device, ...] = _DEVICES) -> Device | None:
     """The first device whose name's words all occur in `name`, say in what a driver calls the card."""
     words = name.lower().replace("-", " ").split()
     return next((device for device in devices if all(word in words for word in device.name.lower().split())), None)
@@ -126,7 +126,7 @@ def device_with_memory(gigabytes: float) -> Device:
 
     Raises ConfigError, naming the sizes that are known, where none is within a twentieth.
     """
-    usual = {sold: device_named(name) for sold, name in _SOLD_AS.items()}
+    usual = {sold: find_device(name) for sold, name in _SOLD_AS.items()}
     nearest = min(usual, key=lambda sold: abs(sold - gigabytes))
     device = usual[nearest]
     if device is None or not abs(nearest - gigabytes) <= 0.05 * nearest:  # not a number is refused too
@@ -151,5 +151,5 @@ def load_device(path: str | Path) -> Device:
 
 def peak_bfloat16_flops(device_name: str) -> float | None:
     """Operations per second of the card that `device_name` names, or None where we know no published figure."""
-    device = device_named(device_name)
+    device = find_device(device_name)
     return device.peak(2) if device and device.bfloat16_tflops else None

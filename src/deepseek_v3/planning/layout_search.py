@@ -11,15 +11,20 @@ from functools import lru_cache
 from itertools import product
 
 from deepseek_v3.config.parallel_config import ParallelConfig, pipeline_problem
-from deepseek_v3.config.train_config import RunConfig, batch_sizes, batch_unit
-from deepseek_v3.planning.counts import count_float32_weights, own_share, parameters_by_place, rank_parameters
-from deepseek_v3.planning.execution import Execution, execution_on
+from deepseek_v3.config.train_config import RunConfig, batch_size_divisor, batch_sizes
+from deepseek_v3.planning.counts import (
+    count_float32_weights,
+    owned_parameters,
+    parameters_by_group,
+    rank_parameters,
+)
+from deepseek_v3.planning.execution import Execution, resolve_execution
 from deepseek_v3.planning.hardware import Device
 from deepseek_v3.planning.memory import MemoryEstimate, estimate_memory, needed_bytes
 from deepseek_v3.planning.step_time import StepTime, estimate_step
 from deepseek_v3.utils.numbers import divisors
 
-MOST_DEVICES = 4096
+MAX_DEVICES = 4096
 _LARGEST_MICRO_BATCH = 32
 _DEGREES = (1, 2, 4, 8, 16, 32, 64)
 _RECOMPUTATION = ("none", "selective", "full")
@@ -33,7 +38,7 @@ class Layout:
     """
 
     config: RunConfig
-    run: Execution
+    execution: Execution
     memory: MemoryEstimate
     needed_bytes: float
     step: StepTime
@@ -44,9 +49,9 @@ class Layout:
         return self.config.parallel.world_size
 
 
-def measure_layout(config: RunConfig, device: Device) -> Layout:
+def estimate_layout(config: RunConfig, device: Device) -> Layout:
     """Memory and time of a run as its `parallel` section lays it out."""
-    run = execution_on(device, config)
+    run = resolve_execution(device, config)
     memory = estimate_memory(config, run)
     return Layout(config, run, memory, needed_bytes(memory, device), estimate_step(config, run, device))
 
@@ -59,7 +64,7 @@ def fastest_layout(config: RunConfig, device: Device, devices: int) -> Layout | 
     Where the batch does not divide over all of them, the most devices over which it does.
     """
     candidates = _holding_states(config, device, devices)
-    executed = [(candidate, execution_on(device, candidate)) for candidate in candidates]
+    executed = [(candidate, resolve_execution(device, candidate)) for candidate in candidates]
     timed = [(estimate_step(candidate, run, device), candidate, run) for candidate, run in executed]
     for step, candidate, run in sorted(timed, key=_preference):
         memory = estimate_memory(candidate, run)
@@ -71,19 +76,19 @@ def fastest_layout(config: RunConfig, device: Device, devices: int) -> Layout | 
 
 def _preference(timed: tuple[StepTime, RunConfig, Execution]) -> tuple[float, float, float]:
     step, config, _ = timed
-    return float(f"{step.total:.3g}"), rank_parameters(config).share, step.total
+    return float(f"{step.total:.3g}"), rank_parameters(config).owned, step.total
 
 
 @lru_cache
-def leanest_layout(config: RunConfig, device: Device, devices: int) -> Layout:
+def min_memory_layout(config: RunConfig, device: Device, devices: int) -> Layout:
     """The layout over so many devices that needs the least memory."""
     candidates = _on_most_devices(config, device, devices)
-    return measure_layout(min(candidates, key=lambda candidate: _needed(candidate, device)), device)
+    return estimate_layout(min(candidates, key=lambda candidate: _needed(candidate, device)), device)
 
 
 def fewest_devices(config: RunConfig, device: Device, above: int = 0) -> int | None:
-    """The smallest power of two of devices, more than `above`, that some layout fits; None up to `MOST_DEVICES`."""
-    powers = (2**power for power in range(MOST_DEVICES.bit_length()))
+    """The smallest power of two of devices, more than `above`, that some layout fits; None up to `MAX_DEVICES`."""
+    powers = (2**power for power in range(MAX_DEVICES.bit_length()))
     return next((number for number in powers if number > above and fits_on(config, device, number)), None)
 
 
@@ -96,17 +101,17 @@ def fits_on(config: RunConfig, device: Device, devices: int) -> bool:
 
 
 def _needed(config: RunConfig, device: Device) -> float:
-    return needed_bytes(estimate_memory(config, execution_on(device, config)), device)
+    return needed_bytes(estimate_memory(config, resolve_execution(device, config)), device)
 
 
 def _holding_states(config: RunConfig, device: Device, devices: int) -> list[RunConfig]:
     """The layouts for which weights, gradients and moments alone are not too large: quick, and drops most."""
-    routed, in_layers, outside = parameters_by_place(config.model)
+    routed, in_layers, outside = parameters_by_group(config.model)
     whole = count_float32_weights(config.model)
     width = 4 + 4 + 2 * config.training.optimizer.moment_bytes
 
     def states(parallel: ParallelConfig) -> float:
-        return width * own_share(parallel, routed, whole, in_layers + outside - whole) / parallel.pipeline
+        return width * owned_parameters(parallel, routed, whole, in_layers + outside - whole) / parallel.pipeline
 
     candidates = _on_most_devices(config, device, devices)
     return [candidate for candidate in candidates if states(candidate.parallel) <= device.memory_bytes]
@@ -114,7 +119,7 @@ def _holding_states(config: RunConfig, device: Device, devices: int) -> list[Run
 
 def _on_most_devices(config: RunConfig, device: Device, devices: int) -> list[RunConfig]:
     # Each stage of a pipeline has as many ranks as the batch divides over.
-    numbers = {degree * ranks for degree in _DEGREES for ranks in divisors(batch_unit(config.training))}
+    numbers = {degree * ranks for degree in _DEGREES for ranks in divisors(batch_size_divisor(config.training))}
     for used in sorted((number for number in numbers if number <= devices), reverse=True):
         if runs := list(_candidates(config, device, used)):
             return runs
@@ -123,7 +128,7 @@ def _on_most_devices(config: RunConfig, device: Device, devices: int) -> list[Ru
 
 def _candidates(config: RunConfig, device: Device, devices: int) -> Iterator[RunConfig]:
     """Every layout on exactly so many devices that the model and the batch divide into."""
-    model, batch, batches = config.model, batch_unit(config.training), batch_sizes(config.training)
+    model, batch, batches = config.model, batch_size_divisor(config.training), batch_sizes(config.training)
     for pipeline in _DEGREES:
         if devices % pipeline or pipeline > model.num_hidden_layers:
             continue

@@ -17,10 +17,10 @@ from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.activations import feed_forward_bytes, feed_forward_network_bytes, saved_bytes
 from deepseek_v3.planning.calibration import calibration
-from deepseek_v3.planning.counts import count_layers, joining_weights, micro_batches, own_share
+from deepseek_v3.planning.counts import count_layers, mtp_projection_weights, owned_parameters
 from deepseek_v3.planning.execution import Execution, LayerKind
 from deepseek_v3.planning.hardware import Device
-from deepseek_v3.planning.pipeline_split import most_in_flight, pipeline_stages, stages_of_rank
+from deepseek_v3.planning.pipeline_split import max_in_flight, stage_layer_kinds, stages_of_rank
 
 # Tokens in one chunk of the loss at least, as in ops/cross_entropy/chunked.py.
 _LEAST_ROWS = 256
@@ -62,7 +62,7 @@ def estimate_memory(config: RunConfig, run: Execution) -> MemoryEstimate:
     """The worst moment of the rank that needs most: of a pipeline, the one with the largest stages."""
     parallel = config.parallel
     number = parallel.pipeline * parallel.stages_per_rank
-    stages = pipeline_stages(config.model, number, config.training.sequence_length)
+    stages = stage_layer_kinds(config.model, number, config.training.sequence_length)
     kinds = [[stages[stage] for stage in stages_of_rank(parallel, rank)] for rank in range(parallel.pipeline)]
     # Of equal ranks in the middle the first has most micro-batches under way.
     ends = {0, 1, len(kinds) - 1}
@@ -105,7 +105,7 @@ def _layer(config: RunConfig, run: Execution, kind: LayerKind) -> _Layer:
     tokens = parallel.micro_batch_size * config.training.sequence_length
     dense = kind == "dense"
     counts = count_layers(model, int(dense), int(not dense), model.n_routed_experts)
-    joining, more_norms = (joining_weights(model), 3 * model.hidden_size) if kind == "prediction" else (0, 0)
+    joining, more_norms = (mtp_projection_weights(model), 3 * model.hidden_size) if kind == "mtp" else (0, 0)
     routed = counts.routed_experts / parallel.expert
     whole = counts.norms + more_norms + counts.gates
     others = counts.total - counts.routed_experts + joining + more_norms - whole
@@ -114,7 +114,7 @@ def _layer(config: RunConfig, run: Execution, kind: LayerKind) -> _Layer:
     matrices = counts.attention + joining if partly else routed + others
     again = feed_forward_bytes(model, kind, run) * tokens if partly else 0.0
     return _Layer(
-        parameters=own_share(parallel, counts.routed_experts, whole, others),
+        parameters=owned_parameters(parallel, counts.routed_experts, whole, others),
         whole=whole,
         saved=saved_bytes(model, kind, run) * tokens - again,
         again=again,
@@ -134,7 +134,7 @@ def _working_bytes(
     soon as they have been used.
     """
     hidden = model.intermediate_size if dense else model.moe_intermediate_size
-    rows = tokens if dense else tokens * model.num_experts_per_tok * run.row_factor
+    rows = tokens if dense else tokens * model.num_experts_per_tok * run.expert_imbalance
     weight = model.hidden_size * hidden * (1.0 if dense else model.n_routed_experts / expert_ranks)
     if run.compiled:
         # The inner gradient replaces the saved product. A dense network's output gradient is that of the states.
@@ -164,8 +164,8 @@ class _Rank:
         self.is_first, self.is_last = 0 in numbers, len(stages) - 1 in numbers
         self.recomputes = parallel.recomputation == "full"
         self.tokens = parallel.micro_batch_size * config.training.sequence_length
-        self.accumulates = micro_batches(config) > 1
-        self.in_flight = most_in_flight(parallel, rank, micro_batches(config))
+        self.accumulates = config.gradient_accumulation_steps > 1
+        self.in_flight = max_in_flight(parallel, rank, config.gradient_accumulation_steps)
         self.states = float(run.width * self.tokens * model.hidden_size)
         self.vocabulary = model.vocab_size * model.hidden_size
         self.layers = {kind: _layer(config, run, kind) for kind in sorted(set(self.kinds))}
@@ -203,7 +203,7 @@ class _Rank:
     def _losses(self) -> MemoryEstimate:
         """In the last depth's loss: everything is kept, and a chunk of logits is out."""
         model, narrow = self.config.model, self.run.width == 2
-        chunks = math.ceil(self.tokens * model.vocab_size / self.run.logits_at_once)
+        chunks = math.ceil(self.tokens * model.vocab_size / self.run.logits_per_chunk)
         rows = max(math.ceil(self.tokens / chunks), min(self.tokens, _LEAST_ROWS))
         chunk = self.run.width * rows * model.vocab_size
         per_loss = 4 * self.vocabulary + self.states  # gradients of the head and of the states, made at once
@@ -300,4 +300,4 @@ class _Rank:
         gathered = sum(every) if keeps else 2 * max(every, default=0.0)
         if self.config.parallel.expert == 1:
             return gathered
-        return gathered + 2 * self.states * self.config.model.num_experts_per_tok * self.run.row_factor
+        return gathered + 2 * self.states * self.config.model.num_experts_per_tok * self.run.expert_imbalance

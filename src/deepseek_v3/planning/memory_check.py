@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import product
 
-from deepseek_v3.config.train_config import RunConfig, batch_unit
+from deepseek_v3.config.train_config import RunConfig, batch_size_divisor
 from deepseek_v3.planning.hardware import Device
-from deepseek_v3.planning.layout_search import fastest_layout, fewest_devices, leanest_layout, measure_layout
+from deepseek_v3.planning.layout_search import estimate_layout, fastest_layout, fewest_devices, min_memory_layout
 from deepseek_v3.utils.errors import PlanError
 from deepseek_v3.utils.numbers import divisors
 from deepseek_v3.utils.text import humanize
@@ -15,9 +15,9 @@ from deepseek_v3.utils.text import humanize
 _GIB = 2**30
 
 
-def refuse_unless_it_fits(config: RunConfig, device: Device) -> None:
+def require_memory(config: RunConfig, device: Device) -> None:
     """Raises PlanError where one rank needs more than the device's memory; it names the parts and a way out."""
-    layout = measure_layout(config, device)
+    layout = estimate_layout(config, device)
     if layout.needed_bytes <= device.memory_bytes:
         return
     parts = ", ".join(
@@ -25,22 +25,22 @@ def refuse_unless_it_fits(config: RunConfig, device: Device) -> None:
     )
     raise PlanError(
         f"this run needs {layout.needed_bytes / _GIB:.1f} GiB on {device.name}, where {device.memory_gib:.1f} GiB "
-        f"can be had: {parts}, and what the allocator and the driver take. {way_out(config, device)}"
+        f"can be had: {parts}, and what the allocator and the driver take. {suggest_fix(config, device)}"
     )
 
 
-def way_out(config: RunConfig, device: Device) -> str:
+def suggest_fix(config: RunConfig, device: Device) -> str:
     """What to change: as few fields as can be, then the fastest; else how many devices it takes."""
     fitting = [
         (changes, layout)
         for changes, changed in _smaller(config)
-        if (layout := measure_layout(changed, device)).needed_bytes <= device.memory_bytes
+        if (layout := estimate_layout(changed, device)).needed_bytes <= device.memory_bytes
     ]
     if fitting:
         changes, layout = min(fitting, key=lambda found: (len(found[0]), found[1].step.total))
         settings = " ".join(f"--set {field}={value}" for field, value in changes.items())
         return f"It fits with {settings} ({layout.needed_bytes / _GIB:.1f} GiB)"
-    least = leanest_layout(config, device, devices=1).needed_bytes / _GIB
+    least = min_memory_layout(config, device, devices=1).needed_bytes / _GIB
     enough = None if device.is_cpu else fewest_devices(config, device)
     several = fastest_layout(config, device, enough) if enough else None
     if several is None:
@@ -54,7 +54,7 @@ def way_out(config: RunConfig, device: Device) -> str:
 def _smaller(config: RunConfig) -> Iterator[tuple[dict[str, object], RunConfig]]:
     """The same run, its steps unchanged, with less at once: each set of changed fields and its config."""
     parallel, optimizer = config.parallel, config.training.optimizer
-    of_each_rank = batch_unit(config.training) // parallel.data_ranks
+    of_each_rank = batch_size_divisor(config.training) // parallel.data_ranks
     micro_batches = [size for size in divisors(of_each_rank) if size <= parallel.micro_batch_size]
     for micro, recomputation, moments in product(
         micro_batches, {parallel.recomputation, "selective", "full"}, {optimizer.moments, "bfloat16"}

@@ -18,17 +18,17 @@ def stage_layers(model: ModelConfig, stages: int, sequence_length: int) -> tuple
 
     The prediction layers and the losses belong to the last stage. Costs are operations of a forward pass.
     """
-    costs = [float(layer_flops(model, kind, sequence_length)) for kind in main_kinds(model)]
+    costs = [float(layer_flops(model, kind, sequence_length)) for kind in layer_kinds(model)]
     depth = model.num_nextn_predict_layers
-    last = (1 + depth) * head_flops(model) + depth * layer_flops(model, "prediction", sequence_length)
+    last = (1 + depth) * head_flops(model) + depth * layer_flops(model, "mtp", sequence_length)
     return _even_cut(costs, last, stages)
 
 
-def pipeline_stages(model: ModelConfig, stages: int, sequence_length: int) -> list[list[LayerKind]]:
+def stage_layer_kinds(model: ModelConfig, stages: int, sequence_length: int) -> list[list[LayerKind]]:
     """The kinds of the layers of each stage."""
-    kinds = main_kinds(model)
+    kinds = layer_kinds(model)
     found = [[kinds[layer] for layer in layers] for layers in stage_layers(model, stages, sequence_length)]
-    found[-1] += ["prediction"] * model.num_nextn_predict_layers
+    found[-1] += ["mtp"] * model.num_nextn_predict_layers
     return found
 
 
@@ -41,7 +41,7 @@ def stages_of_rank(parallel: ParallelConfig, rank: int) -> list[int]:
     return [rank, 2 * parallel.pipeline - 1 - rank]
 
 
-def most_in_flight(parallel: ParallelConfig, rank: int, micro_batches: int) -> float:
+def max_in_flight(parallel: ParallelConfig, rank: int, micro_batches: int) -> float:
     """For how many micro-batches at most a rank of the pipeline keeps the activations of all its layers.
 
     Forward passes of a stage less its backward passes, as torch orders them; of two stages each counts half.
@@ -57,21 +57,21 @@ def most_in_flight(parallel: ParallelConfig, rank: int, micro_batches: int) -> f
 
 
 @lru_cache
-def longest_stage(model: ModelConfig, stages: int, sequence_length: int) -> float:
+def stage_imbalance(model: ModelConfig, stages: int, sequence_length: int) -> float:
     """The cost of the slowest stage over that of an even share."""
     costs = [
         sum(layer_flops(model, kind, sequence_length) for kind in kinds)
-        for kinds in pipeline_stages(model, stages, sequence_length)
+        for kinds in stage_layer_kinds(model, stages, sequence_length)
     ]
     costs[-1] += (1 + model.num_nextn_predict_layers) * head_flops(model)
     return max(costs) * stages / sum(costs)
 
 
-def main_kinds(model: ModelConfig) -> list[LayerKind]:
+def layer_kinds(model: ModelConfig) -> list[LayerKind]:
     """The kinds of the main model's layers, in order."""
     dense: list[LayerKind] = ["dense"] * model.first_k_dense_replace
-    mixtures: list[LayerKind] = ["mixture"] * model.num_moe_layers
-    return dense + mixtures
+    moe_layers: list[LayerKind] = ["moe"] * model.num_moe_layers
+    return dense + moe_layers
 
 
 def _even_cut(costs: Sequence[float], last: float, stages: int) -> tuple[range, ...]:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from deepseek_v3.config.loading import chosen_files, load_config
+from deepseek_v3.config.loading import load_config, select_config_files
 from deepseek_v3.planning.advice.advisor import Advice, advise
 from deepseek_v3.planning.advice.output_json import advice_as_json
 from deepseek_v3.planning.advice.output_text import print_advice, print_devices
@@ -81,7 +81,7 @@ def plan(
     asks = options == PlanOptions() and not (config or configs or as_json or picture) and _in_a_terminal()
     if asks:
         options = ask_for_options()
-    advice = _advise(options.request(), chosen_files(config, configs))
+    advice = _advise(options.request(), select_config_files(config, configs))
     if as_json:
         typer.echo(json.dumps(advice_as_json(advice), indent=2, allow_nan=False))
     else:

@@ -18,11 +18,11 @@ from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.activations import saved_bytes
 from deepseek_v3.planning.calibration import Rates, calibration
-from deepseek_v3.planning.counts import micro_batches, rank_parameters
+from deepseek_v3.planning.counts import rank_parameters
 from deepseek_v3.planning.execution import Execution
-from deepseek_v3.planning.flops import ForwardFlops, forward_parts, prediction_parts
+from deepseek_v3.planning.flops import ForwardFlops, forward_flops, mtp_forward_flops
 from deepseek_v3.planning.hardware import Device
-from deepseek_v3.planning.pipeline_split import longest_stage, pipeline_stages
+from deepseek_v3.planning.pipeline_split import stage_imbalance, stage_layer_kinds
 
 # Of the published rate. Gathers and reductions inside a node, alone on two H200: 0.47 and 0.61. Rows to experts in
 # the midst of training steps there, with waiting for other ranks: 0.2 to 0.28. Beyond a node an assumption.
@@ -36,7 +36,7 @@ def collective_seconds(config: RunConfig, run: Execution, device: Device) -> tup
     vocabulary = 2 * config.model.vocab_size * config.model.hidden_size / parallel.pipeline
     # ZeRO's third stage gathers weights for each pass of a micro-batch, its first once for all of a step.
     gathers = 1 if parallel.zero_stage < 3 else 2
-    repeats = 1 if parallel.zero_stage == 1 or parallel.pipeline > 1 else micro_batches(config)
+    repeats = 1 if parallel.zero_stage == 1 or parallel.pipeline > 1 else config.gradient_accumulation_steps
     hidden = 0.0
     others = own.layers - own.experts - own.whole + vocabulary
     for parameters, ranks in ((others, 1), (own.experts, parallel.expert)):
@@ -55,10 +55,10 @@ def _expert_seconds(config: RunConfig, run: Execution, device: Device) -> float:
     model, parallel = config.model, config.parallel
     if parallel.expert == 1:
         return 0.0
-    mixtures = (model.num_moe_layers + model.num_nextn_predict_layers) / parallel.pipeline
-    tokens = parallel.micro_batch_size * config.training.sequence_length * micro_batches(config)
+    moe_layers = (model.num_moe_layers + model.num_nextn_predict_layers) / parallel.pipeline
+    tokens = parallel.micro_batch_size * config.training.sequence_length * config.gradient_accumulation_steps
     passes = 2 if parallel.recomputation == "none" else 3
-    bytes_each_way = mixtures * tokens * run.row_factor * run.width * model.hidden_size
+    bytes_each_way = moe_layers * tokens * run.expert_imbalance * run.width * model.hidden_size
     inside = min(parallel.expert, device.devices_per_node)
     chosen = model.num_experts_per_tok
     way = _others_reached(parallel.expert, chosen) / (_LINK_SHARE_OF_ROWS * 1e9 * device.link_gb_per_s)
@@ -161,21 +161,21 @@ class StepTime:
 def estimate_step(config: RunConfig, run: Execution, device: Device) -> StepTime:
     """A step of the full batch on a rank of the stage with most layers; embedding and head are not weighed in."""
     work, rates = step_work(config, run), calibration().rates(run)
-    computing = computing_time(work, rates, run, device)
+    computing = compute_seconds(work, rates, run, device)
     busy = sum(computing.values())
     hidden, exposed = collective_seconds(config, run, device)
     communication = exposed + max(0.0, hidden - busy) + _HIDDEN_COSTS * min(hidden, busy)
-    launching = launching_seconds(config, work, device)
+    launching = launch_seconds(config, work, device)
     computing["launches"] += max(0.0, launching - busy - communication)
     stages = config.parallel.pipeline
-    longest = longest_stage(config.model, stages, config.training.sequence_length)
-    waiting = max(busy, launching) * (longest * (1 + (stages - 1) / micro_batches(config)) - 1)
+    longest = stage_imbalance(config.model, stages, config.training.sequence_length)
+    waiting = max(busy, launching) * (longest * (1 + (stages - 1) / config.gradient_accumulation_steps) - 1)
     if stages > 1:
-        waiting += micro_batches(config) * _HANDING_OVER
+        waiting += config.gradient_accumulation_steps * _HANDING_OVER
     return StepTime(**computing, communication=communication, waiting=waiting)
 
 
-def launching_seconds(config: RunConfig, work: StepWork, device: Device) -> float:
+def launch_seconds(config: RunConfig, work: StepWork, device: Device) -> float:
     """How long the host of one of several GPUs takes to launch a step; the GPU works meanwhile."""
     parallel = config.parallel
     if device.is_cpu or parallel.world_size == 1:
@@ -203,7 +203,7 @@ def ideal_seconds(work: StepWork, run: Execution, device: Device) -> dict[str, f
     }
 
 
-def computing_time(work: StepWork, rates: Rates, run: Execution, device: Device) -> dict[str, float]:
+def compute_seconds(work: StepWork, rates: Rates, run: Execution, device: Device) -> dict[str, float]:
     """Seconds by kind of work."""
     ideal = ideal_seconds(work, run, device)
     return {
@@ -218,48 +218,48 @@ def step_work(config: RunConfig, run: Execution) -> StepWork:
     length = config.training.sequence_length
     passes = 4 if parallel.recomputation == "full" else 3
     behind = 3 if parallel.recomputation == "none" else 4  # passes through what comes behind attention
-    tokens = parallel.micro_batch_size * length * micro_batches(config) / parallel.pipeline
+    tokens = parallel.micro_batch_size * length * config.gradient_accumulation_steps / parallel.pipeline
     parts = _forward(model, length)
     inside = sum(
         passes * (p.attention_projections + p.joining) + behind * (p.feed_forward - p.routed_experts) for p in parts
     )
-    kinds = pipeline_stages(model, 1, length)[0]
+    kinds = stage_layer_kinds(model, 1, length)[0]
     saved = sum(count * saved_bytes(model, kind, run) for kind, count in Counter(kinds).items())
     depths = 1 + model.num_nextn_predict_layers
     return StepWork(
         matrix_operations=tokens * (inside + 3 * sum(p.head for p in parts)),
-        expert_operations=tokens * run.row_factor * behind * sum(p.routed_experts for p in parts),
+        expert_operations=tokens * run.expert_imbalance * behind * sum(p.routed_experts for p in parts),
         attention_operations=tokens * passes * sum(p.attention_scores for p in parts),
         expert_bytes=behind * _expert_bytes(config, run, tokens),
         activation_bytes=tokens * saved * behind / 3,
         logit_bytes=tokens * depths * 3 * run.width * model.vocab_size,
         weight_bytes=_weight_bytes(config, run, recomputes=behind == 4),
-        layer_runs=micro_batches(config) * len(kinds) / parallel.pipeline * passes / 3,
+        layer_runs=config.gradient_accumulation_steps * len(kinds) / parallel.pipeline * passes / 3,
     )
 
 
 def _expert_bytes(config: RunConfig, run: Execution, tokens: float) -> float:
     """Rows into and out of both products of the experts, and their weights, for one pass."""
     model = config.model
-    mixtures = model.num_moe_layers + model.num_nextn_predict_layers
-    rows = mixtures * tokens * model.num_experts_per_tok * run.row_factor
-    weights = micro_batches(config) * rank_parameters(config).experts
+    moe_layers = model.num_moe_layers + model.num_nextn_predict_layers
+    rows = moe_layers * tokens * model.num_experts_per_tok * run.expert_imbalance
+    weights = config.gradient_accumulation_steps * rank_parameters(config).experts
     return run.width * (rows * (2 * model.hidden_size + 3 * model.moe_intermediate_size) + weights)
 
 
 def _weight_bytes(config: RunConfig, run: Execution, recomputes: bool) -> float:
     """Casts and copies of weights and gradients at every micro-batch, their sums, and the optimizer's pass."""
-    own, repeats = rank_parameters(config), micro_batches(config)
+    own, repeats = rank_parameters(config), config.gradient_accumulation_steps
     if config.parallel.data_shard > 1:
         casts = _SHARING_BYTES
     else:
         casts = ((2 if recomputes else 1) + 1) * (4 + 2) if run.width == 2 else 0
     norm, update = 4, 3 * 4 + 2 * 2 * config.training.optimizer.moment_bytes
     summing = (repeats - 1) * 3 * 4
-    return own.layers * (repeats * casts) + own.share * (summing + norm + update)
+    return own.layers * (repeats * casts) + own.owned * (summing + norm + update)
 
 
 @lru_cache
 def _forward(model: ModelConfig, sequence_length: int) -> tuple[ForwardFlops, ForwardFlops]:
     """Operations per token of the main model and of its prediction layers; the same for every layout."""
-    return forward_parts(model, sequence_length), prediction_parts(model, sequence_length)
+    return forward_flops(model, sequence_length), mtp_forward_flops(model, sequence_length)

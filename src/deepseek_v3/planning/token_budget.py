@@ -31,15 +31,15 @@ def budget_in_tokens(config: RunConfig) -> int:
 
 def planned_steps(config: RunConfig) -> int:
     """Number of optimizer steps."""
-    return len(sample_borders(config)) - 1
+    return len(sample_boundaries(config)) - 1
 
 
 def planned_tokens(config: RunConfig) -> int:
     """Tokens trained on when the run ends: the budget, filled up to a whole last step."""
-    return sample_borders(config)[-1] * config.training.sequence_length
+    return sample_boundaries(config)[-1] * config.training.sequence_length
 
 
-class SampleBorders(Sequence[int]):
+class SampleBoundaries(Sequence[int]):
     """Samples used before each step, and at last after the final one.
 
     Holds one entry for each batch size of the run, not for each step. `sizes` are pairs of a batch size and its
@@ -71,12 +71,12 @@ class SampleBorders(Sequence[int]):
 
 
 @lru_cache
-def sample_borders(config: RunConfig) -> SampleBorders:
+def sample_boundaries(config: RunConfig) -> SampleBoundaries:
     """The run laid out in steps. Raises ConfigError where its batch has too many sizes to plan with."""
     sizes, used = _ramp_sizes(config)
     left = max(0, _samples_needed(config) - used)
     batch_size = config.training.global_batch_size
-    return SampleBorders([*sizes, (batch_size, _ceil_div(left, batch_size))] if left else sizes)
+    return SampleBoundaries([*sizes, (batch_size, _ceil_div(left, batch_size))] if left else sizes)
 
 
 def _samples_needed(config: RunConfig) -> int:

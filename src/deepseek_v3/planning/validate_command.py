@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
-from deepseek_v3.config.loading import PATTERN, chosen_files, load_config
-from deepseek_v3.planning.chinchilla import Compliance, Verdict, check_compliance, shown_ratio
+from deepseek_v3.config.loading import PATTERN, load_config, select_config_files
+from deepseek_v3.planning.chinchilla import Compliance, Verdict, check_compliance, format_ratio
 from deepseek_v3.utils.command_line import print_next_steps
 from deepseek_v3.utils.errors import ConfigError
 from deepseek_v3.utils.text import format_count, printable
@@ -39,7 +39,7 @@ def validate(
     """Check token budgets: 20 to 26 tokens per active parameter."""
     if override and not config:
         raise ConfigError(f"--set {override[0]}: expected --config with the file that it changes")
-    results, problems = _check(chosen_files(config, configs), override or [])
+    results, problems = _check(select_config_files(config, configs), override or [])
     if not config:
         results.sort(key=lambda result: result.active_parameters)
     if as_json:
@@ -80,7 +80,7 @@ def _block(result: Compliance) -> str:
         "Target ratio": f"{result.target_ratio} T/P",
         f"Required tokens ({result.target_ratio} T/P)": format_count(result.required_tokens),
         "Total tokens": format_count(result.total_tokens),
-        "Actual ratio": f"{shown_ratio(result.total_tokens, result.active_parameters)} T/P",
+        "Actual ratio": f"{format_ratio(result.total_tokens, result.active_parameters)} T/P",
     }
     lines = [f"{label + ':':<28}{value}" for label, value in labelled.items()]
     mark = "✓" if result.verdict.accepted else "✗"

@@ -6,8 +6,8 @@ import torch
 
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.calibration import calibration
-from deepseek_v3.planning.hardware import Device, device_named
-from deepseek_v3.planning.memory_check import refuse_unless_it_fits
+from deepseek_v3.planning.hardware import Device, find_device
+from deepseek_v3.planning.memory_check import require_memory
 from deepseek_v3.utils.cgroups import usable_memory
 from deepseek_v3.utils.errors import PlanError
 from deepseek_v3.utils.logging import get_logger
@@ -18,7 +18,7 @@ _GIB = 2**30
 def check_memory(config: RunConfig, described: Device, force: bool = False) -> None:
     """Raises PlanError for a plan that does not fit in the device's memory; with `force` it is only a warning."""
     try:
-        refuse_unless_it_fits(config, described)
+        require_memory(config, described)
     except PlanError as error:
         if not force:
             raise PlanError(f"{error}; --force starts it as it is") from None
@@ -31,11 +31,11 @@ def describe_device(device: torch.device, local_ranks: int = 1) -> Device:
     A host's memory is shared by so many ranks on it.
     """
     if device.type == "cpu":
-        cpu = device_named("CPU")
+        cpu = find_device("CPU")
         assert cpu is not None
         return cpu.model_copy(update={"memory_gib": usable_memory() / _GIB / local_ranks})
     name = torch.cuda.get_device_name(device)
-    known = device_named(name) or device_named("A100")
+    known = find_device(name) or find_device("A100")
     assert known is not None
     free, _ = torch.cuda.mem_get_info(device)
     changes: dict[str, object] = {"name": name, "memory_gib": (free + calibration().context_bytes) / _GIB}

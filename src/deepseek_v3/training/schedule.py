@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from deepseek_v3.config.train_config import RunConfig, ScheduleConfig
-from deepseek_v3.planning.token_budget import budget_in_tokens, sample_borders
+from deepseek_v3.planning.token_budget import budget_in_tokens, sample_boundaries
 
 # Shares of the report's 14.8T tokens: constant to 10T, cosine over 4.3T, constant for 333B, lower for 167B.
 _CONSTANT_UNTIL = 10e12 / 14.8e12
@@ -39,7 +39,7 @@ class TrainingSchedule:
     def __init__(self, config: RunConfig) -> None:
         self.training = config.training
         self.total_tokens = budget_in_tokens(config)
-        self._borders = sample_borders(config)
+        self._borders = sample_boundaries(config)
 
     @property
     def total_steps(self) -> int:

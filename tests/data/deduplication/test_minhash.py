@@ -142,9 +142,9 @@ def test_options_that_cannot_work_are_refused() -> None:
         DeduplicationConfig(num_perm=64, bands=65)
     with pytest.raises(ValidationError, match="find only 81% of the pairs"):
         DeduplicationConfig(num_perm=16, threshold=0.1)
-    assert DeduplicationConfig().least_to_kept == pytest.approx(0.7)
-    assert DeduplicationConfig(threshold=0.05).least_to_kept == 0
-    assert DeduplicationConfig(cluster_threshold=0.8).least_to_kept == 0.8
+    assert DeduplicationConfig().min_similarity_to_kept == pytest.approx(0.7)
+    assert DeduplicationConfig(threshold=0.05).min_similarity_to_kept == 0
+    assert DeduplicationConfig(cluster_threshold=0.8).min_similarity_to_kept == 0.8
 
 
 def test_the_margin_is_three_standard_deviations() -> None:

@@ -16,7 +16,7 @@ from deepseek_v3.config.loading import (
     find_config,
     load_config,
     section_from_dict,
-    shown_config,
+    short_config_name,
 )
 from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.config.train_config import (
@@ -440,7 +440,7 @@ def test_a_shipped_config_goes_by_its_name_anywhere(name: str, tmp_path: Path, m
     monkeypatch.chdir(tmp_path)
     (tmp_path / "1b").mkdir()  # such as the folder of a run
     assert load_config(name) == load_config(CONFIGS / "deepseek_v3_1b.yaml")
-    assert shown_config(find_config(name)) == "1b"
+    assert short_config_name(find_config(name)) == "1b"
 
 
 def test_a_file_comes_before_a_shipped_config_of_its_name(tmp_path: Path, monkeypatch) -> None:

@@ -20,8 +20,8 @@ from deepseek_v3.config.loading import load_config, load_section
 from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.config.preprocess_config import PreprocessConfig
 from deepseek_v3.planning.counts_command import counts_of
-from deepseek_v3.planning.hardware import device_named, load_device
-from deepseek_v3.planning.memory_check import refuse_unless_it_fits
+from deepseek_v3.planning.hardware import find_device, load_device
+from deepseek_v3.planning.memory_check import require_memory
 from deepseek_v3.planning.token_budget import planned_steps
 from deepseek_v3.training.parallel.deepspeed_config import DeepSpeedFile
 from deepseek_v3.training.schedule import TrainingSchedule
@@ -225,7 +225,7 @@ def test_every_count_of_any_size_is_planned_or_refused(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(fields), encoding="utf-8")
     everything = load_config(path).model_dump(mode="json")
-    device = device_named("H100")
+    device = find_device("H100")
     assert device is not None
     planned = 0
     for field in _counts(everything):
@@ -234,7 +234,7 @@ def test_every_count_of_any_size_is_planned_or_refused(tmp_path: Path) -> None:
                 config = load_config(path, [f"{field}={value}"])
                 counts_of(config)
                 TrainingSchedule(config).step(planned_steps(config))
-                refuse_unless_it_fits(config, device)
+                require_memory(config, device)
                 planned += 1
             except (ConfigError, PlanError):
                 continue
@@ -303,7 +303,7 @@ def test_what_the_system_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch, er
     def refuse(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("deepseek_v3.planning.plan_command.chosen_files", refuse)
+    monkeypatch.setattr("deepseek_v3.planning.plan_command.select_config_files", refuse)
     assert message_of(dsv3("plan")).startswith(message)
 
 

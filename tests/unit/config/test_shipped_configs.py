@@ -19,9 +19,9 @@ from deepseek_v3.planning.counts import (
     count_active_parts,
     count_parameters,
 )
-from deepseek_v3.planning.flops import flops_per_token, forward_parts, prediction_parts
-from deepseek_v3.planning.hardware import device_named
-from deepseek_v3.planning.layout_search import measure_layout
+from deepseek_v3.planning.flops import flops_per_token, forward_flops, mtp_forward_flops
+from deepseek_v3.planning.hardware import find_device
+from deepseek_v3.planning.layout_search import estimate_layout
 from deepseek_v3.training.schedule import TrainingSchedule
 from helpers import ROOT
 
@@ -224,9 +224,9 @@ def recipe_row(size: str, config: RunConfig) -> str:
 
 
 def plan_row(size: str, config: RunConfig) -> str:
-    device = device_named("CPU" if size == "tiny" else "H100")
+    device = find_device("CPU" if size == "tiny" else "H100")
     assert device is not None
-    layout, parallel = measure_layout(config, device), config.parallel
+    layout, parallel = estimate_layout(config, device), config.parallel
     return _row(
         size,
         f"{layout.devices:,} × {device.name}",
@@ -246,7 +246,7 @@ def conventions_row(size: str, config: RunConfig) -> str:
 
 def flops_row(size: str, config: RunConfig) -> str:
     model, length = config.model, config.training.sequence_length
-    main, prediction = forward_parts(model, length), prediction_parts(model, length)
+    main, prediction = forward_flops(model, length), mtp_forward_flops(model, length)
     none, full = flops_per_token(model, length), flops_per_token(model, length, "full")
     operations = (
         main.attention_projections,

@@ -24,7 +24,7 @@ from helpers.models import fill_with_noise, small_config
 RECORD = json.loads((Path(__file__).parent / "compiled_saved_tensors.json").read_text(encoding="utf-8"))
 LAYERS = [(point, layer) for point in RECORD["points"] for layer in point["layers"]]
 
-KINDS: tuple[LayerKind, ...] = ("dense", "mixture", "prediction")
+KINDS: tuple[LayerKind, ...] = ("dense", "moe", "mtp")
 SHAPES: dict[str, dict[str, Any]] = {
     "query rank, narrow values": {},
     "no query rank, two shared experts": {"q_lora_rank": None, "n_shared_experts": 2},
@@ -65,7 +65,7 @@ def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
 
 
 def _layer(model: ModelConfig, kind: LayerKind) -> DecoderLayer:
-    if kind == "prediction":
+    if kind == "mtp":
         return MTPLayer(model, model.num_hidden_layers)
     return DecoderLayer(model, 0 if kind == "dense" else model.first_k_dense_replace)
 
@@ -78,7 +78,7 @@ def _held(model: ModelConfig, kind: LayerKind, dtype: torch.dtype, batch: int, l
     metadata = AttentionMetadata(positions_BS, *rotary_tables(positions_BS, model))
     inputs = [
         torch.randn(batch, length, model.hidden_size).to(dtype).requires_grad_()
-        for _ in range(2 if kind == "prediction" else 1)
+        for _ in range(2 if kind == "mtp" else 1)
     ]
     saved: list[Tensor] = []
 
@@ -130,8 +130,8 @@ def test_eager_layers_hold_what_the_formulas_say(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_without_shared_experts_the_formulas_are_a_close_upper_bound(dtype: torch.dtype) -> None:
     model = small_config(n_shared_experts=0)
-    found, _ = _held(model, "mixture", dtype, 2, 32)
-    expected = saved_bytes(model, "mixture", Execution(dtype.itemsize, compiled=False))
+    found, _ = _held(model, "moe", dtype, 2, 32)
+    expected = saved_bytes(model, "moe", Execution(dtype.itemsize, compiled=False))
     assert 0.998 * found <= expected + _padding(model, dtype.itemsize) <= 1.03 * found
 
 
@@ -167,7 +167,7 @@ def _observed(point: dict[str, Any], layer: dict[str, Any]) -> tuple[float, int,
         values: (*values[:-1], model.qk_nope_head_dim + model.v_head_dim),
         latent: (*latent[:-1], model.kv_lora_rank + model.qk_rope_head_dim),
     }
-    inputs = 2 if layer["kind"] == "prediction" else 1
+    inputs = 2 if layer["kind"] == "mtp" else 1
     activations = tokens * width * 2.0
     weights = 0
     for shape, dtype in tensors:
@@ -196,7 +196,7 @@ def test_compiled_layers_saved_what_the_formulas_say(point: dict[str, Any], laye
 def test_allocated_memory_grew_by_what_the_formulas_say(point: dict[str, Any], layer: dict[str, Any]) -> None:
     model, kind = _model(point), layer["kind"]
     narrow = point["precision"] == "bfloat16"
-    tokens = point["sequences"] * (point["sequence_length"] - (kind == "prediction"))
+    tokens = point["sequences"] * (point["sequence_length"] - (kind == "mtp"))
     activations = saved_bytes(model, kind, Execution(2 if narrow else 4, compiled=narrow)) * tokens
     weights = 2 * _matrix_weights(model, kind) if narrow else 0
     assert activations + weights == pytest.approx(layer["allocated_mib"] * 2**20, rel=0.003)
@@ -213,8 +213,8 @@ def test_the_record_covers_every_kind_and_both_attentions() -> None:
 @pytest.mark.parametrize("compiled", [True, False])
 def test_rows_of_uneven_experts_count_in_proportion(compiled: bool) -> None:
     model = small_config()
-    even, uneven = (saved_bytes(model, "mixture", Execution(2, compiled, factor)) for factor in (1.0, 1.5))
-    none = saved_bytes(model, "mixture", Execution(2, compiled, 0.0))
+    even, uneven = (saved_bytes(model, "moe", Execution(2, compiled, factor)) for factor in (1.0, 1.5))
+    none = saved_bytes(model, "moe", Execution(2, compiled, 0.0))
     assert uneven - none == pytest.approx(1.5 * (even - none))
     assert saved_bytes(model, "dense", Execution(2, compiled, 1.5)) == saved_bytes(
         model, "dense", Execution(2, compiled)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.config.train_config import RunConfig
-from deepseek_v3.planning.chinchilla import Verdict, check_compliance, shown_ratio
+from deepseek_v3.planning.chinchilla import Verdict, check_compliance, format_ratio
 from deepseek_v3.planning.counts import count_active_parameters
 from deepseek_v3.training.schedule import TrainingSchedule
 from helpers import ROOT
@@ -86,7 +86,7 @@ def test_the_reason_gives_the_steps() -> None:
 @given(active=st.integers(1, 10**12), excess=st.integers(-(10**6), 10**6), bound=st.sampled_from([20, 26]))
 def test_the_shown_ratio_is_never_on_a_bound_that_it_is_not(active: int, excess: int, bound: int) -> None:
     tokens = max(0, bound * active + excess)
-    shown = shown_ratio(tokens, active)
+    shown = format_ratio(tokens, active)
     assert (float(shown) == bound) == (tokens == bound * active)
     assert float(shown) == pytest.approx(tokens / active, abs=0.051)
 

@@ -29,8 +29,8 @@ from deepseek_v3.planning.counts import (
 )
 from deepseek_v3.planning.flops import (
     flops_per_token,
-    forward_parts,
-    prediction_parts,
+    forward_flops,
+    mtp_forward_flops,
     training_flops_per_token,
 )
 from helpers import ROOT
@@ -178,8 +178,8 @@ def _expected_products(config: ModelConfig, length: int) -> Counter[str]:
     """Our numbers for one sequence, where depth 1 runs on all tokens but the last and attention is not causal."""
     found: Counter[str] = Counter()
     for parts, tokens in (
-        (forward_parts(config, length), length),
-        (prediction_parts(config, length - 1), length - 1),
+        (forward_flops(config, length), length),
+        (mtp_forward_flops(config, length - 1), length - 1),
     ):
         found["attention"] += 2 * tokens * parts.attention_scores
         found["weights"] += tokens * (parts.total - parts.attention_scores)
@@ -224,7 +224,7 @@ def test_recomputation_repeats_every_layer_and_not_the_head() -> None:
 
 @given(configs(), st.integers(2, 50))
 def test_step_counts_add_up(config: ModelConfig, length: int) -> None:
-    main, prediction = forward_parts(config, length), prediction_parts(config, length)
+    main, prediction = forward_flops(config, length), mtp_forward_flops(config, length)
     none, full = flops_per_token(config, length), flops_per_token(config, length, "full")
     assert none.forward == full.forward == main.total + prediction.total
     assert none.total == 3 * none.forward == training_flops_per_token(config, length)

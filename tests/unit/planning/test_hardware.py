@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from deepseek_v3.planning.hardware import (
     Device,
-    device_named,
     device_with_memory,
+    find_device,
     known_devices,
     load_device,
     peak_bfloat16_flops,
@@ -32,7 +32,7 @@ OWN: dict[str, Any] = {
 
 
 def _named(name: str) -> Device:
-    device = device_named(name)
+    device = find_device(name)
     assert device is not None
     return device
 
@@ -70,12 +70,12 @@ def test_devices_are_found_by_what_drivers_and_people_call_them(driver_name: str
 
 @pytest.mark.parametrize("name", ["", "Tesla T4", "NVIDIA L40", "NVIDIA A10", "AMD Instinct MI300X", "RTX 40"])
 def test_other_cards_are_not_taken_for_known_ones(name: str) -> None:
-    assert device_named(name) is None
+    assert find_device(name) is None
 
 
 @pytest.mark.parametrize("name", ["NVIDIA RTX A1000", "NVIDIA GH200 480GB", "NVIDIA GB200"])
 def test_a_name_inside_a_longer_word_is_another_card(name: str) -> None:
-    assert device_named(name) is None
+    assert find_device(name) is None
 
 
 def test_every_device_is_found_by_its_own_name() -> None:
@@ -86,8 +86,8 @@ def test_every_device_is_found_by_its_own_name() -> None:
 
 def test_a_list_of_ones_own_is_searched_instead() -> None:
     own = Device(**OWN)
-    assert device_named("Our Accelerator 64 GB", (own,)) is own
-    assert device_named("NVIDIA H100 80GB HBM3", (own,)) is None
+    assert find_device("Our Accelerator 64 GB", (own,)) is own
+    assert find_device("NVIDIA H100 80GB HBM3", (own,)) is None
 
 
 @pytest.mark.parametrize("device", known_devices(), ids=lambda device: device.name)

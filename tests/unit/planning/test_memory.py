@@ -22,10 +22,10 @@ from deepseek_v3.planning import execution, memory
 from deepseek_v3.planning.activations import saved_bytes
 from deepseek_v3.planning.calibration import calibration
 from deepseek_v3.planning.counts import count_parameters
-from deepseek_v3.planning.execution import Execution, execution_on
-from deepseek_v3.planning.hardware import Device, device_named
+from deepseek_v3.planning.execution import Execution, resolve_execution
+from deepseek_v3.planning.hardware import Device, find_device
 from deepseek_v3.planning.memory import MemoryEstimate, _Rank, estimate_memory, needed_bytes
-from deepseek_v3.planning.pipeline_split import pipeline_stages
+from deepseek_v3.planning.pipeline_split import stage_layer_kinds
 from deepseek_v3.planning.step_time import estimate_step
 from deepseek_v3.training.loss import Objective, training_losses
 from deepseek_v3.training.optimizer import AdamW
@@ -58,7 +58,7 @@ SMALL_MODEL: dict[str, Any] = {
 
 
 def _device(name: str) -> Device:
-    device = device_named(name)
+    device = find_device(name)
     assert device is not None
     return device
 
@@ -78,7 +78,7 @@ def _run(model: dict[str, Any] | None = None, moments: str = "bfloat16", **chang
 
 
 def _estimate(config: RunConfig, device: Device = H100) -> MemoryEstimate:
-    return estimate_memory(config, execution_on(device, config))
+    return estimate_memory(config, resolve_execution(device, config))
 
 
 def _shipped(path: Path, **changes: Any) -> RunConfig:
@@ -276,9 +276,9 @@ def test_expert_parallelism_divides_the_experts(replicate: int, shard: int, expe
 @given(runs())
 def test_pipeline_stages_share_out_all_parameters(config: RunConfig) -> None:
     config = _with(config, data_replicate=1, data_shard=1, expert=1)
-    parallel, run = config.parallel, execution_on(H100, config)
+    parallel, run = config.parallel, resolve_execution(H100, config)
     number = parallel.pipeline * parallel.stages_per_rank
-    stages = pipeline_stages(config.model, number, config.training.sequence_length)
+    stages = stage_layer_kinds(config.model, number, config.training.sequence_length)
     found = sum(_Rank(config, run, stages, rank).parameters for rank in range(parallel.pipeline))
     vocabulary = config.model.vocab_size * config.model.hidden_size
     model = config.model
@@ -291,11 +291,11 @@ def test_the_first_rank_of_a_v_holds_both_ends() -> None:
     model = {"num_hidden_layers": 8, "num_nextn_predict_layers": 1, "vocab_size": 5000}
     sizes = {"pipeline": 2, "micro_batch_size": 1, "global_batch_size": 8, "sequence_length": 64}
     run = partial(_run, model, **sizes)
-    stages = pipeline_stages(run().model, 4, 64)
+    stages = stage_layer_kinds(run().model, 4, 64)
 
     def ends(schedule: str, rank: int) -> int:
         config = run(pipeline_schedule=schedule)
-        return _Rank(config, execution_on(H100, config), stages, rank).ends
+        return _Rank(config, resolve_execution(H100, config), stages, rank).ends
 
     assert [ends("interleaved", rank) for rank in (0, 1)] == [1, 2]
     assert [ends("zero_bubble", rank) for rank in (0, 1)] == [3, 0]
@@ -306,10 +306,10 @@ def test_the_first_rank_of_a_v_holds_both_ends() -> None:
 
 def test_a_stage_keeps_a_micro_batch_for_every_stage_after_it() -> None:
     config = _run({"vocab_size": 32}, pipeline=4, micro_batch_size=2, global_batch_size=20, sequence_length=64)
-    run, stages = execution_on(H100, config), pipeline_stages(config.model, 4, 64)
-    assert stages == [["dense", "mixture"], ["mixture"], ["mixture"], ["prediction"]]
+    run, stages = resolve_execution(H100, config), stage_layer_kinds(config.model, 4, 64)
+    assert stages == [["dense", "moe"], ["moe"], ["moe"], ["mtp"]]
     tokens, width = 2 * 64, config.model.hidden_size
-    kept = tokens * (2 * width + saved_bytes(config.model, "mixture", run))
+    kept = tokens * (2 * width + saved_bytes(config.model, "moe", run))
 
     def backward(number: int) -> MemoryEstimate:
         moments = _Rank(config, run, stages, number).moments()
@@ -326,7 +326,7 @@ def test_gathered_layers_and_travelling_rows_are_communication() -> None:
     largest = max(_numbers(sharded, layer) - _whole(sharded, layer) for layer in layers)
     assert _estimate(sharded).communication == 2 * 2 * largest
     spread = _run(data_replicate=4, expert=4, micro_batch_size=2, global_batch_size=16, sequence_length=64)
-    rows = 2 * 64 * 3 * execution_on(H100, spread).row_factor
+    rows = 2 * 64 * 3 * resolve_execution(H100, spread).expert_imbalance
     assert _estimate(spread).communication == pytest.approx(2 * 2 * rows * 128)
     assert _estimate(sharded).weight_copies == 0
 
@@ -373,7 +373,7 @@ def test_each_loss_holds_its_gradients_beside_one_chunk_of_logits(depth: int, pr
     assert estimate.moment == "loss"
     assert estimate.head == (1 + depth) * sum(tensor.nbytes for tensor in saved) + logits + cast
     for chunks in (2, 4):  # of 512 tokens; a chunk has at least 256
-        run = replace(execution_on(H100, config), logits_at_once=tokens * words // chunks)
+        run = replace(resolve_execution(H100, config), logits_per_chunk=tokens * words // chunks)
         assert estimate.head - estimate_memory(config, run).head == logits / 2
 
 
@@ -488,7 +488,7 @@ def test_estimates_meet_the_measurements(file: str) -> None:
     errors = {}
     for point in record["points"]:
         config = load_config(ROOT / point["config"], point["overrides"])
-        run = execution_on(device, config)
+        run = resolve_execution(device, config)
         memory = estimate_memory(config, run).total / 2**30 / point["measured_gib"] - 1
         time = estimate_step(config, run, device).total / point["measured_seconds"] - 1
         if abs(memory) > 0.05 or abs(time) > 0.20:
@@ -500,8 +500,8 @@ def test_the_last_norm_s_backward_pass_holds_seven_wide_tensors() -> None:
     """Float32 input and product, which the forward pass kept, and five tensors of its backward pass."""
     config = _run({"vocab_size": 32}, micro_batch_size=4, global_batch_size=4, sequence_length=256)
     narrow = _with(config, precision="bfloat16")
-    run = execution_on(H100, narrow)
-    stage = _Rank(narrow, run, pipeline_stages(config.model, 1, 256), 0)
+    run = resolve_execution(H100, narrow)
+    stage = _Rank(narrow, run, stage_layer_kinds(config.model, 1, 256), 0)
     moments = {moment.moment: moment for moment in stage.moments()}
     kept = stage._kept(len(stage.kinds))
     states = 4 * 256 * config.model.hidden_size
@@ -511,12 +511,12 @@ def test_the_last_norm_s_backward_pass_holds_seven_wide_tensors() -> None:
 
 def test_a_prediction_layer_compiled_in_parts_keeps_its_norms_wide() -> None:
     model = _run({"num_nextn_predict_layers": 1}).model
-    whole = saved_bytes(model, "prediction", Execution(2, compiled=True))
-    parts = saved_bytes(model, "prediction", Execution(2, compiled=True, in_parts=True))
+    whole = saved_bytes(model, "mtp", Execution(2, compiled=True))
+    parts = saved_bytes(model, "mtp", Execution(2, compiled=True, compiled_in_parts=True))
     eager = 2 * (4 + 4) + 2 * 2 + 8  # bytes per channel: two norms, joined states, last norm
     assert parts - whole == (eager - 2 * (2 + 1 + 1)) * model.hidden_size
-    for kind in ("dense", "mixture"):
-        assert saved_bytes(model, kind, Execution(2, True, in_parts=True)) == saved_bytes(
+    for kind in ("dense", "moe"):
+        assert saved_bytes(model, kind, Execution(2, True, compiled_in_parts=True)) == saved_bytes(
             model, kind, Execution(2, True)
         )
 
@@ -539,7 +539,7 @@ def test_the_documentation_prints_the_measurements() -> None:
         device = _device(record["device"])
         for point in record["points"]:
             config = load_config(ROOT / point["config"], point["overrides"])
-            run = execution_on(device, config)
+            run = resolve_execution(device, config)
             gib, seconds = estimate_memory(config, run).total / 2**30, estimate_step(config, run, device).total
             measured_gib, measured = point["measured_gib"], point["measured_seconds"]
             row = (

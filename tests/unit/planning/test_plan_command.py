@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
 from deepseek_v3.cli import app
-from deepseek_v3.config.loading import config_files, load_config
+from deepseek_v3.config.loading import list_config_files, load_config
 from deepseek_v3.planning import plan_command as plan_module
 from deepseek_v3.planning.advice.advisor import ESTIMATE_ONLY, advise
 from deepseek_v3.planning.advice.output_json import advice_as_json
@@ -139,7 +139,7 @@ def test_json_is_the_advice_and_valid_for_everyone() -> None:
     result = dsv3("plan", "--json", *words)
     found = json.loads(result.stdout, parse_constant=_without_refusals)
     request = PlanOptions(16, "A100", price=2.5, budget_dollars=900.0, tokens="40B").request()
-    expected = advice_as_json(advise(request, {path: load_config(path) for path in config_files(None)}))
+    expected = advice_as_json(advise(request, {path: load_config(path) for path in list_config_files(None)}))
     assert found == json.loads(json.dumps(expected))
     assert found["request"] == {
         "devices": 16,

@@ -93,7 +93,7 @@ class MinHashDeduplicator(Deduplicator):
         pairs = np.concatenate([pairs[similar], read_pairs(refined)])
 
         def is_close(kept: Int64Array, documents: Int64Array) -> BoolArray:
-            return estimate_pairs(parts, kept, documents) >= self.options.least_to_kept
+            return estimate_pairs(parts, kept, documents) >= self.options.min_similarity_to_kept
 
         kept = choose_kept(pairs["one"], pairs["other"], sum(part.rows for part in parts), is_close)
         duplicates = np.flatnonzero(kept != np.arange(len(kept)))

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from deepseek_v3.config.base import Section
-from deepseek_v3.config.errors import describe
+from deepseek_v3.config.errors import describe_errors
 from deepseek_v3.data.arrays import BoolArray, Float64Array, Int64Array
 from deepseek_v3.data.quality_filtering.ngram_model import BEGIN, END, UNKNOWN, NgramModel, previous_rows
 from deepseek_v3.data.quality_filtering.perplexity_score import NEW_LINE, LanguageModel, build_sentences, tokenize
@@ -142,7 +142,7 @@ class PerplexityLimits(Section):
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from None
         except ValidationError as error:
-            raise DataError(f"{describe(error, cls, {(): str(path)})}; train the model anew") from None
+            raise DataError(f"{describe_errors(error, cls, {(): str(path)})}; train the model anew") from None
 
     def write(self, model: Path) -> None:
         """Writes them beside a model's file."""

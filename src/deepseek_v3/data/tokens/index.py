@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from deepseek_v3.config.base import Section
 from deepseek_v3.config.data_config import Address
-from deepseek_v3.config.errors import describe
+from deepseek_v3.config.errors import describe_errors
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.files import atomic_write
 
@@ -122,7 +122,7 @@ class ShardIndex(Section):
         try:
             index = cls.model_validate_json(text)
         except ValidationError as error:
-            raise DataError(f"{describe(error, cls, {(): str(path)})}; {REBUILD_HINT}") from None
+            raise DataError(f"{describe_errors(error, cls, {(): str(path)})}; {REBUILD_HINT}") from None
         if index.index_sha256 is not None:
             found = _sha256_of_rest(text, index.index_sha256)
             if found != index.index_sha256:

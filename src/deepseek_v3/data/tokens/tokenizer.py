@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
 from deepseek_v3.config.data_config import LARGEST_VOCABULARY
-from deepseek_v3.config.text_files import shown_path
+from deepseek_v3.config.text_files import printable_path
 from deepseek_v3.data.arrays import Int64Array
 from deepseek_v3.data.documents import check_unicode
 from deepseek_v3.data.tokens.tiktoken_encoder import DEEPSEEK, NotExpressibleError, TiktokenEncoder
@@ -126,7 +126,7 @@ class Tokenizer:
         except UnicodeDecodeError as error:
             raise DataError(f"{file}: is not UTF-8 at byte {error.start}; expected a tokenizer.json") from None
         except ValueError as error:
-            raise DataError(f"{shown_path(file)}: {error}") from None
+            raise DataError(f"{printable_path(file)}: {error}") from None
         tokenizer = cls(text, source=str(file))
         if step := removing_step(tokenizer._fields):
             _log.warning(

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deepseek_v3.config.loading import shown_config
+from deepseek_v3.config.loading import short_config_name
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.advice.request import PlanRequest
 from deepseek_v3.planning.advice.size_plan import SizePlan, plan_size
@@ -98,7 +98,7 @@ def launch_command(plan: SizePlan, devices_per_node: int) -> str:
     launcher = next((path for path in (_LAUNCHER, _CHECKOUT / _LAUNCHER) if path.is_file()), None)
     words = ["python"] if devices == 1 else ["torchrun", *_processes(devices, devices_per_node)]
     words += [str(launcher)] if launcher else ["-m", "deepseek_v3", "train"]
-    words += ["--config", shown_config(plan.path)]
+    words += ["--config", short_config_name(plan.path)]
     words += [word for override in overrides(plan.given, plan.config) for word in ("--set", override)]
     return shlex.join(words)
 

@@ -32,10 +32,10 @@ class RunCost:
 def run_cost(layout: Layout, request: PlanRequest) -> RunCost:
     """What a whole run takes; steps whose batch still grows count by their share of a full one."""
     config, device = layout.config, request.device
-    batch = _batch_tokens(config)
+    batch = config.tokens_per_step
     hours = planned_tokens(config) / batch * layout.step.total / 3600
     operations = batch * training_flops_per_token(config.model, config.training.sequence_length)
-    peak = layout.devices * device.peak(layout.run.width)
+    peak = layout.devices * device.peak(layout.execution.width)
     return RunCost(
         hours=hours,
         device_hours=hours * layout.devices,
@@ -97,14 +97,14 @@ def token_range(config: RunConfig) -> tuple[int, int, int]:
     return least, own if verdict is Verdict.COMPLIES else least, MAX_RATIO * active
 
 
-def tokens_within(config: RunConfig, request: PlanRequest, layout: Layout | None) -> int:
+def affordable_tokens(config: RunConfig, request: PlanRequest, layout: Layout | None) -> int:
     """The file's own number without limits, else as many as they allow; the fewest if the soonest is wanted."""
     least, own, most = token_range(config)
     if request.objective == "fastest":
         return least
     if layout is None or not request.limited:
         return own
-    batch, ramp = _batch_tokens(config), config.training.batch_ramp
+    batch, ramp = config.tokens_per_step, config.training.batch_ramp
     steps = int(min(request.seconds(layout.devices) * ROUNDING / layout.step.total, most / batch + 2))
     affordable = (steps - 1 if ramp else steps) * batch  # with a ramp a run overshoots by up to a step
     there = most if request.tokens is None else request.tokens
@@ -116,7 +116,3 @@ def with_tokens(config: RunConfig, tokens: int) -> RunConfig:
     if tokens == budget_in_tokens(config):
         return config
     return config.model_copy(update={"training": config.training.model_copy(update={"total_tokens": tokens})})
-
-
-def _batch_tokens(config: RunConfig) -> int:
-    return config.training.global_batch_size * config.training.sequence_length

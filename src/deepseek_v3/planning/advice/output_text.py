@@ -179,7 +179,7 @@ def _shape(layout: Layout) -> str:
     words += [f"pp{parallel.pipeline}"] if parallel.pipeline > 1 else []
     words += [f"mb{parallel.micro_batch_size}"]
     words += ["re"] if parallel.recomputation == "full" else []
-    return " ".join([*words, "bf16" if layout.run.width == 2 else "fp32"])
+    return " ".join([*words, "bf16" if layout.execution.width == 2 else "fp32"])
 
 
 def _loss(loss: ExpectedLoss) -> str:

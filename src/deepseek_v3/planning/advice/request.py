@@ -13,8 +13,8 @@ from pathlib import Path
 from deepseek_v3.planning.hardware import (
     LARGEST_RATE,
     Device,
-    device_named,
     device_with_memory,
+    find_device,
     known_devices,
     load_device,
 )
@@ -125,7 +125,7 @@ class PlanOptions:
         elif self.gpu_memory is not None:
             device = device_with_memory(_positive("--gpu-memory", self.gpu_memory))
         else:
-            device = device_called(_USUAL_GPU if self.gpu is None else self.gpu)
+            device = known_device(_USUAL_GPU if self.gpu is None else self.gpu)
         if self.price is None:
             return device
         if not 0 <= self.price <= LARGEST_RATE:
@@ -133,9 +133,9 @@ class PlanOptions:
         return device.model_copy(update={"dollars_per_hour": self.price})
 
 
-def device_called(name: str) -> Device:
+def known_device(name: str) -> Device:
     """The known device of that name. Raises ConfigError, listing all, where there is none."""
-    device = device_named(name)
+    device = find_device(name)
     if device is None:
         known = ", ".join(device.name for device in known_devices())
         raise ConfigError(

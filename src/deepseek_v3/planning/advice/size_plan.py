@@ -11,15 +11,15 @@ from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.advice.cost import (
     ROUNDING,
     RunCost,
+    affordable_tokens,
     best_layout,
     run_cost,
     token_range,
-    tokens_within,
     with_tokens,
 )
 from deepseek_v3.planning.advice.request import PlanRequest
 from deepseek_v3.planning.counts import count_active_parameters, count_parameters
-from deepseek_v3.planning.layout_search import MOST_DEVICES, Layout, fewest_devices, leanest_layout
+from deepseek_v3.planning.layout_search import MAX_DEVICES, Layout, fewest_devices, min_memory_layout
 from deepseek_v3.planning.memory import MemoryEstimate
 from deepseek_v3.planning.scaling_laws import ExpectedLoss, expected_loss, training_compute
 from deepseek_v3.planning.token_budget import budget_in_tokens, planned_steps
@@ -114,10 +114,10 @@ class SizePlan:
 def plan_size(path: Path, config: RunConfig, request: PlanRequest) -> SizePlan:
     """Plans one size: the layout that is soonest done within the limits, and as many tokens as they allow."""
     layout = best_layout(config, request)
-    planned = with_tokens(layout.config if layout else config, tokens_within(config, request, layout))
+    planned = with_tokens(layout.config if layout else config, affordable_tokens(config, request, layout))
     has_loss = config.model.vocab_size >= _LEAST_VOCABULARY
     layout = replace(layout, config=planned) if layout else None
-    least = layout or leanest_layout(config, request.device, request.devices)
+    least = layout or min_memory_layout(config, request.device, request.devices)
     cost = run_cost(layout, request) if layout else None
     return SizePlan(
         path=path,
@@ -162,7 +162,7 @@ def _too_large(config: RunConfig, leanest: Layout, request: PlanRequest) -> tupl
     """What a size lacks that does not fit the memory."""
     device, devices = request.device, request.devices
     enough = fewest_devices(config, device, above=devices)
-    instead = f"fits from {enough:,} on" if enough else f"does not fit on {max(MOST_DEVICES, devices):,} either"
+    instead = f"fits from {enough:,} on" if enough else f"does not fit on {max(MAX_DEVICES, devices):,} either"
     reason = (
         f"needs {gibibytes(leanest.needed_bytes)} GiB on each of {leanest.devices:,} × {device.name}, which has "
         f"{gibibytes(device.memory_bytes)}: the least of any layout; {instead}"

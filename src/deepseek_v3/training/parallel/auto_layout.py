@@ -5,7 +5,7 @@ from __future__ import annotations
 from deepseek_v3.config.parallel_config import ParallelConfig
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.hardware import Device
-from deepseek_v3.planning.layout_search import fastest_layout, leanest_layout
+from deepseek_v3.planning.layout_search import fastest_layout, min_memory_layout
 from deepseek_v3.utils.errors import ConfigError, PlanError
 from deepseek_v3.utils.logging import get_logger
 
@@ -29,7 +29,7 @@ def resolve_layout(config: RunConfig, processes: int, device: Device) -> RunConf
 def _chosen(config: RunConfig, processes: int, device: Device) -> RunConfig:
     layout = fastest_layout(config, device, processes)
     if layout is None:
-        least = leanest_layout(config, device, processes).needed_bytes / _GIB
+        least = min_memory_layout(config, device, processes).needed_bytes / _GIB
         raise PlanError(
             f"parallel.layout = auto: no layout over {processes} × {device.name} fits: the leanest needs "
             f"{least:.1f} GiB on each, of {device.memory_gib:.1f}; start more processes, or take a smaller model"

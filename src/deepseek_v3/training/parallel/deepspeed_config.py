@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from deepseek_v3.config.errors import describe
+from deepseek_v3.config.errors import describe_errors
 from deepseek_v3.config.loading import find_config
 from deepseek_v3.config.text_files import read_json_object
 from deepseek_v3.config.train_config import RunConfig
@@ -75,7 +75,7 @@ class DeepSpeedFile:
         try:
             return RunConfig(**{**dict(config), "parallel": parallel})
         except ValidationError as error:
-            raise ConfigError(describe(error, RunConfig, {(): f"over {processes} processes"})) from None
+            raise ConfigError(describe_errors(error, RunConfig, {(): f"over {processes} processes"})) from None
 
     def filled(self, config: RunConfig, is_bfloat16: bool) -> dict[str, Any]:
         """What DeepSpeed is given for a run that was laid out; raises ConfigError for what contradicts the run."""

@@ -7,7 +7,7 @@ import pytest
 from torch.distributed.pipelining import ScheduleDualPipeV, ScheduleInterleaved1F1B, ScheduleZBVZeroBubble
 
 from deepseek_v3.config.parallel_config import ParallelConfig, PipelineSchedule
-from deepseek_v3.planning.pipeline_split import most_in_flight, stages_of_rank
+from deepseek_v3.planning.pipeline_split import max_in_flight, stages_of_rank
 
 
 @pytest.mark.parametrize(
@@ -44,4 +44,4 @@ def test_micro_batches_in_flight_are_those_of_torchs_order(
                 name = part.computation_type.name
                 stages_kept += {"FORWARD": 1, "FULL_BACKWARD": -1, "BACKWARD_INPUT": -1}.get(name, 0)
                 most = max(most, stages_kept)
-        assert most_in_flight(parallel, rank, micro_batches) == most / 2
+        assert max_in_flight(parallel, rank, micro_batches) == most / 2

@@ -12,11 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from deepseek_v3.config.loading import config_files, load_config
+from deepseek_v3.config.loading import list_config_files, load_config
 from deepseek_v3.planning.advice.advisor import Advice, advise
 from deepseek_v3.planning.advice.plot import plot_plan
 from deepseek_v3.planning.advice.request import PlanRequest
-from deepseek_v3.planning.hardware import device_named
+from deepseek_v3.planning.hardware import find_device
 from deepseek_v3.planning.scaling_laws import expected_loss
 from deepseek_v3.utils.errors import ConfigError
 from helpers import ROOT
@@ -26,9 +26,9 @@ SIZES = "1b 5b 10b 15b 20b base".split()
 
 @cache
 def _advice(devices: int = 8, **limits: Any) -> Advice:
-    device = device_named("H100")
+    device = find_device("H100")
     assert device
-    configs = {path: load_config(path) for path in config_files(ROOT / "configs")}
+    configs = {path: load_config(path) for path in list_config_files(ROOT / "configs")}
     return advise(PlanRequest(device, devices, **limits), configs)
 
 
@@ -148,7 +148,7 @@ def test_axes_legend_and_source_say_what_is_shown(tmp_path: Path, drawn: list[Fi
 
 
 def test_sizes_without_a_loss_are_nothing_to_draw(tmp_path: Path) -> None:
-    device = device_named("CPU")
+    device = find_device("CPU")
     assert device
     path = ROOT / "configs" / "deepseek_v3_tiny.yaml"
     advice = advise(PlanRequest(device, 1), {path: load_config(path)})

@@ -14,15 +14,15 @@ from deepseek_v3.config.loading import config_from_dict, load_config
 from deepseek_v3.config.parallel_config import PipelineSchedule
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.counts import count_parameters
-from deepseek_v3.planning.execution import execution_on
-from deepseek_v3.planning.hardware import Device, device_named
+from deepseek_v3.planning.execution import resolve_execution
+from deepseek_v3.planning.hardware import Device, find_device
 from deepseek_v3.planning.layout_search import (
     Layout,
     _candidates,
+    estimate_layout,
     fastest_layout,
     fits_on,
-    leanest_layout,
-    measure_layout,
+    min_memory_layout,
 )
 from deepseek_v3.planning.memory import estimate_memory, needed_bytes
 from deepseek_v3.planning.step_time import estimate_step
@@ -94,11 +94,11 @@ def _every_layout(config: RunConfig, devices: int) -> Iterator[RunConfig]:
 
 
 def _seconds(config: RunConfig) -> float:
-    return estimate_step(config, execution_on(DEVICE, config), DEVICE).total
+    return estimate_step(config, resolve_execution(DEVICE, config), DEVICE).total
 
 
 def _needed(config: RunConfig) -> float:
-    return needed_bytes(estimate_memory(config, execution_on(DEVICE, config)), DEVICE)
+    return needed_bytes(estimate_memory(config, resolve_execution(DEVICE, config)), DEVICE)
 
 
 def _assert_measured(layout: Layout, config: RunConfig) -> None:
@@ -107,7 +107,7 @@ def _assert_measured(layout: Layout, config: RunConfig) -> None:
     assert layout.config.model_copy(update={"parallel": config.parallel}) == config
     assert layout.needed_bytes == _needed(layout.config)
     assert layout.step.total == _seconds(layout.config)
-    assert layout.memory == measure_layout(layout.config, DEVICE).memory
+    assert layout.memory == estimate_layout(layout.config, DEVICE).memory
 
 
 @given(
@@ -176,7 +176,7 @@ def test_the_fastest_layout_is_the_best_of_all_that_fit(devices: int, share: flo
 @pytest.mark.parametrize("devices", [1, 2, 4])
 def test_none_where_not_even_the_leanest_fits(devices: int) -> None:
     config = _comparison()
-    leanest = leanest_layout(config, DEVICE, devices)
+    leanest = min_memory_layout(config, DEVICE, devices)
     assert leanest.devices == devices
     assert leanest.needed_bytes == min(_needed(layout) for layout in _every_layout(config, devices))
     _assert_measured(leanest, config)
@@ -185,7 +185,7 @@ def test_none_where_not_even_the_leanest_fits(devices: int) -> None:
         assert (fastest_layout(config, device, devices) is not None) == fits
         assert fits_on(config, device, devices) == fits
     # What is leanest does not depend on what there is.
-    assert leanest_layout(config, _with_memory(1.0), devices).needed_bytes == leanest.needed_bytes
+    assert min_memory_layout(config, _with_memory(1.0), devices).needed_bytes == leanest.needed_bytes
 
 
 @given(batch=st.integers(1, 12), devices=st.integers(1, 9), depth=st.integers(0, 1))
@@ -198,7 +198,7 @@ def test_the_most_devices_over_which_the_batch_divides(batch: int, devices: int,
     expected = max(number for number in divides if number <= devices)
     found = fastest_layout(config, DEVICE, devices)
     assert found is not None
-    assert found.devices == leanest_layout(config, DEVICE, devices).devices == expected
+    assert found.devices == min_memory_layout(config, DEVICE, devices).devices == expected
     assert batch % (found.config.parallel.micro_batch_size * found.config.parallel.data_ranks) == 0
     _checked(found.config)
 
@@ -230,7 +230,7 @@ def test_more_devices_make_a_large_run_fit() -> None:
 
 def test_measuring_changes_nothing() -> None:
     config = _comparison()
-    layout = measure_layout(config, DEVICE)
+    layout = estimate_layout(config, DEVICE)
     assert layout.config is config
     assert layout.devices == 1
     _assert_measured(layout, config)
@@ -238,13 +238,13 @@ def test_measuring_changes_nothing() -> None:
 
 def test_of_layouts_as_fast_as_each_other_the_leanest_is_taken() -> None:
     """Where the host's launching is all that counts, copies are no faster than shares."""
-    device = device_named("H200")
+    device = find_device("H200")
     assert device is not None
     config = load_config(COMPARISON, ["training.global_batch_size=8"])
     chosen = fastest_layout(config, device, 2)
     assert chosen is not None
     copies = config.parallel.model_copy(update={"data_replicate": 2})
-    other = measure_layout(config.model_copy(update={"parallel": copies}), device)
+    other = estimate_layout(config.model_copy(update={"parallel": copies}), device)
     assert other.step.total == pytest.approx(chosen.step.total)
     assert (chosen.config.parallel.data_shard, chosen.config.parallel.data_replicate) == (2, 1)
 
@@ -259,7 +259,7 @@ MEASURED = {
 def test_plans_for_two_gpus_meet_what_was_measured(shape: str) -> None:
     """Time and memory within 12%; hosts alone differ as much. The planner's choice is within 5% of the fastest."""
     found = json.loads((ROOT / "benchmarks" / "results" / MEASURED[shape]).read_text(encoding="utf-8"))
-    device, batch = device_named(found["device"]), found["sequences_of_a_step"]
+    device, batch = find_device(found["device"]), found["sequences_of_a_step"]
     assert device is not None
 
     def run(**parallel: Any) -> RunConfig:
@@ -270,7 +270,7 @@ def test_plans_for_two_gpus_meet_what_was_measured(shape: str) -> None:
 
     rates = {}
     for entry in found["training"]:
-        layout = measure_layout(run(**entry["parallel"]), device)
+        layout = estimate_layout(run(**entry["parallel"]), device)
         planned = batch * layout.config.training.sequence_length / layout.step.total
         assert planned == pytest.approx(entry["tokens_per_second"], rel=0.12), entry["layout"]
         assert layout.memory.total / 2**30 == pytest.approx(entry["memory_gib"], rel=0.12), entry["layout"]

@@ -14,15 +14,15 @@ from deepseek_v3.config.loading import load_config
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.planning.calibration import calibration
-from deepseek_v3.planning.execution import Execution, execution_on
+from deepseek_v3.planning.execution import Execution, resolve_execution
 from deepseek_v3.planning.flops import flops_per_token, training_flops_per_token
-from deepseek_v3.planning.hardware import Device, device_named
-from deepseek_v3.planning.pipeline_split import longest_stage
+from deepseek_v3.planning.hardware import Device, find_device
+from deepseek_v3.planning.pipeline_split import stage_imbalance
 from deepseek_v3.planning.step_time import (
     StepTime,
     StepWork,
     collective_seconds,
-    computing_time,
+    compute_seconds,
     estimate_step,
     step_work,
 )
@@ -106,7 +106,7 @@ def test_operations_of_shipped_runs(path: Path) -> None:
 
 def test_experts_of_the_busiest_rank_do_more() -> None:
     config = _run()
-    even, uneven = step_work(config, COMPILED), step_work(config, Execution(2, compiled=True, row_factor=1.5))
+    even, uneven = step_work(config, COMPILED), step_work(config, Execution(2, compiled=True, expert_imbalance=1.5))
     assert uneven.expert_operations == 1.5 * even.expert_operations
     assert uneven.matrix_operations == even.matrix_operations
     assert uneven.attention_operations == even.attention_operations
@@ -184,7 +184,7 @@ def test_seconds_are_work_over_the_rates_of_the_device() -> None:
         layer_runs=5.0,
     )
     rates = calibration().rates(Execution(2, compiled=True))
-    seconds = computing_time(work, rates, COMPILED, DEVICE)
+    seconds = compute_seconds(work, rates, COMPILED, DEVICE)
     assert seconds == {
         "matrices": pytest.approx(rates.matrices),
         "experts": pytest.approx(2 * rates.experts + rates.expert_bytes),
@@ -193,7 +193,7 @@ def test_seconds_are_work_over_the_rates_of_the_device() -> None:
         "weights": pytest.approx(4 * rates.weights),
         "launches": pytest.approx(5 * rates.seconds_per_layer + rates.seconds_per_step),
     }
-    half_as_fast = computing_time(work, rates, Execution(4, compiled=False), DEVICE)
+    half_as_fast = compute_seconds(work, rates, Execution(4, compiled=False), DEVICE)
     assert half_as_fast["attention"] == pytest.approx(2 * seconds["attention"])
 
 
@@ -210,7 +210,7 @@ def test_one_device_waits_for_nobody(micro: int, micro_batches: int, recomputati
         recomputation=recomputation,
         precision=precision,
     )
-    step = estimate_step(config, execution_on(DEVICE, config), DEVICE)
+    step = estimate_step(config, resolve_execution(DEVICE, config), DEVICE)
     assert step.communication == step.waiting == 0
     assert step.total == pytest.approx(sum(step.parts().values()))
     assert all(math.isfinite(seconds) and seconds >= 0 for seconds in step.parts().values())
@@ -282,13 +282,13 @@ def _others_reached(places: int, chosen: int, experts: int) -> float:
 
 
 @pytest.mark.parametrize(("recomputation", "passes"), [("none", 2), ("full", 3)])
-@pytest.mark.parametrize("row_factor", [1.0, 1.2])
+@pytest.mark.parametrize("expert_imbalance", [1.0, 1.2])
 @pytest.mark.parametrize(
     ("expert", "ways"),
     [(1, {}), (2, {2: LINK_OF_ROWS}), (4, {4: LINK_OF_ROWS}), (8, {8: LINK_OF_ROWS, 2: NETWORK})],
 )
 def test_rows_travel_once_to_every_rank_with_experts_and_back(
-    recomputation: str, passes: int, row_factor: float, expert: int, ways: dict[int, float]
+    recomputation: str, passes: int, expert_imbalance: float, expert: int, ways: dict[int, float]
 ) -> None:
     """Beyond a node of four they go once to each node, and on from there."""
     chosen, width, mixtures = 2, 32, 2
@@ -301,8 +301,8 @@ def test_rows_travel_once_to_every_rank_with_experts_and_back(
         sequence_length=32,
         recomputation=recomputation,
     )
-    run = Execution(2, compiled=True, row_factor=row_factor)
-    tokens = 3 * 2 * 32 * row_factor * mixtures
+    run = Execution(2, compiled=True, expert_imbalance=expert_imbalance)
+    tokens = 3 * 2 * 32 * expert_imbalance * mixtures
     seconds = sum(_others_reached(places, chosen, 8) / rate for places, rate in ways.items())
     _, found = collective_seconds(config, run, DEVICE)
     assert found == pytest.approx(2 * passes * tokens * 2 * width * seconds)
@@ -310,7 +310,7 @@ def test_rows_travel_once_to_every_rank_with_experts_and_back(
 
 def test_communication_hides_behind_computing_and_slows_it() -> None:
     config = _run(data_shard=4, micro_batch_size=1, global_batch_size=12)
-    run = execution_on(DEVICE, config)
+    run = resolve_execution(DEVICE, config)
     hidden = estimate_step(config, run, SLOW).communication
     assert hidden == pytest.approx(SLOWED * _sending_seconds(config))
     for link in (1e-3, 1e-4):
@@ -332,21 +332,21 @@ def test_communication_hides_behind_computing_and_slows_it() -> None:
 def test_no_step_of_several_gpus_is_shorter_than_launching_it(layout: dict[str, int], seconds: float) -> None:
     fast = DEVICE.model_copy(update=dict.fromkeys(RATES, 1e12))
     config = _run({"num_hidden_layers": 3}, **layout, micro_batch_size=1, global_batch_size=8)
-    step = estimate_step(config, execution_on(fast, config), fast)
+    step = estimate_step(config, resolve_execution(fast, config), fast)
     ranks = config.parallel.data_ranks
     layers = 4 / config.parallel.pipeline  # a prediction layer among them
     assert step.total - step.waiting == pytest.approx(8 / ranks * layers * seconds)
-    cpu = device_named("CPU")
+    cpu = find_device("CPU")
     assert cpu is not None
-    assert estimate_step(config, execution_on(cpu, config), cpu).launches == 0
+    assert estimate_step(config, resolve_execution(cpu, config), cpu).launches == 0
 
 
 @pytest.mark.parametrize(("stages", "micro_batches"), [(1, 4), (2, 4), (3, 6), (3, 3)])
 def test_stages_without_work_wait(stages: int, micro_batches: int) -> None:
     model = {"num_hidden_layers": 5}
     config = _run(model, pipeline=stages, micro_batch_size=2, global_batch_size=2 * micro_batches)
-    step = estimate_step(config, execution_on(DEVICE, config), DEVICE)
-    uneven = longest_stage(config.model, stages, config.training.sequence_length)
+    step = estimate_step(config, resolve_execution(DEVICE, config), DEVICE)
+    uneven = stage_imbalance(config.model, stages, config.training.sequence_length)
     handing_over = 0.003 * micro_batches if stages > 1 else 0.0
     longest = uneven * (1 + (stages - 1) / micro_batches) * _busy(step)
     assert step.waiting + _busy(step) == pytest.approx(longest + handing_over)
@@ -373,7 +373,7 @@ def layouts(draw: st.DrawFn) -> RunConfig:
 @given(layouts(), st.sampled_from(RATES), st.floats(1, 1000))
 def test_a_device_that_does_anything_faster_is_never_slower(config: RunConfig, rate: str, factor: float) -> None:
     faster = DEVICE.model_copy(update={rate: factor * getattr(DEVICE, rate)})
-    run = execution_on(DEVICE, config)
+    run = resolve_execution(DEVICE, config)
     usual, found = estimate_step(config, run, DEVICE), estimate_step(config, run, faster)
     assert found.total <= usual.total * (1 + 1e-12)
 
@@ -384,9 +384,9 @@ def test_known_devices_come_in_the_order_of_their_rates(path: Path) -> None:
     config = load_config(path, [*overrides, "parallel.precision=bfloat16"])
     seconds = []
     for name in ("B200", "H200", "H100", "A100", "RTX 3090"):
-        device = device_named(name)
+        device = find_device(name)
         assert device is not None
-        seconds.append(estimate_step(config, execution_on(device, config), device).total)
+        seconds.append(estimate_step(config, resolve_execution(device, config), device).total)
     assert seconds == sorted(set(seconds))
 
 
@@ -394,7 +394,7 @@ def test_known_devices_come_in_the_order_of_their_rates(path: Path) -> None:
 def test_recomputation_costs_up_to_half_as_much_again(config: RunConfig) -> None:
     def total(**changes: str) -> float:
         changed = config.model_copy(update={"parallel": config.parallel.model_copy(update=changes)})
-        return _busy(estimate_step(changed, execution_on(DEVICE, changed), DEVICE))
+        return _busy(estimate_step(changed, resolve_execution(DEVICE, changed), DEVICE))
 
     # A fourth pass beside three; casts of weights, twice a micro-batch, become three.
     none, full = total(recomputation="none"), total(recomputation="full")

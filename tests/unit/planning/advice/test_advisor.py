@@ -17,8 +17,14 @@ from deepseek_v3.planning.advice.request import PlanRequest
 from deepseek_v3.planning.advice.size_plan import SizePlan, plan_size
 from deepseek_v3.planning.counts import count_active_parameters, count_parameters
 from deepseek_v3.planning.flops import training_flops_per_token
-from deepseek_v3.planning.hardware import Device, device_named
-from deepseek_v3.planning.layout_search import MOST_DEVICES, fastest_layout, fits_on, leanest_layout, measure_layout
+from deepseek_v3.planning.hardware import Device, find_device
+from deepseek_v3.planning.layout_search import (
+    MAX_DEVICES,
+    estimate_layout,
+    fastest_layout,
+    fits_on,
+    min_memory_layout,
+)
 from deepseek_v3.planning.scaling_laws import expected_loss
 from deepseek_v3.planning.token_budget import budget_in_tokens, planned_steps, planned_tokens
 from deepseek_v3.utils.errors import ConfigError
@@ -30,7 +36,7 @@ PATHS = {size: ROOT / "configs" / f"deepseek_v3_{size}.yaml" for size in SIZES}
 
 
 def _device(name: str = "H100", **changes: Any) -> Device:
-    device = device_named(name)
+    device = find_device(name)
     assert device
     return device.model_copy(update=changes)
 
@@ -93,7 +99,7 @@ def test_a_plan_is_of_the_config_that_it_names() -> None:
         assert row.given == load_config(row.path)
         assert row.config.model == row.given.model
         if row.layout:
-            measured = measure_layout(row.config, _device())
+            measured = estimate_layout(row.config, _device())
             assert row.layout.config == row.config
             assert row.needed_bytes == measured.needed_bytes
             assert row.layout.step == measured.step
@@ -106,7 +112,7 @@ def test_what_fits_the_memory_has_a_layout_and_what_does_not_says_from_where_on_
             assert row.needed_bytes <= device.memory_bytes
             assert row.fits
             continue
-        assert row.needed_bytes == leanest_layout(row.given, device, 8).needed_bytes > device.memory_bytes
+        assert row.needed_bytes == min_memory_layout(row.given, device, 8).needed_bytes > device.memory_bytes
         [shortage] = row.shortages
         assert (shortage.limit, shortage.available) == ("devices", 8)
         assert shortage.needed
@@ -218,7 +224,7 @@ def test_more_devices_are_never_slower(size: str) -> None:
 
 @pytest.mark.parametrize("size", ["1b", "10b"])
 def test_more_memory_never_makes_a_size_too_large_or_slower(size: str) -> None:
-    least = leanest_layout(_config(size), _device(), 8).needed_bytes / 2**30
+    least = min_memory_layout(_config(size), _device(), 8).needed_bytes / 2**30
     plans = [_plan(size, _device(memory_gib=factor * least), 8) for factor in (0.99, 1.01, 2, 4, 8, 16)]
     hours = [plan.cost.hours if plan.cost else math.inf for plan in plans]
     assert all(larger <= smaller for smaller, larger in pairwise(hours))
@@ -361,4 +367,4 @@ def test_a_huge_number_of_devices_is_no_more_than_the_batch_can_use() -> None:
     plan = _plan("1b", _device(), 10**9)
     assert plan.layout
     assert plan.layout.devices <= _config("1b").training.global_batch_size * 64
-    assert plan.layout.devices <= MOST_DEVICES
+    assert plan.layout.devices <= MAX_DEVICES

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.counts import count_active_parameters
-from deepseek_v3.planning.token_budget import budget_in_tokens, planned_steps, planned_tokens, sample_borders
+from deepseek_v3.planning.token_budget import budget_in_tokens, planned_steps, planned_tokens, sample_boundaries
 from deepseek_v3.utils.errors import ConfigError
 from helpers.runs import run_fields
 
@@ -38,7 +38,7 @@ def test_steps_of_a_constant_batch_are_those_of_counting(total: int, batch: int,
     while tokens < total:
         steps, tokens = steps + 1, tokens + batch * length
     assert (planned_steps(config), planned_tokens(config)) == (steps, tokens)
-    assert list(sample_borders(config)) == [batch * step for step in range(steps + 1)]
+    assert list(sample_boundaries(config)) == [batch * step for step in range(steps + 1)]
 
 
 @given(
@@ -60,7 +60,7 @@ def test_a_ramp_grows_in_a_line_and_ends_with_the_step_that_reaches_the_budget(
         global_batch_size=last,
         batch_ramp={"initial": first, "fraction": fraction},
     )
-    borders = list(sample_borders(config))
+    borders = list(sample_boundaries(config))
     sizes = [end - start for start, end in pairwise(borders)]
     assert borders[0] == 0
     assert borders[-1] * length >= total > borders[-2] * length
@@ -80,7 +80,7 @@ def test_the_steps_of_a_ramp_are_the_same_under_every_layout() -> None:
         "global_batch_size": 48,
         "batch_ramp": {"initial": 16, "fraction": 0.6},
     }
-    borders = [list(sample_borders(_run(micro, **fields))) for micro in (1, 2, 4, 8, 16)]
+    borders = [list(sample_boundaries(_run(micro, **fields))) for micro in (1, 2, 4, 8, 16)]
     assert all(each == borders[0] for each in borders)
 
 
@@ -93,7 +93,7 @@ def test_a_constant_batch_needs_no_list_of_its_steps() -> None:
 def test_a_long_run_is_laid_out_by_batch_sizes_alone() -> None:
     ramp = {"initial": 2, "fraction": 0.25, "increment": 1}
     config = _run(total_tokens=10**15, global_batch_size=4, sequence_length=50, batch_ramp=ramp)
-    borders = sample_borders(config)
+    borders = sample_boundaries(config)
     assert len(borders) == planned_steps(config) + 1 > 10**12
     assert borders[-1] - borders[-2] == 4
     assert borders[:3] == [0, 2, 4]

@@ -6,9 +6,9 @@ import pytest
 
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.config.train_config import RunConfig
-from deepseek_v3.planning.hardware import Device, device_named
-from deepseek_v3.planning.layout_search import fastest_layout, fewest_devices, measure_layout
-from deepseek_v3.planning.memory_check import refuse_unless_it_fits, way_out
+from deepseek_v3.planning.hardware import Device, find_device
+from deepseek_v3.planning.layout_search import estimate_layout, fastest_layout, fewest_devices
+from deepseek_v3.planning.memory_check import require_memory, suggest_fix
 from deepseek_v3.utils.errors import PlanError
 from helpers import ROOT
 
@@ -20,7 +20,7 @@ def _config(size: str, *overrides: str) -> RunConfig:
 
 
 def _device(gib: float) -> Device:
-    h100 = device_named("H100")
+    h100 = find_device("H100")
     assert h100
     return h100.model_copy(update={"memory_gib": gib})
 
@@ -31,20 +31,20 @@ def _suggested(message: str) -> list[str]:
 
 def test_a_run_that_fits_passes_and_one_byte_less_is_refused() -> None:
     config = _config("1b")
-    needed = measure_layout(config, _device(80)).needed_bytes / 2**30
-    refuse_unless_it_fits(config, _device(needed * (1 + 1e-12)))
+    needed = estimate_layout(config, _device(80)).needed_bytes / 2**30
+    require_memory(config, _device(needed * (1 + 1e-12)))
     with pytest.raises(PlanError, match=r"needs \d+\.\d GiB on H100, where \d+\.\d GiB can be had: weights 4\.1"):
-        refuse_unless_it_fits(config, _device(needed * (1 - 1e-6)))
+        require_memory(config, _device(needed * (1 - 1e-6)))
 
 
 @pytest.mark.parametrize("gib", [16, 18, 20, 24, 28, 32, 48])
 def test_the_suggested_change_fits_and_no_shorter_one_does(gib: float) -> None:
     config = _config("1b", "parallel.micro_batch_size=40", "training.optimizer.moments=float32")
     device = _device(gib)
-    changes = _suggested(way_out(config, device))
+    changes = _suggested(suggest_fix(config, device))
     assert changes
     overrides = ["parallel.micro_batch_size=40", "training.optimizer.moments=float32", *changes]
-    assert measure_layout(_config("1b", *overrides), device).needed_bytes <= device.memory_bytes
+    assert estimate_layout(_config("1b", *overrides), device).needed_bytes <= device.memory_bytes
     for left_out in changes:  # every part of it is needed, whatever micro-batch goes with the rest
         for micro in (1, 2, 4, 5, 8, 10, 16, 20, 40):
             fewer = [change for change in changes if change != left_out]
@@ -52,12 +52,12 @@ def test_the_suggested_change_fits_and_no_shorter_one_does(gib: float) -> None:
                 continue
             fewer = [change for change in fewer if not change.startswith("parallel.micro_batch_size")]
             trial = _config("1b", *overrides[:2], *fewer, f"parallel.micro_batch_size={micro}")
-            assert measure_layout(trial, device).needed_bytes > device.memory_bytes
+            assert estimate_layout(trial, device).needed_bytes > device.memory_bytes
 
 
 def test_one_change_is_preferred_to_two_and_the_faster_to_the_slower() -> None:
     config = _config("1b", "parallel.micro_batch_size=16")
-    assert _suggested(way_out(config, _device(40))) == ["parallel.micro_batch_size=10"]
+    assert _suggested(suggest_fix(config, _device(40))) == ["parallel.micro_batch_size=10"]
 
 
 def test_a_model_too_large_for_one_device_names_how_many_it_takes() -> None:
@@ -67,16 +67,16 @@ def test_a_model_too_large_for_one_device_names_how_many_it_takes() -> None:
     several = fastest_layout(config, device, enough)
     assert several
     assert several.needed_bytes <= device.memory_bytes
-    message = way_out(config, device)
+    message = suggest_fix(config, device)
     assert f"it takes {several.devices} of this kind" in message
     assert "--set" not in message
 
 
 def test_what_never_fits_ends_in_a_smaller_model() -> None:
     assert fewest_devices(_config("base"), _device(3)) is None
-    assert "take a smaller model" in way_out(_config("base"), _device(3))
+    assert "take a smaller model" in suggest_fix(_config("base"), _device(3))
 
 
 @pytest.mark.parametrize("size", ["tiny", "1b", "5b", "10b", "15b", "20b", "base"])
 def test_every_shipped_plan_fits_on_80_gb(size: str) -> None:
-    refuse_unless_it_fits(_config(size), _device(79.2))
+    require_memory(_config(size), _device(79.2))
