@@ -104,7 +104,7 @@ def test_a_model_of_ones_own(tmp_path: Path) -> None:
         max_characters=0,
         buckets=0,
         loss="softmax",
-        kept=None,
+        bucket_rows=None,
         input=np.array([[0, 0], [9, 0], [0, 9]], np.float32),
         output=np.eye(2, dtype=np.float32),
     ).write(path)

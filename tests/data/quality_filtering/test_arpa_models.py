@@ -232,7 +232,7 @@ def test_any_order_of_lines_and_missing_unknowns(tmp_path: Path) -> None:
         ("-2\thot hot\n\n\\end\\\n", "", r"the file ends after 2 of 3 2-grams"),
         ("\\end\\", "", r"expected \\end"),
         ("</s>", "<end>", r"there is no <s> or </s>"),
-        ("<unk>", "hot", r"a word stands twice"),
+        ("<unk>", "hot", r"a word is listed twice"),
         ("\\2-grams", "\\3-grams", r"expected \\2-grams"),
     ],
 )

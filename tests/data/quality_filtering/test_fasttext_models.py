@@ -77,7 +77,7 @@ def random_model(seed: int = 0, **changes: Any) -> FastTextFile:
         "max_characters": 0,
         "buckets": 0,
         "loss": "softmax",
-        "kept": None,
+        "bucket_rows": None,
         **changes,
     }
     rows = len(words) + fields["buckets"]

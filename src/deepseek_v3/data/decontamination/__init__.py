@@ -1,4 +1,4 @@
-"""Removing documents that hold texts of evaluation sets."""
+"""Decontamination: drops documents that contain texts of evaluation sets."""
 
 from deepseek_v3.data.decontamination.filter import Decontaminator
 

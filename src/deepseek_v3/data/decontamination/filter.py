@@ -1,4 +1,4 @@
-"""The stage that drops documents that hold texts of evaluation sets."""
+"""The stage that drops documents that contain texts of evaluation sets."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ from deepseek_v3.utils.errors import ConfigError, DataError
 
 
 class _Overlap(NamedTuple):
-    """By document: how many n-grams match, and the share of its words that they cover."""
+    """By document: the number of matching n-grams (int64), and the share of its words that they cover."""
 
     ngrams: Int64Array
     shares: list[float]
 
 
 class Decontaminator(Stage):
-    """Drops documents that share n-grams of words with evaluation sets (Brown et al. 2020, appendix C).
+    """Drops documents that share word n-grams with evaluation sets (Brown et al. 2020, appendix C).
 
-    Letter case and punctuation do not count; a character of a script without spaces is a word. Options:
-    `DecontaminationConfig`. Reason: `evaluation_text`, with the first text that matches, in lower case, and what
-    the evaluation set calls it. Raises ConfigError without evaluation sets, DataError where one cannot be read.
+    Letter case and punctuation are ignored; each character of a script without spaces is a word. Takes the options
+    of `DecontaminationConfig`. Reason: `evaluation_text`, with the first match in lower case as the trigger, and
+    the name of the evaluation text in the figures. Raises ConfigError without evaluation sets, and DataError if one
+    cannot be read.
     """
 
     name = "decontamination"
@@ -44,15 +45,15 @@ class Decontaminator(Stage):
                 raise DataError(f"decontamination.evaluation: {path} does not exist; expected a file or a folder")
 
     def apply(self, batch: pa.RecordBatch) -> Outcome:
-        """Judges a batch by the n-grams of its texts."""
+        """Filters a batch by the n-grams of its texts."""
         drops: list[Drop] = []
         shares: list[float] = []
         for texts in text_batches(batch.column("text").to_pylist()):
-            self._judge([text.lower() for text in texts], drops, shares)
+            self._filter_texts([text.lower() for text in texts], drops, shares)
         return outcome(self.name, batch, drops, {"evaluation_overlap": shares})
 
-    def _judge(self, texts: Sequence[str], drops: list[Drop], shares: list[float]) -> None:
-        """Adds what becomes of further texts to `drops`, and how much of them is in evaluation sets to `shares`."""
+    def _filter_texts(self, texts: Sequence[str], drops: list[Drop], shares: list[float]) -> None:
+        """Appends the dropped texts to `drops`, and the overlap of each text with evaluation sets to `shares`."""
         index = load_evaluation_index(self.options)
         lists = [split_words(text) for text in texts]
         matches = index.find(lists)
@@ -75,7 +76,7 @@ class Decontaminator(Stage):
 
 
 def _overlap(matches: NgramMatches, sizes: Int64Array) -> _Overlap:
-    """From matches in documents of so many words each."""
+    """Computes the overlap of each document; `sizes` (int64 [documents]) are their numbers of words."""
     document_of = np.repeat(np.arange(len(sizes)), sizes)
     ngrams = np.bincount(document_of[matches.starts], minlength=len(sizes))
     changes = np.zeros(len(document_of) + 1, np.int64)
@@ -86,6 +87,6 @@ def _overlap(matches: NgramMatches, sizes: Int64Array) -> _Overlap:
 
 
 def _excerpt(text: str, start: int, length: int) -> str:
-    """So many words of a text from word `start` on, with what stands between them."""
+    """Returns `length` words of a text from word `start` on, with the text between them."""
     found = [*islice(word_pattern(text).finditer(text), start, start + length)]
     return text[found[0].start() : found[-1].end()]

@@ -1,7 +1,4 @@
-"""The n-grams of evaluation sets, and where they occur in other texts.
-
-FOLDED: N-grams of words as numbers of 64 bits, for many texts at once.
-"""
+"""An index of the word n-grams of evaluation sets, by 64-bit hashes, and the search for them in other texts."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ from deepseek_v3.data.arrays import BoolArray, Int64Array, UInt64Array, find_sor
 from deepseek_v3.data.formats.reading import read_documents
 from deepseek_v3.utils.errors import DataError
 
-# Scripts without spaces between words, in which each character counts as one.
+# Scripts without spaces between words, in which each character counts as a word.
 _UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Myanmar, Khmer
     "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # kana, CJK ideographs
@@ -28,45 +25,35 @@ _UNSPACED = (
 _ASCII_WORD = re.compile(r"[a-z0-9]+")
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
 
-_FACTOR = 0x9E3779B97F4A7C15  # odd, so it has an inverse modulo 2^64
+_FACTOR = 0x9E3779B97F4A7C15  # odd, and so invertible modulo 2^64
 _INVERSE = pow(_FACTOR, -1, 2**64)
 
 
-def split_words(lower: str) -> list[str]:
-    """The runs of letters and digits of a text in lower case."""
-    return word_pattern(lower).findall(lower)
+@lru_cache(maxsize=2)
+def load_evaluation_index(options: DecontaminationConfig) -> EvaluationIndex:
+    """Builds the index of the evaluation sets, once per process. Raises DataError if one cannot be read."""
+    texts = [text for path in options.evaluation for text in _evaluation_texts(path, options.fields)]
+    return EvaluationIndex(texts, options.ngram, options.min_ngram)
 
 
-def word_pattern(lower: str) -> re.Pattern[str]:
-    """What matches each of the words of a text in lower case."""
-    return _ASCII_WORD if lower.isascii() else _WORD
-
-
-class NgramHashes:
-    """The hashes of all n-grams of words, for any n: equal ones for equal words, wherever they stand."""
-
-    def __init__(self, values: UInt64Array) -> None:
-        """From a random number for each word: uint64 [words]."""
-        powers = np.multiply.accumulate(np.full(len(values), _FACTOR, np.uint64))
-        self._inverse = np.multiply.accumulate(np.full(len(values), _INVERSE, np.uint64))
-        self._sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(values * powers)])
-
-    def at(self, starts: Int64Array, n: int | Int64Array) -> UInt64Array:
-        """The hashes of the n-grams that begin at these words; n may be one for each."""
-        return (self._sums[starts + n] - self._sums[starts]) * self._inverse[starts]
+def _evaluation_texts(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, str]]:
+    for field in fields:
+        for document in read_documents(path, field):
+            yield f"{path}: {document.id}", document.text
 
 
 class _Table(NamedTuple):
-    """Ascending hashes of n-grams (uint64), and the number of the evaluation text that has each (int64)."""
+    """Ascending hashes of n-grams (uint64), and the number of an evaluation text with each (int64)."""
 
     hashes: UInt64Array
     owners: Int64Array
 
 
 class NgramMatches(NamedTuple):
-    """N-grams of evaluation texts in other texts, by where they stand: int64 [matches] each.
+    """N-grams of evaluation texts that occur in other texts: int64 [matches] each.
 
-    `starts` are indices into all words of all texts, `lengths` counts words, `owners` numbers evaluation texts.
+    `starts` are indices into the concatenated words of all texts, in ascending order, `lengths` numbers of words,
+    `owners` numbers of evaluation texts.
     """
 
     starts: Int64Array
@@ -75,12 +62,12 @@ class NgramMatches(NamedTuple):
 
 
 class EvaluationIndex:
-    """All n-grams of `ngram` words of evaluation texts, and whole texts of fewer words but at least `min_ngram`."""
+    """All n-grams of `ngram` words of evaluation texts, and whole texts of `min_ngram` to `ngram` - 1 words."""
 
     def __init__(self, texts: Sequence[tuple[str, str]], ngram: int, min_ngram: int) -> None:
-        """`texts` are pairs of a name and a text. Raises DataError where all are shorter than `min_ngram` words."""
+        """`texts` are pairs of a name and a text. Raises DataError if all are shorter than `min_ngram` words."""
         self.names = [name for name, _ in texts]
-        vocabulary: defaultdict[str, int] = defaultdict(count(1).__next__)  # 0: words of no evaluation text
+        vocabulary: defaultdict[str, int] = defaultdict(count(1).__next__)  # 0: a word in no evaluation text
         lists = [split_words(text.lower()) for _, text in texts]
         numbers = np.fromiter(map(vocabulary.__getitem__, chain.from_iterable(lists)), np.int64)
         sizes = np.array([*map(len, lists)], np.int64)
@@ -94,15 +81,15 @@ class EvaluationIndex:
         self._tables = self._tabulate(NgramHashes(self._values[numbers]), sizes, ngram, min_ngram)
 
     def find(self, lists: Sequence[Sequence[str]]) -> NgramMatches:
-        """Matches in texts, given as lists of words; by their places."""
+        """Finds the matches in texts, given as lists of words."""
         known = map(self._vocabulary.get, chain.from_iterable(lists), repeat(0))
         ends = np.cumsum([*map(len, lists)], dtype=np.int64)
         numbers = np.fromiter(known, np.int64)
         hashes = NgramHashes(self._values[numbers])
-        room = _known_words_ahead(numbers > 0, ends)
+        known_ahead = _known_words_ahead(numbers > 0, ends)
         found: list[tuple[Int64Array, Int64Array, Int64Array]] = []
         for length, table in self._tables.items():
-            starts = np.flatnonzero(room >= length)
+            starts = np.flatnonzero(known_ahead >= length)
             rows = find_sorted(table.hashes, hashes.at(starts, length))
             starts, rows = starts[rows >= 0], rows[rows >= 0]
             found.append((starts, np.full(len(starts), length), table.owners[rows]))
@@ -111,7 +98,7 @@ class EvaluationIndex:
         return NgramMatches(starts[order], lengths[order], owners[order])
 
     def _tabulate(self, hashes: NgramHashes, sizes: Int64Array, ngram: int, min_ngram: int) -> dict[int, _Table]:
-        """A table for each length of n-grams to look for."""
+        """Returns a table for each length of n-grams to search for."""
         firsts = np.cumsum(sizes) - sizes
         tables = {}
         for length in range(min_ngram, ngram + 1):
@@ -125,22 +112,36 @@ class EvaluationIndex:
         return tables
 
 
-@lru_cache(maxsize=2)
-def load_evaluation_index(options: DecontaminationConfig) -> EvaluationIndex:
-    """The index of the files in the options, made once per process. Raises DataError where they cannot be read."""
-    texts = [text for path in options.evaluation for text in _evaluation_texts(path, options.fields)]
-    return EvaluationIndex(texts, options.ngram, options.min_ngram)
+def split_words(lower: str) -> list[str]:
+    """Splits a text in lower case into words, which are runs of letters and digits."""
+    return word_pattern(lower).findall(lower)
 
 
-def _evaluation_texts(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, str]]:
-    for field in fields:
-        for document in read_documents(path, field):
-            yield f"{path}: {document.id}", document.text
+def word_pattern(lower: str) -> re.Pattern[str]:
+    """Returns the regular expression that matches each word of a text in lower case."""
+    return _ASCII_WORD if lower.isascii() else _WORD
+
+
+class NgramHashes:
+    """Rolling hashes of the word n-grams of a text, for any n; equal n-grams have equal hashes."""
+
+    def __init__(self, values: UInt64Array) -> None:
+        """`values` (uint64 [words]) holds the random number that stands for each word."""
+        powers = np.multiply.accumulate(np.full(len(values), _FACTOR, np.uint64))
+        self._inverse = np.multiply.accumulate(np.full(len(values), _INVERSE, np.uint64))
+        self._sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(values * powers)])
+
+    def at(self, starts: Int64Array, n: int | Int64Array) -> UInt64Array:
+        """Returns the hashes of the n-grams that start at these words; n may differ for each."""
+        return (self._sums[starts + n] - self._sums[starts]) * self._inverse[starts]
 
 
 def _known_words_ahead(known: BoolArray, ends: Int64Array) -> Int64Array:
-    """For each word how many there are from it on, up to an unknown one or the end of its text, which ascend."""
-    places = np.arange(len(known))
+    """Returns, for each word, the number of words from it on before an unknown word or the end of its text.
+
+    `known` marks the words of evaluation texts; `ends` (int64 [texts], ascending) are the ends of the texts.
+    """
+    positions = np.arange(len(known))
     unknown = np.append(np.flatnonzero(~known), len(known))
-    next_unknown = unknown[np.searchsorted(unknown, places)]
-    return np.minimum(next_unknown, ends[np.searchsorted(ends, places, side="right")]) - places
+    next_unknown = unknown[np.searchsorted(unknown, positions)]
+    return np.minimum(next_unknown, ends[np.searchsorted(ends, positions, side="right")]) - positions

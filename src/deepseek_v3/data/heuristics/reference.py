@@ -1,6 +1,6 @@
-"""The heuristic filters for one document at a time, written to be read: the definition of every rule.
+"""The definition of every heuristic rule, for one document at a time.
 
-`HeuristicFilter` computes the same figures for whole batches, and is tested against this.
+`HeuristicFilter` computes the same values for whole batches, and is tested against this module.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from deepseek_v3.data.heuristics.words import SENTENCE_ENDS, has_letter, is_punc
 
 
 class BrokenRule(NamedTuple):
-    """A rule that a document breaks: its code, the figure found, the threshold, the text that decided."""
+    """A rule that a document breaks: its code, the value found, the limit, and the text that decided."""
 
     code: str
     found: float
@@ -34,7 +34,7 @@ class BrokenRule(NamedTuple):
 
 
 def apply_rules(text: str, options: HeuristicsConfig) -> tuple[list[BrokenRule], str]:
-    """The rules that a document breaks, in the order in which they are asked, and its text without C4's lines."""
+    """Returns the rules that a document breaks, in the order in which they apply, and the text that C4 leaves."""
     broken: list[BrokenRule] = []
     if "gopher_repetition" in options.rules:
         broken += gopher_repetition(text, options)
@@ -53,24 +53,24 @@ def apply_rules(text: str, options: HeuristicsConfig) -> tuple[list[BrokenRule],
 
 
 def split_words(text: str) -> list[str]:
-    """All words of a text, in order."""
+    """Returns all words of a text, in order."""
     return [word for chunk in text.split() for word in split_chunk(chunk)]
 
 
 def at_most(code: str, found: float, limit: float | None, trigger: str | None = None) -> Iterator[BrokenRule]:
-    """The rule `code`, if it is on and the figure found is above its limit."""
+    """Yields the rule `code` if its limit is set and the value found is above it."""
     if limit is not None and found > limit:
         yield BrokenRule(code, found, limit, trigger)
 
 
 def at_least(code: str, found: float, limit: float | None) -> Iterator[BrokenRule]:
-    """The rule `code`, if it is on and the figure found is below its limit."""
+    """Yields the rule `code` if its limit is set and the value found is below it."""
     if limit is not None and found < limit:
         yield BrokenRule(code, found, limit)
 
 
 def seen_before(items: Sequence[str]) -> list[str]:
-    """Those items that stood before, in order."""
+    """Returns the items that also occur earlier, in order."""
     seen: set[str] = set()
     found = []
     for item in items:
@@ -81,7 +81,7 @@ def seen_before(items: Sequence[str]) -> list[str]:
 
 
 def gopher_repetition(text: str, options: HeuristicsConfig) -> Iterator[BrokenRule]:
-    """Repetition (Rae et al. 2021, table A1). Characters are shares of the whole text."""
+    """Repetition (Rae et al. 2021, table A1). Characters are counted as shares of the whole text."""
     size = max(len(text), 1)
     for name, items, share, characters in (
         (
@@ -109,24 +109,24 @@ def gopher_repetition(text: str, options: HeuristicsConfig) -> Iterator[BrokenRu
 
 
 def paragraphs(text: str) -> list[str]:
-    """What blank lines separate, without white space at the ends."""
+    """Returns the parts that blank lines separate, without surrounding white space."""
     return [part.strip() for part in text.split("\n\n") if part.strip()]
 
 
 def filled_lines(text: str) -> list[str]:
-    """The lines that are not blank."""
+    """Returns the lines that are not blank."""
     return [line for line in text.split("\n") if line.strip()]
 
 
 def top_ngram(words: Sequence[str], n: int) -> tuple[str, int]:
-    """The most frequent n-gram, words joined by spaces, and how often it stands there; of equals the first."""
+    """Returns the most frequent n-gram (the first of several), joined by spaces, and its number of occurrences."""
     counts = Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
     ngram, count = max(counts.items(), key=lambda item: item[1], default=((), 0))
     return " ".join(ngram), count
 
 
 def duplicate_ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
-    """From left to right and without overlap, the n-grams that also begin at an earlier word."""
+    """Returns the n-grams that also start at an earlier word, taken from left to right without overlap."""
     found: list[tuple[str, ...]] = []
     seen: set[tuple[str, ...]] = set()
     free = 0
@@ -140,7 +140,7 @@ def duplicate_ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
 
 
 def gopher_quality(text: str, options: HeuristicsConfig) -> Iterator[BrokenRule]:
-    """Quality (Rae et al. 2021, A.1). Word counts and lengths leave symbols out; lines include blank ones."""
+    """Quality (Rae et al. 2021, A.1). Word counts and lengths exclude symbols; lines include blank ones."""
     words = split_words(text)
     total = max(len(words), 1)
     proper = [word for word in words if not is_symbol(word)]
@@ -163,7 +163,7 @@ def gopher_quality(text: str, options: HeuristicsConfig) -> Iterator[BrokenRule]
 
 
 def c4(text: str, options: HeuristicsConfig) -> tuple[list[BrokenRule], list[str]]:
-    """Clean lines (Raffel et al. 2020, §2.2): what a document breaks, and the lines that are left of it."""
+    """Clean lines (Raffel et al. 2020, §2.2). Returns the rules that a document breaks, and its remaining lines."""
     kept: list[str] = []
     lorem: list[str] = []
     curly: list[str] = []
@@ -171,13 +171,13 @@ def c4(text: str, options: HeuristicsConfig) -> tuple[list[BrokenRule], list[str
         shown = re.sub(CITATION, "", line.strip()) if options.remove_citations else line.strip()
         if not _well_formed(line.split(), shown, options):
             continue
-        if options.drop_lorem_ipsum and _names(shown, LOREM_IPSUM):
+        if options.drop_lorem_ipsum and _contains(shown, LOREM_IPSUM):
             lorem.append(shown)
-        if options.remove_javascript_lines and _names(shown, JAVASCRIPT):
+        if options.remove_javascript_lines and _contains(shown, JAVASCRIPT):
             continue
-        if options.drop_curly_brackets and _names(shown, CURLY_BRACKET):
+        if options.drop_curly_brackets and _contains(shown, CURLY_BRACKET):
             curly.append(shown)
-        if options.remove_policy_lines and _names(shown, POLICIES):
+        if options.remove_policy_lines and _contains(shown, POLICIES):
             continue
         kept.append(shown)
     broken = [
@@ -190,7 +190,7 @@ def c4(text: str, options: HeuristicsConfig) -> tuple[list[BrokenRule], list[str
 
 
 def _well_formed(chunks: Sequence[str], shown: str, options: HeuristicsConfig) -> bool:
-    """Whether a line has neither too few words nor one too long, counted with citations, and ends as a sentence."""
+    """Whether a line ends like a sentence and, citations included, has enough words and no overlong one."""
     if options.max_word_length is not None and max(map(len, chunks), default=0) > options.max_word_length:
         return False
     if options.require_final_punctuation and (not shown.endswith(FINAL_MARKS) or shown.endswith("...")):
@@ -198,12 +198,12 @@ def _well_formed(chunks: Sequence[str], shown: str, options: HeuristicsConfig) -
     return options.min_words_per_line is None or len(chunks) >= options.min_words_per_line
 
 
-def _names(line: str, phrases: Sequence[str]) -> bool:
+def _contains(line: str, phrases: Sequence[str]) -> bool:
     return any(re.search(re.escape(phrase), line, re.IGNORECASE | re.ASCII) for phrase in phrases)
 
 
 def sentences(line: str) -> int:
-    """Sentences of a line: one begins with the first word after an end mark that is no punctuation itself."""
+    """Counts the sentences of a line; one starts at the first word after an end mark that is not punctuation."""
     count, ended = 1, False
     for word in split_words(line):
         if word in SENTENCE_ENDS:
@@ -214,7 +214,7 @@ def sentences(line: str) -> int:
 
 
 def fineweb(lines: Sequence[str], options: HeuristicsConfig) -> Iterator[BrokenRule]:
-    """Lines that look like prose (Penedo et al. 2024, §3.6)."""
+    """Lines that do not look like prose (Penedo et al. 2024, §3.6)."""
     filled = [line for line in lines if line.strip()]
     count = max(len(filled), 1)
     found = seen_before(filled)

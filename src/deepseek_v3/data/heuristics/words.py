@@ -1,16 +1,18 @@
-"""What the heuristic filters count as a word, as the end of a sentence, and as a symbol.
+"""Words, sentence ends and symbols, as the heuristic filters count them.
 
-A text is cut at white space into chunks. A chunk is one word when it is all letters; otherwise
+A text is split at white space into chunks. A chunk of letters is one word, or two if it is a contraction written
+without an apostrophe. Any other chunk is split as follows:
 
-1. marks at its ends are words of their own, a run of two or more dots is one word, and so are a final 's, a final
-   full stop unless it belongs to an abbreviation or an initial, and a unit after a digit (10km, 50%, 2GB);
-2. what is left is one word if it is an address (example.org/a-b) or an abbreviation (e.g.), two if it is a
-   contraction (do|n't, we|'ll, can|not);
-3. else it is cut at hyphens, slashes, colons and the like between letters, at a full stop between a small and a
-   capital letter, and at signs between numbers.
+1. Each mark at either end is a separate word. So is a run of two or more dots, a final 's, a unit after a digit
+   (10km, 50%, 2GB), and a final full stop that does not belong to an abbreviation or an initial.
+2. The rest is one word if it is an address (example.org/a-b) or an abbreviation (e.g.), and two words if it is a
+   contraction (do|n't, we|'ll, can|not).
+3. Any other rest is split at hyphens, slashes, colons and similar marks between letters, at a full stop between a
+   small and a capital letter, and at signs between numbers.
 
-This follows the English rules of spaCy's tokenizer, with which the published filters are commonly run, to about one
-chunk in a thousand; smileys, for one, are no words here. Chunks longer than `LONGEST` characters are not cut.
+The published filters are commonly run with spaCy's tokenizer. These rules agree with its English rules except for
+about one chunk in a thousand; smileys, for example, are not words here. Chunks longer than `MAX_CHUNK_CHARACTERS`
+are not split.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from collections.abc import Sequence
 
 MAX_CHUNK_CHARACTERS = 1000
 
-# The marks that end a sentence: the Unicode property Sentence_Terminal, of the basic plane.
+# The marks that end a sentence: characters of the basic plane with the Unicode property Sentence_Terminal.
 SENTENCE_ENDS = frozenset(
     "!.?\u0589\u061d\u061e\u061f\u06d4\u0700\u0701\u0702\u07f9\u0837\u0839\u083d\u083e\u0964\u0965\u104a\u104b\u1362"
     "\u1367\u1368\u166e\u1735\u1736\u17d4\u17d5\u1803\u1809\u1944\u1945\u1aa8\u1aa9\u1aaa\u1aab\u1b4e\u1b4f\u1b5a\u1b5b"
@@ -32,13 +34,13 @@ SENTENCE_ENDS = frozenset(
 
 
 def _of_category(*categories: str) -> str:
-    """Those beyond ASCII; the planes from U+20000 on have none of the categories asked for here."""
+    """Returns the characters beyond ASCII of these categories; no character from U+20000 on has one used here."""
     beyond_ascii = map(chr, range(0x80, 0x20000))
     return "".join(char for char in beyond_ascii if unicodedata.category(char) in categories)
 
 
 _CURRENCY = "$" + _of_category("Sc")
-# Marks of every script, without those of ASCII that often stand in names and numbers: - . / \ @ % ^ | ~ = + $
+# Marks of every script, without the ASCII marks that are common in names and numbers: - . / \ @ % ^ | ~ = + $
 _MARKS = ",:;!?()[]{}<>_#*&'\"`—–…¿¡·،؛؟٪۔।、。！，．：；？～" + _of_category("Ps", "Pe", "Pi", "Pf", "So")
 _CLOSING = frozenset(_MARKS)
 _OPENING = frozenset(_MARKS + _CURRENCY + "%=§")
@@ -72,7 +74,7 @@ _WHOLE = _ABBREVIATIONS | {"and/or", "w/o"}
 
 
 def _contractions() -> dict[str, tuple[str, str]]:
-    """Two words written as one, with their apostrophe or without: do|n't, do|nt, they|'re, they|re, can|not."""
+    """Maps two words written as one to the two, with or without an apostrophe: do|n't, do|nt, they|re, can|not."""
     endings = {
         "i": "'m 'll 'd 've",
         "you we they": "'ll 'd 've 're",
@@ -93,14 +95,14 @@ def _contractions() -> dict[str, tuple[str, str]]:
         for ending in all_endings.split()
     ]
     hours = [(str(hour), half) for hour in range(1, 13) for half in ("am", "pm")]
-    spelled = [
+    contractions = [
         (start, marked)
         for small, ending in pairs
         for start in (small, small.title())
         for marked in (ending, ending.replace("'", "’"), ending.replace("'", ""))
     ]
-    as_one = {"".join(pair): pair for pair in spelled + hours}
-    for other in ("ill", "its", "hell", "shell", "shed", "were", "well"):  # are words themselves
+    as_one = {"".join(pair): pair for pair in contractions + hours}
+    for other in ("ill", "its", "hell", "shell", "shed", "were", "well"):  # these are words themselves
         as_one.pop(other, None)
         as_one.pop(other.title(), None)
     return as_one
@@ -110,7 +112,7 @@ _CONTRACTIONS = _contractions()
 
 
 def split_chunk(chunk: str) -> tuple[str, ...]:
-    """The words of a chunk, a text without white space. Joined they give the chunk again."""
+    """Splits a chunk, a text without white space, into words. Joined, they give the chunk again."""
     if chunk.isalpha():
         return _CONTRACTIONS.get(chunk) or (chunk,)
     if len(chunk) > MAX_CHUNK_CHARACTERS:
@@ -129,7 +131,7 @@ def _without_opening(text: str) -> tuple[list[str], str]:
 
 
 def _unusual_opening(text: str) -> int:
-    """Characters at the beginning of `text` that are a word of their own: a plus before no digit, or dots."""
+    """Returns the length of a separate word at the start of `text`: a plus before no digit, or dots; else 0."""
     if text[:1] not in ("+", "."):
         return 0
     if text[0] == "+":
@@ -146,7 +148,7 @@ def _without_closing(text: str) -> tuple[str, list[str]]:
 
 
 def _unusual_closing(text: str) -> int:
-    """Characters at the end of `text` that are a word of their own: a full stop, dots, 's, or a unit."""
+    """Returns the length of a separate word at the end of `text`: a full stop, dots, 's, or a unit; else 0."""
     last = text[-1:]
     if last not in _UNUSUAL_ENDS:
         return 0
@@ -190,7 +192,7 @@ SYMBOL, LETTER, PUNCTUATION, SENTENCE_END = 1, 2, 4, 8
 
 
 def word_traits(word: str) -> int:
-    """All of this about a word: the sum of SYMBOL, LETTER, PUNCTUATION and SENTENCE_END, where they apply."""
+    """Returns the sum of those of SYMBOL, LETTER, PUNCTUATION and SENTENCE_END that apply to a word."""
     if word.isalpha():
         return LETTER
     if not is_symbol(word):

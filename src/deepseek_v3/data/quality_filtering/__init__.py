@@ -1,1 +1,1 @@
-"""Models of quality: fastText classifiers and n-gram language models, trained, stored and applied."""
+"""Quality filtering by fastText classifiers and n-gram language models: training, model files, and the stage."""

@@ -1,4 +1,4 @@
-"""The commands `dsv3 quality train` and `dsv3 quality score`: models for the quality stage."""
+"""The commands `dsv3 quality train` and `dsv3 quality score`, for the models of the quality filter."""
 
 from __future__ import annotations
 
@@ -34,8 +34,7 @@ quality_app = typer.Typer(
 
 _Files = list[str] | None
 _DEFAULT_HOLDOUT = 0.05
-# Percentiles of fewer documents than this say little.
-_FEW_DOCUMENTS = 20
+_FEW_DOCUMENTS = 20  # percentiles of fewer documents are unreliable
 _FIELD = typer.Option(help="Field of a record that holds the text.")
 
 
@@ -173,7 +172,7 @@ def _texts(files: Sequence[str], text_field: str) -> Iterator[str]:
 
 
 def _split(files: Sequence[str], holdout: float | None, text_field: str) -> tuple[list[str], list[str]]:
-    """Texts to train on, and those held out. Raises DataError where there are fewer than two words."""
+    """Splits the texts into those to train on and those held out. Raises DataError for fewer than two words."""
     source = ", ".join(map(redact, files))
     texts = [*_texts(files, text_field)]
     num_words = sum(map(_num_words, texts))

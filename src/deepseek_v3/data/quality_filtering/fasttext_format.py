@@ -1,4 +1,4 @@
-"""fastText's model files (.bin and .ftz), read and written as its C++ code of version 0.9.2 does."""
+"""The model files of fastText (.bin and .ftz), read and written like its C++ code of version 0.9.2."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ _CENTROIDS = 256
 
 @dataclass(frozen=True)
 class FastTextFile:
-    """What a supervised model's file holds.
+    """The contents of a supervised model's file.
 
-    `input` (float32 [rows, width]) has a row for each word, then one for each bucket of hashed n-grams, or for
-    those that pruning left: `kept` maps them to their rows behind the words, and is None where all are there.
-    `output` is float32 [labels, width], or without its last row the inner nodes of the tree if `loss` is `hs` and
-    not `softmax`. `word_ngrams` is the longest n-gram of words; those of characters have `min_characters` to
-    `max_characters` (0: none).
+    input            float32 [rows, width]: a row for each word, then one for each bucket of hashed n-grams
+    bucket_rows      in a pruned model, the buckets that are left and their rows, counted after the words; else None
+    output           float32 [labels, width]; with the loss `hs`, the inner nodes of the tree and an unused last row
+    loss             `softmax` or `hs` (hierarchical softmax)
+    word_ngrams      the most words of an n-gram
+    min_characters, max_characters    the lengths of character n-grams; 0 as the maximum means none
     """
 
     words: dict[bytes, int]
@@ -50,9 +51,9 @@ class FastTextFile:
 
     @classmethod
     def read(cls, path: Path) -> FastTextFile:
-        """Reads a model. A matrix that is not quantised stays on disk, mapped into memory, so processes share it.
+        """Reads a model. A matrix that is not quantised is mapped into memory, so that processes share it.
 
-        Raises DataError where the file cannot be read, is damaged, or holds another kind of model.
+        Raises DataError if the file cannot be read, is damaged, or holds another kind of model.
         """
         try:
             with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -66,7 +67,7 @@ class FastTextFile:
             ) from None
 
     def write(self, path: Path) -> None:
-        """Writes the model, unpruned and not quantised, for this project and for fastText itself."""
+        """Writes the model, neither pruned nor quantised; fastText can read it too."""
         with atomic_write(path) as partial, partial.open("wb") as file:
             width, losses = self.input.shape[1], {name: code for code, name in _LOSSES.items()}
             file.write(struct.pack("<2i", _MAGIC, _VERSION))
@@ -85,7 +86,7 @@ class FastTextFile:
 
 
 class _ModelReader:
-    """Reads a model's parts in the order in which they stand."""
+    """Reads the sections of a model file in order."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self._path, self._data = path, data
@@ -150,7 +151,7 @@ class _ModelReader:
         return np.memmap(self._path, "<f4", "r", start, (rows, width))
 
     def _quantised(self) -> Float32Array:
-        """A matrix by product quantisation (Jégou et al. 2011), decoded to float32 [rows, width]."""
+        """Reads a matrix in product quantisation (Jégou et al. 2011), and decodes it to float32 [rows, width]."""
         (with_norms,) = self._unpack(struct.Struct("<?"))
         rows, width = self._unpack(_SHAPE)
         (size,) = self._unpack(struct.Struct("<i"))
@@ -166,12 +167,12 @@ class _ModelReader:
     def _decoded(self, codes: UInt8Array) -> Float32Array:
         width, parts, part, _ = self._unpack(struct.Struct("<4i"))
         centroids = self._array("<f4", width * _CENTROIDS)
-        pieces = []
+        subvectors = []
         for number in range(parts):
             start, stop = number * part, min(number * part + part, width)
             table = centroids[start * _CENTROIDS : stop * _CENTROIDS].reshape(_CENTROIDS, stop - start)
-            pieces.append(table[codes[:, number]])
-        return np.concatenate(pieces, axis=1)
+            subvectors.append(table[codes[:, number]])
+        return np.concatenate(subvectors, axis=1)
 
     def _unpack(self, layout: struct.Struct) -> tuple[int, ...]:
         return layout.unpack(self._bytes(layout.size))
@@ -184,7 +185,7 @@ class _ModelReader:
         return self._data[start : self._at]
 
     def _advance(self, count: int) -> int:
-        """Steps over `count` bytes; returns where they start."""
+        """Advances by `count` bytes, and returns the position of the first."""
         start = self._at
         self._at += count
         if count < 0 or self._at > len(self._data):
@@ -193,7 +194,7 @@ class _ModelReader:
 
 
 def is_fasttext(path: Path) -> bool:
-    """Whether a file starts as fastText's models do. Raises DataError where it cannot be read."""
+    """Whether a file starts like a fastText model. Raises DataError if it cannot be read."""
     try:
         with path.open("rb") as file:
             return file.read(4) == struct.pack("<i", _MAGIC)

@@ -1,6 +1,6 @@
-"""Training a fastText classifier that tells good documents from bad ones (Joulin et al. 2016), in NumPy.
+"""Training of a fastText classifier of good and bad documents (Joulin et al. 2016), in NumPy.
 
-One thread and one seed: the same documents give the same model, byte for byte.
+Training runs in one thread from one seed, so the same documents give the same model, byte for byte.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ GOOD, BAD = "good", "bad"
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How to train.
+    """Hyperparameters of training.
 
-    `width` of the vectors, `word_ngrams` and `epochs` are those of Joulin et al. 2016, §3.1, and `rate`, the step
-    at the start, is the largest that they try. `buckets` of hashed n-grams are fewer than their 10 million, since
-    the model's file has 4 · width bytes for each. `seed` draws the vectors and the order of the documents.
+    The vector `width`, `word_ngrams` and `epochs` follow Joulin et al. 2016, §3.1; the initial `learning_rate` is
+    the largest that they try. There are fewer `buckets` of hashed n-grams than their 10 million, since each takes
+    4 · width bytes in the model's file. `seed` determines the initial vectors and the order of the documents.
     """
 
     width: int = 10
@@ -41,7 +41,7 @@ class TrainingOptions:
 
 @dataclass(frozen=True)
 class HeldOutMetrics:
-    """How a classifier does on documents that it has not seen, `good` being what it has to find."""
+    """Metrics of a classifier on held-out documents; `good` is the positive class."""
 
     documents: int
     precision: float
@@ -50,7 +50,7 @@ class HeldOutMetrics:
 
 
 def train_classifier(good: Iterable[str], bad: Iterable[str], options: TrainingOptions) -> FastTextFile:
-    """Trains on texts of both kinds. Raises DataError where one of them has none."""
+    """Trains a classifier on good and bad texts. Raises DataError if there are no texts of one kind."""
     vocabulary: defaultdict[bytes, int] = defaultdict(count().__next__)
     texts = [[_number_words(text, vocabulary) for text in kind] for kind in (good, bad)]
     for name, kind in zip((GOOD, BAD), texts, strict=True):
@@ -78,13 +78,16 @@ def train_classifier(good: Iterable[str], bad: Iterable[str], options: TrainingO
 
 
 def held_out_metrics(model: FastTextFile, path: Path, good: Sequence[str], bad: Sequence[str]) -> HeldOutMetrics:
-    """Precision and recall of `good` at a probability of 0.5, and the area under the ROC curve."""
+    """Computes precision and recall of `good` at a probability of 0.5, and the area under the ROC curve.
+
+    `path` names the model in errors.
+    """
     classifier = FastText(model, path)
     scores = classifier.probabilities([*good, *bad])[:, classifier.index(GOOD)]
     is_good = np.arange(len(scores)) < len(good)
     chosen = scores >= 0.5
     hits = int((chosen & is_good).sum())
-    # The share of pairs of a good and a bad document that are in order (Mann and Whitney 1947).
+    # The share of pairs of a good and a bad document in which the good one scores higher (Mann and Whitney 1947).
     rank_sum = rankdata(scores)[is_good].sum() - len(good) * (len(good) + 1) / 2
     return HeldOutMetrics(
         documents=len(scores),
@@ -101,7 +104,7 @@ def _number_words(text: str, vocabulary: defaultdict[bytes, int]) -> Int64Array:
 def _features(
     documents: Sequence[Int64Array], words: Sequence[bytes], options: TrainingOptions
 ) -> list[tuple[Int64Array, Float32Array]]:
-    """For each document the rows of its words and n-grams, and the share of each among all: [rows, 1]."""
+    """Returns, for each document, the rows of its words and n-grams, and the share of each in all: [rows, 1]."""
     hashes = word_hashes(words)
     features = []
     for tokens in documents:
@@ -117,7 +120,10 @@ def _features(
 def _train_by_sgd(
     features: Sequence[tuple[Int64Array, Float32Array]], targets: Int64Array, rows: int, options: TrainingOptions
 ) -> tuple[Float32Array, Float32Array]:
-    """Stochastic gradient descent, document by document, with a rate that falls to 0: both matrices."""
+    """Trains by stochastic gradient descent, one document per step, with a learning rate that falls linearly to 0.
+
+    Returns the input matrix, float32 [rows, width], and the output matrix, float32 [2, width].
+    """
     random = np.random.default_rng(options.seed)
     bound = 1 / options.width
     input_rows = random.uniform(-bound, bound, (rows, options.width)).astype(np.float32)

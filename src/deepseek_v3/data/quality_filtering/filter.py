@@ -1,4 +1,4 @@
-"""The stage that keeps documents that a model, or where none is named the published rules, call good."""
+"""The stage that filters documents by a quality model, or by the published rules if no model is given."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ from deepseek_v3.utils.errors import DataError
 class QualityFilter(Stage):
     """Drops documents of low quality.
 
-    Options: `QualityConfig`. A classifier adds the column `quality_score` (float32), a language model `perplexity`
-    (float32) and `bucket`. Reasons: `low_quality_score`, `perplexity_head`, `perplexity_middle`, `perplexity_tail`;
-    with no model those of `HeuristicFilter`. Raises DataError where a model, its label or its limits are missing.
+    Takes the options of `QualityConfig`. A classifier adds the column `quality_score` (float32), a language model
+    the columns `perplexity` (float32) and `bucket`. Reasons: `low_quality_score`, `perplexity_head`,
+    `perplexity_middle`, `perplexity_tail`; without a model, those of `HeuristicFilter`. Raises DataError if a
+    model, its label or its limits are missing.
     """
 
     name = "quality_filtering"
@@ -42,9 +43,9 @@ class QualityFilter(Stage):
                 )
 
     def apply(self, batch: pa.RecordBatch) -> Outcome:
-        """Judges a batch: first by the classifier, then by the language model."""
+        """Filters a batch: first by the classifier, then by the language model."""
         if self.options.classifier is None and self.options.language_model is None:
-            return self._by_rules(batch)
+            return self._apply_rules(batch)
         texts = batch.column("text").to_pylist()
         drops: dict[int, Drop] = {}
         observed: dict[str, Sequence[Any]] = {}
@@ -62,10 +63,10 @@ class QualityFilter(Stage):
             drops = self._high_perplexities(observed["perplexity"], buckets, texts) | drops
         return outcome(self.name, batch, [*drops.values()], observed)
 
-    def _by_rules(self, batch: pa.RecordBatch) -> Outcome:
-        judged = HeuristicFilter().apply(batch)
-        names = pa.array([self.name] * judged.dropped.num_rows, pa.string())
-        return replace(judged, dropped=with_column(judged.dropped, DROPPED.field("stage"), names))
+    def _apply_rules(self, batch: pa.RecordBatch) -> Outcome:
+        result = HeuristicFilter().apply(batch)
+        names = pa.array([self.name] * result.dropped.num_rows, pa.string())
+        return replace(result, dropped=with_column(result.dropped, DROPPED.field("stage"), names))
 
     def _low_scores(self, scores: Sequence[float], texts: Sequence[str]) -> dict[int, Drop]:
         limit = self.options.min_score

@@ -1,6 +1,6 @@
-"""N-gram language models with back-off (Katz 1987): sorted tables, and the scores of many sentences at once.
+"""N-gram language models with back-off (Katz 1987) as sorted arrays, and their files in the ARPA format.
 
-FOLDED: The ARPA format of n-gram models, as SRILM and KenLM read and write it.
+SRILM and KenLM read and write the same files.
 """
 
 from __future__ import annotations
@@ -19,16 +19,19 @@ from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.files import atomic_write
 
 UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"
+_UNKNOWN, _OLD_UNKNOWN = UNKNOWN.encode(), b"<UNK>"
+_MISSING_UNKNOWN = -100.0  # KenLM's log10 probability of unknown words if a model has none
+_COUNT = re.compile(rb"ngram (\d+)\s*=\s*(\d+)\s*")
 
 
 @dataclass(frozen=True)
 class NgramModel:
     """A model of order `len(log_probs)`.
 
-    An n-gram is known by its row among those of its length. The row of a word is its index in `words`, which hold
-    `UNKNOWN`, `BEGIN` and `END`. The n-grams of length k have ascending `keys[k - 2]` (int64): the row of their
-    first k - 1 words times len(words), plus the row of the last word. `log_probs[k - 1]` and `backoffs[k - 1]`, the
-    latter but for the longest, are logarithms to base 10 (float32).
+    Each n-gram is identified by its row among the n-grams of its length. The row of a word is its index in `words`,
+    which include `UNKNOWN`, `BEGIN` and `END`. The n-grams of length k > 1 have ascending keys, `keys[k - 2]`
+    (int64): the row of the first k - 1 words, times len(words), plus the row of the last word. `log_probs[k - 1]`
+    and `backoffs[k - 1]` (float32) are logarithms to base 10; the longest n-grams have no back-offs.
     """
 
     words: list[str]
@@ -42,19 +45,19 @@ class NgramModel:
         return {word: row for row, word in enumerate(self.words)}
 
     def find(self, length: int, contexts: Int64Array, words: Int64Array) -> Int64Array:
-        """Rows of n-grams of a length from 2 on, given their contexts' rows and last words; -1 where there is none.
+        """Returns the rows of n-grams of a length from 2 on, or -1 for n-grams that the model does not have.
 
-        A context of -1 stands for none.
+        `contexts` are the rows of all but the last word (-1 for none), `words` the rows of the last words.
         """
         found = np.full(len(words), -1, np.int64)
-        asked = np.flatnonzero(contexts >= 0)
-        found[asked] = find_sorted(self.keys[length - 2], contexts[asked] * len(self.words) + words[asked])
+        known = np.flatnonzero(contexts >= 0)
+        found[known] = find_sorted(self.keys[length - 2], contexts[known] * len(self.words) + words[known])
         return found
 
     def score(self, words: Int64Array) -> Float64Array:
-        """The log10 probability of each word of sentences that stand one behind the other; 0 for each `BEGIN`.
+        """Returns the log10 probability of each word of concatenated sentences; 0 for each `BEGIN`.
 
-        `words` are rows (int64 [n]); every sentence starts with that of `BEGIN`.
+        `words` are rows (int64 [n]); every sentence starts with the row of `BEGIN`.
         """
         begins = words == self.rows_of_words[BEGIN]
         scores = self.log_probs[0][words].astype(np.float64)
@@ -70,19 +73,17 @@ class NgramModel:
 
 
 def previous_rows(rows: Int64Array, begins: BoolArray) -> Int64Array:
-    """For each word the row that belongs to the word before it; -1 where a sentence begins, as with the first."""
+    """Returns the row of the previous word of each word; -1 for the first word of a sentence."""
     shifted = np.roll(rows, 1)
     shifted[begins] = -1
     return shifted
 
 
-_COUNT = re.compile(rb"ngram (\d+)\s*=\s*(\d+)\s*")
-_UNKNOWN, _OLD_UNKNOWN = UNKNOWN.encode(), b"<UNK>"
-_MISSING_UNKNOWN = -100.0  # what KenLM takes for the probability of unknown words where a model has none
-
-
 def read_arpa(path: Path) -> NgramModel:
-    """Reads a model. Raises DataError, naming the line, where the file cannot be read or is no such model."""
+    """Reads a model from an ARPA file.
+
+    Raises DataError if the file cannot be read, or, naming the line, if it is not in this format.
+    """
     try:
         with path.open("rb") as file:
             return _ArpaReader(path, file).model()
@@ -91,7 +92,7 @@ def read_arpa(path: Path) -> NgramModel:
 
 
 def write_arpa(model: NgramModel, path: Path) -> None:
-    """Writes a model."""
+    """Writes a model to an ARPA file."""
     with atomic_write(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
         file.write("\\data\\\n")
         file.writelines(f"ngram {k}={len(rows)}\n" for k, rows in enumerate(model.log_probs, start=1))
@@ -115,13 +116,13 @@ def write_arpa(model: NgramModel, path: Path) -> None:
 
 
 class _ArpaReader:
-    """Reads a model line by line."""
+    """Reads an ARPA file line by line."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self._path, self._file = path, file
         self._line = 0
         self._model = NgramModel([], [], [], [])
-        self._rows: dict[bytes, int] = {}  # of the words
+        self._rows: dict[bytes, int] = {}  # row of each word
 
     def model(self) -> NgramModel:
         counts = self._counts()
@@ -151,7 +152,7 @@ class _ArpaReader:
             fields = line.split()
             try:
                 log_probs.append(float(fields[0]))
-                words.append(fields[length])  # there are so many
+                words.append(fields[length])  # raises IndexError if there are fewer words
                 backoffs.append(float(fields[length + 1]) if len(fields) > length + 1 else 0.0)
             except (ValueError, IndexError):
                 raise self._error(f"expected a log10 probability and {length} words, found {line!r}") from None
@@ -168,20 +169,20 @@ class _ArpaReader:
             self._model.backoffs.append(np.array(backoffs, np.float32)[order])
 
     def _add_words(self, words: list[bytes]) -> Int64Array:
-        """Takes over the words; they stay in their order."""
+        """Adds the words to the model, and returns their order, which is unchanged."""
         self._rows = {word: row for row, word in enumerate(words)}
         if not {BEGIN.encode(), END.encode()} <= self._rows.keys() or len(self._rows) < len(words):
-            raise self._error(f"a word stands twice, or there is no {BEGIN} or {END}")
+            raise self._error(f"a word is listed twice, or there is no {BEGIN} or {END}")
         names = [UNKNOWN if word == _OLD_UNKNOWN else word.decode("utf-8", "replace") for word in words]
         self._model.words.extend(names)
         return np.arange(len(words))
 
     def _add_keys(self, length: int, words: list[bytes]) -> Int64Array:
-        """Takes over the keys of n-grams; returns the order in which they ascend."""
+        """Adds the keys of n-grams to the model in ascending order, and returns that order."""
         rows = np.array([self._rows.get(word, -1) for word in words], np.int64).reshape(-1, length)
         contexts = rows[:, 0]
-        for place in range(1, length - 1):
-            contexts = self._model.find(place + 1, contexts, rows[:, place])
+        for position in range(1, length - 1):
+            contexts = self._model.find(position + 1, contexts, rows[:, position])
         missing = np.flatnonzero((contexts < 0) | (rows[:, -1] < 0))
         if len(missing):
             self._line += int(missing[0]) + 1 - len(rows)
@@ -192,7 +193,7 @@ class _ArpaReader:
         return order
 
     def _next(self) -> bytes:
-        """The next line; an empty one only at the end of a block, b'' at the end of the file."""
+        """Returns the next line, or b'' at the end of the file."""
         self._line += 1
         return self._file.readline()
 

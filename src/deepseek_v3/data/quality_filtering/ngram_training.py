@@ -1,6 +1,6 @@
-"""Training n-gram models with interpolated modified Kneser-Ney smoothing (Chen & Goodman 1998).
+"""Training of n-gram models with interpolated modified Kneser-Ney smoothing (Chen & Goodman 1998).
 
-FOLDED: Training a small language model of good documents, and the perplexities that divide a corpus by it.
+A model of good documents comes with limits: the perplexities that divide a corpus into head, middle and tail.
 """
 
 from __future__ import annotations
@@ -22,12 +22,70 @@ from deepseek_v3.data.quality_filtering.perplexity_score import NEW_LINE, Langua
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.files import atomic_write
 
-_FALLBACK = (0.0, 0.5, 1.0, 1.5)  # KenLM's discounts where a small text has no n-grams of some count
+PERCENTILES = (30, 60)  # of the perplexities of reference documents; see `PerplexityLimits`
+_FALLBACK_DISCOUNTS = (0.0, 0.5, 1.0, 1.5)  # KenLM's, for small texts that lack n-grams of some count
 _NEVER = -99.0  # the log10 probability of BEGIN, which is never predicted
 
 
+class PerplexityLimits(Section):
+    """The perplexities that divide documents into head, middle and tail, in a JSON file beside the model.
+
+    They are the 30th and 60th percentile of `documents` reference documents, as in CCNet's code; the paper (Wenzek
+    et al. 2020) says thirds. A document below `head` belongs to the head, any other below `middle` to the middle.
+    """
+
+    format_version: Literal[1] = 1
+    head: Annotated[float, Field(gt=0)]
+    middle: Annotated[float, Field(gt=0)]
+    documents: Annotated[int, Field(ge=1)]
+
+    @classmethod
+    def of(cls, model: LanguageModel, reference: Sequence[str]) -> PerplexityLimits:
+        """Computes the limits from reference documents. Raises DataError if none of them has a word."""
+        perplexities = model.perplexities(reference)
+        perplexities = perplexities[np.isfinite(perplexities)]
+        if not len(perplexities):
+            raise DataError("reference documents: found none with words; give more text, or --reference FILES")
+        head, middle = np.percentile(perplexities, PERCENTILES).tolist()
+        return cls(head=head, middle=middle, documents=len(perplexities))
+
+    @classmethod
+    def read(cls, model: Path) -> PerplexityLimits | None:
+        """Reads the limits beside a model; None if there are none. Raises DataError if the file is damaged."""
+        path = _limits_path(model)
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+        except ValidationError as error:
+            raise DataError(f"{describe_errors(error, cls, {(): str(path)})}; train the model anew") from None
+
+    def write(self, model: Path) -> None:
+        """Writes the limits beside a model."""
+        with atomic_write(_limits_path(model)) as partial:
+            partial.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def train_language_model(texts: Iterable[str], order: int) -> NgramModel:
+    """Trains a model of the lines of texts. Raises DataError if they have no words."""
+    marks = {UNKNOWN: 0, BEGIN: 1, END: 2, NEW_LINE: -1}
+    rows = defaultdict(count(3).__next__, marks)
+    numbered = [np.fromiter(map(rows.__getitem__, tokenize(text)), np.int64) for text in texts]
+    words = build_sentences(chain.from_iterable(numbered), [*map(len, numbered)], rows[BEGIN], rows[END]).words
+    if not len(words):
+        raise DataError("documents to train a language model on: found no words; give files with text")
+    del rows[NEW_LINE]
+    return train_kneser_ney(words, [*rows], order)
+
+
 class _Ngrams(NamedTuple):
-    """All n-grams of a length: for each its key, raw count, the rows of all but its last and but its first word."""
+    """All n-grams of one length.
+
+    For each: its key, its raw count, the row of all but its last word (`contexts`), the row of all but its first
+    word (`suffixes`), and whether it starts with `BEGIN`.
+    """
 
     keys: Int64Array
     counts: Int64Array
@@ -37,16 +95,16 @@ class _Ngrams(NamedTuple):
 
 
 def train_kneser_ney(sentences: Int64Array, words: list[str], order: int) -> NgramModel:
-    """A model of `order` from sentences that stand one behind the other.
+    """Trains a model of `order` from concatenated sentences.
 
-    `sentences` are indices into `words` (int64 [n]); every sentence starts with that of `BEGIN`, and ends with END.
+    `sentences` (int64 [n]) are indices into `words`; every sentence starts with `BEGIN` and ends with `END`.
     """
-    lengths = _counted(sentences, words, order)
+    lengths = _count_ngrams(sentences, words, order)
     predicted = np.array([word != BEGIN for word in words])
     keys, log_probs, backoffs = [], [], []
-    probs = np.where(predicted, 1 / predicted.sum(), 0.0)  # of order 0: all words alike
+    probs = np.where(predicted, 1 / predicted.sum(), 0.0)  # order 0: the uniform distribution
     for k, ngrams in enumerate(lengths, start=1):
-        adjusted = _adjusted(ngrams, lengths[k] if k < order else None)
+        adjusted = _adjusted_counts(ngrams, lengths[k] if k < order else None)
         if k == 1:
             adjusted[~predicted] = 0
         taken = _discounts(adjusted)[np.minimum(adjusted, 3)]
@@ -64,8 +122,8 @@ def train_kneser_ney(sentences: Int64Array, words: list[str], order: int) -> Ngr
     return NgramModel(words, keys, log_probs, backoffs)
 
 
-def _counted(sentences: Int64Array, words: list[str], order: int) -> list[_Ngrams]:
-    """The n-grams of length 1 to `order`."""
+def _count_ngrams(sentences: Int64Array, words: list[str], order: int) -> list[_Ngrams]:
+    """Counts the n-grams of lengths 1 to `order`."""
     begin = words.index(BEGIN)
     begins = sentences == begin
     every = np.arange(len(words))
@@ -88,8 +146,11 @@ def _counted(sentences: Int64Array, words: list[str], order: int) -> list[_Ngram
     return lengths
 
 
-def _adjusted(ngrams: _Ngrams, longer: _Ngrams | None) -> Int64Array:
-    """How many words stand before each n-gram, or its count, if it is one of the longest or begins a sentence."""
+def _adjusted_counts(ngrams: _Ngrams, longer: _Ngrams | None) -> Int64Array:
+    """Returns the number of different words that precede each n-gram.
+
+    The longest n-grams and those that start a sentence keep their raw count.
+    """
     if longer is None:
         return ngrams.counts.copy()
     different = np.bincount(longer.suffixes, minlength=len(ngrams.counts))
@@ -97,70 +158,14 @@ def _adjusted(ngrams: _Ngrams, longer: _Ngrams | None) -> Int64Array:
 
 
 def _discounts(counts: Int64Array) -> Float64Array:
-    """What to take from counts of 0, 1, 2, and 3 or more."""
+    """Returns the discounts of counts of 0, 1, 2, and 3 or more."""
     have = np.bincount(counts, minlength=5)[:5].astype(np.float64)
     if not have[1:].all():
-        return np.array(_FALLBACK)
+        return np.array(_FALLBACK_DISCOUNTS)
     share = have[1] / (have[1] + 2 * have[2])
     taken = np.array([0.0, *(k - (k + 1) * share * have[k + 1] / have[k] for k in (1, 2, 3))])
-    return taken if (taken[1:] > 0).all() else np.array(_FALLBACK)
+    return taken if (taken[1:] > 0).all() else np.array(_FALLBACK_DISCOUNTS)
 
 
-PERCENTILES = (30, 60)
-
-
-class PerplexityLimits(Section):
-    """The perplexities that divide documents into head, middle and tail: the file beside a model.
-
-    They are the percentiles 30 and 60 of `documents` reference documents, as in CCNet's code; the paper (Wenzek et
-    al. 2020) speaks of thirds. Below `head` a document belongs to the head, else below `middle` to the middle.
-    """
-
-    format_version: Literal[1] = 1
-    head: Annotated[float, Field(gt=0)]
-    middle: Annotated[float, Field(gt=0)]
-    documents: Annotated[int, Field(ge=1)]
-
-    @classmethod
-    def of(cls, model: LanguageModel, reference: Sequence[str]) -> PerplexityLimits:
-        """The limits by reference documents. Raises DataError where none of them has a word."""
-        perplexities = model.perplexities(reference)
-        perplexities = perplexities[np.isfinite(perplexities)]
-        if not len(perplexities):
-            raise DataError("reference documents: found none with words; give more text, or --reference FILES")
-        head, middle = np.percentile(perplexities, PERCENTILES).tolist()
-        return cls(head=head, middle=middle, documents=len(perplexities))
-
-    @classmethod
-    def read(cls, model: Path) -> PerplexityLimits | None:
-        """The limits beside a model's file; None where there are none. Raises DataError where they are damaged."""
-        path = _path(model)
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-        except ValidationError as error:
-            raise DataError(f"{describe_errors(error, cls, {(): str(path)})}; train the model anew") from None
-
-    def write(self, model: Path) -> None:
-        """Writes them beside a model's file."""
-        with atomic_write(_path(model)) as partial:
-            partial.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-
-
-def train_language_model(texts: Iterable[str], order: int) -> NgramModel:
-    """A model of the lines of texts. Raises DataError where they have no words."""
-    marks = {UNKNOWN: 0, BEGIN: 1, END: 2, NEW_LINE: -1}
-    rows = defaultdict(count(3).__next__, marks)
-    numbered = [np.fromiter(map(rows.__getitem__, tokenize(text)), np.int64) for text in texts]
-    words = build_sentences(chain.from_iterable(numbered), [*map(len, numbered)], rows[BEGIN], rows[END]).words
-    if not len(words):
-        raise DataError("documents to train a language model on: found no words; give files with text")
-    del rows[NEW_LINE]
-    return train_kneser_ney(words, [*rows], order)
-
-
-def _path(model: Path) -> Path:
+def _limits_path(model: Path) -> Path:
     return model.with_name(f"{model.name}.limits.json")
