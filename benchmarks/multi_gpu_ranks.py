@@ -25,7 +25,8 @@ from deepseek_v3.moe.deepep import BufferShape
 from deepseek_v3.moe.dispatch import Dispatcher
 from deepseek_v3.moe.layer import MixtureOfExperts
 from deepseek_v3.moe.select_dispatcher import select_dispatcher
-from deepseek_v3.ops.grouped_gemm import fastest_grouped_linear
+from deepseek_v3.ops.backends import Target
+from deepseek_v3.ops.grouped_gemm import GROUPED_GEMM
 from deepseek_v3.utils.distributed.launch import World, process_group, select_device
 from deepseek_v3.utils.errors import ConfigError
 from deepseek_v3.utils.logging import configure_logging
@@ -176,7 +177,7 @@ def _dispatcher(config: ModelConfig, kind: Any, precision: Any) -> Dispatcher:
     shape = BufferShape(TOKENS, config.hidden_size, config.num_experts_per_tok, torch.bfloat16, in_groups)
     group = dist.group.WORLD
     assert group is not None
-    return select_dispatcher(kind, config.n_routed_experts, group, shape, precision=precision)
+    return select_dispatcher(kind, config.n_routed_experts, group, shape, torch.device("cuda"), precision=precision)
 
 
 def _layer(config: ModelConfig, dispatcher: Dispatcher, device: torch.device) -> MixtureOfExperts:
@@ -189,7 +190,7 @@ def _layer(config: ModelConfig, dispatcher: Dispatcher, device: torch.device) ->
         torch.nn.init.normal_(parameter, std=0.02)
     layer.gate.e_score_correction_bias.zero_()
     widths = config.hidden_size, config.moe_intermediate_size
-    layer.experts.grouped_linear = fastest_grouped_linear(device, torch.bfloat16, *widths)
+    layer.experts.grouped_linear = GROUPED_GEMM.select(Target(device, torch.bfloat16, widths)).run
     layer.dispatcher = dispatcher
     return layer
 

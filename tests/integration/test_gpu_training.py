@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from deepseek_v3.config.loading import load_config
-from deepseek_v3.model.backends import choose_backends
+from deepseek_v3.model.backends import select_backends
 from deepseek_v3.model.block import DecoderLayer
 from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.ops.attention import cudnn_attention, reference_attention
@@ -93,7 +93,7 @@ def test_bfloat16_losses_and_gradients_stay_near_float32() -> None:
 
     exact_loss, exact = gradients()
     model.compute_dtype = torch.bfloat16
-    choose_backends(model, CUDA)
+    select_backends(model, CUDA)
     loss, found = gradients()
     assert loss == pytest.approx(exact_loss, rel=1e-3)
     assert all(gradient.dtype == torch.float32 for gradient in found.values())

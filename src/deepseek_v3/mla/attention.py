@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.mla.kv_compression import LatentCache
 from deepseek_v3.mla.rotary import softmax_scale
-from deepseek_v3.ops.attention import Attention, sdpa_attention
+from deepseek_v3.ops.attention import ATTENTION, Attention, sdpa_attention
+from deepseek_v3.ops.backends import Select
 from deepseek_v3.ops.layers import Linear, RMSNorm
-from deepseek_v3.ops.mla_decode import mla_decode
-from deepseek_v3.ops.rotary import rotate
+from deepseek_v3.ops.mla_decode import MLA_DECODE, MlaDecode, mla_decode
+from deepseek_v3.ops.rotary import ROTARY, Rotate, rotate
 
 # The released modules normalise both latents with this constant, whatever the config's rms_norm_eps.
 _LATENT_NORM_EPS = 1e-6
@@ -49,6 +50,8 @@ class MultiHeadLatentAttention(nn.Module):
         self.layer = layer
         self.scale = softmax_scale(config)
         self.attend: Attention = sdpa_attention
+        self.decode: MlaDecode = mla_decode
+        self.rotate: Rotate = rotate
         width, heads, rank = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
         queries = heads * config.qk_head_dim
         if config.q_lora_rank is None:
@@ -61,6 +64,12 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_a_layernorm = RMSNorm(rank, _LATENT_NORM_EPS)
         self.kv_b_proj = Linear(rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
         self.o_proj = Linear(heads * config.v_head_dim, width)
+
+    def select_backends(self, select: Select) -> None:
+        config = self.config
+        self.attend = select(ATTENTION, config.qk_head_dim, config.v_head_dim)
+        self.decode = select(MLA_DECODE, config.kv_lora_rank, config.qk_rope_head_dim)
+        self.rotate = select(ROTARY, config.qk_rope_head_dim)
 
     def forward(self, x_BSD: Tensor, metadata: AttentionMetadata, cache: LatentCache | None = None) -> Tensor:
         """(B, S, D) to (B, S, D); with a cache also stores the new tokens' rows and sees the cached ones."""
@@ -83,14 +92,14 @@ class MultiHeadLatentAttention(nn.Module):
             q_BSX = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BSD)))
         q_BSHK = q_BSX.unflatten(-1, (self.config.num_attention_heads, self.config.qk_head_dim))
         q_nope_BSHN, q_rope_BSHR = q_BSHK.split((self.config.qk_nope_head_dim, self.config.qk_rope_head_dim), -1)
-        return q_nope_BSHN, rotate(q_rope_BSHR, metadata.cos_BSP, metadata.sin_BSP)
+        return q_nope_BSHN, self.rotate(q_rope_BSHR, metadata.cos_BSP, metadata.sin_BSP)
 
     def _compress(self, x_BSD: Tensor, metadata: AttentionMetadata) -> tuple[Tensor, Tensor]:
         """Eq. 1 and 3: the latent, normalised, and the rotated key that all heads share."""
         latent_BSC, k_rope_BSR = self.kv_a_proj_with_mqa(x_BSD).split(
             (self.config.kv_lora_rank, self.config.qk_rope_head_dim), -1
         )
-        k_rope_BSR = rotate(k_rope_BSR.unsqueeze(2), metadata.cos_BSP, metadata.sin_BSP).squeeze(2)
+        k_rope_BSR = self.rotate(k_rope_BSR.unsqueeze(2), metadata.cos_BSP, metadata.sin_BSP).squeeze(2)
         return self.kv_a_layernorm(latent_BSC), k_rope_BSR
 
     def _attend_expanded(
@@ -119,5 +128,5 @@ class MultiHeadLatentAttention(nn.Module):
         w_uk_HNC, w_uv_HVC = w_HXC.split((config.qk_nope_head_dim, config.v_head_dim), 1)
         q_latent_BSHC = torch.einsum("bshn,hnc->bshc", q_nope_BSHN, w_uk_HNC)
         q_BSHL = torch.cat((q_latent_BSHC, q_rope_BSHR), dim=-1)
-        out_BSHC = mla_decode(q_BSHL, rows_BTL, positions_BS, config.kv_lora_rank, self.scale)
+        out_BSHC = self.decode(q_BSHL, rows_BTL, positions_BS, config.kv_lora_rank, self.scale)
         return torch.einsum("bshc,hvc->bshv", out_BSHC, w_uv_HVC)

@@ -1,34 +1,42 @@
-"""Which implementation of each operation a model runs, chosen once for all its layers.
-
-FOLDED: The number format of the computation; weights stay float32 and follow the activations' type.
-"""
+"""What a model computes with: the back end of every operation and the number format, chosen once for all layers."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 
-from deepseek_v3.mla.attention import MultiHeadLatentAttention
 from deepseek_v3.model.transformer import DeepSeekV3
-from deepseek_v3.moe.experts import RoutedExperts
-from deepseek_v3.ops.attention import fastest_attention
-from deepseek_v3.ops.grouped_gemm import fastest_grouped_linear
+from deepseek_v3.ops.backends import Op, Operation, Select, Target
 from deepseek_v3.utils.errors import ConfigError
 
 
-def choose_backends(model: DeepSeekV3, device: torch.device) -> str:
-    """Sets the fastest that suits the device and the model's `compute_dtype`; returns their names for a log."""
+@runtime_checkable
+class _HasBackends(Protocol):
+    """A module that runs operations."""
+
+    def select_backends(self, select: Select) -> None:
+        """Takes the back end of each operation from `select`, for the widths of this module."""
+
+
+def select_backends(model: DeepSeekV3, device: torch.device) -> str:
+    """Gives every module the fastest back ends that can run on `device` in the model's `compute_dtype`.
+
+    Returns a text for a log: the selected back ends, and why faster ones cannot run.
+    """
     dtype = model.compute_dtype or torch.float32
-    config = model.config
-    attention = fastest_attention(device, dtype, config.qk_head_dim, config.v_head_dim)
-    grouped_linear = fastest_grouped_linear(device, dtype, config.hidden_size, config.moe_intermediate_size)
+    selected: dict[str, None] = {}  # a set that keeps its order
+
+    def select(operation: Operation[Op], *widths: int) -> Op:
+        selection = operation.select(Target(device, dtype, widths))
+        if len(operation.backends) > 1:
+            selected[str(selection)] = None
+        return selection.run
+
     for module in model.modules():
-        if isinstance(module, MultiHeadLatentAttention):
-            module.attend = attention
-        elif isinstance(module, RoutedExperts):
-            module.grouped_linear = grouped_linear
-    return ", ".join(f"{op.__module__.split('.ops.')[1]}.{op.__name__}" for op in (attention, grouped_linear))
+        if isinstance(module, _HasBackends):
+            module.select_backends(select)
+    return ", ".join(selected)
 
 
 def compute_dtype(precision: Literal["auto", "bfloat16", "float32"], device: torch.device) -> torch.dtype:

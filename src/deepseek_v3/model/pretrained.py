@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deepseek_v3.config.loading import config_from_dict
 from deepseek_v3.config.train_config import RunConfig
-from deepseek_v3.model.backends import choose_backends, compute_dtype
+from deepseek_v3.model.backends import compute_dtype, select_backends
 from deepseek_v3.model.saved_entries import ModelEntries, check_entries
 from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.utils.checkpointing.checks import (
@@ -133,6 +133,6 @@ def _load_model(path: Path, device: torch.device) -> LoadedModel:
     )
     model.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()}, assign=True)
     model.compute_dtype = compute_dtype(config.parallel.precision, device)
-    choose_backends(model, device)
+    select_backends(model, device)
     model = model.to(device).eval().requires_grad_(False)
     return LoadedModel(model, config, plain["tokenizer"], plain["step"], plain["tokens"])

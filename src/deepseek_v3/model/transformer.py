@@ -20,6 +20,8 @@ from deepseek_v3.model.block import DecoderLayer, call_directly
 from deepseek_v3.model.init import initialize
 from deepseek_v3.model.mtp import MTPLayer
 from deepseek_v3.moe.balance import RoutingStats
+from deepseek_v3.ops.backends import Select
+from deepseek_v3.ops.cross_entropy import CROSS_ENTROPY, LinearCrossEntropy, linear_cross_entropy
 from deepseek_v3.ops.layers import Linear, RMSNorm
 
 
@@ -61,11 +63,15 @@ class DeepSeekV3(nn.Module):
         self.config = config
         self.compute_dtype: torch.dtype | None = None
         self.run_layer: Callable[..., Any] = call_directly
+        self.linear_cross_entropy: LinearCrossEntropy = linear_cross_entropy
         self.model = Backbone(config)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if not self.head_weight_VD.is_meta:
             initialize(self, config.initializer_range, seed=int(torch.randint(2**62, ())))
+
+    def select_backends(self, select: Select) -> None:
+        self.linear_cross_entropy = select(CROSS_ENTROPY, self.config.hidden_size)
 
     @property
     def head_weight_VD(self) -> Tensor:

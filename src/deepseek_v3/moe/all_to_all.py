@@ -18,14 +18,21 @@ from torch import Tensor
 from deepseek_v3.moe.exchange import ExchangeStep, ReturnHandle, RoutingPlan, fields_of, pack, unpack
 from deepseek_v3.moe.expert_parallel import ExpertParallelDispatcher
 from deepseek_v3.ops.fp8 import dequantize_1x128, quantize_1x128
+from deepseek_v3.ops.moe_permute import MoePermute, reference
 
 
 @final
 class AllToAllDispatcher(ExpertParallelDispatcher):
     """Reaches experts through `steps`. With `fp8`, dispatched rows are sent as e4m3; all else keeps its type."""
 
-    def __init__(self, num_experts: int, steps: Sequence[ExchangeStep], fp8: bool = False) -> None:
-        super().__init__(num_experts // steps[0].group.size())
+    def __init__(
+        self,
+        num_experts: int,
+        steps: Sequence[ExchangeStep],
+        fp8: bool = False,
+        permute: MoePermute = reference,
+    ) -> None:
+        super().__init__(num_experts // steps[0].group.size(), permute)
         self.num_experts, self.steps, self.fp8 = num_experts, steps, fp8
 
     def _dispatch_exchange(self, experts_TK: Tensor) -> _DispatchExchange:
@@ -37,7 +44,7 @@ class _DispatchExchange:
 
     def __init__(self, dispatcher: AllToAllDispatcher, experts_TK: Tensor) -> None:
         self._dispatcher = dispatcher
-        self._plans = [dispatcher.steps[0].plan(experts_TK, dispatcher.num_experts)]
+        self._plans = [dispatcher.steps[0].plan(experts_TK, dispatcher.num_experts, dispatcher.permute)]
 
     def start(self, *tensors: Tensor) -> None:
         x_TD, gates_TK, experts_TK = tensors
@@ -50,7 +57,7 @@ class _DispatchExchange:
         packed = self._all_to_all.wait()
         for step in self._dispatcher.steps[1:]:
             experts_RK = unpack(packed, self._fields)[-1]
-            self._plans.append(step.plan(experts_RK, self._dispatcher.num_experts))
+            self._plans.append(step.plan(experts_RK, self._dispatcher.num_experts, self._dispatcher.permute))
             packed = self._plans[-1].send(packed).wait()
         *rows, gates_RK, experts_RK = unpack(packed, self._fields)
         x_RD = dequantize_1x128(rows[0], rows[1], self._dtype) if self._dispatcher.fp8 else rows[0]

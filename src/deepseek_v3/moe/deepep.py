@@ -21,6 +21,7 @@ from torch import Tensor
 
 from deepseek_v3.moe.expert_parallel import ExpertParallelDispatcher
 from deepseek_v3.ops.fp8 import dequantize_1x128, quantize_1x128
+from deepseek_v3.ops.moe_permute import MoePermute, reference
 
 # A bfloat16 tensor, or an e4m3 tensor and its scales.
 Rows = Tensor | tuple[Tensor, Tensor]
@@ -172,8 +173,10 @@ class ElasticBuffer:
 class DeepEPDispatcher(ExpertParallelDispatcher):
     """Reaches experts through a buffer of DeepEP. With `fp8`, dispatched rows are sent as e4m3."""
 
-    def __init__(self, num_local_experts: int, buffer: Buffer, fp8: bool = False) -> None:
-        super().__init__(num_local_experts)
+    def __init__(
+        self, num_local_experts: int, buffer: Buffer, fp8: bool = False, permute: MoePermute = reference
+    ) -> None:
+        super().__init__(num_local_experts, permute)
         self._buffer, self._fp8 = buffer, fp8
 
     def _dispatch_exchange(self, experts_TK: Tensor) -> _DispatchExchange:  # noqa: ARG002 -- DeepEP plans as it sends

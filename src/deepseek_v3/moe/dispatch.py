@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from deepseek_v3.ops.moe_permute import permute, sort_by_expert, unpermute
+from deepseek_v3.ops.moe_permute import RowCopies, gather_rows, sort_by_expert, sum_rows
 
 
 class DispatchedTokens(NamedTuple):
@@ -48,22 +48,25 @@ class Dispatcher(Protocol):
 
 
 class LocalDispatcher:
-    """The dispatcher of a rank that has all experts: it sorts rows by expert, and later restores their order."""
+    """The dispatcher of a rank that has all experts: it sorts rows by expert, and later restores their order.
+
+    It always uses the reference back end of `moe_permute`, which torch.compile fuses with the layer.
+    """
 
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
 
     def dispatch(self, x_TD: Tensor, gates_TK: Tensor, experts_TK: Tensor) -> DispatchedTokens:
         order = sort_by_expert(experts_TK, self.num_experts)
-        gates_X = permute(gates_TK.view(-1, 1), order).squeeze(-1)
-        return DispatchedTokens(permute(x_TD, order), gates_X, order.ends_E, (order, x_TD.shape[0]))
+        copies = order.copies()
+        gates_X = gather_rows(gates_TK.view(-1, 1), order.copies_of_choices()).squeeze(-1)
+        return DispatchedTokens(gather_rows(x_TD, copies), gates_X, order.ends_E, copies)
 
     def wait_dispatch(self, sent: DispatchedTokens) -> DispatchedTokens:
         return sent
 
-    def combine(self, rows_XD: Tensor, handle: Any) -> Tensor:
-        order, num_tokens = handle
-        return unpermute(rows_XD, order, num_tokens)
+    def combine(self, rows_XD: Tensor, handle: RowCopies) -> Tensor:
+        return sum_rows(rows_XD, handle)
 
     def wait_combine(self, returned: Tensor) -> Tensor:
         return returned

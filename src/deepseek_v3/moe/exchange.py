@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepseek_v3.ops.moe_permute import ExpertBins, RowCopies, sort_into_bins, sum_rows
+from deepseek_v3.ops.moe_permute import ExpertBins, MoePermute, RowCopies, reference
 from deepseek_v3.utils.errors import ConfigError
 
 _WORD = torch.int64  # rows are copied in words; every packed tensor begins at a word
@@ -91,7 +91,8 @@ class RoutingPlan(NamedTuple):
     """Which tokens an exchange step sends to which rank, and how many rows each rank sends and receives.
 
     `num_copies` is the number of (token, expert) pairs of the received rows whose expert is in the range of experts
-    that the step brings them to: the experts of this rank after the last step.
+    that the step brings them to: the experts of this rank after the last step. `permute` is the back end that sorts
+    and sums rows within a rank.
     """
 
     group: dist.ProcessGroup
@@ -99,6 +100,7 @@ class RoutingPlan(NamedTuple):
     num_sent: list[int]
     num_received: list[int]
     num_copies: int
+    permute: MoePermute
 
     def send(self, rows_TD: Tensor) -> AsyncAllToAll:
         """Starts to send one copy of each token to each of its ranks; `wait` returns the received rows (R, D)."""
@@ -113,12 +115,13 @@ class ReturnHandle:
     """Rows that are being sent back over one exchange step."""
 
     def __init__(self, plan: RoutingPlan, tensors_RD: Sequence[Tensor]) -> None:
-        self._fields, self._copies = fields_of(tensors_RD), plan.copies
+        self._fields, self._slots_TM, self._permute = fields_of(tensors_RD), plan.copies.slots_TM, plan.permute
         self._all_to_all = AsyncAllToAll(pack(tensors_RD), plan.num_received, plan.num_sent, plan.group)
 
     def wait(self) -> list[Tensor]:
         """Waits for the rows, and sums those of each token in float32."""
-        return [sum_rows(rows, self._copies) for rows in unpack(self._all_to_all.wait(), self._fields)]
+        tensors_RD = unpack(self._all_to_all.wait(), self._fields)
+        return [self._permute.sum_rows(rows_RD, self._slots_TM) for rows_RD in tensors_RD]
 
 
 class ExchangeStep(NamedTuple):
@@ -132,17 +135,17 @@ class ExchangeStep(NamedTuple):
     num_ranks: int
     stride: int = 1
 
-    def plan(self, experts_TK: Tensor, num_experts: int) -> RoutingPlan:
+    def plan(self, experts_TK: Tensor, num_experts: int, permute: MoePermute = reference) -> RoutingPlan:
         """Plans this step for tokens that chose these of `num_experts` experts. Exchanges the counts and waits."""
         num_blocks, block = self._blocks()
         size = num_experts // (num_blocks * self.num_ranks)
         bins = ExpertBins(block * self.num_ranks * size, size, self.num_ranks)
-        order = sort_into_bins(experts_TK, bins, once=True)
+        order = permute.sort_into_bins(experts_TK, bins, once=True)
         sent, received = self._exchange_counts(order.counts_B2)
         copies = order.copies(sum(rows for rows, _ in sent))
         num_copies = sum(experts for _, experts in received)
         num_sent, num_received = (self._by_rank([rows for rows, _ in counts]) for counts in (sent, received))
-        return RoutingPlan(self.group, copies, num_sent, num_received, num_copies)
+        return RoutingPlan(self.group, copies, num_sent, num_received, num_copies, permute)
 
     def _blocks(self) -> tuple[int, int]:
         """How many blocks of ranks there are that no token leaves in this step, and which one this rank is in."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from deepseek_v3.moe.dispatch import DispatchedTokens
-from deepseek_v3.ops.moe_permute import ExpertBins, RowCopies, gather_rows, sort_into_bins, sum_rows
+from deepseek_v3.ops.moe_permute import ExpertBins, MoePermute, RowCopies, gather_rows, reference, sum_rows
 
 
 class AsyncExchange(Protocol):
@@ -109,10 +109,11 @@ class ExpertParallelDispatcher(ABC):
 
     Each received token is copied once for each of its experts on this rank. The results of these experts are summed
     in float32 before they are sent back; the rank that sent the token sums over the ranks, again in float32.
+    `permute` is the back end that moves the rows within a rank.
     """
 
-    def __init__(self, num_local_experts: int) -> None:
-        self.num_local_experts = num_local_experts
+    def __init__(self, num_local_experts: int, permute: MoePermute = reference) -> None:
+        self.num_local_experts, self.permute = num_local_experts, permute
 
     @abstractmethod
     def _dispatch_exchange(self, experts_TK: Tensor) -> DispatchExchange:
@@ -128,16 +129,16 @@ class ExpertParallelDispatcher(ABC):
         exchange, order_token = sent
         rows_RD, gates_RK, experts_RK = wait_exchange(exchange, order_token)
         bins = ExpertBins(exchange.first_expert, 1, self.num_local_experts)
-        order, num_copies = sort_into_bins(experts_RK, bins), exchange.num_copies
-        copies = order.copies(num_copies)
-        gates_X = gather_rows(gates_RK.reshape(-1, 1), order.copies_of_choices(num_copies)).squeeze(1)
-        rows_XD = gather_rows(rows_RD, copies)
+        order, num_copies = self.permute.sort_into_bins(experts_RK, bins), exchange.num_copies
+        copies, copies_of_choices = order.copies(num_copies), order.copies_of_choices(num_copies)
+        gates_X = gather_rows(gates_RK.reshape(-1, 1), copies_of_choices, self.permute).squeeze(1)
+        rows_XD = gather_rows(rows_RD, copies, self.permute)
         return DispatchedTokens(rows_XD, gates_X, order.ends_B, CombineHandle(exchange, copies))
 
     def combine(self, rows_XD: Tensor, handle: CombineHandle) -> tuple[AsyncExchange, Tensor]:
         """Sums the results of this rank's experts for each received token, and sends the sums back."""
         exchange = handle.exchange.combine_exchange()
-        return exchange, start_exchange(exchange, sum_rows(rows_XD, handle.copies))
+        return exchange, start_exchange(exchange, sum_rows(rows_XD, handle.copies, self.permute))
 
     def wait_combine(self, returned: tuple[AsyncExchange, Tensor]) -> Tensor:
         """Waits for the sums over all experts of each of this rank's tokens; (T, D)."""

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_v3.config.model_config import ModelConfig
-from deepseek_v3.ops.grouped_gemm import GroupedLinear, reference_grouped_linear
+from deepseek_v3.ops.backends import Select
+from deepseek_v3.ops.grouped_gemm import GROUPED_GEMM, GroupedLinear, reference_grouped_linear
 from deepseek_v3.ops.layers import Linear
-from deepseek_v3.ops.swiglu import swiglu
+from deepseek_v3.ops.swiglu import SWIGLU, SwiGLU, swiglu
 
 
 class FeedForward(nn.Module):
@@ -22,13 +23,17 @@ class FeedForward(nn.Module):
         self.gate_proj = Linear(width, hidden_width)
         self.up_proj = Linear(width, hidden_width)
         self.down_proj = Linear(hidden_width, width)
+        self.swiglu: SwiGLU = swiglu
+
+    def select_backends(self, select: Select) -> None:
+        self.swiglu = select(SWIGLU, self.down_proj.weight.shape[1])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.hidden(x))
 
     def hidden(self, x: Tensor) -> Tensor:
         """All of the network but the last projection: (..., D) to (..., F)."""
-        return swiglu(self.gate_proj(x), self.up_proj(x))
+        return self.swiglu(self.gate_proj(x), self.up_proj(x))
 
 
 class RoutedExperts(nn.Module):
@@ -45,6 +50,12 @@ class RoutedExperts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * hidden, width))
         self.down_proj = nn.Parameter(torch.empty(experts, width, hidden))
         self.grouped_linear: GroupedLinear = reference_grouped_linear
+        self.swiglu: SwiGLU = swiglu
+
+    def select_backends(self, select: Select) -> None:
+        width, hidden = self.down_proj.shape[1:]
+        self.grouped_linear = select(GROUPED_GEMM, width, hidden)
+        self.swiglu = select(SWIGLU, hidden)
 
     def keep_shard(self, index: int, num_shards: int) -> None:
         """Keeps shard `index`, from 0, of `num_shards` equal ones. `num_shards` must divide `num_experts`."""
@@ -61,5 +72,5 @@ class RoutedExperts(nn.Module):
         projection, where rows are narrower and the product is part of the activation.
         """
         gate_XF, up_XF = self.grouped_linear(rows_XD, self.gate_up_proj, ends_E).chunk(2, dim=-1)
-        hidden_XF = swiglu(gate_XF, up_XF, gates_X[:, None])
+        hidden_XF = self.swiglu(gate_XF, up_XF, gates_X[:, None])
         return self.grouped_linear(hidden_XF, self.down_proj, ends_E)

@@ -19,7 +19,9 @@ from deepseek_v3.moe.deepep import (
 )
 from deepseek_v3.moe.dispatch import Dispatcher
 from deepseek_v3.moe.exchange import exchange_steps
+from deepseek_v3.ops.backends import Target
 from deepseek_v3.ops.fp8 import BLOCK
+from deepseek_v3.ops.moe_permute import MOE_PERMUTE
 from deepseek_v3.utils.errors import ConfigError
 from deepseek_v3.utils.logging import get_logger
 
@@ -31,11 +33,12 @@ def select_dispatcher(
     num_experts: int,
     group: dist.ProcessGroup,
     shape: BufferShape,
+    device: torch.device,
     *,
     precision: Literal["activations", "fp8"] = "activations",
     ranks_per_node: int | None = None,
 ) -> Dispatcher:
-    """The dispatcher of layers whose experts are sharded over `group`; every rank of the group has to call this.
+    """The dispatcher of layers on `device` with experts sharded over `group`; each of its ranks must call this.
 
     `auto` takes DeepEP where it can run. `precision` is the number format of dispatched rows. With `ranks_per_node`
     the `torch` back end sends each token once to each node; DeepEP does so by itself. Raises ConfigError where the
@@ -46,7 +49,9 @@ def select_dispatcher(
             f"parallel.expert: {num_experts} experts do not divide over {group.size()} ranks; "
             "choose a degree that divides model.n_routed_experts"
         )
-    fp8, rows = precision == "fp8", f"dispatched rows in {'FP8' if precision == 'fp8' else 'the activations type'}"
+    permute = MOE_PERMUTE.select(Target(device, shape.dtype, (shape.width,)))
+    fp8 = precision == "fp8"
+    details = f"dispatched rows in {'FP8' if fp8 else 'the type of the activations'}, {permute}"
     log = get_logger("Experts")
     if backend != "torch":
         try:
@@ -57,12 +62,12 @@ def select_dispatcher(
                 raise ConfigError(message) from error
             log.info(f"DeepEP cannot run: {error}")
         else:
-            log.info(f"sharded over {group.size()} ranks, reached through DeepEP's {buffer.name}, {rows}")
-            return DeepEPDispatcher(num_experts // group.size(), buffer, fp8)
+            log.info(f"sharded over {group.size()} ranks, reached through DeepEP's {buffer.name}, {details}")
+            return DeepEPDispatcher(num_experts // group.size(), buffer, fp8, permute.run)
     steps = exchange_steps(group, ranks_per_node)
     num_steps = "one step" if len(steps) == 1 else "two steps"
-    log.info(f"sharded over {group.size()} ranks, reached through torch.distributed in {num_steps}, {rows}")
-    return AllToAllDispatcher(num_experts, steps, fp8)
+    log.info(f"sharded over {group.size()} ranks, reached through torch.distributed in {num_steps}, {details}")
+    return AllToAllDispatcher(num_experts, steps, fp8, permute.run)
 
 
 def _deepep_buffer(num_experts: int, group: dist.ProcessGroup, shape: BufferShape, fp8: bool) -> Buffer:

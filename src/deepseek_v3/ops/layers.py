@@ -1,14 +1,15 @@
 """The two modules that every part of the model is made of.
 
-A weight takes on the type of what it meets: float32 master weights compute in bfloat16 as soon as the
-activations are bfloat16, and nothing needs to be told. Values are set by `model/init.py` or by loading.
+A weight is converted to the type of the activations in the forward pass, so float32 master weights compute in
+bfloat16 where the activations are bfloat16. `model/init.py` or a checkpoint sets the values of the weights.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepseek_v3.ops.rms_norm import rms_norm
+from deepseek_v3.ops.backends import Select
+from deepseek_v3.ops.rms_norm import RMS_NORM, RmsNorm, rms_norm
 
 
 class Linear(nn.Module):
@@ -32,9 +33,13 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
         self.eps = eps
+        self.rms_norm: RmsNorm = rms_norm
+
+    def select_backends(self, select: Select) -> None:
+        self.rms_norm = select(RMS_NORM, self.weight.shape[0])
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return self.rms_norm(x, self.weight, self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"

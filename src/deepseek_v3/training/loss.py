@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deepseek_v3.model.transformer import DeepSeekV3, HiddenStates
 from deepseek_v3.moe.balance import RoutingStats
-from deepseek_v3.ops.cross_entropy import IGNORED, linear_cross_entropy
+from deepseek_v3.ops.cross_entropy import IGNORED
 
 
 class Losses(NamedTuple):
@@ -130,4 +130,4 @@ def stack_expert_counts(routing: Sequence[RoutingStats], num_experts: int, devic
 
 def next_token_loss(model: DeepSeekV3, hidden_BSD: Tensor, targets_BS: Tensor) -> Tensor:
     """Summed cross-entropy of the shared head on states `hidden_BSD`, `IGNORED` targets left out; 0-d, nats."""
-    return linear_cross_entropy(hidden_BSD.flatten(0, 1), model.head_weight_VD, targets_BS.flatten())
+    return model.linear_cross_entropy(hidden_BSD.flatten(0, 1), model.head_weight_VD, targets_BS.flatten())

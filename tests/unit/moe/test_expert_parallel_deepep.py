@@ -93,7 +93,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def chosen(kind: Any, shape: BufferShape = BUFFER_SHAPE, num_experts: int = 8, **options: Any) -> Any:
-    return select_dispatcher(kind, num_experts, Group(), shape, **options)
+    return select_dispatcher(kind, num_experts, Group(), shape, torch.device("cpu"), **options)
 
 
 @pytest.mark.usefixtures("gpus")

@@ -10,7 +10,6 @@ from torch.autograd import gradcheck
 from deepseek_v3.ops.attention import (
     Attention,
     cudnn_attention,
-    fastest_attention,
     reference_attention,
     sdpa_attention,
 )
@@ -110,11 +109,6 @@ def test_cudnn_equals_the_reference_at_the_released_head_widths() -> None:
 def test_cudnn_without_its_device_raises() -> None:
     with pytest.raises(RuntimeError):
         cudnn_attention(*queries_keys_values(torch.float32, torch.device("cpu")), SCALE)
-
-
-def test_the_fastest_attention_on_a_cpu_is_torch_own_choice() -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        assert fastest_attention(torch.device("cpu"), dtype, qk_width=192, v_width=128) is sdpa_attention
 
 
 CACHED = [0, 3, 6]

@@ -1,6 +1,5 @@
 """Products per expert and the way to expert order and back, against loops over rows."""
 
-from importlib import import_module
 from typing import Any
 
 import pytest
@@ -12,18 +11,17 @@ from torch.autograd import gradcheck
 
 from deepseek_v3.ops.grouped_gemm import (
     GroupedLinear,
-    fastest_grouped_linear,
     reference_grouped_linear,
     torch_grouped_linear,
 )
 from deepseek_v3.ops.moe_permute import (
     BinOrder,
     ExpertBins,
-    permute,
+    RowCopies,
+    gather_rows,
     reference,
     sort_by_expert,
-    sort_into_bins,
-    unpermute,
+    sum_rows,
 )
 from helpers.models import largest_difference
 
@@ -93,77 +91,86 @@ def test_float32_weights_compute_in_the_type_of_the_rows(
     assert gradient.dtype == torch.float32
 
 
-def test_the_fastest_product_on_a_cpu_is_the_loop() -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        assert fastest_grouped_linear(torch.device("cpu"), dtype) is reference_grouped_linear
-
-
 @pytest.mark.parametrize("choice", CHOICES)
-def test_copies_line_up_by_expert_then_by_token(choice: str, device: torch.device) -> None:
+def test_choices_are_sorted_by_expert_then_by_token(choice: str, device: torch.device) -> None:
     chosen = CHOICES[choice]
     pairs = [(expert, token) for token, experts in enumerate(chosen) for expert in experts]
 
     order = sort_by_expert(torch.tensor(chosen, device=device), EXPERTS)
 
-    assert [pairs[place] for place in order.order_X.tolist()] == sorted(pairs)
-    assert order.order_X[order.inverse_X].tolist() == list(range(len(pairs)))
+    assert [pairs[place] for place in order.choices_X.tolist()] == sorted(pairs)
+    assert order.choices_X[order.places_TK.flatten()].tolist() == list(range(len(pairs)))
     assert order.ends_E.tolist() == [sum(expert <= e for expert, _ in pairs) for e in range(EXPERTS)]
     assert order.ends_E.dtype == torch.int32
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_there_and_back_equals_the_reference(choice: str, device: torch.device) -> None:
+def test_gathered_and_summed_rows_equal_a_loop(choice: str, device: torch.device) -> None:
+    """Outputs and gradients, in float64."""
     chosen = torch.tensor(CHOICES[choice], device=device)
-    tokens, copies = chosen.shape
+    tokens, per_token = chosen.shape
     order = sort_by_expert(chosen, EXPERTS)
     x_TD = torch.randn(tokens, 5, dtype=torch.float64, device=device, requires_grad=True)
-    factor_X1 = torch.randn(tokens * copies, 1, dtype=torch.float64, device=device)
+    factor_X1 = torch.randn(tokens * per_token, 1, dtype=torch.float64, device=device)
 
-    rows_XD = permute(x_TD, order)
-    y_TD = unpermute(rows_XD * factor_X1, order, tokens)
+    rows_XD = gather_rows(x_TD, order.copies())
+    y_TD = sum_rows(rows_XD * factor_X1, order.copies())
 
-    expected_rows_XD = reference.permute(x_TD, order)
-    expected_y_TD = reference.unpermute(expected_rows_XD * factor_X1, order, tokens)
+    expected_rows_XD = torch.stack([x_TD[place // per_token] for place in order.choices_X.tolist()])
+    expected_y_TD = torch.stack(
+        [sum(rows_XD[place] * factor_X1[place] for place in places) for places in order.places_TK.tolist()]
+    )
     assert torch.equal(rows_XD, expected_rows_XD)
     assert torch.allclose(y_TD, expected_y_TD, rtol=0, atol=1e-14)
     upstream_TD = torch.randn_like(y_TD)
-    (gradient,) = torch.autograd.grad(y_TD, x_TD, upstream_TD)
+    (gradient,) = torch.autograd.grad(y_TD, x_TD, upstream_TD, retain_graph=True)
     (expected_gradient,) = torch.autograd.grad(expected_y_TD, x_TD, upstream_TD)
     assert torch.allclose(gradient, expected_gradient, rtol=0, atol=1e-13)
 
 
-def test_there_and_back_counts_every_copy() -> None:
+def test_every_copy_is_summed() -> None:
     order = sort_by_expert(torch.tensor(CHOICES["random"]), EXPERTS)
     x_TD = torch.randn(5, 3)
-    assert torch.equal(unpermute(permute(x_TD, order), order, 5), 2 * x_TD)
+    assert torch.equal(sum_rows(gather_rows(x_TD, order.copies()), order.copies()), 2 * x_TD)
 
 
-@pytest.mark.parametrize("choice", CHOICES)
-def test_permutation_gradients(choice: str) -> None:
-    chosen = torch.tensor(CHOICES[choice])
-    order = sort_by_expert(chosen, EXPERTS)
-    x_TD = torch.randn(len(chosen), 2, dtype=torch.float64, requires_grad=True)
-    rows_XD = torch.randn(chosen.numel(), 2, dtype=torch.float64, requires_grad=True)
-    assert gradcheck(lambda x: permute(x, order), (x_TD,))
-    assert gradcheck(lambda rows: unpermute(rows, order, len(chosen)), (rows_XD,))
+ALL_COPIED = sort_by_expert(torch.tensor(CHOICES["random"]), EXPERTS).copies()
+SOME_COPIED = reference.sort_into_bins(torch.tensor(CHOICES["random"]), ExpertBins(1, 1, 2)).copies(4)
+
+
+@pytest.mark.parametrize("copies", [ALL_COPIED, SOME_COPIED], ids=["all slots used", "unused slots"])
+def test_gradients_of_gathered_and_summed_rows(copies: RowCopies) -> None:
+    x_TD = torch.randn(len(copies.slots_TM), 2, dtype=torch.float64, requires_grad=True)
+    rows_XD = torch.randn(len(copies.source_X), 2, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(lambda x: gather_rows(x, copies), (x_TD,))
+    assert gradcheck(lambda rows: sum_rows(rows, copies), (rows_XD,))
 
 
 def test_copies_are_summed_in_float32_both_ways() -> None:
     """In bfloat16, 256 + 1 would stay 256 at every step."""
-    order = sort_by_expert(torch.tensor([[0, 1, 2, 3]]), EXPERTS)
+    copies = sort_by_expert(torch.tensor([[0, 1, 2, 3]]), EXPERTS).copies()
     rows_XD = torch.tensor([[256.0], [1.0], [1.0], [2.0]], dtype=torch.bfloat16)
-    assert unpermute(rows_XD, order, 1).item() == 260.0
+    assert sum_rows(rows_XD, copies).item() == 260.0
     x_TD = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)
-    (gradient,) = torch.autograd.grad(permute(x_TD, order), x_TD, rows_XD)
+    (gradient,) = torch.autograd.grad(gather_rows(x_TD, copies), x_TD, rows_XD)
     assert gradient.item() == 260.0
 
 
-def kernel(name: str, where: str) -> Any:
-    """A function of the Triton back end, for `where` it shall run."""
+def test_no_tokens_make_no_rows() -> None:
+    order = sort_by_expert(torch.zeros(0, 2, dtype=torch.int64), EXPERTS)
+    x_TD = torch.zeros(0, 3)
+    assert order.ends_E.tolist() == [0] * EXPERTS
+    assert sum_rows(gather_rows(x_TD, order.copies()), order.copies()).shape == (0, 3)
+
+
+def triton_backend(where: str) -> Any:
+    """The Triton back end, interpreted on a CPU or compiled for a GPU."""
     pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds only")
     if where == "interpreted" and torch.cuda.is_available():
         pytest.skip("the same process cannot both interpret and compile")
-    return getattr(import_module("deepseek_v3.ops.moe_permute.triton"), name)
+    from deepseek_v3.ops.moe_permute import triton
+
+    return triton
 
 
 def check_order(order: BinOrder, choice: list[list[int]], bins: ExpertBins, once: bool) -> None:
@@ -198,7 +205,7 @@ def check_order(order: BinOrder, choice: list[list[int]], bins: ExpertBins, once
     once=st.booleans(),
     data=st.data(),
 )
-def test_choices_line_up_by_bins(
+def test_choices_are_sorted_into_bins(
     first: int, size: int, number: int, others: int, tokens: int, once: bool, data: st.DataObject
 ) -> None:
     """Runs of experts before and after the bins belong to other ranks; -1 stands for an expert of another rank."""
@@ -206,7 +213,7 @@ def test_choices_line_up_by_bins(
     chosen = data.draw(st.integers(1, experts))
     choice = [data.draw(st.permutations(range(-1, experts)))[:chosen] for _ in range(tokens)]
     bins = ExpertBins(first, size, number)
-    order = sort_into_bins(torch.tensor(choice, dtype=torch.int32).view(tokens, chosen), bins, once)
+    order = reference.sort_into_bins(torch.tensor(choice, dtype=torch.int32).view(tokens, chosen), bins, once)
     check_order(order, choice, bins, once)
 
 
@@ -217,24 +224,24 @@ def test_choices_line_up_by_bins(
     ("tokens", "chosen", "bins"),
     [(1, 1, ExpertBins(0, 1, 1)), (700, 6, ExpertBins(8, 4, 3)), (9, 3, ExpertBins(0, 1, 40))],
 )
-def test_kernels_line_choices_up_as_loops_do(
+def test_kernels_sort_choices_as_loops_do(
     where: str, once: bool, dtype: torch.dtype, tokens: int, chosen: int, bins: ExpertBins
 ) -> None:
     """Tables that lie apart in memory full of what looks like choices; 700 tokens take several programs."""
-    kernels = kernel("sort_into_bins", where)
+    backend = triton_backend(where)
     device = torch.device("cuda" if where == "cuda" else "cpu")
     scores_TE = torch.rand(tokens, bins.first + bins.number * bins.size + 5)
     memory = torch.full((tokens + 1, chosen + 2), bins.first, dtype=dtype, device=device)
     experts_TK = memory[:tokens, :chosen]
     experts_TK.copy_(scores_TE.topk(chosen).indices - 1)
-    check_order(BinOrder(*kernels(experts_TK, *bins, once)), experts_TK.tolist(), bins, once)
+    check_order(backend.sort_into_bins(experts_TK, bins, once), experts_TK.tolist(), bins, once)
 
 
 @pytest.mark.parametrize("where", ["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 1), (torch.float32, 1025), (torch.bfloat16, 40)])
 def test_sums_of_listed_rows_equal_a_loop(where: str, dtype: torch.dtype, width: int) -> None:
     """Rows that lie apart in memory full of NaN, lists of any length, the empty one among them."""
-    sum_rows = kernel("sum_rows", where)
+    backend = triton_backend(where)
     device = torch.device("cuda" if where == "cuda" else "cpu")
     number = 7
     memory = torch.full((number + 1, width + 3), torch.nan, device=device, dtype=dtype)
@@ -242,9 +249,9 @@ def test_sums_of_listed_rows_equal_a_loop(where: str, dtype: torch.dtype, width:
     rows_XD.copy_(torch.randint(-8, 8, (number, width)))
     lists = [[0, 3, 6], [2], [], [5, 5, 1], [6]]
     slots_TM = torch.tensor([[*each, *[number] * (3 - len(each))] for each in lists], device=device)
-    found = sum_rows(rows_XD, slots_TM)
+    found = backend.sum_rows(rows_XD, slots_TM)
     expected = torch.stack([rows_XD[each].float().sum(0) for each in lists])  # whole numbers: no rounding
     assert found.dtype == dtype
     assert torch.equal(found.float(), expected)
-    nothing = sum_rows(rows_XD[:0], torch.zeros(4, 3, dtype=torch.int64, device=device))
+    nothing = backend.sum_rows(rows_XD[:0], torch.zeros(4, 3, dtype=torch.int64, device=device))
     assert torch.equal(nothing, torch.zeros(4, width, dtype=dtype, device=device))

@@ -1,6 +1,5 @@
 """Operations on many tensors: the kernel that finds them by address against plain torch, tensor by tensor."""
 
-import importlib
 import re
 from typing import Any
 
@@ -23,7 +22,9 @@ def kernels(request: pytest.FixtureRequest) -> tuple[Any, torch.device]:
     pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds only")
     if torch.cuda.is_available():
         pytest.skip("the same process cannot both interpret and compile")
-    return importlib.import_module("deepseek_v3.ops.multi_tensor.triton"), torch.device("cpu")
+    from deepseek_v3.ops.multi_tensor import triton
+
+    return triton, torch.device("cpu")
 
 
 def tensors(device: torch.device, dtype: torch.dtype = torch.float32, shift: int = 0) -> list[Tensor]:
@@ -69,7 +70,8 @@ def test_rounding_of_moments_is_that_of_torch() -> None:
 @pytest.mark.gpu
 def test_aligned_tensors_are_moved_four_numbers_at_a_time() -> None:
     """Where the compiler does not know that sizes are multiples of 4 it moves single numbers, at half the speed."""
-    module = importlib.import_module("deepseek_v3.ops.multi_tensor.triton")
+    from deepseek_v3.ops.multi_tensor import triton as module
+
     whole = torch.zeros(1, dtype=torch.int64, device="cuda")
     tables, one = (whole, whole.int(), whole, whole), whole.float()
     rest = (1, module._TYPES[torch.float32], True, module._BLOCK)

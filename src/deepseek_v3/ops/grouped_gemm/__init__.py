@@ -1,21 +1,32 @@
-"""The experts' matrix products: one weight per group of rows."""
+"""The matrix products of routed experts: one weight per group of rows."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from deepseek_v3.ops.backends import Backend, Operation, Target
 from deepseek_v3.ops.grouped_gemm.reference import grouped_linear as reference_grouped_linear
 from deepseek_v3.ops.grouped_gemm.torch_grouped import grouped_linear as torch_grouped_linear
 
 GroupedLinear = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-__all__ = ["GroupedLinear", "fastest_grouped_linear", "reference_grouped_linear", "torch_grouped_linear"]
+__all__ = ["GROUPED_GEMM", "GroupedLinear", "reference_grouped_linear", "torch_grouped_linear"]
 
 
-def fastest_grouped_linear(device: torch.device, dtype: torch.dtype, *row_widths: int) -> GroupedLinear:
-    """The back end for rows of these widths: the grouped kernel for bfloat16 on CUDA, the loop elsewhere."""
-    fits_kernel = dtype == torch.bfloat16 and all(width % 8 == 0 for width in row_widths)
-    if device.type == "cuda" and fits_kernel:
-        return torch_grouped_linear
-    return reference_grouped_linear
+def _torch_obstacle(target: Target) -> str | None:
+    if target.device.type != "cuda":
+        return "needs a CUDA device"
+    if target.dtype != torch.bfloat16:
+        return "needs bfloat16"
+    if any(width % 8 for width in target.widths):
+        return "needs row widths that are multiples of 8"
+    return None
+
+
+# The widths of its target are those of the rows, before and after every product.
+GROUPED_GEMM: Operation[GroupedLinear] = Operation(
+    "grouped_gemm",
+    Backend("torch", lambda: torch_grouped_linear, _torch_obstacle),
+    Backend("reference", lambda: reference_grouped_linear),
+)

@@ -1,5 +1,14 @@
-"""Attention over the latent cache, without expanding it."""
+"""Attention over the latent cache, without expanding it to keys and values."""
 
+from collections.abc import Callable
+
+from torch import Tensor
+
+from deepseek_v3.ops.backends import Backend, Operation
 from deepseek_v3.ops.mla_decode.reference import mla_decode
 
-__all__ = ["mla_decode"]
+MlaDecode = Callable[[Tensor, Tensor, Tensor, int, float], Tensor]
+
+__all__ = ["MLA_DECODE", "MlaDecode", "mla_decode"]
+
+MLA_DECODE: Operation[MlaDecode] = Operation("mla_decode", Backend("reference", lambda: mla_decode))

@@ -1,26 +1,38 @@
-"""Token rows into expert order and back."""
+"""Moving token rows into expert order and back."""
 
-from deepseek_v3.ops.moe_permute.permute import (
-    BinOrder,
-    ExpertBins,
-    RowCopies,
-    gather_rows,
-    permute,
-    sort_into_bins,
-    sum_rows,
-    unpermute,
-)
-from deepseek_v3.ops.moe_permute.reference import ExpertOrder, sort_by_expert
+import torch
+
+from deepseek_v3.ops.backends import Backend, Operation, Target, triton_obstacle
+from deepseek_v3.ops.moe_permute import reference
+from deepseek_v3.ops.moe_permute.permute import MoePermute, gather_rows, sum_rows
+from deepseek_v3.ops.moe_permute.reference import BinOrder, ExpertBins, ExpertOrder, RowCopies, sort_by_expert
 
 __all__ = [
+    "MOE_PERMUTE",
     "BinOrder",
     "ExpertBins",
     "ExpertOrder",
+    "MoePermute",
     "RowCopies",
     "gather_rows",
-    "permute",
+    "reference",
     "sort_by_expert",
-    "sort_into_bins",
     "sum_rows",
-    "unpermute",
 ]
+
+
+def _triton() -> MoePermute:
+    from deepseek_v3.ops.moe_permute import triton
+
+    return triton
+
+
+def _triton_obstacle(target: Target) -> str | None:
+    if target.dtype not in (torch.float32, torch.bfloat16):
+        return "needs float32 or bfloat16"
+    return triton_obstacle(target)
+
+
+MOE_PERMUTE: Operation[MoePermute] = Operation(
+    "moe_permute", Backend("triton", _triton, _triton_obstacle), Backend("reference", lambda: reference)
+)

@@ -1,4 +1,4 @@
-"""Rows of tokens on a GPU in as few kernels as they can be.
+"""Moving token rows on a GPU with as few kernels as possible.
 
 `sum_rows` reads every row once and writes every sum once, without a table of all copies in between.
 `sort_into_bins` plans where rows go in two kernels: one counts, by bin and block of tokens, and one places.
@@ -11,13 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_MOST_COLUMNS = 1024  # of one program
-_CHOICES = 2048  # of one program
-_COUNTS = 4096  # that a program adds up at a time
+from deepseek_v3.ops.moe_permute import reference
+from deepseek_v3.ops.moe_permute.reference import BinOrder, ExpertBins
+
+_MOST_COLUMNS = 1024  # columns of a row that one program sums
+_CHOICES = 2048  # choices that one program counts or places
+_COUNTS = 4096  # counts that a program loads at a time to sum them
 
 
 def sum_rows(rows_XD: Tensor, slots_TM: Tensor) -> Tensor:
-    """The sums (T, D), in float32 and rounded once, of the rows that T lists name; X and above name none."""
+    """The reference's `sum_rows` for float32 and bfloat16; sums are taken in float32."""
     rows_XD = rows_XD if rows_XD.stride(1) == 1 else rows_XD.contiguous()
     (number, width), (sums, most) = rows_XD.shape, slots_TM.shape
     out_TD = torch.empty(sums, width, dtype=rows_XD.dtype, device=rows_XD.device)
@@ -51,27 +54,27 @@ def _sum_rows_kernel(
     tl.store(out + row * width + column, total.to(out.dtype.element_ty), mask=column < width)
 
 
-def sort_into_bins(
-    experts_TK: Tensor, first: int, size: int, bins: int, once: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of a `BinOrder`, for at least one choice."""
+def sort_into_bins(experts_TK: Tensor, bins: ExpertBins, once: bool = False) -> BinOrder:
+    """The reference's `sort_into_bins`."""
+    if not experts_TK.numel():
+        return reference.sort_into_bins(experts_TK, bins, once)
     experts_TK = experts_TK if experts_TK.stride(1) == 1 else experts_TK.contiguous()
     (tokens, chosen), device = experts_TK.shape, experts_TK.device
     tokens_N, choices_N = torch.empty(2, experts_TK.numel(), dtype=torch.int64, device=device)
     places_TK = torch.empty(tokens, chosen, dtype=torch.int64, device=device)
-    ends_B = torch.empty(bins, dtype=torch.int32, device=device)
-    counts_B2 = torch.empty(bins, 2, dtype=torch.int64, device=device)
+    ends_B = torch.empty(bins.number, dtype=torch.int32, device=device)
+    counts_B2 = torch.empty(bins.number, 2, dtype=torch.int64, device=device)
     columns = triton.next_power_of_2(chosen)
     rows = max(1, _CHOICES // columns)
     blocks = triton.cdiv(tokens, rows)
-    table = torch.empty(2, bins, blocks, dtype=torch.int32, device=device)
-    choice = (experts_TK, experts_TK.stride(0), tokens, first, size)
+    table = torch.empty(2, bins.number, blocks, dtype=torch.int32, device=device)
+    choice = (experts_TK, experts_TK.stride(0), tokens, bins.first, bins.size)
     shape = {"CHOSEN": chosen, "COLUMNS": columns, "ROWS": rows, "ONCE": once}
-    _count_kernel[bins, blocks](*choice, table, **shape)
-    _place_kernel[bins, blocks](
+    _count_kernel[bins.number, blocks](*choice, table, **shape)
+    _place_kernel[bins.number, blocks](
         *choice, table, tokens_N, choices_N, places_TK, ends_B, counts_B2, COUNTS=_COUNTS, **shape
     )
-    return tokens_N, choices_N, places_TK, ends_B, counts_B2
+    return BinOrder(tokens_N, choices_N, places_TK, ends_B, counts_B2)
 
 
 @triton.jit(do_not_specialize=["stride", "tokens", "first", "size"])
@@ -142,7 +145,7 @@ def _place_kernel(
 
 @triton.jit
 def _offsets(experts, stride, tokens, first, CHOSEN: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
-    """Tokens of this program's block, which of its entries are choices, and these as offsets from `first`."""
+    """The tokens of this program's block, which entries are choices, and the choices as offsets from `first`."""
     token = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     inside = (token[:, None] < tokens) & (column[None, :] < CHOSEN)

@@ -1,4 +1,4 @@
-"""AdamW (arXiv:1711.05101) and norms, tensor by tensor in plain torch."""
+"""AdamW (arXiv:1711.05101) and sums of squares, tensor by tensor in plain torch."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Numbers updated at a time: what the update makes on its way then stays in a CPU's caches, and small.
-_PIECE = 1 << 18
+_CHUNK = 1 << 18  # numbers updated at a time: the intermediate results then fit a CPU's caches
 
 
 class AdamWStep(NamedTuple):
     """Factors of step t: `decay` 1 - lr · weight decay, `size` lr / (1 - β1^t), `correction` 1 / (1 - β2^t).
 
-    `size` and `correction` may be 0-d tensors on the device of the parameters, where t is known only there.
+    `size` and `correction` may be 0-d tensors on the device of the parameters, for a t that only the device knows.
     """
 
     decay: float
@@ -34,11 +33,16 @@ def adamw_(
     scale: Tensor,
     step: AdamWStep,
 ) -> None:
+    """One step of AdamW in place, on contiguous tensors of one device; `scale`, 0-d, multiplies the gradients.
+
+    Parameters are float32; `means` and `squares`, the moments, are float32 or bfloat16, all of one type; gradients
+    have any float type. Arithmetic is float32. Where `scale` is NaN nothing changes, whatever the gradients are.
+    """
     if scale.isnan():
         return
     for tensors in zip(parameters, gradients, means, squares, strict=True):
-        pieces = (tensor.view(-1).split(_PIECE) for tensor in tensors)
-        for parameter, gradient, mean, square in zip(*pieces, strict=True):
+        chunks = (tensor.view(-1).split(_CHUNK) for tensor in tensors)
+        for parameter, gradient, mean, square in zip(*chunks, strict=True):
             _update(parameter, gradient, mean, square, scale, step)
 
 
@@ -55,5 +59,6 @@ def _update(
 
 
 def sum_of_squares(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Σ weight · (sum of the tensor's squares) over tensors on one device, 0-d float32."""
     norms = torch.stack(torch._foreach_norm(list(tensors)))
     return (norms.float().square() * norms.new_tensor(weights)).sum()

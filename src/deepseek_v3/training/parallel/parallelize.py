@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from deepseek_v3.config.parallel_config import ParallelConfig
 from deepseek_v3.config.train_config import RunConfig
-from deepseek_v3.model.backends import choose_backends, compute_dtype
+from deepseek_v3.model.backends import compute_dtype, select_backends
 from deepseek_v3.model.block import DecoderLayer
 from deepseek_v3.model.init import initial_values, reset_buffers
 from deepseek_v3.model.transformer import DeepSeekV3
@@ -83,9 +83,9 @@ def build_on_meta(
         model = DeepSeekV3(config.model)
     layers = range(len(model.model.layers)) if keep is None else keep(model)
     model.compute_dtype = compute_dtype(config.parallel.precision, device)
-    back_ends = choose_backends(model, device)
-    get_logger("Plan").info(f"{model.compute_dtype} compute, float32 weights, back ends\n{back_ends}")
-    _spread_experts(model, config, mesh)
+    backends = select_backends(model, device)
+    get_logger("Plan").info(f"{model.compute_dtype} compute, float32 weights, back ends\n{backends}")
+    _shard_experts(model, config, device, mesh)
     apply_activation_checkpointing(model, config.parallel.recomputation)
     if _compiles(model, config, device):
         _compile_layers(_layers(model, layers), config.parallel)
@@ -94,7 +94,7 @@ def build_on_meta(
     return root, model
 
 
-def _spread_experts(model: DeepSeekV3, config: RunConfig, mesh: ParallelMesh) -> None:
+def _shard_experts(model: DeepSeekV3, config: RunConfig, device: torch.device, mesh: ParallelMesh) -> None:
     """Leaves each rank its share of the experts, and gives the layers a dispatcher that reaches the others."""
     parallel = config.parallel
     if parallel.expert == 1:
@@ -112,6 +112,7 @@ def _spread_experts(model: DeepSeekV3, config: RunConfig, mesh: ParallelMesh) ->
         model_config.n_routed_experts,
         mesh.group("expert"),
         shape,
+        device,
         precision=parallel.dispatch_precision,
         ranks_per_node=mesh.ranks_per_node,
     )

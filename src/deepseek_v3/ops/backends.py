@@ -1,0 +1,93 @@
+"""Selecting the back end of an operation: once, when the module or optimizer that runs it is built.
+
+The package of an operation offers one `Operation`: its back ends by name, fastest first, and `reference`, which
+runs everywhere, last. To add a back end, put its module beside `reference.py` and one `Backend` into that list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+import torch
+
+from deepseek_v3.utils.errors import ConfigError
+
+Op = TypeVar("Op")  # the type of a back end: a function, or a module with several functions
+
+
+class Target(NamedTuple):
+    """Where an operation is going to run: the device, the type of its rows and their widths (last axes)."""
+
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    widths: tuple[int, ...] = ()
+
+
+def _runs_everywhere(target: Target) -> str | None:  # noqa: ARG001 -- the interface of an obstacle
+    return None
+
+
+@dataclass(frozen=True)
+class Backend(Generic[Op]):
+    """A back end: `load` imports and returns it; `obstacle` returns why it cannot run at a target, or None."""
+
+    name: str
+    load: Callable[[], Op]
+    obstacle: Callable[[Target], str | None] = _runs_everywhere
+
+
+@dataclass(frozen=True)
+class Selection(Generic[Op]):
+    """A selected back end, and why each faster one was passed over; `str` gives all of it for a log."""
+
+    operation: str
+    backend: str
+    run: Op
+    passed_over: tuple[str, ...]
+
+    def __str__(self) -> str:
+        reasons = f" ({'; '.join(self.passed_over)})" if self.passed_over else ""
+        return f"{self.operation} {self.backend}{reasons}"
+
+
+class Operation(Generic[Op]):
+    """An operation and its back ends, fastest first."""
+
+    def __init__(self, name: str, *backends: Backend[Op]) -> None:
+        self.name = name
+        self.backends = {backend.name: backend for backend in backends}
+
+    def select(self, target: Target, name: str = "auto") -> Selection[Op]:
+        """The back end of this name; with `auto` the first one that can run at the target.
+
+        Raises ConfigError, with the reason, where the named back end does not exist or cannot run there.
+        """
+        if name != "auto" and name not in self.backends:
+            names = ", ".join(self.backends)
+            raise ConfigError(f"{self.name}: has no back end {name!r}; choose auto or one of {names}")
+        passed_over: list[str] = []
+        for backend in self.backends.values() if name == "auto" else [self.backends[name]]:
+            obstacle = backend.obstacle(target)
+            if obstacle is None:
+                return Selection(self.name, backend.name, backend.load(), tuple(passed_over))
+            passed_over.append(f"{backend.name} {obstacle}")
+        raise ConfigError(f"{self.name}: back end {'; '.join(passed_over)}; choose auto or another back end")
+
+
+class Select(Protocol):
+    """Selects a back end for rows of these widths; `model/backends.py` makes it for one device and type."""
+
+    def __call__(self, operation: Operation[Op], *widths: int) -> Op: ...
+
+
+def triton_obstacle(target: Target) -> str | None:
+    """Why a Triton kernel cannot run at a target; None where it can."""
+    if target.device.type != "cuda":
+        return "needs a CUDA device"
+    try:
+        import triton  # noqa: F401 -- not every build of torch brings it
+    except ImportError as error:
+        return f"needs Triton, which cannot be imported ({error})"
+    return None
