@@ -12,13 +12,53 @@ from deepseek_v3.utils.numbers import MAX_COUNT, parse_count, parse_number, pars
 from deepseek_v3.utils.text import format_value
 
 
-class Section(BaseModel):
-    """A frozen group of fields: unknown names are refused, and so are values of another kind than the field's.
+@dataclass(frozen=True)
+class RenamedFrom:
+    """Metadata of a field: its name up to version 0.1. A file that still uses that name is refused."""
 
-    Numbers are of the types below, which also take them as people write them: `1e6`, `500k`, `10,000,000`.
+    name: str
+
+
+class Section(BaseModel):
+    """A frozen group of fields. Unknown fields are refused, and so are values of another type than the field's.
+
+    Numbers use the types below, which also read numbers as people write them: `1e6`, `500k`, `10,000,000`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @classmethod
+    def field_names(cls) -> list[str]:
+        """The names that a file may use in this section, sorted."""
+        return sorted(cls.model_fields)
+
+    @classmethod
+    def subsection(cls, name: str) -> type[Section] | None:
+        """The class of the section that the field `name` holds; None where it holds a plain value."""
+        field = cls.model_fields.get(name)
+        kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+        return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
+
+    @classmethod
+    def renamed_fields(cls) -> dict[str, str]:
+        """The present name of each renamed field, by its former name."""
+        return {
+            metadata.name: name
+            for name, field in cls.model_fields.items()
+            for metadata in field.metadata
+            if isinstance(metadata, RenamedFrom)
+        }
+
+    @classmethod
+    def with_present_names(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of this section, and of sections inside it, as a former version stored them, renamed."""
+        renamed = cls.renamed_fields()
+        present = {renamed.get(name, name): value for name, value in fields.items()}
+        for name, value in present.items():
+            inner = cls.subsection(name)
+            if inner is not None and isinstance(value, Mapping):
+                present[name] = inner.with_present_names(value)
+        return present
 
 
 def text_parser(parse: Callable[[str], float]) -> Callable[[Any], Any]:
@@ -62,13 +102,6 @@ NonNegativeFloat = Annotated[Real, Field(ge=0)]
 Fraction = Annotated[Real, Field(ge=0, le=1)]
 
 
-@dataclass(frozen=True)
-class RenamedFrom:
-    """Metadata of a field: the name under which version 0.1 knew it. A file that uses that name is refused."""
-
-    name: str
-
-
 # The share of its documents that a stage may drop before the run warns.
 DropWarning = Annotated[Real, Field(gt=0, le=1), RenamedFrom("alarm")]
 
@@ -80,31 +113,3 @@ class StageConfig(Section):
     """
 
     max_drop_warning: DropWarning = 0.5
-
-
-def renamed_fields(section: type[BaseModel]) -> dict[str, str]:
-    """The present name of each renamed field of a section, by its former name."""
-    return {
-        metadata.name: name
-        for name, field in section.model_fields.items()
-        for metadata in field.metadata
-        if isinstance(metadata, RenamedFrom)
-    }
-
-
-def with_present_names(section: type[BaseModel], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a section, and of the sections in it, as a former version stored them, under present names."""
-    renamed = renamed_fields(section)
-    present = {renamed.get(name, name): value for name, value in fields.items()}
-    for name, value in present.items():
-        inner = subsection(section, name)
-        if inner is not None and isinstance(value, Mapping):
-            present[name] = with_present_names(inner, value)
-    return present
-
-
-def subsection(section: type[BaseModel], name: str) -> type[BaseModel] | None:
-    """The class of the section that the field `name` of a section holds; None where it holds a plain value."""
-    field = section.model_fields.get(name)
-    kinds = (field.annotation, *get_args(field.annotation)) if field else ()
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)

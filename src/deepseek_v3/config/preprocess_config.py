@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
+from pydantic_core import InitErrorDetails, to_json
 
-from deepseek_v3.config.base import ByteSize, PositiveFloat, PositiveInt, RenamedFrom, Section
+from deepseek_v3.config.base import ByteSize, PositiveFloat, PositiveInt, RenamedFrom, Section, StageConfig
 from deepseek_v3.config.data_config import Address, LocalPath
 from deepseek_v3.config.deduplication_config import DeduplicationConfig, ExactDeduplicationConfig
+from deepseek_v3.config.extensions import filter_names, find_filter, reserve_names
 from deepseek_v3.config.filter_config import (
     CleaningConfig,
     DecontaminationConfig,
@@ -18,8 +20,9 @@ from deepseek_v3.config.filter_config import (
     PiiConfig,
     QualityConfig,
 )
+from deepseek_v3.utils.text import format_value
 
-StageName = Literal[
+BUILT_IN_STAGES = (
     "preliminary_cleaning",
     "exact_deduplication",
     "deduplication",
@@ -29,13 +32,26 @@ StageName = Literal[
     "pii",
     "decontamination",
     "mixing",
-]
+)
+
+
+def _check_stage(name: str) -> str:
+    """Raises ValueError for a name that is neither a built-in stage nor one of another package."""
+    if name in BUILT_IN_STAGES or find_filter(name) is not None:
+        return name
+    known = ", ".join([*BUILT_IN_STAGES, *filter_names()])
+    raise ValueError(f"found {format_value(name)}: expected one of {known}")
+
+
+StageName = Annotated[str, AfterValidator(_check_stage)]
 
 
 class PreprocessConfig(Section):
     """One run of the data pipeline.
 
     Stages: `pipeline` names them in the order in which they run; the section with a stage's name holds its options.
+    Other packages may add stages (`config/extensions.py`); the section of such a stage is an instance of its class
+    of options, an attribute of this object like the built-in ones.
 
     Input: `text_field` and `id_field` name fields of a record (`a.b` is the field `b` of the object `a`). A record
     may have `max_record_size` bytes. `previous_runs` are the `output_dir`s of finished runs that kept their keys:
@@ -48,6 +64,9 @@ class PreprocessConfig(Section):
     (None: half of the machine), `engine` and `ray_address` (the cluster to join). The input is cut into work units
     of `work_unit_size` bytes of text; an interrupted run repeats only the unfinished ones.
     """
+
+    # Unknown fields are sections of other packages, or are refused by `_check_extensions`.
+    model_config = ConfigDict(extra="allow")
 
     input_path: Address | tuple[Address, ...]
     output_dir: LocalPath
@@ -88,3 +107,51 @@ class PreprocessConfig(Section):
         if self.ray_address is not None and self.engine != "ray":
             raise ValueError("ray_address: needs engine: ray")
         return self
+
+    @model_validator(mode="after")
+    def _check_extensions(self, info: ValidationInfo) -> PreprocessConfig:
+        """Checks the sections of stages from other packages; those of `pipeline` without a section get defaults."""
+        sections = self.__pydantic_extra__
+        assert sections is not None, "extra fields are allowed"
+        for name in self.pipeline:
+            if name not in BUILT_IN_STAGES:
+                sections.setdefault(name, {})
+        problems: list[InitErrorDetails] = []
+        for name, value in sections.items():
+            try:
+                sections[name] = _check_extension(name, value, from_json=info.mode == "json")
+            except ValidationError as error:
+                problems += [_inside(name, dict(problem)) for problem in error.errors()]
+        if problems:
+            raise ValidationError.from_exception_data(type(self).__name__, problems)
+        return self
+
+    @classmethod
+    def field_names(cls) -> list[str]:
+        return sorted([*cls.model_fields, *filter_names()])
+
+    @classmethod
+    def subsection(cls, name: str) -> type[Section] | None:
+        extension = None if name in cls.model_fields else find_filter(name)
+        return extension.options if extension else super().subsection(name)
+
+
+reserve_names(PreprocessConfig.model_fields)
+
+
+def _check_extension(name: str, value: Any, from_json: bool) -> StageConfig:
+    """The section of a stage from another package. Raises ValidationError."""
+    extension = find_filter(name)
+    if extension is None:
+        unknown = InitErrorDetails(type="extra_forbidden", loc=(), input=value)
+        raise ValidationError.from_exception_data(name, [unknown])
+    if from_json:
+        return extension.options.model_validate_json(to_json(value))
+    return extension.options.model_validate(value)
+
+
+def _inside(section: str, problem: dict[str, Any]) -> InitErrorDetails:
+    """A problem of a section's field as a problem of the whole."""
+    return InitErrorDetails(
+        type=problem["type"], loc=(section, *problem["loc"]), input=problem["input"], ctx=problem.get("ctx", {})
+    )

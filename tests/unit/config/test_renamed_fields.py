@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from deepseek_v3.config.base import renamed_fields, subsection, with_present_names
 from deepseek_v3.config.loading import load_section
 from deepseek_v3.config.preprocess_config import PreprocessConfig
 from deepseek_v3.data.pipeline.resume import check_same_run, describe_run
@@ -43,10 +42,10 @@ def test_a_former_name_is_refused_with_the_present_one(tmp_path: Path, former: s
 
 
 def test_every_renamed_field_is_listed_here() -> None:
-    sections = {name: subsection(PreprocessConfig, name) for name in PreprocessConfig.model_fields}
-    found = dict(renamed_fields(PreprocessConfig))
+    sections = {name: PreprocessConfig.subsection(name) for name in PreprocessConfig.model_fields}
+    found = dict(PreprocessConfig.renamed_fields())
     for name, section in sections.items():
-        found |= {f"{name}.{old}": new for old, new in (renamed_fields(section) if section else {}).items()}
+        found |= {f"{name}.{old}": new for old, new in (section.renamed_fields() if section else {}).items()}
     assert found == FORMER
 
 
@@ -58,7 +57,7 @@ def test_stored_fields_are_read_under_their_present_names() -> None:
         "deduplication": {"alarm": 0.5, "kept_threshold": None, "ngram": 5},
         "unknown": {"alarm": 1},
     }
-    assert with_present_names(PreprocessConfig, stored) == {
+    assert PreprocessConfig.with_present_names(stored) == {
         "pipeline": ["deduplication"],
         "work_unit_size": 5,
         "previous_runs": ["a"],

@@ -10,7 +10,6 @@ from typing import Any
 
 import orjson
 
-from deepseek_v3.config.base import with_present_names
 from deepseek_v3.config.preprocess_config import PreprocessConfig
 from deepseek_v3.data.formats.streams import InputFile
 from deepseek_v3.data.pipeline.run_folder import Part, RunFolder, is_intact, read_part
@@ -90,7 +89,7 @@ def check_same_run(before: dict[str, Any], now: dict[str, Any], where: Path, adv
         raise DataError(f"{where}: was written by another version of this program; {advice}")
     _check_files("input file", before["inputs"], now["inputs"], where, advice)
     _check_files("file", before["read_by_stages"], now["read_by_stages"], where, advice)
-    config = with_present_names(PreprocessConfig, before["config"])
+    config = PreprocessConfig.with_present_names(before["config"])
     for name, value in now["config"].items():
         if config.get(name) != value and _masked(config.get(name)) != value:
             raise DataError(
