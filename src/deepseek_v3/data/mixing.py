@@ -1,4 +1,4 @@
-"""Mixing: how often each document goes into a corpus with given shares of its sources and a given size."""
+"""Mixing: the number of copies of each document in a corpus of a given size, with given shares of its sources."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _log = get_logger("Mixing")
 
 
 class Mixer(GlobalStage):
-    """Repeats and leaves out whole documents so that sources have their weights and the corpus its size.
+    """Repeats and drops whole documents so that the sources have their weights and the corpus its size.
 
-    Options are the fields of `MixingConfig`; `counter` says how many tokens a text is. A document's source is the
-    first pattern of the weights that fits the name of its file; one that fits none is dropped as `no_weight`, one
-    that the budget has no room for as `over_budget`. Copies have ids that end in `#2`, `#3` and so on.
+    Takes the options of `MixingConfig`; `counter` counts the tokens of texts. The source of a document is the first
+    pattern of the weights that matches the name of its file. Reasons for a drop: `no_weight` if no pattern matches,
+    `over_budget` if the budget has no room. The ids of copies end in `#2`, `#3` and so on.
     """
 
     name = "mixing"
@@ -63,7 +63,7 @@ class Mixer(GlobalStage):
     def resolve(
         self, parts: Sequence[NumberedPart], matches: Sequence[Path], refined: Sequence[Path], folder: Path
     ) -> dict[str, Any]:
-        tokens, order, sources = (_joined(parts, name) for name in ("tokens", "order", "sources"))
+        tokens, order, sources = (_load_keys(parts, name) for name in ("tokens", "order", "sources"))
         present = ~np.concatenate([part.removed_rows() for part in parts])
         available = np.array(
             [int(tokens[present & (sources == number)].sum()) for number in range(len(self._patterns))], np.int64
@@ -130,9 +130,10 @@ class Mixer(GlobalStage):
 
 
 def tokens_per_source(weights: Float64Array, available: Int64Array, budget: int, max_epochs: float) -> Float64Array:
-    """Tokens to take of each source: in proportion to its weight, and no more than `max_epochs` times what it has.
+    """The tokens to take from each source: float64 [sources].
 
-    What a source cannot give is shared by the others in proportion to their weights. float64 [sources].
+    A source gives tokens in proportion to its weight, but at most `max_epochs` times its `available` tokens. The
+    other sources make up for the rest, in proportion to their weights.
     """
     most = available * max_epochs
     targets = np.zeros(len(weights))
@@ -149,9 +150,10 @@ def tokens_per_source(weights: Float64Array, available: Int64Array, budget: int,
 
 
 def copies_per_document(tokens: Int64Array, order: UInt64Array, target: float) -> Int64Array:
-    """How often to take each document for `target` tokens in all: int64 [n].
+    """The number of copies of each document for `target` tokens in total: int64 [n].
 
-    Whole rounds of all, then the first in `order`, the last one only if that comes closer to the target.
+    All documents are taken equally often, then the first ones in `order` once more, of which the last is included
+    only if that brings the total closer to the target.
     """
     total = int(tokens.sum())
     if total == 0:
@@ -165,7 +167,7 @@ def copies_per_document(tokens: Int64Array, order: UInt64Array, target: float) -
 
 
 def _repeated(kept: pa.RecordBatch, copies: Int64Array) -> pa.RecordBatch:
-    """Each document as often as it is wanted, one after the other."""
+    """Each kept document `copies` times, its copies one after the other."""
     if not (copies > 1).any():
         return kept
     rows = np.repeat(np.arange(len(copies)), copies)
@@ -176,5 +178,5 @@ def _repeated(kept: pa.RecordBatch, copies: Int64Array) -> pa.RecordBatch:
     return with_column(repeated, RECORDS.field("id"), named)
 
 
-def _joined(parts: Sequence[NumberedPart], name: str) -> Any:
+def _load_keys(parts: Sequence[NumberedPart], name: str) -> Any:
     return np.concatenate([np.load(part.keys / f"{name}.npy") for part in parts])

@@ -1,7 +1,4 @@
-"""Made-up text in every format and with every kind of damage, to try the pipeline on without any data.
-
-FOLDED: The corpus that ships inside every Python: its standard library and its language reference.
-"""
+"""Corpora that need no download: synthetic text in every format and with every damage, and Python's own sources."""
 
 from __future__ import annotations
 
@@ -37,15 +34,52 @@ _VERBS = (
 _PLACES = "near behind with beside without above against beyond from inside for toward".split()
 _STARTS = "Yesterday|Once again|In the end|By chance|At last|After that|With some luck|Of course".split("|")
 
+_BROKEN_LINES = b"".join(
+    line + b"\n"
+    for line in (
+        b'{"id": "bad", "text": ',
+        b'{"id": "latin", "text": "caf\xe9"}',
+        b'{"id": "none"}',
+        b'{"id": "null", "text": null}',
+        b'{"id": "number", "text": 5}',
+        b"[1, 2]",
+        b'{"id": "nul", "text": "a\\u0000b"}',
+        b'{"id": "half", "text": "\\ud800"}',
+        b'{"id": [], "text": "An id that is a list."}',
+    )
+)
+# The repeated first row has the duplicate id. A file that is cut is truncated, or damaged if its index is at the
+# end.
+_BROKEN = {
+    "not_json": 1,
+    "not_utf8": 2,
+    "text_missing": 1,
+    "text_null": 1,
+    "text_type": 1,
+    "not_object": 1,
+    "nul": 1,
+    "lone_surrogate": 1,
+    "id_type": 1,
+    "duplicate_id": 1,
+    "truncated": 1,
+    "damaged": 1,
+    "empty": 1,
+}
+
+# Installed packages, the tests of Python, and the language reference, whose topics are read one by one instead.
+_SKIPPED = ("site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__")
+# Files that the build of this Python wrote, with paths of the machine that built it.
+_BUILD_RECORDS = ("_sysconfigdata", "config-")
+
 
 def synthetic_documents(count: int, seed: int) -> list[str]:
-    """Texts of 6 to 40 English sentences, the same for the same seed."""
+    """Texts of 6 to 40 English sentences; the same seed gives the same texts."""
     chooser = random.Random(seed)  # noqa: S311 -- no secret
     return [synthetic_document(chooser) for _ in range(count)]
 
 
 def synthetic_document(chooser: random.Random) -> str:
-    """One text in paragraphs."""
+    """A text of several paragraphs."""
     paragraphs = [
         " ".join(_sentence(chooser) for _ in range(chooser.randint(3, 8))) for _ in range(chooser.randint(2, 5))
     ]
@@ -53,17 +87,17 @@ def synthetic_document(chooser: random.Random) -> str:
 
 
 def replace_words(text: str, words: int, chooser: random.Random) -> str:
-    """The text with that many of its words replaced."""
-    pieces = text.split(" ")
-    for place in chooser.sample(range(len(pieces)), words):
-        pieces[place] = f"word{chooser.randrange(1000)}"
-    return " ".join(pieces)
+    """The text with `words` of its words replaced."""
+    parts = text.split(" ")
+    for place in chooser.sample(range(len(parts)), words):
+        parts[place] = f"word{chooser.randrange(1000)}"
+    return " ".join(parts)
 
 
 def write_damaged_corpus(folder: Path, count: int, seed: int = 0) -> dict[str, int]:
-    """Fills a new folder with about `count` documents in all formats, with copies, near copies and damage.
+    """Creates a folder of about `count` documents in all formats, with duplicates, near duplicates and damage.
 
-    Returns how many records are broken, by the reason that they must be quarantined for.
+    Returns the number of invalid records for each reason of quarantine.
     """
     chooser = random.Random(seed)  # noqa: S311 -- no secret
     texts = synthetic_documents(count, seed)
@@ -106,48 +140,10 @@ def _lines(rows: Sequence[dict[str, Any]]) -> bytes:
     return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 
-_BROKEN_LINES = b"".join(
-    line + b"\n"
-    for line in (
-        b'{"id": "bad", "text": ',
-        b'{"id": "latin", "text": "caf\xe9"}',
-        b'{"id": "none"}',
-        b'{"id": "null", "text": null}',
-        b'{"id": "number", "text": 5}',
-        b"[1, 2]",
-        b'{"id": "nul", "text": "a\\u0000b"}',
-        b'{"id": "half", "text": "\\ud800"}',
-        b'{"id": [], "text": "An id that is a list."}',
-    )
-)
-# The repeated first row is the duplicate id; the cut files are truncated, and damaged where the end is the index.
-_BROKEN = {
-    "not_json": 1,
-    "not_utf8": 2,
-    "text_missing": 1,
-    "text_null": 1,
-    "text_type": 1,
-    "not_object": 1,
-    "nul": 1,
-    "lone_surrogate": 1,
-    "id_type": 1,
-    "duplicate_id": 1,
-    "truncated": 1,
-    "damaged": 1,
-    "empty": 1,
-}
-
-
-# What others installed, what tests Python, and the reference, whose topics are read one by one instead.
-_SKIPPED = ("site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__")
-# Written while this Python was built: full of paths of the machine that built it.
-_BUILD_RECORDS = ("_sysconfigdata", "config-")
-
-
 def stdlib_documents() -> Iterator[Document]:
-    """Yields the modules' sources, then the topics of the language reference, each sorted by id.
+    """Yields Python's standard library, a document per module, then the topics of the language reference, by id.
 
-    About 11 MB in Python 3.11. The documents depend on the version of Python alone, and their ids are relative.
+    About 11 MB in Python 3.11. The documents depend only on the version of Python; their ids are relative paths.
     """
     root = Path(sysconfig.get_path("stdlib"))
     for path in walk_files(root, _SKIPPED):
@@ -159,7 +155,7 @@ def stdlib_documents() -> Iterator[Document]:
 
 
 def _as_document(name: str, source: bytes) -> Iterator[Document]:
-    """The module as a document, unless it is empty or written in another encoding than UTF-8."""
+    """The module as a document, unless it is empty or not UTF-8."""
     try:
         text = source.decode("utf-8")
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""Personal data and secrets in texts: found by patterns and checks, and masked."""
+"""Masking of personal data and secrets in texts, which patterns and checks detect."""
 
 from deepseek_v3.data.pii.masker import PiiMasker
 

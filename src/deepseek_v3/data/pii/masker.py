@@ -1,4 +1,4 @@
-"""The stage that masks personal data in place."""
+"""The stage that masks personal data and secrets in texts."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _DETECTORS: dict[PiiKind, Detector] = {
 
 
 class PiiMasker(Stage):
-    """Replaces keys, e-mail addresses, payment cards, public IP addresses and telephone numbers by what they are.
+    """Replaces keys, e-mail addresses, payment cards, public IP addresses and telephone numbers by placeholders.
 
-    Options: `PiiConfig`. Drops nothing, and changes nothing the second time. Observed by document: how many pieces
-    were masked, as `pii`, and of each kind, such as `pii_email`.
+    Takes the options of `PiiConfig`. Drops nothing, and is idempotent. Observes, for each document, the number of
+    replacements, as `pii`, and of each kind, such as `pii_email`.
     """
 
     name = "pii"
@@ -57,7 +57,7 @@ class PiiMasker(Stage):
         return outcome(self.name, batch, [], {"pii": totals, **observed})
 
     def _masked(self, text: str, kinds: list[PiiKind], counts: dict[PiiKind, Int64Array], row: int) -> str:
-        """The text with everything masked, also what is seen only once its neighbour is."""
+        """The text with everything masked; repeats the search, as a replacement can uncover another match."""
         found = True
         while found:
             found = False

@@ -1,4 +1,4 @@
-"""Secrets: private keys, keys of well-known services, tokens, and what is assigned to a name such as api_key."""
+"""The detector of secrets: private keys, keys of known services, tokens, values of names such as api_key."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from deepseek_v3.data.pii.detectors import Detector, TextSpans
 _BLOCK = r"-----BEGIN [A-Z0-9 ]{0,32}PRIVATE KEY(?: BLOCK)?-----"
 _BLOCK_END = re.compile(r"-----END [A-Z0-9 ]{0,32}PRIVATE KEY(?: BLOCK)?-----")
 _LONGEST_BLOCK = 20_000
-_SHORTEST_BODY = 32  # otherwise the text only speaks of keys
+_SHORTEST_BODY = 32  # characters; with fewer, the text only mentions a key
 _BASE64 = re.compile(r"[A-Za-z0-9+/=\s]*", re.ASCII)
 
 _SERVICES = "|".join(
@@ -36,7 +36,7 @@ _LEAST_ENTROPY = 3.5  # bits per character; random hexadecimal digits have up to
 
 
 def _keys(text: str) -> TextSpans:
-    """Pieces may overlap in the text: a key of a service is often assigned to something."""
+    """Merges the matches of all patterns. They may overlap: a service's key is often assigned to a name."""
     end = 0
     for start, stop in sorted(chain(_blocks(text), _service_keys(text), _assignments(text))):
         if start >= end:
@@ -45,7 +45,7 @@ def _keys(text: str) -> TextSpans:
 
 
 def _blocks(text: str) -> TextSpans:
-    """Private keys in PEM, whole, or as much as is there of them."""
+    """Private keys in PEM format, complete or cut off."""
     for begin in _BLOCK_START.finditer(text):
         end = text.find("-----END ", begin.end(), begin.end() + _LONGEST_BLOCK)
         stop = _BLOCK_END.match(text, end) if end >= 0 else None

@@ -1,4 +1,4 @@
-"""Repairs of encoding, HTML, characters and white space, before anything judges a text."""
+"""Repairs of HTML, encoding, characters and white space, before any filter sees a text."""
 
 from deepseek_v3.data.preliminary_cleaning.cleaner import PreliminaryCleaner
 

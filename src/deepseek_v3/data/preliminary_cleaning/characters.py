@@ -1,4 +1,4 @@
-"""Characters that no text needs, and white space."""
+"""Removing control and invisible characters, Unicode normalization, and tidying of white space."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 BIDI_CONTROLS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
-_LINE_ENDS = "\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"  # with \n, all that Python's splitlines knows
+_LINE_ENDS = "\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"  # those of Python's splitlines, except \n
 _SPACES = "\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
 _CONTROLS = "".join(chr(code) for code in (*range(0x20), *range(0x7F, 0xA0)) if code not in (0x09, 0x0A))
 _NONCHARACTERS = "".join(
@@ -26,7 +26,7 @@ REPLACED = {
 }
 
 JOINERS = "\u200c\u200d"  # zero-width non-joiner, zero-width joiner
-# Scripts in which joiners change what is read: Arabic to Malayalam, Sinhala, Myanmar, Khmer, Mongolian and kin.
+# Scripts in which joiners change the meaning: Arabic to Malayalam, Sinhala, Myanmar, Khmer, Mongolian and others.
 _JOINING = (
     "\u0600-\u08ff\u0900-\u0dff\u1000-\u109f\u1780-\u18af\ua840-\ua87f\ua8e0-\ua8ff\ua9e0-\ua9ff\uaa60-\uaa7f"
 )
@@ -36,7 +36,7 @@ _EMOJI = (
 _STRAY_JOINER = re.compile(
     rf"(?<![{_JOINING}])\u200c|(?<![{_JOINING}{_EMOJI}\ufe0f\u20e3])\u200d|(?<![{_JOINING}])\u200d(?![{_EMOJI}])"
 )
-TAGS = "".join(map(chr, range(0xE0000, 0xE0080)))  # only the flags of regions are written with them
+TAGS = "".join(map(chr, range(0xE0000, 0xE0080)))  # used only in the flags of regions
 _FLAG_OR_TAG = re.compile(rf"(\U0001f3f4[\U000e0020-\U000e007e]+\U000e007f)|[{TAGS}]")
 
 _MARKS = "".join(char for char in map(chr, range(0x300, 0x20000)) if unicodedata.combining(char))
@@ -44,7 +44,7 @@ _MANY_MARKS = re.compile(rf"([{_MARKS}]{{30}})[{_MARKS}]+")
 
 
 def without_surrogates(text: str) -> str:
-    """The text with pairs of surrogates joined, and U+FFFD for those that stand alone."""
+    """The text with surrogate pairs joined, and with U+FFFD for each lone surrogate."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -53,9 +53,9 @@ def without_surrogates(text: str) -> str:
 
 
 def replace_characters(text: str, remove_bidi_controls: bool) -> str:
-    """The text with \\n for every line end, spaces of one kind, and without control and invisible characters.
+    """The text with \\n for every line end and U+0020 for every space, without control and invisible characters.
 
-    Joiners stay in scripts that need them and in emoji, tags in flags.
+    Joiners stay in emoji and in scripts that need them, and tags stay in flags.
     """
     text = text.replace("\r\n", "\n")
     present = set(text)
@@ -72,8 +72,8 @@ def replace_characters(text: str, remove_bidi_controls: bool) -> str:
 def normalize(text: str, form: Literal["NFC", "NFKC"]) -> str:
     """The text in a Unicode normal form.
 
-    Of more than 30 combining marks in a row, which no language writes, 30 stay where they have to be ordered: that
-    takes quadratic time (Unicode Standard Annex 15, stream-safe text format).
+    If it is not normal yet, at most 30 combining marks in a row are kept, because ordering them takes quadratic
+    time. No language uses more (Unicode Standard Annex 15, stream-safe text format).
     """
     if unicodedata.is_normalized(form, text):
         return text
@@ -81,7 +81,7 @@ def normalize(text: str, form: Literal["NFC", "NFKC"]) -> str:
 
 
 def tidy_white_space(text: str, max_blank_lines: int) -> str:
-    """The text without white space at the ends of lines or blank lines at its own, and few of those in a row."""
+    """The text without trailing white space and outer blank lines, and at most `max_blank_lines` in a row."""
     text = "\n".join([line.rstrip() for line in text.split("\n")])
     widest = "\n" * (max_blank_lines + 1)
     if widest + "\n" in text:

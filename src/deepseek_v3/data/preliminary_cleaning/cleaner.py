@@ -1,4 +1,4 @@
-"""The stage that repairs texts."""
+"""The stage that cleans texts."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ from deepseek_v3.data.stages import Drop, Outcome, Stage, outcome
 
 
 class PreliminaryCleaner(Stage):
-    """Turns HTML into text, repairs wrongly decoded text, and settles characters, Unicode form and white space.
+    """Converts HTML to text, repairs wrongly decoded text, and normalizes characters, Unicode form and white space.
 
-    Documents that are empty afterwards are dropped. Options are those of `CleaningConfig`; raises ConfigError for
-    others.
+    Documents that are empty afterwards are dropped. Takes the options of `CleaningConfig`; raises ConfigError for
+    any other option.
     """
 
     name: ClassVar[str] = "preliminary_cleaning"
 
     def __init__(self, **options: Any) -> None:
         self.options = section_from_dict(CleaningConfig, options, "PreliminaryCleaner")
-        self._dirt = _dirt(self.options)
+        self._dirt = _dirt_pattern(self.options)
 
     def clean(self, text: str) -> str:
-        """The cleaned text. Never raises; cleaning the result again changes nothing.
+        """The cleaned text. Never raises, and is idempotent.
 
-        One repair can call for another: HTML may hold escaped HTML, or mojibake. So all are repeated until nothing
-        changes. That ends: taking the text of HTML uses up the tag it begins with, ftfy makes one character of
-        several, references such as &lt; are longer than the ASCII they become, and the other steps, done once,
-        leave nothing to do.
+        One repair can make another necessary: HTML may contain escaped HTML, or mojibake. So all steps are repeated
+        until nothing changes. This terminates: extracting the text of HTML removes the tag at its start, ftfy
+        replaces several characters by one, references such as &lt; are longer than the character they stand for,
+        and the other steps change nothing the second time.
         """
         while (cleaned := self._clean_once(text)) != text:
             text = cleaned
@@ -76,24 +76,24 @@ class PreliminaryCleaner(Stage):
         return outcome(self.name, with_texts(batch, texts) if rows else batch, drops)
 
     def _may_change(self, column: pa.Array, texts: list[str]) -> BoolArray:
-        """Texts that `clean` may change; it leaves all others as they are."""
+        """Which texts `clean` may change: bool [n]. It does not change the others."""
         found = pc.match_substring_regex(column, self._dirt).to_numpy(zero_copy_only=False)
         form = self.options.unicode_form
         denormal = [not text.isascii() and not unicodedata.is_normalized(form, text) for text in texts]
         return found | np.array(denormal, np.bool_)
 
 
-def _dirt(options: CleaningConfig) -> str:
-    """An expression, for Arrow, that finds something in every text that `clean` changes, Unicode form aside."""
+def _dirt_pattern(options: CleaningConfig) -> str:
+    """A regex for Arrow that matches every text that `clean` changes, except for changes of the Unicode form."""
     marked = [*REPLACED, *JOINERS, *TAGS] + [*BIDI_CONTROLS] * options.remove_bidi_controls
-    signs = [
+    patterns = [
         "^$",
         "[" + "".join(f"\\x{{{ord(char):x}}}" for char in marked) + "]",
         r"^\n|[ \t]\n|[ \t\n]$",
         rf"\n{{{options.max_blank_lines + 2}}}",
     ]
     if options.html != "keep":
-        signs.append(r"^[ \t\n]*<")
+        patterns.append(r"^[ \t\n]*<")
     if options.repair_mojibake:
-        signs.append(SUSPECT)
-    return "|".join(signs)
+        patterns.append(SUSPECT)
+    return "|".join(patterns)

@@ -1,4 +1,4 @@
-"""HTML, where a text is HTML: its visible text."""
+"""Recognising HTML, and extracting its visible text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FRAGMENT = re.compile(
     r"|img|li|link|main|meta|nav|ol|p|pre|script|section|span|strong|style|table|tbody|td|th|title|tr|u|ul)\b[^<>]*>",
     re.IGNORECASE,
 )
-# Elements whose nesting makes the extraction slow (quadratic) or its indentation large.
+# Deep nesting of these elements makes the extraction quadratic, or its indentation large.
 _NESTED = re.compile(
     r"<(/?)(?:article|aside|blockquote|center|dir|div|dl|footer|form|header|main|menu|nav|ol|section|table|ul)\b",
     re.IGNORECASE,
@@ -24,9 +24,9 @@ _DEEP = 100
 
 
 def is_html(text: str) -> bool:
-    """Whether a text is an HTML page, or a piece of one: then it begins with a usual tag and ends with one.
+    """Whether a text is an HTML page, or a fragment, which starts with a common tag and ends with a tag.
 
-    Text that only has tags in it, as a tutorial has, is none.
+    Text that only mentions tags, such as a tutorial, is not HTML.
     """
     if not text.lstrip().startswith("<"):
         return False
@@ -34,9 +34,9 @@ def is_html(text: str) -> bool:
 
 
 def html_to_text(text: str, main_content: bool) -> str:
-    """The visible text, with its paragraphs, lists and preformatted parts, or only that of the main content.
+    """The visible text, formatted in paragraphs, lists and preformatted parts; or only the main content's text.
 
-    Elements nested more than 100 deep, which no page needs, come without formatting and whole.
+    A page with more than 100 levels of nested elements gives its whole text, without formatting.
     """
     if _nesting(text) > _DEEP:
         return extract_plain_text(text, preserve_formatting=False, alt_texts=False)
@@ -44,6 +44,6 @@ def html_to_text(text: str, main_content: bool) -> str:
 
 
 def _nesting(text: str) -> int:
-    """How many elements are open at once at most, where each one is closed; else an upper bound."""
+    """The largest number of elements that are open at once; an upper bound if some are not closed."""
     steps = (-1 if match[1] else 1 for match in _NESTED.finditer(text))
     return max(accumulate(steps), default=0)

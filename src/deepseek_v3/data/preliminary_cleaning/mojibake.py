@@ -1,10 +1,10 @@
-"""Text that was decoded with the wrong encoding, such as "cafÃ©": repaired by ftfy, behind a cheap test.
+"""Repair by ftfy of text that was decoded with the wrong encoding, such as "cafÃ©", after a cheap test.
 
-ftfy touches only what its own test finds suspicious, and that test reads 10 MB/s. All that it looks for holds one
-of a few pairs of characters; `SUSPECT` looks for those, and means the same to Python's `re` and to Arrow.
+ftfy changes only text that its own test, at 10 MB/s, finds suspicious. Everything that this test looks for contains
+one of a few pairs of characters. `SUSPECT` matches these pairs, both for Python's `re` and for Arrow.
 
-Windows-1252 read as Latin-1 is repaired as well, so that U+0085 becomes "…", as it does in browsers. Where nothing
-is repaired it is a line end.
+Windows-1252 decoded as Latin-1 is repaired as well, so that U+0085 becomes "…", as in browsers. In other text,
+U+0085 is a line end.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ def _suspect() -> str:
 
 
 SUSPECT = _suspect()
-_SUSPECT = re.compile(rf"(?=[^\x00-\x7f])(?:{SUSPECT})")  # the first look passes over ASCII quickly
+_SUSPECT = re.compile(rf"(?=[^\x00-\x7f])(?:{SUSPECT})")  # the lookahead skips ASCII quickly
 
 
 def repair_mojibake(text: str) -> str:
-    """The text, with those lines repaired that look wrongly decoded."""
+    """The text with every line repaired that looks wrongly decoded."""
     if text.isascii() or not _SUSPECT.search(text):
         return text
     return "\n".join([ftfy.fix_encoding(line) if _SUSPECT.search(line) else line for line in text.split("\n")])

@@ -1,7 +1,7 @@
-"""Fill-in-the-middle: some documents are told out of order, so that a model learns to complete a gap.
+"""Fill-in-the-middle (FIM): some documents are reordered, so that a model learns to fill a gap.
 
-DeepSeek-V3 technical report §4.1: whole documents, before packing, at a rate of 0.1, in the order
-`begin prefix hole suffix end middle`. The two cuts fall anywhere between characters (Bavarian et al. 2022, §3).
+As in the DeepSeek-V3 technical report, §4.1: whole documents, before packing, at a rate of 0.1, in the order
+`begin prefix hole suffix end middle`. The two cuts are uniform over characters (Bavarian et al. 2022, §3).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from deepseek_v3.utils.errors import DataError
 
 @dataclass(frozen=True)
 class FillInMiddle:
-    """Rearranges the share `rate` of documents. What becomes of a document depends on its text and `seed` alone.
+    """Reorders the share `rate` of the documents; the choice and the cuts depend only on the text and `seed`.
 
-    Raises DataError if `rate` is above 0 for a tokenizer without the markers that this needs.
+    Raises DataError if `rate` is above 0 and the tokenizer has no FIM markers.
     """
 
     rate: float
@@ -33,7 +33,7 @@ class FillInMiddle:
             )
 
     def split(self, text: str) -> list[str]:
-        """`[prefix, middle, suffix]`, any of which may be empty, or `[text]` for a document left in order."""
+        """`[prefix, middle, suffix]`, each possibly empty, or `[text]` for a document that stays in order."""
         digest = blake2b(text.encode("utf-8"), digest_size=24, key=f"fim {self.seed}".encode()).digest()
         chance, *cuts = (int.from_bytes(digest[i : i + 8], "little") for i in (0, 8, 16))
         if chance >= self.rate * 2**64:

@@ -1,4 +1,4 @@
-"""Which text is held out: whole documents by the hash of their text, or the end of one where documents are few."""
+"""Choosing the text to hold out: whole documents by the hash of their text, or the end of one of few."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from deepseek_v3.utils.text import pluralize
 
 DEFAULT_SHARE = 0.02
 
-# From this many documents on, the share that hashes below a threshold is near the share that was asked for.
+# With at least this many documents, the share whose hash is below a threshold is close to the share asked for.
 _MANY_DOCUMENTS = 200
-# Characters per token that no ordinary text exceeds: longer texts hold enough tokens without counting.
-_MOST_CHARACTERS_PER_TOKEN = 16
+# Ordinary text has fewer characters per token, so the tokens of much longer texts need not be counted.
+_MAX_CHARACTERS_PER_TOKEN = 16
 
 Texts = Callable[[], Iterable[str]]
 Count = Callable[[str], int]
@@ -26,21 +26,21 @@ _log = get_logger("Tokens")
 
 
 def text_hash(text: str) -> int:
-    """64 bits of BLAKE2b of the text in UTF-8."""
+    """64 bits of BLAKE2b of the UTF-8 text, as a number."""
     return int.from_bytes(blake2b(text.encode("utf-8"), digest_size=8).digest(), "little")
 
 
 def is_held_out(text: str, holdout: float) -> bool:
-    """Whether a text belongs to the share `holdout` that is never trained on: a pure function of the text."""
+    """Whether a text belongs to the share `holdout`, which is never trained on: a pure function of the text."""
     return text_hash(text) < holdout * 2**64
 
 
 @dataclass(frozen=True)
 class HoldoutRule:
-    """Documents whose hash is less than `threshold` are held out whole.
+    """Holds out every document whose hash is less than `threshold`.
 
-    The document whose hash is `cut_hash`, and any copy of it, is cut: its first `cut_at` characters are for
-    training, the rest is held out. Copies of a text never stand on both sides.
+    The document whose hash is `cut_hash`, and every copy of it, is cut: its first `cut_at` characters are for
+    training, and the rest is held out. Copies of a text are never on both sides.
     """
 
     threshold: float
@@ -48,7 +48,7 @@ class HoldoutRule:
     cut_at: int = 0
 
     def split(self, text: str) -> list[tuple[Split, str]]:
-        """The text in one part, or in the two parts of a document that is cut."""
+        """The text with its split, or the two parts of a text that is cut."""
         found = text_hash(text)
         if found == self.cut_hash:
             parts: list[tuple[Split, str]] = [("train", text[: self.cut_at]), ("holdout", text[self.cut_at :])]
@@ -56,14 +56,14 @@ class HoldoutRule:
         return [("holdout" if found < self.threshold else "train", text)]
 
     def training_texts(self, texts: Iterable[str]) -> Iterator[str]:
-        """What is for training."""
+        """The texts, and parts of texts, that are for training."""
         for text in texts:
             yield from (part for split, part in self.split(text) if split == "train")
 
 
 @dataclass(frozen=True)
 class TokenBounds:
-    """How many tokens a text holds at least and at most; equal where the tokenizer is known already."""
+    """Functions that count the least and the most tokens of a text; equal if the tokenizer is already known."""
 
     least: Count
     most: Count
@@ -71,10 +71,11 @@ class TokenBounds:
 
 @dataclass(frozen=True)
 class HoldoutPlanner:
-    """Chooses the hold-out of a corpus before a tokenizer or a model is trained on the rest.
+    """Chooses the hold-out of a corpus, before a tokenizer or a model is trained on the rest.
 
-    `texts()` reads the corpus anew. Each split is to hold `window` tokens, for token shards one sequence and the
-    token behind it. `unit`, `need` and `remedy` name tokens, a window and what helps in errors.
+    Each call of `texts` reads the corpus again. Each split must hold `window` tokens; for token shards these are
+    one sequence and the token after it. In errors, `unit` stands for tokens, `need` for a window, `remedy` for
+    advice.
     """
 
     source: str
@@ -86,12 +87,12 @@ class HoldoutPlanner:
     remedy: str = "add text, or lower the sequence length"
 
     def choose(self, share: float | None, default: float = DEFAULT_SHARE) -> HoldoutRule:
-        """The hold-out of at most the `share` of the text; None: `default`, or more where that is no window.
+        """The rule that holds out at most `share` of the text; None is `default`, or more if that is no window.
 
-        From 200 documents on, documents are held out by their hash, so the share is met on average. Fewer are held
-        out in the order of their hashes as far as the share goes. Where these are less than three quarters of the
-        share, or less than a window, the next one is cut. Raises DataError, with the size found and the size
-        needed, where a split cannot hold a window.
+        Of 200 documents or more, those with the smallest hashes are held out, so the share is right on average. Of
+        fewer documents, whole ones are held out in the order of their hashes while the share allows it; if they are
+        less than three quarters of the share, or less than a window, the next document is cut. Raises DataError,
+        with the size found and the size needed, if a split cannot hold a window.
         """
         asked = default if share is None else share
         by_hash = HoldoutRule(asked * 2**64)
@@ -109,22 +110,22 @@ class HoldoutPlanner:
         return possible[0][1]
 
     def _suffices(self, holdout: HoldoutRule, count: Count, num_documents: int = 0) -> bool:
-        """Whether at least `num_documents` are there and each split holds a window; stops reading once known."""
+        """Whether there are `num_documents` and each split holds a window; stops reading once that is known."""
         tokens: Counter[Split] = Counter()
         for number, text in enumerate(self.texts(), start=1):
             for split, part in holdout.split(text):
                 if tokens[split] < self.window:
-                    tokens[split] += self._enough(part) or count(part)
+                    tokens[split] += self._uncounted(part) or count(part)
             if number >= num_documents and min(tokens["train"], tokens["holdout"]) >= self.window:
                 return True
         return False
 
-    def _enough(self, text: str) -> int:
-        """A window where the text is so long that it holds one without counting, else 0."""
-        return self.window if len(text) >= _MOST_CHARACTERS_PER_TOKEN * self.window else 0
+    def _uncounted(self, text: str) -> int:
+        """The size of a window if the text is so long that its tokens need not be counted, else 0."""
+        return self.window if len(text) >= _MAX_CHARACTERS_PER_TOKEN * self.window else 0
 
     def _documents(self) -> tuple[Counter[int], dict[int, int]]:
-        """For each hash the number of copies, and the bytes of them all."""
+        """For each hash the number of its documents, and their bytes in total."""
         copies: Counter[int] = Counter()
         sizes: Counter[int] = Counter()
         for text in self.texts():
@@ -134,7 +135,7 @@ class HoldoutPlanner:
         return copies, dict(sorted(sizes.items()))
 
     def _within(self, share: float, copies: Counter[int], sizes: dict[int, int]) -> HoldoutRule:
-        """The hold-out of at most the share: whole documents if they come near it, else with the next one cut."""
+        """The rule for at most the share: whole documents, and if these are too few, a part of the next one."""
         most = left = int(share * sum(sizes.values()))
         for found, size in sizes.items():
             if size > left:
@@ -155,10 +156,10 @@ class HoldoutPlanner:
             text = next(text for text in self.texts() if text_hash(text) == holdout.cut_hash)
             end = len(text[holdout.cut_at :].encode("utf-8"))
             size += end * sizes[holdout.cut_hash] // len(text.encode("utf-8"))
-            of = (
+            which = (
                 "another" if whole else "the only document" if len(sizes) == 1 else f"1 of {len(sizes):,} documents"
             )
-            words.append(f"the last {end:,} bytes of {of}")
+            words.append(f"the last {end:,} bytes of {which}")
         _log.info(f"Hold-out: {' and '.join(words)}, {size / total:.1%} of the text")
 
     def _too_small(self, sizes: dict[int, int], asked: float, suited: float | None) -> str:
@@ -178,7 +179,7 @@ class HoldoutPlanner:
 
 
 def _shares_from(share: float) -> Iterator[float]:
-    """The share, and the shares from there to a half, at each of which the smaller part doubles."""
+    """The share, and then shares whose smaller part doubles each time, up to a half."""
     smaller = min(share, 1 - share)
     yield share
     while smaller < 0.5:
@@ -187,7 +188,7 @@ def _shares_from(share: float) -> Iterator[float]:
 
 
 def _end_of(text: str, num_bytes: int) -> str:
-    """The last `num_bytes` bytes of a text, or less: from a line's or a word's begin where one is near."""
+    """The last `num_bytes` bytes of a text, or a little less, to start with a line or a word."""
     data = text.encode("utf-8")
     end = data[max(0, len(data) - num_bytes) :].decode("utf-8", "ignore")
     for border in ("\n", " "):

@@ -1,4 +1,4 @@
-"""The index of token shards: what `index.json` says, and how it is read from a disk that may hold anything."""
+"""The index of token shards, `index.json`: its fields, and how it is written, read and verified."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Shard(Section):
-    """One file. `bytes` counts the documents' text in UTF-8; `tokens` includes each document's end-of-text."""
+    """One file. `bytes` counts the UTF-8 text of its documents, `tokens` includes the end-of-text of each one."""
 
     file: Annotated[str, Field(pattern=r"^(train|holdout)/[0-9]+\.bin$")]
     tokens: PositiveInt
@@ -39,7 +39,7 @@ class Shard(Section):
 
 
 class CorpusOptions(Section):
-    """How the shards were made from their source."""
+    """The options with which the shards were made from their source."""
 
     source: Address
     text_field: str
@@ -50,7 +50,7 @@ class CorpusOptions(Section):
 
 @dataclass(frozen=True)
 class SplitTotals:
-    """What the shards of a split hold together, counted as in `Shard`."""
+    """The sums over the shards of a split, counted as in `Shard`."""
 
     documents: int
     tokens: int
@@ -60,8 +60,8 @@ class SplitTotals:
 class ShardIndex(Section):
     """The contents of `index.json`.
 
-    `index_sha256` is the SHA-256 of the file itself, with zeros in place of these 64 digits; an index that was
-    written before there was one has None.
+    `index_sha256` is the SHA-256 of the file itself with zeros in place of these 64 digits. It is None in an index
+    that an older version wrote without it.
     """
 
     format_version: Literal[1] = 1
@@ -104,7 +104,7 @@ class ShardIndex(Section):
 
     @classmethod
     def read(cls, directory: Path) -> ShardIndex:
-        """Reads the index of a directory. Raises DataError, naming the field, where it is not what it should be."""
+        """Reads and verifies the index of a directory. Raises DataError, naming the field that is wrong."""
         path = directory / INDEX_FILE
         try:
             text = path.read_bytes().decode("utf-8")
@@ -124,7 +124,7 @@ class ShardIndex(Section):
         except ValidationError as error:
             raise DataError(f"{describe_errors(error, cls, {(): str(path)})}; {REBUILD_HINT}") from None
         if index.index_sha256 is not None:
-            found = _sha256_of_rest(text, index.index_sha256)
+            found = _sha256_without(text, index.index_sha256)
             if found != index.index_sha256:
                 raise DataError(
                     f"{path}: is damaged or was edited: its SHA-256 is {found}, expected {index.index_sha256}; "
@@ -133,28 +133,28 @@ class ShardIndex(Section):
         return index
 
     def write(self, directory: Path) -> None:
-        """Writes the index of a directory, whose other files must be complete by now."""
+        """Writes the index of a directory, after all other files are complete."""
         text = self.model_copy(update={"index_sha256": _NO_SHA256}).model_dump_json(indent=2) + "\n"
-        own = _sha256_of_rest(text, _NO_SHA256)
+        own = _sha256_without(text, _NO_SHA256)
         with atomic_write(directory / INDEX_FILE) as partial:
             partial.write_bytes(text.replace(_entry(_NO_SHA256), _entry(own), 1).encode("utf-8"))
 
 
-def _sha256_of_rest(text: str, own: str) -> str:
-    """SHA-256 of an index whose own checksum is `own`, with zeros in its place."""
+def _sha256_without(text: str, own: str) -> str:
+    """SHA-256 of the text of an index, with zeros in place of its own checksum."""
     return hashlib.sha256(text.replace(_entry(own), _entry(_NO_SHA256), 1).encode("utf-8")).hexdigest()
 
 
 def _entry(sha256: str) -> str:
-    """How the index spells its own checksum; no string in it can hold this, where quotes are escaped."""
+    """The entry of the checksum in the text of the index. It occurs once: quotes inside strings are escaped."""
     return f'"index_sha256": "{sha256}"'
 
 
 def shard_name(split: Split, number: int) -> str:
-    """The file of a shard, below the directory."""
+    """The path of a shard below the directory."""
     return f"{split}/{number:05d}.bin"
 
 
 def token_dtype(vocab_size: int) -> TokenDtype:
-    """The smallest type that holds every id."""
+    """The smallest type that can hold every id."""
     return "uint16" if vocab_size <= 2**16 else "uint32"

@@ -1,6 +1,6 @@
-"""Batches of token windows in a random order that needs no state: sample `i` is a pure function of (seed, i).
+"""Batches of token windows in a random order without state: sample `i` is a pure function of (seed, i).
 
-A run that knows how many samples it has taken resumes bit for bit, on any number of ranks.
+A run that knows how many samples it has consumed resumes bit for bit, on any number of ranks.
 """
 
 from __future__ import annotations
@@ -20,42 +20,42 @@ from deepseek_v3.data.tokens.shards import TokenShards
 from deepseek_v3.utils.errors import DataError
 
 _ROUNDS = 6
-_LEAST_HALF_BITS = 3  # on smaller halves this many rounds leave some orders of the indices likelier than others
-_PREFETCHED = 1  # items that are read ahead of the one in use
+_MIN_HALF_BITS = 3  # with smaller halves, 6 rounds make some permutations likelier than others
+_READ_AHEAD = 1  # items
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 class Permutation:
-    """A pseudo-random permutation of range(n), computed at any index without storing it.
+    """A pseudo-random permutation of range(n) that computes any index without storing the permutation.
 
-    A balanced Feistel network permutes range(4^k), the first of 64, 256, … to hold n. An index that lands outside
-    range(n) is sent through again until it falls inside (cycle walking, Black and Rogaway 2002): from n = 16 up, at
-    most 4 passes on average.
+    A balanced Feistel network permutes range(4^k), the first of 64, 256, … that is at least n. A result outside
+    range(n) goes through the network again until it is inside (cycle walking, Black and Rogaway 2002). From n = 16
+    on, this takes at most 4 passes on average.
     """
 
     def __init__(self, n: int, seed: int | tuple[int, ...]) -> None:
         if not 1 <= n <= 2**62:
             raise ValueError(f"n = {n}, expected 1 to 2**62")
         self.n = n
-        half_bits = max(_LEAST_HALF_BITS, ((n - 1).bit_length() + 1) // 2)
+        half_bits = max(_MIN_HALF_BITS, ((n - 1).bit_length() + 1) // 2)
         self._half_bits = np.uint64(half_bits)
         self._half_mask = np.uint64(2**half_bits - 1)
         digest = blake2b(repr(seed).encode(), digest_size=8 * _ROUNDS).digest()
         self._keys = np.frombuffer(digest, np.dtype("<u8")).astype(np.uint64)
 
     def __call__(self, index: ArrayLike) -> Int64Array:
-        """Where each index goes: int64, in the shape of `index`. Raises IndexError outside range(n)."""
+        """The image of each index: int64, in the shape of `index`. Raises IndexError outside range(n)."""
         indices = np.asarray(index, np.int64)
         if indices.size and not 0 <= indices.min() <= indices.max() < self.n:
             raise IndexError(f"index outside range({self.n})")
-        values = self._shuffled(indices.reshape(-1).astype(np.uint64))
+        values = self._permute(indices.reshape(-1).astype(np.uint64))
         while (outside := values >= np.uint64(self.n)).any():
-            values[outside] = self._shuffled(values[outside])
+            values[outside] = self._permute(values[outside])
         return values.astype(np.int64).reshape(indices.shape)
 
-    def _shuffled(self, values: UInt64Array) -> UInt64Array:
+    def _permute(self, values: UInt64Array) -> UInt64Array:
         """One pass of the network over range(4^k)."""
         left, right = values >> self._half_bits, values & self._half_mask
         for key in self._keys:
@@ -64,11 +64,11 @@ class Permutation:
 
 
 class TokenLoader:
-    """Cuts a split into windows of `sequence_length` tokens and deals them out, each once in every epoch.
+    """Reads a split in windows of `sequence_length` tokens, each once per epoch.
 
-    A sample is one window and the token behind it: inputs are all its tokens but the last, targets all but the
-    first. With `shuffle` each epoch has an order of its own; without, samples come in the order of the split. A
-    tail of the split too short for a window is left out.
+    A sample is a window with the token after it: the inputs are all its tokens except the last, the targets all
+    except the first. With `shuffle` every epoch has a different random order; without, samples come in the order of
+    the split. A rest of the split that is too short for a window is dropped.
 
     Raises DataError if the split holds no window.
     """
@@ -100,9 +100,9 @@ class TokenLoader:
         return self.windows(self._positions(first, count))
 
     def windows(self, numbers: ArrayLike) -> Int64Array:
-        """The windows of these numbers, from 0 in the order of the split: [count, sequence_length + 1] int64.
+        """The windows with these numbers, from 0 in the order of the split: [count, sequence_length + 1] int64.
 
-        Raises DataError where a shard can no longer be read.
+        Raises DataError if a shard can no longer be read.
         """
         numbers = np.asarray(numbers, np.int64)
         samples = np.empty((len(numbers), self.sequence_length + 1), np.int64)
@@ -111,7 +111,7 @@ class TokenLoader:
         return samples
 
     def _positions(self, first: int, count: int) -> Int64Array:
-        """Which window of the split each sample is."""
+        """The number of the window of each sample: int64 [count]."""
         epochs, positions = np.divmod(np.arange(first, first + count), self.num_samples)
         if self._shuffle:
             for epoch in np.unique(epochs):
@@ -121,32 +121,32 @@ class TokenLoader:
 
 
 def draw_windows(num_windows: int, count: int) -> Int64Array:
-    """The numbers of `count` out of `num_windows` windows of a split, ascending: int64 [count].
+    """Draws `count` of `num_windows` windows of a split: their numbers, int64 [count], ascending.
 
-    The split is cut into `count` equal stretches, and a hash of a stretch's number chooses one window in it. So
-    every source is drawn in its share, whatever the order of the sources, and a draw depends on nothing but its
-    arguments.
+    A stratified sample: the split is divided into `count` equal strata, and a hash of the stratum's number chooses
+    one window in each. So every source is represented by its share, whatever the order of the sources, and the
+    result depends on the arguments alone.
     """
     quotient, remainder = divmod(num_windows, count)
-    stretches = np.arange(count + 1)
-    borders = stretches * quotient + stretches * remainder // count
+    strata = np.arange(count + 1)
+    borders = strata * quotient + strata * remainder // count
     widths = np.diff(borders).astype(np.uint64)
-    hashes = mix64(stretches[1:].astype(np.uint64) * np.uint64(SPLITMIX64_GAMMA))
+    hashes = mix64(strata[1:].astype(np.uint64) * np.uint64(SPLITMIX64_GAMMA))
     return borders[:-1] + (hashes % widths).astype(np.int64)
 
 
 def prefetch(read: Callable[[Item], Result], items: Iterable[Item]) -> Generator[Result]:
-    """Yields `read(item)` for each item, in order, read ahead by one background thread.
+    """Yields `read(item)` for each item, in order; a background thread reads one item ahead.
 
-    An error in the thread is raised here, in place of its result. The thread ends with this iterator, be it closed
-    early or exhausted.
+    An error in the thread is raised in place of its result. The thread ends when this iterator is exhausted or
+    closed.
     """
     waiting: deque[Future[Result]] = deque()
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="token-loader")
     try:
         for item in items:
             waiting.append(pool.submit(read, item))
-            if len(waiting) > _PREFETCHED:
+            if len(waiting) > _READ_AHEAD:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

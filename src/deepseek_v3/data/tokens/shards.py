@@ -1,9 +1,9 @@
-"""Token shards: a corpus on disk as arrays of ids. A directory of them holds
+"""Token shards: a corpus on disk as arrays of token ids. A directory of shards holds
 
-- `index.json`: what follows, counted and with checksums,
+- `index.json`: the counts and checksums of all other files,
 - `tokenizer.json`: the tokenizer that made the ids,
-- `train/00000.bin` …, `holdout/00000.bin` …: ids as little-endian uint16, or uint32 where the vocabulary needs it,
-  every document followed by end-of-text.
+- `train/00000.bin` …, `holdout/00000.bin` …: ids as little-endian uint16, or uint32 for a vocabulary above 65,536;
+  end-of-text follows every document.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ from deepseek_v3.utils.logging import get_logger
 Tokens = NDArray[Any]  # uint16 or uint32
 
 _TOKENIZER_FILE = "tokenizer.json"
-_MOST_OPEN = 512  # files that a reader keeps open
-_COUNTED_AT_ONCE = 2**20  # tokens
+_MAX_OPEN_FILES = 512  # of a reader
+_COUNT_TOKENS = 2**20  # that a check of the counts reads at a time
 
 _log = get_logger("Tokens")
 
 
 class ShardWriter:
-    """Writes token shards into an empty directory: `add` every document, then `finish`, inside a `with` block.
+    """Writes token shards to an empty directory: `add` every document, then `finish`, inside a `with` block.
 
-    A shard ends with the first document that brings it to `shard_tokens` tokens; no document is cut in two.
-    Every file is fsynced. A directory without an index is unfinished and never opens.
+    A shard ends with the document that brings it to `shard_tokens` tokens; no document is split. Every file is
+    fsynced. The index is written last, and a directory without an index cannot be opened.
     """
 
     def __init__(self, directory: Path, tokenizer: Tokenizer, shard_tokens: int = 2**27) -> None:
@@ -71,7 +71,7 @@ class ShardWriter:
             writer.close()
 
     def add(self, split: Split, ids: Sequence[int] | Tokens, num_bytes: int) -> None:
-        """Appends a document of `num_bytes` bytes of text, at least 1, and end-of-text behind it."""
+        """Appends a document of `num_bytes` bytes of text, at least 1, and end-of-text after it."""
         self._splits[split].add(np.asarray(ids, self._dtype), num_bytes)
 
     def finish(self, options: CorpusOptions) -> ShardIndex:
@@ -129,7 +129,7 @@ class _SplitWriter:
         self._file = None
 
     def end_shard(self) -> None:
-        """Makes the shard durable, if one was begun, and notes what it holds."""
+        """Fsyncs and closes the open shard, if there is one, and adds it to `shards`."""
         if self._file is None:
             return
         self._file.flush()
@@ -147,23 +147,23 @@ class _SplitWriter:
 
 
 class TokenShards:
-    """Reads what `ShardWriter` wrote; safe to use from several threads."""
+    """Reads token shards; safe to use from several threads."""
 
     def __init__(self, directory: Path, index: ShardIndex) -> None:
         self.directory = directory
         self.index = index
         self._dtype = np.dtype(index.dtype).newbyteorder("<")
         self._starts = {split: [0, *accumulate(shard.tokens for shard in index.shards(split))] for split in SPLITS}
-        self._file = lru_cache(_MOST_OPEN)(self._open)
+        self._file = lru_cache(_MAX_OPEN_FILES)(self._open)
         self._tokenizer: Tokenizer | None = None
 
     @classmethod
     def open(cls, path: str | Path, verify: bool = True) -> TokenShards:
         """Opens a directory of shards after checking its index, its tokenizer and the size of every file.
 
-        `verify` also reads every shard and compares its SHA-256, several at a time, and of an index without a
-        checksum of its own its counts. Raises DataError, naming the file, what was found and what was expected.
-        Files are held open from here on, so that one which is removed or replaced stays as it was checked.
+        `verify` also reads every shard, several at a time, and compares its SHA-256; and if the index has no
+        checksum, it compares the counts, too. Raises DataError, naming the file, what was found and what was
+        expected. The files stay open, so a file that is removed or replaced later is still read as it was checked.
         """
         directory = Path(path)
         index = ShardIndex.read(directory)
@@ -177,15 +177,15 @@ class TokenShards:
             with ThreadPoolExecutor() as pool:
                 list(pool.map(lambda pair: _check_sha256(pair[0], pair[1].sha256), shards))
         if index.index_sha256 is None:
-            _tell_unchecked(directory)
+            _warn_unchecked(directory)
             if verify:
                 opened._check_counts()
-        for split, number, _ in islice(opened._shards(), _MOST_OPEN):
+        for split, number, _ in islice(opened._shards(), _MAX_OPEN_FILES):
             opened._file(split, number)
         return opened
 
     def _shards(self) -> Iterator[tuple[Split, int, Shard]]:
-        """Every shard, with its split and its number there."""
+        """Every shard with its split and its number in the split."""
         return ((split, number, shard) for split in SPLITS for number, shard in enumerate(self.index.shards(split)))
 
     def _check_tokenizer(self) -> None:
@@ -199,20 +199,23 @@ class TokenShards:
                 )
 
     def _check_counts(self) -> None:
-        """Raises DataError where a shard holds other documents or bytes of text than the index says."""
+        """Raises DataError if the documents or text bytes of a shard differ from the index."""
         tokenizer = self.load_tokenizer()
         for split, number, shard in self._shards():
             documents = num_bytes = 0
-            for start in range(0, shard.tokens, _COUNTED_AT_ONCE):
-                tokens = self._tokens(split, number, start, min(shard.tokens, start + _COUNTED_AT_ONCE))
+            for start in range(0, shard.tokens, _COUNT_TOKENS):
+                tokens = self._tokens(split, number, start, min(shard.tokens, start + _COUNT_TOKENS))
                 documents += int((tokens == tokenizer.end_of_text).sum())
                 num_bytes += int(tokenizer.byte_lengths[tokens].sum())
             if not tokenizer.is_byte_exact:
                 num_bytes = shard.bytes
-            for name, said, found in (("documents", shard.documents, documents), ("bytes", shard.bytes, num_bytes)):
-                if said != found:
+            for name, expected, found in (
+                ("documents", shard.documents, documents),
+                ("bytes", shard.bytes, num_bytes),
+            ):
+                if expected != found:
                     raise DataError(
-                        f"{self.directory / INDEX_FILE}: {name} = {said} of {shard.file}, which holds {found}; "
+                        f"{self.directory / INDEX_FILE}: {name} = {expected} of {shard.file}, which holds {found}; "
                         f"{REBUILD_HINT}"
                     )
 
@@ -227,7 +230,7 @@ class TokenShards:
         return self.index.totals(split).documents
 
     def num_tokens(self, split: Split) -> int:
-        """Tokens in a split, with the end-of-text behind each document."""
+        """Tokens in a split, including the end-of-text of each document."""
         return self._starts[split][-1]
 
     def num_bytes(self, split: Split) -> int:
@@ -235,10 +238,10 @@ class TokenShards:
         return self.index.totals(split).bytes
 
     def read(self, split: Split, start: int, length: int) -> Tokens:
-        """Tokens `start` to `start + length` of a split, [length] uint16 or uint32, across borders of shards.
+        """Tokens `start` to `start + length` of a split, from one or more shards: uint16 or uint32 [length].
 
-        Raises ValueError if the range is empty or reaches outside the split, and DataError where a shard cannot be
-        read or has become shorter. One that is removed while it is open stays readable.
+        Raises ValueError if the range is empty or exceeds the split, and DataError if a shard cannot be read or has
+        become shorter. A shard that is removed while it is open stays readable.
         """
         starts = self._starts[split]
         stop = start + length
@@ -263,9 +266,10 @@ class TokenShards:
 
 
 class _OpenFile:
-    """A file to read anywhere from several threads; closed with its last reference.
+    """A file that several threads read at any position; it is closed with the last reference.
 
-    Read and not mapped: a map of a file that becomes shorter ends the process (SIGBUS) without a word.
+    The file is read, not memory-mapped: if a mapped file becomes shorter, SIGBUS kills the process without a
+    message.
     """
 
     def __init__(self, path: Path, num_bytes: int) -> None:
@@ -284,10 +288,10 @@ class _OpenFile:
             os.close(self._descriptor)
 
     def read(self, start: int, num_bytes: int) -> bytes:
-        """Bytes `start` to `start + num_bytes`. Raises DataError where they cannot be read or are not there."""
+        """Bytes `start` to `start + num_bytes`. Raises DataError if they cannot be read or the file is shorter."""
         try:
             data = os.pread(self._descriptor, num_bytes, start)
-            while len(data) < num_bytes:  # a single call reads 2 GiB at most
+            while len(data) < num_bytes:  # a call reads at most 2 GiB
                 more = os.pread(self._descriptor, num_bytes - len(data), start + len(data))
                 if not more:
                     size = os.fstat(self._descriptor).st_size
@@ -305,10 +309,10 @@ class _OpenFile:
 
 
 @lru_cache
-def _tell_unchecked(directory: Path) -> None:
-    """Warns once that an index cannot prove itself."""
+def _warn_unchecked(directory: Path) -> None:
+    """Warns once per directory that its index has no checksum."""
     _log.warning(
-        f"{directory / INDEX_FILE} was written without a checksum of its own, so damage to it may go unseen; "
+        f"{directory / INDEX_FILE} has no checksum of its own, so damage to it may go unseen; "
         "`dsv3 tokenize` now writes one"
     )
 

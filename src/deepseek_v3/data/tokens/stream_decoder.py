@@ -1,4 +1,4 @@
-"""Text from ids that arrive one by one."""
+"""Decoding token ids to text while they are generated, one by one."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import Any
 
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 
-_REPLACEMENT = "\ufffd"  # what decoding shows for bytes that are not, or not yet, a character
+_REPLACEMENT = "\ufffd"  # decoding shows it for bytes that are no complete character
 _BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
-_JOINS = ("ByteLevel", "Fuse")  # steps after which all tokens are one text
-_HARMLESS = ("Fuse", "Strip")  # steps that change nothing inside such a text
+_JOINS = ("ByteLevel", "Fuse")  # steps that join all tokens to one text
+_HARMLESS = ("Fuse", "Strip")  # steps that change nothing inside the joined text
 
 
 class StreamDecoder:
-    """Turns ids that arrive one by one into text, piece by piece as it becomes certain.
+    """Decodes ids that arrive one by one, and returns text as soon as later ids cannot change it.
 
-    The text continues that of `prompt`: all that `push` returned, followed by what `flush` returns, is
-    `Tokenizer.decode` of prompt and pushed ids, less as many characters as it shows of the prompt alone.
+    The text continues that of `prompt`: the results of all calls of `push`, followed by the result of `flush`,
+    equal `Tokenizer.decode` of the prompt and the pushed ids, without the first characters, which show the prompt.
 
-    Text is held back while further ids can change it: bytes that are not yet a character, and with a vocabulary of
-    tokens such as `<0xE4>` each run of them, because one wrong byte turns the whole run into U+FFFD. A decoder that
-    rewrites the joined text gives all of it at the end.
+    Text is held back while later ids can change it: bytes of an incomplete character, and, with byte tokens such as
+    `<0xE4>`, each run of them, because one wrong byte turns the whole run into U+FFFD. If the decoder rewrites the
+    joined text, all text is returned at the end.
 
-    Each step decodes a few ids only: those since the text was last certain, and those of one step before as their
-    context. The context shows some text, so that what decoders do to the first token or drop from the start of a
-    text does not reach new ids.
+    Each step decodes only few ids: those since the last returned text, with those of the step before as context.
+    The context decodes to some text, so whatever a decoder does to the first token, or removes from the start of a
+    text, does not affect new ids.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
@@ -38,7 +38,7 @@ class StreamDecoder:
         self._num_shown = len(tokenizer.decode(self._ids))
 
     def push(self, id_: int) -> str:
-        """Takes the next id and returns the text that it completes, often none."""
+        """Adds the next id, and returns the text that it completes, often empty."""
         self._ids.append(id_)
         token = self._tokenizer.token(id_)
         if not self._piecewise or token is None or (self._by_bytes and _BYTE.fullmatch(token)):
@@ -52,16 +52,16 @@ class StreamDecoder:
         return new
 
     def flush(self) -> str:
-        """Ends the stream: returns what was held back, with U+FFFD for a character that never became whole.
+        """Ends the text: returns what was held back, with U+FFFD for an incomplete character.
 
-        What is pushed afterwards is the start of a text of its own.
+        Ids that are pushed afterwards start a new text.
         """
         rest = self._tokenizer.decode(self._ids)[self._num_shown :]
         self._ids, self._num_context, self._num_shown = [], 0, 0
         return rest
 
     def _shorten(self) -> None:
-        """Makes the ids behind the context the next context, if they show any text."""
+        """Replaces the context by the ids after it, if these decode to any text."""
         recent = self._ids[self._num_context :]
         if shown := self._tokenizer.decode(recent):
             self._ids, self._num_shown = recent, len(shown)
@@ -69,7 +69,7 @@ class StreamDecoder:
 
 
 def _is_piecewise(steps: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether more ids only add text: no step looks for anything across the borders of tokens."""
+    """Whether further ids only append text, because no step looks across the borders of tokens."""
     joined = False
     for step in steps:
         if joined and step["type"] not in _HARMLESS:

@@ -1,10 +1,9 @@
-"""tiktoken as a faster way to the same ids: for byte-level BPE that it can express, ten times and more.
+"""Encoding with tiktoken: the same ids as the tokenizers library, more than ten times as fast, for byte-level BPE.
 
-FOLDED: How byte-level tokenizers cut text before merging, and the same cuts as the one regex that tiktoken takes.
-
-The tokenizers library runs Oniguruma, once for each `Split`, each on the pieces that the one before left; what a
-pattern does not match stays as a piece. tiktoken runs fancy-regex, once, and drops what the pattern does not match.
-
+Before it merges, a byte-level tokenizer splits text by regexes. The tokenizers library runs the regex of each
+`Split` step with Oniguruma, on the pieces that the step before it left, and keeps text between matches as pieces.
+tiktoken runs a single regex with fancy-regex, and drops text between matches. So each known pre-tokenizer has a
+hand-written single regex here that splits the same way.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ from tokenizers import Regex, Tokenizer, models, normalizers
 
 from deepseek_v3.utils.text import format_value
 
-# DeepSeek-V3's cuts: digits in groups of three, runs of Chinese and Japanese, then words with the one sign before
-# them, punctuation with the line breaks after it, and white space.
+# The splits of DeepSeek-V3: digits in groups of three; runs of Chinese and Japanese; then words with one character
+# before them, punctuation with the line breaks after it, and white space.
 DEEPSEEK = (
     r"\p{N}{1,3}",
     "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
     r"""| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
 )
-# The release spells line breaks as the characters themselves.
+# The released tokenizer.json has the line break characters themselves in its patterns.
 _DEEPSEEK_RELEASE = tuple(pattern.replace(r"\r\n", "\r\n") for pattern in DEEPSEEK)
 
 _GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
@@ -39,7 +38,7 @@ _QWEN2_WORDS = _LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
 _SPACE = r"\s+(?!\S)|\s+"
 _GPT2, _LLAMA3, _QWEN2 = (f"{words}|{_SPACE}" for words in (_GPT2_WORDS, _LLAMA3_WORDS, _QWEN2_WORDS))
 
-# The Chinese and Japanese of the second cut: all of it, its letters and marks, its signs, what is unassigned in it.
+# Chinese and Japanese, as in the second split: all characters, letters and marks, symbols, unassigned code points.
 _CJK = "\u4e00-\u9fa5\u3040-\u30ff"
 _CJK_LETTERS = "\u4e00-\u9fa5\u3041-\u3096\u3099\u309a\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff"
 _CJK_SIGNS = "\u309b\u309c\u30a0\u30fb"
@@ -47,13 +46,13 @@ _CJK_UNASSIGNED = "\u3040\u3097\u3098"
 _LETTERS = rf"[\p{{L}}\p{{M}}&&[^{_CJK}]]"
 
 
-def _deepseek_as_one() -> str:
-    """DeepSeek-V3's three cuts at once: no match may enter or leave Chinese and Japanese, or digits.
+def _deepseek_single() -> str:
+    """DeepSeek-V3's three splits as one regex: no match may cross the border of Chinese and Japanese, or of digits.
 
-    So the third cut's alternatives stand here twice, on either side of that border; white space before it is at
-    the end of its piece; and what no alternative matches, such as control characters, is a piece up to the last
-    one before a letter, which goes with the letter. Alternatives without lookahead stand together, where one
-    automaton runs them all.
+    Therefore the alternatives of the third split occur twice, once on each side of that border; white space before
+    the border ends its piece. Characters that no alternative matches, such as control characters, form a piece,
+    except for the last one before a letter, which belongs to the letter. Alternatives without lookahead are
+    grouped, so that one automaton runs them all.
     """
     words = "|".join(
         [
@@ -77,9 +76,9 @@ def _deepseek_as_one() -> str:
     return f"(?:{words})|{rest}"
 
 
-_AS_ONE: dict[tuple[str, ...], str] = {
-    DEEPSEEK: _deepseek_as_one(),
-    _DEEPSEEK_RELEASE: _deepseek_as_one(),
+_SINGLE: dict[tuple[str, ...], str] = {
+    DEEPSEEK: _deepseek_single(),
+    _DEEPSEEK_RELEASE: _deepseek_single(),
     (_GPT2,): f"(?:{_GPT2_WORDS})|{_SPACE}",
     (_LLAMA3,): f"(?:{_LLAMA3_WORDS})|{_SPACE}",
     (_QWEN2,): f"(?:{_QWEN2_WORDS})|{_SPACE}",
@@ -87,9 +86,9 @@ _AS_ONE: dict[tuple[str, ...], str] = {
 
 
 def single_regex(pre_tokenizer: Mapping[str, Any] | None) -> str | None:
-    """The regex that cuts text for tiktoken as a `tokenizer.json`'s `pre_tokenizer` does, or None if none is known.
+    """The regex that splits text like the `pre_tokenizer` of a `tokenizer.json`, or None if none is known.
 
-    Known are the cuts of DeepSeek-V3, Llama 3, Qwen 2 and GPT-2, each followed by the step to bytes.
+    Known are the pre-tokenizers of DeepSeek-V3, Llama 3, Qwen 2 and GPT-2, each followed by the step to bytes.
     """
     steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
     *cuts, last = steps or [None]
@@ -98,7 +97,7 @@ def single_regex(pre_tokenizer: Mapping[str, Any] | None) -> str | None:
     if any(cut["type"] != "Split" or cut["behavior"] != "Isolated" or cut["invert"] for cut in cuts):
         return None
     patterns = [cut["pattern"].get("Regex") for cut in cuts]
-    return _AS_ONE.get((*patterns, _GPT2) if last["use_regex"] else tuple(patterns))
+    return _SINGLE.get((*patterns, _GPT2) if last["use_regex"] else tuple(patterns))
 
 
 _CLASSES = (r"\p{L}", r"\p{M}", r"\p{N}", r"\p{P}", r"\p{S}", r"\s")
@@ -108,9 +107,9 @@ _PLANES = (range(0xD800), range(0xE000, 0x40000), range(0xE0000, 0xF0000))
 
 @lru_cache(1)
 def unicode_disagreements(classes: tuple[str, ...] = _CLASSES) -> frozenset[str]:
-    """The characters that the two libraries' versions of Unicode put into different classes of a regex.
+    """The characters that the regex engines of the two libraries put into different classes.
 
-    None where the versions agree. Takes 0.2 s, the first time.
+    They differ because each library has its own version of Unicode. The first call takes 0.2 s.
     """
     characters = "".join(chr(code) for codes in _PLANES for code in codes)
     in_bytes = {bytes([byte]): byte for byte in range(256)}
@@ -124,23 +123,24 @@ def unicode_disagreements(classes: tuple[str, ...] = _CLASSES) -> frozenset[str]
     return frozenset(apart)
 
 
-_BLOCK = 2**16  # the longest run that tiktoken's regex can take is 10^6 characters
+_BLOCK = 2**16  # characters; tiktoken's regex fails on runs of more than 10^6
 
 
 class NotExpressibleError(Exception):
-    """What a tokenizer has that tiktoken cannot express."""
+    """A tokenizer has a feature that tiktoken does not support; the message names it."""
 
 
 class TiktokenEncoder:
-    """Gives the ids that a tokenizer of the tokenizers library gives, for every text that passes `can_encode`.
+    """Gives the ids of a tokenizer of the tokenizers library, for every text that passes `can_encode`.
 
-    Both merge the pair of the lowest rank, the leftmost first. tiktoken merges whatever two pieces spell a token,
-    the other library those pairs alone that its list of merges names. These are the same pairs if each token,
-    spelled in bytes, is merged to itself: while two pieces spell a token, no merge has crossed their outer borders,
-    so they are what the token alone is merged to at some step, and the last step of that merges a listed pair.
-    Tokens that are not merged to themselves never arise, by the same reason, and are left out here.
+    Both libraries merge the pair of lowest rank first, and of equal pairs the leftmost. tiktoken merges any two
+    pieces that together are a token; the tokenizers library merges only the pairs in its list of merges. These are
+    the same pairs if merging the bytes of each token gives this token: when two adjacent pieces together are a
+    token, no merge has crossed their outer borders, so merging the token's bytes alone passes through the same two
+    pieces, and its last step merges a listed pair. For the same reason a token that its own bytes do not merge to
+    never occurs, and it is left out here.
 
-    Raises NotExpressibleError where that does not hold or where text goes through more than cuts and merges.
+    Raises NotExpressibleError if that does not hold, or if text goes through more than splits and merges.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -156,8 +156,8 @@ class TiktokenEncoder:
         self._encoding = tiktoken.Encoding("same", pat_str=regex, mergeable_ranks=ranks, special_tokens={})
 
     def can_encode(self, text: str) -> bool:
-        """Whether this text is safe to encode: no character that the libraries class apart, no endless run."""
-        return (text.isascii() or _is_classed_alike(text)) and not _has_long_run(text)
+        """Whether both libraries encode a text the same: no long runs, no characters classed differently."""
+        return (text.isascii() or _has_agreed_classes(text)) and not _has_long_run(text)
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text without lone surrogates."""
@@ -165,7 +165,7 @@ class TiktokenEncoder:
 
 
 def _ranks(model: dict[str, Any]) -> dict[bytes, int]:
-    """The ids of tokens by their bytes, which as ranks give the model's merges."""
+    """The ids of tokens by their bytes; as ranks, they reproduce the merges of the model."""
     if model["type"] != "BPE":
         raise NotExpressibleError(f"its model is {model['type']}")
     used = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
@@ -192,9 +192,10 @@ def _ranks(model: dict[str, Any]) -> dict[bytes, int]:
 
 
 def _byte_signs() -> dict[str, int]:
-    """The character that stands for each byte in byte-level vocabularies: itself, or if not printable from U+0100.
+    """The byte of each character in byte-level vocabularies.
 
-    As GPT-2's encoder.py sets it (Radford et al. 2019).
+    A printable byte is written as the character of the same code, any other as a character from U+0100 on, as in
+    GPT-2's encoder.py (Radford et al. 2019).
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -204,15 +205,15 @@ def _byte_signs() -> dict[str, int]:
 BYTE_OF_CHARACTER = _byte_signs()
 
 
-def _is_classed_alike(text: str) -> bool:
+def _has_agreed_classes(text: str) -> bool:
     apart = unicode_disagreements()
     return not apart or apart.isdisjoint(text)
 
 
 def _has_long_run(text: str) -> bool:
-    """Whether some 65,536 characters are one run of white space, or of characters that are not printed.
+    """Whether some block of 65,536 characters is a single run of white space, or of unprintable characters.
 
-    tiktoken's regex steps back through such a run one by one and panics if it is too long.
+    tiktoken's regex backtracks through such a run character by character, and panics if it is too long.
     """
     blocks = (text[stop - _BLOCK : stop] for stop in range(_BLOCK, len(text) + 1, _BLOCK))
     return any(block.isspace() or not any(map(str.isprintable, block)) for block in blocks)

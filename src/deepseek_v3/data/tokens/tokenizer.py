@@ -25,7 +25,7 @@ from deepseek_v3.utils.logging import get_logger
 
 _MARKERS = ("<|endoftext|>", "<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>")
 
-# The names that published tokenizers give to the end of a text, and to the three marks of fill-in-the-middle.
+# The names of end-of-text, and of the three FIM markers, in published tokenizers.
 _END_OF_TEXT = (
     "<|endoftext|>",
     "<\uff5cend\u2581of\u2581sentence\uff5c>",
@@ -41,10 +41,10 @@ _FIM = (
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
 )
 
-# Options of BPE under which a piece does not spell its bytes alone.
-_SPELLINGS = ("unk_token", "continuing_subword_prefix", "end_of_word_suffix")
+# With these options of BPE the characters of a token are more than its bytes.
+_AFFIX_OPTIONS = ("unk_token", "continuing_subword_prefix", "end_of_word_suffix")
 
-_LONGEST_FILE = 2**28  # bytes of a tokenizer.json; the largest published ones have some 30 MB
+_MAX_FILE_BYTES = 2**28  # of a tokenizer.json; the largest published ones have about 30 MB
 
 _log = get_logger("Tokens")
 
@@ -53,7 +53,7 @@ MIN_VOCABULARY = len(_MARKERS) + 256
 
 
 class FimMarkers(NamedTuple):
-    """Ids of the marks before the prefix, before the suffix, and before the middle."""
+    """The ids of the markers before the prefix, before the suffix, and before the middle."""
 
     begin: int
     hole: int
@@ -63,12 +63,12 @@ class FimMarkers(NamedTuple):
 class Tokenizer:
     """An immutable tokenizer, built from the text of a `tokenizer.json`.
 
-    Text is text: where it spells the name of a marker such as end-of-text it is encoded like any other characters,
-    and no marker is added in front or behind. Safe to use from several threads.
+    Text never becomes a marker: the name of a marker such as end-of-text is encoded like any other characters, and
+    no marker is added before or after a text. Safe to use from several threads.
 
-    Raises DataError where the JSON is no tokenizer, has ids far beyond the number of its tokens, would drop text,
-    has no end-of-text under a name known here, or cannot tell that marker from text that spells it; `source` names
-    the tokenizer in the message.
+    Raises DataError if the JSON is no tokenizer, if its ids are far larger than the number of its tokens, if it
+    would drop text, if no marker has a known name of end-of-text, or if text with the name of that marker would be
+    encoded as the marker. `source` names the tokenizer in the message.
     """
 
     def __init__(self, json: str, source: str = "tokenizer.json") -> None:
@@ -92,10 +92,10 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-        """Trains byte-level BPE on `texts`, read once and not kept; the same texts give the same tokenizer.
+        """Trains byte-level BPE on `texts`, in one pass; the same texts give the same tokenizer.
 
-        The vocabulary holds 4 markers, 256 bytes and merges up to `vocab_size`, or fewer where the texts have no
-        pair left that occurs twice. Raises DataError if `vocab_size` is less than 260.
+        The vocabulary has 4 markers, 256 bytes and as many merges as `vocab_size` allows, or fewer if no further
+        pair occurs twice in the texts. Raises DataError if `vocab_size` is less than 260.
         """
         check_vocab_size(vocab_size)
         tokenizer = HuggingFaceTokenizer(models.BPE())
@@ -113,16 +113,16 @@ class Tokenizer:
 
     @classmethod
     def from_json(cls, json: str, source: str = "tokenizer.json") -> Tokenizer:
-        """The tokenizer that `to_json` or any `tokenizer.json` describes; `source` names it in errors."""
+        """Builds a tokenizer from the text of a `tokenizer.json`; `source` names it in errors."""
         return cls(json, source)
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Reads a `tokenizer.json`, or the one in a folder; warns where its pre-tokenizer removes characters."""
+        """Reads a `tokenizer.json`, or the one in a folder; warns if its pre-tokenizer removes characters."""
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
         try:
-            text = read_regular_file(file, _LONGEST_FILE, "a tokenizer.json").decode("utf-8")
+            text = read_regular_file(file, _MAX_FILE_BYTES, "a tokenizer.json").decode("utf-8")
         except UnicodeDecodeError as error:
             raise DataError(f"{file}: is not UTF-8 at byte {error.start}; expected a tokenizer.json") from None
         except ValueError as error:
@@ -136,11 +136,11 @@ class Tokenizer:
         return tokenizer
 
     def to_json(self) -> str:
-        """The text of a `tokenizer.json`, as it was read or trained."""
+        """The text of the `tokenizer.json` that was read or trained."""
         return self._json
 
     def save(self, path: str | Path) -> None:
-        """Writes a `tokenizer.json` that Transformers reads too."""
+        """Writes a `tokenizer.json`, which Transformers can read as well."""
         with atomic_write(Path(path)) as partial:
             partial.write_bytes(self._json.encode("utf-8"))
 
@@ -151,8 +151,8 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of several texts. Raises DataError if one holds a lone surrogate.
 
-        Encoded by tiktoken, on one core, or where it cannot express this tokenizer by the tokenizers library, in
-        parallel; the ids are the same.
+        tiktoken encodes them on one core; if it does not support this tokenizer, the tokenizers library encodes
+        them in parallel. The ids are the same.
         """
         for text in texts:
             check_unicode(text, "text to encode")
@@ -166,7 +166,7 @@ class Tokenizer:
 
     @property
     def _fields(self) -> dict[str, Any]:
-        """The `tokenizer.json` as the library writes it, which names types that the file may leave out."""
+        """The `tokenizer.json` as the library writes it, including the types that a file may omit."""
         fields: dict[str, Any] = json_text.loads(self._tokenizer.to_str())
         return fields
 
@@ -184,65 +184,65 @@ class Tokenizer:
 
     @cached_property
     def byte_lengths(self) -> Int64Array:
-        """Bytes of UTF-8 text that each id stands for: int64 [vocab_size]; 0 for markers, which stand for no text.
+        """The bytes of UTF-8 text that each id stands for: int64 [vocab_size]; 0 for markers.
 
-        Exact where `is_byte_exact`; of other tokenizers each id is counted as it is spelled in the vocabulary.
+        Exact if `is_byte_exact`; otherwise the length of the id's token in the vocabulary.
         """
-        spelled = _is_byte_level(self._fields)
+        byte_level = _is_byte_level(self._fields)
         lengths = np.zeros(self.vocab_size, np.int64)
         for piece, id_ in self._tokenizer.get_vocab(with_added_tokens=False).items():
-            lengths[id_] = len(piece) if spelled else _spelled_bytes(piece)
+            lengths[id_] = len(piece) if byte_level else _sentencepiece_bytes(piece)
         for id_, token in self._tokenizer.get_added_tokens_decoder().items():
             lengths[id_] = len(token.content.encode()) if token.content.isspace() else 0
         return lengths
 
     @cached_property
     def is_byte_exact(self) -> bool:
-        """Whether the `byte_lengths` of a text's ids sum to its bytes: byte-level BPE that takes text as it is."""
+        """Whether the `byte_lengths` of a text's ids sum to its bytes: byte-level BPE that does not change text."""
         fields = self._fields
-        model, cuts = fields["model"], flatten_steps(fields.get("pre_tokenizer"))
+        model, splits = fields["model"], flatten_steps(fields.get("pre_tokenizer"))
         return (
             _is_byte_level(fields)
             and model["type"] == "BPE"
             and model["vocab"].keys() >= set(pre_tokenizers.ByteLevel.alphabet())
-            and not any(model.get(name) for name in _SPELLINGS)
+            and not any(model.get(name) for name in _AFFIX_OPTIONS)
             and fields.get("normalizer") in (None, {"type": "Sequence", "normalizers": []})
-            and all(_keeps_text(step) for step in cuts)
+            and all(_keeps_text(step) for step in splits)
         )
 
     def token(self, id_: int) -> str | None:
-        """How the vocabulary spells an id; None for an id that it does not know."""
+        """The token of an id in the vocabulary; None for an unknown id."""
         return self._tokenizer.id_to_token(id_)
 
     @cached_property
     def decoder_steps(self) -> list[dict[str, Any]]:
-        """The steps that decoding takes, as a `tokenizer.json` describes them; none where it joins by spaces."""
+        """The steps of decoding, as in a `tokenizer.json`; empty if tokens are joined by spaces."""
         return flatten_steps(self._fields["decoder"])
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids. Markers appear by name, bytes that are no UTF-8 as U+FFFD, unknown ids not at all."""
+        """The text of ids. Markers appear by name, and invalid UTF-8 as U+FFFD; unknown ids are skipped."""
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
 
 def _keeps_text(step: dict[str, Any]) -> bool:
-    """Whether a step of a pre-tokenizer neither adds nor drops text."""
+    """Whether a step of a pre-tokenizer neither adds nor removes text."""
     if step["type"] == "ByteLevel":
         return not step.get("add_prefix_space")
     return step["type"] == "Split" and step["behavior"] != "Removed"
 
 
 def _is_byte_level(fields: dict[str, Any]) -> bool:
-    """Whether the vocabulary spells each byte as one character."""
+    """Whether each byte is one character in the vocabulary."""
     return any(step["type"] == "ByteLevel" for step in flatten_steps(fields.get("decoder")))
 
 
-def _spelled_bytes(piece: str) -> int:
-    """Bytes of a piece as SentencePiece spells them: `<0x0A>` is one byte, U+2581 is a space."""
+def _sentencepiece_bytes(piece: str) -> int:
+    """The bytes of a SentencePiece token, in which `<0x0A>` is one byte and U+2581 is a space."""
     return 1 if re.fullmatch("<0x[0-9A-F]{2}>", piece) else len(piece.replace("\u2581", " ").encode())
 
 
 def check_vocab_size(vocab_size: int) -> None:
-    """Raises DataError for a size that a tokenizer trained here cannot have."""
+    """Raises DataError if a tokenizer of this size cannot be trained."""
     if vocab_size > LARGEST_VOCABULARY:
         raise DataError(f"vocab_size = {vocab_size:,}: expected at most {LARGEST_VOCABULARY:,}")
     if vocab_size < MIN_VOCABULARY:
@@ -252,13 +252,13 @@ def check_vocab_size(vocab_size: int) -> None:
 
 
 def min_tokens(text: str) -> int:
-    """How many tokens a document has at least, by any tokenizer trained here: no token crosses these cuts."""
+    """The least number of tokens of a document for any tokenizer of `Tokenizer.train`: no token crosses a split."""
     return len(_pre_tokenizer().pre_tokenize_str(text)) + 1
 
 
 def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
-    cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in DEEPSEEK]
-    return pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in DEEPSEEK]
+    return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def _build(json: str, source: str) -> HuggingFaceTokenizer:
@@ -267,13 +267,13 @@ def _build(json: str, source: str) -> HuggingFaceTokenizer:
         tokenizer = HuggingFaceTokenizer.from_str(json)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # noqa: BLE001 - nothing more specific; a panic of the library is no Exception
+    except BaseException as error:  # noqa: BLE001 -- the library raises no subclass, and its panics are no Exception
         raise DataError(f"{source}: is not a tokenizer of the tokenizers library: {error}") from None
     check_complete(json_text.loads(tokenizer.to_str()), source)
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    # A marker that is not declared special would be recognised in text. Runs of white space, which some
-    # vocabularies add in the same way, are text and stay.
+    # The library would find a marker in text unless it is declared special. Runs of white space, which some
+    # vocabularies add in the same way, are text and stay as they are.
     added = tokenizer.get_added_tokens_decoder().values()
     names = [token.content for token in added if not token.content.isspace()]
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])

@@ -1,4 +1,4 @@
-"""What a `tokenizer.json` must say for text to go in whole, and for its ids to fit a model."""
+"""Checks of a `tokenizer.json`: every text must be encoded completely, and the ids must suit a model."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from typing import Any
 from deepseek_v3.data.tokens.tiktoken_encoder import BYTE_OF_CHARACTER
 from deepseek_v3.utils.errors import DataError
 
-# Ids may have gaps, but each id up to the largest takes a row of the embedding and of many a table.
-_MOST_PER_TOKEN, _MOST_BESIDES = 2, 2**16
-# These bytes stand in no UTF-8 text.
-_NEVER = frozenset({0xC0, 0xC1, *range(0xF5, 0x100)})
-_MOST_NAMED = 5
-# Pre-tokenizers that always remove what they cut at.
+# Ids may have gaps, but every id up to the largest takes a row of the embedding: the largest id must be less than
+# 2 for each token, plus 65,536.
+_MAX_PER_TOKEN, _MAX_EXTRA = 2, 2**16
+# Bytes that no UTF-8 text contains.
+_UNUSED_BYTES = frozenset({0xC0, 0xC1, *range(0xF5, 0x100)})
+_NAMES_SHOWN = 5
+# Pre-tokenizers that always remove the characters at which they split.
 _REMOVE = ("Whitespace", "WhitespaceSplit", "BertPreTokenizer", "CharDelimiterSplit")
 
 
 def check_ids(text: str, source: str) -> None:
-    """Raises DataError where ids are too sparse or stand for two tokens, before a library makes tables for them.
+    """Raises DataError if ids are too sparse or not unique, before a library allocates tables for them.
 
-    `text` is that of a `tokenizer.json`. What is no such file is left to the tokenizers library, which refuses it.
+    `text` is the text of a `tokenizer.json`. Any other text passes; the tokenizers library refuses it later.
     """
     try:
         fields = json.loads(text)
@@ -34,9 +35,9 @@ def check_ids(text: str, source: str) -> None:
 
 
 def check_complete(fields: Mapping[str, Any], source: str) -> None:
-    """Raises DataError where some text would be dropped.
+    """Raises DataError if the tokenizer would drop some text.
 
-    `fields` are those of a `tokenizer.json` as the tokenizers library writes it, with every type named.
+    `fields` is the content of a `tokenizer.json` as the tokenizers library writes it, with every type.
     """
     model = fields["model"]
     if reason := _drops(fields, model, _ids(model["vocab"])):
@@ -47,7 +48,7 @@ def check_complete(fields: Mapping[str, Any], source: str) -> None:
 
 
 def removing_step(fields: Mapping[str, Any]) -> str | None:
-    """The type of the pre-tokenizer's first step that removes what it cuts at, such as white space."""
+    """The type of the first step of the pre-tokenizer that removes text, such as white space; else None."""
     for step in flatten_steps(fields["pre_tokenizer"]):
         if step["type"] in _REMOVE or step.get("behavior") == "Removed":
             return str(step["type"])
@@ -55,7 +56,7 @@ def removing_step(fields: Mapping[str, Any]) -> str | None:
 
 
 def flatten_steps(part: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """The steps of a normalizer, pre-tokenizer or decoder: one, or sequences of them in any depth."""
+    """The steps of a normalizer, pre-tokenizer or decoder, which may be sequences of any depth, as a flat list."""
     if part is None:
         return []
     if part["type"] != "Sequence":
@@ -65,7 +66,7 @@ def flatten_steps(part: Mapping[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _ids(vocabulary: Any) -> dict[str, int]:
-    """The ids of tokens; those of a list of pairs, as Unigram has it, are their places."""
+    """The id of each token. In a list of pairs, the form of Unigram, the id is the index."""
     if isinstance(vocabulary, list):
         return {pair[0]: place for place, pair in enumerate(vocabulary) if isinstance(pair, list) and pair}
     if isinstance(vocabulary, dict):
@@ -87,7 +88,7 @@ def _check_ids(vocabulary: Mapping[str, int], added: Mapping[str, int], source: 
     if not everything:
         return
     token, largest = max(everything.items(), key=lambda item: item[1])
-    most = _MOST_PER_TOKEN * len(everything) + _MOST_BESIDES
+    most = _MAX_PER_TOKEN * len(everything) + _MAX_EXTRA
     if largest >= most:
         raise DataError(
             f"{source}: token {token[:40]!r} has id {largest:,} among {len(everything):,} tokens, expected ids "
@@ -95,13 +96,13 @@ def _check_ids(vocabulary: Mapping[str, int], added: Mapping[str, int], source: 
         )
     counts = Counter(vocabulary.values())
     if len(counts) < len(vocabulary):
-        twice = next(id_ for id_, count in counts.items() if count > 1)
-        both = [repr(token[:40]) for token, id_ in vocabulary.items() if id_ == twice][:2]
-        raise DataError(f"{source}: id {twice} stands for two tokens, {' and '.join(both)}; give each its own id")
+        shared = next(id_ for id_, count in counts.items() if count > 1)
+        both = [repr(token[:40]) for token, id_ in vocabulary.items() if id_ == shared][:2]
+        raise DataError(f"{source}: id {shared} stands for two tokens, {' and '.join(both)}; give each its own id")
 
 
 def _drops(fields: Mapping[str, Any], model: Mapping[str, Any], vocabulary: Mapping[str, int]) -> str | None:
-    """Why some text would be dropped without a word, or would stop the tokenizers library; None where none is."""
+    """Why the tokenizers library would silently drop some text, or fail on it; None if it would not."""
     kind = model["type"]
     if kind == "Unigram":
         return "its model is Unigram and names no unk_id" if model.get("unk_id") is None else None
@@ -117,18 +118,18 @@ def _drops(fields: Mapping[str, Any], model: Mapping[str, Any], vocabulary: Mapp
 def _lacking_bytes(
     fields: Mapping[str, Any], model: Mapping[str, Any], vocabulary: Mapping[str, int]
 ) -> str | None:
-    """Why BPE does not know every byte that stands in text; None where it does."""
+    """Why BPE does not know every byte that text may contain; None if it does."""
     used = [*flatten_steps(fields.get("pre_tokenizer")), *flatten_steps(fields.get("normalizer"))]
     if any(step["type"] == "ByteLevel" for step in used):
-        spellings = ((byte, token) for sign, byte in BYTE_OF_CHARACTER.items() for token in _spellings(sign, model))
-        return _lacking((byte, token) for byte, token in spellings if token not in vocabulary)
+        tokens = ((byte, token) for sign, byte in BYTE_OF_CHARACTER.items() for token in _byte_tokens(sign, model))
+        return _lacking((byte, token) for byte, token in tokens if token not in vocabulary)
     if model.get("byte_fallback"):
         return _lacking((byte, f"<0x{byte:02X}>") for byte in range(256) if f"<0x{byte:02X}>" not in vocabulary)
     return "its BPE is not of bytes, so that characters which it does not know would be dropped"
 
 
-def _spellings(sign: str, model: Mapping[str, Any]) -> list[str]:
-    """How BPE spells a byte at the start, inside and at the end of a word."""
+def _byte_tokens(sign: str, model: Mapping[str, Any]) -> list[str]:
+    """The tokens of a byte for BPE at the start, inside and at the end of a word."""
     starts = dict.fromkeys(["", model.get("continuing_subword_prefix") or ""])
     ends = dict.fromkeys(["", model.get("end_of_word_suffix") or ""])
     return [start + sign + end for start in starts for end in ends]
@@ -137,10 +138,10 @@ def _spellings(sign: str, model: Mapping[str, Any]) -> list[str]:
 def _lacking(missing: Iterable[tuple[int, str]]) -> str | None:
     lacks: dict[int, str] = {}
     for byte, token in missing:
-        if byte not in _NEVER:
+        if byte not in _UNUSED_BYTES:
             lacks.setdefault(byte, token)
     if not lacks:
         return None
-    named = ", ".join(f"0x{byte:02X} ({token!r})" for byte, token in sorted(lacks.items())[:_MOST_NAMED])
-    more = ", …" if len(lacks) > _MOST_NAMED else ""
+    named = ", ".join(f"0x{byte:02X} ({token!r})" for byte, token in sorted(lacks.items())[:_NAMES_SHOWN])
+    more = ", …" if len(lacks) > _NAMES_SHOWN else ""
     return f"its vocabulary lacks {len(lacks)} of the 256 bytes, which would be dropped from text: {named}{more}"
