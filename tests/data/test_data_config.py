@@ -13,7 +13,7 @@ from helpers import ROOT
 CONFIG = ROOT / "configs" / "data_config.yaml"
 
 
-def test_the_shipped_config_spells_out_every_option_with_its_default() -> None:
+def test_the_shipped_config_lists_every_option_with_its_default() -> None:
     config = load_section(PreprocessConfig, CONFIG)
     assert config == PreprocessConfig(
         input_path=config.input_path, output_dir=config.output_dir, pipeline=config.pipeline

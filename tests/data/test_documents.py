@@ -43,7 +43,7 @@ def test_a_folder_is_read_recursively_in_the_order_of_paths(tmp_path):
     ]
 
 
-def test_one_file_is_a_source_too(tmp_path):
+def test_one_file_is_a_source(tmp_path):
     assert list(read_documents(write(tmp_path / "a.txt", "text"))) == [Document("a.txt", "text")]
     lines = write(tmp_path / "b.JSONL", '{"body": "text"}')
     assert list(read_documents(lines, text_field="body")) == [Document("b.JSONL:0", "text")]
@@ -78,7 +78,7 @@ def test_links_are_followed_and_loops_end(tmp_path):
     assert [document.id for document in read_documents(folder)] == ["a.txt", "linked/b.txt"]
 
 
-def test_what_is_neither_file_nor_folder_does_not_block(tmp_path):
+def test_a_pipe_does_not_block(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     message = error_of(tmp_path)
     assert "holds no text: found only pipe: is a link to nowhere, or no regular file" in message
@@ -101,7 +101,7 @@ def test_bytes_that_are_not_utf8_are_named_with_file_and_offset(tmp_path):
     assert "iconv" in message
 
 
-def test_the_offset_in_json_lines_counts_from_the_start_of_the_file(tmp_path):
+def test_an_offset_in_json_lines_counts_from_the_start(tmp_path):
     first = b'{"text": "a"}\n'
     path = write(tmp_path / "a.jsonl", first + b'{"text": "\xff"}\n')
     assert f"{path}:2: byte 0xff at offset {len(first) + 10} is not UTF-8" in error_of(path)
@@ -131,7 +131,7 @@ def test_an_escaped_pair_of_surrogates_is_one_character(tmp_path):
     assert [document.text for document in read_documents(path)] == ["😀"]
 
 
-def test_a_json_array_holds_documents_and_its_faults_are_named_by_offset(tmp_path):
+def test_invalid_values_of_an_array_are_named_by_offset(tmp_path):
     path = write(tmp_path / "a.json", '[{"text": "a"}, {"text": "b", "id": "x"}]')
     assert list(read_documents(path)) == [Document("a.json:1", "a"), Document("x", "b")]
     write(path, '[{"text": "a"}, {"body": "b"}]')
@@ -139,7 +139,7 @@ def test_a_json_array_holds_documents_and_its_faults_are_named_by_offset(tmp_pat
 
 
 @pytest.mark.parametrize("name", ["data/a.parquet", "data/a.jsonl", "data/a.jsonl.gz", "data/a.jsonl.zst"])
-def test_what_the_pipeline_writes_is_a_source(tmp_path, name):
+def test_the_output_of_the_pipeline_is_a_source(tmp_path, name):
     with RecordWriter(tmp_path / name) as writer:
         writer.write(record_batch(["x", "y"], ["one", "two"], ["s", "s"], [1, 2], [None, '{"u": 1}']))
     assert list(read_documents(tmp_path / "data")) == [Document("x", "one"), Document("y", "two")]
@@ -153,7 +153,7 @@ def test_a_row_and_a_line_of_a_compressed_file_are_named(tmp_path):
     assert error_of(path).startswith(f"{path}:3: field 'text' holds a number, expected a string")
 
 
-def test_files_that_nothing_can_read_are_left_out_and_named(tmp_path, caplog):
+def test_files_of_unknown_format_are_skipped_and_named(tmp_path, caplog):
     write(tmp_path / "a.txt", "a")
     write(tmp_path / "picture.png", b"\x89PNG")
     assert len(list(read_documents(tmp_path))) == 1
@@ -167,7 +167,7 @@ def test_an_unreadable_file_is_named(tmp_path):
     assert f"{path}: cannot be read" in error_of(tmp_path)
 
 
-def test_errors_of_the_disk_are_named(tmp_path, monkeypatch):
+def test_disk_errors_are_named(tmp_path, monkeypatch):
     path = write(tmp_path / "a.txt", "a")
 
     def fail(self: Path, mode: str) -> None:

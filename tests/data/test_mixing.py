@@ -25,11 +25,11 @@ def test_shares_follow_the_weights() -> None:
     assert shares([3, 1], [1000, 1000], 400, 4) == [300, 100]
 
 
-def test_what_a_small_source_cannot_give_the_others_share_by_weight() -> None:
+def test_other_sources_make_up_for_a_small_one_by_weight() -> None:
     assert shares([2, 1, 1], [10, 1000, 1000], 440, 4) == [40, 200, 200]
 
 
-def test_nobody_is_repeated_more_often_than_allowed() -> None:
+def test_no_source_is_repeated_more_often_than_allowed() -> None:
     assert shares([1, 1], [100, 50], 10_000, 2) == [200, 100]
 
 
@@ -59,9 +59,7 @@ def test_shares_reach_the_budget_or_everything(
 
 
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=50), st.floats(0, 5000), st.integers(0, 5))
-def test_copies_come_as_close_to_the_target_as_whole_documents_can(
-    tokens: list[int], target: float, seed: int
-) -> None:
+def test_copies_come_as_close_to_the_target_as_possible(tokens: list[int], target: float, seed: int) -> None:
     counts = np.array(tokens, np.int64)
     order = np.random.default_rng(seed).integers(0, 2**64, len(tokens), np.uint64)
     copies = copies_per_document(counts, order, target)
@@ -91,7 +89,7 @@ def test_a_mixture_on_disk(tmp_path: Path) -> None:
     assert counts["input"] == 100 == counts["kept"] + counts["dropped"]
 
 
-def test_a_document_of_no_listed_source_is_dropped_with_that_reason(tmp_path: Path) -> None:
+def test_a_document_of_no_listed_source_is_dropped(tmp_path: Path) -> None:
     config = pipeline_config(
         str(_corpus(tmp_path)), tmp_path / "out", ["mixing"], mixing={"weights": {"wiki/*": 1}}
     )
@@ -109,7 +107,7 @@ def test_another_seed_chooses_other_documents(tmp_path: Path) -> None:
     assert chosen[0] == chosen[1] != chosen[2]
 
 
-def test_the_budget_of_a_model_and_the_warning_where_the_text_is_too_little(
+def test_a_model_sets_the_budget_and_too_little_text_warns(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = pipeline_config(str(_corpus(tmp_path)), tmp_path / "out", ["mixing"], mixing={"for_config": str(TINY)})

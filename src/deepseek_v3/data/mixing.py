@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from deepseek_v3.config.filter_config import MixingConfig
 from deepseek_v3.config.loading import load_config, section_from_dict
 from deepseek_v3.data.arrays import BoolArray, Float64Array, Int32Array, Int64Array, UInt64Array
 from deepseek_v3.data.documents import RECORDS, with_column
-from deepseek_v3.data.stages import Drop, GlobalStage, NumberedPart, Outcome, outcome
-from deepseek_v3.data.tokens.counting import TokenCounter
+from deepseek_v3.data.stages import Drop, GlobalStage, IdLookup, NumberedPart, Outcome, outcome
+from deepseek_v3.data.tokens.tokenizer import TokenCounter
 from deepseek_v3.planning.token_budget import budget_in_tokens
 from deepseek_v3.utils.logging import get_logger
 
@@ -84,13 +84,7 @@ class Mixer(GlobalStage):
         return self._figures(tokens, sources, copies, available, targets)
 
     @override
-    def apply(
-        self,
-        batch: pa.RecordBatch,
-        documents: Int64Array,
-        folder: Path,
-        ids_of: Callable[[Int64Array], list[str]],
-    ) -> Outcome:
+    def apply(self, batch: pa.RecordBatch, documents: Int64Array, folder: Path, ids_of: IdLookup) -> Outcome:
         copies = np.load(folder / "copies.npy", mmap_mode="r")[documents]
         sources = np.load(folder / "sources.npy", mmap_mode="r")[documents]
         drops = [

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
 import orjson
@@ -149,6 +149,10 @@ class FilteredBuilder:
         return Filtered(documents, self._ids, stats)
 
 
+# Returns the ids of documents, given their numbers.
+IdLookup: TypeAlias = Callable[[Int64Array], list[str]]
+
+
 @dataclass(frozen=True)
 class NumberedPart:
     """A run of documents of the corpus, as a CorpusStage sees it once their keys are written.
@@ -234,13 +238,7 @@ class GlobalStage(ABC):
         """Writes the decisions into an empty folder. Returns figures for the report, as JSON."""
 
     @abstractmethod
-    def apply(
-        self,
-        batch: pa.RecordBatch,
-        documents: Int64Array,
-        folder: Path,
-        ids_of: Callable[[Int64Array], list[str]],
-    ) -> Outcome:
+    def apply(self, batch: pa.RecordBatch, documents: Int64Array, folder: Path, ids_of: IdLookup) -> Outcome:
         """Carries out the decisions in `folder` for a batch of the `documents` with these numbers, ascending.
 
         Documents that an earlier stage removed are missing from it. `ids_of` gives the ids of any documents.

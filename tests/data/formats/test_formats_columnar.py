@@ -52,7 +52,7 @@ def test_rows_are_documents(tmp_path, name):
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("range_bytes", [1, 1000, 10**6])
-def test_spans_hold_whole_groups_and_every_row_once(tmp_path, name, range_bytes, monkeypatch):
+def test_ranges_hold_whole_groups_and_every_row_once(tmp_path, name, range_bytes, monkeypatch):
     monkeypatch.setattr(columnar, "BATCH_RECORDS", 4)
     path = save(numbered(), tmp_path / name)
     assert read_in_spans(path, range_bytes) == read(path)
@@ -131,7 +131,7 @@ def test_text_may_be_stored_in_any_way(tmp_path, name, kind):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_rows_that_are_no_documents_are_entries(tmp_path, name):
+def test_invalid_rows_are_quarantined(tmp_path, name):
     table = pa.table({"text": ["a", None, "b\0", "c" * 50, "d"], "id": ["x", "y", "z", "u", None]})
     path = save(table, tmp_path / name)
     records, quarantined = read(path, max_record_bytes=49)
@@ -145,7 +145,7 @@ def test_rows_that_are_no_documents_are_entries(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_wrong_columns_are_entries(tmp_path, name):
+def test_wrong_columns_are_quarantined(tmp_path, name):
     path = save(pa.table({"body": ["a", "b"], "text": [1, 2], "id": [1.5, None]}), tmp_path / name)
     assert reasons(read(path)[1]) == ["text_type", "text_type"]
     assert reasons(read(path, text_field="content")[1]) == ["text_missing", "text_missing"]
@@ -181,7 +181,7 @@ def test_a_value_that_json_cannot_hold_costs_its_row_alone(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_no_rows_are_no_records_and_no_bytes_are_an_entry(tmp_path, name):
+def test_no_rows_give_no_records_and_no_bytes_an_entry(tmp_path, name):
     assert read(save(numbered(0), tmp_path / name)) == ([], [])
     records, quarantined = read(write(tmp_path / name, b""))
     assert [(entry["reason"], entry["records"]) for entry in quarantined] == [("empty", 0)]
@@ -189,7 +189,7 @@ def test_no_rows_are_no_records_and_no_bytes_are_an_entry(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_junk_and_files_without_an_end_are_one_entry(tmp_path, name):
+def test_junk_and_truncated_files_are_quarantined(tmp_path, name):
     whole = save(numbered(), tmp_path / name).read_bytes()
     for data in (b"junk" * 100, whole[:100], whole[:-1] if ".stream" not in name else whole[:100]):
         path = write(tmp_path / name, data)
@@ -264,7 +264,7 @@ def test_a_column_whose_name_is_no_utf8_is_damage(tmp_path):
     assert sum(entry["records"] for entry in quarantined) == 35
 
 
-def test_offsets_that_point_outside_are_damage(tmp_path):
+def test_offsets_outside_the_file_are_damage(tmp_path):
     offsets = pa.py_buffer(b"".join(number.to_bytes(4, "little") for number in (0, 3, 9, 6)))
     column = pa.Array.from_buffers(pa.string(), 3, [None, offsets, pa.py_buffer(b"abcdef")])
     table = pa.table({"id": ["x", "y", "z"], "text": column})
@@ -287,7 +287,7 @@ def test_a_group_with_fewer_rows_than_it_says_is_damage(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_file_that_vanished_is_one_entry(tmp_path, name):
+def test_a_file_that_vanished_is_quarantined(tmp_path, name):
     path = save(numbered(), tmp_path / name)
     file = file_of(path)
     path.unlink()

@@ -78,11 +78,11 @@ def _known(name: str) -> tuple[str, str | None] | None:
         ("v1.2", None),
     ],
 )
-def test_names_tell_the_format(name, found):
+def test_the_suffix_determines_the_format(name, found):
     assert _known(name) == found
 
 
-def test_a_folder_is_searched_and_what_is_not_read_is_said(corpus):
+def test_a_folder_is_searched_and_skipped_files_are_listed(corpus):
     files, ignored = find_inputs(corpus)
     assert [file.name for file in files] == ["a/deep/z.parquet", "a/x.jsonl", "a/y.txt", "b.jsonl", "c/x.jsonl.gz"]
     assert [(one.name, one.reason) for one in ignored] == [
@@ -123,12 +123,12 @@ def test_a_relative_pattern_starts_here(corpus, monkeypatch):
     assert (file.name, file.path) == ("b.jsonl", str(corpus / "b.jsonl"))
 
 
-def test_a_name_with_the_signs_of_a_pattern_is_a_name(tmp_path):
+def test_an_existing_name_with_wildcards_is_a_name(tmp_path):
     path = write(tmp_path / "part[1].txt", "a")
     assert names(find_inputs(path)) == ["part[1].txt"]
 
 
-def test_the_order_of_inputs_does_not_matter_and_none_is_read_twice(corpus):
+def test_overlapping_inputs_in_any_order_are_read_once(corpus):
     given = [str(corpus / "a"), f"{corpus}/**/*.jsonl", str(corpus / "b.jsonl")]
     found = find_inputs(given)
     assert names(found) == ["a/x.jsonl", "b.jsonl", "deep/z.parquet", "y.txt"]
@@ -137,7 +137,7 @@ def test_the_order_of_inputs_does_not_matter_and_none_is_read_twice(corpus):
         assert find_inputs(given) == found
 
 
-def test_links_are_followed_once_and_links_to_nowhere_are_said(tmp_path):
+def test_links_are_followed_once_and_broken_links_are_listed(tmp_path):
     folder = tmp_path / "corpus"
     write(folder / "a.txt", "a")
     write(tmp_path / "elsewhere" / "b.txt", "b")
@@ -153,7 +153,7 @@ def test_links_are_followed_once_and_links_to_nowhere_are_said(tmp_path):
     ]
 
 
-def test_a_name_that_is_no_utf8_is_said(tmp_path):
+def test_a_name_that_is_not_utf8_is_listed(tmp_path):
     write(tmp_path / "a.txt", "a")
     (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("b")
     found = find_inputs(tmp_path)
@@ -161,7 +161,7 @@ def test_a_name_that_is_no_utf8_is_said(tmp_path):
     assert [(one.name, one.reason) for one in found.ignored] == [("caf?.txt", "its name is no UTF-8; rename it")]
 
 
-def test_what_cannot_be_meant_is_named(corpus, tmp_path):
+def test_a_wrong_input_is_named(corpus, tmp_path):
     assert "nothing was given" in error_of([])
     assert error_of(corpus / "nowhere").startswith(f"{corpus}/nowhere: does not exist")
     assert error_of(f"{corpus}/nowhere/*.txt").startswith(f"{corpus}/nowhere/*.txt: does not exist")
@@ -212,7 +212,7 @@ def test_stores_are_searched_and_read(store):
     assert "nothing was found there" in error_of("memory://bucket/nowhere")
 
 
-def test_what_vanished_from_a_store_is_an_entry_and_a_failing_store_an_error(store, monkeypatch):
+def test_only_a_failing_store_raises_for_an_object(store, monkeypatch):
     store.pipe("/bucket/a.jsonl", b'{"text": "a"}\n')
     (file,) = find_inputs("memory://bucket/a.jsonl").files
     store.rm("/bucket/a.jsonl")

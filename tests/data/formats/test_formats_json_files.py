@@ -64,7 +64,7 @@ def test_each_element_of_an_array_is_a_record_or_quarantined(folder, content, in
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(documents, min_size=1, max_size=6), st.sampled_from(["\n", " ", "", ",\n"]))
-def test_objects_may_stand_one_after_the_other(folder, content, between):
+def test_objects_may_follow_one_another(folder, content, between):
     data = between.join(json.dumps(value, indent=1) for value in content)
     found, quarantined = read(write(folder / "a.json", data), id_field="no such field")
     assert (texts(found), quarantined) == ([value["text"] for value in content], [])
@@ -116,7 +116,7 @@ def test_a_first_line_that_is_an_object_means_json_lines(tmp_path, head):
     ],
 )
 @pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_what_is_wrong_is_named_and_the_rest_is_read(tmp_path, data, found, wrong, suffix):
+def test_a_wrong_value_is_named_and_the_others_are_read(tmp_path, data, found, wrong, suffix):
     packed = gzip.compress(data.encode()) if suffix else data.encode()
     with pytest.MonkeyPatch.context() as patch:
         in_small_pieces(patch, 3)
@@ -125,7 +125,7 @@ def test_what_is_wrong_is_named_and_the_rest_is_read(tmp_path, data, found, wron
     assert reasons(quarantined) == wrong
 
 
-def test_damage_ends_an_array_in_one_entry(tmp_path):
+def test_damage_in_an_array_is_one_entry(tmp_path):
     data = gzip.compress(b'[\n{"text": "a"}, {"text": "b"}]')
     for cut in range(12, len(data)):
         records, quarantined = read(write(tmp_path / "a.json.gz", data[:cut]))
@@ -133,7 +133,7 @@ def test_damage_ends_an_array_in_one_entry(tmp_path):
         assert reasons(quarantined) == ["truncated"]
 
 
-def test_reading_goes_on_behind_the_last_value(tmp_path):
+def test_reading_continues_after_the_last_value(tmp_path):
     path = write(tmp_path / "a.json", json.dumps([{"text": "a" * 1000}] * 9000))
     file = InputFile("a.json", str(path), path.stat().st_size, "")
     batches = list(read_range(FileRange(file), ReadOptions()))

@@ -187,7 +187,7 @@ def test_byte_order_marks_count_only_at_the_start(tmp_path):
     assert reasons(quarantined) == ["not_json"]
 
 
-def test_repeated_keys_are_no_fault(tmp_path):
+def test_repeated_keys_are_allowed(tmp_path):
     assert texts(read(write(tmp_path / "a.jsonl", '{"text": "a", "text": "b"}'))[0]) == ["b"]
 
 
@@ -199,7 +199,7 @@ def test_utf16_is_recognised(tmp_path):
     assert "iconv -f utf-16" in quarantined[0]["error"]
 
 
-def test_an_empty_file_is_an_entry_that_stands_for_no_record(tmp_path):
+def test_an_empty_file_is_an_entry_for_no_record(tmp_path):
     for name, data in {"a.jsonl": b"", "b.jsonl.gz": gzip.compress(b""), "c.jsonl.zst": b""}.items():
         records, quarantined = read(write(tmp_path / name, data))
         assert records == []
@@ -220,7 +220,7 @@ def test_batches_end_at_four_mebibytes_or_ten_thousand_records(tmp_path):
     assert [batch.position for batch in batches] == [starts_within * 1026, 2 * starts_within * 1026, END_OF_FILE]
 
 
-def test_plain_files_are_cut_by_bytes_and_compressed_ones_are_not(tmp_path):
+def test_only_uncompressed_files_are_split(tmp_path):
     data = b'{"text": "a"}\n' * 10
     plain = file_of(write(tmp_path / "a.jsonl", data))
     assert split_file(plain, 50) == [
@@ -233,7 +233,7 @@ def test_plain_files_are_cut_by_bytes_and_compressed_ones_are_not(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_a_line_of_any_length_is_passed_over_in_bounded_memory(tmp_path, suffix):
+def test_a_line_of_any_length_is_skipped_in_bounded_memory(tmp_path, suffix):
     path = tmp_path / f"a.jsonl{suffix}"
     with gzip.open(path, "wb", 1) if suffix else path.open("wb") as file:
         file.write(b'{"text": "before"}\n{"text": "')
@@ -251,7 +251,7 @@ def test_a_line_of_any_length_is_passed_over_in_bounded_memory(tmp_path, suffix)
     assert entry["length"] == 200 * 2**20 + len('{"text": ""}')
 
 
-def test_a_file_that_vanished_is_one_entry(tmp_path):
+def test_a_file_that_vanished_is_quarantined(tmp_path):
     path = write(tmp_path / "a.jsonl", '{"text": "a"}\n' * 100)
     file = file_of(path)
     path.unlink()
@@ -263,7 +263,7 @@ def test_a_file_that_vanished_is_one_entry(tmp_path):
     assert list(read_range(span, ReadOptions(), position)) == []
 
 
-def test_what_the_disk_fails_to_give_is_an_entry_behind_what_it_gave(tmp_path, monkeypatch):
+def test_a_disk_error_is_an_entry_after_the_records_before_it(tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", '{"text": "a"}\n' * 3)
 
     class Failing:

@@ -120,7 +120,7 @@ def test_a_damaged_record_costs_itself_alone(tmp_path, damaged, reason, monkeypa
     assert entry["length"] == len(damaged.rstrip(b"\r\n")) or reason == "damaged"
 
 
-def test_a_length_that_is_wrong_costs_no_more_than_the_next_record(tmp_path):
+def test_a_wrong_length_costs_at_most_the_next_record(tmp_path):
     short = record(1, page(b"<p>one</p>", HTML), Content_Length=60)
     records, quarantined = read(write(tmp_path / "a.warc", named(0) + short + named(2)))
     assert [texts(records)[0], texts(records)[-1]] == ["<p>page 0</p>", "<p>page 2</p>"]

@@ -87,7 +87,7 @@ def test_the_bytes_do_not_depend_on_the_batches(tmp_path_factory, cuts, suffix, 
     assert (folder / f"cut{suffix}").read_bytes() == (folder / f"whole{suffix}").read_bytes()
 
 
-def test_groups_have_so_many_rows_or_bytes(tmp_path, monkeypatch):
+def test_groups_have_a_limit_of_rows_and_bytes(tmp_path, monkeypatch):
     def group_sizes(name: str) -> list[int]:
         path = tmp_path / name
         with RecordWriter(path) as writer:
@@ -141,7 +141,7 @@ def test_columns_may_come_in_another_order(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_no_rows_make_a_file_too(tmp_path, suffix):
+def test_no_rows_give_an_empty_file(tmp_path, suffix):
     with RecordWriter(tmp_path / f"a{suffix}") as writer:
         writer.write(batch_of(0))
     with RecordWriter(tmp_path / f"b{suffix}"):

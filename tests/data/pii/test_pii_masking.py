@@ -123,11 +123,11 @@ def test_personal_data_is_masked(text: str, expected: str) -> None:
         "AKIA is a prefix, ghp_short too, eyJhbGciOi alone",
     ],
 )
-def test_what_only_looks_like_it_stays(text: str) -> None:
+def test_text_that_only_looks_like_personal_data_stays(text: str) -> None:
     assert masked(text) == text
 
 
-def test_pieces_are_counted_by_kind() -> None:
+def test_replacements_are_counted_by_kind() -> None:
     texts = ["nothing", "a@example.org b@example.org 93.184.216.34", f"{AWS} +44 20 7946 0958"]
     result = MASKER.apply(batch(texts))
     assert result.dropped.num_rows == 0
@@ -181,7 +181,7 @@ def test_masking_twice_changes_nothing(text: str) -> None:
 @given(
     st.lists(st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=3)), max_size=8).map("".join), max_size=5)
 )
-def test_the_quick_test_misses_nothing(texts: list[str]) -> None:
+def test_the_pretest_misses_nothing(texts: list[str]) -> None:
     """What a batch shows, where only suspicious texts are searched, is what each text shows by itself."""
     suspicious = " ".join(PIECES)  # has every kind
     together = MASKER.apply(batch([*texts, suspicious]))

@@ -158,7 +158,7 @@ def test_plain_ascii_is_left_alone(text):
         (" \n\t\u200b\ufeff", ""),
     ],
 )
-def test_what_is_repaired(dirty, clean):
+def test_damaged_text_is_repaired(dirty, clean):
     assert CLEANERS[0].clean(dirty) == clean
 
 
@@ -173,11 +173,11 @@ def test_what_is_repaired(dirty, clean):
         "| a | b |\n|---|---|\n| 1 | 2 |",
     ],
 )
-def test_what_is_left(text):
+def test_good_text_is_left_alone(text):
     assert CLEANERS[0].clean(text) == text
 
 
-def test_options():
+def test_each_option_changes_the_cleaning():
     assert PreliminaryCleaner(unicode_form="NFKC").clean("ﬁ x² Ａ") == "fi x2 A"
     assert PreliminaryCleaner(remove_bidi_controls=True).clean("a\u200eb\u202ec\u2069") == "abc"
     assert PreliminaryCleaner(max_blank_lines=0).clean("a\n\n\nb") == "a\nb"

@@ -25,7 +25,7 @@ def test_a_page_becomes_its_visible_text():
     assert text == f"  • Home\n  • Products\n\n{PROSE}  • one\n  • two{CODE}\nImprint"
 
 
-def test_the_main_content_leaves_out_what_stands_around_it():
+def test_the_main_content_excludes_navigation():
     text = PreliminaryCleaner(html="main_content").clean(PAGE)
 
     assert PROSE in text
@@ -47,7 +47,7 @@ def test_the_main_content_leaves_out_what_stands_around_it():
         ("<p></p>", ""),
     ],
 )
-def test_pages_and_pieces_of_them_are_html(html, text):
+def test_pages_and_fragments_are_html(html, text):
     assert PreliminaryCleaner().clean(html) == text
     assert PreliminaryCleaner(html="keep").clean(html) != text
 
@@ -63,7 +63,7 @@ def test_pages_and_pieces_of_them_are_html(html, text):
         "&lt;p&gt;not decoded&lt;/p&gt;",
     ],
 )
-def test_text_that_has_tags_in_it_is_none(text):
+def test_text_that_mentions_tags_is_not_html(text):
     assert PreliminaryCleaner().clean(text) == text
 
 

@@ -21,7 +21,7 @@ def unfolded(characters):
 CHARACTERS = sorted(set("".join(map(unfolded, MOJIBAKE_CATEGORIES.values()))) | set("ŒœÂÃÎÐØÙà×√≈‚вЂВГРСΒΓΞΟβā€"))
 
 
-def test_no_suspicious_pair_escapes():
+def test_the_pattern_finds_every_suspicious_pair():
     suspect = re.compile(SUSPECT)
     pairs = ("".join(pair) for pair in product(CHARACTERS, repeat=2))
 

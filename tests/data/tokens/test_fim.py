@@ -16,7 +16,7 @@ any_text = st.text(st.characters(exclude_categories=["Cs"]))
 
 
 @given(any_text, st.integers(0, 2**64))
-def test_the_parts_of_a_document_are_the_document(text, seed):
+def test_the_parts_join_to_the_document(text, seed):
     prefix, middle, suffix = FillInMiddle(1.0, seed, MARKERS).split(text)
     assert prefix + middle + suffix == text
 
@@ -32,7 +32,7 @@ def test_the_order_is_prefix_hole_suffix_end_middle():
     assert FillInMiddle(1.0, 0, MARKERS).join([[10, 11], [20], [30, 31]]) == [1, 10, 11, 2, 30, 31, 3, 20]
 
 
-def test_the_joined_tokens_spell_the_report():
+def test_the_joined_tokens_follow_the_report():
     """DeepSeek-V3 technical report §4.1."""
     tokenizer = Tokenizer.train([], 260)
     ids = FillInMiddle(1.0, 0, tokenizer.fim).join(tokenizer.encode_batch(["PRE", "MIDDLE", "SUF"]))

@@ -66,7 +66,7 @@ def edit_index(directory: Path, **changes: object) -> None:
     path.write_text(json.dumps(index))
 
 
-def test_what_was_written_is_read(directory):
+def test_written_shards_can_be_read(directory):
     shards = TokenShards.open(directory)
     assert shards.num_documents("train") == 60
     assert shards.num_tokens("train") == len(flat(DOCUMENTS))
@@ -76,7 +76,7 @@ def test_what_was_written_is_read(directory):
     assert shards.load_tokenizer().to_json() == TOKENIZER.to_json()
 
 
-def test_the_files_are_what_the_format_says(directory):
+def test_the_files_follow_the_format(directory):
     index = json.loads((directory / "index.json").read_text())
     assert {key: index[key] for key in ("format_version", "dtype", "vocab_size", "end_of_text")} == {
         "format_version": 1,
@@ -240,7 +240,7 @@ def test_an_index_of_any_content_is_an_error_that_names_it(directory, content):
     assert f"{directory / 'index.json'}: " in error_of(directory)
 
 
-def test_no_directory_at_all_says_what_makes_one(tmp_path):
+def test_a_missing_directory_names_the_command_that_makes_one(tmp_path):
     message = error_of(tmp_path / "nowhere")
     assert f"{tmp_path / 'nowhere/index.json'}: cannot be read: No such file" in message
     assert "dsv3 tokenize" in message
@@ -297,7 +297,7 @@ def test_an_index_without_a_checksum_is_read_and_named_once(older, caplog):
         ({"holdout__bytes": 37}, "bytes = 37 of holdout/00000.bin, which holds 36"),
     ],
 )
-def test_an_index_without_a_checksum_is_held_against_all_else(older, changes, complaint):
+def test_an_index_without_a_checksum_is_compared_with_the_shards(older, changes, complaint):
     edit_index(older, **changes)
     assert f"{older / 'index.json'}: {complaint}" in error_of(older)
 

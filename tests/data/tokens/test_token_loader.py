@@ -56,7 +56,7 @@ def test_a_large_permutation_is_one_to_one(n):
 
 
 @given(st.integers(1, 2**62), st.integers(0, 9), st.data())
-def test_a_permutation_of_any_size_stays_in_range_and_does_not_depend_on_company(n, seed, data):
+def test_an_image_is_in_range_and_depends_on_its_index_alone(n, seed, data):
     indices = data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=8, unique=True))
     permutation = Permutation(n, seed)
     values = permutation(indices).tolist()
@@ -133,7 +133,7 @@ def test_every_token_is_seen_once_in_each_epoch(shards, sequence_length, shuffle
         assert shuffle or samples == windows
 
 
-def test_epochs_and_seeds_have_orders_of_their_own(shards):
+def test_epochs_and_seeds_have_different_orders(shards):
     orders = {
         tuple(loader.batch(epoch * loader.num_samples, loader.num_samples)[:, 0].tolist())
         for loader in (TokenLoader(shards, sequence_length=9, seed=seed) for seed in range(4))
@@ -158,7 +158,7 @@ def test_a_sample_is_a_pure_function_of_seed_and_number(shards):
     assert np.array_equal(one.sample(10**12), other.sample(10**12))
 
 
-def test_the_tokens_of_a_batch_belong_to_the_caller(shards):
+def test_a_batch_may_be_changed_by_the_caller(shards):
     loader = TokenLoader(shards, sequence_length=7)
     before = loader.sample(0).copy()
     loader.sample(0)[:] = -100
@@ -216,7 +216,7 @@ def test_an_error_in_the_thread_is_raised_in_place_of_its_result():
 
 
 @given(st.integers(1, 10**12), st.integers(1, 2000))
-def test_one_window_is_drawn_from_each_equal_stretch(num_windows, count):
+def test_one_window_is_drawn_from_each_stratum(num_windows, count):
     count = min(count, num_windows)
     drawn = draw_windows(num_windows, count).tolist()
     borders = [k * num_windows // count for k in range(count + 1)]
@@ -230,6 +230,6 @@ def test_all_windows_are_drawn_where_all_are_asked_for():
     assert draw_windows(7, 7).tolist() == list(range(7))
 
 
-def test_windows_are_drawn_from_anywhere_in_their_stretches():
+def test_windows_are_drawn_from_anywhere_in_their_strata():
     places = draw_windows(100_000, 1000) - 100 * np.arange(1000)
     assert chi_square(np.bincount(places // 10, minlength=10)) < 5

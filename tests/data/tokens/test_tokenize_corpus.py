@@ -87,7 +87,7 @@ def test_a_tokenizer_smaller_than_was_asked_for_is_named(source, tmp_path, caplo
     assert [expected in message for message in caplog.messages].count(True) == warned
 
 
-def test_the_same_corpus_gives_the_same_bytes_whatever_the_batches(source, tmp_path, monkeypatch):
+def test_batches_do_not_change_the_written_bytes(source, tmp_path, monkeypatch):
     build(source, tmp_path / "one", fim_rate=0.5)
     monkeypatch.setattr("deepseek_v3.data.tokens.tokenize_corpus._BATCH_CHARACTERS", 100)
     build(source, tmp_path / "other", fim_rate=0.5)
@@ -172,7 +172,7 @@ def test_the_standard_library_is_a_corpus(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["full", "empty", "file", "dangling link"])
-def test_what_exists_is_left_as_it_is(source, tmp_path, kind):
+def test_an_existing_output_is_left_as_it_is(source, tmp_path, kind):
     output = tmp_path / "out"
     if kind == "file":
         output.write_text("precious")
@@ -203,7 +203,7 @@ def test_what_exists_is_left_as_it_is(source, tmp_path, kind):
         ({"holdout": 1e-9}, "holdout = 1e-09 leaves less than one window of 32 tokens to one of the splits"),
     ],
 )
-def test_what_cannot_be_done_is_said_and_leaves_nothing(source, tmp_path, options, complaint):
+def test_a_wrong_option_is_named_and_leaves_nothing(source, tmp_path, options, complaint):
     assert complaint in error_of(source, tmp_path / "out", **options)
 
 
@@ -253,7 +253,7 @@ def test_each_pass_leaves_a_line_in_the_log(source, tmp_path, caplog):
     )
 
 
-def test_a_terminal_shows_how_far_it_is(source, tmp_path, monkeypatch):
+def test_a_terminal_shows_the_progress(source, tmp_path, monkeypatch):
     terminal = Console(file=io.StringIO(), force_terminal=True, width=200)
     monkeypatch.setattr("deepseek_v3.data.tokens.tokenize_corpus.get_console", lambda: terminal)
     build(source, tmp_path / "out")

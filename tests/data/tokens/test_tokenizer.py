@@ -38,7 +38,7 @@ def published(end_of_text: str | None, *names: str, special: bool = True) -> Hug
 
 
 @given(any_text)
-def test_text_comes_back(text):
+def test_decoding_gives_the_text_back(text):
     assert trained().decode(trained().encode(text)) == text
 
 
@@ -168,7 +168,7 @@ def test_added_white_space_stays_a_token():
     assert tokenizer.decode(tokenizer.encode("    return")) == "    return"
 
 
-def test_what_a_published_tokenizer_would_do_to_text_is_switched_off():
+def test_truncation_padding_and_added_markers_are_switched_off():
     theirs = published("</s>", "<s>")
     theirs.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 257), ("</s>", 256)]

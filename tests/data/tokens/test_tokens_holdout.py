@@ -139,7 +139,7 @@ def test_too_small_is_said_before_a_tokenizer_is_trained(tmp_path, monkeypatch, 
     assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
 
 
-def test_a_suggested_hold_out_does(tmp_path):
+def test_a_suggested_hold_out_works(tmp_path):
     build([prose(9000)], tmp_path, holdout=0.04)
 
 
@@ -152,7 +152,7 @@ def test_a_given_tokenizer_is_counted_with_exactly(tmp_path):
     assert summary.train.tokens + summary.holdout.tokens == 130
 
 
-def test_text_that_a_tokenizer_shrinks_beyond_measure(tmp_path):
+def test_text_of_few_tokens_is_refused_after_encoding(tmp_path):
     with pytest.raises(DataError, match=r"the split '\w+' holds \d+ tokens, made of .* expected at least 65"):
         build(["a" * 4000], tmp_path)
     assert not (tmp_path / "out").exists()

@@ -103,7 +103,7 @@ def encoder(tokenizer: Tokenizer) -> TiktokenEncoder:
 
 
 @pytest.mark.parametrize("release", RELEASES)
-def test_every_character_is_cut_alike(release):
+def test_every_character_is_split_alike(release):
     texts = [f"abc{c}abc   {c}世界{c}\n{c}\x00{c}123{c}!!!" for c in EVERY_CHARACTER[:0x3400:3] + NASTY]
     for text in ("".join(texts[start : start + 2000]) for start in range(0, len(texts), 2000)):
         assert cut_by_tiktoken(release, text) == pieces(release, text)
@@ -111,7 +111,7 @@ def test_every_character_is_cut_alike(release):
 
 @pytest.mark.parametrize("release", RELEASES)
 @given(text=nasty_text)
-def test_nasty_text_is_cut_alike(release, text):
+def test_nasty_text_is_split_alike(release, text):
     assert cut_by_tiktoken(release, text) == pieces(release, text)
 
 
@@ -135,14 +135,14 @@ def test_every_character_is_encoded_alike():
     assert tokenizer.encode_batch(texts) == ids_of(tokenizer, texts)
 
 
-def test_both_libraries_class_every_character_alike_or_it_is_known():
+def test_characters_the_libraries_class_differently_are_known():
     assert all(ord(c) > 0x2FF for c in unicode_disagreements())
     assert unicode_disagreements((r"\w",)) == set(
         "²³¹¼½¾\u200c\u200d"
     )  # as Oniguruma 6.9 and Rust's regex 1 differ
 
 
-def test_text_with_a_character_that_is_classed_apart_is_left_to_the_tokenizers_library(monkeypatch):
+def test_text_that_is_classed_differently_avoids_tiktoken(monkeypatch):
     apart = frozenset("é")
     monkeypatch.setattr("deepseek_v3.data.tokens.tiktoken_encoder.unicode_disagreements", lambda: apart)
     assert not encoder(trained("ours")).can_encode("café")
@@ -151,7 +151,7 @@ def test_text_with_a_character_that_is_classed_apart_is_left_to_the_tokenizers_l
 
 
 @pytest.mark.parametrize("run", [" ", "\u3000", "\t ", "\x00", "\u3040"])
-def test_endless_runs_are_left_to_the_tokenizers_library(run):
+def test_endless_runs_avoid_tiktoken(run):
     """tiktoken panics on a million of them."""
     tokenizer = trained("ours")
     longest = "word" + run * (2**17 // len(run)) + "x"
@@ -182,7 +182,7 @@ def alphabet_and(*tokens: str, **options) -> dict:
     return json.loads(tokenizer.to_str())
 
 
-def test_a_token_that_its_own_merges_never_reach_does_not_arise():
+def test_a_token_that_merges_never_reach_does_not_occur():
     """`b+c` comes before `a+b`, so `abc` becomes `a bc`; by bytes alone `abc` would be found whole."""
     tokenizer = Tokenizer.from_json(json.dumps(alphabet_and("b+c", "a+b", "ab+c")))
     assert encoder(tokenizer).can_encode("abc")
@@ -259,7 +259,7 @@ TO_BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         (without_byte(), "lacks some of the 256 bytes"),
     ],
 )
-def test_what_tiktoken_cannot_express_is_said(theirs, reason):
+def test_the_reason_against_tiktoken_is_named(theirs, reason):
     with pytest.raises(NotExpressibleError, match=reason):
         TiktokenEncoder(HuggingFaceTokenizer.from_str(theirs))
 
@@ -284,7 +284,7 @@ def test_ids_are_the_same_where_tiktoken_cannot_be_used(caplog):
     ]
 
 
-def test_merges_that_are_ignored_for_whole_words_make_no_difference_where_they_reach_every_token():
+def test_ignore_merges_is_harmless_if_merges_reach_every_token():
     tokenizer = Tokenizer.from_json(json.dumps(alphabet_and("a+b", "ab+c", ignore_merges=True)))
     assert encoder(tokenizer).can_encode("abc")
     assert tokenizer.encode("abc abc ab") == ids_of(tokenizer, ["abc abc ab"])[0]

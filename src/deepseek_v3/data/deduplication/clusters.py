@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from deepseek_v3.data.arrays import BoolArray, Int64Array
-from deepseek_v3.data.stages import Drop, NumberedPart, Outcome, outcome
+from deepseek_v3.data.stages import Drop, IdLookup, NumberedPart, Outcome, outcome
 
 _KEPT_FILE = "keeper.npy"  # int64 [documents]: the document kept in place of each, which may be itself
 _SIMILARITY_FILE = "similarity.npy"  # float32 [documents]: the similarity of the two
@@ -120,7 +120,7 @@ def drop_duplicates(
     batch: pa.RecordBatch,
     documents: Int64Array,
     folder: Path,
-    ids_of: Callable[[Int64Array], list[str]],
+    ids_of: IdLookup,
 ) -> Outcome:
     """Drops the duplicates from a batch of the documents with these numbers (int64 [rows])."""
     kept = np.load(folder / _KEPT_FILE, mmap_mode="r")[documents]

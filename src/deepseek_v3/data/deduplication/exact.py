@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from deepseek_v3.data.deduplication.key_files import key_ranges, map_keys
 from deepseek_v3.data.deduplication.normalization import normalized_hashes
 from deepseek_v3.data.deduplication.repeated_hashes import Repeats
 from deepseek_v3.data.documents import with_texts
-from deepseek_v3.data.stages import Drop, NumberedPart, Outcome, Task, outcome
+from deepseek_v3.data.stages import Drop, IdLookup, NumberedPart, Outcome, Task, outcome
 
 _BYTES_PER_KEY = 200  # the most memory that a match task takes for each text in its range
 _BLANK_LINES = re.compile(r"(\n\s*\n)")
@@ -80,9 +80,7 @@ class ExactDeduplicator(Deduplicator):
         kept[repeats["document"]] = repeats["first"]
         return clusters.write_decisions(folder, parts, kept, np.ones(len(kept)))
 
-    def apply(
-        self, batch: pa.RecordBatch, documents: Int64Array, folder: Path, ids_of: Callable[[Int64Array], list[str]]
-    ) -> Outcome:
+    def apply(self, batch: pa.RecordBatch, documents: Int64Array, folder: Path, ids_of: IdLookup) -> Outcome:
         if self._units is not None:
             return self._units.apply(self.name, batch, documents, folder)
         return clusters.drop_duplicates(self.name, "exact_duplicate", batch, documents, folder, ids_of)

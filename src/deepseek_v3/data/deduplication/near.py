@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from deepseek_v3.data.deduplication.in_memory import Deduplicator
 from deepseek_v3.data.deduplication.jaccard import Pairs, estimate_pairs, make_pairs, read_pairs
 from deepseek_v3.data.deduplication.key_files import group_keys, repeated_keys
 from deepseek_v3.data.deduplication.minhash import MinHasher
-from deepseek_v3.data.stages import NumberedPart, Outcome, Task
+from deepseek_v3.data.stages import IdLookup, NumberedPart, Outcome, Task
 
 _BYTES_PER_KEY = 500  # the memory that a match task takes for each document in its range
 
@@ -101,9 +101,7 @@ class MinHashDeduplicator(Deduplicator):
         similarity[duplicates] = estimate_pairs(parts, kept[duplicates], duplicates)
         return write_decisions(folder, parts, kept, similarity)
 
-    def apply(
-        self, batch: pa.RecordBatch, documents: Int64Array, folder: Path, ids_of: Callable[[Int64Array], list[str]]
-    ) -> Outcome:
+    def apply(self, batch: pa.RecordBatch, documents: Int64Array, folder: Path, ids_of: IdLookup) -> Outcome:
         return drop_duplicates(self.name, "near_duplicate", batch, documents, folder, ids_of)
 
     def removed(self, parts: Sequence[NumberedPart], folder: Path) -> BoolArray:  # noqa: ARG002

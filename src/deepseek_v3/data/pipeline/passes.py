@@ -9,7 +9,7 @@ from deepseek_v3.config.preprocess_config import PreprocessConfig
 from deepseek_v3.data.pipeline.registry import STAGES
 from deepseek_v3.data.pipeline.unique_ids import UniqueIds
 from deepseek_v3.data.stages import GlobalStage, Stage
-from deepseek_v3.data.tokens.counting import TokenCounter
+from deepseek_v3.data.tokens.tokenizer import TokenCounter
 from deepseek_v3.utils.lazily import imported
 
 

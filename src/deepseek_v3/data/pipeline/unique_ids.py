@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from deepseek_v3.data.arrays import BoolArray, Int64Array
 from deepseek_v3.data.deduplication import repeated_hashes
 from deepseek_v3.data.deduplication.key_files import key_ranges
 from deepseek_v3.data.formats.quarantine import MAX_RAW_BYTES, QUARANTINED
-from deepseek_v3.data.stages import Drop, GlobalStage, NumberedPart, Outcome, Task, outcome
+from deepseek_v3.data.stages import Drop, GlobalStage, IdLookup, NumberedPart, Outcome, Task, outcome
 
 _BYTES_PER_KEY = 200  # a match task's need for each id of its range, at most
 
@@ -52,13 +52,7 @@ class UniqueIds(GlobalStage):
         return {"duplicates": len(repeated)}
 
     @override
-    def apply(
-        self,
-        batch: pa.RecordBatch,
-        documents: Int64Array,
-        folder: Path,
-        ids_of: Callable[[Int64Array], list[str]],
-    ) -> Outcome:
+    def apply(self, batch: pa.RecordBatch, documents: Int64Array, folder: Path, ids_of: IdLookup) -> Outcome:
         repeated = np.load(folder / "repeated.npy")
         rows = np.flatnonzero(np.isin(documents, repeated))
         return outcome(self.name, batch, [Drop(row, "duplicate_id") for row in rows.tolist()])

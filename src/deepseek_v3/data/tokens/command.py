@@ -1,4 +1,4 @@
-"""The command that turns text into token shards: `dsv3 tokenize`."""
+"""The command `dsv3 tokenize`, which turns text into token shards."""
 
 from __future__ import annotations
 
@@ -97,16 +97,16 @@ def tokenize(
 
 
 def _training(tokens: Path, sequence_length: int) -> list[str]:
-    """The command that trains the smallest size on these tokens, in windows that both splits hold."""
+    """The command that trains the smallest size on these tokens, with the same sequence length."""
     size = "tiny" if sequence_length <= load_config("tiny").model.max_position_embeddings else "1b"
     overrides = []
     if tokens != DEFAULT_TOKENS:
         overrides = [f"data.path={tokens}", f"checkpoint.directory=checkpoints/{tokens.name}"]
         overrides += [f"logging.directory=runs/{tokens.name}"]
     if size == "tiny":
-        overrides.append("data.corpus=null")  # else its own corpus is expected
+        overrides.append("data.corpus=null")  # the config names another corpus
     if load_config(size).training.sequence_length != sequence_length:
         overrides.append(f"training.sequence_length={sequence_length}")
     if size != "tiny":
-        overrides.append("model.vocab_size=null")  # else the published vocabulary
+        overrides.append("model.vocab_size=null")  # the config has the published vocabulary size
     return ["dsv3", "train", "--config", size, *override_options(overrides)]

@@ -1,4 +1,4 @@
-"""Documents to ids: a pure function of their texts, run in this process or in several."""
+"""Encoding documents to ids, a pure function of their texts, in this process or in several worker processes."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.process_pool import exit_with_parent, start_fork_server
 
-_ALONE_CHARACTERS = 2**24  # about what is encoded in the time that other processes need to start
+_ALONE_CHARACTERS = 2**24  # about as many as are encoded while other processes start
 
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """Documents in their order: `ids`, uint16 or uint32, holds one after another, without end-of-text.
+    """Encoded documents in order.
 
-    `lengths` counts the ids of each, `num_bytes` the bytes of its text.
+    `ids`, uint16 or uint32, holds the ids of all documents without end-of-text; `lengths` is the number of ids of
+    each document, `num_bytes` the number of bytes of its text.
     """
 
     ids: NDArray[Any]
@@ -38,7 +39,7 @@ class EncodedBatch:
     splits: list[Split]
 
     def documents(self) -> Iterator[tuple[Split, NDArray[Any], int]]:
-        """Split, ids and bytes of each document."""
+        """The split, the ids and the number of bytes of each document."""
         start = 0
         for split, length, num_bytes in zip(self.splits, self.lengths, self.num_bytes, strict=True):
             yield split, self.ids[start : start + length], num_bytes
@@ -46,9 +47,9 @@ class EncodedBatch:
 
 
 class CorpusEncoder:
-    """Encodes documents as `options` say, split as `holdout` says; without it, by the share in `options`.
+    """Encodes documents with `options`; `holdout` splits them, by default by the share in `options`.
 
-    Raises DataError if the tokenizer has no markers for a `fim_rate`.
+    Raises DataError if `options.fim_rate` is above 0 and the tokenizer has no FIM markers.
     """
 
     def __init__(self, tokenizer: Tokenizer, options: CorpusOptions, holdout: HoldoutRule | None = None) -> None:
@@ -59,7 +60,7 @@ class CorpusEncoder:
         self._dtype = np.dtype(token_dtype(tokenizer.vocab_size))
 
     def encode(self, texts: Sequence[str]) -> EncodedBatch:
-        """The ids of texts; those that are not held out may be rearranged for fill-in-the-middle."""
+        """Encodes texts; those for training may be reordered for fill-in-the-middle."""
         split_texts = list(chain.from_iterable(map(self.holdout.split, texts)))
         parts = [self._fim.split(text) if split == "train" else [text] for split, text in split_texts]
         encoded = iter(self.tokenizer.encode_batch(list(chain.from_iterable(parts))))
@@ -73,10 +74,10 @@ class CorpusEncoder:
 
 
 def encode_batches(encoder: CorpusEncoder, batches: Iterator[list[str]], workers: int) -> Generator[EncodedBatch]:
-    """Each batch of texts encoded, in order: the first 16 million characters here, more in `workers` processes.
+    """Encodes batches of texts, in order: the first 16 million characters here, the rest in `workers` processes.
 
-    At most two batches for each worker are read ahead. The processes end with the iterator, for which it has to be
-    closed, and with this process, however it ends. Raises DataError where one of them dies.
+    Reads ahead at most two batches per worker. The processes end when the iterator is closed, and with this
+    process, however it ends. Raises DataError if one of them dies.
     """
     characters = 0
     for batch in batches:

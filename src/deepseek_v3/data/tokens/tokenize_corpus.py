@@ -1,16 +1,17 @@
-"""From a source of text to token shards on disk, in bounded memory."""
+"""Turning a source of text into token shards on disk, in bounded memory."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from deepseek_v3.data.documents import text_batches
 from deepseek_v3.data.formats.reading import read_documents
 from deepseek_v3.data.sample_corpora import stdlib_documents
 from deepseek_v3.data.tokens.encoding import CorpusEncoder, encode_batches
@@ -26,16 +27,16 @@ from deepseek_v3.utils.logging import get_console, get_logger
 from deepseek_v3.utils.text import pluralize
 
 PYTHON_STDLIB = "python-stdlib"
-SEQUENCE_LENGTH = 256  # tokens in a window, where nobody says what the model will read
+SEQUENCE_LENGTH = 256  # default tokens in a window
 
-_BATCH_CHARACTERS = 2**20  # text encoded at a time: enough to outweigh the way to another process and back
+_BATCH_CHARACTERS = 2**20  # encoded at a time: enough to outweigh the transfer to another process and back
 
 _log = get_logger("Tokens")
 
 
 @dataclass(frozen=True)
 class CorpusSummary:
-    """What was written, and where."""
+    """The output directory, and the totals of its splits."""
 
     output: Path
     vocab_size: int
@@ -59,38 +60,36 @@ def tokenize_corpus(
 ) -> CorpusSummary:
     """Writes token shards of `source`, a file or folder of text or `python-stdlib`, to the new directory `output`.
 
-    Takes the tokenizer from a file, or trains one of `vocab_size` on the training split. `HoldoutPlanner.choose`
-    says what is held out of the text for a `holdout` share and windows of `sequence_length` tokens; copies of a
-    text never stand on both sides. Of the training documents the share `fim_rate` is rearranged for
-    fill-in-the-middle. What is written does not depend on `workers`, the processes that encode (None: one for each
-    core). Memory holds a few megabytes of text for each, or the longest documents.
+    Reads the tokenizer from a file, or trains one of `vocab_size` on the training split. `HoldoutPlanner.choose`
+    defines the text to hold out for a `holdout` share and windows of `sequence_length` tokens; copies of a text are
+    never on both sides. The share `fim_rate` of the training documents is reordered for fill-in-the-middle.
+    `workers` is the number of processes that encode (None: one per core); it does not change the result. Memory
+    holds a few megabytes of text per worker, or the longest documents.
 
-    `output` appears when all is written, or not at all. Raises DataError if it exists, if the source cannot be used
-    as it is, or if either split would be shorter than one window.
+    `output` appears when it is complete, or not at all. Raises DataError if it exists, if the source cannot be
+    used, or if a split would be shorter than one window.
     """
     _check_options(vocab_size, tokenizer, holdout, fim_rate, workers)
     share = DEFAULT_SHARE if holdout is None else holdout
     options = CorpusOptions(source=source, text_field=text_field, holdout=share, fim_rate=fim_rate, seed=seed)
     with _appearing_whole(output) as partial:
-        coder = None if tokenizer is None else Tokenizer.load(tokenizer)
-        if coder is not None:
-            FillInMiddle(
-                fim_rate, seed, coder.fim
-            )  # refuses a tokenizer without the markers before the text is read
-        split = _choose_holdout(options, holdout, coder, sequence_length)
-        if coder is None:
-            coder = _train(options, split, vocab_size)
-        encoder = CorpusEncoder(coder, options, split)
-        with ShardWriter(partial, coder, shard_tokens) as writer, _Meter("Tokenizing", "tokens") as meter:
-            batches = _batches(_texts(options, warn=True))
+        chosen = None if tokenizer is None else Tokenizer.load(tokenizer)
+        if chosen is not None:
+            FillInMiddle(fim_rate, seed, chosen.fim)  # raises for a tokenizer without FIM markers, before reading
+        rule = _choose_holdout(options, holdout, chosen, sequence_length)
+        if chosen is None:
+            chosen = _train(options, rule, vocab_size)
+        encoder = CorpusEncoder(chosen, options, rule)
+        with ShardWriter(partial, chosen, shard_tokens) as writer, _Meter("Tokenizing", "tokens") as meter:
+            batches = text_batches(_texts(options, warn=True), _BATCH_CHARACTERS)
             with closing(encode_batches(encoder, batches, workers or os.cpu_count() or 1)) as encoded:
                 for batch in encoded:
-                    for side, ids, num_bytes in batch.documents():
-                        writer.add(side, ids, num_bytes)
+                    for split, ids, num_bytes in batch.documents():
+                        writer.add(split, ids, num_bytes)
                     meter.add(len(batch.lengths), len(batch.ids) + len(batch.lengths))
             index = writer.finish(options)
         _check_windows(index, sequence_length)
-    return CorpusSummary(output, coder.vocab_size, index.totals("train"), index.totals("holdout"))
+    return CorpusSummary(output, chosen.vocab_size, index.totals("train"), index.totals("holdout"))
 
 
 def _check_options(
@@ -123,7 +122,7 @@ def _choose_holdout(
 
 
 def _check_windows(index: ShardIndex, sequence_length: int) -> None:
-    """Raises DataError where the tokenizer made fewer tokens of the text than it was expected to make."""
+    """Raises DataError if a split is shorter than a window: the text gave fewer tokens than estimated."""
     for split in SPLITS:
         tokens, size = index.totals(split).tokens, index.totals(split).bytes
         if tokens <= sequence_length:
@@ -185,19 +184,6 @@ def _train(options: CorpusOptions, holdout: HoldoutRule, vocab_size: int | None)
             f"occurs twice in the text of {options.source}; add text, or ask for fewer ids"
         )
     return tokenizer
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    characters = 0
-    for text in texts:
-        batch.append(text)
-        characters += len(text)
-        if characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
 
 
 class _Meter:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json as json_text
 import re
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
@@ -239,6 +242,31 @@ def _is_byte_level(fields: dict[str, Any]) -> bool:
 def _sentencepiece_bytes(piece: str) -> int:
     """The bytes of a SentencePiece token, in which `<0x0A>` is one byte and U+2581 is a space."""
     return 1 if re.fullmatch("<0x[0-9A-F]{2}>", piece) else len(piece.replace("\u2581", " ").encode())
+
+
+@dataclass(frozen=True)
+class TokenCounter:
+    """Counts tokens with the tokenizer.json at `tokenizer`; if it is None, one for `bytes_per_token` bytes."""
+
+    tokenizer: Path | None
+    bytes_per_token: float
+
+    def total(self, texts: pa.Array) -> int:
+        """The tokens of all texts."""
+        return int(self.per_document(texts).sum())
+
+    def per_document(self, texts: pa.Array) -> Int64Array:
+        """The tokens of each text, including end-of-text: int64 [n]."""
+        if self.tokenizer is None:
+            lengths = pc.binary_length(texts).to_numpy(zero_copy_only=False)
+            return np.ceil(lengths / self.bytes_per_token).astype(np.int64) + 1
+        encoded = _load_cached(self.tokenizer).encode_batch(texts.to_pylist())
+        return np.array([len(ids) + 1 for ids in encoded], np.int64)
+
+
+@lru_cache(maxsize=1)
+def _load_cached(path: Path) -> Tokenizer:
+    return Tokenizer.load(path)
 
 
 def check_vocab_size(vocab_size: int) -> None:

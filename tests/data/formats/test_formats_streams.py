@@ -63,7 +63,7 @@ def decompress(kind: str, data: bytes, **changes: int) -> tuple[bytes, str | Non
 
 
 @pytest.mark.parametrize("kind", COMPRESS)
-def test_members_follow_each_other_and_zeros_may_follow_the_last(kind):
+def test_several_members_and_trailing_zeros_are_read(kind):
     half = len(DATA) // 2
     packed = COMPRESS[kind](DATA[:half]) + COMPRESS[kind](b"") + COMPRESS[kind](DATA[half:])
     assert decompress(kind, packed) == (DATA, None)
@@ -74,7 +74,7 @@ def test_members_follow_each_other_and_zeros_may_follow_the_last(kind):
 
 
 @pytest.mark.parametrize("kind", COMPRESS)
-def test_output_is_bounded_however_well_it_was_compressed(kind, monkeypatch):
+def test_output_is_bounded_at_any_compression_ratio(kind, monkeypatch):
     monkeypatch.setattr(streams, "_CHUNK_BYTES", 1000)
     data = b"a" * 10**6
     decompressor = Decompressor(io.BytesIO(COMPRESS[kind](data)), COMPRESSIONS[kind])
@@ -121,7 +121,7 @@ def test_records_before_a_damage_are_kept(tmp_path, kind):
     assert entry["offset"] == len(expected) - len(unfinished)
 
 
-def test_a_whole_line_before_a_damage_is_a_record_even_without_its_newline(tmp_path):
+def test_a_whole_last_line_before_damage_is_a_record(tmp_path):
     packed = gzip.compress(DATA[:-1])
     corrupt = packed[:-5] + bytes([packed[-5] ^ 1]) + packed[-4:]
     records, quarantined = read(write(tmp_path / "a.jsonl.gz", corrupt))
@@ -130,7 +130,7 @@ def test_a_whole_line_before_a_damage_is_a_record_even_without_its_newline(tmp_p
     assert quarantined[0]["place"] == len(DATA) - 1
 
 
-def test_a_wrong_suffix_is_one_entry(tmp_path):
+def test_a_wrong_suffix_is_quarantined(tmp_path):
     for kind in COMPRESS:
         records, quarantined = read(write(tmp_path / f"a.jsonl.{kind}", DATA))
         assert (records, reasons(quarantined)) == ([], ["damaged"])

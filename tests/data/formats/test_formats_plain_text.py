@@ -33,7 +33,7 @@ def test_a_file_is_a_document(tmp_path):
         (b"a" * 1000, "too_long", "the file has 1000 bytes"),
     ],
 )
-def test_what_is_no_text_is_one_entry(tmp_path, data, reason, error, monkeypatch):
+def test_a_file_that_is_no_text_is_quarantined(tmp_path, data, reason, error, monkeypatch):
     monkeypatch.setattr(plain_text, "_CHUNK_BYTES", 16)
     records, (entry,) = read(write(tmp_path / "a.txt", data), max_record_bytes=100)
     assert records == []
@@ -48,7 +48,7 @@ def test_a_compressed_file_cut_short_is_no_document(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
-def test_an_unreadable_file_is_one_entry(tmp_path):
+def test_an_unreadable_file_is_quarantined(tmp_path):
     path = write(tmp_path / "a.txt", "a")
     path.chmod(0)
     records, (entry,) = read(path)
