@@ -145,6 +145,6 @@ def test_without_the_library_the_extra_is_named(tmp_path: Path, monkeypatch: pyt
     monkeypatch.delitem(sys.modules, "deepseek_v3.training.parallel.deepspeed_engine", raising=False)
     config, file = parallel_runs.run_config(10, {}, {}), file_of(tmp_path, {})
     with pytest.raises(
-        ConfigError, match=r"deepspeed is not installed; run pip install 'deepseek_v3\[deepspeed\]'"
+        ConfigError, match=r"--deepspeed needs deepspeed; run `pip install 'deepseek_v3\[deepspeed\]'`"
     ):
         build_engine(config, ParallelMesh(config.parallel), torch.device("cpu"), lambda _: None, file)

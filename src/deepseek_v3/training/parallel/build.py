@@ -14,7 +14,7 @@ from deepseek_v3.training.parallel.engine import Engine
 from deepseek_v3.training.parallel.mesh import ParallelMesh
 from deepseek_v3.training.parallel.pipeline_parallel import PipelineEngine
 from deepseek_v3.utils.errors import ConfigError
-from deepseek_v3.utils.lazily import imported
+from deepseek_v3.utils.optional import missing_library
 
 
 def build_engine(
@@ -36,8 +36,7 @@ def build_engine(
 
 def _deepspeed() -> Callable[..., Engine]:
     try:
-        return imported("deepseek_v3.training.parallel.deepspeed_engine:DeepSpeed")
+        from deepseek_v3.training.parallel.deepspeed_engine import DeepSpeedEngine
     except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"--deepspeed: {error.name} is not installed; run pip install 'deepseek_v3[deepspeed]'"
-        ) from None
+        raise ConfigError(f"{missing_library('--deepspeed', 'deepspeed')} ({error})") from None
+    return DeepSpeedEngine
