@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 from abc import ABC, abstractmethod
@@ -9,13 +10,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from copy import deepcopy
-from importlib import import_module
 from types import TracebackType
 from typing import Any
 
 import pyarrow as pa
 
 from deepseek_v3.utils.errors import DataError
+from deepseek_v3.utils.optional import missing_library
 from deepseek_v3.utils.process_pool import exit_with_parent, start_fork_server
 from deepseek_v3.utils.redaction import redact
 
@@ -92,12 +93,13 @@ class RayExecutor(Executor):
 
     def __init__(self, workers: int, address: str | None) -> None:
         try:
-            self._ray = import_module("ray")
+            import ray
         except ImportError:
-            raise DataError("engine: ray is not installed; run pip install 'deepseek_v3[ray]'") from None
+            raise DataError(missing_library("engine = ray", "ray")) from None
+        self._ray = ray
         options: dict[str, Any] = {"num_cpus": workers} if address is None else {"address": address}
         try:
-            self._ray.init(include_dashboard=False, log_to_driver=False, logging_level="error", **options)
+            self._ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **options)
         except (ConnectionError, RuntimeError, ValueError) as error:
             problem = f"ray_address = {address}: no Ray cluster answers: {error}"
             raise DataError(redact(problem, address or "")) from None

@@ -19,6 +19,7 @@ from deepseek_v3.data.arrays import Float64Array, Int64Array
 from deepseek_v3.data.documents import text_batches
 from deepseek_v3.data.quality_filtering.ngram_model import BEGIN, END, UNKNOWN, NgramModel, read_arpa
 from deepseek_v3.utils.errors import DataError
+from deepseek_v3.utils.optional import missing_library
 
 NEW_LINE = "\n"
 _DIGIT = re.compile(r"\d")
@@ -92,10 +93,8 @@ class KenlmModel(LanguageModel):
         try:
             import kenlm
         except ImportError:
-            raise DataError(
-                f"{path}: is a binary model of KenLM, and the package kenlm is not installed; run "
-                "`pip install 'deepseek_v3[kenlm]'` (which needs a C++ compiler), or name an ARPA file"
-            ) from None
+            advice = missing_library("a binary model", "kenlm", "use an ARPA file (kenlm needs a C++ compiler)")
+            raise DataError(f"{path}: {advice}") from None
         try:
             self._model = kenlm.Model(str(path))
         except OSError as error:

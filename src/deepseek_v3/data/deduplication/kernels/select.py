@@ -8,6 +8,7 @@ from types import ModuleType
 from deepseek_v3.data.deduplication.kernels import numpy_kernels
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.logging import get_logger
+from deepseek_v3.utils.optional import missing_library
 
 _log = get_logger("Deduplication")
 
@@ -24,10 +25,8 @@ def select_kernels(accelerator: str) -> ModuleType:
         from deepseek_v3.data.deduplication.kernels import numba_kernels
     except ImportError as error:
         if accelerator == "numba":
-            raise DataError(
-                f"accelerator: numba cannot be loaded: {error}; run pip install 'deepseek_v3[numba]', or take "
-                "numpy, which gives the same results"
-            ) from None
+            advice = missing_library("accelerator = numba", "numba", "choose numpy, which gives the same results")
+            raise DataError(f"{advice} ({error})") from None
         _log.info("kernels: numpy, because numba cannot be loaded: %s", error)
         return numpy_kernels
     _log.info("kernels: numba")
