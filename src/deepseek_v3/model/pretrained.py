@@ -1,19 +1,27 @@
-"""A model as a checkpoint holds it: weights, the config of its run, and its tokenizer, in one file or folder."""
+"""The model part of a checkpoint: what is stored, the checks on reading it, and a model that is ready to run.
+
+A checkpoint of format 2 is a nested dict, saved as one file or as a folder of shards:
+
+    format, config            int; the sections of the run's config
+    model                     {name: tensor}, float32 weights and routing biases under the released names
+    tokenizer                 str, the text of tokenizer.json
+    step, tokens              how far the run had trained
+    optimizer, random, corpus, skipped_in_a_row    what a run needs to resume (see `training.checkpoint`)
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from torch import Tensor
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from deepseek_v3.config.loading import config_from_dict
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.model.backends import compute_dtype, select_backends
-from deepseek_v3.model.saved_entries import ModelEntries, check_entries
 from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.utils.checkpointing.checks import (
     mismatches,
@@ -24,18 +32,49 @@ from deepseek_v3.utils.checkpointing.checks import (
     unexpected_tensors,
 )
 from deepseek_v3.utils.checkpointing.directory import CheckpointDirectory, is_checkpoint, load_checkpoint
-from deepseek_v3.utils.checkpointing.errors import REPAIR
+from deepseek_v3.utils.checkpointing.errors import REPAIR, validation_problems
 from deepseek_v3.utils.checkpointing.state_dict import flatten
 from deepseek_v3.utils.errors import CheckpointError
 from deepseek_v3.utils.text import format_value
 
-# 2: the optimizer's moments by parameter name; 1: in the order of its parameters.
 FORMAT = 2
+
+
+def _only_tensors(rest: dict[str, Any]) -> dict[str, Any]:
+    if rest:
+        raise ValueError(f"has {', '.join(map(repr, sorted(rest)))}, which should be tensors")
+    return rest
+
+
+Natural = Annotated[int, Field(ge=0)]
+# `flatten` takes the tensors out of a dict, so a dict of nothing but tensors has to be empty afterwards.
+Tensors = Annotated[dict[str, Any], AfterValidator(_only_tensors)]
+
+
+class Entries(BaseModel):
+    """The plain values of a checkpoint, or of a part of it; unknown names and other types are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelEntries(Entries):
+    """The entries that running the model needs. Those of its training may be there, and are not checked."""
+
+    format: int
+    config: dict[str, Any]
+    model: Tensors
+    tokenizer: str
+    step: Natural
+    tokens: Natural
+    optimizer: Any = None
+    random: Any = None
+    corpus: Any = None
+    skipped_in_a_row: Natural = 0
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to run, with the config of its run, the text of its tokenizer.json, and how far it trained."""
+    """A model that is ready to run, with its run's config, the text of its tokenizer.json, and its progress."""
 
     model: DeepSeekV3
     config: RunConfig
@@ -45,7 +84,7 @@ class LoadedModel:
 
 
 def model_entries(model: DeepSeekV3, config: RunConfig, tokenizer_json: str) -> dict[str, Any]:
-    """The entries of a checkpoint that `load_model` reads; a trainer adds its own."""
+    """The entries of a checkpoint that describe the model; `step`, `tokens` and the optimizer come on top."""
     return {
         "format": FORMAT,
         "config": config.model_dump(mode="json"),
@@ -55,59 +94,32 @@ def model_entries(model: DeepSeekV3, config: RunConfig, tokenizer_json: str) -> 
 
 
 def checkpoint_config(state: dict[str, Any], path: Path) -> RunConfig:
-    """The config of the run that wrote a checkpoint. Raises CheckpointError where it is of a later format."""
-    if type(state.get("format")) is not int or state["format"] not in range(1, FORMAT + 1):
+    """The config of the run that wrote a checkpoint. Raises CheckpointError for any format other than FORMAT."""
+    found = state.get("format")
+    if type(found) is not int or found != FORMAT:
         raise CheckpointError(
-            f"{path}: has checkpoint format {format_value(state.get('format'))}, "
-            f"this version reads up to {FORMAT}; load it with the version of the program that wrote it"
+            f"{path}: has checkpoint format {format_value(found)}, this version reads format {FORMAT} only; "
+            "load it with the version of the program that wrote it"
         )
     if not isinstance(state.get("config"), dict):
         raise CheckpointError(f"{path}: has no entry 'config' of sections and their fields; {REPAIR}")
     return config_from_dict(state["config"], str(path))
 
 
-def moments_by_name(optimizer: dict[str, Any], model: dict[str, Tensor]) -> dict[str, Any]:
-    """The optimizer's entry of a checkpoint of format 1 as one of format 2; one of format 2 as it is.
-
-    Format 1 has `{"num_steps", "moments": [{"exp_avg", "exp_avg_sq"}, …]}`, first those of matrices, then those of
-    vectors, either in the order of `model`, the checkpoint's weights, whose routing biases have no moments.
-    Format 2 has `{"num_steps", "exp_avg": {name: tensor}, "exp_avg_sq": {name: tensor}}`.
-    Raises CheckpointError for moments that are not those of the weights.
-    """
-    if "moments" not in optimizer:
-        return optimizer
-    trained = [name for name in model if not name.endswith("e_score_correction_bias")]
-    names = sorted(trained, key=lambda name: model[name].ndim < 2)
-    moments, kinds = optimizer["moments"], {"exp_avg", "exp_avg_sq"}
-    fit = isinstance(moments, list) and all(isinstance(entry, dict) and entry.keys() == kinds for entry in moments)
-    if not fit or len(moments) != len(names):
-        raise CheckpointError(f"optimizer.moments: expected {' and '.join(sorted(kinds))} of {len(names)} weights")
-    rest = {name: value for name, value in optimizer.items() if name != "moments"}
-    by_kind = {kind: {name: entry[kind] for name, entry in zip(names, moments, strict=True)} for kind in kinds}
-    return {**rest, **by_kind}
-
-
-def split_entries(state: dict[str, Any], path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a loaded checkpoint, of any format, by dotted name, and its plain entries beside them.
-
-    Raises CheckpointError for entries that no checkpoint of this project has.
-    """
+def check_entries(kind: type[ModelEntries], plain: dict[str, Any], path: Path) -> None:
+    """Raises one CheckpointError that lists every plain entry that is missing, unknown or of a wrong type."""
     try:
-        optimizer, model = state.get("optimizer"), state.get("model")
-        if isinstance(optimizer, dict) and isinstance(model, dict):
-            weights = {name: value for name, value in model.items() if isinstance(value, Tensor)}
-            state = {**state, "optimizer": moments_by_name(optimizer, weights)}
-        return flatten(state)
-    except (TypeError, CheckpointError) as error:
-        raise CheckpointError(f"{path}: {error}; {REPAIR}") from None
+        kind.model_validate(plain)
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: {validation_problems(error)}; {REPAIR}") from None
 
 
 def load_model(path: Path, device: torch.device) -> LoadedModel:
-    """Rebuilds the model of a checkpoint on `device`, computing in the format that suits it.
+    """Rebuilds the model of a checkpoint on `device`, in evaluation mode, with the run's compute dtype.
 
-    `path` is a checkpoint, or a folder of them: the newest that is undamaged, each passed over logged as a warning.
-    Raises CheckpointError where it is damaged, lacks anything, holds weights that are not finite, or is not a
-    checkpoint of this project.
+    `path` is one checkpoint, or a folder of them: then the newest undamaged one is loaded, and each one passed over
+    is logged as a warning. Raises CheckpointError where the checkpoint is damaged, incomplete, of another format,
+    not of this project, or holds weights that are not finite.
     """
     if is_checkpoint(path):
         return _load_model(path, device)
@@ -118,7 +130,10 @@ def load_model(path: Path, device: torch.device) -> LoadedModel:
 def _load_model(path: Path, device: torch.device) -> LoadedModel:
     state = load_checkpoint(path)
     config = checkpoint_config(state, path)
-    tensors, plain = split_entries(state, path)
+    try:
+        tensors, plain = flatten(state)
+    except TypeError as error:
+        raise CheckpointError(f"{path}: {error}; {REPAIR}") from None
     check_entries(ModelEntries, plain, path)
     if bad := non_finite(state["model"]):
         raise CheckpointError(
@@ -128,9 +143,8 @@ def _load_model(path: Path, device: torch.device) -> LoadedModel:
         model = DeepSeekV3(config.model)
     expected = tensor_infos({f"model.{name}": tensor for name, tensor in model.state_dict().items()})
     found = tensor_infos({name: tensor for name, tensor in tensors.items() if name.startswith("model.")})
-    raise_problems(
-        path, [*mismatches(found, expected), *unexpected_tensors(sorted(found.keys() - expected.keys()))], REPAIR
-    )
+    problems = [*mismatches(found, expected), *unexpected_tensors(sorted(found.keys() - expected.keys()))]
+    raise_problems(path, problems, REPAIR)
     model.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()}, assign=True)
     model.compute_dtype = compute_dtype(config.parallel.precision, device)
     select_backends(model, device)

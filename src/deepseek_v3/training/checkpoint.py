@@ -1,6 +1,14 @@
-"""What a run needs to go on as if it had never stopped.
+"""The checkpoints of a run: what they hold, when they are written, and how a run resumes from one.
 
-FOLDED: The checkpoints of a run as it makes and uses them: files of one process, folders of several.
+One process writes a file, several ranks write a folder of shards; the contents are the same nested dict (its model
+part is described in `model.pretrained`):
+
+    optimizer          num_steps, exp_avg {name: tensor}, exp_avg_sq {name: tensor}
+    random             the states of torch's random generators, uint8
+    corpus             checksums of the tokenizer and of the training tokens
+    skipped_in_a_row   steps without an update just before this checkpoint
+
+The order of the data and all schedules are functions of the config and the step, so they need no entry.
 """
 
 from __future__ import annotations
@@ -8,45 +16,71 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from deepseek_v3.config.train_config import CheckpointConfig, RunConfig
 from deepseek_v3.data.tokens.shards import TokenShards
-from deepseek_v3.model.pretrained import checkpoint_config, model_entries, split_entries
-from deepseek_v3.model.saved_entries import RunEntries, check_entries
+from deepseek_v3.model.pretrained import (
+    Entries,
+    ModelEntries,
+    Natural,
+    Tensors,
+    check_entries,
+    checkpoint_config,
+    model_entries,
+)
 from deepseek_v3.training.parallel.engine import Engine
 from deepseek_v3.training.parallel.mesh import ParallelMesh
 from deepseek_v3.training.resume_rules import ALLOW, check_changes
 from deepseek_v3.training.schedule import TrainingSchedule
-from deepseek_v3.utils.checkpointing.checks import (
-    SAME_CONFIG_ADVICE,
-    TensorInfo,
-    mismatches,
-    non_finite,
-    non_finite_summary,
-    raise_problems,
-    tensor_infos,
-    unexpected_tensors,
-)
-from deepseek_v3.utils.checkpointing.directory import CheckpointDirectory, load_checkpoint
+from deepseek_v3.utils.checkpointing.checks import TensorInfo, non_finite, non_finite_summary
+from deepseek_v3.utils.checkpointing.directory import CheckpointDirectory
 from deepseek_v3.utils.checkpointing.errors import REPAIR
 from deepseek_v3.utils.checkpointing.reader import open_checkpoint
-from deepseek_v3.utils.checkpointing.sharded import ShardedWriter, load_sharded, newest_checkpoint
+from deepseek_v3.utils.checkpointing.sharded import (
+    ShardedWriter,
+    load_sharded,
+    newest_checkpoint,
+    verify_checkpoint,
+)
 from deepseek_v3.utils.checkpointing.state_dict import flatten
 from deepseek_v3.utils.distributed.collectives import checkpoint_group, run_on_all_ranks
 from deepseek_v3.utils.errors import CheckpointError
 from deepseek_v3.utils.logging import get_logger
 
 _CUDA_RANDOM_BYTES = 16  # a seed and an offset
-_RANDOM = "random."  # what the names of random states begin with, among a checkpoint's tensors
+_RANDOM = "random."  # the prefix of the random states among a checkpoint's tensors
+
+
+class OptimizerEntries(Entries):
+    """The optimizer's part of a checkpoint."""
+
+    num_steps: Natural
+    exp_avg: Tensors
+    exp_avg_sq: Tensors
+
+
+class RunEntries(ModelEntries):
+    """The entries that resuming a run needs."""
+
+    optimizer: OptimizerEntries
+    random: Tensors
+    corpus: Annotated[list[str], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _no_more_updates_than_steps(self) -> RunEntries:
+        if self.optimizer.num_steps > self.step:
+            raise ValueError(f"optimizer.num_steps is {self.optimizer.num_steps}, more than step {self.step}")
+        return self
 
 
 class RunProgress(NamedTuple):
-    """How far a run has come: its last step, how many steps it has skipped, and how many of these came last."""
+    """The last step of a run, how many steps it has skipped, and how many of these came last in a row."""
 
     step: int
     skipped: int = 0
@@ -56,10 +90,7 @@ class RunProgress(NamedTuple):
 def train_state(
     engine: Engine, config: RunConfig, shards: TokenShards, step: int, tokens: int, skipped_in_a_row: int = 0
 ) -> dict[str, Any]:
-    """The entries of a checkpoint: the model's own, then progress, optimizer, random state and data identity.
-
-    Data order and schedules need no entry: they are functions of the config and the step.
-    """
+    """The contents of a checkpoint after `step`; sharded tensors are DTensors."""
     return {
         **model_entries(engine.models[0], config, shards.load_tokenizer().to_json()),
         **engine.state(),
@@ -76,86 +107,67 @@ def load_train_state(
     group: ProcessGroup | None,
     engine: Engine,
     config: RunConfig,
-    plan: TrainingSchedule,
+    schedule: TrainingSchedule,
     shards: TokenShards,
     *,
     verify: bool = True,
     allow_changed_data: bool = False,
 ) -> RunProgress:
-    """Puts a checkpoint's state in place, on all ranks of `group` together, and returns how far its run had come.
+    """Loads the checkpoint at `path`, a file or a folder, into the run, and returns that run's progress.
 
-    `verify=False` skips the checksums of one that has just been verified.
-    Raises CheckpointError, before anything is changed, where it is damaged, of another model or tokenizer, and,
-    unless `allow_changed_data`, where other samples would come next or the loss would mean something else. Then
-    steps keep their numbers, and the samples and schedules are those that the config gives to these steps.
-    Raises it too, once the state is in place, where any of it is NaN or infinite.
+    All ranks of `group` call this; a group of None is one process. `verify=False` skips the checksums of a
+    checkpoint that has just been verified. Moments of another floating point dtype are converted.
+
+    Raises CheckpointError, before anything is changed, where the checkpoint is damaged, of another format, model or
+    tokenizer, and where the next samples or the meaning of the loss would change. `allow_changed_data` permits the
+    latter: steps keep their numbers, and their samples and schedules follow from the current config.
+    Raises CheckpointError too, after loading, where a loaded tensor holds NaN or infinity.
     """
-    if group is None:
-        found, plain = split_entries(load_checkpoint(path, verify=verify), path)
-        _check(plain, path, config, plan, shards, allow_changed_data)
-        places = engine.places()
-        random = _fill(flatten(places)[0], found, path)
-    else:
-        contents = run_on_all_ranks(group, lambda: open_checkpoint(path))
-        plain = contents.plain
-        run_on_all_ranks(group, lambda: _check(plain, path, config, plan, shards, allow_changed_data))
-        places = engine.places()
-        tensors, random = flatten(places)[0], _random_places(contents.tensors)
-        converted = {
-            name: torch.empty_like(tensors[name], dtype=info.dtype)
-            for name, info in _expected(tensors, contents.tensors).items()
-            if info.dtype != tensors[name].dtype
-        }
-        load_sharded(path, {**tensors, **converted, **random}, group, verify=verify)
-        for name, values in converted.items():
-            tensors[name].copy_(values)
+    if verify:
+        verify_checkpoint(path, group)
+    reader = run_on_all_ranks(group, lambda: open_checkpoint(path))
+    plain = reader.plain
+    run_on_all_ranks(group, lambda: _check(plain, path, config, schedule, shards, allow_changed_data))
+    state = engine.state_to_load()
+    tensors, random = flatten(state)[0], _empty_random_state(reader.tensors)
+    converted = {
+        name: torch.empty_like(tensor, dtype=reader.tensors[name].dtype)
+        for name, tensor in tensors.items()
+        if _needs_conversion(name, tensor, reader.tensors)
+    }
+    load_sharded(path, {**tensors, **converted, **random}, group, verify=False)
+    for name, values in converted.items():
+        tensors[name].copy_(values)
     _restore_random_state(random, path)
-    if bad := non_finite(flatten(places)[0], group):
+    if bad := non_finite(flatten(state)[0], group):
         raise CheckpointError(
             f"{path}: {non_finite_summary(bad)}; its training had diverged, so resume an earlier checkpoint"
         )
-    step, taken = plain["step"], plain["optimizer"]["num_steps"]
-    engine.loaded(places, taken)
-    return RunProgress(step, step - taken, plain.get("skipped_in_a_row", 0))
+    step, num_updates = plain["step"], plain["optimizer"]["num_steps"]
+    engine.finish_loading(state, num_updates)
+    return RunProgress(step, step - num_updates, plain.get("skipped_in_a_row", 0))
 
 
-def _expected(tensors: dict[str, Tensor], found: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """What a checkpoint has to say of this run's tensors; moments of any floating type are converted."""
-    expected = tensor_infos(tensors)
-    for name, info in expected.items():
-        if name.startswith("optimizer.") and name in found and found[name].dtype.is_floating_point:
-            expected[name] = info._replace(dtype=found[name].dtype)
-    return expected
-
-
-def _fill(tensors: dict[str, Tensor], found: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Copies what a checkpoint holds into the tensors of a run in one process; returns its random states."""
-    saved = tensor_infos(found)
-    random = _random_places(saved)
-    expected = {**_expected(tensors, saved), **tensor_infos(random)}
-    raise_problems(
-        path,
-        [*mismatches(saved, expected), *unexpected_tensors(sorted(saved.keys() - expected.keys()))],
-        SAME_CONFIG_ADVICE,
-    )
-    for name, tensor in tensors.items():
-        tensor.detach().copy_(found[name])
-    return {name: found[name] for name in random}
+def _needs_conversion(name: str, tensor: Tensor, found: Mapping[str, TensorInfo]) -> bool:
+    """Whether a moment is stored in a floating point dtype other than the run's."""
+    if not name.startswith("optimizer.") or name not in found:
+        return False
+    return found[name].dtype.is_floating_point and found[name].dtype != tensor.dtype
 
 
 def _check(
     saved: dict[str, Any],
     path: Path,
     config: RunConfig,
-    plan: TrainingSchedule,
+    schedule: TrainingSchedule,
     shards: TokenShards,
     allow_changed_data: bool,
 ) -> None:
-    """Raises CheckpointError where a checkpoint's plain values are not of this run."""
+    """Raises CheckpointError where a checkpoint's plain values do not fit this run."""
     before = checkpoint_config(saved, path)
     check_entries(RunEntries, saved, path)
     check_changes(before, config, path, allow_changed_data)
-    _check_same_steps(saved, plan, path, allow_changed_data)
+    _check_same_steps(saved, schedule, path, allow_changed_data)
     (tokenizer, *train), (own_tokenizer, *own_train) = saved["corpus"], _identity(shards)
     if tokenizer != own_tokenizer:
         raise CheckpointError(
@@ -172,22 +184,24 @@ def _check(
 
 
 def _identity(shards: TokenShards) -> list[str]:
-    """What tells one corpus from another: the checksums of its tokenizer and of its training shards."""
+    """Identifies a corpus by the checksums of its tokenizer and of its training shards."""
     return [shards.index.tokenizer_sha256, *(shard.sha256 for shard in shards.index.train)]
 
 
-def _check_same_steps(state: dict[str, Any], plan: TrainingSchedule, path: Path, allow_changed_data: bool) -> None:
-    """The data goes on where it stopped only if the plan has used as many tokens by this step."""
+def _check_same_steps(
+    state: dict[str, Any], schedule: TrainingSchedule, path: Path, allow_changed_data: bool
+) -> None:
+    """Raises CheckpointError unless the schedule has used as many tokens by this step as the checkpoint's run."""
     step, tokens = state["step"], state["tokens"]
-    if step <= plan.total_steps and (tokens == plan.tokens_after(step) or allow_changed_data):
+    if step <= schedule.total_steps and (tokens == schedule.tokens_after(step) or allow_changed_data):
         return
-    if step > plan.total_steps and (tokens >= plan.total_tokens or allow_changed_data):
+    if step > schedule.total_steps and (tokens >= schedule.total_tokens or allow_changed_data):
         raise CheckpointError(
-            f"{path}: had trained on {tokens:,} tokens, and this run's budget of {plan.total_tokens:,} ends with "
-            f"step {plan.total_steps:,}, before the checkpoint's step {step:,}; raise training.total_tokens to "
-            "go on"
+            f"{path}: had trained on {tokens:,} tokens, and this run's budget of {schedule.total_tokens:,} ends "
+            f"with step {schedule.total_steps:,}, before the checkpoint's step {step:,}; raise "
+            "training.total_tokens to go on"
         )
-    here = f"ends at {plan.tokens_after(step):,}" if step <= plan.total_steps else "is beyond the end"
+    here = f"ends at {schedule.tokens_after(step):,}" if step <= schedule.total_steps else "is beyond the end"
     raise CheckpointError(
         f"{path}: had trained on {tokens:,} tokens after step {step:,}, and by this config that step {here}: "
         "samples would be skipped or seen twice. Keep training.global_batch_size, training.sequence_length, "
@@ -195,19 +209,19 @@ def _check_same_steps(state: dict[str, Any], plan: TrainingSchedule, path: Path,
     )
 
 
-def _random_state() -> dict[str, torch.Tensor]:
+def _random_state() -> dict[str, Tensor]:
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
 
-def _random_places(found: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
-    """Room for the random states of a checkpoint: that of the CPU, and of a GPU where it was saved on one."""
-    places = {f"{_RANDOM}cpu": torch.empty_like(torch.get_rng_state())}
+def _empty_random_state(found: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
+    """Empty tensors for the random states of a checkpoint: the CPU's, and the GPU's if it was saved on one."""
+    state = {f"{_RANDOM}cpu": torch.empty_like(torch.get_rng_state())}
     if f"{_RANDOM}cuda" in found:
-        places[f"{_RANDOM}cuda"] = torch.empty(_CUDA_RANDOM_BYTES, dtype=torch.uint8)
-    return places
+        state[f"{_RANDOM}cuda"] = torch.empty(_CUDA_RANDOM_BYTES, dtype=torch.uint8)
+    return state
 
 
 def _restore_random_state(state: dict[str, Tensor], path: Path) -> None:
@@ -221,15 +235,16 @@ def _restore_random_state(state: dict[str, Tensor], path: Path) -> None:
 
 
 class CheckpointManager:
-    """For a `with` block around the training, at whose end every checkpoint is complete.
+    """Writes the checkpoints of a run; a context manager, on whose exit every checkpoint is complete.
 
-    All ranks call everything together. Several ranks write a checkpoint while training goes on, one at a time.
+    All ranks call every method. Several ranks write in the background while training continues, one checkpoint at a
+    time; one process writes before `save` returns.
     """
 
     def __init__(self, config: CheckpointConfig, mesh: ParallelMesh) -> None:
         self.directory = CheckpointDirectory(config.directory, config.keep)
         self.group = None if mesh.is_alone else checkpoint_group()
-        self._writer = None if mesh.is_alone else ShardedWriter(self.directory, self.group, _tell_saved)
+        self._writer = None if mesh.is_alone else ShardedWriter(self.directory, self.group, _log_saved)
 
     def __enter__(self) -> CheckpointManager:
         return self
@@ -240,11 +255,12 @@ class CheckpointManager:
         if self._writer is not None:
             self._writer.__exit__(kind, error, trace)
 
-    def start(self, resume: str | None) -> Path | None:
-        """What to continue: a checkpoint's path, the newest good one for `latest`, None for a fresh start.
+    def find_start(self, resume: str | None) -> Path | None:
+        """The checkpoint to resume; None for a new run.
 
-        `auto` is `latest` where there is any, else a fresh start. Raises CheckpointError where there is nothing to
-        continue, or where a fresh start would write among the checkpoints of another run.
+        `resume` is the path of a checkpoint, `latest` for the newest undamaged one, `auto` for `latest` if there is
+        any checkpoint and a new run otherwise, or None for a new run. Raises CheckpointError where `latest` finds
+        none, or where a new run would write among the checkpoints of another run.
         """
         if resume == "auto":
             resume = "latest" if run_on_all_ranks(self.group, self.directory.steps) else None
@@ -254,21 +270,21 @@ class CheckpointManager:
         return newest_checkpoint(self.directory, self.group) if resume == "latest" else Path(resume)
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Saves, or begins to, the checkpoint of a step, and logs each one that is complete.
+        """Saves `state` as the checkpoint of `step`, or starts to, and returns its path; logs it once complete.
 
-        Raises the CheckpointError of this one or the last.
+        Raises the CheckpointError of this checkpoint or of the previous one.
         """
         if self._writer is not None:
             return self._writer.save(step, state).path
         path = self.directory.save(step, state)
-        _tell_saved(path)
+        _log_saved(path)
         return path
 
     def finish(self) -> None:
-        """Waits, from another thread, for a checkpoint that is being written."""
+        """Waits, from another thread, until the checkpoint that is being written is complete or has failed."""
         if self._writer is not None:
             self._writer.finish()
 
 
-def _tell_saved(path: Path) -> None:
+def _log_saved(path: Path) -> None:
     get_logger("Trainer").info(f"Saved {path}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -123,22 +122,6 @@ class AdamW(torch.optim.Optimizer):
                 means, squares = ([local(self.state[p][name]) for p in updated] for name in MOMENTS)
                 gradients = [local(p.grad) for p in updated]
                 adamw_([local(p) for p in updated], gradients, means, squares, scale, step)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The number of steps taken, and for each moment its values by the parameters' names."""
-        moments = {
-            moment: {name: self.state[parameter][moment] for name, parameter in self.parameters.items()}
-            for moment in MOMENTS
-        }
-        return {"num_steps": self.num_steps, **moments}
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned, for parameters of the same names."""
-        self.num_steps = state_dict["num_steps"]
-        for moment in MOMENTS:
-            for name, parameter in self.parameters.items():
-                self.state[parameter][moment].copy_(state_dict[moment][name])
 
 
 class PartitionedAdamW(AdamW):

@@ -76,7 +76,7 @@ class Trainer:
         self._step_begins = step_begins
         self.plan = TrainingSchedule(config)
         self.checkpoints = CheckpointManager(config.checkpoint, self.mesh)
-        start = self.checkpoints.start(resume)
+        start = self.checkpoints.find_start(resume)
         # For what ranks agree on while a checkpoint is written in the background over the group of checkpoints.
         self._group = None if self.mesh.is_alone else dist.new_group(backend="gloo")
         self.shards = open_tokens(config) if self.mesh.is_alone else self._tokens_of_all()

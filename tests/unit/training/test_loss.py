@@ -139,6 +139,6 @@ def test_micro_batches_with_other_numbers_of_targets_make_the_same_mean() -> Non
         for i in range(2)
     ]
     assert count_targets(documents_BX[:1]) != count_targets(documents_BX[1:])
-    for name in ("total", "main", "prediction"):
+    for name in ("total", "main", "mtp"):
         mean = sum(getattr(part, name) for part in parts) / 2
         torch.testing.assert_close(mean, getattr(whole, name), rtol=1e-6, atol=0.0)

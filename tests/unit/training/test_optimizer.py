@@ -91,7 +91,10 @@ def test_a_restored_optimizer_goes_on_bit_for_bit(moments: str) -> None:
         optimizer.step(0.1)
     copies = [nn.Parameter(parameter.detach().clone()) for parameter in parameters]
     restored = AdamW(_named(copies), _config(moments=moments))
-    restored.load_state_dict(optimizer.state_dict())
+    restored.num_steps = optimizer.num_steps
+    for saved, copy in zip(parameters, copies, strict=True):
+        for moment, values in optimizer.state[saved].items():
+            restored.state[copy][moment].copy_(values)
     for step in range(3, 6):
         for group, twin in ((parameters, optimizer), (copies, restored)):
             _with_gradients(group, gradients[step])

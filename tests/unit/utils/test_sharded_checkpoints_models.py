@@ -7,19 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from typer import Typer
 from typer.testing import CliRunner
 
 from deepseek_v3.config.loading import config_from_dict
-from deepseek_v3.config.train_config import OptimizerConfig, RunConfig
+from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.inference.generate import generate
-from deepseek_v3.model.pretrained import checkpoint_config, load_model, model_entries, moments_by_name
+from deepseek_v3.model.pretrained import checkpoint_config, load_model, model_entries
 from deepseek_v3.model.transformer import DeepSeekV3
-from deepseek_v3.training.optimizer import AdamW
-from deepseek_v3.utils.checkpointing.directory import CheckpointDirectory, load_checkpoint
+from deepseek_v3.utils.checkpointing.directory import CheckpointDirectory, load_checkpoint, save_checkpoint
+from deepseek_v3.utils.checkpointing.reader import open_checkpoint
 from deepseek_v3.utils.checkpointing.sharded import ShardedWriter, load_sharded
 from deepseek_v3.utils.checkpointing.state_dict import flatten
 from deepseek_v3.utils.distributed.collectives import checkpoint_group
@@ -111,36 +110,28 @@ def test_the_command_generates_from_a_folder(checkpoints: Path) -> None:
     assert outputs[0] == outputs[1] == outputs[2]
 
 
-def test_moments_saved_by_position_get_their_names() -> None:
-    model = noisy_model()
-    optimizer = AdamW(dict(model.named_parameters()), OptimizerConfig(learning_rate=0.001))
-    for number, parameter in enumerate(model.parameters()):
-        for kind, moment in optimizer.state[parameter].items():
-            moment.fill_(number + (0.5 if kind == "exp_avg" else 0.0))
-    found = moments_by_name({"num_steps": 3, "moments": by_position(optimizer)}, dict(model.state_dict()))
-    assert found.keys() == {"num_steps", "exp_avg", "exp_avg_sq"}
-    assert found["num_steps"] == 3
-    for name, parameter in model.named_parameters():
-        for kind in ("exp_avg", "exp_avg_sq"):
-            assert torch.equal(found[kind][name], optimizer.state[parameter][kind]), name
-    assert found["exp_avg"].keys() == dict(model.named_parameters()).keys()
-    assert moments_by_name(found, dict(model.state_dict())) is found
-
-
-def by_position(optimizer: AdamW) -> list[dict[str, Tensor]]:
-    """The moments as format 1 has them."""
-    return [dict(optimizer.state[p]) for group in optimizer.param_groups for p in group["params"]]
-
-
-def test_later_formats_are_refused(checkpoints: Path) -> None:
+def test_other_formats_are_refused(checkpoints: Path) -> None:
     path = checkpoints / "in" / "checkpoint_step_7.pt"
     state = load_checkpoint(path)
-    assert checkpoint_config({**state, "format": 1}, path) == checkpoint_config(state, path) == config()
-    for other in (3, 0, None, "2"):
+    assert checkpoint_config(state, path) == config()
+    for other in (1, 3, 0, None, "2"):
         with pytest.raises(
-            CheckpointError, match=r"has checkpoint format .*, this version reads up to 2; load it with"
+            CheckpointError, match=r"has checkpoint format .*, this version reads format 2 only; load it with"
         ):
             checkpoint_config({**state, "format": other}, path)
+
+
+def test_moments_in_a_list_as_of_format_1_are_refused(checkpoints: Path, tmp_path: Path) -> None:
+    state = load_checkpoint(checkpoints / "in" / "checkpoint_step_7.pt")
+    path = tmp_path / "checkpoint_step_7.pt"
+    old = {"format": 1, "optimizer": {"num_steps": 3, "moments": [{"exp_avg": torch.zeros(2)}]}}
+    save_checkpoint(path, {**state, **old})
+    with pytest.raises(CheckpointError, match=r"has checkpoint format 1, this version reads format 2 only"):
+        load_model(path, CPU)
+    with pytest.raises(
+        CheckpointError, match=r"state\['optimizer'\]\['moments'\]\[0\].*checkpoint format 2 does not"
+    ):
+        open_checkpoint(path)
 
 
 def test_a_model_with_other_tensors_is_refused(checkpoints: Path) -> None:

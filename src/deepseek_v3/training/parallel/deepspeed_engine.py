@@ -138,22 +138,22 @@ class DeepSpeedEngine(Engine):
 
         return self._entries(weight, moment)
 
-    def places(self) -> dict[str, Any]:
-        def place(name: str, dtype: torch.dtype) -> Tensor:
+    def state_to_load(self) -> dict[str, Any]:
+        def empty(name: str, dtype: torch.dtype) -> Tensor:
             shape = _shape(self._parameters[name])
             first, last = self._rows_of(shape)
             return self._as_part(torch.zeros(last - first, *shape[1:], dtype=dtype), shape)
 
         return self._entries(
-            lambda name: place(name, torch.float32), lambda name, _: place(name, self.optimizer.moment_dtype)
+            lambda name: empty(name, torch.float32), lambda name, _: empty(name, self.optimizer.moment_dtype)
         )
 
-    def loaded(self, places: dict[str, Any], num_steps: int) -> None:
-        super().loaded(places, num_steps)
+    def finish_loading(self, state: dict[str, Any], num_steps: int) -> None:
+        super().finish_loading(state, num_steps)
         for name, parameter in self._parameters.items():
-            self._set_weight(parameter, self._whole(places["model"][name], parameter.device))
+            self._set_weight(parameter, self._whole(state["model"][name], parameter.device))
             for kind in MOMENTS:
-                values = self._whole(places["optimizer"][kind][name], parameter.device)
+                values = self._whole(state["optimizer"][kind][name], parameter.device)
                 safe_set_full_optimizer_state(parameter, values, kind)
 
     def _fill(self, model: nn.Module, device: torch.device, shared: dict[str, Any] | None) -> None:

@@ -99,12 +99,12 @@ class Engine(ABC):
                     moments[moment].setdefault(name, view(name, values))
         return {"model": model, "optimizer": {"num_steps": self.optimizer.num_steps, **moments}}
 
-    def places(self) -> dict[str, Any]:
-        """The same, to be filled from a checkpoint and then given to `loaded`; here in the memory of the run."""
+    def state_to_load(self) -> dict[str, Any]:
+        """Tensors like those of `state`, to be overwritten by a checkpoint; here the run's own tensors."""
         return self.state()
 
-    def loaded(self, places: dict[str, Any], num_steps: int) -> None:  # noqa: ARG002
-        """Takes on what `places` returned, once it has been filled from a checkpoint of so many steps."""
+    def finish_loading(self, state: dict[str, Any], num_steps: int) -> None:  # noqa: ARG002
+        """Applies the `state` of `state_to_load`, which a checkpoint of `num_steps` updates has filled."""
         self.optimizer.num_steps = num_steps
 
     def _targets_per_micro_batch(self, documents: Sequence[Tensor | None]) -> Tensor | None:

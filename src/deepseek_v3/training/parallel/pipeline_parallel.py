@@ -145,8 +145,8 @@ class PipelineEngine(Engine):
                 pieces[key] = replace(piece, copies=piece.copies * self._embeddings.copies_of(name))
         self.optimizer = AdamW(parameters, config.training.optimizer, GlobalGradNorm(pieces, mesh))
 
-    def loaded(self, places: dict[str, Any], num_steps: int) -> None:
-        super().loaded(places, num_steps)
+    def finish_loading(self, state: dict[str, Any], num_steps: int) -> None:
+        super().finish_loading(state, num_steps)
         self._embeddings.copy_first(self.optimizer)
 
     def _backward(self, batches: Iterator[Tensor], step: ScheduledStep) -> Losses:

@@ -173,8 +173,8 @@ class FileReader(CheckpointReader):
             self._tensors, self.plain = flatten(state)
         except TypeError as error:
             raise CheckpointError(
-                f"{path}: cannot be shared out among ranks: {error}; "
-                "resume it once in a single process, whose next checkpoint can"
+                f"{path}: {error}, which checkpoint format 2 does not have; load it with the version of the "
+                "program that wrote it"
             ) from None
         self.path, self.files = path, [path.name]
         self.tensors = tensor_infos(self._tensors)
