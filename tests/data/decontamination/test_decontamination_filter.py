@@ -1,4 +1,4 @@
-"""Documents that share n-grams with evaluation sets are found, as a search word by word finds them."""
+"""Decontamination finds the documents that share n-grams with evaluation sets, as a plain search does."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def kept(texts: list[str], **options: Any) -> list[bool]:
     return Decontaminator(**options).apply(batch(texts)).kept_rows.tolist()
 
 
-def test_thirteen_words_in_a_row_are_enough(questions: str) -> None:
+def test_thirteen_words_in_a_row_match(questions: str) -> None:
     some = QUESTION.split()
     texts = [
         " ".join(some[:13]),
@@ -62,7 +62,7 @@ def test_thirteen_words_in_a_row_are_enough(questions: str) -> None:
     assert kept(texts, evaluation=[questions]) == [False, True, False, True, False, True]
 
 
-def test_case_and_punctuation_do_not_count(questions: str) -> None:
+def test_case_and_punctuation_are_ignored(questions: str) -> None:
     changed = QUESTION.upper().replace(" ", " – ").replace(",", "...")
     result = Decontaminator(evaluation=[questions]).apply(batch([OTHER, f"{OTHER}\n{changed}\nend"]))
     drop = result.dropped.to_pylist()[0]
@@ -82,7 +82,7 @@ def test_short_texts_match_as_a_whole(questions: str) -> None:
     assert kept([f"{OTHER} {TINY}"], evaluation=[questions], min_ngram=4) == [False]
 
 
-def test_texts_end_where_their_document_ends(questions: str) -> None:
+def test_matches_do_not_cross_documents(questions: str) -> None:
     first, second = QUESTION.split()[:9], QUESTION.split()[9:]
     assert kept([" ".join(first), " ".join(second)], evaluation=[questions]) == [True, True]
     assert kept([OTHER, QUESTION, QUESTION], evaluation=[questions]) == [True, False, False]
@@ -93,7 +93,7 @@ def test_small_overlaps_can_be_allowed(questions: str) -> None:
     assert kept(texts, evaluation=[questions], min_share=0.5) == [False, True]
 
 
-def test_other_fields_and_plain_text(tmp_path: Path) -> None:
+def test_fields_and_plain_text_of_evaluation_sets(tmp_path: Path) -> None:
     folder = tmp_path / "sets"
     folder.mkdir()
     (folder / "plain.txt").write_text(SHORT)
@@ -113,7 +113,7 @@ def test_scripts_without_spaces_count_characters(tmp_path: Path) -> None:
 
 
 def brute_force(texts: list[str], evaluation: list[str], ngram: int, min_ngram: int) -> list[tuple[int, float]]:
-    """For each text the number of matches, and the share of its words in them."""
+    """Returns the number of matches of each text, and the share of its words in them."""
     known = set()
     for text in evaluation:
         some = tuple(re.findall(r"\w+", text))
@@ -140,7 +140,7 @@ def brute_force(texts: list[str], evaluation: list[str], ngram: int, min_ngram: 
     st.integers(2, 5),
     st.integers(0, 2),
 )
-def test_what_is_found_is_what_a_search_finds(texts: list[str], sets: list[str], ngram: int, fewer: int) -> None:
+def test_matches_equal_a_plain_search(texts: list[str], sets: list[str], ngram: int, fewer: int) -> None:
     min_ngram = max(ngram - fewer, 1)
     if max(len(text.split()) for text in sets) < min_ngram:
         return
@@ -154,7 +154,7 @@ def test_what_is_found_is_what_a_search_finds(texts: list[str], sets: list[str],
         assert " ".join(flat[start : start + length]) in " ".join(split_words(sets[owner]))
 
 
-def test_shares_are_those_of_a_search(tmp_path: Path) -> None:
+def test_overlap_equals_a_plain_search(tmp_path: Path) -> None:
     draw = random.Random(0)
     sets = [" ".join(draw.choice("abcd") for _ in range(draw.randrange(3, 30))) for _ in range(20)]
     texts = [" ".join(draw.choice("abcde") for _ in range(60)) for _ in range(50)]
@@ -169,21 +169,21 @@ def test_shares_are_those_of_a_search(tmp_path: Path) -> None:
     assert figures == [hits for hits, _ in expected if hits]
 
 
-def test_long_batches_are_judged_in_parts(questions: str) -> None:
+def test_long_batches_are_filtered_in_parts(questions: str) -> None:
     texts = [f"{OTHER} " * 12_000, f"{OTHER} {QUESTION}", f"{OTHER} " * 12_000, QUESTION, OTHER]
     result = Decontaminator(evaluation=[questions]).apply(batch(texts))
     assert result.dropped["id"].to_pylist() == ["d1", "d3"]
     assert result.dropped["trigger"].to_pylist() == [QUESTION.lower().split(",")[0]] * 2
 
 
-def test_odd_texts_and_pickles(questions: str) -> None:
+def test_odd_texts_and_pickled_stage(questions: str) -> None:
     stage = pickle.loads(pickle.dumps(Decontaminator(evaluation=[questions])))
     texts = ["", " ", "İ" * 20, "\x00", "?!", "straße " * 20]
     assert stage.apply(batch(texts)).kept["text"].to_pylist() == texts
     assert stage.apply(batch([])).kept.num_rows == 0
 
 
-def test_what_cannot_be_meant_is_refused(questions: str) -> None:
+def test_impossible_decontamination_options_are_refused(questions: str) -> None:
     with pytest.raises(ConfigError, match=r"decontamination.evaluation: is empty"):
         Decontaminator()
     with pytest.raises(DataError, match=r"none.jsonl does not exist"):
@@ -195,7 +195,7 @@ def test_what_cannot_be_meant_is_refused(questions: str) -> None:
 
 
 @given(st.lists(st.integers(0, 20)), st.lists(st.integers(0, 20)))
-def test_sorted_keys_are_found(keys: list[int], wanted: list[int]) -> None:
+def test_find_sorted_equals_a_plain_search(keys: list[int], wanted: list[int]) -> None:
 
     found = find_sorted(np.unique(np.array(keys, np.int64)), np.array(wanted, np.int64)).tolist()
     ascending = sorted({*keys})

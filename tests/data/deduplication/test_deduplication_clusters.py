@@ -1,4 +1,4 @@
-"""Who is kept: connected components against a plain search, and chains that lead too far."""
+"""Clusters: connected components against a plain search, and the document kept of each."""
 
 import numpy as np
 from hypothesis import given
@@ -38,16 +38,14 @@ def _none(kept: np.ndarray, documents: np.ndarray) -> np.ndarray:
 
 
 @given(PAIRS)
-def test_connected_documents_are_those_that_a_search_reaches(pairs: Pairs) -> None:
+def test_connected_components_equal_a_plain_search(pairs: Pairs) -> None:
     expected = [min(_reachable(pairs, document)) for document in range(DOCUMENTS)]
     assert connected_components(*_columns(pairs), DOCUMENTS).tolist() == expected
     assert choose_kept(*_columns(pairs), DOCUMENTS, _all).tolist() == expected
 
 
 @given(PAIRS, st.sets(st.integers(0, 11)))
-def test_of_each_pair_one_at_most_is_kept_and_what_is_kept_stands_for_what_it_is_close_to(
-    pairs: Pairs, close: set[int]
-) -> None:
+def test_at_most_one_document_of_each_pair_is_kept(pairs: Pairs, close: set[int]) -> None:
     kept = choose_kept(*_columns(pairs), DOCUMENTS, lambda _, documents: np.isin(documents, list(close))).tolist()
     for one, other in pairs:
         assert kept[one] != one or kept[other] != other
@@ -58,14 +56,14 @@ def test_of_each_pair_one_at_most_is_kept_and_what_is_kept_stands_for_what_it_is
             assert keeper in _reachable(pairs, document)
 
 
-def test_a_chain_without_closeness_is_cut_where_documents_are_no_pair_with_a_kept_one() -> None:
+def test_a_chain_of_pairs_is_split_without_closeness() -> None:
     chain = {(i, i + 1) for i in range(6)}
     assert choose_kept(*_columns(chain), 8, _all).tolist() == [0] * 7 + [7]
     assert choose_kept(*_columns(chain), 8, _none).tolist() == [0, 0, 2, 2, 4, 4, 6, 7]
 
 
 @given(st.lists(st.integers(0, 9), max_size=40))
-def test_grouping_sorts_by_key_and_then_place(keys: list[int]) -> None:
+def test_group_keys_sorts_by_key_then_position(keys: list[int]) -> None:
     found = group_keys(np.array(keys, np.uint64))
     expected = sorted(range(len(keys)), key=lambda position: (keys[position], position))
     assert found.positions.tolist() == expected

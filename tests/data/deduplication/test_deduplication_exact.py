@@ -1,4 +1,4 @@
-"""Equal documents, paragraphs and lines: against plain Python, and however the corpus is cut."""
+"""Exact deduplication of documents, paragraphs and lines, against plain Python and for any division into parts."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from deepseek_v3.data.stages import NumberedPart
 from deepseek_v3.utils.errors import ConfigError, DataError
 from helpers.deduplication import decide, mark_removed, write_parts
 
-# Capitals and spaces of all sizes, and those whose lower case is longer, shorter, or depends on its place.
+# Capitals and spaces of all sizes, and capitals whose lower case is longer, shorter, or depends on its position.
 ODD = "aB \t\n\x0b\x1c\x85\xa0\u1680\u2003\u2028\u3000éÉßẞİIıΣσςJ\u212aǅⱥȺ中𐐀😀"
 
 
 @given(st.lists(st.text(st.sampled_from(ODD), max_size=30) | st.text(max_size=20), max_size=8))
-def test_hashes_are_those_of_the_normal_form(texts: list[str]) -> None:
+def test_hashes_are_of_the_normalized_text(texts: list[str]) -> None:
     expected = [xxhash.xxh3_128_intdigest("".join(text.lower().split()).encode()) for text in texts]
     found = [(high << 64) + low for high, low in normalized_hashes(pa.array(texts, pa.string())).tolist()]
     assert found == expected
 
 
-def test_every_character_has_its_normal_form() -> None:
+def test_every_character_is_normalized() -> None:
     characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
     texts = ["".join(characters[start : start + 50]) for start in range(0, len(characters), 50)]
     expected = [xxhash.xxh3_64_intdigest(normalize(text).encode()) for text in texts]
@@ -59,7 +59,7 @@ def test_the_first_of_equal_documents_is_kept() -> None:
     }
 
 
-def test_documents_of_all_kinds_come_back_as_they_were() -> None:
+def test_all_kinds_of_documents_are_returned_unchanged() -> None:
     stage = ExactDeduplicator()
     documents = [Document("a", "x"), Document("b", "X"), Document("c", "y")]
     assert stage.deduplicate(documents).documents == [documents[0], documents[2]]
@@ -76,7 +76,7 @@ def test_documents_of_all_kinds_come_back_as_they_were() -> None:
         stage.deduplicate(["a", None])  # type: ignore[list-item]
 
 
-def test_paragraphs_that_stood_before_are_taken_out() -> None:
+def test_repeated_paragraphs_are_removed() -> None:
     texts = [
         "Terms  of use\n\nFirst.",
         "terms of USE\n \n\nSecond.\n\nok\n\nok",
@@ -92,7 +92,7 @@ def test_paragraphs_that_stood_before_are_taken_out() -> None:
     assert stats == {**expected, "reasons": {"repeated_paragraphs": 2}}
 
 
-def test_lines_repeat_within_a_document_too_and_short_ones_stay(tmp_path: Path) -> None:
+def test_repeated_lines_are_removed_and_short_ones_stay(tmp_path: Path) -> None:
     texts = ["a line\nb\na line\nb\n", "A LINE\nnew line\r\n", "\n\na line\n  \nnew line", ""]
     stage = ExactDeduplicator(unit="line", min_characters=2)
     run = decide(stage, write_parts(stage, texts, [2], tmp_path / "p"), texts, tmp_path / "r")
@@ -127,7 +127,7 @@ def _first_lines(texts: list[str]) -> dict[int, str]:
 @pytest.mark.parametrize(("unit", "expected"), [("document", _first_documents), ("line", _first_lines)])
 @settings(max_examples=40)
 @given(data=st.data())
-def test_plain_python_agrees_however_the_corpus_is_cut(
+def test_exact_results_equal_plain_python_for_any_parts(
     unit: str, expected: Callable[[list[str]], dict[int, str]], data: st.DataObject
 ) -> None:
     line = st.sampled_from(["aa", "Bb", "bB ", "c c c", "dd", "\u3000dD", "e", ""])
@@ -143,7 +143,7 @@ def test_plain_python_agrees_however_the_corpus_is_cut(
     assert whole.removed == [*whole.dropped]
 
 
-def test_documents_that_an_earlier_stage_removed_are_nobody_s_original(tmp_path: Path) -> None:
+def test_documents_removed_by_a_previous_stage_are_ignored(tmp_path: Path) -> None:
     texts = ["same", "other", "SAME", "same "]
     stage = ExactDeduplicator()
     parts = mark_removed(write_parts(stage, texts, [1], tmp_path / "p"), [0], tmp_path)
@@ -153,7 +153,7 @@ def test_documents_that_an_earlier_stage_removed_are_nobody_s_original(tmp_path:
     assert run.figures["documents"] == 3
 
 
-def test_hashes_that_agree_in_their_first_half_alone_are_different(tmp_path: Path) -> None:
+def test_hashes_equal_in_their_first_half_are_different(tmp_path: Path) -> None:
     hashes = np.array([[7, 1], [7, 2], [5, 1], [7, 1], [7, 2], [7, 3]], np.uint64)
     rows = np.arange(6, dtype=np.uint32)
     repeated_hashes.write_keys(tmp_path, hashes, rows, np.zeros_like(rows))
@@ -169,7 +169,7 @@ def test_unreadable_keys_are_named(tmp_path: Path) -> None:
         stage.match_tasks(parts, 2**20)
 
 
-def test_options() -> None:
+def test_deduplication_options() -> None:
     stage = pickle.loads(pickle.dumps(ExactDeduplicator(unit="line")))
     assert stage.options.unit == "line"
     assert stage.options.min_characters == 40

@@ -1,4 +1,4 @@
-"""Near duplicates against a comparison of all pairs, however the corpus is cut, and the hard cases."""
+"""Near deduplication against a comparison of all pairs, for any division into parts, and in difficult cases."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _words(random: Random, count: int) -> list[str]:
 
 
 def _edited(words: list[str], random: Random, places: int) -> list[str]:
-    """The words with some replaced: 5 shingles go and 5 come for each, where they are far enough apart."""
+    """Replaces some of the words; each replacement changes 5 shingles if it is far enough from the others."""
     edited = list(words)
     for place in random.sample(range(len(words)), places):
         edited[place] = f"x{random.randrange(10_000)}"
@@ -38,7 +38,7 @@ def _edited(words: list[str], random: Random, places: int) -> list[str]:
 
 
 def _corpus(seed: int, groups: int) -> list[str]:
-    """Originals with two copies each, whose similarities to the original run from 1 to about 0.5."""
+    """Originals with two edited copies each, whose similarities to the original range from 1 to about 0.5."""
     random = Random(seed)
     texts = []
     for group in range(groups):
@@ -68,12 +68,12 @@ def _clusters(run: Run) -> list[int]:
 
 
 def _kept_for(run: Run) -> dict[int, int]:
-    """The document that is kept in place of each that was dropped."""
+    """Returns the document kept in place of each dropped one."""
     return {row: int(orjson.loads(drop["figures"])["duplicate_of"][1:]) for row, drop in run.dropped.items()}
 
 
 @pytest.mark.parametrize("threshold", [0.6, 0.8, 0.9])
-def test_all_pairs_are_found_that_the_bands_promise_and_few_others_linked(threshold: float, tmp_path: Path) -> None:
+def test_bands_find_the_promised_pairs_and_few_others(threshold: float, tmp_path: Path) -> None:
     texts = _corpus(1, 100)
     truth = _true_pairs(texts, threshold)
     bands = DeduplicationConfig(threshold=threshold).banding()
@@ -91,7 +91,7 @@ def test_all_pairs_are_found_that_the_bands_promise_and_few_others_linked(thresh
     assert sum({*pair} <= run.kept.keys() for pair in truth) <= 0.02 * len(truth)
 
 
-def test_pairs_near_the_threshold_are_decided_exactly(tmp_path: Path) -> None:
+def test_pairs_near_the_threshold_are_compared_exactly(tmp_path: Path) -> None:
     random = Random(4)
     texts = []
     for _ in range(150):
@@ -102,11 +102,11 @@ def test_pairs_near_the_threshold_are_decided_exactly(tmp_path: Path) -> None:
     assert sum(similarity < 0.8 for _, similarity in pairs) > 30
     assert not [i for i, similarity in pairs if similarity < 0.8 and i + 1 in run.dropped]
     alike = [i for i, similarity in pairs if similarity >= 0.8]
-    assert len([i for i in alike if i + 1 in run.dropped]) >= 0.93 * len(alike)  # as many as the bands find at 0.8
+    assert len([i for i in alike if i + 1 in run.dropped]) >= 0.93 * len(alike)  # found by the bands at 0.8
 
 
 @pytest.mark.parametrize("accelerator", BACK_ENDS)
-def test_both_ways_to_compute_write_the_same_keys(accelerator: str, tmp_path: Path) -> None:
+def test_numpy_and_numba_write_the_same_keys(accelerator: str, tmp_path: Path) -> None:
     texts = [*_corpus(2, 10), "", "ärger über 中文", "x" * 500]
     files = []
     for name in {accelerator, "auto"}:
@@ -117,21 +117,21 @@ def test_both_ways_to_compute_write_the_same_keys(accelerator: str, tmp_path: Pa
 
 @settings(max_examples=15)
 @given(data=st.data())
-def test_parts_ranges_and_order_change_nothing(data: st.DataObject) -> None:
+def test_near_results_do_not_depend_on_parts_or_task_order(data: st.DataObject) -> None:
     random = Random(data.draw(st.integers(0, 9)))
     words = _words(random, 60)
     edits = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=25))
     texts = [" ".join(_edited(words, random, places)) if places < 5 else "" for places in edits]
     cuts = data.draw(st.lists(st.integers(0, len(texts)), max_size=4))
     memory = data.draw(st.sampled_from([600, 10_000]))
-    stage = MinHashDeduplicator(num_perm=64, threshold=0.7)
+    stage = MinHashDeduplicator(num_perm=32, bands=4, threshold=0.7)  # few bands, and so few tasks and files
     with TemporaryDirectory() as name:
         whole = decide(stage, write_parts(stage, texts, [], Path(name, "w")), texts, Path(name, "wr"))
         cut = decide(stage, write_parts(stage, texts, cuts, Path(name, "c")), texts, Path(name, "cr"), memory)
     assert whole == cut
 
 
-def test_tasks_are_cut_to_fit_the_memory(tmp_path: Path) -> None:
+def test_match_tasks_fit_into_memory(tmp_path: Path) -> None:
     stage = MinHashDeduplicator()
     texts = _corpus(3, 40)
     parts = write_parts(stage, texts, [50], tmp_path)
@@ -149,7 +149,7 @@ def test_tasks_are_cut_to_fit_the_memory(tmp_path: Path) -> None:
     assert documents == 16 * len(texts)
 
 
-def test_refined_pairs_are_cut_to_fit_the_memory(tmp_path: Path) -> None:
+def test_refine_tasks_fit_into_memory(tmp_path: Path) -> None:
     texts = _corpus(5, 30)
     whole = _run(texts, tmp_path / "a")
     assert _run(texts, tmp_path / "b", memory=40_000) == whole
@@ -179,7 +179,7 @@ def test_ten_thousand_copies_are_compared_once_each() -> None:
     assert stats["largest_cluster"] == copies
 
 
-def test_large_buckets_of_unlike_documents_are_compared_in_linear_time() -> None:
+def test_large_buckets_take_linear_work() -> None:
     members = 300
     signatures = np.random.default_rng(0).integers(0, 256, (members, 128), dtype=np.uint8)
     one, other, _ = similar_pairs(signatures, np.zeros(members, np.int64), -1, 0.9)
@@ -208,7 +208,7 @@ def test_empty_tiny_and_huge_documents() -> None:
     assert MinHashDeduplicator().deduplicate(["alone"]).documents == ["alone"]
 
 
-def test_a_chain_is_followed_no_further_than_the_kept_document_allows() -> None:
+def test_cluster_threshold_limits_chains() -> None:
     words = _words(Random(8), 400)
     chain = [" ".join(words[start : start + 200]) for start in range(0, 200, 12)]
     similarities = [jaccard(shingles(chain[0]), shingles(other)) for other in chain[:4]]
@@ -220,7 +220,7 @@ def test_a_chain_is_followed_no_further_than_the_kept_document_allows() -> None:
     assert MinHashDeduplicator(cluster_threshold=0.74).deduplicate(chain).ids == [0, 3, 5, 7, 9, 11, 13, 15]
 
 
-def test_an_earlier_corpus_drops_documents_by_its_keys_alone(tmp_path: Path) -> None:
+def test_keys_of_a_previous_run_drop_its_duplicates(tmp_path: Path) -> None:
     random = Random(11)
     words = _words(random, 300)
     old = [" ".join(_words(random, 200)), " ".join(words)]
@@ -238,7 +238,7 @@ def test_an_earlier_corpus_drops_documents_by_its_keys_alone(tmp_path: Path) -> 
     assert run.figures["examples"] == []
 
 
-def test_documents_that_an_earlier_stage_removed_are_nobody_s_original(tmp_path: Path) -> None:
+def test_documents_removed_by_a_previous_stage_are_ignored(tmp_path: Path) -> None:
     texts = ["a b c d e f g", "h i j k l m n", "A b c d e f g", "a, b, c, d, e, f, g"]
     stage = MinHashDeduplicator()
     parts = mark_removed(write_parts(stage, texts, [1], tmp_path / "p"), [0], tmp_path)
@@ -255,7 +255,7 @@ def test_documents_that_an_earlier_stage_removed_are_nobody_s_original(tmp_path:
     }
 
 
-def test_figures_for_the_report(tmp_path: Path) -> None:
+def test_near_figures_for_the_report(tmp_path: Path) -> None:
     random = Random(3)
     texts = [" ".join(_words(random, 50)) for _ in range(60)]
     run = _run([*texts, *texts[:30], *texts[:5], *texts[:5]], tmp_path)
@@ -267,7 +267,7 @@ def test_figures_for_the_report(tmp_path: Path) -> None:
     assert all(example["duplicate"] - example["kept"] == 60 for example in examples)
 
 
-def test_options() -> None:
+def test_deduplication_options() -> None:
     stage = pickle.loads(pickle.dumps(MinHashDeduplicator(num_perm=128, threshold=0.9, accelerator="numpy")))
     assert stage.options.threshold == 0.9
     assert not stage.changes_texts

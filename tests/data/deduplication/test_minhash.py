@@ -1,4 +1,4 @@
-"""Signatures: their definition, what they estimate, and the two ways to compute them."""
+"""Signatures: their definition, their estimates, and the NumPy and Numba kernels that compute them."""
 
 import logging
 import sys
@@ -30,7 +30,7 @@ def _random_hashes(seed: int, count: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("module", KERNELS)
-def test_values_are_the_least_products(module: ModuleType) -> None:
+def test_signature_values_are_minimum_products(module: ModuleType) -> None:
     hashes, multipliers = _random_hashes(0, 30), odd_multipliers(0, 20)
     offsets = np.array([0, 0, 1, 9, 9, 30, 30])
     found = module.minhash_signatures(hashes, offsets, multipliers)
@@ -52,7 +52,7 @@ def test_numpy_and_numba_agree_bit_for_bit(sizes: list[int], values: int, seed: 
 
 @pytest.mark.parametrize("module", KERNELS)
 @given(sets=st.lists(st.sets(st.integers(0, 60)), min_size=1, max_size=12), seed=st.integers(0, 99))
-def test_common_members_are_those_of_both_sets(module: ModuleType, sets: list[set[int]], seed: int) -> None:
+def test_intersection_sizes_of_random_sets(module: ModuleType, sets: list[set[int]], seed: int) -> None:
     members = np.array(
         [number << 32 | value for number, some in enumerate(sets) for value in sorted(some)], np.uint64
     )
@@ -62,7 +62,7 @@ def test_common_members_are_those_of_both_sets(module: ModuleType, sets: list[se
     assert found.tolist() == [len(sets[a] & sets[b]) for a, b in zip(one, other, strict=True)]
 
 
-def test_many_pairs_are_taken_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_pairs_are_processed_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(numpy_kernels, "_SHINGLES_PER_CHUNK", 7)
     members, offsets = np.array([1, 2, 3, 4, 2, 3, 5, 9], np.uint64), np.array([0, 4, 4, 8])
     one, other = np.array([0, 0, 2, 1, 0]), np.array([2, 1, 2, 1, 0])
@@ -71,9 +71,7 @@ def test_many_pairs_are_taken_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("module", KERNELS)
 @given(documents=st.lists(st.binary(max_size=40), max_size=12), left_out=st.binary(max_size=5))
-def test_bytes_are_left_out_wherever_they_stand(
-    module: ModuleType, documents: list[bytes], left_out: bytes
-) -> None:
+def test_unwanted_bytes_are_removed(module: ModuleType, documents: list[bytes], left_out: bytes) -> None:
     text, offsets = np.frombuffer(bytearray(b"".join(documents)), np.uint8), np.cumsum([0, *map(len, documents)])
     left, places = module.remove_bytes(text, offsets, left_out)
     found = [left[start:end].tobytes() for start, end in pairwise(places)]
@@ -81,7 +79,7 @@ def test_bytes_are_left_out_wherever_they_stand(
 
 
 @pytest.mark.parametrize(("size", "similarity"), [(20, 0.5), (200, 0.8), (2000, 0.8), (200, 0.95)])
-def test_estimates_have_no_bias_and_the_spread_of_independent_values(size: int, similarity: float) -> None:
+def test_estimates_are_unbiased_with_the_expected_spread(size: int, similarity: float) -> None:
     trials, values = 400, 128
     both = round(size * similarity)
     apart = (size - both) // 2
@@ -100,7 +98,7 @@ def test_estimates_have_no_bias_and_the_spread_of_independent_values(size: int, 
     assert found.std() == pytest.approx(deviation, rel=0.15)
 
 
-def test_whole_bands_agree_as_often_as_the_formula_says() -> None:
+def test_bands_agree_as_often_as_the_formula_says() -> None:
     trials, size, both = 1500, 100, 80
     hasher = MinHasher(128, 5, 0, "numpy")
     hashes = _random_hashes(2, trials * (2 * size - both)).reshape(trials, -1)
@@ -113,7 +111,7 @@ def test_whole_bands_agree_as_often_as_the_formula_says() -> None:
     assert found == pytest.approx(candidate_probability(both / (both + 20), 16, 8), abs=0.02)
 
 
-def test_band_keys_tell_bands_apart() -> None:
+def test_band_keys_distinguish_bands() -> None:
     signatures = np.random.default_rng(0).integers(0, 2, (500, 12), dtype=np.uint32)
     keys = band_keys(signatures, 3, 4)
     for band in range(3):
@@ -135,7 +133,7 @@ def test_bands_by_values_and_threshold(num_perm: int, threshold: float, banding:
         assert candidate_probability(threshold, num_perm // (rows + 1), rows + 1) < 0.94
 
 
-def test_options_that_cannot_work_are_refused() -> None:
+def test_impossible_banding_options_are_refused() -> None:
     assert DeduplicationConfig(num_perm=112, bands=14).banding() == (14, 8)
     assert DeduplicationConfig(bands=9).banding() == (9, 14)
     with pytest.raises(ValidationError, match="at most num_perm = 64"):
@@ -152,9 +150,7 @@ def test_the_margin_is_three_standard_deviations() -> None:
     assert estimate_margin(1.0, 128) == 0
 
 
-def test_without_numba_numpy_takes_its_place(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_numpy_replaces_a_missing_numba(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     texts = pa.array(["one two three four five six", "seven"])
     expected = [
         hasher.signatures(found) for hasher in [MinHasher(16, 5, 0, "numba")] for found in hasher.shingles(texts)
@@ -171,7 +167,7 @@ def test_without_numba_numpy_takes_its_place(
     select.select_kernels.cache_clear()
 
 
-def test_where_no_cache_is_writable_numba_compiles_without(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numba_compiles_without_a_writable_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
 
     def njit(signature: str, cache: bool = False) -> Any:

@@ -1,4 +1,4 @@
-"""The rules for one document, against figures worked out by hand and thresholds read in the papers."""
+"""The reference rules against values computed by hand and limits from the papers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def found(broken, code):
     return {rule.code: rule.found for rule in broken}[code]
 
 
-def test_the_thresholds_are_those_of_gopher_table_a1():
+def test_default_limits_are_those_of_gopher_table_a1():
     assert DEFAULTS.max_duplicate_lines == DEFAULTS.max_duplicate_paragraphs == 0.30
     assert DEFAULTS.max_duplicate_line_characters == DEFAULTS.max_duplicate_paragraph_characters == 0.20
     assert DEFAULTS.max_top_ngram_characters == {2: 0.20, 3: 0.18, 4: 0.16}
@@ -143,10 +143,10 @@ def test_fineweb(lines, code, figure):
     assert found(list(reference.fineweb(lines, strict)), code) == figure
 
 
-def test_a_blank_document_breaks_rules_instead_of_dividing_by_nothing():
+def test_blank_documents_break_rules_without_dividing_by_zero():
     assert codes("") == codes(" \n\n ") != []
     assert codes("", rules=("fineweb",)) == ["fineweb_unpunctuated_lines"]
 
 
-def test_a_rule_without_threshold_is_off():
+def test_a_rule_without_a_limit_is_off():
     assert codes("few words", rules=("gopher_quality",), min_words=None, min_stop_words=None) == []

@@ -1,4 +1,4 @@
-"""Words: as spaCy's English tokenizer splits them."""
+"""Chunks are split into words as by spaCy's English tokenizer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from deepseek_v3.data.heuristics.words import (
     split_chunk,
 )
 
-# What spacy.blank("en") of spaCy 3.8 makes of each of these, parts joined here by a space.
+# The words of spacy.blank("en") of spaCy 3.8, joined by spaces; | separates the cases.
 SPACY = """
 hello ,|( word )|" quoted "|' single '|ok !|really ? !|end . "|word ...|... word|« mot »|été .|中文 。|— |a — b
 do n't|do n’t|ca n't|can not|do nt|it 's|it ’s '|John 's|I 'm|I 'd|i d|its|we 'll|they 're|you 've|and/or
@@ -26,7 +26,7 @@ key : value|x = y|f(x )|foo_bar|_ foo|_ _ init _ _|foo.bar|os.path.join|-flag|--
 
 
 @pytest.mark.parametrize("words", [case.split() for line in SPACY.split("\n") for case in line.split("|") if case])
-def test_chunks_are_split_as_spacy_splits_them(words):
+def test_chunks_are_split_as_by_spacy(words):
     assert list(split_chunk("".join(words))) == words
 
 
@@ -39,11 +39,11 @@ def test_no_character_is_lost(chunk):
 
 
 @given(st.text(st.sampled_from("ab.A'’s-/:1%k,(~n_+$"), max_size=12))
-def test_what_is_split_stays_together_with_itself(chunk):
+def test_split_words_join_to_the_chunk(chunk):
     assert "".join(split_chunk(chunk)) == chunk
 
 
-def test_chunks_beyond_all_words_are_not_split():
+def test_very_long_chunks_are_not_split():
     assert len(split_chunk("a-" * (MAX_CHUNK_CHARACTERS // 2))) == MAX_CHUNK_CHARACTERS - 1
     assert split_chunk("a-" * MAX_CHUNK_CHARACTERS) == ("a-" * MAX_CHUNK_CHARACTERS,)
 

@@ -1,4 +1,4 @@
-"""fastText's models give the labels and scores that its own code gives, and files of ours are files of its own."""
+"""fastText models give the labels and scores of its own code, which can also read the files written here."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ ODD = [
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
     documents = [document.text for document, _ in zip(stdlib_documents(), range(160), strict=False)]
-    pieces = [text[start : start + 90] for text in documents for start in range(0, min(len(text), 3600), 120)]
-    return [*pieces, *ODD]
+    excerpts = [text[start : start + 90] for text in documents for start in range(0, min(len(text), 3600), 120)]
+    return [*excerpts, *ODD]
 
 
 def native(path: Path) -> Any:
-    """The model as fastText's own code loads it."""
+    """Loads a model by fastText's own code."""
     try:
         module = import_module("fasttext_pybind")
     except ImportError:
@@ -65,7 +65,7 @@ def native_scores(model: Any, text: str, labels: list[str]) -> list[float]:
 
 
 def random_model(seed: int = 0, **changes: Any) -> FastTextFile:
-    """Some words of English, three labels, and vectors of noise."""
+    """Returns a model of a few words and three labels, with random vectors."""
     random = np.random.default_rng(seed)
     words = [b"</s>", *(f"{word}".encode() for word in "the a of return self import café def 日本".split())]
     fields: dict[str, Any] = {
@@ -96,7 +96,7 @@ def random_model(seed: int = 0, **changes: Any) -> FastTextFile:
         {"min_characters": 3, "max_characters": 6, "buckets": 1000, "word_ngrams": 2, "loss": "hs"},
     ],
 )
-def test_probabilities_are_those_of_fasttext(changes: dict[str, Any], texts: list[str], tmp_path: Path) -> None:
+def test_probabilities_equal_those_of_fasttext(changes: dict[str, Any], texts: list[str], tmp_path: Path) -> None:
     path = tmp_path / "model.bin"
     random_model(**changes).write(path)
     model, outside = load_fasttext(path), native(path)
@@ -105,7 +105,7 @@ def test_probabilities_are_those_of_fasttext(changes: dict[str, Any], texts: lis
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_the_language_model_gives_fasttexts_labels_and_scores(texts: list[str]) -> None:
+def test_the_bundled_model_gives_fasttexts_labels_and_scores(texts: list[str]) -> None:
     path = bundled_model()
     model, outside = load_fasttext(path), native(path)
     found = model.probabilities(texts)
@@ -117,7 +117,7 @@ def test_the_language_model_gives_fasttexts_labels_and_scores(texts: list[str]) 
 
 
 def quantised(path: Path, matrix_of: np.ndarray, with_norms: bool) -> bytes:
-    """A matrix as fastText stores it quantised: the rows' codes are random, its decoded form is not `matrix_of`."""
+    """Returns a quantised matrix of the shape of `matrix_of`, with random codes and centroids."""
     random = np.random.default_rng(3)
     rows, width = matrix_of.shape
     part, parts = 4, -(-width // 4)
@@ -152,7 +152,7 @@ def test_quantised_and_pruned_models_are_read(with_norms: bool, texts: list[str]
 
 @settings(max_examples=60)
 @given(st.lists(st.text(max_size=60), max_size=12))
-def test_a_texts_scores_do_not_depend_on_its_neighbours(some: list[str]) -> None:
+def test_scores_do_not_depend_on_other_texts(some: list[str]) -> None:
     model = FastText(random_model(min_characters=2, max_characters=4, buckets=99, word_ngrams=2), Path("m"))
     together = model.probabilities(some)
     assert together.shape == (len(some), 3)
@@ -160,7 +160,7 @@ def test_a_texts_scores_do_not_depend_on_its_neighbours(some: list[str]) -> None
         assert (model.probabilities([text])[0] == together[row]).all()
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
+def test_models_are_read_as_written(tmp_path: Path) -> None:
     path = tmp_path / "model.bin"
     model = random_model(word_ngrams=3, buckets=20, loss="hs")
     model.write(path)
@@ -172,7 +172,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert (read.output == model.output).all()
 
 
-def test_a_text_of_which_nothing_is_known_has_no_probability() -> None:
+def test_a_text_of_unknown_words_has_zero_probabilities() -> None:
     model = random_model()
     del model.words[b"</s>"]
     classifier = FastText(model, Path("m"))
@@ -180,15 +180,15 @@ def test_a_text_of_which_nothing_is_known_has_no_probability() -> None:
     assert classifier.probabilities(["the"]).sum() == pytest.approx(1, abs=1e-4)
 
 
-def test_hashes() -> None:
-    """FNV-1a by its published values for ASCII; fastText extends the sign of other bytes."""
+def test_fasttext_word_hashes() -> None:
+    """Compares with the published values of FNV-1a for ASCII; fastText sign-extends other bytes."""
     assert word_hash(b"") == 0x811C9DC5
     assert word_hash(b"a") == 0xE40C292C
     assert word_hash(b"foobar") == 0xBF9CF968
     assert word_hash(b"\xff") == (0x811C9DC5 ^ 0xFFFFFFFF) * 16777619 % 2**32
 
 
-def test_ngrams_of_characters_are_those_of_the_marked_word() -> None:
+def test_character_ngrams_include_the_word_brackets() -> None:
     found: dict[int, set[int]] = {0: set(), 1: set()}
     for hashes, word_of in character_ngrams([b"ab", "日".encode()], 1, 3):
         for value, word in zip(hashes.tolist(), word_of.tolist(), strict=True):
@@ -197,7 +197,7 @@ def test_ngrams_of_characters_are_those_of_the_marked_word() -> None:
     assert found[1] == {word_hash(ngram.encode()) for ngram in ("日", "<日", "日>", "<日>")}
 
 
-def test_ngrams_of_words_stay_in_their_line() -> None:
+def test_word_ngrams_do_not_cross_lines() -> None:
     hashes, lines = word_ngrams(np.array([5, 7, 11, 13], np.uint64), np.array([0, 3, 3, 4]), 3)
     factor = 116049371
     expected = [5 * factor + 7, 7 * factor + 11, (5 * factor + 7) * factor + 11]
@@ -210,7 +210,7 @@ def test_unknown_labels_are_refused() -> None:
         FastText(random_model(), Path("model.bin")).index("good")
 
 
-def test_files_that_are_no_model_are_refused(tmp_path: Path) -> None:
+def test_files_that_are_not_models_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.bin"
     with pytest.raises(DataError, match="cannot be read"):
         FastTextFile.read(path)

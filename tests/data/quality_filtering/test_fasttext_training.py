@@ -1,4 +1,4 @@
-"""A classifier learns to tell documents apart, the same way every time, and says how well."""
+"""Classifier training separates documents, is deterministic, and reports held-out metrics."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ OPTIONS = TrainingOptions(buckets=500)
 
 
 def documents(kind: str, number: int, seed: int = 0) -> list[str]:
-    """Sentences of words that both kinds have, and a few that are more frequent in one."""
+    """Returns texts of words that both kinds share, and of some words of one kind."""
     draw = random.Random(f"{kind} {seed}")
     common = [f"word{i}" for i in range(40)]
     own = [f"{kind}{i}" for i in range(8)]
     return [" ".join(draw.choice(own if draw.random() < 0.3 else common) for _ in range(30)) for _ in range(number)]
 
 
-def test_the_same_documents_give_the_same_file(tmp_path: Path) -> None:
+def test_training_is_deterministic(tmp_path: Path) -> None:
     for name in ("one", "other"):
         train_classifier(documents("fine", 40), documents("poor", 30), OPTIONS).write(tmp_path / name)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
@@ -34,7 +34,7 @@ def test_the_same_documents_give_the_same_file(tmp_path: Path) -> None:
     assert (other_seed.input != load_fasttext(tmp_path / "one")._model.input).any()
 
 
-def test_it_tells_unseen_documents_apart() -> None:
+def test_the_classifier_separates_unseen_documents() -> None:
     model = train_classifier(documents("fine", 150), documents("poor", 200), OPTIONS)
     assert model.labels == ["bad", "good"]  # the more frequent first, as in fastText's files
     assert model.label_counts == [200, 150]
@@ -43,7 +43,7 @@ def test_it_tells_unseen_documents_apart() -> None:
     assert min(held.precision, held.recall, held.auc) > 0.95
 
 
-def test_what_is_in_the_order_of_words_alone_is_learnt_too() -> None:
+def test_word_ngrams_learn_the_order_of_words() -> None:
     draw = random.Random(0)
     pairs = [(draw.choice(["up", "down"]), draw.choice(["left", "right"])) for _ in range(300)]
     good = [f"{one} {other} x" for one, other in pairs]
@@ -54,7 +54,7 @@ def test_what_is_in_the_order_of_words_alone_is_learnt_too() -> None:
     assert held_out_metrics(alone, Path("m"), good[:50], bad[:50]).auc < 0.7
 
 
-def test_the_area_is_the_share_of_pairs_in_order() -> None:
+def test_auc_is_the_share_of_pairs_in_order() -> None:
     model = train_classifier(documents("fine", 20), documents("poor", 20), TrainingOptions(buckets=10, epochs=1))
     good, bad = [*documents("fine", 9, 2), *documents("poor", 3, 3)], documents("poor", 14, 4)
     held = held_out_metrics(model, Path("m"), good, bad)
@@ -68,7 +68,7 @@ def test_the_area_is_the_share_of_pairs_in_order() -> None:
     assert held.recall == pytest.approx(hits / len(good))
 
 
-def test_fasttext_itself_reads_what_was_trained(tmp_path: Path) -> None:
+def test_fasttext_reads_a_trained_model(tmp_path: Path) -> None:
     try:
         module = import_module("fasttext_pybind")
     except ImportError:
@@ -86,6 +86,6 @@ def test_fasttext_itself_reads_what_was_trained(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("good", "bad", "missing"), [([], ["x"], "good"), (["x"], [], "bad")])
-def test_both_kinds_are_needed(good: list[str], bad: list[str], missing: str) -> None:
+def test_both_classes_are_required(good: list[str], bad: list[str], missing: str) -> None:
     with pytest.raises(DataError, match=f"{missing} documents: found none"):
         train_classifier(good, bad, OPTIONS)

@@ -1,4 +1,4 @@
-"""The quality stage by classifier, by perplexity and by rules, and the commands that make its models."""
+"""The quality filter by classifier, perplexity and rules, and the commands that train and apply its models."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from deepseek_v3.utils.errors import ConfigError, DataError
 
 
 def prose(number: int, seed: int) -> list[str]:
-    """Sentences of a small grammar."""
+    """Returns texts of a small grammar."""
     draw = random.Random(seed)
     names, verbs, things = ("the fox", "a child", "our teacher"), ("saw", "found", "lost"), ("a river", "the key")
     return [
@@ -38,7 +38,7 @@ def prose(number: int, seed: int) -> list[str]:
 
 
 def noise(number: int, seed: int) -> list[str]:
-    """The same words in any order, and others."""
+    """Returns the same words and some others in random order."""
     draw = random.Random(seed)
     words = "the fox a child our teacher saw found lost river key . buy now click xx yy zz".split()
     return [" ".join(draw.choice(words) for _ in range(30)) for _ in range(number)]
@@ -56,7 +56,7 @@ def lines(path: Path, texts: list[str]) -> str:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with classifier.bin and model.arpa, with its limits."""
+    """Makes a folder with classifier.bin, model.arpa and its limits."""
     folder = tmp_path_factory.mktemp("models")
     options = TrainingOptions(buckets=1000)
     train_classifier(prose(80, 0), noise(80, 0), options).write(folder / "classifier.bin")
@@ -67,7 +67,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_classifier_decides(models: Path) -> None:
+def test_the_classifier_filters_by_score(models: Path) -> None:
     texts = [*prose(5, 2), *noise(5, 2)]
     stage = QualityFilter(classifier=str(models / "classifier.bin"))
     result = stage.apply(batch(texts))
@@ -83,7 +83,7 @@ def test_the_classifier_decides(models: Path) -> None:
     assert drop["trigger"] == texts[5][:200]
 
 
-def test_another_label_and_limit(models: Path) -> None:
+def test_another_label_and_min_score(models: Path) -> None:
     texts = [*prose(5, 2), *noise(5, 2)]
     stage = QualityFilter(classifier=str(models / "classifier.bin"), label="bad", min_score=0.9)
     scores = np.array(stage.apply(batch(texts)).observed["quality_score"])
@@ -93,7 +93,7 @@ def test_another_label_and_limit(models: Path) -> None:
         QualityFilter(classifier=str(models / "classifier.bin"), label="hq").apply(batch(texts))
 
 
-def test_perplexity_makes_buckets(models: Path) -> None:
+def test_perplexity_assigns_buckets(models: Path) -> None:
     texts = [*prose(30, 3), *noise(20, 3), ""]
     path = models / "model.arpa"
     result = QualityFilter(language_model=str(path)).apply(batch(texts))
@@ -111,7 +111,7 @@ def test_perplexity_makes_buckets(models: Path) -> None:
     assert math.isinf(result.observed["perplexity"][-1])
 
 
-def test_limits_and_buckets_can_be_chosen(models: Path, tmp_path: Path) -> None:
+def test_limits_and_kept_buckets_are_options(models: Path, tmp_path: Path) -> None:
     texts = [*prose(10, 3), *noise(10, 3)]
     path = tmp_path / "model.arpa"
     path.write_bytes((models / "model.arpa").read_bytes())
@@ -127,7 +127,7 @@ def test_limits_and_buckets_can_be_chosen(models: Path, tmp_path: Path) -> None:
         QualityFilter(language_model=str(path)).apply(batch(texts))
 
 
-def test_both_models_ask_the_classifier_first(models: Path) -> None:
+def test_the_classifier_applies_before_the_language_model(models: Path) -> None:
     texts = [*prose(20, 4), *noise(10, 4)]
     options = {"classifier": str(models / "classifier.bin"), "language_model": str(models / "model.arpa")}
     both = QualityFilter(**options).apply(batch(texts))
@@ -138,7 +138,7 @@ def test_both_models_ask_the_classifier_first(models: Path) -> None:
     assert {*both.kept.schema.names} >= {"quality_score", "perplexity", "bucket"}
 
 
-def test_without_a_model_the_published_rules_decide() -> None:
+def test_without_a_model_the_published_rules_apply() -> None:
     texts = ["too short", "word " * 200, *prose(2, 5)]
     result, rules = QualityFilter().apply(batch(texts)), HeuristicFilter().apply(batch(texts))
     assert result.dropped.num_rows > 0
@@ -148,7 +148,7 @@ def test_without_a_model_the_published_rules_decide() -> None:
     assert (result.kept_rows == rules.kept_rows).all()
 
 
-def test_stages_pickle(models: Path) -> None:
+def test_the_quality_filter_pickles(models: Path) -> None:
     stage = QualityFilter(classifier=str(models / "classifier.bin"))
     texts = [*prose(2, 6), *noise(2, 6)]
     assert pickle.loads(pickle.dumps(stage)).apply(batch(texts)).observed == stage.apply(batch(texts)).observed
@@ -174,7 +174,7 @@ def run(*arguments: str) -> Any:
     return result
 
 
-def test_a_classifier_is_trained_and_scores(tmp_path: Path) -> None:
+def test_quality_train_and_score_a_classifier(tmp_path: Path) -> None:
     good, bad = lines(tmp_path / "good.jsonl", prose(150, 7)), lines(tmp_path / "bad.jsonl", noise(150, 7))
     model = str(tmp_path / "model.bin")
     output = run("train", "--good", good, "--bad", bad, "--output", model, "--holdout", "0.2").output
@@ -190,7 +190,7 @@ def test_a_classifier_is_trained_and_scores(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("documents", [1, 2, 8])
-def test_a_classifier_of_few_documents_is_measured(documents: int, tmp_path: Path) -> None:
+def test_a_classifier_of_few_documents_has_metrics(documents: int, tmp_path: Path) -> None:
     good, bad = (
         lines(tmp_path / "good.jsonl", prose(documents, 0)),
         lines(tmp_path / "bad.jsonl", noise(documents, 0)),
@@ -201,7 +201,7 @@ def test_a_classifier_of_few_documents_is_measured(documents: int, tmp_path: Pat
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("documents", [1, 2, 8])
-def test_few_documents_make_a_language_model(documents: int, seed: int, tmp_path: Path) -> None:
+def test_few_documents_give_a_language_model_and_a_warning(documents: int, seed: int, tmp_path: Path) -> None:
     text = lines(tmp_path / "text.jsonl", prose(documents, seed))
     output = run("train", "--text", text, "--output", str(tmp_path / "m.arpa")).output
     assert "held-out document" in output
@@ -231,14 +231,14 @@ def test_text_too_small_to_hold_out_is_refused(
         run("train", "--text", text, "--output", str(tmp_path / "m.arpa"), *options)
 
 
-def test_with_references_all_text_is_trained_on(tmp_path: Path) -> None:
+def test_with_reference_files_no_text_is_held_out(tmp_path: Path) -> None:
     text, reference = lines(tmp_path / "text.jsonl", prose(1, 0)), lines(tmp_path / "web.jsonl", prose(20, 1))
     output = run("train", "--text", text, "--reference", reference, "--output", str(tmp_path / "m.arpa")).output
     assert "1 documents, " in output
     assert "hardly" not in output
 
 
-def test_a_language_model_is_trained_and_scores(tmp_path: Path) -> None:
+def test_quality_train_and_score_a_language_model(tmp_path: Path) -> None:
     text, reference = lines(tmp_path / "text.jsonl", prose(90, 8)), lines(tmp_path / "web.jsonl", noise(90, 8))
     model = str(tmp_path / "model.arpa")
     assert "held-out documents: 30 % below" in run("train", "--text", text, "--output", model).output
@@ -258,17 +258,17 @@ def test_a_language_model_is_trained_and_scores(tmp_path: Path) -> None:
     "options",
     [[], ["--good", "g"], ["--good", "g", "--text", "t"], ["--good", "g", "--bad", "b", "--reference", "r"]],
 )
-def test_mixed_options_are_refused(options: list[str]) -> None:
+def test_mixed_quality_options_are_refused(options: list[str]) -> None:
     with pytest.raises(DataError, match="expected --good and --bad for a classifier, or --text"):
         run("train", *options, "--output", "m")
 
 
-def test_an_output_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_an_unwritable_model_path_is_named(tmp_path: Path) -> None:
     text = lines(tmp_path / "text.jsonl", prose(50, 0))
     with pytest.raises(DataError, match=r"text.jsonl/model.arpa: cannot be written"):
         run("train", "--text", text, "--output", f"{text}/model.arpa")
 
 
-def test_a_holdout_that_is_no_share_is_refused() -> None:
+def test_a_holdout_outside_zero_to_one_is_refused() -> None:
     with pytest.raises(DataError, match=r"--holdout 1.5: expected a share"):
         run("train", "--text", "t", "--output", "m", "--holdout", "1.5")

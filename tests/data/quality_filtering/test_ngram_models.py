@@ -1,4 +1,4 @@
-"""N-gram models: probabilities by their definition, files that KenLM reads, and the scores that it gives."""
+"""N-gram models against the definition of their probabilities, and against the scores of KenLM."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def kenlm() -> Any:
 
 
 def log10_probability(model: NgramModel, context: tuple[str, ...], word: str) -> float:
-    """By the definition of back-off: the longest n-gram that is there, times the weights of longer contexts."""
+    """Computes the back-off definition: the longest known n-gram, times the weights of the longer contexts."""
     table = ngrams_of(model)
     if (*context, word) in table:
         return table[context + (word,)][0]
@@ -70,7 +70,7 @@ def log10_probability(model: NgramModel, context: tuple[str, ...], word: str) ->
 
 
 def ngrams_of(model: NgramModel) -> dict[tuple[str, ...], tuple[float, float]]:
-    """All n-grams with their probability and back-off weight."""
+    """Returns all n-grams with their log probability and back-off weight."""
     table: dict[tuple[str, ...], tuple[float, float]] = {}
     rows = [(word,) for word in model.words]
     for length, log_probs in enumerate(model.log_probs, start=1):
@@ -83,7 +83,7 @@ def ngrams_of(model: NgramModel) -> dict[tuple[str, ...], tuple[float, float]]:
 
 
 @pytest.mark.parametrize("order", [2, 3, 4, 5])
-def test_the_probabilities_after_every_context_sum_to_one(order: int) -> None:
+def test_probabilities_sum_to_one_after_every_context(order: int) -> None:
     model = train_language_model([SMALL], order)
     words = [word for word in model.words if word != BEGIN]
     contexts = [ngram for ngram in ngrams_of(model) if len(ngram) < order and ngram[-1] != END]
@@ -93,8 +93,8 @@ def test_the_probabilities_after_every_context_sum_to_one(order: int) -> None:
         assert total == pytest.approx(1, abs=1e-5), context
 
 
-def test_the_probabilities_after_every_context_of_real_text_sum_to_one(texts: list[str]) -> None:
-    """As the test above, where the discounts are those of the data: one context at a time against all words."""
+def test_probabilities_of_real_text_sum_to_one(texts: list[str]) -> None:
+    """Like the previous test, but with discounts estimated from the data; sums all words after one context."""
     model = train_language_model(texts, 3)
     begin, predicted = model.words.index(BEGIN), np.arange(len(model.words))
     draw = random.Random(0)
@@ -108,7 +108,7 @@ def test_the_probabilities_after_every_context_of_real_text_sum_to_one(texts: li
 
 
 def kneser_ney(lines: list[list[str]], order: int) -> dict[tuple[str, ...], float]:
-    """Chen & Goodman's probabilities of all n-grams seen, from dictionaries and with no array."""
+    """Computes Chen & Goodman's probabilities of all n-grams seen, with dictionaries only."""
     lines = [[BEGIN, *line, END] for line in lines]
     counts = [
         Counter(tuple(line[i : i + k]) for line in lines for i in range(len(line) - k + 1))
@@ -146,7 +146,7 @@ def kneser_ney(lines: list[list[str]], order: int) -> dict[tuple[str, ...], floa
 
 
 @pytest.mark.parametrize("order", [2, 3, 5])
-def test_the_probabilities_are_those_of_the_definition(order: int, texts: list[str]) -> None:
+def test_probabilities_equal_the_kneser_ney_definition(order: int, texts: list[str]) -> None:
     for text in (SMALL, "\n".join(texts)[:20_000]):
         lines = [tokenize(line) for line in text.split("\n") if tokenize(line)]
         expected = kneser_ney(lines, order)
@@ -157,7 +157,7 @@ def test_the_probabilities_are_those_of_the_definition(order: int, texts: list[s
 
 
 @pytest.mark.parametrize("order", [2, 3, 5])
-def test_kenlm_reads_the_file_and_gives_the_same_scores(order: int, texts: list[str], tmp_path: Path) -> None:
+def test_kenlm_reads_our_file_and_gives_the_same_scores(order: int, texts: list[str], tmp_path: Path) -> None:
     path = tmp_path / "model.arpa"
     write_arpa(train_language_model(texts[:20], order), path)
     outside = kenlm().Model(str(path))
@@ -170,8 +170,8 @@ def test_kenlm_reads_the_file_and_gives_the_same_scores(order: int, texts: list[
     np.testing.assert_allclose(found.log_probs, expected, atol=1e-4)
 
 
-def test_kenlms_own_reading_gives_the_same_documents_perplexity(texts: list[str], tmp_path: Path) -> None:
-    """KenlmModel takes any file that KenLM can; binary ones are made by programs that its package lacks."""
+def test_kenlm_gives_the_same_perplexities(texts: list[str], tmp_path: Path) -> None:
+    """KenlmModel reads any file that KenLM can; this one is ARPA, since the package cannot build binary files."""
     kenlm()
     path = tmp_path / "model.arpa"
     write_arpa(train_language_model(texts[:20], 3), path)
@@ -181,7 +181,7 @@ def test_kenlms_own_reading_gives_the_same_documents_perplexity(texts: list[str]
     np.testing.assert_allclose(found[:-2], expected[:-2], rtol=1e-4)
 
 
-def test_what_is_written_is_read(texts: list[str], tmp_path: Path) -> None:
+def test_models_are_read_as_written(texts: list[str], tmp_path: Path) -> None:
     model = train_language_model(texts[:5], 3)
     write_arpa(model, tmp_path / "model.arpa")
     read = read_arpa(tmp_path / "model.arpa")
@@ -209,7 +209,7 @@ def test_back_off_by_hand(tmp_path: Path) -> None:
     assert model.perplexities(["hot"])[0] == pytest.approx(10 ** ((0.125 + 0.0625) / 2))
 
 
-def test_any_order_of_lines_and_missing_unknowns(tmp_path: Path) -> None:
+def test_arpa_lines_in_any_order_and_missing_unknown_word(tmp_path: Path) -> None:
     lines = TINY_ARPA.replace("ngram 1=4", "ngram 1=3").replace("-1.0\t<unk>\n", "").split("\n")
     first = lines.index("\\2-grams:") + 1
     lines[first : first + 3] = reversed(lines[first : first + 3])
@@ -236,7 +236,7 @@ def test_any_order_of_lines_and_missing_unknowns(tmp_path: Path) -> None:
         ("\\2-grams", "\\3-grams", r"expected \\2-grams"),
     ],
 )
-def test_files_that_are_no_model_are_refused(old: str, new: str, message: str, tmp_path: Path) -> None:
+def test_files_that_are_not_models_are_refused(old: str, new: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "model.arpa"
     path.write_text(TINY_ARPA.replace(old, new))
     with pytest.raises(DataError, match=message):
@@ -281,7 +281,7 @@ def test_tokens() -> None:
 
 
 @given(st.lists(st.lists(st.sampled_from([-1, 3, 4, 5]), max_size=8), max_size=6))
-def test_sentences_are_the_lines_that_are_not_empty(texts: list[list[int]]) -> None:
+def test_sentences_are_the_nonempty_lines(texts: list[list[int]]) -> None:
     words, text_of = [], []
     for number, text in enumerate(texts):
         joined = "".join("\n" if row < 0 else str(row) for row in text)
@@ -295,13 +295,13 @@ def test_sentences_are_the_lines_that_are_not_empty(texts: list[list[int]]) -> N
 
 @settings(max_examples=40)
 @given(st.lists(st.text("ab \n.9", max_size=20), max_size=6))
-def test_a_texts_perplexity_does_not_depend_on_its_neighbours(texts: list[str]) -> None:
+def test_perplexity_does_not_depend_on_other_texts(texts: list[str]) -> None:
     model: LanguageModel = ArpaModel(train_language_model([SMALL], 3))
     together = model.perplexities(texts).tolist()
     assert together == [model.perplexities([text])[0] for text in texts]
 
 
-def test_limits_are_the_percentiles_of_reference_documents(tmp_path: Path) -> None:
+def test_limits_are_percentiles_of_reference_documents(tmp_path: Path) -> None:
     model = ArpaModel(train_language_model([SMALL], 2))
     reference = [" ".join(letters) for letters in product("abcd", repeat=3)]
     limits = PerplexityLimits.of(model, [*reference, "", "\n"])

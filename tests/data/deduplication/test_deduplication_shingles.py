@@ -1,4 +1,4 @@
-"""Words and shingles: the definition against outside truths, and the fast paths against the definition."""
+"""Words and shingles: the reference against regular expressions, and the kernels against the reference."""
 
 import re
 import unicodedata
@@ -14,7 +14,7 @@ from deepseek_v3.data.deduplication.minhash import MinHasher
 from deepseek_v3.data.deduplication.reference import jaccard, shingle_hash, shingles, words
 
 BACK_ENDS = ("numpy", "numba")
-# All that is treated differently: cases, sizes in UTF-8, scripts without spaces, marks, and what is no text.
+# All special cases: letter case, sizes in UTF-8, scripts without spaces, marks, and symbols.
 ALPHABET = "aZ_9 .-\n\0éÀßẞſ\u212aİıςΣжЖ中々〇ァーกำ๑ກကខ가ǘ️\u200d😀𝒜𐐀𝟘𠀀\U000e0100"
 TEXTS = st.lists(st.text(st.sampled_from(ALPHABET), max_size=90) | st.text(max_size=40), max_size=6)
 
@@ -35,13 +35,13 @@ def _expected(text: str, ngram: int = 5) -> list[int]:
 
 
 @given(st.text(st.characters(max_codepoint=127)))
-def test_words_of_ascii_are_those_of_a_regular_expression(text: str) -> None:
+def test_ascii_words_match_a_regular_expression(text: str) -> None:
     short = re.sub(r"\w{65,}", "", text)
     assert [word.decode() for word in words(short)] == re.findall(r"\w+", short.lower(), re.ASCII)
 
 
 @given(st.text(st.sampled_from("abzABZ09_ .,-àÉöŒœßñ łŁđжЯёґΑωΆέ")))
-def test_words_of_european_text_are_those_of_a_regular_expression(text: str) -> None:
+def test_european_words_match_a_regular_expression(text: str) -> None:
     assert [word.decode() for word in words(text)] == re.findall(r"\w+", text.lower())
 
 
@@ -57,7 +57,7 @@ def test_words_of_european_text_are_those_of_a_regular_expression(text: str) -> 
         ("한국어 문장", ["한국어", "문장"]),
         ("❤️ 😀 … —", []),
         ("𝒜𐐀 x²", ["𝒜𐐨", "x²"]),
-        ("\u212a ẞ İ", ["\u212a", "ẞ", "İ"]),  # whose lower case takes another number of bytes
+        ("\u212a ẞ İ", ["\u212a", "ẞ", "İ"]),  # the lower case has another size in UTF-8
         ("x" * 130, ["x" * 64, "x" * 64, "xx"]),
     ],
 )
@@ -65,7 +65,7 @@ def test_words_by_script(text: str, expected: list[str]) -> None:
     assert [word.decode() for word in words(text)] == expected
 
 
-def test_short_texts_have_one_shingle_and_texts_without_words_none() -> None:
+def test_short_texts_have_one_shingle_and_empty_ones_none() -> None:
     assert shingles("a b c d e f") == {(b"a", b"b", b"c", b"d", b"e"), (b"b", b"c", b"d", b"e", b"f")}
     assert shingles("One, two") == {(b"one", b"two")}
     assert shingles(" …") == set()
@@ -75,19 +75,19 @@ def test_short_texts_have_one_shingle_and_texts_without_words_none() -> None:
 
 @pytest.mark.parametrize("accelerator", BACK_ENDS)
 @given(texts=TEXTS, ngram=st.sampled_from([1, 2, 5, 9]))
-def test_the_fast_paths_compute_the_definition(accelerator: str, texts: list[str], ngram: int) -> None:
+def test_kernels_compute_the_reference_hashes(accelerator: str, texts: list[str], ngram: int) -> None:
     found = _hashes(pa.array(texts, pa.string()), accelerator, ngram)
     assert found == [_expected(text, ngram) for text in texts]
 
 
 @pytest.mark.parametrize("accelerator", BACK_ENDS)
-def test_words_of_all_lengths_and_documents_that_touch(accelerator: str) -> None:
+def test_words_of_all_lengths_at_document_borders(accelerator: str) -> None:
     texts = ["ab" * n + "c" * (n % 3) for n in range(1, 100)] + ["中", "文", "a", "", "b", "é" * 40, "x y"]
     assert _hashes(pa.array(texts), accelerator, 1) == [_expected(text, 1) for text in texts]
 
 
 @pytest.mark.parametrize("accelerator", BACK_ENDS)
-def test_blocks_slices_and_wide_offsets_change_nothing(accelerator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hashes_do_not_depend_on_blocks_or_offsets(accelerator: str, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [
         "",
         "one two three four five six",
@@ -111,7 +111,7 @@ def test_blocks_slices_and_wide_offsets_change_nothing(accelerator: str, monkeyp
 def test_a_document_of_many_megabytes(accelerator: str) -> None:
     found = _hashes(pa.array(["tic tac toe " * 200_000 + "x" * 2_000_000]), accelerator)[0]
     assert len(found) == 600_000 + 2_000_000 // 64 - 4
-    assert len(set(found)) == 3 + 5 + 1 - 1  # three turns of the three words, and what leads over to the long run
+    assert len(set(found)) == 3 + 5 + 1 - 1  # 3 rotations of the words, 5 transitions to the long run
 
 
 def test_different_words_and_shingles_have_different_hashes() -> None:

@@ -1,4 +1,4 @@
-"""The filter for batches: the same figures as the reference, whatever the text."""
+"""The batch filter gives the same values as the reference for any text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from deepseek_v3.data.heuristics.text_table import build_text_table
 from deepseek_v3.data.sample_corpora import stdlib_documents
 from deepseek_v3.utils.errors import ConfigError
 
-# Thresholds that any text breaks, so that every figure can be compared.
+# Limits that any text breaks, so that every value can be compared.
 STRICT = {
     **{
         name: 0.0
@@ -40,64 +40,17 @@ STRICT = {
     "min_sentences": 0,
 }
 LENIENT = {"min_words": 2, "min_sentences": 1, "max_newlines_per_word": 1.0}
-PIECES = [
-    *(
-        "the",
-        "of",
-        "and",
-        "a",
-        "b",
-        "c",
-        "word",
-        "don't",
-        "it's",
-        "3",
-        "4.5",
-        "e.g.",
-        "x-y",
-        "incomprehensible",
-        "中文",
-    ),
-    *(
-        ".",
-        "?",
-        "!",
-        "...",
-        "…",
-        '"',
-        "'",
-        "#",
-        "•",
-        "-",
-        "(",
-        "]",
-        "[1]",
-        "[edit]",
-        "{",
-        "lorem ipsum",
-        "JavaScript",
-    ),
-    *(
-        "\n",
-        "\n",
-        "\n\n",
-        "\n \n",
-        "\n\n\n",
-        "\t",
-        "\u00a0",
-        "\u2028",
-        "\r",
-        "terms of use",
-        "use cookies",
-        "😀",
-        "é",
-    ),
+FRAGMENTS = [
+    *"the of and a b c word don't it's 3 4.5 e.g. x-y incomprehensible 中文".split(),
+    *". ? ! ... … \" ' # • - ( ] [1] [edit] { JavaScript 😀 é".split(),
+    *("\n", "\n", "\n\n", "\n \n", "\n\n\n", "\t", "\u00a0", "\u2028", "\r"),
+    *("lorem ipsum", "terms of use", "use cookies"),
     *("The end.\n", "of the end. And then?\n", "a b c d e f g ", "same line here.\n", "• item\n"),
 ]
 TEXTS = st.lists(
     st.one_of(
-        st.lists(st.sampled_from(PIECES), max_size=40).map(" ".join),
-        st.lists(st.sampled_from(PIECES), max_size=30).map("".join),
+        st.lists(st.sampled_from(FRAGMENTS), max_size=40).map(" ".join),
+        st.lists(st.sampled_from(FRAGMENTS), max_size=30).map("".join),
         st.text(max_size=20),
     ),
     max_size=6,
@@ -123,15 +76,15 @@ def batch_of(*texts):
 )
 @given(texts=TEXTS)
 @settings(deadline=None)
-def test_figures_and_lines_are_those_of_the_reference(options, texts):
-    findings, kept = apply_rules(build_text_table(pa.array(texts, pa.string()), options.remove_citations), options)
+def test_values_and_lines_equal_the_reference(options, texts):
+    results, kept = apply_rules(build_text_table(pa.array(texts, pa.string()), options.remove_citations), options)
 
     left = texts if kept is None else kept.texts().to_pylist()
     for number, text in enumerate(texts):
         broken, shown = reference.apply_rules(text, options)
         found = [
             (rule.code, rule.found[number], rule.limit, rule.trigger(number))
-            for rule in findings
+            for rule in results
             if rule.broken[number]
         ]
         assert found == broken
@@ -142,7 +95,7 @@ def test_figures_and_lines_are_those_of_the_reference(options, texts):
 THRESHOLDS = [
     name for name, field in HeuristicsConfig.model_fields.items() if type(None) in get_args(field.annotation)
 ]
-OF_LINES = {"min_words_per_line", "max_word_length"}  # drop lines and name no document
+OF_LINES = {"min_words_per_line", "max_word_length"}  # these remove lines and drop no document
 
 
 def rules_of(texts, **options):
@@ -155,12 +108,12 @@ def codes(texts, **options):
 
 
 @pytest.mark.parametrize("name", [name for name in THRESHOLDS if name not in OF_LINES])
-def test_null_switches_a_rule_off(name):
+def test_a_null_limit_disables_a_rule(name):
     texts = ["one two three four five. " * 20, "# a\n- b ...\n\n" * 9]
     assert codes(texts, **STRICT) - codes(texts, **STRICT | {name: None})
 
 
-def test_with_every_threshold_null_no_rule_is_asked():
+def test_no_rule_applies_if_every_limit_is_null():
     switches = {name for name, field in HeuristicsConfig.model_fields.items() if field.annotation is bool}
     off = {**dict.fromkeys(THRESHOLDS), **dict.fromkeys(switches, False)}
     texts = ["", "a a a a a a a a", "{ lorem ipsum javascript\n" * 9, "- b ..." * 40]
@@ -170,7 +123,7 @@ def test_with_every_threshold_null_no_rule_is_asked():
         assert reference.apply_rules(text, HeuristicsConfig(**off))[0] == []
 
 
-def test_real_text_is_judged_as_by_the_reference():
+def test_real_text_gives_the_results_of_the_reference():
     texts = [document.text[:20_000] for document in stdlib_documents()][:60]
     texts += [part for text in texts[:10] for part in text.split("\n\n")]
     options = HeuristicsConfig(min_alphabetic_words=0.5, drop_curly_brackets=False, min_sentences=2)
@@ -189,7 +142,7 @@ def test_real_text_is_judged_as_by_the_reference():
     ]
 
 
-def test_the_first_rule_is_the_reason_and_the_text_that_decided_is_shown():
+def test_the_first_broken_rule_is_the_reason():
     text = "same line of words\n" * 4 + "another line"
     dropped = HeuristicFilter(rules=["fineweb", "gopher_repetition"]).apply(batch_of(text)).dropped.to_pylist()[0]
     figures = orjson.loads(dropped["figures"])
@@ -212,7 +165,7 @@ def test_the_first_rule_is_the_reason_and_the_text_that_decided_is_shown():
         ("It says lorem Ipsum here.", "c4_lorem_ipsum", "It says lorem Ipsum here."),
     ],
 )
-def test_triggers(text, reason, trigger):
+def test_triggers_of_heuristic_rules(text, reason, trigger):
     only_last = {"max_top_ngram_characters": {2: 0.3} if "top" in reason else {}}
     dropped = (
         HeuristicFilter(rules=["gopher_repetition", "c4"], **only_last).apply(batch_of(text)).dropped.to_pylist()
@@ -221,7 +174,7 @@ def test_triggers(text, reason, trigger):
     assert (dropped[0]["reason"], dropped[0]["trigger"]) == (reason, trigger)
 
 
-def test_c4_changes_the_documents_that_stay():
+def test_c4_removes_lines_of_kept_documents():
     result = HeuristicFilter(rules=["c4"], min_sentences=1).apply(
         batch_of("  Home\nThis is kept [2] here.\n\nMore", "x")
     )
@@ -230,7 +183,7 @@ def test_c4_changes_the_documents_that_stay():
     assert result.kept_rows.tolist() == [True, False]
 
 
-def test_batches_without_documents_words_or_rules():
+def test_empty_batches_texts_and_rules():
     assert HeuristicFilter().apply(batch_of()).kept.num_rows == 0
     assert HeuristicFilter().apply(batch_of("", " \n ")).kept.num_rows == 0
     off = dict.fromkeys(["max_short_lines", "max_repeated_line_characters", "max_newlines_per_word"])
@@ -238,7 +191,7 @@ def test_batches_without_documents_words_or_rules():
     assert HeuristicFilter(rules=["fineweb"], min_punctuated_lines=None, **off).apply(batch).kept is batch
 
 
-def test_a_batch_is_judged_as_its_parts_are():
+def test_results_do_not_depend_on_the_batch():
     texts = [document.text[:3000] for document in stdlib_documents()][:30]
     batch = batch_of(*texts)
     whole = HeuristicFilter().apply(batch)
@@ -247,7 +200,7 @@ def test_a_batch_is_judged_as_its_parts_are():
     assert pa.Table.from_batches([part.dropped for part in parts]) == pa.Table.from_batches([whole.dropped])
 
 
-def test_options_and_pickle():
+def test_heuristic_options_and_pickle():
     stage = pickle.loads(
         pickle.dumps(HeuristicFilter(max_top_ngram_characters={3: 0.5}, stop_words=["der", "die"]))
     )
@@ -261,7 +214,7 @@ def test_options_and_pickle():
 
 
 @given(st.lists(st.integers(0, 5)), st.sampled_from([1, 2**40, 2**60]))
-def test_first_equal_with_small_and_with_large_keys(numbers, scale):
+def test_first_occurrences_of_small_and_large_keys(numbers, scale):
     keys = np.array(numbers, np.int64) * scale
 
     assert ragged.first_occurrences(keys).tolist() == [numbers.index(number) for number in numbers]
