@@ -1,4 +1,7 @@
-"""What every stage of the pipeline is: a pure function from a batch to what it keeps and what it drops, and why."""
+"""The interface of a pipeline stage: a pure function from a batch to kept documents, and dropped ones with reasons.
+
+A `Stage` sees one document at a time; a `GlobalStage` compares each document with the whole corpus.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ import pyarrow as pa
 from deepseek_v3.data.arrays import BoolArray, Int64Array
 from deepseek_v3.data.documents import AnyDocument, ConvertedBatch, Documents, convert_back, convert_documents
 
-# `figures` is a JSON object, such as {"found": 0.31, "limit": 0.2}; `trigger` the piece of text that decided.
+# `figures` is a JSON object, such as {"found": 0.31, "limit": 0.2}; `trigger` is the text that caused the drop.
 DROPPED = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
@@ -33,7 +36,11 @@ _TRIGGER_CHARACTERS = 200
 
 @dataclass(frozen=True)
 class Drop:
-    """Why the document in `row` of a batch is dropped: a reason's code, its figures, the text that decided."""
+    """Why a stage drops the document in `row` of a batch.
+
+    `reason` is a short code such as "too_few_words", `figures` holds the measured value and its limit, and
+    `trigger` is the text that caused the drop.
+    """
 
     row: int
     reason: str
@@ -43,11 +50,12 @@ class Drop:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a stage makes of a batch.
+    """The result of a stage for one batch.
 
-    `kept_rows` says for each row of the batch whether it goes on; `kept` are those, in order, perhaps changed.
-    `dropped` are the others, in order (`DROPPED`). `observed` gives, by name, a number or a word for each row of
-    the batch (kept or not), to be shown as histograms: a score, a language.
+    `kept` holds the documents that the stage keeps, in the order of the batch and possibly with changed texts;
+    `kept_rows`, bool [rows of the batch], marks them. `dropped` (`DROPPED`) holds the others, in order. `observed`
+    maps a name to one value for each row of the batch, kept or not, such as a score or a language; the report draws
+    its histogram.
     """
 
     kept: pa.RecordBatch
@@ -62,7 +70,7 @@ def outcome(
     drops: Sequence[Drop],
     observed: Mapping[str, Sequence[Any]] | None = None,
 ) -> Outcome:
-    """The outcome of dropping rows of `batch`, which already has the texts and columns that go on."""
+    """Builds the outcome of dropping rows of `batch`, which already holds the new texts and columns."""
     kept_rows = np.ones(batch.num_rows, np.bool_)
     drops = sorted(drops, key=lambda drop: drop.row)
     rows = pa.array([drop.row for drop in drops], pa.int64())
@@ -83,10 +91,11 @@ def outcome(
 
 
 class Filtered(NamedTuple):
-    """What a stage kept of the documents that it was given.
+    """The documents that a stage kept.
 
-    `documents` are of the caller's own kind, or an Arrow table where Arrow data was given; `ids` are theirs, or
-    positions counted from 0. `stats` holds `documents`, `kept`, `dropped`, and the number dropped by `reasons`.
+    `documents` have the type of the caller's documents; Arrow data comes back as a table. `ids` are the ids of the
+    kept documents, or their positions from 0 if they have none. `stats` counts `documents`, `kept`, `dropped`, and
+    the dropped documents by `reasons`.
     """
 
     documents: list[AnyDocument] | pa.Table
@@ -95,18 +104,21 @@ class Filtered(NamedTuple):
 
 
 class Stage(ABC):
-    """A stage that judges each document by itself. `apply` is a pure function: no state, no order."""
+    """A stage that handles each document independently of all others.
+
+    `apply` is a pure function: its result depends neither on earlier batches nor on their order.
+    """
 
     name: ClassVar[str]
 
     @abstractmethod
     def apply(self, batch: pa.RecordBatch) -> Outcome:
-        """Judges a batch of `RECORDS`. Never raises for any text."""
+        """Filters or changes a batch of `RECORDS`. Must not raise for any text."""
 
     def filter(self, documents: Documents) -> Filtered:
-        """Applies the stage to texts, Documents, mappings or Arrow data, given as a list, an iterator or a table.
+        """Applies the stage to a list, an iterator or an Arrow table of documents, without a pipeline.
 
-        Raises DataError where one of them is no document.
+        A document is a text, a `Document`, or a mapping with `text`. Raises DataError for anything else.
         """
         collected = FilteredBuilder()
         for given in convert_documents(documents):
@@ -115,7 +127,7 @@ class Stage(ABC):
 
 
 class FilteredBuilder:
-    """Gathers what is kept of batch after batch."""
+    """Builds a `Filtered` from the kept documents of one batch after the other."""
 
     def __init__(self) -> None:
         self._documents: list[AnyDocument] = []
@@ -137,7 +149,7 @@ class FilteredBuilder:
         self._reasons.update(result.dropped.column("reason").to_pylist())
 
     def result(self) -> Filtered:
-        """All of it."""
+        """The kept documents of all batches."""
         documents = pa.Table.from_batches(self._batches) if self._batches else self._documents
         reasons = dict(sorted(self._reasons.items()))
         stats = {
@@ -155,12 +167,12 @@ IdLookup: TypeAlias = Callable[[Int64Array], list[str]]
 
 @dataclass(frozen=True)
 class NumberedPart:
-    """A run of documents of the corpus, as a CorpusStage sees it once their keys are written.
+    """A part of the corpus whose keys are written, with the numbers of its documents.
 
-    The documents of all parts are numbered in order: this part's are `first` to `first + rows - 1`. `keys` is the
-    folder that `write_keys` filled, `records` the Arrow file with the documents, or None for those of an earlier
-    corpus, of which only the keys are left. `removed` is a .npy file, bool [rows], of documents that an earlier
-    stage removed and that count no more, or None where there are none.
+    Documents are numbered across all parts: this part holds the documents `first` to `first + rows - 1`. `keys` is
+    the folder that `write_keys` filled. `records` is the Arrow file with the documents; it is None for a part of a
+    previous run, which left only its keys. `removed` is a .npy file, bool [rows], that marks the documents which a
+    preceding stage removed, or None if it removed none.
     """
 
     keys: Path
@@ -170,12 +182,12 @@ class NumberedPart:
     removed: Path | None = None
 
     def removed_rows(self) -> BoolArray:
-        """Which documents an earlier stage removed: bool [rows]."""
+        """Marks the documents that a preceding stage removed: bool [rows]."""
         return np.zeros(self.rows, np.bool_) if self.removed is None else np.load(self.removed)
 
 
 def group_by_part(parts: Sequence[NumberedPart], documents: Int64Array) -> list[tuple[NumberedPart, Int64Array]]:
-    """The parts that any of the documents belong to, with the indices of those documents."""
+    """Groups documents by part: each part that holds any of them, with their indices in `documents`."""
     owners = np.searchsorted([part.first + part.rows for part in parts], documents, side="right")
     order = np.argsort(owners, kind="stable")
     edges = np.searchsorted(owners[order], np.arange(len(parts) + 1))
@@ -184,7 +196,7 @@ def group_by_part(parts: Sequence[NumberedPart], documents: Int64Array) -> list[
 
 @dataclass(frozen=True)
 class Task:
-    """Independent work on the keys: calls `method` of the stage with a path and `arguments`, which pickle."""
+    """An independent computation on keys: the stage's `method`, called with an output path and `arguments`."""
 
     method: str
     arguments: tuple[Any, ...]
@@ -195,15 +207,17 @@ class Task:
 
 
 class GlobalStage(ABC):
-    """A stage that judges a document by all the others, in steps of bounded memory.
+    """A stage that compares each document with the whole corpus, such as deduplication.
 
-    1. `write_keys`, for each part: what has to be known of its documents. Pure.
-    2. `match_tasks`: independent tasks over the keys of all parts, each writing one file.
-    3. `refine_tasks`: perhaps more of them, made from the files of the first.
-    4. `resolve`, once: writes the decisions for all documents.
-    5. `apply`, for each part: carries them out. Pure.
+    It runs in steps, each of which needs a bounded amount of memory:
 
-    Every file depends on the documents and their order alone, not on how they were cut into tasks.
+    1. `write_keys` writes the keys of one part, which is all that the next steps know of its documents. Pure.
+    2. `match_tasks` lists independent tasks over the keys of all parts; each task writes one file.
+    3. `refine_tasks` may list more tasks, made from the files of the match tasks.
+    4. `resolve` runs once and writes the decisions about all documents.
+    5. `apply` carries out the decisions for one part. Pure.
+
+    Every file depends only on the documents and their order, not on how the work was split into tasks.
     """
 
     name: ClassVar[str]
@@ -213,11 +227,11 @@ class GlobalStage(ABC):
         """Writes the keys of a part's documents (`RECORDS`) into an empty folder."""
 
     def match_tasks(self, parts: Sequence[NumberedPart], memory: int) -> list[Task]:  # noqa: ARG002
-        """Tasks none of which needs more than `memory` bytes, where that is possible at all."""
+        """Lists the match tasks; none needs more than `memory` bytes, if the stage can split them that far."""
         return []
 
     def refine_tasks(self, parts: Sequence[NumberedPart], memory: int, matches: Sequence[Path]) -> list[Task]:  # noqa: ARG002
-        """Tasks made from the files of the match tasks, in their order; often none."""
+        """Lists the refine tasks, given the files of the match tasks in the order of the tasks."""
         return []
 
     def run_tasks(
@@ -235,20 +249,21 @@ class GlobalStage(ABC):
     def resolve(
         self, parts: Sequence[NumberedPart], matches: Sequence[Path], refined: Sequence[Path], folder: Path
     ) -> dict[str, Any]:
-        """Writes the decisions into an empty folder. Returns figures for the report, as JSON."""
+        """Writes the decisions into the empty folder `folder`. Returns figures for the report, as JSON."""
 
     @abstractmethod
     def apply(self, batch: pa.RecordBatch, documents: Int64Array, folder: Path, ids_of: IdLookup) -> Outcome:
-        """Carries out the decisions in `folder` for a batch of the `documents` with these numbers, ascending.
+        """Carries out the decisions in `folder` for a batch.
 
-        Documents that an earlier stage removed are missing from it. `ids_of` gives the ids of any documents.
+        `documents`, int64 [rows], are the ascending numbers of its documents; those that a preceding stage removed
+        are missing. `ids_of` returns the ids of documents by their numbers.
         """
 
     @abstractmethod
     def removed(self, parts: Sequence[NumberedPart], folder: Path) -> BoolArray:
-        """Which of all documents the decisions in `folder` remove."""
+        """Marks the documents of all parts that the decisions in `folder` remove: bool [documents]."""
 
     @property
     def changes_texts(self) -> bool:
-        """Whether `apply` shortens texts, so that the next stage must not judge by those that were before."""
+        """Whether `apply` shortens texts. The next global stage then needs keys of the shortened texts."""
         return False

@@ -56,7 +56,7 @@ def test_shards_and_merge(corpus: Path, expected: dict[str, str], tmp_path: Path
     config = pipeline_config(str(corpus), tmp_path / "out", PIPELINE, **MIXING)
     for share in (2, 0):
         assert run_pipeline(config, shard=(share, 3)) == {}
-    with pytest.raises(DataError, match="pieces of the input are not read yet"):
+    with pytest.raises(DataError, match="work units are not read yet"):
         run_pipeline(config, merge=True)
     run_pipeline(config, shard=(1, 3))
     run_pipeline(config, merge=True)

@@ -88,7 +88,7 @@ def test_a_damaged_piece_is_done_again(
     files[1].write_bytes(damaged)
     files[2].unlink()
     run_pipeline(config)
-    assert "2 finished pieces were damaged and are done again" in caplog.text
+    assert "2 finished parts are damaged and are done again" in caplog.text
     assert digests(tmp_path / "out") == expected
 
 
@@ -108,12 +108,12 @@ def test_memory_stays_below_what_is_allowed(tmp_path: Path) -> None:
     code = f"""
 import resource, sys
 from pathlib import Path
-from deepseek_v3.data.pipeline.run import preprocess
+from deepseek_v3.data.pipeline.run import run_pipeline
 sys.path.insert(0, {str(ROOT / "tests")!r})
 from helpers.pipeline import pipeline_config
 resource.setrlimit(resource.RLIMIT_DATA, (600_000_000, 600_000_000))
-preprocess(pipeline_config({str(tmp_path / "in")!r}, Path({str(tmp_path / "out")!r}), {PIPELINE!r}, memory="600MB",
-           work_unit_size="4MB", max_record_size="4MB"))
+run_pipeline(pipeline_config({str(tmp_path / "in")!r}, Path({str(tmp_path / "out")!r}), {PIPELINE!r},
+             memory="600MB", work_unit_size="4MB", max_record_size="4MB"))
 """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     result = subprocess.run(

@@ -77,12 +77,10 @@ def test_ctrl_c_says_what_is_kept_and_how_to_go_on(config: Path, monkeypatch: py
     result = dsv3(*words)
     assert result.exit_code == 130
     output = config.parent / "out"
-    assert (
-        f"Stopped; 1 finished pieces are kept in {output}, and the same command goes on from there" in result.output
-    )
+    assert f"Stopped; 1 finished parts are kept in {output}; the same command resumes the run" in result.output
     assert f"dsv3 {' '.join(words)}" in result.output
     monkeypatch.undo()
-    assert "going on with unfinished work" in dsv3(*words).output
+    assert "resuming unfinished work" in dsv3(*words).output
 
 
 def _interrupt(*_: object) -> None:
@@ -110,7 +108,7 @@ def test_an_output_that_cannot_be_is_one_line(config: Path, tmp_path: Path, plac
     ],
 )
 def test_absurd_sizes_are_one_line(config: Path, setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resources, "_MOST_UNITS", 100)
+    monkeypatch.setattr(resources, "_MAX_WORK_UNITS", 100)
     assert setting.partition("=")[0] in message_of(dsv3("preprocess", "--config", str(config), "--set", setting))
 
 

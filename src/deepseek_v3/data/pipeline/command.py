@@ -11,12 +11,11 @@ import typer
 from deepseek_v3.config.data_config import DEFAULT_TOKENS
 from deepseek_v3.config.loading import load_section
 from deepseek_v3.config.preprocess_config import PreprocessConfig
-from deepseek_v3.data.pipeline.registry import preload
+from deepseek_v3.data.pipeline.executors import preload_workers
 from deepseek_v3.data.pipeline.run_folder import RunFolder
 from deepseek_v3.utils.command_line import override_options, print_next_steps
 from deepseek_v3.utils.errors import ConfigError
 from deepseek_v3.utils.files import unused_path
-from deepseek_v3.utils.lazily import imported
 from deepseek_v3.utils.logging import configure_logging, get_logger
 
 
@@ -27,36 +26,41 @@ def preprocess(
     ] = None,
     shard: Annotated[
         str | None,
-        typer.Option(metavar="I/N", help="Only read share I (from 0) of N, as a task of an array of jobs."),
+        typer.Option(metavar="I/N", help="Only read share I (from 0) of N, as one job of an array."),
     ] = None,
-    merge: Annotated[bool, typer.Option("--merge", help="Do the rest once all shards have been read.")] = False,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Do the rest of the work once all shares are read.")
+    ] = False,
 ) -> None:
-    """Clean, deduplicate and filter raw text, with a reason for every document that goes."""
+    """Clean, deduplicate and filter raw text, with a reason for every document that is dropped."""
     configure_logging()
     settings = load_section(PreprocessConfig, config, override or [])
     if settings.engine == "local" and settings.workers != 1:
-        preload(settings)
-    run_preprocess = imported("deepseek_v3.data.pipeline.run:preprocess")  # what it needs takes as long to import
+        preload_workers(settings)
+    # The fork server imports these modules, too; importing them here at the same time saves a second.
+    from deepseek_v3.data.pipeline.resume import count_finished
+    from deepseek_v3.data.pipeline.run import run_pipeline
+
     log = get_logger("Preprocess")
     try:
-        manifest = run_preprocess(settings, shard=_parse_shard(shard), merge=merge)
+        manifest = run_pipeline(settings, shard=_parse_shard(shard), merge=merge)
     except KeyboardInterrupt:
-        finished = imported("deepseek_v3.data.pipeline.resume:count_finished")(RunFolder(settings.output_dir))
-        kept = "Stopped; %d finished pieces are kept in %s, and the same command goes on from there"
+        finished = count_finished(RunFolder(settings.output_dir))
+        kept = "Stopped; %d finished parts are kept in %s; the same command resumes the run"
         log.info(kept, finished, settings.output_dir)
         words = ["dsv3", "preprocess", "--config", config, *override_options(override)]
         print_next_steps([*words, *(["--shard", shard] if shard else []), *(["--merge"] if merge else [])])
         raise
     if not manifest:
-        log.info("shard %s is read; once all are, run again with --merge", shard)
+        log.info("share %s is read; once all shares are, run again with --merge", shard)
         print_next_steps(["dsv3", "preprocess", "--config", config, *override_options(override), "--merge"])
         return
     log.info(_summary(manifest["counts"]))
     log.info("%s: data/, dropped/, quarantine/, manifest.json, stats.json, report.html", settings.output_dir)
     if not manifest["counts"]["kept"]:
         log.warning(
-            "no document is left to tokenize; %s shows which stage dropped them and why: change `pipeline` or that "
-            "stage's limits, and choose another output_dir",
+            "no document is left to tokenize; %s shows which stage dropped them and why: change `pipeline` or the "
+            "limits of that stage, and choose another output_dir",
             settings.output_dir / "report.html",
         )
         return

@@ -1,4 +1,4 @@
-"""Where tasks run: in this process, in several on this machine, or on a Ray cluster. Results come in order."""
+"""Executors run the tasks of a run: in this process, in worker processes of this machine, or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -15,26 +15,40 @@ from typing import Any
 
 import pyarrow as pa
 
+from deepseek_v3.config.preprocess_config import PreprocessConfig
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.optional import missing_library
 from deepseek_v3.utils.process_pool import exit_with_parent, start_fork_server
 from deepseek_v3.utils.redaction import redact
 
+# What the fork server imports for all worker processes. It skips a module that cannot be imported here.
+_TASK_MODULES = ("deepseek_v3.data.pipeline.tasks", "deepseek_v3.data.pipeline.registry")
+_DEDUPLICATION_MODULES = ("deepseek_v3.data.deduplication.kernels.numba_kernels",)
+
+
+def preload_workers(config: PreprocessConfig) -> None:
+    """Starts the fork server, which imports what the worker processes of a run need.
+
+    It does so while this process goes on, which itself has imports to make and a run to plan.
+    """
+    deduplicates = {"deduplication", "exact_deduplication"} & {*config.pipeline}
+    start_fork_server([*_TASK_MODULES, *(_DEDUPLICATION_MODULES if deduplicates else ())])
+
 
 class Executor(ABC):
-    """Runs independent tasks, which leave their work whole or not at all, and so may be stopped or run twice."""
+    """Runs independent tasks. A task publishes its result atomically, so it may be stopped, or run twice."""
 
     @abstractmethod
     def run(
         self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], done: Callable[[Any], None]
     ) -> None:
-        """Calls `function` with each tuple of arguments; `done` hears of each result as it comes.
+        """Calls `function` with each tuple of arguments, and `done` with each result as soon as it is there.
 
-        Raises DataError where a worker died.
+        Results may come in any order. Raises DataError if a worker process died.
         """
 
-    def close(self) -> None:  # noqa: B027 -- there may be nobody to let go
-        """Lets the workers go."""
+    def close(self) -> None:  # noqa: B027 -- an executor may have no workers
+        """Stops the workers."""
 
     def __enter__(self) -> Executor:
         return self
@@ -46,7 +60,7 @@ class Executor(ABC):
 
 
 class InProcessExecutor(Executor):
-    """One task after the other, here."""
+    """Runs one task after the other in this process."""
 
     def run(
         self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], done: Callable[[Any], None]
@@ -56,7 +70,7 @@ class InProcessExecutor(Executor):
 
 
 class ProcessExecutor(Executor):
-    """Worker processes on this machine. They start while the run is still being planned, and end when it ends."""
+    """Runs tasks in worker processes of this machine, which start at once and end with the run."""
 
     def __init__(self, workers: int) -> None:
         start_fork_server()
@@ -89,7 +103,7 @@ class ProcessExecutor(Executor):
 
 
 class RayExecutor(Executor):
-    """Tasks on a Ray cluster whose machines share the file system; without an address, on this machine."""
+    """Runs tasks on a Ray cluster whose machines share a file system, or on this machine if `address` is None."""
 
     def __init__(self, workers: int, address: str | None) -> None:
         try:
@@ -122,7 +136,7 @@ class RayExecutor(Executor):
 
 
 def _with_copies(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls a function with copies of the arguments: Ray's arrays are read-only, which compiled code may refuse."""
+    """Calls a function with copies of the arguments: arrays from Ray are read-only, which Numba may refuse."""
     return function(*deepcopy(arguments))
 
 

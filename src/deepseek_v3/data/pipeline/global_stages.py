@@ -1,4 +1,4 @@
-"""Between two passes: compares the documents of all parts, task by task, and decides which of them go."""
+"""Runs the global stages between two passes: they compare the documents of all parts and decide which to drop."""
 
 from __future__ import annotations
 
@@ -24,55 +24,56 @@ _EXCERPT_CHARACTERS = 1500
 
 @dataclass(frozen=True)
 class StageDecisions:
-    """What a corpus stage decided, in `folder`, about `parts`, of which the first `earlier` are of other runs."""
+    """What a global stage decided about `parts`. The first `num_previous` of them belong to previous runs."""
 
     folder: Path
     parts: tuple[NumberedPart, ...]
-    earlier: int
+    num_previous: int
 
-    def own(self, number: int) -> NumberedPart:
-        """The part of this run with that number."""
-        return self.parts[self.earlier + number]
+    def own_part(self, number: int) -> NumberedPart:
+        """The part of the present run with this number."""
+        return self.parts[self.num_previous + number]
 
     def ids_of(self, documents: Int64Array) -> list[str]:
-        """The ids of documents by their numbers."""
+        """The ids of documents given by their numbers."""
         return _column(self.parts, "id", documents)
 
 
 def run_global_stages(
     stages: Sequence[GlobalStage],
     finished: Sequence[Part],
-    earlier: Sequence[Sequence[NumberedPart]],
+    previous: Sequence[Sequence[NumberedPart]],
     folders: Sequence[Path],
     executor: Executor,
     memory: int,
     progress: Progress,
 ) -> tuple[StageDecisions, ...]:
-    """Lets each stage, in order, decide about all documents that the ones before it left.
+    """Runs each stage in turn on the documents that the stages before it kept.
 
-    `earlier` are, for each stage, the parts of other runs. What is decided already stays. No task takes more than
-    `memory` bytes where the stage can help it.
+    `previous` holds, for each stage, the parts of previous runs, and `folders` the folder for its tasks' files and
+    decisions. Decisions and files that exist already are not made again. The stages split their work into tasks of
+    at most `memory` bytes, if they can.
     """
     decisions: list[StageDecisions] = []
     removed: list[Path | None] = [None] * len(finished)
-    for stage, before, folder in zip(stages, earlier, folders, strict=True):
-        parts = _numbered(stage, before, finished, removed)
+    for stage, before, folder in zip(stages, previous, folders, strict=True):
+        parts = _number_parts(stage, before, finished, removed)
         decision = StageDecisions(folder / "decisions", tuple(parts), len(before))
         if not decision.folder.is_dir():
             _decide(stage, decision, executor, memory, progress)
         decisions.append(decision)
         if stage is not stages[-1]:
-            removed = _removed(stage, decision, removed)
+            removed = _write_removed(stage, decision, removed)
     return tuple(decisions)
 
 
 def read_figures(folder: Path) -> dict[str, Any]:
-    """What a stage reported of its decisions in `folder`."""
+    """Reads the figures that a stage reported with its decisions in `folder`."""
     figures: dict[str, Any] = orjson.loads((folder / "decisions" / _FIGURES_FILE).read_bytes())
     return figures
 
 
-def _numbered(
+def _number_parts(
     stage: GlobalStage, before: Sequence[NumberedPart], finished: Sequence[Part], removed: Sequence[Path | None]
 ) -> list[NumberedPart]:
     parts = list(before)
@@ -97,14 +98,14 @@ def _decide(
     with appearing_folder(decision.folder) as partial:
         figures = stage.resolve(parts, matches, refined, partial)
         for example in figures.get("examples", []):
-            example["documents"] = _shown(parts, [example.pop("kept"), example.pop("duplicate")])
+            example["documents"] = _excerpts(parts, [example.pop("kept"), example.pop("duplicate")])
         (partial / _FIGURES_FILE).write_bytes(orjson.dumps(figures, option=orjson.OPT_SORT_KEYS))
 
 
 def _run(
     stage: GlobalStage, tasks: Sequence[Task], folder: Path, kind: str, executor: Executor, progress: Progress
 ) -> list[Path]:
-    """Runs the tasks whose files are not there yet; returns the files of all, in order."""
+    """Runs the tasks whose files do not exist yet. Returns the files of all tasks, in order."""
     files = [folder / f"{kind}-{number:06d}.npy" for number in range(len(tasks))]
     missing = [(stage, task, file) for task, file in zip(tasks, files, strict=True) if not file.exists()]
     with progress.step(f"{stage.name}: {kind}", len(missing), "tasks") as step:
@@ -113,7 +114,7 @@ def _run(
 
 
 def run_task(stage: GlobalStage, task: Task, file: Path) -> None:
-    """Runs one task of a stage, whose file appears whole."""
+    """Runs one task of a stage and renames its file into place once it is complete."""
     partial = file.with_name(f".{uuid.uuid4().hex}.npy")
     try:
         task.run(stage, partial)
@@ -122,23 +123,25 @@ def run_task(stage: GlobalStage, task: Task, file: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _removed(stage: GlobalStage, decision: StageDecisions, before: Sequence[Path | None]) -> list[Path | None]:
-    """For each part of this run a file with the mask of all documents that this stage or one before it removed."""
-    everywhere = stage.removed(decision.parts, decision.folder)
+def _write_removed(
+    stage: GlobalStage, decision: StageDecisions, before: Sequence[Path | None]
+) -> list[Path | None]:
+    """Writes a mask for each part of this run: the documents that this stage or one before it removed."""
+    all_removed = stage.removed(decision.parts, decision.folder)
     masks = decision.folder.parent / "removed"
     masks.mkdir(exist_ok=True)
     files: list[Path | None] = []
-    for number, earlier in enumerate(before):
-        part = decision.own(number)
-        mask = everywhere[part.first : part.first + part.rows]
+    for number, mask_before in enumerate(before):
+        part = decision.own_part(number)
+        mask = all_removed[part.first : part.first + part.rows]
         file = masks / f"{number:06d}.npy"
-        np.save(file, mask if earlier is None else mask | np.load(earlier))
+        np.save(file, mask if mask_before is None else mask | np.load(mask_before))
         files.append(file)
     return files
 
 
-def _shown(parts: Sequence[NumberedPart], documents: Sequence[int]) -> list[dict[str, Any]]:
-    """Documents of an example as the report shows them; of an earlier run's, only the ids are left."""
+def _excerpts(parts: Sequence[NumberedPart], documents: Sequence[int]) -> list[dict[str, Any]]:
+    """Id and beginning of the text of each document for the report; the text is None if a previous run had it."""
     numbers = np.array(documents, np.int64)
     known = np.zeros(len(numbers), np.bool_)
     for part, chosen in group_by_part(parts, numbers):
@@ -151,7 +154,7 @@ def _shown(parts: Sequence[NumberedPart], documents: Sequence[int]) -> list[dict
 
 
 def _column(parts: Sequence[NumberedPart], name: str, documents: Int64Array) -> list[str]:
-    """A column's values for documents by their numbers."""
+    """The values of a column for documents given by their numbers."""
     values = np.empty(len(documents), object)
     for part, chosen in group_by_part(parts, documents):
         column = read_table(part.records or part.keys / IDS_FILE).column(name)

@@ -1,4 +1,4 @@
-"""The end of a run: output files in their places, what was dropped and set aside, the manifest, the report."""
+"""Writes the outputs of a run: data, dropped documents, quarantine, statistics, report and manifest."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ _log = get_logger("Preprocess")
 def write_outputs(
     config: PreprocessConfig, run_folder: RunFolder, passes: Sequence[Pass], shards: Sequence[Part], inputs: Inputs
 ) -> dict[str, Any]:
-    """Puts the results in their places and returns the manifest. May be interrupted anywhere, and run again."""
+    """Writes all outputs and returns the manifest. An interruption does no harm: the next call does it again."""
     folders = [run_folder.parts(number) for number in range(len(passes) - 1)]
     parts = [folder / name for folder in folders for name in read_run_json(folder / "complete.json")["parts"]]
     parts += [shard.folder for shard in shards]
-    tally = Stats()
+    totals = Stats()
     for part in parts:
-        tally.add(Stats.from_json((part / STATS_FILE).read_bytes()))
-    balance = _balance(config, run_folder, parts, tally, sum(shard.rows for shard in shards))
-    files = [_place(run_folder, shard) for shard in shards]
-    stats = _stats(config, run_folder, passes, tally, balance)
+        totals.add(Stats.from_json((part / STATS_FILE).read_bytes()))
+    balance = _balance(config, run_folder, parts, totals, sum(shard.rows for shard in shards))
+    files = [_move_shard(run_folder, shard) for shard in shards]
+    stats = _stats(config, run_folder, passes, totals, balance)
     write_run_json(run_folder.output / "stats.json", stats)
     write_report(stats, run_folder.output / "report.html")
     manifest = {
@@ -62,10 +62,10 @@ def write_outputs(
 
 
 def _balance(
-    config: PreprocessConfig, run_folder: RunFolder, parts: Sequence[Path], tally: Stats, written: int
+    config: PreprocessConfig, run_folder: RunFolder, parts: Sequence[Path], totals: Stats, written: int
 ) -> dict[str, int]:
-    """Writes what was dropped and set aside, and checks that with what is kept this is all that was read."""
-    counts = tally.counts
+    """Writes the dropped documents and quarantined records, and checks that the counts add up to the input."""
+    counts = totals.counts
     balance = {
         "input": counts.get("read", {}).get("records", 0),
         "kept": written - counts.get("kept", {}).get("copies", 0),
@@ -81,12 +81,12 @@ def _balance(
 
 
 def _write_all(parts: Sequence[Path], name: str, folder: Path, output_format: str) -> int:
-    """Writes the rows of all parts' files of one name, in order, and returns how many records they stand for."""
+    """Writes the rows of the file `name` of all parts, in order. Returns the number of records they represent."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     tables = (read_table(part / name) for part in parts)
     records = 0
-    for number, batches in enumerate(_grouped(tables)):
+    for number, batches in enumerate(_group_batches(tables)):
         with RecordWriter(folder / f"part-{number:05d}.{output_format}") as writer:
             for batch in batches:
                 writer.write(batch)
@@ -96,8 +96,8 @@ def _write_all(parts: Sequence[Path], name: str, folder: Path, output_format: st
     return records
 
 
-def _grouped(tables: Iterable[pa.Table]) -> Iterator[list[pa.RecordBatch]]:
-    """The batches of tables, in groups of about a million rows."""
+def _group_batches(tables: Iterable[pa.Table]) -> Iterator[list[pa.RecordBatch]]:
+    """Groups the batches of the tables, about a million rows each."""
     group: list[pa.RecordBatch] = []
     rows = 0
     for table in tables:
@@ -110,8 +110,8 @@ def _grouped(tables: Iterable[pa.Table]) -> Iterator[list[pa.RecordBatch]]:
         yield group
 
 
-def _place(run_folder: RunFolder, shard: Part) -> dict[str, Any]:
-    """Moves a shard's file to `data/`, unless it is there, and describes it."""
+def _move_shard(run_folder: RunFolder, shard: Part) -> dict[str, Any]:
+    """Moves the file of a shard to `data/`, unless it is there already, and returns its entry in the manifest."""
     name = next(name for name in shard.checksums if name.startswith(SHARD_PREFIX))
     target = run_folder.output / "data" / name
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -127,9 +127,9 @@ def _place(run_folder: RunFolder, shard: Part) -> dict[str, Any]:
 
 
 def _stats(
-    config: PreprocessConfig, run_folder: RunFolder, passes: Sequence[Pass], tally: Stats, balance: dict[str, int]
+    config: PreprocessConfig, run_folder: RunFolder, passes: Sequence[Pass], totals: Stats, balance: dict[str, int]
 ) -> dict[str, Any]:
-    counts = tally.counts
+    counts = totals.counts
     kept = counts.get("kept", {})
     counted = config.tokenizer is not None and kept.get("tokens", 0) > 0
     figures = {
@@ -149,12 +149,12 @@ def _stats(
         "quarantined": counts.get("quarantined", {}),
         "stages": stages,
         "kept": kept,
-        "samples": tally.samples,
-        "alarms": [alarm for stage in stages for alarm in _alarm(config, stage)],
+        "samples": totals.samples,
+        "alarms": [warning for stage in stages for warning in _drop_warnings(config, stage)],
     }
 
 
-def _alarm(config: PreprocessConfig, stage: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _drop_warnings(config: PreprocessConfig, stage: dict[str, Any]) -> Iterator[dict[str, Any]]:
     given, left = stage["in"]["documents"], stage["out"]["documents"]
     limit = getattr(config, stage["name"]).max_drop_warning
     if given and (given - left) / given > limit:

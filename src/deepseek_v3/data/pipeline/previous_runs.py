@@ -1,4 +1,7 @@
-"""Keys that outlive a run, and the documents of earlier runs as parts in front of this one's."""
+"""Keys that a finished run keeps, so that later runs find the duplicates of its documents.
+
+A global stage numbers the documents of previous runs before those of the present run.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +17,20 @@ from deepseek_v3.utils.errors import ConfigError, DataError
 from deepseek_v3.utils.text import format_value
 
 _INDEX = "keys.json"
-
-
 STAGES_WITH_KEYS = ("exact_deduplication", "deduplication")
-_NO_PART_OF_KEYS = ("max_drop_warning", "accelerator", "cluster_threshold")
+_OPTIONS_WITHOUT_EFFECT_ON_KEYS = ("max_drop_warning", "accelerator", "cluster_threshold")
 
 
 def key_options(config: PreprocessConfig, stage: str) -> dict[str, Any]:
-    """The options that a stage's keys depend on, as JSON."""
+    """The options of a stage that its keys depend on, as JSON."""
     if stage not in STAGES_WITH_KEYS:
         return {}
     options = getattr(config, stage).model_dump(mode="json")
-    return {name: value for name, value in options.items() if name not in _NO_PART_OF_KEYS}
+    return {name: value for name, value in options.items() if name not in _OPTIONS_WITHOUT_EFFECT_ON_KEYS}
 
 
 def keep_keys(stage: str, options: dict[str, Any], parts: Sequence[Part], output: Path) -> None:
-    """Moves a stage's keys of all parts to `output/keys/<stage>`, with the documents' ids."""
+    """Moves the keys of a stage for all parts to `output/keys/<stage>`, and adds the ids of the documents."""
     folder = output / "keys" / stage
     folder.mkdir(parents=True, exist_ok=True)
     for part in parts:
@@ -42,9 +43,9 @@ def keep_keys(stage: str, options: dict[str, Any], parts: Sequence[Part], output
 
 
 def previous_parts(stage: str, options: dict[str, Any], runs: Sequence[Path]) -> list[NumberedPart]:
-    """The documents of earlier runs as a stage numbers them, from 0 in the order of `runs`.
+    """The parts of previous runs. Their documents are numbered from 0 in the order of `runs`.
 
-    Raises DataError where a run kept no keys of this stage, ConfigError where they were made with other options.
+    Raises DataError if a run kept no keys of this stage, and ConfigError if it made them with other options.
     """
     parts: list[NumberedPart] = []
     first = 0
@@ -61,7 +62,7 @@ def previous_parts(stage: str, options: dict[str, Any], runs: Sequence[Path]) ->
                 raise ConfigError(
                     f"{stage}.{name} = {format_value(options.get(name))}, and the keys in {run} were made "
                     f"with {format_value(value)}; "
-                    "use the same options to compare with an earlier run"
+                    "set the same value, or leave this run out of previous_runs"
                 )
         for name, rows in index["parts"]:
             parts.append(NumberedPart(folder / name, None, first, rows))

@@ -1,31 +1,35 @@
-"""Where the stages live. Nothing heavy is imported here: a run brings in the stages that it has."""
+"""The stages by the names that a configuration gives them. A new stage is one import and one line of `STAGES`."""
 
 from __future__ import annotations
 
 from deepseek_v3.config.preprocess_config import PreprocessConfig
-from deepseek_v3.utils.process_pool import start_fork_server
+from deepseek_v3.data.decontamination import Decontaminator
+from deepseek_v3.data.deduplication import ExactDeduplicator, MinHashDeduplicator
+from deepseek_v3.data.heuristics import HeuristicFilter
+from deepseek_v3.data.language import LanguageFilter
+from deepseek_v3.data.mixing import Mixer
+from deepseek_v3.data.pii import PiiMasker
+from deepseek_v3.data.preliminary_cleaning import PreliminaryCleaner
+from deepseek_v3.data.quality_filtering.filter import QualityFilter
+from deepseek_v3.data.stages import GlobalStage, Stage
+from deepseek_v3.data.tokens.tokenizer import TokenCounter
 
-STAGES = {
-    "preliminary_cleaning": "deepseek_v3.data.preliminary_cleaning:PreliminaryCleaner",
-    "exact_deduplication": "deepseek_v3.data.deduplication:ExactDeduplicator",
-    "deduplication": "deepseek_v3.data.deduplication:MinHashDeduplicator",
-    "heuristic_filters": "deepseek_v3.data.heuristics:HeuristicFilter",
-    "language": "deepseek_v3.data.language:LanguageFilter",
-    "quality_filtering": "deepseek_v3.data.quality_filtering.filter:QualityFilter",
-    "pii": "deepseek_v3.data.pii:PiiMasker",
-    "decontamination": "deepseek_v3.data.decontamination:Decontaminator",
-    "mixing": "deepseek_v3.data.mixing:Mixer",
+STAGES: dict[str, type[Stage] | type[GlobalStage]] = {
+    "preliminary_cleaning": PreliminaryCleaner,
+    "exact_deduplication": ExactDeduplicator,
+    "deduplication": MinHashDeduplicator,
+    "heuristic_filters": HeuristicFilter,
+    "language": LanguageFilter,
+    "quality_filtering": QualityFilter,
+    "pii": PiiMasker,
+    "decontamination": Decontaminator,
+    "mixing": Mixer,
 }
-_TASKS = "deepseek_v3.data.pipeline.tasks"  # and with it all that tasks are made of, but for the stages
-_KERNELS = "deepseek_v3.data.deduplication.kernels.numba_kernels"  # passed over where Numba is not installed
 
 
-def preload(config: PreprocessConfig) -> None:
-    """Starts the process that worker processes are forked from, which imports what they will need.
-
-    It does so beside the caller, who may have imports and plans of its own to make meanwhile.
-    """
-    modules = [_TASKS, *(STAGES[name].split(":")[0] for name in config.pipeline)]
-    if {"deduplication", "exact_deduplication"} & {*config.pipeline}:
-        modules.append(_KERNELS)
-    start_fork_server(modules)
+def build_stage(config: PreprocessConfig, name: str) -> Stage | GlobalStage:
+    """Builds the stage `name` with the options that the configuration has for it."""
+    options = getattr(config, name).model_dump(mode="json")
+    if name == "mixing":
+        options["counter"] = TokenCounter(config.tokenizer, config.bytes_per_token)
+    return STAGES[name](**options)

@@ -1,4 +1,4 @@
-"""What a run will read: the files, cut into units of work, and what that takes in memory and on disk."""
+"""Cuts the input into work units, and estimates the workers, the memory and the disk space of a run."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from deepseek_v3.utils.errors import ConfigError, DataError
 from deepseek_v3.utils.text import format_value
 
 _WORKER_BYTES = 500 * 10**6  # the interpreter with its libraries, and a model or two
-_COPIES = 6  # of a piece's text that a worker holds at a time: as read, parsed, judged, as tokens and hashes
-_EXPANSION = 4  # text over compressed text
+_COPIES = 6  # of a work unit's text that a worker holds at the same time: read, parsed, filtered, tokens, hashes
+_EXPANSION = 4  # bytes of text per byte of compressed text
 _KEYS_PER_TEXT_BYTE = 0.35  # signatures and band keys, 0.7 KB for a document of 2 KB
-_MOST_UNITS = 10**6
+_MAX_WORK_UNITS = 10**6
 _RECORDS_PER_TEXT_BYTE = 1.1
 
 
-def split_into_work_units(files: Sequence[InputFile], piece_bytes: int) -> list[WorkUnit]:
-    """Cuts the files, in their order, into units of about `piece_bytes` on disk; small files share a unit.
+def split_into_work_units(files: Sequence[InputFile], unit_bytes: int) -> list[WorkUnit]:
+    """Cuts the files, in their order, into units of about `unit_bytes` on disk; small files share a unit.
 
-    Raises ConfigError where there would be more than a million.
+    Raises ConfigError if that would be more than a million units.
     """
-    pieces_at_least = sum(file.size for file in files) // piece_bytes
-    if pieces_at_least > _MOST_UNITS:
+    units_at_least = sum(file.size for file in files) // unit_bytes
+    if units_at_least > _MAX_WORK_UNITS:
         raise ConfigError(
-            f"work_unit_size = {piece_bytes}: cuts the input into {pieces_at_least:,} pieces, expected at most "
-            f"{_MOST_UNITS:,}; make the pieces larger"
+            f"work_unit_size = {unit_bytes}: cuts the input into {units_at_least:,} work units, expected at most "
+            f"{_MAX_WORK_UNITS:,}; make work_unit_size larger"
         )
     units: list[WorkUnit] = []
     waiting: list[FileRange] = []
@@ -48,10 +48,10 @@ def split_into_work_units(files: Sequence[InputFile], piece_bytes: int) -> list[
         waiting, waiting_bytes = [], 0
 
     for file in files:
-        pieces = split_file(file, piece_bytes)
-        for span in pieces:
-            size = file.size // len(pieces)
-            if waiting_bytes + size > piece_bytes:
+        ranges = split_file(file, unit_bytes)
+        for span in ranges:
+            size = file.size // len(ranges)
+            if waiting_bytes + size > unit_bytes:
                 close()
             waiting.append(span)
             waiting_bytes += size
@@ -60,9 +60,9 @@ def split_into_work_units(files: Sequence[InputFile], piece_bytes: int) -> list[
 
 
 def count_workers(config: PreprocessConfig) -> int:
-    """As many workers as are wanted and as the memory allows.
+    """The number of workers: as configured, or fewer if the memory does not suffice for them.
 
-    Raises ConfigError where it does not even allow one.
+    Raises ConfigError if it does not suffice for one.
     """
     wanted = config.workers or os.cpu_count() or 1
     each = worker_memory(config)
@@ -71,30 +71,30 @@ def count_workers(config: PreprocessConfig) -> int:
         raise ConfigError(
             f"memory = {format_value(config.memory)}: one worker takes about {each:,} bytes "
             f"(work_unit_size = {config.work_unit_size}, "
-            f"max_record_size = {config.max_record_size}); allow more, or make the pieces smaller"
+            f"max_record_size = {config.max_record_size}); allow more, or make the work units smaller"
         )
     return min(wanted, allowed)
 
 
 def worker_memory(config: PreprocessConfig) -> int:
-    """Bytes that one worker needs at most."""
+    """The most bytes of memory that one worker needs."""
     return _WORKER_BYTES + _COPIES * max(config.work_unit_size, config.max_record_size)
 
 
 def memory_limit(config: PreprocessConfig) -> int:
-    """Bytes that the run may take: as configured, or half of what this process may take of the machine."""
+    """Bytes of memory that the run may use: as configured, or half of the memory that this process may use."""
     return config.memory or usable_memory() // 2
 
 
 class DiskEstimate(NamedTuple):
-    """Bytes of text in the input as estimated, and of disk that the run takes at its widest, output included."""
+    """Estimated bytes of text in the input, and of disk space at the peak of the run, with the output."""
 
     text: int
     disk: int
 
 
 def estimate_disk(files: Sequence[InputFile], config: PreprocessConfig) -> DiskEstimate:
-    """Estimates what a run takes on disk: at most two passes' documents lie there at a time, with their keys."""
+    """Estimates the disk space of a run, which at its peak holds the documents and keys of two passes."""
     text = sum(file.size * (_EXPANSION if _is_compressed(file) else 1) for file in files)
     has_keys = {"deduplication", "exact_deduplication"} & {*config.pipeline}
     per_byte = 2 * _RECORDS_PER_TEXT_BYTE + (_KEYS_PER_TEXT_BYTE if has_keys else 0)
@@ -102,7 +102,7 @@ def estimate_disk(files: Sequence[InputFile], config: PreprocessConfig) -> DiskE
 
 
 def check_disk(need: DiskEstimate, output: Path) -> None:
-    """Raises DataError where the disk that `output` will stand on has too little room."""
+    """Raises DataError if the disk of the folder `output` has too little free space."""
     place = next(parent for parent in (output, *output.absolute().parents) if parent.exists())
     free = shutil.disk_usage(place).free
     if need.disk > free:

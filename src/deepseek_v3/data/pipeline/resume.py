@@ -1,4 +1,7 @@
-"""What a run has finished, and whether it may go on: same configuration, same input, nobody else at work."""
+"""Starts or resumes a run: same configuration, same input, and no other process in the output folder.
+
+`run.json` describes the run. A finished part has a marker with checksums, and a finished pass has `complete.json`.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,15 @@ from deepseek_v3.utils.redaction import redact
 from deepseek_v3.utils.text import format_value
 
 FORMAT_VERSION = 2
-# They say how a run is carried out, and change nothing about what comes out.
-_FREE = ("output_dir", "engine", "ray_address", "workers", "memory")
+# Options that do not change the output, and so may change when a run is resumed.
+_RESOURCE_OPTIONS = ("output_dir", "engine", "ray_address", "workers", "memory")
 
 
 def describe_run(config: PreprocessConfig, files: Sequence[InputFile]) -> dict[str, Any]:
-    """What decides about the result: the configuration, the input and what stages read besides, as JSON."""
-    fields = {name: value for name, value in config.model_dump(mode="json").items() if name not in _FREE}
+    """All that the output depends on, as JSON: the configuration, the input files, and files that stages read."""
+    fields = {
+        name: value for name, value in config.model_dump(mode="json").items() if name not in _RESOURCE_OPTIONS
+    }
     described: dict[str, Any] = orjson.loads(
         orjson.dumps(
             {
@@ -41,7 +46,7 @@ def describe_run(config: PreprocessConfig, files: Sequence[InputFile]) -> dict[s
 
 
 def _read_by_stages(config: PreprocessConfig) -> list[dict[str, Any]]:
-    """The models, evaluation sets and other files that the configured stages name, those that there are."""
+    """The existing files that the options of the stages name, such as models and evaluation sets."""
     named = [config.tokenizer]
     for stage in config.pipeline:
         for _, value in getattr(config, stage):
@@ -56,10 +61,10 @@ def _read_by_stages(config: PreprocessConfig) -> list[dict[str, Any]]:
 
 
 def start_or_resume(run_folder: RunFolder, described: dict[str, Any]) -> bool:
-    """Starts a run, or goes on with one: returns whether work of an earlier process is there.
+    """Starts a run or resumes it; returns whether it was resumed.
 
-    Raises DataError where the output folder holds anything else, or the run began with another configuration or
-    another input.
+    Raises DataError if the output folder holds anything but an unfinished run, or if that run began with another
+    configuration or input.
     """
     if not run_folder.run_file.exists():
         strangers = (
@@ -78,13 +83,13 @@ def start_or_resume(run_folder: RunFolder, described: dict[str, Any]) -> bool:
         read_run_json(run_folder.run_file),
         described,
         run_folder.run_file,
-        f"remove {run_folder.work} to start anew",
+        f"remove {run_folder.work} to start again",
     )
     return True
 
 
 def check_same_run(before: dict[str, Any], now: dict[str, Any], where: Path, advice: str) -> None:
-    """Raises DataError, naming the first field or file that differs, unless both describe the same run."""
+    """Raises DataError with the first field or file that differs, unless both describe the same run."""
     if before["format_version"] != now["format_version"]:
         raise DataError(f"{where}: was written by another version of this program; {advice}")
     _check_files("input file", before["inputs"], now["inputs"], where, advice)
@@ -100,7 +105,7 @@ def check_same_run(before: dict[str, Any], now: dict[str, Any], where: Path, adv
 
 
 def _masked(value: Any) -> Any:
-    """The value of a run that began when secrets were still written down."""
+    """Masks secrets in the stored value: former versions wrote them into `run.json`."""
     if isinstance(value, str):
         return redact(value)
     return [_masked(each) for each in value] if isinstance(value, list) else value
@@ -129,7 +134,7 @@ def run_lock(run_folder: RunFolder, shared: bool) -> Iterator[None]:
 
 
 def completed_parts(folder: Path) -> list[Part] | None:
-    """The parts of a pass that is complete, or None where it is not."""
+    """The parts of the pass in `folder`; None if it is not complete. Raises DataError if parts are missing."""
     marker = folder / "complete.json"
     if not marker.exists():
         return None
@@ -137,24 +142,24 @@ def completed_parts(folder: Path) -> list[Part] | None:
     found = [part for part in parts if part is not None]
     if len(found) < len(parts):
         raise DataError(
-            f"{folder}: finished work is missing; remove the folder .work that it lies in and run again"
+            f"{folder}: finished parts are missing; remove the folder .work that contains it and run again"
         )
     return found
 
 
 def mark_complete(folder: Path, parts: Sequence[Part]) -> None:
-    """Notes that a pass has all its parts."""
+    """Marks the pass in `folder` as complete."""
     write_run_json(folder / "complete.json", {"parts": [part.name for part in parts]})
 
 
 def count_finished(run_folder: RunFolder) -> int:
-    """Parts of all passes that are finished, and so need not be made again."""
+    """The number of finished parts of all passes."""
     folders = sorted(run_folder.work.glob("pass-*")) + [run_folder.shards]
     return sum(read_part(path) is not None for folder in folders if folder.is_dir() for path in folder.iterdir())
 
 
 def discard_damaged(folder: Path) -> int:
-    """Removes what a process left unfinished in a pass, and parts that are not as written; returns how many."""
+    """Removes unfinished folders and damaged parts of a pass; returns the number of damaged parts."""
     damaged = 0
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         part = read_part(path)
@@ -165,7 +170,7 @@ def discard_damaged(folder: Path) -> int:
 
 
 def read_run_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a run."""
+    """Reads a JSON file of a run. Raises DataError if it is damaged."""
     try:
         fields: dict[str, Any] = orjson.loads(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -174,6 +179,6 @@ def read_run_json(path: Path) -> dict[str, Any]:
 
 
 def write_run_json(path: Path, fields: dict[str, Any]) -> None:
-    """Writes a JSON file with sorted keys, whole or not at all."""
+    """Writes a JSON file of a run atomically, with sorted keys."""
     with atomic_write(path) as partial:
         partial.write_bytes(orjson.dumps(fields, option=orjson.OPT_SORT_KEYS | orjson.OPT_INDENT_2) + b"\n")

@@ -1,4 +1,9 @@
-"""The data pipeline as a whole: reads, judges, compares and writes, going on wherever it was interrupted."""
+"""Runs the data pipeline: reads the input, applies the stages in passes and writes the clean corpus.
+
+The first pass reads the input in work units. Each later pass starts with global stages, which decide about all
+documents that the pass before it left; the last pass writes the output files. An interrupted run goes on from the
+parts that it finished.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +17,18 @@ from deepseek_v3.config.preprocess_config import PreprocessConfig
 from deepseek_v3.data.formats.batches import ReadOptions
 from deepseek_v3.data.formats.inputs import Inputs, find_inputs
 from deepseek_v3.data.pipeline import resources, resume
-from deepseek_v3.data.pipeline.executors import Executor, InProcessExecutor, ProcessExecutor, RayExecutor
+from deepseek_v3.data.pipeline.executors import (
+    Executor,
+    InProcessExecutor,
+    ProcessExecutor,
+    RayExecutor,
+    preload_workers,
+)
 from deepseek_v3.data.pipeline.global_stages import StageDecisions, run_global_stages
 from deepseek_v3.data.pipeline.outputs import write_outputs
 from deepseek_v3.data.pipeline.passes import Pass, build_passes
 from deepseek_v3.data.pipeline.previous_runs import STAGES_WITH_KEYS, keep_keys, key_options, previous_parts
 from deepseek_v3.data.pipeline.progress import Progress
-from deepseek_v3.data.pipeline.registry import preload
 from deepseek_v3.data.pipeline.run_folder import RECORDS_FILE, SHARD_PREFIX, Part, RunFolder, read_part
 from deepseek_v3.data.pipeline.tasks import WorkUnit, apply_stages, finished_parts, read_work_unit, write_shard
 from deepseek_v3.data.stages import GlobalStage
@@ -32,14 +42,16 @@ _log = get_logger("Preprocess")
 def run_pipeline(
     config: PreprocessConfig, *, shard: tuple[int, int] | None = None, merge: bool = False
 ) -> dict[str, Any]:
-    """Runs the pipeline and returns the manifest, the content of `manifest.json`.
+    """Runs the pipeline and returns the manifest, which is the content of `manifest.json`.
 
-    Goes on where an earlier, interrupted run with the same configuration and input stopped; a run that is complete
-    is left as it is. `shard=(i, n)` only reads the i-th of n shares of the input (i from 0), for machines with one
-    file system, and returns {}; `merge` then does the rest, and refuses to where shares are missing.
+    Resumes an interrupted run that has the same configuration and input, and leaves a complete run as it is.
 
-    Raises ConfigError or DataError for what cannot be meant or done. Records that cannot be read are set aside in
-    `quarantine/` and raise nothing.
+    `shard=(i, n)` reads only the i-th of n shares of the input (i from 0) and returns {}. Jobs on machines that
+    share a file system may read the shares at the same time; `merge` then does the rest of the work.
+
+    Records that cannot be read go to `quarantine/` and raise no error. Raises ConfigError for options that
+    contradict each other or the machine, and DataError for input or output that cannot be used, an output folder
+    that holds another run, or shares that are missing when `merge` is set.
     """
     if shard is not None and (merge or not 0 <= shard[0] < shard[1]):
         raise ConfigError(f"shard = {shard[0]}/{shard[1]}: expected i/n with i from 0 to n - 1, and not with merge")
@@ -47,7 +59,7 @@ def run_pipeline(
     run_folder = RunFolder(config.output_dir)
     described = resume.describe_run(config, inputs.files)
     if run_folder.manifest.exists():
-        return _existing(run_folder, described)
+        return _read_complete_run(run_folder, described)
     passes = build_passes(config)
     workers = resources.count_workers(config)
     with resume.run_lock(run_folder, shared=shard is not None):
@@ -68,7 +80,7 @@ def run_pipeline(
 
 @dataclass(frozen=True)
 class _Run:
-    """A run under way. `memory` is what one task may take, in bytes."""
+    """A run in progress. One task may use `memory` bytes."""
 
     config: PreprocessConfig
     run_folder: RunFolder
@@ -78,7 +90,7 @@ class _Run:
     memory: int
 
     def read(self, units: Sequence[WorkUnit]) -> None:
-        """The first pass, for some units or all."""
+        """Runs the first pass on the given work units, which may be a share of all."""
         folder = self.run_folder.parts(0)
         folder.mkdir(parents=True, exist_ok=True)
         if resume.completed_parts(folder) is not None:
@@ -94,21 +106,21 @@ class _Run:
             self.executor.run(read_work_unit, arguments, lambda number: step.advance(sizes[number]))
 
     def finish(self, units: Sequence[WorkUnit], inputs: Inputs) -> dict[str, Any]:
-        """Everything after the first pass."""
+        """Runs all passes but the first, and writes the outputs."""
         finished = self._read_parts(units)
         last = len(self.passes) - 1
         for number in range(1, last + 1):
             target = self.run_folder.shards if number == last else self.run_folder.parts(number)
             complete = resume.completed_parts(target)
             if complete is None:
-                complete = self._carry_out(number, finished, target)
+                complete = self._run_pass(number, finished, target)
                 resume.mark_complete(target, complete)
             self._release(number - 1, finished)
             finished = complete
         return write_outputs(self.config, self.run_folder, self.passes, finished, inputs)
 
     def _read_parts(self, units: Sequence[WorkUnit]) -> list[Part]:
-        """All parts of the first pass. Raises DataError where a unit was not read to its end."""
+        """All parts of the first pass. Raises DataError if a work unit is not completely read."""
         folder = self.run_folder.parts(0)
         parts = resume.completed_parts(folder)
         if parts is None:
@@ -116,42 +128,42 @@ class _Run:
             missing = sum(not parts or parts[-1].resume is not None for parts in by_unit)
             if missing:
                 raise DataError(
-                    f"{self.run_folder.output}: {missing} of {len(units)} pieces of the input are not read yet; "
+                    f"{self.run_folder.output}: {missing} of {len(units)} work units are not read yet; "
                     "run the missing --shard i/n first, or run without --merge to read them here"
                 )
             parts = [part for parts in by_unit for part in parts]
             resume.mark_complete(folder, parts)
         return parts
 
-    def _carry_out(self, number: int, finished: Sequence[Part], target: Path) -> list[Part]:
-        """Decides what pass `number` has to decide about the parts before it, and carries it out."""
+    def _run_pass(self, number: int, finished: Sequence[Part], target: Path) -> list[Part]:
+        """Runs pass `number` on the `finished` parts of the pass before it, and returns the parts that it wrote."""
         this = self.passes[number]
-        decisions = self._decide(number, finished)
+        decisions = self._run_global_stages(number, finished)
         names = [*(stage.name for stage in this.global_stages[1:]), *(stage.name for stage in this.stages)]
         if target == self.run_folder.shards:
             tokens = TokenCounter(self.config.tokenizer, self.config.bytes_per_token)
             shards = [
                 (target / f"{index:05d}", numbers, decisions, this, self._shard_name(index), tokens)
-                for index, numbers in enumerate(_shards(finished, self.config.shard_size))
+                for index, numbers in enumerate(_group_into_shards(finished, self.config.shard_size))
             ]
             return self._run_missing([*names, "writing"], "files", write_shard, shards)
-        pieces = [
+        parts = [
             (target / part.name, index, decisions, this, self._following(number))
             for index, part in enumerate(finished)
         ]
-        return self._run_missing(names, "pieces", apply_stages, pieces)
+        return self._run_missing(names, "parts", apply_stages, parts)
 
-    def _decide(self, number: int, finished: Sequence[Part]) -> tuple[StageDecisions, ...]:
+    def _run_global_stages(self, number: int, finished: Sequence[Part]) -> tuple[StageDecisions, ...]:
         stages = self.passes[number].global_stages
-        earlier = [
+        previous = [
             previous_parts(stage.name, key_options(self.config, stage.name), self.config.previous_runs)
             for stage in stages
         ]
         folders = [self.run_folder.decisions(number, stage.name) for stage in stages]
-        return run_global_stages(stages, finished, earlier, folders, self.executor, self.memory, self.progress)
+        return run_global_stages(stages, finished, previous, folders, self.executor, self.memory, self.progress)
 
     def _following(self, number: int) -> tuple[GlobalStage, ...]:
-        """The stages whose keys pass `number` writes."""
+        """The global stages of the next pass, whose keys pass `number` writes."""
         return self.passes[number + 1].global_stages if number + 1 < len(self.passes) else ()
 
     def _shard_name(self, index: int) -> str:
@@ -160,14 +172,14 @@ class _Run:
     def _run_missing(
         self, names: Sequence[str], unit: str, function: Callable[..., None], arguments: Sequence[tuple[Any, ...]]
     ) -> list[Part]:
-        """Runs the tasks whose target, their first argument, is not finished; returns what all of them wrote."""
+        """Runs the tasks whose target folder, their first argument, is not finished; returns the parts of all."""
         missing = [each for each in arguments if read_part(each[0]) is None]
         with self.progress.step(", ".join(names), len(missing), unit) as step:
             self.executor.run(function, missing, lambda _: step.advance(1))
         return [part for each in arguments if (part := read_part(each[0]))]
 
     def _release(self, number: int, finished: Sequence[Part]) -> None:
-        """Frees the disk of what only the next pass needed; keeps the keys where a later run shall see them."""
+        """Deletes the keys and documents that only the next pass needed; first moves the keys to be kept."""
         for stage in self._following(number):
             if self.config.keep_keys and stage.name in STAGES_WITH_KEYS:
                 keep_keys(stage.name, key_options(self.config, stage.name), finished, self.run_folder.output)
@@ -181,12 +193,12 @@ def _build_executor(config: PreprocessConfig, workers: int) -> Executor:
         return RayExecutor(workers, config.ray_address)
     if workers == 1:
         return InProcessExecutor()
-    preload(config)
+    preload_workers(config)
     return ProcessExecutor(workers)
 
 
-def _shards(finished: Sequence[Part], shard_bytes: int) -> list[list[int]]:
-    """The numbers of neighbouring parts that go into one output file, by the bytes of text in them."""
+def _group_into_shards(finished: Sequence[Part], shard_bytes: int) -> list[list[int]]:
+    """Groups neighbouring parts into output files of at most `shard_bytes` of text, or one part if it is larger."""
     groups: list[list[int]] = []
     filled = 0
     for number, part in enumerate(finished):
@@ -198,17 +210,17 @@ def _shards(finished: Sequence[Part], shard_bytes: int) -> list[list[int]]:
     return groups
 
 
-def _existing(run_folder: RunFolder, described: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of a run that is complete."""
+def _read_complete_run(run_folder: RunFolder, described: dict[str, Any]) -> dict[str, Any]:
+    """Returns the manifest of a complete run, after checking that its configuration and input are the same."""
     manifest = resume.read_run_json(run_folder.manifest)
-    resume.check_same_run(manifest, described, run_folder.manifest, f"remove {run_folder.output} to start anew")
-    shutil.rmtree(run_folder.work, ignore_errors=True)  # left where a run was killed after its last file
-    _log.info("%s: is complete already; nothing to do", run_folder.output)
+    resume.check_same_run(manifest, described, run_folder.manifest, f"remove {run_folder.output} to start again")
+    shutil.rmtree(run_folder.work, ignore_errors=True)  # a run that was killed after its last file left it
+    _log.info("%s: the run is already complete", run_folder.output)
     return manifest
 
 
 def _announce(config: PreprocessConfig, inputs: Inputs, workers: int, resumed: bool) -> None:
-    """Says what is to come, and refuses what the disk cannot hold."""
+    """Logs the size of the run and what it will use. Raises DataError if the disk is too small for it."""
     for name, reason in inputs.ignored:
         _log.warning("%s: not read: %s", name, reason)
     need = resources.estimate_disk(inputs.files, config)
@@ -217,16 +229,16 @@ def _announce(config: PreprocessConfig, inputs: Inputs, workers: int, resumed: b
         "%s: %s files, %.1f MB, about %.1f MB of text; %s with up to %.1f GB of memory and %.2f GB of disk%s",
         *(config.output_dir, f"{len(inputs.files):,}", size / 1e6, need.text / 1e6),
         *(f"{workers} workers" if workers > 1 else "1 worker", workers * resources.worker_memory(config) / 1e9),
-        *(need.disk / 1e9, "; going on with unfinished work" if resumed else ""),
+        *(need.disk / 1e9, "; resuming unfinished work" if resumed else ""),
     )
     if not resumed:
         resources.check_disk(need, config.output_dir)
 
 
 def _discard_damaged(run_folder: RunFolder, passes: int) -> None:
-    """Removes what an interruption left half-written, and finished work that is not as it was written."""
+    """Removes half-written folders, and parts whose files changed since they were written."""
     for folder in [*(run_folder.parts(number) for number in range(passes - 1)), run_folder.shards]:
         if resume.completed_parts(folder) is None:
             damaged = resume.discard_damaged(folder)
             if damaged:
-                _log.warning("%s: %d finished pieces were damaged and are done again", folder, damaged)
+                _log.warning("%s: %d finished parts are damaged and are done again", folder, damaged)

@@ -1,6 +1,6 @@
-"""Finished pieces of work on disk: folders that appear whole, with checksums of what is in them.
+"""The folders of a run below its output folder, and the parts in them.
 
-FOLDED: Where a run keeps what, below its output folder.
+A part is a folder of finished work with a marker, `part.json`, that holds the checksums of its files.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ DROPPED_FILE = "dropped.arrow"
 QUARANTINED_FILE = "quarantined.arrow"
 STATS_FILE = "tally.json"
 SHARD_PREFIX = "part-"
-IDS_FILE = "ids.arrow"  # of an earlier corpus, beside its keys
+IDS_FILE = "ids.arrow"  # of a previous run, beside its keys
 
 
 @dataclass(frozen=True)
 class Part:
     """A folder of finished work.
 
-    `rows` documents of `text_bytes` bytes were left when it was written. `resume` says where the reading of a unit
-    goes on, as (index of the span, position in it), or is None where nothing is left to read.
+    It held `rows` documents with `text_bytes` bytes of text when it was written. `resume` is the place where
+    reading the work unit goes on, as (index of the file range, position in it), or None if the unit is completely
+    read. `checksums` maps the name of each file to its XXH3-128.
     """
 
     folder: Path
@@ -69,7 +70,7 @@ def appearing_folder(folder: Path) -> Iterator[Path]:
 
 
 def finish_part(folder: Path, partial: Path, rows: int, text_bytes: int, resume: tuple[int, int] | None) -> Part:
-    """Writes the marker of a part whose files are complete in `partial`, soon to be `folder`."""
+    """Writes the marker of a part whose files are complete in `partial`, which will be renamed to `folder`."""
     checksums = {path.relative_to(partial).as_posix(): checksum(path) for path in _files(partial)}
     part = Part(folder, rows, text_bytes, resume, checksums)
     fields = {name: value for name, value in asdict(part).items() if name != "folder"}
@@ -78,7 +79,7 @@ def finish_part(folder: Path, partial: Path, rows: int, text_bytes: int, resume:
 
 
 def read_part(folder: Path) -> Part | None:
-    """The finished part in `folder`, or None where there is none."""
+    """Reads the marker of the part in `folder`; None if there is no finished part."""
     try:
         fields: dict[str, Any] = orjson.loads((folder / _MARKER).read_bytes())
         resume = fields["resume"]
@@ -90,7 +91,7 @@ def read_part(folder: Path) -> Part | None:
 
 
 def is_intact(part: Part) -> bool:
-    """Whether all files of a part are there as they were written."""
+    """Whether all files of a part exist and have their checksums."""
     try:
         return all(checksum(part.folder / name) == expected for name, expected in part.checksums.items())
     except OSError:
@@ -98,7 +99,7 @@ def is_intact(part: Part) -> bool:
 
 
 def checksum(path: Path) -> str:
-    """XXH3-128 of a file, in hexadecimal."""
+    """The XXH3-128 of a file, in hexadecimal."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
@@ -107,23 +108,23 @@ def checksum(path: Path) -> str:
 
 
 def write_table(table: pa.Table, path: Path) -> None:
-    """Writes an Arrow file that can be memory-mapped: uncompressed."""
+    """Writes an uncompressed Arrow file, which can be memory-mapped."""
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table.combine_chunks())
 
 
 def read_table(path: Path) -> pa.Table:
-    """A memory-mapped table."""
+    """Memory-maps an Arrow file. Raises DataError if it is damaged."""
     try:
         return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(
-            f"{path}: unfinished work is damaged: {error}; remove the folder .work and run again"
+            f"{path}: a file of the unfinished run is damaged: {error}; remove the folder .work and run again"
         ) from None
 
 
 def single_batch(table: pa.Table) -> pa.RecordBatch:
-    """The rows of a table as one batch."""
+    """The rows of a table in one batch."""
     batches = table.combine_chunks().to_batches()
     return batches[0] if batches else pa.RecordBatch.from_pylist([], table.schema)
 
@@ -134,7 +135,7 @@ def _files(folder: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folders of a run. Everything in `work` is removed once the run is complete."""
+    """The folders of a run. `work` is removed once the run is complete."""
 
     output: Path
 
@@ -151,14 +152,14 @@ class RunFolder:
         return self.output / "manifest.json"
 
     def parts(self, number: int) -> Path:
-        """The finished parts of a pass."""
+        """The folder with the parts of a pass."""
         return self.work / f"pass-{number}"
 
     def decisions(self, number: int, stage: str) -> Path:
-        """What a corpus stage decided before pass `number`."""
+        """The folder with the decisions of a global stage at the start of pass `number`."""
         return self.work / f"decisions-{number}" / stage
 
     @property
     def shards(self) -> Path:
-        """Finished output files, until the run is complete."""
+        """The folder with the finished output files until the run is complete."""
         return self.work / "shards"

@@ -1,4 +1,4 @@
-"""A quick look at whether the whole pipeline works on this machine: made-up text through every stage, to tokens."""
+"""Checks that the data pipeline works on this machine: cleans, filters and tokenizes synthetic text."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _log = get_logger("Check")
 
 
 def smoke_test() -> None:
-    """Makes a damaged corpus, cleans it with one worker and with two, tokenizes it, and checks the results.
+    """Writes a damaged corpus, cleans it with one worker and with two, tokenizes it, and checks the results.
 
-    Under 30 s. Raises DataError, naming what failed.
+    Takes less than 30 s. Raises DataError with the first check that fails.
     """
     configure_logging()
     with tempfile.TemporaryDirectory() as name:
@@ -36,7 +36,7 @@ def smoke_test() -> None:
         runs = [_run(folder, workers) for workers in (1, 2)]
         for what, holds in _checks(folder, broken, *runs):
             if not holds:
-                raise DataError(f"the data pipeline does not work here: {what}: no")
+                raise DataError(f"the data pipeline does not work on this machine: {what}: no")
             _log.info("%s: yes", what)
 
 

@@ -1,4 +1,4 @@
-"""Counts of what went in, what came out and why, that add up over the parts of a corpus in any order."""
+"""Counts of documents before and after each stage, with reasons and samples. Parts may be added in any order."""
 
 from __future__ import annotations
 
@@ -21,15 +21,17 @@ _EXCERPT_CHARACTERS = 600
 
 
 class Stats:
-    """Nested counts, and a few samples for each reason: those whose place hashes lowest, whoever finds them.
+    """Nested counts, and five samples for each stage and reason.
 
     `counts` holds
-    - `read`: `documents`, `bytes`, `records` (quarantined ones included), and `lengths`;
+    - `read`: `documents`, `bytes`, `records` (including quarantined ones), and `lengths`;
     - `quarantined`: records by reason;
-    - `stages`: by name `in` and `out` (`documents`, `bytes`), `reasons` (`documents`, `bytes`), `sources` (`in`,
-      `out`), and `observed` (`before`, `after`: counts of numbers to two significant digits, or of words);
+    - `stages`: for each stage `in` and `out` (`documents`, `bytes`), `reasons` (`documents`, `bytes`), `sources`
+      (`in`, `out`), and `observed` (`before`, `after`: counts by value, numbers rounded to two significant digits);
     - `kept`: `documents`, `bytes`, `tokens`, `copies`, `lengths`, `sources`.
-    Bytes are of text in UTF-8. `lengths` counts documents by the floor of log2 of 1 + their bytes.
+    Bytes are bytes of text in UTF-8. `lengths` counts documents by floor(log2(1 + bytes)).
+
+    `samples` are the documents with the lowest hash of source and place, whatever the order of the parts.
     """
 
     def __init__(
@@ -39,7 +41,7 @@ class Stats:
         self.samples: dict[str, list[dict[str, Any]]] = samples or {}
 
     def read(self, records: pa.RecordBatch, quarantined: pa.RecordBatch) -> None:
-        """Counts a batch as it was read."""
+        """Counts a batch of documents that was read, and the records that could not be read."""
         lengths = pc.binary_length(records.column("text"))
         failed = int(pc.sum(quarantined.column("records")).as_py() or 0)
         self._add(
@@ -54,7 +56,7 @@ class Stats:
         self.quarantine(quarantined)
 
     def quarantine(self, quarantined: pa.RecordBatch) -> None:
-        """Counts records that were set aside."""
+        """Counts quarantined records by reason."""
         reasons = zip(
             quarantined.column("reason").to_pylist(), quarantined.column("records").to_pylist(), strict=True
         )
@@ -62,7 +64,7 @@ class Stats:
             self._add("quarantined", {reason: records})
 
     def stage(self, name: str, before: pa.RecordBatch, result: Outcome) -> None:
-        """Counts what a stage made of a batch, and takes samples of what it dropped."""
+        """Counts the result of a stage for the batch `before`, and samples the documents that it dropped."""
         lengths = pc.binary_length(before.column("text")).to_numpy(zero_copy_only=False)
         gone = np.flatnonzero(~result.kept_rows)
         groups = source_groups(before.column("source"))
@@ -102,22 +104,22 @@ class Stats:
         self._keep_lowest("kept", [_sample_of(batch, row, {}) for row in range(min(batch.num_rows, _SAMPLES))])
 
     def copies(self, copies: int) -> None:
-        """Notes that so many of the documents that were written are copies of others."""
+        """Counts `copies` of the written documents as copies of others."""
         self._add("kept", {"documents": -copies, "copies": copies})
 
     def add(self, other: Stats) -> None:
-        """Adds another tally to this one."""
+        """Adds the counts and samples of `other`."""
         _merge(self.counts, other.counts)
         for key, samples in other.samples.items():
             self._keep_lowest(key, samples)
 
     def to_json(self) -> bytes:
-        """Both, as JSON with sorted keys."""
+        """Counts and samples as JSON with sorted keys."""
         return orjson.dumps({"counts": self.counts, "samples": self.samples}, option=orjson.OPT_SORT_KEYS)
 
     @classmethod
     def from_json(cls, data: bytes) -> Stats:
-        """What `to_json` wrote."""
+        """Reads the output of `to_json`."""
         fields = orjson.loads(data)
         return cls(fields["counts"], fields["samples"])
 
@@ -130,7 +132,7 @@ class Stats:
         for index, (row, drop) in enumerate(zip(gone.tolist(), rows, strict=True)):
             found.setdefault(drop["reason"], []).append((row, index))
         for reason, places in found.items():
-            # In a batch the first few stand for all; between batches the lowest hash decides.
+            # Within a batch the first documents are taken; between batches the lowest hashes.
             samples = [_sample_of(before, row, rows[index]) for row, index in places[:_SAMPLES]]
             self._keep_lowest(f"{stage}/{reason}", samples)
 
@@ -140,13 +142,13 @@ class Stats:
 
 
 def empty_stage_counts() -> dict[str, Any]:
-    """The counts of a stage that no document reached."""
+    """The counts of a stage that received no document."""
     nothing = {"documents": 0, "bytes": 0}
     return {"in": {**nothing}, "out": {**nothing}, "reasons": {}, "sources": {}, "observed": {}}
 
 
 def source_groups(sources: pa.Array) -> list[str]:
-    """What the report counts by: the first folder of a source's name, or the name where it stands in none."""
+    """The group of each source for the report: the first folder of its name, or the name if it has no folder."""
     encoded = sources.dictionary_encode()
     groups = [name.split("/", 1)[0] for name in encoded.dictionary.to_pylist()]
     return [groups[index] for index in encoded.indices.to_pylist()]
@@ -193,7 +195,7 @@ def _histogram(values: Sequence[Any]) -> dict[str, int]:
 
 
 def _shown(value: Any) -> str:
-    """A number to two significant digits, which keeps a histogram small whatever is in it; a word as it is."""
+    """A number rounded to two significant digits, which keeps histograms small; a word unchanged."""
     if isinstance(value, str):
         return value
     number = float(value)

@@ -1,9 +1,6 @@
-"""The first pass: reads a unit of the input, applies the first stages, and writes its documents in parts.
+"""The tasks of a run, which executors run in any order: read a work unit, apply stages to a part, write a shard.
 
-FOLDED: The later passes: carry out what was decided about a part's documents, apply stages, and write what is left.
-
-
-FOLDED: Runs batches through the stages of a pass and gathers what comes out, what is dropped, and the counts.
+A task writes its result into one folder per part, which appears under its name only once it is complete.
 """
 
 from __future__ import annotations
@@ -43,79 +40,56 @@ from deepseek_v3.data.stages import DROPPED, GlobalStage, Outcome, Stage
 from deepseek_v3.data.tokens.tokenizer import TokenCounter
 
 
-def apply_stages(
-    target: Path, number: int, decisions: Sequence[StageDecisions], this: Pass, following: Sequence[GlobalStage]
-) -> None:
-    """Carries out the decisions for the part of that number and applies the stages of a pass, not the last one.
+class StageRunner:
+    """Runs batches of one part through the stages of a pass, and collects drops, quarantined records and counts.
 
-    What is left, its keys for the `following` stages, and what was dropped appear in the folder `target`.
+    `copies` counts the documents that a stage, such as mixing, wrote again.
     """
-    runner = StageRunner(this.stages)
-    kept = pa.Table.from_batches(_judged(number, decisions, this, runner))
-    write_records(kept, runner, following, target)
 
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        self._stages = stages
+        self._dropped: list[pa.RecordBatch] = []
+        self._quarantined: list[pa.RecordBatch] = []
+        self.stats = Stats()
+        self.copies = 0
 
-def write_shard(
-    target: Path,
-    numbers: Sequence[int],
-    decisions: Sequence[StageDecisions],
-    this: Pass,
-    file_name: str,
-    tokens: TokenCounter,
-) -> None:
-    """As `judge_part`, in the last pass, for several parts whose documents become one output file."""
-    runner = StageRunner(this.stages)
-    rows = num_bytes = 0
-    with appearing_folder(target) as partial:
-        with RecordWriter(partial / file_name) as writer:
-            for number in numbers:
-                for batch in _judged(number, decisions, this, runner):
-                    runner.stats.kept(batch, tokens.total(batch.column("text")))
-                    writer.write(batch)
-                    rows += batch.num_rows
-                    num_bytes += text_bytes(batch)
-        runner.stats.copies(runner.copies)
-        runner.write(partial)
-        finish_part(target, partial, rows, num_bytes, None)
+    def run(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """Applies all stages of the pass and returns the documents that are left."""
+        for stage in self._stages:
+            result = stage.apply(batch)
+            self.record(stage.name, batch, result)
+            batch = result.kept
+        return batch
 
+    def record(self, stage: str, before: pa.RecordBatch, result: Outcome) -> None:
+        """Counts the result of a stage for the batch `before`, and collects the documents that it dropped."""
+        missing = before.num_rows - int(result.kept_rows.sum()) - result.dropped.num_rows
+        if missing:
+            raise AssertionError(f"stage {stage} lost {missing} documents of a batch without a reason")
+        self.copies += result.kept.num_rows - int(result.kept_rows.sum())
+        self.stats.stage(stage, before, result)
+        if result.dropped.num_rows:
+            self._dropped.append(result.dropped)
 
-def _judged(
-    number: int, decisions: Sequence[StageDecisions], this: Pass, runner: StageRunner
-) -> Iterator[pa.RecordBatch]:
-    """The documents of a part that are left after the decisions and the stages of a pass; one batch or several."""
-    records = decisions[0].own(number).records
-    assert records is not None
-    batch = single_batch(read_table(records))
-    rows = np.arange(batch.num_rows)
-    for stage, decision in zip(this.global_stages, decisions, strict=True):
-        documents = decision.own(number).first + rows
-        result = stage.apply(batch, documents, decision.folder, decision.ids_of)
-        if isinstance(stage, UniqueIds):
-            repeated = as_quarantined(batch, result)
-            runner.stats.quarantine(repeated)
-            runner.quarantine(repeated)
-        else:
-            runner.record(stage.name, batch, result)
-        batch, rows = result.kept, rows[result.kept_rows]
-    for piece in _pieces(batch):
-        yield runner.run(piece)
+    def quarantine(self, quarantined: pa.RecordBatch) -> None:
+        """Collects quarantined records. The caller counts them."""
+        if quarantined.num_rows:
+            self._quarantined.append(quarantined)
 
-
-def _pieces(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
-    """A batch in slices as small as those that reading gives; an empty batch as it is."""
-    ends = np.cumsum(pc.binary_length(batch.column("text")).to_numpy(zero_copy_only=False)) // BATCH_BYTES
-    cuts = [0, *(np.flatnonzero(np.diff(ends)) + 1).tolist(), batch.num_rows]
-    for start, stop in pairwise(cuts):
-        yield batch.slice(start, stop - start)
+    def write(self, folder: Path) -> None:
+        """Writes the dropped documents, the quarantined records and the counts."""
+        write_table(pa.Table.from_batches(self._dropped, DROPPED), folder / DROPPED_FILE)
+        write_table(pa.Table.from_batches(self._quarantined, QUARANTINED), folder / QUARANTINED_FILE)
+        (folder / STATS_FILE).write_bytes(self.stats.to_json())
 
 
 @dataclass(frozen=True)
 class WorkUnit:
-    """Spans of the input that one task reads, in the order of the corpus."""
+    """Ranges of input files that one task reads, in the order of the corpus. `size` is their bytes on disk."""
 
     number: int
     spans: tuple[FileRange, ...]
-    size: int  # bytes on disk
+    size: int
 
 
 def read_work_unit(
@@ -126,34 +100,34 @@ def read_work_unit(
     folder: Path,
     part_bytes: int,
 ) -> int:
-    """Reads what is left of a unit, and returns its number.
+    """Reads the rest of a work unit in parts, applies the stages of the `first` pass, and returns its number.
 
-    A part ends with the batch that brings its text, as it was read, to `part_bytes`, so parts depend on the input
-    alone. Their documents have passed the stages of `first`, and their keys for the `following` stages are written.
+    A part ends with the batch that brings the text it read to `part_bytes`, so parts depend only on the input. Each
+    part also holds the keys of its documents for the `following` global stages.
     """
     parts = finished_parts(unit.number, folder)
     resume = parts[-1].resume if parts else (0, 0)
     while resume is not None:
         target = folder / f"{unit.number:06d}-{len(parts):05d}"
-        batches = _batches(unit, options, resume)
-        part = _write_part(batches, first, following, target, part_bytes)
+        batches = _read_batches(unit, options, resume)
+        part = _read_part(batches, first, following, target, part_bytes)
         parts.append(part)
         resume = part.resume
     return unit.number
 
 
 def finished_parts(unit: int, folder: Path) -> list[Part]:
-    """The parts of a unit that are finished, in order."""
+    """The finished parts of a work unit, in order."""
     parts: list[Part] = []
     while part := read_part(folder / f"{unit:06d}-{len(parts):05d}"):
         parts.append(part)
     return parts
 
 
-def _batches(
+def _read_batches(
     unit: WorkUnit, options: ReadOptions, resume: tuple[int, int]
 ) -> Iterator[tuple[ReadBatch, tuple[int, int]]]:
-    """The batches of a unit from a place on, each with the place where the next one starts."""
+    """Reads the batches of a work unit from `resume` on, each with the place where the next batch starts."""
     index, position = resume
     for number in range(index, len(unit.spans)):
         start = position if number == index and position else None
@@ -161,13 +135,14 @@ def _batches(
             yield batch, (number, batch.position)
 
 
-def _write_part(
+def _read_part(
     batches: Iterator[tuple[ReadBatch, tuple[int, int]]],
     first: Pass,
     following: Sequence[GlobalStage],
     target: Path,
     part_bytes: int,
 ) -> Part:
+    """Reads batches until they hold `part_bytes` of text, applies the stages and writes the part."""
     runner = StageRunner(first.stages)
     kept: list[pa.RecordBatch] = []
     read_bytes = 0
@@ -180,10 +155,76 @@ def _write_part(
         if read_bytes >= part_bytes:
             resume = place
             break
-    if not kept:  # stages append their columns to no documents as well
+    if not kept:  # an empty part also needs the columns that the stages append
         kept.append(runner.run(pa.RecordBatch.from_pylist([], RECORDS)))
-    table = pa.Table.from_batches(kept)
-    return write_records(table, runner, following, target, resume)
+    return write_records(pa.Table.from_batches(kept), runner, following, target, resume)
+
+
+def apply_stages(
+    target: Path, number: int, decisions: Sequence[StageDecisions], this: Pass, following: Sequence[GlobalStage]
+) -> None:
+    """Runs pass `this`, which is neither the first nor the last one, on the part with this number.
+
+    Applies the decisions of the global stages, then the stages. The folder `target` receives the documents that are
+    left, their keys for the `following` global stages, and the dropped documents.
+    """
+    runner = StageRunner(this.stages)
+    kept = pa.Table.from_batches(_run_pass(number, decisions, this, runner))
+    write_records(kept, runner, following, target)
+
+
+def write_shard(
+    target: Path,
+    numbers: Sequence[int],
+    decisions: Sequence[StageDecisions],
+    this: Pass,
+    file_name: str,
+    tokens: TokenCounter,
+) -> None:
+    """Runs the last pass on several parts, whose remaining documents become one output file."""
+    runner = StageRunner(this.stages)
+    rows = num_bytes = 0
+    with appearing_folder(target) as partial:
+        with RecordWriter(partial / file_name) as writer:
+            for number in numbers:
+                for batch in _run_pass(number, decisions, this, runner):
+                    runner.stats.kept(batch, tokens.total(batch.column("text")))
+                    writer.write(batch)
+                    rows += batch.num_rows
+                    num_bytes += text_bytes(batch)
+        runner.stats.copies(runner.copies)
+        runner.write(partial)
+        finish_part(target, partial, rows, num_bytes, None)
+
+
+def _run_pass(
+    number: int, decisions: Sequence[StageDecisions], this: Pass, runner: StageRunner
+) -> Iterator[pa.RecordBatch]:
+    """Yields the documents of a part that the decisions and the stages of a pass keep, in one batch or several."""
+    records = decisions[0].own_part(number).records
+    assert records is not None
+    batch = single_batch(read_table(records))
+    rows = np.arange(batch.num_rows)
+    for stage, decision in zip(this.global_stages, decisions, strict=True):
+        documents = decision.own_part(number).first + rows
+        result = stage.apply(batch, documents, decision.folder, decision.ids_of)
+        if isinstance(stage, UniqueIds):
+            repeated = as_quarantined(batch, result)
+            runner.stats.quarantine(repeated)
+            runner.quarantine(repeated)
+        else:
+            runner.record(stage.name, batch, result)
+        batch, rows = result.kept, rows[result.kept_rows]
+    for small_batch in _split_batch(batch):
+        yield runner.run(small_batch)
+
+
+def _split_batch(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    """Slices a batch into batches of the size that reading gives. Yields an empty batch unchanged."""
+    ends = np.cumsum(pc.binary_length(batch.column("text")).to_numpy(zero_copy_only=False)) // BATCH_BYTES
+    cuts = [0, *(np.flatnonzero(np.diff(ends)) + 1).tolist(), batch.num_rows]
+    for start, stop in pairwise(cuts):
+        yield batch.slice(start, stop - start)
 
 
 def write_records(
@@ -193,7 +234,7 @@ def write_records(
     target: Path,
     resume: tuple[int, int] | None = None,
 ) -> Part:
-    """Writes a part: its documents, their keys for the stages that come next, and what was collected on the way."""
+    """Writes a part: its documents, their keys for the `following` global stages, and what `runner` collected."""
     table = table.combine_chunks()
     with appearing_folder(target) as partial:
         write_table(table, partial / RECORDS_FILE)
@@ -206,45 +247,5 @@ def write_records(
 
 
 def text_bytes(records: pa.RecordBatch | pa.Table) -> int:
-    """Bytes of text in UTF-8."""
+    """The bytes of all texts in UTF-8."""
     return int(pc.sum(pc.binary_length(records.column("text"))).as_py() or 0)
-
-
-class StageRunner:
-    """What the documents of one part became."""
-
-    def __init__(self, stages: Sequence[Stage]) -> None:
-        self._stages = stages
-        self._dropped: list[pa.RecordBatch] = []
-        self._quarantined: list[pa.RecordBatch] = []
-        self.stats = Stats()
-        self.copies = 0  # of documents that go on more than once
-
-    def run(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        """The batch after all stages of the pass."""
-        for stage in self._stages:
-            result = stage.apply(batch)
-            self.record(stage.name, batch, result)
-            batch = result.kept
-        return batch
-
-    def record(self, stage: str, before: pa.RecordBatch, result: Outcome) -> None:
-        """Counts what a stage did to a batch, and keeps what it dropped."""
-        missing = before.num_rows - int(result.kept_rows.sum()) - result.dropped.num_rows
-        if missing:
-            raise AssertionError(f"stage {stage} lost {missing} documents of a batch without a reason")
-        self.copies += result.kept.num_rows - int(result.kept_rows.sum())
-        self.stats.stage(stage, before, result)
-        if result.dropped.num_rows:
-            self._dropped.append(result.dropped)
-
-    def quarantine(self, quarantined: pa.RecordBatch) -> None:
-        """Keeps records that were set aside; they are counted by whoever found them."""
-        if quarantined.num_rows:
-            self._quarantined.append(quarantined)
-
-    def write(self, folder: Path) -> None:
-        """Writes what was dropped and set aside, and the counts."""
-        write_table(pa.Table.from_batches(self._dropped, DROPPED), folder / DROPPED_FILE)
-        write_table(pa.Table.from_batches(self._quarantined, QUARANTINED), folder / QUARANTINED_FILE)
-        (folder / STATS_FILE).write_bytes(self.stats.to_json())

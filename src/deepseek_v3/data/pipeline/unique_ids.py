@@ -1,4 +1,4 @@
-"""Ids name one document each: a record whose id an earlier one has is set aside, like any broken record."""
+"""Quarantines each record whose id a record before it has, so that an id names one document."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from deepseek_v3.data.deduplication.key_files import key_ranges
 from deepseek_v3.data.formats.quarantine import MAX_RAW_BYTES, QUARANTINED
 from deepseek_v3.data.stages import Drop, GlobalStage, IdLookup, NumberedPart, Outcome, Task, outcome
 
-_BYTES_PER_KEY = 200  # a match task's need for each id of its range, at most
+_BYTES_PER_KEY = 200  # of memory that a match task needs for each id, at most
 
 
 class UniqueIds(GlobalStage):
-    """Drops every record but the first of those with the same id, by XXH3-128 of the id."""
+    """Drops each record whose id a record before it has. Ids are compared by their XXH3-128."""
 
     name = "unique_ids"
 
@@ -40,7 +40,7 @@ class UniqueIds(GlobalStage):
         return [Task("match", (tuple(parts), low, high)) for low, high in ranges]
 
     def match(self, output: Path, parts: Sequence[NumberedPart], low: int, high: int) -> None:
-        """Writes the repeats among the hashes that begin with `low` to below `high`."""
+        """Writes the repeated hashes whose first bits are at least `low` and below `high`."""
         np.save(output, repeated_hashes.find_repeats(parts, low, high))
 
     @override
@@ -65,7 +65,7 @@ class UniqueIds(GlobalStage):
 
 
 def as_quarantined(batch: pa.RecordBatch, result: Outcome) -> pa.RecordBatch:
-    """The records that `UniqueIds` dropped, as `QUARANTINED`."""
+    """The records of a batch that `UniqueIds` dropped, as `QUARANTINED`."""
     rows = [
         {
             "source": record["source"],
@@ -74,7 +74,7 @@ def as_quarantined(batch: pa.RecordBatch, result: Outcome) -> pa.RecordBatch:
             "length": -1,
             "records": 1,
             "reason": "duplicate_id",
-            "error": f"the id {record['id']!r} belongs to a record before this one; give each record its own",
+            "error": f"the id {record['id']!r} belongs to a record before this one; give each record a unique id",
             "raw": _raw(record),
         }
         for record in batch.filter(pa.array(~result.kept_rows)).to_pylist()
