@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -83,9 +84,28 @@ def in_the_middle(checkpoints: Path) -> str:
     return str(found)
 
 
+class Run(NamedTuple):
+    """A run from its first step to its last: where its checkpoints are, and its held-out loss at the end."""
+
+    checkpoints: Path
+    held_out: float
+
+
 @pytest.fixture(scope="module")
-def uninterrupted(pool: RankPool, run: Path, tmp_path_factory: pytest.TempPathFactory) -> float:
-    return train(pool, run, ALONE, tmp_path_factory.mktemp("whole"))
+def run_of(pool: RankPool, run: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[str]], Run]:
+    """The run under a layout, which is trained once for all tests."""
+
+    @cache
+    def trained(layout: tuple[str, ...]) -> Run:
+        folder = tmp_path_factory.mktemp("saved")
+        return Run(folder, train(pool, run, list(layout), folder))
+
+    return lambda layout: trained(tuple(layout))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(run_of: Callable[[list[str]], Run]) -> float:
+    return run_of(ALONE).held_out
 
 
 @pytest.mark.parametrize(
@@ -104,10 +124,15 @@ def uninterrupted(pool: RankPool, run: Path, tmp_path_factory: pytest.TempPathFa
     ],
 )
 def test_a_run_goes_on_under_another_layout(
-    pool: RankPool, run: Path, uninterrupted: float, tmp_path: Path, first: list[str], second: list[str]
+    pool: RankPool,
+    run: Path,
+    run_of: Callable[[list[str]], Run],
+    uninterrupted: float,
+    tmp_path: Path,
+    first: list[str],
+    second: list[str],
 ) -> None:
-    train(pool, run, first, tmp_path / "first")
-    found = train(pool, run, second, tmp_path / "second", resume=in_the_middle(tmp_path / "first"))
+    found = train(pool, run, second, tmp_path, resume=in_the_middle(run_of(first).checkpoints))
     assert found == pytest.approx(uninterrupted, rel=1e-5)
 
 
@@ -119,13 +144,12 @@ Saved = Callable[[list[str], list[str]], tuple[str, float]]
 
 
 @pytest.fixture(scope="module")
-def saved_by(pool: RankPool, run: Path, tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    """Makes the checkpoint in the middle of a run, once for each layout, and its held-out loss in one process."""
+def saved_by(pool: RankPool, run: Path, run_of: Callable[[list[str]], Run]) -> Saved:
+    """The checkpoint in the middle of a layout's run of a model, and its held-out loss in one process."""
 
     @cache
     def saved(layout: tuple[str, ...], model: tuple[str, ...]) -> tuple[str, float]:
-        folder = tmp_path_factory.mktemp("saved")
-        train(pool, run, list(layout), folder)
+        folder = run_of([*layout, *model]).checkpoints
         checkpoint = in_the_middle(folder)
         (result,) = pool.run(1, parallel_runs.resumed, run, recipe(folder, [*ALONE, *model]), checkpoint)
         assert result.differing == []
@@ -157,7 +181,7 @@ def test_resuming_fills_every_copy_of_a_weight(
     model: list[str],
 ) -> None:
     """The embedding is on the first and on the last stage; in a V one rank has both."""
-    checkpoint, expected = saved_by([*first, *model], model)
+    checkpoint, expected = saved_by(first, model)
     overrides = recipe(tmp_path, [*second, *model])
     world = load_config(run, overrides).parallel.world_size
     for result in pool.run(world, parallel_runs.resumed, run, overrides, checkpoint, pool.device):
@@ -183,31 +207,37 @@ def test_a_run_goes_on_under_another_layout_on_gpus(run: Path, tmp_path: Path) -
         pool.close()
 
 
-@pytest.mark.parametrize(("first", "second"), [(1, ALONE), (FSDP_2, 3), (3, 2)], ids=["1-alone", "FSDP-3", "3-2"])
+@pytest.mark.parametrize(("first", "second"), [(1, ALONE), (FSDP, 3), (3, 2)], ids=["1-alone", "FSDP-3", "3-2"])
 def test_a_run_goes_on_by_deepspeed_and_from_it(
     pool: RankPool,
     deepspeed_pool: RankPool,
     run: Path,
+    run_of: Callable[[list[str]], Run],
     uninterrupted: float,
     tmp_path: Path,
     first: list[str] | int,
     second: list[str] | int,
 ) -> None:
-    def part(layout: list[str] | int, name: str, resume: str | None = None) -> float:
-        if isinstance(layout, int):
-            return train_by_deepspeed(deepspeed_pool, run, layout, tmp_path / name, resume)
-        return train(pool, run, layout, tmp_path / name, resume)
-
-    part(first, "first")
-    assert part(second, "second", in_the_middle(tmp_path / "first")) == pytest.approx(uninterrupted, rel=1e-5)
+    if isinstance(first, int):
+        train_by_deepspeed(deepspeed_pool, run, first, tmp_path / "first")
+    middle = in_the_middle(tmp_path / "first" if isinstance(first, int) else run_of(first).checkpoints)
+    if isinstance(second, int):
+        found = train_by_deepspeed(deepspeed_pool, run, second, tmp_path / "second", middle)
+    else:
+        found = train(pool, run, second, tmp_path / "second", middle)
+    assert found == pytest.approx(uninterrupted, rel=1e-5)
 
 
 def test_other_samples_are_refused_and_moments_converted_by_all(
-    pool: RankPool, deepspeed_pool: RankPool, run: Path, uninterrupted: float, tmp_path: Path
+    pool: RankPool,
+    deepspeed_pool: RankPool,
+    run: Path,
+    run_of: Callable[[list[str]], Run],
+    uninterrupted: float,
+    tmp_path: Path,
 ) -> None:
     """As in one process, where `test_train_command` has the same."""
-    train(pool, run, ALONE, tmp_path / "first")
-    middle = in_the_middle(tmp_path / "first")
+    middle = in_the_middle(run_of(ALONE).checkpoints)
     with pytest.raises(AssertionError, match=r"CheckpointError: .*training\.seed: 0 -> 1"):
         train(pool, run, [*FSDP_2, "training.seed=1"], tmp_path / "seed", middle)
     rounded = "training.optimizer.moments=bfloat16"
@@ -216,9 +246,11 @@ def test_other_samples_are_refused_and_moments_converted_by_all(
     assert found == pytest.approx(uninterrupted, rel=1e-3)
 
 
-def test_the_same_layout_goes_on_bit_for_bit(pool: RankPool, run: Path, tmp_path: Path) -> None:
-    whole = train(pool, run, EXPERTS, tmp_path / "a")
-    assert train(pool, run, EXPERTS, tmp_path / "b", resume=in_the_middle(tmp_path / "a")) == whole
-    states = [load_checkpoint(tmp_path / name / f"checkpoint_step_{WHOLE}") for name in "ab"]
+def test_the_same_layout_goes_on_bit_for_bit(
+    pool: RankPool, run: Path, run_of: Callable[[list[str]], Run], tmp_path: Path
+) -> None:
+    whole = run_of(EXPERTS)
+    assert train(pool, run, EXPERTS, tmp_path, resume=in_the_middle(whole.checkpoints)) == whole.held_out
+    states = [load_checkpoint(folder / f"checkpoint_step_{WHOLE}") for folder in (whole.checkpoints, tmp_path)]
     for name, tensor in states[0]["model"].items():
         assert tensor.equal(states[1]["model"][name]), name
