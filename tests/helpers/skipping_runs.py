@@ -20,33 +20,37 @@ STORY = ("", "gradient nan", "gradient inf", "loss nan", "")
 
 
 def train(parallel: dict[str, Any], story: tuple[str, ...] = STORY) -> list[Any]:
-    """What `_told` returns of a run on the ranks of a layout."""
+    """Trains on the ranks of a layout; returns the rows of `_run_story`."""
     config = parallel_runs.run_config(len(STORY), {"precision": "float32", **parallel}, {})
-    return _told(parallel_runs.engine_of(config), config, story)
+    return _run_story(parallel_runs.engine_of(config), config, story)
 
 
 def train_by_deepspeed(file: Path) -> list[Any]:
-    """The same, by DeepSpeed."""
-    return _told(*deepspeed_runs.engine_of(file, len(STORY), {"micro_batch_size": 4}, {}), STORY)
+    """Trains with DeepSpeed; returns the rows of `_run_story`."""
+    return _run_story(*deepspeed_runs.engine_of(file, len(STORY), {"micro_batch_size": 4}, {}), STORY)
 
 
-def _told(engine: Engine, config: Any, story: tuple[str, ...]) -> list[Any]:
-    """Of every step: whether it was finite, whether it left all state as it was to the bit, the steps taken, its
-    loss and its norm. Steps whose story is "left out" are not taken."""
+def _run_story(engine: Engine, config: Any, story: tuple[str, ...]) -> list[Any]:
+    """Runs the steps of a story except those that are "left out"; returns one row for each step.
+
+    A row holds whether the step was finite, whether it left every bit of the state unchanged, how many updates the
+    optimizer has made, the loss and the gradient norm.
+    """
     trouble = _Trouble(engine)
-    plan, found = TrainingSchedule(config), []
+    plan, rows = TrainingSchedule(config), []
+    before = _state(engine)
     for number, what in enumerate(story, start=1):
         if what == "left out":
             continue
-        before = _state(engine)
         trouble.now = what
         step = plan.step(number)
         result = engine.run_step(parallel_runs.micro_batches_of(engine, config, step), step)
         after = _state(engine)
         same = all(tensor.equal(before[name]) for name, tensor in after.items())
         figures = (result.losses.total.item(), result.norm.item())
-        found.append((bool(result.finite), same, engine.optimizer.num_steps, *figures))
-    return found
+        rows.append((bool(result.finite), same, engine.optimizer.num_steps, *figures))
+        before = after
+    return rows
 
 
 def _state(engine: Engine) -> dict[str, Tensor]:

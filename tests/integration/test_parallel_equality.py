@@ -29,13 +29,14 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "EP 2, partly recomputed": {"data_shard": 2, "expert": 2, "recomputation": "selective"},
     "PP 2 × EP 2": {"pipeline": 2, "data_shard": 2, "expert": 2},
     "PP 2, zero bubble, × EP 2": {"pipeline": 2, "pipeline_schedule": "zero_bubble", "data_shard": 2, "expert": 2},
-    "PP 2": {"pipeline": 2},
+    "PP 2": {"pipeline": 2, "micro_batch_size": 2},
     "PP 4": {"pipeline": 4},
-    "PP 2, interleaved": {"pipeline": 2, "pipeline_schedule": "interleaved"},
-    "PP 2, zero bubble": {"pipeline": 2, "pipeline_schedule": "zero_bubble"},
+    "PP 2, interleaved": {"pipeline": 2, "pipeline_schedule": "interleaved", "micro_batch_size": 2},
+    "PP 2, zero bubble": {"pipeline": 2, "pipeline_schedule": "zero_bubble", "micro_batch_size": 2},
     "PP 2, zero bubble, partly recomputed": {
         "pipeline": 2,
         "pipeline_schedule": "zero_bubble",
+        "micro_batch_size": 2,
         "recomputation": "selective",
     },
     "PP 2, DualPipeV": {"pipeline": 2, "pipeline_schedule": "dualpipe_v"},
@@ -47,7 +48,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def alone(pool: RankPool) -> Callable[[int], dict[str, Any]]:
     """A run of this many steps in one process."""
-    return cache(lambda steps: pool.run(1, parallel_runs.train, steps, {})[0])
+    return cache(lambda steps: pool.run(1, parallel_runs.train, steps, {"micro_batch_size": 4})[0])
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -88,7 +89,8 @@ def test_bfloat16_routers_choose_as_in_one_process(
     pool: RankPool, routings_alone: dict[Any, Any], name: str
 ) -> None:
     found: dict[Any, Any] = {}
-    for result in pool.run(ranks_of(LAYOUTS[name]), parallel_runs.routings, LAYOUTS[name]):
+    layout = {**LAYOUTS[name], "micro_batch_size": 1}  # one sequence at a time, as in one process
+    for result in pool.run(ranks_of(layout), parallel_runs.routings, layout):
         found |= result
     assert found.keys() == routings_alone.keys()
     for place, (experts_TK, gates_TK) in routings_alone.items():

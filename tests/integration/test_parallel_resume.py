@@ -24,9 +24,9 @@ FSDP = ["parallel.data_shard=4"]
 HSDP = ["parallel.data_replicate=2", "parallel.data_shard=2"]
 EXPERTS = ["parallel.data_replicate=2", "parallel.data_shard=2", "parallel.expert=2"]
 EXPERTS_APART = ["parallel.data_shard=2", "parallel.expert=2", *TWO_RANKS]
-PIPELINE = ["parallel.pipeline=2"]
-PIPELINE_V = ["parallel.pipeline=2", "parallel.pipeline_schedule=dualpipe_v", "model.num_hidden_layers=4"]
-PIPELINE_EXPERTS = ["parallel.pipeline=2", "parallel.data_shard=2", "parallel.expert=2"]
+PIPELINE = ["parallel.pipeline=2", *TWO_RANKS]
+PIPELINE_V = [*PIPELINE, "parallel.pipeline_schedule=dualpipe_v"]
+PIPELINE_EXPERTS = [*PIPELINE, "parallel.data_shard=2", "parallel.expert=2"]
 FSDP_2 = ["parallel.data_shard=2", *TWO_RANKS]
 EXPERTS_2 = ["parallel.data_replicate=2", "parallel.expert=2", *TWO_RANKS]
 
@@ -137,7 +137,7 @@ def test_a_run_goes_on_under_another_layout(
 
 
 TIED = ["model.tie_word_embeddings=true"]
-ZERO_BUBBLE = ["parallel.pipeline=2", "parallel.pipeline_schedule=zero_bubble"]
+ZERO_BUBBLE = [*PIPELINE, "parallel.pipeline_schedule=zero_bubble"]
 
 
 Saved = Callable[[list[str], list[str]], tuple[str, float]]
