@@ -18,7 +18,8 @@ from helpers.jobs import HANGS
 SCRIPT = ROOT / "scripts" / "train_slurm.sh"
 FIRST_PORT = 20_000  # of those that the script chooses from, by the job's number
 
-# Stands for the trainer: counts steps on all ranks, saves the number when asked to stop, resumes from it.
+# In the place of the trainer: counts steps on all ranks, saves the number when asked to stop, and resumes from it.
+# In its first start it asks for the notice of the end in step 3; in its second a rank dies in the third step.
 PROGRAM = """
 import os, signal, sys, time
 from datetime import timedelta
@@ -31,37 +32,72 @@ from deepseek_v3.utils.logging import configure_logging
 from deepseek_v3.utils.distributed.watchdog import Watchdog
 
 assert sys.argv[1:] == ["--config", "run.yaml", "--resume", "auto", "--set", "a.b=two words"], sys.argv
-saved, state = Path("saved"), Path(os.environ["STAND_IN"])
+saved, slurm = Path("saved"), Path(os.environ["FAKE_SLURM"])
 
 def train():
     world = World.from_environment()
+    name = f"rank {world.rank} of {world.size}, local {world.local_rank}"
     timeout = timedelta(seconds=300)
-    first = int(saved.read_text()) + 1 if saved.exists() else 1
-    last = first + 2 if first > 1 else 10_000
+    resumed = saved.exists()
+    first = int(saved.read_text()) + 1 if resumed else 1
     with (
         process_group(world, select_device("cpu", world), timeout),
-        Watchdog(world, timeout, silence=timedelta(seconds=2 if "DIES" in os.environ else 60)) as watchdog,
+        Watchdog(world, timeout, silence=timedelta(seconds=2 if resumed else 60)) as watchdog,
         GracefulStop(world.size) as stop,
     ):
-        stop.install()
-        for step in range(first, last + 1):
+        stop.listen()
+        for step in range(first, 10_000):
             watchdog.step(step)
             total = torch.tensor(world.rank + step)
             dist.all_reduce(total)
             assert total == 1 + 2 * step
-            if step == 3 and world.rank == 1:
-                if "DIES" in os.environ:
+            if step == first:
+                print(f"{name}: begins with {first}", flush=True)
+            if step == first + 2 and world.rank == 1:
+                if resumed:
                     os.kill(os.getpid(), signal.SIGKILL)
-                (state / "notify").touch()
+                (slurm / "notify").touch()
             time.sleep(0.02)
-            if stop.should_stop() or step == last:
+            if stop.agreed():
                 break
         if world.rank == 0:
             saved.write_text(str(step))
-        print(f"rank {world.rank} of {world.size}, local {world.local_rank}: steps {first} to {step}", flush=True)
+        print(f"{name}: ends with {step}", flush=True)
 
 configure_logging()
 run_app(train)
+"""
+
+# In the place of a trainer without torch: saves when it gets the notice, for which node 0 asks when both are ready.
+NODE = """
+import os, signal, sys, time
+from pathlib import Path
+
+def save(*_):
+    (slurm / f"saved_{node}").touch()
+    os._exit(0)
+
+slurm, node = Path(os.environ["FAKE_SLURM"]), os.environ["SLURM_NODEID"]
+if (slurm / f"saved_{node}").exists():
+    sys.exit()
+signal.signal(signal.SIGUSR1, save)
+(slurm / f"ready_{node}").touch()
+while node == "0" and not (slurm / "ready_1").exists():
+    time.sleep(0.01)
+if node == "0":
+    (slurm / "notify").touch()
+time.sleep(600)
+"""
+# In the place of Python: lists no packages, which would take seconds, and runs the above where TORCHRUN is not set.
+PYTHON = f"""#!/usr/bin/env bash
+case "$*" in
+    "-m pip freeze") ;;
+    "-m torch.distributed.run "*)
+        [[ -z ${{TORCHRUN:-}} ]] || exec {sys.executable} "$@"
+        {sys.executable} "$FAKE_SLURM/node.py"
+        ;;
+    *) exec {sys.executable} "$@" ;;
+esac
 """
 
 
@@ -77,7 +113,7 @@ def job_number() -> str:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A folder that looks like a checkout, with the stand-in for the trainer and one for each command of Slurm."""
+    """A folder that looks like a checkout, with the program in the place of the trainer; beside it a fake Slurm."""
     folder = tmp_path / "checkout"
     (folder / "src" / "training").mkdir(parents=True)
     (folder / "src" / "training" / "train.py").write_text(PROGRAM, encoding="utf-8")
@@ -88,19 +124,22 @@ def checkout(tmp_path: Path) -> Path:
     for name in ("sbatch", "srun", "scontrol"):
         (commands / name).write_text(f"#!{sys.executable}\n{text}", encoding="utf-8")
         (commands / name).chmod(0o755)
+    (tmp_path / "node.py").write_text(NODE, encoding="utf-8")
+    (commands / "python").write_text(PYTHON, encoding="utf-8")
+    (commands / "python").chmod(0o755)
     return folder
 
 
 def _environment(checkout: Path, job: str, **variables: str) -> dict[str, str]:
-    # Coverage would be measured in a dozen processes, hardly any of which runs code of ours; and the script itself
-    # has to see to it that output is not held back.
+    # Coverage would be measured in a dozen processes, hardly any of which runs the package; and the script itself
+    # has to unbuffer the output.
     left_out = ("SLURM_", "COVERAGE_", "PYTHONUNBUFFERED")
     return {
         **{name: value for name, value in os.environ.items() if not name.startswith(left_out)},
         "PATH": f"{checkout.parent / 'bin'}:{os.environ['PATH']}",
-        "STAND_IN": str(checkout.parent),
-        "STAND_IN_JOB": job,
-        "PYTHON": sys.executable,
+        "FAKE_SLURM": str(checkout.parent),
+        "FAKE_SLURM_JOB": job,
+        "PYTHON": str(checkout.parent / "bin" / "python"),
         "PYTHONPATH": str(ROOT / "src"),
         **variables,
     }
@@ -123,48 +162,52 @@ def _of_script(output: str) -> list[str]:
     return [line for line in output.splitlines() if line.startswith("[Slurm]")]
 
 
-def test_a_noticed_job_saves_comes_back_and_finishes(checkout: Path, job_number: str) -> None:
+def test_a_noticed_job_saves_comes_back_and_finishes(checkout: Path) -> None:
     variables = {"NCCL_DEBUG": "WARN", "NCCL_API_KEY": "hidden", "DSV3_TOKEN": "hidden", "HOME_PAGE": "unrelated"}
-    job = _submit(checkout, job_number, **variables)
+    job = _submit(checkout, "7", **variables)
     assert job.returncode == 0, job.stdout
     assert _of_script(job.stdout) == [
         "[Slurm] notice of the end: the training processes save and stop",
         "[Slurm] exit code 0; requeued, to resume from the newest checkpoint",
         "[Slurm] the run has finished",
     ]
-    assert job.stdout.count("[Trainer] SIGUSR1: all ranks stop after this step and save") == 1
-    spans = _spans(job.stdout)
-    stopped = spans[0][2]
-    assert 3 <= stopped < 10_000
-    later = [(rank, stopped + 1, stopped + 3) for rank in (0, 1)]
-    assert sorted(spans) == sorted([(0, 1, stopped), (1, 1, stopped), *later])
-
-    folder = checkout / "slurm_jobs" / job_number
-    logs = [path.read_text() for path in folder.glob("node_[01]/*/attempt_0/0/stdout.log")]
-    assert sorted(span for log in logs for span in _spans(log)) == sorted(_spans(job.stdout))
-    assert [len(_spans(log)) for log in logs] == [1, 1, 1, 1]
+    assert sorted(path.name for path in checkout.parent.glob("saved_*")) == ["saved_0", "saved_1"]
     for start in (0, 1):
-        described = (folder / f"environment_{start}.txt").read_text()
-        assert f"job {job_number}, start {start}" in described
+        described = (checkout / "slurm_jobs" / "7" / f"environment_{start}.txt").read_text()
+        assert f"job 7, start {start}" in described
         assert "NCCL_DEBUG=WARN" in described
         assert "Python 3" in described
         assert "hidden" not in described
         assert "unrelated" not in described
 
 
-def _spans(output: str) -> list[tuple[int, int, int]]:
-    """Rank, first and last step of every report in an output."""
-    found = re.findall(r"rank (\d) of 2, local 0: steps (\d+) to (\d+)", output)
-    return [(int(rank), int(first), int(last)) for rank, first, last in found]
-
-
-def test_the_death_of_a_rank_ends_the_job_with_its_name(checkout: Path, job_number: str) -> None:
-    job = _submit(checkout, job_number, DIES="1", DSV3_MAX_RESTARTS="0")
+def test_ranks_stop_together_resume_and_name_one_that_dies(checkout: Path, job_number: str) -> None:
+    job = _submit(checkout, job_number, TORCHRUN="1", DSV3_MAX_RESTARTS="1")
     assert job.returncode != 0
+    *lines, last = _of_script(job.stdout)
+    assert lines == [
+        "[Slurm] notice of the end: the training processes save and stop",
+        "[Slurm] exit code 0; requeued, to resume from the newest checkpoint",
+    ]
+    assert re.fullmatch(r"\[Slurm\] exit code \d+; not requeued after 1 restarts .*", last)
+    assert job.stdout.count("[Trainer] SIGUSR1: all ranks stop after this step and save") == 1
+    stopped = next(step for _, event, step in _reports(job.stdout) if event == "ends")
+    expected = [(rank, *report) for rank in "01" for report in (("begins", 1), ("ends", stopped))]
+    expected += [(rank, "begins", stopped + 1) for rank in "01"]
+    assert 3 <= stopped < 10_000
+    assert sorted(_reports(job.stdout)) == sorted(expected)
+    logs = list((checkout / "slurm_jobs" / job_number).glob("node_[01]/*/attempt_0/0/stdout.log"))
+    assert len(logs) == 4
+    assert sorted(report for log in logs for report in _reports(log.read_text())) == sorted(expected)
     named = re.findall(r"\[Watchdog\] error: (.*)", job.stdout)
     assert len(named) == 1, job.stdout
     assert re.match(r"rank 1 \(host .*\) has not answered for 2 s; the job stops: resume with", named[0])
-    assert re.fullmatch(r"\[Slurm\] exit code \d+; not requeued after 0 restarts .*", _of_script(job.stdout)[-1])
+
+
+def _reports(output: str) -> list[tuple[str, str, int]]:
+    """Rank, event and step of every report of a rank in an output."""
+    found = re.findall(r"rank (\d) of 2, local 0: (begins|ends) with (\d+)", output)
+    return [(rank, event, int(step)) for rank, event, step in found]
 
 
 @pytest.mark.parametrize(
@@ -173,11 +216,11 @@ def test_the_death_of_a_rank_ends_the_job_with_its_name(checkout: Path, job_numb
         (0, {}, ["the run has finished"]),
         (1, {"DSV3_MAX_RESTARTS": "2"}, ["exit code 1; requeued, to resume from the newest checkpoint"] * 2
          + ["exit code 1; not requeued after 2 restarts (DSV3_MAX_RESTARTS = 2)"]),
-        (1, {"STAND_IN_STATE": "CANCELLED"}, ["Slurm has the job as CANCELLED; it is not requeued from here"]),
+        (1, {"FAKE_SLURM_STATE": "CANCELLED"}, ["Slurm has the job as CANCELLED; it is not requeued from here"]),
     ],
 )  # fmt: skip
 def test_when_a_job_comes_back(checkout: Path, status: int, variables: dict[str, str], expected: list[str]) -> None:
-    job = _submit(checkout, "1", STAND_IN_SRUN=str(status), **variables)
+    job = _submit(checkout, "1", FAKE_SLURM_STATUS=str(status), **variables)
     assert _of_script(job.stdout) == [f"[Slurm] {line}" for line in expected], job.stdout
     assert job.returncode == status
 
@@ -199,7 +242,7 @@ def test_when_a_job_comes_back(checkout: Path, status: int, variables: dict[str,
         (["run.yaml"], {"SLURM_JOB_ID": ""}, "this is no Slurm job; start it with: sbatch"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_in_one_line(
+def test_a_bad_request_is_refused_in_one_line(
     checkout: Path, words: list[str], variables: dict[str, str], message: str
 ) -> None:
     environment = _environment(checkout, "1", **{"SLURM_JOB_ID": "1", **variables})

@@ -1,9 +1,10 @@
-"""Stands for sbatch, srun and scontrol, under whose names it lies on the PATH: two "nodes" on this machine.
+"""A fake sbatch, srun and scontrol, installed under these names on the PATH: two "nodes" on this machine.
 
-Like Slurm it runs a copy of the script, signals every process of a step, kills what is left of one a while after
-it should have ended, and starts a requeued job again; where sbatch is killed, its steps end. $STAND_IN_JOB is the
-number of the job. The folder $STAND_IN holds notes: `notify` asks for the notice of the end, `requeued` says that
-the job is to come back.
+Like Slurm it runs a copy of the script, signals every process of a step, kills the processes that a step leaves
+behind, and starts a requeued job again. If sbatch is killed, its steps end. $FAKE_SLURM_JOB is the number of the
+job. A file `notify` in the folder $FAKE_SLURM asks for the notice before the end of the job's time; a file
+`requeued` says that the job is to start again. $FAKE_SLURM_STATUS makes srun return this status at once, and
+$FAKE_SLURM_STATE is the job's state.
 """
 
 from __future__ import annotations
@@ -17,21 +18,21 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-STATE = Path(os.environ.get("STAND_IN", "."))
+FOLDER = Path(os.environ.get("FAKE_SLURM", "."))
 NODES = 2
 KILL_WAIT = 10.0  # seconds; Slurm's own is 30
 
 
 def sbatch(arguments: list[str]) -> int:
     """Runs a job to its end, as often as it is requeued."""
-    script = STATE / "slurm_script"  # not where it was submitted from
+    script = FOLDER / "slurm_script"  # not where it was submitted from
     shutil.copy(arguments[0], script)
     restarts, status, requeued = 0, 0, True
     while requeued:
         variables = {
-            "SLURM_JOB_ID": os.environ["STAND_IN_JOB"],
+            "SLURM_JOB_ID": os.environ["FAKE_SLURM_JOB"],
             "SLURM_SUBMIT_DIR": str(Path.cwd()),
-            "STAND_IN_PID": str(os.getpid()),
+            "FAKE_SLURM_PID": str(os.getpid()),
             "SLURM_JOB_NUM_NODES": str(NODES),
             "SLURM_JOB_NODELIST": "127.0.0.[1,1]",
             **({"SLURM_RESTART_COUNT": str(restarts)} if restarts else {}),
@@ -48,8 +49,8 @@ def sbatch(arguments: list[str]) -> int:
 def srun(arguments: list[str]) -> int:
     """Runs a task on each node; passes signals on to all of its processes, and ends all after one that failed."""
     command = _without_options(arguments)
-    if "STAND_IN_SRUN" in os.environ:
-        return int(os.environ["STAND_IN_SRUN"])
+    if "FAKE_SLURM_STATUS" in os.environ:
+        return int(os.environ["FAKE_SLURM_STATUS"])
     tasks = [
         subprocess.Popen(
             command,
@@ -69,14 +70,14 @@ def srun(arguments: list[str]) -> int:
     signal.signal(signal.SIGUSR1, lambda number, _frame: [_signal_all(task, number) for task in tasks])
     ending = False
     while any(task.poll() is None for task in tasks):
-        failed = any(task.poll() for task in tasks) or not Path("/proc", os.environ["STAND_IN_PID"]).exists()
+        failed = any(task.poll() for task in tasks) or not Path("/proc", os.environ["FAKE_SLURM_PID"]).exists()
         if failed and not ending:
             ending = True
             for task in tasks:
                 _signal_all(task, signal.SIGTERM)
         time.sleep(0.05)
     for task in tasks:
-        _end_what_is_left(task)
+        _end_left_processes(task)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # one that comes from here on is not to change the exit code
     return max(abs(task.returncode) for task in tasks)
 
@@ -86,9 +87,11 @@ def scontrol(arguments: list[str]) -> int:
     if arguments[:2] == ["show", "hostnames"]:
         print("127.0.0.1\n127.0.0.1")
     elif arguments[:2] == ["show", "job"]:
-        print(f"JobId={arguments[-1]} JobName=x JobState={os.environ.get('STAND_IN_STATE', 'RUNNING')} Reason=None")
+        print(
+            f"JobId={arguments[-1]} JobName=x JobState={os.environ.get('FAKE_SLURM_STATE', 'RUNNING')} Reason=None"
+        )
     elif arguments[0] == "requeue":
-        (STATE / "requeued").touch()
+        (FOLDER / "requeued").touch()
     else:
         return 1
     return 0
@@ -100,10 +103,10 @@ def _signal_all(task: subprocess.Popen[bytes], number: int) -> None:
         os.killpg(task.pid, number)
 
 
-def _end_what_is_left(task: subprocess.Popen[bytes]) -> None:
-    """Lets the processes that an ended task has left behind come to their end, and kills a launcher that does not.
+def _end_left_processes(task: subprocess.Popen[bytes]) -> None:
+    """Waits for the processes that an ended task has left behind, and kills a launcher that does not end.
 
-    One that gets SIGTERM while it closes its ranks never ends: nobody stops the threads that pass on their output.
+    A launcher that gets SIGTERM while it closes its ranks never ends: the threads that pass on their output run on.
     The wait begins when the ranks have ended, however long a busy machine takes for that.
     """
     deadline = time.monotonic() + KILL_WAIT
@@ -117,12 +120,12 @@ def _end_what_is_left(task: subprocess.Popen[bytes]) -> None:
 
 
 def _has_ranks(group: int) -> bool:
-    """Whether a process of a group has a living child outside of it, as a launcher's ranks are."""
+    """Whether a process of a group has a living child outside the group, as a launcher has its ranks."""
     parents_and_groups = {}
     for status in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
             state, parent, own_group = status.read_text().rpartition(")")[2].split()[:3]
-            if state != "Z":  # a launcher that hangs does not take note of the end of its ranks
+            if state != "Z":  # a launcher that hangs never reaps its ranks
                 parents_and_groups[int(status.parent.name)] = (int(parent), int(own_group))
     members = {pid for pid, (_, own_group) in parents_and_groups.items() if own_group == group}
     return any(parent in members for pid, (parent, _) in parents_and_groups.items() if pid not in members)
@@ -135,9 +138,9 @@ def _without_options(arguments: list[str]) -> list[str]:
 
 
 def _taken(name: str) -> bool:
-    """Whether a note lies there; removes it."""
+    """Removes a file from the folder; returns whether it was there."""
     try:
-        (STATE / name).unlink()
+        (FOLDER / name).unlink()
     except FileNotFoundError:
         return False
     return True
