@@ -1,14 +1,19 @@
 # Every target sets up what it needs: a fresh clone and a Python from 3.10 to 3.13 are enough.
 PYTHON ?= python3
 BIN := .venv/bin
+TEST := $(BIN)/pytest -n 2 --dist worksteal
+export PYTHONDONTWRITEBYTECODE =  # the many processes of the tests compile every module once, not each
 
-.PHONY: quickstart test checks format install clean
+.PHONY: quickstart test coverage checks format install clean
 
 quickstart: .venv/installed  ## train a small model on the text inside Python, and let it write
 	$(BIN)/dsv3 quickstart
 
-test: .venv/installed-dev  ## every test that needs no GPU, with coverage
-	$(BIN)/pytest -n 2 --dist worksteal --cov --cov-report=term
+test: .venv/installed-dev  ## every test that needs no GPU
+	$(TEST)
+
+coverage: .venv/installed-dev  ## the same tests, and the share of the code that they run: at least 90%
+	$(TEST) --cov --cov-report=term
 
 checks: .venv/installed-dev  ## lint, format, types, import rules
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ from helpers import deepspeed_runs, parallel_runs
 from helpers.rank_pool import RankPool
 
 pytest.importorskip("deepspeed")
-STEPS = 10
+STEPS, MORE_STEPS = 3, 10
 TRAINING: dict[str, dict[str, Any]] = {
     "constant batch": {},
     "growing batch": {"batch_ramp": {"initial": 2, "increment": 2, "fraction": 0.5}},
@@ -20,38 +20,39 @@ TRAINING: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def alone(pool: RankPool) -> Callable[[str], dict[str, Any]]:
-    """The same run in one process, by the name of its training section."""
+def alone(pool: RankPool) -> Callable[[str, int], dict[str, Any]]:
+    """The same run in one process, by the name of its training section and its number of steps."""
 
     @cache
-    def trained(name: str) -> dict[str, Any]:
-        return pool.run(1, parallel_runs.train, STEPS, {}, TRAINING[name])[0]
+    def trained(name: str, steps: int) -> dict[str, Any]:
+        return pool.run(1, parallel_runs.train, steps, {"micro_batch_size": 1}, TRAINING[name])[0]
 
     return trained
 
 
 @pytest.mark.parametrize(
-    ("stage", "parallel", "training"),
+    ("stage", "parallel", "training", "steps"),
     [
-        (1, {"micro_batch_size": 4}, "constant batch"),
-        (2, {"micro_batch_size": 4}, "constant batch"),
-        (3, {"micro_batch_size": 4}, "constant batch"),
-        (3, {"micro_batch_size": 2, "recomputation": "full"}, "constant batch"),
-        (2, {"micro_batch_size": 1}, "growing batch"),
+        (1, {"micro_batch_size": 4}, "constant batch", STEPS),
+        (2, {"micro_batch_size": 4}, "constant batch", STEPS),
+        (3, {"micro_batch_size": 4}, "constant batch", MORE_STEPS),
+        (3, {"micro_batch_size": 2, "recomputation": "full"}, "constant batch", STEPS),
+        (2, {"micro_batch_size": 1}, "growing batch", MORE_STEPS),
     ],
 )
 def test_zero_trains_as_one_process_does(
     deepspeed_pool: RankPool,
-    alone: Callable[[str], dict[str, Any]],
+    alone: Callable[[str, int], dict[str, Any]],
     tmp_path: Path,
     stage: int,
     parallel: dict[str, Any],
     training: str,
+    steps: int,
 ) -> None:
     file = deepspeed_runs.write_settings(tmp_path, {"zero_optimization": {"stage": stage}})
-    expected_run = alone(training)
-    for result in deepspeed_pool.run(2, deepspeed_runs.train, file, STEPS, parallel, TRAINING[training]):
-        assert len(result["rows"]) == len(expected_run["rows"]) >= STEPS
+    expected_run = alone(training, steps)
+    for result in deepspeed_pool.run(2, deepspeed_runs.train, file, steps, parallel, TRAINING[training]):
+        assert len(result["rows"]) == len(expected_run["rows"]) >= steps
         for (found, counts, biases), (expected, all_counts, all_biases) in zip(
             result["rows"], expected_run["rows"], strict=True
         ):

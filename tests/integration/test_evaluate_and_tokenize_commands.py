@@ -134,7 +134,7 @@ def test_an_interrupted_quickstart_goes_on_where_it_was(tmp_path: Path, monkeypa
     command, steps = _quickstart(tmp_path), iter([False, False, True])
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patched:
-        patched.setattr(GracefulStop, "agreed", lambda _: next(steps))
+        patched.setattr(GracefulStop, "should_stop", lambda _: next(steps))
         stopped = dsv3(*command)
     assert stopped.exit_code == 130, stopped.output
     assert "Stopped after step 3; the same command goes on from there" in stopped.output

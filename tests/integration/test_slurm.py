@@ -45,7 +45,7 @@ def train():
         Watchdog(world, timeout, silence=timedelta(seconds=2 if resumed else 60)) as watchdog,
         GracefulStop(world.size) as stop,
     ):
-        stop.listen()
+        stop.install()
         for step in range(first, 10_000):
             watchdog.step(step)
             total = torch.tensor(world.rank + step)
@@ -58,7 +58,7 @@ def train():
                     os.kill(os.getpid(), signal.SIGKILL)
                 (slurm / "notify").touch()
             time.sleep(0.02)
-            if stop.agreed():
+            if stop.should_stop():
                 break
         if world.rank == 0:
             saved.write_text(str(step))

@@ -70,6 +70,35 @@ def test_a_rank_behind_the_others_is_reported_as_alive() -> None:
     assert "has not left step 4 for 60 s while others wait, and is at loader.py:7; the job stops" in report.text
 
 
+@pytest.mark.parametrize(("size", "culprit", "step"), [(2, 1, 3), (4, 0, 1), (3, 2, 4)])
+def test_a_rank_that_others_wait_for_is_reported(size: int, culprit: int, step: int) -> None:
+    job = SimulatedJob(size)
+    job.steps = [step] * size
+    job.run(HANG, alive=range(size))
+    job.waiting = [0.0 if rank == culprit else HANG + 1 for rank in range(size)]
+    reports = job.run(SILENCE, alive=range(size))
+    assert list(reports) == list(range(size))
+    report = reports[culprit]
+    assert (report.failed, report.reporter, report.alive) == ((culprit,), int(culprit == 0), True)
+    assert f"has not left step {step} for 60 s while others wait, and is at loader.py:7" in report.text
+
+
+@pytest.mark.parametrize("last", [0, 2])
+def test_ranks_that_have_ended_are_not_missed(last: int) -> None:
+    job = SimulatedJob(3)
+    for rank in {0, 1, 2} - {last}:
+        job.monitors[rank].send(4, "", 0.0, ended=True)
+    assert job.run(HANG + SILENCE, alive=[last]) == {}
+
+
+def test_a_rank_that_has_ended_does_not_report_others() -> None:
+    job = SimulatedJob(3)
+    job.run(2, alive=range(3))
+    job.monitors[1].send(1, "", 0.0, ended=True)
+    report = job.run(2 * SILENCE, alive=[2])[2]
+    assert (report.failed, report.reporter) == ((0,), 2)
+
+
 def test_a_suspended_job_goes_on() -> None:
     job = SimulatedJob(3)
     job.run(5, alive=range(3))

@@ -1,4 +1,4 @@
-"""Who is dead and who hangs, by messages and times made up for the purpose."""
+"""Which ranks have died or hang, from heartbeats and times that a test makes up."""
 
 import sys
 import threading
@@ -25,7 +25,7 @@ def _detector(rank: int = 0, size: int = 3) -> FailureDetector:
 
 
 def _watch(history: Iterable[tuple[float, dict[int, Heartbeat]]]) -> FailureDetector:
-    """What is known after messages were looked at, at the given times."""
+    """A detector that has observed these heartbeats at these times."""
     detector = _detector()
     for now, beats in history:
         for rank, beat in beats.items():
@@ -43,13 +43,13 @@ def _watch(history: Iterable[tuple[float, dict[int, Heartbeat]]]) -> FailureDete
         st.booleans(),
     )
 )
-def test_a_message_comes_back_as_it_was(beat: Heartbeat) -> None:
+def test_a_heartbeat_survives_encoding(beat: Heartbeat) -> None:
     assert Heartbeat.decode(beat.encode()) == beat
     assert Heartbeat.decode(beat.encode().encode()) == beat
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=3, max_size=3), min_size=1, max_size=40))
-def test_silent_are_those_whose_last_new_message_is_long_ago(beating: list[list[bool]]) -> None:
+def test_a_rank_without_a_new_heartbeat_is_silent(beating: list[list[bool]]) -> None:
     counts, last = [0, 0, 0], [0, 0, 0]
     history = [(0.0, {rank: Heartbeat() for rank in range(3)})]
     for second, beats in enumerate(beating, start=1):
@@ -61,26 +61,26 @@ def test_silent_are_those_whose_last_new_message_is_long_ago(beating: list[list[
     assert _watch(history).silent(now, LIMIT) == [rank for rank in range(3) if now - last[rank] > LIMIT]
 
 
-def test_those_that_have_ended_are_not_silent() -> None:
+def test_a_rank_that_has_ended_is_not_silent() -> None:
     detector = _watch([(0, {0: Heartbeat(1), 1: Heartbeat(1, ended=True)})])
     assert detector.silent(100, LIMIT) == [0]
 
 
 @given(st.integers(2, 100))
-def test_every_rank_is_looked_after_by_others_and_the_silence_of_one_draws_all_eyes(size: int) -> None:
-    looks = [_detector(rank, size).ranks_to_watch(0) for rank in range(size)]
+def test_32_ranks_watch_each_and_all_watch_after_a_silence(size: int) -> None:
+    watched = [_detector(rank, size).ranks_to_watch(0) for rank in range(size)]
     for rank in range(size):
-        assert rank in looks[rank]
-        assert len(set(looks[rank])) == len(looks[rank])
-        watchers = [other for other in range(size) if other != rank and rank in looks[other]]
+        assert rank in watched[rank]
+        assert len(set(watched[rank])) == len(watched[rank])
+        watchers = [other for other in range(size) if other != rank and rank in watched[other]]
         assert len(watchers) == min(size - 1, 32)
     detector = _detector(size - 1, size)
     detector.observe(1, Heartbeat(1), 0)
-    assert detector.ranks_to_watch(LIMIT - 1) == looks[size - 1]
+    assert detector.ranks_to_watch(LIMIT - 1) == watched[size - 1]
     assert detector.ranks_to_watch(LIMIT + 1) == list(range(size))
 
 
-def test_ranks_that_are_no_longer_looked_at_are_forgotten() -> None:
+def test_ranks_that_are_not_watched_any_more_are_forgotten() -> None:
     detector = _watch([(0, {0: Heartbeat(1), 1: Heartbeat(1)})])
     detector.forget_all_except([1])
     detector.observe(0, Heartbeat(1), 99)
@@ -103,7 +103,7 @@ def test_ranks_behind_the_others_hang(steps: dict[int, int], expected: list[int]
     assert _watch([(0, beats)]).hanging(LIMIT - 1) == []
 
 
-def test_a_rank_that_moved_on_lately_does_not_hang() -> None:
+def test_a_rank_in_a_new_step_does_not_hang() -> None:
     history = [(0.0, {0: Heartbeat(1, 5), 1: Heartbeat(1, 3)}), (8.0, {0: Heartbeat(2, 5), 1: Heartbeat(2, 4)})]
     assert _watch(history).hanging(12) == []
     assert _watch(history).hanging(19) == [1]
@@ -114,22 +114,22 @@ def test_a_rank_that_moved_on_lately_does_not_hang() -> None:
     [
         ({0: 11.0, 1: 0.0, 2: 11.0}, [1]),
         ({0: 11.0, 1: 0.0, 2: 2.0}, [1]),
-        ({0: 11.0, 1: 11.0, 2: 11.0}, []),  # they wait for different things: nobody can be blamed
+        ({0: 11.0, 1: 11.0, 2: 11.0}, []),  # they wait for different operations: none can be blamed
         ({0: 9.0, 1: 0.0, 2: 9.0}, []),
         ({0: 0.0, 1: 0.0, 2: 0.0}, []),  # a long step
     ],
 )
-def test_in_one_step_those_hang_that_do_not_join_the_others(waits: dict[int, float], expected: list[int]) -> None:
+def test_ranks_that_others_wait_for_in_a_step_hang(waits: dict[int, float], expected: list[int]) -> None:
     beats = {rank: Heartbeat(1, 5, seconds) for rank, seconds in waits.items()}
     assert _watch([(0, beats)]).hanging(12) == expected
 
 
-def test_ranks_that_have_ended_hang_no_more_and_keep_nobody_waiting() -> None:
+def test_ranks_that_have_ended_neither_hang_nor_wait() -> None:
     detector = _watch([(0, {0: Heartbeat(1, 5, ended=True), 1: Heartbeat(1, 4), 2: Heartbeat(1, 4)})])
     assert detector.hanging(100) == []
 
 
-def test_time_in_which_this_process_stood_still_does_not_count() -> None:
+def test_time_of_a_suspended_process_does_not_count() -> None:
     awake, detector = AwakeClock(max_gap=2.0), _detector()
     detector.observe(1, Heartbeat(1), awake.advance(5.0))
     detector.observe(1, Heartbeat(1), awake.advance(6.5))
@@ -143,8 +143,8 @@ def test_time_in_which_this_process_stood_still_does_not_count() -> None:
     assert detector.silent(awake.seconds, LIMIT) == [1]
 
 
-class _Elsewhere(threading.Thread):
-    """A thread at a known place until it is let go."""
+class _Waiting(threading.Thread):
+    """A thread that waits at a known line until `go` is set."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -155,15 +155,15 @@ class _Elsewhere(threading.Thread):
         self.go.wait()
 
 
-def test_a_thread_is_found_where_it_is() -> None:
-    thread = _Elsewhere()
+def test_a_probe_finds_the_line_of_a_thread() -> None:
+    thread = _Waiting()
     thread.start()
     thread.there.wait()
     assert thread.ident is not None
     probe = StackProbe(thread.ident)
-    line = _Elsewhere.run.__code__.co_firstlineno
-    assert probe.sample(0.0)[0] in [f"test_heartbeats.py:{line + 1}", f"test_heartbeats.py:{line + 2}"]
-    assert probe.sample(50.0)[1] == 0.0  # stands still, but not in a collective operation
+    line = _Waiting.run.__code__.co_firstlineno
+    assert probe.sample(0.0)[0] in [f"test_failure_detector.py:{line + 1}", f"test_failure_detector.py:{line + 2}"]
+    assert probe.sample(50.0)[1] == 0.0  # it waits, but not in a collective operation
     thread.go.set()
     thread.join()
     assert probe.sample(60.0) == ("nowhere", 0.0)
