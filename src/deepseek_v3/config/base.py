@@ -62,7 +62,7 @@ class Section(BaseModel):
 
 
 def text_parser(parse: Callable[[str], float]) -> Callable[[Any], Any]:
-    """A validator that reads text with `parse` and leaves all else as it is."""
+    """Returns a validator that parses text with `parse` and passes on values of other types."""
 
     def read(value: Any) -> Any:
         if not isinstance(value, str):
@@ -76,7 +76,7 @@ def text_parser(parse: Callable[[str], float]) -> Callable[[Any], Any]:
 
 
 def _whole(value: Any) -> Any:
-    """A float that is a whole number as an integer; all else as it is."""
+    """Turns a float without a fraction into an integer; returns other values as they are."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -88,7 +88,6 @@ Integer = Annotated[
 ]
 PositiveInt = Annotated[Integer, Field(gt=0)]
 NonNegativeInt = Annotated[Integer, Field(ge=0)]
-# Bytes.
 ByteSize = Annotated[
     int,
     BeforeValidator(text_parser(parse_size), json_schema_input_type=int | str),

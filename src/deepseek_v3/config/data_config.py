@@ -20,13 +20,13 @@ def _without_nul(path: Path) -> Path:
 
 
 def _not_an_address(value: object) -> object:
-    """Raises ValueError for `s3://bucket/x` and the like, which would become a folder of that name here."""
+    """Raises ValueError for an address such as `s3://bucket/x`, which would name a local folder `s3:`."""
     if isinstance(value, str) and is_address(value):
-        raise ValueError(f"found {format_value(redact(value))}: expected a path of this machine, not an address")
+        raise ValueError(f"found {format_value(redact(value))}: expected a local path, not an address")
     return value
 
 
-# What is written to files, as JSON, never holds the secrets of an address.
+# A path or an address loses its secrets when it is written to a file.
 LocalPath = Annotated[
     Path,
     Field(strict=False),
@@ -35,7 +35,7 @@ LocalPath = Annotated[
     PlainSerializer(lambda path: redact(str(path)), str, "json"),
 ]
 Address = Annotated[str, PlainSerializer(redact, str, "json")]
-# Training a tokenizer takes 72 bytes for each entry at once, and no model has a tenth of these.
+# Training a tokenizer allocates 72 bytes per entry. Published vocabularies have less than a tenth of these.
 LARGEST_VOCABULARY = 2**22
 DEFAULT_TOKENS = Path("data/tokens")
 
@@ -43,8 +43,8 @@ DEFAULT_TOKENS = Path("data/tokens")
 class CorpusConfig(Section):
     """How to build the token shards where `data.path` does not exist yet.
 
-    `source` is `python-stdlib` (the text that ships inside every Python) or a file or folder of text.
-    `holdout` is the share of the text to hold out; null: 0.02, or more where that is less than one window.
+    `source` is `python-stdlib` (the source text that every Python installation holds) or a file or folder of text.
+    `holdout` is the share of the text that is held out; null is 0.02, or more where 0.02 is less than one window.
     """
 
     source: Address
@@ -55,7 +55,11 @@ class CorpusConfig(Section):
 
 
 class DataConfig(Section):
-    """Token shards, as `dsv3 tokenize` writes them."""
+    """The token shards of a run, in the format that `dsv3 tokenize` writes.
+
+    `mask_documents` keeps attention inside each document of a window. `verify_checksums` reads every shard once
+    before the run starts.
+    """
 
     path: LocalPath = DEFAULT_TOKENS
     corpus: CorpusConfig | None = None

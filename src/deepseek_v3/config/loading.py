@@ -1,9 +1,6 @@
-"""From a YAML file and dotted overrides to a checked RunConfig, and back to YAML.
+"""From a YAML file and dotted overrides to a checked configuration, and back to YAML; and the files that ship.
 
-FOLDED: The model sizes of a folder.
-
-
-FOLDED: The configs that ship with the project, and the short names they go by.
+A shipped config is known by a short name, such as `1b` for `configs/deepseek_v3_1b.yaml`.
 """
 
 from __future__ import annotations
@@ -27,40 +24,22 @@ from deepseek_v3.utils.errors import ConfigError
 from deepseek_v3.utils.logging import get_logger
 from deepseek_v3.utils.text import format_value
 
+PREFIX = "deepseek_v3_"
+PATTERN = f"{PREFIX}*.yaml"
+FOLDER = Path("configs")
 
-def select_config_files(files: Sequence[Path] | None, folder: Path | None) -> Sequence[Path]:
-    """What a command's --config and --configs mean: the files, or else every size in the folder.
+# The shipped configs in an installed package, and in a checkout.
+_PLACES = (Path(__file__).parents[1] / FOLDER, Path(__file__).parents[3] / FOLDER)
 
-    Raises ConfigError where both are given, and as `list_config_files` does.
-    """
-    if files and folder:
-        raise ConfigError(f"--configs {folder}: expected either --config files or a --configs folder, not both")
-    return [find_config(file) for file in files] if files else list_config_files(folder)
-
-
-def list_config_files(folder: Path | None = None) -> list[Path]:
-    """Every size in `folder`, by default `configs` in the working directory or else those that ship.
-
-    Raises ConfigError where there is no such folder, or none in it.
-    """
-    folder = folder or (FOLDER if FOLDER.is_dir() else shipped_folder())
-    if not folder.is_dir():
-        raise ConfigError(f"{folder}: is not a folder; --configs names one that holds {PATTERN} files")
-    paths = sorted(folder.glob(PATTERN))
-    if not paths:
-        raise ConfigError(f"{folder}: holds no {PATTERN}; name a folder that does with --configs")
-    return paths
-
-
-_DEEPEST_FIELD = 16
+_MAX_FIELD_DEPTH = 16
 AnySection = TypeVar("AnySection", bound=Section)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, log: bool = False) -> RunConfig:
     """Reads a YAML file, applies overrides such as `model.num_hidden_layers=4`, and checks the whole.
 
-    `path` is a file, or the name of a shipped one, such as `1b`. Raises ConfigError with one line per problem: file
-    and line (or override), field, what is wrong. With `log` a line says what a vocabulary left open became.
+    `path` is a file, or the name of a shipped config, such as `1b`. With `log`, logs the vocabulary size where the
+    file leaves it open. Raises ConfigError with one line per problem: file and line (or override), field, problem.
     """
     return load_section(RunConfig, path, overrides, log=log)
 
@@ -68,7 +47,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, log: bool = 
 def load_section(
     kind: type[AnySection], path: str | Path, overrides: Sequence[str] = (), *, log: bool = False
 ) -> AnySection:
-    """As `load_config`, for a YAML file that holds the fields of any one kind of section."""
+    """Reads a YAML file with the fields of one section of the class `kind`; otherwise like `load_config`."""
     path = find_config(path)
     fields, where = _read(path)
     for override in overrides:
@@ -81,14 +60,14 @@ def load_section(
 
 
 def config_to_yaml(config: RunConfig) -> str:
-    """The resolved config, every default spelled out; `load_config` reads it back to an equal object."""
+    """The config as YAML, with every default written out; `load_config` reads it back to an equal object."""
     return to_yaml(config.model_dump(mode="json"))
 
 
 def config_from_dict(fields: dict[str, Any], source: str) -> RunConfig:
-    """Rebuilds a config from `model_dump(mode="json")`, as a checkpoint stores it; `source` names it in errors.
+    """Rebuilds a config from `model_dump(mode="json")`, the form in a checkpoint; `source` names it in errors.
 
-    It may train in a way that is refused today, as it did when it was stored.
+    Rules that apply only to new runs are not checked, so that the checkpoint of an older version still loads.
     """
     return section_from_dict(RunConfig, fields, source, STORED)
 
@@ -96,9 +75,9 @@ def config_from_dict(fields: dict[str, Any], source: str) -> RunConfig:
 def section_from_dict(
     kind: type[AnySection], fields: dict[str, Any], source: str, context: Mapping[str, bool] | None = None
 ) -> AnySection:
-    """A section of any kind from its fields; `source` names them in errors, validators see the `context`.
+    """A section of the class `kind` from its fields; `source` names them in errors, validators see the `context`.
 
-    Raises ConfigError with one line per problem: source, field, what is wrong.
+    Raises ConfigError with one line per problem: source, field, problem.
     """
     try:
         return _checked(kind, fields, {(): source}, context)
@@ -119,7 +98,7 @@ def _checked(
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[FieldPath, str]]:
-    """The file's fields, and for each field's path the place that gave it."""
+    """The fields of a file, and the file and line of each field by its path."""
     if not os.path.lexists(path):
         hint = (
             f"; expected a file, or a shipped config: {', '.join(shipped_names())}" if is_shipped_name(path) else ""
@@ -148,11 +127,11 @@ def _locate(node: yaml.Node | None, at: FieldPath, path: str, where: dict[FieldP
 
 
 def _apply(override: str, fields: dict[str, Any], where: dict[FieldPath, str]) -> None:
-    """Sets one dotted field; its value is read as YAML, so `null`, `true`, `1e-4` and lists mean what they say."""
+    """Applies one override `section.field=value`; the value is YAML: `null`, `true`, `1e-4`, `[a, b]`."""
     name, equals, text = override.partition("=")
     path = tuple(part.strip() for part in name.split("."))
     typed = f"--set {override if override.isprintable() and len(override) < 200 else format_value(override)}"
-    if not equals or not all(path) or len(path) > _DEEPEST_FIELD or not _is_unicode(name):
+    if not equals or not all(path) or len(path) > _MAX_FIELD_DEPTH or not _is_unicode(name):
         raise ConfigError(f"{typed}: expected section.field=value, such as training.seed=1")
     try:
         value, _ = parse_yaml(text)
@@ -174,16 +153,8 @@ def _apply(override: str, fields: dict[str, Any], where: dict[FieldPath, str]) -
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether UTF-8 can hold the text: bytes of a command line that are no UTF-8 reach us as lone surrogates."""
+    """Whether UTF-8 can encode the text. Python passes on invalid bytes of a command line as lone surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-PREFIX = "deepseek_v3_"
-PATTERN = f"{PREFIX}*.yaml"
-FOLDER = Path("configs")
-
-# Where an installed package has them, and where a checkout has them.
-_PLACES = (Path(__file__).parents[1] / FOLDER, Path(__file__).parents[3] / FOLDER)
 
 
 def shipped_folder() -> Path:
@@ -192,15 +163,15 @@ def shipped_folder() -> Path:
 
 
 def is_shipped_name(path: Path) -> bool:
-    """Whether a path may be the name of a shipped config: a bare one, or one in `configs`."""
+    """Whether a path may be the name of a shipped config: a name without a folder, or in `configs`."""
     return path.parent in (Path(), FOLDER)
 
 
 def find_config(path: str | Path) -> Path:
-    """The file that `path` means: a file as it is, or else the shipped config of that name.
+    """The file that `path` names: an existing file, or else the shipped config of that name.
 
-    Shipped are `deepseek_v3_1b` or `1b`, with or without `configs/` in front and `.yaml` behind, `data_config` and
-    `deepspeed_config.json`. What is neither is returned as it is.
+    Names are `deepseek_v3_1b` or `1b`, with or without `configs/` before and `.yaml` after, `data_config` and
+    `deepspeed_config.json`. Any other path is returned unchanged.
     """
     path = Path(path)
     if os.path.isfile(path) or not is_shipped_name(path):  # noqa: PTH113 -- False for names too long
@@ -211,7 +182,7 @@ def find_config(path: str | Path) -> Path:
 
 
 def short_config_name(path: Path) -> str:
-    """The shortest words that `find_config` takes for `path` from any folder."""
+    """The shortest name by which `find_config` finds `path` from any folder."""
     if path.is_absolute() and path.parent == shipped_folder():
         return path.stem.removeprefix(PREFIX) if path.suffix == ".yaml" else path.name
     return str(path)
@@ -220,3 +191,27 @@ def short_config_name(path: Path) -> str:
 def shipped_names() -> list[str]:
     """The short names of the shipped YAML files."""
     return sorted(path.stem.removeprefix(PREFIX) for path in shipped_folder().glob("*.yaml"))
+
+
+def select_config_files(files: Sequence[Path] | None, folder: Path | None) -> Sequence[Path]:
+    """The files that --config names, or else every size in the folder that --configs names.
+
+    Raises ConfigError where both options are given, and as `list_config_files` does.
+    """
+    if files and folder:
+        raise ConfigError(f"--configs {folder}: expected either --config files or a --configs folder, not both")
+    return [find_config(file) for file in files] if files else list_config_files(folder)
+
+
+def list_config_files(folder: Path | None = None) -> list[Path]:
+    """Every model size in `folder`; by default in `configs` of the working directory, or else the shipped ones.
+
+    Raises ConfigError where the folder does not exist or holds no config.
+    """
+    folder = folder or (FOLDER if FOLDER.is_dir() else shipped_folder())
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: is not a folder; --configs names one that holds {PATTERN} files")
+    paths = sorted(folder.glob(PATTERN))
+    if not paths:
+        raise ConfigError(f"{folder}: holds no {PATTERN}; name a folder that does with --configs")
+    return paths

@@ -15,8 +15,8 @@ from deepseek_v3.config.text_files import printable_path, read_json_object
 from deepseek_v3.utils.errors import ConfigError
 from deepseek_v3.utils.text import format_value
 
-# Fields of a released or Transformers-written config.json that say nothing about the model's shape:
-# library bookkeeping, serving hints, the weights' storage format and the released modules' import table.
+# Fields of a released config.json, or of one that Transformers wrote, that do not shape the model: bookkeeping,
+# serving hints, the storage format of the weights and the import table of the released modules.
 _WITHOUT_EFFECT = frozenset(
     "_name_or_path architectures auto_map aux_loss_alpha bos_token_id chunk_size_feed_forward dtype "
     "ep_size eos_token_id head_dim id2label is_encoder_decoder label2id model_type output_attentions "
@@ -24,7 +24,7 @@ _WITHOUT_EFFECT = frozenset(
     "quantization_config return_dict seq_aux torch_dtype transformers_version use_cache".split()
 )
 
-# What Transformers' DeepseekV3Config takes for a field that a config.json lacks.
+# The defaults of Transformers' DeepseekV3Config, for fields that a config.json lacks.
 _TRANSFORMERS_DEFAULTS: dict[str, Any] = {
     "vocab_size": 129280,
     "hidden_size": 7168,
@@ -55,10 +55,10 @@ _TRANSFORMERS_DEFAULTS: dict[str, Any] = {
 
 
 class RopeScaling(Section):
-    """YaRN (arXiv:2309.00071): stretches rotary positions beyond the length of pre-training.
+    """YaRN (arXiv:2309.00071): extends rotary positions beyond the length of pre-training.
 
-    Frequencies that turn more than `beta_fast` times over the original length stay, those that turn less than
-    `beta_slow` times are divided by `factor`, and the ones between are blended.
+    A frequency that turns more than `beta_fast` times over the original length is kept, one that turns less than
+    `beta_slow` times is divided by `factor`, and those between are interpolated.
     """
 
     rope_type: Literal["yarn"] = Field(default="yarn", validation_alias=AliasChoices("rope_type", "type"))
@@ -113,7 +113,7 @@ class ModelConfig(Section):
     rope_theta: Annotated[Real, Field(gt=1)] = 10000.0
     rope_scaling: RopeScaling | None = None
 
-    # The released file names these choices; we implement exactly one of each.
+    # The released file names these choices; this project implements exactly one of each.
     hidden_act: Literal["silu"] = "silu"
     scoring_func: Literal["sigmoid"] = "sigmoid"
     topk_method: Literal["noaux_tc"] = "noaux_tc"
@@ -124,16 +124,16 @@ class ModelConfig(Section):
 
     @property
     def qk_head_dim(self) -> int:
-        """Width of one head's query and key: the part without position and the rotary part."""
+        """Width of one head's query and key: the part without position plus the rotary part."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
     def num_moe_layers(self) -> int:
-        """Mixture layers of the main model; each multi-token prediction module adds one more."""
+        """MoE layers of the main model; each multi-token prediction module adds one more."""
         return self.num_hidden_layers - self.first_k_dense_replace
 
     def is_moe_layer(self, layer: int) -> bool:
-        """Whether layer `layer` (from 0; prediction modules follow the main layers) holds experts."""
+        """Whether layer `layer` (from 0; MTP modules follow the main layers) holds experts."""
         return layer >= self.first_k_dense_replace
 
     @model_validator(mode="after")
@@ -184,11 +184,11 @@ class ModelConfig(Section):
 
     @classmethod
     def from_json(cls, path: str | Path) -> ModelConfig:
-        """Reads a released `config.json`, or one that Transformers wrote, as it is.
+        """Reads a released `config.json`, or one that Transformers wrote.
 
-        A field that the file lacks has the value that Transformers' `DeepseekV3Config` takes. Raises ConfigError,
-        naming the file and the field, where the file cannot be read, holds an unknown field, or describes a model
-        that this project does not build.
+        A field that the file lacks gets the default of Transformers' `DeepseekV3Config`. Raises ConfigError with
+        the file and the field where the file cannot be read, holds an unknown field, or describes a model that this
+        project does not build.
         """
         path = Path(path)
         file = read_json_object(path)
@@ -206,7 +206,7 @@ class ModelConfig(Section):
 
 
 def _shape_fields(released: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a config.json that shape the model, in the released spelling."""
+    """The fields of a config.json that shape the model, under their released names."""
     left_out = _WITHOUT_EFFECT | {"qk_head_dim"}
     if released.get("model_type", "deepseek_v3") != "deepseek_v3":
         raise ValueError(f"model_type = {format_value(released['model_type'])}, expected deepseek_v3")
@@ -214,7 +214,7 @@ def _shape_fields(released: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_defaults_named(problems: str, given: dict[str, Any]) -> str:
-    """Says behind each problem which of the fields that it names the file does not give."""
+    """Adds to each problem the fields in it that the file lacks, with their defaults."""
     lines = []
     for line in problems.splitlines():
         words = set(re.findall(r"\w+", line))
@@ -226,7 +226,7 @@ def _with_defaults_named(problems: str, given: dict[str, Any]) -> str:
 
 
 def _check_head_dim(stated: object, config: ModelConfig) -> None:
-    """Raises ValueError where the file's `qk_head_dim` is not the sum that it stands for."""
+    """Raises ValueError where the file's `qk_head_dim` is not qk_nope_head_dim + qk_rope_head_dim."""
     if stated not in (None, config.qk_head_dim):
         raise ValueError(
             f"qk_head_dim = {format_value(stated)}, "
@@ -235,10 +235,10 @@ def _check_head_dim(stated: object, config: ModelConfig) -> None:
 
 
 def _with_released_rope(fields: dict[str, Any]) -> dict[str, Any]:
-    """Turns whichever form of the rotary parameters is given into the released `rope_theta` and `rope_scaling`.
+    """Converts either form of the rotary parameters to the released `rope_theta` and `rope_scaling`.
 
-    As Transformers reads them: `rope_scaling` comes before `rope_parameters`, a `rope_theta` inside before the one
-    beside, and the type "default" scales nothing.
+    The precedence is that of Transformers: `rope_scaling` over `rope_parameters`, and a `rope_theta` inside them
+    over the one outside. The type "default" scales nothing.
     """
     rope = fields.pop("rope_parameters", None)
     name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"

@@ -1,4 +1,4 @@
-"""The section `parallel` of a run: how it is laid out over ranks, and which models and batches a layout takes."""
+"""The `parallel` section of a run: the parallel degrees, and the rules between degrees, model and batch."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from deepseek_v3.config.base import PositiveInt, Section
 from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.utils.numbers import divisors
 
-# Sizes of a growing batch that are looked at one by one.
-_MOST_SIZES = 100_000
-# Beyond these the lists of a step's micro-batches and of the ways to divide ranks take too long.
+# Most sizes of a batch ramp that are checked one by one.
+_MAX_BATCH_SIZES = 100_000
+# Limits beyond which listing the micro-batches of a step and the divisors of a world size takes too long.
 Degree = Annotated[PositiveInt, Field(le=2**20)]
 BatchSize = Annotated[PositiveInt, Field(le=2**24)]
 
 
-# One forward, one backward (Narayanan et al. 2019), and schedules that leave fewer gaps because each rank has two
-# stages: interleaved (Narayanan et al. 2021), zero bubble (Qi et al. 2023), and the order of steps of the report's
-# DualPipe, cut in half; torch does not overlap its computation with the exchange.
+# 1f1b is one forward, one backward (Narayanan et al. 2019). The others have two stages per rank and smaller
+# bubbles: interleaved (Narayanan et al. 2021), zero bubble (Qi et al. 2023), and DualPipeV, the V-shaped half of
+# the report's DualPipe; torch does not overlap its computation with the expert exchange.
 PipelineSchedule = Literal["1f1b", "interleaved", "zero_bubble", "dualpipe_v"]
 
 
 class ParallelConfig(Section):
-    """How the work meets the hardware; nothing here changes what is computed, only rounding.
+    """The parallel degrees and how each rank executes its part; results differ between layouts only by rounding.
 
-    The data is split over `data_replicate` × `data_shard` ranks: groups of `data_shard` ranks share out one copy
-    of weights, gradients and moments, and there are `data_replicate` such copies. Of these ranks, each `expert`
-    consecutive ones share out the experts. `pipeline` cuts the layers into stages, each on ranks of its own. With
-    `layout: auto` the planner chooses all of these for the processes that are started, and `micro_batch_size` and
-    `recomputation` with them.
+    `data_replicate` × `data_shard` ranks read different data. Each group of `data_shard` ranks shards one replica
+    of weights, gradients and moments. `expert` consecutive data ranks shard the experts. `pipeline` cuts the layers
+    into stages on different ranks. With `layout: auto` the planner chooses these degrees, `micro_batch_size` and
+    `recomputation` for the world size of the run.
 
-    `zero_stage` says how long a rank holds what others own (Rajbhandari et al. 2020): weights only while their
-    layer runs (3), from its forward to its backward pass (2), or weights and gradients for the whole step (1).
+    `zero_stage` (Rajbhandari et al. 2020) is how long a rank holds the shards of other ranks: weights only while
+    their layer runs (3), weights from its forward to its backward pass (2), or weights and gradients for a whole
+    step (1).
     """
 
     layout: Literal["given", "auto"] = "given"
@@ -52,7 +52,7 @@ class ParallelConfig(Section):
 
     @property
     def data_ranks(self) -> int:
-        """Ranks that see different samples of a step."""
+        """Number of ranks that read different samples of a step."""
         return self.data_replicate * self.data_shard
 
     @property
@@ -62,12 +62,12 @@ class ParallelConfig(Section):
 
     @property
     def expert_shard(self) -> int:
-        """Ranks that share out one copy of the same experts."""
+        """Number of ranks that shard one replica of the same experts."""
         return max(1, self.data_shard // self.expert)
 
     @property
     def expert_replicate(self) -> int:
-        """Copies of each expert."""
+        """Number of replicas of each expert."""
         return self.data_ranks // (self.expert * self.expert_shard)
 
     @property
@@ -77,7 +77,7 @@ class ParallelConfig(Section):
 
 
 def check_batch(name: str, size: int, parallel: ParallelConfig) -> None:
-    """Raises ValueError where a batch of `size` sequences, the field `name`, does not divide over the layout."""
+    """Raises ValueError where `size` sequences (the field `name`) do not divide over ranks and micro-batches."""
     micro, ranks = parallel.micro_batch_size, parallel.data_ranks
     if size % (micro * ranks):
         over_ranks = f" × {ranks} data-parallel ranks" if ranks > 1 else ""
@@ -85,26 +85,27 @@ def check_batch(name: str, size: int, parallel: ParallelConfig) -> None:
 
 
 def pipeline_problem(parallel: ParallelConfig, model: ModelConfig, batches: range) -> str | None:
-    """Why a pipeline cannot take the layers of a model or batches of these sizes; None where it can.
+    """Why a pipeline cannot run the layers of a model or batches of these sizes; None where it can.
 
-    The batches are multiples of a micro-batch on each of the ranks with different data.
+    The batch sizes are multiples of micro_batch_size × data_ranks.
     """
     stages, kind = parallel.pipeline, parallel.pipeline_schedule
     if stages == 1:
         return None
     if stages * parallel.stages_per_rank > model.num_hidden_layers:
         return _too_many_stages(parallel, model.num_hidden_layers)
-    together = parallel.micro_batch_size * parallel.data_ranks
+    per_micro_batch = parallel.micro_batch_size * parallel.data_ranks
     at_least = {"1f1b": stages, "dualpipe_v": 2 * stages}.get(kind, 1)
-    if batches[0] < at_least * together:
-        count, needed = batches[0] // together, f"{at_least}; lower parallel.micro_batch_size, or raise the batch"
-        return _unsuited(batches[0], count, kind, needed)
-    if kind == "interleaved" and len(batches) > _MOST_SIZES:
+    if batches[0] < at_least * per_micro_batch:
+        needed = f"{at_least}; lower parallel.micro_batch_size, or raise the batch"
+        return _schedule_problem(batches[0], batches[0] // per_micro_batch, kind, needed)
+    if kind == "interleaved" and len(batches) > _MAX_BATCH_SIZES:
         return f"a batch of {len(batches):,} sizes; set a larger training.batch_ramp.increment"
     for batch in batches if kind == "interleaved" else ():
-        count = batch // together
+        count = batch // per_micro_batch
         if count % max(1, count // stages):
-            return _unsuited(batch, count, kind, f"a multiple of parallel.pipeline = {stages}; change the batch")
+            needed = f"a multiple of parallel.pipeline = {stages}; change the batch"
+            return _schedule_problem(batch, count, kind, needed)
     return None
 
 
@@ -120,7 +121,7 @@ def _too_many_stages(parallel: ParallelConfig, layers: int) -> str:
     )
 
 
-def _unsuited(batch: int, count: int, schedule: str, needed: str) -> str:
+def _schedule_problem(batch: int, count: int, schedule: str, needed: str) -> str:
     return (
         f"a batch of {batch} is {count} micro-batches for each pipeline, and "
         f"parallel.pipeline_schedule = {schedule} needs {needed}"
@@ -128,7 +129,7 @@ def _unsuited(batch: int, count: int, schedule: str, needed: str) -> str:
 
 
 def check_degrees(parallel: ParallelConfig, model: ModelConfig) -> None:
-    """Raises ValueError where the degrees of a layout do not divide each other or the experts of the model."""
+    """Raises ValueError where the expert degree does not divide the experts, the data ranks, or the sharding."""
     expert, experts, ranks = parallel.expert, model.n_routed_experts, parallel.data_ranks
     if experts % expert:
         raise ValueError(
@@ -150,5 +151,5 @@ def check_degrees(parallel: ParallelConfig, model: ModelConfig) -> None:
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:
-    """The divisor of `number` nearest to `wanted`, of two equally near the smaller."""
+    """The divisor of `number` nearest to `wanted`; of two equally near ones the smaller."""
     return min(divisors(number), key=lambda divisor: abs(divisor - wanted))

@@ -99,7 +99,7 @@ class PreprocessConfig(Section):
     def _consistent(self) -> PreprocessConfig:
         twice = sorted({name for name in self.pipeline if self.pipeline.count(name) > 1})
         if twice:
-            raise ValueError(f"pipeline: {', '.join(twice)} stands there twice, expected each stage once")
+            raise ValueError(f"pipeline: {', '.join(twice)} is named twice, expected each stage once")
         if "mixing" in self.pipeline and self.pipeline[-1] != "mixing":
             raise ValueError("pipeline: mixing repeats documents, so it must be the last stage")
         if self.previous_runs and not {"exact_deduplication", "deduplication"} & {*self.pipeline}:

@@ -1,4 +1,4 @@
-"""Reads the small text files that people write for this project: configurations in YAML and JSON."""
+"""Reads configuration files: YAML text and JSON objects of up to 1 MiB."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deepseek_v3.utils.files import read_regular_file
 from deepseek_v3.utils.numbers import MAX_NUMBER_CHARACTERS
 from deepseek_v3.utils.text import format_value
 
-LONGEST_FILE = 2**20
+MAX_FILE_BYTES = 2**20
 
 
 def read_text(path: Path) -> str:
@@ -34,10 +34,10 @@ def read_text(path: Path) -> str:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The fields of the object that a JSON file holds.
+    """The fields of a JSON file that holds one object.
 
-    Raises ConfigError as `read_text` does, and for text that is no JSON, for another value than an object, for
-    fields that are given twice, and for numbers that are not finite.
+    Raises ConfigError as `read_text` does, and for invalid JSON, for a value that is not an object, for a field
+    that is given twice, and for a number that is not finite.
     """
     text, where = read_text(path), printable_path(path)
     try:
@@ -61,18 +61,18 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def describe_content(value: Any) -> str:
-    """What a file holds in place of fields."""
+    """Describes a value that a file holds instead of fields."""
     return "a list" if isinstance(value, list) else format_value(value)
 
 
 def printable_path(path: Path) -> str:
-    """The path as it is, quoted where it holds characters that cannot be printed."""
+    """The path, quoted where it holds characters that cannot be printed."""
     return str(path) if str(path).isprintable() else format_value(path)
 
 
 def _read(path: Path) -> bytes:
     try:
-        return read_regular_file(path, LONGEST_FILE, "a configuration")
+        return read_regular_file(path, MAX_FILE_BYTES, "a configuration")
     except ValueError as error:
         raise ConfigError(f"{printable_path(path)}: {error}") from None
 

@@ -51,11 +51,11 @@ Budget = Annotated[int | str, PlainValidator(_check_budget, json_schema_input_ty
 
 _TOKENS = TypeAdapter[int](Annotated[PositiveInt, Field(le=MAX_TOKENS)], config={"strict": True})
 
-# The report's 14.8T tokens are the unit in which it dates every change of the recipe.
+# The report trains on 14.8T tokens and gives each change of the recipe as a number of tokens.
 _REPORT_TOKENS = 14.8e12
 
 
-# The context in which pydantic validates a config that has trained already.
+# The validation context of a config that a checkpoint stores.
 STORED = {"stored": True}
 
 _SIGNIFICANT_BITS = {"bfloat16": 8, "float32": 24}
@@ -63,12 +63,12 @@ _LARGEST_MOMENT_ERROR = 0.1
 
 
 class OptimizerConfig(Section):
-    """AdamW. Weight decay acts on matrices only; moments are kept in bfloat16 as in the report (§3.3.2).
+    """AdamW. Weight decay applies to matrices only; moments are bfloat16 by default, as in the report (§3.3.2).
 
-    In each step a moment moves by (1 - β) of its distance to the gradient. Rounding to b significant bits undoes a
-    move below 2^-b of the moment, so the moment stops up to 2^-b / (1 - β) of itself away from where it belongs:
-    with bfloat16 8% at β = 0.95, and for good at 0.999. β is refused where that is more than 10%, but not in the
-    config that a checkpoint stores: its model may be used, and resumed with other moments.
+    A step moves a moment by (1 - β) of its distance to the gradient. Rounding to b significant bits discards a move
+    below 2^-b of the moment, so the moment can stay 2^-b / (1 - β) of its value away from the exact one: 8% for
+    bfloat16 at β = 0.95, more than its whole value at 0.999. A β with more than 10% is refused, except in the
+    config of a checkpoint, whose model may be used, or resumed with other moments.
     """
 
     learning_rate: PositiveFloat
@@ -87,34 +87,35 @@ class OptimizerConfig(Section):
         for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
             error = smallest_move / (1 - beta)
             if error > _LARGEST_MOMENT_ERROR:
-                way_out = "set moments: float32, or lower it" if self.moments == "bfloat16" else "lower it"
+                advice = "set moments: float32, or lower it" if self.moments == "bfloat16" else "lower it"
                 raise ValueError(
                     f"{name} = {beta} with moments in {self.moments}, whose rounding would keep a moment up to "
                     f"{error:.0%} of itself from its true value; expected {name} at most "
-                    f"{1 - smallest_move / _LARGEST_MOMENT_ERROR:.7g} and so {_LARGEST_MOMENT_ERROR:.0%}: {way_out}"
+                    f"{1 - smallest_move / _LARGEST_MOMENT_ERROR:.7g} and so {_LARGEST_MOMENT_ERROR:.0%}: {advice}"
                 )
         return self
 
     @property
     def moment_bytes(self) -> int:
-        """Bytes of one number of a moment."""
+        """Bytes per number of a moment."""
         return 2 if self.moments == "bfloat16" else 4
 
 
 class ScheduleConfig(Section):
-    """Learning rate over the run. `deepseek_v3` has the report's own phases and takes only the warm-up."""
+    """Learning rate schedule. `deepseek_v3` has the phases of the report and uses only `warmup_steps`."""
 
     kind: Literal["deepseek_v3", "cosine", "wsd"] = "deepseek_v3"
     warmup_steps: NonNegativeInt = 2000
-    decay_fraction: Annotated[Real, Field(gt=0, le=1)] = 0.2  # wsd: the share of the budget that decays
-    final_ratio: Fraction = 0.1  # cosine and wsd: last over highest learning rate
+    decay_fraction: Annotated[Real, Field(gt=0, le=1)] = 0.2  # wsd: share of the budget in the decay phase
+    final_ratio: Fraction = 0.1  # cosine and wsd: final over peak learning rate
 
 
 class BatchRampConfig(Section):
     """The global batch grows linearly from `initial` sequences over the first `fraction` of the budget.
 
-    It grows in steps of `increment` sequences, which divide over all ranks and micro-batches, so that it is the
-    same under every layout; null is what divides the first and the last batch.
+    It grows by `increment` sequences at a time. `increment` must divide over all ranks and micro-batches, so that
+    the ramp is the same under every layout; null is the greatest common divisor of the first and the last batch
+    size.
     """
 
     initial: BatchSize
@@ -123,7 +124,7 @@ class BatchRampConfig(Section):
 
 
 class PredictionConfig(Section):
-    """Weight λ of the multi-token prediction loss, and the share of the budget after which it drops."""
+    """Weight λ of the multi-token prediction loss, which becomes `final_weight` at `switch_at` of the budget."""
 
     weight: NonNegativeFloat = 0.3
     final_weight: NonNegativeFloat = 0.1
@@ -131,7 +132,11 @@ class PredictionConfig(Section):
 
 
 class BalanceConfig(Section):
-    """Load balance of the experts: the bias moves by ±γ per step, then rests; α weighs the sequence loss."""
+    """Load balancing of the experts (report, §2.1.2).
+
+    The routing bias moves by ±`bias_update_speed` (γ) per step until `bias_update_until` of the budget. α is the
+    weight of the sequence-wise balance loss.
+    """
 
     bias_update_speed: NonNegativeFloat = 1e-3
     bias_update_until: Fraction = 14.3e12 / _REPORT_TOKENS
@@ -139,18 +144,20 @@ class BalanceConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """How often, in steps (0: only at the end), and on how many held-out tokens the loss is measured."""
+    """Validation: every `interval_steps` steps (0: only at the end), on `tokens` held-out tokens."""
 
     interval_steps: NonNegativeInt = 500
     tokens: PositiveInt = 262_144
 
 
 class TrainingConfig(Section):
-    """The recipe. `total_tokens` is a number of tokens, or like `20x`: that many per active parameter.
+    """The training recipe.
 
-    `deliberate_overtraining` marks a budget above 26 tokens per active parameter as meant; it changes no step.
+    `total_tokens` is a number of tokens, or a multiple such as `20x`: 20 tokens per active parameter.
+    `deliberate_overtraining` accepts a budget above 26 tokens per active parameter; it changes no step.
 
-    A step whose loss or gradient is not finite is skipped; more than `max_skipped_steps` in a row stop the run.
+    A step whose loss or gradient is not finite is skipped. The run stops after more than `max_skipped_steps`
+    consecutive ones.
     """
 
     seed: NonNegativeInt = 0
@@ -168,7 +175,7 @@ class TrainingConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """Where checkpoints go, how often (0: only at the end), and how many of the newest are kept."""
+    """Checkpoints: one every `interval_steps` steps (0: only at the end), of which the newest `keep` stay."""
 
     directory: LocalPath = Path("checkpoints")
     interval_steps: NonNegativeInt = 1000
@@ -176,7 +183,7 @@ class CheckpointConfig(Section):
 
 
 class SamplesConfig(Section):
-    """Texts that the model writes every `interval_steps` steps, one for each prompt. For runs of one process."""
+    """Sample texts: one completion per prompt every `interval_steps` steps, in runs of one process."""
 
     prompts: Annotated[tuple[str, ...], Field(min_length=1)]
     interval_steps: PositiveInt = 500
@@ -184,7 +191,7 @@ class SamplesConfig(Section):
 
 
 class LoggingConfig(Section):
-    """Where the run writes its resolved config and metrics, how often it prints, and what it writes as samples."""
+    """The directory of resolved config and metrics, the interval of log lines, TensorBoard, and sample texts."""
 
     directory: LocalPath
     interval_steps: PositiveInt = 10
@@ -193,7 +200,7 @@ class LoggingConfig(Section):
 
 
 class RunConfig(Section):
-    """One training run, whole."""
+    """One training run: all of its sections, and what follows from them."""
 
     model: ModelConfig
     training: TrainingConfig
@@ -234,7 +241,7 @@ class RunConfig(Section):
         if training.batch_ramp:
             sizes["training.batch_ramp.initial"] = training.batch_ramp.initial
             sizes |= _increment(training.batch_ramp, training.global_batch_size)
-        if self.parallel.layout == "given":  # the planner's degrees, which replace these, divide everything
+        if self.parallel.layout == "given":  # with `auto` the planner's degrees replace these
             check_degrees(self.parallel, model)
             for name, size in sizes.items():
                 check_batch(name, size, self.parallel)
@@ -249,7 +256,7 @@ class RunConfig(Section):
 
 
 def _increment(ramp: BatchRampConfig, last: int) -> dict[str, int]:
-    """The increment as a size to check, where one is given. Raises ValueError where the batch cannot grow by it."""
+    """The increment by its field's name, where one is set. Raises ValueError where it does not divide the ramp."""
     if ramp.increment is None:
         return {}
     for name, size in (("training.batch_ramp.initial", ramp.initial), ("training.global_batch_size", last)):
@@ -261,7 +268,7 @@ def _increment(ramp: BatchRampConfig, last: int) -> dict[str, int]:
 
 
 def batch_sizes(training: TrainingConfig) -> range:
-    """Sequences of a step: every size that the batch has in the course of a run, ascending."""
+    """Every batch size of a run, in sequences per step, ascending."""
     last, ramp = training.global_batch_size, training.batch_ramp
     if ramp is None:
         return range(last, last + 1)
@@ -269,6 +276,6 @@ def batch_sizes(training: TrainingConfig) -> range:
 
 
 def batch_size_divisor(training: TrainingConfig) -> int:
-    """Sequences that the batch of every step is a multiple of: the most that a layout can always take at once."""
+    """The greatest common divisor of all batch sizes of a run, in sequences."""
     sizes = batch_sizes(training)
     return math.gcd(sizes[0], sizes[-1], sizes.step if len(sizes) > 1 else 0)

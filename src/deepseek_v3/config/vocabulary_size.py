@@ -1,4 +1,4 @@
-"""The model's vocabulary where its config leaves `model.vocab_size` open: as large as the tokenizer needs."""
+"""The vocabulary size of a model whose config leaves `model.vocab_size` open: that of its tokenizer."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from deepseek_v3.config.data_config import DataConfig
 
 PUBLISHED_VOCABULARY = 129_280
 
-_MULTIPLE = 128  # blocks of tensor cores, and of ranks that share out embedding and head
+_MULTIPLE = 128  # divides into tensor-core tiles, and over ranks that shard embedding and head
 
 
 def fill_vocabulary(fields: dict[str, Any]) -> str | None:
     """Sets `model.vocab_size` in the fields of a run where it is missing or null.
 
-    It is the tokenizer's number of ids, rounded up to a multiple of 128. The tokenizer is that of the shards at
-    `data.path`, or the one that `data.corpus` is going to train, whichever is larger: building the shards does not
-    change the model. Where there is neither, it is the published 129,280. Returns why; None where nothing was open.
+    The size is the tokenizer's number of ids, rounded up to a multiple of 128. The tokenizer is that of the shards
+    at `data.path` or the one that `data.corpus` will train, whichever is larger, so that building the shards does
+    not change the model. Without either, the size is the published 129,280. Returns the reason for the log; None
+    where the field was set.
     """
     model, data = fields.get("model"), fields.get("data") or {}
     if not isinstance(model, dict) or model.get("vocab_size") is not None or not isinstance(data, dict):
@@ -42,7 +43,7 @@ def fill_vocabulary(fields: dict[str, Any]) -> str | None:
 
 
 def _count(value: object) -> int:
-    """A positive number as a config spells it; 0 for anything else."""
+    """A positive number in any notation that a config accepts; 0 for other values."""
     try:
         return TypeAdapter(PositiveInt).validate_python(value)
     except ValidationError:
@@ -50,7 +51,7 @@ def _count(value: object) -> int:
 
 
 def _tokenizer_size(path: object) -> object:
-    """`vocab_size` in the index of token shards; None where there is none to be read."""
+    """`vocab_size` in the index of token shards; None where it cannot be read."""
     if not isinstance(path, str | Path):
         return None
     try:

@@ -1,4 +1,4 @@
-"""YAML as this project reads and writes it: numbers, text, true, false, null, lists and sections, and nothing else.
+"""The subset of YAML that this project reads and writes: numbers, text, true, false, null, lists and sections.
 
 Tags (`!!timestamp`), aliases (`*name`) and repeated fields are refused, dates are text, and numbers are those of
 YAML 1.2: `1e-4` is a number, `010` is ten and `1:30` is text.
@@ -34,7 +34,7 @@ _KINDS = {
 
 
 class YamlLoader(yaml.SafeLoader):
-    """Reads one document; raises yaml.YAMLError for what this module's description leaves out."""
+    """Reads one document; raises yaml.YAMLError for anything outside the subset."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 -- PyYAML's own name, filled below
 
@@ -82,7 +82,7 @@ class YamlLoader(yaml.SafeLoader):
         return int(_short(node).replace("_", ""))
 
     def _float(self, node: yaml.ScalarNode) -> float:
-        """A whole number where it is written as one with an exponent, so that every digit of 1e23 is right."""
+        """An integer where an exponent gives a whole number, so that 1e23 keeps every digit."""
         text = _short(node).replace("_", "").lower()
         number = float(text.replace(".inf", "inf").replace(".nan", "nan"))
         if "e" in text and math.isfinite(number) and number.is_integer():
@@ -103,9 +103,9 @@ YamlLoader.add_constructor(f"{_PREFIX}float", YamlLoader._float)
 
 
 def parse_yaml(text: str) -> tuple[Any, yaml.Node | None]:
-    """The value that the text writes, and its node, which knows the lines; None and None for no value.
+    """The value of a YAML text, and its node, which holds the line numbers; (None, None) for an empty text.
 
-    Raises ValueError that says what is wrong, and `YamlProblem` with the line where that is known.
+    Raises YamlProblem with the line of the problem.
     """
     try:
         loader = YamlLoader(text)
@@ -125,7 +125,7 @@ def parse_yaml(text: str) -> tuple[Any, yaml.Node | None]:
 
 
 class YamlProblem(ValueError):  # noqa: N818
-    """What is wrong with a text in YAML, and in which line, from 1."""
+    """A problem of a YAML text, and its line, counted from 1."""
 
     def __init__(self, problem: str, line: int) -> None:
         super().__init__(problem)
@@ -133,12 +133,12 @@ class YamlProblem(ValueError):  # noqa: N818
 
 
 def to_yaml(fields: dict[str, Any]) -> str:
-    """The fields as YAML, in their order; `parse_yaml` reads them back."""
+    """The fields as YAML text, in their order; `parse_yaml` reads them back."""
     return yaml.dump(fields, Dumper=YamlDumper, sort_keys=False, allow_unicode=True)
 
 
 def _error(problem: str, place: Any) -> yaml.MarkedYAMLError:
-    """The error at the start of a node or an event."""
+    """The error at the position of a node or an event."""
     return yaml.MarkedYAMLError(problem=problem, problem_mark=place.start_mark)
 
 

@@ -48,7 +48,7 @@ def test_shards_then_merge(config: Path) -> None:
     [
         (["--shard", "1"], "--shard 1: expected I/N, such as 0/8"),
         (["--set", "pipeline=[cleaning]"], "pipeline"),
-        (["--set", "pipeline=[pii,pii]"], "pii stands there twice"),
+        (["--set", "pipeline=[pii,pii]"], "pii is named twice"),
         (["--set", "pipeline=[mixing,pii]"], "mixing repeats documents, so it must be the last stage"),
         (["--set", "heuristic_filters.rules=[x]"], "x: expected gopher_repetition, gopher_quality, c4 or fineweb"),
         (
