@@ -1,8 +1,8 @@
-"""Bytes that one layer holds for its backward pass, tensor by tensor, as autograd and the compiler keep them.
+"""Activation memory: the bytes that one layer saves for its backward pass, tensor by tensor.
 
 Axes as in the model: D width, H heads, N qk_nope, R qk_rope, V v_head, Q q rank, C kv rank, E experts, K experts
-per token, F expert width. All figures are bytes per token of a micro-batch, the layer's input left out (it is the
-output of the layer before) and its output included.
+per token, F expert width. All numbers are bytes per token of a micro-batch. They include the layer's output, but
+not its input, which is the output of the layer before.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from deepseek_v3.planning.execution import Execution, LayerKind
 
 
 def saved_bytes(model: ModelConfig, kind: LayerKind, run: Execution) -> float:
-    """What a layer of this kind keeps between its forward and its backward pass, for one token."""
+    """Bytes per token that a layer of this kind saves between its forward and its backward pass."""
     parts = _compiled_attention(model) if run.compiled else _eager_attention(model, run.width)
     parts["mask"] = run.mask_bytes
     parts["feed-forward network"] = feed_forward_bytes(model, kind, run)
     if kind == "mtp":
-        parts |= _prediction(model, run)
+        parts |= _mtp(model, run)
     parts["output"] = run.width * model.hidden_size
     return sum(parts.values())
 
 
 def feed_forward_bytes(model: ModelConfig, kind: LayerKind, run: Execution) -> float:
-    """Of that, what belongs to its dense network or to its experts."""
+    """The part of `saved_bytes` in the dense network, or in the MoE block."""
     return (
         feed_forward_network_bytes(model.intermediate_size, run)
         if kind == "dense"
@@ -32,7 +32,7 @@ def feed_forward_bytes(model: ModelConfig, kind: LayerKind, run: Execution) -> f
 
 
 def _compiled_attention(model: ModelConfig) -> dict[str, float]:
-    """Attention, both norms and the residual around it, as the compiler's partition of the graph keeps them."""
+    """Attention, both norms and its residual connection, as the compiler's partitioner saves them."""
     width, heads = model.hidden_size, model.num_attention_heads
     kv_rank, rope, nope = model.kv_lora_rank, model.qk_rope_head_dim, model.qk_nope_head_dim
     return {
@@ -47,26 +47,26 @@ def _compiled_attention(model: ModelConfig) -> dict[str, float]:
     }
 
 
-def _eager_attention(model: ModelConfig, number: int) -> dict[str, float]:
-    """The same where every operation keeps its own inputs; norms keep float32, before and after scaling."""
+def _eager_attention(model: ModelConfig, width_bytes: int) -> dict[str, float]:
+    """The same without the compiler: each operation saves its inputs, norms save float32 twice."""
     width, heads, q_rank = model.hidden_size, model.num_attention_heads, model.q_lora_rank or 0
     kv_rank, rope, nope = model.kv_lora_rank, model.qk_rope_head_dim, model.qk_nope_head_dim
-    input_copy = 4 * width if number == 2 else 0
-    latent = 4 * (kv_rank + rope) if number == 4 else 4 * kv_rank
+    input_copy = 4 * width if width_bytes == 2 else 0
+    latent = 4 * (kv_rank + rope) if width_bytes == 4 else 4 * kv_rank
     return {
-        "input and its norm": input_copy + (4 + number) * width,
-        "compressed queries and their norm": (8 + number) * q_rank,
-        "latent and its norm": latent + (4 + number) * kv_rank,
-        "queries and keys": 2 * number * heads * model.qk_head_dim,
-        "expanded keys and values": number * heads * (nope + model.v_head_dim),
-        "attention output": number * heads * model.v_head_dim,
+        "input and its norm": input_copy + (4 + width_bytes) * width,
+        "compressed queries and their norm": (8 + width_bytes) * q_rank,
+        "latent and its norm": latent + (4 + width_bytes) * kv_rank,
+        "queries and keys": 2 * width_bytes * heads * model.qk_head_dim,
+        "expanded keys and values": width_bytes * heads * (nope + model.v_head_dim),
+        "attention output": width_bytes * heads * model.v_head_dim,
         "softmax and norm statistics": 4 * heads + 4 * 4,
-        "state after attention and its norm": (8 + number) * width,
+        "state after attention and its norm": (8 + width_bytes) * width,
     }
 
 
 def feed_forward_network_bytes(hidden: int, run: Execution) -> float:
-    """Gate, up and their product; without the compiler also the activated gate, all but the product float32."""
+    """Gate, up and their product, per token; eager mode also saves the activated gate, in fp32."""
     return 3 * 2 * hidden if run.compiled else (3 * 4 + run.width) * hidden
 
 
@@ -74,7 +74,7 @@ def _moe(model: ModelConfig, run: Execution) -> dict[str, float]:
     width, experts, chosen = model.hidden_size, model.n_routed_experts, model.num_experts_per_tok
     hidden = model.moe_intermediate_size
     rows = chosen * run.expert_imbalance
-    # Without the compiler each row keeps gate, up, activated gate and their product in float32, then the result.
+    # In eager mode each row saves gate, up, activated gate and their product in float32, then the result.
     per_row = 2 * (width + 3 * hidden) if run.compiled else run.width * width + (4 * 4 + run.width) * hidden
     return {
         "router's input in float32": 4 * width if run.width == 2 else 0,
@@ -87,8 +87,8 @@ def _moe(model: ModelConfig, run: Execution) -> dict[str, float]:
     }
 
 
-def _prediction(model: ModelConfig, run: Execution) -> dict[str, float]:
-    """What a prediction layer has besides: two norms joined, their projection, and a norm at its end."""
+def _mtp(model: ModelConfig, run: Execution) -> dict[str, float]:
+    """What an MTP layer saves in addition: two concatenated norms, their projection, and its final norm."""
     width = model.hidden_size
     if run.compiled and not run.compiled_in_parts:
         return {"joined states, projected; state before the last norm": 2 * (2 * width + width + width)}

@@ -1,4 +1,4 @@
-"""The factors of the step-time and memory models, fitted to measured steps by benchmarks/calibrate_planner.py."""
+"""Factors of the step-time and memory models, fitted to measured steps by `benchmarks/calibrate_planner.py`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ CALIBRATION_FILE = Path(__file__).with_name("calibration.json")
 
 @dataclass(frozen=True)
 class Rates:
-    """Time of each kind of work over what the device's peak would need, and fixed seconds besides."""
+    """Measured time of each kind of work over its time at peak rate, and fixed seconds per layer and step."""
 
     matrices: float
     experts: float
     expert_bytes: float
     attention: float
-    masked_attention: float  # where a mask parts documents, by another kernel
+    masked_attention: float  # another kernel, which masks other documents
     activations: float
     logits: float
     weights: float
@@ -30,10 +30,11 @@ class Rates:
 
 @dataclass(frozen=True)
 class Calibration:
-    """`fitted_on`: device and versions. `bfloat16`: of compiled layers; `float32`: of layers that are not.
+    """One fit of all factors.
 
-    `allocator_overhead`: share by which the allocator holds more than it gave out. `context_bytes`: what driver and
-    libraries keep on a GPU.
+    `fitted_on`: device and versions. `bfloat16`: rates of compiled layers; `float32`: rates of eager layers.
+    `allocator_overhead`: memory that torch's allocator reserves beyond the allocated bytes, as a share of these.
+    `context_bytes`: memory of the CUDA context and the libraries on a GPU.
     """
 
     fitted_on: str
@@ -43,7 +44,7 @@ class Calibration:
     context_bytes: float
 
     def rates(self, run: Execution) -> Rates:
-        """Those for layers run so; bfloat16 without the compiler has its products and the other's activations."""
+        """The rates for this execution; eager bfloat16 takes those of activations from float32."""
         if run.width == 4:
             return self.float32
         return self.bfloat16 if run.compiled else replace(self.bfloat16, activations=self.float32.activations)
@@ -51,7 +52,7 @@ class Calibration:
 
 @cache
 def calibration() -> Calibration:
-    """The fit that ships with this version."""
+    """The fit in `calibration.json`."""
     fitted = json.loads(CALIBRATION_FILE.read_text(encoding="utf-8"))
     return Calibration(
         fitted_on=fitted["fitted_on"],

@@ -22,7 +22,7 @@ MAX_RATIO = 26
 
 
 class Verdict(Enum):
-    """What a budget is for its model."""
+    """The result of checking a budget."""
 
     COMPLIES = "complies"
     UNDERTRAINED = "undertrained"
@@ -31,18 +31,18 @@ class Verdict(Enum):
 
     @property
     def accepted(self) -> bool:
-        """Whether the run may go ahead: in the range, or above it and marked as meant."""
+        """Whether the budget is in the range, or above it and marked as deliberate."""
         return self in (Verdict.COMPLIES, Verdict.DELIBERATELY_OVERTRAINED)
 
 
 @dataclass(frozen=True)
 class Compliance:
-    """A run's budget against the law. Ratios are tokens per active parameter; `reason` says what to change."""
+    """A run's budget compared with the range, in tokens per active parameter; `reason` says what to change."""
 
     name: str
     active_parameters: int
     target_ratio: int
-    required_tokens: int  # the target ratio's
+    required_tokens: int  # at the target ratio
     total_tokens: int
     actual_ratio: float
     steps: int
@@ -51,7 +51,7 @@ class Compliance:
 
 
 def check_compliance(name: str, config: RunConfig) -> Compliance:
-    """Judges a run's budget, on whole tokens and parameters; `name` is only carried along."""
+    """Checks a run's budget with integer arithmetic; `name` is copied into the result."""
     active, tokens = count_active_parameters(config.model), budget_in_tokens(config)
     verdict = _verdict(active, tokens, config.training.deliberate_overtraining)
     return Compliance(
@@ -68,7 +68,7 @@ def check_compliance(name: str, config: RunConfig) -> Compliance:
 
 
 def format_ratio(tokens: int, active: int) -> str:
-    """The ratio with one decimal, or with as many as tell it apart from a bound that it is not."""
+    """The ratio with one decimal, or with more where rounding would show a bound that it does not equal."""
     ratio = Fraction(tokens, active)
     for digits in count(1):
         rounded = round(ratio, digits)

@@ -1,7 +1,4 @@
-"""Parameters of a model, from its config alone.
-
-FOLDED: What one rank of a layout has of the model and of the batch.
-"""
+"""Numbers of parameters: of a model, of one token's forward pass, and of one rank of a layout."""
 
 from __future__ import annotations
 
@@ -15,9 +12,10 @@ from deepseek_v3.config.train_config import RunConfig
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Numbers of parameters by part; prediction layers apart, without the embedding and head they share.
+    """Numbers of parameters by part.
 
-    The routing biases are not parameters: no gradient moves them.
+    `prediction` counts the MTP layers without the embedding and head that they share with the main model. The
+    routing bias is not a parameter: it gets no gradient.
     """
 
     embedding: int = 0
@@ -37,35 +35,35 @@ class ParameterCounts:
 
     @property
     def with_prediction(self) -> int:
-        """Parameters of the main model and of its prediction layers: all that is trained and stored."""
+        """Parameters of the main model and its MTP layers: all that are trained and stored."""
         return sum(getattr(self, field.name) for field in fields(self))
 
 
 def count_parameters(config: ModelConfig) -> ParameterCounts:
-    """Exact counts, equal to those of the built module; a tied head counts once, as the embedding."""
+    """Exact numbers of parameters, equal to those of the built module; a tied head counts only as the embedding."""
     vocabulary = config.vocab_size * config.hidden_size
     counts = _count_model(config, config.n_routed_experts)
     return replace(counts, embedding=vocabulary, head=0 if config.tie_word_embeddings else vocabulary)
 
 
 def count_active_parts(config: ModelConfig) -> ParameterCounts:
-    """What one token multiplies with: of the routed experts the chosen ones, the head also where it is tied.
+    """Parameters that one token is multiplied with: the chosen routed experts only; the head even where it is tied.
 
-    The embedding is 0: a token looks its row up.
+    `embedding` is 0, because a token only looks up its row.
     """
     return replace(_count_model(config, config.num_experts_per_tok), head=config.vocab_size * config.hidden_size)
 
 
 def count_active_parameters(config: ModelConfig) -> int:
-    """Parameters of the main model that one token multiplies with: output head included, input embedding not.
+    """Parameters of the main model that one token is multiplied with, with the output head, without the embedding.
 
-    The one convention for "active" throughout this project; 36.6 billion for the published model.
+    This is the meaning of "active parameters" in this project; 36.6 billion for the published model.
     """
     return count_active_parts(config).total
 
 
 def active_conventions(config: ModelConfig) -> dict[str, int]:
-    """What "active parameters" come to by this project's convention, the first, and by three others in use."""
+    """Active parameters by this project's convention (the first) and by three other common ones."""
     active = count_active_parts(config)
     return {
         "with_head": active.total,
@@ -76,7 +74,7 @@ def active_conventions(config: ModelConfig) -> dict[str, int]:
 
 
 def count_layers(config: ModelConfig, dense: int, moe: int, experts: int) -> ParameterCounts:
-    """Parameters of so many dense and MoE layers, `experts` of the routed experts counted in each MoE layer."""
+    """Parameters of `dense` dense and `moe` MoE layers, counting `experts` routed experts in each MoE layer."""
     expert = _ffn(config, config.moe_intermediate_size)
     return ParameterCounts(
         attention=(dense + moe) * _attention(config),
@@ -89,19 +87,19 @@ def count_layers(config: ModelConfig, dense: int, moe: int, experts: int) -> Par
 
 
 def count_float32_weights(config: ModelConfig) -> int:
-    """Weights of all routers and norms, prediction layers included: those that every rank holds whole."""
+    """Weights of all routers and norms, MTP layers included. They are replicated on every rank."""
     moe_layers = config.num_moe_layers + config.num_nextn_predict_layers
     counts = count_layers(config, config.first_k_dense_replace, moe_layers, 0)
     return counts.gates + counts.norms + (1 + 3 * config.num_nextn_predict_layers) * config.hidden_size
 
 
 def mtp_projection_weights(config: ModelConfig) -> int:
-    """Weights of the matrix with which one prediction layer joins states and embeddings."""
+    """Weights of the matrix that projects the concatenated states and embeddings of one MTP layer."""
     return 2 * config.hidden_size * config.hidden_size
 
 
 def _count_model(config: ModelConfig, experts: int) -> ParameterCounts:
-    """All but embedding and head, `experts` of the routed experts counted in each MoE layer."""
+    """All parameters except embedding and head, counting `experts` routed experts in each MoE layer."""
     layers = count_layers(config, config.first_k_dense_replace, config.num_moe_layers, experts)
     depth, width = config.num_nextn_predict_layers, config.hidden_size
     around = mtp_projection_weights(config) + 3 * width  # the projection of an MTP layer's inputs, and three norms
@@ -110,7 +108,7 @@ def _count_model(config: ModelConfig, experts: int) -> ParameterCounts:
 
 
 def _attention(config: ModelConfig) -> int:
-    """Weights of one attention module, the norms of its latents excluded."""
+    """Weights of one attention module, without the norms of its latents."""
     width, heads = config.hidden_size, config.num_attention_heads
     queries = heads * config.qk_head_dim
     q = width * queries if config.q_lora_rank is None else config.q_lora_rank * (width + queries)
@@ -125,10 +123,10 @@ def _ffn(config: ModelConfig, hidden_width: int) -> int:
 
 @dataclass(frozen=True)
 class RankParameters:
-    """How many parameters a rank works on.
+    """Numbers of parameters of one rank.
 
-    `layers`: in whole layers; of these `experts` in routed experts, and `whole` in routers and norms, which every
-    rank holds whole. `owned`: those that the rank updates.
+    `layers`: of all layers that the rank computes, unsharded; `experts` of these are in routed experts, and `whole`
+    in routers and norms, which are not sharded. `owned`: those whose optimizer state the rank holds.
     """
 
     layers: float
@@ -138,7 +136,7 @@ class RankParameters:
 
 
 def rank_parameters(config: RunConfig) -> RankParameters:
-    """Those of one rank, on average over pipeline stages."""
+    """The parameters of one rank, averaged over the pipeline stages."""
     parallel, (routed, others, outside) = config.parallel, parameters_by_group(config.model)
     experts, whole, stages = routed / parallel.expert, count_float32_weights(config.model), parallel.pipeline
     share = owned_parameters(parallel, routed, whole, others + outside - whole)
@@ -146,13 +144,13 @@ def rank_parameters(config: RunConfig) -> RankParameters:
 
 
 def owned_parameters(parallel: ParallelConfig, routed: float, whole: float, others: float) -> float:
-    """How many a rank owns of parameters in routed experts, in what every rank holds whole, and of others."""
+    """How many of `routed` expert, `whole` unsharded and `others` remaining parameters one rank owns."""
     return routed / max(parallel.data_shard, parallel.expert) + whole + others / parallel.data_shard
 
 
 @lru_cache
 def parameters_by_group(model: ModelConfig) -> tuple[int, int, int]:
-    """Parameters of routed experts, of all else in layers, and of embedding and head."""
+    """Parameters of routed experts, of the rest of all layers, and of embedding and head."""
     moe_layers = model.num_moe_layers + model.num_nextn_predict_layers
     routed = count_layers(model, 0, moe_layers, model.n_routed_experts).routed_experts
     counts = count_parameters(model)

@@ -1,4 +1,4 @@
-"""The command that counts: `dsv3 config counts`, a model's parameters and operations by part."""
+"""`dsv3 config counts`: a model's parameters and floating-point operations by part."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def counts(
 
 
 def counts_of(config: RunConfig) -> dict[str, Any]:
-    """Parameters by part, total and active; what conventions of "active" give; operations per token."""
+    """Parameters by part, total and active; active parameters by convention; operations per token."""
     model, length = config.model, config.training.sequence_length
     total, active = count_parameters(model), count_active_parts(model)
     operations = flops_per_token(model, length, config.parallel.recomputation)

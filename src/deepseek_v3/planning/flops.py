@@ -1,8 +1,9 @@
 """Floating-point operations of training, per token, from the config and the sequence length alone.
 
-An operation is one multiplication or one addition, so a product with a weight costs a token two. Attention is
-causal: on average a query meets half the sequence. Every prediction layer is counted as running on all tokens,
-though depth k misses the last k of a sequence. Look-ups, norms, softmax and activations are left out.
+An operation is one multiplication or one addition, so each weight costs a token two. Attention is causal: on
+average a query attends to half the sequence. Every MTP layer is counted as running on all tokens, although depth k
+has no target for the last k of a sequence. Embedding look-ups, norms, softmax and activation functions are not
+counted.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Recomputation = Literal["none", "selective", "full"]
 
 @dataclass(frozen=True)
 class ForwardFlops:
-    """Operations per token of one forward pass, by part; `joining` is that of prediction layers."""
+    """Operations per token of one forward pass, by part; `joining` is the input projection of MTP layers."""
 
     attention_projections: int
     attention_scores: int  # queries times keys, and weights times values
@@ -42,13 +43,16 @@ class ForwardFlops:
 
     @property
     def feed_forward(self) -> int:
-        """The parts behind attention."""
+        """The feed-forward parts: everything after attention."""
         return self.dense_ffn + self.routed_experts + self.shared_experts + self.gates
 
 
 @dataclass(frozen=True)
 class FlopCounts:
-    """Operations per token of a training step; `attention` is the share of scores and their use in all three."""
+    """Operations per token of a training step.
+
+    `attention` is the part of attention scores and their use in forward, backward and recomputation together.
+    """
 
     forward: int
     backward: int
@@ -57,15 +61,15 @@ class FlopCounts:
 
     @property
     def total(self) -> int:
-        """All that the hardware executes; without recomputation, what the model asks for."""
+        """All operations that the hardware executes."""
         return self.forward + self.backward + self.recomputation
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int, recomputation: Recomputation = "none") -> FlopCounts:
-    """Operations of forward, backward (twice the forward) and recomputation, prediction layers included.
+    """Operations of forward, backward (twice the forward) and recomputation, MTP layers included.
 
-    Full recomputation runs every decoder and prediction layer forward once more, but not the head; selective
-    recomputation only what comes behind attention.
+    Full recomputation repeats the forward pass of every layer, but not of the head; selective recomputation repeats
+    only the feed-forward parts.
     """
     parts = (forward_flops(config, sequence_length), mtp_forward_flops(config, sequence_length))
     forward = sum(part.total for part in parts)
@@ -76,22 +80,22 @@ def flops_per_token(config: ModelConfig, sequence_length: int, recomputation: Re
 
 
 def training_flops_per_token(config: ModelConfig, sequence_length: int) -> int:
-    """Operations that model FLOP utilisation counts: forward and backward, recomputation not.
+    """Operations that model FLOPs utilisation (MFU) counts: forward and backward, without recomputation.
 
-    6 × (active matrix weights, head included, + attention scores and their use, causal: half the length).
+    6 × active weights of matrices, with the head, + 3 × operations of attention scores and their use.
     """
     return flops_per_token(config, sequence_length).total
 
 
 def forward_flops(config: ModelConfig, sequence_length: int) -> ForwardFlops:
-    """The main model's forward pass, by part."""
+    """Operations per token of the main model's forward pass, by part."""
     active = count_active_parts(config)
     scores = config.num_hidden_layers * _scores(config, sequence_length)
     return _doubled(active, scores, joining=0, head=active.head)
 
 
 def mtp_forward_flops(config: ModelConfig, sequence_length: int) -> ForwardFlops:
-    """The forward pass of all prediction layers together, by part; each also runs the shared head."""
+    """Operations per token of the forward pass of all MTP layers, by part; each also runs the shared head."""
     depth = config.num_nextn_predict_layers
     active = count_layers(config, 0, depth, config.num_experts_per_tok)
     head = depth * config.vocab_size * config.hidden_size
@@ -99,7 +103,7 @@ def mtp_forward_flops(config: ModelConfig, sequence_length: int) -> ForwardFlops
 
 
 def layer_flops(config: ModelConfig, kind: LayerKind, sequence_length: int) -> int:
-    """The forward pass of one layer of a kind, for one token."""
+    """Operations per token of the forward pass of one layer of a kind."""
     dense = kind == "dense"
     active = count_layers(config, int(dense), int(not dense), config.num_experts_per_tok)
     joining = mtp_projection_weights(config) if kind == "mtp" else 0
@@ -107,12 +111,12 @@ def layer_flops(config: ModelConfig, kind: LayerKind, sequence_length: int) -> i
 
 
 def head_flops(config: ModelConfig) -> int:
-    """The logits of one token."""
+    """Operations of one token's logits."""
     return 2 * config.vocab_size * config.hidden_size
 
 
 def _doubled(active: ParameterCounts, scores: int, joining: int, head: int) -> ForwardFlops:
-    """Two operations for each weight; `scores` are operations already."""
+    """Two operations per weight; `scores` is a number of operations already."""
     return ForwardFlops(
         attention_projections=2 * active.attention,
         attention_scores=scores,
@@ -126,5 +130,5 @@ def _doubled(active: ParameterCounts, scores: int, joining: int, head: int) -> F
 
 
 def _scores(config: ModelConfig, sequence_length: int) -> int:
-    """Operations per token of one layer's scores and their use: two per number, over half the length."""
+    """Operations per token of one layer's scores and their use: two per multiply-add, over half the length."""
     return config.num_attention_heads * (config.qk_head_dim + config.v_head_dim) * sequence_length

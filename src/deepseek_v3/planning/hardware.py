@@ -1,4 +1,4 @@
-"""What accelerators can do and cost: published figures, or the user's own from a file."""
+"""Memory, speed and price of accelerators: published figures, or the user's own from a YAML file."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from deepseek_v3.config.base import NonNegativeFloat, PositiveFloat, PositiveInt
 from deepseek_v3.config.loading import load_section
 from deepseek_v3.utils.errors import ConfigError
 
-# Beyond these, quotients of a device's figures leave the range of floats.
-LARGEST_RATE = 1e9
-Rate = Annotated[PositiveFloat, Field(ge=1e-6, le=LARGEST_RATE)]
+# Beyond these bounds, quotients of a device's figures overflow or underflow a float.
+MAX_RATE = 1e9
+Rate = Annotated[PositiveFloat, Field(ge=1e-6, le=MAX_RATE)]
 
 
 class Device(Section):
     """One accelerator, or one CPU host.
 
-    `memory_gib` as the driver reports it. Rates are dense, without sparsity: 10¹² operations per second, and 10⁹
-    bytes per second. `link_gb_per_s` and `network_gb_per_s` are what one device sends to others of its node and to
-    other nodes, each in one direction. `dollars_per_hour` is the rent of one device.
+    `memory_gib` is what the driver reports. Rates are dense, without sparsity, in 10¹² operations or 10⁹ bytes per
+    second. `link_gb_per_s` and `network_gb_per_s` are the bandwidth of one device, in one direction, to others of
+    its node and to other nodes. `dollars_per_hour` is the rent of one device.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Device(Section):
     link_gb_per_s: Rate
     network_gb_per_s: Rate = 50.0  # one 400 Gb/s adapter per device
     devices_per_node: PositiveInt = 8
-    dollars_per_hour: Annotated[NonNegativeFloat, Field(le=LARGEST_RATE)]
+    dollars_per_hour: Annotated[NonNegativeFloat, Field(le=MAX_RATE)]
     is_cpu: bool = False
     source: str = Field(min_length=1)
 
@@ -42,12 +42,12 @@ class Device(Section):
         return self.memory_gib * 2**30
 
     def peak(self, width: int) -> float:
-        """Operations per second of matrix products on numbers of 2 or 4 bytes."""
+        """Operations per second of matrix products, for numbers of `width` = 2 or 4 bytes."""
         tflops = self.bfloat16_tflops if width == 2 and self.bfloat16_tflops else self.float32_tflops
         return tflops * 1e12
 
 
-# Where the rates of a card come from whose name begins so.
+# Sources of the rates, by the first word of a card's name.
 _PUBLICATIONS = {
     "B200": "NVIDIA DGX B200 data sheet, an eighth of it",
     "H200": "NVIDIA H200 Tensor Core GPU data sheet",
@@ -79,8 +79,8 @@ def _nvidia(
 
 # Name, GiB, dense bfloat16 and float32 TFLOP/s, memory, link (NVLink per direction, else PCIe) GB/s, $ per hour.
 # The network is taken to be 400 Gb/s per device where there is NVLink, and 100 Gb/s elsewhere.
-# float32 is that of the ordinary units, as torch multiplies float32 unless told to use TF32. A longer name stands
-# before one that it contains. On consumer cards the bfloat16 rate is the one with float32 sums.
+# The float32 rate is that without TF32, torch's default. On consumer cards the bfloat16 rate is that with float32
+# accumulation. `find_device` returns the first match, so a longer name comes before a name that it contains.
 _DEVICES = (
     _nvidia("B200", 179.0, 2250, 75, 7700, 900, 5.00),
     _nvidia("H200", 140.0, 989, 67, 4800, 450, 3.80),
@@ -111,25 +111,25 @@ _DEVICES = (
 
 
 def known_devices() -> tuple[Device, ...]:
-    """The table of this project."""
+    """All devices of the table."""
     return _DEVICES
 
 
 def find_device(name: str, devices: tuple[Device, ...] = _DEVICES) -> Device | None:
-    """The first device whose name's words all occur in `name`, say in what a driver calls the card."""
+    """The first device whose words all occur in `name`, which may be the driver's name of a card, or None."""
     words = name.lower().replace("-", " ").split()
     return next((device for device in devices if all(word in words for word in device.name.lower().split())), None)
 
 
 def device_with_memory(gigabytes: float) -> Device:
-    """The usual device that is sold as having so many gigabytes: 80 is an H100, 24 an RTX 4090.
+    """The usual device that is sold with this memory: 80 GB is an H100, 24 GB an RTX 4090.
 
-    Raises ConfigError, naming the sizes that are known, where none is within a twentieth.
+    Raises ConfigError, listing the known sizes, where none is within 5%.
     """
     usual = {sold: find_device(name) for sold, name in _SOLD_AS.items()}
     nearest = min(usual, key=lambda sold: abs(sold - gigabytes))
     device = usual[nearest]
-    if device is None or not abs(nearest - gigabytes) <= 0.05 * nearest:  # not a number is refused too
+    if device is None or not abs(nearest - gigabytes) <= 0.05 * nearest:  # also refuses NaN
         raise ConfigError(
             f"--gpu-memory {gigabytes:g}: no known GPU has that much; known are "
             f"{', '.join(f'{sold} ({name})' for sold, name in _SOLD_AS.items())}; "
@@ -150,6 +150,6 @@ def load_device(path: str | Path) -> Device:
 
 
 def peak_bfloat16_flops(device_name: str) -> float | None:
-    """Operations per second of the card that `device_name` names, or None where we know no published figure."""
+    """Peak bfloat16 operations per second of a card by its driver's name; None for an unknown card."""
     device = find_device(device_name)
     return device.peak(2) if device and device.bfloat16_tflops else None

@@ -1,6 +1,6 @@
-"""How a run can be laid out over devices, and which layout is the fastest that fits.
+"""Searches the layouts (parallel degrees) of a run over some devices for the fastest one that fits their memory.
 
-Answers are kept: the same ones are asked for under every limit of a budget.
+Results are cached, because the advisor asks for the same ones under every limit of a budget.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from deepseek_v3.planning.step_time import StepTime, estimate_step
 from deepseek_v3.utils.numbers import divisors
 
 MAX_DEVICES = 4096
-_LARGEST_MICRO_BATCH = 32
+_MAX_MICRO_BATCH = 32
 _DEGREES = (1, 2, 4, 8, 16, 32, 64)
 _RECOMPUTATION = ("none", "selective", "full")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A run with its `parallel` section filled in, and what it costs: memory of the fullest rank, time of a step.
+    """A run with its `parallel` section filled in, the memory of its fullest rank, and the time of a step.
 
-    `run`: how its layers are executed. `needed_bytes` is what each device must have free.
+    `needed_bytes` is the memory that must be free on each device.
     """
 
     config: RunConfig
@@ -45,12 +45,12 @@ class Layout:
 
     @property
     def devices(self) -> int:
-        """How many it runs on."""
+        """Number of devices that the layout uses."""
         return self.config.parallel.world_size
 
 
 def estimate_layout(config: RunConfig, device: Device) -> Layout:
-    """Memory and time of a run as its `parallel` section lays it out."""
+    """Estimates memory and step time of a run under its own `parallel` section."""
     run = resolve_execution(device, config)
     memory = estimate_memory(config, run)
     return Layout(config, run, memory, needed_bytes(memory, device), estimate_step(config, run, device))
@@ -58,12 +58,12 @@ def estimate_layout(config: RunConfig, device: Device) -> Layout:
 
 @lru_cache
 def fastest_layout(config: RunConfig, device: Device, devices: int) -> Layout | None:
-    """The layout over so many devices with the shortest step among those that fit; None where none does.
+    """The layout over `devices` devices with the shortest step among those that fit; None where none fits.
 
-    Of steps that are equal to three digits it is the one with the smallest share of the weights on each device.
-    Where the batch does not divide over all of them, the most devices over which it does.
+    Of layouts whose step times agree to three digits, returns the one with the fewest weights per device. Uses
+    fewer devices where the batch does not divide over all of them.
     """
-    candidates = _holding_states(config, device, devices)
+    candidates = _candidates_with_room(config, device, devices)
     executed = [(candidate, resolve_execution(device, candidate)) for candidate in candidates]
     timed = [(estimate_step(candidate, run, device), candidate, run) for candidate, run in executed]
     for step, candidate, run in sorted(timed, key=_preference):
@@ -81,21 +81,21 @@ def _preference(timed: tuple[StepTime, RunConfig, Execution]) -> tuple[float, fl
 
 @lru_cache
 def min_memory_layout(config: RunConfig, device: Device, devices: int) -> Layout:
-    """The layout over so many devices that needs the least memory."""
-    candidates = _on_most_devices(config, device, devices)
+    """The layout over `devices` devices that needs the least memory per device."""
+    candidates = _candidates_on_most_devices(config, device, devices)
     return estimate_layout(min(candidates, key=lambda candidate: _needed(candidate, device)), device)
 
 
 def fewest_devices(config: RunConfig, device: Device, above: int = 0) -> int | None:
-    """The smallest power of two of devices, more than `above`, that some layout fits; None up to `MAX_DEVICES`."""
+    """The smallest power of two above `above` of devices on which some layout fits; None beyond `MAX_DEVICES`."""
     powers = (2**power for power in range(MAX_DEVICES.bit_length()))
     return next((number for number in powers if number > above and fits_on(config, device, number)), None)
 
 
 @lru_cache
 def fits_on(config: RunConfig, device: Device, devices: int) -> bool:
-    """Whether any layout over so many devices fits their memory."""
-    candidates = _holding_states(config, device, devices)
+    """Whether any layout over `devices` devices fits their memory."""
+    candidates = _candidates_with_room(config, device, devices)
     smallest_first = sorted(candidates, key=lambda candidate: candidate.parallel.micro_batch_size)
     return any(_needed(candidate, device) <= device.memory_bytes for candidate in smallest_first)
 
@@ -104,8 +104,8 @@ def _needed(config: RunConfig, device: Device) -> float:
     return needed_bytes(estimate_memory(config, resolve_execution(device, config)), device)
 
 
-def _holding_states(config: RunConfig, device: Device, devices: int) -> list[RunConfig]:
-    """The layouts for which weights, gradients and moments alone are not too large: quick, and drops most."""
+def _candidates_with_room(config: RunConfig, device: Device, devices: int) -> list[RunConfig]:
+    """The layouts whose weights, gradients and moments fit: a quick test that removes most candidates."""
     routed, in_layers, outside = parameters_by_group(config.model)
     whole = count_float32_weights(config.model)
     width = 4 + 4 + 2 * config.training.optimizer.moment_bytes
@@ -113,12 +113,12 @@ def _holding_states(config: RunConfig, device: Device, devices: int) -> list[Run
     def states(parallel: ParallelConfig) -> float:
         return width * owned_parameters(parallel, routed, whole, in_layers + outside - whole) / parallel.pipeline
 
-    candidates = _on_most_devices(config, device, devices)
+    candidates = _candidates_on_most_devices(config, device, devices)
     return [candidate for candidate in candidates if states(candidate.parallel) <= device.memory_bytes]
 
 
-def _on_most_devices(config: RunConfig, device: Device, devices: int) -> list[RunConfig]:
-    # Each stage of a pipeline has as many ranks as the batch divides over.
+def _candidates_on_most_devices(config: RunConfig, device: Device, devices: int) -> list[RunConfig]:
+    # The number of ranks per pipeline stage divides the batch.
     numbers = {degree * ranks for degree in _DEGREES for ranks in divisors(batch_size_divisor(config.training))}
     for used in sorted((number for number in numbers if number <= devices), reverse=True):
         if runs := list(_candidates(config, device, used)):
@@ -127,7 +127,7 @@ def _on_most_devices(config: RunConfig, device: Device, devices: int) -> list[Ru
 
 
 def _candidates(config: RunConfig, device: Device, devices: int) -> Iterator[RunConfig]:
-    """Every layout on exactly so many devices that the model and the batch divide into."""
+    """Every layout over exactly `devices` devices that the model and the batch allow."""
     model, batch, batches = config.model, batch_size_divisor(config.training), batch_sizes(config.training)
     for pipeline in _DEGREES:
         if devices % pipeline or pipeline > model.num_hidden_layers:
@@ -135,7 +135,7 @@ def _candidates(config: RunConfig, device: Device, devices: int) -> Iterator[Run
         ranks = devices // pipeline
         if batch % ranks:
             continue
-        largest = min(batch // ranks, _LARGEST_MICRO_BATCH)
+        largest = min(batch // ranks, _MAX_MICRO_BATCH)
         micro_batches = [size for size in range(1, largest + 1) if batch // ranks % size == 0]
         for shard, expert, micro, recomputation in product(
             _shards(ranks, device), _DEGREES, micro_batches, _RECOMPUTATION
@@ -144,13 +144,13 @@ def _candidates(config: RunConfig, device: Device, devices: int) -> Iterator[Run
                 continue
             if max(shard, expert) % min(shard, expert):
                 continue
-            laid_out = _with_parallel(config, ranks // shard, shard, expert, pipeline, micro, recomputation)
-            if pipeline_problem(laid_out.parallel, model, batches) is None:
-                yield laid_out
+            candidate = _with_parallel(config, ranks // shard, shard, expert, pipeline, micro, recomputation)
+            if pipeline_problem(candidate.parallel, model, batches) is None:
+                yield candidate
 
 
 def _shards(ranks: int, device: Device) -> list[int]:
-    """Whole copies on every rank, one copy to each node, or one copy over all ranks."""
+    """Sharding degrees: a replica per rank, per node, or over all ranks."""
     node = device.devices_per_node
     return sorted({1, ranks, node if ranks % node == 0 else 1})
 

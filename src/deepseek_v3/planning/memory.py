@@ -1,8 +1,8 @@
-"""Memory of training, from the config alone: what one rank holds at the worst moment of a step.
+"""Peak memory of one rank during a training step, from the config alone.
 
-A step is walked through as it happens: the forward pass fills memory with what the layers keep, the losses add
-their own, the backward pass trades it for gradients layer by layer. The largest moment is the estimate; on one GPU
-it is compared with torch's own count in benchmarks/results/planner_points.json.
+The estimate follows a step: in the forward pass the layers save activations, the losses add logits and gradients,
+and the backward pass frees activations and allocates gradients layer by layer. The largest moment is the estimate.
+benchmarks/results/planner_points.json compares it with the memory that torch measured on one GPU.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from deepseek_v3.planning.execution import Execution, LayerKind
 from deepseek_v3.planning.hardware import Device
 from deepseek_v3.planning.pipeline_split import max_in_flight, stage_layer_kinds, stages_of_rank
 
-# Tokens in one chunk of the loss at least, as in ops/cross_entropy/chunked.py.
-_LEAST_ROWS = 256
-# What cuBLAS keeps for itself on Hopper; and the interpreter with torch and its libraries on a host.
+# Fewest tokens in one chunk of the loss, as in ops/cross_entropy/chunked.py.
+_MIN_CHUNK_TOKENS = 256
+# The workspace of cuBLAS on Hopper; and a host's Python process with torch and its libraries.
 _WORKSPACE = 64 * 2**20
 _CPU_PROCESS = 0.5 * 2**30
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one rank at the worst moment of a step, and the name of that moment.
+    """Bytes on one rank at the moment of a step when it holds most, and the name of that moment.
 
-    `weights`, `moments`, `gradients`: this rank's shares. `weight_copies`: bfloat16 copies of the weights that
-    layers keep for their backward pass. `head`: a chunk of logits, and the gradients that the losses make at once.
-    `communication`: whole layers gathered from shares, and rows on their way to experts of other ranks.
+    `weights`, `moments`, `gradients`: the shards of this rank. `weight_copies`: bfloat16 copies of weights that
+    layers save for their backward pass. `head`: a chunk of logits, and the gradients that the losses compute with
+    it. `communication`: layers gathered from their shards, and the buffers of the expert exchange.
     """
 
     moment: str
@@ -50,7 +50,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> float:
-        """All parts: what torch counts as allocated."""
+        """The sum of all parts: the bytes that torch's allocator hands out."""
         return sum(self.parts().values())
 
     def parts(self) -> dict[str, float]:
@@ -59,12 +59,12 @@ class MemoryEstimate:
 
 
 def estimate_memory(config: RunConfig, run: Execution) -> MemoryEstimate:
-    """The worst moment of the rank that needs most: of a pipeline, the one with the largest stages."""
+    """The peak of the rank that needs most memory, over all pipeline ranks."""
     parallel = config.parallel
     number = parallel.pipeline * parallel.stages_per_rank
     stages = stage_layer_kinds(config.model, number, config.training.sequence_length)
     kinds = [[stages[stage] for stage in stages_of_rank(parallel, rank)] for rank in range(parallel.pipeline)]
-    # Of equal ranks in the middle the first has most micro-batches under way.
+    # Among equal ranks in the middle, the first has the most micro-batches in flight.
     ends = {0, 1, len(kinds) - 1}
     worst = [rank for rank in range(len(kinds)) if rank in ends or kinds[rank] != kinds[rank - 1]]
     return max(
@@ -74,7 +74,7 @@ def estimate_memory(config: RunConfig, run: Execution) -> MemoryEstimate:
 
 
 def needed_bytes(estimate: MemoryEstimate, device: Device) -> float:
-    """What the device must have: allocated, held besides by torch's allocator, and kept by driver and libraries."""
+    """Memory that the device must have: allocated bytes, the allocator's overhead, and the driver's context."""
     calibrated = calibration()
     context = _CPU_PROCESS if device.is_cpu else calibrated.context_bytes
     return estimate.total * (1 + calibrated.allocator_overhead) + context
@@ -82,13 +82,12 @@ def needed_bytes(estimate: MemoryEstimate, device: Device) -> float:
 
 @dataclass(frozen=True)
 class _Layer:
-    """One layer on one rank. `parameters`: how many are this rank's own share, of which it holds `whole` like every
-    rank; all others in bytes.
+    """One layer on one rank; `parameters` and `whole` are numbers of parameters, all other fields are bytes.
 
-    `saved`: activations kept for the backward pass. `again`: those that are made anew in it instead, where only a
-    part of the layer is. `copies`: bfloat16 weights kept with them. `gathered`: the layer's other weights in
-    activations' width, where they are sharded. `working`: gradients made, less what is let go, at the worst moment
-    of the layer's own backward pass.
+    `parameters`: parameters that this rank owns, including `whole`, which every rank owns. `saved`: activations
+    saved for the backward pass. `again`: activations that selective recomputation computes again there. `copies`:
+    bfloat16 weights saved with the activations. `gathered`: the gathered weights of a sharded layer, in the width
+    of activations. `working`: gradients less freed tensors at the peak of the layer's own backward pass.
     """
 
     parameters: float
@@ -120,33 +119,35 @@ def _layer(config: RunConfig, run: Execution, kind: LayerKind) -> _Layer:
         again=again,
         copies=0.0 if run.width == 4 or is_sharded else 2 * matrices,
         gathered=run.width * (routed + others) if is_sharded else 0.0,
-        working=_working_bytes(model, dense, run, tokens, parallel.expert, lets_go=not (recomputes or is_sharded)),
+        working=_working_bytes(
+            model, dense, run, tokens, parallel.expert, frees_early=not (recomputes or is_sharded)
+        ),
     )
 
 
 def _working_bytes(
-    model: ModelConfig, dense: bool, run: Execution, tokens: int, expert_ranks: int, lets_go: bool
+    model: ModelConfig, dense: bool, run: Execution, tokens: int, expert_ranks: int, frees_early: bool
 ) -> float:
-    """The feed-forward network's backward pass: rows' gradients first, the widest weight's gradient later.
+    """Peak bytes in the backward pass of the feed-forward network: early for rows, late for the widest weight.
 
-    A compiled backward pass makes a weight's gradient in bfloat16 beside its float32 copy, an eager one makes
-    the experts' one by one and then stacks them. `lets_go`: saved tensors and copies of weights are freed as
-    soon as they have been used.
+    A compiled backward pass computes a weight's gradient in bfloat16 and then copies it to float32; an eager one
+    computes the experts' gradients one by one and then stacks them. `frees_early`: saved tensors and copies of
+    weights are freed as soon as they have been used.
     """
     hidden = model.intermediate_size if dense else model.moe_intermediate_size
     rows = tokens if dense else tokens * model.num_experts_per_tok * run.expert_imbalance
     weight = model.hidden_size * hidden * (1.0 if dense else model.n_routed_experts / expert_ranks)
     if run.compiled:
-        # The inner gradient replaces the saved product. A dense network's output gradient is that of the states.
+        # The gradient of the product replaces the saved product. A dense network's output gradient is the states'.
         early = run.width * (rows * (hidden if dense else model.hidden_size) + weight)
     else:
         early = 4 * rows * (model.hidden_size + hidden)
-        if not (dense or lets_go):  # what the shared experts keep, and a gradient inside, wait for that of the rows
+        if not (dense or frees_early):  # saved tensors and one gradient of the shared experts are still allocated
             shared = model.n_shared_experts * hidden
             early += tokens * (feed_forward_network_bytes(shared, run) + 4 * shared)
     if not run.compiled:
         late = 20 * weight + run.width * rows * (model.hidden_size - 2 * hidden)
-    elif lets_go:
+    elif frees_early:
         late = 10 * weight - 3 * run.width * rows * hidden
     else:
         late = 16 * weight - run.width * rows * hidden
@@ -154,7 +155,7 @@ def _working_bytes(
 
 
 class _Rank:
-    """One rank of a pipeline, with one or two of its `stages`."""
+    """One rank of a pipeline, with one or two stages."""
 
     def __init__(self, config: RunConfig, run: Execution, stages: list[list[LayerKind]], rank: int) -> None:
         parallel, model = config.parallel, config.model
@@ -169,7 +170,7 @@ class _Rank:
         self.states = float(run.width * self.tokens * model.hidden_size)
         self.vocabulary = model.vocab_size * model.hidden_size
         self.layers = {kind: _layer(config, run, kind) for kind in sorted(set(self.kinds))}
-        # A stage of a pipeline, like ZeRO's first, keeps weights and gradients whole until the step's end.
+        # With ZeRO stage 1, and in a pipeline, weights and gradients stay unsharded until the end of the step.
         self.holds_whole = parallel.zero_stage == 1 or parallel.pipeline > 1
         self.ends = self._vocabulary_copies(model)
         self.last_norm = model.hidden_size if self.is_last else 0
@@ -180,9 +181,9 @@ class _Rank:
         self.copies_before = [*accumulate((layer.copies for layer in each), initial=0.0)]
 
     def _vocabulary_copies(self, model: ModelConfig) -> int:
-        """Matrices of the vocabulary's size: the embedding of the first stage, the head of the last one.
+        """Number of embedding and head matrices: the embedding on the first stage, the head on the last one.
 
-        The last one also has the embedding where it is the head, or where it predicts further tokens.
+        The last stage also holds the embedding where the head is tied to it, or where there are MTP layers.
         """
         if self.config.parallel.pipeline == 1:
             return 1 if model.tie_word_embeddings else 2
@@ -190,7 +191,7 @@ class _Rank:
         return int(self.is_first) + (1 + int(again) if self.is_last else 0)
 
     def moments(self) -> Iterator[MemoryEstimate]:
-        """Every moment that can be the worst; across equal layers memory changes evenly, so their ends suffice."""
+        """Every moment that can be the peak; memory changes evenly across equal layers, so their ends suffice."""
         if self.is_last:
             yield self._losses()
             yield self._last_norm()
@@ -201,12 +202,13 @@ class _Rank:
         yield self._end()
 
     def _losses(self) -> MemoryEstimate:
-        """In the last depth's loss: everything is kept, and a chunk of logits is out."""
+        """In the loss of the last depth: all activations are saved, and a chunk of logits is allocated."""
         model, narrow = self.config.model, self.run.width == 2
         chunks = math.ceil(self.tokens * model.vocab_size / self.run.logits_per_chunk)
-        rows = max(math.ceil(self.tokens / chunks), min(self.tokens, _LEAST_ROWS))
+        rows = max(math.ceil(self.tokens / chunks), min(self.tokens, _MIN_CHUNK_TOKENS))
         chunk = self.run.width * rows * model.vocab_size
-        per_loss = 4 * self.vocabulary + self.states  # gradients of the head and of the states, made at once
+        # Each loss computes the gradients of the head and of the states at once.
+        per_loss = 4 * self.vocabulary + self.states
         return self._moment(
             "loss",
             made=0.0,
@@ -216,10 +218,10 @@ class _Rank:
         )
 
     def _last_norm(self) -> MemoryEstimate:
-        """In the backward pass of the norm before the head: all layers are kept, the head's gradient is made.
+        """In the backward pass of the norm before the head: all activations are saved, the head's gradient exists.
 
-        The norm is not compiled. As torch runs it, its gradients and the products they come from are five float32
-        tensors of the states' shape (counted on an H200, torch 2.11).
+        The norm is not compiled. Its gradients and intermediate products are five float32 tensors of the states'
+        shape (measured on an H200, torch 2.11).
         """
         working = 5 * 4 * self.tokens * self.config.model.hidden_size
         return self._moment(
@@ -231,11 +233,11 @@ class _Rank:
 
     @property
     def _saved_by_last_norm(self) -> float:
-        """The norm's input and product in float32, the former in place of the last states."""
+        """The norm's input and product in float32; the input replaces the last states."""
         return (8 if self.run.width == 2 else 4) * self.tokens * self.config.model.hidden_size
 
     def _backward(self, index: int) -> MemoryEstimate:
-        """In layer `index` of the stage, going backward, those after it done."""
+        """In the backward pass of layer `index` of the stage, after those of all later layers."""
         layer = self.layers[self.kinds[index]]
         kept, copies = self._kept(index + 1), self._copies(index + 1)
         if self.recomputes:
@@ -248,7 +250,7 @@ class _Rank:
         )
 
     def _end(self) -> MemoryEstimate:
-        """All gradients are made, the embedding's last, whole and from float32 states."""
+        """At the end: all gradients exist; the embedding's is unsharded and computed from float32 states."""
         return self._moment(
             "end of the backward pass",
             made=self.parameters,
@@ -259,7 +261,7 @@ class _Rank:
     def _moment(
         self, name: str, made: float, activations: float, copies: float = 0.0, head: float = 0.0
     ) -> MemoryEstimate:
-        """`made`: parameters whose gradients are there, if none are left from an earlier micro-batch."""
+        """`made`: number of parameters that have gradients, where gradients are not accumulated."""
         waiting = self.in_flight - 1
         return MemoryEstimate(
             moment=name,
@@ -273,7 +275,7 @@ class _Rank:
         )
 
     def _kept(self, layers: int) -> float:
-        """Activations that the first `layers` layers keep, and the states that enter each stage."""
+        """Activations saved by the first `layers` layers, and the input states of each stage."""
         if self.recomputes:
             return (self.num_stages + layers) * self.states
         return self.num_stages * self.states + self.saved_before[layers]
@@ -285,7 +287,7 @@ class _Rank:
         return sum(self.layers[kind].parameters for kind in self.kinds[first:])
 
     def _summed(self) -> float:
-        """Numbers in the gradients of several micro-batches: of own parameters, or of all until the last."""
+        """Numbers in accumulated gradients: of owned parameters, or of all where they stay whole."""
         if self.config.parallel.data_shard == 1 or not self.holds_whole:
             return self.parameters
         each = [self.layers[kind] for kind in self.kinds]
@@ -294,7 +296,7 @@ class _Rank:
 
     @cached_property
     def _communication(self) -> float:
-        """Layers gathered: all of them, or one computing and one to come; rows to and from experts elsewhere."""
+        """Gathered layers (all, or the current one and the next) and the buffers of the expert exchange."""
         every = [self.layers[kind].gathered for kind in self.kinds]
         keeps = self.holds_whole or self.config.parallel.zero_stage < 3
         gathered = sum(every) if keeps else 2 * max(every, default=0.0)

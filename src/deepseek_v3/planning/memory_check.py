@@ -1,4 +1,4 @@
-"""Whether a run fits its device before anything is allocated, and the shortest change that makes it fit."""
+"""Checks that a run fits the memory of its device, and suggests the smallest change that makes it fit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _GIB = 2**30
 
 
 def require_memory(config: RunConfig, device: Device) -> None:
-    """Raises PlanError where one rank needs more than the device's memory; it names the parts and a way out."""
+    """Raises PlanError, with the parts and a suggestion, where one rank needs more than the device's memory."""
     layout = estimate_layout(config, device)
     if layout.needed_bytes <= device.memory_bytes:
         return
@@ -30,7 +30,10 @@ def require_memory(config: RunConfig, device: Device) -> None:
 
 
 def suggest_fix(config: RunConfig, device: Device) -> str:
-    """What to change: as few fields as can be, then the fastest; else how many devices it takes."""
+    """Suggests the fewest overrides that make the run fit, or else the number of devices that it needs.
+
+    Of equally many overrides, it suggests those with the shortest step.
+    """
     fitting = [
         (changes, layout)
         for changes, changed in _smaller(config)
@@ -52,7 +55,7 @@ def suggest_fix(config: RunConfig, device: Device) -> str:
 
 
 def _smaller(config: RunConfig) -> Iterator[tuple[dict[str, object], RunConfig]]:
-    """The same run, its steps unchanged, with less at once: each set of changed fields and its config."""
+    """Configs of the same run that need less memory, each with its changed fields; the steps stay the same."""
     parallel, optimizer = config.parallel, config.training.optimizer
     of_each_rank = batch_size_divisor(config.training) // parallel.data_ranks
     micro_batches = [size for size in divisors(of_each_rank) if size <= parallel.micro_batch_size]

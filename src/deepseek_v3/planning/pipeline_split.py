@@ -1,4 +1,4 @@
-"""How a pipeline cuts the layers of a model, evenly, and which rank has which of the stages."""
+"""Divides the layers of a model into pipeline stages of even cost, and assigns the stages to ranks."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from deepseek_v3.planning.flops import head_flops, layer_flops
 
 @lru_cache
 def stage_layers(model: ModelConfig, stages: int, sequence_length: int) -> tuple[range, ...]:
-    """The layers of the main model on each stage, in order; a stage may have none.
+    """The layers of the main model on each stage, in order; a stage may be empty.
 
-    The prediction layers and the losses belong to the last stage. Costs are operations of a forward pass.
+    The MTP layers and the losses are on the last stage. The cost of a layer is its operations in a forward pass.
     """
     costs = [float(layer_flops(model, kind, sequence_length)) for kind in layer_kinds(model)]
     depth = model.num_nextn_predict_layers
@@ -33,7 +33,7 @@ def stage_layer_kinds(model: ModelConfig, stages: int, sequence_length: int) -> 
 
 
 def stages_of_rank(parallel: ParallelConfig, rank: int) -> list[int]:
-    """The numbers of the stages on one rank of the pipeline; in a V, one on the way down and one on the way up."""
+    """The stages of one pipeline rank: in the V of zero_bubble and dualpipe_v these are r and 2p - 1 - r."""
     if parallel.stages_per_rank == 1:
         return [rank]
     if parallel.pipeline_schedule == "interleaved":
@@ -42,9 +42,10 @@ def stages_of_rank(parallel: ParallelConfig, rank: int) -> list[int]:
 
 
 def max_in_flight(parallel: ParallelConfig, rank: int, micro_batches: int) -> float:
-    """For how many micro-batches at most a rank of the pipeline keeps the activations of all its layers.
+    """The most micro-batches whose activations a pipeline rank holds at once, in units of all its layers.
 
-    Forward passes of a stage less its backward passes, as torch orders them; of two stages each counts half.
+    It is the number of forward minus backward passes in the order of torch's schedule; with two stages per rank,
+    each counts half.
     """
     ranks = parallel.pipeline
     most: dict[str, float] = {
@@ -58,7 +59,7 @@ def max_in_flight(parallel: ParallelConfig, rank: int, micro_batches: int) -> fl
 
 @lru_cache
 def stage_imbalance(model: ModelConfig, stages: int, sequence_length: int) -> float:
-    """The cost of the slowest stage over that of an even share."""
+    """The cost of the slowest stage divided by the mean cost of a stage."""
     costs = [
         sum(layer_flops(model, kind, sequence_length) for kind in kinds)
         for kinds in stage_layer_kinds(model, stages, sequence_length)
@@ -75,10 +76,10 @@ def layer_kinds(model: ModelConfig) -> list[LayerKind]:
 
 
 def _even_cut(costs: Sequence[float], last: float, stages: int) -> tuple[range, ...]:
-    """Cuts in order so that the largest sum of costs, with `last` on top of the last one's, is the smallest.
+    """Cuts the layers into consecutive stages with the smallest maximum cost; `last` is added to the last stage.
 
-    best[n] holds that sum for the first n layers on the stages so far, and the sum of squares that tells equal ones
-    apart: it is smaller where the other stages are more even.
+    Dynamic programming: best[n] holds, for the first n layers on the stages so far, that maximum and the sum of
+    squared costs. The latter decides between equal maxima, in favour of the more even stages.
     """
     sums = [0.0, *accumulate(costs)]
     places = range(len(costs) + 1)
@@ -88,7 +89,7 @@ def _even_cut(costs: Sequence[float], last: float, stages: int) -> tuple[range, 
         more = last if stage == stages - 1 else 0.0
         found = []
         for end in places:
-            ways = [(*_joined(best[cut], sums[end] - sums[cut] + more), cut) for cut in range(end + 1)]
+            ways = [(*_add_stage(best[cut], sums[end] - sums[cut] + more), cut) for cut in range(end + 1)]
             found.append(min(ways))
         best = [(most, squares) for most, squares, _ in found]
         cuts.append([cut for _, _, cut in found])
@@ -98,6 +99,6 @@ def _even_cut(costs: Sequence[float], last: float, stages: int) -> tuple[range, 
     return tuple(range(start, end) for start, end in zip([0, *ends], ends, strict=False))
 
 
-def _joined(before: tuple[float, float], cost: float) -> tuple[float, float]:
-    """The largest cost and the sum of squares, one more stage included."""
+def _add_stage(before: tuple[float, float], cost: float) -> tuple[float, float]:
+    """The maximum cost and the sum of squares after adding one more stage."""
     return max(before[0], cost), before[1] + cost**2

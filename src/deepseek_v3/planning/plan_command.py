@@ -1,4 +1,4 @@
-"""The command that says what a budget can train: `dsv3 plan`, also `python scripts/select_config.py`."""
+"""`dsv3 plan`, also `python scripts/select_config.py`: what some devices can train within a budget."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _in_a_terminal() -> bool:
 
 
 def _plot(advice: Advice, path: Path) -> None:
-    """Draws the picture; what draws is imported only here, because that takes longer than planning."""
+    """Draws the plot. The plotting module is imported only here, because matplotlib loads slower than planning."""
     try:
         import_module("deepseek_v3.planning.advice.plot").plot_plan(advice, path)
     except OSError as error:

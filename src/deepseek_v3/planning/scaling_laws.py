@@ -1,4 +1,4 @@
-"""What published scaling laws expect of a run: its loss, its learning rate and its batch.
+"""Published scaling laws: the expected loss of a run, and its suggested learning rate and batch.
 
 N is parameters, D tokens, C = 6·N·D operations; losses are nats per token.
 """
@@ -17,7 +17,7 @@ SOURCE = (
     "learning rate and batch: DeepSeek LLM (arXiv:2401.02954), equation 1"
 )
 
-# The runs that the joint law was fitted on (its appendix E): lowest and highest.
+# Lowest and highest values of the runs on which the joint law was fitted (its appendix E).
 _FITTED_ACTIVE = (79e6, 2.7e9)
 _FITTED_TOTAL = (79e6, 5e9)
 _FITTED_TOKENS = (0.5e9, 80e9)
@@ -29,7 +29,7 @@ _STANDARD_ERROR = 0.03
 
 @dataclass(frozen=True)
 class ExpectedLoss:
-    """A loss in nats per token and its error bar; `extrapolated`: outside what the joint law was fitted on."""
+    """A loss in nats per token with its error bar; `extrapolated` outside the joint law's fitted range."""
 
     value: float
     low: float
@@ -38,10 +38,10 @@ class ExpectedLoss:
 
 
 def expected_loss(model: ModelConfig, tokens: float) -> ExpectedLoss:
-    """The loss that the joint law expects after `tokens` tokens, with its error bar.
+    """The loss that the joint law predicts after `tokens` tokens, with its error bar.
 
-    The bar spans the joint law and a dense law at the active parameters (as if idle experts did not exist) and at
-    all parameters (as if each token used them), widened by the standard error of the dense law's constant.
+    The bar spans the joint law, the dense law at the active parameters (as if the other experts did not exist) and
+    at all parameters (as if each token used them), widened by the standard error of the dense law's constant.
     """
     active, total, experts = count_active_parameters(model), count_parameters(model).total, expansion(model)
     value = joint_loss(active, tokens, experts)
@@ -61,10 +61,10 @@ def expected_loss(model: ModelConfig, tokens: float) -> ExpectedLoss:
 
 
 def expansion(model: ModelConfig) -> float:
-    """E of the joint law: weights of all experts over those of the experts that a token uses; dense is 1.
+    """E of the joint law: weights of all experts over weights of a token's experts; 1 for a dense model.
 
-    The law's own experts are each as wide as the dense layer that they replace, one of them active; ours are
-    narrower and several are, so we take the ratio of widths.
+    In the law's models each expert is as wide as the dense layer that it replaces, and one is active. Here several
+    narrower ones are active, so E is the ratio of their total widths.
     """
     if model.num_moe_layers == 0:
         return 1.0
@@ -87,9 +87,9 @@ def dense_loss(parameters: float, tokens: float) -> float:
 
 
 def training_compute(model: ModelConfig, tokens: float) -> float:
-    """C = 6 × active parameters × tokens, the output head included.
+    """C = 6 × active parameters × tokens, with the output head.
 
-    The laws below were fitted on non-embedding operations, which leave the head out and count attention scores.
+    The laws below were fitted on non-embedding operations, without the head and with attention scores.
     """
     return 6.0 * count_active_parameters(model) * tokens
 

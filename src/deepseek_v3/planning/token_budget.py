@@ -1,7 +1,7 @@
-"""The token budget of a run, and the steps that spend it, from its config alone.
+"""The token budget of a run and its division into steps, from the config alone.
 
-A run ends with the first step that reaches its budget: steps = tokens ÷
-(global batch × sequence length), rounded up.
+A run ends with the first step that reaches its budget: steps = tokens ÷ (global batch × sequence length), rounded
+up.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from deepseek_v3.config.train_config import BatchRampConfig, RunConfig, batch_si
 from deepseek_v3.planning.counts import count_active_parameters
 from deepseek_v3.utils.errors import ConfigError
 
-# Sizes of a growing batch; the report's has fewer than 13,000.
-_MOST_SIZES = 50_000
+# Most sizes of a batch ramp; the report's ramp has fewer than 13,000.
+_MAX_SIZES = 50_000
 
 
 def budget_in_tokens(config: RunConfig) -> int:
-    """`training.total_tokens` as a number: given, or that many times the active parameters."""
+    """`training.total_tokens` as a number of tokens; `20x` is 20 times the active parameters."""
     budget = config.training.total_tokens
     if isinstance(budget, int):
         return budget
@@ -30,20 +30,20 @@ def budget_in_tokens(config: RunConfig) -> int:
 
 
 def planned_steps(config: RunConfig) -> int:
-    """Number of optimizer steps."""
+    """Number of optimizer steps of a run."""
     return len(sample_boundaries(config)) - 1
 
 
 def planned_tokens(config: RunConfig) -> int:
-    """Tokens trained on when the run ends: the budget, filled up to a whole last step."""
+    """Tokens that a run trains on: its budget, rounded up to a whole last step."""
     return sample_boundaries(config)[-1] * config.training.sequence_length
 
 
 class SampleBoundaries(Sequence[int]):
-    """Samples used before each step, and at last after the final one.
+    """Item i is the number of samples used before step i; the last item is that of the whole run.
 
-    Holds one entry for each batch size of the run, not for each step. `sizes` are pairs of a batch size and its
-    number of steps, in the order of the run.
+    Stores one entry per batch size of the run, not per step. `sizes` are pairs of a batch size and its number of
+    consecutive steps, in the order of the run.
     """
 
     def __init__(self, sizes: Iterable[tuple[int, int]]) -> None:
@@ -72,7 +72,7 @@ class SampleBoundaries(Sequence[int]):
 
 @lru_cache
 def sample_boundaries(config: RunConfig) -> SampleBoundaries:
-    """The run laid out in steps. Raises ConfigError where its batch has too many sizes to plan with."""
+    """The samples before each step of a run. Raises ConfigError where the batch ramp has too many sizes."""
     sizes, used = _ramp_sizes(config)
     left = max(0, _samples_needed(config) - used)
     batch_size = config.training.global_batch_size
@@ -84,7 +84,7 @@ def _samples_needed(config: RunConfig) -> int:
 
 
 def _ramp_sizes(config: RunConfig) -> tuple[list[tuple[int, int]], int]:
-    """Batch sizes and numbers of steps while the batch still grows, and the samples that these steps use."""
+    """Pairs of batch size and number of steps during the ramp, and the number of samples that these steps use."""
     ramp, needed = config.training.batch_ramp, _samples_needed(config)
     sizes: list[tuple[int, int]] = []
     used = 0
@@ -98,19 +98,19 @@ def _ramp_sizes(config: RunConfig) -> tuple[list[tuple[int, int]], int]:
         return samples >= needed or samples / needed >= ramp.fraction
 
     def changes(steps: int) -> bool:
-        """Whether `steps` steps of `size` after `used` end the ramp or change the batch size."""
+        """Whether the ramp ends, or the batch size changes, after `steps` steps of `size` samples."""
         samples = used + steps * size
         return is_over(samples) or size_at(samples) != size
 
     while not is_over(used):
-        if len(sizes) == _MOST_SIZES:
+        if len(sizes) == _MAX_SIZES:
             raise ConfigError(
-                f"training.batch_ramp: the batch grows through more than {_MOST_SIZES:,} sizes; set a larger "
+                f"training.batch_ramp: the batch grows through more than {_MAX_SIZES:,} sizes; set a larger "
                 "training.batch_ramp.increment, which divides training.batch_ramp.initial and "
                 "training.global_batch_size"
             )
         size = size_at(used)
-        last = (size + unit / 2 - ramp.initial) / growth  # where the line that the batch follows rounds to more
+        last = (size + unit / 2 - ramp.initial) / growth  # from here on the ramp rounds to a larger size
         steps = _first(changes, math.ceil((last - used) / size))
         sizes.append((size, steps))
         used += size * steps
@@ -118,7 +118,7 @@ def _ramp_sizes(config: RunConfig) -> tuple[list[tuple[int, int]], int]:
 
 
 def _first(holds: Callable[[int], bool], guess: int) -> int:
-    """The smallest number from 1 for which `holds`, looked for from a guess; it holds for all larger ones too."""
+    """The smallest number from 1 for which the monotonic `holds` is true, by bisection from a guess."""
     low, high, reach = 0, max(1, guess), 1
     while not holds(high):
         low, high, reach = high, high + reach, 2 * reach
@@ -137,7 +137,7 @@ def _first(holds: Callable[[int], bool], guess: int) -> int:
 
 
 def _batch_size(ramp: BatchRampConfig, config: RunConfig, needed: int) -> Callable[[int], int]:
-    """Sequences of a step inside the ramp, by the samples used before it, of the `needed` ones of the budget."""
+    """The batch size inside the ramp as a function of the samples used before; the budget has `needed` samples."""
     last = config.training.global_batch_size
     unit = batch_sizes(config.training).step
 

@@ -1,4 +1,4 @@
-"""The command that checks token budgets: `dsv3 validate`, also `python scripts/validate_chinchilla.py`."""
+"""`dsv3 validate`, also `python scripts/validate_chinchilla.py`: checks token budgets."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def validate(
 
 
 def _same(config: Sequence[Path] | None, configs: Path | None) -> list[object]:
-    """The options that name the same files."""
+    """The options that select the same files again."""
     named = [word for file in config or () for word in ("--config", file)]
     return [*named, *(["--configs", configs] if configs else [])]
 
 
 def _check(paths: Sequence[Path], overrides: Sequence[str]) -> tuple[list[Compliance], list[str]]:
-    """The judged configs, and what is wrong with those that cannot be read."""
+    """The results of all readable configs, and the errors of the others."""
     results: list[Compliance] = []
     problems: list[str] = []
     for path in paths:

@@ -1,7 +1,4 @@
-"""What given devices can train within a budget: every size planned, and one recommended.
-
-FOLDED: The command that starts a planned run.
-"""
+"""Plans every model size on given devices within a budget, and recommends one with the command to start it."""
 
 from __future__ import annotations
 
@@ -18,10 +15,15 @@ from deepseek_v3.planning.advice.size_plan import SizePlan, plan_size
 from deepseek_v3.planning.calibration import calibration
 from deepseek_v3.planning.scaling_laws import SOURCE
 
+ESTIMATE_ONLY = "the time on several devices is computed, not measured; the plan is an estimate"
+
+_LAUNCHER = Path("src/training/train.py")
+_CHECKOUT = Path(__file__).parents[4]
+
 
 @dataclass(frozen=True)
 class Advice:
-    """All sizes, smallest first, the recommended one if any fits, and why it is that one or none."""
+    """The plans of all sizes, smallest first; the recommended one, None where none fits; and the reason."""
 
     request: PlanRequest
     rows: tuple[SizePlan, ...]
@@ -30,9 +32,9 @@ class Advice:
 
 
 def advise(request: PlanRequest, configs: Mapping[Path, RunConfig]) -> Advice:
-    """Plans every config on the request's devices and recommends by its objective.
+    """Plans every config on the request's devices and recommends one by its objective.
 
-    A size without an expected loss is for trying out and recommended only where no other fits.
+    A size without an expected loss is meant for trials; it is recommended only where no other size fits.
     """
     plans = [plan_size(path, config, request) for path, config in configs.items()]
     rows = tuple(sorted(plans, key=lambda row: row.total_parameters))
@@ -46,12 +48,12 @@ def advise(request: PlanRequest, configs: Mapping[Path, RunConfig]) -> Advice:
             f"only {recommended.name} fits, which is for trying out{_nearest([row for row in rows if row.loss])}"
         )
     else:
-        reason = _praise(len(serious), request)
+        reason = _reason(len(serious), request)
     return Advice(request, rows, recommended, reason)
 
 
 def sources() -> dict[str, str]:
-    """Where the figures come from, and what they leave out."""
+    """The sources of the figures, and what they do not cover."""
     return {
         "loss": f"{SOURCE.split(';')[0].removeprefix('loss: ')}; the bar spans these laws",
         "memory and time": f"fitted on {calibration().fitted_on}; other devices are scaled by their published "
@@ -60,13 +62,13 @@ def sources() -> dict[str, str]:
 
 
 def _rank(row: SizePlan, request: PlanRequest) -> tuple[float, int]:
-    """Smaller is better; among equals the larger size."""
+    """Sort key of the recommendation: the smallest is the best; of equal ones the larger size."""
     hours = row.cost.hours if row.cost else math.inf
     values = {"fit": 0.0, "fastest": hours, "best-loss": row.loss.value if row.loss else math.inf}
     return values[request.objective], -row.total_parameters
 
 
-def _praise(number: int, request: PlanRequest) -> str:
+def _reason(number: int, request: PlanRequest) -> str:
     best = {"fit": "the largest", "fastest": "the soonest trained", "best-loss": "the lowest in expected loss"}
     if number == 1:
         return "the only size that fits and is not for trying out"
@@ -74,26 +76,20 @@ def _praise(number: int, request: PlanRequest) -> str:
 
 
 def _nearest(rows: Sequence[SizePlan]) -> str:
-    """What the least change would be that lets a size fit: more budget or tokens, or else more devices."""
+    """Names the size that needs the smallest change to fit: more budget or tokens, or else more devices."""
     nearest = min(rows, key=_distance, default=None)
     return f"; nearest is {nearest.name}: it {'; it '.join(nearest.reasons)}" if nearest else ""
 
 
 def _distance(row: SizePlan) -> tuple[float, float]:
-    """Devices that it needs, and how often over the limit it is that it breaks most."""
+    """Sort key of the smallest change: the devices that a size lacks, 0 for none; its worst excess over a limit."""
     devices = next((s.needed or math.inf for s in row.shortages if s.limit == "devices"), 0)
     others = (s.needed / s.available for s in row.shortages if s.limit != "devices" and s.needed is not None)
     return devices, max(others, default=1)
 
 
-ESTIMATE_ONLY = "what several devices take has been computed, not measured; the plan is an estimate"
-
-_LAUNCHER = Path("src/training/train.py")
-_CHECKOUT = Path(__file__).parents[4]
-
-
 def launch_command(plan: SizePlan, devices_per_node: int) -> str:
-    """The words to type, with an override for each field in which the plan differs from the size's file."""
+    """The shell command that starts a plan, with an override for each field that differs from the size's file."""
     devices = plan.config.parallel.world_size
     launcher = next((path for path in (_LAUNCHER, _CHECKOUT / _LAUNCHER) if path.is_file()), None)
     words = ["python"] if devices == 1 else ["torchrun", *_processes(devices, devices_per_node)]
@@ -104,7 +100,7 @@ def launch_command(plan: SizePlan, devices_per_node: int) -> str:
 
 
 def overrides(given: RunConfig, planned: RunConfig) -> list[str]:
-    """`section.field=value` for each planned field that differs; `load_config` makes of them the planned config."""
+    """`section.field=value` for each field of the plan that differs from the given config."""
     before, after = given.parallel.model_dump(), planned.parallel.model_dump()
     changed = [f"parallel.{name}={value}" for name, value in after.items() if value != before[name]]
     if planned.training.total_tokens != given.training.total_tokens:
@@ -113,7 +109,7 @@ def overrides(given: RunConfig, planned: RunConfig) -> list[str]:
 
 
 def _processes(devices: int, devices_per_node: int) -> list[str]:
-    """As many processes on each node as divide them evenly."""
+    """torchrun's options: the most processes per node that divide the devices evenly."""
     on_node = next(number for number in range(min(devices, devices_per_node), 0, -1) if devices % number == 0)
     nodes = devices // on_node
     return [f"--nproc_per_node={on_node}", *([f"--nnodes={nodes}"] if nodes > 1 else [])]

@@ -1,4 +1,4 @@
-"""How a run is laid out, and on how many tokens, so that it keeps to the limits of a request; and what it takes."""
+"""Cost of a run, and the layout and number of tokens that keep it within the limits of a request."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from deepseek_v3.planning.flops import training_flops_per_token
 from deepseek_v3.planning.layout_search import Layout, fastest_layout
 from deepseek_v3.planning.token_budget import budget_in_tokens, planned_tokens
 
-# By what factor fewer devices can at most have less work in all than the part of a step that is work says: their
-# experts are loaded more evenly.
-_MOST_SAVED = 1.25
-# A budget is met up to the rounding of floating-point numbers.
+# Largest factor by which fewer devices can reduce the total work, because their experts are loaded more evenly.
+_MAX_SAVING = 1.25
+# A cost may exceed a budget by the rounding error of floating-point numbers.
 ROUNDING = 1 + 1e-9
 
 
 @dataclass(frozen=True)
 class RunCost:
-    """What a whole run takes; `mfu` is the model's operations per second over the devices' peak."""
+    """Time and rent of a whole run; `mfu` is the model's operations per second over the devices' peak."""
 
     hours: float
     device_hours: float
@@ -30,7 +29,7 @@ class RunCost:
 
 
 def run_cost(layout: Layout, request: PlanRequest) -> RunCost:
-    """What a whole run takes; steps whose batch still grows count by their share of a full one."""
+    """Cost of a whole run; a step of the batch ramp costs its share of a step of the full batch."""
     config, device = layout.config, request.device
     batch = config.tokens_per_step
     hours = planned_tokens(config) / batch * layout.step.total / 3600
@@ -45,10 +44,10 @@ def run_cost(layout: Layout, request: PlanRequest) -> RunCost:
 
 
 def best_layout(config: RunConfig, request: PlanRequest) -> Layout | None:
-    """The layout that is soonest done among those within the limits; where none is, the one nearest to them.
+    """The fastest layout within the limits; where there is none, the one that exceeds them least.
 
-    Fewer devices than there are can be sooner, where they wait for each other, or cheaper, so fewer are tried
-    where most of a step is no work, and where somewhat better use of them can bring the run within its budget.
+    Fewer devices can be faster where devices wait for each other, and cheaper. So fewer are tried where less than
+    half of a step is work, and where slightly better utilisation can bring the run within its budget.
     """
     best: Layout | None = None
     devices = request.devices
@@ -58,37 +57,37 @@ def best_layout(config: RunConfig, request: PlanRequest) -> Layout | None:
             break
         best = layout
         work = _work_share(layout)
-        if work > 0.5 and not 1 < _overrun(layout, request) < _MOST_SAVED / work:
+        if work > 0.5 and not 1 < _overrun(layout, request) < _MAX_SAVING / work:
             break
         devices = _fewer(config, layout.devices)
     return best
 
 
 def _rank(layout: Layout, request: PlanRequest) -> tuple[float, float]:
-    """How far over its limits a plan is, then how long a step takes, to six digits: equal ones shall be equal."""
+    """Sort key: the factor by which a plan exceeds its limits, then its step time, rounded to keep ties."""
     return max(1.0, _overrun(layout, request)), float(f"{layout.step.total:.6g}")
 
 
 def _overrun(layout: Layout, request: PlanRequest) -> float:
-    """Time that the least tokens take, over the time that the limits allow."""
+    """Time to train on the fewest tokens, over the time that the limits allow."""
     least = replace(layout, config=with_tokens(layout.config, token_range(layout.config)[0]))
     return 3600 * run_cost(least, request).hours / (request.seconds(layout.devices) * ROUNDING)
 
 
 def _work_share(layout: Layout) -> float:
-    """The share of a step that is work of which fewer devices would each have more."""
+    """The share of a step in work that is divided over the devices."""
     step = layout.step
     return (step.matrices + step.experts + step.attention + step.elementwise) / step.total
 
 
 def _fewer(config: RunConfig, devices: int) -> int:
-    """The next smaller number to try: half, or more where the batch divides over more."""
+    """The next smaller number of devices to try: half, or a larger one that divides the batch."""
     divisors = (n for n in range(devices - 1, 0, -1) if config.training.global_batch_size % n == 0)
     return max(devices // 2, next(divisors, 0))
 
 
 def token_range(config: RunConfig) -> tuple[int, int, int]:
-    """Fewest tokens, those that the file asks for, and most: 20 to 26 per active parameter, or as is meant."""
+    """Minimum, default and maximum tokens: 20 to 26 per active parameter, or only the file's deliberate budget."""
     verdict, own = check_compliance("", config).verdict, budget_in_tokens(config)
     if verdict is Verdict.DELIBERATELY_OVERTRAINED:
         return own, own, own
@@ -98,7 +97,10 @@ def token_range(config: RunConfig) -> tuple[int, int, int]:
 
 
 def affordable_tokens(config: RunConfig, request: PlanRequest, layout: Layout | None) -> int:
-    """The file's own number without limits, else as many as they allow; the fewest if the soonest is wanted."""
+    """The tokens to plan with: the file's number without limits, else as many as the limits allow.
+
+    The objective `fastest` takes the minimum.
+    """
     least, own, most = token_range(config)
     if request.objective == "fastest":
         return least
@@ -112,7 +114,7 @@ def affordable_tokens(config: RunConfig, request: PlanRequest, layout: Layout | 
 
 
 def with_tokens(config: RunConfig, tokens: int) -> RunConfig:
-    """The same run on so many tokens, and the very same where these are its own."""
+    """The same run with a budget of `tokens`; the config itself where that is its budget already."""
     if tokens == budget_in_tokens(config):
         return config
     return config.model_copy(update={"training": config.training.model_copy(update={"total_tokens": tokens})})

@@ -1,4 +1,4 @@
-"""How the advice of `dsv3 plan` is printed: what fits, what it takes, why not, and what to do."""
+"""Prints the advice of `dsv3 plan`: the sizes that fit, their costs, what others lack, and the next commands."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from deepseek_v3.utils.text import (
 )
 
 _LEGEND = (
-    "layout: copies × shards of the data; ep, pp: devices that share out the experts, the layers; mb: micro-batch; "
-    "re: layers run again in the backward pass. MFU: the model's operations over the devices' peak. "
-    "T/P: tokens per active parameter. *: outside what the law was fitted on."
+    "layout: replicas × shards; ep, pp: degrees of expert and pipeline parallelism; mb: micro-batch size; "
+    "re: full recomputation. MFU: the model's operations over the devices' peak. "
+    "T/P: tokens per active parameter. *: outside the fitted range of the law."
 )
 
 
 def print_advice(advice: Advice, price_given: bool) -> None:
-    """Prints the whole answer to standard output."""
+    """Prints the whole advice to standard output."""
     for text in _header(advice.request, price_given):
         typer.echo(paragraph(text))
     _print_table(_fit_table(advice), advice)
@@ -48,7 +48,7 @@ def print_advice(advice: Advice, price_given: bool) -> None:
 
 
 def print_devices(devices: Iterable[Device]) -> None:
-    """Prints what is known of each device, and from where."""
+    """Prints the figures of each device and their sources."""
     header = "device GiB bf16_TFLOP/s fp32_TFLOP/s memory_GB/s link_GB/s network_GB/s $_an_hour"
     rows: list[list[str]] = []
     named: dict[str, list[str]] = {}
@@ -89,7 +89,7 @@ def _fit_table(advice: Advice) -> list[str]:
 
 
 def _memory_table(advice: Advice) -> list[str]:
-    """GiB by part on the fullest device of each size; of what does not fit, in its leanest layout."""
+    """GiB by part on the fullest device of each size; for a size that does not fit, in its smallest layout."""
     parts = [row.memory_parts for row in advice.rows]
     rows = [[humanize(name), *(gibibytes(part[name]) for part in parts)] for name in parts[0]]
     return table(["GiB", *(row.name for row in advice.rows)], rows)
@@ -124,7 +124,7 @@ def _costs(row: SizePlan) -> tuple[str, ...]:
 
 
 def _print_table(lines: list[str], advice: Advice) -> None:
-    """The recommended size's lines stand out, and those that do not fit stand back."""
+    """Prints lines with the recommended size in bold and the sizes that do not fit dimmed."""
     typer.echo()
     unfit = {row.name for row in advice.rows if not row.fits}
     best = advice.recommended.name if advice.recommended else None
@@ -141,7 +141,7 @@ def _print_missing(advice: Advice) -> None:
 
 
 def _print_parts(advice: Advice) -> None:
-    """Memory of every size, and time of the recommended one, by part."""
+    """Prints the memory of every size and the step time of the recommended one, by part."""
     row, lines = advice.recommended, _memory_table(advice)
     title = "Memory by part on the fullest device, at its fullest moment"
     if row and row.layout:
@@ -172,7 +172,7 @@ def _print_recommendation(advice: Advice) -> None:
 
 
 def _shape(layout: Layout) -> str:
-    """How the run is laid out, in the words of the legend."""
+    """The layout in the abbreviations of the legend."""
     parallel = layout.config.parallel
     words = [f"{parallel.data_replicate}×{parallel.data_shard}"]
     words += [f"ep{parallel.expert}"] if parallel.expert > 1 else []

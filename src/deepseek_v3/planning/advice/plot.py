@@ -1,4 +1,4 @@
-"""The advice of `dsv3 plan` as a picture: expected loss against training compute."""
+"""Plots the advice of `dsv3 plan`: expected loss against training compute."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _FROM, _TO, _POINTS = 5, 100, 60  # tokens per active parameter along a size's c
 
 
 def plot_plan(advice: Advice, path: Path) -> None:
-    """Draws each size at its planned tokens, its curve around them and the budget, as a PNG at `path`.
+    """Writes a PNG to `path` with each size at its planned tokens, its curve over other numbers, and the budget.
 
     Raises ConfigError where no size has an expected loss.
     """
@@ -48,7 +48,7 @@ def plot_plan(advice: Advice, path: Path) -> None:
 
 
 def _draw_laws(axes: Axes, rows: Sequence[SizePlan]) -> None:
-    """Each size along its tokens, and all sizes at the same tokens per active parameter."""
+    """Draws a curve per size over its tokens, and a line over all sizes per tokens-per-parameter ratio."""
     for row in rows:
         ratios = [_FROM * (_TO / _FROM) ** (step / (_POINTS - 1)) for step in range(_POINTS)]
         axes.plot(*_curve([(row, ratio) for ratio in ratios]), color=_CURVE, linewidth=1.5, zorder=1)
@@ -62,14 +62,14 @@ def _draw_laws(axes: Axes, rows: Sequence[SizePlan]) -> None:
 
 
 def _curve(points: Sequence[tuple[SizePlan, float]]) -> tuple[list[float], list[float]]:
-    """Compute and expected loss of sizes at so many tokens per active parameter."""
+    """Compute and expected loss of pairs of a size and a number of tokens per active parameter."""
     trained = [(row.config.model, ratio * row.active_parameters) for row, ratio in points]
     compute = [training_compute(model, tokens) for model, tokens in trained]
     return compute, [expected_loss(model, tokens).value for model, tokens in trained]
 
 
 def _draw_size(axes: Axes, row: SizePlan, best: bool) -> Annotation:
-    """The size's point and error bar; returns its name, which stands below the bar."""
+    """Draws a size's point and error bar; returns its label, which is placed below the bar."""
     assert row.loss, "only sizes with a loss are drawn"
     color = _BEST if best else _FITS if row.fits else _UNFIT
     axes.errorbar(
@@ -99,7 +99,7 @@ def _draw_size(axes: Axes, row: SizePlan, best: bool) -> Annotation:
 
 
 def _draw_budget(axes: Axes, advice: Advice) -> None:
-    """The operations that the devices do within hours and dollars, as fast as they run one of the sizes."""
+    """Draws the operations that the budget buys at the speed of the recommended, or else the fastest, size."""
     request = advice.request
     timed = [row for row in advice.rows if row.loss and row.layout]
     if not timed or not request.budgets:
@@ -168,7 +168,7 @@ def _source(rows: Sequence[SizePlan]) -> str:
 
 
 def _keep_apart(figure: Figure, names: Sequence[Annotation]) -> None:
-    """Lowers every name that would cover one to its left."""
+    """Moves every label down that overlaps one to its left."""
     figure.draw_without_rendering()
     for index, name in enumerate(names):
         while any(name.get_window_extent().overlaps(other.get_window_extent()) for other in names[:index]):

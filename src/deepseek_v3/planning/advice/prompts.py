@@ -1,4 +1,4 @@
-"""What `dsv3 plan` asks in a terminal when it is told nothing."""
+"""The questions of `dsv3 plan` in a terminal, when it is run without options."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deepseek_v3.utils.text import printable
 
 
 def ask_for_options() -> PlanOptions:
-    """Asks for devices, limits and the objective; an empty answer leaves the default, a bad one is asked again."""
+    """Asks for devices, limits and the objective. An empty answer keeps the default; a bad one is asked again."""
     names = [device.name for device in known_devices()]
     typer.echo("Which GPU?")
     typer.echo("\n".join(f"  {number:2}  {name}" for number, name in enumerate(names, 1)))
@@ -35,7 +35,7 @@ def ask_for_options() -> PlanOptions:
 
 
 def _ask(question: str, options: PlanOptions, changed: Callable[[PlanOptions, str], PlanOptions]) -> PlanOptions:
-    """The options with the answer in them, once they make a request."""
+    """Asks one question until the answer gives a valid request; returns the options with the answer."""
     while True:
         answer = typer.prompt(printable(question), default="", show_default=False).strip()
         if not answer:
@@ -50,7 +50,7 @@ def _ask(question: str, options: PlanOptions, changed: Callable[[PlanOptions, st
 
 
 def _device(options: PlanOptions, answer: str) -> PlanOptions:
-    """A place in the list, gigabytes beyond it, or a name."""
+    """Reads the device: a number in the list, gigabytes where the number is beyond the list, or a name."""
     devices = known_devices()
     try:
         number = parse_number(answer)

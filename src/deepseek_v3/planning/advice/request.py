@@ -1,7 +1,4 @@
-"""What somebody has, and what they want of it.
-
-FOLDED: The options of `dsv3 plan`, checked and turned into a request, and back into words.
-"""
+"""The options of `dsv3 plan`, and the request that they make: devices, limits and an objective."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deepseek_v3.planning.hardware import (
-    LARGEST_RATE,
+    MAX_RATE,
     Device,
     device_with_memory,
     find_device,
@@ -24,16 +21,20 @@ from deepseek_v3.utils.text import dollars, three_figures
 
 OBJECTIVES = {
     "best-loss": "the lowest expected loss",
-    "fastest": "the size that is trained soonest, on its least tokens",
+    "fastest": "the shortest training, on the fewest tokens",
     "fit": "the largest size",
 }
 
 
+_DEFAULT_GPU = "H100"
+_DEFAULT_GPUS = 8
+
+
 @dataclass(frozen=True)
 class PlanRequest:
-    """Devices, limits (None: none) and the objective, one of `OBJECTIVES`. `tokens` is how many there are.
+    """Devices, limits (None: no limit) and the objective, one of `OBJECTIVES`; `tokens` is the size of the corpus.
 
-    Raises ConfigError for numbers and objectives that cannot be meant.
+    Raises ConfigError for an impossible number or an unknown objective.
     """
 
     device: Device
@@ -56,12 +57,12 @@ class PlanRequest:
 
     @property
     def limited(self) -> bool:
-        """Whether there is a budget, or only so many tokens."""
+        """Whether hours, dollars or tokens are limited."""
         return any(limit is not None for limit in (self.budget_hours, self.budget_dollars, self.tokens))
 
     @property
     def budgets(self) -> list[str]:
-        """Hours and dollars, as they are read, where there is a limit of them."""
+        """The limits of hours and dollars as text."""
         hours, rent = self.budget_hours, self.budget_dollars
         shown = (
             None if hours is None else f"{three_figures(hours)} hours",
@@ -70,7 +71,7 @@ class PlanRequest:
         return [budget for budget in shown if budget]
 
     def seconds(self, devices: int) -> float:
-        """How long so many of the devices may train: until the hours or the dollars are used up."""
+        """How long `devices` devices may train: until hours or dollars are used up; infinite without limits."""
         hours = math.inf if self.budget_hours is None else self.budget_hours
         rent = devices * self.device.dollars_per_hour
         if self.budget_dollars is not None and rent > 0:
@@ -78,13 +79,9 @@ class PlanRequest:
         return 3600 * hours
 
 
-_USUAL_GPU = "H100"
-_USUAL_GPUS = 8
-
-
 @dataclass(frozen=True)
 class PlanOptions:
-    """What was asked for, each None where it was not said; the device by at most one of three ways."""
+    """The options of the command line, None where not given; at most one of three options names the device."""
 
     gpus: int | None = None
     gpu: str | None = None
@@ -97,9 +94,9 @@ class PlanOptions:
     objective: str | None = None
 
     def request(self) -> PlanRequest:
-        """The request that this means. Raises ConfigError, naming the option, for what cannot be meant."""
+        """The request of these options. Raises ConfigError with the option for an invalid value."""
         device = self._device()
-        usual = 1 if device.is_cpu else _USUAL_GPUS
+        usual = 1 if device.is_cpu else _DEFAULT_GPUS
         return PlanRequest(
             device=device,
             devices=usual if self.gpus is None else self.gpus,
@@ -110,7 +107,7 @@ class PlanOptions:
         )
 
     def command(self) -> str:
-        """The words that ask for the same without questions."""
+        """The command with these options, which makes the same plan without questions."""
         given = {name.replace("_", "-"): value for name, value in vars(self).items() if value is not None}
         words = [word for name, value in given.items() for word in (f"--{name}", _typed(value))]
         return shlex.join(["dsv3", "plan", *words])
@@ -125,16 +122,16 @@ class PlanOptions:
         elif self.gpu_memory is not None:
             device = device_with_memory(_positive("--gpu-memory", self.gpu_memory))
         else:
-            device = known_device(_USUAL_GPU if self.gpu is None else self.gpu)
+            device = known_device(_DEFAULT_GPU if self.gpu is None else self.gpu)
         if self.price is None:
             return device
-        if not 0 <= self.price <= LARGEST_RATE:
+        if not 0 <= self.price <= MAX_RATE:
             raise ConfigError(f"--price {self.price:g}: expected dollars per hour of one device, from 0 to 1e9")
         return device.model_copy(update={"dollars_per_hour": self.price})
 
 
 def known_device(name: str) -> Device:
-    """The known device of that name. Raises ConfigError, listing all, where there is none."""
+    """The device of that name. Raises ConfigError with the known names where there is none."""
     device = find_device(name)
     if device is None:
         known = ", ".join(device.name for device in known_devices())
@@ -145,7 +142,7 @@ def known_device(name: str) -> Device:
 
 
 def parse_tokens(text: str) -> int:
-    """The number of tokens that `--tokens` gives. Raises ConfigError unless it is a whole number from 1 to 10¹⁸."""
+    """The number of `--tokens`. Raises ConfigError unless it is a whole number from 1 to 10¹⁸."""
     try:
         tokens = parse_count(text)
     except ValueError:

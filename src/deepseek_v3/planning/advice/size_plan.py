@@ -1,4 +1,4 @@
-"""One model size on given devices: the layout, the tokens, the time, the money, the loss, and what is missing."""
+"""The plan of one model size on given devices: layout, tokens, cost, expected loss, and broken limits."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from deepseek_v3.planning.scaling_laws import ExpectedLoss, expected_loss, train
 from deepseek_v3.planning.token_budget import budget_in_tokens, planned_steps
 from deepseek_v3.utils.text import dollars, format_count, format_distinct, gibibytes, three_figures
 
-# Without a limit of hours, longer than anybody waits.
+# Without a limit of hours, a longer run does not fit.
 _HOURS_OF_A_YEAR = 24 * 365
-# Losses per token compare only between vocabularies alike; those of the laws had at least so many entries.
-_LEAST_VOCABULARY = 32_000
+# Losses per token are comparable only between similar vocabularies; the laws used at least this many entries.
+_MIN_VOCABULARY = 32_000
 
 
 @dataclass(frozen=True)
 class Shortage:
-    """A limit that a size breaks: `needed` of it at least (None: more than we looked for), `available` there."""
+    """A limit that a size breaks: the amount needed (None: more than was searched) and the amount available."""
 
     limit: Literal["devices", "hours", "dollars", "tokens"]
     needed: float | None
@@ -43,11 +43,12 @@ class Shortage:
 
 @dataclass(frozen=True)
 class SizePlan:
-    """A size as it would be trained.
+    """The plan of one size.
 
-    `given` is the config of the file `path`, `config` the same with layout and tokens filled in; `layout` and
-    `cost` are None where no layout fits the memory. `memory`, `needed_bytes`: on the fullest device, of that layout
-    or else of the leanest. `loss` is None where the laws say nothing: with a vocabulary only for trying out.
+    `given` is the config of the file `path`, `config` the same with layout and tokens filled in. `layout` and
+    `cost` are None where no layout fits the memory. `memory` and `needed_bytes` are those of the fullest device, in
+    that layout or else in the one that needs the least memory. `loss` is None where the vocabulary is too small for
+    the laws.
     """
 
     path: Path
@@ -62,32 +63,32 @@ class SizePlan:
 
     @property
     def name(self) -> str:
-        """The size: the file's name without what all have in common."""
+        """The name of the size: the file's name without the common prefix."""
         return self.path.stem.removeprefix(PREFIX)
 
     @property
     def memory_parts(self) -> dict[str, float]:
-        """Bytes by part on the fullest device, at its worst moment; together `needed_bytes`."""
+        """Bytes by part on the fullest device at its peak; they add up to `needed_bytes`."""
         return {**self.memory.parts(), "allocator_and_driver": self.needed_bytes - self.memory.total}
 
     @property
     def fits(self) -> bool:
-        """Whether nothing is missing."""
+        """Whether the size breaks no limit."""
         return not self.shortages
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Why it does not fit."""
+        """One reason for each limit that the size breaks."""
         return tuple(shortage.reason for shortage in self.shortages)
 
     @property
     def total_parameters(self) -> int:
-        """Of the main model."""
+        """Parameters of the main model."""
         return count_parameters(self.config.model).total
 
     @property
     def active_parameters(self) -> int:
-        """That one token meets."""
+        """Active parameters of the main model."""
         return count_active_parameters(self.config.model)
 
     @property
@@ -97,7 +98,7 @@ class SizePlan:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps that spend it."""
+        """Number of optimizer steps of the run."""
         return planned_steps(self.config)
 
     @property
@@ -112,10 +113,10 @@ class SizePlan:
 
 
 def plan_size(path: Path, config: RunConfig, request: PlanRequest) -> SizePlan:
-    """Plans one size: the layout that is soonest done within the limits, and as many tokens as they allow."""
+    """Plans one size: its fastest layout within the limits, and as many tokens as they allow."""
     layout = best_layout(config, request)
     planned = with_tokens(layout.config if layout else config, affordable_tokens(config, request, layout))
-    has_loss = config.model.vocab_size >= _LEAST_VOCABULARY
+    has_loss = config.model.vocab_size >= _MIN_VOCABULARY
     layout = replace(layout, config=planned) if layout else None
     least = layout or min_memory_layout(config, request.device, request.devices)
     cost = run_cost(layout, request) if layout else None
@@ -133,7 +134,7 @@ def plan_size(path: Path, config: RunConfig, request: PlanRequest) -> SizePlan:
 
 
 def _shortages(config: RunConfig, cost: RunCost, request: PlanRequest) -> tuple[Shortage, ...]:
-    """What a size that fits the memory lacks."""
+    """The limits that a size breaks whose layout fits the memory."""
     found = []
     hours, budget = request.budget_hours, request.budget_dollars
     if hours is None and cost.hours > _HOURS_OF_A_YEAR:
@@ -158,13 +159,13 @@ def _too_few_tokens(config: RunConfig, request: PlanRequest) -> tuple[Shortage, 
     return (Shortage("tokens", least, request.tokens, f"needs {needed} tokens, {available} are there"),)
 
 
-def _too_large(config: RunConfig, leanest: Layout, request: PlanRequest) -> tuple[Shortage, ...]:
-    """What a size lacks that does not fit the memory."""
+def _too_large(config: RunConfig, smallest: Layout, request: PlanRequest) -> tuple[Shortage, ...]:
+    """The limits that a size breaks whose layouts all exceed the memory."""
     device, devices = request.device, request.devices
     enough = fewest_devices(config, device, above=devices)
     instead = f"fits from {enough:,} on" if enough else f"does not fit on {max(MAX_DEVICES, devices):,} either"
     reason = (
-        f"needs {gibibytes(leanest.needed_bytes)} GiB on each of {leanest.devices:,} × {device.name}, which has "
+        f"needs {gibibytes(smallest.needed_bytes)} GiB on each of {smallest.devices:,} × {device.name}, which has "
         f"{gibibytes(device.memory_bytes)}: the least of any layout; {instead}"
     )
     return (Shortage("devices", enough, devices, reason), *_too_few_tokens(config, request))
