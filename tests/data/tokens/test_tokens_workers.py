@@ -100,7 +100,7 @@ def test_a_killed_worker_is_reported_and_leaves_nothing(tmp_path, monkeypatch, o
                 os.kill(workers[0].pid, signal.SIGKILL)
                 killed = True
 
-    with pytest.raises(DataError, match="a worker process was killed, perhaps for want of memory"):
+    with pytest.raises(DataError, match="a worker process was killed, perhaps for lack of memory"):
         build(documents, tmp_path / "out", monkeypatch, workers=2)
     assert not list(tmp_path.iterdir())
     assert not own_workers()

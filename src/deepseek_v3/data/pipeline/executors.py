@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from copy import deepcopy
 from types import TracebackType
 from typing import Any
@@ -18,8 +14,13 @@ import pyarrow as pa
 from deepseek_v3.config.preprocess_config import PreprocessConfig
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.optional import missing_library
-from deepseek_v3.utils.process_pool import exit_with_parent, start_fork_server
+from deepseek_v3.utils.process_pool import WorkerPool, start_fork_server
 from deepseek_v3.utils.redaction import redact
+
+_ADVICE = (
+    "what it had finished is kept: run the same command again, with fewer workers or a smaller work_unit_size if "
+    "memory ran out"
+)
 
 # What the fork server imports for all worker processes. It skips a module that cannot be imported here.
 _TASK_MODULES = ("deepseek_v3.data.pipeline.tasks", "deepseek_v3.data.pipeline.registry")
@@ -73,33 +74,15 @@ class ProcessExecutor(Executor):
     """Runs tasks in worker processes of this machine, which start at once and end with the run."""
 
     def __init__(self, workers: int) -> None:
-        start_fork_server()
-        context = multiprocessing.get_context("forkserver")
-        self._pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
-        for _ in range(workers):
-            self._pool.submit(os.getpid)
+        self._pool = WorkerPool(workers, pa.set_cpu_count, (1,), advice=_ADVICE)
 
     def run(
         self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], done: Callable[[Any], None]
     ) -> None:
-        futures = [self._pool.submit(function, *each) for each in arguments]
-        try:
-            waiting: set[Future[Any]] = set(futures)
-            while waiting:
-                finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    done(future.result())
-        except BrokenProcessPool:
-            raise DataError(
-                "a worker process was killed, perhaps for want of memory; what it had finished is kept: run the "
-                "same command again, with fewer workers or a smaller work_unit_size if memory ran out"
-            ) from None
-        finally:
-            for future in futures:
-                future.cancel()
+        self._pool.run(function, arguments, done)
 
     def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.close()
 
 
 class RayExecutor(Executor):
@@ -138,9 +121,3 @@ class RayExecutor(Executor):
 def _with_copies(function: Callable[..., Any], *arguments: Any) -> Any:
     """Calls a function with copies of the arguments: arrays from Ray are read-only, which Numba may refuse."""
     return function(*deepcopy(arguments))
-
-
-def _start_worker() -> None:
-    """Keeps a worker to one thread, and lets it end with the process that started the run."""
-    pa.set_cpu_count(1)
-    exit_with_parent()

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -19,8 +15,7 @@ from deepseek_v3.data.tokens.fim import FillInMiddle
 from deepseek_v3.data.tokens.holdout import HoldoutRule
 from deepseek_v3.data.tokens.index import CorpusOptions, Split, token_dtype
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
-from deepseek_v3.utils.errors import DataError
-from deepseek_v3.utils.process_pool import exit_with_parent, start_fork_server
+from deepseek_v3.utils.process_pool import WorkerPool
 
 _ALONE_CHARACTERS = 2**24  # about as many as are encoded while other processes start
 
@@ -93,32 +88,15 @@ def encode_batches(encoder: CorpusEncoder, batches: Iterator[list[str]], workers
 def _encoded_by_processes(
     encoder: CorpusEncoder, batches: Iterator[list[str]], workers: int
 ) -> Generator[EncodedBatch]:
-    context = multiprocessing.get_context("forkserver")
-    start_fork_server([__name__])
     arguments = (encoder.tokenizer.to_json(), encoder.options, encoder.holdout)
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=arguments)
-    waiting: deque[Future[EncodedBatch]] = deque()
-    for _ in range(workers):
-        pool.submit(os.getpid)  # starts a process; one that starts while another dies may never end (Python 3.11)
-    try:
-        for batch in batches:
-            waiting.append(pool.submit(_encode, batch))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool:
-        raise DataError(
-            "a worker process was killed, perhaps for want of memory; run the command again with fewer workers"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+    advice = "run the command again with fewer workers"
+    with WorkerPool(workers, _prepare_worker, arguments, modules=[__name__], advice=advice) as pool:
+        yield from pool.map(_encode, batches)
 
 
-def _start_worker(tokenizer: str, options: CorpusOptions, holdout: HoldoutRule) -> None:
+def _prepare_worker(tokenizer: str, options: CorpusOptions, holdout: HoldoutRule) -> None:
     global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process for each core is enough
-    exit_with_parent()
     _encoder = CorpusEncoder(Tokenizer.from_json(tokenizer), options, holdout)
 
 
