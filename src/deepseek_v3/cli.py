@@ -20,8 +20,8 @@ from deepseek_v3.planning.counts_command import counts
 from deepseek_v3.utils.command_line import override_options, run_app
 from deepseek_v3.utils.errors import translate_os_errors
 from deepseek_v3.utils.lazily import imported
+from deepseek_v3.utils.machine import wait_passively
 from deepseek_v3.utils.redaction import redact
-from deepseek_v3.utils.threads import wait_passively
 
 # Name -> where its function lives, and its line of help. Imported only when run: planning waits for no torch.
 COMMANDS = {

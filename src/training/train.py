@@ -11,7 +11,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from deepseek_v3.utils.interrupts import exit_on_interrupt  # noqa: E402 -- after the path is set
 
 with exit_on_interrupt():
-    from deepseek_v3.utils.threads import wait_passively
+    from deepseek_v3.utils.machine import wait_passively
 
     wait_passively()  # torch reads what it sets
     from deepseek_v3.training.train import main

@@ -8,9 +8,9 @@ from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.calibration import calibration
 from deepseek_v3.planning.hardware import Device, find_device
 from deepseek_v3.planning.memory_check import require_memory
-from deepseek_v3.utils.cgroups import usable_memory
 from deepseek_v3.utils.errors import PlanError
 from deepseek_v3.utils.logging import get_logger
+from deepseek_v3.utils.machine import usable_memory
 
 _GIB = 2**30
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from deepseek_v3.utils.interrupts import STOP_SIGNALS
 from deepseek_v3.utils.logging import get_logger
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _FAILURE = max(signal.valid_signals()) + 1  # in place of a signal's number
 
 
@@ -76,7 +76,7 @@ class GracefulStop:
     def install(self) -> None:
         """Installs the handlers in place of the ones that were there."""
         outlives_terminal = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-        heard = [number for number in _SIGNALS if number != signal.SIGHUP or not outlives_terminal]
+        heard = [number for number in STOP_SIGNALS if number != signal.SIGHUP or not outlives_terminal]
         self._earlier = {number: signal.signal(number, self._ask) for number in heard}
 
     def __enter__(self) -> GracefulStop:

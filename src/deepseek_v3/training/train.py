@@ -29,7 +29,7 @@ from deepseek_v3.utils.distributed.collectives import checkpoint_group
 from deepseek_v3.utils.distributed.launch import ALONE, World, export_environment, process_group, select_device
 from deepseek_v3.utils.distributed.watchdog import Watchdog
 from deepseek_v3.utils.logging import configure_logging, get_logger
-from deepseek_v3.utils.threads import describe_threads, usable_cores
+from deepseek_v3.utils.machine import describe_threads, usable_cores
 
 
 def train(

@@ -1,7 +1,4 @@
-"""Running a command line so that a user's mistake ends in one clear line, and a signal in none.
-
-FOLDED: The last words of a command: what to type next, with the files and options of this one.
-"""
+"""What all commands share: reporting errors, ending on signals, parsing numbers, suggesting the next commands."""
 
 from __future__ import annotations
 
@@ -19,25 +16,25 @@ from typing import Any, TextIO
 import typer
 
 from deepseek_v3.utils.errors import UserError, error_chain, translate_os_errors
-from deepseek_v3.utils.interrupts import EXIT_INTERRUPTED
+from deepseek_v3.utils.interrupts import EXIT_INTERRUPTED, STOP_SIGNALS
 from deepseek_v3.utils.numbers import MAX_COUNT, parse_count, parse_number
 from deepseek_v3.utils.redaction import redact
 from deepseek_v3.utils.text import format_value, printable
 
 
 def run_app(app: Callable[[], Any]) -> None:
-    """Runs a command-line app; a UserError is printed to standard error without a traceback, exit code 1.
+    """Runs a command-line app; prints a UserError as one line to standard error and exits with code 1.
 
-    Ctrl-C where nothing handles it exits with 130, as shells expect, also where the KeyboardInterrupt became
-    another error on its way up, and where it is pressed again while the process cleans up. A signal that comes
-    when the command has done its work changes nothing, nor does output that nobody reads any more.
+    Ctrl-C that nothing handles exits with 130, as shells expect, even if a library turned the KeyboardInterrupt
+    into another error, and if it is pressed again during cleanup. A signal after the command has finished does not
+    change the exit code, and neither does a closed output pipe.
     """
     sys.excepthook = _show_traceback
     try:
         with translate_os_errors():
             app()
     except BaseException as error:
-        # Typer makes an exit of it, torch's archive writer a RuntimeError.
+        # Typer turns it into an exit, torch's archive writer into a RuntimeError.
         if any(isinstance(cause, KeyboardInterrupt) for cause in error_chain(error)):
             _keep_exit_code(EXIT_INTERRUPTED)
             sys.exit(EXIT_INTERRUPTED)
@@ -53,11 +50,13 @@ def run_app(app: Callable[[], Any]) -> None:
 
 
 def _keep_exit_code(code: int) -> None:
-    """Lets signals that come while the interpreter ends only hasten that end."""
+    """From now on a stop signal ends the process at once with this exit code."""
     _flush_output()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is signal.SIG_IGN:
+            continue  # such as SIGHUP under nohup
         signal.signal(number, lambda *_: os._exit(code))
-        atexit.register(signal.signal, number, signal.SIG_IGN)  # the interpreter takes handlers away
+        atexit.register(signal.signal, number, signal.SIG_IGN)  # the interpreter resets handlers
 
 
 def _flush_output() -> None:
@@ -66,7 +65,7 @@ def _flush_output() -> None:
 
 
 def _flush(stream: TextIO | None) -> None:
-    """Flushes a stream, or drops what it holds: the interpreter would exit with 120 for it."""
+    """Flushes a stream, or discards its buffer: otherwise the interpreter would exit with 120."""
     if stream is None or stream.closed:
         return
     try:
@@ -78,20 +77,20 @@ def _flush(stream: TextIO | None) -> None:
 
 
 def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Prints a traceback as Python does, without the secrets that an error's message may hold."""
+    """Prints a traceback as Python does, with the secrets in it redacted."""
     with suppress(OSError):
         print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 def run_command(command: Callable[..., None]) -> None:
-    """Runs a single typed function as a command line of its own."""
+    """Runs a typed function as a command line with a single command."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(command)
     run_app(app)
 
 
 def integer_option(at_least: int = -MAX_COUNT, at_most: int = MAX_COUNT) -> Callable[[Any], int]:
-    """The parser of a command line's whole number, written as `parse_count` reads it within these limits."""
+    """Returns a parser for an option with a whole number within these limits, written as for `parse_count`."""
 
     def parse(value: Any) -> int:
         number = _read(value, parse_count)
@@ -103,12 +102,12 @@ def integer_option(at_least: int = -MAX_COUNT, at_most: int = MAX_COUNT) -> Call
 
 
 def number_option(value: Any) -> float:
-    """The parser of a command line's number, written as `parse_number` reads it."""
+    """Parses the number of a command-line option, written as for `parse_number`."""
     return float(_read(value, parse_number))
 
 
 def _read(value: Any, parse: Callable[[str], Any]) -> Any:
-    """What the text means; a default is already a number."""
+    """The number that a text means; a default value is a number already."""
     if not isinstance(value, str):
         return value
     try:
@@ -121,15 +120,15 @@ Words = Sequence[object]
 
 
 def print_next_steps(*commands: Words, err: bool = False) -> None:
-    """Prints commands, each a sequence of words, ready to be copied into a shell.
+    """Prints the commands to run next, each a sequence of words, quoted for a shell.
 
-    To standard output, or with `err` to standard error where standard output belongs to the result alone.
+    Prints to standard output, or with `err` to standard error, for commands whose standard output is their result.
     """
     lines = [f"  {redact(shlex.join(map(str, words)))}" for words in commands]
-    with suppress(OSError):  # nobody reads; what the command was for is done
+    with suppress(OSError):  # a closed pipe: the command itself has succeeded
         typer.echo(printable("\n".join(["Next:", *lines])), err=err)
 
 
 def override_options(overrides: Iterable[str] | None) -> list[str]:
-    """The words that repeat overrides: `--set section.field=value` for each."""
+    """The command-line words that repeat these overrides: `--set section.field=value` for each."""
     return [word for override in overrides or () for word in ("--set", override)]

@@ -1,7 +1,7 @@
-"""The errors that a user can cause.
+"""The errors that a user can cause and mend.
 
-A command line prints the message of any of these as one line and exits with 1; everything else is a defect of
-this project and shows its traceback. A message names the file, field or tensor, what was found, what was
+The command line prints the message of such an error as one line and exits with 1. Any other exception is a defect
+of this project and shows its traceback. A message names the file, field or tensor, what was found, what was
 expected, and what to do next.
 """
 
@@ -15,22 +15,22 @@ from deepseek_v3.utils.redaction import redact
 
 
 class UserError(Exception):
-    """Something that the person who called us can mend. Secrets in the message are masked."""
+    """An error that the user can mend. Secrets in the message are redacted."""
 
     def __init__(self, message: object = "") -> None:
         super().__init__(redact(str(message)))
 
 
 class ConfigError(UserError):
-    """A configuration that cannot be meant: an unknown, missing or contradictory field."""
+    """A configuration with an unknown, missing, invalid or contradictory field."""
 
 
 class DataError(UserError):
-    """Text, tokens or token shards that cannot be used as they are."""
+    """Text, tokens or token shards that cannot be used."""
 
 
 class InUseError(DataError):
-    """A folder that another process works in."""
+    """A folder that another process is using."""
 
 
 class CheckpointError(UserError):
@@ -38,7 +38,7 @@ class CheckpointError(UserError):
 
 
 class GenerationError(UserError):
-    """A request for text that the model cannot serve."""
+    """A request that the model cannot serve."""
 
 
 class PlanError(UserError):
@@ -46,22 +46,22 @@ class PlanError(UserError):
 
 
 class TrainingError(UserError):
-    """A run that cannot go on, such as one whose loss is no longer a number."""
+    """A run that cannot continue, such as one whose loss is NaN."""
 
 
 class PathError(UserError):
-    """A file or folder that cannot be used, of which nothing more is known than what the system says."""
+    """A file or folder that the operating system refuses, where no more specific error applies."""
 
 
-# What the system says of a full disk, without naming the file.
+# Errors of a full disk, in which the system does not name the file.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
 def translate_os_errors() -> Iterator[None]:
-    """Turns an OSError that names a file, or a full disk, into a PathError; others are defects and stay.
+    """Turns an OSError that names a file, or a full disk, into a PathError; any other OSError is a defect.
 
-    Whatever knows the option that gave the file says so itself, with an error of its own.
+    Code that knows which option named the file raises a more specific error itself.
     """
     try:
         yield
@@ -76,7 +76,7 @@ def translate_os_errors() -> Iterator[None]:
 
 
 def error_chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, then the one that it came from or was raised while handling, and so on."""
+    """Yields an error, then the error that caused it or was being handled when it was raised, and so on."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

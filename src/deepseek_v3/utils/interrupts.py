@@ -1,4 +1,4 @@
-"""Ctrl-C while a program is still being imported. Imports nothing that takes time itself."""
+"""The signals that stop a program, and Ctrl-C while a program imports its modules. Imports nothing slow itself."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 EXIT_INTERRUPTED = 130  # the exit code that shells report for Ctrl-C: 128 + SIGINT
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 @contextmanager
 def exit_on_interrupt() -> Iterator[None]:
-    """While entered, Ctrl-C ends this process at once with exit code 130, and without a traceback.
+    """While entered, Ctrl-C ends this process at once, with exit code 130 and without a traceback.
 
-    For the imports of a program, which leave nothing to clean up. Changes nothing where Ctrl-C is ignored, or
-    handled by another program.
+    Wrap a program's imports in it: they leave nothing to clean up. It changes nothing where Ctrl-C is ignored or
+    has another handler than Python's.
     """
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield

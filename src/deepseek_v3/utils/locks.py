@@ -1,8 +1,8 @@
-"""Locks on folders, so that one process at a time works there. A lock ends with its process.
+"""Locks on folders, which let one process at a time use a folder. A lock ends with its process.
 
-The kernel drops a `flock` when its process dies, but some network file systems do not show it to other hosts, and
-some have none. The lock file therefore also names its owner, who touches it every few seconds: where the kernel
-cannot tell whether the owner is alive, the time of the last touch does.
+The kernel drops a `flock` when its process dies, but some network file systems do not show the lock to other hosts,
+and some have no locks. The lock file therefore also names its owner, who touches it every few seconds. Where the
+kernel cannot tell whether the owner is alive, the time of the last touch decides.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from deepseek_v3.utils.files import refuse_address
 from deepseek_v3.utils.logging import get_logger
 
 _TOUCH_SECONDS = 10.0
-_SILENCE_SECONDS = 60.0  # after which an owner on another host is taken to be dead
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what file systems say that have no flock
-_OPEN = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_SYNC  # other hosts shall see the owner at once
+_SILENCE_SECONDS = 60.0  # after which an owner on another host counts as dead
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # from file systems without flock
+_OPEN = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_SYNC  # O_SYNC: other hosts must see the owner at once
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _COMMAND_CHARACTERS = 200
 
@@ -36,7 +36,7 @@ _log = get_logger("Lock")
 
 
 class _Owner(NamedTuple):
-    """Who holds a lock. `kernel` tells machines and their restarts apart; containers share their machine's."""
+    """The process that holds a lock. `kernel` identifies one boot of one machine, which its containers share."""
 
     host: str
     kernel: str
@@ -50,22 +50,22 @@ class _Owner(NamedTuple):
 
 @contextmanager
 def hold_lock(path: Path, subject: Path, advice: str, *, shared: bool = False) -> Iterator[None]:
-    """Holds the lock file `path`, which is made with its folder and removed with it where that is left empty.
+    """Holds the lock file `path` while entered; creates its folder, and removes it afterwards if it is empty.
 
-    Messages name `subject`, what the lock is for, and end with `advice`, what else can be done. `shared` locks
-    exclude only those that are not shared. The lock of a process that has died is taken over. Raises InUseError
-    where another process has the lock, and DataError where the file cannot be written.
+    Messages name `subject`, which the lock protects, and end with `advice`, an alternative for the user. A `shared`
+    lock excludes only locks that are not shared. The lock of a process that has died is taken over. Raises
+    InUseError if another process has the lock, and DataError if the file cannot be written.
     """
-    made = [folder for folder in path.parents if not folder.exists()]
+    created = [folder for folder in path.parents if not folder.exists()]
     try:
         refuse_address(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _acquired(path, subject, advice, shared)
     except OSError as error:
-        _remove_empty(made)
+        _remove_empty(created)
         raise DataError(f"{subject}: cannot be written: {error.strerror}; {advice}") from error
     except InUseError:
-        _remove_empty(made)
+        _remove_empty(created)
         raise
     released = threading.Event()
     toucher = threading.Thread(target=_touch, args=(descriptor, released), name="lock", daemon=True)
@@ -80,11 +80,11 @@ def hold_lock(path: Path, subject: Path, advice: str, *, shared: bool = False) -
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_UN)  # also for a worker process that was forked meanwhile
         os.close(descriptor)
-        _remove_empty(made)
+        _remove_empty(created)
 
 
 def _acquired(path: Path, subject: Path, advice: str, shared: bool) -> int:
-    """The descriptor of the lock file, locked and, unless `shared`, naming this process."""
+    """Opens and locks the lock file and, unless `shared`, writes this process into it; returns its descriptor."""
     while True:
         descriptor = os.open(path, _OPEN, 0o644)
         try:
@@ -97,11 +97,11 @@ def _acquired(path: Path, subject: Path, advice: str, shared: bool) -> int:
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # of a file that its owner has removed meanwhile
+        os.close(descriptor)  # the owner has removed this file meanwhile: try again with the new one
 
 
 def _flock(descriptor: int, path: Path, subject: Path, advice: str, shared: bool) -> bool:
-    """Locks a file, or returns False where the file system has no locks."""
+    """Locks a file; returns False if the file system has no locks. Raises InUseError if another process has it."""
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -121,9 +121,9 @@ def _is_still(path: Path, descriptor: int) -> bool:
 
 
 def _check_owner(descriptor: int, path: Path, subject: Path, advice: str, decided: bool) -> None:
-    """Raises InUseError where the owner that the file names may be alive.
+    """Raises InUseError if the owner that the file names may be alive.
 
-    `decided`: the file system has locks and gave us this one, so no process of this kernel has it.
+    `decided` means that the file system has locks and granted this one, so no process of this kernel holds it.
     """
     owner = _read_owner(path)
     if owner is None:
@@ -146,7 +146,7 @@ def _in_use(subject: Path, owner: _Owner | None, advice: str) -> InUseError:
 
 
 def _read_owner(path: Path) -> _Owner | None:
-    """Who the lock file names; None where it names nobody, or its last owner died while writing it."""
+    """The owner in the lock file; None if there is none, or the last owner died while writing it."""
     try:
         return _Owner(**json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError):
@@ -182,7 +182,7 @@ def _kernel() -> str:
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    """Removes those of `folders`, inner ones first, that hold nothing."""
+    """Removes the empty ones among `folders`, inner ones first."""
     for folder in folders:
         with suppress(OSError):
             folder.rmdir()

@@ -1,4 +1,4 @@
-"""Log lines `[Component] message`, printed so that a live progress display on the same terminal stays whole."""
+"""Prints log lines `[Component] message` above a live progress display on the same terminal."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def get_logger(component: str) -> logging.Logger:
 def configure_logging(level: int = logging.INFO, *, stderr: bool = False) -> None:
     """Prints the project's log records from `level` up, to standard output or to standard error.
 
-    For a program to call once as it starts; a further call replaces the earlier choice.
+    A program calls it once, at its start; a later call replaces the previous setting.
     """
     project = logging.getLogger(_PROJECT)
     for handler in _console_handlers():
@@ -33,7 +33,7 @@ def configure_logging(level: int = logging.INFO, *, stderr: bool = False) -> Non
 
 
 def get_console() -> Console:
-    """The console of the log lines, for a live display to share; before `configure_logging` a new one."""
+    """The console of the log lines, which a live display has to share; a new one before `configure_logging`."""
     return next((handler.console for handler in _console_handlers()), None) or _console()
 
 
@@ -46,9 +46,9 @@ def _console(*, stderr: bool = False) -> Console:
 
 
 class _Output:
-    """Standard output or error, whatever stands there now. A write that fails is dropped and ends no run.
+    """The current standard output or error. A write that fails is dropped and does not end the run.
 
-    That it failed is said once on standard error, and so is that it works again.
+    The first failure is reported once on standard error, and so is the recovery.
     """
 
     def __init__(self, stderr: bool) -> None:
@@ -68,26 +68,28 @@ class _Output:
             self._holds_text = False
             if arrives and self._is_failing:
                 self._is_failing = False
-                self._tell("can be written again")
+                self._report("can be written again")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream(), name)
 
     def _stream(self) -> Any:
         stream = getattr(sys, self._name)
-        return getattr(stream, "rich_proxied_file", stream)  # rich's own stands in front during a live display
+        return getattr(
+            stream, "rich_proxied_file", stream
+        )  # during a live display rich replaces the stream by a proxy
 
     def _succeeds(self, action: Callable[[], object]) -> bool:
         try:
             action()
         except OSError as error:
             if not self._is_failing:
-                self._tell(f"cannot be written: {error.strerror}; the program goes on")
+                self._report(f"cannot be written: {error.strerror}; the program goes on")
             self._is_failing = True
             return False
         return True
 
-    def _tell(self, what: str) -> None:
+    def _report(self, what: str) -> None:
         if self._name == "stdout" and sys.stderr is not None:
             with suppress(OSError, ValueError):
                 print(f"[Logging] warning: standard output {what}", file=sys.stderr, flush=True)
@@ -96,7 +98,7 @@ class _Output:
 class _LineFormatter(logging.Formatter):
     """`[Component] message`, and `[Component] warning: message` from warnings up; further lines are indented.
 
-    Secrets of addresses are masked.
+    Secrets in addresses are redacted.
     """
 
     def formatMessage(self, record: logging.LogRecord) -> str:
@@ -107,7 +109,7 @@ class _LineFormatter(logging.Formatter):
 
 
 class _ConsoleHandler(logging.Handler):
-    """Prints through a rich console, which draws a live display anew below each line."""
+    """Prints through a rich console, which redraws a live display below each line."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""Numbers as people write them: 1e6, 3.75B, 500k, 10_000_000, 10,000,000, and sizes such as 4GB or 512MiB.
+"""Parses numbers as people write them: 1e6, 3.75B, 500k, 10_000_000, 10,000,000, and sizes such as 4GB or 512MiB.
 
-Configurations, command lines and prompts read their numbers here.
+Configurations, command lines and prompts all parse their numbers here.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ _COUNT_UNITS = {"": 0, "K": 3, "M": 6, "B": 9, "T": 12}
 _DECIMAL_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
-# 64-bit counters, seeds and file offsets hold no more.
+# The largest 64-bit counter, seed or file offset.
 MAX_COUNT = 2**63 - 1
-# Tokens of a corpus or a budget: far more than there is text.
+# Of a corpus or a budget: far more than all text in the world.
 MAX_TOKENS = 10**18
-# More characters than any number needs that a person means; longer ones take Python long to read.
+# More than any sensible number needs; Python takes long to parse longer ones.
 MAX_NUMBER_CHARACTERS = 64
 _EXACT = Context(prec=800)
 
-# Commas stand between groups of three digits, so that 3,8 is not taken for 38.
+# Commas separate groups of three digits only, so that 3,8 is not read as 38.
 _NUMBER = r"([-+]?(?:\d{1,3}(?:,\d{3})+|\d+(?:_\d+)*)?(?:\.\d+|(?<=\d)\.)?(?:(?<=[\d.])e[-+]?\d{1,4})?)"
 _COUNT = re.compile(rf"{_NUMBER} ?([kmbt]?)", re.IGNORECASE | re.ASCII)
 _SIZE = re.compile(rf"{_NUMBER} ?([kmgt]?)(i?)(b?)", re.IGNORECASE | re.ASCII)
 
 
 def parse_count(text: str) -> int:
-    """A whole number from text such as `12`, `1e6`, `3.75B`, `500k`, `10_000_000` or `10,000,000`.
+    """Parses a whole number such as `12`, `1e6`, `3.75B`, `500k`, `10_000_000` or `10,000,000`.
 
     K, M, B and T, in either case, are thousands, millions, billions and trillions. Raises ValueError for anything
     else, fractions included.
@@ -40,7 +40,7 @@ def parse_count(text: str) -> int:
 
 
 def parse_number(text: str) -> float:
-    """A number from text such as `0.1`, `1e-4`, `1,200`, `2.5k`, `inf` or `nan`.
+    """Parses a number such as `0.1`, `1e-4`, `1,200`, `2.5k`, `inf` or `nan`.
 
     Raises ValueError for anything else.
     """
@@ -53,12 +53,12 @@ def parse_number(text: str) -> float:
 
 
 def parse_size(text: str) -> int:
-    """Bytes from text such as `4GB` (10⁹), `4GiB` (2³⁰), `500MB`, `1e9` or `4096`.
+    """Parses a size in bytes such as `4GB` (10⁹), `4GiB` (2³⁰), `500MB`, `1e9` or `4096`.
 
-    Raises ValueError for anything else. A part of a byte, as in `1.1GiB`, is left out.
+    Raises ValueError for anything else. A fraction of a byte, as in `1.1GiB`, is dropped.
     """
     match = _SIZE.fullmatch(text.strip()) if len(text) <= MAX_NUMBER_CHARACTERS else None
-    number = _plain(match[1]) if match else None
+    number = _parse_digits(match[1]) if match else None
     if match is None or number is None or number < 0 or (match[3] and not match[2]):
         raise ValueError("expected a size such as 4GB, 512MiB or a number of bytes")
     units = _BINARY_UNITS if match[3] else _DECIMAL_UNITS
@@ -69,20 +69,20 @@ def parse_size(text: str) -> int:
 
 
 def divisors(number: int) -> list[int]:
-    """All divisors of a number from 1 to some 10¹⁴, ascending."""
+    """All divisors of a positive number up to about 10¹⁴, ascending."""
     small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
     return sorted({*small, *(number // divisor for divisor in small)})
 
 
 def _decimal(text: str) -> Decimal | None:
-    """The number that the text writes, its unit included; None where it writes none."""
+    """The number in a text, with its unit applied; None if the text is not a number."""
     match = _COUNT.fullmatch(text.strip()) if len(text) <= MAX_NUMBER_CHARACTERS else None
-    number = _plain(match[1]) if match else None
+    number = _parse_digits(match[1]) if match else None
     return number.scaleb(_COUNT_UNITS[match[2].upper()], _EXACT) if match and number is not None else None
 
 
-def _plain(digits: str) -> Decimal | None:
-    """The number that these digits write, or None for none, and for more than a float can hold."""
+def _parse_digits(digits: str) -> Decimal | None:
+    """The number of these digits; None without a digit, and for a number that a float cannot hold."""
     if not re.search(r"\d", digits):
         return None
     number = Decimal(digits.replace("_", "").replace(",", ""))

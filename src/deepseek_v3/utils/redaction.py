@@ -1,4 +1,4 @@
-"""Passwords, keys and tokens in addresses, which no message, log line or file of ours may show."""
+"""Redacts passwords, keys and tokens, which no message, log line or output file may show."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from urllib.parse import unquote, unquote_plus
 
 MASK = "***"
 
-# A user's name that stands alone is part of the address there: a container of a store, or who logs in.
+# With these schemes a user name without a password is part of the address: a container, or a login.
 _PLAIN_USER = frozenset("abfs abfss az adl wasb wasbs hdfs webhdfs sftp ssh git smb".split())
-# Path() turns two slashes into one. Letters before the scheme belong to another one, as in simplecache::https.
+# Path() turns two slashes into one. Letters before the scheme belong to another scheme, as in simplecache::https.
 _USER = re.compile(
     r"(?P<scheme>(?<![A-Za-z0-9+.-])[A-Za-z][A-Za-z0-9+.-]*):(?P<slashes>/{1,2})"
     r"(?P<user>[^\s/?#'\"<>]*|[^\s/@:'\"<>]*:(?!\d+(?:[/?#\s]|$))[^\s@'\"<>]*)@"
 )
 _NAME = r"(?:[\w.~%-]*(?:sig|token|secret|passw|pwd|key|cred|auth|sas|session)[\w.~%-]*)"
-# The colon behind an address belongs to the sentence.
+# A colon after an address belongs to the sentence.
 _NO_END = r"(?!:(?:\s|$))"
 _PARAMETER = re.compile(rf"(?P<name>[?&;#]{_NAME}=)(?P<value>(?:{_NO_END}[^&;\s#'\"<>)])+)", re.IGNORECASE)
-# Names that stand for a secret wherever they are given a value: in the environment, in options, in Azure's strings.
+# Names whose value is a secret everywhere: in the environment, in options, in Azure's connection strings.
 _ALWAYS = (
     r"(?:[\w-]*(?:secret|password|passwd|access[_-]?key|account[_-]?key|api[_-]?key|sas[_-]?token|session[_-]?token"
     r"|auth[_-]?token|hf[_-]?token|sharedaccesssignature|credentials?)[\w-]*)"
@@ -28,7 +28,7 @@ _OPTION = re.compile(
     rf"(?P<name>['\"](?:{_ALWAYS}|key|token|secret)['\"]\s*[:=]\s*b?['\"])(?P<value>[^'\"]+)", re.IGNORECASE
 )
 _HEADER = re.compile(r"(?P<name>\b(?:Bearer|Basic)\s+)(?P<value>[\w.~+/=%-]{8,})", re.IGNORECASE)
-# Keys that are known by their form: AWS, Hugging Face, GitHub, Google.
+# Keys with a recognisable form: AWS, Hugging Face, GitHub, Google.
 _KEY = re.compile(
     r"(?P<name>)(?P<value>\b(?:(?:AKIA|ASIA)[0-9A-Z]{12,}|hf_[A-Za-z0-9]{16,}|gh[opsu]_[A-Za-z0-9]{20,}"
     r"|github_pat_\w{20,}|AIza[\w-]{30,}|ya29\.[\w-]{20,}))"
@@ -38,11 +38,11 @@ _SHORTEST = 4
 
 
 def redact(text: str, *addresses: str) -> str:
-    """The text with `***` in place of every secret that can be told as one.
+    """Returns the text with `***` in place of every secret that it recognises.
 
-    Those are users and passwords of addresses (`s3://user:password@host`), parameters such as `X-Amz-Signature=`,
-    `sig=` and `token=`, settings such as `AWS_SECRET_ACCESS_KEY=`, and keys of a known form. What is a secret in
-    one of the `addresses` is masked wherever it stands in the text, since libraries print parts of what they get.
+    Those are users and passwords in addresses (`s3://user:password@host`), parameters such as `X-Amz-Signature=`,
+    `sig=` and `token=`, settings such as `AWS_SECRET_ACCESS_KEY=`, and keys of a known form. A secret of one of the
+    `addresses` is replaced wherever it occurs in the text, because libraries print parts of an address.
     """
     for secret in {secret for address in addresses for secret in _secrets_of(address)}:
         text = text.replace(secret, MASK)
@@ -61,7 +61,7 @@ def _without_user(match: re.Match[str]) -> str:
 
 
 def _secrets_of(address: str) -> set[str]:
-    """The secrets of an address as they stand in it, and as libraries decode them."""
+    """The secrets of an address, both as written there and as libraries decode them."""
     found = {match["value"] for pattern in _PATTERNS for match in pattern.finditer(address)}
     for match in _USER.finditer(address):
         if _without_user(match) != match[0]:

@@ -58,7 +58,7 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path, monkeypatch):
 
 def test_a_small_corpus_stays_in_this_process(tmp_path, monkeypatch):
     monkeypatch.setattr(encoding, "_ALONE_CHARACTERS", 10**6)
-    monkeypatch.setattr(encoding, "ProcessPoolExecutor", None)
+    monkeypatch.setattr(encoding, "WorkerPool", None)
     build(read_documents, tmp_path / "out", monkeypatch, workers=8)
 
 

@@ -87,7 +87,7 @@ def test_a_process_without_launcher_is_alone(variables: dict[str, str]) -> None:
         ({"WORLD_SIZE": "4"}, "the environment lacks LOCAL_RANK"),
         ({"RANK": "0"}, "the environment lacks WORLD_SIZE"),
         ({**SRUN, "SLURM_PROCID": "10"}, "rank 10 of 10"),
-        ({**SRUN, "SLURM_JOB_NODELIST": "node["}, r"'node\[' is no list of nodes"),
+        ({**SRUN, "SLURM_JOB_NODELIST": "node["}, r"'node\[' is not a list of nodes"),
         ({**SRUN, "SLURM_NODEID": "3"}, "has no node 3"),
     ],
 )

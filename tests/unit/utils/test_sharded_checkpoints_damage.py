@@ -223,7 +223,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "other axes": (lambda index: chunk(index).update(offsets=[0]), "with other axes than its shape"),
     "missing numbers": (
         lambda index: chunk(index).update(sizes=[2, 2]),
-        r"'model.weight' has the number at \[2, 0\] in no chunk",
+        r"'model.weight' has the element at \[2, 0\] in no chunk",
     ),
     "negative": (lambda index: chunk(index).update(begin=-8), "greater than or equal to 0"),
     "type": (

@@ -132,13 +132,13 @@ def test_boxes_that_tile_a_shape_are_told_from_others(shape: list[int], depth: i
         assert found is None
     else:
         expected = f"in {counts[first]} chunks" if counts[first] else "in no chunk"
-        assert found == f"has the number at {list(first)} {expected}"
+        assert found == f"has the element at {list(first)} {expected}"
 
 
 def test_shapes_of_any_size_are_counted_at_once() -> None:
     rows = [((row * 2**40, 0), (2**40, 2**40)) for row in range(1000)]
     assert tiling_problem((1000 * 2**40, 2**40), rows) is None
-    assert tiling_problem((1000 * 2**40, 2**40), rows[1:]) == "has the number at [0, 0] in no chunk"
+    assert tiling_problem((1000 * 2**40, 2**40), rows[1:]) == "has the element at [0, 0] in no chunk"
     corners = [((0,) * 20, (1,) * 20)]
     assert tiling_problem((2,) * 20, corners) == "is cut along 20 axes, expected at most 8"
 
@@ -152,7 +152,7 @@ def test_a_chunk_named_twice_is_refused_with_the_half_it_leaves_out(folder: Path
     chunks[1] = chunks[0]
     write_index(folder, json.dumps(index))
     message = refusal(folder)
-    assert "'model.a.weight' has the number at [0, 0] in 2 chunks" in message
+    assert "'model.a.weight' has the element at [0, 0] in 2 chunks" in message
     assert "'model.a.weight' lies where 'model.a.weight' lies" in message
 
 
@@ -163,7 +163,7 @@ def test_all_problems_are_told_at_once(folder: Path) -> None:
     index["tensors"]["model.scale"]["dtype"] = "F128"
     write_index(folder, json.dumps(index))
     message = refusal(folder)
-    for problem in ("'model.a.weight' has the number at [2, 0] in no chunk", "not aligned", "has dtype 'F128'"):
+    for problem in ("'model.a.weight' has the element at [2, 0] in no chunk", "not aligned", "has dtype 'F128'"):
         assert problem in message
 
 

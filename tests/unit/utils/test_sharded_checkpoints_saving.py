@@ -105,7 +105,7 @@ def test_the_memory_of_a_save_serves_the_next(tmp_path: Path) -> None:
     places = []
     for step, view in enumerate((weight, weight, weight[:1], weight.bfloat16())):
         weight.fill_(step)
-        folder = save_sharded(tmp_path / f"checkpoint_step_{step}", {"w": view}, {}, None, copies=copies).wait()
+        folder = save_sharded(tmp_path / f"checkpoint_step_{step}", {"w": view}, {}, None, stager=copies).wait()
         assert torch.equal(load_checkpoint(folder)["w"], view)
         places.append(copies["w"].data_ptr())
     assert places[0] == places[1]

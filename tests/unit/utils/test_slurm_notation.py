@@ -37,7 +37,7 @@ def test_examples_of_lists(node_list: str, expected: str) -> None:
 
 @pytest.mark.parametrize("node_list", ["", ",a", "node[", "node[]", "node[01-03"])
 def test_what_is_no_list_of_nodes_is_refused(node_list: str) -> None:
-    with pytest.raises(ValueError, match="no list of nodes"):
+    with pytest.raises(ValueError, match="not a list of nodes"):
         first_host(node_list)
 
 
@@ -52,5 +52,5 @@ def test_tasks_of_any_node(groups: list[tuple[int, int]], data: st.DataObject) -
 
 
 def test_what_is_no_list_of_numbers_is_refused() -> None:
-    with pytest.raises(ValueError, match="no list of numbers"):
+    with pytest.raises(ValueError, match="not a list of task counts"):
         tasks_on_node("8(x", 0)

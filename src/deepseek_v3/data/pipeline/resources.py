@@ -14,8 +14,8 @@ from deepseek_v3.data.formats.file_types import known_format
 from deepseek_v3.data.formats.reading import split_file
 from deepseek_v3.data.formats.streams import InputFile
 from deepseek_v3.data.pipeline.tasks import WorkUnit
-from deepseek_v3.utils.cgroups import usable_memory
 from deepseek_v3.utils.errors import ConfigError, DataError
+from deepseek_v3.utils.machine import usable_memory
 from deepseek_v3.utils.text import format_value
 
 _WORKER_BYTES = 500 * 10**6  # the interpreter with its libraries, and a model or two

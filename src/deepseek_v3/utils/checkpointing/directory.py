@@ -1,7 +1,7 @@
-"""The checkpoints of a run, each either a file or a folder, and what both forms have in common.
+"""The checkpoints of a run: finding, loading, saving and removing them, whether they are files or folders.
 
-`checkpoint_step_<N>.pt` is written by one process (see `checkpoints.single_file`), the folder `checkpoint_step_<N>`
-by all ranks of a job (see `checkpoints.sharded`). Either is complete or invisible and carries checksums.
+A single process writes the file `checkpoint_step_<N>.pt` (see `single_file`), the ranks of a job write the folder
+`checkpoint_step_<N>` (see `sharded`). Both are complete or invisible and carry checksums.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ _log = get_logger("Checkpoint")
 
 
 def load_checkpoint(path: Path, *, verify: bool = True, map_location: str | torch.device = "cpu") -> dict[str, Any]:
-    """Reads a checkpoint into nested dicts, tensors on `map_location`: the same from a file as from a folder.
+    """Reads a checkpoint, a file or a folder, into nested dicts with tensors on `map_location`.
 
     Nothing is modified and no code is run. Raises CheckpointError where it is missing, damaged, or no checkpoint.
-    `verify=False` skips the checksums, for one that has just been verified; damage may then go unnoticed.
+    `verify=False` skips the checksums of one that has just been verified; damage may then go unnoticed.
     """
     if not is_folder(path):
         return load_file(path, verify=verify, map_location=map_location)
-    contents = FolderReader(path)
+    checkpoint = FolderReader(path)
     if verify:
-        contents.verify()
-    tensors = {name: contents.whole(name).to(map_location) for name in contents.tensors}
-    return unflatten(tensors, contents.plain)
+        checkpoint.verify()
+    tensors = {name: checkpoint.read(name).to(map_location) for name in checkpoint.tensors}
+    return unflatten(tensors, checkpoint.plain)
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether `path` stands for one checkpoint, under whatever name, and not for a folder of several.
+    """Whether `path` is one checkpoint, whatever its name, rather than a folder of several.
 
-    Raises CheckpointError where that cannot be told, such as for want of permission.
+    Raises CheckpointError where the system does not say, such as without permission.
     """
     if not is_folder(path) or _NAME.fullmatch(path.name) is not None:
         return True
@@ -63,9 +63,9 @@ def is_checkpoint(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class CheckpointDirectory:
-    """The checkpoints of one run in the folder `path`, of each step one: a file or a folder.
+    """The checkpoints of one run in the folder `path`, one file or folder per step; the newest `keep` are kept.
 
-    Files and folders of any other name are never touched.
+    Entries with other names are never touched.
     """
 
     path: Path
@@ -76,17 +76,17 @@ class CheckpointDirectory:
             raise ValueError(f"keep = {self.keep}, expected at least 1")
 
     def file_of(self, step: int) -> Path:
-        """The file that holds the checkpoint of a step, where one process writes it."""
+        """The file for the checkpoint of a step that a single process writes."""
         return self.path / f"checkpoint_step_{step}.pt"
 
     def folder_of(self, step: int) -> Path:
-        """The folder that holds the checkpoint of a step, where the ranks of a job write it together."""
+        """The folder for the checkpoint of a step that the ranks of a job write."""
         return self.path / f"checkpoint_step_{step}"
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Saves the checkpoint of `step` as a file, then removes those that it makes outdated.
+        """Saves the checkpoint of `step` as a file, then removes the checkpoints that it makes outdated.
 
-        Raises as `save_checkpoint` does, in which case nothing has been removed.
+        Raises as `save_checkpoint` does; nothing has been removed then.
         """
         path = self.file_of(step)
         save_checkpoint(path, state)
@@ -94,10 +94,10 @@ class CheckpointDirectory:
         return path
 
     def remove_outdated(self, complete: Path) -> None:
-        """Removes all but the newest `keep` up to the step of `complete`, and that step's other form.
+        """Removes all but the newest `keep` checkpoints up to the step of `complete`, and that step's other form.
 
-        Later ones are left alone: where a run went back past a damaged checkpoint, that one must not count as one
-        of those kept. What cannot be removed is logged, since the checkpoint itself is safe.
+        Checkpoints of later steps stay and do not count: a run that resumed from before a damaged checkpoint must
+        not count that one among the kept. What cannot be removed is logged; the new checkpoint is safe.
         """
         step = _step_of(complete)
         found = self._found()
@@ -119,25 +119,28 @@ class CheckpointDirectory:
         return sorted(self._found(), key=_step_of, reverse=True)
 
     def latest(self) -> tuple[Path, dict[str, Any]]:
-        """The newest undamaged checkpoint, tensors on the CPU; each damaged one passed over is logged as a warning.
+        """Loads the newest undamaged checkpoint, tensors on the CPU; logs a warning for each damaged one it skips.
 
         Raises CheckpointError where there is none.
         """
         return self.first_usable(self.newest_first(), load_checkpoint)
 
-    def first_usable(self, paths: list[Path], use: Callable[[Path], T], *, tell: bool = True) -> tuple[Path, T]:
-        """The first of `paths` for which `use` raises no CheckpointError, and what it returns; else as `latest`."""
+    def first_usable(self, paths: list[Path], use: Callable[[Path], T], *, log: bool = True) -> tuple[Path, T]:
+        """Returns the first of `paths` for which `use` raises no CheckpointError, with the result of `use`.
+
+        `log` warns of each path before it. Raises CheckpointError where there is none.
+        """
         for path in paths:
             try:
                 return path, use(path)
             except CheckpointError as error:
-                if tell:
-                    _log.warning("passed over %s", error)
+                if log:
+                    _log.warning("skipped %s", error)
         found = f"none of its {len(paths)} checkpoints can be loaded" if paths else "holds no checkpoint"
         raise CheckpointError(f"{self.path}: {found}; name another folder, or start afresh")
 
     def refuse_if_used(self) -> None:
-        """Raises CheckpointError where a fresh run would write among the checkpoints of an earlier one."""
+        """Raises CheckpointError where a new run would write among the checkpoints of a previous one."""
         steps = self.steps()
         if steps:
             raise CheckpointError(

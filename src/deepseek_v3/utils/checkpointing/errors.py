@@ -1,4 +1,4 @@
-"""The errors of reading and writing that every form of checkpoint shares."""
+"""The error messages that every form of checkpoint shares, and the checks of a path that raise them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from pydantic import ValidationError
 from deepseek_v3.utils.errors import CheckpointError
 
 REPAIR = "copy it again, or load an older one"
-_MOST_LISTED = 8  # problems in one message
+_MAX_PROBLEMS = 8  # in one message
 
 
 def write_error(path: Path, error: OSError) -> CheckpointError:
-    """What to say where the disk refuses `path`."""
+    """The error to raise where `path` cannot be written."""
     return CheckpointError(
         f"{path}: cannot be written: {error.strerror}; "
         "make room, or choose another folder with --set checkpoint.directory=..."
@@ -26,7 +26,7 @@ def write_error(path: Path, error: OSError) -> CheckpointError:
 
 
 def read_error(path: Path, error: OSError) -> CheckpointError:
-    """What to say where `path` is missing or cannot be read."""
+    """The error to raise where `path` is missing or cannot be read."""
     if isinstance(error, FileNotFoundError):
         return CheckpointError(
             f"{path}: there is no such file; give the path of a checkpoint_step_<N>.pt, "
@@ -39,14 +39,17 @@ def read_error(path: Path, error: OSError) -> CheckpointError:
 
 
 def checksum_error(path: Path, found: str, expected: str) -> CheckpointError:
-    """What to say where the SHA-256 of a file's bytes is not the one noted when it was written."""
+    """The error to raise where a file's SHA-256 is not the one that was recorded when it was written."""
     return CheckpointError(
         f"{path}: is damaged: the SHA-256 of its bytes is {found[:12]}…, expected {expected[:12]}…; {REPAIR}"
     )
 
 
 def require_regular_file(path: Path) -> int:
-    """The size of a file in bytes; a pipe or a device, which could be read for ever, is an OSError."""
+    """Returns the size of a file in bytes.
+
+    Raises OSError for anything but a regular file: reading a pipe or a device might never end.
+    """
     found = path.stat()
     if stat.S_ISDIR(found.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -56,7 +59,7 @@ def require_regular_file(path: Path) -> int:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a folder lies at `path`. Raises CheckpointError where that cannot be told."""
+    """Whether `path` is a folder. Raises CheckpointError where that cannot be told, such as without permission."""
     try:
         return stat.S_ISDIR(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
@@ -66,17 +69,17 @@ def is_folder(path: Path) -> bool:
 
 
 def join_problems(problems: Sequence[str]) -> str:
-    """All problems as one line, the first few in words."""
-    more = len(problems) - _MOST_LISTED
-    return "; ".join([*problems[:_MOST_LISTED], *([f"and {more} more"] if more > 0 else [])])
+    """Joins problems into one line; names the first eight and counts the rest."""
+    more = len(problems) - _MAX_PROBLEMS
+    return "; ".join([*problems[:_MAX_PROBLEMS], *([f"and {more} more"] if more > 0 else [])])
 
 
 def validation_problems(error: ValidationError) -> str:
-    """What pydantic found, each problem with the name of its field."""
-    return join_problems([_in_words(dict(problem)) for problem in error.errors()])
+    """The problems that pydantic found, each with the name of its field, in one line."""
+    return join_problems([_describe(dict(problem)) for problem in error.errors()])
 
 
-def _in_words(problem: dict[str, Any]) -> str:
+def _describe(problem: dict[str, Any]) -> str:
     field = ".".join(map(str, problem["loc"]))
     message = str(problem["ctx"]["error"]) if problem["type"] == "value_error" else str(problem["msg"])
     return f"{field}: {message}" if field else message

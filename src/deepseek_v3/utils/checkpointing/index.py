@@ -1,11 +1,9 @@
-"""`index.json` of a sharded checkpoint: where every tensor lies, what the files are, and all that is no tensor.
+"""`index.json` of a sharded checkpoint: its files, where they hold each tensor, and all values but tensors.
 
     {"version":1,"sha256":"<64 hex digits>","files":{…},"tensors":{…},"plain":{…}}
 
-The hash is over every byte behind its comma. The numbers lie in safetensors files, one from each rank that wrote.
-
-
-FOLDED: Whether boxes cut a tensor into parts: each of its numbers in exactly one of them.
+The hash covers every byte after the comma that follows it. The tensors' values are in safetensors files, one from
+each rank that wrote any. A tensor is stored in chunks: boxes, each given by its offsets and sizes along every axis.
 """
 
 from __future__ import annotations
@@ -33,63 +31,17 @@ from deepseek_v3.utils.checkpointing.errors import (
 from deepseek_v3.utils.checkpointing.safetensors_file import DTYPES, HeaderEntry, require_plain_json
 from deepseek_v3.utils.errors import CheckpointError
 
-Extents = tuple[int, ...]
+Extents = tuple[int, ...]  # one number per axis
 Box = tuple[Extents, Extents]  # offsets and sizes
-
-_MOST_CUT_AXES = 8  # a box has 2**n corners
-
-
-def tiling_problem(shape: Extents, boxes: Sequence[Box]) -> str | None:
-    """What is wrong with boxes that should hold each number of a tensor exactly once; None where nothing is.
-
-    The boxes have as many axes as `shape` and lie within it; their order does not matter, and empty ones do not
-    count. Takes time linear in the number of boxes, whatever way they cut the tensor.
-    """
-    if 0 in shape:
-        return None
-    filled = [(offsets, sizes) for offsets, sizes in boxes if 0 not in sizes]
-    axes = [axis for axis, size in enumerate(shape) if any(sizes[axis] != size for _, sizes in filled)]
-    if len(axes) > _MOST_CUT_AXES:
-        return f"is cut along {len(axes)} axes, expected at most {_MOST_CUT_AXES}"
-    place = _first_miscounted([shape[axis] for axis in axes], [_along(axes, box) for box in filled])
-    if place is None:
-        return None
-    position, surplus = place
-    index = [0] * len(shape)
-    for axis, coordinate in zip(axes, position, strict=True):
-        index[axis] = coordinate
-    return f"has the number at {index} {'in no chunk' if surplus < 0 else f'in {surplus + 1} chunks'}"
-
-
-def _along(axes: Sequence[int], box: Box) -> Box:
-    offsets, sizes = box
-    return tuple(offsets[axis] for axis in axes), tuple(sizes[axis] for axis in axes)
-
-
-def _first_miscounted(shape: Sequence[int], boxes: Sequence[Box]) -> tuple[Extents, int] | None:
-    """The first position, row by row, that is not in exactly one box, and in how many more than one it is.
-
-    How many boxes hold a position is the sum over all corners before it of their signs, +1 or -1. So the boxes hold
-    each position once where their corners cancel to those of the whole, and else the first corner that is left over
-    is the first wrong position, wrong by its own sum of signs.
-    """
-    corners: Counter[Extents] = Counter()
-    whole = ((0,) * len(shape), tuple(shape))
-    for weight, (offsets, sizes) in [(-1, whole), *((1, box) for box in boxes)]:
-        ends = [((offset, 1), (offset + size, -1)) for offset, size in zip(offsets, sizes, strict=True)]
-        for corner in product(*ends):
-            corners[tuple(place for place, _ in corner)] += weight * math.prod(sign for _, sign in corner)
-    left_over = [corner for corner, sign in corners.items() if sign]
-    return (min(left_over), corners[min(left_over)]) if left_over else None
-
 
 INDEX_FILE = "index.json"
 _VERSION = 1
-_MOST_NUMBERS = 2**60  # of a tensor; what torch counts bytes with holds no more
+_MAX_NUMEL = 2**60  # of a tensor; more overflow torch's count of bytes
+_MAX_CUT_AXES = 8  # a box has 2**n corners
 _HEAD = re.compile(rb'\{"version":([0-9]+),"sha256":"([0-9a-f]{64})",')
 
-Natural = Annotated[int, Field(ge=0)]
-FileName = Annotated[str, Field(pattern=r"^rank_[0-9]+\.safetensors$")]  # no path: never outside the folder
+NonNegative = Annotated[int, Field(ge=0)]
+FileName = Annotated[str, Field(pattern=r"^rank_[0-9]+\.safetensors$")]  # no path, so never outside the folder
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -98,34 +50,34 @@ class _Entry(BaseModel):
 
 
 class Chunk(_Entry):
-    """A box of a tensor, and its place: byte `begin` of `file`."""
+    """A box of a tensor, stored from byte `begin` of `file` on."""
 
     file: FileName
-    begin: Natural
-    offsets: tuple[Natural, ...]
-    sizes: tuple[Natural, ...]
+    begin: NonNegative
+    offsets: tuple[NonNegative, ...]
+    sizes: tuple[NonNegative, ...]
 
 
 class StoredTensor(_Entry):
-    """A tensor in chunks that together are all of it; `dtype` is a name of the safetensors format."""
+    """A tensor and the chunks that make it up; `dtype` is a name of the safetensors format."""
 
     dtype: str
-    shape: tuple[Natural, ...]
+    shape: tuple[NonNegative, ...]
     chunks: tuple[Chunk, ...]
 
 
 class StoredFile(_Entry):
-    """What proves a file whole."""
+    """The size in bytes and the SHA-256 by which a file is verified."""
 
-    bytes: Natural
+    bytes: NonNegative
     sha256: Sha256
 
 
 class Index(_Entry):
-    """The contents of `index.json` behind its version and checksum.
+    """The contents of `index.json` after its version and checksum.
 
-    Valid only where the chunks of every tensor hold each of its numbers once, at places of their own within the
-    files, and so that nothing can be read that was never written.
+    Validation ensures that the chunks of each tensor hold each of its elements exactly once, lie within their files
+    and do not overlap there, so that nothing can be read that was never written.
     """
 
     files: dict[FileName, StoredFile]
@@ -143,7 +95,7 @@ class Index(_Entry):
     def _problems(self, name: str, tensor: StoredTensor) -> list[str]:
         if tensor.dtype not in DTYPES:
             return [f"{name!r} has dtype {tensor.dtype!r}, expected one of {', '.join(DTYPES)}"]
-        if math.prod(size for size in tensor.shape if size) > _MOST_NUMBERS:
+        if math.prod(size for size in tensor.shape if size) > _MAX_NUMEL:
             return [f"{name!r} has shape {list(tensor.shape)}, which is more than any memory holds"]
         problems = [
             f"{name!r} {problem}" for chunk in tensor.chunks for problem in self._chunk_problems(tensor, chunk)
@@ -158,7 +110,10 @@ class Index(_Entry):
         axes = len(tensor.shape)
         if len(chunk.offsets) != axes or len(chunk.sizes) != axes:
             problems.append(f"has a chunk with other axes than its shape {list(tensor.shape)}")
-        elif any(o + size > whole for o, size, whole in zip(chunk.offsets, chunk.sizes, tensor.shape, strict=True)):
+        elif any(
+            offset + size > whole
+            for offset, size, whole in zip(chunk.offsets, chunk.sizes, tensor.shape, strict=True)
+        ):
             problems.append(f"has a chunk beyond its shape {list(tensor.shape)}")
         if chunk.file not in self.files:
             problems.append(f"lies in {chunk.file}, which is not among the files")
@@ -169,8 +124,8 @@ class Index(_Entry):
         return problems
 
     def _overlaps(self) -> list[str]:
-        """Chunks that share bytes of a file with another one."""
-        spans = sorted(
+        """One problem for each chunk that shares bytes of a file with another chunk."""
+        ranges = sorted(
             (chunk.file, chunk.begin, _end(tensor, chunk), name)
             for name, tensor in self.tensors.items()
             if tensor.dtype in DTYPES
@@ -179,12 +134,12 @@ class Index(_Entry):
         )
         return [
             f"{name!r} lies where {other!r} lies, at byte {begin} of {file}"
-            for (other_file, _, end, other), (file, begin, _, name) in pairwise(spans)
+            for (other_file, _, end, other), (file, begin, _, name) in pairwise(ranges)
             if file == other_file and begin < end
         ]
 
     def stored_in(self, file: str) -> dict[str, HeaderEntry]:
-        """What the header of a file has to say: its chunks by their names there."""
+        """The entries that the header of a file must have: its chunks, by their names in the file."""
         return {
             chunk_name(name, tensor.shape, chunk.offsets, chunk.sizes): HeaderEntry(
                 tensor.dtype, chunk.sizes, chunk.begin
@@ -195,7 +150,7 @@ class Index(_Entry):
         }
 
     def write(self, folder: Path) -> None:
-        """Writes and fsyncs the index of a folder. Raises OSError."""
+        """Writes the index to a folder and fsyncs it. Raises OSError."""
         body = self.model_dump_json()[1:].encode()
         head = f'{{"version":{_VERSION},"sha256":"{hashlib.sha256(body).hexdigest()}",'
         with (folder / INDEX_FILE).open("wb") as file:
@@ -205,9 +160,9 @@ class Index(_Entry):
 
     @classmethod
     def read(cls, folder: Path) -> Index:
-        """The index of a folder.
+        """Reads the index of a folder.
 
-        Raises CheckpointError where it is missing, damaged, of another version, or contradicts itself: all problems
+        Raises CheckpointError where it is missing, damaged, of another version or inconsistent, with all problems
         in one message.
         """
         path = folder / INDEX_FILE
@@ -241,12 +196,57 @@ class Index(_Entry):
 
 
 def chunk_name(name: str, shape: Extents, offsets: Extents, sizes: Extents) -> str:
-    """A chunk's name within its file: the tensor's, and where that is cut the part of it, as in `w[0:2,4:8]`."""
+    """A chunk's name in its file: `w` for a whole tensor, `w[0:2,4:8]` for a part of it."""
     if sizes == shape:
         return name
-    spans = (f"{offset}:{offset + size}" for offset, size in zip(offsets, sizes, strict=True))
-    return f"{name}[{','.join(spans)}]"
+    ranges = (f"{offset}:{offset + size}" for offset, size in zip(offsets, sizes, strict=True))
+    return f"{name}[{','.join(ranges)}]"
 
 
 def _end(tensor: StoredTensor, chunk: Chunk) -> int:
     return chunk.begin + math.prod(chunk.sizes) * DTYPES[tensor.dtype].itemsize
+
+
+def tiling_problem(shape: Extents, boxes: Sequence[Box]) -> str | None:
+    """Checks that boxes hold each element of a tensor exactly once; returns the problem, or None.
+
+    The boxes have as many axes as `shape` and lie within it, in any order; empty ones do not count. The time is
+    linear in the number of boxes, however they cut the tensor.
+    """
+    if 0 in shape:
+        return None
+    filled = [(offsets, sizes) for offsets, sizes in boxes if 0 not in sizes]
+    axes = [axis for axis, size in enumerate(shape) if any(sizes[axis] != size for _, sizes in filled)]
+    if len(axes) > _MAX_CUT_AXES:
+        return f"is cut along {len(axes)} axes, expected at most {_MAX_CUT_AXES}"
+    found = _first_miscounted([shape[axis] for axis in axes], [_along(axes, box) for box in filled])
+    if found is None:
+        return None
+    position, surplus = found
+    index = [0] * len(shape)
+    for axis, coordinate in zip(axes, position, strict=True):
+        index[axis] = coordinate
+    return f"has the element at {index} {'in no chunk' if surplus < 0 else f'in {surplus + 1} chunks'}"
+
+
+def _along(axes: Sequence[int], box: Box) -> Box:
+    offsets, sizes = box
+    return tuple(offsets[axis] for axis in axes), tuple(sizes[axis] for axis in axes)
+
+
+def _first_miscounted(shape: Sequence[int], boxes: Sequence[Box]) -> tuple[Extents, int] | None:
+    """The first position, in row-major order, that is not in exactly one box; how many boxes too many hold it.
+
+    Give each corner of a box the sign +1 or -1, alternating along every axis. The number of boxes that hold a
+    position is then the sum of the signs of all corners at or before it. So every position is held once if the
+    corners of the boxes cancel those of the whole tensor; otherwise the first corner that remains is the first
+    wrong position, and its sum of signs is the surplus.
+    """
+    corners: Counter[Extents] = Counter()
+    whole = ((0,) * len(shape), tuple(shape))
+    for weight, (offsets, sizes) in [(-1, whole), *((1, box) for box in boxes)]:
+        ends = [((offset, 1), (offset + size, -1)) for offset, size in zip(offsets, sizes, strict=True)]
+        for corner in product(*ends):
+            corners[tuple(position for position, _ in corner)] += weight * math.prod(sign for _, sign in corner)
+    left_over = [corner for corner, sign in corners.items() if sign]
+    return (min(left_over), corners[min(left_over)]) if left_over else None

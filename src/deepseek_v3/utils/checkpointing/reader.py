@@ -1,6 +1,7 @@
-"""A checkpoint opened for reading, whichever form it has: its plain values at once, its numbers when touched.
+"""Readers of a checkpoint, one for a folder and one for a file, with one interface.
 
-FOLDED: How `torch.distributed.checkpoint` reads our checkpoints, folders and files alike.
+A reader has the plain values and the names, dtypes and shapes of all tensors as soon as it is open; it reads the
+values of tensors only when they are used. `DcpReader` offers any reader to `torch.distributed.checkpoint`.
 """
 
 from __future__ import annotations
@@ -41,36 +42,39 @@ from deepseek_v3.utils.files import sha256_of_file
 
 
 class CheckpointReader(ABC):
-    """What a checkpoint holds: the tensors by their dotted names (see `nesting`), in `plain` all the rest."""
+    """An open checkpoint.
+
+    `tensors` gives the dtype and shape of each tensor by its dotted name (see `state_dict.flatten`), `plain` all
+    other values as nested dicts, and `files` the names of the checkpoint's files with tensors.
+    """
 
     path: Path
     plain: dict[str, Any]
     tensors: dict[str, TensorInfo]
-
     files: list[str]
 
-    def verify(self, part: int = 0, parts: int = 1) -> None:
-        """Compares checksums with the bytes of every `parts`-th file, from number `part` on.
+    def verify(self, rank: int = 0, num_ranks: int = 1) -> None:
+        """Compares the checksums of every `num_ranks`-th file with its bytes, starting at file `rank`.
 
-        Raises CheckpointError for one that is damaged, missing or unreadable.
+        Raises CheckpointError for a file that is damaged, missing or unreadable.
         """
-        for name in self.files[part::parts]:
+        for name in self.files[rank::num_ranks]:
             self.verify_file(name)
 
     @abstractmethod
     def verify_file(self, name: str) -> None:
-        """The same for one file."""
+        """Compares the checksum of one file with its bytes. Raises CheckpointError as `verify` does."""
 
     @abstractmethod
     def chunks(self, name: str) -> list[tuple[Extents, Extents]]:
-        """The offsets and sizes of the boxes in which a tensor is stored."""
+        """The offsets and sizes of the chunks in which a tensor is stored."""
 
     @abstractmethod
     def chunk(self, name: str, offsets: Extents) -> Tensor:
-        """The box at `offsets`, mapped into memory; not to be written to."""
+        """The chunk of a tensor at `offsets`, mapped into memory; never write to it."""
 
-    def whole(self, name: str) -> Tensor:
-        """A tensor put together in memory of its own."""
+    def read(self, name: str) -> Tensor:
+        """Returns a whole tensor in new memory on the CPU."""
         info = self.tensors[name]
         tensor = torch.empty(info.shape, dtype=info.dtype)
         for offsets, sizes in self.chunks(name):
@@ -80,15 +84,15 @@ class CheckpointReader(ABC):
 
 
 def open_checkpoint(path: Path) -> CheckpointReader:
-    """Opens a checkpoint folder or file; its checksums are left to `verify`.
+    """Opens a checkpoint folder or file without checking the checksums of its tensors; `verify` does that.
 
-    Raises CheckpointError where it is missing, or so damaged that it cannot even be listed.
+    Raises CheckpointError where it is missing, or its list of contents is damaged.
     """
     return FolderReader(path) if is_folder(path) else FileReader(path)
 
 
 class FolderReader(CheckpointReader):
-    """A folder that several ranks wrote."""
+    """Reads a folder that one or more ranks wrote."""
 
     def __init__(self, path: Path) -> None:
         index = Index.read(path)
@@ -110,11 +114,11 @@ class FolderReader(CheckpointReader):
             if found != expected:
                 raise checksum_error(path, found, expected)
             self._compare_header(path)
-        except OSError as error:  # of a disk that fails, or a folder that is deleted meanwhile
+        except OSError as error:  # the disk fails, or the folder is being deleted
             raise read_error(path, error) from None
 
     def _compare_header(self, path: Path) -> None:
-        """Raises CheckpointError unless a file says of each of its tensors what the index says."""
+        """Raises CheckpointError unless the header of a file agrees with the index about each of its tensors."""
         try:
             found = read_header(path)
         except (ValueError, RecursionError) as error:
@@ -139,13 +143,13 @@ class FolderReader(CheckpointReader):
             path = self._path_of_size(chunk.file)
             try:
                 self._mapped[chunk.file] = map_bytes(path, self._files[chunk.file].bytes)
-            except RuntimeError:  # as torch tells of files that have gone meanwhile
+            except RuntimeError:  # what torch raises for a file that has been deleted
                 raise CheckpointError(f"{path}: cannot be mapped into memory; is it being deleted?") from None
         num_bytes = math.prod(chunk.sizes) * dtype.itemsize
         return self._mapped[chunk.file][chunk.begin :][:num_bytes].view(dtype).view(chunk.sizes)
 
     def _path_of_size(self, name: str) -> Path:
-        """The path of a file, which has been seen to be there with all its bytes."""
+        """The path of a file that exists with the expected size. Raises CheckpointError otherwise."""
         path, expected = self.path / name, self._files[name].bytes
         try:
             found = require_regular_file(path)
@@ -165,7 +169,7 @@ def _entry(entries: dict[str, HeaderEntry], name: str) -> str:
 
 
 class FileReader(CheckpointReader):
-    """A single file; each of its tensors is one chunk."""
+    """Reads a single file, in which each tensor is one chunk."""
 
     def __init__(self, path: Path) -> None:
         state = load_file(path, verify=False, mmap=True)
@@ -196,36 +200,36 @@ class FileReader(CheckpointReader):
 
 
 class DcpReader(StorageReader):
-    """Reads any opened checkpoint, a folder or a file, into tensors that may be cut differently."""
+    """Lets `torch.distributed.checkpoint` read an open checkpoint into tensors that may be sharded differently."""
 
-    def __init__(self, contents: CheckpointReader) -> None:
-        self.contents = contents
+    def __init__(self, checkpoint: CheckpointReader) -> None:
+        self.checkpoint = checkpoint
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Nothing: a reader serves one checkpoint."""
+        """Does nothing: a reader serves one checkpoint."""
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Nothing: all is open already."""
+        """Does nothing: the checkpoint is open already."""
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:  # noqa: ARG003
-        """Any; none is ever given."""
+        """Accepts any, because none is ever given."""
         return True
 
     def read_metadata(self) -> Metadata:
-        """What the checkpoint holds, in the terms of torch.distributed.checkpoint."""
-        return Metadata({name: self._metadata_of(name) for name in self.contents.tensors})
+        """The dtypes, shapes and chunks of all tensors, in the classes of torch.distributed.checkpoint."""
+        return Metadata({name: self._metadata_of(name) for name in self.checkpoint.tensors})
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """The plan as it is."""
+        """Returns the plan unchanged."""
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """The plans as they are."""
+        """Returns the plans unchanged."""
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Copies what the plan asks for to where it belongs."""
+        """Copies the parts of tensors that the plan names into their destinations."""
         for item in plan.items:
             self._read(item, planner)
         done: Future[None] = Future()
@@ -235,16 +239,16 @@ class DcpReader(StorageReader):
     def _read(self, item: ReadItem, planner: LoadPlanner) -> None:
         index = item.storage_index
         assert index.offset is not None
-        chunk = self.contents.chunk(index.fqn, tuple(index.offset))
+        chunk = self.checkpoint.chunk(index.fqn, tuple(index.offset))
         box = zip(item.storage_offsets, item.lengths, strict=True)
         target = planner.resolve_tensor(item).detach()
         target.copy_(chunk[tuple(slice(offset, offset + length) for offset, length in box)])
         planner.commit_tensor(item, target)
 
     def _metadata_of(self, name: str) -> TensorStorageMetadata:
-        dtype, shape = self.contents.tensors[name]
+        dtype, shape = self.checkpoint.tensors[name]
         chunks = [
             ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
-            for offsets, sizes in self.contents.chunks(name)
+            for offsets, sizes in self.checkpoint.chunks(name)
         ]
         return TensorStorageMetadata(TensorProperties(dtype), torch.Size(shape), chunks)

@@ -1,6 +1,6 @@
-"""One file of tensors in the safetensors format: a JSON header, then the numbers, row by row, little-endian.
+"""Files in the safetensors format: a JSON header, then the tensors' values in row-major order, little-endian.
 
-The library of that name would build the whole file in memory, and leave its checksum to a second pass over it.
+The safetensors library builds the whole file in memory first, and its checksum would take a second pass over it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# The format's names of types, widest first: in this order every tensor begins at a multiple of its numbers' size.
+# The format's dtype names, widest first: written in this order, every tensor is aligned to its element size.
 DTYPES = {
     "F64": torch.float64,
     "I64": torch.int64,
@@ -34,11 +34,11 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ORDER = list(DTYPES.values())
 _ALIGNMENT = 8
-_LENGTH_BYTES = 8  # the length of the header, before it
+_LENGTH_BYTES = 8  # of the header's length, which precedes it
 
 
 class HeaderEntry(NamedTuple):
-    """What a file's header says of a tensor: its type's name, its shape, and the byte where it begins."""
+    """A tensor in a file's header: the name of its dtype, its shape, and its first byte, counted in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -46,7 +46,7 @@ class HeaderEntry(NamedTuple):
 
 
 class WrittenFile(NamedTuple):
-    """The size and SHA-256 of a file, and the byte at which each of its tensors begins."""
+    """The size and SHA-256 of a file, and the first byte of each tensor."""
 
     num_bytes: int
     sha256: str
@@ -54,15 +54,15 @@ class WrittenFile(NamedTuple):
 
 
 def write_tensor_file(path: Path, tensors: dict[str, Tensor]) -> WrittenFile:
-    """Writes tensors, on the CPU and of the types in `DTYPES`, and fsyncs the file. Raises OSError."""
+    """Writes CPU tensors of the dtypes in `DTYPES`, and fsyncs the file. Raises OSError."""
     tensors = dict(sorted(tensors.items(), key=lambda item: _ORDER.index(item[1].dtype)))
     header, begins = _header(tensors)
     digest = hashlib.sha256()
     with path.open("wb") as file:
-        pieces: Iterator[bytes | memoryview] = chain([header], map(_bytes_of, tensors.values()))
-        for piece in pieces:
-            file.write(piece)
-            digest.update(piece)
+        parts: Iterator[bytes | memoryview] = chain([header], map(_bytes_of, tensors.values()))
+        for part in parts:
+            file.write(part)
+            digest.update(part)
         num_bytes = file.tell()
         file.flush()
         os.fsync(file.fileno())
@@ -70,7 +70,7 @@ def write_tensor_file(path: Path, tensors: dict[str, Tensor]) -> WrittenFile:
 
 
 def read_header(path: Path) -> dict[str, HeaderEntry]:
-    """What a file says that it holds. Raises OSError, and ValueError where its header is not one of the format."""
+    """Reads the header of a file. Raises OSError, and ValueError where the header is not valid."""
     with path.open("rb") as file:
         num_bytes = file.seek(0, os.SEEK_END)
         file.seek(0)
@@ -89,7 +89,7 @@ def read_header(path: Path) -> dict[str, HeaderEntry]:
 
 
 def require_plain_json(text: bytes) -> Any:
-    """The value of a JSON text. Raises ValueError for repeated keys and NaN, RecursionError for deep nesting."""
+    """Parses JSON. Raises ValueError for repeated keys, NaN and infinity, RecursionError for deep nesting."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -105,12 +105,12 @@ def require_plain_json(text: bytes) -> Any:
 
 
 def map_bytes(path: Path, num_bytes: int) -> Tensor:
-    """The bytes of a file, uint8, mapped into memory: they are read when they are touched."""
+    """The bytes of a file as a uint8 tensor mapped into memory: they are read when they are used."""
     return torch.from_file(str(path), shared=False, size=num_bytes, dtype=torch.uint8)
 
 
 def _header(tensors: dict[str, Tensor]) -> tuple[bytes, dict[str, int]]:
-    """The header, padded so that the numbers begin aligned, and where in the file each tensor begins."""
+    """The header, padded so that the values are aligned, and the first byte of each tensor in the file."""
     ends = list(accumulate((tensor.nbytes for tensor in tensors.values()), initial=0))
     entries = {
         name: {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}

@@ -1,14 +1,13 @@
-"""Saving a sharded checkpoint: all ranks together, in the background.
+"""Saves and loads sharded checkpoints on all ranks of a job; saving runs in the background.
 
     with ShardedWriter(checkpoints, checkpoint_group()) as writer:
         ...
-        writer.save(step, state)  # a pause for a copy into CPU memory; a thread does the rest
+        writer.save(step, state)  # blocks for a copy to CPU memory; a thread does the rest
 
-The engine is torch.distributed.checkpoint: it plans who writes what, so that nothing is written twice, runs the
-thread, and tells every rank of the error of any.
+    load_sharded(path, tensors, group)  # a folder or a file, into tensors of any sharding
 
-
-FOLDED: Loading a checkpoint, folder or file, by any number of ranks, into tensors however they are cut.
+`torch.distributed.checkpoint` plans which rank writes or reads which part, so that nothing is written twice, runs
+the thread, and raises the error of any rank on all of them.
 """
 
 from __future__ import annotations
@@ -52,17 +51,17 @@ _log = get_logger("Checkpoint")
 
 
 class PendingSave:
-    """A checkpoint that is being written; `path` is what it will be called. A process that ends waits for it."""
+    """A checkpoint that is being written to `path`. The interpreter waits for it before it exits."""
 
     def __init__(self, path: Path, future: Future[Any]) -> None:
         self.path, self._future = path, future
 
     def finished(self) -> bool:
-        """Whether this rank has nothing left to do: the checkpoint is complete, or has failed."""
+        """Whether this rank has nothing left to do: the save is complete or has failed."""
         return self._future.done()
 
     def finish(self) -> None:
-        """Waits until it is complete or has failed, and raises nothing."""
+        """Waits until the save is complete or has failed; raises nothing."""
         wait([self._future])
 
     def wait(self) -> Path:
@@ -79,27 +78,27 @@ def save_sharded(
     group: ProcessGroup | None,
     *,
     completed: Callable[[], None] = lambda: None,
-    copies: CpuStager | None = None,
+    stager: CpuStager | None = None,
 ) -> PendingSave:
-    """Begins to write `folder`, which appears whole or not at all and replaces an earlier one.
+    """Starts to write `folder`, which appears complete or not at all and replaces a previous one.
 
-    `tensors` by name: a DTensor is written by those who hold its parts, a plain tensor once, by one of those who
-    have the name. They have been copied when this returns, and may change. `plain` holds what JSON can; rank 0's
-    counts. `completed` is called on rank 0 when the folder has got its name. All ranks of `group`, which is gloo,
-    call this; one save has to end before the next begins, which may then use its `copies`. Raises TypeError for
-    numbers that cannot be saved.
+    `tensors` are given by name. The ranks that hold a DTensor's shards write those; one of the ranks that have a
+    plain tensor writes it, once. All are copied before this returns and may change afterwards. `plain` holds JSON
+    values; that of rank 0 is written. Rank 0 calls `completed` when the folder has its name. All ranks of `group`,
+    a gloo group or None for a single process, call this. A save must end before the next one starts, which may
+    reuse its `stager`. Raises TypeError for a dtype that cannot be saved.
     """
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPE_NAMES:
             raise TypeError(
                 f"{name} is of {tensor.dtype}; a sharded checkpoint holds {', '.join(map(str, DTYPE_NAMES))}"
             )
-    copies = copies or CpuStager()
+    stager = stager or CpuStager()
     future = async_save(
         {name: tensor.detach() for name, tensor in tensors.items()},
         storage_writer=DcpWriter(folder, plain, completed),
-        planner=StagedSavePlanner(copies),
-        async_stager=copies,
+        planner=StagedSavePlanner(stager),
+        async_stager=stager,
         process_group=group,
         no_dist=group is None,
     )
@@ -108,10 +107,10 @@ def save_sharded(
 
 
 class ShardedWriter:
-    """Saves the checkpoints of a run one after another; for a `with` block, which ends when all are written.
+    """Saves the checkpoints of a run one after another. Leaving its `with` block waits for the last one.
 
-    `saved` is called on rank 0, in the thread that writes, with the path of each checkpoint that is complete.
-    The block has to end before torch.distributed is shut down.
+    Rank 0 calls `saved`, in the thread that writes, with the path of each complete checkpoint. Leave the block
+    before torch.distributed is shut down.
     """
 
     def __init__(
@@ -121,7 +120,7 @@ class ShardedWriter:
         saved: Callable[[Path], None] = lambda _: None,
     ) -> None:
         self._checkpoints, self._group, self._saved = checkpoints, group, saved
-        self._copies = CpuStager()
+        self._stager = CpuStager()
         self._pending: PendingSave | None = None
 
     def __enter__(self) -> ShardedWriter:
@@ -135,23 +134,23 @@ class ShardedWriter:
         except CheckpointError as failure:
             if error is None:
                 raise
-            _log.warning("%s", failure)  # the error that ended the block is the one to be told
+            _log.warning("%s", failure)  # the error that ended the block is the one to raise
 
     def save(self, step: int, state: dict[str, Any]) -> PendingSave:
-        """Begins to save nested dicts as `CheckpointDirectory.save` would, among them DTensors, on all ranks.
+        """Starts to save nested dicts with tensors and DTensors; called on all ranks.
 
-        First waits for the save before, and raises its CheckpointError. Outdated checkpoints go when this one is
-        complete. Raises TypeError, naming the entry, for what a sharded checkpoint cannot hold.
+        First waits for the previous save, and raises its CheckpointError. Outdated checkpoints are removed when
+        this one is complete. Raises TypeError, naming the entry, for what a sharded checkpoint cannot hold.
         """
         self.wait()
         tensors, plain = flatten(state)
         folder = self._checkpoints.folder_of(step)
         completed = partial(self._completed, folder)
-        self._pending = save_sharded(folder, tensors, plain, self._group, completed=completed, copies=self._copies)
+        self._pending = save_sharded(folder, tensors, plain, self._group, completed=completed, stager=self._stager)
         return self._pending
 
     def finish(self) -> None:
-        """Waits until what is being written is complete or has failed; for another thread than that which saves."""
+        """Waits until the current save is complete or has failed; may be called from any thread."""
         pending = self._pending
         if pending is not None:
             pending.finish()
@@ -172,20 +171,21 @@ class ShardedWriter:
 def load_sharded(
     path: Path, tensors: dict[str, Tensor], group: ProcessGroup | None, *, verify: bool = True
 ) -> None:
-    """Fills `tensors`, plain ones and DTensors, in place with those of their dotted names in a checkpoint.
+    """Fills `tensors`, plain ones and DTensors, in place from the tensors of the same dotted names in a checkpoint.
 
-    All ranks of `group`, which is gloo, call this; each gives the tensors that it holds a part of. The ranks share
-    out the checksums of the files, or skip them by `verify=False`. Raises CheckpointError, on all ranks and before
-    anything is changed, for damage, for names that only one side has, and for other shapes or types: all in one.
+    All ranks of `group`, a gloo group or None, call this, each with the tensors of which it holds a shard. The
+    ranks divide the files among them to verify the checksums; `verify=False` skips that. Raises one
+    CheckpointError, on all ranks and before any tensor is changed, for damage, for names that only one side has,
+    and for other shapes or dtypes.
     """
-    contents = run_on_all_ranks(group, lambda: open_checkpoint(path))
+    checkpoint = run_on_all_ranks(group, lambda: open_checkpoint(path))
     if verify:
-        _verify(contents, group)
-    _check_tensors(contents, tensors, group)
+        _verify(checkpoint, group)
+    _check_tensors(checkpoint, tensors, group)
     with raise_first_rank_error():
         load(
             dict(tensors),
-            storage_reader=DcpReader(contents),
+            storage_reader=DcpReader(checkpoint),
             planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
             process_group=group,
             no_dist=group is None,
@@ -193,31 +193,31 @@ def load_sharded(
 
 
 def newest_checkpoint(checkpoints: CheckpointDirectory, group: ProcessGroup | None) -> Path:
-    """The newest checkpoint whose checksums hold, the same on all ranks, which share out the files.
+    """The newest undamaged checkpoint, the same on all ranks, which divide the files to verify among them.
 
-    Rank 0 logs each that is passed over. Raises CheckpointError where there is none.
+    Rank 0 logs each damaged checkpoint that it skips. Raises CheckpointError where there is none.
     """
     paths = gather_objects(group, run_on_all_ranks(group, checkpoints.newest_first))[0]
-    tell = rank_and_size(group)[0] == 0
-    return checkpoints.first_usable(paths, partial(verify_checkpoint, group=group), tell=tell)[0]
+    is_rank_0 = rank_and_size(group)[0] == 0
+    return checkpoints.first_usable(paths, partial(verify_checkpoint, group=group), log=is_rank_0)[0]
 
 
 def verify_checkpoint(path: Path, group: ProcessGroup | None) -> None:
-    """Raises CheckpointError, on all ranks, where a checkpoint is missing or damaged; the ranks share the work."""
+    """Raises CheckpointError, on all ranks, where a checkpoint is missing or damaged; the ranks divide the work."""
     _verify(run_on_all_ranks(group, lambda: open_checkpoint(path)), group)
 
 
-def _verify(contents: CheckpointReader, group: ProcessGroup | None) -> None:
-    run_on_all_ranks(group, lambda: contents.verify(*rank_and_size(group)))
+def _verify(checkpoint: CheckpointReader, group: ProcessGroup | None) -> None:
+    run_on_all_ranks(group, lambda: checkpoint.verify(*rank_and_size(group)))
 
 
-def _check_tensors(contents: CheckpointReader, tensors: dict[str, Tensor], group: ProcessGroup | None) -> None:
-    """Raises one CheckpointError on all ranks, with the problems of all of them."""
+def _check_tensors(checkpoint: CheckpointReader, tensors: dict[str, Tensor], group: ProcessGroup | None) -> None:
+    """Raises one CheckpointError with the problems of all ranks, on all of them."""
     for name, tensor in tensors.items():
         if tensor.is_meta:
             raise TypeError(f"{name} is on the meta device and has no memory to load into")
-    wanted = any_rank(group, [name in tensors for name in contents.tensors])
-    left_over = [name for name, place in zip(contents.tensors, wanted, strict=True) if not place]
-    of_ranks = gather_objects(group, mismatches(contents.tensors, tensor_infos(tensors)))
+    wanted = any_rank(group, [name in tensors for name in checkpoint.tensors])
+    unwanted = [name for name, is_wanted in zip(checkpoint.tensors, wanted, strict=True) if not is_wanted]
+    of_ranks = gather_objects(group, mismatches(checkpoint.tensors, tensor_infos(tensors)))
     problems = [problem for of_rank in of_ranks for problem in of_rank]
-    raise_problems(contents.path, [*problems, *unexpected_tensors(left_over)], SAME_CONFIG_ADVICE)
+    raise_problems(checkpoint.path, [*problems, *unexpected_tensors(unwanted)], SAME_CONFIG_ADVICE)

@@ -1,11 +1,13 @@
-"""Checkpoints of one file, which is complete or invisible, proves that it is undamaged, and runs no code.
+"""Checkpoints of one file: complete or invisible, with a checksum, and loaded without running any code from them.
 
-A checkpoint is the ZIP archive that `torch.save` writes, given the ZIP comment `sha256:<64 hex digits>`. The hash
-is over every byte before the comment, which includes the comment's length in the last two bytes of the archive's
-end record. Whatever reads `torch.save` archives opens it, `torch.load(..., mmap=True, weights_only=True)` too.
+A checkpoint is the ZIP archive that `torch.save` writes, plus the ZIP comment `sha256:<64 hex digits>`. The hash
+covers every byte before the comment, including the comment's length in the last two bytes of the archive's end
+record. Every program that reads `torch.save` archives opens it, and so does
+`torch.load(..., mmap=True, weights_only=True)`.
 
-The archive holds a pickle. Only torch's restricted unpickler reads it (`weights_only=True`), which builds tensors
-and plain containers and calls nothing that the file names. What it built is checked as what is saved is.
+The archive holds a pickle. Only torch's restricted unpickler (`weights_only=True`) reads it, which builds tensors
+and plain containers and calls nothing that the file names. The result passes the same checks as a state to be
+saved.
 """
 
 from __future__ import annotations
@@ -40,10 +42,10 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter, str, int, float, bool, type(None))
 
 
 def save_file(path: Path, state: dict[str, Any]) -> None:
-    """Writes `state` to the file `path`, which appears whole or not at all and replaces an earlier one.
+    """Writes `state` to the file `path`, which appears complete or not at all and replaces a previous one.
 
     `state` holds tensors of any dtype, dicts with str or int keys, lists, tuples, str, int, float, bool and None.
-    Raises TypeError, naming the entry, for anything else, and CheckpointError where the disk refuses.
+    Raises TypeError, naming the entry, for anything else, and CheckpointError where the file cannot be written.
     """
     _require_plain(state, "state")
     try:
@@ -52,7 +54,7 @@ def save_file(path: Path, state: dict[str, Any]) -> None:
                 torch.save(state, file)
             _append_checksum(partial)
     except (OSError, RuntimeError) as error:
-        # torch's archive writer stumbles over its own state after a failed write; the cause is one step back.
+        # After a failed write torch's archive writer raises a RuntimeError of its own; its context is the OSError.
         cause = error.__context__ if isinstance(error, RuntimeError) else error
         if not isinstance(cause, OSError):
             raise
@@ -62,11 +64,11 @@ def save_file(path: Path, state: dict[str, Any]) -> None:
 def load_file(
     path: Path, *, verify: bool = True, map_location: str | torch.device = "cpu", mmap: bool = False
 ) -> dict[str, Any]:
-    """Reads what `save_file` wrote, tensors on `map_location`; the file is not modified and no code is run.
+    """Reads what `save_file` wrote, with tensors on `map_location`. The file is not modified and no code is run.
 
     Raises CheckpointError where the file is missing, damaged, or holds anything but tensors and plain values.
-    `verify=False` skips the checksum, for a file that has just been verified; damage may then go unnoticed.
-    With `mmap`, tensors are mapped into memory: they are read when they are touched, and changes stay in memory.
+    `verify=False` skips the checksum of a file that has just been verified; damage may then go unnoticed. With
+    `mmap`, tensors are mapped into memory: their values are read when they are used, and changes stay in memory.
     """
     try:
         if verify:
@@ -108,7 +110,7 @@ def _load_plain(path: Path, map_location: str | torch.device, mmap: bool) -> obj
         return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except (OSError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # on unexpected bytes torch.load lets nearly any type of exception through
+    except Exception as error:  # on unexpected bytes torch.load raises nearly any type of exception
         raise CheckpointError(
             f"{path}: is not an archive of tensors and plain values alone ({type(error).__name__}); "
             "load a checkpoint that this project saved"
@@ -116,7 +118,10 @@ def _load_plain(path: Path, map_location: str | torch.device, mmap: bool) -> obj
 
 
 def _require_plain(value: Any, name: str) -> None:
-    """Refuses what would not load again; exact types, because subclasses are pickled by reference to their code."""
+    """Raises TypeError for what would not load again.
+
+    Compares exact types, because a subclass is pickled as a reference to its code.
+    """
     if type(value) in (dict, OrderedDict):
         for key, item in value.items():
             if type(key) not in (str, int):
@@ -126,7 +131,7 @@ def _require_plain(value: Any, name: str) -> None:
         for index, item in enumerate(value):
             _require_plain(item, f"{name}[{index}]")
     elif isinstance(value, torch.Tensor) and (value.layout != torch.strided or value.is_quantized or value.is_meta):
-        raise TypeError(f"{name} is a sparse, quantized or meta tensor; a checkpoint holds dense numbers")
+        raise TypeError(f"{name} is a sparse, quantized or meta tensor; a checkpoint holds dense tensors")
     elif type(value) not in _PLAIN:
         raise TypeError(
             f"{name} is a {type(value).__name__}; "

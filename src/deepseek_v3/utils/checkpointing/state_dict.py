@@ -1,6 +1,6 @@
-"""A training state as nested dicts, and the same as tensors under dotted names beside plain values.
+"""Converts a training state between nested dicts and flat tensors under dotted names beside plain values.
 
-`{"step": 7, "model": {"norm.weight": W}}` is `{"model.norm.weight": W}` beside `{"step": 7, "model": {}}`.
+`{"step": 7, "model": {"norm.weight": W}}` becomes `{"model.norm.weight": W}` and `{"step": 7, "model": {}}`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _SCALARS = (str, int, bool, type(None))
 
 
 def flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of nested dicts by dotted name, and the dicts without them, which JSON can hold.
+    """Returns the tensors of nested dicts by dotted name, and the dicts without them, which JSON can hold.
 
     Raises TypeError, naming the entry, for what `unflatten` could not rebuild: keys that are not str, values that
     are neither tensors nor JSON, and names in which a dot is ambiguous.
@@ -25,38 +25,40 @@ def flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def unflatten(tensors: dict[str, Tensor], plain: dict[str, Any]) -> dict[str, Any]:
-    """The nested dicts of which `flatten` made these: each tensor goes to the deepest dict along its name."""
+    """The inverse of `flatten`: puts each tensor into the deepest dict that its name leads to."""
     state = deepcopy(plain)
     for name, tensor in tensors.items():
-        place, key = state, name
+        parent, key = state, name
         head, _, rest = key.partition(".")
-        while rest and isinstance(place.get(head), dict):
-            place, key = place[head], rest
+        while rest and isinstance(parent.get(head), dict):
+            parent, key = parent[head], rest
             head, _, rest = key.partition(".")
-        place[key] = tensor
+        parent[key] = tensor
     return state
 
 
-def _without_tensors(values: dict[str, Any], above: tuple[str, ...], tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _without_tensors(
+    values: dict[str, Any], parents: tuple[str, ...], tensors: dict[str, Tensor]
+) -> dict[str, Any]:
     plain: dict[str, Any] = {}
     for key, value in values.items():
-        path = (*above, key)
-        _require_str(key, _shown(above))
+        path = (*parents, key)
+        _require_str(key, _in_brackets(parents))
         if isinstance(value, Tensor):
-            _require_one_meaning(path, values)
+            _require_unambiguous(path, values)
             tensors[".".join(path)] = value
         elif isinstance(value, dict):
             plain[key] = _without_tensors(value, path, tensors)
         else:
-            _require_json(value, _shown(path))
+            _require_json(value, _in_brackets(path))
             plain[key] = value
     return plain
 
 
-def _require_one_meaning(path: tuple[str, ...], siblings: dict[str, Any]) -> None:
+def _require_unambiguous(path: tuple[str, ...], siblings: dict[str, Any]) -> None:
     head, dot, _ = path[-1].partition(".")
     if any("." in key for key in path[:-1]) or (dot and isinstance(siblings.get(head), dict)):
-        raise TypeError(f"{_shown(path)} is a tensor whose dotted name could stand for another place")
+        raise TypeError(f"{_in_brackets(path)} is a tensor whose dotted name could mean another entry")
 
 
 def _require_json(value: Any, name: str) -> None:
@@ -79,5 +81,6 @@ def _require_str(key: Any, name: str) -> None:
         raise TypeError(f"{name} has the key {key!r}; the keys of a sharded checkpoint are str")
 
 
-def _shown(path: tuple[str, ...]) -> str:
+def _in_brackets(path: tuple[str, ...]) -> str:
+    """The place of an entry as Python code: `state['model']['norm.weight']`."""
     return "state" + "".join(f"[{key!r}]" for key in path)

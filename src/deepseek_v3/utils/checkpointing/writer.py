@@ -1,10 +1,8 @@
-"""How `torch.distributed.checkpoint` writes our folders: tensors as safetensors, the index as JSON.
+"""Lets `torch.distributed.checkpoint` write checkpoint folders: tensors as safetensors files, the index as JSON.
 
-Its own storage keeps the index as a pickle. Its safetensors storage has none: every rank that loads would open
-every file, shapes and missing files would be guesses, and each rank's file is built in memory before it is written.
-
-
-FOLDED: Copies in CPU memory of what a rank is going to save, so that training can go on while they are written.
+Torch's own storage pickles its index. Torch's safetensors storage has no index: each rank that loads would open
+every file and could not tell a missing one, and each rank that saves builds its file in memory first. `CpuStager`
+copies the tensors to CPU memory before that, so that training goes on while they are written.
 """
 
 from __future__ import annotations
@@ -38,7 +36,7 @@ from deepseek_v3.utils.files import partial_folder, publish_folder, remove_lefto
 
 
 class _Written(NamedTuple):
-    """What a rank tells the coordinator of the file that it wrote."""
+    """What each rank sends to the coordinator about the file that it wrote."""
 
     name: str
     file: StoredFile
@@ -46,9 +44,9 @@ class _Written(NamedTuple):
 
 
 class DcpWriter(StorageWriter):
-    """Writes one folder: each rank its file, then the coordinator the index, and the name by which it is seen.
+    """Writes one folder: each rank writes its file, then the coordinator writes the index and publishes the folder.
 
-    `plain` is the coordinator's; `completed` is called by the coordinator, last of all.
+    Only the coordinator's `plain` is written; the coordinator calls `completed` last.
     """
 
     def __init__(self, folder: Path, plain: dict[str, Any], completed: Callable[[], None]) -> None:
@@ -56,22 +54,22 @@ class DcpWriter(StorageWriter):
         self.plain, self.completed = plain, completed
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Nothing: a writer serves one folder."""
+        """Does nothing: a writer serves one folder."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the plan names the files."""
+        """Does nothing: the global plan names the files."""
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:  # noqa: ARG003
-        """Any; none is ever given."""
+        """Accepts any, because none is ever given."""
         return True
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """The plan as it is."""
+        """Returns the plan unchanged."""
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """On the coordinator, before anyone writes: makes the folder and names each rank's file."""
+        """On the coordinator, before any rank writes: creates the partial folder and names each rank's file."""
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.folder.parent)
@@ -81,13 +79,13 @@ class DcpWriter(StorageWriter):
         return [replace(plan, storage_data=f"rank_{rank:05d}.safetensors") for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """On each rank: writes its file, if it has anything to write."""
+        """On each rank: writes its file, if the plan gives it anything to write."""
         written: Future[list[WriteResult]] = Future()
         written.set_result([self._write(plan.storage_data, plan.items, planner)] if plan.items else [])
         return written
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """On the coordinator, when all have written: the index, and then the folder's name."""
+        """On the coordinator, when all ranks have written: writes the index and publishes the folder."""
         written: list[_Written] = [result.storage_data for rank in results for result in rank]
         self._require_all(written)
         index = Index(
@@ -105,7 +103,7 @@ class DcpWriter(StorageWriter):
     def _write(self, name: str, items: list[WriteItem], planner: SavePlanner) -> WriteResult:
         tensors = {_key(item): _resolved(item, planner) for item in items}
         try:
-            self.partial.mkdir(exist_ok=True)  # a network file system may not have shown it to this host yet
+            self.partial.mkdir(exist_ok=True)  # a network file system may not show it to this host yet
             num_bytes, sha256, begins = write_tensor_file(self.partial / name, tensors)
         except OSError as error:
             raise write_error(self.folder / name, error) from None
@@ -122,7 +120,7 @@ class DcpWriter(StorageWriter):
             path = self.partial / entry.name
             if not path.is_file():
                 raise CheckpointError(
-                    f"{path}: was written by another host and is not seen by this one; "
+                    f"{path}: was written by another host and is not visible on this one; "
                     "set checkpoint.directory to a folder that all hosts share"
                 )
 
@@ -158,10 +156,10 @@ def _key(item: WriteItem) -> str:
 
 
 class CpuStager(AsyncStager):
-    """Copies this rank's part of every tensor, and keeps the memory for the next save.
+    """Copies this rank's shard of every tensor to CPU memory, which it reuses for the next save.
 
-    Fresh memory costs a page fault every 4 KiB, which makes the first save the slowest. Torch's own stager keeps
-    none in some versions, and copies whole storages where a tensor is a view.
+    New memory costs a page fault every 4 KiB, so the first save is the slowest. Torch's own stager does not reuse
+    memory in some versions, and copies a whole storage where a tensor is a view.
     """
 
     def __init__(self) -> None:
@@ -172,36 +170,36 @@ class CpuStager(AsyncStager):
 
     @property
     def should_synchronize_after_execute(self) -> bool:
-        """No: `stage` returns when all is copied."""
+        """False: `stage` returns when everything is copied."""
         return False
 
     @torch.no_grad()
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Copies the parts of these tensors and returns the tensors, of which only the layout is asked for now."""
+        """Copies the tensors and returns them unchanged: from now on only their shapes and shardings are read."""
         self._copies = {name: self._copy_of(name, tensor) for name, tensor in state_dict.items()}
         return state_dict
 
     def synchronize_staging(self) -> None:
-        """Nothing: there is nothing to wait for."""
+        """Does nothing: `stage` has copied everything."""
 
     def close(self) -> None:
-        """Nothing: the memory goes with this object."""
+        """Does nothing: the memory is freed with this object."""
 
     def _copy_of(self, name: str, tensor: Tensor) -> Tensor:
-        part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         copy = self._copies.get(name)
-        if copy is None or copy.shape != part.shape or copy.dtype != part.dtype:
-            copy = torch.empty(part.shape, dtype=part.dtype)
-        return copy.copy_(part)
+        if copy is None or copy.shape != local.shape or copy.dtype != local.dtype:
+            copy = torch.empty(local.shape, dtype=local.dtype)
+        return copy.copy_(local)
 
 
 class StagedSavePlanner(DefaultSavePlanner):
-    """Plans by the layout of the tensors themselves, and hands out their copies."""
+    """Plans a save from the tensors themselves, and writes their staged copies."""
 
-    def __init__(self, copies: CpuStager) -> None:
+    def __init__(self, stager: CpuStager) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._copies = copies
+        self._stager = stager
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        """The copy of this rank's part of a tensor."""
-        return self._copies[index.fqn]
+        """The staged copy of this rank's shard of a tensor."""
+        return self._stager[index.fqn]

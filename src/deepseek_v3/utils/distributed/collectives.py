@@ -1,7 +1,4 @@
-"""What the ranks of a job have to agree on when they save or load a checkpoint together.
-
-A group of None stands for a process alone, everywhere in this package.
-"""
+"""Collectives of Python values and errors over a gloo group; a group of None means a single process."""
 
 from __future__ import annotations
 
@@ -19,25 +16,25 @@ from deepseek_v3.utils.errors import UserError
 
 T = TypeVar("T")
 
-# torch.distributed.checkpoint warns where it works without a group, which is what None asks for.
+# torch.distributed.checkpoint warns when it works without a group, as it does for a group of None.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 def checkpoint_group() -> ProcessGroup | None:
-    """A new gloo group of all ranks, to be made by all of them at once; None without torch.distributed.
+    """Creates a gloo group of all ranks; every rank calls this. Returns None without torch.distributed.
 
-    Saving runs in a thread: its collectives need a group that nothing else uses, and no GPU.
+    Checkpoints are saved in a thread, whose collectives need a group that nothing else uses, and no GPU.
     """
     return dist.new_group(backend="gloo") if dist.is_initialized() else None
 
 
 def rank_and_size(group: ProcessGroup | None) -> tuple[int, int]:
-    """This process's number within the group, and how many there are."""
+    """This process's rank in the group, and the size of the group."""
     return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
 
 
 def gather_objects(group: ProcessGroup | None, value: T) -> list[T]:
-    """The value of every rank, on every rank."""
+    """Returns the values of all ranks, in the order of ranks, on every rank."""
     values = [value] * rank_and_size(group)[1]
     if group is not None:
         dist.all_gather_object(values, value, group=group)
@@ -45,7 +42,7 @@ def gather_objects(group: ProcessGroup | None, value: T) -> list[T]:
 
 
 def any_rank(group: ProcessGroup | None, flags: list[bool]) -> list[bool]:
-    """Which of these flags, in the same order on every rank, are set on any rank."""
+    """Returns, for each flag, whether it is set on any rank; all ranks give the same number of flags."""
     numbers = torch.tensor(flags, dtype=torch.uint8)
     if group is not None:
         dist.all_reduce(numbers, dist.ReduceOp.MAX, group=group)
@@ -53,7 +50,7 @@ def any_rank(group: ProcessGroup | None, flags: list[bool]) -> list[bool]:
 
 
 def run_on_all_ranks(group: ProcessGroup | None, work: Callable[[], T]) -> T:
-    """Does `work` on every rank; a UserError of any is raised on all, that of the first rank."""
+    """Runs `work` on every rank; if it raises a UserError on any, raises that of the lowest such rank on all."""
     error: UserError | None = None
     try:
         result = work()
@@ -67,7 +64,7 @@ def run_on_all_ranks(group: ProcessGroup | None, work: Callable[[], T]) -> T:
 
 @contextmanager
 def raise_first_rank_error() -> Iterator[None]:
-    """Raises the first rank's error within torch.distributed.checkpoint, instead of a report of it."""
+    """Turns the report of a failed torch.distributed.checkpoint call into the error of its lowest failed rank."""
     try:
         yield
     except CheckpointException as report:

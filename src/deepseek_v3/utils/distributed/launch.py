@@ -1,7 +1,4 @@
-"""What the environment says about this process: its place among those of its job, and its device.
-
-FOLDED: Slurm's short notations for lists of nodes and of numbers of tasks, read without asking a Slurm command.
-"""
+"""Joins this process to its job: its rank from the launcher's environment, its device and its process group."""
 
 from __future__ import annotations
 
@@ -21,39 +18,15 @@ from deepseek_v3.utils.errors import ConfigError, TrainingError
 _FIRST_ENTRY = re.compile(r"(?:[^,\[\]]|\[[^\[\]]*\])+(?=,|$)")
 _RANGES = re.compile(r"\[([^\[\],-]+)[^\[\]]*\]")
 _REPEATED = re.compile(r"(\d+)(?:\(x(\d+)\))?")
-
-
-def first_host(node_list: str) -> str:
-    """The first node of a list such as `node[01-03,07],login`: `node01`. Raises ValueError for another notation."""
-    entry = _FIRST_ENTRY.match(node_list)
-    host = _RANGES.sub(r"\1", entry[0]) if entry else ""
-    if not host or "[" in host:
-        raise ValueError(f"{node_list!r} is no list of nodes such as node[01-03,07]")
-    return host
-
-
-def tasks_on_node(counts: str, node: int) -> int:
-    """The tasks on node number `node`, from 0, by a list such as `8(x3),4`. Raises ValueError where it has none."""
-    left = node
-    for entry in counts.split(","):
-        match = _REPEATED.fullmatch(entry)
-        if match is None:
-            raise ValueError(f"{counts!r} is no list of numbers of tasks such as 8(x3),4")
-        left -= int(match[2] or 1)
-        if left < 0:
-            return int(match[1])
-    raise ValueError(f"{counts!r} has no node {node}")
-
-
 _LAUNCHERS = "start it with torchrun, deepspeed or srun, or without any of their variables"
 
 
 @dataclass(frozen=True)
 class World:
-    """One process among the `size` of its job and the `local_size` of its host; by default one that is alone.
+    """This process's rank among the `size` of its job and the `local_size` of its host; by default it is alone.
 
-    `address` and `port` are those of the job's store, where the processes meet. It lives in rank 0, or, where
-    `launcher_hosts_store`, in the launcher's process on the first host.
+    `address` and `port` are those of the store for the rendezvous of all ranks. It lives in rank 0, or with
+    `launcher_hosts_store` in the launcher's process on the first host.
     """
 
     rank: int = 0
@@ -66,14 +39,14 @@ class World:
 
     @classmethod
     def from_environment(cls, variables: Mapping[str, str] = os.environ) -> World:
-        """As torchrun, deepspeed or a step of srun says; alone where there is no launcher.
+        """Reads the variables of torchrun, deepspeed or an srun step; without a launcher the process is alone.
 
-        Raises ConfigError for variables that are missing, no numbers, or contradict each other.
+        Raises ConfigError for variables that are missing, not numbers, or contradict each other.
         """
         if "RANK" in variables or variables.get("WORLD_SIZE", "1") != "1":
             world = _from_launcher(variables)
         elif variables.get("SLURM_NTASKS", "1") != "1" and "SLURM_STEP_ID" in variables:
-            world = _from_slurm_step(variables)  # a batch script has the job's SLURM_NTASKS too, but is no step
+            world = _from_slurm_step(variables)  # a batch script also has SLURM_NTASKS, but is not a step
         else:
             world = ALONE
         _check("rank", world.rank, world.size)
@@ -82,19 +55,19 @@ class World:
 
     @property
     def is_alone(self) -> bool:
-        """Whether there is no other process."""
+        """Whether this process is the only one of its job."""
         return self.size == 1
 
     @property
     def hosts_store(self) -> bool:
-        """Whether the job's store lives in this process, and ends with it."""
+        """Whether the rendezvous store lives in this process, and ends with it."""
         return self.rank == 0 and not self.launcher_hosts_store
 
     def connect(self, timeout: timedelta) -> TCPStore:
-        """A connection to the job's store; in the process that hosts it, it is created and waits for the others.
+        """Connects to the rendezvous store; the process that hosts it creates it and waits for the others.
 
-        Threads need one each: a connection that waits for an answer blocks every other use of it. Raises
-        TrainingError where the processes do not find each other in time.
+        Each thread needs its own connection: one that waits for an answer blocks every other use of it. Raises
+        TrainingError if the processes do not find each other in time.
         """
         try:
             return TCPStore(
@@ -103,7 +76,7 @@ class World:
                 world_size=self.size,
                 is_master=self.hosts_store,
                 timeout=timeout,
-                multi_tenant=True,  # a second connection of the host finds the store that is there
+                multi_tenant=True,  # a second connection in the host process uses the same store
             )
         except RuntimeError as error:
             raise _rendezvous_failed(self, error) from error
@@ -116,11 +89,10 @@ ALONE = World()
 def process_group(
     world: World, device: torch.device, timeout: timedelta, even_alone: bool = False
 ) -> Iterator[None]:
-    """While entered, torch.distributed works over all processes: NCCL for CUDA tensors, gloo for those of CPUs.
+    """While entered, torch.distributed works over all ranks: NCCL for CUDA tensors, gloo for CPU tensors.
 
-    `timeout` is for the meeting of all processes and for every collective operation. A process that is alone needs
-    no group and gets one only where `even_alone` asks for it. Raises TrainingError where the processes do not find
-    each other in time.
+    `timeout` limits the rendezvous and every collective operation. A process that is alone needs no group and gets
+    one only with `even_alone`. Raises TrainingError if the processes do not find each other in time.
     """
     if world.is_alone and not even_alone:
         yield
@@ -145,24 +117,23 @@ def process_group(
         yield
         failed = False
     finally:
-        if not (
-            failed and on_gpu
-        ):  # NCCL would wait for operations that others never join; the process ends anyway
+        # After a failure NCCL would wait for operations that other ranks never join; the process ends anyway.
+        if not (failed and on_gpu):
             dist.destroy_process_group()
 
 
 def export_environment(world: World, device: torch.device) -> None:
-    """Tells DeepSpeed, which reads the environment, what was found there or chosen otherwise."""
+    """Sets the environment variables from which DeepSpeed reads its ranks and its device."""
     os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank))
     os.environ["DS_ACCELERATOR"] = device.type
 
 
 def select_device(name: str, world: World = ALONE) -> torch.device:
-    """`auto` is this process's own CUDA device, by its local rank, or the CPU where there is none.
+    """The device for `auto`, `cpu` or `cuda`; `auto` is this local rank's CUDA device, or the CPU without CUDA.
 
     Raises ConfigError for a device that is missing or unknown.
     """
-    # Read at CUDA's first allocation: segments that grow leave fewer holes than segments of fixed sizes.
+    # CUDA reads this at its first allocation. Expandable segments fragment less than segments of fixed sizes.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if name not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"--device {name}: expected auto, cpu or cuda")
@@ -179,8 +150,30 @@ def select_device(name: str, world: World = ALONE) -> torch.device:
     return torch.device("cuda", world.local_rank)
 
 
+def first_host(node_list: str) -> str:
+    """The first node of a Slurm node list: `node01` of `node[01-03,07],login`. Raises ValueError for no list."""
+    entry = _FIRST_ENTRY.match(node_list)
+    host = _RANGES.sub(r"\1", entry[0]) if entry else ""
+    if not host or "[" in host:
+        raise ValueError(f"{node_list!r} is not a list of nodes such as node[01-03,07]")
+    return host
+
+
+def tasks_on_node(counts: str, node: int) -> int:
+    """The tasks on node `node`, from 0, by a Slurm list such as `8(x3),4`. Raises ValueError where it has none."""
+    left = node
+    for entry in counts.split(","):
+        match = _REPEATED.fullmatch(entry)
+        if match is None:
+            raise ValueError(f"{counts!r} is not a list of task counts such as 8(x3),4")
+        left -= int(match[2] or 1)
+        if left < 0:
+            return int(match[1])
+    raise ValueError(f"{counts!r} has no node {node}")
+
+
 def _from_launcher(variables: Mapping[str, str]) -> World:
-    """As torchrun and deepspeed say it; the latter calls LOCAL_WORLD_SIZE by another name."""
+    """Reads the variables of torchrun and deepspeed; deepspeed says LOCAL_SIZE instead of LOCAL_WORLD_SIZE."""
     size, local_rank = _number(variables, "WORLD_SIZE"), _number(variables, "LOCAL_RANK")
     local_size = "LOCAL_SIZE" if "LOCAL_SIZE" in variables else "LOCAL_WORLD_SIZE"
     return World(
@@ -195,7 +188,7 @@ def _from_launcher(variables: Mapping[str, str]) -> World:
 
 
 def _from_slurm_step(variables: Mapping[str, str]) -> World:
-    """As srun says it; the first task meets the others at a port that follows from the job's number."""
+    """Reads the variables of an srun step; the port of the rendezvous follows from the job's number."""
     nodes = "SLURM_STEP_NODELIST" if "SLURM_STEP_NODELIST" in variables else "SLURM_JOB_NODELIST"
     try:
         local_size = tasks_on_node(

@@ -1,13 +1,16 @@
-"""The limits of control groups: of both versions, of every group that this process lies in."""
+"""Memory, cores and threads: limits of both versions of control groups, and passive waiting."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from deepseek_v3.utils.cgroups import cpu_quota, usable_memory
+from deepseek_v3.utils import machine
+from deepseek_v3.utils.machine import cpu_quota, describe_threads, usable_cores, usable_memory
 
 GIB = 2**30
 V2 = "30 23 0:26 {top} /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n"
@@ -16,9 +19,10 @@ V1_CPU = "36 31 0:33 {top} /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,
 
 
 @pytest.fixture(autouse=True)
-def _sixty_four_gib(monkeypatch: pytest.MonkeyPatch) -> None:
+def _sixty_four_gib_and_sixteen_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 64 * GIB // 4096}
     monkeypatch.setattr(os, "sysconf", sizes.__getitem__)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
 
 
 def _machine(root: Path, groups: str, mounts: str, **files: str) -> Path:
@@ -103,3 +107,36 @@ def test_quotas_of_the_cpu_nest_too(tmp_path: Path) -> None:
         "cpu,cpuacct__cpu.cfs_period_us": "100000",
     }
     assert cpu_quota(_machine(tmp_path / "one", "2:cpu,cpuacct:/job\n", V1_CPU.format(top="/"), **first)) == 4
+
+
+@pytest.mark.parametrize(("quota", "cores"), [(None, 16), (2.0, 2), (2.5, 2), (0.5, 1), (99.0, 16)])
+def test_a_quota_limits_the_cores(monkeypatch: pytest.MonkeyPatch, quota: float | None, cores: int) -> None:
+    monkeypatch.setattr(machine, "cpu_quota", lambda: quota)
+    assert usable_cores() == cores
+
+
+@pytest.mark.parametrize(
+    ("number", "load", "advice"),
+    [(2, 0.3, False), (2, 1.4, True), (1, 30.0, False), (1, 0.0, False), (2, 0.6, True)],
+)
+def test_the_line_advises_one_thread_where_others_work(number: int, load: float, advice: bool) -> None:
+    line = describe_threads(number, 2, load)
+    assert line.startswith(f"Threads: {number} on 2 cores; OMP_NUM_THREADS sets another number")
+    assert ("OMP_NUM_THREADS=1 may be faster" in line) == advice
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "PASSIVE 10000"), ("ACTIVE", "ACTIVE None")])
+def test_threads_wait_passively_unless_the_user_says_otherwise(given: str | None, expected: str) -> None:
+    program = (
+        "import os, sys\n"
+        "from deepseek_v3 import cli\n"
+        "cli.run_app = lambda app: print(os.environ['OMP_WAIT_POLICY'], os.environ.get('GOMP_SPINCOUNT'), "
+        "'torch' in sys.modules)\n"
+        "cli.main()"
+    )
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    }
+    environment |= {"OMP_WAIT_POLICY": given} if given else {}
+    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert result.stdout == f"{expected} False\n"
