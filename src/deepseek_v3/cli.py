@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import typer
 from typer.core import TyperGroup
@@ -19,40 +19,83 @@ from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.counts_command import counts
 from deepseek_v3.utils.command_line import override_options, run_app
 from deepseek_v3.utils.errors import translate_os_errors
-from deepseek_v3.utils.lazily import imported
 from deepseek_v3.utils.machine import wait_passively
 from deepseek_v3.utils.redaction import redact
 
-# Name -> where its function lives, and its line of help. Imported only when run: planning waits for no torch.
-COMMANDS = {
-    "plan": (
-        "deepseek_v3.planning.plan_command:plan",
-        "Say what a budget can train: fit, time, cost and expected loss of every size.",
-    ),
-    "validate": (
-        "deepseek_v3.planning.validate_command:validate",
-        "Check token budgets: 20 to 26 tokens per active parameter.",
-    ),
+Command: TypeAlias = "Callable[..., None] | typer.Typer"
+
+# A command is imported only when it is run, so that planning does not wait for torch.
+
+
+def _plan() -> Command:
+    from deepseek_v3.planning.plan_command import plan
+
+    return plan
+
+
+def _validate() -> Command:
+    from deepseek_v3.planning.validate_command import validate
+
+    return validate
+
+
+def _preprocess() -> Command:
+    from deepseek_v3.data.pipeline.command import preprocess
+
+    return preprocess
+
+
+def _quality() -> Command:
+    from deepseek_v3.data.quality_filtering.command import quality_app
+
+    return quality_app
+
+
+def _tokenize() -> Command:
+    from deepseek_v3.data.tokens.command import tokenize
+
+    return tokenize
+
+
+def _train() -> Command:
+    from deepseek_v3.training.train import train
+
+    return train
+
+
+def _generate() -> Command:
+    from deepseek_v3.inference.generate import generate
+
+    return generate
+
+
+def _eval() -> Command:
+    from deepseek_v3.evaluation.perplexity import evaluate
+
+    return evaluate
+
+
+def _quickstart() -> Command:
+    from deepseek_v3.quickstart import quickstart
+
+    return quickstart
+
+
+# Name -> the function that imports the command, and its line of help.
+COMMANDS: dict[str, tuple[Callable[[], Command], str]] = {
+    "plan": (_plan, "Say what a budget can train: fit, time, cost and expected loss of every size."),
+    "validate": (_validate, "Check token budgets: 20 to 26 tokens per active parameter."),
     "preprocess": (
-        "deepseek_v3.data.pipeline.command:preprocess",
+        _preprocess,
         "Clean, deduplicate and filter raw text, with a reason for every document that goes.",
     ),
-    "quality": (
-        "deepseek_v3.data.quality_filtering.command:quality_app",
-        "Train and try the models of the quality stage.",
-    ),
-    "tokenize": (
-        "deepseek_v3.data.tokens.command:tokenize",
-        "Turn text into token shards, with a hold-out split.",
-    ),
-    "train": ("deepseek_v3.training.train:train", "Train a model, from the first step or from a checkpoint."),
-    "generate": ("deepseek_v3.inference.generate:generate", "Continue text with a trained model."),
-    "eval": (
-        "deepseek_v3.evaluation.perplexity:evaluate",
-        "Measure a checkpoint's held-out loss, beside a unigram and a bigram model.",
-    ),
+    "quality": (_quality, "Train and try the models of the quality stage."),
+    "tokenize": (_tokenize, "Turn text into token shards, with a hold-out split."),
+    "train": (_train, "Train a model, from the first step or from a checkpoint."),
+    "generate": (_generate, "Continue text with a trained model."),
+    "eval": (_eval, "Measure a checkpoint's held-out loss, beside a unigram and a bigram model."),
     "quickstart": (
-        "deepseek_v3.quickstart:quickstart",
+        _quickstart,
         "Build a corpus, train a tokenizer and a small model, measure it, and let it write.",
     ),
 }
@@ -64,7 +107,7 @@ class _LazyGroup(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         name, command, rest = super().resolve_command(ctx, args)
         if name in COMMANDS:
-            command = _imported(name)
+            command = _import_command(name)
         return name, command, rest
 
     def make_context(self, *arguments: Any, **options: Any) -> Any:
@@ -88,8 +131,8 @@ def _usage_errors_masked() -> Iterator[None]:
         raise
 
 
-def _imported(name: str) -> Any:
-    found = imported(COMMANDS[name][0])
+def _import_command(name: str) -> Any:
+    found = COMMANDS[name][0]()
     if isinstance(found, typer.Typer):  # a group of commands
         return get_command(found)
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -30,12 +30,12 @@ from deepseek_v3.utils.files import atomic_write
 from deepseek_v3.utils.logging import get_logger
 from deepseek_v3.utils.monitoring import (
     MetricsWriter,
-    ProgressDisplay,
     device_memory_bytes,
     read_metrics,
     step_line,
     time_left,
 )
+from deepseek_v3.utils.progress import ProgressDisplay, ProgressLine
 
 StepMetrics = dict[str, float | list[float]]
 
@@ -97,7 +97,7 @@ class _Nowhere:
     def write(self, step: int, values: object) -> None:
         """Drops it."""
 
-    def update(self, step: int, **values: float) -> None:
+    def update(self, title: str, done: int, status: str) -> None:
         """Drops it."""
 
 
@@ -131,12 +131,14 @@ class MetricsLogger:
         logging, done = self._config.logging, self._first_step - 1
         self._announce()
         self._writer: MetricsWriter | _Nowhere = _Nowhere()
-        self._progress: ProgressDisplay | _Nowhere = _Nowhere()
+        self._progress: ProgressLine | _Nowhere = _Nowhere()
         if self._writes:
             self._writer = self._stack.enter_context(
                 MetricsWriter(logging.directory, logging.tensorboard, resume_step=done or None)
             )
-            self._progress = self._stack.enter_context(ProgressDisplay(self._plan.total_steps, done))
+            total = self._plan.total_steps
+            display = self._stack.enter_context(ProgressDisplay(transient=False))
+            self._progress = display.line(f"step {done}/{total}", total, done)
         self.clock = Throughput(self._plan, done)
         return self
 
@@ -155,8 +157,9 @@ class MetricsLogger:
         progress = {"tokens": tokens, "tokens_per_parameter": tokens / self._active}
         record = {**progress, "learning_rate": step.learning_rate, **figures, **speed, "memory_bytes": memory}
         self._writer.write(step.number, {**record, "skipped_steps": skipped, **self._cache_figures})
-        self._progress.update(step.number, loss=loss, tokens_per_second=tokens_per_second)
         total = self._plan.total_steps
+        status = f"loss {loss:.4f} {tokens_per_second:,.0f} tokens/s"
+        self._progress.update(f"step {step.number}/{total}", step.number, status)
         fields = [
             ("Left", time_left(total - step.number, steps_per_second)),
             ("Tokens/sec", f"{tokens_per_second:,.0f}"),

@@ -16,20 +16,12 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from tensorboard.summary.writer import event_file_writer
 from torch.utils.tensorboard import SummaryWriter
 
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.files import atomic_write
-from deepseek_v3.utils.logging import get_console, get_logger
+from deepseek_v3.utils.logging import get_logger
 
 _log = get_logger("Metrics")
 
@@ -262,47 +254,6 @@ def _scalars(values: Mapping[str, float | list[float]]) -> dict[str, float]:
         else:
             scalars[name] = value
     return scalars
-
-
-class ProgressDisplay:
-    """A live bar with step, loss, tokens per second, and time gone and left; nothing where output is no terminal.
-
-    Shares the console of the log lines, which scroll by above it. On any exit, Ctrl-C included, it gives the
-    terminal back and lets the exception through.
-    """
-
-    def __init__(self, total_steps: int, first_step: int = 0) -> None:
-        console = get_console()
-        self._live = console.is_terminal
-        self._progress = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=None),
-            TextColumn("loss {task.fields[loss]}"),
-            TextColumn("{task.fields[rate]} tokens/s"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-            console=console,
-            expand=True,
-            speed_estimate_period=3600,  # seconds: a step of a large model can take minutes
-        )
-        self._task = self._progress.add_task("", total=total_steps, completed=first_step, loss="-", rate="-")
-
-    def update(self, step: int, *, loss: float, tokens_per_second: float) -> None:
-        """Shows `step` steps as done; `loss` is in nats per token."""
-        self._progress.update(self._task, completed=step, loss=f"{loss:.4f}", rate=f"{tokens_per_second:,.0f}")
-
-    def __enter__(self) -> ProgressDisplay:
-        if self._live:
-            self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._live:
-            self._progress.stop()
 
 
 def device_memory_bytes(device: torch.device) -> int:

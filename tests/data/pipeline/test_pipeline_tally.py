@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek_v3.data.documents import record_batch
-from deepseek_v3.data.pipeline.run_folder import appearing_folder, finish_part, is_intact, read_part
+from deepseek_v3.data.pipeline.run_folder import finish_part, is_intact, read_part
 from deepseek_v3.data.pipeline.stats import Stats, source_groups
 from deepseek_v3.data.stages import Drop, outcome
+from deepseek_v3.utils.files import atomic_folder
 
 TEXTS = st.lists(st.text(max_size=40), max_size=12)
 
@@ -77,17 +78,17 @@ def test_a_source_is_its_first_folder_or_itself() -> None:
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "part"
     try:
-        with appearing_folder(target) as partial:
+        with atomic_folder(target, keep_existing=True) as partial:
             (partial / "file").write_text("half")
             raise OSError("no space")
     except OSError:
         pass
     assert list(tmp_path.iterdir()) == []
-    with appearing_folder(target) as partial:
+    with atomic_folder(target, keep_existing=True) as partial:
         (partial / "file").write_text("whole")
         written = finish_part(target, partial, 3, 5, (0, 12))
     assert read_part(target) == written
-    with appearing_folder(target) as partial:
+    with atomic_folder(target, keep_existing=True) as partial:
         (partial / "file").write_text("a second worker did the same work")
     assert is_intact(written)
     (target / "file").write_text("whale")

@@ -249,12 +249,12 @@ def test_each_pass_leaves_a_line_in_the_log(source, tmp_path, caplog):
     train, tokens = (record.getMessage() for record in caplog.records)
     assert train.startswith(f"Training the tokenizer: {summary.train.documents} documents, ")
     assert tokens.startswith(
-        f"Tokenizing: 300 documents, {summary.train.tokens + summary.holdout.tokens:,} tokens, "
+        f"Tokenizing: 300 documents, {summary.train.tokens + summary.holdout.tokens:,} tokens in "
     )
 
 
 def test_a_terminal_shows_the_progress(source, tmp_path, monkeypatch):
     terminal = Console(file=io.StringIO(), force_terminal=True, width=200)
-    monkeypatch.setattr("deepseek_v3.data.tokens.tokenize_corpus.get_console", lambda: terminal)
+    monkeypatch.setattr("deepseek_v3.utils.progress.get_console", lambda: terminal)
     build(source, tmp_path / "out")
     assert "Tokenizing: 300 documents, " in terminal.file.getvalue()

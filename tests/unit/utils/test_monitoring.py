@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import json
 import logging
 import math
@@ -9,8 +8,6 @@ import os
 import resource
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import redirect_stdout
 from io import FileIO
 from pathlib import Path
 
@@ -20,17 +17,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from deepseek_v3.utils.errors import DataError
-from deepseek_v3.utils.logging import configure_logging, get_logger
 from deepseek_v3.utils.monitoring import (
     MetricsWriter,
-    ProgressDisplay,
     device_memory_bytes,
     read_metrics,
     step_line,
     time_left,
 )
-
-SHOW_CURSOR, HIDE_CURSOR = "\x1b[?25h", "\x1b[?25l"
 
 # The log line
 
@@ -269,65 +262,6 @@ def test_what_cannot_be_written_at_the_start_is_refused(name: str, tmp_path: Pat
     with pytest.raises(DataError, match=r"cannot be written: (File exists|No such file or directory); choose"):
         MetricsWriter(tmp_path, tensorboard=True, resume_step=None)
     assert threading.excepthook is hook
-
-
-# Progress
-
-
-class FakeTerminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTerminal]:
-    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLORTERM"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "100")
-    project = logging.getLogger("deepseek_v3")
-    handlers, level = list(project.handlers), project.level
-    configure_logging()
-    yield FakeTerminal()
-    project.handlers[:] = handlers
-    project.setLevel(level)
-
-
-def test_progress_shows_numbers_and_log_lines_pass_above(terminal: FakeTerminal) -> None:
-    with redirect_stdout(terminal), ProgressDisplay(total_steps=200, first_step=50) as progress:
-        progress.update(100, loss=3.24512, tokens_per_second=12345.6)
-        get_logger("Trainer").info("Step 100/200")
-    screen = terminal.getvalue()
-    assert "step 100/200" in screen
-    assert "loss 3.2451" in screen
-    assert "12,346 tokens/s" in screen
-    assert "[Trainer] Step 100/200\n" in screen
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, SystemExit])
-def test_progress_gives_the_terminal_back_and_lets_errors_through(
-    error: type[BaseException], terminal: FakeTerminal
-) -> None:
-    def train() -> None:
-        with ProgressDisplay(total_steps=10) as progress:
-            progress.update(1, loss=1.0, tokens_per_second=1.0)
-            assert sys.stdout is not terminal
-            raise error
-
-    with redirect_stdout(terminal):
-        with pytest.raises(error):
-            train()
-        assert sys.stdout is terminal
-        assert terminal.getvalue().rfind(SHOW_CURSOR) > terminal.getvalue().rfind(HIDE_CURSOR) >= 0
-        with ProgressDisplay(total_steps=10):  # the console is free for the next display
-            pass
-
-
-def test_progress_is_silent_where_output_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    with ProgressDisplay(total_steps=10) as progress:
-        progress.update(5, loss=1.0, tokens_per_second=1.0)
-    captured = capsys.readouterr()
-    assert (captured.out, captured.err) == ("", "")
 
 
 # Memory

@@ -14,12 +14,16 @@ import pyarrow as pa
 
 from deepseek_v3.data.arrays import Int64Array
 from deepseek_v3.data.pipeline.executors import Executor
-from deepseek_v3.data.pipeline.progress import Progress
-from deepseek_v3.data.pipeline.run_folder import IDS_FILE, RECORDS_FILE, Part, appearing_folder, read_table
+from deepseek_v3.data.pipeline.run_folder import IDS_FILE, RECORDS_FILE, Part, read_table
 from deepseek_v3.data.stages import GlobalStage, NumberedPart, Task, group_by_part
+from deepseek_v3.utils.files import atomic_folder
+from deepseek_v3.utils.logging import get_logger
+from deepseek_v3.utils.progress import ProgressDisplay
 
 _FIGURES_FILE = "figures.json"
 _EXCERPT_CHARACTERS = 1500
+
+_log = get_logger("Preprocess")
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ def run_global_stages(
     folders: Sequence[Path],
     executor: Executor,
     memory: int,
-    progress: Progress,
+    progress: ProgressDisplay,
 ) -> tuple[StageDecisions, ...]:
     """Runs each stage in turn on the documents that the stages before it kept.
 
@@ -86,7 +90,7 @@ def _number_parts(
 
 
 def _decide(
-    stage: GlobalStage, decision: StageDecisions, executor: Executor, memory: int, progress: Progress
+    stage: GlobalStage, decision: StageDecisions, executor: Executor, memory: int, progress: ProgressDisplay
 ) -> None:
     folder, parts = decision.folder.parent, decision.parts
     folder.mkdir(parents=True, exist_ok=True)
@@ -95,7 +99,7 @@ def _decide(
         return _run(stage, tasks, folder, kind, executor, progress)
 
     matches, refined = stage.run_tasks(parts, memory, execute)
-    with appearing_folder(decision.folder) as partial:
+    with atomic_folder(decision.folder, keep_existing=True) as partial:
         figures = stage.resolve(parts, matches, refined, partial)
         for example in figures.get("examples", []):
             example["documents"] = _excerpts(parts, [example.pop("kept"), example.pop("duplicate")])
@@ -103,13 +107,18 @@ def _decide(
 
 
 def _run(
-    stage: GlobalStage, tasks: Sequence[Task], folder: Path, kind: str, executor: Executor, progress: Progress
+    stage: GlobalStage,
+    tasks: Sequence[Task],
+    folder: Path,
+    kind: str,
+    executor: Executor,
+    progress: ProgressDisplay,
 ) -> list[Path]:
     """Runs the tasks whose files do not exist yet. Returns the files of all tasks, in order."""
     files = [folder / f"{kind}-{number:06d}.npy" for number in range(len(tasks))]
     missing = [(stage, task, file) for task, file in zip(tasks, files, strict=True) if not file.exists()]
-    with progress.step(f"{stage.name}: {kind}", len(missing), "tasks") as step:
-        executor.run(run_task, missing, lambda _: step.advance(1))
+    with progress.task(f"{stage.name}: {kind}", len(missing), "tasks", _log) as progress_task:
+        executor.run(run_task, missing, lambda _: progress_task.advance(1))
     return files
 
 

@@ -28,13 +28,13 @@ from deepseek_v3.data.pipeline.global_stages import StageDecisions, run_global_s
 from deepseek_v3.data.pipeline.outputs import write_outputs
 from deepseek_v3.data.pipeline.passes import Pass, build_passes
 from deepseek_v3.data.pipeline.previous_runs import STAGES_WITH_KEYS, keep_keys, key_options, previous_parts
-from deepseek_v3.data.pipeline.progress import Progress
 from deepseek_v3.data.pipeline.run_folder import RECORDS_FILE, SHARD_PREFIX, Part, RunFolder, read_part
 from deepseek_v3.data.pipeline.tasks import WorkUnit, apply_stages, finished_parts, read_work_unit, write_shard
 from deepseek_v3.data.stages import GlobalStage
 from deepseek_v3.data.tokens.tokenizer import TokenCounter
 from deepseek_v3.utils.errors import ConfigError, DataError
 from deepseek_v3.utils.logging import get_logger
+from deepseek_v3.utils.progress import ProgressDisplay
 
 _log = get_logger("Preprocess")
 
@@ -67,7 +67,7 @@ def run_pipeline(
         _announce(config, inputs, workers, resumed)
         if resumed and shard is None:
             _discard_damaged(run_folder, len(passes))
-        with _build_executor(config, workers) as executor, Progress() as progress:
+        with _build_executor(config, workers) as executor, ProgressDisplay() as progress:
             run = _Run(config, run_folder, passes, executor, progress, resources.memory_limit(config) // workers)
             units = resources.split_into_work_units(inputs.files, config.work_unit_size)
             if shard is not None:
@@ -86,7 +86,7 @@ class _Run:
     run_folder: RunFolder
     passes: tuple[Pass, ...]
     executor: Executor
-    progress: Progress
+    progress: ProgressDisplay
     memory: int
 
     def read(self, units: Sequence[WorkUnit]) -> None:
@@ -102,8 +102,8 @@ class _Run:
         ]
         title = ", ".join(["reading", *(stage.name for stage in self.passes[0].stages)])
         sizes = {unit.number: unit.size for unit in units}
-        with self.progress.step(title, sum(sizes.values()), "bytes") as step:
-            self.executor.run(read_work_unit, arguments, lambda number: step.advance(sizes[number]))
+        with self.progress.task(title, sum(sizes.values()), "bytes", _log) as task:
+            self.executor.run(read_work_unit, arguments, lambda number: task.advance(sizes[number]))
 
     def finish(self, units: Sequence[WorkUnit], inputs: Inputs) -> dict[str, Any]:
         """Runs all passes but the first, and writes the outputs."""
@@ -174,8 +174,8 @@ class _Run:
     ) -> list[Part]:
         """Runs the tasks whose target folder, their first argument, is not finished; returns the parts of all."""
         missing = [each for each in arguments if read_part(each[0]) is None]
-        with self.progress.step(", ".join(names), len(missing), unit) as step:
-            self.executor.run(function, missing, lambda _: step.advance(1))
+        with self.progress.task(", ".join(names), len(missing), unit, _log) as task:
+            self.executor.run(function, missing, lambda _: task.advance(1))
         return [part for each in arguments if (part := read_part(each[0]))]
 
     def _release(self, number: int, finished: Sequence[Part]) -> None:

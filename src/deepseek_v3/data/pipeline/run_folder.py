@@ -5,10 +5,6 @@ A part is a folder of finished work with a marker, `part.json`, that holds the c
 
 from __future__ import annotations
 
-import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -48,25 +44,6 @@ class Part:
     @property
     def name(self) -> str:
         return self.folder.name
-
-
-@contextmanager
-def appearing_folder(folder: Path) -> Iterator[Path]:
-    """Yields an empty folder beside `folder` that takes its name on success and is removed otherwise.
-
-    Where `folder` came into being meanwhile, that one stays: whoever wrote it did the same work.
-    """
-    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.partial")
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def finish_part(folder: Path, partial: Path, rows: int, text_bytes: int, resume: tuple[int, int] | None) -> Part:

@@ -27,7 +27,6 @@ from deepseek_v3.data.pipeline.run_folder import (
     RECORDS_FILE,
     STATS_FILE,
     Part,
-    appearing_folder,
     finish_part,
     read_part,
     read_table,
@@ -38,6 +37,7 @@ from deepseek_v3.data.pipeline.stats import Stats
 from deepseek_v3.data.pipeline.unique_ids import UniqueIds, as_quarantined
 from deepseek_v3.data.stages import DROPPED, GlobalStage, Outcome, Stage
 from deepseek_v3.data.tokens.tokenizer import TokenCounter
+from deepseek_v3.utils.files import atomic_folder
 
 
 class StageRunner:
@@ -184,7 +184,7 @@ def write_shard(
     """Runs the last pass on several parts, whose remaining documents become one output file."""
     runner = StageRunner(this.stages)
     rows = num_bytes = 0
-    with appearing_folder(target) as partial:
+    with atomic_folder(target, keep_existing=True) as partial:
         with RecordWriter(partial / file_name) as writer:
             for number in numbers:
                 for batch in _run_pass(number, decisions, this, runner):
@@ -236,7 +236,7 @@ def write_records(
 ) -> Part:
     """Writes a part: its documents, their keys for the `following` global stages, and what `runner` collected."""
     table = table.combine_chunks()
-    with appearing_folder(target) as partial:
+    with atomic_folder(target, keep_existing=True) as partial:
         write_table(table, partial / RECORDS_FILE)
         for stage in following:
             keys = partial / "keys" / stage.name

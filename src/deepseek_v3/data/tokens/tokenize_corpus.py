@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 from deepseek_v3.data.documents import text_batches
 from deepseek_v3.data.formats.reading import read_documents
@@ -21,10 +18,10 @@ from deepseek_v3.data.tokens.index import SPLITS, CorpusOptions, ShardIndex, Spl
 from deepseek_v3.data.tokens.shards import ShardWriter
 from deepseek_v3.data.tokens.tokenizer import Tokenizer, check_vocab_size, min_tokens
 from deepseek_v3.utils.errors import DataError
-from deepseek_v3.utils.files import partial_path, remove_partials
+from deepseek_v3.utils.files import atomic_folder, remove_partials
 from deepseek_v3.utils.locks import hold_lock
-from deepseek_v3.utils.logging import get_console, get_logger
-from deepseek_v3.utils.text import pluralize
+from deepseek_v3.utils.logging import get_logger
+from deepseek_v3.utils.progress import ProgressDisplay, ProgressTask
 
 PYTHON_STDLIB = "python-stdlib"
 SEQUENCE_LENGTH = 256  # default tokens in a window
@@ -72,7 +69,7 @@ def tokenize_corpus(
     _check_options(vocab_size, tokenizer, holdout, fim_rate, workers)
     share = DEFAULT_SHARE if holdout is None else holdout
     options = CorpusOptions(source=source, text_field=text_field, holdout=share, fim_rate=fim_rate, seed=seed)
-    with _appearing_whole(output) as partial:
+    with _new_folder(output) as partial:
         chosen = None if tokenizer is None else Tokenizer.load(tokenizer)
         if chosen is not None:
             FillInMiddle(fim_rate, seed, chosen.fim)  # raises for a tokenizer without FIM markers, before reading
@@ -80,13 +77,13 @@ def tokenize_corpus(
         if chosen is None:
             chosen = _train(options, rule, vocab_size)
         encoder = CorpusEncoder(chosen, options, rule)
-        with ShardWriter(partial, chosen, shard_tokens) as writer, _Meter("Tokenizing", "tokens") as meter:
+        with ShardWriter(partial, chosen, shard_tokens) as writer, _progress("Tokenizing", "tokens") as task:
             batches = text_batches(_texts(options, warn=True), _BATCH_CHARACTERS)
             with closing(encode_batches(encoder, batches, workers or os.cpu_count() or 1)) as encoded:
                 for batch in encoded:
                     for split, ids, num_bytes in batch.documents():
                         writer.add(split, ids, num_bytes)
-                    meter.add(len(batch.lengths), len(batch.ids) + len(batch.lengths))
+                    task.advance(len(batch.ids) + len(batch.lengths), documents=len(batch.lengths))
             index = writer.finish(options)
         _check_windows(index, sequence_length)
     return CorpusSummary(output, chosen.vocab_size, index.totals("train"), index.totals("holdout"))
@@ -135,26 +132,22 @@ def _check_windows(index: ShardIndex, sequence_length: int) -> None:
 
 
 @contextmanager
-def _appearing_whole(output: Path) -> Iterator[Path]:
-    """Yields an empty directory beside `output` that takes its name on success and is removed otherwise.
+def _new_folder(output: Path) -> Iterator[Path]:
+    """As `atomic_folder`, under a lock; also removes the partial folders of processes that were killed.
 
-    Also removes those of processes that were killed. Raises InUseError where another process writes `output`.
+    Raises DataError if `output` exists or cannot be written, and InUseError if another process writes it.
     """
     _refuse_if_there(output)
     with hold_lock(output.with_name(f".{output.name}.lock"), output, "choose another output directory"):
         _refuse_if_there(output)  # another process may have finished it meanwhile
         remove_partials(output)
-        partial = partial_path(output)
         try:
-            partial.mkdir()
-            yield partial
-            partial.rename(output)
+            with atomic_folder(output) as partial:
+                yield partial
         except OSError as error:
             raise DataError(
                 f"{output}: cannot be written: {error}; make room, or choose another directory"
             ) from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _refuse_if_there(output: Path) -> None:
@@ -170,11 +163,11 @@ def _texts(options: CorpusOptions, *, warn: bool = False) -> Iterator[str]:
 
 def _train(options: CorpusOptions, holdout: HoldoutRule, vocab_size: int | None) -> Tokenizer:
     assert vocab_size is not None
-    with _Meter("Training the tokenizer", "characters") as meter:
+    with _progress("Training the tokenizer", "characters") as task:
 
         def texts() -> Iterator[str]:
             for text in holdout.training_texts(_texts(options)):
-                meter.add(1, len(text))
+                task.advance(len(text), documents=1)
                 yield text
 
         tokenizer = Tokenizer.train(texts(), vocab_size)
@@ -186,33 +179,8 @@ def _train(options: CorpusOptions, holdout: HoldoutRule, vocab_size: int | None)
     return tokenizer
 
 
-class _Meter:
-    """Counts documents and what is in them: a live line on a terminal, and a line in the log at the end."""
-
-    def __init__(self, title: str, unit: str) -> None:
-        self._title, self._unit = title, unit
-        self._documents = self._amount = 0
-        self._status = get_console().status(title)
-
-    def __enter__(self) -> _Meter:
-        self._start = time.monotonic()
-        if self._status.console.is_terminal:
-            self._status.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._status.stop()
-        if error is None:
-            _log.info(self._line())
-
-    def add(self, documents: int, amount: int) -> None:
-        self._documents += documents
-        self._amount += amount
-        self._status.update(self._line())
-
-    def _line(self) -> str:
-        amount, unit = self._amount, self._unit
-        rate = amount / max(time.monotonic() - self._start, 1e-9)
-        return f"{self._title}: {pluralize(self._documents, 'document')}, {amount:,} {unit}, {rate:,.0f}/s"
+@contextmanager
+def _progress(title: str, unit: str) -> Iterator[ProgressTask]:
+    """Shows the documents and the number of a `unit` that are done, of an unknown total."""
+    with ProgressDisplay() as display, display.task(title, None, unit, _log) as task:
+        yield task
