@@ -1,4 +1,4 @@
-"""Reading text: every document once, in an order that does not depend on the disk, and every fault by name."""
+"""Reading documents: each once, in an order that does not depend on the disk; errors name the place."""
 
 import gzip
 import json
@@ -81,7 +81,7 @@ def test_links_are_followed_and_loops_end(tmp_path):
 def test_a_pipe_does_not_block(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     message = error_of(tmp_path)
-    assert "holds no text: found only pipe: is a link to nowhere, or no regular file" in message
+    assert "holds no text: found only pipe: is a broken link, or no regular file" in message
 
 
 def test_a_missing_source_is_named(tmp_path):

@@ -1,4 +1,4 @@
-"""Languages are named, kept and dropped, by the model of an installed package or by any other."""
+"""The language filter labels and drops documents, with the bundled model or another one."""
 
 from __future__ import annotations
 

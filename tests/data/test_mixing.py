@@ -1,4 +1,4 @@
-"""Mixing: shares of sources, repetition up to a limit, a budget of tokens met by whole documents."""
+"""Mixing: the shares of sources, a limit of repetitions, and a budget of tokens in whole documents."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_shares_reach_the_budget_or_everything(
     most = np.array(available) * max_epochs
     assert (targets <= most * (1 + 1e-9)).all()
     assert targets.sum() == pytest.approx(min(budget, most.sum()), rel=1e-9)
-    # Whoever is not exhausted has its share by weight, and no exhausted one would have had less.
+    # Each source that is not exhausted gets its share by weight, and no exhausted source would have got less.
     open_ = targets < most * (1 - 1e-9)
     levels = targets / np.array(weights)
     if open_.any():

@@ -1,4 +1,4 @@
-"""The corpus inside Python is the same on every machine with that Python, and large enough to learn from."""
+"""The standard library is a corpus of megabytes, the same on every machine with the same Python."""
 
 import sysconfig
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Reading whole files and their pieces, and what must be the same however it was done."""
+"""Helpers that read whole files and ranges, and check that reading can stop and continue anywhere."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ def file_of(path: Path) -> InputFile:
 
 
 def read(path: Path, **options: Any) -> tuple[Rows, Rows]:
-    """All records and all that is quarantined, after checking that reading may stop and go on anywhere."""
+    """All records and all quarantined entries of a file; checks that reading can continue from any position."""
     return rows(read_resumably(FileRange(file_of(path)), ReadOptions(**options)))
 
 
-def read_in_spans(path: Path, range_bytes: int, **options: Any) -> tuple[Rows, Rows]:
-    """As `read`, one span after the other."""
+def read_in_ranges(path: Path, range_bytes: int, **options: Any) -> tuple[Rows, Rows]:
+    """Like `read`, one range after the other."""
     batches: list[ReadBatch] = []
-    for span in split_file(file_of(path), range_bytes):
-        batches += read_resumably(span, ReadOptions(**options))
+    for file_range in split_file(file_of(path), range_bytes):
+        batches += read_resumably(file_range, ReadOptions(**options))
     return rows(batches)
 
 
-def read_resumably(span: FileRange, options: ReadOptions) -> list[ReadBatch]:
-    """The batches of a span. Those from any position on are the same ones."""
-    batches = list(read_range(span, options))
+def read_resumably(file_range: FileRange, options: ReadOptions) -> list[ReadBatch]:
+    """The batches of a range; checks that reading from each position gives the same remaining batches."""
+    batches = list(read_range(file_range, options))
     for number, batch in enumerate(batches, start=1):
-        again = list(read_range(span, options, batch.position))
+        again = list(read_range(file_range, options, batch.position))
         assert [one.position for one in again] == [one.position for one in batches[number:]]
         assert rows(again) == rows(batches[number:])
     return batches

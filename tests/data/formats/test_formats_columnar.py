@@ -1,4 +1,4 @@
-"""Parquet and Arrow: rows are documents, and damage costs no more than the group or the row that it is in."""
+"""Parquet and Arrow: each row is a document, and damage costs at most its row group or its row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deepseek_v3.data.formats import columnar
 from deepseek_v3.data.formats.batches import END_OF_FILE, FileRange, ReadOptions
 from deepseek_v3.data.formats.columnar import rows_per_batch
 from deepseek_v3.data.formats.reading import read_range, split_file
-from helpers.formats import file_of, read, read_in_spans, reasons, texts, write
+from helpers.formats import file_of, read, read_in_ranges, reasons, texts, write
 
 FORMATS = ["a.parquet", "a.arrow", "a.stream.arrow"]
 
@@ -55,8 +55,8 @@ def test_rows_are_documents(tmp_path, name):
 def test_ranges_hold_whole_groups_and_every_row_once(tmp_path, name, range_bytes, monkeypatch):
     monkeypatch.setattr(columnar, "BATCH_RECORDS", 4)
     path = save(numbered(), tmp_path / name)
-    assert read_in_spans(path, range_bytes) == read(path)
-    cuts = [span.start for span in split_file(file_of(path), range_bytes)]
+    assert read_in_ranges(path, range_bytes) == read(path)
+    cuts = [one.start for one in split_file(file_of(path), range_bytes)]
     assert cuts == {1: [0, 10, 20, 30], 10**6: [0]}.get(range_bytes, cuts)
     assert set(cuts) <= {0, 10, 20, 30}
 
@@ -217,7 +217,7 @@ def test_a_damaged_page_costs_its_row_group(tmp_path, compression):
     content = numbered()["text"].to_pylist()
     assert texts(records) == content[:10] + content[20:]
     assert [(entry["place"], entry["records"], entry["reason"]) for entry in quarantined] == [(11, 10, "damaged")]
-    assert read_in_spans(path, 1) == (records, quarantined)
+    assert read_in_ranges(path, 1) == (records, quarantined)
 
 
 def test_the_rows_of_a_group_before_its_damaged_page_are_kept(tmp_path, monkeypatch):
@@ -248,7 +248,7 @@ def test_a_damaged_arrow_batch_costs_its_rows(tmp_path):
         corrupt = data[:place] + b"\0" * 4 + data[place + 4 :]
         write(path, corrupt)
         records, quarantined = read(path)
-        assert read_in_spans(path, 1) == (records, quarantined)
+        assert read_in_ranges(path, 1) == (records, quarantined)
         (entry,) = quarantined
         assert entry["reason"] == "damaged"
         assert len(records) in (25, 30)

@@ -1,4 +1,4 @@
-"""Finding the files of an input: each once, under a name that does not depend on how it was given."""
+"""Finding the files of an input: each once, with a name that does not depend on the form of the input."""
 
 from __future__ import annotations
 
@@ -148,8 +148,8 @@ def test_links_are_followed_once_and_broken_links_are_listed(tmp_path):
     found = find_inputs(folder)
     assert names(found) == ["a.txt", "linked/b.txt"]
     assert [(one.name, one.reason) for one in found.ignored] == [
-        ("dangling.txt", "is a link to nowhere, or no regular file"),
-        ("pipe", "is a link to nowhere, or no regular file"),
+        ("dangling.txt", "is a broken link, or no regular file"),
+        ("pipe", "is a broken link, or no regular file"),
     ]
 
 
@@ -202,7 +202,7 @@ def test_stores_are_searched_and_read(store):
     with store.open("/bucket/c.parquet", "wb") as file:
         pq.write_table(pa.table({"text": ["one", "two"]}), file, row_group_size=1)
     ((columnar,), _) = find_inputs("memory://bucket/c.parquet")
-    assert [span.start for span in split_file(columnar, 1)] == [0, 1]
+    assert [one.start for one in split_file(columnar, 1)] == [0, 1]
     assert texts(rows(list(read_range(split_file(columnar, 1)[1], ReadOptions())))[0]) == ["two"]
     found = [list(read_range(FileRange(file), ReadOptions())) for file in files]
     assert texts(rows(found[0])[0]) == [f"line {number}" for number in range(9)]

@@ -1,4 +1,4 @@
-"""JSON files: arrays, objects one after the other, and JSON lines under another name."""
+"""JSON files: arrays, sequences of objects, and JSON lines under another name."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("json")
 
 
-def in_small_pieces(patch: pytest.MonkeyPatch, size: int) -> None:
+def in_small_chunks(patch: pytest.MonkeyPatch, size: int) -> None:
     patch.setattr(json_files, "_CHUNK_BYTES", size)
     patch.setattr(json_files, "BATCH_BYTES", 40)
     patch.setattr(json_files, "BATCH_RECORDS", 3)
@@ -45,11 +45,11 @@ def is_document(value: object) -> bool:
 
 @settings(max_examples=150, deadline=None)
 @given(elements, st.sampled_from([None, 0, 2]), st.booleans(), st.booleans(), st.integers(1, 40))
-def test_each_element_of_an_array_is_a_record_or_quarantined(folder, content, indent, is_ascii, marked, piece):
+def test_each_element_of_an_array_is_a_record_or_quarantined(folder, content, indent, is_ascii, marked, chunk):
     data = json.dumps(content, indent=indent, ensure_ascii=is_ascii).encode()
     path = write(folder / "a.json", (b"\xef\xbb\xbf" if marked else b"") + data + b"\n")
     with pytest.MonkeyPatch.context() as patch:
-        in_small_pieces(patch, piece)
+        in_small_chunks(patch, chunk)
         found, quarantined = read(path, id_field="no such field")
     good = [value for value in content if is_document(value)]
     assert texts(found) == [value["text"] for value in good]
@@ -119,7 +119,7 @@ def test_a_first_line_that_is_an_object_means_json_lines(tmp_path, head):
 def test_a_wrong_value_is_named_and_the_others_are_read(tmp_path, data, found, wrong, suffix):
     packed = gzip.compress(data.encode()) if suffix else data.encode()
     with pytest.MonkeyPatch.context() as patch:
-        in_small_pieces(patch, 3)
+        in_small_chunks(patch, 3)
         records, quarantined = read(write(tmp_path / f"a.json{suffix}", packed), max_record_bytes=150)
     assert texts(records) == found
     assert reasons(quarantined) == wrong

@@ -1,4 +1,4 @@
-"""JSON lines: every line that is not blank is exactly once a record or quarantined, however the file is cut."""
+"""JSON lines: every line that is not blank is a record or quarantined, exactly once, however the file is split."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from deepseek_v3.data.formats import json_lines
 from deepseek_v3.data.formats.batches import END_OF_FILE, FileRange, ReadOptions
 from deepseek_v3.data.formats.quarantine import REASONS
 from deepseek_v3.data.formats.reading import read_range, split_file
-from helpers.formats import file_of, read, read_in_spans, reasons, texts, write
+from helpers.formats import file_of, read, read_in_ranges, reasons, texts, write
 
 LONGEST = 300
 COMPRESSORS = {
@@ -61,7 +61,7 @@ BAD = {
 
 
 class Line(NamedTuple):
-    """A line of a file, and what it is: a text, a reason, or None if it is blank."""
+    """A line of a file with the expected result: a text, a reason, or None if the line is blank."""
 
     data: bytes
     text: str | None = None
@@ -106,7 +106,7 @@ def test_every_line_is_once_a_record_or_quarantined(folder, content, newline, en
     with pytest.MonkeyPatch.context() as patch:
         small_blocks(patch, batch_bytes)
         records, quarantined = read(path, max_record_bytes=LONGEST + 1)
-        assert read_in_spans(path, range_bytes, max_record_bytes=LONGEST + 1) == (records, quarantined)
+        assert read_in_ranges(path, range_bytes, max_record_bytes=LONGEST + 1) == (records, quarantined)
     places = list(zip(offsets, content, strict=True))
     expected = [(place, line.text) for place, line in places if line.text is not None]
     assert [(record["place"], record["text"]) for record in records] == expected
@@ -255,12 +255,12 @@ def test_a_file_that_vanished_is_quarantined(tmp_path):
     path = write(tmp_path / "a.jsonl", '{"text": "a"}\n' * 100)
     file = file_of(path)
     path.unlink()
-    (span,) = split_file(file, 10)
-    ((records, quarantined, position),) = read_range(span, ReadOptions())
+    (file_range,) = split_file(file, 10)
+    ((records, quarantined, position),) = read_range(file_range, ReadOptions())
     assert records.num_rows == 0
     assert quarantined["reason"].to_pylist() == ["unreadable"]
     assert "No such file" in quarantined["error"][0].as_py()
-    assert list(read_range(span, ReadOptions(), position)) == []
+    assert list(read_range(file_range, ReadOptions(), position)) == []
 
 
 def test_a_disk_error_is_an_entry_after_the_records_before_it(tmp_path, monkeypatch):

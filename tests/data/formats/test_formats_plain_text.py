@@ -1,4 +1,4 @@
-"""Plain text: a file is a document, or one entry that says why not."""
+"""Plain text: a file is one document, or one quarantined entry with the reason."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import pytest
 
 from deepseek_v3.data.formats import plain_text
-from helpers.formats import read, read_in_spans, write
+from helpers.formats import read, read_in_ranges, write
 
 
 def test_a_file_is_a_document(tmp_path):
@@ -16,7 +16,7 @@ def test_a_file_is_a_document(tmp_path):
     for name, data in {"a.txt": content.encode(), "b.md.gz": gzip.compress(content.encode())}.items():
         path = write(tmp_path / name, data)
         ((record,), quarantined) = read(path)
-        assert read_in_spans(path, 5) == ([record], quarantined)
+        assert read_in_ranges(path, 5) == ([record], quarantined)
         assert record == {"id": name, "text": content[1:], "source": name, "place": 0, "metadata": None}
         assert quarantined == []
 

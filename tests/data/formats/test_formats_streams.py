@@ -1,4 +1,4 @@
-"""Compressed files: every byte before a damage is read, and the damage is one entry."""
+"""Compressed files: every byte before damage is read, and the damage is one entry."""
 
 from __future__ import annotations
 

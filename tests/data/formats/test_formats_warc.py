@@ -1,4 +1,4 @@
-"""WARC: pages as their raw HTML, and every byte that is no record accounted for."""
+"""WARC: pages become documents with raw HTML, and every other byte is accounted for."""
 
 from __future__ import annotations
 
@@ -158,13 +158,13 @@ def test_empty_files_and_files_without_records(tmp_path):
     st.integers(1, 300),
     st.integers(8, 50),
 )
-def test_records_between_any_junk_are_found(tmp_path_factory, content, batch_bytes, piece):
+def test_records_between_any_junk_are_found(tmp_path_factory, content, batch_bytes, chunk):
     parts = [named(part) if isinstance(part, int) else b"junk" + part + b"\r\n" for part in content]
     path = write(tmp_path_factory.mktemp("warc") / "a.warc", b"".join(parts))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(warc, "BATCH_BYTES", batch_bytes)
         patch.setattr(warc, "BATCH_RECORDS", 3)
-        patch.setattr(warc, "_CHUNK_BYTES", piece)
+        patch.setattr(warc, "_CHUNK_BYTES", chunk)
         records, quarantined = read(path)
     assert texts(records) == [f"<p>page {part}</p>" for part in content if isinstance(part, int)]
     for entry in quarantined:

@@ -1,4 +1,4 @@
-"""Writing: the same bytes however rows were cut into batches, whole files or none, and all of it can be read."""
+"""Writing: batches do not change the bytes, a file is complete or absent, and every reader reads it."""
 
 from __future__ import annotations
 
@@ -81,9 +81,9 @@ def test_the_bytes_do_not_depend_on_the_batches(tmp_path_factory, cuts, suffix, 
             writer.write(batch)
         with RecordWriter(folder / f"cut{suffix}") as writer:
             for start, end in pairwise(ends):
-                piece = batch.slice(start, end - start)
-                copy = pa.RecordBatch.from_pylist(piece.to_pylist(), schema=batch.schema)
-                writer.write(copy if start % 2 else piece)
+                part = batch.slice(start, end - start)
+                copy = pa.RecordBatch.from_pylist(part.to_pylist(), schema=batch.schema)
+                writer.write(copy if start % 2 else part)
     assert (folder / f"cut{suffix}").read_bytes() == (folder / f"whole{suffix}").read_bytes()
 
 

@@ -1,4 +1,4 @@
-"""Personal data is masked, what only looks like it stays, and no text takes long."""
+"""Personal data is masked, similar text stays, and every text takes linear time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KEY_CHARACTERS = string.ascii_letters + string.digits
 
 
 def secret(prefix: str, length: int, characters: str = KEY_CHARACTERS) -> str:
-    """A key that nobody has, built here so that no scanner takes this file for a leak."""
+    """A fake key, built at run time so that no scanner reports this file."""
     draw = random.Random(f"{prefix} {length}")
     return prefix + "".join(draw.choice(characters) for _ in range(length))
 
@@ -151,7 +151,7 @@ def test_kinds_and_the_replacement_can_be_chosen() -> None:
             PiiMasker(replacement=replacement)
 
 
-PIECES = [
+FRAGMENTS = [
     "a@example.org",
     "93.184.216.34",
     "2606:2800:220:1:248:1893:25c8:1946",
@@ -169,7 +169,7 @@ PIECES = [
 
 
 @settings(max_examples=300)
-@given(st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=3)), max_size=12).map("".join))
+@given(st.lists(st.one_of(st.sampled_from(FRAGMENTS), st.text(max_size=3)), max_size=12).map("".join))
 def test_masking_twice_changes_nothing(text: str) -> None:
     once = masked(text)
     again = MASKER.apply(batch([once]))
@@ -179,19 +179,21 @@ def test_masking_twice_changes_nothing(text: str) -> None:
 
 @settings(max_examples=100)
 @given(
-    st.lists(st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=3)), max_size=8).map("".join), max_size=5)
+    st.lists(
+        st.lists(st.one_of(st.sampled_from(FRAGMENTS), st.text(max_size=3)), max_size=8).map("".join), max_size=5
+    )
 )
 def test_the_pretest_misses_nothing(texts: list[str]) -> None:
-    """What a batch shows, where only suspicious texts are searched, is what each text shows by itself."""
-    suspicious = " ".join(PIECES)  # has every kind
-    together = MASKER.apply(batch([*texts, suspicious]))
+    """A batch, in which only texts that pass the pretest are searched, gives the results of its single texts."""
+    suspicious = " ".join(FRAGMENTS)  # has every kind
+    masked = MASKER.apply(batch([*texts, suspicious]))
     for row, text in enumerate(texts):
         alone = masked(f"{text}\n\f\n{suspicious}").split("\n\f\n")[0]
-        assert together.kept["text"][row].as_py() == alone
+        assert masked.kept["text"][row].as_py() == alone
 
 
 @pytest.mark.parametrize(
-    "piece",
+    "fragment",
     [
         "a",
         "a.",
@@ -218,9 +220,9 @@ def test_the_pretest_misses_nothing(texts: list[str]) -> None:
         "x" * 62 + " @a.bc ",
     ],
 )
-def test_no_text_takes_long(piece: str) -> None:
-    """Half a megabyte of what could make a pattern try again and again; a quadratic one would take hours."""
-    text = piece * (500_000 // len(piece))
+def test_no_text_takes_long(fragment: str) -> None:
+    """Half a megabyte of text on which a backtracking pattern would take hours."""
+    text = fragment * (500_000 // len(fragment))
     text = f"{text} a@example.org 93.184.216.34 4539578763621486 +44 20 7946 0958 {AWS}"  # so that all patterns run
     assert "<KEY>" in masked(text)
 

@@ -1,4 +1,4 @@
-"""Repairs of characters, encoding and white space: what they change, what they leave, and that they settle."""
+"""Repairs of characters, encoding and white space change damaged text only, and are idempotent."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from deepseek_v3.data.documents import record_batch
 from deepseek_v3.data.preliminary_cleaning import PreliminaryCleaner
 from deepseek_v3.utils.errors import ConfigError
 
-# Pieces that call for one repair or, joined, for another: whatever has gone wrong here once belongs in this list.
-PIECES = [
+# Fragments that need one repair or, when joined, another. Every fragment that once broke the cleaner belongs here.
+FRAGMENTS = [
     *"ab <>&;\n\t",
     *(
         "\r",
@@ -81,8 +81,8 @@ CLEANERS = [
     PreliminaryCleaner(repair_mojibake=False, max_blank_lines=2),
 ]
 TEXTS = st.one_of(
-    st.lists(st.sampled_from(PIECES), max_size=12).map("".join),
-    st.lists(st.sampled_from(PIECES), max_size=12).map(lambda pieces: f"<p>{''.join(pieces)}</p>"),
+    st.lists(st.sampled_from(FRAGMENTS), max_size=12).map("".join),
+    st.lists(st.sampled_from(FRAGMENTS), max_size=12).map(lambda parts: f"<p>{''.join(parts)}</p>"),
     st.text(max_size=30),
 )
 

@@ -1,4 +1,4 @@
-"""HTML: what counts as such, and what text it holds."""
+"""Recognising HTML, and the text that is extracted from it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cheap test before ftfy: it must find everything that ftfy's own test finds."""
+"""The cheap test before ftfy finds everything that ftfy's own test finds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from deepseek_v3.data.preliminary_cleaning.mojibake import SUSPECT, repair_mojib
 
 
 def unfolded(characters):
-    """The characters of an expression's class, ranges spelled out."""
+    """The characters of a regex class, with its ranges expanded."""
     return re.sub(r"(.)-(.)", lambda ends: "".join(map(chr, range(ord(ends[1]), ord(ends[2]) + 1))), characters)
 
 

@@ -1,4 +1,4 @@
-"""Fill-in-the-middle loses nothing, touches the promised share, and depends on the text and the seed alone."""
+"""Fill-in-the-middle loses no text, reorders the given share, and depends on text and seed alone."""
 
 import subprocess
 import sys
@@ -47,7 +47,7 @@ def test_the_share_of_documents_is_the_rate(rate):
 
 
 def test_the_cuts_fall_evenly_on_every_pair_of_places():
-    """In a text of 3 characters the 2 cuts are 16 equally likely pairs of 4 places; order does not count."""
+    """A text of 3 characters has 4 places, so the 2 cuts are 16 equally likely pairs, in either order."""
     expected = {(start, stop): 1 if start == stop else 2 for start in range(4) for stop in range(start, 4)}
     counts = dict.fromkeys(expected, 0)
     for seed in range(16_000):

@@ -1,4 +1,4 @@
-"""Shards give back every token, and no damage to them goes unseen."""
+"""Shards return every token, and any damage to them is found."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ DOCUMENTS = [[4 + (7 * i + j) % 256 for j in range(i % 11)] for i in range(60)]
 
 
 def write(directory: Path, documents=DOCUMENTS, shard_tokens: int = 50, tokenizer: Tokenizer = TOKENIZER) -> Path:
-    """Documents into the training split, and two into the hold-out; a document of n tokens has 3·n + 1 bytes."""
+    """Writes documents to the training split, and two to the hold-out; n tokens have 3·n + 1 bytes of text."""
     with ShardWriter(directory, tokenizer, shard_tokens) as writer:
         for ids in documents:
             writer.add("train", ids, 3 * len(ids) + 1)
@@ -56,7 +56,7 @@ def directory(tmp_path: Path) -> Path:
 
 
 def edit_index(directory: Path, **changes: object) -> None:
-    """Makes the index one without a checksum, and sets fields; `train__tokens` is the first shard's."""
+    """Removes the checksum of the index and sets fields; `train__tokens` is that of the first shard."""
     path = directory / "index.json"
     index = json.loads(path.read_text())
     index.pop("index_sha256", None)
@@ -272,7 +272,7 @@ def test_an_edited_index_is_found(directory):
 
 @pytest.fixture
 def older(tmp_path: Path) -> Path:
-    """Shards of a version whose index had no checksum."""
+    """Shards of an older version, whose index had no checksum."""
     with ShardWriter(tmp_path, TOKENIZER, 50) as writer:
         for split in ("train", "holdout"):
             for ids in DOCUMENTS[1:9]:

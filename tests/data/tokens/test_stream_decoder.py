@@ -1,4 +1,4 @@
-"""Text from ids that arrive one by one: what decoding everything at once shows, for every kind of decoder."""
+"""Streaming gives the same text as decoding all ids at once, for every kind of decoder."""
 
 import argparse
 import inspect
@@ -14,9 +14,9 @@ from deepseek_v3.data.tokens.stream_decoder import StreamDecoder
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 
 any_text = st.text(st.characters(exclude_categories=["Cs"]))
-# Pieces as vocabularies hold them: words with and without a space, ends of words, spaces, punctuation, characters
+# Tokens of usual vocabularies: words with and without a space, ends of words, spaces, punctuation, characters
 # of several bytes, U+FFFD itself.
-PIECES = [
+TOKENS = [
     "\u2581good",
     "\u2581day",
     "s",
@@ -62,8 +62,8 @@ def trained() -> Tokenizer:
 
 @cache
 def of_pieces(decoder: str) -> Tokenizer:
-    """Pieces and bytes under a decoder; Llama's normalizer, which puts a space before a text."""
-    vocabulary = {token: id_ for id_, token in enumerate(["<unk>", "</s>", *PIECES, *BYTES])}
+    """A tokenizer of words and bytes with a decoder, and with Llama's normalizer, which prepends a space."""
+    vocabulary = {token: id_ for id_, token in enumerate(["<unk>", "</s>", *TOKENS, *BYTES])}
     theirs = HuggingFaceTokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
     theirs.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     if DECODERS[decoder]:
@@ -72,13 +72,13 @@ def of_pieces(decoder: str) -> Tokenizer:
     return Tokenizer.from_json(theirs.to_str())
 
 
-def ids_of(*pieces: str) -> list[int]:
-    return [["<unk>", "</s>", *PIECES, *BYTES].index(piece) for piece in pieces]
+def ids_of(*tokens: str) -> list[int]:
+    return [["<unk>", "</s>", *TOKENS, *BYTES].index(token) for token in tokens]
 
 
-# Mostly pieces, so that bytes stand in runs of all lengths; an id beyond the vocabulary stands for no text.
+# Mostly words, so that runs of bytes have all lengths; an id outside the vocabulary has no text.
 piece_ids = st.lists(
-    st.integers(0, len(PIECES) + 1)
+    st.integers(0, len(TOKENS) + 1)
     | st.sampled_from(ids_of("<0xF0>", "<0x9F>", "<0x98>", "<0x80>", "<0x41>"))
     | st.just(999),
     max_size=12,
@@ -138,7 +138,7 @@ def test_a_stream_is_the_text_and_never_half_a_character(text):
     assert "".join(pushed) + rest == text
     assert rest.strip("\ufffd") == ""
     if "\ufffd" not in text:
-        assert not any("\ufffd" in piece for piece in pushed)
+        assert not any("\ufffd" in part for part in pushed)
 
 
 @given(st.lists(st.integers(0, 1003)))

@@ -1,4 +1,4 @@
-"""The order of data: every window once in each epoch, in an order that (seed, i) alone decides."""
+"""The order of data: every window once per epoch, in an order that depends on (seed, i) alone."""
 
 import threading
 from collections import Counter
@@ -19,7 +19,7 @@ from deepseek_v3.utils.errors import DataError
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> TokenShards:
-    """Token number i is 4 + i % 200, in shards of a few hundred; the hold-out is 21 tokens."""
+    """Shards of a few hundred tokens in which token i is 4 + i % 200; the hold-out has 21 tokens."""
     directory: Path = tmp_path_factory.mktemp("shards")
     options = CorpusOptions(source="numbers", text_field="text", holdout=0.1, fim_rate=0.0, seed=0)
     with ShardWriter(directory, Tokenizer.train([], 260), shard_tokens=300) as writer:
@@ -87,13 +87,13 @@ def test_a_permutation_of_impossible_size_is_refused(n):
 
 
 def test_the_order_never_changes_between_versions():
-    """A run in progress resumes only if these stay as they are."""
+    """A change of these numbers would change the data order of resumed runs."""
     assert Permutation(10, 0)(np.arange(10)).tolist() == [2, 9, 4, 8, 1, 3, 6, 0, 5, 7]
     assert Permutation(10**12, (3, 1))([0, 1, 2]).tolist() == [288680850121, 30192203246, 556929793686]
 
 
 def chi_square(observed: np.ndarray) -> float:
-    """Standard deviations by which counts that should be even exceed what chance makes of them."""
+    """The excess of chi-squared over its mean, in standard deviations, for counts that should be uniform."""
     expected = observed.mean()
     freedom = observed.size - 1
     return float((((observed - expected) ** 2 / expected).sum() - freedom) / (2 * freedom) ** 0.5)
@@ -112,7 +112,7 @@ def test_over_many_seeds_all_orders_of_four_are_alike():
 
 
 def test_neighbours_are_scattered():
-    """Where an index goes says nothing about where the next one goes: pairs fill a 16 by 16 grid evenly."""
+    """The images of neighbouring indices are independent: pairs fill a 16 by 16 grid uniformly."""
     n = 100_003
     places = Permutation(n, 5)(np.arange(n)) * 16 // n
     assert chi_square(np.bincount(places[:-1] * 16 + places[1:], minlength=256)) < 5
@@ -144,7 +144,7 @@ def test_epochs_and_seeds_have_different_orders(shards):
 
 @given(first=st.integers(0, 400), size=st.integers(1, 150))
 def test_a_batch_is_its_samples_one_by_one(shards, first, size):
-    """Also across epochs, of which there is a new one every 143 samples."""
+    """Batches may cross epochs; a new epoch starts every 143 samples."""
     loader = TokenLoader(shards, sequence_length=7, seed=2)
     batch = loader.batch(first, size)
     assert batch.shape == (size, 8)

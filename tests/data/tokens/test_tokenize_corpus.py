@@ -1,4 +1,4 @@
-"""From text on disk to shards: nothing lost, nothing on both sides, nothing half written."""
+"""Tokenizing a corpus loses no document, keeps the splits apart, and leaves no incomplete output."""
 
 import hashlib
 import io
@@ -40,7 +40,7 @@ def build(source: str, output: Path, **options) -> CorpusSummary:
 
 
 def documents_of(shards: TokenShards, split) -> list[str]:
-    """What a reader who knows only the format finds."""
+    """Reads the shards with nothing but the documented format."""
     tokenizer = shards.load_tokenizer()
     tokens = shards.read(split, 0, shards.num_tokens(split))
     ends = np.flatnonzero(tokens == tokenizer.end_of_text)
@@ -55,7 +55,7 @@ def files_of(directory: Path) -> dict[str, bytes]:
 
 
 def error_of(source: str, output: Path, **options) -> str:
-    """The message of the error, after which nothing stands at `output` or beside it."""
+    """The message of the error; checks that nothing is left at `output` or beside it."""
     before = set(output.parent.iterdir())
     with pytest.raises(DataError) as caught:
         build(source, output, **options)

@@ -1,4 +1,4 @@
-"""Text is text: it comes back whole, and what only looks like a marker never becomes one."""
+"""Encoding loses no text, and text that looks like a marker never becomes one."""
 
 import argparse
 import inspect
@@ -28,7 +28,7 @@ def trained(vocab_size: int = 1000) -> Tokenizer:
 
 
 def published(end_of_text: str | None, *names: str, special: bool = True) -> HuggingFaceTokenizer:
-    """A byte-level tokenizer as others publish them: without merges, and with markers behind the bytes."""
+    """A byte-level tokenizer like published ones: without merges, and with markers after the bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = HuggingFaceTokenizer(models.BPE({byte: id_ for id_, byte in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -81,7 +81,7 @@ def test_training_reaches_the_size_or_stops_where_text_ends():
 
 
 def test_merges_follow_the_counts():
-    """By hand: the pair `ab` occurs most, then `ab`+`ab`; nothing else occurs twice."""
+    """Counted by hand: the pair `ab` is the most frequent, then `ab`+`ab`; no other pair occurs twice."""
     tokenizer = Tokenizer.train(["abab abab"], 10_000)
     merges = json.loads(tokenizer.to_json())["model"]["merges"]
     assert merges[:2] == [["a", "b"], ["ab", "ab"]]

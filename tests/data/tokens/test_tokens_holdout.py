@@ -1,4 +1,4 @@
-"""The hold-out of a corpus of few documents: at least a window, at most the asked share, chosen before training."""
+"""The hold-out of few documents: at least a window, at most the given share, chosen before training."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ WINDOW = 64
 
 
 def prose(size: int, seed: int = 0) -> str:
-    """`size` bytes of words in lines, without a repeated line."""
+    """`size` bytes of text in lines, all of them different."""
     chooser = random.Random(seed)
     words = ["".join(chooser.choices("abcdefghij", k=chooser.randint(2, 7))) for _ in range(60)]
     lines = (" ".join(chooser.choices(words, k=9)) + ".\n" for _ in range(size // 20))

@@ -1,4 +1,4 @@
-"""tiktoken gives the ids that the tokenizers library gives, or is not asked."""
+"""tiktoken gives the same ids as the tokenizers library, or is not used."""
 
 import json
 import logging
@@ -55,15 +55,15 @@ def pre_tokenizer(release: str):
 
 
 def pieces(release: str, text: str) -> list[bytes]:
-    """The text as the tokenizers library cuts it."""
+    """The text as the tokenizers library splits it."""
     cut = pre_tokenizer(release).pre_tokenize_str(text)
     return [text[start:stop].encode() for _, (start, stop) in cut]
 
 
 def cut_by_tiktoken(release: str, text: str) -> list[bytes]:
-    """The text as tiktoken cuts it with our regex, if that is how the tokenizers library cuts it.
+    """The text as tiktoken splits it with our regex, if the tokenizers library splits it the same.
 
-    Each of that library's pieces is a token here, which tiktoken looks up before it merges anything.
+    Each piece of the tokenizers library is a token here, and tiktoken looks tokens up before it merges anything.
     """
     regex = single_regex(json.loads(pre_tokenizer(release).__getstate__()))
     ranks = {bytes([byte]): byte for byte in range(256)}
@@ -75,7 +75,7 @@ def cut_by_tiktoken(release: str, text: str) -> list[bytes]:
 
 @cache
 def trained(release: str) -> Tokenizer:
-    """Trained on code, prose and every script of the nasty texts, with merges across all of it."""
+    """A tokenizer trained on code, prose and the scripts of all nasty texts, with merges for each."""
     chooser = random.Random(0)
     texts = ["".join(chooser.choices(NASTY, k=40)) for _ in range(300)]
     texts += [document.text for document in list(stdlib_documents())[::40]]
@@ -92,7 +92,7 @@ def trained(release: str) -> Tokenizer:
 
 
 def ids_of(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    """What the tokenizers library alone gives."""
+    """The ids of the tokenizers library alone."""
     theirs = HuggingFaceTokenizer.from_str(tokenizer.to_json())
     theirs.encode_special_tokens = True
     return [encoding.ids for encoding in theirs.encode_batch(texts, add_special_tokens=False)]
@@ -129,7 +129,7 @@ def test_real_text_has_the_same_ids(release):
 
 
 def test_every_character_is_encoded_alike():
-    """Ours alone: each between letters, behind a space and twice in front of a letter."""
+    """Encodes each character between letters, after a space, and twice before a letter."""
     tokenizer = trained("ours")
     texts = [" ".join(f"a{c}a {c} {c}{c}a" for c in EVERY_CHARACTER[i : i + 5000]) for i in range(0, 0x34000, 5000)]
     assert tokenizer.encode_batch(texts) == ids_of(tokenizer, texts)
@@ -152,7 +152,7 @@ def test_text_that_is_classed_differently_avoids_tiktoken(monkeypatch):
 
 @pytest.mark.parametrize("run", [" ", "\u3000", "\t ", "\x00", "\u3040"])
 def test_endless_runs_avoid_tiktoken(run):
-    """tiktoken panics on a million of them."""
+    """tiktoken panics on runs of a million characters."""
     tokenizer = trained("ours")
     longest = "word" + run * (2**17 // len(run)) + "x"
     assert not encoder(tokenizer).can_encode(longest)
@@ -171,7 +171,7 @@ def test_long_pieces_are_merged_alike(text):
 
 
 def alphabet_and(*tokens: str, **options) -> dict:
-    """The fields of a byte-level tokenizer with some more tokens, `a+b` for one merged from `a` and `b`."""
+    """The fields of a byte-level tokenizer with further tokens; `a+b` is a token merged from `a` and `b`."""
     signs = sorted(pre_tokenizers.ByteLevel.alphabet())
     names = [*signs, *(token.replace("+", "") for token in tokens)]
     vocabulary = {name: id_ for id_, name in enumerate(dict.fromkeys(names))}
@@ -183,7 +183,7 @@ def alphabet_and(*tokens: str, **options) -> dict:
 
 
 def test_a_token_that_merges_never_reach_does_not_occur():
-    """`b+c` comes before `a+b`, so `abc` becomes `a bc`; by bytes alone `abc` would be found whole."""
+    """`b+c` comes before `a+b`, so `abc` becomes `a bc`; a search by bytes would find the token `abc`."""
     tokenizer = Tokenizer.from_json(json.dumps(alphabet_and("b+c", "a+b", "ab+c")))
     assert encoder(tokenizer).can_encode("abc")
     for text in ("abc", "abcabc abc", "ab c"):
@@ -192,7 +192,7 @@ def test_a_token_that_merges_never_reach_does_not_occur():
 
 
 def test_a_token_with_several_merges_has_the_same_ids():
-    """As converters from tiktoken list them: every pair that spells the token."""
+    """Converters from tiktoken list every pair of tokens that together are the token."""
     tokenizer = Tokenizer.from_json(json.dumps(alphabet_and("b+c", "a+b", "a+bc", "ab+c")))
     assert encoder(tokenizer).can_encode("abc")
     for text in ("abc", "abcab cabca"):
@@ -201,7 +201,7 @@ def test_a_token_with_several_merges_has_the_same_ids():
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=12), st.text("abc ", max_size=40))
 def test_any_merges_give_the_same_ids(pairs, text):
-    """Merges that no training would find, over tokens that overlap in every way."""
+    """Random merges over tokens that overlap in every way."""
     tokens = ["a", "b", "c"]
     merges = []
     for left, right in pairs:

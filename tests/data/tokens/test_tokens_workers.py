@@ -1,4 +1,4 @@
-"""Encoding in several processes: the same bytes, bounded memory, and nobody left behind."""
+"""Encoding in several processes gives the same bytes in bounded memory, and leaves no process."""
 
 import multiprocessing
 import os
@@ -64,7 +64,7 @@ def test_a_small_corpus_stays_in_this_process(tmp_path, monkeypatch):
 
 @pytest.fixture
 def own_workers():
-    """Lists the processes that the test has started; others are there for the whole session."""
+    """Lists the processes that the test has started, without those of the session."""
     before = multiprocessing.active_children()
     return lambda: [process for process in multiprocessing.active_children() if process not in before]
 

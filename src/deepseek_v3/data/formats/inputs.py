@@ -128,7 +128,7 @@ def _on_disk(given: Path) -> Iterator[_Found]:
     for path in walk_files(Path(root)):
         name = path.name if path == Path(root) else path.relative_to(root).as_posix()
         if not path.is_file():
-            yield _Found(InputFile(name, str(path.absolute()), 0, ""), "is a link to nowhere, or no regular file")
+            yield _Found(InputFile(name, str(path.absolute()), 0, ""), "is a broken link, or no regular file")
         elif _matches(pattern, name):
             status = path.stat()
             yield _found(name, str(path.absolute()), status.st_size, str(status.st_mtime_ns))

@@ -107,7 +107,7 @@ class _ElementReader:
         if is_closed:
             self.values.skip_byte()
             if self.values.skip_separators():
-                why = InvalidRecord("not_json", "goes on behind the end of its array; expected one array")
+                why = InvalidRecord("not_json", "continues after the end of its array; expected one array")
         elif self.in_array:
             why = InvalidRecord("truncated", "the file ends before its array is closed")
         if why := self._stream.damage or why:

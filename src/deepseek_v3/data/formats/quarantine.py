@@ -27,7 +27,7 @@ REASONS = {
     "empty": "the file holds no bytes, or none once decompressed",
     "unreadable": "the file cannot be opened or read: it vanished, access is denied, or the disk reports an error",
     "truncated": "the file ends inside compressed data, a record or an array",
-    "damaged": "the compressed data or the structure of the file is corrupt; what stands before it was read",
+    "damaged": "the compressed data or the structure of the file is corrupt; everything before it was read",
     "too_long": "a line, file, row's text or payload has more bytes than `max_record_bytes`",
     "not_utf8": "bytes that are no UTF-8",
     "not_json": "a line or value that is no JSON",

@@ -188,7 +188,7 @@ class Decompressor:
         try:
             return decoder.decompress(data, _CHUNK_BYTES)
         except _CORRUPT as error:
-            where = f"behind member {self._members}: " if self._members else ""
+            where = f"after member {self._members}: " if self._members else ""
             raise InvalidRecord(
                 "damaged", f"the {self._compression.name} data are corrupt: {where}{error}"
             ) from None
