@@ -28,7 +28,7 @@ from encoding_speed import encoding_speed
 from environment import RESULTS, cpu_name, environment
 from exact_pairs import similar_pairs
 from heuristics_agreement import compare, run_peer
-from near_duplicates import Int64s, System, score, systems
+from near_duplicates import Int64Array, System, score, systems
 from process_stats import run_and_measure
 from synthetic_corpus import write_synthetic_corpus
 
@@ -211,11 +211,11 @@ def _part_of(corpus: Path, documents: int | None) -> Iterator[Path]:
         yield part
 
 
-def _pairs(corpus: Path) -> Int64s:
+def _pairs(corpus: Path) -> Int64Array:
     path = corpus / "pairs.npy"
     if not path.exists():
         np.save(path, similar_pairs(document.text for document in read_corpus(corpus))[0])
-    pairs: Int64s = np.load(path)
+    pairs: Int64Array = np.load(path)
     return pairs
 
 

@@ -22,8 +22,8 @@ from words import words_of
 THRESHOLD = 0.8
 SHINGLE = 5
 
-Int64s: TypeAlias = NDArray[np.int64]
-Float64s: TypeAlias = NDArray[np.float64]
+Int64Array: TypeAlias = NDArray[np.int64]
+Float64Array: TypeAlias = NDArray[np.float64]
 
 _CANDIDATES = 2**16  # pairs whose shingles are compared at a time
 _WAITING = 2**26  # pairs, some of them several times, before they are sorted
@@ -40,7 +40,7 @@ def main(
     typer.echo(f"{len(pairs):,} pairs of a similarity of {threshold} or more")
 
 
-def similar_pairs(texts: Iterable[str], threshold: float = THRESHOLD) -> tuple[Int64s, Float64s]:
+def similar_pairs(texts: Iterable[str], threshold: float = THRESHOLD) -> tuple[Int64Array, Float64Array]:
     """The pairs of texts that are at least so similar, int64 [pairs, 2], and how similar they are, [pairs]."""
     documents, shingles = shingle_sets(texts)
     matrix = _rarest_first(documents, shingles)
@@ -57,7 +57,7 @@ def similar_pairs(texts: Iterable[str], threshold: float = THRESHOLD) -> tuple[I
     return pairs[order], np.concatenate([np.empty(0), *similarities])[order]
 
 
-def shingle_sets(texts: Iterable[str]) -> tuple[Int64s, Int64s]:
+def shingle_sets(texts: Iterable[str]) -> tuple[Int64Array, Int64Array]:
     """Pairs of a document and a shingle of it, each once, sorted: two arrays of one length.
 
     Shingles are numbered anew, step by step: first the pairs of words, then of these pairs, then with the fifth
@@ -72,7 +72,7 @@ def shingle_sets(texts: Iterable[str]) -> tuple[Int64s, Int64s]:
     return _once(documents[: len(fives)][inside], fives[inside])
 
 
-def _numbered_words(texts: Iterable[str]) -> tuple[Int64s, Int64s]:
+def _numbered_words(texts: Iterable[str]) -> tuple[Int64Array, Int64Array]:
     """All words of all texts as numbers, and where each text starts; short texts are filled up with 0."""
     numbers: dict[str, int] = {}
     words: list[NDArray[np.int32]] = []
@@ -85,17 +85,17 @@ def _numbered_words(texts: Iterable[str]) -> tuple[Int64s, Int64s]:
     return np.concatenate([np.zeros(0, np.int32), *words]).astype(np.int64), np.array(starts, np.int64)
 
 
-def _numbered(one: Int64s, other: Int64s) -> Int64s:
+def _numbered(one: Int64Array, other: Int64Array) -> Int64Array:
     """A number for each pair, the same for equal pairs alone."""
     return np.unique(one << 32 | other, return_inverse=True)[1].astype(np.int64)
 
 
-def _once(documents: Int64s, shingles: Int64s) -> tuple[Int64s, Int64s]:
+def _once(documents: Int64Array, shingles: Int64Array) -> tuple[Int64Array, Int64Array]:
     both = np.unique(documents << 32 | shingles)
     return both >> 32, both & 0xFFFFFFFF
 
 
-def _rarest_first(documents: Int64s, shingles: Int64s) -> sparse.csr_matrix:
+def _rarest_first(documents: Int64Array, shingles: Int64Array) -> sparse.csr_matrix:
     """Documents as rows, shingles as columns, the rarest ones first in each row."""
     counts = np.bincount(shingles)
     column = np.empty(len(counts), np.int64)
@@ -106,7 +106,9 @@ def _rarest_first(documents: Int64s, shingles: Int64s) -> sparse.csr_matrix:
     return matrix
 
 
-def _candidates(matrix: sparse.csr_matrix, sizes: Int64s, threshold: float) -> Iterator[tuple[Int64s, Int64s]]:
+def _candidates(
+    matrix: sparse.csr_matrix, sizes: Int64Array, threshold: float
+) -> Iterator[tuple[Int64Array, Int64Array]]:
     """Pairs among which all similar ones are, each once, the smaller number first.
 
     A set of n that has a Jaccard similarity of t with another has at least ⌈t·n⌉ elements in common with it. So in
@@ -127,7 +129,7 @@ def _candidates(matrix: sparse.csr_matrix, sizes: Int64s, threshold: float) -> I
         yield part >> 32, part & 0xFFFFFFFF
 
 
-def _pairs_of_runs(rows: Int64s, ends: Int64s) -> Int64s:
+def _pairs_of_runs(rows: Int64Array, ends: Int64Array) -> Int64Array:
     """Each `rows[i]` with each of `rows[i + 1 : ends[i]]`: pairs as numbers, the smaller row in the upper half."""
     pairs, waiting = np.empty(0, np.int64), []
     left, step = np.arange(len(rows)), 1

@@ -15,8 +15,8 @@ from corpus import DOCUMENTS, read_corpus
 from numpy.typing import NDArray
 from scipy import sparse
 
-Int64s = NDArray[np.int64]
-Bools = NDArray[np.bool_]
+Int64Array = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
 
 _PEERS = Path(__file__).parent / "peers"
 
@@ -24,8 +24,8 @@ _PEERS = Path(__file__).parent / "peers"
 class Decisions(NamedTuple):
     """Which cluster each document is in, int64 [documents], and whether it is kept, bool [documents]."""
 
-    clusters: Int64s
-    kept: Bools
+    clusters: Int64Array
+    kept: BoolArray
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def systems(peers: Path, workers: int) -> dict[str, System]:
     return {system.name: system for system in found}
 
 
-def score(decisions: Decisions, pairs: Int64s) -> dict[str, Any]:
+def score(decisions: Decisions, pairs: Int64Array) -> dict[str, Any]:
     """How decisions compare with the true `pairs`, int64 [pairs, 2].
 
     `resolved`: the share of true pairs of which at most one document is kept. `justified`: the share of removed
@@ -82,7 +82,7 @@ def score(decisions: Decisions, pairs: Int64s) -> dict[str, Any]:
     }
 
 
-def connected(documents: int, pairs: Int64s) -> Int64s:
+def connected(documents: int, pairs: Int64Array) -> Int64Array:
     """The number of each document's cluster, if such pairs are in one, int64 [documents]."""
     links = (np.ones(len(pairs), np.bool_), (pairs[:, 0], pairs[:, 1]))
     graph = sparse.coo_matrix(links, shape=(documents, documents))
