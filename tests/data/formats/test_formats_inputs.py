@@ -158,7 +158,7 @@ def test_a_name_that_is_not_utf8_is_listed(tmp_path):
     (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("b")
     found = find_inputs(tmp_path)
     assert names(found) == ["a.txt"]
-    assert [(one.name, one.reason) for one in found.ignored] == [("caf?.txt", "its name is no UTF-8; rename it")]
+    assert [(one.name, one.reason) for one in found.ignored] == [("caf?.txt", "its name is not UTF-8; rename it")]
 
 
 def test_a_wrong_input_is_named(corpus, tmp_path):

@@ -81,19 +81,19 @@ def find_inputs(input_path: str | Path | Sequence[str | Path]) -> Inputs:
         raise DataError("input: nothing was given; expected a file, a folder, a pattern or an address")
     names: dict[str, _Found] = {}
     for one in sorted(map(str, given)):
-        for found in _readable(one):
+        for found in _find_one(one):
             known = names.get(found.file.path)
             # The longer name, so that the order of the inputs does not matter.
             if known is None or _rank(known.file.name) < _rank(found.file.name):
                 names[found.file.path] = found
-    return _checked(sorted(names.values(), key=lambda found: (found.file.name, found.file.path)))
+    return _separate(sorted(names.values(), key=lambda found: (found.file.name, found.file.path)))
 
 
 def _rank(name: str) -> tuple[int, str]:
     return name.count("/"), name
 
 
-def _checked(found: list[_Found]) -> Inputs:
+def _separate(found: list[_Found]) -> Inputs:
     """Separates the readable files. Raises DataError if two names are equal or if a library is missing."""
     files = [one.file for one in found if one.fault is None]
     for file, following in pairwise(files):
@@ -107,10 +107,10 @@ def _checked(found: list[_Found]) -> Inputs:
     return Inputs(files, [IgnoredFile(one.file.name, one.fault) for one in found if one.fault is not None])
 
 
-def _readable(given: str) -> list[_Found]:
+def _find_one(given: str) -> list[_Found]:
     """The files of one input. Raises DataError unless at least one of them can be read."""
     try:
-        found = list(_in_store(given) if "://" in given else _on_disk(Path(given)))
+        found = list(_walk_store(given) if "://" in given else _walk_disk(Path(given)))
     except OSError as error:
         raise DataError(
             redact(f"{error.filename or given}: cannot be read: {error.strerror or error}", given)
@@ -121,8 +121,8 @@ def _readable(given: str) -> list[_Found]:
     return found
 
 
-def _on_disk(given: Path) -> Iterator[_Found]:
-    root, pattern = (str(given), None) if given.exists() else _split(given.as_posix())
+def _walk_disk(given: Path) -> Iterator[_Found]:
+    root, pattern = (str(given), None) if given.exists() else _split_pattern(given.as_posix())
     if not Path(root).exists():
         raise DataError(f"{given}: does not exist; expected a file, a folder, a pattern or an address")
     for path in walk_files(Path(root)):
@@ -131,16 +131,16 @@ def _on_disk(given: Path) -> Iterator[_Found]:
             yield _Found(InputFile(name, str(path.absolute()), 0, ""), "is a broken link, or no regular file")
         elif _matches(pattern, name):
             status = path.stat()
-            yield _found(name, str(path.absolute()), status.st_size, str(status.st_mtime_ns))
+            yield _with_fault(name, str(path.absolute()), status.st_size, str(status.st_mtime_ns))
 
 
-def _in_store(given: str) -> Iterator[_Found]:
-    store, path = _store(given)
+def _walk_store(given: str) -> Iterator[_Found]:
+    store, path = _open_store(given)
     if store.protocol == "file" or "file" in store.protocol:
-        yield from _on_disk(Path(path))
+        yield from _walk_disk(Path(path))
         return
-    root, pattern = _split(path.rstrip("/"))
-    infos = _listed(store, root, given)
+    root, pattern = _split_pattern(path.rstrip("/"))
+    infos = _list_store(store, root, given)
     if not infos:
         raise DataError(f"{given}: nothing was found there; check the address and that you may read it")
     for key, info in infos.items():
@@ -148,10 +148,10 @@ def _in_store(given: str) -> Iterator[_Found]:
         name = name.partition("?")[0] if _is_web(store) else name
         if _matches(pattern, name) and not _is_hidden(name):
             version = next((str(info[field]) for field in _VERSIONS if info.get(field) is not None), "")
-            yield _found(name, store.unstrip_protocol(key), info["size"] or 0, version)
+            yield _with_fault(name, store.unstrip_protocol(key), info["size"] or 0, version)
 
 
-def _listed(store: AbstractFileSystem, root: str, given: str) -> dict[str, dict[str, Any]]:
+def _list_store(store: AbstractFileSystem, root: str, given: str) -> dict[str, dict[str, Any]]:
     """The store's information on each file below an address."""
     try:
         found: dict[str, dict[str, Any]] = store.find(root, detail=True)
@@ -168,7 +168,7 @@ def _is_web(store: AbstractFileSystem) -> bool:
     return not {"http", "https"}.isdisjoint(protocols)
 
 
-def _store(given: str) -> tuple[AbstractFileSystem, str]:
+def _open_store(given: str) -> tuple[AbstractFileSystem, str]:
     try:
         return url_to_fs(given)
     except ImportError as error:
@@ -180,9 +180,9 @@ def _store(given: str) -> tuple[AbstractFileSystem, str]:
         raise DataError(redact(problem, given)) from None
 
 
-def _found(name: str, path: str, size: int, modified: str) -> _Found:
+def _with_fault(name: str, path: str, size: int, modified: str) -> _Found:
     if name != (printable := name.encode(errors="replace").decode()):
-        return _Found(InputFile(printable, path, size, modified), "its name is no UTF-8; rename it")
+        return _Found(InputFile(printable, path, size, modified), "its name is not UTF-8; rename it")
     fault = None if format_of(name) else f"no format is known by the suffix {PurePosixPath(name).suffix!r}"
     return _Found(InputFile(name, path, size, modified), fault)
 
@@ -191,7 +191,7 @@ def _is_hidden(name: str) -> bool:
     return any(part.startswith(".") or part == "__pycache__" for part in name.split("/"))
 
 
-def _split(pattern: str) -> tuple[str, re.Pattern[str] | None]:
+def _split_pattern(pattern: str) -> tuple[str, re.Pattern[str] | None]:
     """The folder before the first wildcard, and a pattern for the paths below it, or None without a wildcard."""
     parts = pattern.split("/")
     fixed = list(takewhile(lambda part: not has_magic(part), parts))
