@@ -125,7 +125,7 @@ def test_any_range_is_that_slice_of_the_corpus(tmp_path_factory, documents, shar
 
 
 def test_more_shards_than_stay_open_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("deepseek_v3.data.tokens.shards._MOST_OPEN", 2)
+    monkeypatch.setattr("deepseek_v3.data.tokens.shards._MAX_OPEN_FILES", 2)
     shards = TokenShards.open(write(tmp_path))
     tokens = flat(DOCUMENTS)
     assert len(shards.index.train) > 3
@@ -285,7 +285,7 @@ def older(tmp_path: Path) -> Path:
 def test_an_index_without_a_checksum_is_read_and_named_once(older, caplog):
     for _ in range(2):
         assert TokenShards.open(older).num_tokens("train") == len(flat(DOCUMENTS[1:9]))
-    assert [line for line in caplog.messages if "without a checksum of its own" in line] == caplog.messages[:1]
+    assert [line for line in caplog.messages if "has no checksum of its own" in line] == caplog.messages[:1]
 
 
 @pytest.mark.parametrize(
@@ -310,7 +310,7 @@ def test_shards_that_are_removed_or_replaced_stay_as_they_were(directory):
 
 
 def test_a_removed_shard_that_could_not_be_held_open_is_named(directory, monkeypatch):
-    monkeypatch.setattr("deepseek_v3.data.tokens.shards._MOST_OPEN", 1)
+    monkeypatch.setattr("deepseek_v3.data.tokens.shards._MAX_OPEN_FILES", 1)
     shards = TokenShards.open(directory)
     shutil.rmtree(directory)
     with pytest.raises(DataError, match=rf"{directory}/train/0000\d\.bin: can no longer be read: No such file"):
@@ -318,7 +318,7 @@ def test_a_removed_shard_that_could_not_be_held_open_is_named(directory, monkeyp
 
 
 def test_a_shard_that_is_replaced_before_it_is_opened_is_named(directory, monkeypatch):
-    monkeypatch.setattr("deepseek_v3.data.tokens.shards._MOST_OPEN", 1)
+    monkeypatch.setattr("deepseek_v3.data.tokens.shards._MAX_OPEN_FILES", 1)
     shards = TokenShards.open(directory)
     path = directory / "holdout/00000.bin"
     path.write_bytes(path.read_bytes() * 2)

@@ -220,7 +220,7 @@ def test_one_window_is_drawn_from_each_stratum(num_windows, count):
     count = min(count, num_windows)
     drawn = draw_windows(num_windows, count).tolist()
     borders = [k * num_windows // count for k in range(count + 1)]
-    # The borders of the stretches may be rounded either way.
+    # The borders of the strata may be rounded either way.
     assert all(low <= window <= high for low, window, high in zip(borders, drawn, borders[1:], strict=False))
     assert drawn == sorted(set(drawn))
     assert 0 <= drawn[0] <= drawn[-1] < num_windows

@@ -23,7 +23,7 @@ from deepseek_v3.data.tokens.tiktoken_encoder import (
 )
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 
-# As the releases spell them.
+# The patterns of the releases.
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -37,8 +37,8 @@ RELEASES = {
 }
 EVERY_CHARACTER = [chr(code) for code in range(sys.maxunicode + 1) if not 0xD800 <= code < 0xE000]
 
-# Where cuts are decided: white space of every kind, digits, the borders of Chinese and Japanese and what is
-# unassigned or a sign in it, marks, signs, controls, contractions, and letters that fold to others.
+# Characters at which splits are decided: all white space, digits, the borders of Chinese and Japanese, their
+# symbols and unassigned code points, marks, symbols, controls, contractions, and letters that fold to others.
 NASTY = [
     *" \t\n\r\v\f\x1c\x85\xa0\u1680\u2003\u2028\u202f\u3000\u200b\u200d\ufeff\x00\x07\xad\ufffe\ue000\U000e0001",
     *"09²½Ⅷ٣〇㈠𝟙" + "aZßſKé世丂一龥龦あアゖ゙゚゛゜ゝ゠ァ・ー\u3040\u3097\u3098ｱ",

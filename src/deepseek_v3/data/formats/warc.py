@@ -31,7 +31,7 @@ _CHUNK_BYTES = 2**18
 _RECORD_TYPE = re.compile(rb"^WARC-Type:[ \t]*(\w+)", re.IGNORECASE | re.MULTILINE)
 _CONTENT_LENGTH = re.compile(rb"^Content-Length:[ \t]*(\d{1,18})[ \t]*\r$", re.IGNORECASE | re.MULTILINE)
 _NEXT_RECORD = re.compile(rb"\nWARC/\d")
-_OVERLAP = 6  # bytes of a match that may end one chunk
+_OVERLAP = 6  # bytes: a match of _NEXT_RECORD may start with the last bytes of a chunk
 
 _DOCUMENT_TYPES = (b"response", b"resource", b"conversion")
 _TEXT_TYPE = re.compile(r"text/|application/([\w.-]+\+)?(xhtml|xml|json)\b|$", re.IGNORECASE)

@@ -78,7 +78,7 @@ _PHONE = re.compile(
 _BOOK = re.compile(r"\bIS[BS]N(?:-1[03])?:? ?\Z", re.ASCII | re.IGNORECASE)
 _BOOK_CHARACTERS = 10
 _FEWEST_DIGITS, _MOST_DIGITS = 8, 15  # E.164
-_FEWEST_UNGROUPED = 11  # fewer may be a time in seconds, or a line number of a patch
+_FEWEST_UNGROUPED = 11  # fewer may be a time in seconds, or an added line of a diff
 
 
 def _emails(text: str) -> TextSpans:

@@ -104,4 +104,4 @@ def _encode(texts: list[str]) -> EncodedBatch:
     return _encoder.encode(texts)
 
 
-_encoder: CorpusEncoder  # a worker's own
+_encoder: CorpusEncoder  # of a worker process
