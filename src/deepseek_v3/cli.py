@@ -6,8 +6,9 @@ import json
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -22,92 +23,98 @@ from deepseek_v3.utils.errors import translate_os_errors
 from deepseek_v3.utils.machine import wait_passively
 from deepseek_v3.utils.redaction import redact
 
-Command: TypeAlias = "Callable[..., None] | typer.Typer"
 
-# A command is imported only when it is run, so that planning does not wait for torch.
+@dataclass(frozen=True)
+class Command:
+    """A line of help, and what imports the command: a function, or a Typer app with several commands."""
+
+    help: str
+    load: Callable[[], Callable[..., Any] | typer.Typer]
 
 
-def _plan() -> Command:
+COMMANDS: dict[str, Command] = {}
+
+
+def _command(name: str, help_line: str) -> Callable[[Callable[[], Any]], Callable[[], Any]]:
+    """Adds a command. Its module is imported only when it runs, so that planning does not wait for torch."""
+
+    def add(load: Callable[[], Any]) -> Callable[[], Any]:
+        COMMANDS[name] = Command(help_line, load)
+        return load
+
+    return add
+
+
+@_command("plan", "Say what a budget can train: fit, time, cost and expected loss of every size.")
+def _plan() -> Any:
     from deepseek_v3.planning.plan_command import plan
 
     return plan
 
 
-def _validate() -> Command:
+@_command("validate", "Check token budgets: 20 to 26 tokens per active parameter.")
+def _validate() -> Any:
     from deepseek_v3.planning.validate_command import validate
 
     return validate
 
 
-def _preprocess() -> Command:
+@_command("preprocess", "Clean, deduplicate and filter raw text, with a reason for every document that is dropped.")
+def _preprocess() -> Any:
     from deepseek_v3.data.pipeline.command import preprocess
 
     return preprocess
 
 
-def _quality() -> Command:
+@_command("quality", "Train and try the models of the quality stage.")
+def _quality() -> Any:
     from deepseek_v3.data.quality_filtering.command import quality_app
 
     return quality_app
 
 
-def _tokenize() -> Command:
+@_command("tokenize", "Turn text into token shards, with a hold-out split.")
+def _tokenize() -> Any:
     from deepseek_v3.data.tokens.command import tokenize
 
     return tokenize
 
 
-def _train() -> Command:
+@_command("train", "Train a model, from the first step or from a checkpoint.")
+def _train() -> Any:
     from deepseek_v3.training.train import train
 
     return train
 
 
-def _generate() -> Command:
+@_command("generate", "Continue text with a trained model.")
+def _generate() -> Any:
     from deepseek_v3.inference.generate import generate
 
     return generate
 
 
-def _eval() -> Command:
+@_command("eval", "Measure a checkpoint's held-out loss, beside a unigram and a bigram model.")
+def _eval() -> Any:
     from deepseek_v3.evaluation.perplexity import evaluate
 
     return evaluate
 
 
-def _quickstart() -> Command:
+@_command("quickstart", "Build a corpus, train a tokenizer and a small model, measure it, and let it write.")
+def _quickstart() -> Any:
     from deepseek_v3.quickstart import quickstart
 
     return quickstart
 
 
-# Name -> the function that imports the command, and its line of help.
-COMMANDS: dict[str, tuple[Callable[[], Command], str]] = {
-    "plan": (_plan, "Say what a budget can train: fit, time, cost and expected loss of every size."),
-    "validate": (_validate, "Check token budgets: 20 to 26 tokens per active parameter."),
-    "preprocess": (
-        _preprocess,
-        "Clean, deduplicate and filter raw text, with a reason for every document that goes.",
-    ),
-    "quality": (_quality, "Train and try the models of the quality stage."),
-    "tokenize": (_tokenize, "Turn text into token shards, with a hold-out split."),
-    "train": (_train, "Train a model, from the first step or from a checkpoint."),
-    "generate": (_generate, "Continue text with a trained model."),
-    "eval": (_eval, "Measure a checkpoint's held-out loss, beside a unigram and a bigram model."),
-    "quickstart": (
-        _quickstart,
-        "Build a corpus, train a tokenizer and a small model, measure it, and let it write.",
-    ),
-}
-
-
 class _LazyGroup(TyperGroup):
-    """Knows the commands of `COMMANDS` by name and help alone, and imports the one that is run."""
+    """Lists `COMMANDS` by name and help alone, and loads only the command that runs."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         name, command, rest = super().resolve_command(ctx, args)
         if name in COMMANDS:
-            command = _import_command(name)
+            command = _load(name)
         return name, command, rest
 
     def make_context(self, *arguments: Any, **options: Any) -> Any:
@@ -121,22 +128,23 @@ class _LazyGroup(TyperGroup):
 
 @contextmanager
 def _usage_errors_masked() -> Iterator[None]:
-    """Takes secrets out of what Typer says of the words of a command line, before it breaks that into lines."""
+    """Removes secrets from Typer's messages about the command line, before Typer wraps their lines."""
     try:
         yield
     except Exception as error:
-        # Click's errors carry their message there; Typer has its own copy of Click in some versions.
+        # Click's errors have this attribute; Typer may hold its own copy of Click, so their class is not known.
         if isinstance(message := getattr(error, "message", None), str):
             error.message = redact(message)  # type: ignore[attr-defined]
         raise
 
 
-def _import_command(name: str) -> Any:
-    found = COMMANDS[name][0]()
-    if isinstance(found, typer.Typer):  # a group of commands
-        return get_command(found)
+def _load(name: str) -> Any:
+    """The command of that name, as Click runs it."""
+    loaded = COMMANDS[name].load()
+    if isinstance(loaded, typer.Typer):
+        return get_command(loaded)
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    single.command(name)(found)
+    single.command(name)(loaded)
     return get_command(single)
 
 
@@ -146,8 +154,8 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def _stand_in() -> None:
-    """Stands for a command that is not imported yet."""
+def _placeholder() -> None:
+    """Registers the name and the help of a command that `_LazyGroup` loads when it runs."""
 
 
 app = typer.Typer(
@@ -163,14 +171,14 @@ app = typer.Typer(
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """From raw text to a trained, exported and generating DeepSeek-V3-style model."""
 
 
-for _name, (_, _help) in COMMANDS.items():
-    app.command(_name, help=_help)(_stand_in)
+for _name, _entry in COMMANDS.items():
+    app.command(_name, help=_entry.help)(_placeholder)
 
 config_app = typer.Typer(no_args_is_help=True, help="Look at configurations.")
 app.add_typer(config_app, name="config")
@@ -181,7 +189,7 @@ def show(
     config: Annotated[Path, typer.Argument(help="A run's YAML file, or a shipped size such as 1b.")],
     override: Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE")] = None,
 ) -> None:
-    """Print a config as a run would use it, every default spelled out."""
+    """Print a config as a run would use it, with every default written out."""
     typer.echo(config_to_yaml(load_config(config, override or [])), nl=False)
     words = ["dsv3", "train", "--config", str(config), *override_options(override)]
     typer.echo(f"# Next: {shlex.join(words)}")  # a comment, so that the output stays a config
@@ -197,6 +205,6 @@ def schema() -> None:
 
 
 def main() -> None:
-    """Runs `dsv3` with the words of the command line."""
+    """Runs `dsv3` with the arguments of the command line."""
     wait_passively()
     run_app(app)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
-from pydantic_core import InitErrorDetails, to_json
 
 from deepseek_v3.config.base import ByteSize, PositiveFloat, PositiveInt, RenamedFrom, Section, StageConfig
 from deepseek_v3.config.data_config import Address, LocalPath
@@ -116,7 +116,7 @@ class PreprocessConfig(Section):
         for name in self.pipeline:
             if name not in BUILT_IN_STAGES:
                 sections.setdefault(name, {})
-        problems: list[InitErrorDetails] = []
+        problems: list[Any] = []
         for name, value in sections.items():
             try:
                 sections[name] = _check_extension(name, value, from_json=info.mode == "json")
@@ -143,15 +143,18 @@ def _check_extension(name: str, value: Any, from_json: bool) -> StageConfig:
     """The section of a stage from another package. Raises ValidationError."""
     extension = find_filter(name)
     if extension is None:
-        unknown = InitErrorDetails(type="extra_forbidden", loc=(), input=value)
+        unknown: Any = {"type": "extra_forbidden", "loc": (), "input": value}
         raise ValidationError.from_exception_data(name, [unknown])
     if from_json:
-        return extension.options.model_validate_json(to_json(value))
+        return extension.options.model_validate_json(json.dumps(value))
     return extension.options.model_validate(value)
 
 
-def _inside(section: str, problem: dict[str, Any]) -> InitErrorDetails:
-    """A problem of a section's field as a problem of the whole."""
-    return InitErrorDetails(
-        type=problem["type"], loc=(section, *problem["loc"]), input=problem["input"], ctx=problem.get("ctx", {})
-    )
+def _inside(section: str, problem: dict[str, Any]) -> dict[str, Any]:
+    """A problem in a section, in the form that `ValidationError.from_exception_data` takes."""
+    return {
+        "type": problem["type"],
+        "loc": (section, *problem["loc"]),
+        "input": problem["input"],
+        "ctx": problem.get("ctx", {}),
+    }

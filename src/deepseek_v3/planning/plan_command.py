@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -63,7 +62,7 @@ def plan(
     configs: Annotated[Path | None, typer.Option(help="Folder of the sizes.", show_default="configs")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False,
     plot: Annotated[bool, typer.Option("--plot", help="Draw loss against compute to FILE.png.")] = False,
-    list_gpus: Annotated[bool, typer.Option("--list-gpus", help="Print the known devices and leave.")] = False,
+    list_gpus: Annotated[bool, typer.Option("--list-gpus", help="Print the known devices and exit.")] = False,
     picture: Annotated[
         Path | None, typer.Argument(metavar="FILE.png", help="Where --plot draws.", show_default="plan.png")
     ] = None,
@@ -111,8 +110,10 @@ def _in_a_terminal() -> bool:
 
 def _plot(advice: Advice, path: Path) -> None:
     """Draws the plot. The plotting module is imported only here, because matplotlib loads slower than planning."""
+    from deepseek_v3.planning.advice.plot import plot_plan
+
     try:
-        import_module("deepseek_v3.planning.advice.plot").plot_plan(advice, path)
+        plot_plan(advice, path)
     except OSError as error:
         raise ConfigError(f"--plot {path}: cannot be written: {error.strerror}") from None
     typer.echo(printable(f"Drawn: {path}"), err=True)

@@ -552,4 +552,4 @@ def test_the_documentation_prints_the_measurements() -> None:
 def test_the_planner_s_chunks_are_those_of_the_loss() -> None:
     """Planning cannot import the loss, which needs torch."""
     assert {"gpu": chunked._CHUNK_LOGITS["cuda"], "cpu": chunked._CHUNK_LOGITS["cpu"]} == execution._LOGITS_AT_ONCE
-    assert memory._LEAST_ROWS == chunked._LEAST_ROWS
+    assert memory._MIN_CHUNK_TOKENS == chunked._LEAST_ROWS
