@@ -1,16 +1,15 @@
-"""HTML put together so that text cannot become markup, and cannot hide: everything that is no `Html` is escaped.
-
-FOLDED: Numbers and names as people read them.
-"""
+"""HTML put together so that text cannot become markup, and cannot hide: everything that is no `Html` is escaped."""
 
 from __future__ import annotations
 
 import html
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
-from deepseek_v3.utils.text import humanize
+from deepseek_v3.utils.text import format_si, humanize
+
+_ABBREVIATIONS = ("pii",)
 
 # Controls but tab and newline, soft hyphens, marks of direction and of zero width, line separators, surrogates,
 # private use, signs for notes, what is no character, tags. Joiners stay: scripts and emoji are made with them.
@@ -61,11 +60,6 @@ def passage(text: str, marked: Sequence[TextRange] = ()) -> Html:
         pieces += [_with_signs(text[end:start]), element("mark", _with_signs(text[start:stop]))]
         end = stop
     return element("div", *pieces, _with_signs(text[end:]), class_="text", dir="auto")
-
-
-def truncate(text: str, characters: int) -> str:
-    """At most so many characters of the text."""
-    return text if len(text) <= characters else text[: characters - 1] + "…"
 
 
 def slug(*names: str) -> str:
@@ -123,55 +117,11 @@ def _with_signs(text: str) -> Html:
     return concat(element("i", visible(piece)) if index % 2 else piece for index, piece in enumerate(pieces))
 
 
-_STEPS = ("", "k", "M", "G", "T", "P", "E")
-_WORD_CHARACTERS = 120
-_ABBREVIATIONS = ("pii",)
-
-
 def stage_title(name: str) -> str:
     """A stage's name as a heading."""
     return name.upper() if name in _ABBREVIATIONS else humanize(name).capitalize()
 
 
-def count(number: int) -> str:
-    """1,234,567."""
-    return f"{number:,}"
-
-
 def size(num_bytes: int) -> Html:
-    """Bytes as 1.2 MB (10⁶), with the exact number beside it for whoever asks."""
-    return element("data", scaled(num_bytes, "B"), value=num_bytes, title=f"{count(num_bytes)} bytes")
-
-
-def scaled(number: float, unit: str) -> str:
-    """A number of units in thousands, millions and so on: 217.5 MB, with a space that breaks no line."""
-    step = 0
-    while round(abs(number), 1) >= 1000 and step < len(_STEPS) - 1:
-        number, step = number / 1000, step + 1
-    digits = f"{number:.1f}" if step else f"{number:,.0f}"
-    return f"{digits}\u00a0{_STEPS[step]}{unit}".rstrip()
-
-
-def share(part: float, whole: float) -> str:
-    """A part of a whole in percent: 12.3%. What is not nothing is never 0.0%, and what is not all never 100.0%."""
-    if whole <= 0:
-        return "–"
-    percent = 100 * part / whole
-    if 0 < percent < 0.05:
-        return "<0.1%"
-    if 99.95 <= percent < 100:
-        return ">99.9%"
-    return f"{percent:,.1f}%"
-
-
-def figure(value: Any) -> str:
-    """Any figure of a stage: numbers to four digits, lists in a row, anything else as it prints, shortened."""
-    if isinstance(value, bool) or value is None:
-        return str(value).lower()
-    if isinstance(value, int):
-        return count(value)
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    if isinstance(value, list):
-        return truncate(", ".join(map(figure, value)), _WORD_CHARACTERS)
-    return truncate(str(value), _WORD_CHARACTERS)
+    """A size such as 1.2 MB (10⁶ bytes), with the exact number of bytes as its tooltip."""
+    return element("data", format_si(num_bytes, "B"), value=num_bytes, title=f"{num_bytes:,} bytes")

@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 
 from deepseek_v3.charts.histograms import Histogram
-from deepseek_v3.charts.markup import Html, TableBody, concat, count, element, html_table, scaled
+from deepseek_v3.charts.markup import Html, TableBody, concat, element, html_table
+from deepseek_v3.utils.text import format_integer, format_si
 
 _PLOT = 180  # pixels from the axis to the top
 _TOP, _BELOW = 10, 26  # pixels above the plot, and below it for the ticks
@@ -55,7 +56,7 @@ def histogram_chart(
     rows = list(zip(ranges, histogram.before, histogram.after, strict=True))
     most = max(*histogram.before, *histogram.after)
     top = _nice_top(most)
-    description = f"{len(rows)} bins on a {histogram.scale.name} axis; the fullest holds {count(most)} documents."
+    description = f"{len(rows)} bins on a {histogram.scale.name} axis; the fullest holds {most:,} documents."
     chart = element(
         "svg",
         element("title", title, id=f"{key}-title"),
@@ -72,7 +73,7 @@ def histogram_chart(
     numbers = html_table(
         title,
         [f"{unit}, from – below", "before", "after"],
-        TableBody([(name, count(before), count(after)) for name, before, after in rows]),
+        TableBody([(name, format_integer(before), format_integer(after)) for name, before, after in rows]),
     )
     return element(
         "figure",
@@ -89,7 +90,7 @@ def _grid(top: int) -> Html:
     for step in range(_GRID_LINES + 1):
         y = _TOP + _PLOT - _PLOT * step / _GRID_LINES
         lines.append(element("line", class_="grid", x1="0", x2="100%", y1=_short(y), y2=_short(y)))
-        label = scaled(top * step / _GRID_LINES, "").replace(".0", "")
+        label = format_si(top * step / _GRID_LINES, "").replace(".0", "")
         lines.append(element("text", label, x=-8, y=_short(y + 4), text_anchor="end"))
     return concat(lines)
 
@@ -136,7 +137,7 @@ def _hints(rows: Sequence[tuple[str, int, int]]) -> Html:
     return concat(
         element(
             "rect",
-            element("title", f"{name}: {count(before)} before, {count(after)} after"),
+            element("title", f"{name}: {before:,} before, {after:,} after"),
             class_="hint",
             x=_percent(index / len(rows)),
             width=_percent(1 / len(rows)),

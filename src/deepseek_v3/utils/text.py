@@ -1,7 +1,4 @@
-"""Text for standard output: tables, paragraphs, and signs that its encoding may lack.
-
-FOLDED: Numbers as people read them: 3.80B, $1,200.
-"""
+"""Text as people read it: numbers and values, tables and paragraphs, in the encoding of standard output."""
 
 from __future__ import annotations
 
@@ -17,15 +14,17 @@ from typing import Any
 
 _PLAIN = {"✓": "OK", "✗": "X", "×": "x", "–": "-", "─": "-"}
 _WIDTH = 110
-# Text that stands in a YAML file or on a command line without quotes, unless it reads as a number or the like.
+# Text that needs no quotes in YAML or on a command line, unless it would be read as a number, a boolean or null.
 _PLAIN_TEXT = re.compile(r"[\w./+~@%-]+")
 _READ_AS_OTHER = re.compile(r"[-+.]?\d.*|[-+]?\.(inf|nan)|~|null|true|false|yes|no|on|off", re.IGNORECASE)
-_LONGEST_VALUE = 200
-_DEEPEST_VALUE = 8
+_MAX_VALUE_CHARACTERS = 200
+_MAX_VALUE_DEPTH = 8
+_FIGURE_CHARACTERS = 120
+_SI_PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
 
 def printable(text: str) -> str:
-    """The text as standard output can print it: where signs are missing, plain ones such as OK, X and x."""
+    """The text in the characters of standard output's encoding; `✓` and others become ASCII such as `OK`."""
     encoding = sys.stdout.encoding or "utf-8"
     try:
         text.encode(encoding)
@@ -37,19 +36,19 @@ def printable(text: str) -> str:
 
 
 def format_value(value: Any) -> str:
-    """A value as a YAML file or a command line writes it, on one line: null, true, 5, name, 'two words', [1, 2].
+    """A value on one line, as in YAML or on a command line: null, true, 5, name, 'two words', [1, 2].
 
-    Text that would be read as something else is quoted; what is longer than 200 characters is cut in the middle.
+    Text that would be read as another type is quoted. The middle of more than 200 characters is left out.
     """
     text = _value_text(value)
-    if len(text) <= _LONGEST_VALUE:
+    if len(text) <= _MAX_VALUE_CHARACTERS:
         return text
-    half = _LONGEST_VALUE // 2
+    half = _MAX_VALUE_CHARACTERS // 2
     return f"{text[:half]} … {text[-half:]} ({len(text):,} characters)"
 
 
 def _value_text(value: Any, depth: int = 0) -> str:
-    if depth > _DEEPEST_VALUE:
+    if depth > _MAX_VALUE_DEPTH:
         return "…"
     if value is None:
         return "null"
@@ -83,19 +82,19 @@ def _quoted(text: str) -> str:
 
 
 def output_width() -> int:
-    """Columns of the terminal; 110 where the output is none."""
+    """The number of columns of the terminal; 110 if standard output is not a terminal."""
     return shutil.get_terminal_size((_WIDTH, 0)).columns if sys.stdout.isatty() else _WIDTH
 
 
 def paragraph(text: str) -> str:
-    """The text in lines no wider than the output, broken at spaces alone."""
+    """The text in lines no wider than the output, broken only at spaces."""
     return textwrap.fill(printable(text), output_width(), break_long_words=False, break_on_hyphens=False)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = ()) -> list[str]:
-    """Lines of aligned columns, as wide as they need: the header, a rule, the rows.
+    """The lines of a table with aligned columns: the header, a rule, the rows.
 
-    Columns are aligned to the right, except for the first and those in `left`.
+    Columns are aligned to the right, except the first one and those with a title in `left`.
     """
     cells = [[printable(cell) for cell in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -111,7 +110,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[s
 
 
 def side_by_side(one: Sequence[str], other: Sequence[str]) -> list[str]:
-    """Both blocks beside each other where the output is wide enough, else one below the other; ends stripped."""
+    """Two blocks of lines beside each other if the output is wide enough, else one below the other."""
     gap, width = "    ", max(map(len, one))
     if width + len(gap) + max(map(len, other)) > output_width():
         return [line.rstrip() for line in (*one, "", *other)]
@@ -119,39 +118,86 @@ def side_by_side(one: Sequence[str], other: Sequence[str]) -> list[str]:
 
 
 def humanize(name: str) -> str:
-    """The name of a field or a part in words."""
+    """The name of a field in words: `grad_norm` becomes `grad norm`."""
     return name.replace("_", " ")
 
 
-def pluralize(number: int, thing: str) -> str:
+def truncate(text: str, characters: int) -> str:
+    """The text, cut to at most this many characters, the last of which is then an ellipsis."""
+    return text if len(text) <= characters else text[: characters - 1] + "…"
+
+
+def pluralize(number: int, noun: str) -> str:
     """`1 document`, `2 documents`."""
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def format_integer(number: int) -> str:
+    """`1,234,567`."""
+    return f"{number:,}"
 
 
 def format_count(number: int) -> str:
-    """A count in trillions, billions or millions with two decimals; below 10,000 as it is."""
+    """A count in trillions, billions or millions with two decimals, such as `3.80B`; all digits below 10,000."""
     for size, unit in ((1e12, "T"), (1e9, "B")):
         if round(number / size, 2) >= 1:
             return f"{number / size:.2f}{unit}"
     return f"{number / 1e6:.2f}M" if number >= 10_000 else f"{number:,}"
 
 
+def format_si(number: float, unit: str) -> str:
+    """A number with an SI prefix and one decimal, such as `217.5 MB`; the space does not break the line."""
+    step = 0
+    while round(abs(number), 1) >= 1000 and step < len(_SI_PREFIXES) - 1:
+        number, step = number / 1000, step + 1
+    digits = f"{number:.1f}" if step else f"{number:,.0f}"
+    return f"{digits}\u00a0{_SI_PREFIXES[step]}{unit}".rstrip()
+
+
+def format_percent(part: float, whole: float) -> str:
+    """A part of a whole in percent, such as `12.3%`; `–` of nothing.
+
+    Only a part of 0 is 0.0%, and only the whole is 100.0%: others are `<0.1%` or `>99.9%` at the least or most.
+    """
+    if whole <= 0:
+        return "–"
+    percent = 100 * part / whole
+    if 0 < percent < 0.05:
+        return "<0.1%"
+    if 99.95 <= percent < 100:
+        return ">99.9%"
+    return f"{percent:,.1f}%"
+
+
+def format_figure(value: Any) -> str:
+    """A number to four digits, a list with commas, or any other value as text; at most 120 characters."""
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    if isinstance(value, int):
+        return format_integer(value)
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    if isinstance(value, list):
+        return truncate(", ".join(map(format_figure, value)), _FIGURE_CHARACTERS)
+    return truncate(str(value), _FIGURE_CHARACTERS)
+
+
 def three_figures(number: float) -> str:
-    """Three significant figures, or all before the point: 0.0123, 4.57, 12,345."""
+    """A number with three significant figures, or all digits before the point: `0.0123`, `4.57`, `12,345`."""
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def dollars(amount: float) -> str:
-    """Dollars, and cents up to a hundred of them."""
+    """An amount in dollars, with cents below $100."""
     return f"${amount:,.0f}" if amount >= 100 else f"${amount:.2f}"
 
 
-def gibibytes(number: float) -> str:
-    """Bytes in GiB with one decimal."""
-    return f"{number / 2**30:,.1f}"
+def gibibytes(num_bytes: float) -> str:
+    """Bytes in GiB with one decimal, without the unit."""
+    return f"{num_bytes / 2**30:,.1f}"
 
 
 def format_distinct(one: float, other: float, shown: Callable[[Any], str]) -> tuple[str, str]:
-    """Two different numbers as they are shown, or with all their digits where that would make them the same."""
+    """Two different numbers as `shown` formats them, or with all their digits if that makes them look equal."""
     short = (shown(one), shown(other))
     return short if short[0] != short[1] else (f"{one:,}", f"{other:,}")

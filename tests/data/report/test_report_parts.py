@@ -12,23 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek_v3.charts import histograms
-from deepseek_v3.charts.markup import (
-    Html,
-    element,
-    escape,
-    figure,
-    passage,
-    scaled,
-    share,
-    size,
-    slug,
-    truncate,
-    visible,
-)
+from deepseek_v3.charts.markup import Html, element, escape, passage, size, slug, visible
 from deepseek_v3.charts.style import STYLE
 from deepseek_v3.charts.svg import histogram_chart
 from deepseek_v3.data.report import drops
 from deepseek_v3.data.report.duplicates import differences, occurrences
+from deepseek_v3.utils.text import format_figure, format_percent, format_si, truncate
 
 
 class Seen(HTMLParser):
@@ -104,7 +93,7 @@ def test_markup_is_escaped_once() -> None:
     ],
 )
 def test_shares_round_neither_to_nothing_nor_to_all(part: int, whole: int, shown: str) -> None:
-    assert share(part, whole) == shown
+    assert format_percent(part, whole) == shown
 
 
 @pytest.mark.parametrize(
@@ -119,13 +108,13 @@ def test_shares_round_neither_to_nothing_nor_to_all(part: int, whole: int, shown
     ],
 )
 def test_sizes_have_units_of_thousands(number: int, shown: str) -> None:
-    assert scaled(number, "B").replace("\u00a0", " ") == shown
+    assert format_si(number, "B").replace("\u00a0", " ") == shown
     assert Seen(size(number)).attributes == [{"value": str(number), "title": f"{number:,} bytes"}]
 
 
 def test_figures_of_any_kind() -> None:
     values = [3, 0.31234, 1234.5, True, None, ["a", 2], "word", {"a": 1}]
-    assert [figure(value) for value in values] == [
+    assert [format_figure(value) for value in values] == [
         "3",
         "0.3123",
         "1,234",
@@ -135,7 +124,7 @@ def test_figures_of_any_kind() -> None:
         "word",
         "{'a': 1}",
     ]
-    assert len(figure("x" * 1000)) == 120
+    assert len(format_figure("x" * 1000)) == 120
 
 
 def test_bins_of_lengths_are_those_that_the_keys_name() -> None:

@@ -6,20 +6,9 @@ import math
 from typing import Any
 
 from deepseek_v3.charts import histograms
-from deepseek_v3.charts.markup import (
-    Html,
-    TableBody,
-    concat,
-    count,
-    element,
-    figure,
-    html_table,
-    share,
-    stage_title,
-    truncate,
-)
+from deepseek_v3.charts.markup import Html, TableBody, concat, element, html_table, stage_title
 from deepseek_v3.charts.svg import before_after_bars, histogram_chart, legend
-from deepseek_v3.utils.text import humanize
+from deepseek_v3.utils.text import format_figure, format_integer, format_percent, humanize, truncate
 
 _WORDS = 15
 _WORD_CHARACTERS = 40
@@ -68,10 +57,10 @@ def _observed(key: str, title: str, quantity: str, counts: dict[str, Any]) -> Ht
 
 def _number_caption(before: dict[str, int], after: dict[str, int]) -> str:
     medians = [histograms.median(histograms.numeric_counts(counts)) for counts in (before, after)]
-    was, is_ = (figure(middle) if middle is not None else "none" for middle in medians)
+    was, is_ = (format_figure(middle) if middle is not None else "none" for middle in medians)
     left_out = sum(before.values()) - sum(histograms.numeric_counts(before).values())
-    odd = f" {count(left_out)} more have no finite number." if left_out else ""
-    came, went = (count(sum(histograms.numeric_counts(counts).values())) for counts in (before, after))
+    odd = f" {left_out:,} more have no finite number." if left_out else ""
+    came, went = (format_integer(sum(histograms.numeric_counts(counts).values())) for counts in (before, after))
     return f"{came} documents that came to the stage, {went} that went on; median {was} before, {is_} after.{odd}"
 
 
@@ -83,10 +72,10 @@ def _words(title: str, before: dict[str, int], after: dict[str, int]) -> Html:
         (
             element("bdi", truncate(word, _WORD_CHARACTERS)),
             before_after_bars(was / most, is_ / most),
-            count(was),
-            share(was, total),
-            count(is_),
-            share(is_, was),
+            format_integer(was),
+            format_percent(was, total),
+            format_integer(is_),
+            format_percent(is_, was),
         )
         for word, was, is_ in rows
     ]
@@ -105,7 +94,7 @@ def _bytes(edge: float) -> str:
 
 def _edge(edge: float) -> str:
     nearest = round(edge)
-    return figure(nearest if math.isclose(edge, nearest, abs_tol=1e-9) else float(f"{edge:.3g}"))
+    return format_figure(nearest if math.isclose(edge, nearest, abs_tol=1e-9) else float(f"{edge:.3g}"))
 
 
 def _mean(num_bytes: int, documents: int) -> str:

@@ -14,20 +14,17 @@ from deepseek_v3.charts.markup import (
     TableBody,
     code,
     concat,
-    count,
     element,
-    figure,
     html_table,
     passage,
-    share,
     size,
     slug,
     stage_title,
-    truncate,
 )
 from deepseek_v3.charts.svg import bar
 from deepseek_v3.data.formats.quarantine import REASONS
 from deepseek_v3.data.report.duplicates import occurrences
+from deepseek_v3.utils.text import format_figure, format_integer, format_percent, truncate
 
 _KEPT = "kept"
 _SHOWN = 5  # of each reason
@@ -69,7 +66,7 @@ def _stage_reasons(
     for key in sorted(key for key in found if key.startswith(f"{name}/")):
         reason = key.split("/", 1)[1]
         documents = stage.get("reasons", {}).get(reason, {}).get("documents")
-        title = concat([code(reason), "" if documents is None else f" {count(documents)} documents dropped"])
+        title = concat([code(reason), "" if documents is None else f" {documents:,} documents dropped"])
         groups.append(_group(anchor(name, reason), title, found[key], characters))
     return concat([element("h3", stage_title(name)), *groups])
 
@@ -101,7 +98,7 @@ def _sample(sample: dict[str, Any], characters: int) -> Html:
 def _origin(sample: dict[str, Any]) -> Html:
     source = element("bdi", truncate(str(sample.get("source", "")), _NAME_CHARACTERS))
     name = element("bdi", truncate(str(sample.get("id", "")), _NAME_CHARACTERS))
-    return element("p", source, f", place {figure(sample.get('place'))}, id ", name, class_="origin")
+    return element("p", source, f", place {format_figure(sample.get('place'))}, id ", name, class_="origin")
 
 
 def _figures(figures: str | None) -> list[Html]:
@@ -109,13 +106,13 @@ def _figures(figures: str | None) -> list[Html]:
     found: dict[str, Any] = orjson.loads(figures) if figures else {}
     shown = sorted(name for name in found if found[name] not in ([], {}, None))
     names = sorted(shown, key=lambda name: name not in ("found", "limit"))
-    return [element("span", f"{name} ", element("b", element("bdi", figure(found[name])))) for name in names]
+    return [element("span", f"{name} ", element("b", element("bdi", format_figure(found[name])))) for name in names]
 
 
 def _length(shown: int, whole: int) -> list[Html]:
     if shown >= whole:
         return []
-    return [element("span", f"the first {count(shown)} of {count(whole)} characters")]
+    return [element("span", f"the first {shown:,} of {whole:,} characters")]
 
 
 _MEANINGS = {**REASONS, "duplicate_id": "a record whose id an earlier record of the corpus has"}
@@ -142,7 +139,7 @@ def quarantine_section(stats: dict[str, Any]) -> Html:
         return element("p", "Every record could be read.")
     most = max(found[0][1], 1)  # an empty file stands for no record
     rows = [
-        (code(reason), bar(("quarantined", number / most)), count(number), _MEANINGS.get(reason, ""))
+        (code(reason), bar(("quarantined", number / most)), format_integer(number), _MEANINGS.get(reason, ""))
         for reason, number in found
     ]
     return html_table(
@@ -157,19 +154,26 @@ def _stage_samples(stage: dict[str, Any], most: int, samples: dict[str, Any]) ->
         (
             _name(stage["name"], reason, samples),
             bar(("dropped", each.get("documents", 0) / max(most, 1))),
-            count(each.get("documents", 0)),
-            share(each.get("documents", 0), documents),
+            format_integer(each.get("documents", 0)),
+            format_percent(each.get("documents", 0), documents),
             size(each.get("bytes", 0)),
-            share(each.get("bytes", 0), num_bytes),
+            format_percent(each.get("bytes", 0), num_bytes),
         )
         for reason, each in sorted(found.items(), key=lambda item: (-item[1].get("documents", 0), item[0]))
     ]
     shorter = num_bytes - left.get("bytes", 0) - sum(each.get("bytes", 0) for each in found.values())
     if shorter > 0:
         rows.append(
-            ("text taken out of documents that go on", "", "", "", size(shorter), share(shorter, num_bytes))
+            (
+                "text taken out of documents that go on",
+                "",
+                "",
+                "",
+                size(shorter),
+                format_percent(shorter, num_bytes),
+            )
         )
-    heading = f"{stage_title(stage['name'])}: {count(documents)} in, {count(left.get('documents', 0))} out"
+    heading = f"{stage_title(stage['name'])}: {documents:,} in, {left.get('documents', 0):,} out"
     return TableBody(rows, heading)
 
 

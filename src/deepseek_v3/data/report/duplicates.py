@@ -11,21 +11,9 @@ from collections.abc import Sequence
 from difflib import SequenceMatcher
 from typing import Any
 
-from deepseek_v3.charts.markup import (
-    Html,
-    TableBody,
-    TextRange,
-    concat,
-    count,
-    element,
-    figure,
-    html_table,
-    passage,
-    stage_title,
-    truncate,
-)
+from deepseek_v3.charts.markup import Html, TableBody, TextRange, concat, element, html_table, passage, stage_title
 from deepseek_v3.charts.svg import bar
-from deepseek_v3.utils.text import humanize
+from deepseek_v3.utils.text import format_figure, format_integer, humanize, truncate
 
 # Scripts without spaces between words are compared character by character.
 _IDEOGRAPHS = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -80,7 +68,7 @@ def _compares(stage: dict[str, Any]) -> bool:
 
 def _stage(name: str, figures: dict[str, Any]) -> Html:
     facts = [
-        element("div", element("dt", humanize(key)), element("dd", figure(value)))
+        element("div", element("dt", humanize(key)), element("dd", format_figure(value)))
         for key, value in sorted(figures.items())
         if isinstance(value, (int, float, str))
     ]
@@ -103,9 +91,9 @@ def _sizes(sizes: dict[str, int]) -> Html:
     most = max(ranges.values())
     rows = [
         (
-            f"{count(2 ** (bits - 1))} – {count(2**bits - 1)}",
+            f"{2 ** (bits - 1):,} – {2**bits - 1:,}",
             bar(("after", ranges[bits] / most)),
-            count(ranges[bits]),
+            format_integer(ranges[bits]),
         )
         for bits in sorted(ranges)
     ]
@@ -123,7 +111,7 @@ def _example(example: dict[str, Any]) -> Html:
     equal = known and not any(marked)
     return element(
         "details",
-        element("summary", f"similarity {figure(example.get('similarity'))}"),
+        element("summary", f"similarity {format_figure(example.get('similarity'))}"),
         element("div", *columns, class_="pair"),
         element("p", "No word differs in what is shown.", class_="note") if equal else "",
         class_="samples",

@@ -7,19 +7,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from deepseek_v3.charts.markup import (
-    Html,
-    TableBody,
-    concat,
-    count,
-    element,
-    html_table,
-    scaled,
-    share,
-    size,
-    stage_title,
-)
+from deepseek_v3.charts.markup import Html, TableBody, concat, element, html_table, size, stage_title
 from deepseek_v3.charts.svg import bar
+from deepseek_v3.utils.text import format_integer, format_percent, format_si
 
 _PARTS = {
     "kept": "documents in the output",
@@ -64,7 +54,9 @@ def _card(name: str, number: int, whole: int, meaning: str) -> Html:
     return element(
         "div",
         element("dt", name.capitalize()),
-        element("dd", element("strong", count(number)), " ", element("span", share(number, whole))),
+        element(
+            "dd", element("strong", format_integer(number)), " ", element("span", format_percent(number, whole))
+        ),
         element("dd", meaning, class_="meaning"),
         class_=f"card {name}",
     )
@@ -73,7 +65,7 @@ def _card(name: str, number: int, whole: int, meaning: str) -> Html:
 def _sum(counts: dict[str, int]) -> str:
     kept, dropped, quarantined = (counts[name] for name in _PARTS)
     total = kept + dropped + quarantined
-    sum_ = f"{count(kept)} kept + {count(dropped)} dropped + {count(quarantined)} quarantined = {count(total)}"
+    sum_ = f"{kept:,} kept + {dropped:,} dropped + {quarantined:,} quarantined = {total:,}"
     return f"{sum_}, every record of the input." if total == counts["input"] else f"{sum_}."
 
 
@@ -84,7 +76,7 @@ def _output(stats: dict[str, Any]) -> list[str]:
     how = (
         "counted" if stats.get("tokens_counted") else f"estimated at {stats.get('bytes_per_token', 0):g} bytes each"
     )
-    tokens = scaled(tokens_kept(stats), "")
+    tokens = format_si(tokens_kept(stats), "")
     return ["The output holds ", size(kept["bytes"]), f" of text, about {tokens} tokens ({how})."]
 
 
@@ -93,8 +85,8 @@ def _alarms(stats: dict[str, Any], counts: dict[str, int]) -> Html:
         element(
             "li",
             element("strong", stage_title(alarm["stage"])),
-            f" removed {share(alarm['removed'], 1)} of its documents; its alarm stands at ",
-            f"{share(alarm['limit'], 1)}. Look at the ",
+            f" removed {format_percent(alarm['removed'], 1)} of its documents; its alarm stands at ",
+            f"{format_percent(alarm['limit'], 1)}. Look at the ",
             element("a", "samples", href="#samples"),
             " before you use the output.",
         )
@@ -103,7 +95,10 @@ def _alarms(stats: dict[str, Any], counts: dict[str, int]) -> Html:
     total = sum(counts[name] for name in _PARTS)
     if total != counts["input"]:
         alarms.append(
-            element("li", f"Of {count(counts['input'])} records of the input {count(total)} are accounted for.")
+            element(
+                "li",
+                f"Of {counts['input']:,} records of the input {total:,} are accounted for.",
+            )
         )
     if not alarms:
         return concat([])
@@ -164,7 +159,12 @@ def _item(step: FunnelStep, before: FunnelStep, first: FunnelStep, most_document
     return element(
         "li",
         element("span", step.name, class_="step"),
-        element("span", count(step.documents), " ", element("b", share(step.documents, first.documents))),
+        element(
+            "span",
+            format_integer(step.documents),
+            " ",
+            element("b", format_percent(step.documents, first.documents)),
+        ),
         element(
             "div",
             bar(("kept", step.documents / most_documents), ("dropped", lost / most_documents)),
@@ -197,12 +197,17 @@ def _row(
     step: FunnelStep, before: FunnelStep, steps: list[FunnelStep], tokens: float, all_tokens: float
 ) -> list[str]:
     lost = before.documents - step.documents
-    documents = [step.name, count(step.documents), share(step.documents, steps[0].documents), _change(lost)]
+    documents = [
+        step.name,
+        format_integer(step.documents),
+        format_percent(step.documents, steps[0].documents),
+        _change(lost),
+    ]
     if step.num_bytes is None:
         return [*documents, "–", "–", "–", "–"]
-    text = [size(step.num_bytes), share(step.num_bytes, steps[1].num_bytes or 0)]
-    return [*documents, *text, scaled(tokens, ""), share(tokens, all_tokens)]
+    text = [size(step.num_bytes), format_percent(step.num_bytes, steps[1].num_bytes or 0)]
+    return [*documents, *text, format_si(tokens, ""), format_percent(tokens, all_tokens)]
 
 
 def _change(lost: int) -> str:
-    return f"+{count(-lost)}" if lost < 0 else count(lost)
+    return f"+{-lost:,}" if lost < 0 else format_integer(lost)

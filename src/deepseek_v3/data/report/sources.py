@@ -4,18 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from deepseek_v3.charts.markup import (
-    Html,
-    TableBody,
-    count,
-    element,
-    figure,
-    html_table,
-    share,
-    stage_title,
-    truncate,
-)
+from deepseek_v3.charts.markup import Html, TableBody, element, html_table, stage_title
 from deepseek_v3.charts.svg import bar
+from deepseek_v3.utils.text import format_figure, format_integer, format_percent, truncate
 
 _SHOWN = 30
 _NAME_CHARACTERS = 80
@@ -49,7 +40,7 @@ def sources_section(stats: dict[str, Any]) -> Html:
     rest = found[_SHOWN:]
     rows = [_row(source) for source in found[:_SHOWN]]
     if rest:
-        others = f"{count(len(rest))} others"
+        others = f"{len(rest):,} others"
         rows.append(_row(Source(others, sum(s.given for s in rest), sum(s.left for s in rest), "")))
     header = ["source", "", "share removed", "documents", "removed", "left", "mostly by"]
     return html_table("Documents removed, by source", header, TableBody(rows), left=[6])
@@ -67,13 +58,16 @@ def mixture_section(stats: dict[str, Any]) -> Html:
         (
             element("bdi", truncate(name, _NAME_CHARACTERS)),
             bar(("kept", part.get("tokens", 0) / max(total, 1))),
-            share(part.get("tokens", 0), total),
-            *(figure(part.get(key)) if key in part else "–" for key in ("tokens", "target", "documents", "epochs")),
+            format_percent(part.get("tokens", 0), total),
+            *(
+                format_figure(part.get(key)) if key in part else "–"
+                for key in ("tokens", "target", "documents", "epochs")
+            ),
         )
         for name, part in parts
     ]
     header = ["source", "", "share", "tokens", "target", "documents", "epochs"]
-    return html_table(f"Tokens by source, {count(total)} in all", header, TableBody(rows))
+    return html_table(f"Tokens by source, {total:,} in all", header, TableBody(rows))
 
 
 def _sources(stages: list[dict[str, Any]]) -> list[Source]:
@@ -99,9 +93,9 @@ def _row(source: Source) -> tuple[str, ...]:
     return (
         element("bdi", truncate(source.name, _NAME_CHARACTERS)),
         bar(("dropped", source.share)),
-        share(source.removed, source.given),
-        count(source.given),
-        count(source.removed),
-        count(source.left),
+        format_percent(source.removed, source.given),
+        format_integer(source.given),
+        format_integer(source.removed),
+        format_integer(source.left),
         source.taker,
     )
