@@ -1,4 +1,4 @@
-"""What a run shows and records: its log line, its metrics on disk, its progress on a terminal, its memory."""
+"""What a training run reports: its log line for a step, its metrics on disk, its peak memory."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def step_line(
     *more: tuple[str, str],
     total_tokens: int = _LARGE_RUN,
 ) -> str:
-    """`Step 100/42036 | Loss: 3.2451 | LR: 1.80e-04 | Tokens: 0.42B | Steps/sec: 2.15`, below it `Name: value | …`.
+    """`Step 100/42036 | Loss: 3.2451 | LR: 1.80e-04 | Tokens: 0.42B | Steps/sec: 2.15`, then `Name: value | …`.
 
-    `loss` is in nats per token, `tokens` counts those trained on so far, `more` holds names and formatted values.
-    A run of less than a billion `total_tokens` counts them in millions or thousands, and its lines all fit into 80
-    columns behind `[Trainer] `.
+    `loss` is in nats per token, `tokens` is the number of tokens trained on so far, `more` holds pairs of a name
+    and a formatted value. A run of less than a billion `total_tokens` shows tokens in millions or thousands, and
+    all its lines fit into 80 columns after `[Trainer] `.
     """
     letter, unit = next(((letter, unit) for letter, unit in _UNITS if total_tokens >= unit), _UNITS[-1])
     first = [
@@ -61,7 +61,7 @@ def step_line(
 
 
 def time_left(steps: int, steps_per_second: float) -> str:
-    """`0:05`, `2:07:09` or `3d 04:00:00` for the time that this many more steps take."""
+    """The time that `steps` more steps take, as `0:05`, `2:07:09` or `3d 04:00:00`."""
     seconds = int(steps / max(steps_per_second, 1e-9) + 0.5)
     days, (hours, minutes, seconds) = seconds // 86_400, (seconds // 3600 % 24, seconds // 60 % 60, seconds % 60)
     if days:
@@ -70,7 +70,7 @@ def time_left(steps: int, steps_per_second: float) -> str:
 
 
 def _lines(fields: Sequence[str]) -> list[str]:
-    """The fields with ` | ` between them, in as few lines of 70 columns as they take."""
+    """Joins the fields with ` | ` into as few lines of at most 70 columns as possible."""
     lines: list[str] = []
     for field in fields:
         if lines and len(lines[-1]) + 3 + len(field) <= _COLUMNS:
@@ -81,15 +81,15 @@ def _lines(fields: Sequence[str]) -> list[str]:
 
 
 class MetricsWriter:
-    """Appends records to `directory/metrics.jsonl`, and mirrors them to TensorBoard in `directory/tensorboard`.
+    """Appends records to `directory/metrics.jsonl`, and to TensorBoard files in `directory/tensorboard`.
 
-    A run that resumes from the checkpoint of `resume_step` drops the records of later steps, so that both read as
-    one uninterrupted run. A fresh run (`resume_step=None`) keeps the metrics of an earlier one in the same folder
-    as `metrics.<n>.jsonl`. Raises DataError where `directory` cannot be written, or the file to continue is
-    no metrics file.
+    A run that resumes from the checkpoint of `resume_step` drops the records of later steps, so that both read like
+    one uninterrupted run. A new run (`resume_step=None`) renames the metrics of a previous run in the same folder
+    to `metrics.<n>.jsonl`. Raises DataError if `directory` cannot be written, or the file to continue holds no
+    metrics.
 
-    What cannot be written later ends no run: it is logged once, and again when it is over. Records wait in memory
-    meanwhile; TensorBoard's are lost.
+    A write that fails later does not end the run: the failure is logged once, and so is the recovery. Until then
+    records wait in memory; those of TensorBoard are lost.
     """
 
     def __init__(self, directory: Path, tensorboard: bool, resume_step: int | None) -> None:
@@ -97,7 +97,7 @@ class MetricsWriter:
         self._tensorboard: SummaryWriter | None = None
         self._events = directory / "tensorboard" if tensorboard else None
         self._thread_hook = threading.excepthook
-        threading.excepthook = partial(_tell_of_thread, self._thread_hook)
+        threading.excepthook = partial(_report_thread_failure, self._thread_hook)
         try:
             self._file = _open_metrics(self._path, resume_step)
             self._open_tensorboard(0 if resume_step is None else resume_step + 1)
@@ -112,9 +112,9 @@ class MetricsWriter:
             ) from error
 
     def write(self, step: int, values: Mapping[str, float | list[float]]) -> None:
-        """Appends `{"step": step, **values}`, flushed, with null for what is not finite.
+        """Appends `{"step": step, **values}` and flushes it, with null for NaN and infinity.
 
-        TensorBoard shows the entries of a list, one per layer, as `name/layer_00`, `name/layer_01` and on.
+        A list has one value per layer; TensorBoard shows them as `name/layer_00`, `name/layer_01` and so on.
         """
         record = {"step": step, **{name: _without_infinities(value) for name, value in values.items()}}
         self._unwritten += json.dumps(record, allow_nan=False).encode() + b"\n"
@@ -130,7 +130,7 @@ class MetricsWriter:
                     self._tensorboard.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Closes both; records that have waited until now are tried once more."""
+        """Writes the records that still wait, if possible, and closes all files."""
         try:
             self._append()
             self._file.close()
@@ -142,7 +142,7 @@ class MetricsWriter:
         threading.excepthook = self._thread_hook
 
     def _append(self) -> None:
-        """Writes what waits. After an error the file goes on where it ended, so that no line is torn."""
+        """Writes the records that wait. After an error it continues at the byte where it stopped."""
         while self._unwritten:
             self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
 
@@ -164,10 +164,10 @@ class MetricsWriter:
 
     @contextmanager
     def _tolerating_tensorboard(self) -> Iterator[None]:
-        """Gives TensorBoard up, until metrics recover, where it fails: what writes its file has ended then."""
+        """Closes TensorBoard if it fails, until metrics.jsonl recovers: its writer thread has ended then."""
         try:
             yield
-        except Exception as error:  # noqa: BLE001 -- its back ends have errors of their own
+        except Exception as error:  # noqa: BLE001 -- its back ends raise many types
             _log.warning(f"{self._events}: cannot be written: {error}; training goes on, see metrics.jsonl")
             self._tensorboard = None
 
@@ -181,9 +181,9 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file, without a last line that a crash cut short.
+    """Reads the records of a metrics file, without a last line that a crash cut short.
 
-    Raises DataError where the file cannot be read or another line is no record.
+    Raises DataError if the file cannot be read or another line is not a record.
     """
     try:
         lines = path.read_bytes().splitlines()
@@ -219,8 +219,10 @@ def _open_metrics(path: Path, resume_step: int | None) -> FileIO:
     return path.open("ab", buffering=0)
 
 
-def _tell_of_thread(hook: Callable[[threading.ExceptHookArgs], object], failure: threading.ExceptHookArgs) -> None:
-    """Leaves out what ends the thread that writes TensorBoard's file: the next use of the writer raises it."""
+def _report_thread_failure(
+    hook: Callable[[threading.ExceptHookArgs], object], failure: threading.ExceptHookArgs
+) -> None:
+    """Skips the errors of the thread that writes TensorBoard's file, which the next use of the writer raises."""
     if type(failure.thread).__module__ != event_file_writer.__name__:
         hook(failure)
 
@@ -233,14 +235,14 @@ def _drop_after(path: Path, step: int) -> None:
 
 def _set_aside(path: Path) -> None:
     number = 1
-    while (earlier := path.with_name(f"metrics.{number}.jsonl")).exists():
+    while (kept := path.with_name(f"metrics.{number}.jsonl")).exists():
         number += 1
-    path.rename(earlier)
-    _log.info("%s holds the metrics of an earlier run; kept as %s", path, earlier.name)
+    path.rename(kept)
+    _log.info("%s holds the metrics of a previous run; kept as %s", path, kept.name)
 
 
 def _without_infinities(value: float | list[float]) -> float | list[float | None] | None:
-    """JSON knows neither NaN nor infinity."""
+    """Replaces NaN and infinity, which JSON does not have, by None."""
     if isinstance(value, list):
         return [entry if math.isfinite(entry) else None for entry in value]
     return value if math.isfinite(value) else None
@@ -257,7 +259,7 @@ def _scalars(values: Mapping[str, float | list[float]]) -> dict[str, float]:
 
 
 def device_memory_bytes(device: torch.device) -> int:
-    """The most memory held so far, in bytes: by tensors on a CUDA device, else by the whole process."""
+    """Peak memory in bytes: of the tensors on a CUDA device, or of the whole process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
