@@ -1,4 +1,4 @@
-"""Ctrl-C before a program has begun, and in the processes that it starts: no traceback, and exit code 130."""
+"""Ctrl-C during a program's imports and in its worker processes: exit code 130 and no traceback."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def exits(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     signal.signal(signal.SIGINT, earlier)
 
 
-def test_while_importing_ctrl_c_ends_the_process_at_once(exits: list[int]) -> None:
+def test_ctrl_c_during_imports_ends_the_process_at_once(exits: list[int]) -> None:
     with exit_on_interrupt():
         signal.raise_signal(signal.SIGINT)
     assert exits == [130]
@@ -33,7 +33,7 @@ def test_while_importing_ctrl_c_ends_the_process_at_once(exits: list[int]) -> No
         signal.raise_signal(signal.SIGINT)
 
 
-def test_where_ctrl_c_is_ignored_it_stays_so(exits: list[int]) -> None:
+def test_ctrl_c_stays_ignored_where_it_was(exits: list[int]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with exit_on_interrupt():
         signal.raise_signal(signal.SIGINT)
@@ -41,7 +41,7 @@ def test_where_ctrl_c_is_ignored_it_stays_so(exits: list[int]) -> None:
     assert exits == []
 
 
-def test_a_program_is_ready_for_ctrl_c_before_it_imports_anything() -> None:
+def test_programs_handle_ctrl_c_before_other_imports() -> None:
     code = "import sys, deepseek_v3.utils.interrupts; print({'typer', 'pydantic', 'torch'} & sys.modules.keys())"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "set()\n"
@@ -71,7 +71,7 @@ if __name__ == "__main__":
 """
 
 
-def test_workers_and_their_server_never_hear_ctrl_c(tmp_path: Path) -> None:
+def test_workers_and_the_fork_server_ignore_ctrl_c(tmp_path: Path) -> None:
     program = tmp_path / "workers.py"
     program.write_text(WORKERS)
     run = subprocess.run([sys.executable, program], capture_output=True, text=True, check=True)

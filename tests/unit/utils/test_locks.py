@@ -1,4 +1,4 @@
-"""Locks on folders: one holder at a time, and none that is dead."""
+"""Locks on folders: one owner at a time, and none that has died."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def name_owner(folder: Path, *, kernel: str, silent: float = 0.0) -> Path:
     return path
 
 
-def test_a_second_process_is_refused_and_told_by_whom(tmp_path: Path) -> None:
+def test_a_second_process_is_refused_with_the_owners_name(tmp_path: Path) -> None:
     with hold_lock(tmp_path / ".lock", tmp_path, ADVICE):
         with pytest.raises(InUseError, match=rf"works on this run \(process {os.getpid()} on host "):
             take(tmp_path)
@@ -49,7 +49,7 @@ def test_a_second_process_is_refused_and_told_by_whom(tmp_path: Path) -> None:
     take(tmp_path)
 
 
-def test_a_released_lock_leaves_nothing_but_what_was_written(tmp_path: Path) -> None:
+def test_a_released_lock_leaves_no_files_of_its_own(tmp_path: Path) -> None:
     take(tmp_path / "runs" / "one")
     assert list(tmp_path.iterdir()) == []
     with hold_lock(tmp_path / "runs" / "one" / ".lock", tmp_path, ADVICE):
@@ -63,7 +63,7 @@ def test_an_error_in_the_block_releases_the_lock(tmp_path: Path) -> None:
     take(tmp_path)
 
 
-def test_shared_locks_exclude_only_others(tmp_path: Path) -> None:
+def test_shared_locks_exclude_only_exclusive_ones(tmp_path: Path) -> None:
     with hold_lock(tmp_path / ".lock", tmp_path, ADVICE, shared=True):
         take(tmp_path, shared=True)
         with pytest.raises(InUseError, match="another process works on this run; wait"):
@@ -91,7 +91,7 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path, caplog: pyte
     assert f"took over the lock of a process that has died (process {process.pid} on host" in caplog.text
 
 
-def test_a_live_owner_elsewhere_is_believed_until_it_is_silent(tmp_path: Path) -> None:
+def test_an_owner_elsewhere_holds_the_lock_until_silent(tmp_path: Path) -> None:
     """As where two hosts share a file system that keeps each one's locks from the other."""
     name_owner(tmp_path, kernel="another", silent=50)
     for shared in (False, True):
@@ -105,7 +105,7 @@ def test_a_live_owner_elsewhere_is_believed_until_it_is_silent(tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_locks_in_the_file_system_the_owner_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_owner_decides_on_file_systems_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
@@ -131,7 +131,7 @@ def test_an_owner_touches_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     os.close(descriptor)
 
 
-def test_a_lock_file_removed_meanwhile_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_file_removed_meanwhile_is_created_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes must not hold two files of one name."""
     flock, path, calls = fcntl.flock, tmp_path / ".lock", []
 
@@ -148,7 +148,7 @@ def test_a_lock_file_removed_meanwhile_is_made_anew(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"pid": 1}', '"text"'])
-def test_a_lock_file_that_names_nobody_is_nobodys(content: str, tmp_path: Path) -> None:
+def test_a_lock_file_without_an_owner_is_free(content: str, tmp_path: Path) -> None:
     (tmp_path / ".lock").write_text(content)
     take(tmp_path)
 
@@ -185,14 +185,14 @@ def test_a_second_run_in_a_folder_is_refused_and_writes_nothing(field: str, tmp_
     assert not config.data.path.exists()
 
 
-def test_one_folder_may_serve_for_checkpoints_and_logs(tmp_path: Path) -> None:
+def test_checkpoints_and_logs_may_share_a_folder(tmp_path: Path) -> None:
     config = load_config(write_run(tmp_path), [f"checkpoint.directory={tmp_path / 'run' / '..' / 'run'}"])
     with lock_run_folders(config, None), pytest.raises(InUseError):
         take(tmp_path / "run")
     take(tmp_path / "run")
 
 
-def test_a_run_removes_what_killed_runs_left_half_written(tmp_path: Path) -> None:
+def test_a_run_removes_the_partial_files_of_killed_runs(tmp_path: Path) -> None:
     config = load_config(write_run(tmp_path))
     folders = {
         config.checkpoint.directory: [".checkpoint_step_2.pt.4711.partial", ".probe.12.partial"],

@@ -28,14 +28,14 @@ def test_a_line_is_the_component_and_the_message(capsys: pytest.CaptureFixture[s
     assert captured.err == ""
 
 
-def test_warnings_and_errors_say_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_warnings_and_errors_are_marked(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logging()
     get_logger("Checkpoint").warning("passed over x.pt")
     get_logger("Checkpoint").error("no space")
     assert capsys.readouterr().out == "[Checkpoint] warning: passed over x.pt\n[Checkpoint] error: no space\n"
 
 
-def test_text_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_markup_in_messages_is_not_interpreted(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logging()
     message = "[bold]:rocket: " + "long " * 100 + "/[red]path[/red]"
     get_logger("Data").info(message)
@@ -49,7 +49,7 @@ def test_lines_can_go_to_standard_error(capsys: pytest.CaptureFixture[str]) -> N
     assert (captured.out, captured.err) == ("", "[Inference] loaded\n")
 
 
-def test_a_further_call_replaces_the_first(capsys: pytest.CaptureFixture[str]) -> None:
+def test_configuring_again_replaces_the_first_setting(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logging(stderr=True)
     configure_logging(logging.WARNING)
     get_logger("Trainer").info("hidden")
@@ -58,7 +58,7 @@ def test_a_further_call_replaces_the_first(capsys: pytest.CaptureFixture[str]) -
     assert (captured.out, captured.err) == ("[Trainer] warning: shown\n", "")
 
 
-def test_an_exception_brings_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+def test_exceptions_are_logged_with_their_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logging()
     try:
         raise ValueError("odd number")
@@ -84,14 +84,14 @@ def test_records_reach_the_handlers_of_a_host_program(caplog: pytest.LogCaptureF
     assert caplog.messages == ["seen"]
 
 
-def test_a_live_display_shares_the_console_of_the_lines() -> None:
+def test_a_live_display_shares_the_console_of_the_log() -> None:
     configure_logging(stderr=True)
     assert get_console() is get_console()
     assert get_console().stderr
 
 
 @pytest.mark.parametrize("unbuffered", [False, True])
-def test_output_that_nobody_reads_ends_nothing(
+def test_a_closed_output_pipe_does_not_end_the_program(
     unbuffered: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As behind `| head`."""
@@ -110,7 +110,7 @@ def test_output_that_nobody_reads_ends_nothing(
     assert told == "[Logging] warning: standard output cannot be written: Broken pipe; the program goes on\n"
 
 
-def test_output_to_a_full_disk_is_told_once_and_when_it_is_over(
+def test_a_full_disk_is_reported_once_and_when_it_is_over(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     configure_logging()
@@ -129,7 +129,7 @@ def test_output_to_a_full_disk_is_told_once_and_when_it_is_over(
 
 
 @pytest.mark.parametrize("stderr", [False, True])
-def test_a_program_without_output_goes_on(stderr: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_program_without_standard_output_goes_on(stderr: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     configure_logging(stderr=stderr)
     monkeypatch.setattr(sys, "stderr" if stderr else "stdout", None)
     get_logger("Trainer").info("Step 1")

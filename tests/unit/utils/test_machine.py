@@ -54,14 +54,12 @@ def _limits(**limits: object) -> dict[str, str]:
         ({}, 64 * GIB),
     ],
 )
-def test_the_least_limit_of_a_group_and_those_above(
-    tmp_path: Path, limits: dict[str, object], expected: int
-) -> None:
+def test_the_lowest_limit_of_nested_groups_counts(tmp_path: Path, limits: dict[str, object], expected: int) -> None:
     root = _machine(tmp_path, "0::/job/step\n", V2.format(top="/"), **_limits(**limits))
     assert usable_memory(root) == expected
 
 
-def test_limits_of_the_first_version(tmp_path: Path) -> None:
+def test_limits_of_cgroups_version_1(tmp_path: Path) -> None:
     groups = "4:memory:/slurm/uid_1/job_2\n1:cpu:/\n0::/\n"
     files = {
         "memory__memory.limit_in_bytes": "9223372036854771712",
@@ -71,7 +69,7 @@ def test_limits_of_the_first_version(tmp_path: Path) -> None:
     assert usable_memory(_machine(tmp_path, groups, V1.format(top="/"), **files)) == 6 * GIB
 
 
-def test_a_machine_with_both_versions(tmp_path: Path) -> None:
+def test_a_machine_with_both_cgroup_versions(tmp_path: Path) -> None:
     unified = V2.format(top="/").replace("/sys/fs/cgroup ", "/sys/fs/cgroup/unified ")
     files = {
         "memory__a__memory.limit_in_bytes": str(4 * GIB),
@@ -90,14 +88,14 @@ def test_inside_a_container_the_mount_is_the_group(tmp_path: Path, group: str, t
     assert usable_memory(root) == 2 * GIB
 
 
-def test_without_control_groups_the_machine_decides(tmp_path: Path) -> None:
+def test_the_whole_machine_without_control_groups(tmp_path: Path) -> None:
     assert usable_memory(tmp_path) == 64 * GIB
     assert cpu_quota(tmp_path) is None
     root = _machine(tmp_path, "4:pids:/a\nrubbish\n", "rubbish\n" + V1.format(top="/"))
     assert (usable_memory(root), cpu_quota(root)) == (64 * GIB, None)
 
 
-def test_quotas_of_the_cpu_nest_too(tmp_path: Path) -> None:
+def test_the_lowest_cpu_quota_of_nested_groups_counts(tmp_path: Path) -> None:
     quotas = {"job__cpu.max": "250000 100000", "job__step__cpu.max": "max 100000", "cpu.max": "900000 100000"}
     assert cpu_quota(_machine(tmp_path / "two", "0::/job/step\n", V2.format(top="/"), **quotas)) == 2.5
     first = {
@@ -119,7 +117,7 @@ def test_a_quota_limits_the_cores(monkeypatch: pytest.MonkeyPatch, quota: float 
     ("number", "load", "advice"),
     [(2, 0.3, False), (2, 1.4, True), (1, 30.0, False), (1, 0.0, False), (2, 0.6, True)],
 )
-def test_the_line_advises_one_thread_where_others_work(number: int, load: float, advice: bool) -> None:
+def test_one_thread_is_advised_on_a_busy_machine(number: int, load: float, advice: bool) -> None:
     line = describe_threads(number, 2, load)
     assert line.startswith(f"Threads: {number} on 2 cores; OMP_NUM_THREADS sets another number")
     assert ("OMP_NUM_THREADS=1 may be faster" in line) == advice

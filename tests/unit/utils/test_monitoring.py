@@ -33,7 +33,7 @@ def test_step_line() -> None:
     assert line == "Step 100/42036 | Loss: 3.2451 | LR: 1.80e-04 | Tokens: 0.42B | Steps/sec: 2.15"
 
 
-def test_more_fields_stand_below_the_line() -> None:
+def test_more_fields_follow_below_the_line() -> None:
     line = step_line(1, 2, math.nan, 0.0, 14_800_000_000_000, 0.001, ("Tokens/sec", "1,024"), ("MFU", "41.0%"))
     assert line.splitlines() == [
         "Step 1/2 | Loss: nan | LR: 0.00e+00 | Tokens: 14800.00B | Steps/sec: 0.00",
@@ -88,7 +88,7 @@ def recorded_steps(directory: Path) -> list[int]:
     return [record["step"] for record in read_metrics(directory / "metrics.jsonl")]
 
 
-def test_each_record_is_on_disk_as_soon_as_it_is_written(tmp_path: Path) -> None:
+def test_each_record_is_flushed_to_disk(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path / "run", tensorboard=False, resume_step=None) as metrics:
         metrics.write(10, {"loss": 2.5, "tokens": 5120, "load": [0.5, 1.5]})
         expected = {"step": 10, "loss": 2.5, "tokens": 5120, "load": [0.5, 1.5]}
@@ -96,7 +96,7 @@ def test_each_record_is_on_disk_as_soon_as_it_is_written(tmp_path: Path) -> None
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
 
 
-def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
+def test_nan_and_infinity_are_written_as_null(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path, tensorboard=False, resume_step=None) as metrics:
         metrics.write(1, {"loss": math.nan, "norm": math.inf, "load": [1.0, -math.inf]})
     text = (tmp_path / "metrics.jsonl").read_text()
@@ -123,7 +123,7 @@ def test_a_line_cut_short_by_a_crash_is_dropped(cut: int, tmp_path: Path) -> Non
     assert recorded_steps(tmp_path) == [*complete, 4]
 
 
-def test_zeros_after_a_power_cut_are_dropped(tmp_path: Path) -> None:
+def test_zeros_after_a_power_failure_are_dropped(tmp_path: Path) -> None:
     write_steps(tmp_path, range(1, 3))
     with (tmp_path / "metrics.jsonl").open("ab") as file:
         file.write(b"\0" * 100)
@@ -131,7 +131,7 @@ def test_zeros_after_a_power_cut_are_dropped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", ["{broken", "[1, 2]", '{"loss": 1.0}', '{"step": null}'])
-def test_damage_elsewhere_is_named_and_changes_nothing(line: str, tmp_path: Path) -> None:
+def test_damage_inside_the_file_is_named_and_left(line: str, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
     before = path.read_bytes()
@@ -147,7 +147,7 @@ def test_missing_metrics_are_named(tmp_path: Path) -> None:
         read_metrics(tmp_path / "metrics.jsonl")
 
 
-def test_resuming_without_earlier_metrics_begins_a_file(tmp_path: Path) -> None:
+def test_resuming_without_metrics_starts_a_file(tmp_path: Path) -> None:
     write_steps(tmp_path, range(6, 8), resume_step=5)
     assert recorded_steps(tmp_path) == [6, 7]
 
@@ -159,7 +159,7 @@ def test_a_folder_that_cannot_be_written_is_named(resume_step: int | None, tmp_p
         MetricsWriter(tmp_path / "taken", tensorboard=False, resume_step=resume_step)
 
 
-def test_a_fresh_run_keeps_the_metrics_of_earlier_ones(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_new_run_keeps_the_metrics_of_previous_runs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     for length in (2, 3, 4):
         write_steps(tmp_path, range(1, length))
@@ -169,7 +169,7 @@ def test_a_fresh_run_keeps_the_metrics_of_earlier_ones(tmp_path: Path, caplog: p
     assert "kept as metrics.2.jsonl" in caplog.messages[-1]
 
 
-def test_a_value_that_is_no_number_leaves_no_torn_line(tmp_path: Path) -> None:
+def test_an_invalid_value_leaves_no_partial_line(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path, tensorboard=False, resume_step=None) as metrics:
         metrics.write(1, {"loss": 1.0})
         with pytest.raises(TypeError):
@@ -177,7 +177,7 @@ def test_a_value_that_is_no_number_leaves_no_torn_line(tmp_path: Path) -> None:
     assert recorded_steps(tmp_path) == [1]
 
 
-def test_tensorboard_mirrors_the_records_and_forgets_what_is_run_again(tmp_path: Path) -> None:
+def test_tensorboard_drops_the_steps_that_are_run_again(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path, tensorboard=True, resume_step=None) as metrics:
         for step in (1, 2, 3):
             metrics.write(step, {"loss": float(step), "load": [step + 0.25, step + 0.5]})
@@ -196,7 +196,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_a_full_disk_ends_no_run_and_no_record_is_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_full_disk_loses_no_record_and_ends_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     path = tmp_path / "metrics.jsonl"
     with MetricsWriter(tmp_path, tensorboard=False, resume_step=None) as metrics:
@@ -253,7 +253,7 @@ def test_tensorboard_that_fails_ends_no_run_and_comes_back(
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard"])
-def test_what_cannot_be_written_at_the_start_is_refused(name: str, tmp_path: Path) -> None:
+def test_a_failing_write_at_the_start_is_an_error(name: str, tmp_path: Path) -> None:
     if name == "tensorboard":
         (tmp_path / name).touch()
     else:
@@ -267,7 +267,7 @@ def test_what_cannot_be_written_at_the_start_is_refused(name: str, tmp_path: Pat
 # Memory
 
 
-def test_memory_of_the_process_grows_with_what_it_holds() -> None:
+def test_memory_of_the_process_grows_with_its_tensors() -> None:
     device = torch.device("cpu")
     before = device_memory_bytes(device)
     assert 20 * 2**20 < before < 2**40

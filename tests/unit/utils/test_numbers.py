@@ -47,27 +47,27 @@ NO_WHOLE_NUMBER = ["", "k", "1.5", "3,8", "1,0000", "1e-4", "0x10", "ten", "1 2"
 
 
 @pytest.mark.parametrize(("text", "number"), WAYS)
-def test_a_whole_number_in_every_spelling(text: str, number: int) -> None:
+def test_whole_numbers_in_every_notation(text: str, number: int) -> None:
     assert parse_count(text) == parse_number(text) == number
 
 
-def test_every_digit_of_a_whole_number_counts() -> None:
+def test_every_digit_of_a_whole_number_is_kept() -> None:
     assert parse_count("123456789012345678") == 123456789012345678
 
 
 @pytest.mark.parametrize("text", NO_WHOLE_NUMBER)
-def test_what_is_no_whole_number_is_refused(text: str) -> None:
+def test_an_invalid_whole_number_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="expected a whole number"):
         parse_count(text)
 
 
 @pytest.mark.parametrize("text", ["", "x", "1,5", "--1", "1e", "5 %"])
-def test_what_is_no_number_is_refused(text: str) -> None:
+def test_an_invalid_number_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="expected a number"):
         parse_number(text)
 
 
-def test_a_part_of_a_byte_is_refused() -> None:
+def test_a_fraction_of_a_byte_is_refused() -> None:
     assert parse_size("1.5kB") == 1500
     for text in ("1.5", "0.5B"):
         with pytest.raises(ValueError, match="whole number of bytes"):
@@ -97,7 +97,7 @@ ROOTS = (RunConfig, PreprocessConfig, Device)
 FIELDS = [(f"{root.__name__}.{path}", field) for root in ROOTS for path, field in _fields(root)]
 
 
-def test_every_numeric_field_reads_what_people_write() -> None:
+def test_every_numeric_field_reads_every_notation() -> None:
     numeric = set()
     for value, text in ((20, "2e1"), (300, "3e2"), (0.5, "5e-1")):
         for path, field in FIELDS:
@@ -121,7 +121,7 @@ def test_no_field_of_whole_numbers_takes_a_fraction() -> None:
         assert isinstance(_answer(field, "20.5"), list), path
 
 
-def test_fields_of_every_section_are_looked_at() -> None:
+def test_fields_of_every_section_are_covered() -> None:
     paths = {path for path, _ in FIELDS}
     for section, prefix in (
         (CorpusConfig, "RunConfig.data.corpus"),
@@ -132,7 +132,7 @@ def test_fields_of_every_section_are_looked_at() -> None:
 
 
 @pytest.mark.parametrize("text", ["1e6", "1_000_000", "1,000,000", "1000k", "1M", "'1e6'", "1.0e6", "1000000.0"])
-def test_overrides_and_files_read_counts_alike(tmp_path: Path, text: str) -> None:
+def test_overrides_and_files_read_the_same_counts(tmp_path: Path, text: str) -> None:
     path = write_run(tmp_path)
     assert load_config(path, [f"training.total_tokens={text}"]).training.total_tokens == 10**6
     assert load_config(path, [f"training.evaluation.tokens={text}"]).training.evaluation.tokens == 10**6
@@ -149,7 +149,7 @@ def test_overrides_and_files_read_counts_alike(tmp_path: Path, text: str) -> Non
 @pytest.mark.parametrize(
     ("text", "rate"), [("1e-4", 1e-4), ("'1e-4'", 1e-4), (".5e-3", 5e-4), ("1.e-4", 1e-4), ("5E-1", 0.5), ("+1", 1)]
 )
-def test_rates_in_every_spelling(tmp_path: Path, text: str, rate: float) -> None:
+def test_rates_in_every_notation(tmp_path: Path, text: str, rate: float) -> None:
     config = load_config(write_run(tmp_path), [f"training.optimizer.learning_rate={text}"])
     assert config.training.optimizer.learning_rate == rate
 

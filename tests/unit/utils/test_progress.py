@@ -34,7 +34,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTerminal]:
     project.setLevel(level)
 
 
-def test_progress_shows_numbers_and_log_lines_pass_above(terminal: FakeTerminal) -> None:
+def test_log_lines_are_printed_above_the_progress(terminal: FakeTerminal) -> None:
     with redirect_stdout(terminal), ProgressDisplay(transient=False) as display:
         line = display.line("step 50/200", total=200, done=50)
         line.update("step 100/200", 100, "loss 3.2451 12,346 tokens/s")
@@ -47,9 +47,7 @@ def test_progress_shows_numbers_and_log_lines_pass_above(terminal: FakeTerminal)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, SystemExit])
-def test_progress_gives_the_terminal_back_and_lets_errors_through(
-    error: type[BaseException], terminal: FakeTerminal
-) -> None:
+def test_progress_restores_the_terminal_after_an_error(error: type[BaseException], terminal: FakeTerminal) -> None:
     def train() -> None:
         with ProgressDisplay() as display:
             display.line("step 0/10", 10).update("step 1/10", 1, "")
@@ -65,7 +63,7 @@ def test_progress_gives_the_terminal_back_and_lets_errors_through(
             pass
 
 
-def test_progress_is_silent_where_output_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_draws_nothing_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     with ProgressDisplay() as display, display.task("reading", 10, "tasks", logging.getLogger("unheard")) as task:
         task.advance(5)
     captured = capsys.readouterr()

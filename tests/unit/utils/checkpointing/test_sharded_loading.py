@@ -1,4 +1,4 @@
-"""Saved by four ranks, loaded by one to four, cut differently each time; the truth is cut by hand."""
+"""Checkpoints saved by four ranks and loaded by one to four with other shardings, compared with slices."""
 
 from __future__ import annotations
 
@@ -164,12 +164,12 @@ def check_refusals(path: Path, group: ProcessGroup | None) -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_other_ranks_find_every_bit(pool: RankPool, world: int, folder: Path, file: Path) -> None:
+def test_other_ranks_load_the_same_bits(pool: RankPool, world: int, folder: Path, file: Path) -> None:
     pool.run(world, load_by_ranks, folder, file)
 
 
 @pytest.mark.parametrize("form", ["folder", "file"])
-def test_a_process_alone_fills_whole_tensors(form: str, request: pytest.FixtureRequest) -> None:
+def test_one_process_loads_whole_tensors(form: str, request: pytest.FixtureRequest) -> None:
     tensors = {name: torch.zeros_like(whole) for name, whole in wholes().items()}
     parameter = torch.nn.Parameter(tensors["model.scale"])
     load_sharded(request.getfixturevalue(form), {**tensors, "model.scale": parameter}, None)
@@ -178,7 +178,7 @@ def test_a_process_alone_fills_whole_tensors(form: str, request: pytest.FixtureR
         assert bits(tensors[name]) == bits(whole), name
 
 
-def test_a_folder_is_the_same_nested_dicts_as_a_file(folder: Path, file: Path) -> None:
+def test_a_folder_loads_as_the_same_dicts_as_a_file(folder: Path, file: Path) -> None:
     one, other = load_checkpoint(folder), load_checkpoint(file)
     assert one.keys() == other.keys()
     assert one["optimizer"].keys() == {"num_steps", "exp_avg"}
@@ -191,7 +191,7 @@ def test_a_folder_is_the_same_nested_dicts_as_a_file(folder: Path, file: Path) -
         assert all(bits(left[name]) == bits(right[name]) for name in left)
 
 
-def test_numbers_are_written_once_and_any_program_can_read_them(folder: Path) -> None:
+def test_tensors_are_written_once_in_a_readable_format(folder: Path) -> None:
     found: dict[str, list[Tensor]] = {}
     for path in folder.glob("rank_*.safetensors"):
         for key, tensor in load_safetensors(path).items():
@@ -205,7 +205,7 @@ def test_numbers_are_written_once_and_any_program_can_read_them(folder: Path) ->
         ), name
 
 
-def test_a_part_of_another_shape_is_refused(pool: RankPool) -> None:
+def test_a_local_shard_of_another_shape_is_refused(pool: RankPool) -> None:
     pool.run(2, check_parts)
 
 

@@ -1,4 +1,4 @@
-"""No message, log line, traceback or file shows a password, key or token of an address."""
+"""No message, log line, traceback or file shows a password, key or token."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ PLAIN = [
 
 
 @pytest.mark.parametrize("text", ADDRESSES)
-def test_secrets_of_every_kind_are_masked(text: str) -> None:
+def test_secrets_of_every_kind_are_redacted(text: str) -> None:
     shown = redact(f"before {text} after")
     assert "s3cr" not in shown
     assert "***" in shown
@@ -68,26 +68,26 @@ def test_secrets_of_every_kind_are_masked(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", PLAIN)
-def test_what_is_no_secret_stays(text: str) -> None:
+def test_other_text_is_not_redacted(text: str) -> None:
     assert redact(text) == text
 
 
 @pytest.mark.parametrize("key", ["AKIA" + "A1" * 8, "ASIA" + "B2" * 8, "hf_" + "a" * 30, "ghp_" + "b" * 36])
-def test_keys_of_a_known_form_are_masked(key: str) -> None:
+def test_keys_of_a_known_form_are_redacted(key: str) -> None:
     assert redact(f"denied for {key}.") == "denied for ***."
 
 
 @pytest.mark.parametrize("address", [f"https://host/a?token={SECRET}", f"AWS_SECRET_ACCESS_KEY={SECRET}"])
-def test_the_colon_behind_a_secret_stays(address: str) -> None:
+def test_the_colon_after_a_secret_stays(address: str) -> None:
     assert redact(f"{address}: denied") == f"{address.replace(SECRET, '***')}: denied"
 
 
-def test_what_a_library_decodes_or_cuts_out_is_masked() -> None:
+def test_decoded_and_partial_secrets_are_redacted() -> None:
     address = f"https://user:{SECRET}@host/a?sig=abc%2Bd"
     assert redact("s3cr/t is wrong, and abc+d and abc%2Bd", address) == "*** is wrong, and *** and ***"
 
 
-def test_errors_and_log_lines_mask_what_they_say(capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_and_log_lines_are_redacted(capsys: pytest.CaptureFixture[str]) -> None:
     error = DataError(f"{ADDRESSES[0]}: denied")
     assert str(error) == str(pickle.loads(pickle.dumps(error))) == "s3://***@bucket/a.jsonl: denied"
     configure_logging()
@@ -97,7 +97,7 @@ def test_errors_and_log_lines_mask_what_they_say(capsys: pytest.CaptureFixture[s
     assert "X-Amz-Signature=***&page=2: denied" in shown
 
 
-def test_a_traceback_masks_what_its_errors_say() -> None:
+def test_tracebacks_are_redacted() -> None:
     program = (
         "from deepseek_v3.utils.command_line import run_app\n"
         "def app():\n"
@@ -122,7 +122,7 @@ def test_a_traceback_masks_what_its_errors_say() -> None:
         ["config", "ADDRESS"],
     ],
 )
-def test_usage_errors_mask_the_words_of_a_command_line(words: list[str]) -> None:
+def test_usage_errors_are_redacted(words: list[str]) -> None:
     address = "https://user:hiddenhidden@host.invalid/a.jsonl?token=hiddentoken&X-Amz-Signature=hiddensignature"
     result = dsv3(*(word.replace("ADDRESS", address) for word in words))
     assert result.exit_code == 2
@@ -197,7 +197,7 @@ def test_a_failing_read_leaks_nothing(
     assert _leaks(tmp_path) == []
 
 
-def test_a_run_is_the_same_whatever_its_password(tmp_path: Path, leaky: type[_Leaky]) -> None:
+def test_the_password_does_not_identify_a_run(tmp_path: Path, leaky: type[_Leaky]) -> None:
     config = load_section(PreprocessConfig, _pipeline(tmp_path))
     manifest = run_pipeline(config)
     assert manifest["counts"]["kept"] == 4
@@ -214,7 +214,7 @@ def test_a_run_is_the_same_whatever_its_password(tmp_path: Path, leaky: type[_Le
         run_pipeline(config.model_copy(update={"bytes_per_token": 5.0}))
 
 
-def test_a_resolved_config_masks_addresses(tmp_path: Path) -> None:
+def test_addresses_in_a_resolved_config_are_redacted(tmp_path: Path) -> None:
     fields = run_fields(tmp_path)
     fields["data"]["corpus"]["source"] = ADDRESSES[0]
     config = config_from_dict(fields, "here")

@@ -1,4 +1,4 @@
-"""What the environment says about a process, which device is its own, and how processes meet or fail to."""
+"""Ranks from a launcher's environment, Slurm's notations, devices, and the rendezvous of processes."""
 
 import multiprocessing
 import socket
@@ -8,8 +8,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 
-from deepseek_v3.utils.distributed.launch import ALONE, World, process_group, select_device
+from deepseek_v3.utils.distributed.launch import (
+    ALONE,
+    World,
+    first_host,
+    process_group,
+    select_device,
+    tasks_on_node,
+)
 from deepseek_v3.utils.errors import ConfigError, TrainingError
 from helpers.jobs import HANGS, free_port
 
@@ -42,23 +51,23 @@ SRUN = {
 }
 
 
-def test_torchrun_says_who_we_are() -> None:
+def test_the_rank_under_torchrun() -> None:
     assert World.from_environment(TORCHRUN) == World(11, 16, 3, 8, "node01", 29500, launcher_hosts_store=True)
 
 
-def test_deepspeed_says_who_we_are() -> None:
+def test_the_rank_under_deepspeed() -> None:
     world = World.from_environment(DEEPSPEED)
     assert world == World(0, 2, 0, 2, "127.0.0.1", 29500)
     assert world.hosts_store
 
 
-def test_srun_says_who_we_are() -> None:
+def test_the_rank_under_srun() -> None:
     world = World.from_environment(SRUN)
     assert world == World(9, 10, 1, 2, "node07", 20123)
     assert not world.hosts_store
 
 
-def test_another_meeting_point_can_be_named_under_srun() -> None:
+def test_srun_can_use_another_address_and_port() -> None:
     world = World.from_environment({**SRUN, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"})
     assert (world.address, world.port) == ("10.0.0.1", 1234)
 
@@ -91,7 +100,7 @@ def test_a_process_without_launcher_is_alone(variables: dict[str, str]) -> None:
         ({**SRUN, "SLURM_NODEID": "3"}, "has no node 3"),
     ],
 )
-def test_an_environment_that_cannot_be_meant_is_refused(variables: dict[str, str], message: str) -> None:
+def test_a_contradictory_environment_is_refused(variables: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as raised:
         World.from_environment(variables)
     assert "\n" not in str(raised.value)
@@ -150,7 +159,7 @@ def _meet(rank: int, size: int, port: int, answers: Any) -> None:
     answers.put(dist.is_initialized())
 
 
-def test_processes_meet_and_part() -> None:
+def test_processes_form_a_group_and_leave_it() -> None:
     context, size, port = multiprocessing.get_context("spawn"), 2, free_port()
     answers = context.Queue()
     processes = [context.Process(target=_meet, args=(rank, size, port, answers)) for rank in range(size)]
@@ -167,7 +176,7 @@ def test_processes_meet_and_part() -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_processes_that_do_not_meet_say_where_and_what_to_check(rank: int) -> None:
+def test_a_failed_rendezvous_says_what_to_check(rank: int) -> None:
     world = World(rank, 2, 0, 1, "127.0.0.1", free_port())
     with (
         pytest.raises(
@@ -195,3 +204,53 @@ def test_a_process_that_is_alone_can_have_a_group() -> None:
         dist.all_reduce(numbers)
         assert (dist.get_world_size(), numbers.sum()) == (1, 3)
     assert not dist.is_initialized()
+
+
+NODE_NAMES = st.text("abcxyz-", min_size=1, max_size=5).map(lambda text: f"n{text}")
+
+
+@st.composite
+def _node_list_entries(draw: st.DrawFn) -> tuple[str, str]:
+    """One entry of a node list, and the first node of it."""
+    name = draw(NODE_NAMES)
+    if draw(st.booleans()):
+        return name, name
+    width = draw(st.integers(1, 4))
+    numbers = [f"{draw(st.integers(0, 10**width - 1)):0{width}d}" for _ in range(draw(st.integers(1, 3)))]
+    ranges = ",".join(f"{number}-{'9' * width}" if draw(st.booleans()) else number for number in numbers)
+    suffix = draw(st.sampled_from(["", "-ib", ".cluster"]))
+    return f"{name}[{ranges}]{suffix}", f"{name}{numbers[0]}{suffix}"
+
+
+@given(st.lists(_node_list_entries(), min_size=1, max_size=4))
+def test_the_first_host_of_any_node_list(entries: list[tuple[str, str]]) -> None:
+    assert first_host(",".join(entry for entry, _ in entries)) == entries[0][1]
+
+
+@pytest.mark.parametrize(
+    ("node_list", "expected"),
+    [("node[01-03,07]", "node01"), ("gpu7", "gpu7"), ("a,b[1-2]", "a"), ("rack[2-3]n[04,08-09],x", "rack2n04")],
+)
+def test_the_first_host_of_example_lists(node_list: str, expected: str) -> None:
+    assert first_host(node_list) == expected
+
+
+@pytest.mark.parametrize("node_list", ["", ",a", "node[", "node[]", "node[01-03"])
+def test_an_invalid_node_list_is_refused(node_list: str) -> None:
+    with pytest.raises(ValueError, match="not a list of nodes"):
+        first_host(node_list)
+
+
+@given(st.lists(st.tuples(st.integers(1, 16), st.integers(1, 5)), min_size=1, max_size=5), st.data())
+def test_the_tasks_on_any_node(groups: list[tuple[int, int]], data: st.DataObject) -> None:
+    counts = ",".join(str(tasks) if nodes == 1 else f"{tasks}(x{nodes})" for tasks, nodes in groups)
+    written_out = [tasks for tasks, nodes in groups for _ in range(nodes)]
+    node = data.draw(st.integers(0, len(written_out) - 1))
+    assert tasks_on_node(counts, node) == written_out[node]
+    with pytest.raises(ValueError, match="has no node"):
+        tasks_on_node(counts, len(written_out))
+
+
+def test_an_invalid_list_of_task_counts_is_refused() -> None:
+    with pytest.raises(ValueError, match="not a list of task counts"):
+        tasks_on_node("8(x", 0)

@@ -1,4 +1,4 @@
-"""How a command line ends: one line for a user's mistake, and the exit code that shells expect."""
+"""How a command ends: one line for a user error, and the exit code that shells expect."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def by_an_older_typer() -> None:
 @pytest.mark.parametrize(
     "app", [interrupted, interrupted_in_a_library, interrupted_and_reported, by_typer, by_an_older_typer]
 )
-def test_ctrl_c_ends_in_130_whatever_became_of_it(
+def test_ctrl_c_exits_with_130_even_as_another_error(
     app: Callable[[], None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(SystemExit) as end:
@@ -71,7 +71,7 @@ def test_ctrl_c_ends_in_130_whatever_became_of_it(
     assert codes == [130]
 
 
-def test_a_late_signal_makes_no_failure_of_a_success(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_late_signal_does_not_change_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
     app = typer.Typer()
     app.command()(lambda: None)
     with pytest.raises(SystemExit) as end:
@@ -84,7 +84,7 @@ def test_a_late_signal_makes_no_failure_of_a_success(monkeypatch: pytest.MonkeyP
     assert codes == [0, 0, 0]
 
 
-def test_a_users_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_user_error_is_printed_as_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     def fail() -> None:
         raise UserError("run.yaml: cannot be read")
 
@@ -94,7 +94,7 @@ def test_a_users_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr() == ("", "error: run.yaml: cannot be read\n")
 
 
-def test_a_defect_shows_itself() -> None:
+def test_a_defect_shows_its_traceback() -> None:
     def fail() -> None:
         raise ZeroDivisionError
 
@@ -102,7 +102,7 @@ def test_a_defect_shows_itself() -> None:
         run_app(fail)
 
 
-def test_output_that_cannot_be_written_changes_no_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_output_does_not_change_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w") as stream:  # noqa: PTH123 -- a descriptor

@@ -1,4 +1,4 @@
-"""Saving in the background: what it may meet on the way, and what a reader may see meanwhile."""
+"""Saving in the background: changes, errors and kills meanwhile, and what a reader sees."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     event.set()
 
 
-def test_what_changes_after_save_is_not_what_is_saved(gate: threading.Event, tmp_path: Path) -> None:
+def test_changes_after_save_are_not_saved(gate: threading.Event, tmp_path: Path) -> None:
     weight, view = torch.zeros(4), torch.arange(6.0).view(2, 3).t()
     pending = save_sharded(tmp_path / "checkpoint_step_1", {"w": weight, "v": view}, {}, None)
     weight.fill_(9)
@@ -87,7 +87,7 @@ def test_what_changes_after_save_is_not_what_is_saved(gate: threading.Event, tmp
     assert saved["v"].tolist() == [[0, 3], [1, 4], [2, 5]]
 
 
-def test_a_save_waits_for_the_one_before(gate: threading.Event, tmp_path: Path) -> None:
+def test_a_save_waits_for_the_previous_one(gate: threading.Event, tmp_path: Path) -> None:
     checkpoints = CheckpointDirectory(tmp_path, keep=5)
     opener = threading.Timer(0.2, gate.set)
     with ShardedWriter(checkpoints, None) as writer:
@@ -100,7 +100,7 @@ def test_a_save_waits_for_the_one_before(gate: threading.Event, tmp_path: Path) 
     assert checkpoints.steps() == [1, 2]
 
 
-def test_the_memory_of_a_save_serves_the_next(tmp_path: Path) -> None:
+def test_the_next_save_reuses_the_memory(tmp_path: Path) -> None:
     copies, weight = CpuStager(), torch.zeros(2, 2)
     places = []
     for step, view in enumerate((weight, weight, weight[:1], weight.bfloat16())):
@@ -112,7 +112,7 @@ def test_the_memory_of_a_save_serves_the_next(tmp_path: Path) -> None:
     assert copies["w"].dtype == torch.bfloat16
 
 
-def test_the_error_of_a_save_is_raised_by_what_comes_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_a_save_is_raised_by_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints = CheckpointDirectory(tmp_path, keep=5)
     writer = ShardedWriter(checkpoints, None)
     with monkeypatch.context() as broken:
@@ -131,7 +131,7 @@ def test_the_error_of_a_save_is_raised_by_what_comes_next(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("error", [RuntimeError("connection closed by peer"), OSError(28, "No space")])
-def test_who_only_waits_for_a_save_hears_no_error(
+def test_finish_raises_no_error_of_a_save(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As the watchdog, before it ends the process."""
@@ -149,7 +149,7 @@ def test_who_only_waits_for_a_save_hears_no_error(
         saving.wait()
 
 
-def test_the_error_that_ends_a_run_is_told_before_that_of_its_last_save(
+def test_an_error_of_the_run_hides_that_of_its_last_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(writer, "write_tensor_file", full_disk)
@@ -193,7 +193,7 @@ def test_a_defect_is_not_reported_as_a_full_disk(tmp_path: Path, monkeypatch: py
         save_sharded(tmp_path / "checkpoint_step_1", {"w": torch.zeros(1)}, {}, None).wait()
 
 
-def test_types_without_a_name_are_refused_at_once(tmp_path: Path) -> None:
+def test_dtypes_without_a_safetensors_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"w is of torch.complex64; a sharded checkpoint holds torch\.float64"):
         save_sharded(tmp_path / "checkpoint_step_1", {"w": torch.zeros(1, dtype=torch.complex64)}, {}, None)
     assert names(tmp_path) == []
@@ -221,12 +221,12 @@ save_sharded(folder / "checkpoint_step_2", {"w": torch.ones(1000)}, {"step": 2},
 """
 
 
-def test_a_process_that_ends_waits_for_the_disk(tmp_path: Path) -> None:
+def test_a_process_waits_for_its_save_before_it_exits(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path), "0.3"], check=True, timeout=HANGS)
     assert load_checkpoint(tmp_path / "checkpoint_step_2")["w"].tolist() == [1] * 1000
 
 
-def test_a_process_that_is_killed_leaves_complete_checkpoints_only(tmp_path: Path) -> None:
+def test_a_killed_process_leaves_only_complete_folders(tmp_path: Path) -> None:
     command = [sys.executable, "-c", PROGRAM, str(tmp_path), str(HANGS)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
         assert run.stdout is not None
@@ -292,7 +292,7 @@ def save_as(form: str, checkpoints: CheckpointDirectory, weight: float) -> None:
 
 @pytest.mark.parametrize("first", ["file", "folder"])
 @pytest.mark.parametrize("second", ["file", "folder"])
-def test_a_step_saved_again_survives_death_at_any_moment(first: str, second: str, tmp_path: Path) -> None:
+def test_a_step_saved_again_survives_a_kill_at_any_moment(first: str, second: str, tmp_path: Path) -> None:
     for moment in count(1):
         checkpoints = CheckpointDirectory(tmp_path / str(moment), keep=1)
         save_as(first, checkpoints, 1.0)
@@ -312,7 +312,7 @@ def test_a_step_saved_again_survives_death_at_any_moment(first: str, second: str
     assert weights == [[2.0] * 5]
 
 
-def test_leftovers_of_files_go_with_those_of_folders(tmp_path: Path) -> None:
+def test_leftovers_of_files_and_folders_are_removed(tmp_path: Path) -> None:
     left = [".checkpoint_step_7.pt.4711.partial", ".checkpoint_step_8.pt.1.partial"]
     others = [".checkpoint_step_7.pt.x.partial", ".checkpoint_step_7.pt", "model.pt", ".run.4711.partial"]
     for name in (*left, *others):
@@ -394,7 +394,7 @@ def two_ranks(folder: Path) -> None:
         dist.barrier()
 
 
-def test_what_fails_on_one_rank_fails_on_all(pool: RankPool, tmp_path: Path) -> None:
+def test_an_error_of_one_rank_is_raised_on_all(pool: RankPool, tmp_path: Path) -> None:
     pool.run(2, two_ranks, tmp_path)
 
 
@@ -407,7 +407,7 @@ def killed_while_writing(folder: Path) -> None:
     save_sharded(folder / "checkpoint_step_2", {"w": weight}, {}, group).wait()
 
 
-def test_a_rank_that_is_killed_leaves_complete_checkpoints_only(tmp_path: Path) -> None:
+def test_a_killed_rank_leaves_only_complete_folders(tmp_path: Path) -> None:
     pool = RankPool(2)
     with pytest.raises(AssertionError, match="rank 1 has died"):
         pool.run(2, killed_while_writing, tmp_path)

@@ -1,4 +1,4 @@
-"""What sharded checkpoints are made of: nested dicts and names, files of tensors, states that ranks can share."""
+"""Flattening of training states, safetensors files, and states that several ranks cannot load."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def shown(value: Any) -> Any:
 
 
 @given(state=STATES)
-def test_what_is_split_is_joined_again(state: dict[str, Any]) -> None:
+def test_unflatten_is_the_inverse_of_flatten(state: dict[str, Any]) -> None:
     tensors, plain = flatten(state)
     assert shown(unflatten(tensors, plain)) == shown(state)
     assert not any(isinstance(value, Tensor) for value in plain.values())
@@ -74,7 +74,7 @@ def test_names_are_paths_with_dots() -> None:
         ({"a": {"b": {}, "b.c": torch.zeros(1)}}, r"state\['a'\]\['b.c'\] is a tensor whose dotted name"),
     ],
 )
-def test_what_could_not_be_joined_is_refused(state: dict[str, Any], message: str) -> None:
+def test_flatten_refuses_what_unflatten_cannot_rebuild(state: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         flatten(state)
 
@@ -85,7 +85,7 @@ def test_what_could_not_be_joined_is_refused(state: dict[str, Any], message: str
     ),
     seed=st.integers(0, 2**32),
 )
-def test_a_file_of_tensors_is_what_its_format_says(
+def test_a_tensor_file_is_valid_safetensors(
     shapes: list[tuple[str, list[int]]], seed: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "tensors"
@@ -116,7 +116,7 @@ def test_tensors_in_lists_are_not_of_format_2(tmp_path: Path) -> None:
         load_sharded(path, {}, None)
 
 
-def test_memory_that_is_not_there_cannot_be_filled(tmp_path: Path) -> None:
+def test_meta_tensors_cannot_be_loaded_into(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint_step_1.pt"
     save_checkpoint(path, {"w": torch.zeros(1)})
     with pytest.raises(TypeError, match="w is on the meta device"):

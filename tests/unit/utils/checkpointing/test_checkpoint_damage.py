@@ -1,4 +1,4 @@
-"""A checkpoint folder met in every state but a good one, and folders beside files in the directory of a run."""
+"""Damaged, incomplete and replaced checkpoint folders, and folders beside files in the directory of a run."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_a_folder_that_is_deleted_while_it_is_read_is_named(folder: Path, monkey
         load_checkpoint(folder)
 
 
-def test_a_file_that_goes_before_it_is_mapped_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_deleted_before_it_is_mapped_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def delete(path: Path, num_bytes: int) -> Tensor:
         path.unlink()
         return map_bytes(path, num_bytes)
@@ -146,13 +146,13 @@ def test_a_file_that_goes_before_it_is_mapped_is_named(folder: Path, monkeypatch
     assert_refused(folder, rf"{TENSORS}: (cannot be mapped into memory|there is no such file)")
 
 
-def test_a_folder_in_a_files_place_is_named(folder: Path) -> None:
+def test_a_folder_in_place_of_a_file_is_named(folder: Path) -> None:
     (folder / TENSORS).unlink()
     (folder / TENSORS).mkdir()
     assert_refused(folder, rf"{TENSORS}: cannot be read: Is a directory; expected")
 
 
-def test_a_link_is_as_good_as_what_it_leads_to(folder: Path, tmp_path: Path) -> None:
+def test_links_to_files_are_followed(folder: Path, tmp_path: Path) -> None:
     (folder / TENSORS).rename(tmp_path / "elsewhere")
     (folder / TENSORS).symlink_to(tmp_path / "elsewhere")
     assert load_checkpoint(folder)["step"] == 5
@@ -160,7 +160,7 @@ def test_a_link_is_as_good_as_what_it_leads_to(folder: Path, tmp_path: Path) -> 
     assert_refused(folder, rf"{TENSORS}: there is no such file")
 
 
-def test_files_that_are_not_the_checkpoints_own_are_not_read(folder: Path) -> None:
+def test_files_outside_the_checkpoint_are_not_read(folder: Path) -> None:
     (folder / "rank_00007.safetensors").write_text("not mine")
     (folder / "notes.txt").write_text("mine")
     assert load_checkpoint(folder)["step"] == 5
@@ -236,7 +236,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_an_index_is_checked(case: str, folder: Path) -> None:
+def test_an_inconsistent_index_is_refused(case: str, folder: Path) -> None:
     change, message = WRONG[case]
     with_index(folder, change)
     assert_refused(folder, rf"index\.json: .*({message}).*; copy it again, or load an older one")
@@ -245,9 +245,7 @@ def test_an_index_is_checked(case: str, folder: Path) -> None:
 # The directory of a run
 
 
-def test_latest_passes_over_damaged_folders_and_files_alike(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_latest_skips_damaged_folders_and_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     checkpoints = CheckpointDirectory(tmp_path, keep=9)
     save_folder(checkpoints, 1)
     checkpoints.save(2, state(2))
@@ -280,7 +278,7 @@ def test_retention_counts_folders_and_files_alike(tmp_path: Path) -> None:
     assert names(tmp_path) == sorted([*others, "checkpoint_step_0", "checkpoint_step_3", "checkpoint_step_4.pt"])
 
 
-def test_each_step_is_one_or_the_other(tmp_path: Path) -> None:
+def test_each_step_has_one_form(tmp_path: Path) -> None:
     checkpoints = CheckpointDirectory(tmp_path, keep=2)
     checkpoints.save(1, state(1))
     save_folder(checkpoints, 1)
@@ -297,7 +295,7 @@ def test_a_step_saved_again_replaces_the_folder(tmp_path: Path) -> None:
     assert names(tmp_path) == ["checkpoint_step_1"]
 
 
-def test_a_file_in_a_folders_place_is_left_alone(tmp_path: Path) -> None:
+def test_a_file_with_the_name_of_a_folder_is_left_alone(tmp_path: Path) -> None:
     checkpoints = CheckpointDirectory(tmp_path, keep=2)
     mine = [tmp_path / "checkpoint_step_1", tmp_path / ".checkpoint_step_2.outdated"]
     for path in mine:
@@ -307,7 +305,7 @@ def test_a_file_in_a_folders_place_is_left_alone(tmp_path: Path) -> None:
     assert [path.read_text() for path in mine] == ["mine", "mine"]
 
 
-def test_a_fresh_run_does_not_write_among_folders(tmp_path: Path) -> None:
+def test_a_new_run_refuses_a_directory_with_folders(tmp_path: Path) -> None:
     checkpoints = CheckpointDirectory(tmp_path, keep=2)
     save_folder(checkpoints, 400)
     with pytest.raises(CheckpointError, match="already holds checkpoints up to step 400"):
@@ -330,7 +328,7 @@ def test_a_folder_is_never_seen_half_deleted(tmp_path: Path, monkeypatch: pytest
     assert names(tmp_path) == ["checkpoint_step_2"]
 
 
-def test_what_cannot_be_removed_is_logged_and_stops_nothing(
+def test_a_failed_removal_is_logged_and_ends_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     checkpoints = CheckpointDirectory(tmp_path, keep=1)
@@ -350,7 +348,7 @@ def test_what_cannot_be_removed_is_logged_and_stops_nothing(
 
 
 @pytest.mark.parametrize("suffix", ["partial", "outdated"])
-def test_a_folder_half_renamed_is_invisible_and_goes_with_the_next_save(suffix: str, tmp_path: Path) -> None:
+def test_the_next_save_removes_a_folder_half_renamed(suffix: str, tmp_path: Path) -> None:
     checkpoints = CheckpointDirectory(tmp_path, keep=5)
     save_folder(checkpoints, 1).rename(tmp_path / f".checkpoint_step_1.{suffix}")
     assert checkpoints.steps() == []
@@ -360,7 +358,7 @@ def test_a_folder_half_renamed_is_invisible_and_goes_with_the_next_save(suffix: 
     assert names(tmp_path) == ["checkpoint_step_2"]
 
 
-def test_one_checkpoint_is_told_from_a_folder_of_them(folder: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_is_told_from_a_directory_of_them(folder: Path, tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "mine.pt", state(1))
     renamed = folder.rename(tmp_path / "best")
     (tmp_path / "checkpoint_step_9").mkdir()

@@ -123,7 +123,7 @@ def test_every_flipped_byte_is_found(good_bytes: bytes, tmp_path: Path) -> None:
         assert_refused(path)
 
 
-def test_every_byte_of_the_ending_counts(good_bytes: bytes, tmp_path: Path) -> None:
+def test_every_byte_of_the_checksum_is_checked(good_bytes: bytes, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint_step_0.pt"
     for offset in range(len(good_bytes) - 100, len(good_bytes)):
         for bit in range(8):
@@ -166,9 +166,7 @@ def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
-def test_a_path_that_cannot_be_looked_at_is_named(
-    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_path_without_permission_is_named(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, looked = tmp_path / "checkpoint_step_1", Path.stat
 
     def refuse(other: Path, **options: Any) -> Any:
@@ -186,7 +184,7 @@ def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
     assert_refused(tmp_path / ("a" * 300), match="cannot be read: File name too long")
 
 
-def test_links_that_lead_nowhere_are_no_checkpoints(tmp_path: Path) -> None:
+def test_broken_links_are_not_checkpoints(tmp_path: Path) -> None:
     for name in ("checkpoint_step_1", "checkpoint_step_2.pt"):
         (tmp_path / name).symlink_to(tmp_path / "gone")
     (tmp_path / "checkpoint_step_3").symlink_to(tmp_path / "checkpoint_step_3")
@@ -246,14 +244,14 @@ def test_an_archive_of_something_else_is_refused(tmp_path: Path) -> None:
         ({(1, 2): 3}, r"state\['x'\] has the key \(1, 2\)"),
     ],
 )
-def test_what_would_not_be_saved_is_not_loaded(value: Any, where: str, tmp_path: Path) -> None:
+def test_values_that_cannot_be_saved_are_not_loaded(value: Any, where: str, tmp_path: Path) -> None:
     buffer = io.BytesIO()
     torch.save({"x": value}, buffer)
     (tmp_path / "other.pt").write_bytes(with_checksum(buffer.getvalue()))
     assert_refused(tmp_path / "other.pt", match=where)
 
 
-def test_a_checkpoint_that_holds_itself_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_that_contains_itself_is_refused(tmp_path: Path) -> None:
     state: dict[str, Any] = {}
     state["x"] = state
     buffer = io.BytesIO()
@@ -263,7 +261,7 @@ def test_a_checkpoint_that_holds_itself_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["checkpoint_step_1.pt", "checkpoint_step_1/index.json"])
-def test_a_pipe_in_a_files_place_is_not_waited_for(name: str, tmp_path: Path) -> None:
+def test_a_pipe_is_refused_without_waiting(name: str, tmp_path: Path) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     os.mkfifo(tmp_path / name)
     path = tmp_path / name.split("/")[0]
@@ -272,14 +270,14 @@ def test_a_pipe_in_a_files_place_is_not_waited_for(name: str, tmp_path: Path) ->
         load_checkpoint(path, verify=False)
 
 
-def test_only_one_place_unpickles_and_allows_nothing_of_ours() -> None:
+def test_only_one_module_unpickles_and_only_weights() -> None:
     sources = [path for path in (ROOT / "src").rglob("*.py") if "torch.load(" in path.read_text(encoding="utf-8")]
     assert [path.name for path in sources] == ["single_file.py"]
     assert "weights_only=True, mmap" in sources[0].read_text(encoding="utf-8")
     assert not any("add_safe_globals" in path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py"))
 
 
-def test_a_full_accelerator_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_gpu_is_not_reported_as_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_checkpoint(tmp_path / "checkpoint_step_1.pt", small_state())
 
     def run_out_of_memory(*args: object, **kwargs: object) -> None:
@@ -303,14 +301,14 @@ def test_a_full_accelerator_is_no_damage(tmp_path: Path, monkeypatch: pytest.Mon
         ({"f": lambda: None}, r"state\['f'\] is a function"),
     ],
 )
-def test_what_would_not_load_again_is_not_saved(value: dict[str, Any], where: str, tmp_path: Path) -> None:
+def test_values_that_would_not_load_are_not_saved(value: dict[str, Any], where: str, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=where):
         save_checkpoint(tmp_path / "checkpoint_step_1.pt", value)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("room", [0, 700, 50_000])
-def test_a_disk_that_fills_up_leaves_earlier_checkpoints_alone(room: int, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_previous_checkpoints_alone(room: int, tmp_path: Path) -> None:
     checkpoints = CheckpointDirectory(tmp_path, keep=1)
     earlier = checkpoints.save(1, small_state(1))
     before = earlier.read_bytes()
@@ -338,7 +336,7 @@ def test_an_interrupted_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
     assert list(tmp_path.iterdir()) == []
 
 
-def test_errors_that_are_not_the_disks_pass_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_other_than_the_disks_pass_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(state: object, file: io.BufferedWriter) -> None:
         raise RuntimeError("CUDA error")
 
@@ -347,7 +345,7 @@ def test_errors_that_are_not_the_disks_pass_through(tmp_path: Path, monkeypatch:
         save_checkpoint(tmp_path / "checkpoint_step_1.pt", small_state())
 
 
-def test_an_archive_format_without_room_for_the_checksum_is_not_saved(
+def test_an_archive_without_room_for_a_checksum_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "save", lambda _, file: file.write(b"another format " * 10))
@@ -374,7 +372,7 @@ checkpoints.save(2, {"step": 2, "weights": torch.ones(1000)})
 """
 
 
-def test_a_run_killed_while_it_saves_leaves_complete_checkpoints_only(tmp_path: Path) -> None:
+def test_a_killed_run_leaves_only_complete_files(tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLED_WHILE_SAVING, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
         assert run.stdout is not None
@@ -414,7 +412,7 @@ def test_the_newest_are_kept_and_other_files_left_alone(tmp_path: Path) -> None:
     }
 
 
-def test_checkpoints_beyond_the_saved_step_do_not_push_it_out(tmp_path: Path) -> None:
+def test_checkpoints_of_later_steps_are_not_counted(tmp_path: Path) -> None:
     checkpoints = CheckpointDirectory(tmp_path, keep=2)
     for step in (10, 20, 30):
         (tmp_path / f"checkpoint_step_{step}.pt").write_text("damaged")
@@ -431,7 +429,7 @@ def test_a_step_saved_again_replaces_the_file(tmp_path: Path) -> None:
     assert checkpoints.latest() == (tmp_path / "checkpoint_step_3.pt", {"attempt": 2})
 
 
-def test_latest_falls_back_past_damage_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_latest_skips_damaged_checkpoints_and_logs_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     checkpoints = CheckpointDirectory(tmp_path, keep=3)
     for step in (1, 2, 3):
         checkpoints.save(step, small_state(step))
@@ -453,7 +451,7 @@ def test_latest_falls_back_past_damage_and_says_so(tmp_path: Path, caplog: pytes
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_latest_names_the_folder_where_nothing_can_be_loaded(tmp_path: Path) -> None:
+def test_latest_names_a_folder_without_a_usable_checkpoint(tmp_path: Path) -> None:
     checkpoints = CheckpointDirectory(tmp_path / "run", keep=1)
     assert checkpoints.steps() == []
     with pytest.raises(CheckpointError, match="run: holds no checkpoint"):
@@ -464,7 +462,7 @@ def test_latest_names_the_folder_where_nothing_can_be_loaded(tmp_path: Path) -> 
         checkpoints.latest()
 
 
-def test_a_fresh_run_does_not_write_among_another_runs_checkpoints(tmp_path: Path) -> None:
+def test_a_new_run_refuses_a_folder_with_checkpoints(tmp_path: Path) -> None:
     checkpoints = CheckpointDirectory(tmp_path, keep=2)
     checkpoints.refuse_if_used()
     checkpoints.save(400, small_state())
@@ -474,7 +472,7 @@ def test_a_fresh_run_does_not_write_among_another_runs_checkpoints(tmp_path: Pat
         checkpoints.refuse_if_used()
 
 
-def test_a_file_in_the_folders_place_is_found_before_the_run(tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file")
     with pytest.raises(CheckpointError, match="taken: cannot be read as a folder: Not a directory"):
         CheckpointDirectory(tmp_path / "taken", keep=1).refuse_if_used()
