@@ -154,10 +154,10 @@ def test_quantised_and_pruned_models_are_read(with_norms: bool, texts: list[str]
 @given(st.lists(st.text(max_size=60), max_size=12))
 def test_scores_do_not_depend_on_other_texts(some: list[str]) -> None:
     model = FastText(random_model(min_characters=2, max_characters=4, buckets=99, word_ngrams=2), Path("m"))
-    together = model.probabilities(some)
-    assert together.shape == (len(some), 3)
+    in_one_call = model.probabilities(some)
+    assert in_one_call.shape == (len(some), 3)
     for row, text in enumerate(some):
-        assert (model.probabilities([text])[0] == together[row]).all()
+        assert (model.probabilities([text])[0] == in_one_call[row]).all()
 
 
 def test_models_are_read_as_written(tmp_path: Path) -> None:

@@ -297,8 +297,8 @@ def test_sentences_are_the_nonempty_lines(texts: list[list[int]]) -> None:
 @given(st.lists(st.text("ab \n.9", max_size=20), max_size=6))
 def test_perplexity_does_not_depend_on_other_texts(texts: list[str]) -> None:
     model: LanguageModel = ArpaModel(train_language_model([SMALL], 3))
-    together = model.perplexities(texts).tolist()
-    assert together == [model.perplexities([text])[0] for text in texts]
+    in_one_call = model.perplexities(texts).tolist()
+    assert in_one_call == [model.perplexities([text])[0] for text in texts]
 
 
 def test_limits_are_percentiles_of_reference_documents(tmp_path: Path) -> None:
