@@ -1,4 +1,4 @@
-"""Runs a corpus stage over documents in parts; the results must not depend on how the documents are cut."""
+"""Runs a global stage over documents in parts; the results must not depend on how the documents are cut."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Clusters of duplicate documents: connected components, the document kept of each, and the decision files.
 
-A corpus stage writes its decisions once for the whole corpus; `drop_duplicates` applies them batch by batch.
+A global stage writes its decisions once for the whole corpus; `drop_duplicates` applies them batch by batch.
 """
 
 from __future__ import annotations

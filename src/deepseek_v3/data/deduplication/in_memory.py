@@ -18,7 +18,7 @@ _MEMORY = 2**28  # bytes for one task
 
 
 class Deduplicator(GlobalStage):
-    """A corpus stage that can also be run without the pipeline, on documents in memory."""
+    """A global stage that can also be run without the pipeline, on documents in memory."""
 
     def deduplicate(self, documents: Documents) -> Filtered:
         """Removes duplicates from texts, Documents, mappings or Arrow data: a list, an iterator or a table.
