@@ -20,6 +20,7 @@ def select_kernels(accelerator: str) -> ModuleType:
     Raises DataError if `numba` is asked for and cannot be loaded.
     """
     if accelerator == "numpy":
+        _log.info("accelerator = numpy: kernels in NumPy")
         return numpy_kernels
     try:
         from deepseek_v3.data.deduplication.kernels import numba_kernels
@@ -27,7 +28,7 @@ def select_kernels(accelerator: str) -> ModuleType:
         if accelerator == "numba":
             advice = missing_library("accelerator = numba", "numba", "choose numpy, which gives the same results")
             raise DataError(f"{advice} ({error})") from None
-        _log.info("kernels: numpy, because numba cannot be loaded: %s", error)
+        _log.info("accelerator = auto: kernels in NumPy, because numba cannot be loaded: %s", error)
         return numpy_kernels
-    _log.info("kernels: numba")
+    _log.info("accelerator = %s: kernels compiled by Numba", accelerator)
     return numba_kernels
