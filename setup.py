@@ -1,6 +1,6 @@
-"""Which folders make up the package; everything else about it stands in pyproject.toml.
+"""Lists the folders of the package; everything else about it is in pyproject.toml.
 
-The configs keep their one place, `configs`, and are installed inside the package.
+The folder `configs` is installed as the package `deepseek_v3.configs`.
 """
 
 from setuptools import find_packages, setup

@@ -1,8 +1,8 @@
-"""Says whether two checkpoints hold the same training state bit for bit: `compare_checkpoints.py A.pt B.pt`.
+"""Compares the training state of two checkpoints bit for bit: `compare_checkpoints.py A.pt B.pt`.
 
-Compares the bytes of parameters, optimizer, expert biases, progress and random state, everything but the run's own
-config; either may be a file or a folder. Exits with 1 where there is a difference and tells each: how many numbers
-of a tensor differ, and the first of them.
+Each may be a file or a folder. Compares parameters, optimizer, expert biases, progress and random state, not the
+config of the run. Lists every difference (of a tensor: how many elements differ, and the first of them) and exits
+with 1 if there is any.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def compare(first: Annotated[Path, typer.Argument()], second: Annotated[Path, ty
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    """Every leaf of nested dicts, lists and tuples under its path; each of these also by its kind, as `name{}`."""
+    """Every leaf of nested dicts, lists and tuples by its path; each container also by its kind, as `name{}`."""
     if isinstance(value, dict):
         items = [(_below(name, key), entry) for key, entry in value.items()]
     elif isinstance(value, (list, tuple)):
@@ -56,7 +56,7 @@ def _below(name: str, key: Any) -> str:
 
 
 def _difference(name: str, left: dict[str, Any], right: dict[str, Any], first: Path, second: Path) -> str | None:
-    """What is different about an entry; None where it is the same, bit for bit."""
+    """Describes how an entry differs; None where it is bit-identical."""
     if name not in left or name not in right:
         return f"is only in {first if name in left else second}"
     one, other = left[name], right[name]
@@ -82,7 +82,7 @@ def _difference_of_tensors(one: Tensor, other: Tensor) -> str | None:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """uint8 (numbers, bytes of each)."""
+    """The bytes of a tensor: uint8 [elements, bytes per element]."""
     return tensor.detach().contiguous().reshape(-1, 1).view(torch.uint8)
 
 

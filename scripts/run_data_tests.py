@@ -1,4 +1,4 @@
-"""Tries the whole data pipeline on made-up text, in less than 30 seconds: `run_data_tests.py`."""
+"""Runs the whole data pipeline on synthetic text in less than 30 seconds: `run_data_tests.py`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Says what can be trained on given GPUs within a budget: `select_config.py --gpus 8 --budget-hours 72`.
+"""Plans what given GPUs can train within a budget: `select_config.py --gpus 8 --budget-hours 72`.
 
-Without options it asks. The same command as `dsv3 plan`.
+Without options, in a terminal, it asks for them. The same command as `dsv3 plan`.
 """
 
 from __future__ import annotations

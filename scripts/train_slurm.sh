@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Trains on the nodes of a Slurm job, which comes back after every interruption until the run has finished:
+# Trains on the nodes of a Slurm job and requeues the job after every interruption until the run has finished:
 #
 #   sbatch scripts/train_slurm.sh configs/deepseek_v3_base.yaml [more options of `dsv3 train`]
 #
-# Submit it from the root of the checkout, which all nodes see. The options below are defaults; those on sbatch's
-# own command line come first: sbatch --nodes=16 --time=12:00:00 scripts/train_slurm.sh ...
+# Submit it from the root of the checkout, in a file system that all nodes share. The options below are defaults;
+# options on the command line of sbatch override them: sbatch --nodes=16 --time=12:00:00 scripts/train_slurm.sh ...
 #
-# Variables that are read: DSV3_MAX_RESTARTS (20), PYTHON (that of .venv where there is one, else python3).
-# Left in slurm_jobs/<job>/: environment_<start>.txt, and for every node node_<n>/ with the logs of its ranks.
+# Environment variables: DSV3_MAX_RESTARTS (default 20), PYTHON (default .venv/bin/python where it exists, or python3).
+# Writes to slurm_jobs/<job>/: environment_<start>.txt, and node_<n>/ with the logs of the ranks of each node.
 #
 #SBATCH --job-name=deepseek_v3
 #SBATCH --nodes=1
@@ -40,7 +40,7 @@ check_arguments() {
     done
 }
 
-# What a reader needs to understand, or repeat, this start; of the variables only those that steer and hide nothing.
+# Prints what is needed to understand or repeat this start. Variables that may hold secrets are left out.
 describe_environment() {
     date --iso-8601=seconds
     echo "job $SLURM_JOB_ID, start $restarts, nodes $SLURM_JOB_NODELIST, command: $*"
@@ -52,10 +52,10 @@ describe_environment() {
         grep -viE '^[^=]*(auth|cookie|credential|jwt|key|passw|secret|token)' | sort
 }
 
-# On every node: torchrun, and the notice passed on to the training processes, which are its children.
-# shellcheck disable=SC2329 # sent there as text
+# Runs torchrun on one node and passes the signal on to the training processes, its children.
+# shellcheck disable=SC2329 # srun runs its text
 run_node() {
-    trap '' USR1 # which Slurm sends to every process: torchrun, and what is not ready to hear it, would die of it
+    trap '' USR1 # Slurm sends it to every process; torchrun, and a process without a handler yet, would die
     local folder=$1 endpoint=$2 python=$3 agent
     shift 3
     local here="$folder/node_${SLURM_NODEID}"
@@ -65,7 +65,7 @@ run_node() {
         nvidia-smi >"$here/nvidia-smi.txt" 2>&1 || true
         gpus=${gpus:-$(nvidia-smi --list-gpus | wc -l)}
     fi
-    export PYTHONUNBUFFERED=1  # or what the ranks print waits in torchrun, and is lost where that is killed
+    export PYTHONUNBUFFERED=1  # else output is buffered in torchrun and lost when it is killed
     "$python" -m torch.distributed.run --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="${gpus:-1}" \
         --rdzv-backend=c10d --rdzv-endpoint="$endpoint" --rdzv-id="$SLURM_JOB_ID" --max-restarts=0 \
         --log-dir="$here" --tee=3 src/training/train.py "$@" &
@@ -85,7 +85,7 @@ run_nodes() {
     step=$!
 }
 
-# Passes the notice on to the step, at once and again every 5 s, for training processes that were not ready to hear it.
+# Passes the signal on to the step at once, and again every 5 s for training processes that had no handler yet.
 # shellcheck disable=SC2329 # called by a trap
 pass_notice_on() {
     [[ $noticed == yes ]] || say "notice of the end: the training processes save and stop"
@@ -95,7 +95,7 @@ pass_notice_on() {
     reminder=$!
 }
 
-# Waits for the step, whatever signals come meanwhile, and returns its status.
+# Waits for the step through any signals and returns its status.
 wait_for_nodes() {
     local status=0
     while kill -0 "$step" 2>/dev/null; do wait "$step" || true; done  # a trap ends a wait, not the process

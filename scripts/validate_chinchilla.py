@@ -1,4 +1,4 @@
-"""Says whether configs keep to 20 to 26 tokens per active parameter: `validate_chinchilla.py [--config FILE]`.
+"""Checks that token budgets are 20 to 26 tokens per active parameter: `validate_chinchilla.py [--config FILE]`.
 
 Without --config it checks every model size in `configs`. The same command as `dsv3 validate`.
 """

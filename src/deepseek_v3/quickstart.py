@@ -1,4 +1,4 @@
-"""`dsv3 quickstart`: the whole path in minutes, from the text inside Python to a model that writes some."""
+"""`dsv3 quickstart`: the whole path in minutes, from Python's own source text to a model that generates text."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _PROMPTS = ("def main(", "import os\n", "class Node:\n", '"""Return ')
 def quickstart(
     config: Annotated[Path, typer.Option(help="The config to train: a file, or a shipped size.")] = Path("tiny"),
     runs: Annotated[
-        Path, typer.Option(help="Folder for the runs; a start goes on with an unfinished one, or makes a new one.")
+        Path, typer.Option(help="Folder of the runs; an unfinished one is resumed, else a new one starts.")
     ] = Path("runs"),
 ) -> None:
     """Build a corpus, train a tokenizer and a small model, measure it, and let it write."""
@@ -48,7 +48,7 @@ def quickstart(
     run, result = _train(config, runs)
     folder = run.logging.directory
     if not result.finished:
-        get_logger("Quickstart").info(f"Stopped after step {result.step}; the same command goes on from there")
+        get_logger("Quickstart").info(f"Stopped after step {result.step}; the same command resumes the run")
         print_next_steps(["dsv3", "quickstart", *_options(config, runs)])
         raise typer.Exit(130)
     shards, saved = TokenShards.open(run.data.path), load_model(result.checkpoint, device)
@@ -64,11 +64,11 @@ def quickstart(
 
 
 def _train(config: Path, runs: Path) -> tuple[RunConfig, TrainingResult]:
-    """Continues the last run of this config that has not finished, or starts a new one; returns how it ended."""
+    """Resumes the newest unfinished run of this config, or starts a new one; returns its config and its result."""
     for folder in _unfinished(config, runs):
-        with suppress(InUseError):  # by another process, which goes on with it
+        with suppress(InUseError):  # another process works on it
             run = _load(config, folder, log=True)
-            get_logger("Quickstart").info(f"Going on with {folder}")
+            get_logger("Quickstart").info(f"Resuming {folder}")
             return run, train_run(run, select_device("auto"), resume="auto")
     with _new_folder(runs) as folder:
         run = _load(config, folder, log=True)
@@ -76,7 +76,7 @@ def _train(config: Path, runs: Path) -> tuple[RunConfig, TrainingResult]:
 
 
 def _load(config: Path, folder: Path, *, log: bool = False) -> RunConfig:
-    """The config with all that it writes in `folder`; the shipped one keeps tokens apart from those of the user."""
+    """The config with every output in `folder`; the shipped config gets a token folder apart from the user's."""
     overrides = [f"logging.directory={folder}", f"checkpoint.directory={folder / 'checkpoints'}"]
     return load_config(config, [*overrides, *_own_tokens(config)], log=log)
 
@@ -86,7 +86,7 @@ def _own_tokens(config: Path) -> list[str]:
 
 
 def _unfinished(config: Path, runs: Path) -> Iterator[Path]:
-    """Folders of runs of this config that were stopped or killed before their end, the newest first."""
+    """Folders of unfinished runs of this config, the newest first."""
     folders = [folder for folder in runs.glob("quickstart*") if re.fullmatch(r"quickstart(-\d+)?", folder.name)]
     for folder in sorted(folders, key=lambda folder: (len(folder.name), folder.name), reverse=True):
         if folder.is_dir() and not (folder / _SUMMARY).exists() and _is_of(config, folder):
@@ -94,14 +94,14 @@ def _unfinished(config: Path, runs: Path) -> Iterator[Path]:
 
 
 def _is_of(config: Path, folder: Path) -> bool:
-    """Whether the run in a folder is of this config, or has not begun."""
+    """Whether the run in a folder has this config, or has not begun."""
     if not (folder / "config.yaml").exists():
         return all(path.name.startswith(".") for path in folder.iterdir())
     try:
-        earlier, wanted = load_config(folder / "config.yaml"), _load(config, folder)
+        previous, wanted = load_config(folder / "config.yaml"), _load(config, folder)
     except UserError:
         return False
-    return (earlier.model, earlier.training, earlier.data) == (wanted.model, wanted.training, wanted.data)
+    return (previous.model, previous.training, previous.data) == (wanted.model, wanted.training, wanted.data)
 
 
 def _options(config: Path, runs: Path) -> list[object]:
@@ -111,9 +111,9 @@ def _options(config: Path, runs: Path) -> list[object]:
 
 @contextmanager
 def _new_folder(runs: Path) -> Iterator[Path]:
-    """Makes runs/quickstart, or the first of quickstart-2, quickstart-3, … that does not exist yet.
+    """Creates runs/quickstart, or the first of quickstart-2, quickstart-3, … that does not exist.
 
-    Where nothing has been written to it at the end of the block it goes away again.
+    Removes the folder at the end of the block if it is empty.
     """
     for number in count(1):
         folder = runs / ("quickstart" if number == 1 else f"quickstart-{number}")
@@ -133,7 +133,7 @@ def _new_folder(runs: Path) -> Iterator[Path]:
 
 
 def _write_summary(folder: Path, comparison: Comparison) -> None:
-    """Writes what was measured, which also marks the run as finished."""
+    """Writes the measured losses; this file also marks the run as finished."""
     model = comparison.model
     figures = {
         "nats_per_token": {"model": model.loss, "bigram": comparison.bigram, "unigram": comparison.unigram},

@@ -137,7 +137,7 @@ def test_an_interrupted_quickstart_goes_on_where_it_was(tmp_path: Path, monkeypa
         patched.setattr(GracefulStop, "should_stop", lambda _: next(steps))
         stopped = dsv3(*command)
     assert stopped.exit_code == 130, stopped.output
-    assert "Stopped after step 3; the same command goes on from there" in stopped.output
+    assert "Stopped after step 3; the same command resumes the run" in stopped.output
     assert (
         f"Next:\n  dsv3 quickstart --config {tmp_path / 'run.yaml'} --runs {tmp_path / 'runs'}\n" in stopped.output
     )
@@ -147,7 +147,7 @@ def test_an_interrupted_quickstart_goes_on_where_it_was(tmp_path: Path, monkeypa
     trained = _losses_of(tmp_path / "runs" / "quickstart")
     resumed = dsv3(*command)
     assert resumed.exit_code == 0, resumed.output
-    assert "Going on with" in resumed.output
+    assert "Resuming " in resumed.output
     assert "Step 12/12" not in resumed.output
     assert _losses_of(tmp_path / "runs" / "quickstart") == trained
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["quickstart"]
