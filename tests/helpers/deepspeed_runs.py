@@ -1,4 +1,4 @@
-"""Training with DeepSpeed, with everything that has to be the same as in one process."""
+"""Training with DeepSpeed, on the ranks of a pool: everything that has to equal a run in one process."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from deepseek_v3.training.parallel.engine import Engine
 from deepseek_v3.training.parallel.mesh import build_mesh
 from deepseek_v3.training.trainer import Trainer
 from deepseek_v3.utils.distributed.launch import World, export_environment
+from deepseek_v3.utils.errors import ConfigError
 from helpers import parallel_runs
 
 CPU = torch.device("cpu")
@@ -76,6 +77,15 @@ def train_run(file: Path, path: Path, overrides: list[str], resume: str | None) 
     result = Trainer(config, CPU, resume, build_mesh(config.parallel, "cpu"), deepspeed=settings).run()
     assert result.validation is not None
     return result.step, result.validation.loss
+
+
+def refusal(file: Path) -> str:
+    """The error of a run with settings that DeepSpeed does not accept."""
+    try:
+        engine_of(file, 1, {"micro_batch_size": 4}, {})
+    except ConfigError as error:
+        return str(error)
+    return "no error"
 
 
 def _announce() -> None:

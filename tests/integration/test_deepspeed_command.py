@@ -1,4 +1,4 @@
-"""`--deepspeed` as people type it: by its own launcher, with two processes on a CPU, and what is refused."""
+"""`--deepspeed` as people type it: by DeepSpeed's own launcher, with two processes on a CPU."""
 
 import os
 import re
@@ -68,23 +68,3 @@ def test_one_process_goes_on_from_it(folder: Path, tmp_path: Path) -> None:
     assert [row["loss"] for row in second if "loss" in row] == pytest.approx(
         [row["loss"] for row in first if "loss" in row][2:], rel=1e-4
     )
-
-
-def test_an_unknown_deepspeed_field_is_refused_in_one_line(folder: Path, tmp_path: Path) -> None:
-    settings = tmp_path / "wrong.json"
-    settings.write_text('{"zero_optimization": {"stage": 2, "bucket": 1}}', encoding="utf-8")
-    places = ["--set", f"checkpoint.directory={tmp_path}/c", "--set", f"logging.directory={tmp_path}/l"]
-    words = [
-        ROOT / "src/training/train.py",
-        "--config",
-        folder / "run.yaml",
-        "--deepspeed",
-        settings,
-        "--device",
-        "cpu",
-        *places,
-    ]
-    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, timeout=HANGS)
-    assert done.returncode == 1
-    assert re.search(r"error: \S*wrong\.json: DeepSpeed refuses it: .*bucket", done.stderr)
-    assert "Traceback" not in done.stdout + done.stderr

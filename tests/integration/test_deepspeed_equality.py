@@ -1,5 +1,6 @@
 """DeepSpeed trains the same model under every ZeRO stage: all figures equal those of one process."""
 
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -81,3 +82,9 @@ def test_bfloat16_routers_choose_as_in_one_process(
     for place, routing in expected.items():
         np.testing.assert_array_equal(found[place][0], routing[0], err_msg=str(place))
         np.testing.assert_array_equal(found[place][1], routing[1], err_msg=str(place))
+
+
+def test_a_field_that_deepspeed_does_not_know_is_refused(deepspeed_pool: RankPool, tmp_path: Path) -> None:
+    file = deepspeed_runs.write_settings(tmp_path, {"zero_optimization": {"stage": 2, "bucket": 1}})
+    for message in deepspeed_pool.run(2, deepspeed_runs.refusal, file):
+        assert re.fullmatch(r"\S*deepspeed\.json: DeepSpeed refuses it: .*bucket.*", message)
