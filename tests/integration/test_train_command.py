@@ -306,10 +306,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, number: signal.Sig
     config = write_run(tmp_path, steps=100_000)
     command = [sys.executable, str(ROOT / "src/training/train.py"), "--config", str(config)]
     metrics = tmp_path / "run" / "metrics.jsonl"
-    # A test run in the background of a shell ignores SIGINT, and so would the process that it starts.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        signal.signal(signal.SIGINT, before)
         while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
             time.sleep(0.1)
         process.send_signal(number)
