@@ -1,4 +1,4 @@
-"""What holds for every test: the same random numbers on every run, no more threads than the work needs."""
+"""Settings and fixtures for all tests: seeded random numbers, one thread, pools of ranks."""
 
 import os
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # kernels then run on the CPU, line by line; read when triton is imported
+    os.environ["TRITON_INTERPRET"] = "1"  # runs kernels on the CPU; Triton reads it when it is imported
 
 from hypothesis import settings
 from matplotlib.figure import Figure
@@ -35,7 +35,7 @@ def _fork_server() -> None:
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[RankPool]:
-    """Four ranks over gloo."""
+    """A pool of four ranks over gloo."""
     found = RankPool(4)
     yield found
     found.close()
@@ -43,7 +43,7 @@ def pool() -> Iterator[RankPool]:
 
 @pytest.fixture(scope="session")
 def deepspeed_pool() -> Iterator[RankPool]:
-    """Two ranks for DeepSpeed, which keeps the first group that it saw."""
+    """A pool of two ranks for DeepSpeed, which keeps the first process group that it sees."""
     pytest.importorskip("deepspeed", reason="DeepSpeed is an extra")
     found = RankPool(2, one_group=True)
     yield found
@@ -52,7 +52,7 @@ def deepspeed_pool() -> Iterator[RankPool]:
 
 @pytest.fixture(autouse=True)
 def _shipped_configs_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokens that somebody made in the checkout change no config that a test loads there."""
+    """Ignores tokens in the checkout, which would change the vocabulary of the shipped configs."""
     size_of, local = vocabulary_size._tokenizer_size, Path(__file__).parents[1] / DEFAULT_TOKENS
     monkeypatch.setattr(
         vocabulary_size, "_tokenizer_size", lambda path: None if Path(path).absolute() == local else size_of(path)
@@ -66,13 +66,13 @@ def _same_random_numbers() -> None:
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Each device on which an operation has to hold."""
+    """Each device on which an operation is tested."""
     return torch.device(request.param)
 
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that are saved from here on."""
+    """Collects the Matplotlib figures that are saved."""
     figures: list[Figure] = []
     save = Figure.savefig
 

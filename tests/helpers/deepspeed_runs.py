@@ -1,4 +1,4 @@
-"""Training with DeepSpeed, on the ranks of a pool: everything that has to equal a run in one process."""
+"""Trains with DeepSpeed on the ranks of a pool and returns everything that must equal a run in one process."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ CPU = torch.device("cpu")
 
 
 def write_settings(folder: Path, settings: dict[str, Any]) -> Path:
-    """A DeepSpeed JSON file in `folder`."""
+    """Writes a DeepSpeed JSON file to `folder`."""
     path = folder / "deepspeed.json"
     path.write_text(json.dumps(settings), encoding="utf-8")
     return path
 
 
 def train(file: Path, steps: int, parallel: dict[str, Any], training: dict[str, Any]) -> dict[str, Any]:
-    """Losses, norms, loads and biases of every step; gradients of the first and weights of the last, whole."""
+    """As `parallel_runs.train`, with whole gradients and weights instead of shards."""
     engine, config = engine_of(file, steps, parallel, training)
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
@@ -52,7 +52,7 @@ def train(file: Path, steps: int, parallel: dict[str, Any], training: dict[str, 
 
 
 def routings(file: Path) -> dict[tuple[str, int], Any]:
-    """As `parallel_runs.routings`, by DeepSpeed in bfloat16."""
+    """As `parallel_runs.routings`, with DeepSpeed."""
     engine, config = engine_of(file, 1, {"precision": "bfloat16"}, {})
     for name, parameter in engine.models[0].named_parameters():
         engine._set_weight(parameter, parallel_runs.noise(name, parameter.shape))
@@ -62,7 +62,7 @@ def routings(file: Path) -> dict[tuple[str, int], Any]:
 def engine_of(
     file: Path, steps: int, parallel: dict[str, Any], training: dict[str, Any]
 ) -> tuple[Engine, RunConfig]:
-    """What trains a run by DeepSpeed, and the run as it was laid out."""
+    """DeepSpeed's engine for a run, and the run's config with its layout resolved."""
     _announce()
     settings = DeepSpeedFile(file)
     config = settings.resolve_layout(parallel_runs.run_config(steps, parallel, training), dist.get_world_size())
@@ -70,7 +70,7 @@ def engine_of(
 
 
 def train_run(file: Path, path: Path, overrides: list[str], resume: str | None) -> tuple[int, float]:
-    """Runs the trainer as the command does; returns the last step and the held-out loss."""
+    """Runs the trainer as the command does; returns the last step and the validation loss."""
     _announce()
     settings = DeepSpeedFile(file)
     config = settings.resolve_layout(load_config(path, overrides), dist.get_world_size())

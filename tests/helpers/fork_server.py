@@ -1,7 +1,7 @@
-"""Where tests get processes that have imported already what takes seconds: forked from one that did it once.
+"""A server that imports torch and the trainer once and forks processes for the tests from itself.
 
-That one holds no threads and locks of the tests. A process has one such server, and whoever starts it says what it
-imports: the tests do, before the commands that they try.
+The server shares no threads and locks with the tests. A process has only one such server, and its first user sets
+what it imports; the tests set it before any command of the package does.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Jobs of a few real ranks, each with an output of its own, that may end in any way."""
+"""Jobs of a few real ranks, each with its own output file, that may end in any way."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from deepseek_v3.utils.distributed.launch import World
 from deepseek_v3.utils.logging import configure_logging
 from helpers import fork_server
 
-HANGS = 600.0  # seconds after which a test ends a process that it waits for; a way out, never a measure of speed
+HANGS = 600.0  # seconds after which a test gives up on a process; far more than any takes
 
 _PRINTED_BY_US = re.compile(
     r"\[(?!Gloo)[A-Z][a-z]+\] |error: |Traceback|\w*Error: "
@@ -32,7 +32,7 @@ _PRINTED_BY_US = re.compile(
 
 
 def free_port() -> int:
-    """A port on which nobody listens, below those that the kernel gives to connections of other tests meanwhile."""
+    """A free port below the range from which the kernel takes ports for outgoing connections."""
     while True:
         with socket.socket() as found, suppress(OSError):
             found.bind(("127.0.0.1", 10_000 + secrets.randbelow(10_000)))
@@ -41,14 +41,14 @@ def free_port() -> int:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended: each rank's exit code, None where it did not end by itself, and the lines of all ranks."""
+    """How a job ended: each rank's exit code (None if it was still running), and the lines of all ranks."""
 
     codes: list[int | None]
     lines: list[str]
 
 
 class Job:
-    """`size` ranks that each run `work(world)` as a command line would; the store is rank 0's, or a launcher's."""
+    """`size` ranks that run `work(world)` as a command does; rank 0 or a launcher hosts the rendezvous store."""
 
     def __init__(self, folder: Path, size: int, work: Callable[[World], None], *, launcher: bool = False) -> None:
         self._folder, port = folder, free_port()
@@ -57,7 +57,7 @@ class Job:
         self.ranks = [_started(_run_rank, world, work, folder / f"{world.rank}.txt") for world in worlds]
 
     def outcome(self, stopped: tuple[int, ...] = ()) -> Outcome:
-        """Waits for all ranks but the `stopped` ones, and ends every process that is left."""
+        """Waits for all ranks except the `stopped` ones, then kills every process that is left."""
         end = time.monotonic() + HANGS
         for rank, process in enumerate(self.ranks):
             if rank not in stopped:

@@ -1,4 +1,4 @@
-"""Training a few steps on the ranks of a layout, with everything that has to be the same under all layouts."""
+"""Trains a few steps on the ranks of a layout and returns everything that must not depend on the layout."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SEQUENCES = 8
 def run_config(
     steps: int, parallel: dict[str, Any], training: dict[str, Any], model: dict[str, Any] | None = None
 ) -> RunConfig:
-    """A run whose batch divides over four ranks twice."""
+    """A run whose batch gives each of four ranks two sequences."""
     fields = run_fields(Path("run"))
     fields["model"] |= {"num_hidden_layers": 4, "n_routed_experts": 8, "n_group": 4, "topk_group": 2}
     fields["model"] |= model or {}
@@ -51,7 +51,7 @@ def run_config(
 
 
 def batches_of(config: RunConfig, number: int) -> Tensor:
-    """The sequences of a step, int64 (sequences, length + 1): a function of its number alone."""
+    """The sequences of step `number`, int64 (sequences, length + 1); they depend on nothing else."""
     generator = torch.Generator().manual_seed(number)
     return torch.randint(0, config.model.vocab_size, (SEQUENCES, SEQUENCE_LENGTH + 1), generator=generator)
 
@@ -64,9 +64,10 @@ def train(
     masked: bool = False,
     model: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Losses, norms, loads and biases of every step; this rank's blocks of the first gradients and last weights.
+    """Trains; returns the losses, norms, loads and biases of every step, and this rank's shards.
 
-    With `masked` documents are kept apart, of which one sequence has more than another.
+    The shards are of the gradients of the first step and of the weights after the last. With `masked`, attention
+    does not cross documents, and the sequences have different numbers of documents.
     """
     config = run_config(steps, {"precision": "float32", **parallel}, training or {}, model)
     engine = engine_of(config, device, _documents if masked else _no_documents)
@@ -79,17 +80,17 @@ def train(
 
 
 def engine_of(config: RunConfig, device: str = "cpu", documents: Any = None) -> Engine:
-    """What trains a run on the ranks of its layout; each sequence is one document unless `documents` are given."""
+    """The engine of a run on the ranks of its layout; each sequence is one document unless `documents` is given."""
     return build_engine(config, build_mesh(config.parallel, device), own(device), documents or _no_documents)
 
 
 def own(device: str) -> torch.device:
-    """This rank's device of a kind."""
+    """This rank's device: the CPU, or the GPU with the number of the rank."""
     return torch.device(device, dist.get_rank()) if device == "cuda" else torch.device(device)
 
 
 def layer_runs(parallel: dict[str, Any]) -> int:
-    """How many forward passes of layers one step takes on this rank, those that run again included."""
+    """The number of forward passes of layers in one step on this rank, recomputed ones included."""
     config, runs = run_config(1, {"precision": "float32", **parallel}, {}), []
     engine = build_engine(config, build_mesh(config.parallel, "cpu"), own("cpu"), _no_documents)
     for model in engine.models:
@@ -101,7 +102,7 @@ def layer_runs(parallel: dict[str, Any]) -> int:
 
 
 def take_steps(engine: Engine, config: RunConfig) -> list[Any]:
-    """Figures, loads and biases of every step of a run."""
+    """Trains to the end; returns the losses and norm, the loads and the biases of every step."""
     rows = []
     plan = TrainingSchedule(config)
     for number in range(1, plan.total_steps + 1):
@@ -119,7 +120,7 @@ def take_steps(engine: Engine, config: RunConfig) -> list[Any]:
 
 
 def routings(parallel: dict[str, Any]) -> dict[tuple[str, int], tuple[np.ndarray, np.ndarray]]:
-    """As `routings_of`, of the engine of a layout in bfloat16, whose weights are noise."""
+    """`routings_of` the engine of a layout in bfloat16 with random weights."""
     config = run_config(1, {"precision": "bfloat16", **parallel}, {})
     engine = engine_of(config)
     for part in engine.models:
@@ -129,13 +130,13 @@ def routings(parallel: dict[str, Any]) -> dict[tuple[str, int], tuple[np.ndarray
 
 
 def noise(name: str, shape: Sequence[int]) -> Tensor:
-    """Values of a parameter that bfloat16 would round: a function of its name and shape alone."""
+    """Random values for a parameter, not representable in bfloat16; they depend on its name and shape only."""
     values = 0.2 * torch.randn(*shape, generator=torch.Generator().manual_seed(len(name)))
     return 1 + values if name.endswith("norm.weight") else values
 
 
 def routings_of(engine: Engine, config: RunConfig) -> dict[tuple[str, int], tuple[np.ndarray, np.ndarray]]:
-    """Experts and gates that each router gives each sequence in a step, by router and number of the sequence."""
+    """The experts and gates of every token in one step, by name of the router and number of the sequence."""
     found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for part in engine.models:
         for name, module in part.named_modules():
@@ -160,7 +161,7 @@ def _as_arrays(routing: Routing) -> tuple[np.ndarray, np.ndarray]:
 
 
 def micro_batches_of(engine: Engine, config: RunConfig, step: ScheduledStep) -> Iterator[Tensor]:
-    """This rank's share of a step."""
+    """This rank's micro-batches of a step."""
     parallel, ranks = config.parallel, engine.mesh
     micro = TrainingSchedule(config).micro_batches(
         step, parallel.micro_batch_size, ranks.data_rank, parallel.data_ranks
@@ -170,7 +171,7 @@ def micro_batches_of(engine: Engine, config: RunConfig, step: ScheduledStep) -> 
 
 
 def whole(results: list[dict[str, Any]], what: str) -> dict[str, np.ndarray]:
-    """Tensors put together from the blocks of all ranks, each number held by somebody."""
+    """Assembles whole tensors from the shards of all ranks; fails if an element is on no rank."""
     tensors: dict[str, np.ndarray] = {}
     for result in results:
         for name, (shape, starts, values) in result[what].items():
@@ -204,7 +205,7 @@ def _blocks(engine: Engine, tensor_of: Any) -> dict[str, Any]:
     for model in engine.models:
         for name, piece in local_shards(model, engine.mesh).items():
             values = local(tensor_of(model.get_parameter(name))).detach().cpu().numpy().copy()
-            if name in blocks:  # a second copy on this rank
+            if name in blocks:  # this rank has the parameter twice
                 np.testing.assert_array_equal(blocks[name][2], values, err_msg=name)
             blocks[name] = (piece.shape, piece.starts, values)
     return blocks
@@ -216,7 +217,7 @@ def rank() -> int:
 
 
 def train_until_tokens_are_lost(path: Path, overrides: list[str], split: str, rank: int) -> tuple[int, str]:
-    """Trains while one rank's shards become unreadable in step 3; the last step, and the error of this rank."""
+    """Trains while the token shards of `rank` become unreadable in step 3; returns the last step and the error."""
     config = load_config(path, overrides)
     loses = dist.get_rank() == rank
 
@@ -240,7 +241,7 @@ def train_until_tokens_are_lost(path: Path, overrides: list[str], split: str, ra
 
 
 def train_run(path: Path, overrides: list[str], resume: str | None, device: str = "cpu") -> tuple[int, float]:
-    """Runs the trainer as the command does; returns the last step and the held-out loss."""
+    """Runs the trainer as the command does; returns the last step and the validation loss."""
     config = load_config(path, overrides)
     trainer = Trainer(config, own(device), resume, build_mesh(config.parallel, device))
     result = trainer.run()
@@ -257,7 +258,7 @@ class Resumed(NamedTuple):
 
 
 def resumed(path: Path, overrides: list[str], checkpoint: str, device: str = "cpu") -> Resumed:
-    """Resumes a run and compares every weight and moment of this rank, second copies too, with the checkpoint's."""
+    """Resumes a run and compares every weight and moment on this rank, in all copies, with the checkpoint."""
     config = load_config(path, overrides)
     trainer = Trainer(config, own(device), checkpoint, build_mesh(config.parallel, device))
     engine, saved = trainer.engine, load_checkpoint(Path(checkpoint))

@@ -1,7 +1,7 @@
-"""Real processes for tests of several ranks: started once, then given one function after another.
+"""A pool of processes for tests of several ranks, started once for all tests.
 
-The ranks of many tests are the same few processes; each call gives as many of them as it asks for a process group
-of its own: over gloo, and over NCCL for those that have a GPU each.
+Each call runs one function on some of the processes, which form a new process group for it: over gloo, and over
+NCCL if they have a GPU each.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ import torch.distributed as dist
 
 from helpers import fork_server
 
-TIMEOUT = 600  # seconds; ends what hangs, and is far more than any call takes
+TIMEOUT = 600  # seconds, far more than any call takes; ends a call that hangs
 
 
 class RankPool:
-    """Up to `size` ranks on the CPU or, as "cuda", each on its GPU.
+    """Up to `size` ranks on the CPU or, with "cuda", on one GPU each.
 
-    With `one_group` every call is for all of them, in the same process group.
+    With `one_group` every call runs on all ranks, in the same process group.
     """
 
     def __init__(self, size: int, device: str = "cpu", *, one_group: bool = False) -> None:
@@ -46,13 +46,13 @@ class RankPool:
             self._processes.append(process)
 
     def run(self, world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What `function(*arguments)` returns on each rank; raises the first error of any."""
+        """Calls `function(*arguments)` on `world` ranks; returns their results or raises their errors."""
         store = Path(self._folder.name) / f"store_{next(self._calls)}"
         for rank in range(world):
             self._ends[rank].send((function, arguments, rank, world, store))
         answers = [self._answer(rank) for rank in range(world)]
         for rank in range(world):
-            with suppress(OSError):  # of one that has died
+            with suppress(OSError):  # the rank has died
                 self._ends[rank].send("all have answered")
         errors = [text for ok, text in answers if not ok]
         if errors:
@@ -60,7 +60,7 @@ class RankPool:
         return [result for _, result in answers]
 
     def close(self) -> None:
-        """Ends the processes, in good order where they answer."""
+        """Asks the processes to end, and kills those that do not."""
         for end in self._ends:
             with suppress(OSError):
                 end.send(None)
@@ -99,6 +99,6 @@ def _serve(end: Connection, device: str, one_group: bool) -> None:
         except BaseException:  # noqa: BLE001 -- the test that asked shall see any of them
             end.send((False, f"rank {rank}: {traceback.format_exc()}"))
         finally:
-            end.recv()  # a rank that left its group at once would break off those that still join it
+            end.recv()  # if a rank left at once, those that still join the group would fail
             if dist.is_initialized() and not one_group:
                 dist.destroy_process_group()

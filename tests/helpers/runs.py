@@ -18,7 +18,7 @@ TOKENS_PER_STEP = SEQUENCE_LENGTH * BATCH_SIZE
 
 
 def write_corpus(folder: Path, documents: int = 40) -> Path:
-    """Text files with a grammar that a small model can pick up, the same on every call."""
+    """Writes text files with a grammar that a small model can learn; every call writes the same text."""
     folder.mkdir(parents=True, exist_ok=True)
     chooser = random.Random(0)
     for number in range(documents):
@@ -28,7 +28,7 @@ def write_corpus(folder: Path, documents: int = 40) -> Path:
 
 
 def run_fields(folder: Path, steps: int = 6) -> dict[str, Any]:
-    """A whole run, as the content of its YAML file; everything it reads and writes lies in `folder`."""
+    """The content of a run's YAML file; all its inputs and outputs are in `folder`."""
     return {
         "model": {
             "vocab_size": 300,
@@ -76,11 +76,11 @@ def write_run(folder: Path, steps: int = 6) -> Path:
 
 
 def dsv3(*words: object) -> Result:
-    """Runs a command of the command line in this process."""
+    """Runs a `dsv3` command in this process."""
     return CliRunner().invoke(app, [str(word) for word in words])
 
 
 def message_of(result: Result) -> str:
-    """The one line that a user's mistake ends in."""
+    """The one-line message of the UserError that a command has raised."""
     assert isinstance(result.exception, UserError), result.output
     return str(result.exception)

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite on one rank, on the ranks of any layout."""
+"""Trains steps whose loss or gradient is not finite on one rank, under any layout."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _state(engine: Engine) -> dict[str, Tensor]:
 
 
 class _Trouble:
-    """On the last rank, spoils the gradient behind its first attention, or its loss alone, as `now` says."""
+    """On the last rank, spoils the gradient of its first attention, or only its loss, as `now` says."""
 
     def __init__(self, engine: Engine) -> None:
         self.now = ""

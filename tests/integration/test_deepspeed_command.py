@@ -1,4 +1,4 @@
-"""`--deepspeed` as people type it: by DeepSpeed's own launcher, with two processes on a CPU."""
+"""`dsv3 train --deepspeed` under DeepSpeed's own launcher, with two processes on a CPU."""
 
 import os
 import re
@@ -21,7 +21,7 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a run lies that the launcher took from its first step to its last."""
+    """The folder of a finished run that DeepSpeed's launcher has started."""
     folder = tmp_path_factory.mktemp("run")
     config = write_run(folder, STEPS)
     done = launched(config, SHIPPED)
@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def launched(config: Path, settings: Path, *words: object) -> subprocess.CompletedProcess[str]:
-    """The command of the README, on two CPU processes of this machine."""
+    """Runs the launcher's command with two processes on the CPU."""
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus=2", f"--master_port={free_port()}"]
     script = [
         ROOT / "src/training/train.py",

@@ -1,4 +1,4 @@
-"""DeepSpeed trains the same model under every ZeRO stage: all figures equal those of one process."""
+"""DeepSpeed under every ZeRO stage trains the same model as one process without it."""
 
 import re
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""`dsv3 tokenize`, `dsv3 eval` and `dsv3 quickstart` on a small corpus, and what they refuse."""
+"""`dsv3 tokenize`, `dsv3 eval` and `dsv3 quickstart` on a small corpus, and their refusals."""
 
 import re
 import shlex

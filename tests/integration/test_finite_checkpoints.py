@@ -1,4 +1,4 @@
-"""What is saved, resumed, measured or generated from holds neither NaN nor infinity."""
+"""Weights with NaN or infinity are never saved, resumed, evaluated or used to generate text."""
 
 import json
 import math
@@ -52,7 +52,7 @@ SPOILERS = {
 
 
 def after_update(number: int, what: Callable[[Any], None]) -> Callable[..., Tensor]:
-    """A DataParallel._update that does something behind the update of this step."""
+    """An `_update` method that calls `what(engine)` after the update of step `number`."""
     update = DataParallelEngine._update
 
     def then(engine: DataParallelEngine, step: ScheduledStep, loss: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ def test_a_signal_saves_no_bad_state(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def bad_part_on_last_rank(path: Path, overrides: list[str]) -> str:
-    """The error of a rank of a run, where the last rank's part of a weight is bad after step 3."""
+    """Trains a run in which a weight of the last rank becomes bad after step 3; returns this rank's error."""
 
     def on_last_rank(engine: DataParallelEngine) -> None:
         if engine.mesh.rank == engine.mesh.size - 1:
@@ -129,7 +129,7 @@ def test_all_ranks_refuse_a_part_that_is_bad_on_one(pool: RankPool, tmp_path: Pa
 
 
 def test_a_held_out_loss_that_is_no_number_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With weights that are finite; those that are not are named instead."""
+    """The weights are finite here; weights that are not would be named instead."""
     monkeypatch.setattr(Validator, "measure", lambda *_: ValidationLoss(math.nan, 256, 400.0, 8))
     result = dsv3("train", "--device", "cpu", "--config", write_run(tmp_path))
     message = message_of(result)
@@ -141,7 +141,7 @@ def test_a_held_out_loss_that_is_no_number_stops_the_run(tmp_path: Path, monkeyp
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """That of a finished run."""
+    """The folder of a finished run."""
     folder = tmp_path_factory.mktemp("finished")
     assert dsv3("train", "--device", "cpu", "--config", write_run(folder)).exit_code == 0
     return folder
@@ -154,7 +154,7 @@ def test_quickstart_stops_at_such_a_loss_too(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_loss_of_any_size_has_a_row() -> None:
-    """Its perplexity may be beyond the largest double."""
+    """The perplexity of a large loss may exceed the largest double."""
     table = Comparison(ValidationLoss(1000.0, 256, 400.0, 8), bigram=3.0, unigram=0.0).table()
     assert [list(column.cells) for column in table.columns] == [
         ["unigram", "bigram", "trained model"],
@@ -164,8 +164,8 @@ def test_a_loss_of_any_size_has_a_row() -> None:
     ]
 
 
-class TestSavedEarlier:
-    """A checkpoint that an earlier version has saved although it is bad."""
+class TestSavedByAnOlderVersion:
+    """A bad checkpoint that an older version of this program has saved."""
 
     def bad(self, folder: Path, name: str) -> Path:
         state = load_checkpoint(folder / "checkpoints" / "checkpoint_step_4.pt")

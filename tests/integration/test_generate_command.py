@@ -22,7 +22,7 @@ OPTIONS = ["--temperature", "0", "--max-new-tokens", "6", "--device", "cpu"]
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A checkpoint with random weights, in a folder of its own."""
+    """A checkpoint with random weights, alone in its folder."""
     torch.manual_seed(0)
     tokenizer = Tokenizer.train(["the cat sat on the mat\n", "return the cat\n"] * 3, vocab_size=280)
     model = small_config(vocab_size=tokenizer.vocab_size, max_position_embeddings=32)
@@ -83,7 +83,7 @@ def test_a_prompt_is_continued_as_by_the_engine(checkpoint, engine):
 
 @pytest.mark.parametrize(("new_tokens", "longest"), [(12, None), (14, 17), (99, 32)])
 def test_texts_longer_than_any_trained_on_are_named(checkpoint, caplog, new_tokens, longest):
-    """Trained on 16 tokens, with room for 32; "the cat" and its like take 3."""
+    """The model was trained on sequences of 16 tokens and has positions for 32; the prompt has 3 tokens."""
     tokenizer = Tokenizer.from_json(load_model(checkpoint, torch.device("cpu")).tokenizer_json)
     prompt = tokenizer.decode([10, 11, 12])
     assert len(tokenizer.encode(prompt)) == 3

@@ -1,4 +1,4 @@
-"""The compiled bfloat16 path on a GPU: the kernels that it should run, and none of the waits that it should not."""
+"""The compiled bfloat16 path on a GPU runs the expected kernels and never waits for the GPU."""
 
 import gc
 from pathlib import Path
@@ -23,7 +23,7 @@ from helpers.runs import dsv3, write_run
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)
-# Heads and experts in widths that the fast kernels take.
+# Widths of heads and experts that the fast kernels support.
 WIDTHS = [
     "model.hidden_size=128",
     "model.moe_intermediate_size=64",
@@ -32,7 +32,7 @@ WIDTHS = [
     "model.v_head_dim=16",
 ]
 
-# Layers of which most of the memory is what they keep for their backward pass.
+# Layers whose activations need more memory than anything else.
 WIDE = [
     "model.hidden_size=1024",
     "model.num_hidden_layers=6",
@@ -97,7 +97,7 @@ def test_bfloat16_losses_and_gradients_stay_near_float32() -> None:
     loss, found = gradients()
     assert loss == pytest.approx(exact_loss, rel=1e-3)
     assert all(gradient.dtype == torch.float32 for gradient in found.values())
-    # A token whose experts are nearly tied may be sent elsewhere by rounding, which no single weight can hide.
+    # Rounding may send a token whose experts are nearly tied to another expert, which changes single weights much.
     assert _relative_error(found["lm_head.weight"], exact["lm_head.weight"]) < 2e-2
     assert _relative_error(found["model.embed_tokens.weight"], exact["model.embed_tokens.weight"]) < 5e-2
 
@@ -119,7 +119,7 @@ def test_training_steps_are_compiled_whole_and_wait_for_nothing(tmp_path: Path) 
 
 @pytest.mark.parametrize("recomputation", ["none", "selective", "full"])
 def test_layers_in_compiled_parts_train_as_whole_ones_do(tmp_path: Path, recomputation: str) -> None:
-    """The parts are those of layers whose experts live apart, here with all experts on one GPU.
+    """The layers are compiled in parts as under expert parallelism, here with all experts on one GPU.
 
     The learning rate is low: at a high one the rounding of the first steps grows from step to step.
     """
@@ -154,11 +154,11 @@ def test_layers_in_compiled_parts_train_as_whole_ones_do(tmp_path: Path, recompu
     ids=["none", "selective", "full", "none-dense", "selective-prediction", "full-wide-experts"],
 )
 def test_steps_need_the_memory_that_was_planned(tmp_path: Path, recomputation: str, changes: list[str]) -> None:
-    """The compiler keeps nothing that is to be recomputed. Most of the memory here is activations."""
+    """The compiler stores nothing that is to be recomputed. Most of the memory here is activations."""
     settings = [*WIDE, f"parallel.recomputation={recomputation}", *changes]
     config = load_config(write_run(tmp_path), settings)
     gc.collect()
-    torch._C._cuda_clearCublasWorkspaces()  # an earlier test's workspace would count as there before
+    torch._C._cuda_clearCublasWorkspaces()  # the workspace of a previous test would be in `before`
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     trainer = Trainer(config, CUDA)

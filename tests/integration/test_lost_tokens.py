@@ -1,4 +1,4 @@
-"""Token shards that are lost in a run: it saves its last step, stops on all ranks, and goes on later."""
+"""A run that loses its token shards saves its last step, stops on all ranks, and can be resumed."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ from helpers.runs import dsv3, message_of, write_run
 
 STEPS = 9
 CPU = torch.device("cpu")
-# No checkpoint but the last is due, so what is saved is saved because of the loss.
+# Only the last checkpoint is due, so any other is saved because tokens were lost.
 SETTINGS = ["checkpoint.interval_steps=0", "training.evaluation.interval_steps=4"]
 
 
@@ -45,7 +45,7 @@ def test_a_run_whose_shards_shrink_saves_and_resumes_later(tmp_path: Path, run: 
     with pytest.raises(DataError) as caught:
         trainer.run()
     step = trainer._steps_done
-    # What was read ahead of step 3 may still be trained on.
+    # Batches that were prefetched before step 3 may still be trained on.
     assert step in ((3, 4, 5) if split == "train" else (4,))
     saved = config.checkpoint.directory / f"checkpoint_step_{step}.pt"
     assert f"{files[0]}: has become shorter while it was in use" in str(caught.value)

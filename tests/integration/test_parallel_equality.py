@@ -1,4 +1,4 @@
-"""Every layout trains the same model: losses, norms, gradients, loads and biases equal those of one process."""
+"""Every layout trains the same model as one process: losses, norms, gradients, loads, biases and weights agree."""
 
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -59,7 +59,7 @@ def test_a_layout_trains_as_one_process_does(
 
 
 def test_a_pipeline_may_give_predictions_no_weight(pool: RankPool) -> None:
-    """A zero-bubble schedule goes back twice through the loss of the predictions, whose gradient is then 0."""
+    """A zero-bubble schedule runs two backward passes through the prediction loss, whose gradient is 0 here."""
     layout, training = LAYOUTS["PP 2, zero bubble"], {"prediction": {"weight": 0.0, "final_weight": 0.0}}
     expected = pool.run(1, parallel_runs.train, 2, {}, training)[0]["rows"]
     for result in pool.run(2, parallel_runs.train, 2, layout, training):
@@ -125,7 +125,7 @@ SCHEDULES = ("1f1b", "interleaved", "zero_bubble", "dualpipe_v")
 @pytest.mark.parametrize(("depth", "weight"), [(0, 0.3), (1, 0.0), (1, 0.3), (2, 0.0), (2, 0.3)])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_every_schedule_trains_heads_of_all_kinds(pool: RankPool, depth: int, weight: float, tied: bool) -> None:
-    """Weights that the last stage uses several times, and losses without weight, whose gradients are 0."""
+    """The last stage uses some weights several times, and a loss with weight 0 has gradients of 0."""
     model = {"num_nextn_predict_layers": depth, "tie_word_embeddings": tied}
     training = {"prediction": {"weight": weight, "final_weight": weight}}
     (alone,) = pool.run(1, parallel_runs.train, 2, {"micro_batch_size": 2}, training, "cpu", False, model)
@@ -145,7 +145,7 @@ def test_a_sharded_stage_may_repeat_weights(pool: RankPool, schedule: str) -> No
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_recomputed_layer_runs_again_only_once(pool: RankPool, schedule: str) -> None:
-    """A backward pass in two halves would run it again for every weight."""
+    """A backward pass in two halves could run the layer again for every weight."""
     layout = {"pipeline": 2, "pipeline_schedule": schedule, "micro_batch_size": 2, "recomputation": "full"}
     layers, micro_batches = 4 + 1, parallel_runs.SEQUENCES // 2
     assert sum(pool.run(2, parallel_runs.layer_runs, layout)) == 2 * layers * micro_batches

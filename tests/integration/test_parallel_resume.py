@@ -1,4 +1,4 @@
-"""A run saved under one layout goes on under any other as if nothing had happened."""
+"""A run that was saved under one layout resumes under any other and ends with the same loss."""
 
 from collections.abc import Callable
 from functools import cache
@@ -33,14 +33,14 @@ EXPERTS_2 = ["parallel.data_replicate=2", "parallel.expert=2", *TWO_RANKS]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The config of a run whose tokens are there."""
+    """The config of a run whose corpus is tokenized."""
     path = write_run(tmp_path_factory.mktemp("run"), WHOLE)
     open_tokens(load_config(path, []))
     return path
 
 
 def train(pool: RankPool, run: Path, layout: list[str], checkpoints: Path, resume: str | None = None) -> float:
-    """The held-out loss at the end; a checkpoint is left in the middle."""
+    """Trains, saves a checkpoint after step HALF, and returns the validation loss at the end."""
     overrides = recipe(checkpoints, layout)
     world = load_config(run, overrides).parallel.world_size
     return ended(pool.run(world, parallel_runs.train_run, run, overrides, resume, pool.device))
@@ -49,7 +49,7 @@ def train(pool: RankPool, run: Path, layout: list[str], checkpoints: Path, resum
 def train_by_deepspeed(
     pool: RankPool, run: Path, stage: int, checkpoints: Path, resume: str | None = None, *changes: str
 ) -> float:
-    """The same, by a ZeRO stage on two ranks."""
+    """Does the same with DeepSpeed's ZeRO stage `stage`, on two ranks."""
     checkpoints.mkdir()
     file = deepspeed_runs.write_settings(checkpoints, {"zero_optimization": {"stage": stage}})
     return ended(
@@ -58,7 +58,7 @@ def train_by_deepspeed(
 
 
 def ended(results: list[tuple[int, float]]) -> float:
-    """The held-out loss on which all ranks agree, after the last step."""
+    """The validation loss after the last step, on which all ranks agree."""
     assert all(result == results[0] for result in results)
     assert results[0][0] == WHOLE
     return results[0][1]
@@ -85,7 +85,7 @@ def in_the_middle(checkpoints: Path) -> str:
 
 
 class Run(NamedTuple):
-    """A run from its first step to its last: where its checkpoints are, and its held-out loss at the end."""
+    """A finished run: the folder of its checkpoints, and its validation loss at the end."""
 
     checkpoints: Path
     held_out: float
@@ -93,7 +93,7 @@ class Run(NamedTuple):
 
 @pytest.fixture(scope="module")
 def run_of(pool: RankPool, run: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[str]], Run]:
-    """The run under a layout, which is trained once for all tests."""
+    """Returns the finished run of a layout; each layout is trained once."""
 
     @cache
     def trained(layout: tuple[str, ...]) -> Run:
@@ -145,7 +145,7 @@ Saved = Callable[[list[str], list[str]], tuple[str, float]]
 
 @pytest.fixture(scope="module")
 def saved_by(pool: RankPool, run: Path, run_of: Callable[[list[str]], Run]) -> Saved:
-    """The checkpoint in the middle of a layout's run of a model, and its held-out loss in one process."""
+    """Returns the checkpoint after step HALF of a layout's run, and its validation loss in one process."""
 
     @cache
     def saved(layout: tuple[str, ...], model: tuple[str, ...]) -> tuple[str, float]:
@@ -180,7 +180,7 @@ def test_resuming_fills_every_copy_of_a_weight(
     second: list[str],
     model: list[str],
 ) -> None:
-    """The embedding is on the first and on the last stage; in a V one rank has both."""
+    """The embedding is on the first and on the last stage; under DualPipeV one rank has both stages."""
     checkpoint, expected = saved_by(first, model)
     overrides = recipe(tmp_path, [*second, *model])
     world = load_config(run, overrides).parallel.world_size
@@ -236,7 +236,7 @@ def test_other_samples_are_refused_and_moments_converted_by_all(
     uninterrupted: float,
     tmp_path: Path,
 ) -> None:
-    """As in one process, where `test_train_command` has the same."""
+    """`test_train_command` tests the same in one process."""
     middle = in_the_middle(run_of(ALONE).checkpoints)
     with pytest.raises(AssertionError, match=r"CheckpointError: .*training\.seed: 0 -> 1"):
         train(pool, run, [*FSDP_2, "training.seed=1"], tmp_path / "seed", middle)

@@ -45,7 +45,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 class Outcome(NamedTuple):
-    """What one model makes of the same tokens; gradients by released name."""
+    """The logits, loss and gradients of one model; gradients by released name."""
 
     logits: Tensor
     loss: Tensor

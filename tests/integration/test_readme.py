@@ -1,4 +1,4 @@
-"""The commands of the README, one after another in an empty folder, on little text."""
+"""The README's commands run one after another in an empty folder, on a small corpus."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from deepseek_v3.utils.distributed.launch import select_device
 from helpers import ROOT
 from helpers.runs import dsv3
 
-# What makes a line quick, and changes nothing that one line says to another.
+# Options that make a command quick and change nothing that a later command depends on.
 QUICK = {
     "preprocess": ["--set", "workers=1", "--set", "pipeline=[preliminary_cleaning]"],
     "quality": ["--epochs", "1"],
@@ -29,7 +29,7 @@ QUICK = {
 
 
 def commands() -> list[list[str]]:
-    """The words of each line below the heading of the commands, without the comments."""
+    """The words of each line in the README's block of commands, without comments."""
     block = (ROOT / "README.md").read_text(encoding="utf-8").split("## The commands")[1].split("```")[1]
     return [shlex.split(line, comments=True) for line in block.strip().splitlines()]
 

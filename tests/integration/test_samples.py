@@ -1,4 +1,4 @@
-"""Text that a model writes in the course of its training: shown when due, and nothing else changes by it."""
+"""Samples that a model writes during training are shown when due and change nothing else."""
 
 import re
 from dataclasses import replace
@@ -19,7 +19,7 @@ SAMPLES = "logging.samples={prompts: ['def a', ''], interval_steps: 2, max_new_t
 
 
 def train(path: Path, name: str, *overrides: str) -> tuple[str, Path]:
-    """The output of a run in folders of this name, and its last checkpoint."""
+    """Trains in folders of this name; returns the output and the last checkpoint."""
     folder = path.parent / name
     places = [f"checkpoint.directory={folder}", f"logging.directory={folder / 'run'}", *overrides]
     words = [word for place in places for word in ("--set", place)]

@@ -74,11 +74,11 @@ def check(ranks: list[list[Any]], without: list[Any]) -> None:
 
 
 class TestRun:
-    """A run by the command, in one process, some of whose gradients are spoiled."""
+    """A run of `dsv3 train` in one process, with an infinite gradient in some steps."""
 
     @pytest.fixture
     def spoil(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[Container[int]], None]:
-        """Gives the gradient of these steps one number that is infinite."""
+        """Returns a function that puts infinity into the gradients of the given steps."""
         backward = DataParallelEngine._backward
 
         def make(numbers: Container[int]) -> None:
@@ -95,7 +95,7 @@ class TestRun:
     def test_it_counts_skipped_steps_and_resumes_bit_for_bit(
         self, tmp_path: Path, spoil: Callable[[Container[int]], None], caplog: pytest.LogCaptureFixture
     ) -> None:
-        """Checkpoints lie behind steps 2, in the middle of bad ones, 4 and 6."""
+        """Checkpoints are saved after steps 2 (between two bad steps), 4 and 6."""
         spoil((2, 3, 5))
         config, folder = write_run(tmp_path), tmp_path / "checkpoints"
         result = dsv3("train", "--device", "cpu", "--config", config)
@@ -131,7 +131,7 @@ class TestRun:
     def test_too_many_in_a_row_stop_it(
         self, tmp_path: Path, spoil: Callable[[Container[int]], None], interval: int
     ) -> None:
-        """It stops after the same step however rarely it logs."""
+        """The run stops after the same step whatever its logging interval is."""
         spoil(range(3, 1000))
         words = ["--set", "training.max_skipped_steps=2", "--set", f"logging.interval_steps={interval}"]
         config = write_run(tmp_path, steps=100)

@@ -1,4 +1,4 @@
-"""The Slurm script on two "nodes" of this machine: notice, requeue, resume, a rank's death, and bad arguments."""
+"""The Slurm script under a fake Slurm with two nodes: notice, requeue, resume, a rank's death, bad arguments."""
 
 import os
 import random
@@ -16,9 +16,9 @@ from helpers import ROOT
 from helpers.jobs import HANGS
 
 SCRIPT = ROOT / "scripts" / "train_slurm.sh"
-FIRST_PORT = 20_000  # of those that the script chooses from, by the job's number
+FIRST_PORT = 20_000  # the script adds the last digits of the job's number
 
-# In the place of the trainer: counts steps on all ranks, saves the number when asked to stop, and resumes from it.
+# Replaces the trainer: counts steps on all ranks, saves the number when asked to stop, and resumes from it.
 # In its first start it asks for the notice of the end in step 3; in its second a rank dies in the third step.
 PROGRAM = """
 import os, signal, sys, time
@@ -68,7 +68,7 @@ configure_logging()
 run_app(train)
 """
 
-# In the place of a trainer without torch: saves when it gets the notice, for which node 0 asks when both are ready.
+# Replaces torchrun and the trainer, without torch: saves at the notice, for which node 0 asks when both are ready.
 NODE = """
 import os, signal, sys, time
 from pathlib import Path
@@ -88,7 +88,7 @@ if node == "0":
     (slurm / "notify").touch()
 time.sleep(600)
 """
-# In the place of Python: lists no packages, which would take seconds, and runs the above where TORCHRUN is not set.
+# Replaces Python: lists no packages, which would take seconds, and runs NODE unless TORCHRUN is set.
 PYTHON = f"""#!/usr/bin/env bash
 case "$*" in
     "-m pip freeze") ;;
@@ -103,7 +103,7 @@ esac
 
 @pytest.fixture
 def job_number() -> str:
-    """The number of a job whose port is free."""
+    """The number of a job whose rendezvous port is free."""
     while True:
         port = random.randrange(FIRST_PORT, FIRST_PORT + 10_000)
         with socket.socket() as probe, suppress(OSError):
@@ -113,7 +113,7 @@ def job_number() -> str:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A folder that looks like a checkout, with the program in the place of the trainer; beside it a fake Slurm."""
+    """A folder that looks like a checkout, with PROGRAM as its trainer; the fake Slurm is beside it."""
     folder = tmp_path / "checkout"
     (folder / "src" / "training").mkdir(parents=True)
     (folder / "src" / "training" / "train.py").write_text(PROGRAM, encoding="utf-8")
@@ -131,8 +131,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def _environment(checkout: Path, job: str, **variables: str) -> dict[str, str]:
-    # Coverage would be measured in a dozen processes, hardly any of which runs the package; and the script itself
-    # has to unbuffer the output.
+    # Coverage of these processes would measure little of the package. The script itself has to unbuffer the output.
     left_out = ("SLURM_", "COVERAGE_", "PYTHONUNBUFFERED")
     return {
         **{name: value for name, value in os.environ.items() if not name.startswith(left_out)},
@@ -205,7 +204,7 @@ def test_ranks_stop_together_resume_and_name_one_that_dies(checkout: Path, job_n
 
 
 def _reports(output: str) -> list[tuple[str, str, int]]:
-    """Rank, event and step of every report of a rank in an output."""
+    """Rank, event and step of every line that PROGRAM has printed."""
     found = re.findall(r"rank (\d) of 2, local 0: (begins|ends) with (\d+)", output)
     return [(rank, event, int(step)) for rank, event, step in found]
 

@@ -1,4 +1,4 @@
-"""Training from the command line: the files it leaves, exact resume, signals, and every kind of bad input."""
+"""`dsv3 train`: the files that it writes, exact resume, signals, and every kind of bad input."""
 
 import json
 import os
@@ -33,7 +33,7 @@ STEP_LINE = re.compile(r"^\[Trainer\] Step (\d+)/6 \| Loss: \d+\.\d{4} \| LR: \d
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that went from its first step to its last."""
+    """The folder of a finished run."""
     folder = tmp_path_factory.mktemp("finished")
     result = dsv3("train", "--device", "cpu", "--config", write_run(folder, STEPS))
     assert result.exit_code == 0, result.output
@@ -43,7 +43,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(finished: Path, tmp_path: Path) -> Path:
-    """A copy of the finished run, with the paths in its config set to the copy."""
+    """A copy of the finished run whose config names the copy's paths."""
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_fields(tmp_path, STEPS)), encoding="utf-8")
     return tmp_path
@@ -250,7 +250,7 @@ def test_accumulation_gives_the_same_step_as_one_large_batch(folder: Path, finis
     whole, parts = (load_checkpoint(path / name)["model"] for path in (folder, finished))
     for key, value in whole.items():
         if key.endswith("e_score_correction_bias"):
-            assert torch.equal(value, parts[key]), key  # counts are whole numbers: no rounding excuses a difference
+            assert torch.equal(value, parts[key]), key  # from integer counts, so equal to the bit
         else:
             torch.testing.assert_close(value, parts[key], rtol=1e-2, atol=1e-3)
 
@@ -319,7 +319,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, number: signal.Sig
 
 
 class TestBadInput:
-    """Each ends in one clear line; what lies on disk stays as it was."""
+    """Each ends in one clear line and leaves the files as they are."""
 
     def test_a_fresh_run_among_the_checkpoints_of_another(self, folder: Path) -> None:
         message = message_of(dsv3("train", "--device", "cpu", "--config", folder / "run.yaml"))
