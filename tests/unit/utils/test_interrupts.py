@@ -17,7 +17,7 @@ from helpers import ROOT
 
 @pytest.fixture
 def exits(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """The codes with which the process would have ended; Ctrl-C is handled as in a new one."""
+    """The exit codes with which the process would have ended; Ctrl-C has Python's own handler."""
     earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
     codes: list[int] = []
     monkeypatch.setattr(os, "_exit", codes.append)

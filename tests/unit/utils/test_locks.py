@@ -92,7 +92,7 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path, caplog: pyte
 
 
 def test_an_owner_elsewhere_holds_the_lock_until_silent(tmp_path: Path) -> None:
-    """As where two hosts share a file system that keeps each one's locks from the other."""
+    """Simulates a shared file system that does not show the locks of one host to the other."""
     name_owner(tmp_path, kernel="another", silent=50)
     for shared in (False, True):
         with pytest.raises(
@@ -132,7 +132,7 @@ def test_an_owner_touches_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_lock_file_removed_meanwhile_is_created_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two processes must not hold two files of one name."""
+    """Two processes must not both hold a lock file of the same name."""
     flock, path, calls = fcntl.flock, tmp_path / ".lock", []
 
     def remove_first(descriptor: int, operation: int) -> None:

@@ -1,3 +1,5 @@
+"""Log lines: their form, their destination, and outputs that fail."""
+
 from __future__ import annotations
 
 import io
@@ -94,7 +96,7 @@ def test_a_live_display_shares_the_console_of_the_log() -> None:
 def test_a_closed_output_pipe_does_not_end_the_program(
     unbuffered: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As behind `| head`."""
+    """As with `| head`, which closes the pipe."""
     configure_logging()
     reader, writer = os.pipe()
     os.close(reader)

@@ -26,7 +26,7 @@ def _sixty_four_gib_and_sixteen_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _machine(root: Path, groups: str, mounts: str, **files: str) -> Path:
-    """A root with what /proc/self says, and files under /sys/fs/cgroup; `__` stands for a slash."""
+    """Creates /proc/self and files under /sys/fs/cgroup in `root`; `__` in a name means a slash."""
     (root / "proc/self").mkdir(parents=True)
     (root / "proc/self/cgroup").write_text(groups)
     (root / "proc/self/mountinfo").write_text(mounts)

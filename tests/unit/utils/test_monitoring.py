@@ -1,3 +1,5 @@
+"""The log line of a step, metrics on disk and in TensorBoard, and peak memory."""
+
 from __future__ import annotations
 
 import errno
@@ -189,7 +191,7 @@ def test_tensorboard_drops_the_steps_that_are_run_again(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in events.Scalars("load/layer_01")] == [(1, 1.5), (2, 2.5)]
 
 
-# What cannot be written any more
+# Writes that fail
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:

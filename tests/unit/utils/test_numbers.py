@@ -85,7 +85,7 @@ def _fields(section: type[BaseModel], path: str = "") -> Iterator[tuple[str, Fie
 
 
 def _answer(field: FieldInfo, value: Any) -> Any:
-    """What the field makes of a value, or the kinds of its problems."""
+    """The value that the field parses, or the types of its validation errors."""
     annotated: Any = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
     try:
         return TypeAdapter(annotated, config=Section.model_config).validate_python(value)

@@ -131,7 +131,7 @@ def test_usage_errors_are_redacted(words: list[str]) -> None:
 
 
 class _Leaky(MemoryFileSystem):
-    """A store whose errors repeat the address that it was given, as libraries do."""
+    """A store whose errors repeat the address that it got, like those of libraries."""
 
     protocol = "leaky"
     failure: Exception | None = None

@@ -56,7 +56,7 @@ def lines_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def assert_refused(folder: Path, match: str) -> None:
-    """By both ways of loading, in one line that names the folder."""
+    """Loads in both ways; each raises an error of one line that names the folder."""
     for load in (load_checkpoint, lambda path: load_sharded(path, {"model.weight": torch.zeros(3, 2)}, None)):
         with pytest.raises(CheckpointError, match=match) as error:
             load(folder)
@@ -65,7 +65,7 @@ def assert_refused(folder: Path, match: str) -> None:
 
 
 def with_index(folder: Path, change: Callable[[dict[str, Any]], None], version: int = 1) -> None:
-    """Writes an index whose checksum is right and whose contents are not."""
+    """Writes an index with a right checksum and wrong contents."""
     index = json.loads((folder / INDEX).read_text())
     change(index)
     body = json.dumps({name: index[name] for name in index if name not in ("version", "sha256")})[1:].encode()
@@ -170,7 +170,7 @@ def test_files_outside_the_checkpoint_are_not_read(folder: Path) -> None:
 
 
 class Bomb:
-    """Unpickled, it writes a file."""
+    """Writes a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -196,7 +196,7 @@ def test_no_pickle_is_ever_read(name: str, verify: bool, folder: Path, tmp_path:
     assert not sign.exists()
 
 
-# Indexes that prove themselves and still cannot be meant
+# Indexes with a right checksum and wrong contents
 
 
 def test_another_version_is_named(folder: Path) -> None:

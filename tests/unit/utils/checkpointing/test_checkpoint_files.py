@@ -1,3 +1,5 @@
+"""Checkpoints of one file, and the directory of a run."""
+
 from __future__ import annotations
 
 import errno
@@ -79,7 +81,7 @@ def assert_refused(path: Path, *, match: str | None = None) -> None:
     assert "\n" not in str(error.value)
 
 
-# A checkpoint that is as it was written
+# Undamaged checkpoints
 
 
 def test_state_survives_a_round_trip_bit_for_bit(tmp_path: Path) -> None:
@@ -204,7 +206,7 @@ def test_an_archive_without_a_checksum_is_refused(tmp_path: Path) -> None:
 
 
 class Exploit:
-    """Pickled, it calls `print` when it is loaded."""
+    """Calls `print` when it is unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return print, ("the code in the checkpoint ran",)

@@ -34,7 +34,7 @@ PLAIN = {"step": 3, "model": {}, "notes": [1, 2.5, None, {"x": "y"}]}
 
 
 def write_folder(folder: Path) -> Path:
-    """Two files; whatever has rows is cut in two of them."""
+    """An index with two files; each tensor with rows is stored in two chunks."""
     folder.mkdir()
     boxes = [
         (rank, name, (first, *[0] * (tensor.ndim - 1)), part)
@@ -67,7 +67,7 @@ def write_folder(folder: Path) -> Path:
 
 
 def write_index(folder: Path, text: str) -> None:
-    """An index of this JSON text behind a right checksum."""
+    """Writes an index with this JSON text and a right checksum."""
     body = text[1:].encode()
     head = f'{{"version":1,"sha256":"{hashlib.sha256(body).hexdigest()}",'.encode()
     (folder / "index.json").write_bytes(head + body)
@@ -84,7 +84,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def refusal(folder: Path) -> str:
-    """The message, the same from both ways of loading, of which none writes anything."""
+    """The error message, which both ways of loading share; neither writes anything."""
     with pytest.raises(CheckpointError) as error:
         load_checkpoint(folder)
     filled = {name: torch.full_like(tensor, 7) for name, tensor in TENSORS.items()}
@@ -99,7 +99,7 @@ def refusal(folder: Path) -> str:
 
 
 def _cut(draw: random.Random, begin: list[int], end: list[int], depth: int) -> list[tuple[tuple[int, ...], ...]]:
-    """Boxes that are a box cut again and again, along any axis at any place."""
+    """Boxes made from one box by cutting it repeatedly, along any axis at any position."""
     axes = [axis for axis in range(len(begin)) if end[axis] - begin[axis] > 1]
     if not depth or not axes:
         return [(tuple(begin), tuple(e - b for b, e in zip(begin, end, strict=True)))]
@@ -143,7 +143,7 @@ def test_huge_shapes_are_checked_at_once() -> None:
     assert tiling_problem((2,) * 20, corners) == "is cut along 20 axes, expected at most 8"
 
 
-# What an index may not say
+# Inconsistent indexes
 
 
 def test_a_chunk_named_twice_is_refused(folder: Path) -> None:
@@ -208,7 +208,7 @@ def test_ambiguous_json_is_refused(folder: Path, old: str, new: str, problem: st
     assert problem in refusal(folder)
 
 
-# Anything
+# Any mutation
 
 JUNK = [None, True, "", "x", 0, -1, 1, 1.5, 2**31, 2**63, 10**30, [], {}, [[]], [[[[0]]]], {"a": {}}, "F32", "I32"]
 
@@ -225,7 +225,7 @@ def _parent(value: Any, path: tuple[Any, ...]) -> Any:
 
 
 def mutated(index: dict[str, Any], draw: random.Random) -> dict[str, Any]:
-    """An index with one thing removed, doubled, exchanged with another, resized, or replaced by junk."""
+    """An index with one entry removed, doubled, swapped, resized or replaced by junk."""
     index = deepcopy(index)
     places = _places(index)
     path, other = draw.choice(places), draw.choice(places)

@@ -31,7 +31,7 @@ EXPERTS = "model.layers.1.mlp.experts.gate_up_proj"
 
 
 def wholes() -> dict[str, Tensor]:
-    """Tensors of every kind that a run saves, and of many shapes that divide by nothing."""
+    """Tensors of every dtype that a run saves, in many shapes that do not divide evenly."""
     draw = torch.Generator().manual_seed(0)
     shapes = random.Random(0)
     tensors = {
@@ -52,7 +52,7 @@ def wholes() -> dict[str, Tensor]:
 
 
 def part_of(whole: Tensor, mesh: DeviceMesh, placements: list[Placement]) -> Tensor:
-    """This rank's part, cut off one mesh dimension after the other."""
+    """This rank's local shard, sliced along one mesh dimension after the other."""
     part = whole
     for axis, placement in enumerate(placements):
         if isinstance(placement, Shard):
@@ -77,7 +77,7 @@ def placements_of(name: str, ndim: int, mesh: DeviceMesh, draw: random.Random) -
 
 
 def cut(seed: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """For each name that this rank has: its tensor, and the part of the truth that must stand in it."""
+    """For each name on this rank: its tensor to load into, and the expected local shard."""
     rank, world, draw = dist.get_rank(), dist.get_world_size(), random.Random(seed)
     grids = meshes(world)
     tensors = {}
@@ -113,7 +113,7 @@ def save_by_ranks(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What four ranks saved, each with its parts."""
+    """The folder that four ranks saved, each its local shards."""
     path = tmp_path_factory.mktemp("four") / "checkpoint_step_7"
     pool.run(4, save_by_ranks, path)
     return path
@@ -121,7 +121,7 @@ def folder(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same as one file."""
+    """The same state as one file."""
     path = tmp_path_factory.mktemp("one") / "checkpoint_step_7.pt"
     save_checkpoint(path, unflatten(wholes(), PLAIN))
     return path
@@ -145,7 +145,7 @@ def load_by_ranks(*paths: Path) -> None:
 
 
 def check_refusals(path: Path, group: ProcessGroup | None) -> None:
-    """What only the last rank has wrong is the same error on all of them, and nothing has changed."""
+    """An error that only the last rank has is raised on all, and no tensor has changed."""
     last = dist.get_rank() == dist.get_world_size() - 1
     for wrong, message in (
         ({"model.other": torch.zeros(1)}, "has no tensor 'model.other'"),

@@ -66,7 +66,7 @@ def shard(model: DeepSeekV3) -> DeepSeekV3:
 
 
 def sharded_both_ways(folder: Path) -> None:
-    """Saves a sharded model as a folder, and fills another one from the file that the test saved."""
+    """Saves a sharded model as a folder, and loads the file of the test into another model."""
     group = checkpoint_group()
     with ShardedWriter(CheckpointDirectory(folder / "out", keep=1), group) as writer:
         writer.save(7, state_of(shard(noisy_model())))

@@ -45,7 +45,7 @@ def names(folder: Path) -> list[str]:
 
 
 def with_slow_disk(gate: threading.Event) -> Callable[..., Any]:
-    """What writes the files, but not before `gate` is open."""
+    """Writes the files, but waits until `gate` is open."""
     write = writer.write_tensor_file
 
     def wait_and_write(path: Path, tensors: dict[str, Tensor]) -> Any:
@@ -56,7 +56,7 @@ def with_slow_disk(gate: threading.Event) -> Callable[..., Any]:
 
 
 def writing(function: Callable[..., Any]) -> AbstractContextManager[Any]:
-    """Within it this process writes files by another function."""
+    """While entered, this process writes tensor files with another function."""
     return patch.object(writer, "write_tensor_file", function)
 
 
@@ -65,7 +65,7 @@ def writing(function: Callable[..., Any]) -> AbstractContextManager[Any]:
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """Files are written while this is set."""
+    """Files are written only while this is set."""
     event = threading.Event()
     monkeypatch.setattr(writer, "write_tensor_file", with_slow_disk(event))
     yield event
@@ -134,7 +134,7 @@ def test_the_error_of_a_save_is_raised_by_the_next_call(tmp_path: Path, monkeypa
 def test_finish_raises_no_error_of_a_save(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the watchdog, before it ends the process."""
+    """Like the watchdog before it ends the process."""
 
     def fail(path: Path, tensors: dict[str, Tensor]) -> None:
         raise error
@@ -243,15 +243,15 @@ def test_a_killed_process_leaves_only_complete_folders(tmp_path: Path) -> None:
     assert names(tmp_path) == ["checkpoint_step_1", "checkpoint_step_3"]
 
 
-# Death at any moment
+# Kills at any moment
 
 
 class _DeadError(BaseException):
-    """Raised by whatever a dead process would still do to the disk."""
+    """Raised by every change of the disk that comes after the simulated kill."""
 
 
 class _Dying:
-    """Within it the process dies before its `at`-th change of the disk; `died` says whether it came so far."""
+    """While entered, simulates a kill before the `at`-th change of the disk; `died` tells whether it happened."""
 
     def __init__(self, at: int) -> None:
         self._left, self.died = at, False
@@ -324,7 +324,7 @@ def test_leftovers_of_files_and_folders_are_removed(tmp_path: Path) -> None:
     assert names(tmp_path) == sorted([*others, "checkpoint_step_9"])
 
 
-# Several
+# Several ranks
 
 
 def background(folder: Path) -> None:
@@ -359,7 +359,7 @@ def test_training_goes_on_while_ranks_save(pool: RankPool, tmp_path: Path) -> No
 
 
 def one_full_disk(folder: Path) -> None:
-    """The disk of rank 1 fills up; all ranks are told, and the next save is as good as ever."""
+    """The disk of rank 1 fills up: all ranks get the error, and the next save succeeds."""
     group, mesh = checkpoint_group(), init_device_mesh("cpu", (2,))
     weight = distribute_tensor(torch.arange(4.0), mesh, [Shard(0)])
     message = r"checkpoint_step_1/rank_00001\.safetensors: cannot be written: No space"
@@ -374,7 +374,7 @@ def one_full_disk(folder: Path) -> None:
 
 
 def hosts_without_a_shared_disk(folder: Path) -> None:
-    """Each rank on a disk of its own: nothing but a CheckpointError that says so."""
+    """Each rank has its own disk: the save raises a CheckpointError that says so."""
     group, mesh = checkpoint_group(), init_device_mesh("cpu", (2,))
     weight = distribute_tensor(torch.arange(4.0), mesh, [Shard(0)])
     mine = folder / f"host{dist.get_rank()}" / "checkpoint_step_1"
@@ -417,7 +417,7 @@ def test_a_killed_rank_leaves_only_complete_folders(tmp_path: Path) -> None:
 
 
 def newest_of_damaged(folder: Path) -> None:
-    """All ranks agree on the newest that is whole; only the first says what it passed over."""
+    """All ranks choose the newest undamaged checkpoint; only rank 0 logs those that are skipped."""
     rank, group, checkpoints = dist.get_rank(), checkpoint_group(), CheckpointDirectory(folder, keep=9)
     lines: list[str] = []
     handler = logging.Handler()

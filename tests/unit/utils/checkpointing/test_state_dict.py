@@ -36,7 +36,7 @@ STATES = st.recursive(
 
 
 def shown(value: Any) -> Any:
-    """Nested dicts that `==` can compare."""
+    """The nested dicts with tensors replaced by values that `==` can compare."""
     if isinstance(value, dict):
         return {key: shown(item) for key, item in value.items()}
     return ("tensor", value.item()) if isinstance(value, Tensor) else value
