@@ -12,15 +12,14 @@ import typer
 
 from deepseek_v3.utils.command_line import run_app
 from deepseek_v3.utils.errors import UserError
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+from deepseek_v3.utils.interrupts import STOP_SIGNALS
 
 
 @pytest.fixture(autouse=True)
 def _signals_as_before() -> Iterator[None]:
-    earlier = {number: signal.getsignal(number) for number in SIGNALS}
+    previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
-    for number, handler in earlier.items():
+    for number, handler in previous.items():
         signal.signal(number, handler)
 
 
@@ -72,6 +71,8 @@ def test_ctrl_c_exits_with_130_even_as_another_error(
 
 
 def test_a_late_signal_does_not_change_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
     app = typer.Typer()
     app.command()(lambda: None)
     with pytest.raises(SystemExit) as end:
@@ -79,9 +80,16 @@ def test_a_late_signal_does_not_change_the_exit_code(monkeypatch: pytest.MonkeyP
     assert end.value.code == 0
     codes: list[int] = []
     monkeypatch.setattr(os, "_exit", codes.append)
-    for number in SIGNALS:
+    for number in STOP_SIGNALS:
         signal.raise_signal(number)
-    assert codes == [0, 0, 0]
+    assert codes == [0, 0, 0, 0]
+
+
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    with pytest.raises(SystemExit):
+        run_app(interrupted)
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 def test_a_user_error_is_printed_as_one_line(capsys: pytest.CaptureFixture[str]) -> None:
