@@ -25,8 +25,8 @@ from deepseek_v3.moe.deepep import BufferShape
 from deepseek_v3.moe.dispatch import Dispatcher
 from deepseek_v3.moe.layer import MixtureOfExperts
 from deepseek_v3.moe.select_dispatcher import select_dispatcher
-from deepseek_v3.ops.backends import Target
 from deepseek_v3.ops.grouped_gemm import GROUPED_GEMM
+from deepseek_v3.ops.operation import Target
 from deepseek_v3.utils.distributed.launch import World, process_group, select_device
 from deepseek_v3.utils.errors import ConfigError
 from deepseek_v3.utils.logging import configure_logging

@@ -15,9 +15,9 @@ from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.mla.kv_compression import LatentCache
 from deepseek_v3.mla.rotary import softmax_scale
 from deepseek_v3.ops.attention import ATTENTION, Attention, sdpa_attention
-from deepseek_v3.ops.backends import Select
 from deepseek_v3.ops.layers import Linear, RMSNorm
 from deepseek_v3.ops.mla_decode import MLA_DECODE, MlaDecode, mla_decode
+from deepseek_v3.ops.operation import Select
 from deepseek_v3.ops.rotary import ROTARY, Rotate, rotate
 
 # The released modules normalise both latents with this constant, whatever the config's rms_norm_eps.

@@ -7,7 +7,7 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 
 from deepseek_v3.model.transformer import DeepSeekV3
-from deepseek_v3.ops.backends import Op, Operation, Select, Target
+from deepseek_v3.ops.operation import Op, Operation, Select, Target
 from deepseek_v3.utils.errors import ConfigError
 
 

@@ -20,9 +20,9 @@ from deepseek_v3.model.block import DecoderLayer, call_directly
 from deepseek_v3.model.init import initialize
 from deepseek_v3.model.mtp import MTPLayer
 from deepseek_v3.moe.balance import RoutingStats
-from deepseek_v3.ops.backends import Select
 from deepseek_v3.ops.cross_entropy import CROSS_ENTROPY, LinearCrossEntropy, linear_cross_entropy
 from deepseek_v3.ops.layers import Linear, RMSNorm
+from deepseek_v3.ops.operation import Select
 
 
 class HiddenStates(NamedTuple):

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_v3.config.model_config import ModelConfig
-from deepseek_v3.ops.backends import Select
 from deepseek_v3.ops.grouped_gemm import GROUPED_GEMM, GroupedLinear, reference_grouped_linear
 from deepseek_v3.ops.layers import Linear
+from deepseek_v3.ops.operation import Select
 from deepseek_v3.ops.swiglu import SWIGLU, SwiGLU, swiglu
 
 

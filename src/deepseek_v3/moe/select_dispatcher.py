@@ -19,9 +19,9 @@ from deepseek_v3.moe.deepep import (
 )
 from deepseek_v3.moe.dispatch import Dispatcher
 from deepseek_v3.moe.exchange import exchange_steps
-from deepseek_v3.ops.backends import Target
 from deepseek_v3.ops.fp8 import BLOCK
 from deepseek_v3.ops.moe_permute import MOE_PERMUTE
+from deepseek_v3.ops.operation import Target
 from deepseek_v3.utils.errors import ConfigError
 from deepseek_v3.utils.logging import get_logger
 

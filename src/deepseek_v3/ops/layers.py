@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepseek_v3.ops.backends import Select
+from deepseek_v3.ops.operation import Select
 from deepseek_v3.ops.rms_norm import RMS_NORM, RmsNorm, rms_norm
 
 

@@ -1,4 +1,4 @@
-"""Weights in and out under the released names: nothing missing, nothing left over, nothing half done."""
+"""Weights in and out under the released names: nothing missing, nothing unexpected, nothing half done."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -148,9 +148,9 @@ DAMAGES: list[tuple[Callable[[dict[str, Tensor]], None], str]] = [
         "5 missing: model.layers.2.mlp.experts.0.down_proj.weight, model.layers.2.mlp.experts.1.down_proj.weight, "
         "model.layers.2.mlp.experts.2.down_proj.weight, …",
     ),
-    (with_other(f"{EXPERT}_scale_inv", torch.ones(1)), f"1 left over: {EXPERT}_scale_inv"),
-    (with_other("model.layers.4.eh_proj.weight", torch.ones(1)), "1 left over: model.layers.4.eh_proj.weight"),
-    (with_other("model.layers.1.mlp.experts.gate_up_proj", torch.ones(1)), "1 left over"),
+    (with_other(f"{EXPERT}_scale_inv", torch.ones(1)), f"1 unexpected: {EXPERT}_scale_inv"),
+    (with_other("model.layers.4.eh_proj.weight", torch.ones(1)), "1 unexpected: model.layers.4.eh_proj.weight"),
+    (with_other("model.layers.1.mlp.experts.gate_up_proj", torch.ones(1)), "1 unexpected"),
     (
         with_other("model.norm.weight", torch.ones(41)),
         "model.norm.weight: found shape (41,), expected (40,)",
@@ -191,7 +191,7 @@ def test_all_problems_stand_in_one_error(config: ModelConfig, weights: dict[str,
         load_released(small_model(config), weights)
     message = str(refusal.value)
     assert "1 missing: model.norm.weight" in message
-    assert "1 left over: extra" in message
+    assert "1 unexpected: extra" in message
     assert "lm_head.weight: found shape (97, 41), expected (97, 40)" in message
     assert f"{EXPERT}: found type int8, expected bfloat16, float16, float32, float64, or float8_e4m3fn" in message
     assert "model.embed_tokens.weight: has a shape but no values (device meta)" in message
@@ -224,7 +224,7 @@ def test_prediction_layers_that_are_not_there_are_left_out(
     load_released(model, released_state(source))
     assert same_state(model, source)
     assert model.config == source.config
-    warning = f"hold {held} of the {depth} prediction layers of the config, nothing of model.layers.{3 + held}"
+    warning = f"hold {held} of the {depth} MTP layers of the config and nothing of model.layers.{3 + held}"
     assert warning in caplog.text
     tokens_BS = random_tokens(source.config, 1, 6)
     assert len(model.hidden_states(tokens_BS).mtp) == held

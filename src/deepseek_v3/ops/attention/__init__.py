@@ -8,7 +8,7 @@ from torch import Tensor
 from deepseek_v3.ops.attention.reference import attention as reference_attention
 from deepseek_v3.ops.attention.sdpa import attention as sdpa_attention
 from deepseek_v3.ops.attention.sdpa import cudnn_attention
-from deepseek_v3.ops.backends import Backend, Operation, Target
+from deepseek_v3.ops.operation import Backend, Operation, Target
 
 Attention = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
 

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from deepseek_v3.ops.backends import Backend, Operation
 from deepseek_v3.ops.cross_entropy.chunked import linear_cross_entropy
 from deepseek_v3.ops.cross_entropy.reference import IGNORED
 from deepseek_v3.ops.cross_entropy.reference import linear_cross_entropy as reference_linear_cross_entropy
+from deepseek_v3.ops.operation import Backend, Operation
 
 LinearCrossEntropy = Callable[[Tensor, Tensor, Tensor], Tensor]
 

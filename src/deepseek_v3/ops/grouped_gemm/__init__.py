@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from deepseek_v3.ops.backends import Backend, Operation, Target
 from deepseek_v3.ops.grouped_gemm.reference import grouped_linear as reference_grouped_linear
 from deepseek_v3.ops.grouped_gemm.torch_grouped import grouped_linear as torch_grouped_linear
+from deepseek_v3.ops.operation import Backend, Operation, Target
 
 GroupedLinear = Callable[[Tensor, Tensor, Tensor], Tensor]
 

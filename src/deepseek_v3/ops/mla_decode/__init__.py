@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from deepseek_v3.ops.backends import Backend, Operation
 from deepseek_v3.ops.mla_decode.reference import mla_decode
+from deepseek_v3.ops.operation import Backend, Operation
 
 MlaDecode = Callable[[Tensor, Tensor, Tensor, int, float], Tensor]
 

@@ -2,10 +2,10 @@
 
 import torch
 
-from deepseek_v3.ops.backends import Backend, Operation, Target, triton_obstacle
 from deepseek_v3.ops.moe_permute import reference
 from deepseek_v3.ops.moe_permute.permute import MoePermute, gather_rows, sum_rows
 from deepseek_v3.ops.moe_permute.reference import BinOrder, ExpertBins, ExpertOrder, RowCopies, sort_by_expert
+from deepseek_v3.ops.operation import Backend, Operation, Target, triton_obstacle
 
 __all__ = [
     "MOE_PERMUTE",

@@ -8,9 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from deepseek_v3.ops.backends import Backend, Operation, Target, triton_obstacle
 from deepseek_v3.ops.multi_tensor import reference
 from deepseek_v3.ops.multi_tensor.reference import AdamWStep
+from deepseek_v3.ops.operation import Backend, Operation, Target, triton_obstacle
 
 __all__ = ["MULTI_TENSOR", "AdamWStep", "MultiTensor", "adamw_", "sum_of_squares"]
 

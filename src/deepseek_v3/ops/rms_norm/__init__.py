@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from deepseek_v3.ops.backends import Backend, Operation
+from deepseek_v3.ops.operation import Backend, Operation
 from deepseek_v3.ops.rms_norm.reference import rms_norm
 
 RmsNorm = Callable[[Tensor, Tensor, float], Tensor]

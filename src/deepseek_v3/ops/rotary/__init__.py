@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from deepseek_v3.ops.backends import Backend, Operation
+from deepseek_v3.ops.operation import Backend, Operation
 from deepseek_v3.ops.rotary.reference import rotate
 
 Rotate = Callable[[Tensor, Tensor, Tensor], Tensor]

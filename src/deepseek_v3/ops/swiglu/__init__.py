@@ -4,7 +4,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from deepseek_v3.ops.backends import Backend, Operation
+from deepseek_v3.ops.operation import Backend, Operation
 from deepseek_v3.ops.swiglu.reference import swiglu
 
 __all__ = ["SWIGLU", "SwiGLU", "swiglu"]

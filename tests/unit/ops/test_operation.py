@@ -9,13 +9,13 @@ import torch
 
 from deepseek_v3.model.backends import select_backends
 from deepseek_v3.ops.attention import ATTENTION, cudnn_attention, sdpa_attention
-from deepseek_v3.ops.backends import Backend, Operation, Target, triton_obstacle
 from deepseek_v3.ops.cross_entropy import CROSS_ENTROPY, linear_cross_entropy, reference_linear_cross_entropy
 from deepseek_v3.ops.grouped_gemm import GROUPED_GEMM, reference_grouped_linear, torch_grouped_linear
 from deepseek_v3.ops.moe_permute import MOE_PERMUTE
 from deepseek_v3.ops.moe_permute import reference as reference_permute
 from deepseek_v3.ops.multi_tensor import MULTI_TENSOR
 from deepseek_v3.ops.multi_tensor import reference as reference_multi_tensor
+from deepseek_v3.ops.operation import Backend, Operation, Target, triton_obstacle
 from deepseek_v3.utils.errors import ConfigError
 from helpers.models import small_config, small_model
 
