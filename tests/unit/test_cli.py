@@ -18,7 +18,7 @@ HEAVY = ("torch", "matplotlib", "transformers", "tokenizers", "tensorboard", "nu
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_exists_under_its_own_line_of_help(name: str) -> None:
+def test_every_command_has_its_line_of_help(name: str) -> None:
     command = COMMANDS[name].load()
     described = command.info.help if isinstance(command, typer.Typer) else inspect.getdoc(command)
     assert described.splitlines()[0] == COMMANDS[name].help

@@ -108,7 +108,7 @@ def test_runs_are_shipped() -> None:
     assert {path.stem for path in SHIPPED} >= {"deepseek_v3_tiny", "deepseek_v3_base"}
 
 
-def test_values_are_read_as_they_are_meant(tmp_path: Path) -> None:
+def test_override_values_are_read_as_yaml(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, RUN))
     assert config.training.optimizer.learning_rate == 1e-4
     assert config.training.total_tokens == "20x"
@@ -148,14 +148,14 @@ def test_overrides_win_over_the_file_and_later_ones_over_earlier(tmp_path: Path)
     assert config.parallel.compile is False
 
 
-def test_an_override_opens_a_section_that_the_file_left_empty(tmp_path: Path) -> None:
+def test_an_override_fills_an_empty_section(tmp_path: Path) -> None:
     config = load_config(
         write(tmp_path, RUN.replace("  directory: runs/small\n", "")), ["logging.directory=elsewhere"]
     )
     assert config.logging.directory == Path("elsewhere")
 
 
-def test_an_override_can_take_a_value_away(tmp_path: Path) -> None:
+def test_an_override_can_set_null(tmp_path: Path) -> None:
     path = write(tmp_path, RUN.replace("  kv_lora_rank", "  q_lora_rank: 24\n  kv_lora_rank"))
     assert load_config(path).model.q_lora_rank == 24
     assert load_config(path, ["model.q_lora_rank=null"]).model.q_lora_rank is None
@@ -250,7 +250,7 @@ def test_a_repeated_key_is_refused_at_its_second_line(tmp_path: Path) -> None:
     )
 
 
-def test_values_that_one_section_lends_another_may_be_replaced_there(tmp_path: Path) -> None:
+def test_values_shared_by_yaml_merge_may_be_overridden(tmp_path: Path) -> None:
     """YAML's merge key: the value beside it is no repetition."""
     text = RUN.replace("  optimizer:\n", "  optimizer:\n    <<: {beta1: 0.5}\n    beta1: 0.6\n")
     assert load_config(write(tmp_path, text)).training.optimizer.beta1 == 0.6
@@ -451,7 +451,7 @@ def test_a_file_comes_before_a_shipped_config_of_its_name(tmp_path: Path, monkey
     assert load_config("deepseek_v3_tiny").model.hidden_size == 96
 
 
-def test_a_name_that_is_nothing_is_told_what_ships(tmp_path: Path) -> None:
+def test_an_unknown_name_lists_the_shipped_configs(tmp_path: Path) -> None:
     for name in ("2b", "configs/2b.yaml"):
         with pytest.raises(
             ConfigError, match=r"2b.*: cannot be read: .* config: 10b, 15b, 1b, 20b, 5b, base, data_"

@@ -180,7 +180,7 @@ def test_any_name_after_set_ends_in_one_line(tmp_path: Path, name: str) -> None:
         ("x" * (2**20 + 1), ": has more than 1,048,576 bytes, expected a configuration"),
     ],
 )
-def test_what_no_file_may_hold_is_named_with_its_line(tmp_path: Path, content: str, message: str) -> None:
+def test_forbidden_yaml_is_named_with_its_line(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(content, encoding="utf-8")
     with pytest.raises(ConfigError) as refusal:
@@ -197,7 +197,7 @@ def test_encodings_and_byte_order_marks(tmp_path: Path) -> None:
         load_config(path)
 
 
-def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for place, kind in ((tmp_path, "folder"), (tmp_path / "pipe", "pipe"), (Path("/dev/zero"), "device")):
         for read, _ in KINDS.values():
@@ -299,7 +299,7 @@ def test_a_device_is_never_replaced_by_a_file(tmp_path: Path) -> None:
         (OSError(errno.EXDEV, "Invalid link", "a", None, "b"), "a and b: cannot be used: Invalid link"),
     ],
 )
-def test_what_the_system_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch, error: OSError, message: str) -> None:
+def test_a_system_error_is_one_line(monkeypatch: pytest.MonkeyPatch, error: OSError, message: str) -> None:
     def refuse(*_: object) -> None:
         raise error
 

@@ -193,7 +193,7 @@ FILE_CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(
     ("changes", "named"), FILE_CONTRADICTIONS, ids=[str(changes) for changes, _ in FILE_CONTRADICTIONS]
 )
-def test_what_only_a_file_can_say_is_checked_too(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
+def test_values_only_possible_in_files_are_checked(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
     fields = {**small_config().model_dump(mode="json", exclude_none=True), **changes}
 
     with pytest.raises(ConfigError) as refusal:
@@ -219,7 +219,7 @@ ABSENT = ["n_group", "topk_group", "routed_scaling_factor", "q_lora_rank", "rope
 
 
 @pytest.mark.parametrize("absent", [[name] for name in sorted(RELEASED)] + [ABSENT, sorted(RELEASED)], ids=str)
-def test_what_a_file_lacks_is_as_transformers_takes_it(tmp_path: Path, absent: list[str]) -> None:
+def test_missing_fields_get_the_defaults_of_transformers(tmp_path: Path, absent: list[str]) -> None:
     fields = {name: value for name, value in RELEASED.items() if name not in absent}
     read = ModelConfig.from_json(write_json(tmp_path, fields))
     expected = as_transformers_reads(fields)

@@ -54,7 +54,7 @@ def _law(config: RunConfig, factor: float, power: float) -> float:
     return factor * (6 * count_active_parameters(config.model) * TrainingSchedule(config).total_tokens) ** power
 
 
-def test_these_are_all() -> None:
+def test_the_table_lists_all_devices() -> None:
     shipped = {path.stem.removeprefix("deepseek_v3_") for path in (ROOT / "configs").glob("deepseek_v3_*.yaml")}
     assert shipped == set(ALL)
 
@@ -86,7 +86,7 @@ def test_size_and_recipe(size: str) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_learning_rate_follows_the_law_and_warmup_takes_a_twentieth_at_most(size: str) -> None:
+def test_learning_rate_and_warmup_follow_the_law(size: str) -> None:
     config = load_config(_path(size))
     rate = config.training.optimizer.learning_rate
     assert rate == (pytest.approx(_law(config, 0.3118, -0.125), rel=0.03) if size != "base" else 2.2e-4)
@@ -115,7 +115,7 @@ def test_every_matrix_comes_in_blocks_of_128(size: str) -> None:
 
 
 @pytest.mark.parametrize("size", ALL)
-def test_experts_divide_by_eight_and_all_but_tiny_share_one_vocabulary(size: str) -> None:
+def test_experts_divide_by_eight_and_share_a_vocabulary(size: str) -> None:
     config = load_config(_path(size)).model
     assert config.n_routed_experts % 8 == 0
     assert config.vocab_size == (512 if size == "tiny" else 129_280)

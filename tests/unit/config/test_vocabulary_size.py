@@ -152,7 +152,7 @@ def test_a_model_without_its_type_is_known_by_its_fields() -> None:
         ({"type": "Split", "pattern": {"String": " "}, "behavior": "Isolated", "invert": False}, False),
     ],
 )
-def test_a_pre_tokenizer_that_removes_text_is_told(
+def test_a_pre_tokenizer_that_removes_text_is_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, step: Fields, warns: bool
 ) -> None:
     fields = trained()
@@ -199,7 +199,7 @@ def test_a_path_that_no_file_can_have_is_named() -> None:
         (lambda path: path.symlink_to("/dev/zero"), "tokenizer\\.json: is a device, expected a tokenizer"),
     ],
 )
-def test_what_is_no_file_is_not_waited_for(tmp_path: Path, make: Callable[[Path], None], reason: str) -> None:
+def test_a_pipe_is_not_waited_for(tmp_path: Path, make: Callable[[Path], None], reason: str) -> None:
     make(tmp_path / "tokenizer.json")
     with pytest.raises(DataError, match=reason):
         Tokenizer.load(tmp_path)

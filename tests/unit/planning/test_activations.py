@@ -117,7 +117,7 @@ def _matrix_weights(model: ModelConfig, kind: LayerKind) -> int:
 @pytest.mark.parametrize("tokens", TOKENS.values(), ids=TOKENS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
-def test_eager_layers_hold_what_the_formulas_say(
+def test_eager_layers_save_the_estimated_bytes(
     changes: dict[str, Any], kind: LayerKind, tokens: tuple[int, int], dtype: torch.dtype
 ) -> None:
     model = small_config(**changes)
@@ -128,7 +128,7 @@ def test_eager_layers_hold_what_the_formulas_say(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_without_shared_experts_the_formulas_are_a_close_upper_bound(dtype: torch.dtype) -> None:
+def test_without_shared_experts_the_estimate_is_an_upper_bound(dtype: torch.dtype) -> None:
     model = small_config(n_shared_experts=0)
     found, _ = _held(model, "moe", dtype, 2, 32)
     expected = saved_bytes(model, "moe", Execution(dtype.itemsize, compiled=False))
@@ -184,7 +184,7 @@ def _observed(point: dict[str, Any], layer: dict[str, Any]) -> tuple[float, int,
 
 
 @pytest.mark.parametrize(("point", "layer"), [found for found in LAYERS if "saved" in found[1]], ids=_name)
-def test_compiled_layers_saved_what_the_formulas_say(point: dict[str, Any], layer: dict[str, Any]) -> None:
+def test_compiled_layers_save_the_estimated_bytes(point: dict[str, Any], layer: dict[str, Any]) -> None:
     model, kind = _model(point), layer["kind"]
     activations, weights, tokens = _observed(point, layer)
     expected = saved_bytes(model, kind, Execution(2, compiled=True)) * tokens
@@ -193,7 +193,7 @@ def test_compiled_layers_saved_what_the_formulas_say(point: dict[str, Any], laye
 
 
 @pytest.mark.parametrize(("point", "layer"), LAYERS, ids=_name)
-def test_allocated_memory_grew_by_what_the_formulas_say(point: dict[str, Any], layer: dict[str, Any]) -> None:
+def test_allocated_memory_grew_by_the_estimate(point: dict[str, Any], layer: dict[str, Any]) -> None:
     model, kind = _model(point), layer["kind"]
     narrow = point["precision"] == "bfloat16"
     tokens = point["sequences"] * (point["sequence_length"] - (kind == "mtp"))

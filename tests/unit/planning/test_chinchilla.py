@@ -48,7 +48,7 @@ def test_verdicts(tokens: int | str, verdict: Verdict, verdict_when_marked: Verd
     assert marked.verdict is verdict_when_marked
 
 
-def test_only_undertrained_and_unmarked_overtrained_runs_are_refused() -> None:
+def test_undertrained_and_unmarked_overtrained_runs_fail() -> None:
     assert {verdict for verdict in Verdict if not verdict.accepted} == {Verdict.UNDERTRAINED, Verdict.OVERTRAINED}
 
 
@@ -63,7 +63,7 @@ def test_the_reason_names_the_field_and_a_budget_that_complies(tokens: int) -> N
         assert check_compliance("run", _run(total_tokens=advice)).verdict is Verdict.COMPLIES
 
 
-def test_the_reason_speaks_of_the_mark() -> None:
+def test_the_reason_mentions_deliberate_overtraining() -> None:
     reasons = {
         multiple: check_compliance("run", _run(total_tokens=multiple, deliberate_overtraining=True)).reason
         for multiple in ("5x", "20x", "404x")
@@ -84,7 +84,7 @@ def test_the_reason_gives_the_steps() -> None:
 
 
 @given(active=st.integers(1, 10**12), excess=st.integers(-(10**6), 10**6), bound=st.sampled_from([20, 26]))
-def test_the_shown_ratio_is_never_on_a_bound_that_it_is_not(active: int, excess: int, bound: int) -> None:
+def test_a_shown_ratio_equals_a_bound_only_if_it_is_one(active: int, excess: int, bound: int) -> None:
     tokens = max(0, bound * active + excess)
     shown = format_ratio(tokens, active)
     assert (float(shown) == bound) == (tokens == bound * active)
@@ -92,7 +92,7 @@ def test_the_shown_ratio_is_never_on_a_bound_that_it_is_not(active: int, excess:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_shipped_size_complies_and_plans_the_steps_that_training_takes(path: Path) -> None:
+def test_shipped_sizes_comply_and_plan_the_real_steps(path: Path) -> None:
     config = load_config(path)
     result = check_compliance(path.stem, config)
     plan = TrainingSchedule(config)

@@ -117,7 +117,7 @@ def test_counts_equal_the_built_module(config: ModelConfig) -> None:
 
 
 @given(configs())
-def test_active_counts_are_of_what_one_token_multiplies_with(config: ModelConfig) -> None:
+def test_active_counts_equal_multiplied_weights(config: ModelConfig) -> None:
     active = count_active_parts(config)
     assert asdict(active) == _counted_active(config)
     assert count_active_parameters(config) == active.total
@@ -195,7 +195,7 @@ def _expected_products(config: ModelConfig, length: int) -> Counter[str]:
     ],
     ids=["plain", "prediction", "prediction, no query rank, two shared experts"],
 )
-def test_operations_equal_those_that_torch_counts(changes: dict[str, Any]) -> None:
+def test_operations_equal_the_counts_of_torch(changes: dict[str, Any]) -> None:
     config, length = small_config(**changes), 12
     model, tokens_BS = small_model(config), random_tokens(config, 1, length)
     for module in model.modules():

@@ -84,14 +84,14 @@ def test_every_device_is_found_by_its_own_name() -> None:
     assert len(set(names)) == len(names)
 
 
-def test_a_list_of_ones_own_is_searched_instead() -> None:
+def test_another_list_of_devices_is_searched() -> None:
     own = Device(**OWN)
     assert find_device("Our Accelerator 64 GB", (own,)) is own
     assert find_device("NVIDIA H100 80GB HBM3", (own,)) is None
 
 
 @pytest.mark.parametrize("device", known_devices(), ids=lambda device: device.name)
-def test_figures_are_of_a_kind_that_exists(device: Device) -> None:
+def test_device_figures_are_plausible(device: Device) -> None:
     assert len(device.source.split()) >= 3
     assert 0 < device.dollars_per_hour < 20
     assert 0.1 < device.float32_tflops < 200
@@ -112,7 +112,7 @@ def test_figures_are_of_a_kind_that_exists(device: Device) -> None:
         assert device.memory_gib > 0.9 * sold
 
 
-def test_peaks_are_those_of_the_numbers_multiplied() -> None:
+def test_peak_rates_follow_the_number_format() -> None:
     assert _named("H100").peak(2) == 989e12
     assert _named("H100").peak(4) == 67e12
     cpu = _named("CPU")
@@ -146,7 +146,7 @@ def test_devices_are_found_by_the_memory_they_are_sold_with(gigabytes: float, na
 
 
 @pytest.mark.parametrize("gigabytes", [1, 16, 28, 64, 110, 1000])
-def test_a_size_that_no_card_has_names_those_that_exist(gigabytes: float) -> None:
+def test_an_unknown_memory_size_lists_the_known_ones(gigabytes: float) -> None:
     with pytest.raises(ConfigError, match=rf"^--gpu-memory {gigabytes}: .*80 \(H100\).*--gpu.*--hardware") as error:
         device_with_memory(gigabytes)
     assert "\n" not in str(error.value)

@@ -174,7 +174,7 @@ def test_the_fastest_layout_is_the_best_of_all_that_fit(devices: int, share: flo
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4])
-def test_none_where_not_even_the_leanest_fits(devices: int) -> None:
+def test_none_where_even_the_smallest_layout_does_not_fit(devices: int) -> None:
     config = _comparison()
     leanest = min_memory_layout(config, DEVICE, devices)
     assert leanest.devices == devices
@@ -211,7 +211,7 @@ def test_the_first_batch_of_a_ramp_divides_too() -> None:
     assert fastest_layout(_small(12, num_nextn_predict_layers=0), DEVICE, 4).devices == 4
 
 
-def test_far_more_devices_than_sequences_are_left_alone() -> None:
+def test_devices_beyond_the_batch_are_not_used() -> None:
     found = fastest_layout(_small(2), DEVICE, 100_000)
     assert found is not None
     assert found.devices == 2  # a pipeline needs as many sequences as it has stages
@@ -236,7 +236,7 @@ def test_measuring_changes_nothing() -> None:
     _assert_measured(layout, config)
 
 
-def test_of_layouts_as_fast_as_each_other_the_leanest_is_taken() -> None:
+def test_of_equally_fast_layouts_the_smallest_is_taken() -> None:
     """Where the host's launching is all that counts, copies are no faster than shares."""
     device = find_device("H200")
     assert device is not None
@@ -256,7 +256,7 @@ MEASURED = {
 
 
 @pytest.mark.parametrize("shape", MEASURED)
-def test_plans_for_two_gpus_meet_what_was_measured(shape: str) -> None:
+def test_plans_for_two_gpus_are_near_the_measurements(shape: str) -> None:
     """Time and memory within 12%; hosts alone differ as much. The planner's choice is within 5% of the fastest."""
     found = json.loads((ROOT / "benchmarks" / "results" / MEASURED[shape]).read_text(encoding="utf-8"))
     device, batch = find_device(found["device"]), found["sequences_of_a_step"]

@@ -203,7 +203,7 @@ def test_more_of_anything_never_needs_less(config: RunConfig, field: str) -> Non
 
 
 @given(runs())
-def test_accumulation_adds_the_gradients_that_stay(config: RunConfig) -> None:
+def test_accumulation_keeps_all_gradients(config: RunConfig) -> None:
     config = _with(
         config, pipeline=1, global_batch_size=config.parallel.micro_batch_size * config.parallel.data_ranks
     )
@@ -214,7 +214,7 @@ def test_accumulation_adds_the_gradients_that_stay(config: RunConfig) -> None:
 
 
 @given(runs())
-def test_one_device_needs_what_every_parameter_weighs(config: RunConfig) -> None:
+def test_one_device_holds_all_states_of_every_parameter(config: RunConfig) -> None:
     config = _with(config, pipeline=1, data_replicate=1, data_shard=1, expert=1)
     estimate, parameters = _estimate(config), count_parameters(config.model).with_prediction
     assert estimate.weights == 4 * parameters
@@ -225,7 +225,7 @@ def test_one_device_needs_what_every_parameter_weighs(config: RunConfig) -> None
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 @pytest.mark.parametrize("recomputation", ["none", "full"])
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_shipped_runs_need_more_with_every_doubling_of_the_micro_batch(
+def test_doubling_the_micro_batch_needs_more_memory(
     path: Path, recomputation: str, precision: str
 ) -> None:
     totals = [
@@ -274,7 +274,7 @@ def test_expert_parallelism_divides_the_experts(replicate: int, shard: int, expe
 
 
 @given(runs())
-def test_pipeline_stages_share_out_all_parameters(config: RunConfig) -> None:
+def test_pipeline_stages_divide_all_parameters(config: RunConfig) -> None:
     config = _with(config, data_replicate=1, data_shard=1, expert=1)
     parallel, run = config.parallel, resolve_execution(H100, config)
     number = parallel.pipeline * parallel.stages_per_rank
@@ -304,7 +304,7 @@ def test_the_first_rank_of_a_v_holds_both_ends() -> None:
     assert weights["zero_bubble"] > weights["1f1b"]
 
 
-def test_a_stage_keeps_a_micro_batch_for_every_stage_after_it() -> None:
+def test_a_stage_holds_one_micro_batch_per_later_stage() -> None:
     config = _run({"vocab_size": 32}, pipeline=4, micro_batch_size=2, global_batch_size=20, sequence_length=64)
     run, stages = resolve_execution(H100, config), stage_layer_kinds(config.model, 4, 64)
     assert stages == [["dense", "moe"], ["moe"], ["moe"], ["mtp"]]
@@ -320,7 +320,7 @@ def test_a_stage_keeps_a_micro_batch_for_every_stage_after_it() -> None:
     assert earlier.weight_copies / later.weight_copies == pytest.approx(3 / 2)
 
 
-def test_gathered_layers_and_travelling_rows_are_communication() -> None:
+def test_gathered_layers_and_exchanged_rows_are_communication() -> None:
     sharded = _run(data_shard=4, micro_batch_size=2, global_batch_size=16, sequence_length=64)
     layers = [f".layers.{layer}." for layer in range(5)]
     largest = max(_numbers(sharded, layer) - _whole(sharded, layer) for layer in layers)
@@ -331,7 +331,7 @@ def test_gathered_layers_and_travelling_rows_are_communication() -> None:
     assert _estimate(sharded).weight_copies == 0
 
 
-def test_layers_keep_a_bfloat16_copy_of_every_matrix_but_the_routers() -> None:
+def test_layers_save_bfloat16_copies_of_all_but_routers() -> None:
     config = _run({"num_hidden_layers": 8}, micro_batch_size=4, global_batch_size=4, sequence_length=256)
     estimate = _estimate(_with(config, precision="bfloat16"))
     matrices = sum(
@@ -346,7 +346,7 @@ def test_layers_keep_a_bfloat16_copy_of_every_matrix_but_the_routers() -> None:
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 @pytest.mark.parametrize("depth", [0, 1, 2])
-def test_each_loss_holds_its_gradients_beside_one_chunk_of_logits(depth: int, precision: str) -> None:
+def test_each_loss_holds_gradients_and_a_chunk_of_logits(depth: int, precision: str) -> None:
     sequences, length, words, width = 2, 256, 4096, 128
     config = _run(
         {"vocab_size": words, "num_nextn_predict_layers": depth},
@@ -379,7 +379,7 @@ def test_each_loss_holds_its_gradients_beside_one_chunk_of_logits(depth: int, pr
 
 @pytest.mark.parametrize("moments", ["bfloat16", "float32"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_step_leaves_weights_gradients_and_moments_of_the_estimated_size(moments: str, tied: bool) -> None:
+def test_a_real_step_leaves_the_estimated_bytes(moments: str, tied: bool) -> None:
     config = _run(
         {"tie_word_embeddings": tied}, moments, micro_batch_size=1, global_batch_size=2, sequence_length=16
     )
@@ -472,7 +472,7 @@ def test_the_cpu_allocates_what_is_estimated(
     assert estimate.total - estimate.workspace == pytest.approx(_allocated_at_most(config), rel=tolerance)
 
 
-def test_a_device_must_have_free_what_allocator_and_driver_take_besides() -> None:
+def test_needed_bytes_include_allocator_and_driver() -> None:
     estimate = _estimate(_run())
     held = estimate.total * (1 + calibration().allocator_overhead)
     assert needed_bytes(estimate, H100) == held + calibration().context_bytes
@@ -482,7 +482,7 @@ def test_a_device_must_have_free_what_allocator_and_driver_take_besides() -> Non
 
 
 @pytest.mark.parametrize("file", ["planner_points.json", "planner_held_out.json"])
-def test_estimates_meet_the_measurements(file: str) -> None:
+def test_estimates_are_near_the_measurements(file: str) -> None:
     record = json.loads((RESULTS / file).read_text(encoding="utf-8"))
     device = _device(record["device"])
     errors = {}
@@ -509,7 +509,7 @@ def test_the_last_norm_s_backward_pass_holds_seven_wide_tensors() -> None:
     assert moments["loss"].activations - kept == (2 + 2 * 4) * states
 
 
-def test_a_prediction_layer_compiled_in_parts_keeps_its_norms_wide() -> None:
+def test_an_mtp_layer_compiled_in_parts_saves_wide_norms() -> None:
     model = _run({"num_nextn_predict_layers": 1}).model
     whole = saved_bytes(model, "mtp", Execution(2, compiled=True))
     parts = saved_bytes(model, "mtp", Execution(2, compiled=True, compiled_in_parts=True))

@@ -55,12 +55,12 @@ def test_the_suggested_change_fits_and_no_shorter_one_does(gib: float) -> None:
             assert estimate_layout(trial, device).needed_bytes > device.memory_bytes
 
 
-def test_one_change_is_preferred_to_two_and_the_faster_to_the_slower() -> None:
+def test_the_suggestion_has_few_and_fast_changes() -> None:
     config = _config("1b", "parallel.micro_batch_size=16")
     assert _suggested(suggest_fix(config, _device(40))) == ["parallel.micro_batch_size=10"]
 
 
-def test_a_model_too_large_for_one_device_names_how_many_it_takes() -> None:
+def test_a_too_large_model_names_the_devices_it_needs() -> None:
     config, device = _config("10b", "parallel.data_shard=1"), _device(79.2)
     enough = fewest_devices(config, device)
     assert enough
@@ -72,7 +72,7 @@ def test_a_model_too_large_for_one_device_names_how_many_it_takes() -> None:
     assert "--set" not in message
 
 
-def test_what_never_fits_ends_in_a_smaller_model() -> None:
+def test_a_model_that_never_fits_suggests_a_smaller_one() -> None:
     assert fewest_devices(_config("base"), _device(3)) is None
     assert "take a smaller model" in suggest_fix(_config("base"), _device(3))
 

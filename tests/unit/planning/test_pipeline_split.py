@@ -19,7 +19,7 @@ from deepseek_v3.planning.pipeline_split import max_in_flight, stages_of_rank
     ],
 )
 @pytest.mark.parametrize(("ranks", "micro_batches"), [(2, 4), (4, 8), (4, 20)])
-def test_micro_batches_in_flight_are_those_of_torchs_order(
+def test_micro_batches_in_flight_match_torch_schedules(
     schedule: PipelineSchedule, kind: Any, ranks: int, micro_batches: int
 ) -> None:
     parallel = ParallelConfig(pipeline=ranks, pipeline_schedule=schedule)

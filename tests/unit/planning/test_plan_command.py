@@ -106,7 +106,7 @@ def test_every_size_and_every_figure_is_printed() -> None:
             assert f"({loss['low']:.2f}–{loss['high']:.2f})" in cells
 
 
-def test_the_memory_of_every_size_is_taken_apart() -> None:
+def test_the_memory_of_every_size_is_printed_by_part() -> None:
     output, found = dsv3("plan", "--gpus", 8).output, _json("--gpus", 8)
     for row in found["rows"]:
         parts = row["memory"]["parts"]
@@ -116,7 +116,7 @@ def test_the_memory_of_every_size_is_taken_apart() -> None:
         assert re.search(rf"^{part.replace('_', ' ')} +{' +'.join(map(re.escape, gib))}( |$)", output, re.MULTILINE)
 
 
-def test_the_recommended_size_s_step_is_taken_apart_and_its_command_given() -> None:
+def test_the_recommended_size_has_step_parts_and_a_command() -> None:
     output, found = dsv3("plan", "--budget-hours", 72).output, _json("--budget-hours", 72)
     [row] = [row for row in found["rows"] if row["name"] == found["recommendation"]["name"]]
     for name, seconds in row["step_seconds"]["parts"].items():
@@ -126,7 +126,7 @@ def test_the_recommended_size_s_step_is_taken_apart_and_its_command_given() -> N
     assert output.splitlines()[-1] == f"  {found['recommendation']['command']}"
 
 
-def test_several_processes_are_named_as_an_estimate_and_one_is_not() -> None:
+def test_only_several_processes_are_marked_as_an_estimate() -> None:
     several, one = dsv3("plan", "--gpus", 8), dsv3("plan", "--gpus", 1)
     assert f"\nNote: {ESTIMATE_ONLY}.\nNext:\n  dsv3 tokenize " in several.output
     assert "\n  torchrun --nproc_per_node=8 src/training/train.py" in several.output
@@ -167,7 +167,7 @@ def test_the_recommended_overrides_load_to_the_planned_layout() -> None:
     assert recommended["note"] == ESTIMATE_ONLY
 
 
-def test_nothing_that_fits_is_said_and_is_no_error() -> None:
+def test_no_fitting_size_is_reported_without_an_error() -> None:
     words = ("--gpus", 1, "--tokens", "1000")
     assert (
         dsv3("plan", *words).output.splitlines()[-1].startswith("Recommended: none; nothing fits; nearest is tiny")
@@ -177,13 +177,13 @@ def test_nothing_that_fits_is_said_and_is_no_error() -> None:
     assert recommended["reason"].startswith("nothing fits")
 
 
-def test_without_options_and_without_a_terminal_eight_usual_gpus_are_assumed() -> None:
+def test_without_options_eight_default_gpus_are_assumed() -> None:
     assert dsv3("plan").output == dsv3("plan", "--gpus", 8, "--gpu", "H100").output
     assert "\nNo limits; " in dsv3("plan").output
     assert dsv3("plan", "--gpu", "CPU").output.startswith("1 × CPU, ")
 
 
-def test_a_device_of_one_s_own(tmp_path: Path) -> None:
+def test_a_device_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "own.yaml"
     path.write_text(yaml.safe_dump(OWN_DEVICE), encoding="utf-8")
     assert dsv3("plan", "--hardware", path).output.startswith(
@@ -230,7 +230,7 @@ def test_the_known_gpus_are_listed_with_their_sources() -> None:
         (["--plot", "plan.pdf"], "--plot plan.pdf: expected a file name that ends in .png"),
     ],
 )
-def test_what_cannot_be_meant_is_one_line(words: list[str], expected: str) -> None:
+def test_an_invalid_option_is_one_line(words: list[str], expected: str) -> None:
     result = dsv3("plan", *words)
     assert result.exit_code == 1
     assert result.stdout == ""
@@ -239,11 +239,11 @@ def test_what_cannot_be_meant_is_one_line(words: list[str], expected: str) -> No
 
 
 @pytest.mark.parametrize("words", [["--gpus", "eight"], ["--gpus", "1.5"], ["--budget-hours", "x"], ["--unknown"]])
-def test_what_is_no_number_is_an_error_of_usage(words: list[str]) -> None:
+def test_invalid_numbers_are_usage_errors(words: list[str]) -> None:
     assert dsv3("plan", *words).exit_code == 2
 
 
-def test_a_folder_of_one_s_own_and_a_broken_file_in_it(tmp_path: Path) -> None:
+def test_another_folder_with_a_broken_file(tmp_path: Path) -> None:
     text = (ROOT / "configs" / "deepseek_v3_1b.yaml").read_text(encoding="utf-8")
     (tmp_path / "deepseek_v3_mine.yaml").write_text(text, encoding="utf-8")
     [row] = _json("--configs", tmp_path)["rows"]
@@ -285,7 +285,7 @@ def test_a_narrow_terminal_gets_every_figure(monkeypatch: pytest.MonkeyPatch) ->
     assert narrow.splitlines()[-1] == wide.splitlines()[-1]
 
 
-def test_planning_waits_for_nothing_heavy() -> None:
+def test_planning_imports_no_heavy_library() -> None:
     program = (
         "import sys\n"
         "from deepseek_v3.cli import app\n"
@@ -313,7 +313,7 @@ def _answering(monkeypatch: pytest.MonkeyPatch, *answers: str) -> Result:
     return CliRunner().invoke(app, ["plan"], input="".join(f"{answer}\n" for answer in answers))
 
 
-def test_in_a_terminal_it_asks_and_gives_the_command_that_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_a_terminal_it_asks_and_prints_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     result = _answering(monkeypatch, "RTX 4090", "4", "100", "$1,000", "10B", "fit")
     assert result.exit_code == 0, result.output
     last = result.output.splitlines()[-1]
@@ -327,7 +327,7 @@ def test_in_a_terminal_it_asks_and_gives_the_command_that_does_not(monkeypatch: 
     assert repeated.output in result.output
 
 
-def test_empty_answers_are_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_answers_keep_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     result = _answering(monkeypatch, "", "", "", "", "", "")
     assert dsv3("plan", "--gpus", 8).output in result.output
     assert result.output.endswith("\nThe same without questions: dsv3 plan\n")
@@ -398,12 +398,12 @@ def test_anything_else_is_a_named_error(text: str) -> None:
     "text",
     ["", "0", "-1", "1.5", "1e-3", "1e19", "1e99", "2000000T", "0.0000000001B", "1__0", "1,", "10X", "٣", "nan"],
 )
-def test_numbers_of_tokens_that_there_cannot_be(text: str) -> None:
+def test_impossible_numbers_of_tokens(text: str) -> None:
     with pytest.raises(ConfigError, match="--tokens"):
         parse_tokens(text)
 
 
-def test_options_become_a_request_and_their_own_words() -> None:
+def test_options_give_a_request_and_their_command() -> None:
     options = PlanOptions(gpus=3, gpu="A100 40GB", budget_dollars=12.5, objective="fit")
     request = options.request()
     assert (request.device.name, request.devices, request.objective) == ("A100 40GB", 3, "fit")
@@ -412,7 +412,7 @@ def test_options_become_a_request_and_their_own_words() -> None:
     assert PlanOptions().request() == PlanRequest(PlanOptions(gpu="H100").request().device, 8)
 
 
-def test_numbers_that_look_alike_are_told_apart() -> None:
+def test_similar_numbers_are_shown_with_all_digits() -> None:
     assert format_distinct(72.0001, 72.0, three_figures) == ("72.0001", "72.0")
     assert format_distinct(3_749_248_000, 3_749_000_000, format_count) == ("3,749,248,000", "3,749,000,000")
     assert format_distinct(1200.0, 24.0, three_figures) == ("1,200", "24")
@@ -429,7 +429,7 @@ def test_a_picture_goes_to_the_file_named_or_to_the_usual_one(
     assert "--plot other.png draws to it" in message_of(dsv3("plan", "other.png"))
 
 
-def test_runs_of_one_s_own_are_planned_instead_of_the_sizes(tmp_path: Path) -> None:
+def test_given_configs_are_planned_instead_of_the_sizes(tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_text(CONFIG_1B.read_text(encoding="utf-8").replace("total_tokens: 20x", "total_tokens: 24x"))
     found = _json("--gpus", 1, "--config", mine, "--config", CONFIG_1B)

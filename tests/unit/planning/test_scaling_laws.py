@@ -53,7 +53,7 @@ def _optimum(loss: Callable[[float, float], float], compute: float) -> tuple[flo
         (32, 16.5424, -0.1557, 234.6726, -0.2652),
     ],
 )
-def test_the_joint_law_is_its_paper_s_law_for_each_number_of_experts(
+def test_the_joint_law_matches_its_paper(
     experts: float, m: float, mu: float, n: float, nu: float
 ) -> None:
     """arXiv:2502.05172, table 4: L = m·N^µ + n·D^ν + 1.3637."""
@@ -81,14 +81,14 @@ def test_the_dense_law_scales_parameters_and_tokens_alike() -> None:
     assert 18 < tokens / large < 22
 
 
-def test_expansion_is_the_width_of_all_experts_over_that_of_the_used() -> None:
+def test_expansion_is_the_ratio_of_expert_widths() -> None:
     assert expansion(_config("base").model) == (256 + 1) / (8 + 1)
     assert expansion(small_config(n_shared_experts=0, n_routed_experts=8, num_experts_per_tok=2)) == 4
     assert expansion(small_config(first_k_dense_replace=3)) == 1
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_the_error_bar_spans_the_laws_that_it_is_made_of(size: str) -> None:
+def test_the_error_bar_spans_its_laws(size: str) -> None:
     config = _config(size)
     tokens = budget_in_tokens(config)
     expected = expected_loss(config.model, tokens)
@@ -109,7 +109,7 @@ def test_losses_outside_the_fitted_models_say_so() -> None:
 @pytest.mark.parametrize(
     ("layers", "width", "learning_rate", "sequences"), [(30, 4096, 4.2e-4, 2304), (95, 8192, 3.2e-4, 4608)]
 )
-def test_hyperparameters_are_near_those_of_the_models_that_the_law_was_made_for(
+def test_hyperparameters_are_near_those_of_known_models(
     layers: int, width: int, learning_rate: float, sequences: int
 ) -> None:
     """DeepSeek LLM 7B and 67B (arXiv:2401.02954, table 2), 2T tokens; operations per token by its equation 2."""

@@ -136,7 +136,7 @@ def test_work_is_linear_in_tokens(factor: int, micro: int, recomputation: str, p
     assert longer.expert_bytes < more.expert_bytes
 
 
-def test_weights_are_passed_over_once_a_step_and_cast_at_every_micro_batch() -> None:
+def test_weights_are_cast_in_every_micro_batch() -> None:
     config = {"vocab_size": 7, "num_nextn_predict_layers": 1}
     inside = _weights(_run(config), ".layers.", "model.norm")
     whole = inside + 2 * 7 * 32
@@ -203,7 +203,7 @@ def test_seconds_are_work_over_the_rates_of_the_device() -> None:
     recomputation=st.sampled_from(["none", "selective", "full"]),
     precision=st.sampled_from(["bfloat16", "float32"]),
 )
-def test_one_device_waits_for_nobody(micro: int, micro_batches: int, recomputation: str, precision: str) -> None:
+def test_one_device_does_not_wait(micro: int, micro_batches: int, recomputation: str, precision: str) -> None:
     config = _run(
         micro_batch_size=micro,
         global_batch_size=micro * micro_batches,
@@ -226,7 +226,7 @@ def _sending_seconds(config: RunConfig) -> float:
 
 
 @pytest.mark.parametrize(("shards", "bandwidth"), [(2, LINK), (4, LINK), (8, NETWORK)])
-def test_gathers_and_reductions_of_shares(shards: int, bandwidth: float) -> None:
+def test_gathers_and_reductions_of_shards(shards: int, bandwidth: float) -> None:
     config = _run({"vocab_size": 1}, data_shard=shards, micro_batch_size=1, global_batch_size=3 * shards)
     whole = _weights(config, *WHOLE)
     weights = _weights(config, ".layers.", "model.norm") - whole
@@ -237,7 +237,7 @@ def test_gathers_and_reductions_of_shares(shards: int, bandwidth: float) -> None
 
 
 @pytest.mark.parametrize(("copies", "bandwidth"), [(2, LINK), (4, LINK), (8, NETWORK)])
-def test_gradients_of_copies_are_summed_once_a_step(copies: int, bandwidth: float) -> None:
+def test_gradients_of_replicas_are_reduced_once_a_step(copies: int, bandwidth: float) -> None:
     config = _run({"vocab_size": 1}, data_replicate=copies, micro_batch_size=1, global_batch_size=3 * copies)
     weights = _weights(config, "")
     # A ring sends every gradient twice but for one rank's share, in float32.
@@ -248,7 +248,7 @@ def test_gradients_of_copies_are_summed_once_a_step(copies: int, bandwidth: floa
     ("replicate", "shard", "expert", "expert_shards", "expert_copies"),
     [(1, 4, 2, 2, 1), (1, 4, 4, 1, 1), (2, 2, 2, 1, 2), (2, 2, 4, 1, 1)],
 )
-def test_experts_that_live_apart_are_gathered_and_summed_over_fewer_ranks(
+def test_expert_parallelism_gathers_over_fewer_ranks(
     replicate: int, shard: int, expert: int, expert_shards: int, expert_copies: int
 ) -> None:
     config = _run(
@@ -287,7 +287,7 @@ def _others_reached(places: int, chosen: int, experts: int) -> float:
     ("expert", "ways"),
     [(1, {}), (2, {2: LINK_OF_ROWS}), (4, {4: LINK_OF_ROWS}), (8, {8: LINK_OF_ROWS, 2: NETWORK})],
 )
-def test_rows_travel_once_to_every_rank_with_experts_and_back(
+def test_rows_are_sent_once_to_each_rank_with_their_experts(
     recomputation: str, passes: int, expert_imbalance: float, expert: int, ways: dict[int, float]
 ) -> None:
     """Beyond a node of four they go once to each node, and on from there."""
@@ -308,7 +308,7 @@ def test_rows_travel_once_to_every_rank_with_experts_and_back(
     assert found == pytest.approx(2 * passes * tokens * 2 * width * seconds)
 
 
-def test_communication_hides_behind_computing_and_slows_it() -> None:
+def test_communication_overlaps_with_computation_and_slows_it() -> None:
     config = _run(data_shard=4, micro_batch_size=1, global_batch_size=12)
     run = resolve_execution(DEVICE, config)
     hidden = estimate_step(config, run, SLOW).communication
@@ -329,7 +329,7 @@ def test_communication_hides_behind_computing_and_slows_it() -> None:
         ({"pipeline": 2}, 0.005),
     ],
 )
-def test_no_step_of_several_gpus_is_shorter_than_launching_it(layout: dict[str, int], seconds: float) -> None:
+def test_a_step_is_at_least_as_long_as_its_launches(layout: dict[str, int], seconds: float) -> None:
     fast = DEVICE.model_copy(update=dict.fromkeys(RATES, 1e12))
     config = _run({"num_hidden_layers": 3}, **layout, micro_batch_size=1, global_batch_size=8)
     step = estimate_step(config, resolve_execution(fast, config), fast)
@@ -342,7 +342,7 @@ def test_no_step_of_several_gpus_is_shorter_than_launching_it(layout: dict[str, 
 
 
 @pytest.mark.parametrize(("stages", "micro_batches"), [(1, 4), (2, 4), (3, 6), (3, 3)])
-def test_stages_without_work_wait(stages: int, micro_batches: int) -> None:
+def test_pipeline_bubbles_are_waiting_time(stages: int, micro_batches: int) -> None:
     model = {"num_hidden_layers": 5}
     config = _run(model, pipeline=stages, micro_batch_size=2, global_batch_size=2 * micro_batches)
     step = estimate_step(config, resolve_execution(DEVICE, config), DEVICE)

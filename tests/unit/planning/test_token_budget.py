@@ -23,7 +23,7 @@ def _run(micro_batch_size: int = 1, **training: object) -> RunConfig:
     return RunConfig.model_validate(fields, strict=False)
 
 
-def test_budget_as_a_number_and_as_a_multiple_of_active_parameters() -> None:
+def test_a_budget_is_a_number_or_a_multiple() -> None:
     active = count_active_parameters(_run().model)
     assert budget_in_tokens(_run(total_tokens=123)) == 123
     assert budget_in_tokens(_run(total_tokens="20x")) == 20 * active
@@ -49,7 +49,7 @@ def test_steps_of_a_constant_batch_are_those_of_counting(total: int, batch: int,
     length=st.integers(2, 64),
     fraction=st.floats(0.01, 1),
 )
-def test_a_ramp_grows_in_a_line_and_ends_with_the_step_that_reaches_the_budget(
+def test_a_ramp_is_linear_and_ends_at_the_budget(
     total: int, initial: int, more: int, micro: int, length: int, fraction: float
 ) -> None:
     first, last = initial * micro, (initial + more) * micro
@@ -90,7 +90,7 @@ def test_a_constant_batch_needs_no_list_of_its_steps() -> None:
     assert planned_tokens(config) == 10**18
 
 
-def test_a_long_run_is_laid_out_by_batch_sizes_alone() -> None:
+def test_a_long_run_is_planned_by_batch_sizes_alone() -> None:
     ramp = {"initial": 2, "fraction": 0.25, "increment": 1}
     config = _run(total_tokens=10**15, global_batch_size=4, sequence_length=50, batch_ramp=ramp)
     borders = sample_boundaries(config)

@@ -87,7 +87,7 @@ def test_verdicts_and_exit_codes(tmp_path: Path, tokens: str, marked: bool, line
     assert dsv3("validate", "--strict", "--config", path).exit_code == strict_code
 
 
-def test_the_summary_counts_those_that_are_marked(tmp_path: Path) -> None:
+def test_the_summary_counts_deliberate_overtraining(tmp_path: Path) -> None:
     _write(tmp_path, "a", total_tokens="20x")
     _write(tmp_path, "b", total_tokens="30x", deliberate_overtraining=True)
     _write(tmp_path, "c", total_tokens="30x")
@@ -130,7 +130,7 @@ def test_json_has_every_figure_and_nothing_else() -> None:
         ("- a list", "expected sections"),
     ],
 )
-def test_a_broken_file_is_an_error_and_the_others_are_still_judged(
+def test_a_broken_file_is_an_error_beside_other_results(
     tmp_path: Path, text: str, expected: str
 ) -> None:
     _write(tmp_path, "good", total_tokens="20x")
@@ -163,7 +163,7 @@ def test_a_wrong_field_is_named(tmp_path: Path, change: dict[str, object], expec
     assert expected in message_of(result)
 
 
-def test_requests_that_cannot_be_meant(tmp_path: Path) -> None:
+def test_impossible_requests_are_refused(tmp_path: Path) -> None:
     assert "cannot be read" in message_of(dsv3("validate", "--config", tmp_path / "nothing.yaml"))
     assert "is not a folder" in message_of(dsv3("validate", "--configs", tmp_path / "nothing"))
     assert "holds no deepseek_v3_*.yaml" in message_of(dsv3("validate", "--configs", tmp_path))

@@ -37,7 +37,7 @@ def _axes(advice: Advice, folder: Path, figures: list[Figure]) -> Axes:
     return figures[-1].axes[0]
 
 
-def test_the_picture_is_a_png_of_its_own(tmp_path: Path) -> None:
+def test_the_plot_is_a_png(tmp_path: Path) -> None:
     path = tmp_path / "plans" / "plan.png"
     plot_plan(_advice(), path)
     height, width, _ = imread(path).shape
@@ -45,7 +45,7 @@ def test_the_picture_is_a_png_of_its_own(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_every_size_with_a_loss_stands_at_its_compute_with_its_bar(tmp_path: Path, drawn: list[Figure]) -> None:
+def test_every_size_with_a_loss_is_drawn_with_its_bar(tmp_path: Path, drawn: list[Figure]) -> None:
     advice = _advice(budget_hours=72.0)
     axes = _axes(advice, tmp_path, drawn)
     rows = [row for row in advice.rows if row.loss]
@@ -63,7 +63,7 @@ def test_every_size_with_a_loss_stands_at_its_compute_with_its_bar(tmp_path: Pat
 
 
 @pytest.mark.parametrize("limits", [{}, {"budget_hours": 72.0}, {"budget_dollars": 200.0}])
-def test_names_are_all_there_and_cover_each_other_nowhere(
+def test_all_labels_are_drawn_and_do_not_overlap(
     tmp_path: Path, drawn: list[Figure], limits: dict[str, Any]
 ) -> None:
     axes = _axes(_advice(**limits), tmp_path, drawn)
@@ -97,7 +97,7 @@ def test_the_curves_follow_the_law(tmp_path: Path, drawn: list[Figure]) -> None:
         assert list(law.get_xdata()) == pytest.approx([6 * ratio * row.active_parameters**2 for row in rows])
 
 
-def test_the_budget_is_a_line_at_what_the_devices_do_in_it(tmp_path: Path, drawn: list[Figure]) -> None:
+def test_the_budget_is_a_line_at_its_operations(tmp_path: Path, drawn: list[Figure]) -> None:
     advice = _advice(budget_hours=72.0)
     axes = _axes(advice, tmp_path, drawn)
     row = advice.recommended
@@ -112,7 +112,7 @@ def test_the_budget_is_a_line_at_what_the_devices_do_in_it(tmp_path: Path, drawn
     assert note.endswith(f"at the speed of {row.name}")
 
 
-def test_both_limits_are_named_and_the_nearer_one_drawn(tmp_path: Path, drawn: list[Figure]) -> None:
+def test_both_limits_are_named_and_the_tighter_one_drawn(tmp_path: Path, drawn: list[Figure]) -> None:
     axes = _axes(_advice(budget_hours=1e-5, budget_dollars=1e6), tmp_path, drawn)
     assert any(text.get_text().startswith("1e-05 hours and $1,000,000:") for text in axes.texts)
     [line] = [line for line in axes.get_lines() if line.get_linestyle() == ":"]
@@ -147,7 +147,7 @@ def test_axes_legend_and_source_say_what_is_shown(tmp_path: Path, drawn: list[Fi
     assert "\nNot drawn, its vocabulary being too small for the laws: tiny.\n" in source
 
 
-def test_sizes_without_a_loss_are_nothing_to_draw(tmp_path: Path) -> None:
+def test_sizes_without_a_loss_are_not_drawn(tmp_path: Path) -> None:
     device = find_device("CPU")
     assert device
     path = ROOT / "configs" / "deepseek_v3_tiny.yaml"

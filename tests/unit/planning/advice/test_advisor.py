@@ -105,7 +105,7 @@ def test_a_plan_is_of_the_config_that_it_names() -> None:
             assert row.layout.step == measured.step
 
 
-def test_what_fits_the_memory_has_a_layout_and_what_does_not_says_from_where_on_it_would() -> None:
+def test_a_size_has_a_layout_or_says_how_many_devices_fit() -> None:
     device = _device()
     for row in _advice().rows:
         if row.layout:
@@ -123,7 +123,7 @@ def test_what_fits_the_memory_has_a_layout_and_what_does_not_says_from_where_on_
         assert f"fits from {enough:,} on" in shortage.reason
 
 
-def test_a_size_that_no_number_of_devices_holds() -> None:
+def test_a_size_too_large_for_any_number_of_devices() -> None:
     plan = _plan("1b", _device(memory_gib=0.5), 2)
     [shortage] = plan.shortages
     assert shortage.needed is None
@@ -131,7 +131,7 @@ def test_a_size_that_no_number_of_devices_holds() -> None:
     assert "does not fit on 4,096 either" in shortage.reason
 
 
-def test_losses_are_those_of_the_law_and_none_for_a_vocabulary_for_trying_out() -> None:
+def test_losses_follow_the_law_except_for_small_vocabularies() -> None:
     for row in _advice(budget_hours=72.0).rows:
         assert (row.loss is None) == (row.name == "tiny")
         if row.loss:
@@ -144,7 +144,7 @@ def test_without_limits_the_file_s_own_budget_is_planned() -> None:
         assert row.ratio == 20
 
 
-def test_with_limits_as_many_tokens_as_they_allow_from_20_to_26_per_active_parameter() -> None:
+def test_limits_allow_20_to_26_tokens_per_active_parameter() -> None:
     ratios = set()
     for hours in (0.1, 1.0, 50.0, 60.0, 1000.0):
         for row in _advice(budget_hours=hours).rows:
@@ -158,7 +158,7 @@ def test_with_limits_as_many_tokens_as_they_allow_from_20_to_26_per_active_param
     assert {20.0, 26.0} < ratios
 
 
-def test_the_tokens_that_there_are_bound_the_budget() -> None:
+def test_the_corpus_size_limits_the_budget() -> None:
     rows = _rows(_advice(tokens=4_000_000_000))
     assert rows["1b"].tokens == 4_000_000_000
     assert rows["tiny"].ratio == 26
@@ -169,7 +169,7 @@ def test_the_tokens_that_there_are_bound_the_budget() -> None:
     assert [shortage.limit for shortage in rows["base"].shortages] == ["devices", "tokens"]
 
 
-def test_the_soonest_trains_on_the_fewest_tokens() -> None:
+def test_the_fastest_objective_trains_on_the_fewest_tokens() -> None:
     advice = _advice(objective="fastest", budget_hours=1000.0)
     assert all(row.ratio == 20 for row in advice.rows)
     serious = [row for row in advice.rows if row.fits and row.loss and row.cost]
@@ -190,7 +190,7 @@ def test_the_soonest_trains_on_the_fewest_tokens() -> None:
         ("2x", True, {}, 20),
     ],
 )
-def test_a_file_s_own_budget_counts_where_it_complies_or_is_meant(
+def test_a_complying_or_deliberate_budget_is_kept(
     tmp_path: Path, total_tokens: str, deliberate: bool, limits: dict[str, Any], ratio: int
 ) -> None:
     path, config = _small(tmp_path, total_tokens, deliberate_overtraining=deliberate)
@@ -198,7 +198,7 @@ def test_a_file_s_own_budget_counts_where_it_complies_or_is_meant(
     assert plan.ratio == pytest.approx(ratio, abs=1e-3)
 
 
-def test_a_growing_batch_is_planned_within_its_budget_and_on_devices_that_divide_it(tmp_path: Path) -> None:
+def test_a_batch_ramp_is_planned_within_budget_and_devices(tmp_path: Path) -> None:
     ramp = {"initial": 512, "fraction": 0.5}
     path, config = _small(tmp_path, "20x", batch_ramp=ramp, global_batch_size=1024)
     free = plan_size(path, config, PlanRequest(_device(), 8))
@@ -223,7 +223,7 @@ def test_more_devices_are_never_slower(size: str) -> None:
 
 
 @pytest.mark.parametrize("size", ["1b", "10b"])
-def test_more_memory_never_makes_a_size_too_large_or_slower(size: str) -> None:
+def test_more_memory_never_makes_a_size_slower_or_unfit(size: str) -> None:
     least = min_memory_layout(_config(size), _device(), 8).needed_bytes / 2**30
     plans = [_plan(size, _device(memory_gib=factor * least), 8) for factor in (0.99, 1.01, 2, 4, 8, 16)]
     hours = [plan.cost.hours if plan.cost else math.inf for plan in plans]
@@ -232,7 +232,7 @@ def test_more_memory_never_makes_a_size_too_large_or_slower(size: str) -> None:
 
 
 @pytest.mark.parametrize("limit", ["budget_hours", "budget_dollars"])
-def test_a_lower_budget_never_recommends_what_costs_more_or_learns_more(limit: str) -> None:
+def test_a_lower_budget_recommends_no_costlier_size(limit: str) -> None:
     budgets = [0.001, 1.0, 20.0, 60.0, 100.0, 300.0, 1500.0, 2500.0]
     found = [_advice(**{limit: budget}).recommended for budget in budgets]
     costs = [row.cost.dollars if row and row.cost else 0 for row in found]
@@ -244,7 +244,7 @@ def test_a_lower_budget_never_recommends_what_costs_more_or_learns_more(limit: s
         assert all(cost <= budget * (1 + 1e-9) for cost, budget in zip(costs, budgets, strict=True))
 
 
-def test_fewer_devices_are_taken_where_the_money_does_not_last_for_all() -> None:
+def test_a_small_rent_budget_takes_fewer_devices() -> None:
     device = _device()
     all_of_them = _plan("5b", device, 512)
     assert all_of_them.layout
@@ -350,7 +350,7 @@ def test_the_command_sets_only_what_differs(monkeypatch: pytest.MonkeyPatch, tmp
         ({"objective": "cheapest"}, "--objective cheapest: expected best-loss, fastest, fit"),
     ],
 )
-def test_requests_that_cannot_be_meant(fields: dict[str, Any], expected: str) -> None:
+def test_impossible_requests_are_refused(fields: dict[str, Any], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         PlanRequest(**{"device": _device(), "devices": 1, **fields})
 
@@ -363,7 +363,7 @@ def test_free_devices_are_within_any_budget() -> None:
     assert plan.tokens == 26 * budget_in_tokens(_config("1b")) // 20
 
 
-def test_a_huge_number_of_devices_is_no_more_than_the_batch_can_use() -> None:
+def test_a_plan_uses_no_more_devices_than_the_batch_allows() -> None:
     plan = _plan("1b", _device(), 10**9)
     assert plan.layout
     assert plan.layout.devices <= _config("1b").training.global_batch_size * 64
