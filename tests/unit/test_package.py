@@ -1,4 +1,4 @@
-"""What an installed package holds and can do, away from the checkout."""
+"""The installed package: its files, and its commands outside the checkout."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ from helpers import ROOT
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of packages that a wheel would install, built from a copy of what it is built from."""
+    """The folder of packages that a wheel would install, built from a copy of the sources."""
     folder = tmp_path_factory.mktemp("package")
     for name in ("src", "configs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))

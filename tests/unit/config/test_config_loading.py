@@ -1,4 +1,4 @@
-"""From YAML and overrides to a run's configuration and back; mistakes are named with their place."""
+"""A run's configuration from YAML and overrides and back; every mistake is named with its place."""
 
 import re
 from pathlib import Path
@@ -70,7 +70,7 @@ def write(folder: Path, text: str) -> Path:
 
 
 def line_of(text: str, start: str) -> int:
-    """The number, from 1, of the only line that starts so after its indentation."""
+    """The number, from 1, of the only line that starts with this text after its indentation."""
     numbers = [n for n, line in enumerate(text.splitlines(), start=1) if line.strip().startswith(start)]
     assert len(numbers) == 1
     return numbers[0]
@@ -251,7 +251,7 @@ def test_a_repeated_key_is_refused_at_its_second_line(tmp_path: Path) -> None:
 
 
 def test_values_shared_by_yaml_merge_may_be_overridden(tmp_path: Path) -> None:
-    """YAML's merge key: the value beside it is no repetition."""
+    """A field beside YAML's merge key overrides the merged one; it is not a repeated field."""
     text = RUN.replace("  optimizer:\n", "  optimizer:\n    <<: {beta1: 0.5}\n    beta1: 0.6\n")
     assert load_config(write(tmp_path, text)).training.optimizer.beta1 == 0.6
 

@@ -1,4 +1,4 @@
-"""Any bytes as any configuration file, and any text after --set, end in lines that name the place."""
+"""Any bytes as a configuration file, and any text after --set, give an error that names the place."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_any_bytes_as_a_file_end_in_lines_that_name_it(tmp_path: Path, kind: str
 
 
 def _refusal(read: Callable[[Path], Any], path: Path) -> str:
-    """What the error says, or nothing where there is none; anything but a ConfigError fails the test."""
+    """The message of the ConfigError, empty without one; any other exception fails the test."""
     try:
         read(path)
     except ConfigError as error:

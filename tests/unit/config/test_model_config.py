@@ -1,4 +1,4 @@
-"""The model's shape: released files load as they are, and what cannot be meant is refused by name."""
+"""The shape of a model: released files load unchanged, and contradictions are refused by name."""
 
 import copy
 import json
@@ -203,7 +203,7 @@ def test_values_only_possible_in_files_are_checked(tmp_path: Path, changes: dict
 
 
 def as_transformers_reads(fields: dict[str, Any]) -> dict[str, Any]:
-    """The same file by Transformers, in our fields; what only one of the two knows is left out."""
+    """The file as Transformers reads it, restricted to the fields that both know."""
     theirs = DeepseekV3Config(**fields)
     read = {name: getattr(theirs, name) for name in ModelConfig.model_fields if hasattr(theirs, name)}
     rope = dict(theirs.rope_parameters)
@@ -211,7 +211,7 @@ def as_transformers_reads(fields: dict[str, Any]) -> dict[str, Any]:
     kind = rope.pop("rope_type")
     rope.pop("type", None)
     read["rope_scaling"] = None if kind == "default" else RopeScaling.model_validate(rope, strict=False)
-    del read["num_key_value_heads"]  # latent attention has none, whatever stands there
+    del read["num_key_value_heads"]  # latent attention does not use it
     return read
 
 

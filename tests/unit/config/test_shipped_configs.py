@@ -1,4 +1,4 @@
-"""The seven configs that ship: what their names, their headers and docs/CONFIGURATIONS.md say of them holds."""
+"""The seven shipped configs match their names, their headers and docs/CONFIGURATIONS.md."""
 
 import re
 from pathlib import Path
@@ -95,7 +95,7 @@ def test_learning_rate_and_warmup_follow_the_law(size: str) -> None:
     )  # 5%, rounded
 
 
-# tiny is exempt: its widths suit a laptop, and no FP8 or tensor-core tile ever meets them.
+# tiny is exempt: its widths suit a laptop and are never divided into FP8 or tensor-core tiles.
 @pytest.mark.parametrize("size", SIZES)
 def test_every_matrix_comes_in_blocks_of_128(size: str) -> None:
     config = load_config(_path(size)).model
@@ -339,7 +339,7 @@ NEIGHBOURS = {
 
 
 def neighbour_row(name: str) -> str:
-    """What the page says of a public model; its makers' own figures follow."""
+    """The row of a public model in the page, followed by the published figures."""
     model = NEIGHBOURS[name]
     counts = (count_parameters(model).total, *list(active_conventions(model).values())[:3])
     return _row(name, *_shape(model), model.vocab_size, *(_billions(count) for count in counts))

@@ -1,4 +1,4 @@
-"""What a layer keeps for its backward pass, against the storages that autograd and the compiler really hold."""
+"""Estimated activation memory of a layer, compared with the storages that autograd and the compiler hold."""
 
 import json
 import math
@@ -46,7 +46,7 @@ TOKENS = {"2 × 32": (2, 32), "1 × 7": (1, 7), "3 × 50": (3, 50)}
 
 
 class _CastsOfParameters(TorchFunctionMode):
-    """Keeps every copy of a parameter in another type."""
+    """Records every copy of a parameter in another dtype."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class _CastsOfParameters(TorchFunctionMode):
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Bytes of every storage that these tensors lie in, each once, by its address."""
+    """Bytes of every storage of these tensors, by its address; each storage counts once."""
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
 
@@ -107,7 +107,7 @@ def _padding(model: ModelConfig, width: int) -> int:
 
 
 def _matrix_weights(model: ModelConfig, kind: LayerKind) -> int:
-    """Weights that are cast to the activations' type: those of all matrices but the router's."""
+    """Number of weights that are cast to the dtype of activations: all matrices except the router's."""
     with torch.device("meta"):
         layer = _layer(model, kind)
     return sum(p.numel() for name, p in layer.named_parameters() if p.ndim >= 2 and name != "mlp.gate.weight")
@@ -144,7 +144,7 @@ def _name(value: dict[str, Any]) -> str:
 
 
 def _tensors(layer: dict[str, Any]) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and types of what the layer saved, parameters left out."""
+    """Shapes and dtypes of the tensors that the layer saved, without parameters."""
     lines = [line.split() for line in layer["saved"] if not line.endswith(" parameter")]
     return [
         (() if shape == "scalar" else tuple(map(int, shape.split("x"))), getattr(torch, dtype))

@@ -1,4 +1,4 @@
-"""The law of 20 to 26 tokens per active parameter, at its bounds and on the shipped sizes."""
+"""The range of 20 to 26 tokens per active parameter, at its bounds and for the shipped sizes."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""Counts from a config against the module that it builds, and operations against those that torch counts."""
+"""Parameter counts compared with the built module, and operations compared with those that torch counts."""
 
 import re
 from collections import Counter
@@ -38,7 +38,7 @@ from helpers.models import random_tokens, small_config, small_model
 
 CONFIGS = sorted((ROOT / "configs").glob("deepseek_v3_*.yaml"))
 
-# The part of each parameter of the main model, by the first pattern that its name holds.
+# The part of each parameter of the main model, by the first pattern in its name.
 PARTS = {
     "embed_tokens": "embedding",
     "lm_head": "head",
@@ -72,7 +72,7 @@ def _counted(config: ModelConfig) -> dict[str, int]:
 
 
 def _counted_active(config: ModelConfig) -> dict[str, int]:
-    """The same, of what one token multiplies with."""
+    """Parameters of the built module that one token is multiplied with, by part."""
     counts = dict.fromkeys([*PARTS.values(), "prediction"], 0)
     model = _built(config)
     for name, parameter in model.named_parameters():
@@ -175,7 +175,7 @@ def _products(model: DeepSeekV3, tokens_BS: Tensor, backward: bool) -> Counter[s
 
 
 def _expected_products(config: ModelConfig, length: int) -> Counter[str]:
-    """Our numbers for one sequence, where depth 1 runs on all tokens but the last and attention is not causal."""
+    """Planned operations of one sequence, with full attention, and depth 1 on all tokens but the last."""
     found: Counter[str] = Counter()
     for parts, tokens in (
         (forward_flops(config, length), length),

@@ -1,4 +1,4 @@
-"""The table of accelerators: found by names and by size, plausible, and replaced by a user's file."""
+"""The table of accelerators: look-up by name and memory, plausible figures, and files of the user."""
 
 import datetime
 from pathlib import Path
@@ -105,9 +105,9 @@ def test_device_figures_are_plausible(device: Device) -> None:
         assert 500 < device.memory_gb_per_s < 10_000
         assert 32 <= device.link_gb_per_s <= 900
         assert 1.5 < device.bfloat16_tflops / device.float32_tflops < 40
-        # Without sparsity no card multiplies more than this for a byte that it reads.
+        # Without sparsity, no card has a higher ratio of operations to bytes.
         assert 50 < device.bfloat16_tflops * 1e3 / device.memory_gb_per_s < 500
-        # What drivers report is a little less than what is sold.
+        # Drivers report slightly less memory than the advertised size.
         sold = next(size for size in (24, 32, 40, 48, 80, 94, 141, 192) if size >= device.memory_gib)
         assert device.memory_gib > 0.9 * sold
 

@@ -1,4 +1,4 @@
-"""Layouts over devices: each one a run that the trainer's own checks accept, and the chosen ones by brute force."""
+"""Layouts: every candidate passes the checks of a config, and the chosen ones match a brute-force search."""
 
 import json
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ from helpers.runs import run_fields
 
 COMPARISON = ROOT / "benchmarks" / "shapes" / "1b.yaml"
 
-# Two to a node, so that for up to four devices every divisor is a layout that is looked at.
+# Two devices per node, so that the search covers every divisor of up to four devices.
 DEVICE = Device(
     name="a device",
     memory_gib=1e6,
@@ -66,12 +66,12 @@ def _small(batch: int, ramp: int | None = None, **model: Any) -> RunConfig:
 
 
 def _checked(config: RunConfig) -> RunConfig:
-    """The same run, read and checked anew."""
+    """The same run, validated again."""
     return config_from_dict(config.model_dump(mode="json"), "a layout")
 
 
 def _every_layout(config: RunConfig, devices: int) -> Iterator[RunConfig]:
-    """All layouts on exactly so many devices that pass the config's own checks, by trying every number."""
+    """All layouts on exactly `devices` devices that pass the checks of a config, by brute force."""
     numbers = range(1, devices + 1)
     sequences = range(1, config.training.global_batch_size + 1)
     for replicate, shard, pipeline in product(numbers, numbers, numbers):
@@ -102,7 +102,7 @@ def _needed(config: RunConfig) -> float:
 
 
 def _assert_measured(layout: Layout, config: RunConfig) -> None:
-    """What a layout says of itself is what its config costs, and only its `parallel` section is new."""
+    """Checks that a layout's costs are those of its config, and that only its `parallel` section differs."""
     assert _checked(layout.config) == layout.config
     assert layout.config.model_copy(update={"parallel": config.parallel}) == config
     assert layout.needed_bytes == _needed(layout.config)
@@ -184,7 +184,7 @@ def test_none_where_even_the_smallest_layout_does_not_fit(devices: int) -> None:
         device = _with_memory(size * leanest.needed_bytes)
         assert (fastest_layout(config, device, devices) is not None) == fits
         assert fits_on(config, device, devices) == fits
-    # What is leanest does not depend on what there is.
+    # The smallest layout does not depend on the available memory.
     assert min_memory_layout(config, _with_memory(1.0), devices).needed_bytes == leanest.needed_bytes
 
 
@@ -237,7 +237,7 @@ def test_measuring_changes_nothing() -> None:
 
 
 def test_of_equally_fast_layouts_the_smallest_is_taken() -> None:
-    """Where the host's launching is all that counts, copies are no faster than shares."""
+    """Where launches dominate, replicas are no faster than shards."""
     device = find_device("H200")
     assert device is not None
     config = load_config(COMPARISON, ["training.global_batch_size=8"])
@@ -257,7 +257,7 @@ MEASURED = {
 
 @pytest.mark.parametrize("shape", MEASURED)
 def test_plans_for_two_gpus_are_near_the_measurements(shape: str) -> None:
-    """Time and memory within 12%; hosts alone differ as much. The planner's choice is within 5% of the fastest."""
+    """Time and memory are within 12%, the difference between hosts; the choice is within 5% of the fastest."""
     found = json.loads((ROOT / "benchmarks" / "results" / MEASURED[shape]).read_text(encoding="utf-8"))
     device, batch = find_device(found["device"]), found["sequences_of_a_step"]
     assert device is not None

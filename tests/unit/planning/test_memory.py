@@ -1,4 +1,4 @@
-"""The memory of a step from a config, against what torch allocates, hand counts and measured steps."""
+"""Estimated memory of a step, compared with torch's allocations, counts by hand and measured steps."""
 
 import json
 import math
@@ -37,8 +37,8 @@ from helpers.runs import run_fields
 SHIPPED = sorted((ROOT / "configs").glob("deepseek_v3_*.yaml"))
 RESULTS = ROOT / "benchmarks" / "results"
 
-# Values as wide as keys: the CPU pads narrower ones. So few words that the CPU's loss, which is not fused, hardly
-# counts.
+# Values are as wide as keys, because the CPU pads narrower ones. The vocabulary is small, because the CPU's loss is
+# not fused and would dominate.
 SMALL_MODEL: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 128,
@@ -94,7 +94,7 @@ def _built(config: RunConfig) -> DeepSeekV3:
 
 
 def _numbers(config: RunConfig, *parts: str) -> int:
-    """Parameters of the built model whose name holds any of `parts`, or all."""
+    """Number of parameters of the built model with any of `parts` in their names, or of all."""
     return sum(
         parameter.numel()
         for name, parameter in _built(config).named_parameters()
@@ -103,7 +103,7 @@ def _numbers(config: RunConfig, *parts: str) -> int:
 
 
 def _whole(config: RunConfig, *parts: str) -> int:
-    """Weights of routers and norms, which every rank holds, of all layers or of those whose name holds `parts`."""
+    """Weights of routers and norms, replicated on every rank; of all layers or those with `parts` in the name."""
     kept = ("norm.weight", "mlp.gate.weight")
     return sum(
         parameter.numel()
@@ -155,7 +155,7 @@ def runs(draw: st.DrawFn) -> RunConfig:
 
 
 def _with(config: RunConfig, **changes: Any) -> RunConfig:
-    """The run with other fields, named as in `_run`, checked again."""
+    """The run with changed fields, named as in `_run`, validated again."""
     fields = config.model_dump(mode="json")
     for name, value in changes.items():
         section = next(s for s in ("training", "parallel", "model") if name in fields[s])
@@ -225,9 +225,7 @@ def test_one_device_holds_all_states_of_every_parameter(config: RunConfig) -> No
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 @pytest.mark.parametrize("recomputation", ["none", "full"])
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_doubling_the_micro_batch_needs_more_memory(
-    path: Path, recomputation: str, precision: str
-) -> None:
+def test_doubling_the_micro_batch_needs_more_memory(path: Path, recomputation: str, precision: str) -> None:
     totals = [
         _estimate(_shipped(path, micro_batch_size=micro, recomputation=recomputation, precision=precision)).total
         for micro in (1, 2, 4, 8, 16)
@@ -339,7 +337,7 @@ def test_layers_save_bfloat16_copies_of_all_but_routers() -> None:
         for name, parameter in _built(config).named_parameters()
         if ".layers." in name and parameter.ndim >= 2 and not name.endswith("mlp.gate.weight")
     )
-    assert estimate.moment == "backward pass of the last norm"  # no layer has let go of its copies yet
+    assert estimate.moment == "backward pass of the last norm"  # no layer has freed its copies yet
     assert estimate.weight_copies == 2 * matrices
     assert _estimate(_with(config, precision="float32")).weight_copies == 0
 
@@ -405,7 +403,7 @@ def _backward(model: DeepSeekV3, config: RunConfig) -> None:
 
 
 def _allocated_at_most(config: RunConfig) -> int:
-    """The most bytes that torch's allocator on the CPU had given out in a step, weights and moments included."""
+    """Peak bytes of torch's CPU allocator in a step, including weights and moments."""
     model = _prepared(config)
     optimizer = AdamW(dict(model.named_parameters()), config.training.optimizer)
     now = sum(parameter.nbytes for parameter in model.parameters())
@@ -497,7 +495,7 @@ def test_estimates_are_near_the_measurements(file: str) -> None:
 
 
 def test_the_last_norm_s_backward_pass_holds_seven_wide_tensors() -> None:
-    """Float32 input and product, which the forward pass kept, and five tensors of its backward pass."""
+    """The saved float32 input and product of the norm, and five tensors of its backward pass."""
     config = _run({"vocab_size": 32}, micro_batch_size=4, global_batch_size=4, sequence_length=256)
     narrow = _with(config, precision="bfloat16")
     run = resolve_execution(H100, narrow)

@@ -1,4 +1,4 @@
-"""Refusing a run that cannot fit, and the change that makes it fit."""
+"""A run that cannot fit is refused, with the smallest change that makes it fit."""
 
 import re
 
@@ -45,7 +45,7 @@ def test_the_suggested_change_fits_and_no_shorter_one_does(gib: float) -> None:
     assert changes
     overrides = ["parallel.micro_batch_size=40", "training.optimizer.moments=float32", *changes]
     assert estimate_layout(_config("1b", *overrides), device).needed_bytes <= device.memory_bytes
-    for left_out in changes:  # every part of it is needed, whatever micro-batch goes with the rest
+    for left_out in changes:  # every change is needed, whatever the micro-batch size
         for micro in (1, 2, 4, 5, 8, 10, 16, 20, 40):
             fewer = [change for change in changes if change != left_out]
             if not any(change.startswith("parallel.micro_batch_size") for change in fewer):

@@ -1,4 +1,4 @@
-"""The stages of each rank of a pipeline, and what they keep, against the order in which torch runs them."""
+"""Pipeline stages of each rank and their micro-batches in flight, compared with torch's schedules."""
 
 from types import SimpleNamespace
 from typing import Any

@@ -1,4 +1,4 @@
-"""`dsv3 plan` and `scripts/select_config.py`: what they print, ask and refuse."""
+"""`dsv3 plan` and `scripts/select_config.py`: output, questions and errors."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Scaling laws against the figures that their papers print, and the documentation against the code."""
+"""Scaling laws compared with the figures of their papers, and the documentation with the code."""
 
 import math
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from helpers import ROOT
 from helpers.models import small_config
 
 SIZES = "tiny 1b 5b 10b 15b 20b base".split()
-ENDLESS = 1e300  # so many tokens or parameters that their term vanishes
+ENDLESS = 1e300  # tokens or parameters, whose term then vanishes
 
 
 def _config(size: str) -> RunConfig:
@@ -36,7 +36,7 @@ def _expected(size: str) -> ExpectedLoss:
 
 
 def _optimum(loss: Callable[[float, float], float], compute: float) -> tuple[float, float]:
-    """The parameters and tokens of least loss at a compute of 6·N·D, by trying many."""
+    """The parameters and tokens with the lowest loss at a compute of 6·N·D, by brute force."""
     sizes = (math.exp(step / 1000) for step in range(9_000, 30_000))
     best = min(sizes, key=lambda size: loss(size, compute / 6 / size))
     return best, compute / 6 / best
@@ -53,9 +53,7 @@ def _optimum(loss: Callable[[float, float], float], compute: float) -> tuple[flo
         (32, 16.5424, -0.1557, 234.6726, -0.2652),
     ],
 )
-def test_the_joint_law_matches_its_paper(
-    experts: float, m: float, mu: float, n: float, nu: float
-) -> None:
+def test_the_joint_law_matches_its_paper(experts: float, m: float, mu: float, n: float, nu: float) -> None:
     """arXiv:2502.05172, table 4: L = m·N^µ + n·D^ν + 1.3637."""
     for size in (1.0, 1e9):
         assert joint_loss(size, ENDLESS, experts) - 1.3637 == pytest.approx(m * size**mu, rel=4e-3)

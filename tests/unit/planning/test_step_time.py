@@ -1,4 +1,4 @@
-"""The time of a step: its quantities of work against operations and bytes counted by hand, and what must hold."""
+"""Step time: amounts of work compared with operations and bytes counted by hand, and invariants."""
 
 import math
 from itertools import product
@@ -34,10 +34,10 @@ COMPILED = Execution(2, compiled=True)
 RANKS = {"data_replicate": 2, "data_shard": 4, "expert": 2, "pipeline": 2}
 RATES = ("bfloat16_tflops", "float32_tflops", "memory_gb_per_s", "link_gb_per_s", "network_gb_per_s")
 
-WHOLE = ("norm.weight", "mlp.gate.weight")  # routers and norms, which every rank holds
+WHOLE = ("norm.weight", "mlp.gate.weight")  # routers and norms, replicated on every rank
 
-# A tenth of a second for a gigabyte between neighbours, ten times that beyond a node of four: collectives reach
-# half of a link's published rate, rows to experts a quarter, and all of them 0.8 of the network's.
+# A gigabyte takes a tenth of a second in a node of four, and a second between nodes: collectives reach half of a
+# link's published bandwidth, the expert exchange a quarter, and both 0.8 of the network's.
 DEVICE = Device(
     name="a device for hand counts",
     memory_gib=10.0,
@@ -51,8 +51,8 @@ DEVICE = Device(
     source="made up",
 )
 LINK, LINK_OF_ROWS, NETWORK = 10e9, 5e9, 1e9
-SLOWED = 0.5  # of the time of what communication is beside
-# So slow at computing that all communication but the experts' hides behind it.
+SLOWED = 0.5  # share of overlapped communication
+# Computes so slowly that all communication except the expert exchange is overlapped.
 SLOW = DEVICE.model_copy(update={"bfloat16_tflops": 1e-6})
 
 
@@ -76,7 +76,7 @@ def _busy(step: StepTime) -> float:
 
 
 def _weights(config: RunConfig, *parts: str) -> int:
-    """Parameters of the built model whose name holds any of `parts`."""
+    """Number of parameters of the built model with any of `parts` in their names."""
     with torch.device("meta"):
         named = list(DeepSeekV3(config.model).named_parameters())
     return sum(parameter.numel() for name, parameter in named if any(part in name for part in parts))
@@ -128,7 +128,7 @@ def test_work_is_linear_in_tokens(factor: int, micro: int, recomputation: str, p
         assert getattr(more, part) == pytest.approx(factor * getattr(once, part))
     for part in ("expert_bytes", "activation_bytes", "logit_bytes", "layer_runs"):
         assert getattr(more, part) == pytest.approx(factor * getattr(once, part))
-    # More at once is the same work on fewer and longer passes: the weights are read less often.
+    # A larger micro-batch is the same work in fewer passes: the weights are read less often.
     longer = work(4 * micro * factor, micro * factor)
     assert _operations(longer) == pytest.approx(_operations(more))
     assert longer.layer_runs == pytest.approx(once.layer_runs)
@@ -164,8 +164,8 @@ def test_weights_are_cast_in_every_micro_batch() -> None:
     assert weight_bytes(1, 2) - weight_bytes(1, 4) == 2 * 6 * inside
     assert weight_bytes(1, 2, recomputation="full") - weight_bytes(1, 4) == 3 * 6 * inside
     assert weight_bytes(3, 2) - weight_bytes(3, 4) == 3 * 2 * 6 * inside
-    # Shared out, a rank updates half, and all routers and norms; all parameters of layers are gathered and reduced
-    # for each micro-batch.
+    # With two shards, a rank updates half of the parameters and all routers and norms; all parameters of layers are
+    # gathered and reduced for each micro-batch.
     updated = (1 + _weights(_run(config), *WHOLE) / whole) / 2
     for micro_batches in (1, 3):
         shared = weight_bytes(micro_batches, 2, shards=2)
@@ -218,7 +218,7 @@ def test_one_device_does_not_wait(micro: int, micro_batches: int, recomputation:
 
 
 def _sending_seconds(config: RunConfig) -> float:
-    """Seconds of all collectives but the experts', on links so slow that they outlast the computation."""
+    """Seconds of all collectives except the expert exchange, on links slower than the computation."""
     changes = {rate: 1e-4 * getattr(DEVICE, rate) for rate in ("link_gb_per_s", "network_gb_per_s")}
     step = estimate_step(config, COMPILED, DEVICE.model_copy(update=changes))
     assert step.communication > 0
@@ -240,7 +240,7 @@ def test_gathers_and_reductions_of_shards(shards: int, bandwidth: float) -> None
 def test_gradients_of_replicas_are_reduced_once_a_step(copies: int, bandwidth: float) -> None:
     config = _run({"vocab_size": 1}, data_replicate=copies, micro_batch_size=1, global_batch_size=3 * copies)
     weights = _weights(config, "")
-    # A ring sends every gradient twice but for one rank's share, in float32.
+    # A ring all-reduce sends 2 (n - 1) / n of the gradients, in float32.
     assert _sending_seconds(config) == pytest.approx(2 * 4 * weights * (copies - 1) / copies / bandwidth, rel=0.01)
 
 
@@ -275,7 +275,7 @@ def test_expert_parallelism_gathers_over_fewer_ranks(
 
 
 def _others_reached(places: int, chosen: int, experts: int) -> float:
-    """By counting: other places that hold any of `chosen` experts drawn one by one, each from all of them."""
+    """Mean number of other ranks with any of `chosen` random experts, by enumeration."""
     draws = list(product(range(experts), repeat=chosen))
     reached = [{expert * places // experts for expert in draw} - {0} for draw in draws]
     return sum(map(len, reached)) / len(draws)
@@ -290,8 +290,8 @@ def _others_reached(places: int, chosen: int, experts: int) -> float:
 def test_rows_are_sent_once_to_each_rank_with_their_experts(
     recomputation: str, passes: int, expert_imbalance: float, expert: int, ways: dict[int, float]
 ) -> None:
-    """Beyond a node of four they go once to each node, and on from there."""
-    chosen, width, mixtures = 2, 32, 2
+    """Rows are sent once to each node of four ranks, and from there to its ranks."""
+    chosen, width, moe_layers = 2, 32, 2
     config = _run(
         {"n_routed_experts": 8, "num_experts_per_tok": chosen},
         data_replicate=8,
@@ -302,7 +302,7 @@ def test_rows_are_sent_once_to_each_rank_with_their_experts(
         recomputation=recomputation,
     )
     run = Execution(2, compiled=True, expert_imbalance=expert_imbalance)
-    tokens = 3 * 2 * 32 * expert_imbalance * mixtures
+    tokens = 3 * 2 * 32 * expert_imbalance * moe_layers
     seconds = sum(_others_reached(places, chosen, 8) / rate for places, rate in ways.items())
     _, found = collective_seconds(config, run, DEVICE)
     assert found == pytest.approx(2 * passes * tokens * 2 * width * seconds)
@@ -334,7 +334,7 @@ def test_a_step_is_at_least_as_long_as_its_launches(layout: dict[str, int], seco
     config = _run({"num_hidden_layers": 3}, **layout, micro_batch_size=1, global_batch_size=8)
     step = estimate_step(config, resolve_execution(fast, config), fast)
     ranks = config.parallel.data_ranks
-    layers = 4 / config.parallel.pipeline  # a prediction layer among them
+    layers = 4 / config.parallel.pipeline  # including an MTP layer
     assert step.total - step.waiting == pytest.approx(8 / ranks * layers * seconds)
     cpu = find_device("CPU")
     assert cpu is not None

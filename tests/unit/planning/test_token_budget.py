@@ -1,4 +1,4 @@
-"""The steps of a run, from its config alone, against counting them one by one."""
+"""The planned steps of a run, compared with counting them one by one."""
 
 import math
 from decimal import Decimal
@@ -116,7 +116,7 @@ def test_the_report_s_ramp_has_the_steps_of_its_integral() -> None:
         global_batch_size=15360 * 4096 // 50,
         batch_ramp={"initial": 3072 * 4096 // 50, "fraction": 469 / 14800},
     )
-    # d(steps) = d(tokens) / batch(tokens): a logarithm while the batch grows in a line.
+    # d(steps) = d(tokens) / batch(tokens): a logarithm while the batch grows linearly.
     growing = 469e9 / ((15360 - 3072) * 4096) * math.log(15360 / 3072)
     constant = (14.8e12 - 469e9) / (15360 * 4096)
     assert planned_steps(config) == pytest.approx(growing + constant, rel=1e-3)

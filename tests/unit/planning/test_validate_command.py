@@ -1,4 +1,4 @@
-"""`dsv3 validate` and `scripts/validate_chinchilla.py`: what they print, and the codes they exit with."""
+"""`dsv3 validate` and `scripts/validate_chinchilla.py`: their output and exit codes."""
 
 import json
 import os
@@ -130,9 +130,7 @@ def test_json_has_every_figure_and_nothing_else() -> None:
         ("- a list", "expected sections"),
     ],
 )
-def test_a_broken_file_is_an_error_beside_other_results(
-    tmp_path: Path, text: str, expected: str
-) -> None:
+def test_a_broken_file_is_an_error_beside_other_results(tmp_path: Path, text: str, expected: str) -> None:
     _write(tmp_path, "good", total_tokens="20x")
     broken = tmp_path / "deepseek_v3_broken.yaml"
     broken.write_text(text, encoding="utf-8")

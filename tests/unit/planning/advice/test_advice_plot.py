@@ -1,4 +1,4 @@
-"""The picture of a plan: what stands where in it."""
+"""The plot of a plan: points, error bars, curves and labels."""
 
 import subprocess
 import sys

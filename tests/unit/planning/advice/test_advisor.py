@@ -61,7 +61,7 @@ def _plan(size: str, device: Device, devices: int, **limits: Any) -> SizePlan:
 
 
 def _small(folder: Path, total_tokens: object, **training: object) -> tuple[Path, RunConfig]:
-    """A run small enough to be planned in no time, with a vocabulary large enough to have a loss."""
+    """A run that is planned quickly, with a vocabulary large enough to have an expected loss."""
     fields = run_fields(folder)
     fields["model"]["vocab_size"] = 50_000
     fields["training"] |= {"total_tokens": total_tokens, **training}
