@@ -111,7 +111,7 @@ def test_another_model_can_be_used(tmp_path: Path) -> None:
     assert LanguageFilter(model=str(path)).apply(batch(["ay ay", "bee"])).observed["language"] == ["aa", "bb"]
     with pytest.raises(DataError, match=r"own.bin: has no label 'en', only aa, bb"):
         LanguageFilter(model=str(path), languages=["en"]).apply(batch(["ay"]))
-    with pytest.raises(DataError, match=r"language.model = none.bin: is no file"):
+    with pytest.raises(DataError, match=r"language.model = none.bin: is not a file"):
         LanguageFilter(model="none.bin")
 
 

@@ -224,7 +224,7 @@ def _id_and_text(item: Any, position: int) -> tuple[str | int, str]:
         id_, text = item.get("id", position), item.get("text")
     if not isinstance(text, str):
         raise DataError(
-            f"{where}: holds no text but a {type(text).__name__}, expected a string, or a 'text' that is one"
+            f"{where}: the text is a {type(text).__name__}, expected a string, or a mapping with a string 'text'"
         )
     check_unicode(text, where)
     return (id_ if isinstance(id_, int) else str(id_)), text

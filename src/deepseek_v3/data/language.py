@@ -30,7 +30,7 @@ class LanguageFilter(Stage):
     def __init__(self, **options: Any) -> None:
         self.options = section_from_dict(LanguageConfig, options, "LanguageFilter")
         if not self._model_path().is_file():
-            raise DataError(f"language.model = {self._model_path()}: is no file; expected a fastText model")
+            raise DataError(f"language.model = {self._model_path()}: is not a file; expected a fastText model")
 
     def apply(self, batch: pa.RecordBatch) -> Outcome:
         """Labels and filters a batch by the first characters of its texts."""

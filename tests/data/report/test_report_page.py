@@ -353,7 +353,7 @@ def test_reasons_are_counted_by_stage(stats: dict[str, Any]) -> None:
     assert ["too_few_words", "", f"{found['documents']:,}", share] == rows[2][:4]
     quarantined = Read(page(stats)).tables["Records set aside, by reason"]
     assert [row[0] for row in quarantined[1:]] == ["not_json", "duplicate_id", "unreadable"]
-    assert quarantined[1][2:] == ["3", "a line or value that is no JSON"]
+    assert quarantined[1][2:] == ["3", "a line or value that is not JSON"]
 
 
 def test_long_documents_are_counted_in_binary_units(stats: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ def decode_utf8(data: bytes, offset: int) -> str:
             advice = "it looks like UTF-16, convert it with `iconv -f utf-16 -t utf-8`"
         else:
             advice = (
-                "convert the file, for example with `iconv -f latin1 -t utf-8`, or move it away if it is no text"
+                "convert the file, for example with `iconv -f latin1 -t utf-8`, or move it away if it is not text"
             )
         raise InvalidRecord(
             "not_utf8", f"byte 0x{data[error.start]:02x} at offset {offset + error.start} is not UTF-8; {advice}"
@@ -57,7 +57,7 @@ def _explain(data: bytes, offset: int) -> InvalidRecord:
     except InvalidRecord as not_utf8:
         return not_utf8
     except _NotFiniteError as number:
-        return InvalidRecord("number", f"is not JSON: the number {number} is no finite double")
+        return InvalidRecord("number", f"is not JSON: the number {number} is not a finite double")
     except UnicodeEncodeError as half:
         found = half.object[half.start]
         return InvalidRecord(

@@ -186,9 +186,9 @@ def _parse(data: bytes, parser: Any, max_bytes: int, decoding: str = "all") -> t
     except OSError as error:
         if decoding == "all":
             return _parse(data, parser, max_bytes, "none")
-        raise InvalidRecord("damaged", f"is no WARC record: {error}") from None
+        raise InvalidRecord("damaged", f"is not a WARC record: {error}") from None
     if record is None or (record.is_http and record.http_headers.status_code is None):
-        raise InvalidRecord("damaged", "the record holds no HTTP response, though it says so")
+        raise InvalidRecord("damaged", "the record should hold an HTTP response, but holds other bytes")
     if len(body) > max_bytes:
         raise InvalidRecord("too_long", f"the payload has more than {max_bytes} bytes (max_record_bytes)")
     return record, body
