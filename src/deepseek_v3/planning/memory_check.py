@@ -24,8 +24,8 @@ def require_memory(config: RunConfig, device: Device) -> None:
         f"{humanize(name)} {size / _GIB:.1f}" for name, size in layout.memory.parts().items() if size >= 0.05 * _GIB
     )
     raise PlanError(
-        f"this run needs {layout.needed_bytes / _GIB:.1f} GiB on {device.name}, where {device.memory_gib:.1f} GiB "
-        f"can be had: {parts}, and what the allocator and the driver take. {suggest_fix(config, device)}"
+        f"this run needs {layout.needed_bytes / _GIB:.1f} GiB on {device.name}, which has {device.memory_gib:.1f} "
+        f"GiB free: {parts}, and the overhead of allocator and driver. {suggest_fix(config, device)}"
     )
 
 
@@ -47,9 +47,9 @@ def suggest_fix(config: RunConfig, device: Device) -> str:
     enough = None if device.is_cpu else fewest_devices(config, device)
     several = fastest_layout(config, device, enough) if enough else None
     if several is None:
-        return f"The least that one device can do with is {least:.1f} GiB; take a smaller model"
+        return f"One device needs at least {least:.1f} GiB; take a smaller model"
     return (
-        f"The least that one device can do with is {least:.1f} GiB; it takes {several.devices} of this kind "
+        f"One device needs at least {least:.1f} GiB; it takes {several.devices} of this kind "
         f"({several.needed_bytes / _GIB:.1f} GiB on each), or a smaller model"
     )
 

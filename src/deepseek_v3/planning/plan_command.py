@@ -50,7 +50,7 @@ def plan(
         float | None, typer.Option(metavar="DOLLARS", parser=number_option, help="Highest rent.")
     ] = None,
     tokens: Annotated[
-        str | None, typer.Option(metavar="NUMBER", help="Tokens that there are, such as 3.8e9, 10B or 1.5T.")
+        str | None, typer.Option(metavar="NUMBER", help="Tokens of the corpus, such as 3.8e9, 10B or 1.5T.")
     ] = None,
     objective: Annotated[
         str | None, typer.Option(help=f"{', '.join(OBJECTIVES)}.", show_default=next(iter(OBJECTIVES)))

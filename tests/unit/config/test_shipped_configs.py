@@ -66,8 +66,7 @@ def test_the_header_states_the_counts_and_the_budget(size: str) -> None:
     active, step = count_active_parameters(config.model), plan.tokens_after(1)
     assert config.model.num_nextn_predict_layers == 1
     assert _header(size)[-2:] == [
-        f"# Parameters: {counts.total:,} in all, {active:,} active, "
-        f"{counts.prediction:,} more for one prediction layer",
+        f"# Parameters: {counts.total:,} in all, {active:,} active, {counts.prediction:,} more for one MTP layer",
         f"# Budget: {plan.total_tokens:,} tokens ({plan.total_tokens / active:g} per active parameter) "
         f"in {plan.total_steps:,} steps of {step:,} tokens",
     ]

@@ -33,7 +33,7 @@ def test_a_run_that_fits_passes_and_one_byte_less_is_refused() -> None:
     config = _config("1b")
     needed = estimate_layout(config, _device(80)).needed_bytes / 2**30
     require_memory(config, _device(needed * (1 + 1e-12)))
-    with pytest.raises(PlanError, match=r"needs \d+\.\d GiB on H100, where \d+\.\d GiB can be had: weights 4\.1"):
+    with pytest.raises(PlanError, match=r"needs \d+\.\d GiB on H100, which has \d+\.\d GiB free: weights 4\.1"):
         require_memory(config, _device(needed * (1 - 1e-6)))
 
 

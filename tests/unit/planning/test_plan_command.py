@@ -209,8 +209,8 @@ def test_the_known_gpus_are_listed_with_their_sources() -> None:
     [
         (["--gpus", "0"], "--gpus 0: expected at least 1"),
         (["--gpus", "-4"], "--gpus -4: expected at least 1"),
-        (["--gpu", "Voodoo"], "--gpu Voodoo: not known here; known are B200, "),
-        (["--gpu", ""], "--gpu : not known here"),
+        (["--gpu", "Voodoo"], "--gpu Voodoo: unknown device; known are B200, "),
+        (["--gpu", ""], "--gpu : unknown device"),
         (["--gpu-memory", "55"], "--gpu-memory 55: no known GPU has that much"),
         (["--gpu-memory", "nan"], "--gpu-memory nan: expected a number above 0"),
         (["--gpu-memory", "-80"], "--gpu-memory -80: expected a number above 0"),
@@ -338,7 +338,7 @@ def test_a_bad_answer_is_asked_again_with_the_reason(monkeypatch: pytest.MonkeyP
     result = _answering(monkeypatch, *answers)
     assert result.exit_code == 0, result.output
     for reason in (
-        "  --gpu H7: not known here",
+        "  --gpu H7: unknown device",
         "  --gpus 0: expected at least 1",
         "  two: expected a whole number",
         "  --budget-hours -1: expected a number above 0",

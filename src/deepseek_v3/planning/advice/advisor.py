@@ -45,7 +45,7 @@ def advise(request: PlanRequest, configs: Mapping[Path, RunConfig]) -> Advice:
         reason = f"nothing fits{_nearest(rows)}"
     elif recommended.loss is None:
         reason = (
-            f"only {recommended.name} fits, which is for trying out{_nearest([row for row in rows if row.loss])}"
+            f"only {recommended.name} fits, which is only for trials{_nearest([row for row in rows if row.loss])}"
         )
     else:
         reason = _reason(len(serious), request)
@@ -69,10 +69,14 @@ def _rank(row: SizePlan, request: PlanRequest) -> tuple[float, int]:
 
 
 def _reason(number: int, request: PlanRequest) -> str:
-    best = {"fit": "the largest", "fastest": "the soonest trained", "best-loss": "the lowest in expected loss"}
+    best = {
+        "fit": "the largest",
+        "fastest": "the fastest to train",
+        "best-loss": "the one with the lowest expected loss",
+    }
     if number == 1:
-        return "the only size that fits and is not for trying out"
-    return f"{best[request.objective]} of the {number} sizes that fit and are not for trying out"
+        return "the only size that fits and is not only for trials"
+    return f"{best[request.objective]} of the {number} sizes that fit and are not only for trials"
 
 
 def _nearest(rows: Sequence[SizePlan]) -> str:

@@ -162,8 +162,8 @@ def _source(rows: Sequence[SizePlan]) -> str:
     outside = ", ".join(row.name for row in rows if row.loss and row.loss.extrapolated)
     missing = ", ".join(row.name for row in rows if not row.loss)
     lines = [f"Loss: {sources()['loss']}."]
-    lines += [f"Not drawn, its vocabulary being too small for the laws: {missing}."] if missing else []
-    lines += [f"Outside what the law was fitted on: {outside}."] if outside else []
+    lines += [f"Not drawn, because its vocabulary is too small for the laws: {missing}."] if missing else []
+    lines += [f"Outside the fitted range of the law: {outside}."] if outside else []
     return "\n".join(lines)
 
 

@@ -26,8 +26,8 @@ def ask_for_options() -> PlanOptions:
         ("How many [8; 1 CPU]", lambda given, answer: replace(given, gpus=_whole(answer))),
         ("Hours at most [no limit]", lambda given, answer: replace(given, budget_hours=_number(answer))),
         ("Dollars at most [no limit]", lambda given, answer: replace(given, budget_dollars=_number(answer))),
-        ("Tokens that there are, such as 10B [no limit]", lambda given, answer: replace(given, tokens=answer)),
-        (f"Wanted ({objectives}) [best-loss]", lambda given, answer: replace(given, objective=answer)),
+        ("Tokens of the corpus, such as 10B [no limit]", lambda given, answer: replace(given, tokens=answer)),
+        (f"Objective ({objectives}) [best-loss]", lambda given, answer: replace(given, objective=answer)),
     ):
         options = _ask(question, options, changed)
     typer.echo()

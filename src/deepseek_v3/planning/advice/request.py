@@ -136,7 +136,7 @@ def known_device(name: str) -> Device:
     if device is None:
         known = ", ".join(device.name for device in known_devices())
         raise ConfigError(
-            f"--gpu {name}: not known here; known are {known}; describe others in a file for --hardware"
+            f"--gpu {name}: unknown device; known are {known}; describe others in a file for --hardware"
         )
     return device
 

@@ -138,9 +138,7 @@ def _shortages(config: RunConfig, cost: RunCost, request: PlanRequest) -> tuple[
     found = []
     hours, budget = request.budget_hours, request.budget_dollars
     if hours is None and cost.hours > _HOURS_OF_A_YEAR:
-        reason = (
-            f"takes {three_figures(cost.hours)} hours, more than a year; --budget-hours allows as many as it names"
-        )
+        reason = f"takes {three_figures(cost.hours)} hours, more than a year; --budget-hours allows more"
         found.append(Shortage("hours", cost.hours, _HOURS_OF_A_YEAR, reason))
     elif hours is not None and cost.hours > hours * ROUNDING:
         takes, limit = format_distinct(cost.hours, hours, three_figures)
@@ -156,7 +154,7 @@ def _too_few_tokens(config: RunConfig, request: PlanRequest) -> tuple[Shortage, 
     if request.tokens is None or request.tokens >= least:
         return ()
     needed, available = format_distinct(least, request.tokens, format_count)
-    return (Shortage("tokens", least, request.tokens, f"needs {needed} tokens, {available} are there"),)
+    return (Shortage("tokens", least, request.tokens, f"needs {needed} tokens, the corpus has {available}"),)
 
 
 def _too_large(config: RunConfig, smallest: Layout, request: PlanRequest) -> tuple[Shortage, ...]:

@@ -143,8 +143,8 @@ def test_axes_legend_and_source_say_what_is_shown(tmp_path: Path, drawn: list[Fi
     ]
     source = drawn[0].get_supxlabel()
     assert "arXiv:2502.05172" in source
-    assert source.endswith("\nOutside what the law was fitted on: 10b, 15b, 20b, base.")
-    assert "\nNot drawn, its vocabulary being too small for the laws: tiny.\n" in source
+    assert source.endswith("\nOutside the fitted range of the law: 10b, 15b, 20b, base.")
+    assert "\nNot drawn, because its vocabulary is too small for the laws: tiny.\n" in source
 
 
 def test_sizes_without_a_loss_are_not_drawn(tmp_path: Path) -> None:

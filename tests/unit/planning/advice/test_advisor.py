@@ -163,7 +163,7 @@ def test_the_corpus_size_limits_the_budget() -> None:
     assert rows["1b"].tokens == 4_000_000_000
     assert rows["tiny"].ratio == 26
     [shortage] = rows["5b"].shortages
-    assert shortage.reason == "needs 35.79B tokens, 4.00B are there"
+    assert shortage.reason == "needs 35.79B tokens, the corpus has 4.00B"
     assert (shortage.limit, shortage.needed, shortage.available) == ("tokens", 35_790_428_160, 4_000_000_000)
     assert not rows["base"].fits
     assert [shortage.limit for shortage in rows["base"].shortages] == ["devices", "tokens"]
@@ -174,7 +174,7 @@ def test_the_fastest_objective_trains_on_the_fewest_tokens() -> None:
     assert all(row.ratio == 20 for row in advice.rows)
     serious = [row for row in advice.rows if row.fits and row.loss and row.cost]
     assert advice.recommended is min(serious, key=lambda row: row.cost.hours if row.cost else math.inf)
-    assert advice.reason.startswith("the soonest trained of the ")
+    assert advice.reason.startswith("the fastest to train of the ")
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_the_objectives() -> None:
     advice = _advice(budget_hours=72.0)
     fitting = [row for row in advice.rows if row.fits and row.loss]
     assert advice.recommended is min(fitting, key=lambda row: row.loss.value if row.loss else math.inf)
-    assert advice.reason.startswith(f"the lowest in expected loss of the {len(fitting)} sizes")
+    assert advice.reason.startswith(f"the one with the lowest expected loss of the {len(fitting)} sizes")
     largest = _advice(budget_hours=72.0, objective="fit")
     assert largest.recommended is max(
         (row for row in largest.rows if row.fits), key=lambda row: count_parameters(row.config.model).total
@@ -277,7 +277,7 @@ def test_tiny_is_recommended_where_nothing_else_fits() -> None:
         advice = advise(PlanRequest(_device("CPU"), 1, budget_hours=1.0, objective=objective), sizes)
         assert advice.recommended
         assert advice.recommended.name == "tiny"
-        assert advice.reason.startswith("only tiny fits, which is for trying out; nearest is 1b: it takes ")
+        assert advice.reason.startswith("only tiny fits, which is only for trials; nearest is 1b: it takes ")
         unlimited = advise(PlanRequest(_device("CPU"), 1, objective=objective), sizes)
         assert unlimited.recommended
         assert unlimited.recommended.name == "tiny"
@@ -294,7 +294,7 @@ def test_nothing_fits_and_the_least_change_is_named() -> None:
     assert hours.reason.endswith(" hours, the budget is 1e-07")
     tokens = _advice(tokens=1000)
     assert tokens.recommended is None
-    assert tokens.reason == "nothing fits; nearest is tiny: it needs 4.53M tokens, 1,000 are there"
+    assert tokens.reason == "nothing fits; nearest is tiny: it needs 4.53M tokens, the corpus has 1,000"
     request = PlanRequest(_device(), 1)
     memory = advise(request, {PATHS[size]: _config(size) for size in ("20b", "base")})
     assert memory.recommended is None
