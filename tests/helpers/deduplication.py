@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from deepseek_v3.data.documents import record_batch
 from deepseek_v3.data.stages import GlobalStage, NumberedPart, Task
+from helpers.documents import batch_of
 
 ENOUGH = 2**28
 
@@ -26,11 +26,6 @@ class Run:
     dropped: dict[int, dict[str, Any]]
     removed: list[int]
     files: dict[str, bytes]
-
-
-def batch_of(texts: Sequence[str], first: int = 0) -> pa.RecordBatch:
-    ids = [f"d{first + i}" for i in range(len(texts))]
-    return record_batch(ids, texts, ["corpus"] * len(texts), range(1, len(texts) + 1), [None] * len(texts))
 
 
 def write_parts(stage: GlobalStage, texts: Sequence[str], cuts: Sequence[int], folder: Path) -> list[NumberedPart]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import orjson
-import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,8 +18,8 @@ from hypothesis import strategies as st
 from deepseek_v3.data.arrays import find_sorted
 from deepseek_v3.data.decontamination import Decontaminator
 from deepseek_v3.data.decontamination.index import EvaluationIndex, split_words
-from deepseek_v3.data.documents import record_batch
 from deepseek_v3.utils.errors import ConfigError, DataError
+from helpers.documents import batch_of
 
 QUESTION = "A farmer has seventeen sheep and all but nine of them run away, so how many sheep are left?"
 SHORT = "Which planet of our solar system is largest by mass?"  # 10 words
@@ -28,11 +27,6 @@ TINY = "What is it called?"
 OTHER = (
     "Nothing in this sentence has anything to do with questions about animals on farms or about the sky at night."
 )
-
-
-def batch(texts: list[str]) -> pa.RecordBatch:
-    rows = range(len(texts))
-    return record_batch([f"d{row}" for row in rows], texts, ["f"] * len(texts), rows, [None] * len(texts))
 
 
 @pytest.fixture
@@ -46,7 +40,7 @@ def questions(tmp_path: Path) -> str:
 
 
 def kept(texts: list[str], **options: Any) -> list[bool]:
-    return Decontaminator(**options).apply(batch(texts)).kept_rows.tolist()
+    return Decontaminator(**options).apply(batch_of(texts)).kept_rows.tolist()
 
 
 def test_thirteen_words_in_a_row_match(questions: str) -> None:
@@ -64,7 +58,7 @@ def test_thirteen_words_in_a_row_match(questions: str) -> None:
 
 def test_case_and_punctuation_are_ignored(questions: str) -> None:
     changed = QUESTION.upper().replace(" ", " – ").replace(",", "...")
-    result = Decontaminator(evaluation=[questions]).apply(batch([OTHER, f"{OTHER}\n{changed}\nend"]))
+    result = Decontaminator(evaluation=[questions]).apply(batch_of([OTHER, f"{OTHER}\n{changed}\nend"]))
     drop = result.dropped.to_pylist()[0]
     assert (drop["id"], drop["stage"], drop["reason"]) == ("d1", "decontamination", "evaluation_text")
     assert drop["trigger"] == changed.lower().split("...")[0]
@@ -162,7 +156,7 @@ def test_overlap_equals_a_plain_search(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in sets))
     stage = Decontaminator(evaluation=[str(path)], ngram=6, min_ngram=5)
     expected = brute_force(texts, sets, 6, 5)
-    result = stage.apply(batch(texts))
+    result = stage.apply(batch_of(texts))
     assert result.observed["evaluation_overlap"] == [share for _, share in expected]
     assert result.kept_rows.tolist() == [hits == 0 for hits, _ in expected]
     figures = [orjson.loads(text)["ngrams"] for text in result.dropped["figures"].to_pylist()]
@@ -171,7 +165,7 @@ def test_overlap_equals_a_plain_search(tmp_path: Path) -> None:
 
 def test_long_batches_are_filtered_in_parts(questions: str) -> None:
     texts = [f"{OTHER} " * 12_000, f"{OTHER} {QUESTION}", f"{OTHER} " * 12_000, QUESTION, OTHER]
-    result = Decontaminator(evaluation=[questions]).apply(batch(texts))
+    result = Decontaminator(evaluation=[questions]).apply(batch_of(texts))
     assert result.dropped["id"].to_pylist() == ["d1", "d3"]
     assert result.dropped["trigger"].to_pylist() == [QUESTION.lower().split(",")[0]] * 2
 
@@ -179,8 +173,8 @@ def test_long_batches_are_filtered_in_parts(questions: str) -> None:
 def test_odd_texts_and_pickled_stage(questions: str) -> None:
     stage = pickle.loads(pickle.dumps(Decontaminator(evaluation=[questions])))
     texts = ["", " ", "İ" * 20, "\x00", "?!", "straße " * 20]
-    assert stage.apply(batch(texts)).kept["text"].to_pylist() == texts
-    assert stage.apply(batch([])).kept.num_rows == 0
+    assert stage.apply(batch_of(texts)).kept["text"].to_pylist() == texts
+    assert stage.apply(batch_of([])).kept.num_rows == 0
 
 
 def test_impossible_decontamination_options_are_refused(questions: str) -> None:
@@ -191,7 +185,7 @@ def test_impossible_decontamination_options_are_refused(questions: str) -> None:
     with pytest.raises(ConfigError, match="min_ngram = 14: expected at most ngram = 13"):
         Decontaminator(evaluation=[questions], min_ngram=14)
     with pytest.raises(DataError, match="none of 3 texts has min_ngram = 50 words"):
-        Decontaminator(evaluation=[questions], ngram=60, min_ngram=50).apply(batch([OTHER]))
+        Decontaminator(evaluation=[questions], ngram=60, min_ngram=50).apply(batch_of([OTHER]))
 
 
 @given(st.lists(st.integers(0, 20)), st.lists(st.integers(0, 20)))

@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek_v3.config.filter_config import HeuristicsConfig
-from deepseek_v3.data.documents import record_batch
 from deepseek_v3.data.heuristics import HeuristicFilter, gopher_repetition, ragged, reference
 from deepseek_v3.data.heuristics.filter import apply_rules
 from deepseek_v3.data.heuristics.text_table import build_text_table
 from deepseek_v3.data.sample_corpora import stdlib_documents
 from deepseek_v3.utils.errors import ConfigError
+from helpers.documents import batch_of
 
 # Limits that any text breaks, so that every value can be compared.
 STRICT = {
@@ -55,11 +55,6 @@ TEXTS = st.lists(
     ),
     max_size=6,
 )
-
-
-def batch_of(*texts):
-    ids = [str(number) for number in range(len(texts))]
-    return record_batch(ids, texts, ["a.jsonl"] * len(texts), range(1, len(texts) + 1), [None] * len(texts))
 
 
 @pytest.mark.parametrize(
@@ -127,7 +122,7 @@ def test_real_text_gives_the_results_of_the_reference():
     texts = [document.text[:20_000] for document in stdlib_documents()][:60]
     texts += [part for text in texts[:10] for part in text.split("\n\n")]
     options = HeuristicsConfig(min_alphabetic_words=0.5, drop_curly_brackets=False, min_sentences=2)
-    result = HeuristicFilter(**options.model_dump()).apply(batch_of(*texts))
+    result = HeuristicFilter(**options.model_dump()).apply(batch_of(texts))
 
     expected = [reference.apply_rules(text, options) for text in texts]
     assert result.kept.column("text").to_pylist() == [text for broken, text in expected if not broken]
@@ -144,7 +139,7 @@ def test_real_text_gives_the_results_of_the_reference():
 
 def test_the_first_broken_rule_is_the_reason():
     text = "same line of words\n" * 4 + "another line"
-    dropped = HeuristicFilter(rules=["fineweb", "gopher_repetition"]).apply(batch_of(text)).dropped.to_pylist()[0]
+    dropped = HeuristicFilter(rules=["fineweb", "gopher_repetition"]).apply(batch_of([text])).dropped.to_pylist()[0]
     figures = orjson.loads(dropped["figures"])
 
     assert dropped["stage"] == "heuristic_filters"
@@ -168,7 +163,7 @@ def test_the_first_broken_rule_is_the_reason():
 def test_triggers_of_heuristic_rules(text, reason, trigger):
     only_last = {"max_top_ngram_characters": {2: 0.3} if "top" in reason else {}}
     dropped = (
-        HeuristicFilter(rules=["gopher_repetition", "c4"], **only_last).apply(batch_of(text)).dropped.to_pylist()
+        HeuristicFilter(rules=["gopher_repetition", "c4"], **only_last).apply(batch_of([text])).dropped.to_pylist()
     )
 
     assert (dropped[0]["reason"], dropped[0]["trigger"]) == (reason, trigger)
@@ -176,7 +171,7 @@ def test_triggers_of_heuristic_rules(text, reason, trigger):
 
 def test_c4_removes_lines_of_kept_documents():
     result = HeuristicFilter(rules=["c4"], min_sentences=1).apply(
-        batch_of("  Home\nThis is kept [2] here.\n\nMore", "x")
+        batch_of(["  Home\nThis is kept [2] here.\n\nMore", "x"])
     )
 
     assert result.kept.column("text").to_pylist() == ["This is kept  here."]
@@ -184,16 +179,16 @@ def test_c4_removes_lines_of_kept_documents():
 
 
 def test_empty_batches_texts_and_rules():
-    assert HeuristicFilter().apply(batch_of()).kept.num_rows == 0
-    assert HeuristicFilter().apply(batch_of("", " \n ")).kept.num_rows == 0
+    assert HeuristicFilter().apply(batch_of([])).kept.num_rows == 0
+    assert HeuristicFilter().apply(batch_of(["", " \n "])).kept.num_rows == 0
     off = dict.fromkeys(["max_short_lines", "max_repeated_line_characters", "max_newlines_per_word"])
-    batch = batch_of("", "word")
+    batch = batch_of(["", "word"])
     assert HeuristicFilter(rules=["fineweb"], min_punctuated_lines=None, **off).apply(batch).kept is batch
 
 
 def test_results_do_not_depend_on_the_batch():
     texts = [document.text[:3000] for document in stdlib_documents()][:30]
-    batch = batch_of(*texts)
+    batch = batch_of(texts)
     whole = HeuristicFilter().apply(batch)
     parts = [HeuristicFilter().apply(batch.slice(first, last - first)) for first, last in pairwise([0, 1, 11, 30])]
 

@@ -15,7 +15,6 @@ import pyarrow as pa
 import pytest
 from typer.testing import CliRunner
 
-from deepseek_v3.data.documents import record_batch
 from deepseek_v3.data.heuristics import HeuristicFilter
 from deepseek_v3.data.quality_filtering.command import quality_app
 from deepseek_v3.data.quality_filtering.fasttext import load_fasttext
@@ -25,6 +24,7 @@ from deepseek_v3.data.quality_filtering.ngram_model import write_arpa
 from deepseek_v3.data.quality_filtering.ngram_training import PerplexityLimits, train_language_model
 from deepseek_v3.data.quality_filtering.perplexity_score import load_language_model
 from deepseek_v3.utils.errors import ConfigError, DataError
+from helpers.documents import batch_of
 
 
 def prose(number: int, seed: int) -> list[str]:
@@ -42,11 +42,6 @@ def noise(number: int, seed: int) -> list[str]:
     draw = random.Random(seed)
     words = "the fox a child our teacher saw found lost river key . buy now click xx yy zz".split()
     return [" ".join(draw.choice(words) for _ in range(30)) for _ in range(number)]
-
-
-def batch(texts: list[str]) -> pa.RecordBatch:
-    rows = range(len(texts))
-    return record_batch([f"d{row}" for row in rows], texts, ["f"] * len(texts), rows, [None] * len(texts))
 
 
 def lines(path: Path, texts: list[str]) -> str:
@@ -70,7 +65,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_classifier_filters_by_score(models: Path) -> None:
     texts = [*prose(5, 2), *noise(5, 2)]
     stage = QualityFilter(classifier=str(models / "classifier.bin"))
-    result = stage.apply(batch(texts))
+    result = stage.apply(batch_of(texts))
     assert result.kept["text"].to_pylist() == texts[:5]
     model = load_fasttext(models / "classifier.bin")
     expected = model.probabilities(texts)[:, model.index("good")]
@@ -86,17 +81,17 @@ def test_the_classifier_filters_by_score(models: Path) -> None:
 def test_another_label_and_min_score(models: Path) -> None:
     texts = [*prose(5, 2), *noise(5, 2)]
     stage = QualityFilter(classifier=str(models / "classifier.bin"), label="bad", min_score=0.9)
-    scores = np.array(stage.apply(batch(texts)).observed["quality_score"])
-    kept = stage.apply(batch(texts)).kept_rows
+    scores = np.array(stage.apply(batch_of(texts)).observed["quality_score"])
+    kept = stage.apply(batch_of(texts)).kept_rows
     assert (kept == (scores >= 0.9)).all()
     with pytest.raises(DataError, match="has no label 'hq'"):
-        QualityFilter(classifier=str(models / "classifier.bin"), label="hq").apply(batch(texts))
+        QualityFilter(classifier=str(models / "classifier.bin"), label="hq").apply(batch_of(texts))
 
 
 def test_perplexity_assigns_buckets(models: Path) -> None:
     texts = [*prose(30, 3), *noise(20, 3), ""]
     path = models / "model.arpa"
-    result = QualityFilter(language_model=str(path)).apply(batch(texts))
+    result = QualityFilter(language_model=str(path)).apply(batch_of(texts))
     perplexities = load_language_model(path).perplexities(texts).astype(np.float32)
     limits = PerplexityLimits.read(path)
     assert limits is not None
@@ -118,20 +113,20 @@ def test_limits_and_kept_buckets_are_options(models: Path, tmp_path: Path) -> No
     perplexities = load_language_model(path).perplexities(texts)
     head, middle = np.percentile(perplexities, [20, 50]).tolist()
     stage = QualityFilter(language_model=str(path), head_limit=head, middle_limit=middle, keep=["middle"])
-    result = stage.apply(batch(texts))
+    result = stage.apply(batch_of(texts))
     assert (result.kept_rows == ((perplexities >= head) & (perplexities < middle))).all()
     assert {*result.dropped["reason"].to_pylist()} == {"perplexity_head", "perplexity_tail"}
     with pytest.raises(
         DataError, match=r"model.arpa: has no file of limits beside it; set quality_filtering.head_limit"
     ):
-        QualityFilter(language_model=str(path)).apply(batch(texts))
+        QualityFilter(language_model=str(path)).apply(batch_of(texts))
 
 
 def test_the_classifier_applies_before_the_language_model(models: Path) -> None:
     texts = [*prose(20, 4), *noise(10, 4)]
     options = {"classifier": str(models / "classifier.bin"), "language_model": str(models / "model.arpa")}
-    both = QualityFilter(**options).apply(batch(texts))
-    each = [QualityFilter(**{name: path}).apply(batch(texts)) for name, path in options.items()]
+    both = QualityFilter(**options).apply(batch_of(texts))
+    each = [QualityFilter(**{name: path}).apply(batch_of(texts)) for name, path in options.items()]
     assert (both.kept_rows == each[0].kept_rows & each[1].kept_rows).all()
     reasons = dict(zip(both.dropped["id"].to_pylist(), both.dropped["reason"].to_pylist(), strict=True))
     assert {reasons[id_] for id_ in each[0].dropped["id"].to_pylist()} == {"low_quality_score"}
@@ -140,7 +135,7 @@ def test_the_classifier_applies_before_the_language_model(models: Path) -> None:
 
 def test_without_a_model_the_published_rules_apply() -> None:
     texts = ["too short", "word " * 200, *prose(2, 5)]
-    result, rules = QualityFilter().apply(batch(texts)), HeuristicFilter().apply(batch(texts))
+    result, rules = QualityFilter().apply(batch_of(texts)), HeuristicFilter().apply(batch_of(texts))
     assert result.dropped.num_rows > 0
     for column in ("id", "reason", "figures", "trigger"):
         assert result.dropped[column].to_pylist() == rules.dropped[column].to_pylist()
@@ -151,8 +146,10 @@ def test_without_a_model_the_published_rules_apply() -> None:
 def test_the_quality_filter_pickles(models: Path) -> None:
     stage = QualityFilter(classifier=str(models / "classifier.bin"))
     texts = [*prose(2, 6), *noise(2, 6)]
-    assert pickle.loads(pickle.dumps(stage)).apply(batch(texts)).observed == stage.apply(batch(texts)).observed
-    assert stage.apply(batch([])).kept.num_rows == 0
+    assert (
+        pickle.loads(pickle.dumps(stage)).apply(batch_of(texts)).observed == stage.apply(batch_of(texts)).observed
+    )
+    assert stage.apply(batch_of([])).kept.num_rows == 0
 
 
 @pytest.mark.parametrize("option", ["classifier", "language_model"])

@@ -155,8 +155,8 @@ def _hash_shingles(
     ngram = len(multipliers)
     padded = np.append(words, np.zeros(ngram - 1, np.uint32))
     totals = words * multipliers[0]
-    for place in range(1, ngram):
-        totals += padded[place : place + len(words)] * multipliers[place]
+    for position in range(1, ngram):
+        totals += padded[position : position + len(words)] * multipliers[position]
     starts, ends = offsets[:-1], offsets[1:]
     counts = ends - starts
     for document in np.flatnonzero((counts > 0) & (counts < ngram)).tolist():
