@@ -193,7 +193,7 @@ def test_what_is_no_file_of_prompts_is_refused_at_once(checkpoint, tmp_path, mon
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "empty").touch()
     (tmp_path / "long").write_bytes(b"a" * 101)
-    monkeypatch.setattr(command, "_LONGEST_PROMPTS", 100)
+    monkeypatch.setattr(command, "_MOST_PROMPT_BYTES", 100)
     for file, reason in {
         "/dev/zero": "is a device, expected a file of prompts",
         str(tmp_path): "is a folder, expected a file of prompts",

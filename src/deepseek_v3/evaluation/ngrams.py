@@ -1,7 +1,7 @@
-"""The simplest language models there are, as baselines for a trained one: unigrams and bigrams of tokens.
+"""Unigram and bigram models of tokens: baselines for a trained model.
 
-Both are counted in one or more passes over the training tokens, a block at a time, in memory that does not grow
-with them.
+They are counted block by block, in one or more passes over the training tokens; memory does not grow with their
+number.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import numpy as np
 
 from deepseek_v3.data.arrays import Float64Array, Int64Array, UInt8Array
 
-# Makes the blocks of a text anew, each int64 (windows, tokens). No pair is counted across two windows.
+# Returns the blocks of a text, from the start in every call; each int64 (windows, tokens). Pairs never span
+# windows.
 Blocks = Callable[[], Iterable[Int64Array]]
 
 TABLE_BYTES = 2**28
-_DISCOUNT_WITHOUT_RARE_PAIRS = 0.5  # above 0, so that a pair never seen has a probability
-_MOST = 3  # the largest count that the table tells apart: the discount asks for pairs seen once and twice
+_DISCOUNT_WITHOUT_RARE_PAIRS = 0.5  # above 0, so that an unseen pair has a probability above 0
+_MOST = 3  # counts saturate here: the discount needs the pairs that occur once and twice only
 
 
 @dataclass(frozen=True)
@@ -36,15 +37,16 @@ def ngram_losses(
     table_bytes: int = TABLE_BYTES,
     not_before: int | None = None,
 ) -> NgramLosses:
-    """Mean -log P(token) and -log P(token | token before) over the tokens of `measured`, but a window's first
-    and those right after the token `not_before`.
+    """Mean -log P(token) and -log P(token | previous token) over the tokens of `measured`.
 
-    Both models are fitted on such pairs of `fitted`. The unigram adds one to each count. The bigram discounts
-    absolutely with one discount, estimated from how many pairs occur once and twice, and backs off to the unigram
-    (Ney, Essen and Kneser 1994, eq. 18 and 26).
+    The first token of each window has no loss, nor has a token right after the token `not_before`.
 
-    Takes `table_bytes` of memory at most for the pairs of `fitted`, in ceil(vocab_size² / 4 / `table_bytes`) passes
-    over it, and 24 bytes for each different pair of `measured`.
+    Both models are fitted to the pairs of `fitted`. The unigram model adds one to each count. The bigram model uses
+    absolute discounting with one discount, estimated from the numbers of pairs that occur once and twice, and backs
+    off to the unigram model (Ney, Essen and Kneser 1994, eq. 18 and 26).
+
+    Counting the pairs of `fitted` takes at most `table_bytes` of memory and ceil(vocab_size² / 4 / `table_bytes`)
+    passes over it; the pairs of `measured` take 24 bytes for each different pair.
     """
     pairs, occurrences = _different_pairs(measured, vocab_size)
     counts = _counted(fitted, pairs, vocab_size, table_bytes)
@@ -63,9 +65,10 @@ def ngram_losses(
 
 @dataclass
 class _Counts:
-    """Of a text: each token, each context (a token with one behind it), its different followers, the wanted pairs.
+    """Counts of a text, per vocabulary id, and of the wanted pairs.
 
-    `once` and `twice` say how many different pairs occur that often.
+    `contexts` counts a token with another one after it, `followers` the different tokens after a context, `pairs` the
+    wanted pairs. `once` and `twice` are the numbers of different pairs with that count.
     """
 
     tokens: Int64Array
@@ -77,7 +80,7 @@ class _Counts:
 
 
 def _counted(fitted: Blocks, pairs: Int64Array, vocab_size: int, table_bytes: int) -> _Counts:
-    """Counts a text, in each pass the pairs of as many contexts as there is memory for; `pairs` is sorted."""
+    """Counts a text; each pass counts the pairs of as many contexts as fit in memory. `pairs` is sorted."""
     counts = _Counts(_zeros(vocab_size), _zeros(vocab_size), _zeros(vocab_size), _zeros(len(pairs)))
     row_bytes = -(-vocab_size // 4)  # two bits for each token that may follow
     rows = max(1, min(vocab_size, table_bytes // row_bytes))
@@ -97,7 +100,7 @@ def _counted(fitted: Blocks, pairs: Int64Array, vocab_size: int, table_bytes: in
 
 
 def _add_wanted(sums: Int64Array, pairs: Int64Array, found: Int64Array, times: Int64Array) -> None:
-    """Adds how often the wanted pairs were found; both `pairs` and `found` are sorted."""
+    """Adds the counts of the wanted pairs that were found; `pairs` and `found` are sorted."""
     if len(pairs):
         places = np.searchsorted(pairs, found).clip(max=len(pairs) - 1)
         wanted = pairs[places] == found
@@ -107,7 +110,7 @@ def _add_wanted(sums: Int64Array, pairs: Int64Array, found: Int64Array, times: I
 def _add_to_table(
     counts: _Counts, table: UInt8Array, first: int, found: Int64Array, times: Int64Array, vocab: int
 ) -> None:
-    """Adds different pairs to the table of contexts from `first` on, and updates what is known of all pairs."""
+    """Adds different pairs to the table, whose first context is `first`, and updates the counts of counts."""
     contexts, after = np.divmod(found, vocab)
     places = (contexts - first) * -(-vocab // 4) + (after >> 2)
     shifts = ((after & 3) << 1).astype(np.uint8)
@@ -120,7 +123,7 @@ def _add_to_table(
 
 
 def _different_pairs(blocks: Blocks, vocab_size: int) -> tuple[Int64Array, Int64Array]:
-    """The different pairs of a text, sorted, and how often each occurs."""
+    """The different pairs of a text, sorted, and the count of each."""
     pairs, times = _zeros(0), _zeros(0)
     for before, after in _targets(blocks):
         found, counts = np.unique(before * vocab_size + after, return_counts=True)
@@ -131,7 +134,7 @@ def _different_pairs(blocks: Blocks, vocab_size: int) -> tuple[Int64Array, Int64
 
 
 def _targets(blocks: Blocks) -> Iterator[tuple[Int64Array, Int64Array]]:
-    """Each block's tokens but the last of a window, and the tokens behind them, both flat."""
+    """For each block: all tokens but the last of each window, and the token after each, both flat."""
     for windows in blocks():
         yield windows[:, :-1].ravel(), windows[:, 1:].ravel()
 

@@ -1,4 +1,4 @@
-"""How well a model predicts held-out text, beside n-gram models fitted on the tokens that it was trained on."""
+"""The held-out loss of a model, compared with n-gram models that are fitted to its training tokens."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ _LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 @dataclass(frozen=True)
 class Comparison:
-    """Held-out losses in nats per token, all over the same tokens."""
+    """Held-out losses in nats per token, all over the same target tokens."""
 
     model: ValidationLoss
     bigram: float
     unigram: float
 
     def table(self) -> Table:
-        """The three, best first, in nats per token, bits per byte and perplexity."""
+        """One row per model, best first: nats per token, bits per byte and perplexity."""
         table = Table("model", "nats per token", "bits per byte", "perplexity")
         rows = [("trained model", self.model.loss), ("bigram", self.bigram), ("unigram", self.unigram)]
         for name, loss in sorted(rows, key=lambda row: row[1]):
@@ -55,9 +55,9 @@ class Comparison:
 def compare_with_ngrams(
     held_out: ValidationLoss, shards: TokenShards, config: RunConfig, trained_tokens: int
 ) -> Comparison:
-    """Sets a measured loss beside n-gram models of the first `trained_tokens` tokens in training order.
+    """Compares a measured loss with n-gram models fitted to the first `trained_tokens` tokens in training order.
 
-    They are measured on the same targets. Tokens that were trained on several times are counted once.
+    All are measured on the same targets. Tokens that were trained on several times are counted once.
     """
     length = config.training.sequence_length
     loader = TokenLoader(shards, sequence_length=length, seed=config.training.seed)
@@ -114,7 +114,7 @@ def evaluate(
 
 
 def _check_tokenizer(shards: TokenShards, saved: LoadedModel, checkpoint: Path) -> None:
-    """Raises DataError where the ids of the shards do not mean what the model was trained to take them for."""
+    """Raises DataError where the shards were tokenized with another tokenizer than that of the model."""
     if shards.load_tokenizer().to_json() != saved.tokenizer_json:
         known = Tokenizer.from_json(saved.tokenizer_json, f"{checkpoint}: its tokenizer").vocab_size
         raise DataError(
@@ -125,7 +125,7 @@ def _check_tokenizer(shards: TokenShards, saved: LoadedModel, checkpoint: Path) 
 
 
 def _blocks(loader: TokenLoader, windows: int) -> Iterator[Int64Array]:
-    """The first `windows` samples of a loader, about a million tokens at a time; shows how far it is."""
+    """The first `windows` samples of a loader, about a million tokens at a time; shows its progress."""
     at_once = max(1, _TOKENS_AT_ONCE // loader.sequence_length)
     console = get_console()
     for first in track(

@@ -1,4 +1,4 @@
-"""Continuing prompts with a model, in batches and as a stream.
+"""Generates text that continues prompts, in batches or as a stream.
 
 Axes: B batch, S sequence, V vocabulary.
 """
@@ -26,11 +26,12 @@ FinishReason = Literal["stop", "end_of_text", "length", "context"]
 
 @dataclass(frozen=True)
 class Completion:
-    """What a prompt was continued with.
+    """The generated continuation of a prompt.
 
-    `tokens` are all that the model chose. `text` is what they spell behind the prompt, with the space in front of a
-    word; it has no final end-of-text marker and ends before a stop string. `finish_reason`: a stop string, the
-    end-of-text marker, `max_new_tokens` chosen (length), or prompt and tokens filling the model's context.
+    `tokens` are all generated ids. `text` is their text, starting with a space if the first word follows one; it
+    ends before a stop string and without the end-of-text marker. `finish_reason`: "stop" after a stop string,
+    "end_of_text" after the marker, "length" after `max_new_tokens`, "context" when prompt and tokens fill the
+    model's context.
     """
 
     prompt: str
@@ -40,25 +41,25 @@ class Completion:
 
 
 class _Text:
-    """The text of a completion as its tokens arrive; `shown` never holds a stop string or the start of one.
+    """The text of a completion, built token by token. `shown` never holds a stop string or the start of one.
 
     `prompt` are the ids that the text continues.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], prompt: abc.Sequence[int] = ()) -> None:
         self.shown = ""
-        self._held = ""  # may turn out to be the start of a stop string
+        self._held = ""  # the end of the text that may be the start of a stop string
         self._stop = stop
         self._decoder = StreamDecoder(tokenizer, prompt)
 
     def push(self, token: int) -> bool:
-        """Takes the next token; True where it completes a stop string, which ends the text."""
+        """Adds the next token; returns True where it completes a stop string, which ends the text."""
         return self._ends_with(self._decoder.push(token))
 
     def end(self) -> bool:
-        """Shows what was held back for characters or stop strings that now stay unfinished.
+        """Adds the text that was held back for an unfinished character or stop string to `shown`.
 
-        True where that completes a stop string, which ends the text.
+        Returns True where that text completes a stop string, which ends the text before it.
         """
         stopped = self._ends_with(self._decoder.flush())
         if not stopped:
@@ -66,7 +67,7 @@ class _Text:
         return stopped
 
     def _ends_with(self, new: str) -> bool:
-        """Adds text, up to the stop string that is complete first: the same however the text is cut to pieces."""
+        """Adds text, up to the stop string that is completed first, independent of how the text is divided."""
         self._held += new
         found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
@@ -82,7 +83,7 @@ class _Text:
 
 @dataclass
 class _Row:
-    """A prompt on its way to a completion; `ids` are those of the prompt, followed by those chosen."""
+    """A prompt that is being continued; `ids` are the ids of the prompt and then the generated ones."""
 
     prompt: str
     ids: list[int]
@@ -102,11 +103,11 @@ class _Row:
 
 
 class Generator:
-    """Continues prompts.
+    """Generates the continuations of prompts, at most `batch_size` at a time.
 
-    A prompt that encodes to no token starts from the end-of-text marker, which stands between the documents of a
-    training corpus. Each prompt has random numbers of its own, so its text does not depend on which others are
-    generated beside it; at most `batch_size` are at a time. Only ids that the tokenizer knows are chosen.
+    A prompt without tokens starts from the end-of-text marker, which separates the documents of a training corpus.
+    Each prompt has its own random number generator, so its text does not depend on the other prompts of the batch.
+    Only ids that the tokenizer has are generated.
 
     Raises GenerationError where the tokenizer has more ids than the model.
     """
@@ -126,11 +127,11 @@ class Generator:
     def generate(
         self, prompts: abc.Sequence[str], sampling: SamplingConfig, use_cache: bool = True
     ) -> list[Completion]:
-        """Continues every prompt, in their order.
+        """Continues every prompt; the completions have the order of the prompts.
 
-        Without the cache each step runs the model on the whole text again, and the result is the same up to
-        rounding. Raises GenerationError for a prompt longer than the model's context or logits that are not
-        finite, DataError for a prompt that is not Unicode.
+        Without the cache each step runs the model on the whole text again; the result is the same up to rounding.
+        Raises GenerationError for a prompt longer than the model's context and for logits that are not finite, and
+        DataError for a prompt that is not Unicode.
         """
         rows = [self._start(prompt, index, sampling) for index, prompt in enumerate(prompts)]
         for first in range(0, len(rows), self._batch_size):
@@ -141,19 +142,21 @@ class Generator:
     def stream(
         self, prompt: str, sampling: SamplingConfig, use_cache: bool = True
     ) -> abc.Generator[str, None, Completion]:
-        """Yields the text that `generate` gives for a single prompt, in pieces as they become certain.
+        """Yields the text that `generate` returns for a single prompt, in parts as soon as they are final.
 
-        A piece never ends inside a character, and holds no part of a stop string. The generator's return value is
-        the completion. A prompt is refused at once, as by `generate`.
+        A part never ends inside a character and holds no part of a stop string. The generator's return value is the
+        completion. This call itself, not the first iteration, raises the errors of `generate` for the prompt.
         """
-        return self._pieces(self._start(prompt, 0, sampling), sampling, use_cache)
+        return self._stream_text(self._start(prompt, 0, sampling), sampling, use_cache)
 
-    def _pieces(self, row: _Row, sampling: SamplingConfig, use_cache: bool) -> abc.Generator[str, None, Completion]:
+    def _stream_text(
+        self, row: _Row, sampling: SamplingConfig, use_cache: bool
+    ) -> abc.Generator[str, None, Completion]:
         num_yielded = 0
         for _ in self._steps([row], sampling, use_cache):
-            if piece := row.text.shown[num_yielded:]:
-                num_yielded += len(piece)
-                yield piece
+            if new := row.text.shown[num_yielded:]:
+                num_yielded += len(new)
+                yield new
         return row.completion()
 
     def _start(self, prompt: str, index: int, sampling: SamplingConfig) -> _Row:
@@ -171,7 +174,7 @@ class Generator:
         return row
 
     def _steps(self, rows: list[_Row], sampling: SamplingConfig, use_cache: bool) -> abc.Iterator[None]:
-        """Adds one token to every unfinished row, time and again until all are finished."""
+        """Adds one token to every unfinished row per iteration, until all rows are finished."""
         rows = [row for row in rows if row.finish_reason is None]
         cache = self._new_cache(rows, sampling) if use_cache and rows else None
         seen_BV = self._seen(rows)
@@ -191,10 +194,10 @@ class Generator:
 
     @torch.inference_mode()
     def _next_logits(self, rows: list[_Row], cache: LatentCache | None) -> Tensor:
-        """Runs the model on what the cache does not hold yet; logits (B, V) of the token after each row.
+        """Runs the model on the tokens that are not in the cache; logits (B, V) of the token after each row.
 
-        Rows are padded on the right: under the causal rule no token sees the padding, and what the cache keeps of
-        it is overwritten because each row counts its own tokens only.
+        Rows are padded on the right. The causal mask hides the padding from all tokens, and the next tokens
+        overwrite it in the cache, because the cache counts each row's own tokens only.
         """
         whole = cache is None or cache.is_empty
         new = [torch.tensor(row.ids if whole else row.ids[-1:]) for row in rows]
@@ -207,7 +210,7 @@ class Generator:
         return self._model.logits(hidden_BSD[rows_B, lengths_B - 1])[:, : self._tokenizer.vocab_size]
 
     def _seen(self, rows: list[_Row]) -> Tensor:
-        """Which ids stand in each row, (B, V) bool."""
+        """Which ids occur in each row, (B, V) bool."""
         seen_BV = torch.zeros(len(rows), self._tokenizer.vocab_size, dtype=torch.bool)
         for seen_V, row in zip(seen_BV, rows, strict=True):
             seen_V[row.ids] = True
@@ -232,7 +235,7 @@ class Generator:
 
 
 def _keep_rows(cache: LatentCache, places: list[int]) -> None:
-    """Drops the other rows from the cache."""
+    """Keeps the rows of the cache at these places and drops all others."""
     places_B = torch.tensor(places, dtype=torch.int64, device=cache.lengths_B.device)
     cache.rows_BTL = [rows_BTL[places_B] for rows_BTL in cache.rows_BTL]
     cache.lengths_B = cache.lengths_B[places_B]

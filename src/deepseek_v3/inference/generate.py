@@ -1,4 +1,4 @@
-"""The command `dsv3 generate`: a checkpoint continues one prompt, or a file of them."""
+"""The command `dsv3 generate`: continues one prompt, or a file of prompts, with the model of a checkpoint."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from deepseek_v3.utils.errors import GenerationError
 from deepseek_v3.utils.files import atomic_write, read_regular_file
 from deepseek_v3.utils.logging import configure_logging, get_logger
 
-_LONGEST_PROMPTS = 2**26  # bytes of a file of prompts: all are held in memory
+_MOST_PROMPT_BYTES = 2**26  # bytes of a file of prompts, which are all held in memory
 
 
 def generate(
@@ -114,7 +114,7 @@ def _prompts(prompt: str | None, file: Path | None) -> list[str]:
 def _read_prompts(file: Path) -> list[str]:
     """The prompts of a file, one per line that is not blank."""
     try:
-        text = read_regular_file(file, _LONGEST_PROMPTS, "a file of prompts").decode("utf-8-sig")
+        text = read_regular_file(file, _MOST_PROMPT_BYTES, "a file of prompts").decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise GenerationError(f"{file}: is not UTF-8 at byte {error.start}; convert it to UTF-8") from None
     except ValueError as error:
@@ -141,19 +141,19 @@ def _prompt_of(line: str, where: str) -> str:
 
 
 def _warn_of_length(prompts: list[str], tokenizer: Tokenizer, sampling: SamplingConfig, config: RunConfig) -> None:
-    """Warns where a text may become longer than any that the model has been trained on."""
+    """Warns where prompt and new tokens may become longer than the sequences that the model was trained on."""
     trained, context = config.training.sequence_length, config.model.max_position_embeddings
     longest = min(max(map(len, tokenizer.encode_batch(prompts))) + sampling.max_new_tokens, context)
     if longest > trained:
         get_logger("Generate").warning(
             f"a prompt with its {sampling.max_new_tokens:,} new tokens may reach {longest:,} tokens, and the model "
-            f"was trained on {trained:,} at most: what is further on may be of little use; lower --max-new-tokens, "
-            "or shorten the prompt"
+            f"was trained on sequences of {trained:,}: text beyond them may be of little use; lower "
+            "--max-new-tokens, or shorten the prompt"
         )
 
 
 def _stream(generator: Generator, prompt: str, sampling: SamplingConfig, use_cache: bool) -> Completion:
-    """Prints the text as it comes; into a pipe or a file without the prompt in front."""
+    """Prints the text while it is generated; on a terminal, prints the prompt before it."""
     pieces = generator.stream(prompt, sampling, use_cache)
     if sys.stdout.isatty():
         _print_dim(prompt)
@@ -166,7 +166,7 @@ def _stream(generator: Generator, prompt: str, sampling: SamplingConfig, use_cac
 
 
 def _print_all(completions: Iterable[Completion]) -> None:
-    """Prints each prompt with its text, and an empty line after each."""
+    """Prints each prompt with its text, followed by an empty line."""
     for completion in completions:
         _print_dim(completion.prompt)
         typer.echo(f"{completion.text}\n")

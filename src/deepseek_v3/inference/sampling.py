@@ -1,4 +1,4 @@
-"""Choosing the next token from a model's logits.
+"""Sampling the next token from a model's logits.
 
 Axes: B batch, V vocabulary.
 """
@@ -23,7 +23,7 @@ class SamplingConfig:
 
     temperature         0 always takes the most probable token, 1 samples the model's own distribution
     top_p               samples from the fewest most probable tokens that hold this share of the probability
-    top_k               samples from so many most probable tokens; None: from all
+    top_k               samples from the `top_k` most probable tokens; None: from all
     repetition_penalty  above 1 makes tokens of the prompt and of the text so far less probable; 1: off
     seed                the same seed gives the same text
     max_new_tokens      the most tokens to add to a prompt
@@ -58,7 +58,7 @@ class SamplingConfig:
 
 
 def row_generator(seed: int, index: int) -> np.random.Generator:
-    """The random numbers of prompt number `index`, whichever batch it stands in."""
+    """The random number generator of prompt number `index`, which does not depend on its batch."""
     return np.random.default_rng((seed, index))
 
 
@@ -67,10 +67,10 @@ def choose_next(
 ) -> Tensor:
     """The next token of each row, (B,) int64.
 
-    `logits_BV` of any float type; `seen_BV` bool marks the tokens of the prompt and of the text so far. Greedy
-    choice takes the lowest of equally probable ids. Sampling draws one number from each row's generator and
-    inverts the cumulative distribution in the order of the ids: an order by probability would let a rounding
-    error that swaps two near equals change the token.
+    `logits_BV` has any float type; `seen_BV` bool marks the tokens of the prompt and of the text so far. Greedy
+    decoding takes the lowest of equally probable ids. Sampling draws one number from each row's generator and
+    inverts the cumulative distribution in the order of the ids: in the order of probability, a rounding error that
+    swaps two almost equal tokens would change the result.
 
     Raises GenerationError where logits are NaN or infinite.
     """
@@ -86,9 +86,9 @@ def choose_next(
 def next_token_probabilities(logits_BV: Tensor, seen_BV: Tensor, sampling: SamplingConfig) -> Tensor:
     """The distribution that `choose_next` samples, (B, V) float32 (float64 for float64), for temperature > 0.
 
-    In this order: repetition penalty, temperature, the `top_k` most probable tokens, and of their distribution
-    the nucleus: the fewest most probable tokens that hold at least `top_p` (arXiv:1904.09751, §3.1). Where equal
-    tokens stand on a border, the lowest ids are kept.
+    Applies, in this order: repetition penalty, temperature, the `top_k` most probable tokens, and the nucleus of
+    their distribution, the fewest most probable tokens that hold at least `top_p` (arXiv:1904.09751, §3.1). Of
+    equally probable tokens at a limit the lowest ids are kept.
     """
     logits_BV = _penalized(logits_BV, seen_BV, sampling.repetition_penalty) / sampling.temperature
     sorted_BV, ids_BV = logits_BV.sort(dim=-1, descending=True, stable=True)

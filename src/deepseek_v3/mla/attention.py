@@ -20,15 +20,15 @@ from deepseek_v3.ops.mla_decode import MLA_DECODE, MlaDecode, mla_decode
 from deepseek_v3.ops.operation import Select
 from deepseek_v3.ops.rotary import ROTARY, Rotate, rotate
 
-# The released modules normalise both latents with this constant, whatever the config's rms_norm_eps.
+# The released modules normalise both latents with this constant, not with the config's rms_norm_eps.
 _LATENT_NORM_EPS = 1e-6
 
 
 class AttentionMetadata(NamedTuple):
-    """Where the tokens of one forward pass stand.
+    """Positions, rotary tables and mask of the tokens of one forward pass.
 
-    `cos_BSP`, `sin_BSP` float32 as from `rotary_tables`; `positions_BS` int64; `allowed_BSS` bool (query, key)
-    replaces the causal rule where given.
+    `positions_BS` int64; `cos_BSP`, `sin_BSP` float32 from `rotary_tables`; `allowed_BSS` bool (query, key), if
+    given, replaces the causal mask.
     """
 
     positions_BS: Tensor
@@ -40,8 +40,8 @@ class AttentionMetadata(NamedTuple):
 class MultiHeadLatentAttention(nn.Module):
     """Attention whose keys and values are expanded from one small latent per token.
 
-    Training expands them and attends as usual. Generation caches only the latent and the shared rotary key,
-    and absorbs the expansion into the query and the output instead.
+    Training expands the latents and attends as usual. Generation caches only the latent and the shared rotary key,
+    and absorbs the expansion into the query and the output projection.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -72,7 +72,7 @@ class MultiHeadLatentAttention(nn.Module):
         self.rotate = select(ROTARY, config.qk_rope_head_dim)
 
     def forward(self, x_BSD: Tensor, metadata: AttentionMetadata, cache: LatentCache | None = None) -> Tensor:
-        """(B, S, D) to (B, S, D); with a cache also stores the new tokens' rows and sees the cached ones."""
+        """(B, S, D) to (B, S, D). With a cache, also stores the new tokens' rows and attends to all cached rows."""
         q_nope_BSHN, q_rope_BSHR = self._queries(x_BSD, metadata)
         latent_BSC, k_rope_BSR = self._compress(x_BSD, metadata)
         if cache is not None:
@@ -85,7 +85,7 @@ class MultiHeadLatentAttention(nn.Module):
         return self.o_proj(out_BSHV.flatten(-2))
 
     def _queries(self, x_BSD: Tensor, metadata: AttentionMetadata) -> tuple[Tensor, Tensor]:
-        """Eq. 6-9: every head's query, its part without position and its rotated part."""
+        """Eq. 6-9: the query of every head, in two parts: without position, and rotated."""
         if self.config.q_lora_rank is None:
             q_BSX = self.q_proj(x_BSD)
         else:
@@ -95,7 +95,7 @@ class MultiHeadLatentAttention(nn.Module):
         return q_nope_BSHN, self.rotate(q_rope_BSHR, metadata.cos_BSP, metadata.sin_BSP)
 
     def _compress(self, x_BSD: Tensor, metadata: AttentionMetadata) -> tuple[Tensor, Tensor]:
-        """Eq. 1 and 3: the latent, normalised, and the rotated key that all heads share."""
+        """Eq. 1 and 3: the normalised latent, and the rotated key that all heads share."""
         latent_BSC, k_rope_BSR = self.kv_a_proj_with_mqa(x_BSD).split(
             (self.config.kv_lora_rank, self.config.qk_rope_head_dim), -1
         )
@@ -110,7 +110,7 @@ class MultiHeadLatentAttention(nn.Module):
         k_rope_BSR: Tensor,
         allowed_BSS: Tensor | None,
     ) -> Tensor:
-        """Eq. 2, 4, 5 and 10: keys and values of every head, and attention over them; (B, S, H, V)."""
+        """Eq. 2, 4, 5 and 10: expands keys and values of every head and attends to them; (B, S, H, V)."""
         config = self.config
         kv_BSHX = self.kv_b_proj(latent_BSC).unflatten(-1, (config.num_attention_heads, -1))
         k_nope_BSHN, v_BSHV = kv_BSHX.split((config.qk_nope_head_dim, config.v_head_dim), -1)
@@ -122,7 +122,7 @@ class MultiHeadLatentAttention(nn.Module):
     def _attend_absorbed(
         self, q_nope_BSHN: Tensor, q_rope_BSHR: Tensor, rows_BTL: Tensor, positions_BS: Tensor
     ) -> Tensor:
-        """The same without keys and values: W_UK joins the query, W_UV the output; (B, S, H, V)."""
+        """The same from cached latents: the query absorbs W_UK and the output absorbs W_UV; (B, S, H, V)."""
         config = self.config
         w_HXC = self.kv_b_proj.weight.to(q_nope_BSHN.dtype).unflatten(0, (config.num_attention_heads, -1))
         w_uk_HNC, w_uv_HVC = w_HXC.split((config.qk_nope_head_dim, config.v_head_dim), 1)

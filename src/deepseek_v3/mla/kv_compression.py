@@ -1,7 +1,9 @@
-"""The latent cache: all that generation keeps of the past.
+"""The latent cache, the only state that generation keeps of past tokens.
 
-Per token and layer it holds kv_lora_rank + qk_rope_head_dim numbers (the normalised latent and the rotated
-shared key, DeepSeek-V2 report §2.1.3) where multi-head attention would hold every head's key and value.
+Per token and layer it holds kv_lora_rank + qk_rope_head_dim numbers: the normalised latent and the rotated shared
+key (DeepSeek-V2 report, §2.1.3). Multi-head attention would cache the key and value of every head.
+
+Axes: B batch, S new tokens, T capacity, L width of a cached row.
 """
 
 from __future__ import annotations
@@ -13,9 +15,9 @@ from deepseek_v3.config.model_config import ModelConfig
 
 
 class LatentCache:
-    """Cached rows of a batch, one tensor (batch, capacity, kv_lora_rank + qk_rope_head_dim) per layer.
+    """Cached rows of a batch: one tensor (batch, capacity, kv_lora_rank + qk_rope_head_dim) per layer.
 
-    `lengths_B` int64 says how many tokens of each sequence are cached; sequences of a batch may differ.
+    `lengths_B` int64 is the number of cached tokens of each sequence; the sequences of a batch may differ in it.
     """
 
     def __init__(
@@ -28,22 +30,22 @@ class LatentCache:
 
     @property
     def capacity(self) -> int:
-        """The most tokens that fit, per sequence."""
+        """The most tokens per sequence."""
         return self.rows_BTL[0].shape[1]
 
     def next_positions(self, num_tokens: int) -> Tensor:
-        """Positions (batch, num_tokens) int64 of the tokens that come next."""
+        """The positions of the next `num_tokens` tokens of each sequence; (batch, num_tokens) int64."""
         return self.lengths_B[:, None] + torch.arange(num_tokens, device=self.lengths_B.device)
 
     def write(self, layer: int, positions_BS: Tensor, latent_BSL: Tensor) -> Tensor:
-        """Stores one layer's rows at their positions and returns all rows of that layer; lengths stay."""
+        """Stores one layer's rows at their positions and returns all its rows. Does not change `lengths_B`."""
         rows_BTL = self.rows_BTL[layer]
         index_BSL = positions_BS[..., None].expand(-1, -1, rows_BTL.shape[-1])
         rows_BTL.scatter_(1, index_BSL, latent_BSL.to(rows_BTL.dtype))
         return rows_BTL
 
     def advance(self, num_tokens_B: Tensor) -> None:
-        """Counts the tokens that every layer has written; rows beyond the count are overwritten next."""
+        """Adds tokens that every layer has written to `lengths_B`; later writes overwrite the rows behind them."""
         self.lengths_B += num_tokens_B
         self.is_empty = False
 

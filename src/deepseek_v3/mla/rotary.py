@@ -1,4 +1,7 @@
-"""The angles of the decoupled rotary embedding, stretched by YaRN where the config asks for it."""
+"""The angles of the decoupled rotary embedding, with YaRN scaling where the config has it.
+
+Axes: B batch, S sequence, P = R/2 pairs of the R rotary dimensions.
+"""
 
 import math
 
@@ -9,9 +12,10 @@ from deepseek_v3.config.model_config import ModelConfig, RopeScaling
 
 
 def rotary_tables(positions_BS: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, float32, of every pair's angle at the given int64 positions; each (B, S, R/2).
+    """Cosine and sine of every pair's angle at the given int64 positions; each (B, S, R/2) float32.
 
-    Under YaRN both carry the ratio of its two magnitude scales, which is 1 in the released configuration.
+    With YaRN both are multiplied by the ratio of its two magnitude scales, which is 1 in the released
+    configuration.
     """
     frequencies_P = inverse_frequencies(config, positions_BS.device)
     angles_BSP = positions_BS[..., None].float() * frequencies_P
@@ -45,7 +49,7 @@ def softmax_scale(config: ModelConfig) -> float:
 
 
 def _ramp(config: ModelConfig, scaling: RopeScaling, device: torch.device) -> Tensor:
-    """0 for pairs that keep their frequency, 1 for those stretched in full, linear between; (R/2,)."""
+    """0 for pairs that keep their frequency, 1 for pairs that are interpolated fully, linear between; (R/2,)."""
     pairs = config.qk_rope_head_dim // 2
     low = max(math.floor(_pair_with_turns(scaling.beta_fast, config, scaling)), 0)
     high = min(math.ceil(_pair_with_turns(scaling.beta_slow, config, scaling)), config.qk_rope_head_dim - 1)
@@ -54,7 +58,7 @@ def _ramp(config: ModelConfig, scaling: RopeScaling, device: torch.device) -> Te
 
 
 def _pair_with_turns(turns: float, config: ModelConfig, scaling: RopeScaling) -> float:
-    """The (fractional) pair that turns this often over the length of pre-training."""
+    """The (fractional) number of the pair that makes `turns` turns over the pre-training context length."""
     wavelength = scaling.original_max_position_embeddings / (turns * 2 * math.pi)
     return config.qk_rope_head_dim * math.log(wavelength) / (2 * math.log(config.rope_theta))
 

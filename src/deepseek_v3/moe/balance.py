@@ -1,7 +1,7 @@
 """Keeping experts evenly loaded (DeepSeek-V3 report, §2.1.2).
 
-Two means: a bias on the choice, moved against the load without any gradient, and a small loss that keeps a
-single sequence from leaning on few experts. Axes as in `routing.py`.
+There are two means: a bias on the choice of experts, which is moved against the load without a gradient, and a
+small loss that keeps the tokens of one sequence from choosing few experts. Axes as in `routing.py`, and L layers.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from deepseek_v3.moe.routing import Router
 
-_LEAST_SUM = 1e-30  # of scores; the router's are larger
+_LEAST_SUM = 1e-30  # of the scores of a token; the sums of the router's scores are larger
 
 
 class RoutingStats(NamedTuple):
-    """What one mixture layer reports of one forward pass.
+    """Statistics of one router in one forward pass.
 
-    `counts_E` int64: tokens sent to each expert. `balance_loss`: the sequence-wise loss without its factor α.
-    They are outputs, not state, so recomputing a layer cannot count a token twice.
+    `counts_E` int64: the number of tokens that chose each expert. `balance_loss`: the sequence-wise loss without
+    its factor α. They are outputs and not state, so recomputing a layer does not count a token twice.
     """
 
     counts_E: Tensor
@@ -32,8 +32,8 @@ class RoutingStats(NamedTuple):
 def sequence_balance_loss(scores_TE: Tensor, batch_size: int, experts_per_token: int) -> Tensor:
     """Eq. 17-20 without α, averaged over the sequences of the batch; a float32 scalar with a gradient.
 
-    `scores_TE` (B·S, E) unbiased sigmoid scores. As in eq. 18, f counts an expert where it is among the K best
-    by unbiased score, whatever bias and group limit then choose. A token whose scores are all 0 adds nothing.
+    `scores_TE` (B·S, E): unbiased sigmoid scores. As in eq. 18, f counts an expert where it is among the K best by
+    unbiased score, not by the biased, group-limited choice. A token whose scores are all 0 adds nothing.
     """
     scores_BSE = scores_TE.unflatten(0, (batch_size, -1))
     num_experts = scores_BSE.shape[-1]
@@ -45,7 +45,7 @@ def sequence_balance_loss(scores_TE: Tensor, batch_size: int, experts_per_token:
 
 
 def routers_of(model: nn.Module) -> list[Router]:
-    """Every router of a model in layer order, those of the prediction modules included."""
+    """Every router of a model in layer order, those of the MTP layers included."""
     return [module for module in model.modules() if isinstance(module, Router)]
 
 
@@ -55,17 +55,17 @@ def update_biases(routers: Sequence[Router], counts_LE: Tensor, speed: float | T
 
     `counts_LE` (layers, E): tokens per expert over the whole global batch, one row per router in order.
     """
-    # Whole numbers, so that a load one token off the mean is seen at any scale.
+    # In integers, so that a load that differs from the mean by one token counts at any scale.
     below_mean_LE = counts_LE.sum(-1, keepdim=True) - counts_LE * counts_LE.shape[-1]
     steps_LE = speed * torch.sign(below_mean_LE)
     torch._foreach_add_([router.e_score_correction_bias for router in routers], list(steps_LE.unbind()))
 
 
 def load_metrics(counts_LE: Tensor) -> dict[str, Tensor]:
-    """How evenly each layer used its experts; every value (layers,) float32.
+    """How evenly each layer used its experts; every value has the shape (layers,) and is float32.
 
-    `entropy` of the load over its maximum ln E (1 is even); `utilisation`, the share of experts used at all;
-    `max_violation`, the largest load over the mean load minus 1 (arXiv:2408.15664, eq. 4).
+    `entropy`: the entropy of the load over its maximum ln E (1 is even); `utilisation`: the share of experts with
+    any token; `max_violation`: the largest load over the mean load, minus 1 (arXiv:2408.15664, eq. 4).
     """
     counts_LE = counts_LE.float()
     share_LE = counts_LE / counts_LE.sum(-1, keepdim=True).clamp(min=1)

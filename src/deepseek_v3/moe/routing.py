@@ -15,17 +15,17 @@ from torch import Tensor, nn
 from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.ops.dtypes import at_least_float32
 
-# A group is worth the sum of its best two experts, as in the released gate.
-_EXPERTS_THAT_SCORE_A_GROUP = 2
+# The score of a group is the sum of its best two experts, as in the released gate.
+_EXPERTS_PER_GROUP_SCORE = 2
 
-# Below it sigmoid equals exp to 27 digits. In float32 it loses digits from -87 on, and is 0 from -89 on.
+# Below this logit, sigmoid equals exp to 27 digits. In float32 it loses digits from -87 on, and is 0 from -89 on.
 _LEAST_BEST_LOGIT = -64.0
 
 
 class Routing(NamedTuple):
-    """The choice for each token: `gates_TK` float32, `experts_TK` int64, and all `scores_TE` float32.
+    """The chosen experts of each token: `experts_TK` int64, `gates_TK` float32, and all `scores_TE` float32.
 
-    At least one score of a token is above 1e-28 if its logits are finite.
+    If the logits of a token are finite, at least one of its scores is above 1e-28.
     """
 
     gates_TK: Tensor
@@ -34,13 +34,13 @@ class Routing(NamedTuple):
 
 
 class Router(nn.Module):
-    """Chooses K of E experts for each token.
+    """Chooses K of E experts for each token (eq. 12-16).
 
-    The bias steers the choice alone; the gate values come from the unbiased scores. It is a buffer, moved by
-    `balance.update_biases` once per optimizer step, not by a gradient.
+    The bias steers the choice alone; the gate values come from the unbiased scores. It is a buffer that
+    `balance.update_biases` moves once per optimizer step; it has no gradient.
 
-    Weight and bias stay float32 (or float64) when the model is built in, converted to or loaded from a narrower
-    type: rounding them to bfloat16 sends tokens to other experts.
+    Weight and bias stay float32 (or float64) when the model is built in, converted to, or loaded from a narrower
+    type, because rounding them to bfloat16 changes which experts are chosen.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -52,18 +52,18 @@ class Router(nn.Module):
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=dtype))
 
     def forward(self, x_TD: Tensor) -> Routing:
-        """Routes (T, D) tokens of any float type; scores are taken in float32 (float64 for float64)."""
+        """Routes tokens (T, D) of any float type; computes scores in float32 (float64 for float64)."""
         x_TD = at_least_float32(x_TD)
         scores_TE = _scores(F.linear(x_TD, self.weight.to(x_TD.dtype)))
         experts_TK = self._choose(scores_TE.detach() + self.e_score_correction_bias)
         gates_TK = scores_TE.gather(1, experts_TK)
         if self.config.norm_topk_prob:
-            # The constant is the released gate's: far below it a token's gates are 0.
+            # The constant of the released gate. Where the scores sum to far less, the gates of a token are 0.
             gates_TK = gates_TK / (gates_TK.sum(-1, keepdim=True) + 1e-20)
         return Routing(gates_TK * self.config.routed_scaling_factor, experts_TK, scores_TE)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        """Converts and moves as any module does, but never to less than float32."""
+        """Converts and moves tensors as any module does, but never to a type narrower than float32."""
 
         def convert(tensor: Tensor) -> Tensor:
             converted = fn(tensor)
@@ -73,7 +73,7 @@ class Router(nn.Module):
         return super()._apply(convert, recurse)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-        """Widens narrower tensors first: with `assign=True` they take the place of the router's own."""
+        """Widens narrower tensors first, because with `assign=True` they replace the router's own."""
         for name in ("weight", "e_score_correction_bias"):
             loaded = state_dict.get(prefix + name)
             if isinstance(loaded, Tensor):
@@ -81,26 +81,27 @@ class Router(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *others)
 
     def _choose(self, biased_TE: Tensor) -> Tensor:
-        """The K best experts inside the best groups; experts of losing groups can never win."""
+        """The K best experts of the best groups; experts of the other groups are never chosen."""
         groups, kept = self.config.n_group, self.config.topk_group
         if kept < groups:
             biased_TGE = biased_TE.unflatten(-1, (groups, -1))
-            worth_TG = biased_TGE.topk(_EXPERTS_THAT_SCORE_A_GROUP, dim=-1).values.sum(-1)
-            winners = worth_TG.topk(kept, dim=-1).indices
-            loses_TG = torch.ones_like(worth_TG, dtype=torch.bool).scatter(1, winners, False)
-            biased_TE = biased_TGE.masked_fill(loses_TG.unsqueeze(-1), float("-inf")).flatten(-2)
+            group_scores_TG = biased_TGE.topk(_EXPERTS_PER_GROUP_SCORE, dim=-1).values.sum(-1)
+            best_groups = group_scores_TG.topk(kept, dim=-1).indices
+            excluded_TG = torch.ones_like(group_scores_TG, dtype=torch.bool).scatter(1, best_groups, False)
+            biased_TE = biased_TGE.masked_fill(excluded_TG.unsqueeze(-1), float("-inf")).flatten(-2)
         return biased_TE.topk(self.config.num_experts_per_tok, dim=-1).indices
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The type itself, or float32 where it is a narrower float."""
+    """`dtype`, or float32 for a narrower float type."""
     return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
 
 
 def _scores(logits_TE: Tensor) -> Tensor:
-    """Sigmoid of the logits, which never is 0 for all experts of a token: their ratios hold at any size.
+    """Sigmoid of the logits, without underflow to 0 for all experts of a token.
 
-    Where the best logit of a token is too low for that, all of its logits are raised by the same amount.
+    Where the best logit of a token is below `_LEAST_BEST_LOGIT`, the same amount is added to all of its logits,
+    which keeps the ratios of its scores.
     """
     best_T1 = logits_TE.detach().amax(-1, keepdim=True)
     raised_TE = logits_TE - best_T1 + _LEAST_BEST_LOGIT

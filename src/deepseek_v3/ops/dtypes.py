@@ -1,4 +1,4 @@
-"""The float type in which sums, softmax and losses are taken."""
+"""The float type in which sums, softmax and losses are computed."""
 
 import torch
 from torch import Tensor

@@ -86,7 +86,7 @@ logits_lists = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=40)
 
 
 @given(logits_lists, st.integers(1, 45))
-def test_top_k_keeps_the_most_probable_and_the_lowest_ids_among_equals(logits_V, top_k):
+def test_top_k_keeps_the_most_probable_and_then_the_lowest_ids(logits_V, top_k):
     kept = [i for i, p in enumerate(probabilities(logits_V, top_k=top_k)) if p > 0]
     assert kept == sorted(sorted(range(len(logits_V)), key=lambda i: (-logits_V[i], i))[:top_k])
 
@@ -104,13 +104,13 @@ def test_top_p_keeps_the_fewest_that_hold_the_share(logits_V, top_p, temperature
 
 
 @given(logits_lists, st.floats(1.01, 100), st.data())
-def test_a_penalty_above_one_never_makes_a_seen_token_more_probable(logits_V, penalty, data):
+def test_a_penalty_never_makes_a_seen_token_more_probable(logits_V, penalty, data):
     seen = data.draw(st.integers(0, len(logits_V) - 1))
     before = probabilities(logits_V)[seen]
     assert probabilities(logits_V, seen=(seen,), repetition_penalty=penalty)[seen] <= before + 1e-12
 
 
-def test_greedy_takes_the_lowest_of_equals_and_draws_no_random_number():
+def test_greedy_takes_the_lowest_of_equals_without_randomness():
     logits_BV = torch.tensor([[0.0, 5.0, 5.0], [7.0, 7.0, 7.0]])
     tokens_B = choose_next(logits_BV, torch.zeros(2, 3, dtype=torch.bool), plain(temperature=0.0), [])
     assert tokens_B.tolist() == [1, 0]
@@ -138,7 +138,7 @@ def test_probabilities_are_taken_in_float32_or_wider(given, computed):
     assert torch.equal(logits_BV, before_BV)
 
 
-def test_rounding_that_swaps_near_equals_does_not_change_the_choice():
+def test_rounding_that_swaps_near_equals_changes_no_choice():
     logits_BV = torch.tensor([[1.0, 1.0, 1.0, 0.5]]).expand(200, -1)
     nudged_BV = logits_BV + 1e-6 * torch.tensor([0.0, 1.0, -1.0, 1.0])
     seen_BV = torch.zeros(200, 4, dtype=torch.bool)

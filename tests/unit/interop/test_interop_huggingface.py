@@ -62,7 +62,7 @@ def test_names_are_the_released_ones(config: ModelConfig, weights: dict[str, Ten
     assert set(weights) == expected_names(config)
 
 
-def test_experts_stand_one_by_one(config: ModelConfig) -> None:
+def test_experts_are_unstacked(config: ModelConfig) -> None:
     model = small_model(config)
     weights = released_state(model)
     width = config.moe_intermediate_size
@@ -75,7 +75,7 @@ def test_experts_stand_one_by_one(config: ModelConfig) -> None:
             assert torch.equal(weights[f"{expert}.down_proj.weight"], stacked.down_proj[e])
 
 
-def test_a_prediction_layer_repeats_what_it_shares(weights: dict[str, Tensor]) -> None:
+def test_an_mtp_layer_repeats_embedding_and_head(weights: dict[str, Tensor]) -> None:
     for copy, original in COPIES.items():
         assert torch.equal(weights[copy], weights[original])
 
@@ -103,7 +103,7 @@ def test_gradients_are_renamed_like_weights(config: ModelConfig) -> None:
     ],
     ids=str,
 )
-def test_out_and_in_again_changes_nothing(changes: dict[str, object]) -> None:
+def test_export_and_import_change_nothing(changes: dict[str, object]) -> None:
     config = small_config(**changes)
     first, second = small_model(config), small_model(config)
     assert not same_state(first, second)
@@ -111,7 +111,7 @@ def test_out_and_in_again_changes_nothing(changes: dict[str, object]) -> None:
     assert same_state(first, second)
 
 
-def test_values_take_on_the_type_of_the_model(config: ModelConfig, weights: dict[str, Tensor]) -> None:
+def test_values_are_converted_to_the_models_type(config: ModelConfig, weights: dict[str, Tensor]) -> None:
     model = small_model(config)
     load_released(model, {name: tensor.bfloat16() for name, tensor in weights.items()})
     for name, tensor in released_state(model).items():
@@ -119,7 +119,7 @@ def test_values_take_on_the_type_of_the_model(config: ModelConfig, weights: dict
         assert torch.equal(tensor, weights[name].bfloat16().float())
 
 
-def test_copies_may_be_left_out(config: ModelConfig, weights: dict[str, Tensor]) -> None:
+def test_shared_copies_may_be_missing(config: ModelConfig, weights: dict[str, Tensor]) -> None:
     whole, without = small_model(config), small_model(config)
     load_released(whole, weights)
     load_released(without, {name: tensor for name, tensor in weights.items() if name not in COPIES})
@@ -181,7 +181,7 @@ def test_weights_that_do_not_fit_are_refused_and_change_nothing(
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_all_problems_stand_in_one_error(config: ModelConfig, weights: dict[str, Tensor]) -> None:
+def test_one_error_names_all_problems(config: ModelConfig, weights: dict[str, Tensor]) -> None:
     del weights["model.norm.weight"]
     weights["extra"] = torch.ones(1)
     weights["lm_head.weight"] = torch.ones(97, 41)
@@ -197,7 +197,7 @@ def test_all_problems_stand_in_one_error(config: ModelConfig, weights: dict[str,
     assert "model.embed_tokens.weight: has a shape but no values (device meta)" in message
 
 
-def test_a_model_without_memory_is_given_some(config: ModelConfig) -> None:
+def test_a_model_on_the_meta_device_gets_memory(config: ModelConfig) -> None:
     source = small_model(config)
     with torch.device("meta"):
         model = DeepSeekV3(config)
@@ -216,9 +216,7 @@ def test_safetensors_saves_what_is_released(tmp_path: Path, changes: dict[str, o
 
 @pytest.mark.parametrize(("depth", "held"), [(1, 0), (2, 1), (2, 0)])
 @torch.no_grad()
-def test_prediction_layers_that_are_not_there_are_left_out(
-    caplog: pytest.LogCaptureFixture, depth: int, held: int
-) -> None:
+def test_missing_mtp_layers_are_removed(caplog: pytest.LogCaptureFixture, depth: int, held: int) -> None:
     source = small_model(small_config(num_nextn_predict_layers=held))
     model = small_model(small_config(num_nextn_predict_layers=depth))
     load_released(model, released_state(source))
@@ -231,7 +229,7 @@ def test_prediction_layers_that_are_not_there_are_left_out(
     assert torch.equal(model(tokens_BS), source(tokens_BS))
 
 
-def test_a_prediction_layer_that_is_there_in_part_is_refused(weights: dict[str, Tensor]) -> None:
+def test_an_incomplete_mtp_layer_is_refused(weights: dict[str, Tensor]) -> None:
     model = small_model(small_config(num_nextn_predict_layers=1))
     del weights["model.layers.3.eh_proj.weight"]
     with pytest.raises(CheckpointError, match=r"1 missing: model\.layers\.3\.eh_proj\.weight"):
@@ -256,7 +254,7 @@ UP = "model.layers.0.mlp.up_proj.weight"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_in_fp8_are_multiplied_with_their_scales(dtype: torch.dtype) -> None:
+def test_fp8_weights_are_multiplied_by_their_scales(dtype: torch.dtype) -> None:
     config = small_config(**WIDE)
     weights, values = in_fp8(config)
     found, expected = small_model(config, dtype), small_model(config, dtype)
@@ -289,7 +287,7 @@ def test_fp8_that_cannot_be_read_is_refused(damage: Callable[[dict[str, Tensor]]
 
 
 @torch.no_grad()
-def test_a_folder_of_transformers_whose_config_names_prediction_loads(tmp_path: Path) -> None:
+def test_a_transformers_folder_without_its_mtp_layers_loads(tmp_path: Path) -> None:
     config = small_config(num_nextn_predict_layers=1)
     theirs = transformers_model(config)
     theirs.save_pretrained(tmp_path)
@@ -301,7 +299,7 @@ def test_a_folder_of_transformers_whose_config_names_prediction_loads(tmp_path: 
     assert largest_difference(ours(tokens_BS), theirs(tokens_BS).logits) < 1e-4
 
 
-def test_a_tied_model_has_no_head_of_its_own() -> None:
+def test_a_tied_model_exports_no_head() -> None:
     config = small_config(tie_word_embeddings=True)
     assert "lm_head.weight" not in released_state(small_model(config))
 

@@ -184,7 +184,7 @@ def test_a_whole_model_decodes_what_it_would_compute_at_once(shape: str) -> None
     assert largest_difference(torch.cat(list(steps()), dim=1), model(tokens_BS)) < 1e-10
 
 
-def test_the_cache_holds_one_latent_and_one_shared_key_per_token_and_layer() -> None:
+def test_the_cache_holds_a_latent_and_a_key_per_token_and_layer() -> None:
     config = small_config()
     cache = LatentCache(config, batch_size=2, capacity=5, dtype=torch.bfloat16, device=CPU)
     numbers = sum(rows_BTL.numel() for rows_BTL in cache.rows_BTL)

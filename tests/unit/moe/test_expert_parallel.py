@@ -87,7 +87,7 @@ SITUATIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("ranks_per_node", [None, 2], ids=["one hop", "by way of nodes"])
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-def test_every_situation_and_no_memory_is_read_before_it_is_written(
+def test_every_situation_with_new_memory_full_of_nan(
     pool: RankPool, dtype: torch.dtype, ranks_per_node: int | None
 ) -> None:
     situations = [Case(**fields, dtype=dtype, ranks_per_node=ranks_per_node) for fields in SITUATIONS.values()]
@@ -97,7 +97,7 @@ def test_every_situation_and_no_memory_is_read_before_it_is_written(
 
 
 @pytest.mark.parametrize("situation", SITUATIONS)
-def test_rows_travel_in_8_bits_and_gradients_as_they_are(pool: RankPool, situation: str) -> None:
+def test_dispatched_rows_in_fp8_leave_gradients_exact(pool: RankPool, situation: str) -> None:
     """One process rounds the rows of its experts alike, and passes gradients by the rounding."""
     one_hop = Case(**SITUATIONS[situation], fp8=True)
     for case in (one_hop, replace(one_hop, ranks_per_node=2)):
@@ -106,9 +106,7 @@ def test_rows_travel_in_8_bits_and_gradients_as_they_are(pool: RankPool, situati
 
 @pytest.mark.parametrize("ranks_per_node", [None, 2], ids=["one hop", "by way of nodes"])
 @pytest.mark.parametrize("fp8", [False, True], ids=["as it is", "8 bits"])
-def test_layers_that_are_computed_again_have_the_same_gradients(
-    pool: RankPool, fp8: bool, ranks_per_node: int | None
-) -> None:
+def test_recomputed_layers_have_the_same_gradients(pool: RankPool, fp8: bool, ranks_per_node: int | None) -> None:
     case = Case((5, 0, 3, 7), recomputed=True, fp8=fp8, ranks_per_node=ranks_per_node)
     again = pool.run(4, poisoned_on_this_rank, [case])
     once = pool.run(4, poisoned_on_this_rank, [replace(case, recomputed=False)])
@@ -128,7 +126,7 @@ def chosen_experts(case: Case) -> list[list[list[int]]]:
 
 
 @pytest.mark.parametrize("situation", SITUATIONS)
-def test_a_token_goes_once_to_each_rank_and_none_is_dropped(pool: RankPool, situation: str) -> None:
+def test_a_token_is_sent_once_to_each_rank_of_its_experts(pool: RankPool, situation: str) -> None:
     case = Case(**SITUATIONS[situation])
     size = case.layers()[0].config.n_routed_experts // 4
     tokens = [
@@ -141,7 +139,7 @@ def test_a_token_goes_once_to_each_rank_and_none_is_dropped(pool: RankPool, situ
 
 
 @pytest.mark.parametrize("situation", SITUATIONS)
-def test_a_token_goes_once_to_each_node_and_on_from_there(pool: RankPool, situation: str) -> None:
+def test_a_token_is_sent_once_to_each_node_of_its_experts(pool: RankPool, situation: str) -> None:
     case = Case(**SITUATIONS[situation], ranks_per_node=2)
     size = case.layers()[0].config.n_routed_experts // 4
     chosen = chosen_experts(case)
@@ -163,7 +161,7 @@ def test_a_token_goes_once_to_each_node_and_on_from_there(pool: RankPool, situat
 # When it travels.
 
 
-def test_shared_experts_compute_while_rows_travel_in_both_passes(pool: RankPool) -> None:
+def test_shared_experts_overlap_with_both_exchanges(pool: RankPool) -> None:
     """Rows move only when somebody waits, into memory full of NaN, so that nothing before can depend on them."""
     case = Case((5, 3))
     results = pool.run(2, order_of_events, case)

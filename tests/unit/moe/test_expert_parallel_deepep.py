@@ -35,7 +35,7 @@ SITUATIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("generation", GENERATIONS)
 @pytest.mark.parametrize("situation", SITUATIONS)
-def test_deepep_gives_what_torch_does(pool: RankPool, situation: str, generation: str) -> None:
+def test_deepep_equals_torch_bit_for_bit(pool: RankPool, situation: str, generation: str) -> None:
     """Bit for bit: rows arrive in the same order, and sums of a few bfloat16 are exact in float32."""
     case = Case(**{"model": MODEL, **SITUATIONS[situation]}, dtype=torch.bfloat16)
     expected = pool.run(len(case.lengths), on_this_rank, case)
@@ -99,7 +99,7 @@ def chosen(kind: Any, shape: BufferShape = BUFFER_SHAPE, num_experts: int = 8, *
 @pytest.mark.usefixtures("gpus")
 @pytest.mark.parametrize("kind", ["auto", "deepep"])
 @pytest.mark.parametrize("installed", [["Buffer"], ["ElasticBuffer"], ["Buffer", "ElasticBuffer"]])
-def test_deepep_is_taken_where_it_can_run_and_its_newest_buffer(
+def test_auto_selects_deepep_and_its_newest_buffer(
     kind: str, installed: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "deep_ep", library(*installed))
@@ -109,7 +109,7 @@ def test_deepep_is_taken_where_it_can_run_and_its_newest_buffer(
 
 
 @pytest.mark.usefixtures("gpus")
-def test_torch_is_taken_where_it_is_named() -> None:
+def test_torch_is_selected_by_name() -> None:
     dispatcher = chosen("torch", ranks_per_node=2, precision="fp8")
     assert isinstance(dispatcher, AllToAllDispatcher)
     assert [(step.num_ranks, step.stride) for step in dispatcher.steps] == [(2, 2), (2, 1)]
@@ -118,7 +118,7 @@ def test_torch_is_taken_where_it_is_named() -> None:
 
 @pytest.mark.usefixtures("gpus")
 @pytest.mark.parametrize(("in_groups", "num_sms"), [(False, 4), (True, 20)])
-def test_gates_limited_to_groups_are_not_given_the_librarys_estimate(
+def test_group_limited_gates_do_not_use_the_librarys_estimate(
     in_groups: bool, num_sms: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[dict[str, Any]] = []
@@ -160,7 +160,7 @@ OBSTACLES: dict[str, Any] = {
 
 @pytest.mark.usefixtures("gpus")
 @pytest.mark.parametrize("obstacle", OBSTACLES)
-def test_where_deepep_cannot_run_auto_says_why_and_its_name_is_an_error(
+def test_auto_says_why_deepep_cannot_run_and_naming_it_raises(
     obstacle: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     shape, options, reason = OBSTACLES[obstacle]
@@ -186,16 +186,16 @@ def test_where_deepep_cannot_run_auto_says_why_and_its_name_is_an_error(
 
 
 @pytest.mark.parametrize("kind", ["auto", "torch", "deepep"])
-def test_experts_have_to_divide_over_the_ranks(kind: str) -> None:
+def test_experts_must_divide_over_the_ranks(kind: str) -> None:
     with pytest.raises(ConfigError, match="10 experts do not divide over 4 ranks"):
         chosen(kind, num_experts=10)
 
 
 @pytest.mark.parametrize(("ranks_per_node", "num_steps"), [(None, 1), (1, 1), (2, 2), (4, 1), (8, 1)])
-def test_there_are_two_hops_where_there_are_nodes(ranks_per_node: int | None, num_steps: int) -> None:
+def test_two_exchange_steps_where_there_are_nodes(ranks_per_node: int | None, num_steps: int) -> None:
     assert len(chosen("torch", ranks_per_node=ranks_per_node).steps) == num_steps
 
 
-def test_nodes_have_to_be_whole() -> None:
+def test_a_group_must_be_whole_nodes() -> None:
     with pytest.raises(ConfigError, match=r"parallel\.expert = 4 ranks are no whole number of nodes of 3"):
         chosen("torch", ranks_per_node=3)

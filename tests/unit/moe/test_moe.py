@@ -93,7 +93,7 @@ def test_experts_and_gates_are_those_chosen_by_hand(routing: str, bias_level: fl
         )
 
 
-def test_a_losing_group_cannot_win_by_its_mask() -> None:
+def test_masked_groups_are_never_chosen() -> None:
     """All biased scores are below zero, so zero in place of minus infinity would choose a losing group."""
     config = small_config(n_group=2, topk_group=1, num_experts_per_tok=2)
     router = Router(config)
@@ -102,7 +102,7 @@ def test_a_losing_group_cannot_win_by_its_mask() -> None:
     assert router(torch.zeros(1, config.hidden_size)).experts_TK.tolist() == [[0, 1]]
 
 
-def test_a_group_is_worth_its_two_best_experts() -> None:
+def test_a_groups_score_is_the_sum_of_its_two_best_experts() -> None:
     config = small_config(n_group=2, topk_group=1, num_experts_per_tok=1)
     router = Router(config)
     torch.nn.init.zeros_(router.weight)
@@ -144,7 +144,7 @@ def test_scores_are_taken_in_float32_whatever_the_tokens_are() -> None:
 
 @pytest.mark.parametrize("shared", [0, 1, 2, 3])
 @torch.no_grad()
-def test_a_layer_is_the_gated_sum_of_experts_and_every_shared_expert(shared: int) -> None:
+def test_a_layer_sums_gated_experts_and_shared_experts(shared: int) -> None:
     config = small_config(n_shared_experts=shared)
     layer = layer_filled_with_noise(MixtureOfExperts(config))
     x_BSD = torch.randn(2, 9, config.hidden_size, dtype=torch.float64)
@@ -265,7 +265,7 @@ def equations_17_to_20(scores_TE: list[list[Tensor]], experts_per_token: int) ->
     return loss
 
 
-def test_the_sequence_loss_is_the_papers_equations_and_reaches_the_router() -> None:
+def test_the_sequence_loss_equals_the_papers_equations() -> None:
     config = small_config()
     layer = layer_filled_with_noise(MixtureOfExperts(config))
     x_BSD = torch.randn(3, 5, config.hidden_size, dtype=torch.float64)
@@ -286,7 +286,7 @@ def test_the_sequence_loss_is_the_papers_equations_and_reaches_the_router() -> N
     assert largest_difference(gradient, expected_gradient) < EXACT
 
 
-def test_the_sequence_loss_is_one_when_load_is_even_and_grows_when_it_leans() -> None:
+def test_the_sequence_loss_is_1_for_even_load_and_more_otherwise() -> None:
     even_TE = torch.eye(4, dtype=torch.float64) + 0.001
     leaning_TE = even_TE[:1].expand(4, 4)
     assert sequence_balance_loss(even_TE, 1, 1).item() == pytest.approx(1.0)
@@ -419,7 +419,7 @@ def loads_and_gradients(run_layer: Callable[..., Any] | None) -> tuple[Tensor, l
     return torch.stack([stats.counts_E for stats in states.routing]), list(gradients)
 
 
-def test_recomputing_a_layer_counts_no_token_twice_and_changes_no_gradient() -> None:
+def test_recomputing_a_layer_changes_no_count_and_no_gradient() -> None:
     counts_LE, gradients = loads_and_gradients(None)
     recomputed_LE, recomputed_gradients = loads_and_gradients(recomputed)
     assert counts_LE.sum(-1).tolist() == [2 * 12 * 3, 2 * 12 * 3, 2 * 11 * 3]
@@ -440,7 +440,7 @@ def test_loads_of_micro_batches_add_up_to_those_of_the_batch() -> None:
 
 
 @torch.no_grad()
-def test_every_router_is_found_in_the_order_of_the_loads() -> None:
+def test_routers_and_loads_have_the_same_order() -> None:
     """Each router is made to prefer an expert of its own, whose load then tells its place."""
     config = small_config(num_nextn_predict_layers=2, n_group=1, topk_group=1, num_experts_per_tok=1)
     model = small_model(config)

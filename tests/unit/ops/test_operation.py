@@ -46,12 +46,12 @@ def test_a_named_back_end_is_selected_even_if_it_is_slower() -> None:
     assert ADD.select(Target(CPU), "reference").run == "addition"
 
 
-def test_a_named_back_end_that_cannot_run_is_an_error_with_its_reason() -> None:
+def test_a_named_back_end_that_cannot_run_is_refused() -> None:
     with pytest.raises(ConfigError, match="add: back end fast needs float32; choose auto or another back end"):
         ADD.select(Target(CPU, torch.bfloat16), "fast")
 
 
-def test_an_unknown_back_end_is_an_error_that_lists_the_known_ones() -> None:
+def test_an_unknown_back_end_is_refused_with_the_known_names() -> None:
     with pytest.raises(ConfigError, match="add: has no back end 'quick'; choose auto or one of fast, reference"):
         ADD.select(Target(CPU), "quick")
 

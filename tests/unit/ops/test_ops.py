@@ -119,7 +119,7 @@ def test_rotation_gradients() -> None:
     assert gradcheck(rotate, (x_BSHR, angles_BSP.cos(), angles_BSP.sin()))
 
 
-def test_weights_take_on_the_type_of_what_they_meet() -> None:
+def test_weights_are_converted_to_the_activations_type() -> None:
     linear, norm = Linear(4, 3), RMSNorm(3, EPS)
     torch.nn.init.normal_(linear.weight)
     torch.nn.init.normal_(norm.weight)

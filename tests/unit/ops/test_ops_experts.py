@@ -58,7 +58,7 @@ def rows_and_weights(sizes: list[int], dtype: torch.dtype, device: torch.device)
 @pytest.mark.parametrize("groups", GROUPS)
 @pytest.mark.parametrize("grouped_linear", BACK_ENDS, ids=["loop", "grouped kernel"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
-def test_every_row_meets_the_weight_of_its_group(
+def test_every_row_is_multiplied_by_its_groups_weight(
     groups: str, grouped_linear: GroupedLinear, dtype: torch.dtype, tolerance: float, device: torch.device
 ) -> None:
     sizes = GROUPS[groups]

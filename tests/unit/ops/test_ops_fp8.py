@@ -84,7 +84,7 @@ def test_blocks_at_the_ends_of_float32(value: float) -> None:
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_what_is_not_finite_shows(value: float) -> None:
+def test_a_non_finite_number_makes_its_block_nan(value: float) -> None:
     x_TD = torch.ones(1, 2 * BLOCK)
     x_TD[0, 3] = value
     found_TD = dequantize_1x128(*quantize_1x128(x_TD), torch.float32)

@@ -53,7 +53,7 @@ def test_pieces_on_a_cpu_give_the_same_bits_as_the_whole(monkeypatch: pytest.Mon
     gradients = [torch.randn(shape) for shape in SHAPES]
     results = []
     for piece in (1 << 18, 7):
-        monkeypatch.setattr(reference, "_PIECE", piece)
+        monkeypatch.setattr(reference, "_CHUNK", piece)
         parameters = [nn.Parameter(tensor.clone()) for tensor in start]
         optimizer = AdamW(_named(parameters), _config(moments="bfloat16"))
         for _ in range(3):

@@ -9,10 +9,11 @@ from deepseek_v3.ops.dtypes import at_least_float32
 def attention(
     q_BSHK: Tensor, k_BSHK: Tensor, v_BSHV: Tensor, scale: float, allowed_BSS: Tensor | None = None
 ) -> Tensor:
-    """softmax(scale · q·kᵀ) · v over the keys a query may see; (batch, sequence, heads, V) in the type of `q`.
+    """softmax(scale · q·kᵀ) · v over the keys that a query may see; (B, S, H, V), in the type of `q`.
 
-    A query sees the keys up to its own position; `allowed_BSS` (batch, query, key) bool replaces that rule.
-    Scores and softmax are taken in float32 (float64 for float64).
+    A query sees the keys up to its own position; `allowed_BSS` (batch, query, key) bool replaces this rule.
+    Scores and softmax are computed in float32 (float64 for float64).
+    Axes: B batch, S sequence, H heads, K width of queries and keys, V width of values.
     """
     scores_BHSS = torch.einsum("bqhk,bshk->bhqs", at_least_float32(q_BSHK), at_least_float32(k_BSHK)) * scale
     if allowed_BSS is None:

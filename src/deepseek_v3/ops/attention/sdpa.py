@@ -8,9 +8,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 def attention(
     q_BSHK: Tensor, k_BSHK: Tensor, v_BSHV: Tensor, scale: float, allowed_BSS: Tensor | None = None
 ) -> Tensor:
-    """The reference's operation, by whichever of torch's kernels fits the tensors.
+    """The reference's operation, by the kernel that torch chooses for the tensors.
 
-    On the CPU only the kernel for equal widths is fused, so narrower values are padded there.
+    On a CPU torch's fused kernel needs keys and values of equal width, so narrower values are padded there.
     """
     mask = None if allowed_BSS is None else allowed_BSS[:, None]
     width, missing = v_BSHV.shape[-1], q_BSHK.shape[-1] - v_BSHV.shape[-1]
@@ -32,8 +32,8 @@ def cudnn_attention(
 ) -> Tensor:
     """The reference's operation by cuDNN: on Hopper about twice as fast as flash with values padded to 192.
 
-    Raises RuntimeError where cuDNN cannot serve the shape or type. With a mask the choice is torch's, because
-    cuDNN's masked backward has returned NaN (pytorch/pytorch#196678).
+    Raises RuntimeError where cuDNN does not support the shape or type. With a mask torch chooses the kernel,
+    because cuDNN's backward pass with a mask has returned NaN (pytorch/pytorch#196678).
     """
     if allowed_BSS is not None:
         return attention(q_BSHK, k_BSHK, v_BSHV, scale, allowed_BSS)

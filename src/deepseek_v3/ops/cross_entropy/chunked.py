@@ -1,8 +1,10 @@
 """The loss of a linear head, a chunk of tokens at a time.
 
-Logits of all tokens at once would be the largest tensor of the whole training step. Here the forward pass
-makes the logits of one chunk, overwrites them with the gradient of the loss, and spends that at once on the
-gradients of the hidden states and of the weight; the backward pass only scales those two.
+The logits of all tokens at once would be the largest tensor of the whole training step. Here the forward pass
+computes the logits of one chunk, overwrites them with the gradient of the loss, and adds that chunk's share to the
+gradients of the hidden states and of the weight. The backward pass only scales these two gradients.
+
+Axes: T tokens, D width, V vocabulary.
 """
 
 import math
@@ -17,9 +19,9 @@ from torch.autograd.function import once_differentiable
 from deepseek_v3.ops.cross_entropy.reference import IGNORED
 from deepseek_v3.ops.dtypes import at_least_float32
 
-# A chunk's logits stay under this many numbers: 0.5 GiB in bfloat16 on a GPU, what caches hold on a CPU.
+# The most logits of a chunk: 0.5 GiB in bfloat16 on a GPU; few enough for the caches of a CPU.
 _CHUNK_LOGITS = {"cuda": 1 << 28, "cpu": 1 << 20}
-# Every chunk reads the head and reads and writes its gradient; fewer rows than this are not worth that.
+# The fewest rows of a chunk: each chunk reads the head, and reads and writes its gradient.
 _LEAST_ROWS = 256
 
 
@@ -29,13 +31,13 @@ def _loss_of(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
 
 
 def _summed(wide_TV: Tensor, log_sum_T1: Tensor, targets_T: Tensor) -> Tensor:
-    """The loss of all tokens together, those with an `IGNORED` target left out."""
+    """The loss, summed over the tokens whose target is not `IGNORED`."""
     losses_T1 = log_sum_T1 - wide_TV.gather(-1, targets_T.clamp(min=0)[:, None])
     return losses_T1.masked_fill((targets_T == IGNORED)[:, None], 0).sum()
 
 
 def _loss_and_gradient(logits_TV: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:
-    """The summed loss, and its gradient in the place and type of the logits: any numbers for `IGNORED` targets."""
+    """The summed loss, and its gradient in the memory of the logits; undefined in rows of `IGNORED` targets."""
     wide_TV = at_least_float32(logits_TV)
     log_sum_T1 = wide_TV.logsumexp(-1, keepdim=True)
     loss = _summed(wide_TV, log_sum_T1, targets_T)
@@ -45,12 +47,12 @@ def _loss_and_gradient(logits_TV: Tensor, targets_T: Tensor) -> tuple[Tensor, Te
 
 @cache
 def _fused_loss_and_gradient() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The same in one kernel; made at first use, because importing the compiler takes seconds."""
+    """`_loss_and_gradient` in one kernel; compiled at first use, because importing the compiler takes seconds."""
     return torch.compile(_loss_and_gradient, dynamic=False)
 
 
 def _accumulate_product(total_VD: Tensor, grad_TV: Tensor, hidden_TD: Tensor) -> None:
-    """total += gradᵀ · hidden, summed in the type of `total` also where the factors are narrower."""
+    """total += gradᵀ · hidden, summed in the type of `total` even if the factors are narrower."""
     if total_VD.dtype == grad_TV.dtype:
         total_VD.addmm_(grad_TV.T, hidden_TD)
     elif total_VD.is_cuda:
@@ -72,7 +74,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         size = _chunk_size(hidden_TD.shape[0], weight_VD.shape[0], hidden_TD.device.type)
         for start in range(0, hidden_TD.shape[0], size):
             chunk = slice(start, start + size)
-            # Zeros keep a token out of the weight's gradient, at less cost than a look at each of its logits.
+            # Zero rows keep ignored tokens out of the weight's gradient; masking their logits would cost more.
             rows_TD = hidden_TD[chunk].masked_fill(is_left_out_T1[chunk], 0)
             logits_TV = rows_TD @ narrow_VD.T
             if grad_hidden_TD is None or grad_weight_VD is None:
@@ -84,7 +86,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
                 grad_hidden_TD[chunk].masked_fill_(is_left_out_T1[chunk], 0)
                 _accumulate_product(grad_weight_VD, grad_TV, rows_TD)
                 del grad_TV
-            del logits_TV  # before the next chunk's, so that only one is ever held
+            del logits_TV  # freed before the next chunk allocates its own
         if needs_gradient:
             ctx.save_for_backward(grad_hidden_TD, grad_weight_VD)
             ctx.weight_dtype = weight_VD.dtype
@@ -96,9 +98,9 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         grad_hidden_TD, grad_weight_VD = ctx.saved_tensors
         scaled_TD = (at_least_float32(grad_hidden_TD) * grad_loss).to(grad_hidden_TD.dtype)
         grad_loss = grad_loss.to(grad_weight_VD.dtype)
-        if _keeps_graph():  # another backward pass may follow, as in a pipeline that goes back in two halves
+        if _keeps_graph():  # another backward pass may follow, as in a pipeline whose backward pass has two halves
             grad_weight_VD = grad_weight_VD * grad_loss
-        else:  # autograd frees it after this; in place it needs no memory for a second matrix
+        else:  # autograd frees the saved gradient after this; in place it needs no second matrix
             grad_weight_VD.data.mul_(grad_loss)
         return scaled_TD, grad_weight_VD.to(ctx.weight_dtype), None, None
 
@@ -114,7 +116,7 @@ def _chunk_size(num_tokens: int, vocab_size: int, device_type: str) -> int:
 
 
 def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
-    """The reference's operation without ever holding all logits; the weight's gradient sums in float32 at least.
+    """The reference's operation without ever holding all logits; sums the weight's gradient in float32 at least.
 
     Differentiable once, by any number of backward passes.
     """

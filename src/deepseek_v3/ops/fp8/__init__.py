@@ -1,4 +1,4 @@
-"""Numbers of 8 bits with scales."""
+"""Matrices in 8-bit floating point (e4m3) with one scale per block."""
 
 from deepseek_v3.ops.fp8.reference import (
     BLOCK,

@@ -1,6 +1,6 @@
 """Rows in 8-bit floating point, with one scale for each 1×128 block (DeepSeek-V3 report, §3.3), in plain torch.
 
-Axes: T rows, D width, G blocks of 128 numbers of a row, the last of which may be shorter, N numbers of a block.
+Axes: T rows, D width, G blocks of 128 numbers of a row (the last one may be shorter), N numbers of a block.
 """
 
 import torch
@@ -14,28 +14,28 @@ _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
 def quantize_1x128(x_TD: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (T, D) of any float type as (T, D) e4m3 and scales (T, G) float32, whose product they are again.
+    """Quantizes rows (T, D) of any float type to (T, D) e4m3 and scales (T, G) float32; their product is the rows.
 
-    The largest number of a block becomes 448. A number comes back within 1/16 of itself, or within 2⁻¹⁰ of the
-    scale where it is below 2⁻⁶ of it. One number that is not finite turns its whole block into NaN.
+    The largest number of a block becomes 448. The error of a number is at most 1/16 of it, or 2⁻¹⁰ of the scale for
+    a number below 2⁻⁶ of the scale. One number that is not finite turns its whole block into NaN.
     """
     x_TGN = _in_blocks(x_TD.float())
-    # No less than normal numbers: blocks of zeros are divided by it, and GPUs may take smaller ones for zero.
+    # A normal number at least: blocks of zeros are divided by it, and GPUs may flush smaller numbers to zero.
     scales_TG = (x_TGN.abs().amax(-1) / _LARGEST).clamp(min=_SMALLEST_SCALE)
     quantized_TGN = (x_TGN / scales_TG.unsqueeze(-1)).to(E4M3)
     return quantized_TGN.flatten(1)[:, : x_TD.shape[1]].contiguous(), scales_TG
 
 
 def dequantize_1x128(quantized_TD: Tensor, scales_TG: Tensor, dtype: torch.dtype) -> Tensor:
-    """The rows again, (T, D) in `dtype`."""
+    """The rows (T, D) in `dtype`: each number times the scale of its block."""
     x_TGN = _in_blocks(quantized_TD.float()) * scales_TG.unsqueeze(-1)
     return x_TGN.flatten(1)[:, : quantized_TD.shape[1]].to(dtype)
 
 
 def dequantize_128x128(quantized_VD: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight (V, D) in `dtype` from e4m3 and one scale for each 128×128 block, as released checkpoints hold it.
+    """A weight (V, D) in `dtype`, from e4m3 and one scale per 128×128 block, the format of released checkpoints.
 
-    `scales` of any float type, (V / 128, D / 128) rounded up: the last blocks may be smaller.
+    `scales` has any float type and the shape (V / 128, D / 128), rounded up: the last blocks may be smaller.
     """
     scales_VG = scales.float().repeat_interleave(BLOCK, dim=0)[: quantized_VD.shape[0]]
     return dequantize_1x128(quantized_VD, scales_VG, dtype)

@@ -1,7 +1,9 @@
 """Absorbed latent attention, in plain torch.
 
-Every head reads the same cached row: its first C numbers are the normalised latent, which serves as key and
-as value; the other R are the rotated key that all heads share.
+Every head reads the same cached row: its first C numbers are the normalised latent, which is both key and value;
+its other R numbers are the rotated key that all heads share.
+
+Axes: B batch, S new tokens, T cached tokens, H heads, L = C + R width of a cached row.
 """
 
 import torch
@@ -11,11 +13,10 @@ from deepseek_v3.ops.dtypes import at_least_float32
 
 
 def mla_decode(q_BSHL: Tensor, cache_BTL: Tensor, positions_BS: Tensor, value_width: int, scale: float) -> Tensor:
-    """Attends from queries to the cached rows at or before their positions; (B, S, H, value_width).
+    """Attends from each query to the cached rows at or before its position; (B, S, H, value_width), type of `q`.
 
-    `q_BSHL` (batch, new tokens, heads, L = C + R); `cache_BTL` (batch, capacity, L); `positions_BS` int64, the
-    position of each query, which also says how many rows of the cache it may read. Rows beyond are never
-    used, whatever they hold. Scores and softmax in float32 (float64 for float64).
+    `positions_BS` int64. Rows behind the last position may hold anything, NaN included: they are never used. Scores
+    and softmax are computed in float32 (float64 for float64).
     """
     steps_T = torch.arange(cache_BTL.shape[1], device=cache_BTL.device)
     visible_BST = steps_T <= positions_BS[..., None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -50,14 +51,16 @@ def adamw_(
     scale: Tensor,
     step: AdamWStep,
 ) -> None:
-    """`MultiTensor.adamw_` of the back end for the device of `scale`."""
+    """The reference's `adamw_`, by the back end of the device that the tensors are on."""
     _backend(scale.device).adamw_(parameters, gradients, means, squares, scale, step)
 
 
 def sum_of_squares(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """`MultiTensor.sum_of_squares` of the back end for the device of the tensors."""
+    """The reference's `sum_of_squares`, by the back end of the device that the tensors are on."""
     return _backend(tensors[0].device).sum_of_squares(tensors, weights)
 
 
+@cache
 def _backend(device: torch.device) -> MultiTensor:
+    """Selected once per device: an optimizer that offloads its state updates tensors on several devices."""
     return MULTI_TENSOR.select(Target(device)).run

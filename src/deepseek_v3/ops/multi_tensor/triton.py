@@ -1,7 +1,7 @@
-"""The same in one kernel for all tensors, which finds them by their addresses.
+"""AdamW and sums of squares in one kernel for all tensors, which reads the tensors' addresses from a table.
 
-Launching a kernel for each of the hundreds of parameters of a model, and making views of each, keeps a CPU longer
-than the work itself keeps a GPU.
+For the hundreds of parameters of a model, launching one kernel each and making views of each takes the CPU longer
+than the work itself takes the GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from deepseek_v3.ops.multi_tensor.reference import AdamWStep
 
 _BLOCK = 4096
-_TOGETHER = 4  # numbers that are moved at once, where all tensors begin and end with whole fours
+_VECTOR = 4  # numbers that are loaded at once, where addresses and sizes of all tensors are multiples of it
 
 
 def adamw_(
@@ -72,7 +72,11 @@ _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 
 
 class _Blocks(NamedTuple):
-    """Tensors of certain sizes in blocks: of which tensor each is, where in it it begins; and all sizes."""
+    """Tensors cut into blocks of `_BLOCK` numbers.
+
+    `tables`: for each block its tensor (int32) and its first place in that tensor (int64); for each tensor its
+    size.
+    """
 
     number: int
     tables: tuple[Tensor, Tensor, Tensor]
@@ -94,12 +98,12 @@ def _weights(weights: tuple[float, ...], device: torch.device) -> Tensor:
 
 
 def _addresses(tensors: Sequence[Tensor], device: torch.device) -> tuple[Tensor, bool]:
-    """Where the tensors begin, int64 on the device, and whether their numbers can be moved in fours."""
-    found = [tensor.data_ptr() for tensor in tensors]
-    table = torch.tensor(found, dtype=torch.int64, pin_memory=device.type == "cuda")
-    begin_so = all(tensor.data_ptr() % (_TOGETHER * tensor.element_size()) == 0 for tensor in tensors)
-    end_so = all(tensor.numel() % _TOGETHER == 0 for tensor in tensors)
-    return table.to(device, non_blocking=True), begin_so and end_so
+    """The addresses of the tensors, int64 on the device, and whether all allow loads of `_VECTOR` numbers."""
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    table = torch.tensor(addresses, dtype=torch.int64, pin_memory=device.type == "cuda")
+    starts_aligned = all(tensor.data_ptr() % (_VECTOR * tensor.element_size()) == 0 for tensor in tensors)
+    sizes_aligned = all(tensor.numel() % _VECTOR == 0 for tensor in tensors)
+    return table.to(device, non_blocking=True), starts_aligned and sizes_aligned
 
 
 @triton.jit
@@ -112,9 +116,9 @@ def _begin(table, tensor, type: tl.constexpr, aligned: tl.constexpr):
 
 @triton.jit
 def _places(first_of, size_at, aligned: tl.constexpr, BLOCK: tl.constexpr):
-    """This block's places in its tensor, and which of them there are."""
+    """This block's places in its tensor, and which of them lie inside it."""
     first = tl.multiple_of(tl.load(first_of + tl.program_id(0)), BLOCK)
-    size = tl.load(size_at)  # here: the compiler forgets that an argument is a multiple of 4
+    size = tl.load(size_at)  # loaded here: the compiler forgets that an argument is a multiple of 4
     if aligned:
         size = tl.multiple_of(size, 4)
     place = first + tl.arange(0, BLOCK)

@@ -7,9 +7,9 @@ from deepseek_v3.ops.dtypes import at_least_float32
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """`x` (..., D) over its root mean square along the last axis, times `weight_D`; in the type of `x`.
+    """`x` (..., D) divided by its root mean square over the last axis, times `weight_D`; in the type of `x`.
 
-    Statistics and the product are taken in float32 (float64 for float64), and rounded once.
+    Computed in float32 (float64 for float64) and rounded once.
     """
     wide = at_least_float32(x)
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)

@@ -7,7 +7,7 @@ from deepseek_v3.ops.dtypes import at_least_float32
 
 
 def rotate(x_BSHR: Tensor, cos_BSP: Tensor, sin_BSP: Tensor) -> Tensor:
-    """Turns each pair (x[2p], x[2p+1]) by the angle whose cosine and sine are given.
+    """Rotates each pair (x[2p], x[2p+1]) by the angle with the given cosine and sine.
 
     `x_BSHR` (batch, sequence, heads, R); `cos_BSP`, `sin_BSP` (batch or 1, sequence, R/2) float32.
     Computed in float32 (float64 for float64), returned in the type of `x_BSHR`.

@@ -7,9 +7,9 @@ from deepseek_v3.ops.dtypes import at_least_float32
 
 
 def swiglu(gate: Tensor, up: Tensor, weight: Tensor | None = None) -> Tensor:
-    """silu(gate) · up, times an optional `weight` broadcast against them; in the type of `gate`.
+    """silu(gate) · up, times an optional `weight` that broadcasts against them; in the type of `gate`.
 
-    Taken in float32 (float64 for float64) and rounded once.
+    Computed in float32 (float64 for float64) and rounded once.
     """
     product = F.silu(at_least_float32(gate)) * at_least_float32(up)
     if weight is not None:
