@@ -89,7 +89,7 @@ def test_texts_longer_than_any_trained_on_are_named(checkpoint, caplog, new_toke
     assert len(tokenizer.encode(prompt)) == 3
     result = run(checkpoint, "--prompt", prompt, "--max-new-tokens", new_tokens)
     assert result.exit_code == 0, result.output
-    expected = f"may reach {longest} tokens, and the model was trained on 16 at most"
+    expected = f"may reach {longest} tokens, and the model was trained on sequences of 16"
     assert [expected in line for line in caplog.messages] == ([] if longest is None else [True])
     assert "may reach" not in result.stdout
 

@@ -67,8 +67,8 @@ def ngram_losses(
 class _Counts:
     """Counts of a text, per vocabulary id, and of the wanted pairs.
 
-    `contexts` counts a token with another one after it, `followers` the different tokens after a context, `pairs` the
-    wanted pairs. `once` and `twice` are the numbers of different pairs with that count.
+    `contexts` counts a token with another one after it, `followers` the different tokens after a context, `pairs`
+    the wanted pairs. `once` and `twice` are the numbers of different pairs with that count.
     """
 
     tokens: Int64Array
