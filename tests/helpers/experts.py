@@ -1,4 +1,4 @@
-"""Mixture layers whose experts lie on several ranks, beside the same layers in one process."""
+"""Mixture layers with experts sharded over several ranks, and the same layers in one process."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ ALL_TO_ALL = dist.all_to_all_single
 
 @dataclass(frozen=True)
 class Case:
-    """Tokens on each rank, and the layer that they meet.
+    """The number of tokens on each rank, and how the layers are built.
 
-    `favoured` experts are those that the router prefers to all others. `model` are fields of its config.
+    The router prefers `favoured` experts to all others. `model` holds fields of the layers' config.
     """
 
     lengths: tuple[int, ...]
@@ -49,7 +49,7 @@ class Case:
         return layers.to(self.dtype)
 
     def tokens(self) -> tuple[Tensor, Tensor]:
-        """The tokens of all ranks, (1, T, D), and what the gradient of the output is to be."""
+        """The tokens of all ranks and the gradient of the output, each (1, T, D)."""
         generator = torch.Generator().manual_seed(self.seed)
         shape = (2, 1, sum(self.lengths), small_config(**self.model).hidden_size)
         x_BSD, upstream_BSD = torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -57,7 +57,7 @@ class Case:
 
 
 def run_layers(layers: nn.ModuleList, x_BSD: Tensor, upstream_BSD: Tensor, recomputed: bool) -> dict[str, Tensor]:
-    """Output, and gradients of the tokens and of every weight, of layers one after the other."""
+    """Runs the layers one after the other; returns the output and the gradients of tokens and weights by name."""
     x_BSD = x_BSD.clone().requires_grad_()
     y_BSD = x_BSD
     for layer in layers:
@@ -69,25 +69,25 @@ def run_layers(layers: nn.ModuleList, x_BSD: Tensor, upstream_BSD: Tensor, recom
     return {"y": y_BSD.detach(), "x": x_BSD.grad} | gradients
 
 
-def alone(case: Case, layers: int = 2) -> dict[str, Tensor]:
-    """What one process with all experts computes of the tokens of all ranks."""
+def run_single_process(case: Case, layers: int = 2) -> dict[str, Tensor]:
+    """The results of one process with all experts and the tokens of all ranks."""
     modules = case.layers()[:layers]
     if case.fp8:
         for layer in modules:
-            layer.dispatcher = Rounding(layer.config.n_routed_experts)
+            layer.dispatcher = RoundingDispatcher(layer.config.n_routed_experts)
     return run_layers(modules, *case.tokens(), recomputed=False)
 
 
-class Rounding(LocalDispatcher):
-    """Experts see rows as they are after a journey in 8 bits; gradients pass the rounding by."""
+class RoundingDispatcher(LocalDispatcher):
+    """Rounds the rows for the experts to FP8; gradients ignore the rounding."""
 
     def dispatch(self, x_TD: Tensor, gates_TK: Tensor, experts_TK: Tensor) -> DispatchedTokens:
         rounded_TD = dequantize_1x128(*quantize_1x128(x_TD.detach()), x_TD.dtype)
         return super().dispatch(x_TD + (rounded_TD - x_TD.detach()), gates_TK, experts_TK)
 
 
-def on_this_rank(case: Case, dispatcher: Dispatcher | None = None) -> dict[str, Tensor]:
-    """What this rank computes of its tokens with its experts."""
+def run_this_rank(case: Case, dispatcher: Dispatcher | None = None) -> dict[str, Tensor]:
+    """The results of this rank with its tokens and its experts."""
     rank, world = dist.get_rank(), dist.get_world_size()
     layers = case.layers()
     for layer in layers:
@@ -98,16 +98,16 @@ def on_this_rank(case: Case, dispatcher: Dispatcher | None = None) -> dict[str, 
     return run_layers(layers, x_BSD, upstream_BSD, case.recomputed)
 
 
-def poisoned_on_this_rank(cases: list[Case]) -> list[dict[str, Tensor]]:
-    """The same for some cases, with every buffer full of NaN until it is written."""
-    with not_a_number_in_new_memory() as count:
-        results = [on_this_rank(case) for case in cases]
+def run_cases_with_nan_memory(cases: list[Case]) -> list[dict[str, Tensor]]:
+    """The results of this rank for each case; new memory holds NaN until it is written."""
+    with fill_new_memory_with_nan() as count:
+        results = [run_this_rank(case) for case in cases]
     assert count
     return results
 
 
-def together(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The results of all ranks as one process would have them: tokens and experts in a row, all else summed."""
+def merge_ranks(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Merges the results of all ranks: concatenates tokens and experts, and sums all other gradients."""
     whole = {}
     for name in parts[0]:
         values = [part[name] for part in parts]
@@ -121,8 +121,8 @@ def together(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def not_a_number_in_new_memory() -> Iterator[list[int]]:
-    """Fills what is allocated without a value with bytes of ones, which is NaN in every float format."""
+def fill_new_memory_with_nan() -> Iterator[list[int]]:
+    """Sets all bits of memory that is allocated without a value, which is NaN in every float format."""
     filled: list[int] = []
 
     def filling(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -144,7 +144,7 @@ def not_a_number_in_new_memory() -> Iterator[list[int]]:
 
 
 def rows_sent_and_received(case: Case) -> list[tuple[list[int], list[int]]]:
-    """For every exchange of rows in the first pass through one layer, rows to and from each rank."""
+    """For every exchange of rows, in order, the number of rows sent to and received from each rank."""
     exchanges: list[tuple[list[int], list[int]]] = []
 
     def watched(output: Tensor, input_: Tensor, received: Any, sent: Any, **options: Any) -> Any:
@@ -154,12 +154,12 @@ def rows_sent_and_received(case: Case) -> list[tuple[list[int], list[int]]]:
         return ALL_TO_ALL(output, input_, received, sent, **options)
 
     with patch.object(dist, "all_to_all_single", watched):
-        on_this_rank(case)
+        run_this_rank(case)
     return exchanges
 
 
 def order_of_events(case: Case) -> tuple[list[str], dict[str, Tensor]]:
-    """What happened in which order in one layer, with rows that move only once somebody waits for them."""
+    """The order of events in one layer, with exchanges that move rows only when something waits for them."""
     events: list[str] = []
 
     class Delayed:
@@ -176,7 +176,7 @@ def order_of_events(case: Case) -> tuple[list[str], dict[str, Tensor]]:
         events.append("start")
         return Delayed(*arguments, **options)
 
-    def tell(name: str) -> Callable[..., None]:
+    def record(name: str) -> Callable[..., None]:
         return lambda *_: events.append(name)
 
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -185,18 +185,18 @@ def order_of_events(case: Case) -> tuple[list[str], dict[str, Tensor]]:
     layer.dispatcher = AllToAllDispatcher(layer.config.n_routed_experts, exchange_steps(dist.group.WORLD))
     layer.experts.keep_shard(rank, world)
     for name, module in (("hidden", layer.shared_experts.up_proj), ("down", layer.shared_experts.down_proj)):
-        module.register_forward_hook(tell(f"shared {name}"))
-        module.register_full_backward_hook(tell(f"shared {name} backward"))
-    layer.experts.register_forward_hook(tell("routed"))
-    layer.experts.register_full_backward_hook(tell("routed backward"))
+        module.register_forward_hook(record(f"shared {name}"))
+        module.register_full_backward_hook(record(f"shared {name} backward"))
+    layer.experts.register_forward_hook(record("routed"))
+    layer.experts.register_full_backward_hook(record("routed backward"))
     x_BSD, upstream_BSD = (tensor.split(case.lengths, dim=1)[rank] for tensor in case.tokens())
-    with patch.object(dist, "all_to_all_single", delayed), not_a_number_in_new_memory():
+    with patch.object(dist, "all_to_all_single", delayed), fill_new_memory_with_nan():
         result = run_layers(layers, x_BSD, upstream_BSD, recomputed=False)
     return events, result
 
 
 def sums_of_constants(values: list[float], ranks_per_node: int | None) -> tuple[list[float], list[float]]:
-    """A token whose experts, one on each rank, answer with the value of theirs, and have it for gradient."""
+    """Output and gradient of a token whose experts, one per rank, each add and multiply by their rank's value."""
     value = values[dist.get_rank()]
     experts_TK = torch.arange(len(values)).unsqueeze(0)
     x_TD = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Small models with weights worth testing."""
+"""Small models, filled with noise, for tests."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ YARN = RopeScaling(factor=4.0, original_max_position_embeddings=16, mscale=1.0, 
 
 
 def small_config(**changes: Any) -> ModelConfig:
-    """Every part of the architecture, in widths that differ so that none can stand in for another."""
+    """A config with every part of the architecture; all widths differ, so that tests notice swapped widths."""
     fields: dict[str, Any] = {
         "vocab_size": 97,
         "hidden_size": 40,
@@ -38,7 +38,7 @@ def small_config(**changes: Any) -> ModelConfig:
 
 @torch.no_grad()
 def fill_with_noise(module: nn.Module, std: float = 0.2) -> None:
-    """Weights large enough to matter: norms around one, everything else and the routing biases around zero."""
+    """Sets random weights: norms around one, all others and the routing biases around zero."""
     for name, parameter in module.named_parameters():
         parameter.normal_(mean=1.0 if name.endswith("norm.weight") else 0.0, std=std)
     for name, buffer in module.named_buffers():
@@ -67,6 +67,6 @@ def largest_difference(one: Tensor, other: Tensor) -> float:
 def relative_difference(found: Tensor, expected: Tensor) -> float:
     """The largest difference over the largest expected number.
 
-    An expert that no token met has no gradient to compare with, so the divisor is at least 1e-3.
+    The divisor is at least 1e-3, because an expert without tokens has a gradient of zero.
     """
     return largest_difference(found, expected) / max(expected.abs().max().item(), 1e-3)

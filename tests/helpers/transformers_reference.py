@@ -1,6 +1,6 @@
-"""The same model built by Transformers, and its tensors under the names of the released checkpoint.
+"""The same model in Transformers, and its tensors under the names of the released checkpoint.
 
-Renaming is written here once more, so that a mistake in `deepseek_v3.interop` cannot hide itself.
+The renaming is implemented here a second time, so that tests notice a mistake in `deepseek_v3.interop`.
 """
 
 from collections.abc import Mapping

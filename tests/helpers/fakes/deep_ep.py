@@ -1,7 +1,7 @@
-"""Stand-ins for the two buffers of the DeepEP library, with its signatures and rules, over gloo.
+"""Fakes of the two buffers of the DeepEP library, with its signatures and rules, over gloo.
 
-Every rank gathers what all ranks send and picks its own. What a call returns holds NaN until its event is waited
-for, as memory that a kernel has yet to write.
+Every rank gathers the data that all ranks send and selects its own. The tensors that a call returns hold NaN until
+its event is waited for, like memory that a kernel has not written yet.
 """
 
 # ruff: noqa: ARG002, ARG004 -- the signatures are the library's
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepseek_v3.moe.deepep import BufferShape, DeepEPDispatcher, ElasticBuffer, LegacyBuffer
-from helpers.experts import Case, on_this_rank
+from helpers.experts import Case, run_this_rank
 
 NOT_CHOSEN = -1
 
@@ -32,14 +32,14 @@ class Event:
         self.appear()
 
 
-class Wire:
-    """What both buffers do, with the ranks of a group for a network."""
+class Network:
+    """The exchange that both buffers run, between the ranks of a group."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group, self.rank, self.ranks = group, group.rank(), group.size()
 
     def dispatch(self, rows: list[Tensor], experts_TK: Tensor, gates_TK: Tensor | None, num_experts: int) -> Any:
-        """Rows, experts and gates that come here, how many for each expert, and from where: (rank, token) pairs."""
+        """Rows, experts and gates for this rank, the count of each expert, and the (rank, token) of each row."""
         size = num_experts // self.ranks
         sent = self._gathered(([part.view(torch.uint8) for part in rows], experts_TK, gates_TK))
         goes_here = [(experts_TK // size == self.rank).any(1) for _, experts_TK, _ in sent]
@@ -58,7 +58,7 @@ class Wire:
         return arriving_rows, experts_RK, gates_RK, counts, places
 
     def combine(self, values: Tensor, places: list[tuple[int, int]], tokens: int) -> Tensor:
-        """Sums in float32 of the rows that all ranks have for tokens of this one."""
+        """For each token of this rank, the sum of the rows that all ranks hold for it, in float32."""
         sums = torch.zeros(tokens, values.shape[1])
         for others, their_places in self._gathered((values, places)):
             for value, (rank, token) in zip(others, their_places, strict=True):
@@ -73,7 +73,7 @@ class Wire:
 
 
 def later(*results: Tensor | None) -> tuple[list[Any], Event]:
-    """Memory for results, and the event at which they are in it."""
+    """Tensors for the results, and the event that writes the results to them."""
     memory = [None if r is None else torch.empty(r.shape, dtype=r.dtype) for r in results]
     for place in memory:
         if place is not None:
@@ -119,7 +119,7 @@ class FakeBuffer:
 
     def __init__(self, group: dist.ProcessGroup, num_nvl_bytes: int = 0, num_rdma_bytes: int = 0) -> None:
         assert num_nvl_bytes > 0
-        self.wire, self.hidden_bytes = Wire(group), num_nvl_bytes // group.size()
+        self.wire, self.hidden_bytes = Network(group), num_nvl_bytes // group.size()
 
     @staticmethod
     def capture() -> Event:
@@ -207,7 +207,7 @@ class FakeBuffer:
         return combined(self.wire, check_rows(x)[0], topk_weights, handle[2], len(handle[0]))
 
 
-def combined(wire: Wire, x: Tensor, weights: Tensor | None, places: Any, tokens: int) -> Any:
+def combined(wire: Network, x: Tensor, weights: Tensor | None, places: Any, tokens: int) -> Any:
     assert len(x) == len(places)
     sums = wire.combine(x, places, tokens)
     weight_sums = None
@@ -240,7 +240,7 @@ class FakeElasticBuffer:
         num_gpu_timeout_secs: int = 100,
         explicitly_destroy: bool = False,
     ) -> None:
-        self.wire, self.most, self.hidden, self.num_topk = Wire(group), num_max_tokens_per_rank, hidden, num_topk
+        self.wire, self.most, self.hidden, self.num_topk = Network(group), num_max_tokens_per_rank, hidden, num_topk
         self.num_sms = 20  # as long as nobody asks for an estimate
 
     @staticmethod
@@ -318,8 +318,8 @@ class FakeElasticBuffer:
         return combined(self.wire, check_rows(x)[0], topk_weights, handle.places, len(handle.topk_idx))
 
 
-def by_deepep(case: Case, generation: str) -> dict[str, Tensor]:
-    """What this rank computes of its tokens, with a stand-in for one of DeepEP's buffers on the way to experts."""
+def run_this_rank_with_deepep(case: Case, generation: str) -> dict[str, Tensor]:
+    """The results of this rank, with tokens dispatched and combined by a fake of one of DeepEP's buffers."""
     config = case.layers()[0].config
     in_groups = config.topk_group < config.n_group
     shape = BufferShape(max(case.lengths), config.hidden_size, config.num_experts_per_tok, case.dtype, in_groups)
@@ -327,4 +327,4 @@ def by_deepep(case: Case, generation: str) -> dict[str, Tensor]:
     library.Buffer, library.ElasticBuffer = FakeBuffer, FakeElasticBuffer
     kind = {"Buffer": LegacyBuffer, "ElasticBuffer": ElasticBuffer}[generation]
     buffer = kind(library, config.n_routed_experts, dist.group.WORLD, shape)
-    return on_this_rank(case, DeepEPDispatcher(config.n_routed_experts // dist.get_world_size(), buffer, case.fp8))
+    return run_this_rank(case, DeepEPDispatcher(config.n_routed_experts // dist.get_world_size(), buffer, case.fp8))

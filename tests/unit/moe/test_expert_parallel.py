@@ -1,4 +1,4 @@
-"""Experts on several ranks, real processes over gloo, against one process that has all experts."""
+"""Experts sharded over several ranks (real processes over gloo) against one process that has all experts."""
 
 from dataclasses import replace
 from typing import Any
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from helpers.experts import (
     Case,
-    alone,
-    on_this_rank,
+    merge_ranks,
     order_of_events,
-    poisoned_on_this_rank,
     rows_sent_and_received,
+    run_cases_with_nan_memory,
+    run_single_process,
+    run_this_rank,
     sums_of_constants,
-    together,
 )
 from helpers.models import relative_difference
 from helpers.rank_pool import RankPool
@@ -35,7 +35,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
 
 @st.composite
 def some_cases(draw: st.DrawFn) -> list[Case]:
-    """Any tokens on 1, 2 or 4 ranks, any experts, any way to them."""
+    """Any tokens on 1, 2 or 4 ranks, any experts, one exchange step or two."""
     world = draw(st.sampled_from([1, 2, 4]))
     return draw(st.lists(cases(world), min_size=4, max_size=4))
 
@@ -63,9 +63,11 @@ def cases(draw: st.DrawFn, world: int) -> Case:
 @settings(max_examples=5)
 @given(drawn=some_cases())
 def test_ranks_compute_what_one_process_does(pool: RankPool, drawn: list[Case]) -> None:
-    results = pool.run(len(drawn[0].lengths), poisoned_on_this_rank, drawn)
+    results = pool.run(len(drawn[0].lengths), run_cases_with_nan_memory, drawn)
     for number, case in enumerate(drawn):
-        assert_same(together([result[number] for result in results]), alone(case), TOLERANCES[case.dtype])
+        assert_same(
+            merge_ranks([result[number] for result in results]), run_single_process(case), TOLERANCES[case.dtype]
+        )
 
 
 # K experts of 8, of which each of four ranks holds two.
@@ -85,37 +87,39 @@ SITUATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("ranks_per_node", [None, 2], ids=["one hop", "by way of nodes"])
+@pytest.mark.parametrize("ranks_per_node", [None, 2], ids=["one step", "two steps"])
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_every_situation_with_new_memory_full_of_nan(
     pool: RankPool, dtype: torch.dtype, ranks_per_node: int | None
 ) -> None:
     situations = [Case(**fields, dtype=dtype, ranks_per_node=ranks_per_node) for fields in SITUATIONS.values()]
-    results = pool.run(4, poisoned_on_this_rank, situations)
+    results = pool.run(4, run_cases_with_nan_memory, situations)
     for number, case in enumerate(situations):
-        assert_same(together([result[number] for result in results]), alone(case), TOLERANCES[dtype])
+        assert_same(
+            merge_ranks([result[number] for result in results]), run_single_process(case), TOLERANCES[dtype]
+        )
 
 
 @pytest.mark.parametrize("situation", SITUATIONS)
 def test_dispatched_rows_in_fp8_leave_gradients_exact(pool: RankPool, situation: str) -> None:
-    """One process rounds the rows of its experts alike, and passes gradients by the rounding."""
-    one_hop = Case(**SITUATIONS[situation], fp8=True)
-    for case in (one_hop, replace(one_hop, ranks_per_node=2)):
-        assert_same(together(pool.run(4, on_this_rank, case)), alone(case), 1e-10)
+    """One process rounds the rows of its experts to FP8 too; gradients ignore the rounding."""
+    one_step = Case(**SITUATIONS[situation], fp8=True)
+    for case in (one_step, replace(one_step, ranks_per_node=2)):
+        assert_same(merge_ranks(pool.run(4, run_this_rank, case)), run_single_process(case), 1e-10)
 
 
-@pytest.mark.parametrize("ranks_per_node", [None, 2], ids=["one hop", "by way of nodes"])
-@pytest.mark.parametrize("fp8", [False, True], ids=["as it is", "8 bits"])
+@pytest.mark.parametrize("ranks_per_node", [None, 2], ids=["one step", "two steps"])
+@pytest.mark.parametrize("fp8", [False, True], ids=["activations", "fp8"])
 def test_recomputed_layers_have_the_same_gradients(pool: RankPool, fp8: bool, ranks_per_node: int | None) -> None:
     case = Case((5, 0, 3, 7), recomputed=True, fp8=fp8, ranks_per_node=ranks_per_node)
-    again = pool.run(4, poisoned_on_this_rank, [case])
-    once = pool.run(4, poisoned_on_this_rank, [replace(case, recomputed=False)])
+    again = pool.run(4, run_cases_with_nan_memory, [case])
+    once = pool.run(4, run_cases_with_nan_memory, [replace(case, recomputed=False)])
     for (one,), (other,) in zip(again, once, strict=True):
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in other)
 
 
-# What travels.
+# The rows that are sent.
 
 
 def chosen_experts(case: Case) -> list[list[list[int]]]:
@@ -158,11 +162,11 @@ def test_a_token_is_sent_once_to_each_node_of_its_experts(pool: RankPool, situat
         assert exchanges[:4] == expected
 
 
-# When it travels.
+# The order of exchanges and computation.
 
 
 def test_shared_experts_overlap_with_both_exchanges(pool: RankPool) -> None:
-    """Rows move only when somebody waits, into memory full of NaN, so that nothing before can depend on them."""
+    """Rows arrive only when something waits, in memory full of NaN, so nothing before can depend on them."""
     case = Case((5, 3))
     results = pool.run(2, order_of_events, case)
     for events, _ in results:
@@ -171,8 +175,8 @@ def test_shared_experts_overlap_with_both_exchanges(pool: RankPool) -> None:
             *("start", "shared down backward", "wait", "routed backward"),
             *("start", "shared hidden backward", "wait"),
         ]
-    expected = alone(case, layers=1)
-    assert_same(together([result for _, result in results]), expected, 1e-10)
+    expected = run_single_process(case, layers=1)
+    assert_same(merge_ranks([result for _, result in results]), expected, 1e-10)
 
 
 def test_results_of_several_ranks_are_summed_in_float32(pool: RankPool) -> None:

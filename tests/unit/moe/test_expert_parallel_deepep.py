@@ -1,4 +1,4 @@
-"""The DeepEP back end with stand-ins for the library, and how a back end is chosen."""
+"""The DeepEP back end with fakes of the library, and the selection of a back end."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from deepseek_v3.moe.all_to_all import AllToAllDispatcher
 from deepseek_v3.moe.deepep import BufferShape, DeepEPDispatcher
 from deepseek_v3.moe.select_dispatcher import select_dispatcher
 from deepseek_v3.utils.errors import ConfigError
-from helpers.experts import Case, on_this_rank
-from helpers.fakes.deep_ep import by_deepep
+from helpers.experts import Case, run_this_rank
+from helpers.fakes.deep_ep import run_this_rank_with_deepep
 from helpers.rank_pool import RankPool
 
 GENERATIONS = ["Buffer", "ElasticBuffer"]
@@ -38,20 +38,20 @@ SITUATIONS: dict[str, dict[str, Any]] = {
 def test_deepep_equals_torch_bit_for_bit(pool: RankPool, situation: str, generation: str) -> None:
     """Bit for bit: rows arrive in the same order, and sums of a few bfloat16 are exact in float32."""
     case = Case(**{"model": MODEL, **SITUATIONS[situation]}, dtype=torch.bfloat16)
-    expected = pool.run(len(case.lengths), on_this_rank, case)
-    found = pool.run(len(case.lengths), by_deepep, case, generation)
+    expected = pool.run(len(case.lengths), run_this_rank, case)
+    found = pool.run(len(case.lengths), run_this_rank_with_deepep, case, generation)
     for one, other in zip(found, expected, strict=True):
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in other)
 
 
-# Choosing.
+# Selecting a back end.
 
 BUFFER_SHAPE = BufferShape(tokens=64, width=256, experts_per_token=2, dtype=torch.bfloat16)
 
 
 class Group(SimpleNamespace):
-    """A process group as far as choosing looks at it."""
+    """The part of a process group that the selection reads."""
 
     def size(self) -> int:
         return 4
@@ -61,7 +61,7 @@ class Group(SimpleNamespace):
 
 
 class SilentBuffer:
-    """A buffer that is made and not used."""
+    """A buffer that is created and not used."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.get_theoretical_num_sms = lambda *_: 4
