@@ -1,4 +1,4 @@
-"""The device, the versions and the commit that a benchmark's figures belong to."""
+"""The device, the library versions and the commit with which a benchmark was measured."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def environment(*packages: str, commit: str | None = None) -> dict[str, object]:
-    """For the head of a result file; `commit` where the code was copied without its history."""
+    """The first fields of a result file. Give `commit` where the code was copied without its Git history."""
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},

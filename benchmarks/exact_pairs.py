@@ -1,9 +1,9 @@
 """All pairs of near duplicates in a corpus, exactly: `python benchmarks/exact_pairs.py FOLDER`.
 
-Two documents are alike from a Jaccard similarity of 0.8 on between their sets of five consecutive words; words are
-those of words.py. Nothing is hashed and nothing is estimated. Beside the corpus,
-`pairs.npy` gets the documents of each pair, int64 [pairs, 2], counted from 0 in the order of the corpus, smaller
-numbers first, sorted; `similarities.npy` their similarities, float64 [pairs].
+Two documents are near duplicates if their sets of five consecutive words have a Jaccard similarity of at least 0.8;
+words.py defines the words. Nothing is hashed and nothing is estimated. The script writes two files beside the
+corpus: `pairs.npy` has the documents of each pair, int64 [pairs, 2], counted from 0 in the order of the corpus, the
+smaller number first, sorted; `similarities.npy` has their similarities, float64 [pairs].
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ SHINGLE = 5
 Int64Array: TypeAlias = NDArray[np.int64]
 Float64Array: TypeAlias = NDArray[np.float64]
 
-_CANDIDATES = 2**16  # pairs whose shingles are compared at a time
-_WAITING = 2**26  # pairs, some of them several times, before they are sorted
+_CANDIDATES = 2**16  # pairs that are compared at a time
+_WAITING = 2**26  # pairs, with repeats, that are collected before they are sorted
 
 
 def main(
@@ -41,7 +41,7 @@ def main(
 
 
 def similar_pairs(texts: Iterable[str], threshold: float = THRESHOLD) -> tuple[Int64Array, Float64Array]:
-    """The pairs of texts that are at least so similar, int64 [pairs, 2], and how similar they are, [pairs]."""
+    """The pairs of texts that are at least as similar as `threshold`, int64 [pairs, 2], and their similarities."""
     documents, shingles = shingle_sets(texts)
     matrix = _rarest_first(documents, shingles)
     sizes = np.diff(matrix.indptr).astype(np.int64)
@@ -58,10 +58,10 @@ def similar_pairs(texts: Iterable[str], threshold: float = THRESHOLD) -> tuple[I
 
 
 def shingle_sets(texts: Iterable[str]) -> tuple[Int64Array, Int64Array]:
-    """Pairs of a document and a shingle of it, each once, sorted: two arrays of one length.
+    """The different (document, shingle) pairs, sorted: two arrays of the same length.
 
-    Shingles are numbered anew, step by step: first the pairs of words, then of these pairs, then with the fifth
-    word. A text of fewer than five words has one shingle, of all of them; a text without words has none.
+    Shingles are numbered step by step: pairs of words, then pairs of these pairs, then these with the fifth word. A
+    text of fewer than five words has one shingle of all its words; a text without words has none.
     """
     words, starts = _numbered_words(texts)
     documents = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
@@ -73,7 +73,7 @@ def shingle_sets(texts: Iterable[str]) -> tuple[Int64Array, Int64Array]:
 
 
 def _numbered_words(texts: Iterable[str]) -> tuple[Int64Array, Int64Array]:
-    """All words of all texts as numbers, and where each text starts; short texts are filled up with 0."""
+    """All words of all texts as numbers, and where each text starts; short texts are padded with 0."""
     numbers: dict[str, int] = {}
     words: list[NDArray[np.int32]] = []
     starts = [0]
@@ -86,7 +86,7 @@ def _numbered_words(texts: Iterable[str]) -> tuple[Int64Array, Int64Array]:
 
 
 def _numbered(one: Int64Array, other: Int64Array) -> Int64Array:
-    """A number for each pair, the same for equal pairs alone."""
+    """A number for each pair; two pairs have the same number only if they are equal."""
     return np.unique(one << 32 | other, return_inverse=True)[1].astype(np.int64)
 
 
@@ -96,7 +96,7 @@ def _once(documents: Int64Array, shingles: Int64Array) -> tuple[Int64Array, Int6
 
 
 def _rarest_first(documents: Int64Array, shingles: Int64Array) -> sparse.csr_matrix:
-    """Documents as rows, shingles as columns, the rarest ones first in each row."""
+    """Documents as rows, shingles as columns; the columns of each row are sorted, the rarest shingle first."""
     counts = np.bincount(shingles)
     column = np.empty(len(counts), np.int64)
     column[np.argsort(counts, kind="stable")] = np.arange(len(counts))
@@ -109,7 +109,7 @@ def _rarest_first(documents: Int64Array, shingles: Int64Array) -> sparse.csr_mat
 def _candidates(
     matrix: sparse.csr_matrix, sizes: Int64Array, threshold: float
 ) -> Iterator[tuple[Int64Array, Int64Array]]:
-    """Pairs among which all similar ones are, each once, the smaller number first.
+    """Candidate pairs, which include all similar pairs; each pair once, the smaller number first.
 
     A set of n that has a Jaccard similarity of t with another has at least ⌈t·n⌉ elements in common with it. So in
     any order of all elements the two have one in common among the first n - ⌈t·n⌉ + 1 of each (Chaudhuri et al.

@@ -1,4 +1,4 @@
-"""Our heuristic filters beside datatrove's on the same documents: verdicts, causes of differences, MB/s of a core.
+"""Our heuristic filters and datatrove's on the same documents: verdicts, causes of differences, MB/s per core.
 
 `python benchmarks/heuristics_agreement.py DOCUMENTS.jsonl --peer-python PEERS/bin/python --output RESULT.json`
 
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def run_peer(python: Path, texts: Sequence[str]) -> dict[str, Any]:
-    """What datatrove makes of the texts."""
+    """The results of datatrove's filters on the texts."""
     with tempfile.TemporaryDirectory() as folder:
         documents, output = Path(folder, "documents.jsonl"), Path(folder, "result.json")
         documents.write_bytes(b"".join(orjson.dumps({"text": text}) + b"\n" for text in texts))
@@ -92,10 +92,10 @@ def run_peer(python: Path, texts: Sequence[str]) -> dict[str, Any]:
 def compare(texts: Sequence[str], theirs: dict[str, Any]) -> dict[str, Any]:
     """Speed of both, agreement of the chain and of each group of rules alone, and the causes of differences."""
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    reasons, kept, seconds = judge(texts)
+    reasons, kept, seconds = apply_filters(texts)
     groups = {"chain": agreement(reasons, theirs["chain"])}
     for group in RULE_GROUPS:
-        groups[group] = agreement(judge(texts, group)[0], theirs["alone"][group])
+        groups[group] = agreement(apply_filters(texts, group)[0], theirs["alone"][group])
     both = [row for row, reason in enumerate(reasons) if reason is None and theirs["chain"][row] is None]
     return {
         "documents": len(texts),
@@ -108,7 +108,7 @@ def compare(texts: Sequence[str], theirs: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def judge(texts: Sequence[str], *rules: str) -> tuple[Reasons, dict[int, str], float]:
+def apply_filters(texts: Sequence[str], *rules: str) -> tuple[Reasons, dict[int, str], float]:
     """Our reason for each document, the texts of those kept, and the CPU seconds this took."""
     stage = HeuristicFilter(**({"rules": list(rules)} if rules else {}))
     batches = list(batched(texts))

@@ -84,7 +84,7 @@ def batches_per_second(loader: TokenLoader, batch_size: int) -> float:
 
 
 def calls_per_second(run: Callable[[], object]) -> float:
-    """The best of three spans of time, each after a call to warm up."""
+    """The best of three measurements, each after a call that warms up."""
     best = 0.0
     for _ in range(3):
         run()

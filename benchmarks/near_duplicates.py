@@ -1,4 +1,4 @@
-"""Systems that remove near duplicates, each from JSONL shards to JSONL survivors, and how well they do it."""
+"""Programs that remove near duplicates from JSONL shards, and the quality of their results."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Decisions(NamedTuple):
 
 @dataclass(frozen=True)
 class System:
-    """A program: the command that runs it on a corpus, and what it decided, read from the folder of its output."""
+    """A program: the command that runs it on a corpus, and a reader of its decisions from its output folder."""
 
     name: str
     command: Callable[[Path, Path], list[str | Path]]
@@ -38,7 +38,7 @@ class System:
 
 
 def systems(peers: Path, workers: int) -> dict[str, System]:
-    """By name: ours, and those that the Python in the folder `peers` has."""
+    """All programs by name: ours, and those installed in the virtual environment `peers`."""
     python = peers / "bin" / "python"
 
     def datatrove(buckets: int) -> Callable[[Path, Path], list[str | Path]]:
@@ -68,15 +68,15 @@ def score(decisions: Decisions, pairs: Int64Array) -> dict[str, Any]:
     """
     clusters, kept = decisions
     one, other = pairs.T
-    together = clusters[one] == clusters[other]
+    same_cluster = clusters[one] == clusters[other]
     alike = np.zeros(len(clusters), np.bool_)
-    alike[pairs[together]] = True
+    alike[pairs[same_cluster]] = True
     sizes = np.unique(clusters, return_counts=True)[1]
     return {
         "resolved": 1 - float((kept[one] & kept[other]).sum()) / len(pairs),
         "justified": float(alike[~kept].mean()),
-        "recall": float(together.mean()),
-        "precision": float(together.sum() / (sizes * (sizes - 1) // 2).sum()),
+        "recall": float(same_cluster.mean()),
+        "precision": float(same_cluster.sum() / (sizes * (sizes - 1) // 2).sum()),
         "removed": int((~kept).sum()),
         "removable": len(clusters) - len(np.unique(connected(len(clusters), pairs))),
     }

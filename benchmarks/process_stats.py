@@ -1,4 +1,4 @@
-"""Runs a program and measures it from outside: the time until it ends, and the memory of it and all it starts."""
+"""Runs a program and measures its wall-clock time and the memory of its process tree."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-_INTERVAL = 0.2  # seconds between two looks at the memory
+_INTERVAL = 0.2  # seconds between two samples of the memory
 
 
 class ProcessStats(NamedTuple):
-    """Wall-clock time, start and end of the program included, and the most memory at any look, in 10^6 bytes.
+    """Wall-clock seconds from start to exit, and the largest sampled memory in 10^6 bytes.
 
-    Memory is what the processes themselves filled. Files that are mapped into it do not count: the system takes
-    them out of it again whenever it needs room.
+    Memory is the anonymous and shared memory of all processes. Mapped files do not count, because the system can
+    drop their pages whenever it needs memory.
     """
 
     seconds: float
@@ -24,7 +24,7 @@ class ProcessStats(NamedTuple):
 
 
 def run_and_measure(command: Sequence[str | Path]) -> ProcessStats:
-    """Runs a command, which must succeed. Its output is shown where it fails."""
+    """Runs a command. Raises SystemExit with the command's output where it fails."""
     start = time.perf_counter()
     process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     peak = _Peak(process.pid)
@@ -38,10 +38,10 @@ def run_and_measure(command: Sequence[str | Path]) -> ProcessStats:
 
 
 class _Peak(threading.Thread):
-    """The largest memory of a tree of processes.
+    """The largest memory of a process tree.
 
-    Pages that several share because one was forked from another count for each of them: to share them out means
-    walking through all pages (`smaps_rollup`), which slows the program down by a fifth.
+    Pages that a process shares with the one it was forked from count for both: to divide them, the kernel walks
+    through all pages (`smaps_rollup`), which slows the program down by a fifth.
     """
 
     def __init__(self, root: int) -> None:

@@ -70,7 +70,7 @@ class Steps:
         self._batches = trainer.batches()
 
     def take(self, count: int) -> None:
-        """Launches so many steps; does not wait for them."""
+        """Launches `count` steps and does not wait for them."""
         for _ in range(count):
             self._number += 1
             self._trainer._train_step(self._trainer.plan.step(self._number), next(self._batches))

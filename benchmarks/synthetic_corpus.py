@@ -1,4 +1,4 @@
-"""Corpora of any number of documents, of the lines of real ones: what grows is their number, not their kind."""
+"""Corpora with any number of documents, which are made of the lines of real documents."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from random import Random
 
 from corpus import DOCUMENTS, SHARDS, edit, read_corpus
 
-LENGTH = 1200  # characters of a document, about
-COPIES = 0.1  # share of documents that are near copies of the one before, with 1 % of its words edited
+LENGTH = 1200  # mean characters of a document
+COPIES = 0.1  # share of documents that are near copies of the previous document, with 1 % of its words edited
 
 
 def write_synthetic_corpus(corpus: Path, output: Path, documents: int, seed: int = 0) -> None:

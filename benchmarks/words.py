@@ -1,4 +1,4 @@
-"""The words that documents are compared by: in scripts without spaces between words, each character is one."""
+"""The words by which documents are compared; in scripts without spaces, each character is a word."""
 
 from __future__ import annotations
 
