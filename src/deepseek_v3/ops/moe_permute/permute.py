@@ -27,19 +27,22 @@ class MoePermute(Protocol):
     def sort_into_bins(self, experts_TK: Tensor, bins: ExpertBins, once: bool = False) -> BinOrder: ...
 
 
-def gather_rows(x_TD: Tensor, copies: RowCopies, backend: MoePermute = reference) -> Tensor:
-    """One row for each copy: (X, D)."""
-    return _GatherRows.apply(x_TD, *copies, backend.sum_rows)
+def gather_rows(x_TD: Tensor, copies: RowCopies, backend: MoePermute | None = None) -> Tensor:
+    """One row for each copy: (X, D). Without a back end the reference sums the gradients."""
+    return _GatherRows.apply(x_TD, *copies, None if backend is None else backend.sum_rows)
 
 
-def sum_rows(rows_XD: Tensor, copies: RowCopies, backend: MoePermute = reference) -> Tensor:
-    """The sum of the copies of each row, 0 where there are none: (T, D), summed in float32 and rounded once."""
-    return _SumRows.apply(rows_XD, *copies, backend.sum_rows)
+def sum_rows(rows_XD: Tensor, copies: RowCopies, backend: MoePermute | None = None) -> Tensor:
+    """The sum of the copies of each row, 0 where there are none: (T, D), summed in float32 and rounded once.
+
+    Without a back end the reference sums the rows.
+    """
+    return _SumRows.apply(rows_XD, *copies, None if backend is None else backend.sum_rows)
 
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, source_X: Tensor, slots_TM: Tensor, sum_rows: SumRows) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, source_X: Tensor, slots_TM: Tensor, sum_rows: SumRows | None) -> Tensor:
         ctx.save_for_backward(slots_TM)
         ctx.sum_rows = sum_rows
         return reference.gather_rows(x_TD, source_X)
@@ -48,14 +51,14 @@ class _GatherRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_XD: Tensor) -> tuple[Tensor, None, None, None]:
         (slots_TM,) = ctx.saved_tensors
-        return ctx.sum_rows(grad_XD, slots_TM), None, None, None
+        return (ctx.sum_rows or reference.sum_rows)(grad_XD, slots_TM), None, None, None
 
 
 class _SumRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_XD: Tensor, source_X: Tensor, slots_TM: Tensor, sum_rows: SumRows) -> Tensor:
+    def forward(ctx: Any, rows_XD: Tensor, source_X: Tensor, slots_TM: Tensor, sum_rows: SumRows | None) -> Tensor:
         ctx.save_for_backward(source_X)
-        return sum_rows(rows_XD, slots_TM)
+        return (sum_rows or reference.sum_rows)(rows_XD, slots_TM)
 
     @staticmethod
     @once_differentiable
