@@ -122,7 +122,7 @@ def _forget_earlier_points() -> None:
 
 
 def _seconds(trainer: Trainer, batches: Any, steps: int) -> float:
-    """Time of so many steps, the host running ahead of the GPU as it does in training."""
+    """Seconds of `steps` steps, with the host running ahead of the GPU as in training."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     for number in range(1, 1 + steps):
@@ -160,7 +160,7 @@ def fit(record: dict[str, Any], device: Device) -> Calibration:
 
 
 def _fit_compiled(points: list[dict[str, Any]], device: Device) -> Rates:
-    """Every factor by itself; the experts' kernels are told apart from other products."""
+    """Every factor by itself; the experts' kernels are separated from other products."""
     ideal = [_ideal_seconds(point, device) for point in points]
     (matrices,) = _factors(points, ideal, "matrices", ["matrices"])
     experts, expert_bytes = _factors(points, ideal, "experts", ["experts", "expert_bytes"])

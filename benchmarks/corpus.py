@@ -181,7 +181,7 @@ def _text_of(path: Path) -> str:
 def cut(text: str, chooser: Random) -> Iterator[str]:
     """Cuts a text at ends of lines into documents of 500 to 10,000 bytes, most of them short.
 
-    Lines that are longer and pieces that stay shorter are left out.
+    Longer lines and shorter remainders are left out.
     """
     part: list[str] = []
     size, wanted = 0, _length(chooser)
@@ -212,7 +212,7 @@ def _order(seed: int, document: Document) -> bytes:
 
 
 def _first(documents: Iterable[Document], size: int) -> Iterator[Document]:
-    """The first documents that hold `size` bytes of text together."""
+    """The first documents, up to `size` bytes of text in total."""
     left = size
     for document in documents:
         if left <= 0:
@@ -224,7 +224,7 @@ def _first(documents: Iterable[Document], size: int) -> Iterator[Document]:
 
 
 def _copy(original: Document, seed: int) -> tuple[Document, Copy] | None:
-    """A copy of some documents: so many that `EXACT` and `NEAR` are shares of all documents."""
+    """Copies of some documents; their number makes `EXACT` and `NEAR` shares of all documents."""
     chooser = Random(f"{seed}/{original.id}")
     draw = chooser.random() * (1 - EXACT - NEAR)
     if draw < EXACT:

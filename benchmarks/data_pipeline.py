@@ -5,7 +5,7 @@ growth with the number of documents; heuristic filters; text to token ids. Peers
 
 `python -m venv .peers && .peers/bin/pip install 'datatrove[processing]==0.10.1' spacy datasketch==2.0.0 orjson`
 
-Writes `benchmarks/results/data_pipeline_<machine>.json` and prints what is required, aimed at and seen.
+Writes `benchmarks/results/data_pipeline_<machine>.json` and prints the required, targeted and measured figures.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ def main(
         list[str] | None, typer.Option(help="datatrove (16 x 8), datatrove-default (14 x 8), datasketch.")
     ] = None,
     peers_venv: Annotated[Path, typer.Option(help="The virtual environment that has them.")] = Path(".peers"),
-    documents: Annotated[int | None, typer.Option(help="Only the first so many of the corpus.")] = None,
+    documents: Annotated[
+        int | None, typer.Option(help="Only this many documents, the first of the corpus.")
+    ] = None,
     growth: Annotated[list[int] | None, typer.Option(help="Numbers of documents to try ours on.")] = None,
     heuristics: Annotated[int, typer.Option(help="Documents to filter as datatrove does; 0 for none.")] = 0,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each; medians are reported.")] = 3,
@@ -152,7 +154,7 @@ def ratios(results: Results) -> Results:
 
 
 def show(results: Results) -> None:
-    """Prints the systems side by side, then what is required, aimed at and seen."""
+    """Prints the systems side by side, then the required, targeted and measured figures."""
     rows = []
     for name, row in results["near_duplicates"].items():
         figures = [f"{row[key]:,.1f}" for key in ("seconds", "megabytes_per_second", "peak_megabytes")]

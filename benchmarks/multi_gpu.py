@@ -37,7 +37,7 @@ from deepseek_v3.planning.layout_search import estimate_layout
 from deepseek_v3.utils.monitoring import read_metrics
 
 PARTS = ("ranks", "tests", "training", "peer")
-INTERVAL = 5  # steps of one rate; the first ones are left out: they compile, and meet the first memory
+INTERVAL = 5  # steps of one rate; the first ones are left out: they compile and allocate
 COMPARED_STEPS = 20  # in which rounding has not yet led two runs apart
 LONGEST = 300  # seconds for one program
 POLL = 0.2  # seconds between two looks at a run's metrics
@@ -100,7 +100,7 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help="Only the runs of these names; repeatable.")] = None,
     steps: Annotated[int, typer.Option(help="Steps of each training run, a multiple of 5.")] = 25,
     micro: Annotated[int, typer.Option(help="Sequences of a micro-batch on each GPU.")] = 4,
-    batch: Annotated[int, typer.Option(help="Sequences of a step, for each GPU; 0 takes one micro-batch.")] = 0,
+    batch: Annotated[int, typer.Option(help="Sequences per step and GPU; 0 is one micro-batch.")] = 0,
     peer_micro: Annotated[int, typer.Option(help="As --micro, for torchtitan; 0 takes the same.")] = 0,
     peer_recompute: Annotated[str, typer.Option(help="none, selective or full, for torchtitan.")] = "none",
     override: Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE")] = None,
@@ -144,7 +144,7 @@ def main(
 
 
 def ranks(gpus: int) -> dict[str, Any]:
-    """What `multi_gpu_ranks.py` finds on so many GPUs."""
+    """The figures of `multi_gpu_ranks.py` on this number of GPUs."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "result.json"
         failure = run_program(launcher(gpus), "benchmarks/multi_gpu_ranks.py", "--output", str(output))
@@ -242,7 +242,7 @@ def this_device() -> Device:
 
 
 def launcher(gpus: int) -> list[str]:
-    """What a program is started with on so many GPUs."""
+    """The command that launches a program on this number of GPUs."""
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
 
 

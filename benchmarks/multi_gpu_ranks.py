@@ -1,4 +1,4 @@
-"""What the ranks of `multi_gpu.py` measure together: the link, the way to experts, and what overlaps with it.
+"""The measurements on the ranks of `multi_gpu.py`: the link, dispatch and combine, and their overlap.
 
     torchrun --nproc_per_node=2 benchmarks/multi_gpu_ranks.py --output result.json
 
@@ -143,18 +143,18 @@ def exchange(config: ModelConfig, dispatcher: Dispatcher, device: torch.device, 
     here = config.n_routed_experts // dist.get_world_size()
     ranks_TK = experts_TK // here
     others = [rank for rank in range(dist.get_world_size()) if rank != dist.get_rank()]
-    crossing = sum(int((ranks_TK == rank).any(1).sum()) for rank in others)
+    num_sent = sum(int((ranks_TK == rank).any(1).sum()) for rank in others)
     number = 1 + 4 / 128 if precision == "fp8" else 2
     return {
         "dispatch_ms": 1e3 * there,
-        "dispatch_gb_per_s": crossing * config.hidden_size * number / there / 1e9,
+        "dispatch_gb_per_s": num_sent * config.hidden_size * number / there / 1e9,
         "combine_ms": 1e3 * back,
-        "combine_gb_per_s": crossing * config.hidden_size * 2 / back / 1e9,
+        "combine_gb_per_s": num_sent * config.hidden_size * 2 / back / 1e9,
     }
 
 
 def seconds_of(run: Callable[[], object], repeats: int = 15) -> float:
-    """Median seconds of a call, of the slowest rank; every call starts on all ranks together."""
+    """Median seconds of a call, of the slowest rank; every call starts on all ranks at the same time."""
     for _ in range(4):
         run()
     times = []

@@ -64,7 +64,7 @@ def score(decisions: Decisions, pairs: Int64Array) -> dict[str, Any]:
     `resolved`: the share of true pairs of which at most one document is kept. `justified`: the share of removed
     documents that are truly alike to another one in their cluster. `recall`: the share of true pairs that are in
     one cluster. `precision`: the share of pairs in one cluster that are true; a few large clusters decide it.
-    `removable` is what is removed if of all that true pairs connect one is kept.
+    `removable`: the share that is removed if one document of each connected set of true pairs is kept.
     """
     clusters, kept = decisions
     one, other = pairs.T

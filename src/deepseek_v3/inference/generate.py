@@ -154,12 +154,12 @@ def _warn_of_length(prompts: list[str], tokenizer: Tokenizer, sampling: Sampling
 
 def _stream(generator: Generator, prompt: str, sampling: SamplingConfig, use_cache: bool) -> Completion:
     """Prints the text while it is generated; on a terminal, prints the prompt before it."""
-    pieces = generator.stream(prompt, sampling, use_cache)
+    text = generator.stream(prompt, sampling, use_cache)
     if sys.stdout.isatty():
         _print_dim(prompt)
     while True:
         try:
-            typer.echo(next(pieces), nl=False)
+            typer.echo(next(text), nl=False)
         except StopIteration as end:
             typer.echo()
             return end.value

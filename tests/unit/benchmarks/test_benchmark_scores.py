@@ -25,7 +25,7 @@ def write_corpus(folder: Path, texts: list[str]) -> Path:
 
 
 def test_scores_are_counted_as_they_are_defined():
-    """True pairs 0-1, 0-2, 1-2, 5-6. Found: 0, 1 and 3 together; 5 and 6 together, but both kept."""
+    """True pairs 0-1, 0-2, 1-2, 5-6. Found clusters: 0, 1, 3; and 5, 6, of which both are kept."""
     pairs = np.array([[0, 1], [0, 2], [1, 2], [5, 6]])
     clusters = np.array([0, 0, 2, 0, 4, 5, 5, 7])
     kept = np.array([1, 0, 1, 0, 1, 1, 1, 1], bool)

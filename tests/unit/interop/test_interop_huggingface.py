@@ -1,4 +1,4 @@
-"""Weights in and out under the released names: nothing missing, nothing unexpected, nothing half done."""
+"""Import and export of weights by released name; an import that fails changes nothing."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +23,7 @@ COPIES = {
 
 
 def expected_names(config: ModelConfig) -> set[str]:
-    """The released names of an untied model with one prediction layer, spelled out."""
+    """The released names of an untied model with one MTP layer."""
     attention = "q_a_proj q_a_layernorm q_b_proj kv_a_proj_with_mqa kv_a_layernorm kv_b_proj o_proj".split()
     projections = "gate_proj up_proj down_proj".split()
     names = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
@@ -237,7 +237,7 @@ def test_an_incomplete_mtp_layer_is_refused(weights: dict[str, Tensor]) -> None:
 
 
 def in_fp8(config: ModelConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights with one matrix in FP8, whose blocks at the edges are smaller; and the values that it stands for."""
+    """Weights with one matrix in FP8, whose last blocks are smaller, and the same weights dequantized."""
     weights = {name: tensor.clone() for name, tensor in released_state(small_model(config)).items()}
     quantized = torch.randn(300, 140).to(torch.float8_e4m3fn)
     scales = 0.01 * (1 + torch.rand(3, 2))

@@ -208,7 +208,7 @@ def check_order(order: BinOrder, choice: list[list[int]], bins: ExpertBins, once
 def test_choices_are_sorted_into_bins(
     first: int, size: int, number: int, others: int, tokens: int, once: bool, data: st.DataObject
 ) -> None:
-    """Runs of experts before and after the bins belong to other ranks; -1 stands for an expert of another rank."""
+    """Runs of experts before and after the bins belong to other ranks; -1 is an expert of another rank."""
     experts = first + size * number + others
     chosen = data.draw(st.integers(1, experts))
     choice = [data.draw(st.permutations(range(-1, experts)))[:chosen] for _ in range(tokens)]
