@@ -138,7 +138,7 @@ def test_every_library_is_a_declared_dependency() -> None:
     assert {extra for extra in OPTIONAL_LIBRARIES.values() if extra} <= extras
 
 
-def test_a_file_name_recurs_only_where_its_folder_says_what_it_is() -> None:
+def test_a_file_name_recurs_only_where_its_folder_qualifies_it() -> None:
     counts = Counter(path.stem for path in SOURCE.rglob("*.py"))
     assert {name for name, count in counts.items() if count > 1} <= RECURRING
 
@@ -164,3 +164,15 @@ def test_test_folders_mirror_the_package(kind: str) -> None:
 def test_test_files_have_names_of_their_own() -> None:
     counts = Counter(path.name for path in TESTS.rglob("test_*.py"))
     assert [name for name, count in counts.items() if count > 1] == []
+
+
+def test_our_modules_are_never_imported_by_string() -> None:
+    found = [
+        f"{relative(path)}:{node.lineno}"
+        for path in modules()
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func).rpartition(".")[2] in ("import_module", "__import__")
+        and "deepseek_v3" in ast.unparse(node)
+    ]
+    assert found == []
