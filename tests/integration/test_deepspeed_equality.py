@@ -36,7 +36,7 @@ def alone(pool: RankPool) -> Callable[[str, int], dict[str, Any]]:
     [
         (1, {"micro_batch_size": 4}, "constant batch", STEPS),
         (2, {"micro_batch_size": 4}, "constant batch", STEPS),
-        (3, {"micro_batch_size": 4}, "constant batch", MORE_STEPS),
+        (3, {"micro_batch_size": 4}, "constant batch", STEPS),
         (3, {"micro_batch_size": 2, "recomputation": "full"}, "constant batch", STEPS),
         (2, {"micro_batch_size": 1}, "growing batch", MORE_STEPS),
     ],
