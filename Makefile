@@ -1,8 +1,8 @@
 # Every target sets up what it needs: a fresh clone and a Python from 3.10 to 3.13 are enough.
 PYTHON ?= python3
 BIN := .venv/bin
-TEST := $(BIN)/pytest -n 2 --dist worksteal
-export PYTHONDONTWRITEBYTECODE =  # the many processes of the tests compile every module once, not each
+# The many processes of the tests share what one of them has compiled, whatever the environment says.
+TEST := PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n 2 --dist worksteal
 
 .PHONY: quickstart test coverage checks format install clean
 
