@@ -8,9 +8,18 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PlainValidator, TypeAdapter, ValidationError, ValidationInfo, model_validator
+from pydantic import (
+    Field,
+    PlainValidator,
+    SerializerFunctionWrapHandler,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    model_serializer,
+    model_validator,
+)
 
 from deepseek_v3.config.base import (
     Fraction,
@@ -158,6 +167,7 @@ class TrainingConfig(Section):
 
     A step whose loss or gradient is not finite is skipped. The run stops after more than `max_skipped_steps`
     consecutive ones.
+    `loss_terms` gives the weight of each loss term that another package adds (see `training/loss_terms.py`).
     """
 
     seed: NonNegativeInt = 0
@@ -172,6 +182,15 @@ class TrainingConfig(Section):
     balance: BalanceConfig = BalanceConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     max_skipped_steps: NonNegativeInt = 3
+    loss_terms: dict[str, Real] = Field(default_factory=dict)
+
+    @model_serializer(mode="wrap")
+    def _leave_out_empty_loss_terms(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = serialize(self)
+        return fields if self.loss_terms else {k: v for k, v in fields.items() if k != "loss_terms"}
+
+    def __hash__(self) -> int:  # pydantic's own cannot hash a dict
+        return hash((*({**dict(self), "loss_terms": tuple(self.loss_terms.items())}).values(),))
 
 
 class CheckpointConfig(Section):

@@ -1,4 +1,9 @@
-"""The training objective (DeepSeek-V3 report, eq. 17, 24 and 25)."""
+"""The training objective: main loss, multi-token prediction, load balance, and the loss terms of a config.
+
+    total = main + λ · mtp + α · balance + Σ weight · term        (DeepSeek-V3 report, eq. 17, 24 and 25)
+
+Axes: B batch, S sequence, X = S + 1 tokens, D width, L mixture layers, E experts, N loss terms of the config.
+"""
 
 from __future__ import annotations
 
@@ -11,28 +16,32 @@ from torch import Tensor, nn
 from deepseek_v3.model.transformer import DeepSeekV3, HiddenStates
 from deepseek_v3.moe.balance import RoutingStats
 from deepseek_v3.ops.cross_entropy import IGNORED
+from deepseek_v3.training.loss_terms import LossInputs, LossTerm
 
 
 class Losses(NamedTuple):
-    """Losses of one micro-batch, 0-d float32, in nats per token; `counts_LE` int64 loads of each mixture layer.
+    """The losses of one micro-batch, 0-d float32, in nats per token where they are cross-entropies.
 
-    `total` = main + λ · mtp + α · balance. `mtp` is the mean over depths, `balance` the sum over
-    layers; both are zero, and `counts_LE` has no rows, where the model has no such part.
+    `mtp`: the mean over prediction depths. `balance`: the sum over layers. `terms_N`: float32, before weighting.
+    `counts_LE`: int64, the tokens that each expert of each layer received. A part that the model does not have
+    is 0; without mixture layers `counts_LE` has no rows.
     """
 
     total: Tensor
     main: Tensor
     mtp: Tensor
     balance: Tensor
+    terms_N: Tensor
     counts_LE: Tensor
 
 
 class Objective(nn.Module):
-    """A model with its losses: one forward call makes them all, as wrappers of modules expect it."""
+    """A model together with its losses: one forward call computes both, as wrappers such as FSDP expect."""
 
-    def __init__(self, model: DeepSeekV3) -> None:
+    def __init__(self, model: DeepSeekV3, loss_terms: Sequence[LossTerm] = ()) -> None:
         super().__init__()
         self.model = model
+        self.loss_terms = tuple(loss_terms)
 
     def forward(
         self,
@@ -40,17 +49,19 @@ class Objective(nn.Module):
         mtp_weight: float,
         balance_weight: float,
         documents_BX: Tensor | None = None,
-        with_mtp: bool = True,
+        main_only: bool = False,
         num_targets: Tensor | int | None = None,
     ) -> Losses:
-        """Losses of S inputs and their targets, given as `tokens_BX` int64 with X = S + 1.
+        """The losses of `tokens_BX`, int64, which hold S inputs and the target of each.
 
-        `documents_BX` int64 numbers the document of each token: attention and targets then stay inside a document.
-        `num_targets` as in `compute_losses`.
+        `documents_BX`, int64, are the tokens' document ids: attention and targets then stay inside a document.
+        `main_only` skips multi-token prediction and loss terms. `num_targets`: see `compute_losses`.
         """
         documents_BS = None if documents_BX is None else documents_BX[:, :-1]
-        states = self.model.hidden_states(tokens_BX[:, :-1], documents_BS, with_mtp)
-        return compute_losses(self.model, states, tokens_BX, mtp_weight, balance_weight, documents_BX, num_targets)
+        states = self.model.hidden_states(tokens_BX[:, :-1], documents_BS, with_mtp=not main_only)
+        terms = () if main_only else self.loss_terms
+        weights = mtp_weight, balance_weight
+        return compute_losses(self.model, states, tokens_BX, *weights, documents_BX, num_targets, terms)
 
 
 def training_losses(
@@ -60,7 +71,7 @@ def training_losses(
     balance_weight: float,
     documents_BX: Tensor | None = None,
 ) -> Losses:
-    """As `Objective` makes them."""
+    """The losses of a model without loss terms from a config, as `Objective.forward` computes them."""
     return Objective(model)(tokens_BX, mtp_weight, balance_weight, documents_BX)
 
 
@@ -72,13 +83,14 @@ def compute_losses(
     balance_weight: float,
     documents_BX: Tensor | None = None,
     num_targets: Tensor | int | None = None,
+    terms: Sequence[LossTerm] = (),
 ) -> Losses:
-    """Losses of the states that `tokens_BX` led to.
+    """The losses of the hidden states that a forward pass over `tokens_BX` returned.
 
-    With `documents_BX` a target counts only where it belongs to the document of its position. As in eq. 24 the sum
-    of every depth is divided by the number of the main model's targets: `num_targets`, or those of `tokens_BX` that
-    count. Where several micro-batches make a batch, give the mean number of one, so that the mean of their losses
-    is the mean over all targets of the batch.
+    With `documents_BX` a target counts only where it belongs to the same document as the token before it. As in
+    eq. 24, the sums of every depth and of every loss term are divided by the number of targets of the main model:
+    `num_targets`, by default the number in `tokens_BX`. For gradient accumulation, pass the mean number of targets
+    per micro-batch; the mean of the micro-batches' losses is then the mean over all targets of the batch.
     """
     if num_targets is None:
         num_targets = tokens_BX[:, 1:].numel() if documents_BX is None else count_targets(documents_BX).clamp(min=1)
@@ -86,30 +98,37 @@ def compute_losses(
         num_targets = num_targets.to(torch.promote_types(states.main_BSD.dtype, torch.float32))
 
     def loss(hidden_BSD: Tensor, depth: int) -> Tensor:
-        summed = next_token_loss(model, hidden_BSD, _targets(tokens_BX, documents_BX, depth))
-        return summed / num_targets
+        return next_token_loss(model, hidden_BSD, targets_at(tokens_BX, documents_BX, depth)) / num_targets
 
     main = loss(states.main_BSD, depth=0)
     zero = torch.zeros_like(main)
     depths = [loss(hidden_BSD, depth) for depth, hidden_BSD in enumerate(states.mtp, start=1)]
     mtp = torch.stack(depths).mean() if depths else zero
     balance = sum_balance_losses(states.routing, zero)
+    total = main + mtp_weight * mtp + balance_weight * balance
+    terms_N = main.new_zeros(len(terms))
+    if terms:
+        targets_BS = targets_at(tokens_BX, documents_BX, depth=0)
+        inputs = LossInputs(states.main_BSD, targets_BS, model.head_weight_VD, model.config)
+        terms_N = torch.stack([term.function(inputs).to(main.dtype) / num_targets for term in terms])
+        total = total + (terms_N * terms_N.new_tensor([term.weight for term in terms])).sum()
     return Losses(
-        total=main + mtp_weight * mtp + balance_weight * balance,
+        total=total,
         main=main.detach(),
         mtp=mtp.detach(),
         balance=balance.detach(),
+        terms_N=terms_N.detach(),
         counts_LE=stack_expert_counts(states.routing, model.config.n_routed_experts, tokens_BX.device),
     )
 
 
 def count_targets(documents_BX: Tensor) -> Tensor:
-    """How many targets of the main model belong to the document of the token before them; int64, 0-d."""
+    """The number of main-model targets that belong to the document of the token before them; int64, 0-d."""
     return (documents_BX[:, 1:] == documents_BX[:, :-1]).sum()
 
 
-def _targets(tokens_BX: Tensor, documents_BX: Tensor | None, depth: int) -> Tensor:
-    """Token i + depth + 1 for each position i, `IGNORED` where it belongs to another document."""
+def targets_at(tokens_BX: Tensor, documents_BX: Tensor | None, depth: int) -> Tensor:
+    """For each position i the token i + depth + 1, IGNORED where it belongs to another document; (B, S - depth)."""
     targets_BS = tokens_BX[:, depth + 1 :]
     if documents_BX is None:
         return targets_BS
@@ -118,16 +137,16 @@ def _targets(tokens_BX: Tensor, documents_BX: Tensor | None, depth: int) -> Tens
 
 
 def sum_balance_losses(routing: Sequence[RoutingStats], zero: Tensor) -> Tensor:
-    """The balance losses of all these layers together, 0-d; `zero` where there are none."""
+    """The sum of the layers' balance losses, 0-d; `zero` where there are no layers."""
     return torch.stack([stats.balance_loss for stats in routing]).sum() if routing else zero
 
 
 def stack_expert_counts(routing: Sequence[RoutingStats], num_experts: int, device: torch.device) -> Tensor:
-    """Loads of these layers' experts: int64 (layers, experts)."""
+    """The tokens that each expert of each layer received: int64 (layers, experts)."""
     counts = [stats.counts_E for stats in routing]
     return torch.stack(counts) if counts else torch.zeros(0, num_experts, dtype=torch.int64, device=device)
 
 
 def next_token_loss(model: DeepSeekV3, hidden_BSD: Tensor, targets_BS: Tensor) -> Tensor:
-    """Summed cross-entropy of the shared head on states `hidden_BSD`, `IGNORED` targets left out; 0-d, nats."""
+    """The summed cross-entropy of the shared head on `hidden_BSD` over targets that are not IGNORED; 0-d, nats."""
     return model.linear_cross_entropy(hidden_BSD.flatten(0, 1), model.head_weight_VD, targets_BS.flatten())

@@ -1,6 +1,9 @@
-"""What a run tells while it trains: log lines, metrics on disk, and the live display.
+"""What a run logs while it trains: log lines, metrics on disk, and the live display.
 
-FOLDED: The figures of one step, gathered on the device and read back in one transfer.
+To add a metric of a step, add one entry to `step_metrics`: a name and a tensor on the device, 0-d, or one value per
+mixture layer. All of a step's metrics come back from the device in one transfer, and go to metrics.jsonl and
+TensorBoard under that name. A value that is known on the host, such as a memory size, belongs in
+`MetricsLogger.log_step`.
 """
 
 from __future__ import annotations
@@ -14,7 +17,6 @@ import torch
 from torch import Tensor
 
 from deepseek_v3.config.loading import config_to_yaml
-from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.mla.kv_compression import expanded_width, latent_width
 from deepseek_v3.moe.balance import load_metrics
@@ -40,27 +42,30 @@ from deepseek_v3.utils.progress import ProgressDisplay, ProgressLine
 StepMetrics = dict[str, float | list[float]]
 
 
-def step_metrics(config: ModelConfig, losses: Losses, gradient_norm: Tensor, biases_LE: Tensor) -> StepMetrics:
-    """Losses in nats per token, gradient norm, and for each figure of the experts a list over mixture layers.
+def step_metrics(config: RunConfig, losses: Losses, gradient_norm: Tensor, biases_LE: Tensor) -> StepMetrics:
+    """The metrics of one step: losses in nats per token, the gradient norm, and the load of the experts.
 
-    `biases_LE` (layers, experts): the routing biases after the step.
+    `biases_LE` (mixture layers, experts): the routing biases after the step. Metrics of the experts are lists over
+    mixture layers.
     """
-    figures = {"loss": losses.main, "gradient_norm": gradient_norm}
-    if config.num_nextn_predict_layers:
-        figures["mtp_loss"] = losses.mtp
+    metrics = {"loss": losses.main, "gradient_norm": gradient_norm}
+    if config.model.num_nextn_predict_layers:
+        metrics["mtp_loss"] = losses.mtp
+    for name, value in zip(sorted(config.training.loss_terms), losses.terms_N, strict=True):
+        metrics[f"loss_terms/{name}"] = value
     if len(biases_LE):
-        figures["balance_loss"] = losses.balance
-        figures |= {f"experts/{name}": values_L for name, values_L in load_metrics(losses.counts_LE).items()}
-        figures |= {"experts/bias_min": biases_LE.amin(-1), "experts/bias_max": biases_LE.amax(-1)}
-    return _to_host(figures)
+        metrics["balance_loss"] = losses.balance
+        metrics |= {f"experts/{name}": values_L for name, values_L in load_metrics(losses.counts_LE).items()}
+        metrics |= {"experts/bias_min": biases_LE.amin(-1), "experts/bias_max": biases_LE.amax(-1)}
+    return _to_host(metrics)
 
 
-def _to_host(figures: Mapping[str, Tensor]) -> StepMetrics:
-    values = torch.cat([figure.double().flatten() for figure in figures.values()]).tolist()
+def _to_host(metrics: Mapping[str, Tensor]) -> StepMetrics:
+    values = torch.cat([metric.double().flatten() for metric in metrics.values()]).tolist()
     host: StepMetrics = {}
-    for name, figure in figures.items():
-        own, values = values[: figure.numel()], values[figure.numel() :]
-        host[name] = own if figure.ndim else own[0]
+    for name, metric in metrics.items():
+        own, values = values[: metric.numel()], values[metric.numel() :]
+        host[name] = own if metric.ndim else own[0]
     return host
 
 
@@ -68,10 +73,10 @@ _log = get_logger("Trainer")
 
 
 class Throughput:
-    """Steps and tokens per second since the last reading; time spent inside `paused` does not count."""
+    """Measures steps and tokens per second since the previous `read`; time inside `paused` does not count."""
 
-    def __init__(self, plan: TrainingSchedule, step_number: int) -> None:
-        self._plan, self._step_number = plan, step_number
+    def __init__(self, schedule: TrainingSchedule, step_number: int) -> None:
+        self._schedule, self._step_number = schedule, step_number
         self._since = time.perf_counter()
 
     def read(self, step_number: int) -> tuple[float, float]:
@@ -79,85 +84,85 @@ class Throughput:
         now = time.perf_counter()
         seconds = max(now - self._since, 1e-9)
         steps = step_number - self._step_number
-        tokens = self._plan.tokens_after(step_number) - self._plan.tokens_after(self._step_number)
+        tokens = self._schedule.tokens_after(step_number) - self._schedule.tokens_after(self._step_number)
         self._since, self._step_number = now, step_number
         return steps / seconds, tokens / seconds
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves out the time until exit."""
+        """Excludes the time until the block ends."""
         start = time.perf_counter()
         yield
         self._since += time.perf_counter() - start
 
 
-class _Nowhere:
-    """Takes what other ranks write already."""
+class _NoOutput:
+    """Discards metrics, on ranks other than the one that writes them."""
 
     def write(self, step: int, values: object) -> None:
-        """Drops it."""
+        """Does nothing."""
 
     def update(self, title: str, done: int, status: str) -> None:
-        """Drops it."""
+        """Does nothing."""
 
 
 class MetricsLogger:
-    """Reports one run; a context manager that holds the metrics files and the terminal's live display.
+    """Logs the metrics of one run; a context manager that holds the metrics files and the terminal's live display.
 
-    `first_step` is the first step to be trained; a resumed run drops metrics from there on. Of the ranks of a job
-    one `writes` metrics and shows progress; what the others log is left to their log levels.
+    `first_step`: the first step to be trained; metrics on disk from that step on are removed. Exactly one rank
+    `writes` metrics and shows progress.
     """
 
     def __init__(
         self,
         config: RunConfig,
-        plan: TrainingSchedule,
+        schedule: TrainingSchedule,
         device: torch.device,
         compute_dtype: torch.dtype,
         first_step: int,
         writes: bool = True,
     ) -> None:
-        self._config, self._plan, self._device = config, plan, device
+        self._config, self._schedule, self._device = config, schedule, device
         self._active = count_active_parameters(config.model)
         self._flops_per_token = training_flops_per_token(config.model, config.training.sequence_length)
         self._peak_flops = (
             peak_bfloat16_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         )
-        self._cache_figures = _cache_bytes_per_token(config, compute_dtype)
+        self._cache_metrics = _cache_bytes_per_token(config, compute_dtype)
         self._first_step, self._writes = first_step, writes
         self._stack = ExitStack()
 
     def __enter__(self) -> MetricsLogger:
         logging, done = self._config.logging, self._first_step - 1
         self._announce()
-        self._writer: MetricsWriter | _Nowhere = _Nowhere()
-        self._progress: ProgressLine | _Nowhere = _Nowhere()
+        self._writer: MetricsWriter | _NoOutput = _NoOutput()
+        self._progress: ProgressLine | _NoOutput = _NoOutput()
         if self._writes:
             self._writer = self._stack.enter_context(
                 MetricsWriter(logging.directory, logging.tensorboard, resume_step=done or None)
             )
-            total = self._plan.total_steps
+            total = self._schedule.total_steps
             display = self._stack.enter_context(ProgressDisplay(transient=False))
             self._progress = display.line(f"step {done}/{total}", total, done)
-        self.clock = Throughput(self._plan, done)
+        self.throughput = Throughput(self._schedule, done)
         return self
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def log_step(self, step: ScheduledStep, figures: StepMetrics, skipped: int) -> None:
-        """Logs a step, and how many up to this one were `skipped` because they were not finite."""
-        loss, norm = figures["loss"], figures["gradient_norm"]
+    def log_step(self, step: ScheduledStep, metrics: StepMetrics, skipped: int) -> None:
+        """Logs a step; `skipped` is the number of steps so far that were skipped because they were not finite."""
+        loss, norm = metrics["loss"], metrics["gradient_norm"]
         assert isinstance(loss, float)
         assert isinstance(norm, float)
-        tokens = self._plan.tokens_after(step.number)
-        steps_per_second, tokens_per_second = self.clock.read(step.number)
+        tokens = self._schedule.tokens_after(step.number)
+        steps_per_second, tokens_per_second = self.throughput.read(step.number)
         speed = self._speed(tokens_per_second)
         memory = float(device_memory_bytes(self._device))
         progress = {"tokens": tokens, "tokens_per_parameter": tokens / self._active}
-        record = {**progress, "learning_rate": step.learning_rate, **figures, **speed, "memory_bytes": memory}
-        self._writer.write(step.number, {**record, "skipped_steps": skipped, **self._cache_figures})
-        total = self._plan.total_steps
+        record = {**progress, "learning_rate": step.learning_rate, **metrics, **speed, "memory_bytes": memory}
+        self._writer.write(step.number, {**record, "skipped_steps": skipped, **self._cache_metrics})
+        total = self._schedule.total_steps
         status = f"loss {loss:.4f} {tokens_per_second:,.0f} tokens/s"
         self._progress.update(f"step {step.number}/{total}", step.number, status)
         fields = [
@@ -168,26 +173,26 @@ class MetricsLogger:
             ("Memory", f"{memory / 2**30:.2f} GiB"),
         ]
         fields += [("MFU", f"{speed['mfu']:.1%}")] if "mfu" in speed else []
-        fields += [("MTP loss", f"{figures['mtp_loss']:.4f}")] if "mtp_loss" in figures else []
+        fields += [("MTP loss", f"{metrics['mtp_loss']:.4f}")] if "mtp_loss" in metrics else []
         fields += [("Skipped", f"{skipped}")] if skipped else []
-        figures_of_step = (step.number, total, loss, step.learning_rate, tokens, steps_per_second)
-        _log.info(step_line(*figures_of_step, *fields, total_tokens=self._plan.total_tokens))
+        line = (step.number, total, loss, step.learning_rate, tokens, steps_per_second)
+        _log.info(step_line(*line, *fields, total_tokens=self._schedule.total_tokens))
 
-    def log_validation(self, step_number: int, held_out: ValidationLoss) -> None:
-        """Logs a measurement on the hold-out split."""
-        record = {"holdout_loss": held_out.loss, "holdout_bits_per_byte": held_out.bits_per_byte}
-        self._writer.write(step_number, {"tokens": self._plan.tokens_after(step_number), **record})
+    def log_validation(self, step_number: int, validation: ValidationLoss) -> None:
+        """Logs the validation loss after a step."""
+        record = {"holdout_loss": validation.loss, "holdout_bits_per_byte": validation.bits_per_byte}
+        self._writer.write(step_number, {"tokens": self._schedule.tokens_after(step_number), **record})
         _log.info(
-            f"Held-out loss after step {step_number}: {held_out.loss:.4f} nats per token,\n"
-            f"{held_out.bits_per_byte:.4f} bits per byte"
+            f"Held-out loss after step {step_number}: {validation.loss:.4f} nats per token,\n"
+            f"{validation.bits_per_byte:.4f} bits per byte"
         )
 
     def log_end(self, step_number: int, skipped: int) -> None:
-        """Logs what the whole run trained on, beside its budget; warns where steps were `skipped`."""
-        tokens = self._plan.tokens_after(step_number)
+        """Logs the tokens that the run has trained on and its budget, and warns where steps were `skipped`."""
+        tokens = self._schedule.tokens_after(step_number)
         _log.info(
             f"Finished: {tokens:,} tokens in {step_number:,} steps, {tokens / self._active:.2f} per active "
-            f"parameter;\nthe budget was {self._plan.total_tokens:,}"
+            f"parameter;\nthe budget was {self._schedule.total_tokens:,}"
         )
         if skipped:
             _log.warning(f"{skipped:,} of {step_number:,} steps were skipped, because they were not finite")
@@ -200,16 +205,16 @@ class MetricsLogger:
         return speed
 
     def _announce(self) -> None:
-        counts, budget = count_parameters(self._config.model), self._plan.total_tokens
+        counts, budget = count_parameters(self._config.model), self._schedule.total_tokens
         _log.info(
             f"Model: {counts.total:,} parameters, {self._active:,} active for a token,\n"
             f"{counts.prediction:,} more for multi-token prediction | Device: {self._device}"
         )
         _log.info(
             f"Budget: {budget:,} tokens, {budget / self._active:.1f} per active parameter,\n"
-            f"in {self._plan.total_steps:,} steps"
+            f"in {self._schedule.total_steps:,} steps"
         )
-        latent, expanded = self._cache_figures.values()
+        latent, expanded = self._cache_metrics.values()
         _log.info(
             f"Cache when generating: {latent:,.0f} bytes per token,\n"
             f"multi-head attention would need {expanded:,.0f}"
@@ -217,7 +222,7 @@ class MetricsLogger:
 
 
 def write_config(config: RunConfig) -> None:
-    """Writes the resolved config to the run's folder. Raises DataError where that cannot be written."""
+    """Writes the resolved config to the run's config.yaml. Raises DataError where it cannot be written."""
     path = config.logging.directory / "config.yaml"
     try:
         with atomic_write(path) as partial:
@@ -229,9 +234,9 @@ def write_config(config: RunConfig) -> None:
 
 
 def plot_run(folder: Path, baselines: Mapping[str, float] | None = None) -> None:
-    """Draws the run's losses, with `baselines` as `plot_losses` does, to loss.png in its folder.
+    """Draws the run's losses to loss.png in its folder, with `baselines` as for `plot_losses`.
 
-    What stands in the way is logged: the run is complete without a picture.
+    A failure is only logged, because the run is complete without the picture.
     """
     path = folder / "loss.png"
     try:
@@ -245,7 +250,7 @@ def plot_run(folder: Path, baselines: Mapping[str, float] | None = None) -> None
 
 
 def _cache_bytes_per_token(config: RunConfig, dtype: torch.dtype) -> dict[str, float]:
-    """Bytes cached per token over all layers in generation: ours, and multi-head attention's."""
+    """Bytes per token of the latent cache in generation, and of multi-head attention's cache, over all layers."""
     per_number = config.model.num_hidden_layers * dtype.itemsize
     return {
         "cache/latent_bytes_per_token": float(per_number * latent_width(config.model)),

@@ -1,4 +1,4 @@
-"""AdamW (arXiv:1711.05101) as DeepSeek-V3 runs it: float32 master weights, moments that may be bfloat16."""
+"""AdamW (arXiv:1711.05101) as DeepSeek-V3 uses it: float32 master weights, moments in bfloat16 or float32."""
 
 from __future__ import annotations
 
@@ -9,32 +9,31 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from deepseek_v3.config.train_config import OptimizerConfig
-from deepseek_v3.ops.multi_tensor import AdamWStep, adamw_, sum_of_squares
+from deepseek_v3.ops.multi_tensor import MULTI_TENSOR, AdamWStep, MultiTensor
+from deepseek_v3.ops.operation import Target
+from deepseek_v3.utils.logging import get_logger
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor, which shares its memory: the tensor itself where it is whole."""
+    """The local shard of a DTensor, sharing its memory; any other tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def norm_of_all(gradients: Mapping[str, Tensor]) -> Tensor:
-    """The norm of all these gradients as one vector, 0-d."""
-    return sum_of_squares(list(gradients.values()), [1.0] * len(gradients)).sqrt()
-
-
 def is_finite_step(loss: Tensor, norm: Tensor) -> Tensor:
-    """Whether a step with this loss and gradient norm, each 0-d, may change anything: 0-d bool, on their device."""
+    """Whether a step with this loss and gradient norm (0-d) may change anything: 0-d bool on their device."""
     return loss.isfinite() & norm.isfinite()
 
 
 class AdamW(torch.optim.Optimizer):
-    """Decoupled weight decay on matrices only, and clipping by the global norm folded into the update.
+    """AdamW with weight decay on matrices only, and clipping by the global norm folded into the update.
 
-    Parameters and gradients are float32, whole or sharded (DTensor): each rank updates what it holds. `total_norm`
-    makes one norm of the gradients that a rank holds, by name. `step` reads no value back from the device, so the
-    number of steps that it has taken is kept there: it leaves out those that were skipped.
+    Parameters and gradients are float32, whole or sharded (DTensor); each rank updates its local shards.
+    `total_norm` computes the global norm from this rank's gradients by name; None is the norm of exactly these.
+    `step` reads nothing back from the device, so `num_steps`, which leaves out skipped steps, is kept there.
+
+    `Engine.state` saves and restores the moments under the names of the parameters.
     """
 
     _has_whole_parameters = True
@@ -43,7 +42,7 @@ class AdamW(torch.optim.Optimizer):
         self,
         parameters: Mapping[str, nn.Parameter],
         config: OptimizerConfig,
-        total_norm: Callable[[Mapping[str, Tensor]], Tensor] = norm_of_all,
+        total_norm: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
     ) -> None:
         matrices = [p for p in parameters.values() if self._is_matrix(p)]
         others = [p for p in parameters.values() if not self._is_matrix(p)]
@@ -56,21 +55,29 @@ class AdamW(torch.optim.Optimizer):
         self.config = config
         device = next((parameter.device for parameter in parameters.values()), None)
         self._steps_taken = torch.zeros((), dtype=torch.int64, device=device)
-        self._total_norm = total_norm
+        self._total_norm = total_norm or self._local_norm
+        self._kernels: MultiTensor | None = None
         self.moment_dtype = torch.bfloat16 if config.moments == "bfloat16" else torch.float32
         if self._has_whole_parameters:
             self.make_moments(parameters.values())
 
     def make_moments(self, parameters: Iterable[Tensor]) -> None:
-        """Makes the moments of those of these parameters, or parts of them, that have none yet."""
+        """Makes the missing moments of these parameters, or partitions of parameters, all on one device.
+
+        The first call selects the back end of the update for that device, and logs it.
+        """
         for parameter in parameters:
+            if self._kernels is None:
+                selection = MULTI_TENSOR.select(Target(parameter.device))
+                get_logger("Plan").info(f"Optimizer: {selection}")
+                self._kernels = selection.run
             if not self.state[parameter]:
                 moments = {name: torch.zeros_like(parameter, dtype=self.moment_dtype) for name in MOMENTS}
                 self.state[parameter] = moments
 
     @property
     def num_steps(self) -> int:
-        """The steps that have been taken. Reading it waits for the device."""
+        """The number of updates so far, without skipped steps. Reading it waits for the device."""
         return int(self._steps_taken)
 
     @num_steps.setter
@@ -83,7 +90,7 @@ class AdamW(torch.optim.Optimizer):
     ) -> Tensor:
         """Clips, updates every parameter that has a gradient, and returns the norm before clipping (0-d).
 
-        Nothing changes where the norm or the step's `loss` (0-d) is not finite.
+        Nothing changes where the norm or `loss`, the step's loss (0-d), is not finite.
         """
         gradients = {name: local(p.grad) for name, p in self.parameters.items() if p.grad is not None}
         norm = self._total_norm(gradients)
@@ -95,13 +102,22 @@ class AdamW(torch.optim.Optimizer):
         self._steps_taken += finite
         return norm
 
+    @property
+    def _backend(self) -> MultiTensor:
+        assert self._kernels is not None, "make_moments comes first"
+        return self._kernels
+
+    def _local_norm(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        """The L2 norm of all these gradients as one vector, 0-d."""
+        return self._backend.sum_of_squares(list(gradients.values()), [1.0] * len(gradients)).sqrt()
+
     def _is_matrix(self, parameter: nn.Parameter) -> bool:
         return parameter.ndim >= 2
 
     def _update_all(self, scale: Tensor, finite: Tensor) -> None:
-        """Updates every parameter that has a gradient, at its group's rate, with gradients times `scale` (0-d).
+        """Updates every parameter that has a gradient, at its group's learning rate, with gradients times `scale`.
 
-        Nothing changes unless the step is `finite` (0-d bool).
+        `scale` and `finite` are 0-d; nothing changes unless `finite` is true.
         """
         config = self.config
         number = (self._steps_taken.to(scale.device) + 1).double()
@@ -121,15 +137,15 @@ class AdamW(torch.optim.Optimizer):
                 )
                 means, squares = ([local(self.state[p][name]) for p in updated] for name in MOMENTS)
                 gradients = [local(p.grad) for p in updated]
-                adamw_([local(p) for p in updated], gradients, means, squares, scale, step)
+                self._backend.adamw_([local(p) for p in updated], gradients, means, squares, scale, step)
 
 
 class PartitionedAdamW(AdamW):
-    """The same for an engine that puts flat partitions in the parameters' place, and clips by itself.
+    """AdamW for DeepSpeed, which replaces the parameters by flat partitions and clips gradients by itself.
 
-    `make_moments` makes those of the partitions. `before_step` says when a step begins; the engine may then call
-    `step` several times, each for other partitions, or not at all; `after_step` ends it. Where DeepSpeed has shared
-    out a parameter already, `ds_shape` is the shape of the whole.
+    Call `make_moments` for the partitions. `before_step` begins a step; DeepSpeed may then call `step` several
+    times, each for other partitions, or not at all; `after_step` ends the step. `ds_shape` is the global shape of a
+    parameter that DeepSpeed has partitioned already.
     """
 
     _has_whole_parameters = False
@@ -137,8 +153,8 @@ class PartitionedAdamW(AdamW):
     _is_finite: Callable[[], Tensor] | None = None  # until the first step begins
 
     def before_step(self, learning_rate: float, is_finite: Callable[[], Tensor]) -> None:
-        """Begins a step at this learning rate. It changes nothing unless `is_finite()` is true (0-d bool), which is
-        asked for when the norm of the gradient is known.
+        """Begins a step at this learning rate. `is_finite()`, 0-d bool, is called once the gradient norm is known;
+        where it is false the step changes nothing.
         """
         self._is_finite = is_finite
         for group in self.param_groups:
@@ -146,7 +162,7 @@ class PartitionedAdamW(AdamW):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # as the engine calls it
-        """Updates the partitions that have gradients; the engine also calls it before there is any step."""
+        """Updates the partitions that have gradients. DeepSpeed also calls this before the first step."""
         if self._is_finite is not None and self.state:
             device = next(iter(self.state)).device
             self._update_all(torch.ones((), device=device), self._is_finite())

@@ -52,6 +52,7 @@ RULES: dict[str, Rule] = {
     "training.evaluation.interval_steps": Rule.LOGGED,
     "training.evaluation.tokens": Rule.LOGGED,
     "training.max_skipped_steps": Rule.LOGGED,
+    "training.loss_terms": Rule.LOGGED,
     "parallel.layout": Rule.FREE,  # the degrees that it leads to are compared themselves
     "parallel.data_replicate": Rule.LOGGED,
     "parallel.data_shard": Rule.LOGGED,

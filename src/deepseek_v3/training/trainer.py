@@ -177,7 +177,7 @@ class Trainer:
         self.skipped.add(number, result)
         if reports:
             self._report(step, result, reporter)
-        with reporter.clock.paused():
+        with reporter.throughput.paused():
             if measures:
                 self._measure(number, reporter)
             if self._samples is not None:
@@ -191,8 +191,8 @@ class Trainer:
 
     def _report(self, step: ScheduledStep, result: StepResult, reporter: MetricsLogger) -> None:
         self.skipped.read()
-        figures = step_metrics(self.config.model, result.losses, result.norm, self.engine.routing_biases())
-        reporter.log_step(step, figures, self.skipped.total)
+        metrics = step_metrics(self.config, result.losses, result.norm, self.engine.routing_biases())
+        reporter.log_step(step, metrics, self.skipped.total)
 
     def _measure(self, number: int, reporter: MetricsLogger) -> None:
         """The held-out loss; a split that cannot be read ends the run, on all ranks together, once it is saved."""

@@ -169,7 +169,7 @@ def main_losses(objective: Objective, documents: DocumentIds, batches: Iterable[
                 0.0,
                 0.0,
                 documents(tokens_BX),
-                with_mtp=False,
+                main_only=True,
                 num_targets=tokens_BX[:, 1:].numel(),
             ).main
             for tokens_BX in batches

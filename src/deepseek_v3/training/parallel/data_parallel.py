@@ -1,8 +1,9 @@
-"""The whole model on every rank, shared out or not, each with a part of the data; one process is a case of it."""
+"""The engine of data parallelism: every rank runs all layers on its own samples. One process is a case of it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import islice
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.training.data import DocumentIds
 from deepseek_v3.training.loss import Losses, Objective
-from deepseek_v3.training.optimizer import AdamW, norm_of_all
+from deepseek_v3.training.loss_terms import select_loss_terms
+from deepseek_v3.training.optimizer import AdamW
 from deepseek_v3.training.parallel.engine import Engine, mean_losses
 from deepseek_v3.training.parallel.fsdp import all_reduce_replicated_gradients, set_gradient_sync
 from deepseek_v3.training.parallel.mesh import ParallelMesh
@@ -22,21 +24,22 @@ from deepseek_v3.training.validation import main_losses
 
 
 class DataParallelEngine(Engine):
-    """Forward and backward micro-batch by micro-batch; FSDP and expert parallelism sit inside the model."""
+    """Runs micro-batches one after another; FSDP and the expert exchange happen inside the model."""
 
     def __init__(self, config: RunConfig, mesh: ParallelMesh, device: torch.device, documents: DocumentIds) -> None:
-        self.objective = build_model(config, device, mesh, Objective)
+        terms = select_loss_terms(config.training.loss_terms)
+        self.objective = build_model(config, device, mesh, partial(Objective, loss_terms=terms))
         super().__init__(mesh, [self.objective.model])
         self._parallel, self._documents = config.parallel, documents
         self._balance_weight = config.training.balance.sequence_loss_weight
         model = self.objective.model
-        norm = norm_of_all if mesh.is_alone else GlobalGradNorm(local_shards(model, mesh), mesh)
+        norm = None if mesh.is_alone else GlobalGradNorm(local_shards(model, mesh), mesh, device)
         self.optimizer = AdamW(dict(model.named_parameters()), config.training.optimizer, norm)
 
     def _backward(self, batches: Iterator[Tensor], step: ScheduledStep) -> Losses:
         parallel = self._parallel
         count = step.num_samples // (parallel.micro_batch_size * parallel.data_ranks)
-        parts: list[Losses] = []
+        losses_of_micro_batches: list[Losses] = []
         tokens = list(islice(batches, count))
         documents = [self._documents(tokens_BX) for tokens_BX in tokens]
         num_targets = self._targets_per_micro_batch(documents)
@@ -50,9 +53,9 @@ class DataParallelEngine(Engine):
                 num_targets=num_targets,
             )
             (losses.total / (count * parallel.data_ranks)).backward()
-            parts.append(losses._replace(total=losses.total.detach()))
+            losses_of_micro_batches.append(losses._replace(total=losses.total.detach()))
         all_reduce_replicated_gradients(self.models, self.mesh)
-        return mean_losses(parts)
+        return mean_losses(losses_of_micro_batches)
 
     def main_losses(self, batches: Iterable[Tensor]) -> Tensor:
         return main_losses(self.objective, self._documents, batches)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -25,6 +26,7 @@ from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.model.init import initial_values, reset_buffers
 from deepseek_v3.training.data import DocumentIds
 from deepseek_v3.training.loss import Losses, Objective
+from deepseek_v3.training.loss_terms import select_loss_terms
 from deepseek_v3.training.optimizer import MOMENTS, PartitionedAdamW, is_finite_step, local
 from deepseek_v3.training.parallel.deepspeed_config import DeepSpeedFile
 from deepseek_v3.training.parallel.engine import Engine, mean_losses
@@ -57,7 +59,9 @@ class DeepSpeedEngine(Engine):
         file: DeepSpeedFile,
     ) -> None:
         _enter_the_group()
-        self.objective, model = build_on_meta(config, device, ParallelMesh(config.parallel, mesh.rank), Objective)
+        terms = select_loss_terms(config.training.loss_terms)
+        wrap = partial(Objective, loss_terms=terms)
+        self.objective, model = build_on_meta(config, device, ParallelMesh(config.parallel, mesh.rank), wrap)
         is_bfloat16 = model.compute_dtype == torch.bfloat16
         settings = _accepted(file, config, is_bfloat16)
         self._run, self._stage = config, file.stage

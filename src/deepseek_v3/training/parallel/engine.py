@@ -15,7 +15,7 @@ from deepseek_v3.moe.routing import Router
 from deepseek_v3.training.loss import Losses, count_targets
 from deepseek_v3.training.optimizer import MOMENTS, AdamW, is_finite_step
 from deepseek_v3.training.parallel.mesh import ParallelMesh
-from deepseek_v3.training.parallel.sharding import Views
+from deepseek_v3.training.parallel.sharding import as_global, local_shards
 from deepseek_v3.training.schedule import ScheduledStep
 
 
@@ -91,12 +91,12 @@ class Engine(ABC):
         model: dict[str, Tensor] = {}
         moments: dict[str, dict[str, Tensor]] = {moment: {} for moment in MOMENTS}
         for part in self.models:
-            view = Views(part, self.mesh)
+            shards = local_shards(part, self.mesh)
             for name, tensor in part.state_dict().items():
-                model.setdefault(name, view(name, tensor))
+                model.setdefault(name, as_global(tensor, shards.get(name), self.mesh))
             for name, parameter in part.named_parameters():
                 for moment, values in self.optimizer.state[parameter].items():
-                    moments[moment].setdefault(name, view(name, values))
+                    moments[moment].setdefault(name, as_global(values, shards[name], self.mesh))
         return {"model": model, "optimizer": {"num_steps": self.optimizer.num_steps, **moments}}
 
     def state_to_load(self) -> dict[str, Any]:
@@ -128,10 +128,11 @@ class Engine(ABC):
         """Means of the losses over all ranks with different data, and sums of the loads: one collective."""
         counts_LE = self._spread(list(losses.counts_LE), torch.float64)
         means = torch.stack([losses.total, losses.main, losses.mtp, losses.balance]).double()
-        values = torch.cat([means / self.mesh.parallel.data_ranks, counts_LE.flatten()])
-        self.mesh.sum_over_ranks(values)
-        total, main, mtp, balance = values[:4].float()
-        return Losses(total, main, mtp, balance, values[4:].view_as(counts_LE).round().long())
+        means = torch.cat([means, losses.terms_N.double()]) / self.mesh.parallel.data_ranks
+        values = self.mesh.sum_over_ranks(torch.cat([means, counts_LE.flatten()]))
+        (total, main, mtp, balance), counts = values[:4].float(), values[len(means) :]
+        terms_N = values[4 : len(means)].float()
+        return Losses(total, main, mtp, balance, terms_N, counts.view_as(counts_LE).round().long())
 
     def _spread(self, rows: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """Rows of this rank's routers in a table of all routers, the others 0."""
@@ -144,8 +145,8 @@ class Engine(ABC):
 
 def mean_losses(parts: Sequence[Losses]) -> Losses:
     """Means of the losses of equal micro-batches, and the sums of their expert loads."""
-    total, main, mtp, balance, counts = (torch.stack(values) for values in zip(*parts, strict=True))
-    return Losses(total.mean(), main.mean(), mtp.mean(), balance.mean(), counts.sum(0))
+    total, main, mtp, balance, terms, counts = (torch.stack(values) for values in zip(*parts, strict=True))
+    return Losses(total.mean(), main.mean(), mtp.mean(), balance.mean(), terms.mean(0), counts.sum(0))
 
 
 def _router_rows(model: DeepSeekV3) -> list[int]:

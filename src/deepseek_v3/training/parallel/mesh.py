@@ -1,8 +1,9 @@
-"""This process among all ranks of a run: who shares what with whom.
+"""The device meshes of a run: how its ranks form pipeline stages, replicas, shards and expert-parallel groups.
 
-Ranks are numbered with pipeline stages outermost; inside a stage come the copies (`data_replicate`), inside a copy
-the ranks that share it out (`data_shard`). Experts lie over the same ranks in another grid: each `expert`
-consecutive ranks hold all experts between them, those with the same place in their group hold the same ones.
+Ranks are numbered with the pipeline stages outermost, then the replicas of a stage (`data_replicate`), then the
+FSDP shards of a replica (`data_shard`). The experts use a second mesh over the same ranks: each `expert`
+consecutive ranks hold all experts of a layer between them, and ranks at the same position of their groups hold the
+same experts.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from deepseek_v3.config.parallel_config import ParallelConfig
 
 @dataclass(frozen=True)
 class ParallelMesh:
-    """The grid of a layout and this rank's place in it; `dense` and `experts` are None where it is the only one.
+    """The meshes of a layout and this rank's position in them.
 
     `dense` has the dimensions pipeline, replicate, shard; `experts` has pipeline, expert_replicate, expert_shard,
-    expert.
+    expert. Both are None in a run of one rank. `ranks_per_node`: the number of consecutive ranks on one host.
     """
 
     parallel: ParallelConfig
@@ -34,41 +35,44 @@ class ParallelMesh:
 
     @property
     def size(self) -> int:
-        """All ranks."""
+        """The number of ranks."""
         return self.parallel.world_size
 
     @property
     def is_alone(self) -> bool:
-        """Whether there is no other rank."""
+        """Whether this is the only rank."""
         return self.size == 1
 
     @property
     def data_rank(self) -> int:
-        """Which share of the data this rank sees."""
+        """This rank's index among the ranks of its stage, each of which reads other samples."""
         return self.rank % self.parallel.data_ranks
 
     @property
     def pipeline_rank(self) -> int:
-        """Which ranks of the pipeline this one belongs to, from the embedding on."""
+        """This rank's index along the pipeline, from 0 at the embedding."""
         return self.rank // self.parallel.data_ranks
 
     @property
     def expert_rank(self) -> int:
-        """Which share of the experts this rank holds."""
+        """The index of the shard of the experts that this rank holds."""
         return self.rank % self.parallel.expert
 
     def dense_mesh(self) -> DeviceMesh | None:
-        """The ranks that share out all but experts: one dimension, or copies times shards; None for one rank."""
-        return _used(self.dense, ("replicate", "shard"))
+        """The ranks that FSDP shards all parameters but the experts over: (shard), or (replicate, shard).
+
+        None where one rank holds all of them.
+        """
+        return _data_mesh(self.dense, ("replicate", "shard"))
 
     def expert_mesh(self) -> DeviceMesh | None:
-        """The ranks that share out the same experts, in the same form."""
-        return _used(self.experts, ("expert_replicate", "expert_shard"))
+        """The ranks that FSDP shards the same experts over, in the form of `dense_mesh`."""
+        return _data_mesh(self.experts, ("expert_replicate", "expert_shard"))
 
     def expert_shard_mesh(self) -> DeviceMesh:
-        """The ranks of this stage as experts are cut among them: expert, expert_shard, expert_replicate.
+        """This stage's mesh (expert, expert_shard, expert_replicate), in the order in which experts are sharded.
 
-        It says where parts belong; no rank can be reached by it.
+        It describes where shards belong, and has no process groups to communicate with.
         """
         assert self.experts is not None
         stage = self.experts.mesh[self.pipeline_rank].permute(2, 1, 0).contiguous()
@@ -76,22 +80,23 @@ class ParallelMesh:
         return DeviceMesh(self.experts.device_type, stage, mesh_dim_names=names, _init_backend=False)
 
     def group(self, name: str) -> dist.ProcessGroup:
-        """The ranks along one dimension: `expert` or `pipeline`."""
+        """The process group along one dimension: `expert` or `pipeline`."""
         mesh = self.experts if name == "expert" else self.dense
         assert mesh is not None
         return mesh[name].get_group()
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """The sum of such tensors over all ranks, on each of them; in place."""
+        """Replaces `values` by their sum over all ranks, and returns them."""
         if not self.is_alone:
             dist.all_reduce(values)
         return values
 
 
 def build_mesh(parallel: ParallelConfig, device_type: str, ranks_per_node: int = 1) -> ParallelMesh:
-    """The grid of the processes that torch.distributed was started with; of this one alone where it was not.
+    """The meshes of a layout over the ranks that torch.distributed was started with.
 
-    `ranks_per_node`: how many neighbouring ones are on one host, and reach each other faster.
+    A layout of one rank needs no torch.distributed. `ranks_per_node` is the number of consecutive ranks on one
+    host, which reach each other faster than ranks on other hosts.
     """
     if parallel.world_size == 1:
         return ParallelMesh(parallel)
@@ -108,11 +113,11 @@ def build_mesh(parallel: ParallelConfig, device_type: str, ranks_per_node: int =
     )
 
 
-def _used(mesh: DeviceMesh | None, names: Sequence[str]) -> DeviceMesh | None:
-    """The dimensions of these two with more than one rank; the second one always where there are copies."""
+def _data_mesh(mesh: DeviceMesh | None, names: Sequence[str]) -> DeviceMesh | None:
+    """The dimensions (replicate, shard) of `mesh`, without replicate where its size is 1; None for one rank."""
     if mesh is None:
         return None
-    copies, shards = (mesh[name].size() for name in names)
-    if copies > 1:
+    replicas, shards = (mesh[name].size() for name in names)
+    if replicas > 1:
         return mesh[tuple(names)]
     return mesh[names[1]] if shards > 1 else None

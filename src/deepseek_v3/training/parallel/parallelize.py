@@ -1,6 +1,16 @@
 """From a config to a model that is ready to train, in one ordered list of steps.
 
-FOLDED: Less memory for more work: running parts of the forward pass again in the backward pass (Chen et al. 2016).
+`build_on_meta` and `build_model` are that list:
+
+1. build the model on the meta device, and keep the layers of this rank's pipeline stage
+2. select the compute dtype and the back end of every operation
+3. shard the experts over the expert-parallel ranks, and give the MoE layers their dispatcher
+4. activation checkpointing (Chen et al. 2016, arXiv:1604.06174)
+5. compile each layer
+6. shard weights, gradients and moments over the data-parallel ranks (FSDP2)
+7. materialise the weights, and initialise them; a checkpoint may overwrite them later
+
+The modules themselves know nothing of ranks, recomputation or compilation.
 """
 
 from __future__ import annotations
@@ -30,23 +40,7 @@ from deepseek_v3.training.parallel.sharding import local_shards
 from deepseek_v3.utils.errors import ConfigError
 from deepseek_v3.utils.logging import get_logger
 
-
-def apply_activation_checkpointing(model: DeepSeekV3, what: Literal["none", "selective", "full"]) -> None:
-    """Runs whole layers again (`full`), or of each layer what keeps most for its time: the feed-forward network."""
-    if what == "full":
-        model.run_layer = _recomputing
-    elif what == "selective":
-        for layer in model.model.layers:
-            if isinstance(layer, DecoderLayer):
-                layer.run_feed_forward = _recomputing
-
-
-def _recomputing(module: nn.Module, *inputs: Any) -> Any:
-    """Runs a module now and once more in the backward pass, keeping only its inputs between."""
-    return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)
-
-
-# Layer kinds (dense, mixture, prediction) × with and without gradient, and room for masks.
+# Layer kinds (dense, mixture, MTP) × with and without gradient, and room for masks.
 _COMPILED_VARIANTS = 16
 
 Root = TypeVar("Root", bound=nn.Module)
@@ -59,7 +53,10 @@ def build_model(
     wrap: Callable[[DeepSeekV3], Root],
     keep: Callable[[DeepSeekV3], Sequence[int]] | None = None,
 ) -> Root:
-    """Builds this rank's part of the model on `device`, initialised from the run's seed; weights are float32."""
+    """Builds this rank's part of the model on `device`, with float32 weights initialised from the run's seed.
+
+    Arguments as for `build_on_meta`.
+    """
     root, model = build_on_meta(config, device, mesh, wrap, keep)
     root.to_empty(device=device)
     _initialize(model, config, mesh)
@@ -74,10 +71,10 @@ def build_on_meta(
     wrap: Callable[[DeepSeekV3], Root],
     keep: Callable[[DeepSeekV3], Sequence[int]] | None = None,
 ) -> tuple[Root, DeepSeekV3]:
-    """The module that is called and the model in it, ready to train on `device` but without any memory yet.
+    """Builds the root module and the model inside it, ready to train on `device` but without memory for weights.
 
-    `wrap` makes the module that is called of the model. `keep` takes away what other stages of a pipeline have and
-    returns the numbers of the layers that are left.
+    `wrap` makes the root module, which training calls, from the model. `keep` removes the layers of other pipeline
+    stages from the model and returns the numbers of the remaining ones; None keeps all.
     """
     with torch.device("meta"):
         model = DeepSeekV3(config.model)
@@ -88,14 +85,14 @@ def build_on_meta(
     _shard_experts(model, config, device, mesh)
     apply_activation_checkpointing(model, config.parallel.recomputation)
     if _compiles(model, config, device):
-        _compile_layers(_layers(model, layers), config.parallel)
+        _compile_layers([model.model.layers[number] for number in layers], config.parallel)
     root = wrap(model)
     apply_fsdp(root, model, mesh, layers)
     return root, model
 
 
 def _shard_experts(model: DeepSeekV3, config: RunConfig, device: torch.device, mesh: ParallelMesh) -> None:
-    """Leaves each rank its share of the experts, and gives the layers a dispatcher that reaches the others."""
+    """Keeps this rank's shard of the experts, and gives every MoE layer a dispatcher that reaches the others."""
     parallel = config.parallel
     if parallel.expert == 1:
         return
@@ -122,52 +119,57 @@ def _shard_experts(model: DeepSeekV3, config: RunConfig, device: torch.device, m
             module.dispatcher = dispatcher
 
 
-@torch.no_grad()
-def _initialize(model: DeepSeekV3, config: RunConfig, mesh: ParallelMesh) -> None:
-    """As `model/init.py` does, for what this rank holds."""
-    pieces, std, seed = local_shards(model, mesh), config.model.initializer_range, config.training.seed
-    for name, parameter in model.named_parameters():
-        piece, held = pieces[name], local(parameter)
-        for place, values in initial_values(name, piece.shape, piece.rows, std, seed, held.device):
-            held[place].copy_(piece.of_rows(values))
-    reset_buffers(model)
+def apply_activation_checkpointing(model: DeepSeekV3, mode: Literal["none", "selective", "full"]) -> None:
+    """Recomputes parts of the forward pass in the backward pass, which then keep only their inputs in memory.
+
+    `full` recomputes whole layers; `selective` recomputes the feed-forward networks, which keep the most memory for
+    the time that they take.
+    """
+    if mode == "full":
+        model.run_layer = _recompute
+    elif mode == "selective":
+        for layer in model.model.layers:
+            if isinstance(layer, DecoderLayer):
+                layer.run_feed_forward = _recompute
 
 
-def _layers(model: DeepSeekV3, numbers: Sequence[int]) -> list[DecoderLayer]:
-    layers = [model.model.layers[number] for number in numbers]
-    return [layer for layer in layers if isinstance(layer, DecoderLayer)]
+def _recompute(module: nn.Module, *inputs: Any) -> Any:
+    """Calls a module now and again in the backward pass, and keeps only its inputs in between."""
+    return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def _compiles(model: DeepSeekV3, config: RunConfig, device: torch.device) -> bool:
-    """Whether layers are compiled: as the config says, or by default where CUDA runs them without a break."""
+    """Whether layers are compiled: as the config says; `auto` compiles on CUDA, where no graph break is needed."""
     experts = [module for module in model.modules() if isinstance(module, RoutedExperts)]
-    in_one_piece = all(module.grouped_linear is not reference_grouped_linear for module in experts)
+    can_compile = all(module.grouped_linear is not reference_grouped_linear for module in experts)
     wanted = config.parallel.compile
-    if wanted is True and not in_one_piece:
+    if wanted is True and not can_compile:
         raise ConfigError(
             "parallel.compile = true: the experts run as a loop here, which cannot be compiled whole; that takes "
             "CUDA, bfloat16, and hidden_size and moe_intermediate_size in multiples of 8; "
             "use --set parallel.compile=auto"
         )
-    return in_one_piece and (device.type == "cuda" if wanted == "auto" else wanted)
+    return can_compile and (device.type == "cuda" if wanted == "auto" else wanted)
 
 
-def _compile_layers(layers: Sequence[DecoderLayer], parallel: ParallelConfig) -> None:
-    """Compiles each layer whole where it can be; layers of one kind share the compiled code.
+def _compile_layers(layers: Sequence[nn.Module], parallel: ParallelConfig) -> None:
+    """Compiles each decoder layer as one graph where possible; layers of one kind share the compiled code.
 
-    Where the feed-forward network runs again in the backward pass it is compiled by itself: within one graph the
-    compiler keeps rows of experts that should be made anew. Around experts on other ranks only parts are compiled,
-    because rows that travel are counted on the way.
+    With selective recomputation the feed-forward network is compiled by itself: inside one graph the compiler would
+    keep rows of the experts that should be recomputed. With expert parallelism only the parts around the exchange
+    are compiled, because the exchange reads the number of rows from the device.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _COMPILED_VARIANTS)
     for layer in layers:
+        if not isinstance(layer, DecoderLayer):
+            continue
         mixture = layer.mlp if isinstance(layer.mlp, MixtureOfExperts) else None
-        apart = mixture is not None and parallel.expert > 1
-        if parallel.recomputation != "selective" and not apart:
+        has_exchange = mixture is not None and parallel.expert > 1
+        if parallel.recomputation != "selective" and not has_exchange:
             layer.compile(fullgraph=True, dynamic=False)
             continue
         _compile_method(layer, "attend")
-        if mixture is None or not apart:
+        if mixture is None or not has_exchange:
             layer.mlp.compile(fullgraph=True, dynamic=False)
             continue
         _compile_method(mixture, "route")
@@ -178,3 +180,14 @@ def _compile_layers(layers: Sequence[DecoderLayer], parallel: ParallelConfig) ->
 
 def _compile_method(module: nn.Module, name: str) -> None:
     setattr(module, name, torch.compile(getattr(module, name), fullgraph=True, dynamic=False))
+
+
+@torch.no_grad()
+def _initialize(model: DeepSeekV3, config: RunConfig, mesh: ParallelMesh) -> None:
+    """Sets this rank's shard of every parameter to the values that `model.init` gives it in the whole model."""
+    shards, std, seed = local_shards(model, mesh), config.model.initializer_range, config.training.seed
+    for name, parameter in model.named_parameters():
+        shard, values = shards[name], local(parameter)
+        for rows, initial in initial_values(name, shard.shape, shard.rows, std, seed, values.device):
+            values[rows].copy_(shard.of_rows(initial))
+    reset_buffers(model)

@@ -29,6 +29,7 @@ from deepseek_v3.model.transformer import DeepSeekV3, HiddenStates
 from deepseek_v3.planning.pipeline_split import stage_layers, stages_of_rank
 from deepseek_v3.training.data import DocumentIds
 from deepseek_v3.training.loss import Losses, compute_losses, stack_expert_counts, sum_balance_losses
+from deepseek_v3.training.loss_terms import LossTerm, select_loss_terms
 from deepseek_v3.training.optimizer import MOMENTS, AdamW, local
 from deepseek_v3.training.parallel.engine import Engine, mean_losses
 from deepseek_v3.training.parallel.fsdp import all_reduce_replicated_gradients
@@ -54,16 +55,22 @@ class ModelStage(nn.Module):
     """
 
     def __init__(
-        self, model: DeepSeekV3, layers: range, is_first: bool, is_last: bool, documents: DocumentIds
+        self,
+        model: DeepSeekV3,
+        layers: range,
+        is_first: bool,
+        is_last: bool,
+        documents: DocumentIds,
+        loss_terms: Sequence[LossTerm] = (),
     ) -> None:
         super().__init__()
         self.model = model
         self.layers, self.is_first, self.is_last = layers, is_first, is_last
-        self.documents = documents
+        self.documents, self.loss_terms = documents, tuple(loss_terms)
         self.mtp_weight = self.balance_weight = 0.0
         self.share = 1.0
         self.num_targets: Tensor | int | None = None
-        self.with_mtp = True
+        self.main_only = False
         self.found: list[Losses] = []
 
     def forward(self, x: Tensor, *, tokens_BX: Tensor) -> Tensor:
@@ -81,10 +88,11 @@ class ModelStage(nn.Module):
                 stack_expert_counts(routing, self._experts, x_BSD.device),
             )
             total = self.balance_weight * balance
-            self.found.append(Losses(total.detach(), zero, zero, balance.detach(), counts))
+            terms_N = zero.new_zeros(len(self.loss_terms))
+            self.found.append(Losses(total.detach(), zero, zero, balance.detach(), terms_N, counts))
             return _AlsoLoss.apply(x_BSD, self.share * total) if total.requires_grad else x_BSD
         states = HiddenStates(self.model.model.norm(x_BSD), [], routing)
-        if self.with_mtp and self.model.config.num_nextn_predict_layers:
+        if not self.main_only and self.model.config.num_nextn_predict_layers:
             mtp, more = self.model.run_mtp(states.main_BSD, self.model.embed(inputs_BS), metadata)
             states = HiddenStates(states.main_BSD, mtp, routing + more)
         losses = compute_losses(
@@ -95,6 +103,7 @@ class ModelStage(nn.Module):
             self.balance_weight,
             documents_BX,
             self.num_targets,
+            () if self.main_only else self.loss_terms,
         )
         self.found.append(losses._replace(total=losses.total.detach()))
         return self.share * losses.total.view(1)
@@ -128,22 +137,30 @@ class PipelineEngine(Engine):
         self._total = parallel.pipeline * parallel.stages_per_rank
         cut = stage_layers(config.model, self._total, config.training.sequence_length)
         self._stages = []
+        terms = select_loss_terms(config.training.loss_terms)
         for number in self._numbers:
             ends = (number == 0, number == self._total - 1)
-            wrap = partial(ModelStage, layers=cut[number], is_first=ends[0], is_last=ends[1], documents=documents)
+            wrap = partial(
+                ModelStage,
+                layers=cut[number],
+                is_first=ends[0],
+                is_last=ends[1],
+                documents=documents,
+                loss_terms=terms,
+            )
             keep = partial(_keep_only, layers=cut[number], is_first=ends[0], is_last=ends[1])
             self._stages.append(build_model(config, device, mesh, wrap, keep))
         super().__init__(mesh, [stage.model for stage in self._stages])
         self._training, self._device, self._documents = config.training, device, documents
         self._schedules: dict[int, Any] = {}
         self._embeddings = SharedEmbeddings(self._stages, mesh)
-        parameters, pieces = {}, {}
+        parameters, shards = {}, {}
         for number, model in zip(self._numbers, self.models, strict=True):
-            for name, piece in local_shards(model, mesh).items():
+            for name, shard in local_shards(model, mesh).items():
                 key = name if name not in parameters else f"{name} of stage {number}"
                 parameters[key] = model.get_parameter(name)
-                pieces[key] = replace(piece, copies=piece.copies * self._embeddings.copies_of(name))
-        self.optimizer = AdamW(parameters, config.training.optimizer, GlobalGradNorm(pieces, mesh))
+                shards[key] = replace(shard, copies=shard.copies * self._embeddings.copies_of(name))
+        self.optimizer = AdamW(parameters, config.training.optimizer, GlobalGradNorm(shards, mesh, device))
 
     def finish_loading(self, state: dict[str, Any], num_steps: int) -> None:
         super().finish_loading(state, num_steps)
@@ -172,7 +189,7 @@ class PipelineEngine(Engine):
         """One micro-batch forward through all stages; the schedules of a V cannot do without the way back."""
         states = tokens_BX
         for number, stage in zip(self._numbers, self._stages, strict=True):
-            stage.with_mtp, stage.num_targets = False, tokens_BX[:, 1:].numel()
+            stage.main_only, stage.num_targets = True, tokens_BX[:, 1:].numel()
             if number > 0 and number - 1 not in self._numbers:
                 size, length = tokens_BX.shape
                 states = torch.empty(
@@ -193,7 +210,7 @@ class PipelineEngine(Engine):
     def _run(self, batches: Sequence[Tensor]) -> list[list[Losses]]:
         """Moves micro-batches through all stages and back; returns for each own stage its losses of each."""
         for stage in self._stages:
-            stage.with_mtp = True
+            stage.main_only = False
             stage.found.clear()
         tokens = torch.cat(list(batches))
         first = [tokens] if self._stages[0].is_first else []
@@ -314,11 +331,12 @@ def _given_loss(output: Tensor, target: Tensor) -> Tensor:  # noqa: ARG001 -- th
 
 def _joined(losses: Sequence[Losses]) -> Losses:
     """Losses of the stages of one rank, each of other layers."""
-    total, main, mtp, balance, counts = zip(*losses, strict=True)
+    total, main, mtp, balance, terms, counts = zip(*losses, strict=True)
     return Losses(
         total=torch.stack(total).sum(),
         main=torch.stack(main).sum(),
         mtp=torch.stack(mtp).sum(),
         balance=torch.stack(balance).sum(),
+        terms_N=torch.stack(terms).sum(0),
         counts_LE=torch.cat(counts),
     )

@@ -1,7 +1,4 @@
-"""Which part of every parameter this rank holds: for first weights, for files, and for norms over all ranks.
-
-FOLDED: Which part of a whole tensor a rank's own tensor is, in words that saving and loading understand.
-"""
+"""How the parameters of a model are divided over ranks: for initial values, checkpoints and the gradient norm."""
 
 from __future__ import annotations
 
@@ -14,37 +11,39 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from deepseek_v3.moe.experts import RoutedExperts
-from deepseek_v3.ops.multi_tensor import sum_of_squares
+from deepseek_v3.ops.multi_tensor import MULTI_TENSOR
+from deepseek_v3.ops.operation import Target
 from deepseek_v3.training.optimizer import local
 from deepseek_v3.training.parallel.mesh import ParallelMesh
 
 
 def as_dtensor(local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int]) -> DTensor:
-    """A DTensor of `shape` whose part on this rank is `local`, in the same memory.
+    """A DTensor of the global `shape` whose local shard is `local`, sharing its memory.
 
-    `placements` cut the whole by one mesh dimension after the other: a stack of experts is cut by the expert
-    dimension first, then by that of the sharded data parallel, `[Shard(0), Shard(0)]`, or `[Shard(0), Shard(1)]`
-    where the latter cuts rows. Where a cut is uneven, earlier ranks hold more, as `torch.chunk` has it. Raises
-    ValueError where `local` does not have the shape that this rank's part must have.
+    `placements` are applied in the order of the mesh dimensions. A stack of experts is sharded by the expert
+    dimension first and by FSDP second: `[Shard(0), Shard(0)]`, or `[Shard(0), Shard(1)]` where FSDP shards the rows
+    of each expert. An uneven split gives the first ranks more, as `torch.chunk` does. Raises ValueError where
+    `local` does not have the shape of this rank's shard.
     """
     stride = torch.empty(shape, device="meta").stride()
     whole = DTensor.from_local(
         local.detach(), mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
     )
-    (part,) = whole.__create_chunk_list__()
-    if part.sizes != local.shape:
+    (chunk,) = whole.__create_chunk_list__()
+    if chunk.sizes != local.shape:
         raise ValueError(
-            f"a part of shape {list(local.shape)} of {list(shape)}, expected {list(part.sizes)} on this rank "
-            f"where {mesh} is cut by {tuple(placements)}"
+            f"a local shard of shape {list(local.shape)} for the global shape {list(shape)}: expected "
+            f"{list(chunk.sizes)} on this rank of {mesh} with placements {tuple(placements)}"
         )
     return whole
 
 
 @dataclass(frozen=True)
 class LocalShard:
-    """A block of a parameter of `shape`: along each dimension from `starts`, so many as `sizes`.
+    """The block of a parameter that this rank holds.
 
-    `copies`: how many ranks hold this block. `is_expert`: whether it is of a stack of experts.
+    `shape`: the global shape of the parameter. `starts`, `sizes`: the block's offset and size in each dimension.
+    `copies`: the number of ranks that hold the same block. `is_expert`: whether it belongs to a stack of experts.
     """
 
     shape: tuple[int, ...]
@@ -55,22 +54,22 @@ class LocalShard:
 
     @property
     def rows(self) -> range:
-        """Its place along the first dimension."""
+        """The block's indices in the first dimension."""
         return range(self.starts[0], self.starts[0] + self.sizes[0])
 
     def of(self, whole: Tensor) -> Tensor:
-        """The same block of a whole tensor: a view."""
+        """The block of a tensor of the global shape, as a view."""
         return self.of_rows(whole.narrow(0, self.starts[0], self.sizes[0]))
 
     def of_rows(self, rows: Tensor) -> Tensor:
-        """Of rows that are whole along all other dimensions, what belongs to the block: a view."""
+        """The block of a tensor that holds only the block's rows, but is whole in all other dimensions; a view."""
         for dimension in range(1, len(self.shape)):
             rows = rows.narrow(dimension, self.starts[dimension], self.sizes[dimension])
         return rows
 
 
 def local_shards(model: nn.Module, mesh: ParallelMesh) -> dict[str, LocalShard]:
-    """The piece of every parameter of a model that was laid out over `mesh`, by name."""
+    """This rank's shard of every parameter of a model that was parallelized over `mesh`, by parameter name."""
     experts = {
         f"{prefix}.{name}": module
         for prefix, module in model.named_modules()
@@ -78,70 +77,66 @@ def local_shards(model: nn.Module, mesh: ParallelMesh) -> dict[str, LocalShard]:
         for name, _ in module.named_parameters()
     }
     parallel = mesh.parallel
-    pieces = {}
+    shards = {}
     for name, parameter in model.named_parameters():
-        starts, sizes = _held(parameter)
+        starts, sizes = _fsdp_block(parameter)
         shape = list(parameter.shape)
         if name in experts:
             starts[0] += experts[name].first_expert
             shape[0] = experts[name].num_experts
-        if name in experts:
             copies = parallel.expert_replicate
         else:
             copies = parallel.data_replicate if isinstance(parameter, DTensor) else parallel.data_ranks
-        pieces[name] = LocalShard(tuple(shape), tuple(starts), tuple(sizes), copies, name in experts)
-    return pieces
+        shards[name] = LocalShard(tuple(shape), tuple(starts), tuple(sizes), copies, name in experts)
+    return shards
 
 
-class Views:
-    """Shows the tensors of a model, or others cut like them, as parts of the whole, for files.
+def as_global(tensor: Tensor, shard: LocalShard | None, mesh: ParallelMesh) -> Tensor:
+    """A parameter, or a tensor sharded like it, as a DTensor of its global shape, sharing its memory.
 
-    FSDP's are already. Experts that live apart are whole tensors to each rank; here they are parts of all experts.
+    FSDP's tensors are that already. Experts sharded by expert parallelism are plain tensors to each rank, and
+    become DTensors here. Tensors without a `shard`, such as buffers, are returned as they are.
     """
-
-    def __init__(self, model: nn.Module, mesh: ParallelMesh) -> None:
-        apart = mesh.parallel.expert > 1
-        self._pieces = {
-            name: piece for name, piece in local_shards(model, mesh).items() if apart and piece.is_expert
-        }
-        self._mesh = mesh
-
-    def __call__(self, name: str, tensor: Tensor) -> Tensor:
-        """The tensor, as a DTensor where it is a part."""
-        if name not in self._pieces:
-            return tensor
-        placements: list[Placement] = [Shard(0), Shard(_cut_dimension(tensor)), Replicate()]
-        return as_dtensor(local(tensor), self._mesh.expert_shard_mesh(), placements, self._pieces[name].shape)
+    if shard is None or not shard.is_expert or mesh.parallel.expert == 1:
+        return tensor
+    placements: list[Placement] = [Shard(0), Shard(_fsdp_dimension(tensor)), Replicate()]
+    return as_dtensor(local(tensor), mesh.expert_shard_mesh(), placements, shard.shape)
 
 
 class GlobalGradNorm:
-    """The norm of the gradients of all ranks as one vector; each number counts once, however many ranks hold it."""
+    """The L2 norm of the gradients of the whole model: every element counts once, however many ranks hold it.
 
-    def __init__(self, pieces: Mapping[str, LocalShard], mesh: ParallelMesh) -> None:
-        self._copies = {name: piece.copies for name, piece in pieces.items()}
+    Call it with this rank's gradients by parameter name; returns 0-d float32, the same on all ranks.
+    """
+
+    def __init__(self, shards: Mapping[str, LocalShard], mesh: ParallelMesh, device: torch.device) -> None:
+        self._copies = {name: shard.copies for name, shard in shards.items()}
         self._mesh = mesh
+        self._sum_of_squares = MULTI_TENSOR.select(Target(device)).run.sum_of_squares
 
     def __call__(self, gradients: Mapping[str, Tensor]) -> Tensor:
-        shares = [1 / self._copies[name] for name in gradients]
-        return self._mesh.sum_over_ranks(sum_of_squares(list(gradients.values()), shares)).sqrt()
+        weights = [1 / self._copies[name] for name in gradients]
+        return self._mesh.sum_over_ranks(self._sum_of_squares(list(gradients.values()), weights)).sqrt()
 
 
-def _cut_dimension(tensor: Tensor) -> int:
-    """Along which dimension FSDP has cut a tensor; the first where it has not."""
+def _fsdp_dimension(tensor: Tensor) -> int:
+    """The dimension that FSDP has sharded; the first one for a tensor that is not sharded."""
     placements = tensor.placements if isinstance(tensor, DTensor) else ()
     return next((placement.dim for placement in placements if isinstance(placement, Shard)), 0)
 
 
-def _held(parameter: Tensor) -> tuple[list[int], list[int]]:
-    """Starts and sizes of this rank's block, sharded as torch.chunk cuts."""
+def _fsdp_block(parameter: Tensor) -> tuple[list[int], list[int]]:
+    """Offsets and sizes of this rank's FSDP shard, which is split as `torch.chunk` splits."""
     starts, sizes = [0] * parameter.ndim, list(parameter.shape)
     if isinstance(parameter, DTensor):
-        place = parameter.device_mesh.get_coordinate()
-        assert place is not None
-        for placement, number, ranks in zip(parameter.placements, place, parameter.device_mesh.shape, strict=True):
+        coordinate = parameter.device_mesh.get_coordinate()
+        assert coordinate is not None
+        for placement, index, num_ranks in zip(
+            parameter.placements, coordinate, parameter.device_mesh.shape, strict=True
+        ):
             if isinstance(placement, Shard):
-                size = -(-sizes[placement.dim] // ranks)
-                start = min(number * size, sizes[placement.dim])
+                size = -(-sizes[placement.dim] // num_ranks)
+                start = min(index * size, sizes[placement.dim])
                 starts[placement.dim] += start
                 sizes[placement.dim] = min(size, sizes[placement.dim] - start)
     return starts, sizes
