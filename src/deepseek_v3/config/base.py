@@ -8,13 +8,13 @@ from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from deepseek_v3.utils.numbers import MAX_COUNT, parse_count, parse_number, parse_size
+from deepseek_v3.utils.numbers import MAX_COUNT, MAX_TOKENS, parse_count, parse_number, parse_size
 from deepseek_v3.utils.text import format_value
 
 
 @dataclass(frozen=True)
 class RenamedFrom:
-    """Metadata of a field: its name up to version 0.1. A file that still uses that name is refused."""
+    """Metadata of a field: its former name. A file that still uses that name is refused with the present one."""
 
     name: str
 
@@ -88,6 +88,7 @@ Integer = Annotated[
 ]
 PositiveInt = Annotated[Integer, Field(gt=0)]
 NonNegativeInt = Annotated[Integer, Field(ge=0)]
+TokenCount = Annotated[PositiveInt, Field(le=MAX_TOKENS)]
 ByteSize = Annotated[
     int,
     BeforeValidator(text_parser(parse_size), json_schema_input_type=int | str),

@@ -15,6 +15,7 @@ from deepseek_v3.config.base import (
     PositiveInt,
     Real,
     StageConfig,
+    TokenCount,
 )
 from deepseek_v3.config.data_config import LocalPath
 from deepseek_v3.utils.text import format_value
@@ -207,7 +208,7 @@ class MixingConfig(StageConfig):
 
     max_drop_warning: DropWarning = 1.0  # a token budget leaves documents out on purpose
     weights: dict[str, PositiveFloat] = Field(default_factory=dict)
-    tokens: PositiveInt | None = None
+    tokens: TokenCount | None = None
     for_config: LocalPath | None = None
     max_epochs: Annotated[Real, Field(ge=1, le=10_000)] = 4.0
     seed: NonNegativeInt = 0

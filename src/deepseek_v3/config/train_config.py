@@ -30,6 +30,7 @@ from deepseek_v3.config.base import (
     PositiveInt,
     Real,
     Section,
+    TokenCount,
 )
 from deepseek_v3.config.data_config import DataConfig, LocalPath
 from deepseek_v3.config.model_config import ModelConfig
@@ -40,7 +41,6 @@ from deepseek_v3.config.parallel_config import (
     check_degrees,
     pipeline_problem,
 )
-from deepseek_v3.utils.numbers import MAX_TOKENS
 from deepseek_v3.utils.text import format_value
 
 
@@ -58,7 +58,7 @@ def _check_budget(value: object) -> int | str:
 
 Budget = Annotated[int | str, PlainValidator(_check_budget, json_schema_input_type=int | str)]
 
-_TOKENS = TypeAdapter[int](Annotated[PositiveInt, Field(le=MAX_TOKENS)], config={"strict": True})
+_TOKENS = TypeAdapter[int](TokenCount, config={"strict": True})
 
 # The report trains on 14.8T tokens and gives each change of the recipe as a number of tokens.
 _REPORT_TOKENS = 14.8e12

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deepseek_v3.config.filter_config import MixingConfig
 from deepseek_v3.config.train_config import RunConfig
+from deepseek_v3.planning.advice.request import parse_tokens
 from deepseek_v3.planning.counts import count_active_parameters
 from deepseek_v3.planning.token_budget import budget_in_tokens, planned_steps, planned_tokens, sample_boundaries
 from deepseek_v3.utils.errors import ConfigError
@@ -29,6 +31,23 @@ def test_a_budget_is_a_number_or_a_multiple() -> None:
     assert budget_in_tokens(_run(total_tokens="20x")) == 20 * active
     assert budget_in_tokens(_run(total_tokens="2.5x")) == round(2.5 * active)
     assert budget_in_tokens(_run(total_tokens="19.37x")) == round(Decimal("19.37") * active)
+
+
+@pytest.mark.parametrize("text", ["3.8e9", "3.8B", "3_800_000_000", "3,800,000,000", "3800M"])
+def test_tokens_are_written_alike_everywhere(text: str) -> None:
+    assert budget_in_tokens(_run(total_tokens=text)) == 3_800_000_000
+    assert MixingConfig.model_validate({"tokens": text}).tokens == 3_800_000_000
+    assert parse_tokens(text) == 3_800_000_000
+
+
+@pytest.mark.parametrize("text", ["0", "1e19", "1.5", "3,8e9", "many"])
+def test_impossible_tokens_are_refused_everywhere(text: str) -> None:
+    with pytest.raises(ValueError, match="total_tokens"):
+        _run(total_tokens=text)
+    with pytest.raises(ValueError, match="tokens"):
+        MixingConfig.model_validate({"tokens": text})
+    with pytest.raises(ConfigError, match="--tokens"):
+        parse_tokens(text)
 
 
 @given(total=st.integers(1, 20_000), batch=st.integers(1, 12), length=st.integers(2, 64))

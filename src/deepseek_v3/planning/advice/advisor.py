@@ -75,8 +75,8 @@ def _reason(number: int, request: PlanRequest) -> str:
         "best-loss": "the one with the lowest expected loss",
     }
     if number == 1:
-        return "the only size that fits and is not only for trials"
-    return f"{best[request.objective]} of the {number} sizes that fit and are not only for trials"
+        return "the only fitting size that is not just for trials"
+    return f"{best[request.objective]} of the {number} sizes that fit and are not just for trials"
 
 
 def _nearest(rows: Sequence[SizePlan]) -> str:
