@@ -1,4 +1,4 @@
-"""Counts by value, brought into few bins of equal width on a linear or a logarithmic axis."""
+"""Histograms: counts by value in at most 25 or so bins of equal width on a linear or logarithmic axis."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 _NUMBER = re.compile(r"-?\d+(\.\d+)?(e[+-]?\d+)?")
 _MOST_BINS = 25
 _MOST_TICKS = 6
-_NEARLY = 1e-9  # what rounding may take from a value that stands on an edge
+_NEARLY = 1e-9  # rounding error of a value that lies on the edge of a bin
 
 
 @dataclass(frozen=True)
 class Axis:
-    """An axis: what it is called, where a value lies on it, the value at a place, and the width of a bin there."""
+    """An axis: its name, the functions from value to place and back, and the width of a bin on it."""
 
     name: str
     place: Callable[[float], float]
@@ -26,9 +26,9 @@ class Axis:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Documents before and after, by bin; `edges` are the limits of the bins, `ticks` indices of those to label."""
+    """Counts before and after, by bin. `edges` limit the bins; `ticks` are the indices of labelled edges."""
 
-    scale: Axis
+    axis: Axis
     edges: list[float]
     before: list[int]
     after: list[int]
@@ -36,39 +36,42 @@ class Histogram:
 
 
 def numeric_counts(counts: Mapping[str, int]) -> dict[float, int]:
-    """The counts of those keys that are numbers, such as "0.93" and "1.2e+02", but not "nan"."""
+    """The counts of the keys that are finite numbers, such as "0.93" and "1.2e+02"."""
     return {float(key): number for key, number in counts.items() if _NUMBER.fullmatch(key)}
 
 
 def length_histogram(before: Mapping[str, int], after: Mapping[str, int]) -> Histogram | None:
-    """Counts whose keys are the floor of log2 of 1 + bytes: bin k holds 2^k - 1 to 2^(k+1) - 2 bytes."""
+    """The histogram of lengths, whose keys are floor(log2(1 + bytes)); bin k holds 2^k - 1 to 2^(k+1) - 2 bytes.
+
+    None if there are no counts.
+    """
     if not before and not after:
         return None
-    scale = Axis("logarithmic", lambda size: math.log2(1 + size), _doubled, 1)
+    axis = Axis("logarithmic", lambda size: math.log2(1 + size), _doubled, 1)
     bins = [Counter({int(key): number for key, number in counts.items()}) for counts in (before, after)]
-    return _histogram(scale, bins[0], bins[1])
+    return _histogram(axis, bins[0], bins[1])
 
 
 def number_histogram(before: Mapping[float, int], after: Mapping[float, int], name: str) -> Histogram:
-    """Counts by value, of which there is at least one, on the axis that suits them and what is called `name`."""
+    """The histogram of at least one value, on an axis chosen by the values and by their `name`."""
     values = {*before, *after}
     smallest, largest = min(values), max(values)
     whole = all(value.is_integer() for value in values)
-    scale = _scale(smallest, largest, name, 1 if whole else 0)
-    last = _bin(scale, largest)
-    if not whole and last > _bin(scale, smallest) and last * scale.width >= scale.place(largest) - _NEARLY:
-        last -= 1  # the largest value stands on an edge, as a score of 1 does: no bin for it alone
+    axis = _choose_axis(smallest, largest, name, 1 if whole else 0)
+    last = _bin(axis, largest)
+    if not whole and last > _bin(axis, smallest) and last * axis.width >= axis.place(largest) - _NEARLY:
+        last -= 1  # the largest value is an edge, as a score of 1 is: it needs no bin
     bins = []
     for counts in (before, after):
         binned: Counter[int] = Counter()
         for value, number in counts.items():
-            binned[min(_bin(scale, value), last)] += number
+            binned[min(_bin(axis, value), last)] += number
         bins.append(binned)
-    return _histogram(scale, bins[0], bins[1])
+    return _histogram(axis, bins[0], bins[1])
 
 
 def word_counts(before: Mapping[str, int], after: Mapping[str, int], most: int) -> list[tuple[str, int, int]]:
-    """Words with their counts before and after, the frequent ones first, all beyond the first `most` as "other"."""
+    """Words with their counts before and after, the most frequent first; after `most` words the rest is summed."""
     ranked = sorted({*before, *after}, key=lambda word: (-before.get(word, 0), word))
     rows = [(word, before.get(word, 0), after.get(word, 0)) for word in ranked]
     rest = rows[most:]
@@ -79,7 +82,7 @@ def word_counts(before: Mapping[str, int], after: Mapping[str, int], most: int) 
 
 
 def median(counts: Mapping[float, int]) -> float | None:
-    """The lower median of values that are counted, or None where there are none."""
+    """The lower median of counted values, or None if there are none."""
     total = sum(counts.values())
     seen = 0
     for value in sorted(counts):
@@ -89,15 +92,15 @@ def median(counts: Mapping[float, int]) -> float | None:
     return None
 
 
-def _histogram(scale: Axis, before: Counter[int], after: Counter[int]) -> Histogram:
+def _histogram(axis: Axis, before: Counter[int], after: Counter[int]) -> Histogram:
     first, last = min([*before, *after]), max([*before, *after])
     bins = range(first, last + 1)
     every = next(
         step for step in _tick_steps() if sum(place % step == 0 for place in range(first, last + 2)) <= _MOST_TICKS
     )
     return Histogram(
-        scale,
-        [scale.value(place * scale.width) for place in range(first, last + 2)],
+        axis,
+        [axis.value(place * axis.width) for place in range(first, last + 2)],
         [before[place] for place in bins],
         [after[place] for place in bins],
         [index for index, place in enumerate(range(first, last + 2)) if place % every == 0],
@@ -108,14 +111,14 @@ def _tick_steps() -> list[int]:
     return [digit * 10**power for power in range(6) for digit in (1, 2, 5)]
 
 
-def _bin(scale: Axis, value: float) -> int:
-    return math.floor(scale.place(value) / scale.width + _NEARLY)
+def _bin(axis: Axis, value: float) -> int:
+    return math.floor(axis.place(value) / axis.width + _NEARLY)
 
 
-def _scale(smallest: float, largest: float, name: str, narrowest: float) -> Axis:
-    """Logarithmic for perplexities and for positive values that span decades; from 0 on, steps that double.
+def _choose_axis(smallest: float, largest: float, name: str, narrowest: float) -> Axis:
+    """Chooses an axis: logarithmic for perplexities and for values that span decades, otherwise linear.
 
-    A linear axis has no bins narrower than `narrowest`.
+    Values from 0 to more than 100 have bins that double. The bins of a linear axis are at least `narrowest` wide.
     """
     if smallest > 0 and ("perplexity" in name or (largest > 1 and largest / smallest >= 100)):
         decades = math.log10(largest) - math.log10(smallest)
@@ -133,7 +136,7 @@ def _doubled(place: float) -> float:
 
 
 def _width(extent: float, finest: float) -> float:
-    """1, 2 or 5 times a power of ten: a width for at most 25 bins, none narrower than `finest`."""
+    """The width of a bin: 1, 2 or 5 times a power of ten, at least `finest`, for at most 25 bins."""
     wanted = max(extent / _MOST_BINS, finest)
     power = 10.0 ** math.floor(math.log10(wanted) + _NEARLY)
     return next(digit * power for digit in (1, 2, 5, 10) if digit * power >= wanted * (1 - _NEARLY))

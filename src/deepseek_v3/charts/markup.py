@@ -1,4 +1,4 @@
-"""HTML put together so that text cannot become markup, and cannot hide: everything that is no `Html` is escaped."""
+"""HTML elements, tables and formatted numbers. Text that is not `Html` is escaped; hidden characters are shown."""
 
 from __future__ import annotations
 
@@ -7,43 +7,42 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeAlias
 
-from deepseek_v3.utils.text import format_si, humanize
+from deepseek_v3.utils.text import format_si
 
-_ABBREVIATIONS = ("pii",)
-
-# Controls but tab and newline, soft hyphens, marks of direction and of zero width, line separators, surrogates,
-# private use, signs for notes, what is no character, tags. Joiners stay: scripts and emoji are made with them.
+# Control characters other than tab and newline, soft hyphens, direction marks, zero-width characters, line
+# separators, surrogates, private use, annotations, noncharacters, tags. Joiners are left out:
+# scripts and emoji need them.
 _HIDDEN = (
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff"
     r"\ue000-\uf8ff\ufdd0-\ufdef\ufeff\ufff9-\ufffb\ufffe\uffff\U000e0000-\U000e007f]"
 )
 
-TextRange: TypeAlias = tuple[int, int]  # characters from the first up to, not including, the second
+TextRange: TypeAlias = tuple[int, int]  # start and end in characters; the end is exclusive
 
 
 class Html(str):
-    """Markup that is safe on a page."""
+    """Markup, which is not escaped again."""
 
     __slots__ = ()
 
 
 def visible(text: str) -> str:
-    """The text with signs such as [U+202E] for characters that show nothing or reorder those around them."""
+    """Replaces characters that are invisible or reorder others by their codes, such as [U+202E]."""
     return re.sub(_HIDDEN, lambda match: f"[U+{ord(match[0]):04X}]", text)
 
 
 def escape(content: str) -> Html:
-    """Content as markup: `Html` as it is, any other text with its signs."""
+    """Returns `Html` unchanged, and escapes any other text after making it `visible`."""
     return content if isinstance(content, Html) else Html(html.escape(visible(content), quote=False))
 
 
 def concat(contents: Iterable[str]) -> Html:
-    """Contents one after the other."""
+    """Escapes the contents and concatenates them."""
     return Html("".join(map(escape, contents)))
 
 
 def element(name: str, *contents: str, **attributes: str | int | float | None) -> Html:
-    """An element. Attributes that are None are left out; `class_` is class, and `aria_label` is aria-label."""
+    """An HTML element without the attributes that are None. `class_` is class, and `aria_label` is aria-label."""
     described = "".join(
         f' {key.strip("_").replace("_", "-")}="{html.escape(visible(str(value)))}"'
         for key, value in attributes.items()
@@ -53,7 +52,7 @@ def element(name: str, *contents: str, **attributes: str | int | float | None) -
 
 
 def passage(text: str, marked: Sequence[TextRange] = ()) -> Html:
-    """Text of a document with the ascending spans highlighted and its hidden characters set apart."""
+    """The text of a document with the ascending ranges `marked` highlighted and hidden characters as codes."""
     pieces: list[Html] = []
     end = 0
     for start, stop in marked:
@@ -63,27 +62,27 @@ def passage(text: str, marked: Sequence[TextRange] = ()) -> Html:
 
 
 def slug(*names: str) -> str:
-    """A name for an element's id, of letters, digits and hyphens."""
+    """A value for the id of an element, of letters, digits and hyphens."""
     return re.sub(r"[^A-Za-z0-9]+", "-", "-".join(names)).strip("-").lower()
 
 
 def code(name: str) -> Html:
-    """A code such as `not_json`, which may break after an underscore."""
+    """A code element such as `not_json`; its line may break after an underscore."""
     pieces = [escape(piece) for piece in re.split("(?<=_)", name)]
     return element("code", Html("<wbr>".join(pieces)))
 
 
 class TableBody(NamedTuple):
-    """Rows of a table that belong together, and what stands above them."""
+    """A group of rows in a table, and the heading above them."""
 
     rows: Sequence[Sequence[str]]
     heading: str | None = None
 
 
 def html_table(caption: str, header: Sequence[str], *bodies: TableBody, left: Sequence[int] = ()) -> Html:
-    """A table that can be moved sideways where it is too wide.
+    """A table that scrolls horizontally if it is too wide.
 
-    Columns are aligned to the right, but for the first and those in `left`.
+    Columns are aligned to the right, except the first one and those in `left`.
     """
     titles = [element("th", title, scope="col", class_=_side(column, left)) for column, title in enumerate(header)]
     content = element(
@@ -117,11 +116,6 @@ def _with_signs(text: str) -> Html:
     return concat(element("i", visible(piece)) if index % 2 else piece for index, piece in enumerate(pieces))
 
 
-def stage_title(name: str) -> str:
-    """A stage's name as a heading."""
-    return name.upper() if name in _ABBREVIATIONS else humanize(name).capitalize()
-
-
-def size(num_bytes: int) -> Html:
-    """A size such as 1.2 MB (10⁶ bytes), with the exact number of bytes as its tooltip."""
+def byte_size(num_bytes: int) -> Html:
+    """A size such as 1.2 MB (10⁶ bytes), with the exact number of bytes in its tooltip."""
     return element("data", format_si(num_bytes, "B"), value=num_bytes, title=f"{num_bytes:,} bytes")

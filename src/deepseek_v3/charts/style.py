@@ -1,4 +1,4 @@
-"""The look of the report: one column of quiet type, blue for what is kept, orange for what was there before."""
+"""The style sheet of our pages: one column of text; blue is what remains, orange is what was there before."""
 
 STYLE = """\
 :root {

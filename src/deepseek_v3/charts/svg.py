@@ -1,4 +1,4 @@
-"""Charts as inline SVG: as wide as their place, with letters of the page's own size on any screen."""
+"""Charts as inline SVG. They fill the width of the page, and their text keeps the size of the page's text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _GRID_LINES = 4
 
 
 def bar(*parts: tuple[str, float]) -> Html:
-    """A level bar of parts, each of a class and with a share of the whole. Its numbers stand beside it as text."""
+    """A horizontal bar of parts, each with a CSS class and a share of the whole. Hidden from screen readers."""
     rectangles = []
     start = 0.0
     for class_, share in parts:
@@ -28,7 +28,7 @@ def bar(*parts: tuple[str, float]) -> Html:
 
 
 def before_after_bars(before: float, after: float) -> Html:
-    """Two thin bars, one above the other: shares of the longest."""
+    """Two thin bars, one above the other, with lengths as shares of the longest bar."""
     return element(
         "svg",
         element("rect", class_="before", width=_percent(before), height="44%"),
@@ -39,16 +39,16 @@ def before_after_bars(before: float, after: float) -> Html:
 
 
 def legend() -> Html:
-    """What the two colours mean."""
+    """The legend of the two colours."""
     return element("p", _key("before"), " before ", _key("after"), " after", class_="legend")
 
 
 def histogram_chart(
     histogram: Histogram, key: str, title: str, caption: str, edge: Callable[[float], str], unit: str
 ) -> Html:
-    """A histogram, before behind after, with its caption and a table of its numbers.
+    """A histogram of the values before (area) and after (bars), with a caption and a table of its numbers.
 
-    `key` is its id on the page, `edge` writes the limit of a bin, `unit` is what the values are.
+    `key` is its HTML id, `edge` formats the limit of a bin, and `unit` names the values.
     """
     ranges = [
         f"{edge(low)} – {edge(high)}" for low, high in zip(histogram.edges, histogram.edges[1:], strict=False)
@@ -56,7 +56,7 @@ def histogram_chart(
     rows = list(zip(ranges, histogram.before, histogram.after, strict=True))
     most = max(*histogram.before, *histogram.after)
     top = _nice_top(most)
-    description = f"{len(rows)} bins on a {histogram.scale.name} axis; the fullest holds {most:,} documents."
+    description = f"{len(rows)} bins on a {histogram.axis.name} axis; the largest holds {most:,} documents."
     chart = element(
         "svg",
         element("title", title, id=f"{key}-title"),
@@ -85,7 +85,7 @@ def histogram_chart(
 
 
 def _grid(top: int) -> Html:
-    """Level lines from 0 to the top, with their counts left of the plot."""
+    """Horizontal grid lines from 0 to `top`, labelled with counts on the left."""
     lines = []
     for step in range(_GRID_LINES + 1):
         y = _TOP + _PLOT - _PLOT * step / _GRID_LINES
@@ -96,7 +96,7 @@ def _grid(top: int) -> Html:
 
 
 def _plot(histogram: Histogram, top: int) -> Html:
-    """The shapes, in bins from left to right and in pixels from top to bottom, stretched to the chart's width."""
+    """The shapes of the histogram; x counts bins and is stretched to the width of the chart, y is in pixels."""
     before = [_PLOT - _PLOT * number / top for number in histogram.before]
     after = [_PLOT - _PLOT * number / top for number in histogram.after]
     return element(
@@ -113,7 +113,7 @@ def _plot(histogram: Histogram, top: int) -> Html:
 
 
 def _steps(heights: Sequence[float]) -> str:
-    """The outline of bars that touch, from the axis up and back down to it."""
+    """The outline of adjacent bars, starting and ending at the axis."""
     return f"M0 {_PLOT}" + "".join(f"V{_short(y)}H{index + 1}" for index, y in enumerate(heights)) + f"V{_PLOT}"
 
 
@@ -133,7 +133,7 @@ def _ticks(histogram: Histogram, edge: Callable[[float], str]) -> Html:
 
 
 def _hints(rows: Sequence[tuple[str, int, int]]) -> Html:
-    """Invisible fields that tell the numbers of the bin below the pointer."""
+    """Invisible rectangles whose tooltips give the numbers of each bin."""
     return concat(
         element(
             "rect",
@@ -149,7 +149,7 @@ def _hints(rows: Sequence[tuple[str, int, int]]) -> Html:
 
 
 def _nice_top(most: int) -> int:
-    """A round number not below `most` that four lines divide well."""
+    """A round number of at least `most` that is easy to divide by four."""
     power = 10 ** max(math.floor(math.log10(most)) - 1, 0) if most else 1
     return next(top * power for top in (4, 8, 12, 16, 20, 24, 32, 40, 60, 80, 100) if top * power >= most)
 

@@ -260,7 +260,7 @@ def test_the_funnel_adds_up(stats: dict[str, Any]) -> None:
         "Input",
         "Read as documents",
         "Heuristic filters",
-        "Repeated ids set aside",
+        "Repeated ids quarantined",
         "Deduplication",
         "Mixing",
         "Written, with copies",
@@ -340,9 +340,9 @@ def test_nothing_is_asked_of_the_network(stats: dict[str, Any]) -> None:
 
 def test_alarms_stand_first(stats: dict[str, Any]) -> None:
     text = Read(page(stats)).text
-    assert "Heuristic filters removed 62.5% of its documents; its alarm stands at 50.0%." in text
-    assert text.index("Alarms") < text.index("Input")
-    assert "Alarms" not in Read(page({**stats, "alarms": []})).text
+    assert "Heuristic filters removed 62.5% of its documents, above its max_drop_warning of 50.0%." in text
+    assert text.index("Warnings") < text.index("Input")
+    assert "Warnings" not in Read(page({**stats, "alarms": []})).text
 
 
 def test_reasons_are_counted_by_stage(stats: dict[str, Any]) -> None:
@@ -351,7 +351,7 @@ def test_reasons_are_counted_by_stage(stats: dict[str, Any]) -> None:
     found = stage["reasons"]["too_few_words"]
     share = f"{100 * found['documents'] / stage['in']['documents']:.1f}%"
     assert ["too_few_words", "", f"{found['documents']:,}", share] == rows[2][:4]
-    quarantined = Read(page(stats)).tables["Records set aside, by reason"]
+    quarantined = Read(page(stats)).tables["Quarantined records, by reason"]
     assert [row[0] for row in quarantined[1:]] == ["not_json", "duplicate_id", "unreadable"]
     assert quarantined[1][2:] == ["3", "a line or value that is not JSON"]
 
@@ -371,7 +371,7 @@ def test_text_that_a_stage_takes_out_of_documents_is_counted_apart() -> None:
         "out": {"documents": 5, "bytes": 900},
     }
     rows = Read(page({"stages": [stage]})).tables["Documents dropped, by stage and reason"]
-    assert rows[-1] == ["text taken out of documents that go on", "", "", "", "100\u00a0B", "10.0%"]
+    assert rows[-1] == ["text removed from documents that are kept", "", "", "", "100\u00a0B", "10.0%"]
 
 
 def test_samples_show_where_and_why(stats: dict[str, Any]) -> None:
@@ -382,7 +382,7 @@ def test_samples_show_where_and_why(stats: dict[str, Any]) -> None:
     assert re.search(r"found [123]limit 4also no_end", found.text)
     long = {**sample, "characters": 98765, "trigger": "beyond the excerpt"}
     text = Read(page({"stages": stats["stages"], "samples": {"heuristic_filters/too_few_words": [long] * 9}})).text
-    assert text.count("Decided by: beyond the excerpt") == 5
+    assert text.count("Caused by: beyond the excerpt") == 5
     assert f"the first {len(sample['text'])} of 98,765 characters" in text
 
 
@@ -390,8 +390,8 @@ def test_examples_mark_what_differs(stats: dict[str, Any]) -> None:
     found = Read(page(stats))
     assert {"three", "3"} <= {*found.marked}
     assert "similarity 0.875" in found.text
-    assert "Of an earlier run: its text is no longer at hand." in found.text
-    assert "No word differs in what is shown." in found.text
+    assert "This document is from a previous run, which kept no texts." in found.text
+    assert "The parts shown do not differ in any word." in found.text
     assert [row[0] for row in found.tables["Clusters by size"][1:]] == ["2 – 3", "4 – 7"]
 
 

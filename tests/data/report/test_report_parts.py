@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepseek_v3.charts import histograms
-from deepseek_v3.charts.markup import Html, element, escape, passage, size, slug, visible
+from deepseek_v3.charts.markup import Html, byte_size, element, escape, passage, slug, visible
 from deepseek_v3.charts.style import STYLE
 from deepseek_v3.charts.svg import histogram_chart
 from deepseek_v3.data.report import drops
@@ -109,7 +109,7 @@ def test_shares_round_neither_to_nothing_nor_to_all(part: int, whole: int, shown
 )
 def test_sizes_have_units_of_thousands(number: int, shown: str) -> None:
     assert format_si(number, "B").replace("\u00a0", " ") == shown
-    assert Seen(size(number)).attributes == [{"value": str(number), "title": f"{number:,} bytes"}]
+    assert Seen(byte_size(number)).attributes == [{"value": str(number), "title": f"{number:,} bytes"}]
 
 
 def test_figures_of_any_kind() -> None:
@@ -161,7 +161,7 @@ def test_bins_of_numbers_count_every_value_once_and_where_it_lies(counts: dict[f
 def test_scores_have_round_bins_up_to_one() -> None:
     scores = np.round(np.random.default_rng(0).uniform(0, 1, 500), 2)
     histogram = histograms.number_histogram({**Counter(scores.tolist()), 1.0: 7, 0.0: 1}, {0.5: 3}, "score")
-    assert histogram.scale.name == "linear"
+    assert histogram.axis.name == "linear"
     np.testing.assert_allclose(histogram.edges, np.linspace(0, 1, 21), atol=1e-12)
     assert histogram.after[10] == 3
 
@@ -186,7 +186,7 @@ def test_small_counts_have_a_bin_each() -> None:
 )
 def test_axes_suit_their_values(values: list[float], name: str, scale: str) -> None:
     histogram = histograms.number_histogram(dict.fromkeys(values, 1), {}, name)
-    assert histogram.scale.name == scale
+    assert histogram.axis.name == scale
 
 
 def test_no_documents_have_no_lengths() -> None:

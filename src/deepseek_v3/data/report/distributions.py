@@ -1,4 +1,4 @@
-"""How long documents are, and all that stages observed about them, before and after."""
+"""Histograms for the report: the lengths of documents, and the values that stages observed."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import math
 from typing import Any
 
 from deepseek_v3.charts import histograms
-from deepseek_v3.charts.markup import Html, TableBody, concat, element, html_table, stage_title
+from deepseek_v3.charts.markup import Html, TableBody, concat, element, html_table
 from deepseek_v3.charts.svg import before_after_bars, histogram_chart, legend
+from deepseek_v3.data.report.overview import stage_title
 from deepseek_v3.utils.text import format_figure, format_integer, format_percent, humanize, truncate
 
 _WORDS = 15
@@ -15,7 +16,7 @@ _WORD_CHARACTERS = 40
 
 
 def distributions_section(stats: dict[str, Any]) -> Html:
-    """A chart for each quantity."""
+    """One chart for the lengths, and one for each observed quantity."""
     charts = [_lengths(stats)]
     for number, stage in enumerate(stats.get("stages", [])):
         for index, (quantity, counts) in enumerate(sorted(stage.get("observed", {}).items())):
@@ -45,7 +46,7 @@ def _lengths(stats: dict[str, Any]) -> Html | None:
 
 
 def _observed(key: str, title: str, quantity: str, counts: dict[str, Any]) -> Html | None:
-    """What a stage saw of the documents that came to it, and of those that went on."""
+    """The values of all documents that a stage received, and of those that it kept."""
     before, after = counts.get("before", {}), counts.get("after", {})
     numbers = histograms.numeric_counts(before)
     if not numbers:
@@ -61,7 +62,7 @@ def _number_caption(before: dict[str, int], after: dict[str, int]) -> str:
     left_out = sum(before.values()) - sum(histograms.numeric_counts(before).values())
     odd = f" {left_out:,} more have no finite number." if left_out else ""
     came, went = (format_integer(sum(histograms.numeric_counts(counts).values())) for counts in (before, after))
-    return f"{came} documents that came to the stage, {went} that went on; median {was} before, {is_} after.{odd}"
+    return f"{came} documents before the stage, {went} after it; median {was} before, {is_} after.{odd}"
 
 
 def _words(title: str, before: dict[str, int], after: dict[str, int]) -> Html:
@@ -84,7 +85,7 @@ def _words(title: str, before: dict[str, int], after: dict[str, int]) -> Html:
 
 
 def _bytes(edge: float) -> str:
-    """The first length of a bin, rounded to the power of two beside it where it is long."""
+    """The first length of a bin; from 1 KiB on it is rounded to a power of two."""
     size, units = round(edge), ["B", "KiB", "MiB", "GiB", "TiB"]
     if size < 1023:
         return f"{size} B"

@@ -1,7 +1,4 @@
-"""Why documents were dropped, stage by stage, and why records were set aside.
-
-FOLDED: Some documents of each reason, with what decided about them, and some that were kept.
-"""
+"""The reasons of dropped documents and quarantined records for the report, with samples of each."""
 
 from __future__ import annotations
 
@@ -9,37 +6,27 @@ from typing import Any
 
 import orjson
 
-from deepseek_v3.charts.markup import (
-    Html,
-    TableBody,
-    code,
-    concat,
-    element,
-    html_table,
-    passage,
-    size,
-    slug,
-    stage_title,
-)
+from deepseek_v3.charts.markup import Html, TableBody, byte_size, code, concat, element, html_table, passage, slug
 from deepseek_v3.charts.svg import bar
 from deepseek_v3.data.formats.quarantine import REASONS
 from deepseek_v3.data.report.duplicates import occurrences
+from deepseek_v3.data.report.overview import stage_title
 from deepseek_v3.utils.text import format_figure, format_integer, format_percent, truncate
 
 _KEPT = "kept"
 _SHOWN = 5  # of each reason
 _CHARACTERS = 600
-_ALL_CHARACTERS = 150_000  # of all samples together, which keeps the page below 2 MB
+_ALL_CHARACTERS = 150_000  # of all samples, which keeps the page below 2 MB
 _NAME_CHARACTERS = 160
 
 
 def anchor(stage: str, reason: str) -> str:
-    """The id of a reason's samples on the page."""
+    """The HTML id of the samples of a reason."""
     return slug("samples", stage, reason)
 
 
 def samples_section(stats: dict[str, Any]) -> Html:
-    """All samples, folded up, in the order of the stages."""
+    """All samples, collapsed, in the order of the stages, and samples of the output."""
     found: dict[str, list[dict[str, Any]]] = stats.get("samples", {})
     number = sum(len(each[:_SHOWN]) for each in found.values())
     if not number:
@@ -73,7 +60,7 @@ def _stage_reasons(
 
 def _group(key: str, title: str, found: list[dict[str, Any]], characters: int) -> Html:
     shown = [_sample(sample, characters) for sample in found[:_SHOWN]]
-    # A link to something inside opens what is folded up.
+    # The id is inside, so that a link to it opens the collapsed element.
     return element("details", element("summary", title), element("div", *shown, id=key), class_="samples")
 
 
@@ -83,7 +70,7 @@ def _sample(sample: dict[str, Any], characters: int) -> Html:
     spans = occurrences(shown, trigger) if trigger else []
     details = [*_figures(sample.get("figures")), *_length(len(shown), sample.get("characters", len(text)))]
     decided = (
-        [element("p", "Decided by: ", element("mark", element("bdi", trigger)))] if trigger and not spans else []
+        [element("p", "Caused by: ", element("mark", element("bdi", trigger)))] if trigger and not spans else []
     )
     return element(
         "article",
@@ -102,7 +89,7 @@ def _origin(sample: dict[str, Any]) -> Html:
 
 
 def _figures(figures: str | None) -> list[Html]:
-    """The figures of a decision: what was found beside its limit first, then all others by name."""
+    """The figures of a drop: the measured value and its limit first, then all others by name."""
     found: dict[str, Any] = orjson.loads(figures) if figures else {}
     shown = sorted(name for name in found if found[name] not in ([], {}, None))
     names = sorted(shown, key=lambda name: name not in ("found", "limit"))
@@ -115,35 +102,35 @@ def _length(shown: int, whole: int) -> list[Html]:
     return [element("span", f"the first {shown:,} of {whole:,} characters")]
 
 
-_MEANINGS = {**REASONS, "duplicate_id": "a record whose id an earlier record of the corpus has"}
+_MEANINGS = {**REASONS, "duplicate_id": "a record whose id a record before it has"}
 
 
 def reasons_section(stats: dict[str, Any]) -> Html:
-    """A table of all reasons with bars that compare across stages."""
+    """A table of all reasons, with bars on one scale for all stages."""
     stages = stats.get("stages", [])
     most = max((reason.get("documents", 0) for stage in stages for reason in _of(stage).values()), default=0)
     bodies = [_stage_samples(stage, most, stats.get("samples", {})) for stage in stages]
     if not bodies:
         return element("p", "No stage ran.")
     header = ["reason", "", "documents", "share", "text", "share"]
-    note = "Shares are of what came to the stage. A reason that has samples leads to them."
+    note = "Shares refer to the documents that the stage received. A reason with samples links to them."
     return concat(
         [html_table("Documents dropped, by stage and reason", header, *bodies), element("p", note, class_="note")]
     )
 
 
 def quarantine_section(stats: dict[str, Any]) -> Html:
-    """Reasons of records that hold no usable document."""
+    """A table of the reasons why records were quarantined."""
     found = sorted(stats.get("quarantined", {}).items(), key=lambda item: (-item[1], item[0]))
     if not found:
         return element("p", "Every record could be read.")
-    most = max(found[0][1], 1)  # an empty file stands for no record
+    most = max(found[0][1], 1)  # an empty file counts as no record
     rows = [
         (code(reason), bar(("quarantined", number / most)), format_integer(number), _MEANINGS.get(reason, ""))
         for reason, number in found
     ]
     return html_table(
-        "Records set aside, by reason", ["reason", "", "records", "meaning"], TableBody(rows), left=[3]
+        "Quarantined records, by reason", ["reason", "", "records", "meaning"], TableBody(rows), left=[3]
     )
 
 
@@ -156,7 +143,7 @@ def _stage_samples(stage: dict[str, Any], most: int, samples: dict[str, Any]) ->
             bar(("dropped", each.get("documents", 0) / max(most, 1))),
             format_integer(each.get("documents", 0)),
             format_percent(each.get("documents", 0), documents),
-            size(each.get("bytes", 0)),
+            byte_size(each.get("bytes", 0)),
             format_percent(each.get("bytes", 0), num_bytes),
         )
         for reason, each in sorted(found.items(), key=lambda item: (-item[1].get("documents", 0), item[0]))
@@ -165,11 +152,11 @@ def _stage_samples(stage: dict[str, Any], most: int, samples: dict[str, Any]) ->
     if shorter > 0:
         rows.append(
             (
-                "text taken out of documents that go on",
+                "text removed from documents that are kept",
                 "",
                 "",
                 "",
-                size(shorter),
+                byte_size(shorter),
                 format_percent(shorter, num_bytes),
             )
         )

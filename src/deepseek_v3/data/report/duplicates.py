@@ -1,7 +1,4 @@
-"""Documents that say the same: how large their clusters are, and pairs of them side by side.
-
-FOLDED: Where two texts differ, word by word, and where a text holds the words that decided about it.
-"""
+"""Duplicates for the report: the sizes of their clusters, and pairs of documents with the differences marked."""
 
 from __future__ import annotations
 
@@ -11,8 +8,9 @@ from collections.abc import Sequence
 from difflib import SequenceMatcher
 from typing import Any
 
-from deepseek_v3.charts.markup import Html, TableBody, TextRange, concat, element, html_table, passage, stage_title
+from deepseek_v3.charts.markup import Html, TableBody, TextRange, concat, element, html_table, passage
 from deepseek_v3.charts.svg import bar
+from deepseek_v3.data.report.overview import stage_title
 from deepseek_v3.utils.text import format_figure, format_integer, humanize, truncate
 
 # Scripts without spaces between words are compared character by character.
@@ -21,7 +19,7 @@ _WORD = re.compile(rf"[{_IDEOGRAPHS}]|[^\W{_IDEOGRAPHS}]+|[^\w\s]")
 
 
 def differences(one: str, other: str) -> tuple[list[TextRange], list[TextRange]]:
-    """The spans of each text that the other one lacks, white space aside."""
+    """The ranges of words in each text that the other one lacks, apart from white space."""
     words = [[match.span() for match in _WORD.finditer(text)] for text in (one, other)]
     matcher = SequenceMatcher(
         None,
@@ -38,7 +36,7 @@ def differences(one: str, other: str) -> tuple[list[TextRange], list[TextRange]]
 
 
 def occurrences(text: str, trigger: str) -> list[TextRange]:
-    """Where the trigger's words stand in the text, whatever their letter case and the white space between them."""
+    """The ranges of the trigger's words in the text, ignoring letter case and the white space between them."""
     words = trigger.split()
     if not words:
         return []
@@ -57,9 +55,9 @@ _NAME_CHARACTERS = 160
 
 
 def duplicates_section(stats: dict[str, Any]) -> Html:
-    """Each stage that compared documents."""
+    """The figures and examples of each stage that compared documents."""
     parts = [_stage(stage["name"], stage["figures"]) for stage in stats.get("stages", []) if _compares(stage)]
-    return concat(parts) if parts else element("p", "No stage looked for copies.")
+    return concat(parts) if parts else element("p", "No stage compared documents.")
 
 
 def _compares(stage: dict[str, Any]) -> bool:
@@ -84,7 +82,7 @@ def _stage(name: str, figures: dict[str, Any]) -> Html:
 
 
 def _sizes(sizes: dict[str, int]) -> Html:
-    """Clusters by the documents in them, in ranges that double; a key is a size, or a range such as "4-7"."""
+    """Clusters by number of documents, in ranges that double. A key is a size, or a range such as "4-7"."""
     ranges: Counter[int] = Counter()
     for size, clusters in sizes.items():
         ranges[int(size.split("-")[0]).bit_length()] += clusters
@@ -101,7 +99,7 @@ def _sizes(sizes: dict[str, int]) -> Html:
 
 
 def _example(example: dict[str, Any]) -> Html:
-    """Two documents side by side; of an earlier run's there is no text to compare with."""
+    """Two documents side by side. A document of a previous run has no text to compare."""
     documents = example["documents"]
     texts = [document.get("text") for document in documents]
     known = None not in texts
@@ -113,7 +111,7 @@ def _example(example: dict[str, Any]) -> Html:
         "details",
         element("summary", f"similarity {format_figure(example.get('similarity'))}"),
         element("div", *columns, class_="pair"),
-        element("p", "No word differs in what is shown.", class_="note") if equal else "",
+        element("p", "The parts shown do not differ in any word.", class_="note") if equal else "",
         class_="samples",
         open="open" if known else None,
     )
@@ -122,5 +120,9 @@ def _example(example: dict[str, Any]) -> Html:
 def _document(document: dict[str, Any], text: str, marked: list[TextRange]) -> Html:
     name = element("bdi", truncate(str(document.get("id", "")), _NAME_CHARACTERS))
     lost = document.get("text") is None
-    shown = element("p", "Of an earlier run: its text is no longer at hand.") if lost else passage(text, marked)
+    shown = (
+        element("p", "This document is from a previous run, which kept no texts.")
+        if lost
+        else passage(text, marked)
+    )
     return element("article", element("p", "id ", name, class_="origin"), shown, class_="sample")

@@ -1,25 +1,23 @@
-"""The head of the report: what became of the input in a few numbers, and what somebody should look at first.
-
-FOLDED: What is left after each stage: documents, bytes and tokens, each as a share of the input.
-"""
+"""The head of the report: warnings, the main counts, and the funnel of documents that each stage leaves."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from deepseek_v3.charts.markup import Html, TableBody, concat, element, html_table, size, stage_title
+from deepseek_v3.charts.markup import Html, TableBody, byte_size, concat, element, html_table
 from deepseek_v3.charts.svg import bar
-from deepseek_v3.utils.text import format_integer, format_percent, format_si
+from deepseek_v3.utils.text import format_integer, format_percent, format_si, humanize
 
+_ABBREVIATIONS = ("pii",)
 _PARTS = {
     "kept": "documents in the output",
-    "dropped": "judged and left out, each with a reason",
+    "dropped": "documents that a stage dropped, each with a reason",
     "quarantined": "records that hold no usable document",
 }
 
 
 def overview_section(stats: dict[str, Any]) -> Html:
-    """The alarms, the numbers and how they add up."""
+    """The warnings, the main counts, and that they add up."""
     counts = {name: stats.get("counts", {}).get(name, 0) for name in ("input", *_PARTS, "copies")}
     cards = [_card("input", counts["input"], counts["input"], "records in the input files")]
     cards += [_card(name, counts[name], counts["input"], meaning) for name, meaning in _PARTS.items()]
@@ -37,13 +35,18 @@ def overview_section(stats: dict[str, Any]) -> Html:
     )
 
 
+def stage_title(name: str) -> str:
+    """The name of a stage as a heading: "Heuristic filters", "PII"."""
+    return name.upper() if name in _ABBREVIATIONS else humanize(name).capitalize()
+
+
 def estimate_tokens(stats: dict[str, Any], num_bytes: int) -> float:
-    """Tokens in so many bytes of text, at the rate of this run."""
+    """Estimates the tokens in `num_bytes` of text, by the bytes per token of this run."""
     return num_bytes / stats["bytes_per_token"] if stats.get("bytes_per_token") else 0
 
 
 def tokens_kept(stats: dict[str, Any]) -> int:
-    """Tokens of the output, counted where there was a tokenizer."""
+    """Tokens of the output: counted with the tokenizer of the run, or else estimated."""
     kept = stats.get("kept", {})
     if stats.get("tokens_counted") and "tokens" in kept:
         return int(kept["tokens"])
@@ -77,7 +80,7 @@ def _output(stats: dict[str, Any]) -> list[str]:
         "counted" if stats.get("tokens_counted") else f"estimated at {stats.get('bytes_per_token', 0):g} bytes each"
     )
     tokens = format_si(tokens_kept(stats), "")
-    return ["The output holds ", size(kept["bytes"]), f" of text, about {tokens} tokens ({how})."]
+    return ["The output holds ", byte_size(kept["bytes"]), f" of text, about {tokens} tokens ({how})."]
 
 
 def _alarms(stats: dict[str, Any], counts: dict[str, int]) -> Html:
@@ -85,7 +88,7 @@ def _alarms(stats: dict[str, Any], counts: dict[str, int]) -> Html:
         element(
             "li",
             element("strong", stage_title(alarm["stage"])),
-            f" removed {format_percent(alarm['removed'], 1)} of its documents; its alarm stands at ",
+            f" removed {format_percent(alarm['removed'], 1)} of its documents, above its max_drop_warning of ",
             f"{format_percent(alarm['limit'], 1)}. Look at the ",
             element("a", "samples", href="#samples"),
             " before you use the output.",
@@ -102,12 +105,12 @@ def _alarms(stats: dict[str, Any], counts: dict[str, int]) -> Html:
         )
     if not alarms:
         return concat([])
-    heading = element("h2", "Alarms", id="alarms")
+    heading = element("h2", "Warnings", id="alarms")
     return element("section", heading, element("ul", *alarms), class_="alarms", aria_labelledby="alarms")
 
 
 class FunnelStep(NamedTuple):
-    """What a step leaves. The bytes of records that were never read as documents are not known."""
+    """The documents that a step leaves. `num_bytes` is None for the input, whose records are not all documents."""
 
     name: str
     documents: int
@@ -115,7 +118,7 @@ class FunnelStep(NamedTuple):
 
 
 def funnel_steps(stats: dict[str, Any]) -> list[FunnelStep]:
-    """The input, the documents read, what each stage left, what was set aside in between, and what was written."""
+    """The steps of the funnel: input, documents read, each stage, quarantine of repeated ids, output."""
     counts, read, kept = (stats.get(name, {}) for name in ("counts", "read", "kept"))
     steps = [FunnelStep("Input", counts.get("input", 0), None)]
     steps.append(FunnelStep("Read as documents", read.get("documents", 0), read.get("bytes", 0)))
@@ -130,7 +133,7 @@ def funnel_steps(stats: dict[str, Any]) -> list[FunnelStep]:
 
 
 def funnel_section(stats: dict[str, Any]) -> Html:
-    """The figure, and the table with all its numbers."""
+    """The funnel as a chart, and as a table with all its numbers."""
     steps = funnel_steps(stats)
     most = max(1, *(step.documents for step in steps)), max(1, *(step.num_bytes or 0 for step in steps))
     items = [_item(step, before, steps[0], *most) for step, before in zip(steps[1:], steps, strict=False)]
@@ -140,16 +143,16 @@ def funnel_section(stats: dict[str, Any]) -> Html:
         element(
             "figcaption",
             "Thick bars are documents, thin bars their bytes of text, as shares of the input. ",
-            "Orange is what the step took away.",
+            "Orange is the share that the step removed.",
         ),
     )
     return concat([figure, _table(stats, steps)])
 
 
 def _set_aside(steps: list[FunnelStep], documents: int | None, num_bytes: int) -> None:
-    """Adds a step where fewer documents came to the next one than the last one left: their ids were not unique."""
+    """Adds a step if the next one received fewer documents than the last one left, because of repeated ids."""
     if documents is not None and documents != steps[-1].documents:
-        steps.append(FunnelStep("Repeated ids set aside", documents, num_bytes))
+        steps.append(FunnelStep("Repeated ids quarantined", documents, num_bytes))
 
 
 def _item(step: FunnelStep, before: FunnelStep, first: FunnelStep, most_documents: int, most_bytes: int) -> Html:
@@ -176,11 +179,11 @@ def _item(step: FunnelStep, before: FunnelStep, first: FunnelStep, most_document
 def _table(stats: dict[str, Any], steps: list[FunnelStep]) -> Html:
     rate = f"{stats.get('bytes_per_token', 0):.3g} bytes of text"
     estimate = (
-        f"Tokens are counted in the output; before that a token is taken as {rate}, as in the output."
+        f"Tokens are counted in the output; before that they are estimated: {rate} each, as in the output."
         if stats.get("tokens_counted")
         else f"Tokens are estimated: {rate} each."
     )
-    header = ["step", "documents", "share", "taken away", "text", "share", "tokens", "share"]
+    header = ["step", "documents", "share", "removed", "text", "share", "tokens", "share"]
     if not stats.get("tokens_counted"):
         header[6] = "tokens (estimated)"
     tokens = [estimate_tokens(stats, step.num_bytes or 0) for step in steps[:-1]] + [tokens_kept(stats)]
@@ -205,7 +208,7 @@ def _row(
     ]
     if step.num_bytes is None:
         return [*documents, "–", "–", "–", "–"]
-    text = [size(step.num_bytes), format_percent(step.num_bytes, steps[1].num_bytes or 0)]
+    text = [byte_size(step.num_bytes), format_percent(step.num_bytes, steps[1].num_bytes or 0)]
     return [*documents, *text, format_si(tokens, ""), format_percent(tokens, all_tokens)]
 
 

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that asks for nothing beyond itself and runs no script."""
+"""The report of a run: one HTML file that loads nothing else and runs no script."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SECTIONS = {
     "Sources": sources_section,
     "Samples": samples_section,
 }
-# Should a text ever get past the escaping, the browser still neither runs nor loads anything.
+# Even if a text got past the escaping, the browser would neither run nor load anything.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _PAGE = f"""<!DOCTYPE html>
 <html lang="en">
@@ -42,13 +42,13 @@ _PAGE = f"""<!DOCTYPE html>
 
 
 def write_report(stats: dict[str, Any], path: Path) -> None:
-    """Writes the page that shows `stats`, the content of stats.json; the same bytes for the same stats."""
+    """Writes the report of `stats`, the content of stats.json. The same stats give the same bytes."""
     with atomic_write(path) as partial:
         partial.write_bytes(page(stats).encode())
 
 
 def page(stats: dict[str, Any]) -> str:
-    """The whole page. What `stats` lacks is left out."""
+    """The whole page. Sections leave out what `stats` lacks."""
     links = [element("a", title, href=f"#{title.lower()}") for title in _SECTIONS]
     parts = [_section(title, show(stats)) for title, show in _SECTIONS.items()]
     body = element(

@@ -1,11 +1,12 @@
-"""What was removed of each source, and what each source gave to the mixture."""
+"""The report on sources: documents removed from each, and tokens of each in the mixture."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from deepseek_v3.charts.markup import Html, TableBody, element, html_table, stage_title
+from deepseek_v3.charts.markup import Html, TableBody, element, html_table
 from deepseek_v3.charts.svg import bar
+from deepseek_v3.data.report.overview import stage_title
 from deepseek_v3.utils.text import format_figure, format_integer, format_percent, truncate
 
 _SHOWN = 30
@@ -13,7 +14,7 @@ _NAME_CHARACTERS = 80
 
 
 class Source(NamedTuple):
-    """Documents of a source that came to the first stage and that left the last one; the stage that took most."""
+    """Documents of a source before the first and after the last stage, and the stage that removed most of them."""
 
     name: str
     given: int
@@ -22,21 +23,21 @@ class Source(NamedTuple):
 
     @property
     def removed(self) -> int:
-        """Documents that were removed."""
+        """The number of documents that the stages removed."""
         return self.given - self.left
 
     @property
-    def share(self) -> float:
-        """What part of the documents that is."""
+    def removed_share(self) -> float:
+        """The removed documents as a share of all."""
         return self.removed / max(self.given, 1)
 
 
 def sources_section(stats: dict[str, Any]) -> Html:
-    """The sources of which most was removed, and a line for all others."""
-    found = _sources([stage for stage in stats.get("stages", []) if stage.get("sources")])
+    """A table of the 30 sources with the largest share of removed documents, and one line for all others."""
+    found = _count_by_source([stage for stage in stats.get("stages", []) if stage.get("sources")])
     if not found:
         return element("p", "No stage ran on any document.")
-    found.sort(key=lambda source: (-source.share, -source.removed, source.name))
+    found.sort(key=lambda source: (-source.removed_share, -source.removed, source.name))
     rest = found[_SHOWN:]
     rows = [_row(source) for source in found[:_SHOWN]]
     if rest:
@@ -47,10 +48,10 @@ def sources_section(stats: dict[str, Any]) -> Html:
 
 
 def mixture_section(stats: dict[str, Any]) -> Html:
-    """Tokens that each source gives to the corpus, beside what was aimed at."""
+    """A table of the tokens of each source in the corpus, beside their targets."""
     mixed = [stage["figures"] for stage in stats.get("stages", []) if stage.get("figures", {}).get("sources")]
     if not mixed:
-        return element("p", "Sources were not mixed: every document stands in the output once.")
+        return element("p", "Sources were not mixed: the output holds every document once.")
     figures = mixed[-1]
     parts = sorted(figures["sources"].items(), key=lambda item: (-item[1].get("tokens", 0), item[0]))
     total = figures.get("tokens", sum(part.get("tokens", 0) for _, part in parts))
@@ -70,20 +71,20 @@ def mixture_section(stats: dict[str, Any]) -> Html:
     return html_table(f"Tokens by source, {total:,} in all", header, TableBody(rows))
 
 
-def _sources(stages: list[dict[str, Any]]) -> list[Source]:
-    """Sources of the first stage. One that no later stage saw was removed before it."""
+def _count_by_source(stages: list[dict[str, Any]]) -> list[Source]:
+    """The sources that the first stage received. A stage that does not list a source received none of it."""
     if not stages:
         return []
     found = []
     for name, counts in stages[0]["sources"].items():
-        taken = [(_taken(stage, name), stage_title(stage["name"])) for stage in stages]
+        taken = [(_removed(stage, name), stage_title(stage["name"])) for stage in stages]
         most = max(taken, key=lambda pair: pair[0])
         left = stages[-1]["sources"].get(name, {}).get("out", 0)
         found.append(Source(name, counts.get("in", 0), left, most[1] if most[0] else ""))
     return found
 
 
-def _taken(stage: dict[str, Any], name: str) -> int:
+def _removed(stage: dict[str, Any], name: str) -> int:
     counts = stage["sources"].get(name, {})
     taken: int = counts.get("in", 0) - counts.get("out", 0)
     return taken
@@ -92,7 +93,7 @@ def _taken(stage: dict[str, Any], name: str) -> int:
 def _row(source: Source) -> tuple[str, ...]:
     return (
         element("bdi", truncate(source.name, _NAME_CHARACTERS)),
-        bar(("dropped", source.share)),
+        bar(("dropped", source.removed_share)),
         format_percent(source.removed, source.given),
         format_integer(source.given),
         format_integer(source.removed),
