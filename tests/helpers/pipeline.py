@@ -1,4 +1,4 @@
-"""Runs of the data pipeline small enough for a test, and what they leave on disk."""
+"""Small runs of the data pipeline, and readers for their outputs."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ SHEET = ["preliminary_cleaning", "deduplication", "quality_filtering"]
 
 
 def pipeline_config(source: object, output: Path, pipeline: list[str], **fields: Any) -> PreprocessConfig:
-    """A run in small pieces, so that a small corpus has many of them."""
+    """The configuration of a run with small work units and shards, so that a small corpus has many."""
     small = {"work_unit_size": "64KB", "shard_size": "200KB", "max_record_size": "1MB", "workers": 1}
     paths = {"input_path": source, "output_dir": str(output), "pipeline": pipeline}
     return section_from_dict(PreprocessConfig, {**small, **paths, **fields}, "test")
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
-    """A JSON lines file."""
+    """Writes a JSON lines file and returns its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
 def digests(output: Path) -> dict[str, str]:
-    """A digest of every file that a run left, but for the manifest, which names the configuration."""
+    """The SHA-256 of each output file of a run, except the manifest, which holds the configuration."""
     files = [path for path in sorted(output.rglob("*")) if path.is_file() and path.name != "manifest.json"]
     return {path.relative_to(output).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 

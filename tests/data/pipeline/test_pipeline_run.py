@@ -1,4 +1,4 @@
-"""The pipeline on a folder with every format and every kind of damage: nothing is lost, everything has a reason."""
+"""Runs on a folder with every format and every kind of damage: no record is lost, each drop has a reason."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def finished(damaged: tuple[Path, dict[str, int]], tmp_path_factory: pytest.Temp
     return output
 
 
-def test_every_broken_record_is_set_aside_for_its_own_reason(
+def test_each_broken_record_is_quarantined_with_its_reason(
     damaged: tuple[Path, dict[str, int]], finished: Path
 ) -> None:
     found = Counter[str]()
@@ -51,7 +51,7 @@ def test_every_broken_record_is_set_aside_for_its_own_reason(
     assert dict(found) == damaged[1]
 
 
-def test_input_is_kept_and_dropped_and_quarantined_and_nothing_else(finished: Path) -> None:
+def test_the_counts_of_the_manifest_add_up_to_the_input(finished: Path) -> None:
     counts = json.loads((finished / "manifest.json").read_text())["counts"]
     assert counts["kept"] == len(rows_of(finished, "data"))
     assert counts["dropped"] == len(rows_of(finished, "dropped"))
@@ -59,7 +59,7 @@ def test_input_is_kept_and_dropped_and_quarantined_and_nothing_else(finished: Pa
     assert counts["kept"] > 300
 
 
-def test_every_dropped_document_has_a_stage_a_reason_and_figures(finished: Path) -> None:
+def test_dropped_documents_have_stage_reason_and_figures(finished: Path) -> None:
     dropped = rows_of(finished, "dropped")
     kept = {row["id"] for row in rows_of(finished, "data")}
     assert {row["stage"] for row in dropped} == {"deduplication", "quality_filtering"}
@@ -82,7 +82,7 @@ def test_a_duplicate_names_the_document_that_stays(finished: Path) -> None:
         assert figures["similarity"] >= 0.8
 
 
-def test_the_order_of_the_input_is_kept_and_work_is_cleared_away(finished: Path) -> None:
+def test_the_input_order_is_kept_and_work_files_are_removed(finished: Path) -> None:
     places = [(row["source"], row["place"]) for row in rows_of(finished, "data")]
     assert places == sorted(places)
     names = sorted(path.name for path in finished.iterdir())
@@ -169,18 +169,14 @@ def test_an_input_without_a_single_good_record_ends_well(tmp_path: Path) -> None
     assert counts == {"input": 1, "kept": 0, "dropped": 0, "quarantined": 1, "copies": 0}
 
 
-def test_a_stage_that_removes_more_than_its_alarm_is_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_stage_above_max_drop_warning_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = write_lines(tmp_path / "a.jsonl", [{"text": "The same."} for _ in range(10)])
     manifest = run_pipeline(pipeline_config(str(source), tmp_path / "out", ["exact_deduplication"]))
     assert manifest["alarms"] == [{"stage": "exact_deduplication", "removed": 0.9, "limit": 0.5}]
     assert "removed 90.0% of its documents" in caplog.text
 
 
-def test_a_stage_that_loses_a_document_is_a_defect_that_shows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stage_that_loses_a_document_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from deepseek_v3.data.preliminary_cleaning import PreliminaryCleaner
 
     honest = PreliminaryCleaner.apply

@@ -1,4 +1,4 @@
-"""`dsv3 preprocess`, its script and the smoke test, as people type them."""
+"""`dsv3 preprocess`, its script and the smoke test on the command line."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_command_says_what_became_of_the_records(config: Path) -> None:
+def test_the_command_prints_the_counts_of_records(config: Path) -> None:
     result = dsv3("preprocess", "--config", str(config), "--set", "workers=1")
     assert result.exit_code == 0, result.output
     assert "6 records = " in result.output
     assert "1 quarantined" in result.output
 
 
-def test_where_nothing_is_kept_tokenize_is_not_next(config: Path) -> None:
+def test_tokenize_is_not_suggested_if_nothing_is_kept(config: Path) -> None:
     result = dsv3("preprocess", "--config", str(config), "--set", "heuristic_filters.rules=[gopher_quality]")
     assert result.exit_code == 0, result.output
     assert "warning: no document is left to tokenize; " in result.output
@@ -71,7 +71,7 @@ def test_a_mistake_is_one_line(config: Path, arguments: list[str], message: str)
     assert message in message_of(dsv3("preprocess", "--config", str(config), *arguments))
 
 
-def test_ctrl_c_says_what_is_kept_and_how_to_go_on(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_tells_what_is_kept_and_how_to_resume(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "write_shard", _interrupt)
     words = ["preprocess", "--config", str(config), "--set", "workers=1"]
     result = dsv3(*words)
@@ -88,7 +88,7 @@ def _interrupt(*_: object) -> None:
 
 
 @pytest.mark.parametrize("place", ["file", "file/below", "/proc/none/x", "/dev/full", "n" * 300])
-def test_an_output_that_cannot_be_is_one_line(config: Path, tmp_path: Path, place: str) -> None:
+def test_an_impossible_output_folder_is_one_line(config: Path, tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("x")
     output = tmp_path / place
     result = dsv3("preprocess", "--config", str(config), "--set", f"output_dir={output}", "--set", "workers=1")

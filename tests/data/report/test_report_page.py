@@ -1,4 +1,4 @@
-"""The page of the report: complete, adding up, the same every time, and harmless whatever documents hold."""
+"""The page of the report: complete, consistent, reproducible, and harmless for any text in documents."""
 
 import random
 import re
@@ -126,7 +126,7 @@ def quarantine_of(reasons: dict[str, int]) -> pa.RecordBatch:
 
 
 def run(texts: list[str], examples: list[dict[str, Any]]) -> dict[str, Any]:
-    """What a run over these texts would put into stats.json, counted by the pipeline's own tally."""
+    """What a run over these texts would put into stats.json, counted by the pipeline's own statistics."""
     tally = Stats()
     batch = batch_of(texts)
     tally.read(batch, quarantine_of({"not_json": 3, "unreadable": 1}))
@@ -227,7 +227,7 @@ def test_every_number_is_shown(stats: dict[str, Any]) -> None:
         assert sum(int(row[column]) for row in scores) == total
 
 
-def test_sections_are_headed_and_led_to(stats: dict[str, Any]) -> None:
+def test_sections_have_headings_and_links(stats: dict[str, Any]) -> None:
     for each in (stats, {}):
         found = Read(page(each))
         assert re.findall("<h2[^>]*>([^<]*)</h2>", page(each))[-len(SECTIONS) :] == SECTIONS
@@ -273,7 +273,7 @@ def test_the_funnel_adds_up(stats: dict[str, Any]) -> None:
     assert taken[3] == 1
 
 
-def test_tokens_are_called_estimated_unless_they_were_counted(stats: dict[str, Any]) -> None:
+def test_uncounted_tokens_are_called_estimated(stats: dict[str, Any]) -> None:
     estimated = Read(page(stats)).text
     assert "Tokens are estimated: 4 bytes of text each." in estimated
     counted = Read(page({**stats, "tokens_counted": True, "bytes_per_token": 1.5}))
@@ -328,7 +328,7 @@ def test_hostile_names_stay_text() -> None:
     assert "2 more have no finite number." in found.text
 
 
-def test_nothing_is_asked_of_the_network(stats: dict[str, Any]) -> None:
+def test_the_page_loads_nothing(stats: dict[str, Any]) -> None:
     content = page(stats)
     found = Read(content)
     assert not {"src", "srcset", "data", "action", "xlink:href"} & {name for _, name, _ in found.attributes}
@@ -338,7 +338,7 @@ def test_nothing_is_asked_of_the_network(stats: dict[str, Any]) -> None:
     assert "default-src 'none'; style-src 'unsafe-inline'" in found.values("content")
 
 
-def test_alarms_stand_first(stats: dict[str, Any]) -> None:
+def test_warnings_come_first(stats: dict[str, Any]) -> None:
     text = Read(page(stats)).text
     assert "Heuristic filters removed 62.5% of its documents, above its max_drop_warning of 50.0%." in text
     assert text.index("Warnings") < text.index("Input")
@@ -363,7 +363,7 @@ def test_long_documents_are_counted_in_binary_units(stats: dict[str, Any]) -> No
     assert rows[-1] == ["4 KiB – 8 KiB", "1", "0"]
 
 
-def test_text_that_a_stage_takes_out_of_documents_is_counted_apart() -> None:
+def test_text_removed_from_kept_documents_has_its_own_row() -> None:
     stage = {
         **empty_stage_counts(),
         "name": "pii",
@@ -452,7 +452,7 @@ def test_large_runs_have_small_pages(stats: dict[str, Any]) -> None:
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs the browser `chromium` on the path")
-def test_a_browser_sees_the_page_as_it_was_written(stats: dict[str, Any], tmp_path: Path) -> None:
+def test_a_browser_shows_the_page_as_written(stats: dict[str, Any], tmp_path: Path) -> None:
     write_report(stats, tmp_path / "report.html")
     options = (
         "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "

@@ -1,4 +1,4 @@
-"""Counts that add up in any order, and parts that say when they are not whole."""
+"""Statistics add up in any order of the parts, and damaged parts are found."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _batch(texts: list[str], start: int = 0) -> pa.RecordBatch:
     return record_batch([str(place) for place in places], texts, sources, places, [None] * len(texts))
 
 
-def _tally(texts: list[str], start: int) -> Stats:
+def _stats(texts: list[str], start: int) -> Stats:
     stats = Stats()
     batch = _batch(texts, start)
     drops = [Drop(row, "long", {"found": len(text)}) for row, text in enumerate(texts) if len(text) > 20]
@@ -35,24 +35,24 @@ def _tally(texts: list[str], start: int) -> Stats:
 
 @given(st.lists(TEXTS, max_size=5), st.randoms())
 def test_parts_add_up_in_any_order(parts: list[list[str]], chooser: object) -> None:
-    tallies = []
+    all_stats = []
     start = 0
     for texts in parts:
-        tallies.append(_tally(texts, start).to_json())
+        all_stats.append(_stats(texts, start).to_json())
         start += len(texts)
     sums = []
     for _ in range(2):
         total = Stats()
-        for stats in tallies:
+        for stats in all_stats:
             total.add(Stats.from_json(stats))
         sums.append(total.to_json())
-        chooser.shuffle(tallies)  # type: ignore[attr-defined]
+        chooser.shuffle(all_stats)  # type: ignore[attr-defined]
     assert sums[0] == sums[1]
 
 
-def test_what_a_stage_did_is_counted_by_documents_bytes_reason_and_source() -> None:
+def test_stage_counts_by_documents_bytes_reason_and_source() -> None:
     texts = ["short", "ä" * 30, "long " * 10, "kept as well"]
-    counts = _tally(texts, 0).counts
+    counts = _stats(texts, 0).counts
     stage = counts["stages"]["length"]
     assert stage["in"] == {"documents": 4, "bytes": 5 + 60 + 50 + 12}
     assert stage["out"] == {"documents": 2, "bytes": 5 + 12}
@@ -64,8 +64,8 @@ def test_what_a_stage_did_is_counted_by_documents_bytes_reason_and_source() -> N
     assert counts["kept"]["tokens"] == 14
 
 
-def test_samples_show_the_text_and_what_decided() -> None:
-    samples = _tally(["x" * 700], 0).samples["length/long"]
+def test_samples_hold_the_text_and_the_figures() -> None:
+    samples = _stats(["x" * 700], 0).samples["length/long"]
     assert samples[0]["text"] == "x" * 600
     assert samples[0]["characters"] == 700
     assert samples[0]["figures"] == '{"found":700}'

@@ -1,13 +1,15 @@
-"""A run that is killed anywhere, any number of times, goes on and ends with the same bytes."""
+"""A run that is killed at any point resumes and ends with the same bytes."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,45 +41,85 @@ def expected(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return digests(output)
 
 
-def test_killed_in_a_loop(corpus: Path, expected: dict[str, str], tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    fields = {"input_path": str(corpus), "output_dir": str(output), "pipeline": PIPELINE, **SIZES}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(fields))
-    command = [sys.executable, str(SCRIPT), "--config", str(tmp_path / "run.yaml")]
-    chooser = random.Random(0)
-    killed = 0
-    while not (output / "manifest.json").exists():
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as run:
-            enough = _finished(output) + chooser.randrange(1, 8)
-            while run.poll() is None and _finished(output) < enough:
-                time.sleep(0.01)
-            time.sleep(chooser.random() / 50)
-            if run.poll() is None and killed < 4:
-                run.send_signal(signal.SIGKILL)
-                killed += 1
-            error = run.communicate()[1]
-        assert run.returncode in (0, -signal.SIGKILL), error.decode()
-    assert killed >= 3
-    assert digests(output) == expected
+class Killer:
+    """Kills a run in this process, once before each file and folder that it renames into place.
+
+    A killed run leaves its unfinished files behind, as after `kill -9`.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.targets: list[Path] = []
+        self.killed = False
+        for method in ("rename", "replace"):
+            monkeypatch.setattr(Path, method, self._dying(getattr(Path, method)))
+        monkeypatch.setattr(Path, "unlink", self._idle_once_killed(Path.unlink))
+        monkeypatch.setattr(shutil, "rmtree", self._idle_once_killed(shutil.rmtree))
+
+    def _dying(self, publish: Callable[[Path, Path], Path]) -> Callable[[Path, Path], Path]:
+        def die_or_publish(path: Path, target: Path) -> Path:
+            if target not in self.targets:
+                self.targets.append(target)
+                self.killed = True
+                raise Killed
+            return publish(path, target)
+
+        return die_or_publish
+
+    def _idle_once_killed(self, remove: Callable[..., None]) -> Callable[..., None]:
+        return lambda *arguments, **options: None if self.killed else remove(*arguments, **options)
 
 
-def test_workers_end_with_the_run_that_started_them(corpus: Path, tmp_path: Path) -> None:
+class Killed(BaseException):
+    """No part of a run catches this, like a signal that cannot be caught."""
+
+
+def test_killed_before_each_file_that_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_damaged_corpus(tmp_path / "in", 120, seed=5)
+    sizes = {**SIZES, "workers": 1, "keep_keys": True}
+    run_pipeline(pipeline_config(str(tmp_path / "in"), tmp_path / "expected", PIPELINE, **sizes))
+    config = pipeline_config(str(tmp_path / "in"), tmp_path / "out", PIPELINE, **sizes)
+    killer = Killer(monkeypatch)
+    manifest = None
+    while manifest is None:
+        killer.killed = False
+        with contextlib.suppress(Killed):
+            manifest = run_pipeline(config)
+    names = {target.name for target in killer.targets}
+    assert {
+        "run.json",
+        "000000-00000",
+        "complete.json",
+        "decisions",
+        "00000",
+        "stats.json",
+        "manifest.json",
+    } <= names
+    assert len(killer.targets) > 30
+    assert digests(tmp_path / "out") == digests(tmp_path / "expected")
+
+
+def test_a_killed_run_takes_its_workers_along_and_resumes(
+    corpus: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
     fields = {"input_path": str(corpus), "output_dir": str(tmp_path / "out"), "pipeline": PIPELINE, **SIZES}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(fields))
     command = [sys.executable, str(SCRIPT), "--config", str(tmp_path / "run.yaml")]
     with subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     ) as run:
-        while _finished(tmp_path / "out") < 1 and run.poll() is None:
+        while _finished(tmp_path / "out") < 2 and run.poll() is None:
             time.sleep(0.01)
         run.kill()
+    assert run.returncode == -signal.SIGKILL
     deadline = time.monotonic() + HANGS
     while _group(run.pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not _group(run.pid)
+    run_pipeline(pipeline_config(str(corpus), tmp_path / "out", PIPELINE, **{**SIZES, "workers": 1}))
+    assert digests(tmp_path / "out") == expected
 
 
-def test_a_damaged_piece_is_done_again(
+def test_a_damaged_part_is_done_again(
     corpus: Path, expected: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = pipeline_config(str(corpus), tmp_path / "out", PIPELINE, **{**SIZES, "workers": 1})
@@ -124,7 +166,7 @@ run_pipeline(pipeline_config({str(tmp_path / "in")!r}, Path({str(tmp_path / "out
 
 
 def _finished(output: Path) -> int:
-    """Pieces, tasks and files that are finished."""
+    """The number of finished parts and decisions."""
     marks = {"part.json", "figures.json"}
     return sum(len(marks.intersection(files)) for _, _, files in os.walk(output / ".work"))
 

@@ -1,4 +1,4 @@
-"""The same bytes come out whoever does the work: 1, 2 or 4 workers, Ray, shards of an array, in any order."""
+"""The output has the same bytes with 1, 2 or 4 workers, with Ray, from the shares of an array, in any order."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ def expected(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 @pytest.mark.parametrize("workers", [2, 4])
-def test_any_number_of_workers(corpus: Path, expected: dict[str, str], tmp_path: Path, workers: int) -> None:
+def test_several_workers_write_the_same_bytes(
+    corpus: Path, expected: dict[str, str], tmp_path: Path, workers: int
+) -> None:
     run_pipeline(pipeline_config(str(corpus), tmp_path / "out", PIPELINE, workers=workers, **MIXING))
     assert digests(tmp_path / "out") == expected
 
@@ -64,12 +66,12 @@ def test_shards_and_merge(corpus: Path, expected: dict[str, str], tmp_path: Path
 
 
 @pytest.mark.parametrize("shard", [(3, 3), (-1, 3)])
-def test_a_share_that_cannot_be_is_refused(corpus: Path, tmp_path: Path, shard: tuple[int, int]) -> None:
+def test_a_share_out_of_range_is_refused(corpus: Path, tmp_path: Path, shard: tuple[int, int]) -> None:
     with pytest.raises(ConfigError, match="expected i/n"):
         run_pipeline(pipeline_config(str(corpus), tmp_path / "out", PIPELINE), shard=shard)
 
 
-def test_files_given_in_any_order_and_made_in_any_order(tmp_path: Path) -> None:
+def test_the_order_of_the_input_files_does_not_matter(tmp_path: Path) -> None:
     write_damaged_corpus(tmp_path / "one" / "in", 100)
     sources = sorted((tmp_path / "one" / "in").rglob("*.*"), reverse=True)
     for source in sources:

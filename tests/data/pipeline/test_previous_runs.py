@@ -1,4 +1,4 @@
-"""Incremental runs: what an earlier run has seen is a duplicate in a later one."""
+"""Incremental runs: a document of a previous run makes its copies in a later run duplicates."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _new_rows() -> list[dict[str, Any]]:
     return [{"id": f"new-{number}", "text": text} for number, text in enumerate([seen[3], near, *fresh, fresh[0]])]
 
 
-def test_what_an_earlier_run_holds_counts_as_seen(first: Path, tmp_path: Path) -> None:
+def test_documents_of_a_previous_run_count_as_seen(first: Path, tmp_path: Path) -> None:
     source = write_lines(tmp_path / "b.jsonl", _new_rows())
     config = pipeline_config(str(source), tmp_path / "out", PIPELINE, previous_runs=[str(first)])
     counts = run_pipeline(config)["counts"]
