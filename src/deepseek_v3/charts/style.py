@@ -30,7 +30,7 @@ code { font: 0.875em ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans
 :focus-visible { outline: 2px solid var(--after); outline-offset: 2px; }
 main > section { margin-top: 3.5rem; }
 figure { margin: 0; min-width: 0; }
-figcaption, .note, .sum, .legend { color: var(--soft); font-size: 0.875rem; }
+figcaption, .note, .legend { color: var(--soft); font-size: 0.875rem; }
 .note { margin-top: 0.5rem; }
 nav {
   position: sticky; top: 0; z-index: 1; display: flex; gap: 0.25rem 1.25rem; overflow-x: auto; margin-top: 2rem;
@@ -38,30 +38,6 @@ nav {
 }
 nav a { text-decoration: none; }
 nav a:hover { text-decoration: underline; }
-
-.alarms {
-  border: 1px solid var(--alarm); border-left-width: 6px; background: var(--alarm-area);
-  padding: 0.75rem 1rem; margin-bottom: 1.5rem; border-radius: 4px;
-}
-.alarms h2 { font-size: 1rem; color: var(--alarm); margin: 0 0 0.25rem; }
-.alarms h2::before { content: "\\26a0\\fe0e  "; }
-.alarms ul { margin: 0; padding-left: 1.25rem; }
-
-.cards {
-  display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: 1.25rem 1.5rem;
-  margin: 0 0 1rem;
-}
-.card { border-top: 3px solid var(--line); padding-top: 0.5rem; }
-.card.input { border-color: var(--ink); } .card.kept { border-color: var(--after); }
-.card.dropped { border-color: var(--before); } .card.quarantined { border-color: var(--other); }
-.card.copies { border-top-style: dashed; border-color: var(--after); }
-.card dt { font-size: 0.875rem; color: var(--soft); }
-.card dd { margin: 0; }
-.card strong { font-size: 1.625rem; font-weight: 600; font-variant-numeric: tabular-nums; letter-spacing: -0.01em; }
-.card span { color: var(--soft); font-size: 0.875rem; white-space: nowrap; }
-.card .meaning { font-size: 0.8125rem; color: var(--soft); line-height: 1.35; }
-.whole .bar { height: 0.875rem; }
-.sum { margin-top: 0.5rem; font-variant-numeric: tabular-nums; }
 
 .bar {
   display: block; width: 100%; height: 0.625rem; background: var(--panel); border-radius: 2px; overflow: hidden;
@@ -72,14 +48,6 @@ nav a:hover { text-decoration: underline; }
 .key { width: 0.75rem; height: 0.75rem; margin: 0 0.25rem 0 0.75rem; vertical-align: -0.0625rem; }
 .key:first-child { margin-left: 0; }
 
-.funnel { list-style: none; margin: 0 0 0.5rem; padding: 0; }
-.funnel li { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 1rem; padding: 0.375rem 0; }
-.funnel span { font-variant-numeric: tabular-nums; color: var(--soft); font-size: 0.9375rem; }
-.funnel .step { color: var(--ink); }
-.funnel b { display: inline-block; min-width: 4.5rem; text-align: right; font-weight: 600; color: var(--ink); }
-.funnel div { flex-basis: 100%; }
-.funnel .bar { height: 0.75rem; }
-.funnel .bar + .bar { height: 0.25rem; margin-top: 2px; }
 figure + .scroll { margin-top: 1.5rem; }
 
 .scroll { overflow-x: auto; }
@@ -109,35 +77,18 @@ td:has(.bar):nth-last-child(2) { width: 60%; }
 .chart .before-line { fill: none; stroke: var(--before); stroke-width: 1.75px; stroke-linejoin: round; }
 .chart .hint { fill: transparent; }
 .chart .hint:hover { fill: var(--ink); fill-opacity: 0.08; }
-.words caption { display: none; }
-.words th[scope=row] { min-width: 4rem; }
-.words th, .words td { padding-left: 0.75rem; }
-.words th:first-child { padding-left: 0; }
 
 summary { cursor: pointer; padding: 0.25rem 0; }
 .numbers { font-size: 0.875rem; color: var(--soft); }
 .numbers caption { display: none; }
-.samples { border-bottom: 1px solid var(--line); padding: 0.25rem 0; }
-.samples summary { color: var(--soft); font-size: 0.9375rem; }
-.samples summary code { color: var(--ink); margin-right: 0.5rem; }
-.sample { background: var(--panel); border-radius: 4px; padding: 0.75rem 1rem; margin: 0.5rem 0; min-width: 0; }
-.sample p { margin: 0 0 0.375rem; font-size: 0.875rem; overflow-wrap: anywhere; }
-.origin { color: var(--soft); }
-.figures span { margin-right: 1.25rem; color: var(--soft); }
-.figures b { color: var(--ink); font-weight: 600; }
 .text {
   white-space: pre-wrap; overflow-wrap: anywhere; font-size: 0.875rem; line-height: 1.5; unicode-bidi: isolate;
 }
 .text i { font-style: normal; color: var(--alarm); font-size: 0.875em; }
 mark { background: var(--mark); color: inherit; border-bottom: 2px solid var(--before); }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); gap: 0 1rem; }
-.facts { display: flex; flex-wrap: wrap; gap: 0.5rem 2rem; margin: 0 0 1rem; }
-.facts dt { font-size: 0.8125rem; color: var(--soft); }
-.facts dd { margin: 0; font-weight: 600; font-variant-numeric: tabular-nums; }
 
 @media (max-width: 34rem) {
   body { padding: 1.5rem 1rem 3rem; }
-  .cards { grid-template-columns: 1fr 1fr; }
   th, td { padding-left: 0.625rem; }
   td:has(.bar) { min-width: 3rem; }
 }
@@ -151,7 +102,7 @@ mark { background: var(--mark); color: inherit; border-bottom: 2px solid var(--b
   nav, .numbers { display: none; }
   .scroll { overflow: visible; }
   .charts { columns: auto; }
-  tr, figure, .sample, .funnel li { break-inside: avoid; }
+  tr, figure { break-inside: avoid; }
   h2, h3, h4 { break-after: avoid; }
 }
 """

@@ -8,23 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from deepseek_v3.config.preprocess_config import BUILT_IN_STAGES
+from deepseek_v3.data.pipeline.registry import STAGES
 from deepseek_v3.data.pipeline.run import run_pipeline
 from deepseek_v3.data.sample_corpora import write_damaged_corpus
 from deepseek_v3.data.stages import Outcome
 from deepseek_v3.utils.errors import ConfigError, DataError
 from helpers.pipeline import SHEET, digests, pipeline_config, rows_of, write_lines
 
-ALL_STAGES = [
-    "preliminary_cleaning",
-    "exact_deduplication",
-    "deduplication",
-    "heuristic_filters",
-    "language",
-    "quality_filtering",
-    "pii",
-    "decontamination",
-    "mixing",
-]
+ALL_STAGES = [*BUILT_IN_STAGES]
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +30,10 @@ def finished(damaged: tuple[Path, dict[str, int]], tmp_path_factory: pytest.Temp
     output = tmp_path_factory.mktemp("output") / "clean"
     run_pipeline(pipeline_config(str(damaged[0]), output, SHEET))
     return output
+
+
+def test_the_registry_has_every_built_in_stage_by_its_name() -> None:
+    assert [*STAGES] == ALL_STAGES == [stage.name for stage in STAGES.values()]
 
 
 def test_each_broken_record_is_quarantined_with_its_reason(

@@ -27,6 +27,57 @@ _SECTIONS = {
 }
 # Even if a text got past the escaping, the browser would neither run nor load anything.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+# Beyond the style that all pages share.
+_STYLE = """\
+.alarms {
+  border: 1px solid var(--alarm); border-left-width: 6px; background: var(--alarm-area);
+  padding: 0.75rem 1rem; margin-bottom: 1.5rem; border-radius: 4px;
+}
+.alarms h2 { font-size: 1rem; color: var(--alarm); margin: 0 0 0.25rem; }
+.alarms h2::before { content: "\\26a0\\fe0e  "; }
+.alarms ul { margin: 0; padding-left: 1.25rem; }
+.cards {
+  display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: 1.25rem 1.5rem;
+  margin: 0 0 1rem;
+}
+.card { border-top: 3px solid var(--line); padding-top: 0.5rem; }
+.card.input { border-color: var(--ink); } .card.kept { border-color: var(--after); }
+.card.dropped { border-color: var(--before); } .card.quarantined { border-color: var(--other); }
+.card.copies { border-top-style: dashed; border-color: var(--after); }
+.card dt { font-size: 0.875rem; color: var(--soft); }
+.card dd { margin: 0; }
+.card strong { font-size: 1.625rem; font-weight: 600; font-variant-numeric: tabular-nums; letter-spacing: -0.01em; }
+.card span { color: var(--soft); font-size: 0.875rem; white-space: nowrap; }
+.card .meaning { font-size: 0.8125rem; color: var(--soft); line-height: 1.35; }
+.whole .bar { height: 0.875rem; }
+.sum { color: var(--soft); font-size: 0.875rem; margin-top: 0.5rem; font-variant-numeric: tabular-nums; }
+.funnel { list-style: none; margin: 0 0 0.5rem; padding: 0; }
+.funnel li { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 1rem; padding: 0.375rem 0; }
+.funnel span { font-variant-numeric: tabular-nums; color: var(--soft); font-size: 0.9375rem; }
+.funnel .step { color: var(--ink); }
+.funnel b { display: inline-block; min-width: 4.5rem; text-align: right; font-weight: 600; color: var(--ink); }
+.funnel div { flex-basis: 100%; }
+.funnel .bar { height: 0.75rem; }
+.funnel .bar + .bar { height: 0.25rem; margin-top: 2px; }
+.words caption { display: none; }
+.words th[scope=row] { min-width: 4rem; }
+.words th, .words td { padding-left: 0.75rem; }
+.words th:first-child { padding-left: 0; }
+.samples { border-bottom: 1px solid var(--line); padding: 0.25rem 0; }
+.samples summary { color: var(--soft); font-size: 0.9375rem; }
+.samples summary code { color: var(--ink); margin-right: 0.5rem; }
+.sample { background: var(--panel); border-radius: 4px; padding: 0.75rem 1rem; margin: 0.5rem 0; min-width: 0; }
+.sample p { margin: 0 0 0.375rem; font-size: 0.875rem; overflow-wrap: anywhere; }
+.origin { color: var(--soft); }
+.figures span { margin-right: 1.25rem; color: var(--soft); }
+.figures b { color: var(--ink); font-weight: 600; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); gap: 0 1rem; }
+.facts { display: flex; flex-wrap: wrap; gap: 0.5rem 2rem; margin: 0 0 1rem; }
+.facts dt { font-size: 0.8125rem; color: var(--soft); }
+.facts dd { margin: 0; font-weight: 600; font-variant-numeric: tabular-nums; }
+@media (max-width: 34rem) { .cards { grid-template-columns: 1fr 1fr; } }
+@media print { .sample, .funnel li { break-inside: avoid; } }
+"""
 _PAGE = f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -36,7 +87,7 @@ _PAGE = f"""<!DOCTYPE html>
 <meta name="color-scheme" content="light dark">
 <title>{_TITLE}</title>
 <style>
-{STYLE}</style>
+{STYLE}{_STYLE}</style>
 </head>
 """
 
