@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -57,8 +58,9 @@ class Killer:
 
     def _dying(self, publish: Callable[[Path, Path], Path]) -> Callable[[Path, Path], Path]:
         def die_or_publish(path: Path, target: Path) -> Path:
-            if target not in self.targets:
-                self.targets.append(target)
+            known = Path(re.sub("[0-9a-f]{32}", "", str(target)))  # without the random part of a folder's name
+            if known not in self.targets:
+                self.targets.append(known)
                 self.killed = True
                 raise Killed
             return publish(path, target)
