@@ -179,7 +179,7 @@ def _item(step: FunnelStep, before: FunnelStep, first: FunnelStep, most_document
 def _table(stats: dict[str, Any], steps: list[FunnelStep]) -> Html:
     rate = f"{stats.get('bytes_per_token', 0):.3g} bytes of text"
     estimate = (
-        f"Tokens are counted in the output; before that they are estimated: {rate} each, as in the output."
+        f"Tokens of the output are counted; the steps before it assume {rate} per token, as in the output."
         if stats.get("tokens_counted")
         else f"Tokens are estimated: {rate} each."
     )
