@@ -9,13 +9,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepseek_v3.data.arrays import find_sorted
 from deepseek_v3.data.decontamination import Decontaminator
 from deepseek_v3.data.decontamination.index import EvaluationIndex, split_words
 from deepseek_v3.utils.errors import ConfigError, DataError
@@ -186,11 +184,3 @@ def test_impossible_decontamination_options_are_refused(questions: str) -> None:
         Decontaminator(evaluation=[questions], min_ngram=14)
     with pytest.raises(DataError, match="none of 3 texts has min_ngram = 50 words"):
         Decontaminator(evaluation=[questions], ngram=60, min_ngram=50).apply(batch_of([OTHER]))
-
-
-@given(st.lists(st.integers(0, 20)), st.lists(st.integers(0, 20)))
-def test_find_sorted_equals_a_plain_search(keys: list[int], wanted: list[int]) -> None:
-
-    found = find_sorted(np.unique(np.array(keys, np.int64)), np.array(wanted, np.int64)).tolist()
-    ascending = sorted({*keys})
-    assert found == [ascending.index(number) if number in ascending else -1 for number in wanted]

@@ -220,3 +220,17 @@ def test_a_vocabulary_of_any_size_is_trained_or_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.corpus\.vocab_size: found '1T'"):
         load_config(write_run(tmp_path), ["data.corpus.vocab_size=1T"])
     assert dsv3(*words, "300", "--workers", "1e9").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("4GB", 4 * 10**9), ("512MiB", 2**29), ("1.5 kB", 1500), ("7", 7), ("2T", 2 * 10**12), ("1e9", 10**9)],
+)
+def test_a_size_is_a_number_with_a_unit(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "4iB", "-1GB", "4 GB extra", "1e9 GB extra", "1e-400"])
+def test_a_wrong_size_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="expected a size such as 4GB"):
+        parse_size(text)
