@@ -1,0 +1,1 @@
+"""Tokenizers, token shards on disk, and the loader that reads them in windows."""
