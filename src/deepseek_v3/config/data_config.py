@@ -36,7 +36,7 @@ LocalPath = Annotated[
 ]
 Address = Annotated[str, PlainSerializer(redact, str, "json")]
 # Training a tokenizer allocates 72 bytes per entry. Published vocabularies have less than a tenth of these.
-LARGEST_VOCABULARY = 2**22
+MAX_VOCABULARY = 2**22
 DEFAULT_TOKENS = Path("data/tokens")
 
 
@@ -48,7 +48,7 @@ class CorpusConfig(Section):
     """
 
     source: Address
-    vocab_size: Annotated[Integer, Field(ge=260, le=LARGEST_VOCABULARY)]
+    vocab_size: Annotated[Integer, Field(ge=260, le=MAX_VOCABULARY)]
     holdout: Annotated[Real, Field(gt=0, lt=1)] | None = None
     fim_rate: Fraction = 0.0
     seed: NonNegativeInt = 0

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
-from deepseek_v3.config.data_config import LARGEST_VOCABULARY
+from deepseek_v3.config.data_config import MAX_VOCABULARY
 from deepseek_v3.config.text_files import printable_path
 from deepseek_v3.data.arrays import Int64Array
 from deepseek_v3.data.documents import check_unicode
@@ -271,8 +271,8 @@ def _load_cached(path: Path) -> Tokenizer:
 
 def check_vocab_size(vocab_size: int) -> None:
     """Raises DataError if a tokenizer of this size cannot be trained."""
-    if vocab_size > LARGEST_VOCABULARY:
-        raise DataError(f"vocab_size = {vocab_size:,}: expected at most {LARGEST_VOCABULARY:,}")
+    if vocab_size > MAX_VOCABULARY:
+        raise DataError(f"vocab_size = {vocab_size:,}: expected at most {MAX_VOCABULARY:,}")
     if vocab_size < MIN_VOCABULARY:
         raise DataError(
             f"vocab_size = {vocab_size} is too small: {len(_MARKERS)} markers and 256 bytes need {MIN_VOCABULARY}"
