@@ -165,7 +165,7 @@ def test_unreadable_keys_are_named(tmp_path: Path) -> None:
     stage = ExactDeduplicator()
     parts = write_parts(stage, ["a"], [], tmp_path)
     (parts[0].keys / "hashes.npy").write_bytes(b"x")
-    with pytest.raises(DataError, match=r"hashes\.npy: keys of a part are damaged"):
+    with pytest.raises(DataError, match=r"hashes\.npy: is a damaged key file"):
         stage.match_tasks(parts, 2**20)
 
 

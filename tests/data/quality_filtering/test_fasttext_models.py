@@ -217,11 +217,11 @@ def test_files_that_are_not_models_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
         is_fasttext(path)
     path.write_bytes(b"")
-    with pytest.raises(DataError, match="no complete fastText model"):
+    with pytest.raises(DataError, match="not a complete fastText model"):
         FastTextFile.read(path)
     path.write_bytes(b"plain text that is long enough for a heading")
     assert not is_fasttext(path)
-    with pytest.raises(DataError, match="no fastText model of version 11 or 12"):
+    with pytest.raises(DataError, match="not a fastText model of version 11 or 12"):
         FastTextFile.read(path)
 
 
@@ -231,7 +231,7 @@ def test_damaged_and_other_models_are_refused(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for size in range(8, len(whole), 37):
         path.write_bytes(whole[:size])
-        with pytest.raises(DataError, match="no complete fastText model"):
+        with pytest.raises(DataError, match="not a complete fastText model"):
             FastTextFile.read(path)
     for offset, value in ((8 + 4 * 6, 4), (8 + 4 * 7, 1)):  # loss one-vs-all; a model of word vectors
         changed = bytearray(whole)

@@ -223,7 +223,7 @@ def test_arpa_lines_in_any_order_and_missing_unknown_word(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("\\data\\", "\\datum\\", r"model.arpa:1: is no ARPA model: expected \\data"),
+        ("\\data\\", "\\datum\\", r"model.arpa:1: is not an ARPA model: expected \\data"),
         ("ngram 1=4", "ngram 2=4", r"model.arpa:2: .*expected the number of 1-grams"),
         ("ngram 1=4\nngram 2=3\n", "", r"model.arpa:2: .*such as 'ngram 1=1000'"),
         ("-0.7\thot", "high\thot", r"model.arpa:9: .*expected a log10 probability and 1 words"),
@@ -319,7 +319,7 @@ def test_limits_are_percentiles_of_reference_documents(tmp_path: Path) -> None:
 def test_damaged_limits_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "model.arpa.limits.json"
     file.write_text('{"head": -1, "middle": 2, "documents": 3}')
-    with pytest.raises(DataError, match=r"limits.json: head: .*train the model anew"):
+    with pytest.raises(DataError, match=r"limits.json: head: .*train the model again"):
         PerplexityLimits.read(tmp_path / "model.arpa")
     file.unlink()
     file.mkdir()

@@ -100,7 +100,7 @@ def map_keys(part: NumberedPart, name: str) -> NDArray[Any]:
     try:
         return np.asarray(np.load(path, mmap_mode="r"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: keys of a part are damaged: {error}; make them anew") from None
+        raise DataError(f"{path}: is a damaged key file: {error}; repeat the run that wrote it") from None
 
 
 def _read_rows(parts: Sequence[NumberedPart], documents: Int64Array, name: str) -> NDArray[Any]:

@@ -29,7 +29,7 @@ from deepseek_v3.utils.redaction import redact
 from deepseek_v3.utils.text import pluralize
 
 quality_app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="Train and try the models of the quality stage."
+    no_args_is_help=True, add_completion=False, help="Train and apply the models of the quality filter."
 )
 
 _Files = list[str] | None
@@ -45,7 +45,8 @@ def train(
     bad: Annotated[_Files, typer.Option(help="Documents to drop, for a classifier; may be repeated.")] = None,
     text: Annotated[_Files, typer.Option(help="Good documents, for a language model; may be repeated.")] = None,
     reference: Annotated[
-        _Files, typer.Option(help="With --text: documents whose perplexities set the limits; else those held out.")
+        _Files,
+        typer.Option(help="With --text: documents whose perplexities set the limits. Default: held-out text."),
     ] = None,
     order: Annotated[int, typer.Option(min=2, max=5, help="With --text: words of the longest n-grams.")] = 3,
     epochs: Annotated[
@@ -53,13 +54,15 @@ def train(
         typer.Option(
             metavar="NUMBER",
             parser=integer_option(at_least=1),
-            help="With --good: how often each document is seen.",
+            help="With --good: passes over the documents.",
         ),
     ] = 5,
     seed: Annotated[
         int,
         typer.Option(
-            metavar="NUMBER", parser=integer_option(at_least=0), help="With --good: draws the start and the order."
+            metavar="NUMBER",
+            parser=integer_option(at_least=0),
+            help="With --good: seed of the initial vectors and the order.",
         ),
     ] = 0,
     holdout: Annotated[
@@ -67,7 +70,7 @@ def train(
         typer.Option(
             metavar="SHARE",
             parser=number_option,
-            help="Share of the text to measure by, and not to train on: by default 0.05, of little text more.",
+            help="Share of the text that is held out to measure the model. Default: 0.05, or more of little text.",
         ),
     ] = None,
     text_field: Annotated[str, _FIELD] = "text",
@@ -82,7 +85,7 @@ def train(
             _train_language_model(text, reference or [], output, order, holdout, text_field)
         else:
             raise DataError(
-                "expected --good and --bad for a classifier, or --text and perhaps --reference for a language model"
+                "expected --good and --bad for a classifier, or --text (and --reference) for a language model"
             )
     except OSError as error:
         why = error.strerror or error
@@ -161,8 +164,8 @@ def _train_language_model(
     )
     if limits.documents < _FEW_DOCUMENTS:
         typer.echo(
-            f"Percentiles of {pluralize(limits.documents, 'document')} hardly tell head, middle and tail apart: "
-            f"give {_FEW_DOCUMENTS} or more by --reference, or more text",
+            f"Percentiles of {pluralize(limits.documents, 'document')} are unreliable limits of head, middle and "
+            f"tail: give {_FEW_DOCUMENTS} or more documents by --reference, or more text",
             err=True,
         )
 

@@ -62,7 +62,7 @@ class FastTextFile:
             raise DataError(f"{path}: cannot be read: {error.strerror}; expected a fastText model") from None
         except (struct.error, ValueError) as error:
             raise DataError(
-                f"{path}: is no complete fastText model: {error}; copy it again, or train it anew with "
+                f"{path}: is not a complete fastText model: {error}; copy it again, or train it again with "
                 "`dsv3 quality train`"
             ) from None
 
@@ -95,7 +95,9 @@ class _ModelReader:
     def model(self) -> FastTextFile:
         magic, version = self._unpack(struct.Struct("<2i"))
         if magic != _MAGIC or not 11 <= version <= _VERSION:
-            raise DataError(f"{self._path}: is no fastText model of version 11 or 12; expected a .bin or .ftz file")
+            raise DataError(
+                f"{self._path}: is not a fastText model of version 11 or 12; expected a .bin or .ftz file"
+            )
         options = self._unpack(_OPTIONS)
         word_ngrams, loss, kind, buckets, shortest, longest = options[5:11]
         if kind != _SUPERVISED or _LOSSES.get(loss) not in ("softmax", "hs"):
@@ -189,7 +191,7 @@ class _ModelReader:
         start = self._at
         self._at += count
         if count < 0 or self._at > len(self._data):
-            raise ValueError(f"its {len(self._data)} bytes end too early")
+            raise ValueError(f"it ends after {len(self._data)} bytes")
         return start
 
 

@@ -39,7 +39,7 @@ class QualityFilter(Stage):
             path = getattr(self.options, field)
             if path is not None and not path.is_file():
                 raise DataError(
-                    f"quality_filtering.{field} = {path}: is no file; train one with `dsv3 quality train`"
+                    f"quality_filtering.{field} = {path}: is not a file; train a model with `dsv3 quality train`"
                 )
 
     def apply(self, batch: pa.RecordBatch) -> Outcome:
@@ -98,7 +98,7 @@ class QualityFilter(Stage):
         limits = PerplexityLimits.read(options.language_model)
         if limits is None:
             raise DataError(
-                f"{options.language_model}: has no file of limits beside it; set quality_filtering.head_limit and "
+                f"{options.language_model}: has no limits file beside it; set quality_filtering.head_limit and "
                 "middle_limit, or train the model with `dsv3 quality train --text`"
             )
         return limits.head, limits.middle

@@ -206,6 +206,6 @@ class _ArpaReader:
 
     def _error(self, problem: str) -> DataError:
         return DataError(
-            f"{self._path}:{self._line}: is no ARPA model: {problem}; write it anew, with "
+            f"{self._path}:{self._line}: is not an ARPA model: {problem}; write it again, with "
             "`dsv3 quality train --text` or lmplz"
         )

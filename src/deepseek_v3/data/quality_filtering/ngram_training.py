@@ -60,7 +60,7 @@ class PerplexityLimits(Section):
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from None
         except ValidationError as error:
-            raise DataError(f"{describe_errors(error, cls, {(): str(path)})}; train the model anew") from None
+            raise DataError(f"{describe_errors(error, cls, {(): str(path)})}; train the model again") from None
 
     def write(self, model: Path) -> None:
         """Writes the limits beside a model."""

@@ -98,7 +98,7 @@ class KenlmModel(LanguageModel):
         try:
             self._model = kenlm.Model(str(path))
         except OSError as error:
-            raise DataError(f"{path}: cannot be read by kenlm: {error}; build it anew with build_binary") from None
+            raise DataError(f"{path}: cannot be read by kenlm: {error}; build it again with build_binary") from None
 
     def scores(self, texts: Sequence[str]) -> Scores:
         """Scores the texts line by line."""
