@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from deepseek_v3.utils.checkpointing import writer
+from deepseek_v3.utils.checkpointing import writer as dcp_writer
 from deepseek_v3.utils.checkpointing.directory import CheckpointDirectory, load_checkpoint
 from deepseek_v3.utils.checkpointing.sharded import ShardedWriter, load_sharded, newest_checkpoint, save_sharded
 from deepseek_v3.utils.checkpointing.writer import CpuStager
@@ -46,7 +46,7 @@ def names(folder: Path) -> list[str]:
 
 def with_slow_disk(gate: threading.Event) -> Callable[..., Any]:
     """Writes the files, but waits until `gate` is open."""
-    write = writer.write_tensor_file
+    write = dcp_writer.write_tensor_file
 
     def wait_and_write(path: Path, tensors: dict[str, Tensor]) -> Any:
         assert gate.wait(timeout=HANGS)
@@ -57,7 +57,7 @@ def with_slow_disk(gate: threading.Event) -> Callable[..., Any]:
 
 def writing(function: Callable[..., Any]) -> AbstractContextManager[Any]:
     """While entered, this process writes tensor files with another function."""
-    return patch.object(writer, "write_tensor_file", function)
+    return patch.object(dcp_writer, "write_tensor_file", function)
 
 
 # One process
@@ -67,7 +67,7 @@ def writing(function: Callable[..., Any]) -> AbstractContextManager[Any]:
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Files are written only while this is set."""
     event = threading.Event()
-    monkeypatch.setattr(writer, "write_tensor_file", with_slow_disk(event))
+    monkeypatch.setattr(dcp_writer, "write_tensor_file", with_slow_disk(event))
     yield event
     event.set()
 
@@ -116,7 +116,7 @@ def test_the_error_of_a_save_is_raised_by_the_next_call(tmp_path: Path, monkeypa
     checkpoints = CheckpointDirectory(tmp_path, keep=5)
     writer = ShardedWriter(checkpoints, None)
     with monkeypatch.context() as broken:
-        broken.setattr(writer, "write_tensor_file", full_disk)
+        broken.setattr(dcp_writer, "write_tensor_file", full_disk)
         pending = writer.save(1, state(1))
         with pytest.raises(
             CheckpointError, match=r"checkpoint_step_1/rank_00000\.safetensors: cannot be written: No"
@@ -139,7 +139,7 @@ def test_finish_raises_no_error_of_a_save(
     def fail(path: Path, tensors: dict[str, Tensor]) -> None:
         raise error
 
-    monkeypatch.setattr(writer, "write_tensor_file", fail)
+    monkeypatch.setattr(dcp_writer, "write_tensor_file", fail)
     saving = ShardedWriter(CheckpointDirectory(tmp_path, keep=1), None)
     saving.finish()
     pending = saving.save(1, state(1))
@@ -152,7 +152,7 @@ def test_finish_raises_no_error_of_a_save(
 def test_an_error_of_the_run_hides_that_of_its_last_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(writer, "write_tensor_file", full_disk)
+    monkeypatch.setattr(dcp_writer, "write_tensor_file", full_disk)
     with pytest.raises(TrainingError, match="no longer a number"):
         save_and_fail(CheckpointDirectory(tmp_path, keep=1))
     told = [record.getMessage() for record in caplog.records if record.name == "deepseek_v3.Checkpoint"]
@@ -188,7 +188,7 @@ def test_a_defect_is_not_reported_as_a_full_disk(tmp_path: Path, monkeypatch: py
     def fail(path: Path, tensors: dict[str, Tensor]) -> None:
         raise RuntimeError("CUDA error")
 
-    monkeypatch.setattr(writer, "write_tensor_file", fail)
+    monkeypatch.setattr(dcp_writer, "write_tensor_file", fail)
     with pytest.raises(RuntimeError, match="CUDA error"):
         save_sharded(tmp_path / "checkpoint_step_1", {"w": torch.zeros(1)}, {}, None).wait()
 
@@ -203,10 +203,10 @@ PROGRAM = """
 import sys, threading, time
 from pathlib import Path
 import torch
-from deepseek_v3.utils.checkpointing import folder_writer
+from deepseek_v3.utils.checkpointing import writer
 from deepseek_v3.utils.checkpointing.sharded import save_sharded
 
-write = folder_writer.write_tensor_file
+write = writer.write_tensor_file
 
 def slow(path, tensors):
     path.write_bytes(b"half")
@@ -216,7 +216,7 @@ def slow(path, tensors):
 
 folder = Path(sys.argv[1])
 save_sharded(folder / "checkpoint_step_1", {"w": torch.ones(1000)}, {"step": 1}, None).wait()
-folder_writer.write_tensor_file = slow
+writer.write_tensor_file = slow
 save_sharded(folder / "checkpoint_step_2", {"w": torch.ones(1000)}, {"step": 2}, None)
 """
 
@@ -403,7 +403,7 @@ def killed_while_writing(folder: Path) -> None:
     weight = distribute_tensor(torch.arange(4.0), mesh, [Shard(0)])
     save_sharded(folder / "checkpoint_step_1", {"w": weight}, {}, group).wait()
     if dist.get_rank() == 1:
-        writer.write_tensor_file = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        dcp_writer.write_tensor_file = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     save_sharded(folder / "checkpoint_step_2", {"w": weight}, {}, group).wait()
 
 
