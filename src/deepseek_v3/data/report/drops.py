@@ -18,11 +18,76 @@ _SHOWN = 5  # of each reason
 _CHARACTERS = 600
 _ALL_CHARACTERS = 150_000  # of all samples, which keeps the page below 2 MB
 _NAME_CHARACTERS = 160
+_MEANINGS = {**REASONS, "duplicate_id": "a record whose id a record before it has"}
 
 
-def anchor(stage: str, reason: str) -> str:
-    """The HTML id of the samples of a reason."""
-    return slug("samples", stage, reason)
+def reasons_section(stats: dict[str, Any]) -> Html:
+    """A table of all reasons, with bars on one scale for all stages."""
+    stages = stats.get("stages", [])
+    most = max((reason.get("documents", 0) for stage in stages for reason in _of(stage).values()), default=0)
+    bodies = [_stage_reasons(stage, most, stats.get("samples", {})) for stage in stages]
+    if not bodies:
+        return element("p", "No stage ran.")
+    header = ["reason", "", "documents", "share", "text", "share"]
+    note = "Shares refer to the documents that the stage received. A reason with samples links to them."
+    return concat(
+        [html_table("Documents dropped, by stage and reason", header, *bodies), element("p", note, class_="note")]
+    )
+
+
+def quarantine_section(stats: dict[str, Any]) -> Html:
+    """A table of the reasons why records were quarantined."""
+    found = sorted(stats.get("quarantined", {}).items(), key=lambda item: (-item[1], item[0]))
+    if not found:
+        return element("p", "Every record could be read.")
+    most = max(found[0][1], 1)  # an empty file counts as no record
+    rows = [
+        (code(reason), bar(("quarantined", number / most)), format_integer(number), _MEANINGS.get(reason, ""))
+        for reason, number in found
+    ]
+    return html_table(
+        "Quarantined records, by reason", ["reason", "", "records", "meaning"], TableBody(rows), left=[3]
+    )
+
+
+def _stage_reasons(stage: dict[str, Any], most: int, samples: dict[str, Any]) -> TableBody:
+    given, left, found = stage.get("in", {}), stage.get("out", {}), _of(stage)
+    documents, num_bytes = given.get("documents", 0), given.get("bytes", 0)
+    rows: list[tuple[str, ...]] = [
+        (
+            _name(stage["name"], reason, samples),
+            bar(("dropped", each.get("documents", 0) / max(most, 1))),
+            format_integer(each.get("documents", 0)),
+            format_percent(each.get("documents", 0), documents),
+            byte_size(each.get("bytes", 0)),
+            format_percent(each.get("bytes", 0), num_bytes),
+        )
+        for reason, each in sorted(found.items(), key=lambda item: (-item[1].get("documents", 0), item[0]))
+    ]
+    shorter = num_bytes - left.get("bytes", 0) - sum(each.get("bytes", 0) for each in found.values())
+    if shorter > 0:
+        rows.append(
+            (
+                "text removed from documents that are kept",
+                "",
+                "",
+                "",
+                byte_size(shorter),
+                format_percent(shorter, num_bytes),
+            )
+        )
+    heading = f"{stage_title(stage['name'])}: {documents:,} in, {left.get('documents', 0):,} out"
+    return TableBody(rows, heading)
+
+
+def _of(stage: dict[str, Any]) -> dict[str, dict[str, int]]:
+    found: dict[str, dict[str, int]] = stage.get("reasons", {})
+    return found
+
+
+def _name(stage: str, reason: str, samples: dict[str, Any]) -> Html:
+    shown = code(reason)
+    return element("a", shown, href=f"#{anchor(stage, reason)}") if samples.get(f"{stage}/{reason}") else shown
 
 
 def samples_section(stats: dict[str, Any]) -> Html:
@@ -36,7 +101,7 @@ def samples_section(stats: dict[str, Any]) -> Html:
     stages = sorted(
         {key.split("/", 1)[0] for key in found} - {_KEPT}, key=lambda name: (order + [name]).index(name)
     )
-    parts = [_stage_reasons(stage, found, stats, characters) for stage in stages]
+    parts = [_stage_samples(stage, found, stats, characters) for stage in stages]
     if found.get(_KEPT):
         parts += [
             element("h3", "Kept"),
@@ -45,7 +110,7 @@ def samples_section(stats: dict[str, Any]) -> Html:
     return concat(parts)
 
 
-def _stage_reasons(
+def _stage_samples(
     name: str, found: dict[str, list[dict[str, Any]]], stats: dict[str, Any], characters: int
 ) -> Html:
     stage: dict[str, Any] = next((stage for stage in stats.get("stages", []) if stage["name"] == name), {})
@@ -102,73 +167,6 @@ def _length(shown: int, whole: int) -> list[Html]:
     return [element("span", f"the first {shown:,} of {whole:,} characters")]
 
 
-_MEANINGS = {**REASONS, "duplicate_id": "a record whose id a record before it has"}
-
-
-def reasons_section(stats: dict[str, Any]) -> Html:
-    """A table of all reasons, with bars on one scale for all stages."""
-    stages = stats.get("stages", [])
-    most = max((reason.get("documents", 0) for stage in stages for reason in _of(stage).values()), default=0)
-    bodies = [_stage_samples(stage, most, stats.get("samples", {})) for stage in stages]
-    if not bodies:
-        return element("p", "No stage ran.")
-    header = ["reason", "", "documents", "share", "text", "share"]
-    note = "Shares refer to the documents that the stage received. A reason with samples links to them."
-    return concat(
-        [html_table("Documents dropped, by stage and reason", header, *bodies), element("p", note, class_="note")]
-    )
-
-
-def quarantine_section(stats: dict[str, Any]) -> Html:
-    """A table of the reasons why records were quarantined."""
-    found = sorted(stats.get("quarantined", {}).items(), key=lambda item: (-item[1], item[0]))
-    if not found:
-        return element("p", "Every record could be read.")
-    most = max(found[0][1], 1)  # an empty file counts as no record
-    rows = [
-        (code(reason), bar(("quarantined", number / most)), format_integer(number), _MEANINGS.get(reason, ""))
-        for reason, number in found
-    ]
-    return html_table(
-        "Quarantined records, by reason", ["reason", "", "records", "meaning"], TableBody(rows), left=[3]
-    )
-
-
-def _stage_samples(stage: dict[str, Any], most: int, samples: dict[str, Any]) -> TableBody:
-    given, left, found = stage.get("in", {}), stage.get("out", {}), _of(stage)
-    documents, num_bytes = given.get("documents", 0), given.get("bytes", 0)
-    rows: list[tuple[str, ...]] = [
-        (
-            _name(stage["name"], reason, samples),
-            bar(("dropped", each.get("documents", 0) / max(most, 1))),
-            format_integer(each.get("documents", 0)),
-            format_percent(each.get("documents", 0), documents),
-            byte_size(each.get("bytes", 0)),
-            format_percent(each.get("bytes", 0), num_bytes),
-        )
-        for reason, each in sorted(found.items(), key=lambda item: (-item[1].get("documents", 0), item[0]))
-    ]
-    shorter = num_bytes - left.get("bytes", 0) - sum(each.get("bytes", 0) for each in found.values())
-    if shorter > 0:
-        rows.append(
-            (
-                "text removed from documents that are kept",
-                "",
-                "",
-                "",
-                byte_size(shorter),
-                format_percent(shorter, num_bytes),
-            )
-        )
-    heading = f"{stage_title(stage['name'])}: {documents:,} in, {left.get('documents', 0):,} out"
-    return TableBody(rows, heading)
-
-
-def _of(stage: dict[str, Any]) -> dict[str, dict[str, int]]:
-    found: dict[str, dict[str, int]] = stage.get("reasons", {})
-    return found
-
-
-def _name(stage: str, reason: str, samples: dict[str, Any]) -> Html:
-    shown = code(reason)
-    return element("a", shown, href=f"#{anchor(stage, reason)}") if samples.get(f"{stage}/{reason}") else shown
+def anchor(stage: str, reason: str) -> str:
+    """The HTML id of the samples of a reason."""
+    return slug("samples", stage, reason)

@@ -16,39 +16,6 @@ from deepseek_v3.utils.text import format_figure, format_integer, humanize, trun
 # Scripts without spaces between words are compared character by character.
 _IDEOGRAPHS = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _WORD = re.compile(rf"[{_IDEOGRAPHS}]|[^\W{_IDEOGRAPHS}]+|[^\w\s]")
-
-
-def differences(one: str, other: str) -> tuple[list[TextRange], list[TextRange]]:
-    """The ranges of words in each text that the other one lacks, apart from white space."""
-    words = [[match.span() for match in _WORD.finditer(text)] for text in (one, other)]
-    matcher = SequenceMatcher(
-        None,
-        [one[start:stop] for start, stop in words[0]],
-        [other[start:stop] for start, stop in words[1]],
-        autojunk=False,
-    )
-    spans: tuple[list[TextRange], list[TextRange]] = ([], [])
-    for kind, first, last, other_first, other_last in matcher.get_opcodes():
-        if kind != "equal":
-            spans[0].extend(_extent(words[0][first:last]))
-            spans[1].extend(_extent(words[1][other_first:other_last]))
-    return spans
-
-
-def occurrences(text: str, trigger: str) -> list[TextRange]:
-    """The ranges of the trigger's words in the text, ignoring letter case and the white space between them."""
-    words = trigger.split()
-    if not words:
-        return []
-    phrase = r"\s*".join(map(re.escape, words))
-    pattern = re.compile(f"(?:{phrase})+", re.IGNORECASE)
-    return [match.span() for match in pattern.finditer(text)]
-
-
-def _extent(spans: Sequence[TextRange]) -> list[TextRange]:
-    return [(spans[0][0], spans[-1][1])] if spans else []
-
-
 _SHOWN = 10  # examples of each stage
 _CHARACTERS = 1200  # of each of their texts
 _NAME_CHARACTERS = 160
@@ -126,3 +93,34 @@ def _document(document: dict[str, Any], text: str, marked: list[TextRange]) -> H
         else passage(text, marked)
     )
     return element("article", element("p", "id ", name, class_="origin"), shown, class_="sample")
+
+
+def differences(one: str, other: str) -> tuple[list[TextRange], list[TextRange]]:
+    """The ranges of words in each text that the other one lacks, apart from white space."""
+    words = [[match.span() for match in _WORD.finditer(text)] for text in (one, other)]
+    matcher = SequenceMatcher(
+        None,
+        [one[start:stop] for start, stop in words[0]],
+        [other[start:stop] for start, stop in words[1]],
+        autojunk=False,
+    )
+    spans: tuple[list[TextRange], list[TextRange]] = ([], [])
+    for kind, first, last, other_first, other_last in matcher.get_opcodes():
+        if kind != "equal":
+            spans[0].extend(_extent(words[0][first:last]))
+            spans[1].extend(_extent(words[1][other_first:other_last]))
+    return spans
+
+
+def occurrences(text: str, trigger: str) -> list[TextRange]:
+    """The ranges of the trigger's words in the text, ignoring letter case and the white space between them."""
+    words = trigger.split()
+    if not words:
+        return []
+    phrase = r"\s*".join(map(re.escape, words))
+    pattern = re.compile(f"(?:{phrase})+", re.IGNORECASE)
+    return [match.span() for match in pattern.finditer(text)]
+
+
+def _extent(spans: Sequence[TextRange]) -> list[TextRange]:
+    return [(spans[0][0], spans[-1][1])] if spans else []

@@ -19,7 +19,7 @@ class Source(NamedTuple):
     name: str
     given: int
     left: int
-    taker: str
+    main_stage: str
 
     @property
     def removed(self) -> int:
@@ -98,5 +98,5 @@ def _row(source: Source) -> tuple[str, ...]:
         format_integer(source.given),
         format_integer(source.removed),
         format_integer(source.left),
-        source.taker,
+        source.main_stage,
     )
