@@ -17,7 +17,7 @@ SOURCE, TESTS = ROOT / "src" / "deepseek_v3", ROOT / "tests"
 # Modules that send tokens between ranks; nothing else in the four model folders may know torch.distributed.
 EXCHANGES = ("all_to_all", "deepep", "exchange", "expert_parallel", "select_dispatcher", "symmetric_memory")
 RECURRING = {"__init__", "__main__", "reference", "triton", "filter", "index", "errors", "command", "engine"}
-LONGEST_MODULE, SHORT_MODULE, MOST_SHORT_MODULES = 350, 50, 30
+LONGEST_MODULE, SHORT_MODULE, MOST_SHORT_MODULES, LONGEST_TEST_NAME = 350, 50, 30, 60
 # Modules that import an optional library at their top; only functions import these modules in turn.
 NEED_THEIR_LIBRARY = {
     "data/deduplication/kernels/numba_kernels.py",
@@ -29,6 +29,8 @@ NEED_THEIR_LIBRARY = {
 IMPORT_NAMES = {"pyyaml": "yaml", "typing-extensions": "typing_extensions"}
 PARTS = {"pydantic_core"}
 KERNELS = ("triton", "numba_kernels", "numpy_kernels")  # a kernel is not cut in two to be short
+# Words of older names and texts, for which no engineer of this field would search.
+RIDDLES = r"so manieth|noticeboard|whereabouts|homeward|\bwhoever\b|\blegs are\b"
 
 
 def modules() -> list[Path]:
@@ -174,5 +176,29 @@ def test_our_modules_are_never_imported_by_string() -> None:
         if isinstance(node, ast.Call)
         and ast.unparse(node.func).rpartition(".")[2] in ("import_module", "__import__")
         and "deepseek_v3" in ast.unparse(node)
+    ]
+    assert found == []
+
+
+def test_names_of_tests_are_short() -> None:
+    long = [
+        f"{relative(path)}: {node.name}"
+        for path in sorted(TESTS.rglob("test_*.py"))
+        for node in functions(tree_of(path))
+        if isinstance(node, ast.FunctionDef)
+        and node.name.startswith("test_")
+        and len(node.name) > LONGEST_TEST_NAME
+    ]
+    assert long == []
+
+
+def test_the_language_is_that_of_the_field() -> None:
+    texts = [path for folder in ("src", "tests", "docs") for path in (ROOT / folder).rglob("*.*")]
+    found = [
+        f"{relative(path)}:{number}"
+        for path in sorted(texts)
+        if path.suffix in (".py", ".md") and path.name != Path(__file__).name and path.parent.name != "adr"
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        if re.search(RIDDLES, line, re.IGNORECASE)
     ]
     assert found == []
