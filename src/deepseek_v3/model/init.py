@@ -48,8 +48,8 @@ def initial_values(
 ) -> Iterator[tuple[slice, Tensor]]:
     """The first values of some rows of the parameter `name`, which has `shape` as a whole: piece by piece, float32.
 
-    Each piece comes with its place among these rows. Experts are drawn one by one, so that whoever holds a few of
-    them draws no others; of any other parameter all rows are drawn.
+    Each piece comes with its place among these rows. Experts are drawn one by one, so that a rank that holds a few
+    of them draws no others; of any other parameter all rows are drawn.
     """
     factor = _start_of(name)
     if factor is None:

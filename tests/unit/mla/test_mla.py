@@ -215,7 +215,7 @@ def test_a_layer_writes_its_own_rows_alone() -> None:
 
 
 @torch.no_grad()
-def test_a_documents_mask_equals_running_the_documents_separately() -> None:
+def test_a_document_mask_equals_separate_documents() -> None:
     config = small_config(num_nextn_predict_layers=1)
     model = small_model(config, torch.float64)
     lengths = [3, 1, 6, 2]

@@ -102,7 +102,7 @@ def test_an_unknown_buffer_raises() -> None:
         initialize(module, 0.02, seed=1)
 
 
-def test_a_new_model_is_initialised_from_the_global_seed_and_the_config() -> None:
+def test_initial_weights_depend_on_the_seed_and_the_config() -> None:
     torch.manual_seed(5)
     first = DeepSeekV3(small_config(initializer_range=0.5))
     torch.manual_seed(5)

@@ -126,7 +126,7 @@ def test_embedding_and_head_are_shared() -> None:
     assert [name for name in more if "shared_head" in name and not name.endswith("shared_head.norm.weight")] == []
 
 
-def test_the_prediction_loss_teaches_embedding_head_and_main_layers() -> None:
+def test_the_mtp_loss_trains_embedding_head_and_main_layers() -> None:
     config = small_config(num_nextn_predict_layers=1)
     model = small_model(config)
     tokens_BS = random_tokens(config, 2, 9)
@@ -146,7 +146,7 @@ def test_every_prediction_layer_has_a_router_of_its_own() -> None:
     assert routers[2:] == [layer.mlp.gate for layer in model.model.layers[3:]]
 
 
-def test_a_model_whose_own_layers_are_dense_still_predicts_with_experts() -> None:
+def test_mtp_uses_experts_where_all_main_layers_are_dense() -> None:
     model = small_model(small_config(first_k_dense_replace=3, num_nextn_predict_layers=1))
     assert len(routers_of(model)) == 1
     assert len(model.hidden_states(random_tokens(model.config, 1, 5)).routing) == 1

@@ -231,7 +231,7 @@ def test_an_expert_without_tokens_gets_a_gradient_of_zeros() -> None:
     assert gates_TK.grad.abs().min() > 0
 
 
-def test_a_layer_whose_experts_are_all_here_compiles_in_one_piece() -> None:
+def test_a_layer_with_all_its_experts_compiles_whole() -> None:
     """A break in the graph is an error; so would be a number that the program reads from the device."""
     layer = MixtureOfExperts(small_config(moe_intermediate_size=24)).bfloat16()
     fill_with_noise(layer)
@@ -390,7 +390,7 @@ def test_equal_load_leaves_the_bias_at_any_scale(count: int, experts: int) -> No
     assert torch.equal(moved_bias(torch.full((1, experts), count), 0.001), torch.full((1, experts), 0.5))
 
 
-def test_one_token_more_than_the_mean_moves_the_bias_at_any_scale() -> None:
+def test_one_token_above_the_mean_moves_the_bias_at_any_scale() -> None:
     counts_LE = torch.full((1, 4), 2**26)
     counts_LE[0, 0] += 1
     counts_LE[0, 1] -= 1

@@ -91,7 +91,7 @@ def test_swiglu_gradients() -> None:
     assert gradcheck(swiglu, (gate, up, weight))
 
 
-def test_rotation_is_complex_multiplication_of_neighbouring_pairs() -> None:
+def test_rotation_is_complex_multiplication_of_adjacent_pairs() -> None:
     x_BSHR = torch.randn(2, 5, 3, 8, dtype=torch.float64)
     angles_BSP = 10 * torch.randn(2, 5, 4, dtype=torch.float64)
     found = rotate(x_BSHR, angles_BSP.cos(), angles_BSP.sin())

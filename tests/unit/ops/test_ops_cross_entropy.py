@@ -32,7 +32,7 @@ def _chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(chunked, "_LEAST_ROWS", 1)
 
 
-def test_the_reference_is_minus_the_log_probability_of_the_target() -> None:
+def test_the_reference_is_the_negative_log_likelihood() -> None:
     hidden_TD, weight_VD, targets_T = states_head_targets(torch.float64, torch.float64, torch.device("cpu"))
     expected = -sum(
         torch.log(torch.exp(weight_VD[target] @ hidden_D) / torch.exp(weight_VD @ hidden_D).sum())

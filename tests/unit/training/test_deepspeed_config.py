@@ -45,7 +45,7 @@ def test_an_empty_file_means_the_same_as_one_full_of_auto(tmp_path: Path) -> Non
     assert empty["zero_optimization"] == {"stage": 3}
 
 
-def test_gradients_are_summed_in_float32_unless_the_file_says_otherwise(tmp_path: Path) -> None:
+def test_gradients_are_summed_in_float32_by_default(tmp_path: Path) -> None:
     assert filled(file_of(tmp_path, {}))["communication_data_type"] == "fp32"
     chosen = filled(file_of(tmp_path, {"communication_data_type": "bf16"}))
     assert chosen["communication_data_type"] == "bf16"
@@ -58,7 +58,7 @@ def test_what_the_run_does_not_decide_is_kept(tmp_path: Path) -> None:
     assert settings["zero_optimization"]["allgather_bucket_size"] == "auto"
 
 
-def test_the_model_is_shared_out_over_all_processes_whatever_the_config_names(tmp_path: Path) -> None:
+def test_deepspeed_shards_over_all_ranks_whatever_the_config(tmp_path: Path) -> None:
     given = parallel_runs.run_config(10, {"data_replicate": 2, "data_shard": 2, "expert": 2, "pipeline": 2}, {})
     layout = file_of(tmp_path, {"zero_optimization": {"stage": 2}}).resolve_layout(given, 8).parallel
     assert (layout.data_replicate, layout.data_shard, layout.expert, layout.pipeline) == (1, 8, 1, 1)

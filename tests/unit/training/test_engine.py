@@ -185,7 +185,7 @@ def test_the_last_token_of_both_limits_counts_as_length(engine, tokenizer):
     assert completion.finish_reason == "length"
 
 
-def test_a_prompt_longer_than_the_context_is_refused_by_its_number(engine):
+def test_a_prompt_longer_than_the_context_is_refused(engine):
     with pytest.raises(GenerationError, match=rf"prompt 2 is \d+ tokens long, expected at most .* {CONTEXT} "):
         engine.generate(["a", "0 " * CONTEXT], GREEDY)
     with pytest.raises(GenerationError, match="prompt 1 is"):
@@ -213,7 +213,7 @@ def test_weights_that_are_not_numbers_are_reported(tokenizer, model, monkeypatch
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_the_end_of_text_marker_ends_the_text_and_stays_out_of_it(scripted, tokenizer, use_cache):
+def test_the_end_of_text_token_ends_the_text_and_is_left_out(scripted, tokenizer, use_cache):
     ids = tokenizer.encode("the cat")
     [completion] = scripted(ids).generate(["a"], GREEDY, use_cache)
     assert completion.text == "the cat"
@@ -278,7 +278,7 @@ def test_a_stop_string_may_cut_through_what_the_end_releases(scripted, tokenizer
 
 
 @pytest.mark.parametrize(("stop", "text"), [((), " day day"), ((" day d",), ""), ((" ",), "")])
-def test_text_behind_a_prompt_begins_with_the_space_of_its_first_word(model, monkeypatch, stop, text):
+def test_text_after_a_prompt_begins_with_a_space(model, monkeypatch, stop, text):
     """Tokenizers in the manner of Llama drop the space before the first word of a text, which the prompt has."""
     vocabulary = {"<unk>": 0, "</s>": 1, "\u2581good": 2, "\u2581day": 3}
     theirs = HuggingFaceTokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))

@@ -36,7 +36,7 @@ def test_total_is_the_sum_of_main_prediction_and_balance(depth: int) -> None:
     assert losses.counts_LE.sum(-1).tolist() == per_layer
 
 
-def test_a_model_without_experts_has_no_loads_and_no_balance_loss() -> None:
+def test_a_dense_model_has_no_loads_and_no_balance_loss() -> None:
     config = small_config(first_k_dense_replace=3)
     losses = training_losses(small_model(config), random_tokens(config, 1, 9), 0.3, 0.05)
     assert losses.counts_LE.shape == (0, config.n_routed_experts)
@@ -94,9 +94,7 @@ def losses_of_separate_documents(model: torch.nn.Module, tokens_BX: torch.Tensor
 
 @pytest.mark.parametrize("depth", [0, 1, 2])
 @pytest.mark.parametrize("ends", ENDS.values(), ids=ENDS)
-def test_masked_documents_have_the_losses_and_gradients_of_separate_ones(
-    ends: tuple[list[int], list[int]], depth: int
-) -> None:
+def test_masked_documents_train_as_separate_ones_do(ends: tuple[list[int], list[int]], depth: int) -> None:
     config = small_config(num_nextn_predict_layers=depth)
     model = small_model(config, torch.float64)
     tokens_BX = packed(ends)
@@ -122,7 +120,7 @@ def test_masked_documents_have_the_losses_and_gradients_of_separate_ones(
         torch.testing.assert_close(gradient, correct, rtol=1e-4, atol=1e-6)
 
 
-def test_micro_batches_with_other_numbers_of_targets_make_the_same_mean() -> None:
+def test_micro_batches_of_unequal_targets_make_the_same_mean() -> None:
     config = small_config(num_nextn_predict_layers=2)
     model = small_model(config, torch.float64)
     tokens_BX = packed(ENDS["documents shorter than the depths"])

@@ -28,7 +28,7 @@ def _with_gradients(parameters: list[nn.Parameter], gradients: list[Tensor]) -> 
         parameter.grad = gradient.clone()
 
 
-def test_equals_torch_adamw_with_clipping_and_decay_on_matrices_only(device: torch.device) -> None:
+def test_equals_torch_adamw_with_clipping_and_matrix_decay(device: torch.device) -> None:
     ours = _parameters(device)
     theirs = [nn.Parameter(parameter.detach().clone()) for parameter in ours]
     optimizer = AdamW(_named(ours), _config(max_grad_norm=0.5))

@@ -29,7 +29,7 @@ def test_a_host_has_what_its_control_groups_leave(monkeypatch: pytest.MonkeyPatc
     assert describe_device(CPU, local_ranks=2).memory_bytes == 3 * 2**29
 
 
-def test_a_run_too_large_is_refused_before_any_folder_or_weight_exists(
+def test_a_run_too_large_is_refused_before_anything_is_made(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(preflight, "usable_memory", lambda: 2**29)
@@ -49,7 +49,7 @@ def test_force_starts_it_with_a_warning(
     assert "started by --force although this run needs" in caplog.text
 
 
-def test_a_layout_for_another_number_of_processes_is_refused_with_one_that_fits(tmp_path: Path) -> None:
+def test_a_layout_of_other_size_is_refused_with_one_that_fits(tmp_path: Path) -> None:
     config = _with(load_config(write_run(tmp_path)), "parallel", data_shard=4, pipeline=2)
     with pytest.raises(
         ConfigError, match=r"× pipeline 2 = 8 ranks, and 4 processes were started; --set parallel.data_shard=2 fits"
@@ -74,7 +74,7 @@ def test_the_planner_lays_out_what_was_started(tmp_path: Path, caplog: pytest.Lo
         resolve_layout(config, 3, describe_device(CPU, 3))
 
 
-def test_the_planner_may_replace_degrees_that_do_not_suit_the_batch(tmp_path: Path) -> None:
+def test_the_planner_may_replace_degrees_that_fit_no_batch(tmp_path: Path) -> None:
     """As where a config for eight ranks is tried on two with a smaller batch."""
     unsuited = ["parallel.data_shard=8", "parallel.micro_batch_size=3"]
     with pytest.raises(ConfigError, match="is not a multiple of parallel"):
@@ -114,7 +114,7 @@ def test_a_gpu_is_known_by_name_with_the_memory_that_is_free() -> None:
         ("a card that nobody knows yet", (13, 0), 312, 2039),
     ],
 )
-def test_a_gpu_is_described_by_its_name_its_units_and_what_is_free(
+def test_a_gpu_is_described_by_name_units_and_free_memory(
     monkeypatch: pytest.MonkeyPatch,
     name: str,
     capability: tuple[int, int],

@@ -71,7 +71,7 @@ def test_cosine_and_wsd_end_at_their_final_ratio() -> None:
     assert learning_rate_ratio(wsd, 1, 1.0) == pytest.approx(0.0)
 
 
-def test_prediction_weight_and_bias_speed_change_once_at_their_dates() -> None:
+def test_mtp_weight_and_bias_speed_change_once_when_due() -> None:
     plan = TrainingSchedule(_run(total_tokens=16 * 8 * 1000))
     steps = [plan.step(number) for number in range(1, 1001)]
     switch = math.ceil(1000 * 10 / 14.8)
@@ -87,7 +87,7 @@ def test_prediction_weight_and_bias_speed_change_once_at_their_dates() -> None:
     micro=st.integers(1, 4),
     fraction=st.floats(0.01, 1),
 )
-def test_every_sample_is_planned_once_and_the_budget_is_met_within_one_step(
+def test_each_sample_is_planned_once_within_the_budget(
     total: int, initial: int, final: int, micro: int, fraction: float
 ) -> None:
     initial, final = initial * micro, final * micro

@@ -101,7 +101,7 @@ def test_tensors_that_share_memory_still_do(tmp_path: Path) -> None:
     assert state["embed"].data_ptr() == state["head"].data_ptr()
 
 
-def test_the_file_is_an_ordinary_archive_with_its_hash_as_comment(tmp_path: Path) -> None:
+def test_the_file_is_a_plain_archive_with_its_hash_as_comment(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint_step_1.pt"
     save_checkpoint(path, small_state())
     with zipfile.ZipFile(path) as archive:
