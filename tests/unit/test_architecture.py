@@ -168,18 +168,6 @@ def test_test_files_have_names_of_their_own() -> None:
     assert [name for name, count in counts.items() if count > 1] == []
 
 
-def test_our_modules_are_never_imported_by_string() -> None:
-    found = [
-        f"{relative(path)}:{node.lineno}"
-        for path in modules()
-        for node in ast.walk(tree_of(path))
-        if isinstance(node, ast.Call)
-        and ast.unparse(node.func).rpartition(".")[2] in ("import_module", "__import__")
-        and "deepseek_v3" in ast.unparse(node)
-    ]
-    assert found == []
-
-
 def test_names_of_tests_are_short() -> None:
     long = [
         f"{relative(path)}: {node.name}"
