@@ -17,7 +17,7 @@ from deepseek_v3.ops.layers import RMSNorm
 
 
 def call_directly(module: nn.Module, *inputs: Any) -> Any:
-    """Runs a module. Where this is held as a function, another may take its place: one that runs it again later."""
+    """Calls a module. Activation checkpointing replaces this function by one that also calls it again later."""
     return module(*inputs)
 
 
@@ -39,7 +39,7 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x_BSD: Tensor, metadata: AttentionMetadata, cache: LatentCache | None = None
     ) -> tuple[Tensor, RoutingStats | None]:
-        """(B, S, D) to (B, S, D), and what the router did where the layer has one."""
+        """(B, S, D) to (B, S, D), and the routing statistics of a mixture layer."""
         x_BSD, normed_BSD = self.attend(x_BSD, metadata, cache)
         y_BSD = self.run_feed_forward(self.mlp, normed_BSD)
         y_BSD, stats = y_BSD if isinstance(y_BSD, tuple) else (y_BSD, None)

@@ -1,7 +1,7 @@
-"""How every parameter starts: one table.
+"""The initial value of every parameter, in one table.
 
-DeepSeek-V3 draws all matrices from N(0, 0.006²) (report, §4.2); norms start as the identity. A parameter that
-no row of the table names is an error, so that a new module cannot start from whatever memory held.
+DeepSeek-V3 draws all matrices from N(0, 0.006²) (report, §4.2); norms start as the identity. A parameter without a
+row in the table is an error, so that a new module cannot start from uninitialised memory.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-# What a parameter's name ends with, and its start: a factor on the config's initializer_range, or ones.
+# The end of a parameter's name, and its initial value: a factor on the config's initializer_range, or ones.
 _MATRIX = 1.0
 _ONES = None
 _TABLE: dict[str, float | None] = {
@@ -33,7 +33,7 @@ _TABLE: dict[str, float | None] = {
 def initialize(model: nn.Module, std: float, seed: int) -> None:
     """Sets every parameter from the table, and every routing bias to zero.
 
-    What a parameter becomes depends on its name and `seed` alone, not on the order or number of the others.
+    A parameter's values depend only on its name and `seed`, not on the order or number of the others.
     Raises KeyError for a parameter without a row.
     """
     for name, parameter in model.named_parameters():
@@ -46,7 +46,7 @@ def initialize(model: nn.Module, std: float, seed: int) -> None:
 def initial_values(
     name: str, shape: Sequence[int], rows: range, std: float, seed: int, device: torch.device
 ) -> Iterator[tuple[slice, Tensor]]:
-    """The first values of some rows of the parameter `name`, which has `shape` as a whole: piece by piece, float32.
+    """The initial values of some rows of the parameter `name` of global `shape`, in blocks of rows, float32.
 
     Each piece comes with its place among these rows. Experts are drawn one by one, so that a rank that holds a few
     of them draws no others; of any other parameter all rows are drawn.

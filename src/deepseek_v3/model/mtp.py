@@ -13,10 +13,10 @@ from deepseek_v3.ops.layers import Linear, RMSNorm
 
 
 class MTPLayer(DecoderLayer):
-    """The module of one prediction depth: it joins the states of the depth before with the next tokens.
+    """The module of one prediction depth: it combines the states of the previous depth with the next tokens.
 
-    Embedding and head belong to the main model. Names, and the order of the two halves that `eh_proj` meets,
-    are those of the released weights; each depth hands on what its head reads, as the main model does.
+    Embedding and head belong to the main model. Names, and the order of the two inputs of `eh_proj`, are those of
+    the released weights. Each depth passes the states that its head reads to the next depth.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -29,7 +29,7 @@ class MTPLayer(DecoderLayer):
     def forward(  # type: ignore[override]  # a prediction layer is never run in place of a main one
         self, hidden_BSD: Tensor, embedded_BSD: Tensor, metadata: AttentionMetadata
     ) -> tuple[Tensor, RoutingStats | None]:
-        """States of the depth before at positions i, embeddings of tokens i + k; to this depth's states."""
+        """Maps the previous depth's states at positions i and embeddings of tokens i + k to new states."""
         joined_BSX = torch.cat((self.enorm(embedded_BSD), self.hnorm(hidden_BSD)), dim=-1)
         y_BSD, stats = super().forward(self.eh_proj(joined_BSX), metadata)
         return self.shared_head["norm"](y_BSD), stats

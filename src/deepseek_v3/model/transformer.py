@@ -1,4 +1,4 @@
-"""The DeepSeek-V3 model: embedding, decoder layers, head, and the modules that predict further tokens.
+"""The DeepSeek-V3 model: embedding, decoder layers, head, and the multi-token prediction (MTP) layers.
 
 Axes: B batch, S sequence, D model width, V vocabulary.
 """
@@ -26,7 +26,7 @@ from deepseek_v3.ops.operation import Select
 
 
 class HiddenStates(NamedTuple):
-    """What training needs of one forward pass.
+    """The outputs of a forward pass that training needs.
 
     `main_BSD` and, for depth k = 1, 2, …, `mtp[k-1]` (B, S-k, D): the states that the shared head
     reads. `routing`: one entry per mixture layer, in the order of `routers_of(model)`.
@@ -38,7 +38,7 @@ class HiddenStates(NamedTuple):
 
 
 class Backbone(nn.Module):
-    """Everything between tokens and the head; `layers` ends with the prediction layers, as released."""
+    """Everything between tokens and the head; `layers` ends with the MTP layers, as in the released weights."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class DeepSeekV3(nn.Module):
         return HiddenStates(main_BSD, predictions, routing + more)
 
     def keep_mtp_layers(self, depth: int) -> None:
-        """Leaves the first `depth` prediction layers and takes the others away."""
+        """Keeps the first `depth` MTP layers and removes the others."""
         self.config = self.config.model_copy(update={"num_nextn_predict_layers": depth})
         del self.model.layers[self.config.num_hidden_layers + depth :]
 

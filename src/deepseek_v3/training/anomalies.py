@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient was not finite: each is told of, and too many in a row stop the run."""
+"""Steps whose loss or gradient is not finite: each is logged, and too many in a row stop the run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deepseek_v3.utils.logging import get_logger
 
 
 class _Unread(NamedTuple):
-    """Loss and gradient norm of a step on their way from the device: float32 [2] in CPU memory."""
+    """Loss and gradient norm of a step, being copied from the device: float32 (2,) in CPU memory."""
 
     number: int
     figures: Tensor
@@ -23,20 +23,20 @@ class _Unread(NamedTuple):
 class SkippedSteps:
     """Counts the steps that changed nothing because their loss or gradient was not finite.
 
-    `add` reads the figures of the step before, so that the device always has a step to work on while the CPU waits;
-    `read` also waits for those of the last step. `total` and `in_a_row` count the steps that have been read. The
-    figures are the same on all ranks, which therefore stop after the same step.
+    `add` reads the values of the previous step, so that the device has a step to work on while the CPU waits;
+    `read` waits for the last step. `total` and `in_a_row` count the steps that have been read. The values are the
+    same on all ranks, which therefore stop after the same step.
 
-    `most_in_a_row`: one more stops the run. `total` and `in_a_row` start at what a checkpoint says.
+    `max_in_a_row`: more skipped steps in a row stop the run. A checkpoint restores `total` and `in_a_row`.
     """
 
-    def __init__(self, most_in_a_row: int, total: int = 0, in_a_row: int = 0) -> None:
+    def __init__(self, max_in_a_row: int, total: int = 0, in_a_row: int = 0) -> None:
         self.total, self.in_a_row = total, in_a_row
-        self._most_in_a_row = most_in_a_row
+        self._max_in_a_row = max_in_a_row
         self._unread: _Unread | None = None
 
     def add(self, number: int, result: StepResult) -> None:
-        """Takes in step `number`. Raises TrainingError as `read` does, for the step before."""
+        """Adds step `number`. Raises TrainingError as `read` does, for the previous step."""
         self.read()
         found = torch.stack([result.losses.total, result.norm])
         figures = found.to("cpu", non_blocking=True)
@@ -57,10 +57,10 @@ class SkippedSteps:
         self.in_a_row += 1
         loss, norm = unread.figures.tolist()
         found = f"step {unread.number}: total loss {loss}, gradient norm {norm}"
-        if self.in_a_row > self._most_in_a_row:
+        if self.in_a_row > self._max_in_a_row:
             raise TrainingError(
                 f"{found}; {self.in_a_row} steps in a row were not finite, and training.max_skipped_steps = "
-                f"{self._most_in_a_row}. The run stops; nothing was changed since step "
+                f"{self._max_in_a_row}. The run stops; nothing was changed since step "
                 f"{unread.number - self.in_a_row}, and its last checkpoint stands. "
                 "Lower training.optimizer.learning_rate, or lengthen training.schedule.warmup_steps, and resume an "
                 "earlier checkpoint"

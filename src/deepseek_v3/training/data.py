@@ -1,4 +1,4 @@
-"""The tokens of a run: opened, checked against the model, and brought to the device."""
+"""The tokens of a run: opens the shards, checks them against the model, and moves batches to the device."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Item = TypeVar("Item")
 
 
 def open_tokens(config: RunConfig) -> TokenShards:
-    """The run's token shards, built first from `data.corpus` where they do not exist yet.
+    """Opens the run's token shards; builds them from `data.corpus` first where they do not exist yet.
 
     Raises DataError where they are missing or damaged, or hold ids that the model does not know.
     """
@@ -46,7 +46,7 @@ def open_tokens(config: RunConfig) -> TokenShards:
 
 
 def open_tokens_on_all_ranks(config: RunConfig, group: ProcessGroup) -> TokenShards:
-    """The same on all ranks of a job, of which the first one builds what is missing while the others wait."""
+    """`open_tokens` on all ranks: rank 0 builds missing shards while the others wait."""
     if dist.get_rank(group) == 0:
         run_on_all_ranks(group, lambda: open_tokens(config))
     else:
@@ -70,11 +70,11 @@ def token_batches(
     device: torch.device,
     ranks: ProcessGroup | None = None,
 ) -> Generator[Iterator[Tensor]]:
-    """For each group of items the micro-batches `read(item)` on `device`, int64 (sequences, sequence_length + 1).
+    """Yields for each group of items its micro-batches `read(item)` on `device`, int64 (sequences, length + 1).
 
-    The next group is read in the background, and a group is handed out when all of it has been read: a step or an
-    evaluation that has begun cannot fail for want of tokens. Raises the DataError of reading in place of the group,
-    on all of `ranks` if any of them has one; `ranks` None speaks for this rank alone.
+    The next group is read in the background, and a group is yielded once it has been read completely, so a step
+    that has begun cannot fail for lack of tokens. Raises the DataError of reading in place of the group, on all
+    ranks of `ranks` if any of them has one; None is this rank alone.
     """
 
     def on_device(batch: Int64Array) -> Tensor:
@@ -87,17 +87,17 @@ def token_batches(
 
 
 def document_ids(tokens_BS: Tensor, end_of_text: int) -> Tensor:
-    """Numbers the documents of each packed sequence from 0; end-of-text belongs to the document it ends."""
+    """Document ids of packed sequences, from 0 in each; end-of-text belongs to the document that it ends."""
     ends_BS = (tokens_BS == end_of_text).long()
     return ends_BS.cumsum(1) - ends_BS
 
 
 class DocumentIds:
-    """Says which document each token belongs to, where a run keeps documents apart."""
+    """Computes document ids, if the run masks attention between documents."""
 
     def __init__(self, shards: TokenShards, masked: bool) -> None:
         self._end_of_text = shards.index.end_of_text if masked else None
 
     def __call__(self, tokens_BX: Tensor) -> Tensor | None:
-        """`document_ids`; None where all tokens see those before them."""
+        """`document_ids`; None where every token attends to all tokens before it."""
         return None if self._end_of_text is None else document_ids(tokens_BX, self._end_of_text)

@@ -1,4 +1,4 @@
-"""The folders that a run writes, held by it alone while it lasts."""
+"""Locks on the folders that a run writes, so that no other run writes there at the same time."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _PROBE = "probe"
 def lock_run_folders(
     config: RunConfig, group: ProcessGroup | None, resume: str | None = None, force: bool = False
 ) -> Iterator[None]:
-    """Holds the folders of checkpoints and of logs; all ranks of `group`, which is gloo, call it.
+    """Locks the checkpoint and log folders during a `with` block; all ranks of `group` (gloo) call it.
 
-    Rank 0 takes the locks, removes what killed runs left half written, and looks for room for the checkpoints to
-    come. Raises, on all ranks, InUseError where another run has one of the folders, DataError where one cannot be
-    written, CheckpointError where it cannot be tidied up or is not the same on all hosts, and, unless by `force`,
-    PlanError where it has too little room.
+    Rank 0 takes the locks, removes incomplete files that killed runs left, and checks the disk space. Raises, on
+    all ranks, InUseError where another run has locked a folder, DataError where one cannot be written,
+    CheckpointError where it cannot be cleaned or is not the same folder on all hosts, and PlanError, unless
+    `force`, where the disk is too small.
     """
 
     def prepare() -> None:
@@ -60,7 +60,7 @@ def _take(config: RunConfig, locks: ExitStack) -> None:
 
 
 def _tidy_up(config: RunConfig) -> None:
-    """Removes what runs that were killed left half written."""
+    """Removes incomplete files that killed runs left."""
     try:
         remove_leftovers(config.checkpoint.directory)
     except OSError as error:
@@ -73,7 +73,7 @@ def _tidy_up(config: RunConfig) -> None:
 def _require_one_folder(folder: Path, group: ProcessGroup) -> None:
     """Raises CheckpointError on all ranks where one of them cannot write what rank 0 finds in `folder`."""
     rank = rank_and_size(group)[0]
-    # A name of which no host has an old answer, and which is tidied up where a run dies now.
+    # A fresh name, which no host has cached; `_tidy_up` of the next run removes it if this run dies here.
     probe = folder / gather_objects(group, f".{_PROBE}.{uuid.uuid4().int}.partial")[0]
     try:
         run_on_all_ranks(group, lambda: _write(probe, folder, rank, os.O_CREAT) if rank == 0 else None)

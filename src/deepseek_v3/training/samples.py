@@ -1,4 +1,4 @@
-"""Text that the model writes in the course of its training, for people to look at."""
+"""Sample texts that the model generates during training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _log = get_logger("Samples")
 
 
 def check_samples_config(config: RunConfig, processes: int, by_deepspeed: bool) -> None:
-    """Raises ConfigError where samples are asked for and one process does not have the whole model to itself."""
+    """Raises ConfigError for a config with samples where no single process holds the whole model."""
     if config.logging.samples and (processes > 1 or by_deepspeed):
         found = "DeepSpeed" if by_deepspeed else f"{processes} processes"
         raise ConfigError(
@@ -28,9 +28,9 @@ def check_samples_config(config: RunConfig, processes: int, by_deepspeed: bool) 
 
 
 class SampleWriter:
-    """Continues the prompts of a config with the model as it is, and logs them.
+    """Continues the prompts of a config with the current model, and logs the texts.
 
-    Weights, gradients and the random state of the run stay as they are, and a step gives the same bits as without.
+    Weights, gradients and random state do not change, so a run with samples has the same steps, bit for bit.
     Raises ConfigError for a prompt that fills the model's context.
     """
 
@@ -47,7 +47,7 @@ class SampleWriter:
         self._sampling = SamplingConfig(max_new_tokens=config.max_new_tokens)
 
     def write(self, step_number: int) -> None:
-        """Logs one text for each prompt, where samples are due after this step."""
+        """Logs one text for each prompt, if samples are due after this step."""
         if step_number % self._config.interval_steps:
             return
         try:
@@ -60,7 +60,7 @@ class SampleWriter:
             _log.info(f"After step {step_number}, {completion.prompt!r} goes on:\n{completion.text}")
 
     def _uncompiled(self) -> AbstractContextManager[object]:
-        """Layers that are compiled for training run as they are: texts of all lengths would compile them anew."""
+        """Runs compiled layers eagerly: each new length of a text would compile them again."""
         if any(module._compiled_call_impl is not None for module in self._model.modules()):
             return torch.compiler.set_stance("force_eager")
         return nullcontext()

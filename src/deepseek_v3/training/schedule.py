@@ -1,7 +1,7 @@
-"""When everything happens: which samples a step takes, and every quantity that changes over the run.
+"""The schedule of a run: the samples of each step, and every value that changes over the run.
 
-All of it is a function of the config and the step alone, so a resumed run needs to remember nothing but its
-step. Phases are dated, as in the report (§4.2), by the share of the token budget that has been used.
+All of it is a function of the config and the step, so a resumed run needs only the number of its step. As in the
+report (§4.2), phases begin and end at shares of the token budget.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SECOND_TAIL_RATIO = 7.3e-6 / 2.2e-4
 
 @dataclass(frozen=True)
 class ScheduledStep:
-    """One optimizer step: its samples, and the values that hold during it."""
+    """One optimizer step: its samples, and the values of scheduled quantities during it."""
 
     number: int  # from 1
     first_sample: int
@@ -34,7 +34,7 @@ class ScheduledStep:
 
 
 class TrainingSchedule:
-    """The run laid out in steps, ending with the first one that reaches the token budget."""
+    """The steps of a run; the last one is the first that reaches the token budget."""
 
     def __init__(self, config: RunConfig) -> None:
         self.training = config.training
@@ -47,7 +47,7 @@ class TrainingSchedule:
         return len(self._borders) - 1
 
     def tokens_after(self, step: int) -> int:
-        """Tokens trained on when step `step` has ended; 0 for step 0."""
+        """The number of tokens trained on after step `step`; 0 for step 0."""
         return self._borders[step] * self.training.sequence_length
 
     def step(self, number: int) -> ScheduledStep:
@@ -66,9 +66,9 @@ class TrainingSchedule:
         )
 
     def micro_batches(self, step: ScheduledStep, size: int, rank: int = 0, ranks: int = 1) -> list[tuple[int, int]]:
-        """First sample and number of samples of each micro-batch of a step, in order.
+        """First sample and number of samples of each micro-batch that rank `rank` runs in a step, in order.
 
-        Of `ranks` ranks each has as many neighbouring samples of the step, which divides evenly.
+        The samples of the step are divided evenly over `ranks` ranks, consecutive samples to each.
         """
         share = step.num_samples // ranks
         first = step.first_sample + rank * share
@@ -77,7 +77,7 @@ class TrainingSchedule:
 
 
 def learning_rate_ratio(schedule: ScheduleConfig, step: int, used: float) -> float:
-    """Learning rate over its peak at step `step` (from 1), with the share `used` of the budget behind it."""
+    """The learning rate at step `step` (from 1) over its peak; `used`: the share of the budget used before."""
     warmup = min(1.0, step / schedule.warmup_steps) if schedule.warmup_steps else 1.0
     if schedule.kind == "cosine":
         return warmup * _cosine(used, 1.0, schedule.final_ratio)

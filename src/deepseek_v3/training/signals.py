@@ -1,4 +1,4 @@
-"""Stopping in good order: a signal asks, the loop answers after the step in hand, the same on all ranks."""
+"""Graceful stop on a signal: the run finishes its step, saves and ends, on all ranks after the same step."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ class GracefulStop:
         self._has_failed = False
         self._waiting = 0  # the number of a further signal that waits for the end of a save, or 0
         self._saves = self._ends = False
-        self._earlier: dict[signal.Signals, Any] = {}
+        self._previous: dict[signal.Signals, Any] = {}
 
     @property
     def requested(self) -> bool:
-        """Whether this rank has been asked."""
+        """Whether this rank has received a signal."""
         return self._asked_by != 0
 
     def request_after_failure(self) -> None:
-        """Asks for the reason that this rank has nothing to go on with; what it is, the caller tells."""
+        """Requests a stop because this rank cannot continue; the caller reports the reason."""
         self._has_failed = True
 
     def should_stop(self) -> bool:
-        """Whether to stop after this step: to be called by every rank, once in each step.
+        """Whether to stop after this step. Every rank must call it once per step.
 
-        Of several ranks it takes one reduction of a single number on the CPUs, which waits for no GPU.
+        With several ranks it costs one all-reduce of a single number between CPUs, which waits for no GPU.
         """
         if self._is_alone:
             return self.requested or self._has_failed
@@ -64,7 +64,7 @@ class GracefulStop:
 
     @contextmanager
     def saving(self, last: bool) -> Iterator[None]:
-        """While entered, no signal interrupts; `last` says that this is the last checkpoint of the process."""
+        """Inside the block no signal interrupts. `last`: this is the last checkpoint of the process."""
         self._saves, self._ends = True, self._ends or last
         try:
             yield
@@ -74,10 +74,10 @@ class GracefulStop:
             self._act(self._waiting)
 
     def install(self) -> None:
-        """Installs the handlers in place of the ones that were there."""
+        """Installs the signal handlers; the end of the `with` block restores the previous ones."""
         outlives_terminal = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
         heard = [number for number in STOP_SIGNALS if number != signal.SIGHUP or not outlives_terminal]
-        self._earlier = {number: signal.signal(number, self._ask) for number in heard}
+        self._previous = {number: signal.signal(number, self._ask) for number in heard}
 
     def __enter__(self) -> GracefulStop:
         return self
@@ -102,14 +102,14 @@ class GracefulStop:
             _log(number, "stopping as soon as the checkpoint that is being written is complete")
 
     def _act(self, number: int) -> None:
-        """Does what the signal would have done without us."""
+        """Restores the previous handlers and raises the signal again."""
         self._restore()
         signal.raise_signal(number)
 
     def _restore(self) -> None:
-        for number, handler in self._earlier.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
-        self._earlier = {}
+        self._previous = {}
 
 
 def _log(number: int, consequence: str) -> None:

@@ -1,4 +1,4 @@
-"""Loss on text that is never trained on."""
+"""The validation loss: the main model's loss on the hold-out split, which is never trained on."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ Batch = Int64Array  # numbers of windows
 
 @dataclass(frozen=True)
 class ValidationLoss:
-    """`loss` in nats per token over `tokens` target tokens, which stand for `num_bytes` bytes of UTF-8 text.
+    """The loss in nats per token over `tokens` targets, which encode `num_bytes` bytes of UTF-8 text.
 
-    `windows`: how many windows of the hold-out split these tokens stand in.
+    `windows`: the number of windows of the hold-out split that were evaluated.
     """
 
     loss: float
@@ -39,11 +39,11 @@ class ValidationLoss:
 
     @property
     def bits_per_byte(self) -> float:
-        """The same loss in bits per byte of text, comparable between tokenizers."""
+        """The loss in bits per byte of text, which is comparable between tokenizers."""
         return self.in_bits_per_byte(self.loss)
 
     def in_bits_per_byte(self, loss: float) -> float:
-        """Any loss in nats per token over the same targets, in bits per byte; NaN where they stand for no text."""
+        """Converts a loss in nats per token over these targets to bits per byte; NaN where they encode no text."""
         return loss / math.log(2) * self.tokens / self.num_bytes if self.num_bytes else math.nan
 
 
@@ -69,27 +69,27 @@ class ValidationWindows:
         self._byte_lengths = self._calibrated(shards)
 
     def read(self, numbers: Batch) -> Int64Array:
-        """These windows with the token behind each: int64 [windows, sequence_length + 1]."""
+        """These windows, each with the token that follows it: int64 (windows, sequence_length + 1)."""
         return self._loader.windows(numbers)
 
     def blocks(self) -> Iterator[Int64Array]:
-        """All of them, about a million tokens at a time: int64 [windows, sequence_length + 1]."""
+        """All windows, about a million tokens at a time: int64 (windows, sequence_length + 1)."""
         at_once = max(1, _TOKENS_READ_AT_ONCE // self._loader.sequence_length)
         for first in range(0, len(self.numbers), at_once):
             yield self.read(self.numbers[first : first + at_once])
 
     def num_bytes(self) -> float:
-        """Bytes of text that the targets stand for."""
+        """The bytes of text that the targets encode."""
         return float(sum(self._byte_lengths[targets].sum() for targets in self._targets()))
 
     def _targets(self) -> Iterator[Int64Array]:
-        """All tokens of the windows but the first, less those that begin a masked document."""
+        """All tokens of each window but its first one, without those that begin a masked document."""
         for windows in self.blocks():
             targets = windows[:, 1:]
             yield targets if self._end_of_text is None else targets[windows[:, :-1] != self._end_of_text]
 
     def _calibrated(self, shards: TokenShards) -> Float64Array:
-        """Bytes of each id. Where ids do not tell them exactly, scaled so that the whole split has its bytes."""
+        """Bytes of each token id. Inexact lengths are scaled so that their sum over the split is its true size."""
         tokenizer = shards.load_tokenizer()
         lengths = tokenizer.byte_lengths.astype(np.float64)
         if tokenizer.is_byte_exact:
@@ -101,9 +101,9 @@ class ValidationWindows:
 
 
 class Validator:
-    """Measures the main model's loss on `ValidationWindows`.
+    """Computes the main model's loss on `ValidationWindows`.
 
-    Of `ranks` ranks each takes every `ranks`-th batch, from the one numbered `rank` on.
+    Rank `rank` reads every `ranks`-th batch, starting at batch `rank`.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Validator:
         self._num_bytes = self.windows.num_bytes()
         batches = list(_batches(self.windows.numbers, config.parallel.micro_batch_size))
         own = batches[rank::ranks]
-        # All ranks run together and so equally often: one with fewer batches repeats the first with weight 0.
+        # All ranks must run the same number of batches: one with fewer repeats the first batch with weight 0.
         padding = -(-len(batches) // ranks) - len(own)
         self._batches = [batch for batch, _ in own] + [batches[0][0]] * padding
         self._weights = [weight for _, weight in own] + [0] * padding
@@ -128,10 +128,10 @@ class Validator:
         summed: Callable[[Tensor], Tensor] = lambda values: values,
         group: ProcessGroup | None = None,
     ) -> ValidationLoss:
-        """Runs the model over the windows; nothing of the model changes.
+        """Runs the model over the windows, without changing it, and returns the loss.
 
-        `main_losses` gives the summed loss of each of some batches of tokens over the number of their positions,
-        `summed` the sum of a tensor over all ranks.
+        `main_losses` maps batches of tokens to their losses, as `Engine.main_losses` does; `summed` sums a tensor
+        over all ranks.
         Raises DataError, on all ranks of `group` before any of them runs the model, where one cannot read tokens.
         """
         numbers = [
@@ -148,10 +148,10 @@ class Validator:
 
 
 def _batches(windows: Batch, size: int) -> Iterator[tuple[Batch, int]]:
-    """Batches of exactly `size` windows, so that a compiled model meets one shape, and how many differ in each.
+    """Batches of exactly `size` windows, so that a compiled model sees one shape, and the distinct windows in each.
 
     The last windows, too few for a batch, are repeated in batches of their own, each equally often: the mean loss
-    of a batch is then the mean over those that differ, and every window is measured whatever the batch size.
+    of a batch is then the mean over its distinct windows, and every window is evaluated whatever the batch size.
     """
     while len(windows):
         different = max(number for number in range(1, size + 1) if size % number == 0 and number <= len(windows))
@@ -161,7 +161,7 @@ def _batches(windows: Batch, size: int) -> Iterator[tuple[Batch, int]]:
 
 @torch.no_grad()
 def main_losses(objective: Objective, documents: DocumentIds, batches: Iterable[Tensor]) -> Tensor:
-    """The main model's summed loss on each micro-batch over the number of its positions: float32 [batches]."""
+    """For each micro-batch the summed main loss divided by the number of positions: float32 (batches,)."""
     return torch.stack(
         [
             objective(

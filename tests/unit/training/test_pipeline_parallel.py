@@ -21,7 +21,7 @@ def goes_back_whole(
     stage = ModelStage(model, range(1, 2), is_first=False, is_last=is_last, documents=lambda _: None)
     parallel = SimpleNamespace(recomputation=recomputation)
     engine = SimpleNamespace(config=config, ranks=SimpleNamespace(parallel=parallel))
-    return PipelineEngine._goes_back_whole(engine, stage)
+    return PipelineEngine._has_one_backward(engine, stage)
 
 
 @pytest.mark.parametrize("tied", [False, True])

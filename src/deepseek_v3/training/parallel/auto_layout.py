@@ -1,4 +1,4 @@
-"""The layout of a run over the processes that were started: as the config says, or as the planner chooses."""
+"""Resolves the layout of a run for the processes that were started: as configured, or chosen by the planner."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _CHOSEN = ("data_replicate", "data_shard", "expert", "pipeline", "micro_batch_si
 
 
 def resolve_layout(config: RunConfig, processes: int, device: Device) -> RunConfig:
-    """The config with a layout for so many processes, one to a device.
+    """The config with a layout for `processes` processes, each with one `device`.
 
-    Raises ConfigError where the given degrees make another number, and PlanError where `auto` finds no layout on
-    exactly so many devices that fits their memory.
+    Raises ConfigError where the configured degrees need another number of processes, and PlanError where `auto`
+    finds no layout for exactly this number that fits the memory of the device.
     """
     if config.parallel.layout == "auto":
         return _chosen(config, processes, device)
@@ -42,19 +42,19 @@ def _chosen(config: RunConfig, processes: int, device: Device) -> RunConfig:
     chosen = layout.config.parallel.model_copy(update={"layout": "given"})
     parts = sorted(layout.step.parts().items(), key=lambda part: -part[1])[:3]
     get_logger("Plan").info(
-        f"layout for {processes} × {device.name}: {_spelled(chosen)}; of all that fit it has the shortest step, "
-        f"{layout.step.total:.2f} s ({', '.join(f'{name} {seconds:.2f}' for name, seconds in parts)}), "
+        f"layout for {processes} × {device.name}: {_degrees_text(chosen)}; of all that fit it has the shortest "
+        f"step, {layout.step.total:.2f} s ({', '.join(f'{name} {seconds:.2f}' for name, seconds in parts)}), "
         f"and needs {layout.needed_bytes / _GIB:.1f} GiB"
     )
     return config.model_copy(update={"parallel": chosen})
 
 
-def _spelled(parallel: ParallelConfig) -> str:
+def _degrees_text(parallel: ParallelConfig) -> str:
     return ", ".join(f"{name} {getattr(parallel, name)}" for name in _CHOSEN)
 
 
 def _mismatch(parallel: ParallelConfig, processes: int) -> str:
-    """What the degrees make, and the nearest change that makes it right."""
+    """An error message: the product of the degrees, and the nearest change that fits the processes."""
     others = parallel.data_replicate * parallel.pipeline
     shard = processes // others if processes % others == 0 else None
     if shard and max(shard, parallel.expert) % min(shard, parallel.expert) == 0:

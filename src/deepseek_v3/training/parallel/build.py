@@ -1,4 +1,4 @@
-"""The engine that suits a layout."""
+"""Builds the engine for a layout."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def build_engine(
     documents: DocumentIds,
     deepspeed: DeepSpeedFile | None = None,
 ) -> Engine:
-    """Builds the model and what trains it on the ranks of the layout; by DeepSpeed where there is a file for it.
+    """Builds the model and its engine for the layout in `config`; DeepSpeed's engine if `deepspeed` is given.
 
-    Raises ConfigError where DeepSpeed is not installed, or cannot do what its file says.
+    Raises ConfigError where DeepSpeed is not installed, or refuses its settings.
     """
     if deepspeed is not None:
         return _deepspeed()(config, mesh, device, documents, deepspeed)

@@ -1,4 +1,4 @@
-"""What carries out the steps of a run on the ranks of a layout. The training loop is the same for all of them."""
+"""The interface of a training engine, which runs the steps of a run on the ranks of a layout."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from deepseek_v3.training.schedule import ScheduledStep
 
 
 class StepResult(NamedTuple):
-    """What a step found, the same on every rank: mean losses with summed loads, and the norm of all gradients.
+    """The result of a step, the same on every rank: mean losses, summed expert counts, and the gradient norm.
 
-    `finite`, 0-d bool, says whether loss and norm are numbers. Where they are not, the step was skipped: weights,
-    moments and routing biases are as they were before it.
+    `finite`, 0-d bool: whether loss and norm are finite. If not, the step was skipped, and weights, moments and
+    routing biases are unchanged.
     """
 
     losses: Losses
@@ -32,9 +32,9 @@ class StepResult(NamedTuple):
 
 
 class Engine(ABC):
-    """Forward and backward passes and the update, of which each rank does its part.
+    """Runs forward and backward passes and the update; every rank calls every method.
 
-    `models`: what this rank has of the model, in one piece or, of a pipeline, in several.
+    `models`: this rank's part of the model, one per pipeline stage that it runs.
     """
 
     optimizer: AdamW
@@ -50,8 +50,8 @@ class Engine(ABC):
     def run_step(self, batches: Iterator[Tensor], step: ScheduledStep) -> StepResult:
         """One optimizer step on this rank's micro-batches, int64 (sequences, length + 1).
 
-        Where the loss or the gradient of any rank is not finite, the step changes nothing on all ranks. That is
-        decided on the devices, for which nothing waits here.
+        Where the loss or the gradient of any rank is not finite, the step changes nothing on any rank. The devices
+        decide that, so the host does not wait for them.
         """
         losses = self._combined(self._backward(batches, step))
         norm = self._update(step, losses.total)
@@ -63,30 +63,30 @@ class Engine(ABC):
 
     @abstractmethod
     def _backward(self, batches: Iterator[Tensor], step: ScheduledStep) -> Losses:
-        """Leaves this rank's part of the gradient of a step with the parameters.
+        """Computes the gradients of a step on this rank's parameters.
 
-        Returns the means of this rank's losses, with the summed loads of its own routers. Parts of the model that
-        other ranks have count as 0.
+        Returns the mean losses of this rank's micro-batches and the summed counts of its own routers. Parts of the
+        loss that other ranks compute are 0.
         """
 
     def _update(self, step: ScheduledStep, loss: Tensor) -> Tensor:
-        """Spends the gradient on the update, unless it or the `loss` is not finite; returns its norm."""
+        """Updates the parameters, unless the gradient or the `loss` is not finite; returns the gradient norm."""
         norm = self.optimizer.step(step.learning_rate, loss)
         self.optimizer.zero_grad()
         return norm
 
     @abstractmethod
     def main_losses(self, batches: Iterable[Tensor]) -> Tensor:
-        """The main model's summed loss on each of these micro-batches over its positions: float32 [batches].
+        """For each micro-batch the summed main loss divided by the number of positions: float32 (batches,).
 
-        No gradient is taken. All ranks take part, with equally many batches; where the head is on another rank the
+        Computes no gradients. All ranks must pass the same number of micro-batches; on ranks without the head the
         losses are 0.
         """
 
     def state(self) -> dict[str, Any]:
-        """This rank's parts of weights, routing biases and moments, as nested dicts: what a checkpoint holds.
+        """This rank's weights, routing biases and moments as nested dicts, as a checkpoint holds them.
 
-        Parts of what is shared out are DTensors of the whole.
+        Sharded tensors are DTensors of their global shape.
         """
         model: dict[str, Tensor] = {}
         moments: dict[str, dict[str, Tensor]] = {moment: {} for moment in MOMENTS}
@@ -108,9 +108,9 @@ class Engine(ABC):
         self.optimizer.num_steps = num_steps
 
     def _targets_per_micro_batch(self, documents: Sequence[Tensor | None]) -> Tensor | None:
-        """Targets of the main model that count, on average over all micro-batches of all ranks; None where all do.
+        """The mean number of counted targets per micro-batch, over all ranks; None where every target counts.
 
-        `documents` number the documents of this rank's micro-batches of a step.
+        `documents`: the document ids of this rank's micro-batches of the step.
         """
         numbered = [documents_BX for documents_BX in documents if documents_BX is not None]
         if not numbered:
@@ -120,12 +120,12 @@ class Engine(ABC):
         return total.clamp(min=1) / (len(numbered) * self.mesh.parallel.data_ranks)
 
     def routing_biases(self) -> Tensor:
-        """The routing biases of all layers, (layers, experts), on every rank."""
+        """The routing biases of all mixture layers, float32 (layers, experts), on every rank."""
         found = self._spread([router.e_score_correction_bias for router in self._routers], torch.float32)
         return self.mesh.sum_over_ranks(found) / self.mesh.parallel.data_ranks
 
     def _combined(self, losses: Losses) -> Losses:
-        """Means of the losses over all ranks with different data, and sums of the loads: one collective."""
+        """Losses averaged and expert counts summed over the data-parallel ranks, in one collective."""
         counts_LE = self._spread(list(losses.counts_LE), torch.float64)
         means = torch.stack([losses.total, losses.main, losses.mtp, losses.balance]).double()
         means = torch.cat([means, losses.terms_N.double()]) / self.mesh.parallel.data_ranks
@@ -135,7 +135,7 @@ class Engine(ABC):
         return Losses(total, main, mtp, balance, terms_N, counts.view_as(counts_LE).round().long())
 
     def _spread(self, rows: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """Rows of this rank's routers in a table of all routers, the others 0."""
+        """A table with a row for each router of the model: those of this rank are filled, the others are 0."""
         layers = self.config.num_moe_layers + self.config.num_nextn_predict_layers
         table = torch.zeros(layers, self.config.n_routed_experts, dtype=dtype, device=self._rows.device)
         if rows:
@@ -144,13 +144,13 @@ class Engine(ABC):
 
 
 def mean_losses(parts: Sequence[Losses]) -> Losses:
-    """Means of the losses of equal micro-batches, and the sums of their expert loads."""
+    """The mean losses of micro-batches of equal size, and the sums of their expert counts."""
     total, main, mtp, balance, terms, counts = (torch.stack(values) for values in zip(*parts, strict=True))
     return Losses(total.mean(), main.mean(), mtp.mean(), balance.mean(), terms.mean(0), counts.sum(0))
 
 
 def _router_rows(model: DeepSeekV3) -> list[int]:
-    """The place of each of a model's routers among those of all layers."""
+    """The index of each of this model's routers among the routers of the whole model."""
     return [
         number - model.config.first_k_dense_replace
         for number, layer in enumerate(model.model.layers)

@@ -1,4 +1,4 @@
-"""Weights, gradients and moments shared out over ranks by PyTorch's fully sharded data parallelism (FSDP2)."""
+"""Sharding weights, gradients and moments over ranks with PyTorch's fully sharded data parallelism (FSDP2)."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from deepseek_v3.training.parallel.mesh import ParallelMesh
 
 
 def apply_fsdp(root: nn.Module, model: DeepSeekV3, mesh: ParallelMesh, layers: Sequence[int]) -> None:
-    """Shards the model inside `root`, of which this rank has `layers`; nothing happens where one rank has it all.
+    """Shards the model inside `root`, of which this rank has `layers`; does nothing where one rank holds it all.
 
-    Each layer is gathered by itself, its experts over the ranks that hold the same ones. Weights travel in the
-    compute type, gradients are summed in float32 and not divided: losses must be shares of the whole batch.
+    Each layer is gathered by itself, its experts over the ranks that hold the same ones. Weights are gathered in
+    the compute dtype. Gradients are summed in float32 and not divided, so each loss must be a share of the batch's.
 
-    Routers and norms compute with float32 weights, as in one process, so FSDP leaves them whole on every rank;
+    Routers and norms compute with float32 weights, as in one process, so every rank keeps them whole, and
     `all_reduce_replicated_gradients` sums their gradients.
     """
     data_mesh = mesh.dense_mesh()
@@ -35,9 +35,9 @@ def apply_fsdp(root: nn.Module, model: DeepSeekV3, mesh: ParallelMesh, layers: S
     policy = MixedPrecisionPolicy(
         param_dtype=model.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    # A pipeline's schedules find the weights that a backward pass is about on the modules.
-    lets_go = mesh.parallel.zero_stage == 3 and mesh.parallel.pipeline == 1
-    wrap = partial(fully_shard, mp_policy=policy, reshard_after_forward=lets_go)
+    # Pipeline schedules look up the weights of a backward pass on the modules, so these must stay gathered.
+    reshards = mesh.parallel.zero_stage == 3 and mesh.parallel.pipeline == 1
+    wrap = partial(fully_shard, mp_policy=policy, reshard_after_forward=reshards)
     whole = set(float32_parameters(model))
     chosen = [model.model.layers[number] for number in layers]
     for layer in chosen:
@@ -48,26 +48,26 @@ def apply_fsdp(root: nn.Module, model: DeepSeekV3, mesh: ParallelMesh, layers: S
     wrap(root, mesh=data_mesh, ignored_params=whole)
     for module in fsdp_modules(root):
         module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sums
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sums
     _prefetch(chosen)
 
 
 def float32_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The weights of routers and norms in the order of the modules: those that compute in float32."""
+    """The weights of routers and norms, which compute in float32, in the order of the modules."""
     small = [module for module in model.modules() if isinstance(module, (Router, RMSNorm))]
     return [parameter for module in small for parameter in module.parameters()]
 
 
 def fsdp_modules(root: nn.Module) -> list[FSDPModule]:
-    """Every module of `root` that gathers and reduces by itself."""
+    """Every FSDP unit in `root`: a module that gathers its weights and reduces its gradients by itself."""
     return [module for module in root.modules() if isinstance(module, FSDPModule)]
 
 
 def set_gradient_sync(root: nn.Module, zero_stage: int, is_last: bool) -> None:
-    """Leaves to the last micro-batch of a step what need not be done for each.
+    """Postpones communication that is needed once per step to the last micro-batch.
 
-    Copies of a shard are summed once. At stage 1 gradients are also shared out once, in float32, and weights stay
-    gathered until then.
+    Gradients are all-reduced over replicas once. At ZeRO stage 1 they are also reduce-scattered once, in float32,
+    and weights stay gathered until then.
     """
     if isinstance(root, FSDPModule):
         root.set_is_last_backward(is_last)
@@ -79,9 +79,9 @@ def set_gradient_sync(root: nn.Module, zero_stage: int, is_last: bool) -> None:
 
 @torch.no_grad()
 def all_reduce_replicated_gradients(models: Iterable[nn.Module], mesh: ParallelMesh) -> None:
-    """Sums the gradients of routers and norms over the ranks with other data, all in one buffer.
+    """Sums the gradients of routers and norms over the data-parallel ranks, all in one buffer.
 
-    Call it once a step, after the last micro-batch's backward pass.
+    Call it once per step, after the last micro-batch's backward pass.
     """
     data_mesh = mesh.dense_mesh()
     whole = [parameter.grad for model in models for parameter in float32_parameters(model)]
@@ -96,7 +96,7 @@ def all_reduce_replicated_gradients(models: Iterable[nn.Module], mesh: ParallelM
 
 
 def _shard_experts(layer: nn.Module, mesh: ParallelMesh, wrap: Callable[..., Any]) -> set[nn.Parameter]:
-    """Shards the experts of a layer that live apart on several ranks; returns those that a rank has for itself."""
+    """Shards a layer's experts, which expert parallelism has divided; returns those that only one rank holds."""
     if mesh.parallel.expert == 1 or not isinstance(layer.mlp, MixtureOfExperts):
         return set()
     experts, expert_mesh = layer.mlp.experts, mesh.expert_mesh()
@@ -108,12 +108,12 @@ def _shard_experts(layer: nn.Module, mesh: ParallelMesh, wrap: Callable[..., Any
 
 
 def _cut(stack: nn.Parameter, shards: int) -> Shard:
-    """Whole experts where they divide evenly; else a part of each, where that does."""
+    """Shards whole experts where they divide evenly, else the rows of each expert where these do."""
     return Shard(1) if stack.shape[0] % shards and stack.shape[1] % shards == 0 else Shard(0)
 
 
 def _prefetch(layers: Sequence[nn.Module]) -> None:
-    """Gathers the next layer while one computes, in both directions."""
+    """Prefetches the next layer while one computes, in the forward and the backward pass."""
     units = [fsdp_modules(layer) for layer in layers]
     for (before, *_), following in pairwise(units):
         before.set_modules_to_forward_prefetch(following)

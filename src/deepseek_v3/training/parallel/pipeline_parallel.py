@@ -1,7 +1,7 @@
-"""Layers on ranks of their own, micro-batches passing through them one behind the other.
+"""The engine of pipeline parallelism: each rank runs some stages of the model, on one micro-batch after another.
 
-The schedules are those of torch.distributed.pipelining. A stage is a module of its own that knows where its layers
-stand; tokens reach every stage directly, so that only states travel.
+The schedules are those of torch.distributed.pipelining. Every stage gets the tokens of a micro-batch directly, so
+only hidden states are sent between stages.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _SCHEDULES = {
 
 
 class ModelStage(nn.Module):
-    """Some layers of a model, with the embedding if they are the first, with head and losses if the last.
+    """A pipeline stage: some layers of a model, with the embedding in the first, and head and losses in the last.
 
     `mtp_weight`, `balance_weight`, `share` (the factor of a micro-batch's loss) and `num_targets` (as in
     `compute_losses`) hold for one step and are set before it. `found` gathers the losses of each micro-batch; the
@@ -74,7 +74,7 @@ class ModelStage(nn.Module):
         self.found: list[Losses] = []
 
     def forward(self, x: Tensor, *, tokens_BX: Tensor) -> Tensor:
-        """States (B, S, D) of the stage before, or tokens, to states; of the last stage to a loss [1]."""
+        """Hidden states (B, S, D) of the previous stage, or tokens, to hidden states; at the end to a loss (1,)."""
         inputs_BS = tokens_BX[:, :-1]
         documents_BX = self.documents(tokens_BX)
         documents_BS = None if documents_BX is None else documents_BX[:, :-1]
@@ -90,7 +90,7 @@ class ModelStage(nn.Module):
             total = self.balance_weight * balance
             terms_N = zero.new_zeros(len(self.loss_terms))
             self.found.append(Losses(total.detach(), zero, zero, balance.detach(), terms_N, counts))
-            return _AlsoLoss.apply(x_BSD, self.share * total) if total.requires_grad else x_BSD
+            return _AddLossGradient.apply(x_BSD, self.share * total) if total.requires_grad else x_BSD
         states = HiddenStates(self.model.model.norm(x_BSD), [], routing)
         if not self.main_only and self.model.config.num_nextn_predict_layers:
             mtp, more = self.model.run_mtp(states.main_BSD, self.model.embed(inputs_BS), metadata)
@@ -113,8 +113,8 @@ class ModelStage(nn.Module):
         return self.model.config.n_routed_experts
 
 
-class _AlsoLoss(torch.autograd.Function):
-    """Hands states on, and gives a loss of this stage, which goes no further, its gradient of 1 all the same."""
+class _AddLossGradient(torch.autograd.Function):
+    """Returns the states unchanged, and in the backward pass adds the gradient of this stage's own loss."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ class _AlsoLoss(torch.autograd.Function):
 
 
 class PipelineEngine(Engine):
-    """The stages of one rank, and the schedule that moves micro-batches through the stages of all."""
+    """Runs this rank's stages by a pipeline schedule."""
 
     def __init__(self, config: RunConfig, mesh: ParallelMesh, device: torch.device, documents: DocumentIds) -> None:
         parallel = config.parallel
@@ -179,14 +179,14 @@ class PipelineEngine(Engine):
         found = self._run(micro_batches)
         all_reduce_replicated_gradients(self.models, self.mesh)
         self._embeddings.sum_gradients()
-        return _joined([mean_losses(losses) for losses in found])
+        return _join_stages([mean_losses(losses) for losses in found])
 
     @torch.no_grad()
     def main_losses(self, batches: Iterable[Tensor]) -> Tensor:
         return torch.stack([self._main_loss(tokens_BX) for tokens_BX in batches])
 
     def _main_loss(self, tokens_BX: Tensor) -> Tensor:
-        """One micro-batch forward through all stages; the schedules of a V cannot do without the way back."""
+        """Runs one micro-batch forward through all stages, without a schedule: V schedules need a backward pass."""
         states = tokens_BX
         for number, stage in zip(self._numbers, self._stages, strict=True):
             stage.main_only, stage.num_targets = True, tokens_BX[:, 1:].numel()
@@ -202,13 +202,13 @@ class PipelineEngine(Engine):
         return self._stages[-1].found.pop().main
 
     def _rank_of(self, number: int) -> int:
-        """The rank that has a stage of this pipeline."""
+        """The rank of this pipeline that runs stage `number`."""
         parallel = self.mesh.parallel
         place = next(rank for rank in range(parallel.pipeline) if number in stages_of_rank(parallel, rank))
         return place * parallel.data_ranks + self.mesh.data_rank
 
     def _run(self, batches: Sequence[Tensor]) -> list[list[Losses]]:
-        """Moves micro-batches through all stages and back; returns for each own stage its losses of each."""
+        """Runs forward and backward passes; returns for each stage of this rank the losses of each micro-batch."""
         for stage in self._stages:
             stage.main_only = False
             stage.found.clear()
@@ -218,7 +218,7 @@ class PipelineEngine(Engine):
         return [list(stage.found) for stage in self._stages]
 
     def _schedule(self, count: int) -> Any:
-        """The schedule for so many micro-batches; the last one is kept, with its buffers."""
+        """The schedule for `count` micro-batches; the most recent one is kept, with its buffers."""
         if count not in self._schedules:
             stages = [self._pipeline_stage(*each) for each in zip(self._numbers, self._stages, strict=True)]
             kind = self.mesh.parallel.pipeline_schedule
@@ -228,7 +228,7 @@ class PipelineEngine(Engine):
         return self._schedules[count]
 
     def _pipeline_stage(self, number: int, stage: ModelStage) -> PipelineStage:
-        """With all shapes given, so that nothing is run to find them out."""
+        """The stage for torch's schedules, with all shapes given, so that torch does not infer them by a run."""
         size, length = self.mesh.parallel.micro_batch_size, self._training.sequence_length
         tokens = torch.empty(size, length + 1, dtype=torch.int64, device="meta")
         states = torch.empty(
@@ -248,15 +248,15 @@ class PipelineEngine(Engine):
             input_args=tokens if stage.is_first else states,
             output_args=loss if stage.is_last else states,
             group=self.mesh.group("pipeline"),
-            dw_builder=_no_gradients_left if self._goes_back_whole(stage) else None,
+            dw_builder=_no_gradients_left if self._has_one_backward(stage) else None,
         )
 
-    def _goes_back_whole(self, stage: ModelStage) -> bool:
-        """Whether one backward pass makes all gradients, where zero bubble has one for states and one for weights.
+    def _has_one_backward(self, stage: ModelStage) -> bool:
+        """Whether zero-bubble schedules run one backward pass here, instead of one for states and one for weights.
 
-        The second half runs a backward pass for every weight, from the places where it meets the states. It fails
-        where a prediction layer or a tied head uses a weight at several of these places, it runs a recomputed layer
-        again for every weight, and a compiled layer computes all its gradients in both halves.
+        The pass for weights runs a backward pass for every weight, from the operations that use it. That fails
+        where an MTP layer or a tied head uses a weight in several operations, runs a recomputed layer again for
+        every weight, and a compiled layer computes all its gradients in both passes.
         """
         depth = self.config.num_nextn_predict_layers if stage.is_last else 0
         uses_weights_again = depth > 1 or (depth > 0 and self.config.tie_word_embeddings)
@@ -265,7 +265,7 @@ class PipelineEngine(Engine):
 
 
 class SharedEmbeddings:
-    """Copies of the embedding on the first and the last stage, which also reads it: their gradients are one."""
+    """Keeps the copies of the embedding on the first and the last stage equal, by summing their gradients."""
 
     def __init__(self, stages: Sequence[ModelStage], mesh: ParallelMesh) -> None:
         config = stages[0].model.config
@@ -279,12 +279,12 @@ class SharedEmbeddings:
             self._group, _ = dist.new_subgroups_by_enumeration(pairs)
 
     def copies_of(self, name: str) -> int:
-        """On how many stages a parameter is."""
+        """The number of stages that hold a parameter."""
         return 2 if self._shared and name == "model.embed_tokens.weight" else 1
 
     @torch.no_grad()
     def copy_first(self, optimizer: AdamW) -> None:
-        """Gives the second copy of a rank the weight and moments of the first, the only one that files know."""
+        """Copies weight and moments to a rank's second copy from the first, which is the one in checkpoints."""
         if len(self._weights) == 2:
             first, second = self._weights
             local(second).copy_(local(first))
@@ -293,7 +293,7 @@ class SharedEmbeddings:
 
     @torch.no_grad()
     def sum_gradients(self) -> None:
-        """Gives all copies the sum of their gradients."""
+        """Replaces the gradient of each copy by the sum of both."""
         gradients = [local(weight.grad) for weight in self._weights if weight.grad is not None]
         if len(gradients) == 2:  # both ends of a V are on one rank
             gradients[0] += gradients[1]
@@ -303,7 +303,7 @@ class SharedEmbeddings:
 
 
 def _keep_only(model: DeepSeekV3, layers: range, is_first: bool, is_last: bool) -> list[int]:
-    """Takes away what other stages have; returns the layers that are left, prediction layers included."""
+    """Removes the layers of other stages; returns the numbers of the remaining ones, MTP layers included."""
     config, parts = model.config, model.model
     predictions = range(config.num_hidden_layers, len(parts.layers)) if is_last else range(0)
     kept = [*layers, *predictions]
@@ -321,16 +321,16 @@ def _keep_only(model: DeepSeekV3, layers: range, is_first: bool, is_last: bool) 
 
 
 def _no_gradients_left() -> Callable[[], None]:
-    """What is left to do for the weights of a stage whose backward pass is whole."""
+    """The weights' pass of a stage whose only backward pass has computed all gradients: it does nothing."""
     return lambda: None
 
 
-def _given_loss(output: Tensor, target: Tensor) -> Tensor:  # noqa: ARG001 -- the stage has met the target already
+def _given_loss(output: Tensor, target: Tensor) -> Tensor:  # noqa: ARG001 -- the stage has used the targets already
     return output.sum()
 
 
-def _joined(losses: Sequence[Losses]) -> Losses:
-    """Losses of the stages of one rank, each of other layers."""
+def _join_stages(losses: Sequence[Losses]) -> Losses:
+    """The losses of all stages of one rank, whose layers differ."""
     total, main, mtp, balance, terms, counts = zip(*losses, strict=True)
     return Losses(
         total=torch.stack(total).sum(),
