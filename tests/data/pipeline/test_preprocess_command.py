@@ -57,7 +57,7 @@ def test_shards_then_merge(config: Path) -> None:
         ),
         (["--set", "input_path=5"], "input_path: found 5: expected text"),
         (["--set", "output_dir=[a]"], "output_dir: found [a]: expected a path"),
-        (["--set", "output_dir=s3://u:hidden@b/o"], "'s3://***@b/o': expected a path of this machine"),
+        (["--set", "output_dir=s3://u:hidden@b/o"], "'s3://***@b/o': expected a local path, not an address"),
         (["--set", "keep_keys=maybe"], "keep_keys: found maybe: expected true or false"),
         (["--set", "memory=lots"], "expected a size such as 4GB"),
         (["--set", "mixing.tokens=many"], "expected a whole number such as"),
