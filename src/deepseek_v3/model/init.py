@@ -48,7 +48,7 @@ def initial_values(
 ) -> Iterator[tuple[slice, Tensor]]:
     """The initial values of some rows of the parameter `name` of global `shape`, in blocks of rows, float32.
 
-    Each piece comes with its place among these rows. Experts are drawn one by one, so that a rank that holds a few
+    Each block comes with its slice of these rows. Experts are drawn one by one, so that a rank that holds a few
     of them draws no others; of any other parameter all rows are drawn.
     """
     factor = _start_of(name)
