@@ -356,7 +356,8 @@ def _fields(section: type[BaseModel], prefix: str = "") -> dict[str, Any]:
         inner = next(
             (kind for kind in (field.annotation, *_arguments(field.annotation)) if _is_section(kind)), None
         )
-        default = str(field.default) if isinstance(field.default, Path) else field.default
+        default = field.get_default(call_default_factory=True)
+        default = str(default) if isinstance(default, Path) else default
         found[f"{prefix}{name}"] = "required" if field.is_required() else default
         if inner is not None:
             del found[f"{prefix}{name}"]
