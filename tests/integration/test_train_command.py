@@ -292,7 +292,7 @@ def test_logs_that_cannot_be_written_end_no_run(
     caplog.clear()
     result = dsv3(*command, "--resume", "latest")
     assert result.exit_code == 0, result.output
-    assert "loss.png: cannot be drawn: [Errno 17] is no regular file" in caplog.text
+    assert "loss.png: cannot be drawn: [Errno 17] is not a regular file" in caplog.text
 
 
 def test_documents_can_be_masked(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What all commands share: reporting errors, ending on signals, parsing numbers, suggesting the next commands."""
+"""Functions that all commands share: error reports, exit on signals, number options, suggested next commands."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run_app(app: Callable[[], Any]) -> None:
         with translate_os_errors():
             app()
     except BaseException as error:
-        # Typer turns it into an exit, torch's archive writer into a RuntimeError.
+        # Typer turns a KeyboardInterrupt into an exit, torch's archive writer turns it into a RuntimeError.
         if any(isinstance(cause, KeyboardInterrupt) for cause in error_chain(error)):
             _keep_exit_code(EXIT_INTERRUPTED)
             sys.exit(EXIT_INTERRUPTED)
@@ -50,13 +50,14 @@ def run_app(app: Callable[[], Any]) -> None:
 
 
 def _keep_exit_code(code: int) -> None:
-    """From now on a stop signal ends the process at once with this exit code."""
+    """Makes every later stop signal end the process at once with this exit code."""
     _flush_output()
     for number in STOP_SIGNALS:
         if signal.getsignal(number) is signal.SIG_IGN:
             continue  # such as SIGHUP under nohup
         signal.signal(number, lambda *_: os._exit(code))
-        atexit.register(signal.signal, number, signal.SIG_IGN)  # the interpreter resets handlers
+        # While it shuts down, the interpreter replaces Python handlers by the default action, but not SIG_IGN.
+        atexit.register(signal.signal, number, signal.SIG_IGN)
 
 
 def _flush_output() -> None:
@@ -107,7 +108,7 @@ def number_option(value: Any) -> float:
 
 
 def _read(value: Any, parse: Callable[[str], Any]) -> Any:
-    """The number that a text means; a default value is a number already."""
+    """Parses a text; returns a default value, which is a number already, as it is. Raises typer.BadParameter."""
     if not isinstance(value, str):
         return value
     try:
@@ -122,7 +123,8 @@ Words = Sequence[object]
 def print_next_steps(*commands: Words, err: bool = False) -> None:
     """Prints the commands to run next, each a sequence of words, quoted for a shell.
 
-    Prints to standard output, or with `err` to standard error, for commands whose standard output is their result.
+    Prints to standard output; with `err`, prints to standard error, for a command whose standard output is its
+    result.
     """
     lines = [f"  {redact(shlex.join(map(str, words)))}" for words in commands]
     with suppress(OSError):  # a closed pipe: the command itself has succeeded

@@ -50,10 +50,10 @@ class TrainingError(UserError):
 
 
 class PathError(UserError):
-    """A file or folder that the operating system refuses, where no more specific error applies."""
+    """A file or folder that the operating system refuses, if no more specific error applies."""
 
 
-# Errors of a full disk, in which the system does not name the file.
+# Errors of a full disk. The operating system does not name the file in them.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

@@ -1,11 +1,11 @@
-"""Files and folders that are complete or invisible, checksums, and what a path may be.
+"""Writes files and folders that are complete or invisible, computes checksums, and checks paths.
 
-What is not complete has a hidden name beside the final one. `.NAME.<pid or random>.partial` is being written by one
-process. The ranks of a job write a checkpoint folder together, under names that all of them know:
-`.checkpoint_step_<N>.partial` is being written, `.checkpoint_step_<N>.outdated` is being deleted, and
-`.checkpoint_step_<N>.replaced` is complete until its replacement has the final name. A killed program leaves
-nothing else behind and loses no step: `remove_leftovers` gives a replaced folder its name back if there is no new
-one.
+A file or folder that is not complete has a hidden name beside the final one. One process writes
+`.NAME.<pid or random>.partial`. The ranks of a job write a checkpoint folder together, under names that all ranks
+know: `.checkpoint_step_<N>.partial` is being written, `.checkpoint_step_<N>.outdated` is being deleted, and
+`.checkpoint_step_<N>.replaced` stays complete until its replacement has the final name. A killed program leaves
+nothing else behind and loses no checkpoint: `remove_leftovers` gives a replaced folder its name back if there is no
+new one.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def read_regular_file(path: Path, max_bytes: int, expected: str) -> bytes:
     """Returns all bytes of a regular file, or of a link to one.
 
     Raises ValueError, with the reason and `expected` but without the path, for a file that cannot be read, for a
-    folder, a pipe or a device, and for more than `max_bytes` bytes. Never waits, and reads at most one byte too
-    many.
+    folder, a pipe or a device, and for more than `max_bytes` bytes. Never waits, and reads at most `max_bytes` + 1
+    bytes.
     """
     if "\0" in str(path):
         raise ValueError(f"cannot be read: its name holds a NUL character; expected {expected}")
@@ -97,12 +97,12 @@ def sha256_of_file(path: Path, num_bytes: int | None = None) -> str:
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a path beside `path` to write a file to; on success that is fsynced and renamed to `path`.
 
-    On an exception the partial file is removed, and `path` is as it was. Raises OSError if `path` is an address, or
-    a folder, a pipe or a device, which a rename would replace.
+    On an exception, removes the partial file and leaves `path` unchanged. Raises OSError if `path` is an address,
+    or a folder, a pipe or a device, which a rename would replace.
     """
     refuse_address(path)
     if os.path.exists(path) and not os.path.isfile(path):  # noqa: PTH110, PTH113 -- False for names too long
-        raise FileExistsError(errno.EEXIST, "is no regular file", str(path))
+        raise FileExistsError(errno.EEXIST, "is not a regular file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(path)
     try:
@@ -119,8 +119,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def atomic_folder(folder: Path, *, keep_existing: bool = False) -> Iterator[Path]:
     """Yields an empty folder beside `folder` to fill; on success it is renamed to `folder`, otherwise removed.
 
-    If `folder` has appeared meanwhile, `keep_existing` leaves that one in place, for work that another process may
-    have finished in the same way; otherwise an OSError is raised.
+    If `folder` exists by then and is not empty, raises OSError; with `keep_existing`, keeps the existing folder
+    instead, because another process may have done the same work.
     """
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.partial")
     partial.mkdir(parents=True)
@@ -200,7 +200,7 @@ def remove_leftovers(directory: Path) -> None:
     left = [(entry, match) for entry in directory.iterdir() if (match := _HIDDEN.fullmatch(entry.name))]
     for entry, match in left:
         if entry.is_dir() != bool(match["state"]):
-            continue  # this project makes no file with the name of a folder, and no folder with that of a file
+            continue  # not written by this project: a file with a folder's name, or a folder with a file's name
         if match["state"] == "replaced" and not (folder := directory / match["name"]).exists():
             entry.rename(folder)
             fsync_directory(directory)
@@ -211,7 +211,7 @@ def remove_leftovers(directory: Path) -> None:
 
 
 def _delete(entry: Path, folder: Path) -> None:
-    """Deletes the folder `entry`, after a rename to the hidden name for the deletion of `folder`."""
+    """Renames the folder `entry` to `.<name of folder>.outdated`, then deletes it."""
     outdated = _hidden(folder, "outdated")
     remove_entry(outdated)
     entry.rename(outdated)

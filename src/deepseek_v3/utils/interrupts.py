@@ -15,7 +15,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 def exit_on_interrupt() -> Iterator[None]:
     """While entered, Ctrl-C ends this process at once, with exit code 130 and without a traceback.
 
-    Wrap a program's imports in it: they leave nothing to clean up. It changes nothing where Ctrl-C is ignored or
+    Wrap a program's imports in it: they leave nothing to clean up. It changes nothing if Ctrl-C is ignored or
     has another handler than Python's.
     """
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:

@@ -1,8 +1,8 @@
 """Locks on folders, which let one process at a time use a folder. A lock ends with its process.
 
 The kernel drops a `flock` when its process dies, but some network file systems do not show the lock to other hosts,
-and some have no locks. The lock file therefore also names its owner, who touches it every few seconds. Where the
-kernel cannot tell whether the owner is alive, the time of the last touch decides.
+and some have no locks. The lock file therefore also names its owner, which touches the file every few seconds. If
+the kernel cannot tell whether the owner is alive, the time of the last touch decides.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def hold_lock(path: Path, subject: Path, advice: str, *, shared: bool = False) -
     try:
         refuse_address(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _acquired(path, subject, advice, shared)
+        descriptor = _acquire(path, subject, advice, shared)
     except OSError as error:
         _remove_empty(created)
         raise DataError(f"{subject}: cannot be written: {error.strerror}; {advice}") from error
@@ -78,26 +78,26 @@ def hold_lock(path: Path, subject: Path, advice: str, *, shared: bool = False) -
         if not shared:
             path.unlink(missing_ok=True)
         with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # also for a worker process that was forked meanwhile
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # also releases it in worker processes forked under the lock
         os.close(descriptor)
         _remove_empty(created)
 
 
-def _acquired(path: Path, subject: Path, advice: str, shared: bool) -> int:
+def _acquire(path: Path, subject: Path, advice: str, shared: bool) -> int:
     """Opens and locks the lock file and, unless `shared`, writes this process into it; returns its descriptor."""
     while True:
         descriptor = os.open(path, _OPEN, 0o644)
         try:
-            decided = _flock(descriptor, path, subject, advice, shared)
-            if _is_still(path, descriptor):
-                _check_owner(descriptor, path, subject, advice, decided)
+            granted = _flock(descriptor, path, subject, advice, shared)
+            if _is_open_file(path, descriptor):
+                _check_owner(descriptor, path, subject, advice, granted)
                 if not shared:
                     _write_owner(descriptor, path)
                 return descriptor
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # the owner has removed this file meanwhile: try again with the new one
+        os.close(descriptor)  # the owner removed this file before the lock was granted: try again with a new one
 
 
 def _flock(descriptor: int, path: Path, subject: Path, advice: str, shared: bool) -> bool:
@@ -113,22 +113,23 @@ def _flock(descriptor: int, path: Path, subject: Path, advice: str, shared: bool
     return True
 
 
-def _is_still(path: Path, descriptor: int) -> bool:
+def _is_open_file(path: Path, descriptor: int) -> bool:
+    """Whether the file at `path` is the file that `descriptor` has open, and not a newer one."""
     try:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     except FileNotFoundError:
         return False
 
 
-def _check_owner(descriptor: int, path: Path, subject: Path, advice: str, decided: bool) -> None:
+def _check_owner(descriptor: int, path: Path, subject: Path, advice: str, granted: bool) -> None:
     """Raises InUseError if the owner that the file names may be alive.
 
-    `decided` means that the file system has locks and granted this one, so no process of this kernel holds it.
+    `granted` means that the file system has locks and granted this one, so no process of this kernel holds it.
     """
     owner = _read_owner(path)
     if owner is None:
         return
-    known_dead = decided and owner.kernel == _kernel()
+    known_dead = granted and owner.kernel == _kernel()
     if not known_dead and _silence(descriptor, path.parent) < _SILENCE_SECONDS:
         raise _in_use(subject, owner, advice)
     os.ftruncate(descriptor, 0)
@@ -182,7 +183,7 @@ def _kernel() -> str:
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    """Removes the empty ones among `folders`, inner ones first."""
+    """Removes those of `folders` that are empty; `folders` lists inner folders first."""
     for folder in folders:
         with suppress(OSError):
             folder.rmdir()

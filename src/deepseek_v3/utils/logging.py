@@ -33,7 +33,7 @@ def configure_logging(level: int = logging.INFO, *, stderr: bool = False) -> Non
 
 
 def get_console() -> Console:
-    """The console of the log lines, which a live display has to share; a new one before `configure_logging`."""
+    """The console of the log lines, which a live display must share; a new console before `configure_logging`."""
     return next((handler.console for handler in _console_handlers()), None) or _console()
 
 
@@ -75,16 +75,14 @@ class _Output:
 
     def _stream(self) -> Any:
         stream = getattr(sys, self._name)
-        return getattr(
-            stream, "rich_proxied_file", stream
-        )  # during a live display rich replaces the stream by a proxy
+        return getattr(stream, "rich_proxied_file", stream)  # rich replaces the stream during a live display
 
     def _succeeds(self, action: Callable[[], object]) -> bool:
         try:
             action()
         except OSError as error:
             if not self._is_failing:
-                self._report(f"cannot be written: {error.strerror}; the program goes on")
+                self._report(f"cannot be written: {error.strerror}; the program continues")
             self._is_failing = True
             return False
         return True
@@ -120,5 +118,5 @@ class _ConsoleHandler(logging.Handler):
         try:
             # soft_wrap leaves long lines whole; without markup, `[Trainer]` is text and not a style.
             self.console.print(self.format(record), soft_wrap=True, markup=False, highlight=False, emoji=False)
-        except Exception:  # noqa: BLE001 -- as in the logging module's handlers, a failed line ends no run
+        except Exception:  # noqa: BLE001 -- as in the logging module's handlers, a failed line must not end the run
             self.handleError(record)

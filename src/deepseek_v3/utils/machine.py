@@ -46,8 +46,8 @@ def wait_passively() -> None:
     """Makes OpenMP threads sleep while they wait for each other, unless the user's environment says otherwise.
 
     By default they spin, and on a busy machine that takes CPU time from the thread that they wait for. With GNU's
-    library they still spin briefly first; without that an idle machine is a quarter slower. It has an effect only
-    before torch is imported.
+    library they still spin briefly first; without this, training on an idle machine is a quarter slower. A call
+    has an effect only before torch is imported.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"

@@ -1,4 +1,4 @@
-"""What a training run reports: its log line for a step, its metrics on disk, its peak memory."""
+"""The reports of a training run: the log line of a step, the metrics on disk, and the peak memory."""
 
 from __future__ import annotations
 
@@ -85,11 +85,11 @@ class MetricsWriter:
 
     A run that resumes from the checkpoint of `resume_step` drops the records of later steps, so that both read like
     one uninterrupted run. A new run (`resume_step=None`) renames the metrics of a previous run in the same folder
-    to `metrics.<n>.jsonl`. Raises DataError if `directory` cannot be written, or the file to continue holds no
-    metrics.
+    to `metrics.<n>.jsonl`. Raises DataError if `directory` cannot be written, or if a line of the file to continue
+    is not a record.
 
-    A write that fails later does not end the run: the failure is logged once, and so is the recovery. Until then
-    records wait in memory; those of TensorBoard are lost.
+    A write that fails later does not end the run: the failure is logged once, and so is the recovery. Until the
+    recovery, records wait in memory; those of TensorBoard are lost.
     """
 
     def __init__(self, directory: Path, tensorboard: bool, resume_step: int | None) -> None:
@@ -148,7 +148,7 @@ class MetricsWriter:
 
     def _fail(self, error: OSError) -> None:
         if not self._is_failing:
-            _log.warning(f"{self._path}: cannot be written: {error.strerror}; training goes on, make room for it")
+            _log.warning(f"{self._path}: cannot be written: {error.strerror}; training continues, make room for it")
         self._is_failing = True
 
     def _recover(self, step: int) -> None:
@@ -164,11 +164,11 @@ class MetricsWriter:
 
     @contextmanager
     def _tolerating_tensorboard(self) -> Iterator[None]:
-        """Closes TensorBoard if it fails, until metrics.jsonl recovers: its writer thread has ended then."""
+        """After an error, stops writing to TensorBoard until metrics.jsonl recovers: its thread has ended."""
         try:
             yield
         except Exception as error:  # noqa: BLE001 -- its back ends raise many types
-            _log.warning(f"{self._events}: cannot be written: {error}; training goes on, see metrics.jsonl")
+            _log.warning(f"{self._events}: cannot be written: {error}; training continues, see metrics.jsonl")
             self._tensorboard = None
 
     def __enter__(self) -> MetricsWriter:
@@ -222,7 +222,7 @@ def _open_metrics(path: Path, resume_step: int | None) -> FileIO:
 def _report_thread_failure(
     hook: Callable[[threading.ExceptHookArgs], object], failure: threading.ExceptHookArgs
 ) -> None:
-    """Skips the errors of the thread that writes TensorBoard's file, which the next use of the writer raises."""
+    """Passes the error of a thread to `hook`, except for TensorBoard's writer thread, whose next use raises it."""
     if type(failure.thread).__module__ != event_file_writer.__name__:
         hook(failure)
 

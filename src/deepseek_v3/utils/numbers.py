@@ -15,7 +15,7 @@ _BINARY_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 # The largest 64-bit counter, seed or file offset.
 MAX_COUNT = 2**63 - 1
-# Of a corpus or a budget: far more than all text in the world.
+# The largest number of tokens of a corpus or a budget: far more than all text in the world.
 MAX_TOKENS = 10**18
 # More than any sensible number needs; Python takes long to parse longer ones.
 MAX_NUMBER_CHARACTERS = 64
@@ -53,7 +53,7 @@ def parse_number(text: str) -> float:
 
 
 def parse_size(text: str) -> int:
-    """Parses a size in bytes such as `4GB` (10⁹), `4GiB` (2³⁰), `500MB`, `1e9` or `4096`.
+    """Parses a size in bytes such as `4GB` (4 × 10⁹), `4GiB` (4 × 2³⁰), `500MB`, `1e9` or `4096`.
 
     Raises ValueError for anything else. A fraction of a byte, as in `1.1GiB`, is dropped.
     """
@@ -82,7 +82,7 @@ def _decimal(text: str) -> Decimal | None:
 
 
 def _parse_digits(digits: str) -> Decimal | None:
-    """The number of these digits; None without a digit, and for a number that a float cannot hold."""
+    """The number with these digits; None without a digit, and for a number far outside the range of a float."""
     if not re.search(r"\d", digits):
         return None
     number = Decimal(digits.replace("_", "").replace(",", ""))

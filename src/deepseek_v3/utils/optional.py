@@ -20,9 +20,10 @@ OPTIONAL_LIBRARIES: dict[str, str | None] = {
 
 
 def missing_library(feature: str, library: str, alternative: str = "") -> str:
-    """The message for a feature whose library cannot be imported, such as
+    """The error message for a feature whose library cannot be imported.
 
-    "reading WARC needs fastwarc; run `pip install 'deepseek_v3[warc]'`", followed by ", or " and the alternative.
+    For example: "reading WARC needs fastwarc; run `pip install 'deepseek_v3[warc]'`", followed by ", or " and the
+    `alternative`, if there is one.
     """
     extra = OPTIONAL_LIBRARIES[library]
     advice = f"run `pip install 'deepseek_v3[{extra}]'`" if extra else f"install {library}"

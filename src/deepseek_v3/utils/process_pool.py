@@ -22,10 +22,10 @@ Result = TypeVar("Result")
 
 
 class WorkerPool:
-    """`workers` processes, forked from a server that imports `modules` once; they start at once, and end on close.
+    """A pool of `workers` processes, forked from a server that imports `modules` once.
 
-    Each worker first calls `initializer(*arguments)`. If a worker process dies, methods raise DataError, whose
-    message ends with `advice`.
+    All workers start immediately, and `close` ends them. Each first calls `initializer(*arguments)`. If a worker
+    process dies, `run` and `map` raise DataError, whose message ends with `advice`.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class WorkerPool:
     def run(
         self, function: Callable[..., Result], arguments: Iterable[tuple[Any, ...]], done: Callable[[Result], None]
     ) -> None:
-        """Calls `function` with each tuple of arguments; passes each result to `done` as soon as it is there."""
+        """Calls `function` with each tuple of arguments; passes each result to `done` once available."""
         futures = [self._executor.submit(function, *each) for each in arguments]
         try:
             with self._dead_workers_reported():
@@ -113,7 +113,7 @@ def start_fork_server(modules: Sequence[str] = ()) -> None:
 
 
 def exit_with_parent() -> None:
-    """Makes this worker process exit when its parent ends, however that ends, and ignore Ctrl-C."""
+    """Makes this worker process exit when its parent ends for any reason, and ignore Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_wait_for_parent, daemon=True).start()
 

@@ -12,13 +12,14 @@ from rich.text import Text
 from deepseek_v3.utils.logging import get_console
 from deepseek_v3.utils.text import pluralize
 
-_SPEED_ESTIMATE_SECONDS = 3600.0  # over which the time left is estimated: a step of a large model can take minutes
+# Window of the speed from which the time left is estimated: a step of a large model can take minutes.
+_SPEED_ESTIMATE_SECONDS = 3600.0
 
 
 class ProgressDisplay:
     """Live lines of progress: a title, a bar, a status, the time elapsed and the time left.
 
-    It shares the console of the log lines, which scroll by above it, and draws nothing where output is not a
+    It shares the console of the log lines, which scroll by above it, and draws nothing if output is not a
     terminal. However its `with` block ends, also by Ctrl-C, it restores the terminal and lets the exception
     through.
     """
@@ -40,11 +41,11 @@ class ProgressDisplay:
         )
 
     def line(self, title: str, total: int | None, done: int = 0) -> ProgressLine:
-        """Adds a line for work of which `done` of `total` is done; None where the total is not known."""
+        """Adds a line for work of which `done` of `total` is done; `total` is None if it is not known."""
         return ProgressLine(self._bars, title, total, done)
 
     def task(self, title: str, total: int | None, unit: str, log: logging.Logger) -> ProgressTask:
-        """Returns a task, to be entered, of `total` of a `unit`: "bytes", shown as MB, or any plural."""
+        """Returns a task to use in a `with` block; `unit` is "bytes", which is shown as MB, or any other plural."""
         return ProgressTask(self, title, total, unit, log)
 
     def __enter__(self) -> ProgressDisplay:
@@ -71,15 +72,15 @@ class ProgressLine:
         self._bars.update(self._task, description=title, completed=done, status=status)
 
     def remove(self) -> None:
-        """Draws the line once more, and takes it off the display."""
+        """Draws the line once more, then removes it from the display."""
         self._bars.refresh()
         self._bars.remove_task(self._task)
 
 
 class ProgressTask:
-    """Work with a rate, which has a line on the display while it runs and leaves a log line when it has succeeded.
+    """Work with a rate: a line on the display while it runs, and a log line when it has succeeded.
 
-    A task of which the total is 0 leaves no log line.
+    A task whose total is 0 writes no log line.
     """
 
     def __init__(

@@ -15,7 +15,7 @@ _USER = re.compile(
     r"(?P<user>[^\s/?#'\"<>]*|[^\s/@:'\"<>]*:(?!\d+(?:[/?#\s]|$))[^\s@'\"<>]*)@"
 )
 _NAME = r"(?:[\w.~%-]*(?:sig|token|secret|passw|pwd|key|cred|auth|sas|session)[\w.~%-]*)"
-# A colon after an address belongs to the sentence.
+# A colon before white space or the end of the text ends the value: it belongs to the sentence around it.
 _NO_END = r"(?!:(?:\s|$))"
 _PARAMETER = re.compile(rf"(?P<name>[?&;#]{_NAME}=)(?P<value>(?:{_NO_END}[^&;\s#'\"<>)])+)", re.IGNORECASE)
 # Names whose value is a secret everywhere: in the environment, in options, in Azure's connection strings.
@@ -40,7 +40,7 @@ _SHORTEST = 4
 def redact(text: str, *addresses: str) -> str:
     """Returns the text with `***` in place of every secret that it recognises.
 
-    Those are users and passwords in addresses (`s3://user:password@host`), parameters such as `X-Amz-Signature=`,
+    Secrets are users and passwords in addresses (`s3://user:password@host`), parameters such as `X-Amz-Signature=`,
     `sig=` and `token=`, settings such as `AWS_SECRET_ACCESS_KEY=`, and keys of a known form. A secret of one of the
     `addresses` is replaced wherever it occurs in the text, because libraries print parts of an address.
     """

@@ -24,7 +24,7 @@ _SI_PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
 
 def printable(text: str) -> str:
-    """The text in the characters of standard output's encoding; `✓` and others become ASCII such as `OK`."""
+    """Replaces the characters that standard output's encoding lacks: `✓` and some others by ASCII such as `OK`."""
     encoding = sys.stdout.encoding or "utf-8"
     try:
         text.encode(encoding)
@@ -123,7 +123,7 @@ def humanize(name: str) -> str:
 
 
 def truncate(text: str, characters: int) -> str:
-    """The text, cut to at most this many characters, the last of which is then an ellipsis."""
+    """The text, cut to at most this many characters; a text that is cut ends with an ellipsis."""
     return text if len(text) <= characters else text[: characters - 1] + "…"
 
 
@@ -146,7 +146,7 @@ def format_count(number: int) -> str:
 
 
 def format_si(number: float, unit: str) -> str:
-    """A number with an SI prefix and one decimal, such as `217.5 MB`; the space does not break the line."""
+    """A number with an SI prefix and one decimal, such as `217.5 MB`, with a no-break space before the unit."""
     step = 0
     while round(abs(number), 1) >= 1000 and step < len(_SI_PREFIXES) - 1:
         number, step = number / 1000, step + 1
@@ -155,9 +155,9 @@ def format_si(number: float, unit: str) -> str:
 
 
 def format_percent(part: float, whole: float) -> str:
-    """A part of a whole in percent, such as `12.3%`; `–` of nothing.
+    """A part of a whole in percent, such as `12.3%`; `–` if the whole is 0.
 
-    Only a part of 0 is 0.0%, and only the whole is 100.0%: others are `<0.1%` or `>99.9%` at the least or most.
+    `0.0%` means exactly 0 and `100.0%` exactly the whole: a part that would round to them is `<0.1%` or `>99.9%`.
     """
     if whole <= 0:
         return "–"
@@ -170,7 +170,10 @@ def format_percent(part: float, whole: float) -> str:
 
 
 def format_figure(value: Any) -> str:
-    """A number to four digits, a list with commas, or any other value as text; at most 120 characters."""
+    """A value as text: a float with four significant digits, a list with commas; text is cut to 120 characters.
+
+    An integer has all its digits, and a float from 1,000 on has all digits before the point.
+    """
     if isinstance(value, bool) or value is None:
         return str(value).lower()
     if isinstance(value, int):
@@ -198,6 +201,6 @@ def gibibytes(num_bytes: float) -> str:
 
 
 def format_distinct(one: float, other: float, shown: Callable[[Any], str]) -> tuple[str, str]:
-    """Two different numbers as `shown` formats them, or with all their digits if that makes them look equal."""
+    """Two different numbers as `shown` formats them, or with all their digits if `shown` makes them look equal."""
     short = (shown(one), shown(other))
     return short if short[0] != short[1] else (f"{one:,}", f"{other:,}")

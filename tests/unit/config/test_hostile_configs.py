@@ -283,7 +283,7 @@ def test_a_plan_for_any_numbers_is_a_result_or_a_refusal(words: list[str]) -> No
 def test_a_device_is_never_replaced_by_a_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for place in (tmp_path / "pipe", Path("/dev/null"), tmp_path):
-        with pytest.raises(FileExistsError, match="is no regular file"), atomic_write(place):
+        with pytest.raises(FileExistsError, match="is not a regular file"), atomic_write(place):
             pass
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 

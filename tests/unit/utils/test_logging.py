@@ -109,7 +109,7 @@ def test_a_closed_output_pipe_does_not_end_the_program(
         get_console().print("a table")
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     told = capsys.readouterr().err
-    assert told == "[Logging] warning: standard output cannot be written: Broken pipe; the program goes on\n"
+    assert told == "[Logging] warning: standard output cannot be written: Broken pipe; the program continues\n"
 
 
 def test_a_full_disk_is_reported_once_and_when_it_is_over(
@@ -125,7 +125,7 @@ def test_a_full_disk_is_reported_once_and_when_it_is_over(
     captured = capsys.readouterr()
     assert captured.out == "[Trainer] Step 3\n"
     assert captured.err.splitlines() == [
-        "[Logging] warning: standard output cannot be written: No space left on device; the program goes on",
+        "[Logging] warning: standard output cannot be written: No space left on device; the program continues",
         "[Logging] warning: standard output can be written again",
     ]
 

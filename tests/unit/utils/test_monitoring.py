@@ -211,7 +211,7 @@ def test_a_full_disk_loses_no_record_and_ends_no_run(tmp_path: Path, caplog: pyt
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert recorded_steps(tmp_path) == [1]
         (warning,) = warnings_of(caplog)
-        assert warning.startswith(f"{path}: cannot be written: File too large; training goes on")
+        assert warning.startswith(f"{path}: cannot be written: File too large; training continues")
         metrics.write(4, {"loss": 4.0})
         assert warnings_of(caplog)[1:] == [f"{path}: can be written again; no record is missing"]
     assert read_metrics(path) == [{"step": step, "loss": float(step)} for step in (1, 2, 3, 4)]

@@ -16,7 +16,7 @@ from deepseek_v3.utils.distributed.collectives import gather_objects
 from deepseek_v3.utils.errors import CheckpointError
 
 SAME_CONFIG_ADVICE = "resume with the config that it was saved with"
-_MAX_NAMES = 5  # of tensors in one message
+_MAX_NAMES = 5  # the most tensors that one message names
 
 
 class TensorInfo(NamedTuple):
@@ -51,7 +51,7 @@ def unexpected_tensors(names: Iterable[str]) -> list[str]:
 
 
 def raise_problems(path: Path, problems: Iterable[str], advice: str) -> None:
-    """Raises a CheckpointError that lists each problem once; returns where there are none."""
+    """Raises a CheckpointError that lists each problem once; returns if there are none."""
     if found := list(dict.fromkeys(problems)):
         raise CheckpointError(f"{path}: {join_problems(found)}; {advice}")
 

@@ -36,7 +36,7 @@ _log = get_logger("Checkpoint")
 def load_checkpoint(path: Path, *, verify: bool = True, map_location: str | torch.device = "cpu") -> dict[str, Any]:
     """Reads a checkpoint, a file or a folder, into nested dicts with tensors on `map_location`.
 
-    Nothing is modified and no code is run. Raises CheckpointError where it is missing, damaged, or no checkpoint.
+    Nothing is modified and no code is run. Raises CheckpointError if it is missing, damaged, or not a checkpoint.
     `verify=False` skips the checksums of one that has just been verified; damage may then go unnoticed.
     """
     if not is_folder(path):
@@ -49,9 +49,9 @@ def load_checkpoint(path: Path, *, verify: bool = True, map_location: str | torc
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether `path` is one checkpoint, whatever its name, rather than a folder of several.
+    """Whether `path` is one checkpoint, under any name, rather than a folder of several.
 
-    Raises CheckpointError where the system does not say, such as without permission.
+    Raises CheckpointError if the system does not say, such as without permission.
     """
     if not is_folder(path) or _NAME.fullmatch(path.name) is not None:
         return True
@@ -86,7 +86,7 @@ class CheckpointDirectory:
     def save(self, step: int, state: dict[str, Any]) -> Path:
         """Saves the checkpoint of `step` as a file, then removes the checkpoints that it makes outdated.
 
-        Raises as `save_checkpoint` does; nothing has been removed then.
+        Raises as `save_checkpoint` does, before anything is removed.
         """
         path = self.file_of(step)
         save_checkpoint(path, state)
@@ -97,7 +97,7 @@ class CheckpointDirectory:
         """Removes all but the newest `keep` checkpoints up to the step of `complete`, and that step's other form.
 
         Checkpoints of later steps stay and do not count: a run that resumed from before a damaged checkpoint must
-        not count that one among the kept. What cannot be removed is logged; the new checkpoint is safe.
+        not count that one among the kept. A checkpoint that cannot be removed is logged and stays.
         """
         step = _step_of(complete)
         found = self._found()
@@ -111,7 +111,7 @@ class CheckpointDirectory:
                 _log.warning("%s: is outdated and cannot be removed: %s; remove it by hand", path, error.strerror)
 
     def steps(self) -> list[int]:
-        """The steps of all checkpoints, ascending; none where the folder does not exist yet."""
+        """The steps of all checkpoints, ascending; none if the folder does not exist yet."""
         return sorted({_step_of(path) for path in self._found()})
 
     def newest_first(self) -> list[Path]:
@@ -121,14 +121,14 @@ class CheckpointDirectory:
     def latest(self) -> tuple[Path, dict[str, Any]]:
         """Loads the newest undamaged checkpoint, tensors on the CPU; logs a warning for each damaged one it skips.
 
-        Raises CheckpointError where there is none.
+        Raises CheckpointError if there is none.
         """
         return self.first_usable(self.newest_first(), load_checkpoint)
 
     def first_usable(self, paths: list[Path], use: Callable[[Path], T], *, log: bool = True) -> tuple[Path, T]:
         """Returns the first of `paths` for which `use` raises no CheckpointError, with the result of `use`.
 
-        `log` warns of each path before it. Raises CheckpointError where there is none.
+        `log` warns of each path before it. Raises CheckpointError if there is none.
         """
         for path in paths:
             try:
@@ -140,7 +140,7 @@ class CheckpointDirectory:
         raise CheckpointError(f"{self.path}: {found}; name another folder, or start afresh")
 
     def refuse_if_used(self) -> None:
-        """Raises CheckpointError where a new run would write among the checkpoints of a previous one."""
+        """Raises CheckpointError if a new run would write among the checkpoints of a previous one."""
         steps = self.steps()
         if steps:
             raise CheckpointError(

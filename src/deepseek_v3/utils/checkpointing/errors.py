@@ -14,11 +14,11 @@ from pydantic import ValidationError
 from deepseek_v3.utils.errors import CheckpointError
 
 REPAIR = "copy it again, or load an older one"
-_MAX_PROBLEMS = 8  # in one message
+_MAX_PROBLEMS = 8  # the most problems that one message names
 
 
 def write_error(path: Path, error: OSError) -> CheckpointError:
-    """The error to raise where `path` cannot be written."""
+    """The error to raise if `path` cannot be written."""
     return CheckpointError(
         f"{path}: cannot be written: {error.strerror}; "
         "make room, or choose another folder with --set checkpoint.directory=..."
@@ -26,7 +26,7 @@ def write_error(path: Path, error: OSError) -> CheckpointError:
 
 
 def read_error(path: Path, error: OSError) -> CheckpointError:
-    """The error to raise where `path` is missing or cannot be read."""
+    """The error to raise if `path` is missing or cannot be read."""
     if isinstance(error, FileNotFoundError):
         return CheckpointError(
             f"{path}: there is no such file; give the path of a checkpoint_step_<N>.pt, "
@@ -39,7 +39,7 @@ def read_error(path: Path, error: OSError) -> CheckpointError:
 
 
 def checksum_error(path: Path, found: str, expected: str) -> CheckpointError:
-    """The error to raise where a file's SHA-256 is not the one that was recorded when it was written."""
+    """The error to raise if a file's SHA-256 is not the one that was recorded when it was written."""
     return CheckpointError(
         f"{path}: is damaged: the SHA-256 of its bytes is {found[:12]}…, expected {expected[:12]}…; {REPAIR}"
     )
@@ -59,7 +59,7 @@ def require_regular_file(path: Path) -> int:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether `path` is a folder. Raises CheckpointError where that cannot be told, such as without permission."""
+    """Whether `path` is a folder. Raises CheckpointError if the system does not say, such as without permission."""
     try:
         return stat.S_ISDIR(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):

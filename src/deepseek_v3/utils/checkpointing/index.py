@@ -36,7 +36,7 @@ Box = tuple[Extents, Extents]  # offsets and sizes
 
 INDEX_FILE = "index.json"
 _VERSION = 1
-_MAX_NUMEL = 2**60  # of a tensor; more overflow torch's count of bytes
+_MAX_NUMEL = 2**60  # the most elements of a tensor; more overflow torch's count of bytes
 _MAX_CUT_AXES = 8  # a box has 2**n corners
 _HEAD = re.compile(rb'\{"version":([0-9]+),"sha256":"([0-9a-f]{64})",')
 
@@ -76,8 +76,8 @@ class StoredFile(_Entry):
 class Index(_Entry):
     """The contents of `index.json` after its version and checksum.
 
-    Validation ensures that the chunks of each tensor hold each of its elements exactly once, lie within their files
-    and do not overlap there, so that nothing can be read that was never written.
+    Validation ensures that the chunks of each tensor hold each of its elements exactly once, and that they are
+    within their files and do not overlap there, so that nothing can be read that was never written.
     """
 
     files: dict[FileName, StoredFile]
@@ -116,9 +116,9 @@ class Index(_Entry):
         ):
             problems.append(f"has a chunk beyond its shape {list(tensor.shape)}")
         if chunk.file not in self.files:
-            problems.append(f"lies in {chunk.file}, which is not among the files")
+            problems.append(f"is in {chunk.file}, which is not among the files")
         elif _end(tensor, chunk) > self.files[chunk.file].bytes:
-            problems.append(f"lies beyond the end of {chunk.file}")
+            problems.append(f"extends beyond the end of {chunk.file}")
         if chunk.begin % DTYPES[tensor.dtype].itemsize:
             problems.append(f"begins at byte {chunk.begin} of {chunk.file}, which is not aligned to its numbers")
         return problems
@@ -133,7 +133,7 @@ class Index(_Entry):
             if 0 not in chunk.sizes
         )
         return [
-            f"{name!r} lies where {other!r} lies, at byte {begin} of {file}"
+            f"{name!r} overlaps {other!r} at byte {begin} of {file}"
             for (other_file, _, end, other), (file, begin, _, name) in pairwise(ranges)
             if file == other_file and begin < end
         ]
@@ -162,7 +162,7 @@ class Index(_Entry):
     def read(cls, folder: Path) -> Index:
         """Reads the index of a folder.
 
-        Raises CheckpointError where it is missing, damaged, of another version or inconsistent, with all problems
+        Raises CheckpointError if it is missing, damaged, of another version or inconsistent, with all problems
         in one message.
         """
         path = folder / INDEX_FILE
@@ -174,7 +174,7 @@ class Index(_Entry):
         head = _HEAD.match(content)
         if not head:
             raise CheckpointError(
-                f"{path}: does not begin with a version and a checksum, so it is damaged or no index of this "
+                f"{path}: does not begin with a version and a checksum, so it is damaged or not an index of this "
                 f"project; {REPAIR}"
             )
         if int(head[1]) != _VERSION:
@@ -210,8 +210,8 @@ def _end(tensor: StoredTensor, chunk: Chunk) -> int:
 def tiling_problem(shape: Extents, boxes: Sequence[Box]) -> str | None:
     """Checks that boxes hold each element of a tensor exactly once; returns the problem, or None.
 
-    The boxes have as many axes as `shape` and lie within it, in any order; empty ones do not count. The time is
-    linear in the number of boxes, however they cut the tensor.
+    The boxes have as many axes as `shape` and do not extend beyond it, in any order; empty ones do not count. The
+    time is linear in the number of boxes, however they cut the tensor.
     """
     if 0 in shape:
         return None
@@ -235,12 +235,12 @@ def _along(axes: Sequence[int], box: Box) -> Box:
 
 
 def _first_miscounted(shape: Sequence[int], boxes: Sequence[Box]) -> tuple[Extents, int] | None:
-    """The first position, in row-major order, that is not in exactly one box; how many boxes too many hold it.
+    """The first position, in row-major order, that is not in exactly one box, and its number of boxes less one.
 
     Give each corner of a box the sign +1 or -1, alternating along every axis. The number of boxes that hold a
     position is then the sum of the signs of all corners at or before it. So every position is held once if the
     corners of the boxes cancel those of the whole tensor; otherwise the first corner that remains is the first
-    wrong position, and its sum of signs is the surplus.
+    wrong position, and its sum of signs is the number of its boxes less one.
     """
     corners: Counter[Extents] = Counter()
     whole = ((0,) * len(shape), tuple(shape))

@@ -86,7 +86,7 @@ class CheckpointReader(ABC):
 def open_checkpoint(path: Path) -> CheckpointReader:
     """Opens a checkpoint folder or file without checking the checksums of its tensors; `verify` does that.
 
-    Raises CheckpointError where it is missing, or its list of contents is damaged.
+    Raises CheckpointError if it is missing, or its list of contents is damaged.
     """
     return FolderReader(path) if is_folder(path) else FileReader(path)
 
@@ -213,7 +213,7 @@ class DcpReader(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:  # noqa: ARG003
-        """Accepts any, because none is ever given."""
+        """Accepts every id: this project passes none."""
         return True
 
     def read_metadata(self) -> Metadata:

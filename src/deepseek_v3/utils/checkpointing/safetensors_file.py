@@ -34,7 +34,7 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ORDER = list(DTYPES.values())
 _ALIGNMENT = 8
-_LENGTH_BYTES = 8  # of the header's length, which precedes it
+_LENGTH_BYTES = 8  # size of the number before the header that gives the header's length
 
 
 class HeaderEntry(NamedTuple):
@@ -70,7 +70,7 @@ def write_tensor_file(path: Path, tensors: dict[str, Tensor]) -> WrittenFile:
 
 
 def read_header(path: Path) -> dict[str, HeaderEntry]:
-    """Reads the header of a file. Raises OSError, and ValueError where the header is not valid."""
+    """Reads the header of a file. Raises OSError, and ValueError if the header is not valid."""
     with path.open("rb") as file:
         num_bytes = file.seek(0, os.SEEK_END)
         file.seek(0)

@@ -84,7 +84,7 @@ def save_sharded(
 
     `tensors` are given by name. The ranks that hold a DTensor's shards write those; one of the ranks that have a
     plain tensor writes it, once. All are copied before this returns and may change afterwards. `plain` holds JSON
-    values; that of rank 0 is written. Rank 0 calls `completed` when the folder has its name. All ranks of `group`,
+    values; those of rank 0 are written. Rank 0 calls `completed` once the folder is complete. All ranks of `group`,
     a gloo group or None for a single process, call this. A save must end before the next one starts, which may
     reuse its `stager`. Raises TypeError for a dtype that cannot be saved.
     """
@@ -173,10 +173,10 @@ def load_sharded(
 ) -> None:
     """Fills `tensors`, plain ones and DTensors, in place from the tensors of the same dotted names in a checkpoint.
 
-    All ranks of `group`, a gloo group or None, call this, each with the tensors of which it holds a shard. The
+    All ranks of `group`, a gloo group or None, call this, each with the tensors that it holds shards of. The
     ranks divide the files among them to verify the checksums; `verify=False` skips that. Raises one
     CheckpointError, on all ranks and before any tensor is changed, for damage, for names that only one side has,
-    and for other shapes or dtypes.
+    and for other shapes or dtypes. Raises TypeError for a tensor on the meta device.
     """
     checkpoint = run_on_all_ranks(group, lambda: open_checkpoint(path))
     if verify:
@@ -195,7 +195,7 @@ def load_sharded(
 def newest_checkpoint(checkpoints: CheckpointDirectory, group: ProcessGroup | None) -> Path:
     """The newest undamaged checkpoint, the same on all ranks, which divide the files to verify among them.
 
-    Rank 0 logs each damaged checkpoint that it skips. Raises CheckpointError where there is none.
+    Rank 0 logs each damaged checkpoint that it skips. Raises CheckpointError if there is none.
     """
     paths = gather_objects(group, run_on_all_ranks(group, checkpoints.newest_first))[0]
     is_rank_0 = rank_and_size(group)[0] == 0
@@ -203,7 +203,7 @@ def newest_checkpoint(checkpoints: CheckpointDirectory, group: ProcessGroup | No
 
 
 def verify_checkpoint(path: Path, group: ProcessGroup | None) -> None:
-    """Raises CheckpointError, on all ranks, where a checkpoint is missing or damaged; the ranks divide the work."""
+    """Raises CheckpointError, on all ranks, if a checkpoint is missing or damaged; the ranks divide the work."""
     _verify(run_on_all_ranks(group, lambda: open_checkpoint(path)), group)
 
 

@@ -45,7 +45,7 @@ def save_file(path: Path, state: dict[str, Any]) -> None:
     """Writes `state` to the file `path`, which appears complete or not at all and replaces a previous one.
 
     `state` holds tensors of any dtype, dicts with str or int keys, lists, tuples, str, int, float, bool and None.
-    Raises TypeError, naming the entry, for anything else, and CheckpointError where the file cannot be written.
+    Raises TypeError, naming the entry, for anything else, and CheckpointError if the file cannot be written.
     """
     _require_plain(state, "state")
     try:
@@ -54,7 +54,7 @@ def save_file(path: Path, state: dict[str, Any]) -> None:
                 torch.save(state, file)
             _append_checksum(partial)
     except (OSError, RuntimeError) as error:
-        # After a failed write torch's archive writer raises a RuntimeError of its own; its context is the OSError.
+        # After a failed write torch's archive writer raises a RuntimeError, whose context is the OSError.
         cause = error.__context__ if isinstance(error, RuntimeError) else error
         if not isinstance(cause, OSError):
             raise
@@ -66,7 +66,7 @@ def load_file(
 ) -> dict[str, Any]:
     """Reads what `save_file` wrote, with tensors on `map_location`. The file is not modified and no code is run.
 
-    Raises CheckpointError where the file is missing, damaged, or holds anything but tensors and plain values.
+    Raises CheckpointError if the file is missing, damaged, or holds anything but tensors and plain values.
     `verify=False` skips the checksum of a file that has just been verified; damage may then go unnoticed. With
     `mmap`, tensors are mapped into memory: their values are read when they are used, and changes stay in memory.
     """

@@ -1,8 +1,8 @@
 """Lets `torch.distributed.checkpoint` write checkpoint folders: tensors as safetensors files, the index as JSON.
 
 Torch's own storage pickles its index. Torch's safetensors storage has no index: each rank that loads would open
-every file and could not tell a missing one, and each rank that saves builds its file in memory first. `CpuStager`
-copies the tensors to CPU memory before that, so that training goes on while they are written.
+every file and could not notice a missing one, and each rank that saves builds its file in memory first. `CpuStager`
+copies the tensors to CPU memory first, so that training continues while they are written.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class DcpWriter(StorageWriter):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:  # noqa: ARG003
-        """Accepts any, because none is ever given."""
+        """Accepts every id: this project passes none."""
         return True
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
@@ -159,7 +159,7 @@ class CpuStager(AsyncStager):
     """Copies this rank's shard of every tensor to CPU memory, which it reuses for the next save.
 
     New memory costs a page fault every 4 KiB, so the first save is the slowest. Torch's own stager does not reuse
-    memory in some versions, and copies a whole storage where a tensor is a view.
+    memory in some versions, and copies a whole storage if a tensor is a view.
     """
 
     def __init__(self) -> None:

@@ -22,7 +22,7 @@ class AwakeClock:
     """Counts the seconds in which this process was running, from successive readings of another clock.
 
     Between two readings at most `max_gap` seconds count: a process that was suspended, or starved on a busy
-    machine, has watched nobody for the rest of that time.
+    machine, did not watch the other ranks for the rest of that time.
     """
 
     def __init__(self, max_gap: float) -> None:
@@ -107,7 +107,7 @@ class FailureDetector:
         return [rank for rank, state in stuck if state.heartbeat.waiting_seconds == 0]
 
     def failure(self, now: float, describe: Callable[[list[int]], str]) -> FailureReport | None:
-        """The report on the ranks that have died or hang, or None while all is well.
+        """The report on the ranks that have died or hang; None if no rank has failed.
 
         `describe` names ranks as `HeartbeatStore.describe` does. If one rank has died, those that have been silent
         for 0.4 of `silence` are reported with it: they are likely to have died at the same time.
@@ -137,7 +137,7 @@ class FailureDetector:
 
 
 class RankMonitor:
-    """What one rank does about failures at each heartbeat interval: send its heartbeat, check those of others.
+    """Sends the heartbeats of one rank, and checks those of the others, once per heartbeat interval.
 
     `time` returns the time in seconds; `silence` and `hang` are as in `FailureDetector`. Each method is one
     exchange with the store and never waits, so a test can drive any number of ranks with a fake clock and one

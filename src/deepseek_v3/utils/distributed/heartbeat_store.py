@@ -1,8 +1,7 @@
 """Heartbeats and the failure report of a job, exchanged through a key-value store without collective operations.
 
-The store of a real job is a TCPStore of its own in rank 0. The store through which the ranks rendezvous is not
-used: it may live in a launcher's process, which ends as soon as one of its ranks dies, before any rank could report
-why.
+A real job uses a separate TCPStore in rank 0. The store through which the ranks rendezvous is not used: it may be
+in a launcher's process, which ends as soon as one of its ranks dies, before any rank could report why.
 """
 
 from __future__ import annotations
@@ -80,8 +79,8 @@ class HeartbeatStore:
     """One rank's view of the store that all ranks of a job share.
 
     Use an instance in one thread at a time: a store that does not answer blocks that thread for ever. Every method
-    raises torch.distributed.DistError where the store has gone. Any torch.distributed store will do; tests use a
-    HashStore, which lives in memory.
+    that uses the store raises torch.distributed.DistError if the store has ended. Any torch.distributed store will
+    do; tests use a HashStore, which is in memory.
     """
 
     def __init__(self, rank: int, size: int, store: Store) -> None:
@@ -106,7 +105,7 @@ class HeartbeatStore:
     def wait_for_all_ranks(self, timeout: timedelta) -> None:
         """Waits until every rank has published its name, for as long as the store's own timeout.
 
-        Raises TrainingError, naming the missing ranks and giving `timeout` as the time that was waited.
+        Raises TrainingError, naming the missing ranks; the message gives `timeout` as the time waited.
         """
         keys = [_name_key(rank) for rank in range(self.size)]
         try:
@@ -168,7 +167,7 @@ class HeartbeatStore:
 
 
 def _connect_to_rank_0(world: World, timeout: timedelta) -> TCPStore:
-    """Rank 0 hosts the store at a free port of the address by which it reaches the rendezvous store."""
+    """Connects to the store, which rank 0 hosts at the address by which it reaches the rendezvous store."""
     rendezvous = world.connect(timeout)
     if world.rank == 0:
         with socket.create_connection((rendezvous.host, rendezvous.port), timeout.total_seconds()) as connection:

@@ -11,7 +11,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]  # public, but not said to be so
+from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]  # public, but not exported
 
 from deepseek_v3.utils.errors import ConfigError, TrainingError
 
@@ -25,8 +25,8 @@ _LAUNCHERS = "start it with torchrun, deepspeed or srun, or without any of their
 class World:
     """This process's rank among the `size` of its job and the `local_size` of its host; by default it is alone.
 
-    `address` and `port` are those of the store for the rendezvous of all ranks. It lives in rank 0, or with
-    `launcher_hosts_store` in the launcher's process on the first host.
+    `address` and `port` are those of the store for the rendezvous of all ranks. Rank 0 hosts it, or, with
+    `launcher_hosts_store`, the launcher's process on the first host.
     """
 
     rank: int = 0
@@ -60,7 +60,7 @@ class World:
 
     @property
     def hosts_store(self) -> bool:
-        """Whether the rendezvous store lives in this process, and ends with it."""
+        """Whether this process hosts the rendezvous store, which then ends with it."""
         return self.rank == 0 and not self.launcher_hosts_store
 
     def connect(self, timeout: timedelta) -> TCPStore:
@@ -151,7 +151,7 @@ def select_device(name: str, world: World = ALONE) -> torch.device:
 
 
 def first_host(node_list: str) -> str:
-    """The first node of a Slurm node list: `node01` of `node[01-03,07],login`. Raises ValueError for no list."""
+    """The first node of a Slurm node list: `node01` of `node[01-03,07],login`. Raises ValueError for other text."""
     entry = _FIRST_ENTRY.match(node_list)
     host = _RANGES.sub(r"\1", entry[0]) if entry else ""
     if not host or "[" in host:
@@ -160,7 +160,7 @@ def first_host(node_list: str) -> str:
 
 
 def tasks_on_node(counts: str, node: int) -> int:
-    """The tasks on node `node`, from 0, by a Slurm list such as `8(x3),4`. Raises ValueError where it has none."""
+    """The tasks on node `node`, from 0, by a Slurm list such as `8(x3),4`. Raises ValueError if it has none."""
     left = node
     for entry in counts.split(","):
         match = _REPEATED.fullmatch(entry)
@@ -231,5 +231,5 @@ def _rendezvous_failed(world: World, error: RuntimeError) -> TrainingError:
     return TrainingError(
         f"rank {world.rank} of {world.size} did not meet the others at {world.address}:{world.port}: {reason}; "
         f"check that all {world.size} processes were started, that the address is reachable from every host and "
-        "the port free, and that GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, where set, name one of its interfaces"
+        "the port free, and that GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, if set, name one of its interfaces"
     )

@@ -13,11 +13,11 @@ import torch.distributed as dist
 _PROJECT = str(Path(__file__).parents[2])
 _LIBRARIES = (str(Path(torch.__file__).parent), sysconfig.get_path("stdlib"))
 _COLLECTIVES = str(Path(dist.__file__).parent)
-_OPERATORS = str(Path(torch.__file__).parent / "_ops.py")  # through which functional collectives are called
+_OPERATORS = str(Path(torch.__file__).parent / "_ops.py")  # calls functional collectives
 
 
 class StackProbe:
-    """Samples one thread now and then. Keeps none of its frames, which would keep their tensors alive."""
+    """Samples the stack of one thread. Keeps none of its frames, because they would keep their tensors alive."""
 
     def __init__(self, thread: int) -> None:
         self._thread = thread

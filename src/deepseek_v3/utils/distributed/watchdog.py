@@ -1,9 +1,9 @@
 """Ends a job of several ranks, with one message, when one rank dies, hangs, or loses its host.
 
 Without it the other ranks wait in a collective operation for the rank that died, each until its own timeout, and
-end in as many tracebacks, none of which names that rank. Here every rank publishes heartbeats and checks those of
-others, in a thread that takes part in no collective operation. A rank that detects a failure publishes a report, of
-which the store keeps the first; the reporter that it names logs it, and all ranks end.
+each prints a traceback that does not name that rank. Here every rank publishes heartbeats and checks those of
+others, in a thread that takes part in no collective operation. A rank that detects a failure publishes a report.
+The store keeps the first report; the rank that it names as the reporter logs it, and all ranks end.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from deepseek_v3.utils.distributed.stack_probe import StackProbe
 from deepseek_v3.utils.errors import error_chain
 from deepseek_v3.utils.logging import get_logger
 
-_HANG_SHARE = 0.9  # of the timeout of a collective operation, so that the watchdog reports before that times out
-_SECONDS_TO_PRINT = 1.0  # that others wait for a rank to print its error: a launcher ends all ranks after the first
-_SECONDS_TO_END = 0.2  # between two checks of rank 0, which hosts the store and ends last
+_HANG_SHARE = 0.9  # share of a collective operation's timeout, so that the watchdog reports before it times out
+_SECONDS_TO_PRINT = 1.0  # for a rank to print its error, before others exit and a launcher ends all ranks
+_SECONDS_TO_END = 0.2  # the longest time between two checks of rank 0, which hosts the store and ends last
 
 
 class Watchdog:
-    """While entered, ends this process with exit code 1 as soon as the job cannot go on; a lone rank needs nothing.
+    """While entered, ends this process with exit code 1 once the job cannot continue; does nothing for one rank.
 
-    A rank that is silent for longer than `silence` is taken for dead. The others count only the time in which they
-    were running themselves, so a job that is suspended and resumed goes on. A rank that stays in a step while
+    A rank that is silent for longer than `silence` counts as dead. The others count only the time in which they
+    were running themselves, so a job that is suspended and resumed continues. A rank that stays in a step while
     others wait for it is reported after nine tenths of `timeout`, the timeout of a collective operation, before
-    that operation raises its own error. Before a process ends, `before_exit` gets up to `grace` to finish what must
-    not be interrupted, such as writing a checkpoint. The process ends even when its main thread hangs.
+    that operation raises its own error. Before a process ends, `before_exit` gets up to `grace` to finish work that
+    must not be interrupted, such as writing a checkpoint. The process ends even when its main thread hangs.
 
     When an error leaves the block on one rank, all others end silently, because that error is the message to read.
     From then on the rank ignores SIGTERM, so that no launcher ends it before it has printed the error. An error
@@ -66,11 +66,11 @@ class Watchdog:
         self._exiting = threading.Lock()  # acquired once, by the thread that ends the process
 
     def step(self, number: int) -> None:
-        """Records that this rank enters a step; best called once its data is there, before its first collective."""
+        """Records that this rank enters a step. Call it when the data is ready, before the first collective."""
         self._step = number
 
     def finish_first(self, work: Callable[[], None]) -> None:
-        """Sets `before_exit` later than the constructor."""
+        """Sets `before_exit` after construction."""
         self._before_exit = work
 
     def __enter__(self) -> Watchdog:
@@ -96,7 +96,7 @@ class Watchdog:
             self._await_report()
         self._released.set()
         self._heart.join()
-        with suppress(dist.DistError):  # whatever has become of the store, this rank ends as it was going to
+        with suppress(dist.DistError):  # the end of the store must not change how this rank ends
             if error is None:
                 self._finish()
             else:
@@ -104,7 +104,7 @@ class Watchdog:
         self._closed.set()
 
     def _await_report(self) -> None:
-        """Returns when another rank's death would have been reported, which would have ended this process."""
+        """Waits as long as it takes to detect and report another rank's death; such a report ends this process."""
         end = self._monitor.clock.seconds + 1.5 * self._silence
         while self._monitor.clock.seconds < end:
             time.sleep(self._monitor.interval)
@@ -156,7 +156,7 @@ class Watchdog:
             self._exit(report)
 
     def _exit(self, report: FailureReport) -> None:
-        """Ends the process after the reporter has; rank 0, which hosts the store, after all ranks that read it."""
+        """Ends the process after the reporter; rank 0, which hosts the store, ends after all ranks that read it."""
         self._exiting.acquire()
         if report.reporter == self._world.rank:
             get_logger("Watchdog").error(report.text)
@@ -172,7 +172,7 @@ class Watchdog:
         os._exit(1)
 
     def _exit_without_store(self) -> None:
-        """Ends the process where the ranks can no longer agree: each works out the reporter by itself."""
+        """Ends the process when the ranks cannot communicate any more: each determines the reporter by itself."""
         self._exiting.acquire()
         failed = [0] if self._store.host_is_reachable(self._silence / 2) else self._store.ranks_on_host_of(0)
         if self._monitor.detector.reporter(failed) == self._world.rank:

@@ -218,7 +218,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
         "should match pattern",
     ),
     "unknown file": (lambda index: chunk(index).update(file="rank_1.safetensors"), "not among the files"),
-    "beyond the file": (lambda index: chunk(index).update(begin=10**6), "lies beyond the end"),
+    "beyond the file": (lambda index: chunk(index).update(begin=10**6), "extends beyond the end"),
     "beyond the shape": (lambda index: chunk(index).update(offsets=[1, 0]), "chunk beyond its shape"),
     "other axes": (lambda index: chunk(index).update(offsets=[0]), "with other axes than its shape"),
     "missing numbers": (

@@ -153,7 +153,7 @@ def test_a_chunk_named_twice_is_refused(folder: Path) -> None:
     write_index(folder, json.dumps(index))
     message = refusal(folder)
     assert "'model.a.weight' has the element at [0, 0] in 2 chunks" in message
-    assert "'model.a.weight' lies where 'model.a.weight' lies" in message
+    assert "'model.a.weight' overlaps 'model.a.weight' at byte" in message
 
 
 def test_all_problems_are_in_one_message(folder: Path) -> None:
