@@ -81,7 +81,7 @@ def test_links_are_followed_and_loops_end(tmp_path):
 def test_a_pipe_does_not_block(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     message = error_of(tmp_path)
-    assert "holds no text: found only pipe: is a broken link, or no regular file" in message
+    assert "holds no text: found only pipe: is a broken link, or not a regular file" in message
 
 
 def test_a_missing_source_is_named(tmp_path):

@@ -114,4 +114,4 @@ def test_a_model_sets_the_budget_and_too_little_text_warns(
     counts = run_pipeline(config)["counts"]
     assert counts["kept"] == 100
     assert counts["copies"] == 300
-    assert "that is all with max_epochs = 4.0" in caplog.text
+    assert "the sources give no more with max_epochs = 4.0" in caplog.text

@@ -112,8 +112,8 @@ def convert_documents(documents: Documents) -> Iterator[ConvertedBatch]:
     """Converts documents to batches of `RECORDS`.
 
     `documents` is an Arrow table, or a list or an iterator of Arrow batches, texts, `Document`s, or mappings with a
-    `text` and optionally an `id`. Raises DataError, naming the position, for anything else, for a text that is
-    missing or no string, and for a text that holds a lone surrogate.
+    `text` and optionally an `id`. Raises DataError for anything else, for a text that is missing or not a string,
+    and for a text that holds a lone surrogate; for objects, the message names the position.
     """
     if isinstance(documents, (pa.Table, pa.RecordBatch)):
         table = pa.Table.from_batches([documents]) if isinstance(documents, pa.RecordBatch) else documents

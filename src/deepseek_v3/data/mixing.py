@@ -72,7 +72,7 @@ class Mixer(GlobalStage):
         targets = tokens_per_source(self._weights, available, budget, self.options.max_epochs)
         if targets.sum() < 0.999 * budget:
             _log.warning(
-                "%s tokens, %.1f%% of the budget of %s: that is all with max_epochs = %s",
+                "%s tokens, %.1f%% of the budget of %s: the sources give no more with max_epochs = %s",
                 *(f"{int(targets.sum()):,}", 100 * targets.sum() / budget, f"{budget:,}", self.options.max_epochs),
             )
         copies = np.zeros(len(tokens), np.int64)
@@ -146,8 +146,8 @@ def tokens_per_source(weights: Float64Array, available: Int64Array, budget: int,
 def copies_per_document(tokens: Int64Array, order: UInt64Array, target: float) -> Int64Array:
     """The number of copies of each document for `target` tokens in total: int64 [n].
 
-    All documents are taken equally often, then the first ones in `order` once more, of which the last is included
-    only if that brings the total closer to the target.
+    Takes every document the same number of times, then the first ones in `order` once more. The last of these is
+    taken only if that brings the total closer to the target.
     """
     total = int(tokens.sum())
     if total == 0:

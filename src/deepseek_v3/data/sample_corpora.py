@@ -1,4 +1,4 @@
-"""Corpora that need no download: synthetic text in every format and with every damage, and Python's own sources."""
+"""Corpora that need no download: synthetic text in all formats, with all kinds of damage, and Python's sources."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ class FilteredBuilder:
         self._total = 0
 
     def add(self, given: ConvertedBatch, result: Outcome) -> None:
-        """Adds what a stage kept of a batch, and counts the reasons of what it dropped."""
+        """Adds the documents of a batch that a stage kept, and counts the reasons of those that it dropped."""
         rows = np.flatnonzero(result.kept_rows).tolist()
         documents = convert_back(given, result.kept, rows)
         if isinstance(documents, list):
@@ -209,13 +209,13 @@ class Task:
 class GlobalStage(ABC):
     """A stage that compares each document with the whole corpus, such as deduplication.
 
-    It runs in steps, each of which needs a bounded amount of memory:
+    It runs in steps, each in a bounded amount of memory:
 
-    1. `write_keys` writes the keys of one part, which is all that the next steps know of its documents. Pure.
+    1. `write_keys` writes the keys of one part; the next steps know its documents by these keys alone. Pure.
     2. `match_tasks` lists independent tasks over the keys of all parts; each task writes one file.
     3. `refine_tasks` may list more tasks, made from the files of the match tasks.
     4. `resolve` runs once and writes the decisions about all documents.
-    5. `apply` carries out the decisions for one part. Pure.
+    5. `apply` applies the decisions to one part. Pure.
 
     Every file depends only on the documents and their order, not on how the work was split into tasks.
     """
@@ -253,7 +253,7 @@ class GlobalStage(ABC):
 
     @abstractmethod
     def apply(self, batch: pa.RecordBatch, documents: Int64Array, folder: Path, ids_of: IdLookup) -> Outcome:
-        """Carries out the decisions in `folder` for a batch.
+        """Applies the decisions in `folder` to a batch.
 
         `documents`, int64 [rows], are the ascending numbers of its documents; those that a preceding stage removed
         are missing. `ids_of` returns the ids of documents by their numbers.

@@ -148,8 +148,8 @@ def test_links_are_followed_once_and_broken_links_are_listed(tmp_path):
     found = find_inputs(folder)
     assert names(found) == ["a.txt", "linked/b.txt"]
     assert [(one.name, one.reason) for one in found.ignored] == [
-        ("dangling.txt", "is a broken link, or no regular file"),
-        ("pipe", "is a broken link, or no regular file"),
+        ("dangling.txt", "is a broken link, or not a regular file"),
+        ("pipe", "is a broken link, or not a regular file"),
     ]
 
 

@@ -43,7 +43,7 @@ def _evaluation_texts(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, 
 
 
 class _Table(NamedTuple):
-    """Ascending hashes of n-grams (uint64), and the number of an evaluation text with each (int64)."""
+    """Ascending hashes of n-grams (uint64), and the index of an evaluation text that has each (int64)."""
 
     hashes: UInt64Array
     owners: Int64Array
@@ -52,8 +52,8 @@ class _Table(NamedTuple):
 class NgramMatches(NamedTuple):
     """N-grams of evaluation texts that occur in other texts: int64 [matches] each.
 
-    `starts` are indices into the concatenated words of all texts, in ascending order, `lengths` numbers of words,
-    `owners` numbers of evaluation texts.
+    `starts` are indices into the concatenated words of all texts, in ascending order, `lengths` are numbers of
+    words, and `owners` are indices of evaluation texts.
     """
 
     starts: Int64Array
@@ -126,7 +126,7 @@ class NgramHashes:
     """Rolling hashes of the word n-grams of a text, for any n; equal n-grams have equal hashes."""
 
     def __init__(self, values: UInt64Array) -> None:
-        """`values` (uint64 [words]) holds the random number that stands for each word."""
+        """`values` (uint64 [words]) holds the random number of each word; equal words have equal numbers."""
         powers = np.multiply.accumulate(np.full(len(values), _FACTOR, np.uint64))
         self._inverse = np.multiply.accumulate(np.full(len(values), _INVERSE, np.uint64))
         self._sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(values * powers)])

@@ -64,7 +64,7 @@ def fold_character(character: str) -> str:
 
 
 class CharacterTables(NamedTuple):
-    """Tables indexed by code point; the last entry holds for all code points from there on.
+    """Tables indexed by code point; the last entry is that of all higher code points, too.
 
     `utf8` (uint32) holds the UTF-8 bytes of the folded character, the first byte lowest, or 0 for a character that
     is in no word. `is_whole_word` (bool) is set for a character that is a word by itself.

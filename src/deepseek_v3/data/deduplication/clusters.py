@@ -29,7 +29,7 @@ def choose_kept(
     `one` and `other` (int64 [pairs]) are pairs of similar documents, one < other. The first document of each
     connected component is kept. It replaces every document that it forms a pair with, or that
     `is_close(first, document)` accepts. The remaining documents, which only a chain of pairs connects to it, are
-    visited in order: each is kept unless it forms a pair with a kept one of them. So at most one document of
+    visited in order: each is kept unless it forms a pair with one of them that is kept. So at most one document of
     each pair is kept.
 
     Dropping whole connected components would drop chains of documents whose ends have nothing in common.
@@ -80,7 +80,7 @@ def connected_components(one: Int64Array, other: Int64Array, num_documents: int)
 def write_decisions(
     folder: Path, parts: Sequence[NumberedPart], kept: Int64Array, similarity: NDArray[np.floating[Any]]
 ) -> dict[str, Any]:
-    """Writes the decisions, and returns the report's figures on the documents of this run, as JSON.
+    """Writes the decisions, and returns figures on the documents of this run for the report, as JSON values.
 
     `kept` (int64 [documents]) is the document kept in place of each, `similarity` (float [documents]) the
     similarity of the two. A cluster is a kept document with its duplicates; `cluster_sizes` counts clusters by

@@ -24,7 +24,7 @@ from deepseek_v3.data.stages import Drop, IdLookup, NumberedPart, Outcome, Task,
 
 _BYTES_PER_KEY = 200  # the most memory that a match task takes for each text in its range
 _BLANK_LINES = re.compile(r"(\n\s*\n)")
-_UNITS_FILE = "units.npy"  # of a part: uint32 [documents], the number of paragraphs or lines that are not blank
+_UNITS_FILE = "units.npy"  # uint32 [documents of a part]: the number of paragraphs or lines that are not blank
 _REPEATS_FILE = "repeats.npy"
 _REMOVED_FILE = "removed.npy"
 
@@ -33,8 +33,8 @@ class ExactDeduplicator(Deduplicator):
     """Keeps the first of equal documents, or of equal paragraphs or lines (`ExactDeduplicationConfig`).
 
     Texts are equal if their XXH3-128 hashes agree after normalization, which removes letter case and white space;
-    so all documents of white space alone are equal. Repeated paragraphs or lines are removed from their document;
-    a document of which nothing is left is dropped.
+    so all documents of white space alone are equal. Repeated paragraphs or lines are removed from their document; a
+    document that has no others is dropped.
     """
 
     name = "exact_deduplication"
@@ -122,7 +122,7 @@ class UnitDeduplication:
         np.save(folder / _UNITS_FILE, num_filled)
 
     def resolve(self, parts: Sequence[NumberedPart], repeats: Repeats, folder: Path) -> dict[str, Any]:
-        """Writes the units to remove, and the documents that have no others. Returns figures for the report."""
+        """Writes the units to remove, and marks documents without other units. Returns figures for the report."""
         counts = np.bincount(repeats["document"], minlength=sum(part.rows for part in parts))
         num_filled = np.concatenate([np.zeros(0, np.uint32), *(map_keys(part, _UNITS_FILE) for part in parts)])
         removed = (counts > 0) & (counts == num_filled)
@@ -137,7 +137,7 @@ class UnitDeduplication:
         }
 
     def apply(self, stage: str, batch: pa.RecordBatch, documents: Int64Array, folder: Path) -> Outcome:
-        """Removes repeated units from a batch of these documents, and drops documents of which nothing is left."""
+        """Removes repeated units from a batch of these documents, and drops documents that have no other units."""
         repeats = np.load(folder / _REPEATS_FILE, mmap_mode="r")
         starts = np.searchsorted(repeats["document"], documents)
         ends = np.searchsorted(repeats["document"], documents, side="right")
@@ -155,5 +155,5 @@ class UnitDeduplication:
         return outcome(stage, with_texts(batch, texts), drops)
 
     def removed(self, folder: Path) -> BoolArray:
-        """Marks the documents of which nothing is left: bool [documents]."""
+        """Marks the documents that have only repeated units: bool [documents]."""
         return np.load(folder / _REMOVED_FILE)

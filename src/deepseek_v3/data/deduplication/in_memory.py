@@ -25,7 +25,7 @@ class Deduplicator(GlobalStage):
 
         Returns the unique documents as the caller's own kind of object, their ids (or positions, counted from 0),
         and figures: `documents`, `unique`, `duplicates`, `reasons`, and the stage's own. Works in a temporary
-        folder that takes a little more space than the texts. Raises DataError for an item that is no document.
+        folder that takes a little more space than the texts. Raises DataError for an item that is not a document.
         """
         with TemporaryDirectory(prefix="deduplication-") as name:
             folder = Path(name)

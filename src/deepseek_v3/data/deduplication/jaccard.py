@@ -1,6 +1,6 @@
 """Pairs of similar documents, and the exact Jaccard similarity of those that signatures cannot decide.
 
-An estimate within `estimate_margin` of the threshold decides nothing; the shingles of both documents then do.
+If an estimate is within `estimate_margin` of the threshold, the shingles of both documents decide instead.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _DEVIATIONS = 3
 _PAIRS_PER_CHUNK = 2**16
 _HASH_BITS = np.uint64(32)
 _BYTES_PER_SHINGLE = 50  # the memory that `exact_similarities` takes for each shingle of a document
-_CHUNK_MEMORY = 2**25  # larger chunks would leave too few of them to spread over the workers
+_CHUNK_MEMORY = 2**25  # with larger chunks there would be too few to occupy all workers
 
 
 def make_pairs(one: Int64Array, other: Int64Array, similarity: Float64Array) -> Pairs:
@@ -78,9 +78,10 @@ def have_both_texts(parts: Sequence[NumberedPart], pairs: Pairs) -> BoolArray:
 
 
 def split_pairs(parts: Sequence[NumberedPart], pairs: Pairs, memory: int) -> list[Pairs]:
-    """Splits unique pairs into chunks for `exact_similarities`, each of which needs at most `memory` bytes.
+    """Splits unique pairs into chunks for `exact_similarities`, each of which needs about `memory` bytes.
 
-    Pairs of one cluster follow each other, so that few texts are read for more than one chunk.
+    A chunk needs no more than about 32 MiB, unless a single pair does. Pairs of one cluster follow each other, so
+    that few texts are read for more than one chunk.
     """
     clusters = connected_components(pairs["one"], pairs["other"], sum(part.rows for part in parts))[pairs["one"]]
     pairs = pairs[np.argsort(clusters, kind="stable")]
@@ -121,7 +122,7 @@ def _shingle_sets(
 
 
 def _sorted_set(values: UInt64Array) -> UInt64Array:
-    """Returns the distinct values, ascending. It gets one block at a time, so that sorting stays in the caches."""
+    """Returns the distinct values, ascending; sorts in place. A block of values is small enough for the caches."""
     values.sort()
     new = np.ones(len(values), np.bool_)
     new[1:] = values[1:] != values[:-1]

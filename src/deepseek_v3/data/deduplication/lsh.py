@@ -14,7 +14,7 @@ from deepseek_v3.data.deduplication.hashing import random_bits
 
 _BAND_SEED = 2**32 + 16
 _BYTE_MULTIPLIER = np.uint32(0x9E3779B1)  # near 2^32 divided by the golden ratio
-_NEIGHBOURS = 8  # members of a bucket that each document is compared with, on either end
+_NEIGHBOURS = 8  # a document is compared with this many at the start of its bucket, and just before itself
 _PAIRS_PER_CHUNK = 2**12
 
 
@@ -58,7 +58,7 @@ def similar_pairs(
     """Finds pairs of documents in the same bucket whose estimated similarity is at least `min_similarity`.
 
     `signatures`: uint8 [documents, values]. `buckets`: int64 [documents], ascending. Returns the indices of the
-    first and of the second document of each pair, in order, and the estimates.
+    earlier and of the later document of each pair (int64 [pairs]), and the estimates (float64 [pairs]).
 
     In a bucket of up to 9 documents all pairs are compared; in a larger one each document is compared with the
     first 8 and with the 8 before it, so the work grows linearly with the bucket. Two documents whose estimates

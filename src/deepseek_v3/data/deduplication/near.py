@@ -26,7 +26,7 @@ _BYTES_PER_KEY = 500  # the memory that a match task takes for each document in 
 class MinHashDeduplicator(Deduplicator):
     """Keeps the first of similar documents (`DeduplicationConfig`).
 
-    Signatures propose pairs; where the estimate is too close to the threshold, the exact Jaccard similarity of the
+    Signatures propose pairs; if the estimate is too close to the threshold, the exact Jaccard similarity of the
     shingles decides. Documents without words have no duplicates.
     """
 
@@ -110,7 +110,7 @@ class MinHashDeduplicator(Deduplicator):
     def _decide_by_estimate(self, parts: Sequence[NumberedPart], pairs: Pairs) -> tuple[BoolArray, BoolArray]:
         """Marks the pairs that the estimates call similar, and the undecided ones, whose texts must be compared.
 
-        Where a text is not available, the estimate alone decides.
+        If a text is not available, the estimate alone decides.
         """
         similarity = pairs["similarity"]
         sure = similarity > self.options.threshold + self._margin

@@ -42,7 +42,7 @@ def _block_digests(text: UInt8Array, offsets: Int64Array) -> list[bytes]:
 
 
 def _lower_case(text: UInt8Array, offsets: Int64Array) -> tuple[UInt8Array, set[int]]:
-    """Replaces capitals by lower case, and white space by ASCII spaces, where the size in UTF-8 stays the same.
+    """Replaces capitals by lower case, and white space by ASCII spaces, if the size in UTF-8 stays the same.
 
     Also returns the documents with a character that this cannot handle; `normalize` has to process those.
     """
@@ -60,7 +60,7 @@ def _lower_case(text: UInt8Array, offsets: Int64Array) -> tuple[UInt8Array, set[
 def _replacements() -> UInt32Array:
     """Builds the table of replacements by code point: UTF-8 with the first byte lowest, or `_NEEDS_PYTHON`.
 
-    An entry of 0 leaves the character as it is. The last entry holds for all code points from there on.
+    An entry of 0 leaves the character as it is. The last entry is that of all higher code points, too.
     """
     table = np.zeros(_END + 1, np.uint32)
     for code_point in range(128, _END):

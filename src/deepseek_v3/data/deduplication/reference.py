@@ -70,7 +70,7 @@ def word_hash(word: bytes) -> int:
 
 
 def shingle_hash(shingle: Sequence[bytes], ngram: int = 5) -> int:
-    """Hashes a shingle to 32 bits, never 0: the mix64 sum of its word hashes times a multiplier per position."""
+    """Hashes a shingle to 32 bits, never 0: mixes the sum of its word hashes, each times a factor per position."""
     multipliers = shingle_multipliers(ngram).tolist()
     total = sum(word_hash(word) * factor for word, factor in zip(shingle, multipliers, strict=False)) % 2**32
     total = (total ^ total >> 16) * MIX_32 % 2**32

@@ -12,8 +12,8 @@ from deepseek_v3.data.arrays import Int64Array, UInt8Array, UInt32Array, UInt64A
 
 WINDOW_BYTES = 8  # bytes that one uint64 window holds
 
-_BLOCK_BYTES = 2**18  # of text, so that most intermediate arrays of a block fit into the L2 cache
-_MULTIBYTE = 0xC0  # bytes from here on are the first of a character of several bytes
+_BLOCK_BYTES = 2**18  # small enough that most intermediate arrays of a block fit into the L2 cache
+_MULTIBYTE = 0xC0  # bytes from this value on start a character of several bytes
 
 
 def text_blocks(texts: pa.Array) -> Iterator[tuple[UInt8Array, Int64Array]]:
@@ -78,7 +78,7 @@ def encode_utf8(code_points: UInt32Array) -> UInt32Array:
 
 
 def overwrite_characters(text: UInt8Array, positions: Int64Array, encoded: UInt32Array, sizes: UInt32Array) -> None:
-    """Replaces the characters at `positions` in place by `encoded` ones (as of `encode_utf8`) of the same sizes."""
+    """Replaces the characters at `positions` in place by `encoded` ones (see `encode_utf8`) of the same sizes."""
     text[positions], text[positions + 1] = encoded, encoded >> np.uint32(8)
     for byte in (2, 3):
         longer = np.flatnonzero(sizes > byte)

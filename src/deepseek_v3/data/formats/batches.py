@@ -60,7 +60,7 @@ class ReadBatch(NamedTuple):
 class BatchBuilder:
     """Collects the documents and the invalid records of one batch.
 
-    A `place` is that of `RECORDS`.
+    The argument `place` of the methods is the value for the column `place` of `RECORDS`.
     """
 
     def __init__(self, source: str, options: ReadOptions) -> None:
@@ -77,7 +77,10 @@ class BatchBuilder:
         return not self._ids and not self._rejected
 
     def add(self, place: int, record: Any) -> None:
-        """Adds a record as a document, and removes fields from it. Raises InvalidRecord, and then adds nothing."""
+        """Adds a record as a document; removes its text and its id from `record`, and keeps the rest as metadata.
+
+        Raises InvalidRecord for a record that is not a document, and then adds nothing.
+        """
         if type(record) is not dict:
             raise InvalidRecord(
                 "not_object",
@@ -146,7 +149,7 @@ class BatchBuilder:
         return InvalidRecord(reason, f"field {field!r} holds {_type(text)}, expected a string")
 
     def _id(self, id_: Any, place: int) -> str:
-        """The id of a record that has none, or a number, as its id."""
+        """The id of a record without an id, or with an integer as its id. Raises InvalidRecord for other types."""
         if id_ is None or id_ is _MISSING:
             return f"{self._source}:{place}"
         if type(id_) is int:

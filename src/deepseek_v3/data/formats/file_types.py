@@ -82,7 +82,7 @@ def format_of(name: str) -> FileFormat | None:
 
 
 def known_format(file: InputFile) -> FileFormat:
-    """The format of a file that `find_inputs` returned, which all have one."""
+    """The format of a file that `find_inputs` returned; every such file has one."""
     found = format_of(file.name)
     assert found is not None, f"{file.name} has no known format"
     return found

@@ -71,7 +71,7 @@ def find_inputs(input_path: str | Path | Sequence[str | Path]) -> Inputs:
 
     The name of a file is its path below the given folder, or below the part of a pattern before its first wildcard.
     A pattern that matches a folder selects every file below it. Hidden files and folders are skipped, and so is
-    __pycache__. Every link is followed once, and a file that is found twice is taken once.
+    __pycache__. Links are followed, but each folder is entered only once. A file that is found twice is taken once.
 
     Raises DataError if an input does not exist or holds nothing that can be read, if two files would have the same
     name, and if a library that is needed to read them is not installed.
@@ -83,7 +83,7 @@ def find_inputs(input_path: str | Path | Sequence[str | Path]) -> Inputs:
     for one in sorted(map(str, given)):
         for found in _find_one(one):
             known = names.get(found.file.path)
-            # The longer name, so that the order of the inputs does not matter.
+            # Keeps the longer name, so that the order of the inputs does not matter.
             if known is None or _rank(known.file.name) < _rank(found.file.name):
                 names[found.file.path] = found
     return _separate(sorted(names.values(), key=lambda found: (found.file.name, found.file.path)))
@@ -128,7 +128,7 @@ def _walk_disk(given: Path) -> Iterator[_Found]:
     for path in walk_files(Path(root)):
         name = path.name if path == Path(root) else path.relative_to(root).as_posix()
         if not path.is_file():
-            yield _Found(InputFile(name, str(path.absolute()), 0, ""), "is a broken link, or no regular file")
+            yield _Found(InputFile(name, str(path.absolute()), 0, ""), "is a broken link, or not a regular file")
         elif _matches(pattern, name):
             status = path.stat()
             yield _with_fault(name, str(path.absolute()), status.st_size, str(status.st_mtime_ns))
@@ -157,7 +157,7 @@ def _list_store(store: AbstractFileSystem, root: str, given: str) -> dict[str, d
         found: dict[str, dict[str, Any]] = store.find(root, detail=True)
     except OSError:
         raise
-    except Exception as error:  # noqa: BLE001 -- each store's library has errors of its own
+    except Exception as error:  # noqa: BLE001 -- each store's library raises its own types of errors
         raise DataError(redact(f"{given}: cannot be listed: {error}", given)) from None
     return found
 

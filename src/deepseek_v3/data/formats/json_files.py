@@ -115,9 +115,10 @@ class _ElementReader:
 
 
 class JsonValue(NamedTuple):
-    """The bytes of a value, `length` of them, at byte `offset`.
+    """A value of `length` bytes at byte `offset`.
 
-    `data` is None if the value is too long. `is_whole` is False if the file ends inside the value.
+    `data` holds its bytes; it is None if the value is too long. `is_whole` is False if the file ends inside the
+    value.
     """
 
     offset: int
@@ -153,7 +154,7 @@ class JsonValueScanner:
         self._at += 1
 
     def next_value(self) -> JsonValue:
-        """The value that starts here. Brackets are counted, whatever their kind."""
+        """The value that starts at the next byte. To find its end, counts brackets of both kinds together."""
         offset, length = self.offset, 0
         parts: list[bytes] = []
         end_finder = _EndFinder(is_word=self._data[self._at] not in b'{["')

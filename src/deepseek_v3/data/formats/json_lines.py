@@ -107,7 +107,7 @@ class _LineReader:
         return _Block(offset, [*lines, line], 0, not has_newline, not has_newline)
 
     def _completed(self, begun: bytes) -> tuple[bytes | None, int, bool]:
-        """The whole of a line that was begun (None if it is too long), its length, and whether it has a newline."""
+        """Reads the rest of a line. Returns it (None if too long), its length, and whether it has a newline."""
         parts, length = [begun], len(begun)
         while True:
             data = self._stream.read(_CHUNK_BYTES)

@@ -1,4 +1,4 @@
-"""Parsing one JSON value, and explaining why some bytes are none."""
+"""Parses one JSON value, and explains why some bytes are not JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
 def parse_json(data: bytes, offset: int) -> Any:
-    """Parses the bytes that lie at `offset` of a file. Raises InvalidRecord."""
+    """Parses JSON from byte `offset` of a file. Raises InvalidRecord if `data` is not a JSON value in UTF-8."""
     try:
         return orjson.loads(data)
     except orjson.JSONDecodeError:
@@ -24,7 +24,7 @@ def parse_json(data: bytes, offset: int) -> Any:
 
 
 def decode_utf8(data: bytes, offset: int) -> str:
-    """Decodes the bytes that lie at `offset` of a file. Raises InvalidRecord."""
+    """Decodes bytes from byte `offset` of a file. Raises InvalidRecord, with the offset, if they are not UTF-8."""
     try:
         return data.decode()
     except UnicodeDecodeError as error:

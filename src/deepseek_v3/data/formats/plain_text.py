@@ -13,7 +13,7 @@ _CHUNK_BYTES = 2**18
 
 
 def read_text(file_range: FileRange, options: ReadOptions, start: int | None) -> Iterator[ReadBatch]:  # noqa: ARG001
-    """Reads a file as one document, whose id is the file's name, in one batch; so `start` has no use."""
+    """Reads a file as one document, whose id is the file's name, in one batch; ignores `start`."""
     name = file_range.file.name
     builder = BatchBuilder(name, options)
     data, length, damage = _read(file_range, options.max_record_bytes)

@@ -6,7 +6,7 @@ import pyarrow as pa
 
 from deepseek_v3.utils.redaction import redact
 
-# `place` is that of `RECORDS`. `offset` and `length` count bytes of the decompressed file, and are -1 where
+# `place` is that of `RECORDS`. `offset` and `length` count bytes of the decompressed file, and are -1 if
 # unknown. `records` is the number of records that the entry covers. `raw` holds the bytes of a short record if they
 # are known.
 QUARANTINED = pa.schema(

@@ -22,7 +22,7 @@ from deepseek_v3.data.formats.quarantine import InvalidRecord
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.redaction import redact
 
-_CHUNK_BYTES = 2**20  # that a decoder returns at most
+_CHUNK_BYTES = 2**20  # the most bytes that a decoder returns at a time, except for Zstandard
 _SKIP_BYTES = 2**20
 _CORRUPT = (zlib.error, zstandard.ZstdError, lzma.LZMAError, OSError, ValueError, EOFError)
 
@@ -83,7 +83,7 @@ class _ZstdDecoder:
 
 
 class Compression(NamedTuple):
-    """How a file is compressed: `feed_bytes` is the number of compressed bytes that the decoder gets at a time."""
+    """A compression: its name, suffixes and decoder, which gets `feed_bytes` compressed bytes at a time."""
 
     name: str
     suffixes: tuple[str, ...]
@@ -143,9 +143,9 @@ class Decompressor:
         self._members = 0
 
     def next_chunk(self) -> bytes:
-        """The next bytes, some hundred KB; empty at the end.
+        """The next bytes, usually some hundred KB; empty at the end.
 
-        Raises InvalidRecord where the data are truncated or damaged, and OSError where the file cannot be read.
+        Raises InvalidRecord if the data are truncated or damaged, and OSError if the file cannot be read.
         """
         chunk = self._next(self._compression.feed_bytes)
         self._chunks += 1
@@ -213,7 +213,7 @@ def open_raw(file: InputFile) -> BinaryIO:
             return cast(BinaryIO, fsspec.open(file.path, "rb").open())
         except OSError:
             raise
-        except Exception as error:  # noqa: BLE001 -- each store's library has errors of its own
+        except Exception as error:  # noqa: BLE001 -- each store's library raises its own types of errors
             raise _store_failure(file, error) from None
     return Path(file.path).open("rb")
 

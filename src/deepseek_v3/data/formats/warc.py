@@ -121,7 +121,7 @@ class WarcScanner:
         return WarcRecord(offset, found, b"".join(parts))
 
     def _resync(self, data: bytes, is_last: bool) -> WarcRecord:
-        """Skips bytes that are no record, up to the next record.
+        """Skips bytes that are not a record, up to the next record.
 
         `data` are the bytes read last; `is_last` says that the file ends with them.
         """

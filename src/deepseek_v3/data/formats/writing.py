@@ -83,7 +83,7 @@ class RecordWriter:
             sizes = sizes[count:]
 
     def _begin(self, schema: pa.Schema) -> pa.Schema:
-        """The schema of the file, which the first batch determines."""
+        """Opens the file with the schema of the first batch, once; returns the schema of the file."""
         if self._schema is None:
             self._schema = schema.remove_metadata()
             self._write_group = self._files.enter_context(self._sink(self._partial, self._schema))

@@ -52,14 +52,14 @@ def c4(table: TextTable, options: HeuristicsConfig) -> tuple[list[RuleResult], K
     curly = _containing(CURLY_BRACKET, shown, left) & options.drop_curly_brackets
     left &= ~(_containing(POLICIES, shown, left) & options.remove_policy_lines)
     kept = KeptLines(shown.filter(pa.array(left)), table.uncited[left], prefix_sums(left)[table.line_starts])
-    findings = [
+    results = [
         *_no_line("c4_lorem_ipsum", lorem, shown, table.line_starts),
         *_no_line("c4_curly_bracket", curly, shown, table.line_starts),
         *at_least(
             "c4_too_few_sentences", segment_sums(_sentences(table)[kept.rows], kept.starts), options.min_sentences
         ),
     ]
-    return findings, kept
+    return results, kept
 
 
 def _well_formed(table: TextTable, shown: pa.Array, options: HeuristicsConfig) -> BoolArray:
@@ -91,8 +91,9 @@ def _no_line(code: str, is_bad: BoolArray, lines: pa.Array, starts: Int64Array) 
 
 
 def _sentences(table: TextTable) -> Int64Array:
-    """Counts the sentences of each line; a sentence starts at the first word after an end mark that is not itself
-    punctuation.
+    """Counts the sentences of each line.
+
+    A new sentence starts at the first word after an end mark; words that are punctuation start none.
     """
     traits = table.traits[table.words]
     ends_before = prefix_sums(traits & SENTENCE_END > 0)

@@ -23,7 +23,7 @@ _FINAL_MARK = rf"[{''.join(sorted(SENTENCE_ENDS))}]$"
 
 @dataclass(frozen=True)
 class LineTable:
-    """The lines of documents that are not blank, and by document its newlines, words, and characters in lines.
+    """The lines of documents that are not blank, and the newlines, words, and characters in lines of each document.
 
     Document d has lines[starts[d] : starts[d + 1]].
     """

@@ -43,7 +43,10 @@ def _count_symbols(texts: pa.Array, symbols: Sequence[str]) -> Int64Array:
 
 
 def _marked_lines(table: TextTable, options: HeuristicsConfig) -> Iterator[RuleResult]:
-    """Lines that begin with a bullet or end with an ellipsis, as shares of all lines, blank ones included."""
+    """Yields the rules on lines that begin with a bullet or end with an ellipsis, as shares of all lines.
+
+    All lines include blank ones.
+    """
     lines, starts = table.stripped[: len(table.lines)], table.line_starts
     num_lines = table.newline_counts + 1
     bullets = segment_sums(matches_any(pc.starts_with, lines, BULLETS), starts)

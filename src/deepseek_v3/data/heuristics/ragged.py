@@ -1,4 +1,7 @@
-"""Ragged arrays: equal strings and numbers, sums over segments. Segment i is items[starts[i] : starts[i + 1]]."""
+"""Operations on ragged arrays: numbering of equal strings, first occurrences, sums over segments.
+
+Segment i of an array is items[starts[i] : starts[i + 1]].
+"""
 
 from __future__ import annotations
 

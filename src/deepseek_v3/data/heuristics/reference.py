@@ -203,7 +203,7 @@ def _contains(line: str, phrases: Sequence[str]) -> bool:
 
 
 def sentences(line: str) -> int:
-    """Counts the sentences of a line; one starts at the first word after an end mark that is not punctuation."""
+    """Counts the sentences of a line; a new one starts at the first word after an end mark, punctuation aside."""
     count, ended = 1, False
     for word in split_words(line):
         if word in SENTENCE_ENDS:

@@ -34,7 +34,7 @@ SENTENCE_ENDS = frozenset(
 
 
 def _of_category(*categories: str) -> str:
-    """Returns the characters beyond ASCII of these categories; no character from U+20000 on has one used here."""
+    """Returns the characters beyond ASCII of these categories; only those below U+20000 have one used here."""
     beyond_ascii = map(chr, range(0x80, 0x20000))
     return "".join(char for char in beyond_ascii if unicodedata.category(char) in categories)
 

@@ -34,7 +34,7 @@ _IPV4 = r"\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}"
 # Only 2000::/3 is allocated (RFC 3587 §3).
 _IPV6 = r"[23][0-9A-Fa-f]{3}:[0-9A-Fa-f:]{2,34}"
 _IP = re.compile(rf"(?<![\w.]){_IPV4}(?!\w|\.\d|-[A-Za-z])|(?<![\w.:]){_IPV6}(?!\w)", re.ASCII)
-# Text before numbers of four parts that are no addresses: name-1.2.3.4, version 1.2.3.4, section 1.2.3.4.
+# Text before numbers of four parts that are not addresses: name-1.2.3.4, version 1.2.3.4, section 1.2.3.4.
 _NO_ADDRESS = re.compile(
     r"(?:[A-Za-z_]-|§ ?|\b(?:v|vers?|version|releases?|rev|revision|build|firmware|driver|section|sec|chapter|"
     r"clause|figure|fig|table)[.:]?\s?)\Z",
@@ -70,7 +70,7 @@ _NATIONAL = "|".join(
         r"\(?0[1-9]\d{1,3}\)?/ ?\d{5,9}",  # Germany: 030/23125123
     ]
 )
-# A national number must stand alone, not in a row of numbers or of hexadecimal bytes.
+# A national number must not be part of a row of numbers or of hexadecimal bytes.
 _PHONE = re.compile(
     rf"{_BEFORE}{_INTERNATIONAL}{_AFTER}|{_BEFORE}(?<!\d )(?:{_NATIONAL}){_AFTER}(?! [\dA-Fa-f]{{2}})",
     re.ASCII,

@@ -22,15 +22,15 @@ _ADVICE = (
     "memory ran out"
 )
 
-# What the fork server imports for all worker processes. It skips a module that cannot be imported here.
+# The modules that the fork server imports for all worker processes. It skips a module that cannot be imported.
 _TASK_MODULES = ("deepseek_v3.data.pipeline.tasks", "deepseek_v3.data.pipeline.registry")
 _DEDUPLICATION_MODULES = ("deepseek_v3.data.deduplication.kernels.numba_kernels",)
 
 
 def preload_workers(config: PreprocessConfig) -> None:
-    """Starts the fork server, which imports what the worker processes of a run need.
+    """Starts the fork server, which imports the modules that the worker processes of a run need.
 
-    It does so while this process goes on, which itself has imports to make and a run to plan.
+    Returns before the imports end, so that this process can make its own imports and plan the run at the same time.
     """
     deduplicates = {"deduplication", "exact_deduplication"} & {*config.pipeline}
     start_fork_server([*_TASK_MODULES, *(_DEDUPLICATION_MODULES if deduplicates else ())])
@@ -43,7 +43,7 @@ class Executor(ABC):
     def run(
         self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], done: Callable[[Any], None]
     ) -> None:
-        """Calls `function` with each tuple of arguments, and `done` with each result as soon as it is there.
+        """Calls `function` with each tuple of arguments, and `done` with each result as soon as it is available.
 
         Results may come in any order. Raises DataError if a worker process died.
         """
@@ -71,7 +71,7 @@ class InProcessExecutor(Executor):
 
 
 class ProcessExecutor(Executor):
-    """Runs tasks in worker processes of this machine, which start at once and end with the run."""
+    """Runs tasks in worker processes of this machine, which start immediately and end with the run."""
 
     def __init__(self, workers: int) -> None:
         self._pool = WorkerPool(workers, pa.set_cpu_count, (1,), advice=_ADVICE)

@@ -150,7 +150,7 @@ def _write_removed(
 
 
 def _excerpts(parts: Sequence[NumberedPart], documents: Sequence[int]) -> list[dict[str, Any]]:
-    """Id and beginning of the text of each document for the report; the text is None if a previous run had it."""
+    """Id and beginning of the text of each document for the report; text of None for documents of previous runs."""
     numbers = np.array(documents, np.int64)
     known = np.zeros(len(numbers), np.bool_)
     for part, chosen in group_by_part(parts, numbers):

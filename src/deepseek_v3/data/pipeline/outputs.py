@@ -37,7 +37,7 @@ _log = get_logger("Preprocess")
 def write_outputs(
     config: PreprocessConfig, run_folder: RunFolder, passes: Sequence[Pass], shards: Sequence[Part], inputs: Inputs
 ) -> dict[str, Any]:
-    """Writes all outputs and returns the manifest. An interruption does no harm: the next call does it again."""
+    """Writes all outputs and returns the manifest. After an interruption, the next call writes them again."""
     folders = [run_folder.parts(number) for number in range(len(passes) - 1)]
     parts = [folder / name for folder in folders for name in read_run_json(folder / "complete.json")["parts"]]
     parts += [shard.folder for shard in shards]

@@ -22,7 +22,7 @@ _OPTIONS_WITHOUT_EFFECT_ON_KEYS = ("max_drop_warning", "accelerator", "cluster_t
 
 
 def key_options(config: PreprocessConfig, stage: str) -> dict[str, Any]:
-    """The options of a stage that its keys depend on, as JSON."""
+    """The options of a stage that determine its keys, as JSON values."""
     if stage not in STAGES_WITH_KEYS:
         return {}
     options = getattr(config, stage).model_dump(mode="json")

@@ -1,8 +1,8 @@
 """The stages by the names that a configuration uses. A new built-in stage is an import and a line of `STAGES`.
 
-Stages of other packages come from `config/extensions.py`. A stage reaches a worker process pickled, and its pickle
-names the class by its module. That module must be importable in the worker: the worker processes of this machine
-inherit `sys.path`, and on a Ray cluster every machine needs the module.
+Stages of other packages come from `config/extensions.py`. Stages are pickled to send them to worker processes, and
+a pickle names the class by its module. That module must be importable in the worker: the worker processes of this
+machine inherit `sys.path`, and on a Ray cluster every machine needs the module.
 """
 
 from __future__ import annotations

@@ -19,11 +19,11 @@ from deepseek_v3.utils.machine import usable_memory
 from deepseek_v3.utils.text import format_value
 
 _WORKER_BYTES = 500 * 10**6  # the interpreter with its libraries, and a model or two
-_COPIES = 6  # of a work unit's text that a worker holds at the same time: read, parsed, filtered, tokens, hashes
+_COPIES = 6  # copies of a work unit's text that a worker holds at once: read, parsed, filtered, tokens, hashes
 _EXPANSION = 4  # bytes of text per byte of compressed text
 _KEYS_PER_TEXT_BYTE = 0.35  # signatures and band keys, 0.7 KB for a document of 2 KB
 _MAX_WORK_UNITS = 10**6
-_RECORDS_PER_TEXT_BYTE = 1.1
+_RECORDS_PER_TEXT_BYTE = 1.1  # bytes of a part's documents on disk
 
 
 def split_into_work_units(files: Sequence[InputFile], unit_bytes: int) -> list[WorkUnit]:

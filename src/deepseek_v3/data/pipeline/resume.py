@@ -28,7 +28,7 @@ _RESOURCE_OPTIONS = ("output_dir", "engine", "ray_address", "workers", "memory")
 
 
 def describe_run(config: PreprocessConfig, files: Sequence[InputFile]) -> dict[str, Any]:
-    """All that the output depends on, as JSON: the configuration, the input files, and files that stages read."""
+    """Everything that determines the output, as JSON values: configuration, input files, files that stages read."""
     fields = {
         name: value for name, value in config.model_dump(mode="json").items() if name not in _RESOURCE_OPTIONS
     }

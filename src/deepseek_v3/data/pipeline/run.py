@@ -1,7 +1,7 @@
 """Runs the data pipeline: reads the input, applies the stages in passes and writes the clean corpus.
 
 The first pass reads the input in work units. Each later pass starts with global stages, which decide about all
-documents that the pass before it left; the last pass writes the output files. An interrupted run goes on from the
+documents that the pass before it left; the last pass writes the output files. An interrupted run continues from the
 parts that it finished.
 """
 

@@ -23,15 +23,15 @@ DROPPED_FILE = "dropped.arrow"
 QUARANTINED_FILE = "quarantined.arrow"
 STATS_FILE = "tally.json"
 SHARD_PREFIX = "part-"
-IDS_FILE = "ids.arrow"  # of a previous run, beside its keys
+IDS_FILE = "ids.arrow"  # the ids of a previous run's documents, beside their keys
 
 
 @dataclass(frozen=True)
 class Part:
     """A folder of finished work.
 
-    It held `rows` documents with `text_bytes` bytes of text when it was written. `resume` is the place where
-    reading the work unit goes on, as (index of the file range, position in it), or None if the unit is completely
+    It held `rows` documents with `text_bytes` bytes of text when it was written. `resume` is the place from which
+    reading the work unit continues, as (index of the file range, position in it), or None if the unit is completely
     read. `checksums` maps the name of each file to its XXH3-128.
     """
 

@@ -16,7 +16,7 @@ import xxhash
 from deepseek_v3.data.arrays import BoolArray, Int64Array
 from deepseek_v3.data.stages import Outcome
 
-_SAMPLES = 5  # of each stage and reason
+_SAMPLES = 5  # the most samples of each stage and reason
 _EXCERPT_CHARACTERS = 600
 
 
@@ -31,7 +31,8 @@ class Stats:
     - `kept`: `documents`, `bytes`, `tokens`, `copies`, `lengths`, `sources`.
     Bytes are bytes of text in UTF-8. `lengths` counts documents by floor(log2(1 + bytes)).
 
-    `samples` are the documents with the lowest hash of source and place, whatever the order of the parts.
+    `samples` are, among the first five of each batch, the documents with the lowest hashes of source and place, so
+    they do not depend on the order of the parts.
     """
 
     def __init__(
@@ -132,7 +133,7 @@ class Stats:
         for index, (row, drop) in enumerate(zip(gone.tolist(), rows, strict=True)):
             found.setdefault(drop["reason"], []).append((row, index))
         for reason, places in found.items():
-            # Within a batch the first documents are taken; between batches the lowest hashes.
+            # Takes the first documents of a batch; among batches, those with the lowest hashes.
             samples = [_sample_of(before, row, rows[index]) for row, index in places[:_SAMPLES]]
             self._keep_lowest(f"{stage}/{reason}", samples)
 

@@ -1,4 +1,4 @@
-"""Quarantines each record whose id a record before it has, so that an id names one document."""
+"""Quarantines each record whose id an earlier record has, so that an id names one document."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from deepseek_v3.data.deduplication.key_files import key_ranges
 from deepseek_v3.data.formats.quarantine import MAX_RAW_BYTES, QUARANTINED
 from deepseek_v3.data.stages import Drop, GlobalStage, IdLookup, NumberedPart, Outcome, Task, outcome
 
-_BYTES_PER_KEY = 200  # of memory that a match task needs for each id, at most
+_BYTES_PER_KEY = 200  # the most memory that a match task needs for each id
 
 
 class UniqueIds(GlobalStage):
-    """Drops each record whose id a record before it has. Ids are compared by their XXH3-128."""
+    """Drops each record whose id an earlier record has. Ids are compared by their XXH3-128."""
 
     name = "unique_ids"
 
@@ -40,7 +40,7 @@ class UniqueIds(GlobalStage):
         return [Task("match", (tuple(parts), low, high)) for low, high in ranges]
 
     def match(self, output: Path, parts: Sequence[NumberedPart], low: int, high: int) -> None:
-        """Writes the repeated hashes whose first bits are at least `low` and below `high`."""
+        """Writes the repeats among the ids whose first hash half is in [low, high)."""
         np.save(output, repeated_hashes.find_repeats(parts, low, high))
 
     @override

@@ -46,7 +46,7 @@ class PreliminaryCleaner(Stage):
 
         One repair can make another necessary: HTML may contain escaped HTML, or mojibake. So all steps are repeated
         until nothing changes. This terminates: extracting the text of HTML removes the tag at its start, ftfy
-        replaces several characters by one, references such as &lt; are longer than the character they stand for,
+        replaces several characters by one, references such as &lt; are longer than the character that they denote,
         and the other steps change nothing the second time.
         """
         while (cleaned := self._clean_once(text)) != text:
@@ -76,7 +76,7 @@ class PreliminaryCleaner(Stage):
         return outcome(self.name, with_texts(batch, texts) if rows else batch, drops)
 
     def _may_change(self, column: pa.Array, texts: list[str]) -> BoolArray:
-        """Which texts `clean` may change: bool [n]. It does not change the others."""
+        """Marks the texts that `clean` may change: bool [n]. It does not change the others."""
         found = pc.match_substring_regex(column, self._dirt).to_numpy(zero_copy_only=False)
         form = self.options.unicode_form
         denormal = [not text.isascii() and not unicodedata.is_normalized(form, text) for text in texts]

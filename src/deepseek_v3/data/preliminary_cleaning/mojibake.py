@@ -44,7 +44,7 @@ _SUSPECT = re.compile(rf"(?=[^\x00-\x7f])(?:{SUSPECT})")  # the lookahead skips 
 
 
 def repair_mojibake(text: str) -> str:
-    """The text with every line repaired that looks wrongly decoded."""
+    """Repairs every line of a text that looks as if it was decoded with the wrong encoding; keeps the others."""
     if text.isascii() or not _SUSPECT.search(text):
         return text
     return "\n".join([ftfy.fix_encoding(line) if _SUSPECT.search(line) else line for line in text.split("\n")])

@@ -70,7 +70,7 @@ def train(
         typer.Option(
             metavar="SHARE",
             parser=number_option,
-            help="Share of the text that is held out to measure the model. Default: 0.05, or more of little text.",
+            help="Share of the text that is held out to measure the model. Default: 0.05, more if there is little.",
         ),
     ] = None,
     text_field: Annotated[str, _FIELD] = "text",

@@ -1,7 +1,8 @@
 """Supervised fastText models (Joulin et al. 2016), applied to many texts at once in NumPy.
 
-Labels and scores equal those of fastText's own code. The compiled fastText packages are not used, because their
-forks overwrite each other. Character n-grams are hashed by FNV-1a, word n-grams by polynomials of word hashes.
+Labels and scores equal those of fastText's own code. The compiled fastText packages are not used, because several
+forks install the same module and overwrite each other. Character n-grams are hashed by FNV-1a, word n-grams by
+polynomials of word hashes.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class NgramModel:
         return {word: row for row, word in enumerate(self.words)}
 
     def find(self, length: int, contexts: Int64Array, words: Int64Array) -> Int64Array:
-        """Returns the rows of n-grams of a length from 2 on, or -1 for n-grams that the model does not have.
+        """Returns the rows of n-grams of `length` ≥ 2 words, or -1 for n-grams that the model does not have.
 
         `contexts` are the rows of all but the last word (-1 for none), `words` the rows of the last words.
         """

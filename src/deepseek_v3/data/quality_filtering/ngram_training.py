@@ -22,7 +22,7 @@ from deepseek_v3.data.quality_filtering.perplexity_score import NEW_LINE, Langua
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.files import atomic_write
 
-PERCENTILES = (30, 60)  # of the perplexities of reference documents; see `PerplexityLimits`
+PERCENTILES = (30, 60)  # percentiles of the perplexities of reference documents; see `PerplexityLimits`
 _FALLBACK_DISCOUNTS = (0.0, 0.5, 1.0, 1.5)  # KenLM's, for small texts that lack n-grams of some count
 _NEVER = -99.0  # the log10 probability of BEGIN, which is never predicted
 

@@ -135,7 +135,7 @@ class Sentences(NamedTuple):
 
 
 def build_sentences(rows: Iterable[int], sizes: Sequence[int], begin: int, end: int) -> Sentences:
-    """Builds the sentences of texts from the rows of all their tokens; -1 stands for `NEW_LINE`.
+    """Builds the sentences of texts from the rows of all their tokens; -1 means `NEW_LINE`.
 
     Text i has `sizes[i]` tokens. `begin` and `end` are the rows of `BEGIN` and `END`.
     """

@@ -14,9 +14,9 @@ from deepseek_v3.data.report.overview import stage_title
 from deepseek_v3.utils.text import format_figure, format_integer, format_percent, truncate
 
 _KEPT = "kept"
-_SHOWN = 5  # of each reason
+_SHOWN = 5  # samples of each reason
 _CHARACTERS = 600
-_ALL_CHARACTERS = 150_000  # of all samples, which keeps the page below 2 MB
+_ALL_CHARACTERS = 150_000  # the most of all samples together, which keeps the page below 2 MB
 _NAME_CHARACTERS = 160
 _MEANINGS = {**REASONS, "duplicate_id": "a record whose id a record before it has"}
 

@@ -17,7 +17,7 @@ from deepseek_v3.utils.text import format_figure, format_integer, humanize, trun
 _IDEOGRAPHS = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _WORD = re.compile(rf"[{_IDEOGRAPHS}]|[^\W{_IDEOGRAPHS}]+|[^\w\s]")
 _SHOWN = 10  # examples of each stage
-_CHARACTERS = 1200  # of each of their texts
+_CHARACTERS = 1200  # shown of each text of an example
 _NAME_CHARACTERS = 160
 
 

@@ -17,7 +17,7 @@ _PARTS = {
 
 
 def overview_section(stats: dict[str, Any]) -> Html:
-    """The warnings, the main counts, and that they add up."""
+    """The warnings, the main counts, and the sum of the outcomes, which should equal the input."""
     counts = {name: stats.get("counts", {}).get(name, 0) for name in ("input", *_PARTS, "copies")}
     cards = [_card("input", counts["input"], counts["input"], "records in the input files")]
     cards += [_card(name, counts[name], counts["input"], meaning) for name, meaning in _PARTS.items()]
@@ -150,7 +150,7 @@ def funnel_section(stats: dict[str, Any]) -> Html:
 
 
 def _set_aside(steps: list[FunnelStep], documents: int | None, num_bytes: int) -> None:
-    """Adds a step if the next one received fewer documents than the last one left, because of repeated ids."""
+    """Adds a step if the next stage received fewer documents than the last step left, because of repeated ids."""
     if documents is not None and documents != steps[-1].documents:
         steps.append(FunnelStep("Repeated ids quarantined", documents, num_bytes))
 

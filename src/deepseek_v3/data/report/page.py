@@ -27,7 +27,7 @@ _SECTIONS = {
 }
 # Even if a text got past the escaping, the browser would neither run nor load anything.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-# Beyond the style that all pages share.
+# The style of this report, in addition to the style that all pages share.
 _STYLE = """\
 .alarms {
   border: 1px solid var(--alarm); border-left-width: 6px; background: var(--alarm-area);

@@ -17,7 +17,7 @@ from deepseek_v3.data.tokens.index import CorpusOptions, Split, token_dtype
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.utils.process_pool import WorkerPool
 
-_ALONE_CHARACTERS = 2**24  # about as many as are encoded while other processes start
+_ALONE_CHARACTERS = 2**24  # about the number that this process encodes while worker processes start
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ class CorpusEncoder:
 def encode_batches(encoder: CorpusEncoder, batches: Iterator[list[str]], workers: int) -> Generator[EncodedBatch]:
     """Encodes batches of texts, in order: the first 16 million characters here, the rest in `workers` processes.
 
-    Reads ahead at most two batches per worker. The processes end when the iterator is closed, and with this
-    process, however it ends. Raises DataError if one of them dies.
+    Reads ahead at most two batches per worker. The worker processes end when the iterator is closed, or when this
+    process ends for any reason. Raises DataError if one of them dies.
     """
     characters = 0
     for batch in batches:
@@ -104,4 +104,4 @@ def _encode(texts: list[str]) -> EncodedBatch:
     return _encoder.encode(texts)
 
 
-_encoder: CorpusEncoder  # of a worker process
+_encoder: CorpusEncoder  # set in worker processes only

@@ -1,4 +1,4 @@
-"""Choosing the text to hold out: whole documents by the hash of their text, or the end of one of few."""
+"""Chooses the text to hold out: whole documents by the hash of their text, or the end of one if there are few."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from deepseek_v3.utils.text import pluralize
 
 DEFAULT_SHARE = 0.02
 
-# With at least this many documents, the share whose hash is below a threshold is close to the share asked for.
+# With at least this many documents, the share whose hash is below a threshold is close to the given share.
 _MANY_DOCUMENTS = 200
 # Ordinary text has fewer characters per token, so the tokens of much longer texts need not be counted.
 _MAX_CHARACTERS_PER_TOKEN = 16
@@ -63,7 +63,7 @@ class HoldoutRule:
 
 @dataclass(frozen=True)
 class TokenBounds:
-    """Functions that count the least and the most tokens of a text; equal if the tokenizer is already known."""
+    """Lower and upper bounds of the tokens of a text, as functions; equal if the tokenizer is already known."""
 
     least: Count
     most: Count
@@ -74,8 +74,8 @@ class HoldoutPlanner:
     """Chooses the hold-out of a corpus, before a tokenizer or a model is trained on the rest.
 
     Each call of `texts` reads the corpus again. Each split must hold `window` tokens; for token shards these are
-    one sequence and the token after it. In errors, `unit` stands for tokens, `need` for a window, `remedy` for
-    advice.
+    one sequence and the token after it. Error messages call the tokens `unit` and a window `need`, and advise
+    `remedy`.
     """
 
     source: str
@@ -87,7 +87,7 @@ class HoldoutPlanner:
     remedy: str = "add text, or lower the sequence length"
 
     def choose(self, share: float | None, default: float = DEFAULT_SHARE) -> HoldoutRule:
-        """The rule that holds out at most `share` of the text; None is `default`, or more if that is no window.
+        """The rule that holds out at most `share` of the text; None is `default`, or more if a window needs more.
 
         Of 200 documents or more, those with the smallest hashes are held out, so the share is right on average. Of
         fewer documents, whole ones are held out in the order of their hashes while the share allows it; if they are

@@ -68,7 +68,7 @@ class TokenLoader:
 
     A sample is a window with the token after it: the inputs are all its tokens except the last, the targets all
     except the first. With `shuffle` every epoch has a different random order; without, samples come in the order of
-    the split. A rest of the split that is too short for a window is dropped.
+    the split. The end of the split is dropped if it is too short for a window.
 
     Raises DataError if the split holds no window.
     """
@@ -121,11 +121,11 @@ class TokenLoader:
 
 
 def draw_windows(num_windows: int, count: int) -> Int64Array:
-    """Draws `count` of `num_windows` windows of a split: their numbers, int64 [count], ascending.
+    """Draws `count` of `num_windows` windows of a split, at most all: their numbers, int64 [count], ascending.
 
     A stratified sample: the split is divided into `count` equal strata, and a hash of the stratum's number chooses
-    one window in each. So every source is represented by its share, whatever the order of the sources, and the
-    result depends on the arguments alone.
+    one window in each. So every source is represented by its share, in any order of the sources, and the result
+    depends on the arguments alone.
     """
     quotient, remainder = divmod(num_windows, count)
     strata = np.arange(count + 1)

@@ -41,8 +41,8 @@ from deepseek_v3.utils.logging import get_logger
 Tokens = NDArray[Any]  # uint16 or uint32
 
 _TOKENIZER_FILE = "tokenizer.json"
-_MAX_OPEN_FILES = 512  # of a reader
-_COUNT_TOKENS = 2**20  # that a check of the counts reads at a time
+_MAX_OPEN_FILES = 512  # the most files that one reader keeps open
+_COUNT_TOKENS = 2**20  # the tokens that a check of the counts reads at a time
 
 _log = get_logger("Tokens")
 
@@ -312,7 +312,7 @@ class _OpenFile:
 def _warn_unchecked(directory: Path) -> None:
     """Warns once per directory that its index has no checksum."""
     _log.warning(
-        f"{directory / INDEX_FILE} has no checksum of its own, so damage to it may go unseen; "
+        f"{directory / INDEX_FILE} has no checksum, so damage to it may go unnoticed; "
         "`dsv3 tokenize` now writes one"
     )
 

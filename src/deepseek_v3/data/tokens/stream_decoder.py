@@ -8,7 +8,7 @@ from typing import Any
 
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 
-_REPLACEMENT = "\ufffd"  # decoding shows it for bytes that are no complete character
+_REPLACEMENT = "\ufffd"  # decoding shows it for bytes that are not a complete character
 _BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 _JOINS = ("ByteLevel", "Fuse")  # steps that join all tokens to one text
 _HARMLESS = ("Fuse", "Strip")  # steps that change nothing inside the joined text
@@ -22,17 +22,17 @@ class StreamDecoder:
 
     Text is held back while later ids can change it: bytes of an incomplete character, and, with byte tokens such as
     `<0xE4>`, each run of them, because one wrong byte turns the whole run into U+FFFD. If the decoder rewrites the
-    joined text, all text is returned at the end.
+    joined text, only `flush` returns text.
 
     Each step decodes only few ids: those since the last returned text, with those of the step before as context.
-    The context decodes to some text, so whatever a decoder does to the first token, or removes from the start of a
-    text, does not affect new ids.
+    The context decodes to some text, so new ids are never at the start of the decoded text, which a decoder may
+    treat differently.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._by_bytes = any(step["type"] == "ByteFallback" for step in tokenizer.decoder_steps)
-        self._piecewise = _is_piecewise(tokenizer.decoder_steps)
+        self._only_appends = _only_appends(tokenizer.decoder_steps)
         self._ids = list(prompt)
         self._num_context = len(self._ids)
         self._num_shown = len(tokenizer.decode(self._ids))
@@ -41,7 +41,7 @@ class StreamDecoder:
         """Adds the next id, and returns the text that it completes, often empty."""
         self._ids.append(id_)
         token = self._tokenizer.token(id_)
-        if not self._piecewise or token is None or (self._by_bytes and _BYTE.fullmatch(token)):
+        if not self._only_appends or token is None or (self._by_bytes and _BYTE.fullmatch(token)):
             return ""
         text = self._tokenizer.decode(self._ids)
         certain = text.rstrip(_REPLACEMENT)
@@ -52,7 +52,7 @@ class StreamDecoder:
         return new
 
     def flush(self) -> str:
-        """Ends the text: returns what was held back, with U+FFFD for an incomplete character.
+        """Ends the text: returns the text that was held back, with U+FFFD for an incomplete character.
 
         Ids that are pushed afterwards start a new text.
         """
@@ -68,8 +68,8 @@ class StreamDecoder:
         self._num_context = len(self._ids)
 
 
-def _is_piecewise(steps: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether further ids only append text, because no step looks across the borders of tokens."""
+def _only_appends(steps: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether further ids only append text, because no decoding step looks across the borders of tokens."""
     joined = False
     for step in steps:
         if joined and step["type"] not in _HARMLESS:

@@ -1,9 +1,9 @@
 """Encoding with tiktoken: the same ids as the tokenizers library, more than ten times as fast, for byte-level BPE.
 
-Before it merges, a byte-level tokenizer splits text by regexes. The tokenizers library runs the regex of each
-`Split` step with Oniguruma, on the pieces that the step before it left, and keeps text between matches as pieces.
-tiktoken runs a single regex with fancy-regex, and drops text between matches. So each known pre-tokenizer has a
-hand-written single regex here that splits the same way.
+Before it merges, a byte-level tokenizer splits text into pre-tokens by regexes. The tokenizers library runs the
+regex of each `Split` step with Oniguruma on the pre-tokens of the step before it, and keeps text between matches as
+pre-tokens. tiktoken runs a single regex with fancy-regex, and drops text between matches. So each known
+pre-tokenizer has a hand-written single regex here that splits the same way.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ def _deepseek_single() -> str:
     """DeepSeek-V3's three splits as one regex: no match may cross the border of Chinese and Japanese, or of digits.
 
     Therefore the alternatives of the third split occur twice, once on each side of that border; white space before
-    the border ends its piece. Characters that no alternative matches, such as control characters, form a piece,
-    except for the last one before a letter, which belongs to the letter. Alternatives without lookahead are
-    grouped, so that one automaton runs them all.
+    the border ends its pre-token. Characters that no alternative matches, such as control characters, form a
+    pre-token, except for the last one before a letter, which belongs to the letter. Alternatives without lookahead
+    are grouped, so that one automaton runs them all.
     """
     words = "|".join(
         [
@@ -88,7 +88,7 @@ _SINGLE: dict[tuple[str, ...], str] = {
 def single_regex(pre_tokenizer: Mapping[str, Any] | None) -> str | None:
     """The regex that splits text like the `pre_tokenizer` of a `tokenizer.json`, or None if none is known.
 
-    Known are the pre-tokenizers of DeepSeek-V3, Llama 3, Qwen 2 and GPT-2, each followed by the step to bytes.
+    The known pre-tokenizers are those of DeepSeek-V3, Llama 3, Qwen 2 and GPT-2, each ending in a `ByteLevel` step.
     """
     steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
     *cuts, last = steps or [None]
@@ -134,11 +134,11 @@ class TiktokenEncoder:
     """Gives the ids of a tokenizer of the tokenizers library, for every text that passes `can_encode`.
 
     Both libraries merge the pair of lowest rank first, and of equal pairs the leftmost. tiktoken merges any two
-    pieces that together are a token; the tokenizers library merges only the pairs in its list of merges. These are
-    the same pairs if merging the bytes of each token gives this token: when two adjacent pieces together are a
-    token, no merge has crossed their outer borders, so merging the token's bytes alone passes through the same two
-    pieces, and its last step merges a listed pair. For the same reason a token that its own bytes do not merge to
-    never occurs, and it is left out here.
+    adjacent symbols that together are a token; the tokenizers library merges only the pairs in its list of merges.
+    These are the same pairs if merging the bytes of each token gives this token: when two adjacent symbols together
+    are a token, no merge has crossed their outer borders, so merging the token's bytes alone passes through the
+    same two symbols, and its last step merges a listed pair. For the same reason a token that its own bytes do not
+    merge to never occurs, and it is left out here.
 
     Raises NotExpressibleError if that does not hold, or if text goes through more than splits and merges.
     """
@@ -177,16 +177,16 @@ def _ranks(model: dict[str, Any]) -> dict[bytes, int]:
     merged = [vocabulary[left + right] for left, right in merges]
     if any(one > next_ for one, next_ in pairwise(merged)):
         raise NotExpressibleError("its ids do not grow with its merges")
-    spelled = [token for token in vocabulary if token and BYTE_OF_CHARACTER.keys() >= set(token)]
-    encodings = Tokenizer(models.BPE(vocabulary, merges)).encode_batch_fast(spelled, add_special_tokens=False)
+    of_bytes = [token for token in vocabulary if token and BYTE_OF_CHARACTER.keys() >= set(token)]
+    encodings = Tokenizer(models.BPE(vocabulary, merges)).encode_batch_fast(of_bytes, add_special_tokens=False)
     ranks = {
         bytes(BYTE_OF_CHARACTER[sign] for sign in token): vocabulary[token]
-        for token, encoding in zip(spelled, encodings, strict=True)
+        for token, encoding in zip(of_bytes, encodings, strict=True)
         if encoding.ids == [vocabulary[token]]
     }
     if sum(len(token) == 1 for token in ranks) < 256:
         raise NotExpressibleError("it lacks some of the 256 bytes")
-    if model["ignore_merges"] and len(ranks) < len(spelled):
+    if model["ignore_merges"] and len(ranks) < len(of_bytes):
         raise NotExpressibleError("it has tokens that its merges do not reach, and ignores merges")
     return ranks
 

@@ -133,13 +133,13 @@ def _check_windows(index: ShardIndex, sequence_length: int) -> None:
 
 @contextmanager
 def _new_folder(output: Path) -> Iterator[Path]:
-    """As `atomic_folder`, under a lock; also removes the partial folders of processes that were killed.
+    """Like `atomic_folder`, but under a lock; also removes the partial folders of processes that were killed.
 
     Raises DataError if `output` exists or cannot be written, and InUseError if another process writes it.
     """
     _refuse_if_there(output)
     with hold_lock(output.with_name(f".{output.name}.lock"), output, "choose another output directory"):
-        _refuse_if_there(output)  # another process may have finished it meanwhile
+        _refuse_if_there(output)  # another process may have finished it before this one got the lock
         remove_partials(output)
         try:
             with atomic_folder(output) as partial:
@@ -181,6 +181,6 @@ def _train(options: CorpusOptions, holdout: HoldoutRule, vocab_size: int | None)
 
 @contextmanager
 def _progress(title: str, unit: str) -> Iterator[ProgressTask]:
-    """Shows the documents and the number of a `unit` that are done, of an unknown total."""
+    """Shows the progress in documents and in a `unit` such as tokens; the total is not known."""
     with ProgressDisplay() as display, display.task(title, None, unit, _log) as task:
         yield task

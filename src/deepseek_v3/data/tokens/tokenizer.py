@@ -47,7 +47,7 @@ _FIM = (
 # With these options of BPE the characters of a token are more than its bytes.
 _AFFIX_OPTIONS = ("unk_token", "continuing_subword_prefix", "end_of_word_suffix")
 
-_MAX_FILE_BYTES = 2**28  # of a tokenizer.json; the largest published ones have about 30 MB
+_MAX_FILE_BYTES = 2**28  # the largest tokenizer.json that is read; the largest published ones have about 30 MB
 
 _log = get_logger("Tokens")
 
@@ -69,9 +69,9 @@ class Tokenizer:
     Text never becomes a marker: the name of a marker such as end-of-text is encoded like any other characters, and
     no marker is added before or after a text. Safe to use from several threads.
 
-    Raises DataError if the JSON is no tokenizer, if its ids are far larger than the number of its tokens, if it
-    would drop text, if no marker has a known name of end-of-text, or if text with the name of that marker would be
-    encoded as the marker. `source` names the tokenizer in the message.
+    Raises DataError if the JSON is not a tokenizer, if its ids are far larger than the number of its tokens or not
+    unique, if it would drop text, if no marker has a known name of end-of-text, or if text with the name of that
+    marker or of a FIM marker would be encoded as the marker. `source` names the tokenizer in the message.
     """
 
     def __init__(self, json: str, source: str = "tokenizer.json") -> None:
@@ -187,7 +187,7 @@ class Tokenizer:
 
     @cached_property
     def byte_lengths(self) -> Int64Array:
-        """The bytes of UTF-8 text that each id stands for: int64 [vocab_size]; 0 for markers.
+        """The bytes of UTF-8 text that each id encodes: int64 [vocab_size]; 0 for markers.
 
         Exact if `is_byte_exact`; otherwise the length of the id's token in the vocabulary.
         """
@@ -246,7 +246,7 @@ def _sentencepiece_bytes(piece: str) -> int:
 
 @dataclass(frozen=True)
 class TokenCounter:
-    """Counts tokens with the tokenizer.json at `tokenizer`; if it is None, one for `bytes_per_token` bytes."""
+    """Counts tokens with the tokenizer.json at `tokenizer`; if it is None, estimates them by `bytes_per_token`."""
 
     tokenizer: Path | None
     bytes_per_token: float
@@ -295,7 +295,7 @@ def _build(json: str, source: str) -> HuggingFaceTokenizer:
         tokenizer = HuggingFaceTokenizer.from_str(json)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # noqa: BLE001 -- the library raises no subclass, and its panics are no Exception
+    except BaseException as error:  # noqa: BLE001 -- the library's panics are not of type Exception
         raise DataError(f"{source}: is not a tokenizer of the tokenizers library: {error}") from None
     check_complete(json_text.loads(tokenizer.to_str()), source)
     tokenizer.no_truncation()

@@ -22,7 +22,7 @@ from deepseek_v3.data.deduplication.utf8 import WINDOW_BYTES, byte_windows
 
 _LOW_BYTES = np.array([2 ** (8 * size) - 1 for size in range(WINDOW_BYTES + 1)], np.uint64)
 _FULL_WINDOW = np.uint64(2**56)  # the smallest window whose last byte is not 0
-_PRODUCTS_PER_CHUNK = 2**17  # of shingles and multipliers: half a megabyte
+_PRODUCTS_PER_CHUNK = 2**17  # products of shingle hashes and multipliers: half a megabyte
 _SHINGLES_PER_CHUNK = 2**18
 _HASH_BITS = np.uint64(32)
 _HASH_MASK = np.uint64(2**32 - 1)

@@ -1,4 +1,4 @@
-"""Chooses the implementation of the deduplication kernels: Numba's where it is installed, else NumPy's."""
+"""Chooses the implementation of the deduplication kernels: Numba's if it is installed, else NumPy's."""
 
 from __future__ import annotations
 
