@@ -26,7 +26,7 @@ from deepseek_v3.utils.redaction import redact
 
 @dataclass(frozen=True)
 class Command:
-    """A line of help, and what imports the command: a function, or a Typer app with several commands."""
+    """A command's line of help, and `load`, which imports it: a function, or a Typer app with several commands."""
 
     help: str
     load: Callable[[], Callable[..., Any] | typer.Typer]

@@ -94,7 +94,7 @@ def _unfinished(config: Path, runs: Path) -> Iterator[Path]:
 
 
 def _is_of(config: Path, folder: Path) -> bool:
-    """Whether the run in a folder has this config, or has not begun."""
+    """Whether the run in a folder has this config, or has not started yet."""
     if not (folder / "config.yaml").exists():
         return all(path.name.startswith(".") for path in folder.iterdir())
     try:

@@ -1,4 +1,4 @@
-"""Histograms: counts by value in at most 25 or so bins of equal width on a linear or logarithmic axis."""
+"""Histograms: counts by value, in about 25 bins at most, of equal width on a linear or logarithmic axis."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 _NUMBER = re.compile(r"-?\d+(\.\d+)?(e[+-]?\d+)?")
 _MOST_BINS = 25
 _MOST_TICKS = 6
-_NEARLY = 1e-9  # rounding error of a value that lies on the edge of a bin
+_NEARLY = 1e-9  # rounding error of a value on the edge of a bin
 
 
 @dataclass(frozen=True)
 class Axis:
-    """An axis: its name, the functions from value to place and back, and the width of a bin on it."""
+    """An axis: its name, the functions from a value to its position and back, and the width of a bin on it."""
 
     name: str
     place: Callable[[float], float]

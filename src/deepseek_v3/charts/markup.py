@@ -53,12 +53,12 @@ def element(name: str, *contents: str, **attributes: str | int | float | None) -
 
 def passage(text: str, marked: Sequence[TextRange] = ()) -> Html:
     """The text of a document with the ascending ranges `marked` highlighted and hidden characters as codes."""
-    pieces: list[Html] = []
+    parts: list[Html] = []
     end = 0
     for start, stop in marked:
-        pieces += [_with_signs(text[end:start]), element("mark", _with_signs(text[start:stop]))]
+        parts += [_with_signs(text[end:start]), element("mark", _with_signs(text[start:stop]))]
         end = stop
-    return element("div", *pieces, _with_signs(text[end:]), class_="text", dir="auto")
+    return element("div", *parts, _with_signs(text[end:]), class_="text", dir="auto")
 
 
 def slug(*names: str) -> str:
@@ -68,8 +68,8 @@ def slug(*names: str) -> str:
 
 def code(name: str) -> Html:
     """A code element such as `not_json`; its line may break after an underscore."""
-    pieces = [escape(piece) for piece in re.split("(?<=_)", name)]
-    return element("code", Html("<wbr>".join(pieces)))
+    parts = [escape(part) for part in re.split("(?<=_)", name)]
+    return element("code", Html("<wbr>".join(parts)))
 
 
 class TableBody(NamedTuple):
@@ -112,8 +112,8 @@ def _side(column: int, left: Sequence[int]) -> str | None:
 
 
 def _with_signs(text: str) -> Html:
-    pieces = re.split(f"({_HIDDEN}+)", text)
-    return concat(element("i", visible(piece)) if index % 2 else piece for index, piece in enumerate(pieces))
+    parts = re.split(f"({_HIDDEN}+)", text)
+    return concat(element("i", visible(part)) if index % 2 else part for index, part in enumerate(parts))
 
 
 def byte_size(num_bytes: int) -> Html:

@@ -1,4 +1,4 @@
-"""The style sheet of our pages: one column of text; blue is what remains, orange is what was there before."""
+"""The style sheet of our pages: one column of text; blue shows the data after a run, orange the data before it."""
 
 STYLE = """\
 :root {

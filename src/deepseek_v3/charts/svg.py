@@ -39,7 +39,7 @@ def before_after_bars(before: float, after: float) -> Html:
 
 
 def legend() -> Html:
-    """The legend of the two colours."""
+    """The legend of the colours of before and after."""
     return element("p", _key("before"), " before ", _key("after"), " after", class_="legend")
 
 

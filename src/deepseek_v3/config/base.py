@@ -14,7 +14,7 @@ from deepseek_v3.utils.text import format_value
 
 @dataclass(frozen=True)
 class RenamedFrom:
-    """Metadata of a field: its former name. A file that still uses that name is refused with the present one."""
+    """Metadata of a field: its former name. A file that uses it is refused; the message gives the present name."""
 
     name: str
 
@@ -34,7 +34,7 @@ class Section(BaseModel):
 
     @classmethod
     def subsection(cls, name: str) -> type[Section] | None:
-        """The class of the section that the field `name` holds; None where it holds a plain value."""
+        """The class of the section that the field `name` holds; None if it holds a plain value."""
         field = cls.model_fields.get(name)
         kinds = (field.annotation, *get_args(field.annotation)) if field else ()
         return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
@@ -51,7 +51,7 @@ class Section(BaseModel):
 
     @classmethod
     def with_present_names(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """The fields of this section, and of sections inside it, as a former version stored them, renamed."""
+        """Renames fields that a former version stored, here and in inner sections, to their present names."""
         renamed = cls.renamed_fields()
         present = {renamed.get(name, name): value for name, value in fields.items()}
         for name, value in present.items():

@@ -35,16 +35,16 @@ LocalPath = Annotated[
     PlainSerializer(lambda path: redact(str(path)), str, "json"),
 ]
 Address = Annotated[str, PlainSerializer(redact, str, "json")]
-# Training a tokenizer allocates 72 bytes per entry. Published vocabularies have less than a tenth of these.
+# Training a tokenizer allocates 72 bytes per entry. Published vocabularies have less than a tenth of these entries.
 MAX_VOCABULARY = 2**22
 DEFAULT_TOKENS = Path("data/tokens")
 
 
 class CorpusConfig(Section):
-    """How to build the token shards where `data.path` does not exist yet.
+    """How to build the token shards if `data.path` does not exist yet.
 
     `source` is `python-stdlib` (the source text that every Python installation holds) or a file or folder of text.
-    `holdout` is the share of the text that is held out; null is 0.02, or more where 0.02 is less than one window.
+    `holdout` is the share of the text that is held out; null is 0.02, or more if 0.02 is less than one window.
     """
 
     source: Address

@@ -10,7 +10,7 @@ from deepseek_v3.config.base import Fraction, Integer, NonNegativeInt, PositiveI
 
 # Minimum probability that two documents whose similarity equals the threshold become a candidate pair.
 _MIN_CANDIDATE_PROBABILITY = 0.94
-# Default of cluster_threshold: the threshold less this.
+# The default of cluster_threshold is the threshold less this margin.
 _CLUSTER_MARGIN = 0.1
 
 
@@ -35,13 +35,13 @@ class DeduplicationConfig(StageConfig):
     permutations.
 
     Duplicate pairs connect documents into clusters. The first document of a cluster is kept; another one is dropped
-    if its similarity to the kept document is at least `cluster_threshold` (null: the threshold less 0.1). 0 drops
-    all others of a cluster, however long its chains.
+    if its similarity to the kept document is at least `cluster_threshold` (null: the threshold less 0.1). With 0,
+    every other document is dropped, even one that only a chain of pairs connects to the kept document.
 
-    `accelerator: auto` uses Numba where it is installed; all accelerators give bit-identical results.
+    `accelerator: auto` uses Numba if it is installed; all accelerators give bit-identical results.
 
     Sources of the defaults: shingles of 5 words as in Lee et al. 2022 (arXiv:2107.06499) and FineWeb, the threshold
-    of Lee et al. (appendix A) and SlimPajama (Soboleva et al. 2023), as many values as datasketch's MinHash has.
+    of Lee et al. (appendix A) and SlimPajama (Soboleva et al. 2023), the number of values of datasketch's MinHash.
     """
 
     num_perm: Annotated[Integer, Field(ge=16, le=2048)] = 128

@@ -27,7 +27,7 @@ def describe_errors(error: ValidationError, root: type[Section], where: Mapping[
     reported = {problem["loc"] for problem in problems}
     parents = {place[:-1] for place in reported}
     shown = [problem for problem in problems if problem["type"] != "too_short" or problem["loc"] not in parents]
-    # A section with extensions checks its unknown fields last, and not at all where another field is wrong.
+    # A section with extensions checks its unknown fields last, and not at all if another field is wrong.
     unknown = sorted({path[0] for path in where if len(path) == 1} - {*root.field_names()})
     shown += [{"type": "extra_forbidden", "loc": (name,)} for name in unknown if (name,) not in reported]
     return "\n".join(_one_line(problem, root, where) for problem in shown)

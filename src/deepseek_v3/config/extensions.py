@@ -10,7 +10,7 @@ where `my_package/filters.py` holds
     class ToxicityConfig(StageConfig):
         limit: Fraction = 0.5
 
-    def load() -> type[Stage]:  # imports what is heavy
+    def load() -> type[Stage]:  # imports heavy libraries only when the pipeline runs
         from my_package.toxicity import ToxicityFilter
         return ToxicityFilter
 
@@ -50,7 +50,7 @@ _reserved: set[str] = set()
 
 
 def register_filter(extension: FilterExtension) -> None:
-    """Adds a stage for this process. Raises ValueError where its name is no identifier or is taken."""
+    """Adds a stage for this process. Raises ValueError if its name is not an identifier, or is taken."""
     name = extension.name
     if not name.isidentifier():
         raise ValueError(f"filter {name!r}: expected a name of letters, digits and underscores")
@@ -70,9 +70,9 @@ def filter_names() -> list[str]:
 
 
 def find_filter(name: str) -> FilterExtension | None:
-    """The stage that other packages add under a name; None where there is none.
+    """The stage that other packages add under a name; None if there is none.
 
-    Raises ConfigError where several packages offer it, or where its package cannot be loaded.
+    Raises ConfigError if several packages offer it, or if its package cannot be loaded.
     """
     if name in _registered:
         return _registered[name]

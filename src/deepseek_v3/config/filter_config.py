@@ -54,16 +54,16 @@ class HeuristicsConfig(StageConfig):
     """Thresholds of the heuristic rules; null switches a rule off. A value equal to its threshold passes.
 
     Sources: Gopher is Rae et al. 2021 (arXiv:2112.11446), appendix A.1; C4 is Raffel et al. 2020 (JMLR 21), §2.2,
-    with the phrases of the code that made C4 and the numbers of datatrove, which made FineWeb; FineWeb is Penedo et
-    al. 2024 (arXiv:2406.17557), §3.6.
+    with the phrases of C4's own code and the numbers of datatrove, the library that produced FineWeb; FineWeb is
+    Penedo et al. 2024 (arXiv:2406.17557), §3.6.
     "Share" is a fraction of a whole between 0 and 1; lengths are characters (Unicode code points).
     """
 
     # The rules are always applied in the order of RULE_GROUPS.
     rules: Annotated[tuple[RuleGroup, ...], Field(min_length=1)] = RULE_GROUPS
 
-    # Gopher, repetition (table A1): shares of the lines or paragraphs that repeat an earlier one, or of characters
-    # in them.
+    # Gopher, repetition (table A1): the share of lines or paragraphs that repeat an earlier one, and the share of
+    # the text's characters in them.
     max_duplicate_paragraphs: Share = 0.30
     max_duplicate_paragraph_characters: Share = 0.20
     max_duplicate_lines: Share = 0.30
@@ -78,7 +78,7 @@ class HeuristicsConfig(StageConfig):
     max_words: Count = 100_000
     min_mean_word_length: Ratio = 3.0  # characters
     max_mean_word_length: Ratio = 10.0
-    max_symbols_per_word: Ratio = 0.1  # of "#", and of ellipses
+    max_symbols_per_word: Ratio = 0.1  # for "#" and for ellipses, each
     max_bullet_lines: Share = 0.9
     max_ellipsis_lines: Share = 0.3
     min_alphabetic_words: Share = 0.8  # share of words with a letter
@@ -178,7 +178,7 @@ class DecontaminationConfig(StageConfig):
     """The evaluation sets whose texts must not be in the corpus, and the overlap from which a document is dropped.
 
     `evaluation`: files or folders of evaluation sets; each of `fields` of each record is one text. A document
-    matches a text if they share `ngram` consecutive words, or the whole text where it has fewer words, but at least
+    matches a text if they share `ngram` consecutive words, or the whole text if it has fewer words, but at least
     `min_ngram`: 13 and 8 in GPT-3 (Brown et al. 2020, appendix C). A document is dropped if matches cover at least
     `min_share` of its words; 0 drops it for any match.
     """
@@ -202,8 +202,8 @@ class MixingConfig(StageConfig):
     `weights`: share of the tokens by source, scaled to a sum of 1. A source is a pattern over file names, such as
     `wiki/*.jsonl`; a file belongs to the first pattern that matches. Without weights all files are one source.
     `tokens`: the size of the corpus; `for_config` reads it from a model's YAML file (`training.total_tokens`). With
-    neither, every token is used. `max_epochs`: the most often that a document is repeated; 4 epochs train nearly as
-    well as fresh text (Muennighoff et al. 2023, §6). `seed` chooses the documents.
+    neither, every token is used. `max_epochs`: the largest average number of copies of a source's documents; 4
+    epochs train nearly as well as fresh text (Muennighoff et al. 2023, §6). `seed` chooses the documents.
     """
 
     max_drop_warning: DropWarning = 1.0  # a token budget leaves documents out on purpose

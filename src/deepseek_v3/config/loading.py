@@ -1,4 +1,4 @@
-"""From a YAML file and dotted overrides to a checked configuration, and back to YAML; and the files that ship.
+"""Loads a checked configuration from YAML and dotted overrides, writes it as YAML, and finds the shipped configs.
 
 A shipped config is known by a short name, such as `1b` for `configs/deepseek_v3_1b.yaml`.
 """
@@ -38,7 +38,7 @@ AnySection = TypeVar("AnySection", bound=Section)
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, log: bool = False) -> RunConfig:
     """Reads a YAML file, applies overrides such as `model.num_hidden_layers=4`, and checks the whole.
 
-    `path` is a file, or the name of a shipped config, such as `1b`. With `log`, logs the vocabulary size where the
+    `path` is a file, or the name of a shipped config, such as `1b`. With `log`, logs the vocabulary size if the
     file leaves it open. Raises ConfigError with one line per problem: file and line (or override), field, problem.
     """
     return load_section(RunConfig, path, overrides, log=log)
@@ -75,7 +75,9 @@ def config_from_dict(fields: dict[str, Any], source: str) -> RunConfig:
 def section_from_dict(
     kind: type[AnySection], fields: dict[str, Any], source: str, context: Mapping[str, bool] | None = None
 ) -> AnySection:
-    """A section of the class `kind` from its fields; `source` names them in errors, validators see the `context`.
+    """Builds a section of the class `kind` from its fields; `source` names them in errors.
+
+    `context` is the validation context that pydantic passes to the validators.
 
     Raises ConfigError with one line per problem: source, field, problem.
     """
@@ -196,7 +198,7 @@ def shipped_names() -> list[str]:
 def select_config_files(files: Sequence[Path] | None, folder: Path | None) -> Sequence[Path]:
     """The files that --config names, or else every size in the folder that --configs names.
 
-    Raises ConfigError where both options are given, and as `list_config_files` does.
+    Raises ConfigError if both options are given, and as `list_config_files` does.
     """
     if files and folder:
         raise ConfigError(f"--configs {folder}: expected either --config files or a --configs folder, not both")
@@ -206,7 +208,7 @@ def select_config_files(files: Sequence[Path] | None, folder: Path | None) -> Se
 def list_config_files(folder: Path | None = None) -> list[Path]:
     """Every model size in `folder`; by default in `configs` of the working directory, or else the shipped ones.
 
-    Raises ConfigError where the folder does not exist or holds no config.
+    Raises ConfigError if the folder does not exist or holds no config.
     """
     folder = folder or (FOLDER if FOLDER.is_dir() else shipped_folder())
     if not folder.is_dir():

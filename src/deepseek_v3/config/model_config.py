@@ -187,7 +187,7 @@ class ModelConfig(Section):
         """Reads a released `config.json`, or one that Transformers wrote.
 
         A field that the file lacks gets the default of Transformers' `DeepseekV3Config`. Raises ConfigError with
-        the file and the field where the file cannot be read, holds an unknown field, or describes a model that this
+        the file and the field if the file cannot be read, holds an unknown field, or describes a model that this
         project does not build.
         """
         path = Path(path)
@@ -226,7 +226,7 @@ def _with_defaults_named(problems: str, given: dict[str, Any]) -> str:
 
 
 def _check_head_dim(stated: object, config: ModelConfig) -> None:
-    """Raises ValueError where the file's `qk_head_dim` is not qk_nope_head_dim + qk_rope_head_dim."""
+    """Raises ValueError if the file's `qk_head_dim` is not qk_nope_head_dim + qk_rope_head_dim."""
     if stated not in (None, config.qk_head_dim):
         raise ValueError(
             f"qk_head_dim = {format_value(stated)}, "

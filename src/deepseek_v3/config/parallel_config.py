@@ -10,7 +10,7 @@ from deepseek_v3.config.base import PositiveInt, Section
 from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.utils.numbers import divisors
 
-# Most sizes of a batch ramp that are checked one by one.
+# The largest number of batch sizes of a ramp that are checked one by one.
 _MAX_BATCH_SIZES = 100_000
 # Limits beyond which listing the micro-batches of a step and the divisors of a world size takes too long.
 Degree = Annotated[PositiveInt, Field(le=2**20)]
@@ -77,7 +77,7 @@ class ParallelConfig(Section):
 
 
 def check_batch(name: str, size: int, parallel: ParallelConfig) -> None:
-    """Raises ValueError where `size` sequences (the field `name`) do not divide over ranks and micro-batches."""
+    """Raises ValueError if `size` sequences (the field `name`) do not divide over ranks and micro-batches."""
     micro, ranks = parallel.micro_batch_size, parallel.data_ranks
     if size % (micro * ranks):
         over_ranks = f" × {ranks} data-parallel ranks" if ranks > 1 else ""
@@ -85,7 +85,7 @@ def check_batch(name: str, size: int, parallel: ParallelConfig) -> None:
 
 
 def pipeline_problem(parallel: ParallelConfig, model: ModelConfig, batches: range) -> str | None:
-    """Why a pipeline cannot run the layers of a model or batches of these sizes; None where it can.
+    """Why a pipeline cannot run the layers of a model or batches of these sizes; None if it can.
 
     The batch sizes are multiples of micro_batch_size × data_ranks.
     """
@@ -129,7 +129,7 @@ def _schedule_problem(batch: int, count: int, schedule: str, needed: str) -> str
 
 
 def check_degrees(parallel: ParallelConfig, model: ModelConfig) -> None:
-    """Raises ValueError where the expert degree does not divide the experts, the data ranks, or the sharding."""
+    """Raises ValueError if the expert degree does not divide the experts, the data ranks, or the sharding."""
     expert, experts, ranks = parallel.expert, model.n_routed_experts, parallel.data_ranks
     if experts % expert:
         raise ValueError(
@@ -145,8 +145,8 @@ def check_degrees(parallel: ParallelConfig, model: ModelConfig) -> None:
     if larger % smaller:
         raise ValueError(
             f"parallel.expert = {expert} and parallel.data_shard = {parallel.data_shard}: one must divide the "
-            "other, so that a copy of the experts lies inside whole copies of the rest; nearest expert degree that "
-            f"does: {_nearest_divisor(parallel.data_shard, expert)}"
+            "other, so that the ranks of one copy of the experts hold whole copies of the other weights; nearest "
+            f"expert degree that does: {_nearest_divisor(parallel.data_shard, expert)}"
         )
 
 

@@ -57,12 +57,14 @@ class PreprocessConfig(Section):
     may have `max_record_size` bytes. `previous_runs` are the `output_dir`s of finished runs that kept their keys:
     their documents count as already seen by the deduplication.
 
-    Output: one file holds `shard_size` bytes of text. `keep_keys` stores the deduplication's keys in `keys/` for
-    later runs. `tokenizer` (a tokenizer.json) counts the tokens; without one, `bytes_per_token` estimates them.
+    Output: one file holds up to about `shard_size` bytes of text. `keep_keys` stores the deduplication's keys in
+    `keys/` for later runs. `tokenizer` (a tokenizer.json) counts the tokens; without one, `bytes_per_token`
+    estimates them.
 
-    Resources, none of which changes the output: `workers` (None: one per core), `memory` for all of them together
-    (None: half of the machine), `engine` and `ray_address` (the cluster to join). The input is cut into work units
-    of `work_unit_size` bytes of text; an interrupted run repeats only the unfinished ones.
+    Resources do not change the output: `workers` (None: one per core), `memory` for all workers together (None:
+    half of the machine), `engine` and `ray_address` (the cluster to join). The input is cut into work units of
+    about `work_unit_size` bytes on disk, and each is read in parts of about that many bytes of text; an interrupted
+    run repeats only the unfinished parts.
     """
 
     # Unknown fields are sections of other packages, or are refused by `_check_extensions`.

@@ -37,7 +37,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """The fields of a JSON file that holds one object.
 
     Raises ConfigError as `read_text` does, and for invalid JSON, for a value that is not an object, for a field
-    that is given twice, and for a number that is not finite.
+    that is given twice, and for a number that is not finite or has more than 64 digits.
     """
     text, where = read_text(path), printable_path(path)
     try:
@@ -66,7 +66,7 @@ def describe_content(value: Any) -> str:
 
 
 def printable_path(path: Path) -> str:
-    """The path, quoted where it holds characters that cannot be printed."""
+    """The path, quoted if it holds characters that cannot be printed."""
     return str(path) if str(path).isprintable() else format_value(path)
 
 

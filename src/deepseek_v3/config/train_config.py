@@ -76,8 +76,8 @@ class OptimizerConfig(Section):
 
     A step moves a moment by (1 - β) of its distance to the gradient. Rounding to b significant bits discards a move
     below 2^-b of the moment, so the moment can stay 2^-b / (1 - β) of its value away from the exact one: 8% for
-    bfloat16 at β = 0.95, more than its whole value at 0.999. A β with more than 10% is refused, except in the
-    config of a checkpoint, whose model may be used, or resumed with other moments.
+    bfloat16 at β = 0.95, more than its whole value at 0.999. A β whose error exceeds 10% is refused, except in the
+    config of a checkpoint: its model may still be used, or its run resumed with other moments.
     """
 
     learning_rate: PositiveFloat
@@ -163,7 +163,7 @@ class TrainingConfig(Section):
     """The training recipe.
 
     `total_tokens` is a number of tokens, or a multiple such as `20x`: 20 tokens per active parameter.
-    `deliberate_overtraining` accepts a budget above 26 tokens per active parameter; it changes no step.
+    `deliberate_overtraining` accepts a budget above 26 tokens per active parameter; it does not change training.
 
     A step whose loss or gradient is not finite is skipped. The run stops after more than `max_skipped_steps`
     consecutive ones.
@@ -194,7 +194,7 @@ class TrainingConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """Checkpoints: one every `interval_steps` steps (0: only at the end), of which the newest `keep` stay."""
+    """Checkpoints: one every `interval_steps` steps (0: only at the end); the newest `keep` are kept."""
 
     directory: LocalPath = Path("checkpoints")
     interval_steps: NonNegativeInt = 1000
@@ -219,7 +219,7 @@ class LoggingConfig(Section):
 
 
 class RunConfig(Section):
-    """One training run: all of its sections, and what follows from them."""
+    """One training run: all of its sections, and the quantities that follow from them."""
 
     model: ModelConfig
     training: TrainingConfig
@@ -275,7 +275,7 @@ class RunConfig(Section):
 
 
 def _increment(ramp: BatchRampConfig, last: int) -> dict[str, int]:
-    """The increment by its field's name, where one is set. Raises ValueError where it does not divide the ramp."""
+    """The increment by its field's name, if it is set. Raises ValueError if it does not divide both batch sizes."""
     if ramp.increment is None:
         return {}
     for name, size in (("training.batch_ramp.initial", ramp.initial), ("training.global_batch_size", last)):

@@ -17,12 +17,12 @@ _MULTIPLE = 128  # divides into tensor-core tiles, and over ranks that shard emb
 
 
 def fill_vocabulary(fields: dict[str, Any]) -> str | None:
-    """Sets `model.vocab_size` in the fields of a run where it is missing or null.
+    """Sets `model.vocab_size` in the fields of a run if it is missing or null.
 
     The size is the tokenizer's number of ids, rounded up to a multiple of 128. The tokenizer is that of the shards
     at `data.path` or the one that `data.corpus` will train, whichever is larger, so that building the shards does
-    not change the model. Without either, the size is the published 129,280. Returns the reason for the log; None
-    where the field was set.
+    not change the model. Without either, the size is the published 129,280. Returns the reason for the log; None if
+    nothing was changed.
     """
     model, data = fields.get("model"), fields.get("data") or {}
     if not isinstance(model, dict) or model.get("vocab_size") is not None or not isinstance(data, dict):
@@ -51,7 +51,7 @@ def _count(value: object) -> int:
 
 
 def _tokenizer_size(path: object) -> object:
-    """`vocab_size` in the index of token shards; None where it cannot be read."""
+    """`vocab_size` in the index of token shards; None if it cannot be read."""
     if not isinstance(path, str | Path):
         return None
     try:

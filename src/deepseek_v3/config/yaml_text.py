@@ -82,7 +82,7 @@ class YamlLoader(yaml.SafeLoader):
         return int(_short(node).replace("_", ""))
 
     def _float(self, node: yaml.ScalarNode) -> float:
-        """An integer where an exponent gives a whole number, so that 1e23 keeps every digit."""
+        """The number; an integer if it has an exponent and is whole, so that 1e23 keeps every digit."""
         text = _short(node).replace("_", "").lower()
         number = float(text.replace(".inf", "inf").replace(".nan", "nan"))
         if "e" in text and math.isfinite(number) and number.is_integer():
@@ -91,7 +91,7 @@ class YamlLoader(yaml.SafeLoader):
 
 
 class YamlDumper(yaml.SafeDumper):
-    """Quotes text that `YamlLoader` would otherwise read as a number."""
+    """Quotes text that `YamlLoader` would otherwise read as a value of another type."""
 
 
 for _name, (_pattern, _first) in _KINDS.items():
@@ -119,7 +119,7 @@ def parse_yaml(text: str) -> tuple[Any, yaml.Node | None]:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise YamlProblem(_one_line(error.problem or "cannot be read"), line) from None
     except (ValueError, OverflowError):  # an escape such as "\UFFFFFFFF"
-        raise YamlProblem("holds an escape that is no character", loader.line + 1) from None
+        raise YamlProblem("holds an escape that is not a character", loader.line + 1) from None
     finally:
         loader.dispose()
 

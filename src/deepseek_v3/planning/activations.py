@@ -66,7 +66,7 @@ def _eager_attention(model: ModelConfig, width_bytes: int) -> dict[str, float]:
 
 
 def feed_forward_network_bytes(hidden: int, run: Execution) -> float:
-    """Gate, up and their product, per token; eager mode also saves the activated gate, in fp32."""
+    """Bytes per token of gate, up and their product; eager mode also saves the activated gate, in fp32."""
     return 3 * 2 * hidden if run.compiled else (3 * 4 + run.width) * hidden
 
 

@@ -20,7 +20,7 @@ class Rates:
     experts: float
     expert_bytes: float
     attention: float
-    masked_attention: float  # another kernel, which masks other documents
+    masked_attention: float  # by another kernel, which keeps attention inside each document
     activations: float
     logits: float
     weights: float

@@ -68,7 +68,7 @@ def check_compliance(name: str, config: RunConfig) -> Compliance:
 
 
 def format_ratio(tokens: int, active: int) -> str:
-    """The ratio with one decimal, or with more where rounding would show a bound that it does not equal."""
+    """The ratio with one decimal, or with more if rounding would show a bound that it does not equal."""
     ratio = Fraction(tokens, active)
     for digits in count(1):
         rounded = round(ratio, digits)
@@ -103,13 +103,13 @@ def _undertrained(config: RunConfig, active: int, tokens: int) -> str:
 def _overtrained(_config: RunConfig, active: int, tokens: int) -> str:
     return (
         f"{_found(active, tokens)}, above {MAX_RATIO}: set training.total_tokens to at most {MAX_RATIO}x "
-        f"({MAX_RATIO * active:,} tokens), choose a larger model, or, if it is meant, set "
+        f"({MAX_RATIO * active:,} tokens), choose a larger model, or, if that is deliberate, set "
         "training.deliberate_overtraining to true"
     )
 
 
 def _deliberately_overtrained(config: RunConfig, active: int, tokens: int) -> str:
-    return f"{_found(active, tokens)}, above {MAX_RATIO} and marked as meant; {_steps(config)}"
+    return f"{_found(active, tokens)}, above {MAX_RATIO} and marked as deliberate; {_steps(config)}"
 
 
 _REASONS = {

@@ -47,7 +47,7 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
 
 
 def count_active_parts(config: ModelConfig) -> ParameterCounts:
-    """Parameters that one token is multiplied with: the chosen routed experts only; the head even where it is tied.
+    """Parameters that one token is multiplied with: the chosen routed experts only; the head even if it is tied.
 
     `embedding` is 0, because a token only looks up its row.
     """
@@ -125,8 +125,9 @@ def _ffn(config: ModelConfig, hidden_width: int) -> int:
 class RankParameters:
     """Numbers of parameters of one rank.
 
-    `layers`: of all layers that the rank computes, unsharded; `experts` of these are in routed experts, and `whole`
-    in routers and norms, which are not sharded. `owned`: those whose optimizer state the rank holds.
+    `layers` counts all layers that the rank computes, unsharded. Of these parameters, `experts` are in routed
+    experts, and `whole` in routers and norms, which are not sharded. `owned` counts the parameters whose optimizer
+    state the rank holds.
     """
 
     layers: float

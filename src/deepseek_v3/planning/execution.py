@@ -10,10 +10,10 @@ from deepseek_v3.planning.hardware import Device
 
 LayerKind = Literal["dense", "moe", "mtp"]
 
-# As in ops/cross_entropy/chunked.py.
+# Numbers in one chunk of logits, as in ops/cross_entropy/chunked.py.
 _LOGITS_AT_ONCE = {"gpu": 1 << 28, "cpu": 1 << 20}
 
-# An assumption, not measured.
+# Rows of the busiest rank's experts over the rows of an even load: an assumption, not measured.
 _UNEVEN_EXPERTS = 1.2
 
 
@@ -24,7 +24,7 @@ class Execution:
     `width`: bytes of one activation. `compiled`: the layers are compiled, in bfloat16. `compiled_in_parts`: the
     attention and the feed-forward network are compiled separately; an MTP layer's input projection is not compiled.
 
-    `expert_imbalance`: rows of the busiest rank's experts over the rows of an even load; 1 where one rank holds all
+    `expert_imbalance`: rows of the busiest rank's experts over the rows of an even load; 1 if one rank holds all
     experts. `logits_per_chunk`: numbers in one chunk of the loss. `mask_bytes`: bytes of the attention mask of
     separate documents that a layer keeps per token; 0 without such a mask.
     """

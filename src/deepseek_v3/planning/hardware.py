@@ -78,7 +78,7 @@ def _nvidia(
 
 
 # Name, GiB, dense bfloat16 and float32 TFLOP/s, memory, link (NVLink per direction, else PCIe) GB/s, $ per hour.
-# The network is taken to be 400 Gb/s per device where there is NVLink, and 100 Gb/s elsewhere.
+# A device with NVLink is assumed to have a network of 400 Gb/s, any other one of 100 Gb/s.
 # The float32 rate is that without TF32, torch's default. On consumer cards the bfloat16 rate is that with float32
 # accumulation. `find_device` returns the first match, so a longer name comes before a name that it contains.
 _DEVICES = (
@@ -116,7 +116,7 @@ def known_devices() -> tuple[Device, ...]:
 
 
 def find_device(name: str, devices: tuple[Device, ...] = _DEVICES) -> Device | None:
-    """The first device whose words all occur in `name`, which may be the driver's name of a card, or None."""
+    """The first device whose words all occur in `name`, such as the driver's name of a card; None if none fits."""
     words = name.lower().replace("-", " ").split()
     return next((device for device in devices if all(word in words for word in device.name.lower().split())), None)
 
@@ -124,7 +124,7 @@ def find_device(name: str, devices: tuple[Device, ...] = _DEVICES) -> Device | N
 def device_with_memory(gigabytes: float) -> Device:
     """The usual device that is sold with this memory: 80 GB is an H100, 24 GB an RTX 4090.
 
-    Raises ConfigError, listing the known sizes, where none is within 5%.
+    Raises ConfigError, listing the known sizes, if none is within 5%.
     """
     usual = {sold: find_device(name) for sold, name in _SOLD_AS.items()}
     nearest = min(usual, key=lambda sold: abs(sold - gigabytes))
@@ -144,7 +144,7 @@ _SOLD_AS = {24: "RTX 4090", 32: "RTX 5090", 40: "A100 40GB", 48: "L40S", 80: "H1
 def load_device(path: str | Path) -> Device:
     """A device from a YAML file with the fields of `Device`.
 
-    Raises ConfigError with one line per problem: file, line, field, what is wrong.
+    Raises ConfigError with one line per problem: file, line, field, problem.
     """
     return load_section(Device, path)
 

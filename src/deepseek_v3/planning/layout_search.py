@@ -58,10 +58,10 @@ def estimate_layout(config: RunConfig, device: Device) -> Layout:
 
 @lru_cache
 def fastest_layout(config: RunConfig, device: Device, devices: int) -> Layout | None:
-    """The layout over `devices` devices with the shortest step among those that fit; None where none fits.
+    """The layout over `devices` devices with the shortest step among those that fit; None if none fits.
 
     Of layouts whose step times agree to three digits, returns the one with the fewest weights per device. Uses
-    fewer devices where the batch does not divide over all of them.
+    fewer devices if the batch does not divide over all of them.
     """
     candidates = _candidates_with_room(config, device, devices)
     executed = [(candidate, resolve_execution(device, candidate)) for candidate in candidates]
@@ -87,7 +87,10 @@ def min_memory_layout(config: RunConfig, device: Device, devices: int) -> Layout
 
 
 def fewest_devices(config: RunConfig, device: Device, above: int = 0) -> int | None:
-    """The smallest power of two above `above` of devices on which some layout fits; None beyond `MAX_DEVICES`."""
+    """The smallest number of devices, a power of two greater than `above`, on which some layout fits.
+
+    None if none fits on up to `MAX_DEVICES` devices.
+    """
     powers = (2**power for power in range(MAX_DEVICES.bit_length()))
     return next((number for number in powers if number > above and fits_on(config, device, number)), None)
 
@@ -118,12 +121,13 @@ def _candidates_with_room(config: RunConfig, device: Device, devices: int) -> li
 
 
 def _candidates_on_most_devices(config: RunConfig, device: Device, devices: int) -> list[RunConfig]:
+    """The layouts over the largest number of devices, at most `devices`, for which there is any layout."""
     # The number of ranks per pipeline stage divides the batch.
     numbers = {degree * ranks for degree in _DEGREES for ranks in divisors(batch_size_divisor(config.training))}
     for used in sorted((number for number in numbers if number <= devices), reverse=True):
         if runs := list(_candidates(config, device, used)):
             return runs
-    raise AssertionError("one device takes any batch")
+    raise AssertionError("every batch runs on one device")
 
 
 def _candidates(config: RunConfig, device: Device, devices: int) -> Iterator[RunConfig]:

@@ -183,7 +183,7 @@ class _Rank:
     def _vocabulary_copies(self, model: ModelConfig) -> int:
         """Number of embedding and head matrices: the embedding on the first stage, the head on the last one.
 
-        The last stage also holds the embedding where the head is tied to it, or where there are MTP layers.
+        The last stage also holds the embedding if the head is tied to it, or if there are MTP layers.
         """
         if self.config.parallel.pipeline == 1:
             return 1 if model.tie_word_embeddings else 2
@@ -202,12 +202,12 @@ class _Rank:
         yield self._end()
 
     def _losses(self) -> MemoryEstimate:
-        """In the loss of the last depth: all activations are saved, and a chunk of logits is allocated."""
+        """Memory in the loss of the last depth: all activations are saved, and a chunk of logits is allocated."""
         model, narrow = self.config.model, self.run.width == 2
         chunks = math.ceil(self.tokens * model.vocab_size / self.run.logits_per_chunk)
         rows = max(math.ceil(self.tokens / chunks), min(self.tokens, _MIN_CHUNK_TOKENS))
         chunk = self.run.width * rows * model.vocab_size
-        # Each loss computes the gradients of the head and of the states at once.
+        # Each loss computes the gradients of the head and of the states together with its value.
         per_loss = 4 * self.vocabulary + self.states
         return self._moment(
             "loss",
@@ -218,7 +218,7 @@ class _Rank:
         )
 
     def _last_norm(self) -> MemoryEstimate:
-        """In the backward pass of the norm before the head: all activations are saved, the head's gradient exists.
+        """Memory in the backward pass of the norm before the head: activations are saved, the head has a gradient.
 
         The norm is not compiled. Its gradients and intermediate products are five float32 tensors of the states'
         shape (measured on an H200, torch 2.11).
@@ -237,7 +237,7 @@ class _Rank:
         return (8 if self.run.width == 2 else 4) * self.tokens * self.config.model.hidden_size
 
     def _backward(self, index: int) -> MemoryEstimate:
-        """In the backward pass of layer `index` of the stage, after those of all later layers."""
+        """Memory in the backward pass of layer `index` of the rank, after those of all later layers."""
         layer = self.layers[self.kinds[index]]
         kept, copies = self._kept(index + 1), self._copies(index + 1)
         if self.recomputes:
@@ -250,7 +250,7 @@ class _Rank:
         )
 
     def _end(self) -> MemoryEstimate:
-        """At the end: all gradients exist; the embedding's is unsharded and computed from float32 states."""
+        """Memory at the end: all gradients exist; the embedding's is unsharded and computed from float32 states."""
         return self._moment(
             "end of the backward pass",
             made=self.parameters,
@@ -261,7 +261,7 @@ class _Rank:
     def _moment(
         self, name: str, made: float, activations: float, copies: float = 0.0, head: float = 0.0
     ) -> MemoryEstimate:
-        """`made`: number of parameters that have gradients, where gradients are not accumulated."""
+        """Builds an estimate; `made` is the number of parameters with gradients, if these are not accumulated."""
         waiting = self.in_flight - 1
         return MemoryEstimate(
             moment=name,
@@ -287,7 +287,7 @@ class _Rank:
         return sum(self.layers[kind].parameters for kind in self.kinds[first:])
 
     def _summed(self) -> float:
-        """Numbers in accumulated gradients: of owned parameters, or of all where they stay whole."""
+        """Number of accumulated gradients: of the owned parameters, or of all if gradients stay unsharded."""
         if self.config.parallel.data_shard == 1 or not self.holds_whole:
             return self.parameters
         each = [self.layers[kind] for kind in self.kinds]

@@ -16,7 +16,7 @@ _GIB = 2**30
 
 
 def require_memory(config: RunConfig, device: Device) -> None:
-    """Raises PlanError, with the parts and a suggestion, where one rank needs more than the device's memory."""
+    """Raises PlanError, with the parts and a suggestion, if one rank needs more than the device's memory."""
     layout = estimate_layout(config, device)
     if layout.needed_bytes <= device.memory_bytes:
         return

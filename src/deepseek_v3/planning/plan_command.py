@@ -34,7 +34,7 @@ def plan(
     gpu_memory: Annotated[
         float | None,
         typer.Option(
-            metavar="GB", parser=number_option, help="Instead of --gpu: the usual device sold with so much."
+            metavar="GB", parser=number_option, help="Instead of --gpu: the usual device with this memory."
         ),
     ] = None,
     hardware: Annotated[

@@ -17,7 +17,7 @@ from deepseek_v3.config.train_config import BatchRampConfig, RunConfig, batch_si
 from deepseek_v3.planning.counts import count_active_parameters
 from deepseek_v3.utils.errors import ConfigError
 
-# Most sizes of a batch ramp; the report's ramp has fewer than 13,000.
+# The largest number of batch sizes in a ramp; the report's ramp has fewer than 13,000.
 _MAX_SIZES = 50_000
 
 
@@ -72,7 +72,7 @@ class SampleBoundaries(Sequence[int]):
 
 @lru_cache
 def sample_boundaries(config: RunConfig) -> SampleBoundaries:
-    """The samples before each step of a run. Raises ConfigError where the batch ramp has too many sizes."""
+    """The samples before each step of a run. Raises ConfigError if the batch ramp has too many sizes."""
     sizes, used = _ramp_sizes(config)
     left = max(0, _samples_needed(config) - used)
     batch_size = config.training.global_batch_size
@@ -118,7 +118,7 @@ def _ramp_sizes(config: RunConfig) -> tuple[list[tuple[int, int]], int]:
 
 
 def _first(holds: Callable[[int], bool], guess: int) -> int:
-    """The smallest number from 1 for which the monotonic `holds` is true, by bisection from a guess."""
+    """The smallest number from 1 on for which the monotonic `holds` is true, found by bisection from a guess."""
     low, high, reach = 0, max(1, guess), 1
     while not holds(high):
         low, high, reach = high, high + reach, 2 * reach

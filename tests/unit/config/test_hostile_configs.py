@@ -176,7 +176,7 @@ def test_any_name_after_set_ends_in_one_line(tmp_path: Path, name: str) -> None:
         ("\n\na: \0", ':3: is not valid YAML: holds the control character "\\u0000"'),
         ('a: "\\0"', ":1: is not valid YAML: holds a NUL character"),
         ('\na: "\\ud800"', ":2: is not valid YAML: holds half of a surrogate pair"),
-        ('a: "\\UFFFFFFFF"', ":1: is not valid YAML: holds an escape that is no character"),
+        ('a: "\\UFFFFFFFF"', ":1: is not valid YAML: holds an escape that is not a character"),
         ("x" * (2**20 + 1), ": has more than 1,048,576 bytes, expected a configuration"),
     ],
 )

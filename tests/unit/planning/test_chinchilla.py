@@ -70,7 +70,7 @@ def test_the_reason_mentions_deliberate_overtraining() -> None:
     }
     assert "training.deliberate_overtraining has no effect" in reasons["5x"]
     assert "training.deliberate_overtraining is not needed" in reasons["20x"]
-    assert "marked as meant" in reasons["404x"]
+    assert "marked as deliberate" in reasons["404x"]
     unmarked = check_compliance("run", _run(total_tokens="404x")).reason
     assert "set training.deliberate_overtraining to true" in unmarked
 

@@ -23,7 +23,7 @@ _CHECKOUT = Path(__file__).parents[4]
 
 @dataclass(frozen=True)
 class Advice:
-    """The plans of all sizes, smallest first; the recommended one, None where none fits; and the reason."""
+    """The plans of all sizes, smallest first; the recommended one, None if none fits; and the reason."""
 
     request: PlanRequest
     rows: tuple[SizePlan, ...]
@@ -34,7 +34,7 @@ class Advice:
 def advise(request: PlanRequest, configs: Mapping[Path, RunConfig]) -> Advice:
     """Plans every config on the request's devices and recommends one by its objective.
 
-    A size without an expected loss is meant for trials; it is recommended only where no other size fits.
+    A size without an expected loss is meant for trials; it is recommended only if no other size fits.
     """
     plans = [plan_size(path, config, request) for path, config in configs.items()]
     rows = tuple(sorted(plans, key=lambda row: row.total_parameters))
@@ -86,7 +86,7 @@ def _nearest(rows: Sequence[SizePlan]) -> str:
 
 
 def _distance(row: SizePlan) -> tuple[float, float]:
-    """Sort key of the smallest change: the devices that a size lacks, 0 for none; its worst excess over a limit."""
+    """Sort key of the smallest change: the devices that a size needs, 0 if it has enough; then its worst excess."""
     devices = next((s.needed or math.inf for s in row.shortages if s.limit == "devices"), 0)
     others = (s.needed / s.available for s in row.shortages if s.limit != "devices" and s.needed is not None)
     return devices, max(others, default=1)

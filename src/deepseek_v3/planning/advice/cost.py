@@ -44,10 +44,10 @@ def run_cost(layout: Layout, request: PlanRequest) -> RunCost:
 
 
 def best_layout(config: RunConfig, request: PlanRequest) -> Layout | None:
-    """The fastest layout within the limits; where there is none, the one that exceeds them least.
+    """The fastest layout within the limits; if there is none, the one that exceeds them least.
 
-    Fewer devices can be faster where devices wait for each other, and cheaper. So fewer are tried where less than
-    half of a step is work, and where slightly better utilisation can bring the run within its budget.
+    Fewer devices cost less, and can be faster if devices wait for each other. So fewer are tried if less than half
+    of a step is work, or if slightly better utilisation can bring the run within its budget.
     """
     best: Layout | None = None
     devices = request.devices
@@ -114,7 +114,7 @@ def affordable_tokens(config: RunConfig, request: PlanRequest, layout: Layout | 
 
 
 def with_tokens(config: RunConfig, tokens: int) -> RunConfig:
-    """The same run with a budget of `tokens`; the config itself where that is its budget already."""
+    """The same run with a budget of `tokens`; the config itself if that is its budget already."""
     if tokens == budget_in_tokens(config):
         return config
     return config.model_copy(update={"training": config.training.model_copy(update={"total_tokens": tokens})})

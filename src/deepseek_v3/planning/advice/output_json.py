@@ -12,7 +12,7 @@ from deepseek_v3.planning.hardware import Device
 
 
 def advice_as_json(advice: Advice) -> dict[str, Any]:
-    """All assumptions and results, in bytes, seconds, hours, dollars and operations; null where unknown."""
+    """All assumptions and results, in bytes, seconds, hours, dollars and operations; null if unknown."""
     return {
         "request": _request(advice.request),
         "device": advice.request.device.model_dump(mode="json"),
@@ -28,7 +28,7 @@ def _request(request: PlanRequest) -> dict[str, Any]:
 
 
 def _recommendation(advice: Advice) -> dict[str, Any]:
-    """The recommended size; `name` and `command` are null where nothing fits, `note` states a limitation."""
+    """The recommended size; `name` and `command` are null if nothing fits, `note` states a limitation."""
     row = advice.recommended
     several = row is not None and row.config.parallel.world_size > 1
     return {

@@ -28,7 +28,7 @@ _FROM, _TO, _POINTS = 5, 100, 60  # tokens per active parameter along a size's c
 def plot_plan(advice: Advice, path: Path) -> None:
     """Writes a PNG to `path` with each size at its planned tokens, its curve over other numbers, and the budget.
 
-    Raises ConfigError where no size has an expected loss.
+    Raises ConfigError if no size has an expected loss.
     """
     rows = [row for row in advice.rows if row.loss]
     if not rows:

@@ -50,7 +50,7 @@ def _ask(question: str, options: PlanOptions, changed: Callable[[PlanOptions, st
 
 
 def _device(options: PlanOptions, answer: str) -> PlanOptions:
-    """Reads the device: a number in the list, gigabytes where the number is beyond the list, or a name."""
+    """Reads the device: a number in the list, gigabytes if the number is beyond the list, or a name."""
     devices = known_devices()
     try:
         number = parse_number(answer)

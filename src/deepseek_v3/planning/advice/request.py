@@ -81,7 +81,7 @@ class PlanRequest:
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """The options of the command line, None where not given; at most one of three options names the device."""
+    """The options of the command line, None if not given; at most one of three options names the device."""
 
     gpus: int | None = None
     gpu: str | None = None
@@ -131,7 +131,7 @@ class PlanOptions:
 
 
 def known_device(name: str) -> Device:
-    """The device of that name. Raises ConfigError with the known names where there is none."""
+    """The device of that name. Raises ConfigError with the known names if there is none."""
     device = find_device(name)
     if device is None:
         known = ", ".join(device.name for device in known_devices())

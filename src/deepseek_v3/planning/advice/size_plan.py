@@ -25,7 +25,7 @@ from deepseek_v3.planning.scaling_laws import ExpectedLoss, expected_loss, train
 from deepseek_v3.planning.token_budget import budget_in_tokens, planned_steps
 from deepseek_v3.utils.text import dollars, format_count, format_distinct, gibibytes, three_figures
 
-# Without a limit of hours, a longer run does not fit.
+# Without a limit of hours, a run that takes longer than a year does not fit.
 _HOURS_OF_A_YEAR = 24 * 365
 # Losses per token are comparable only between similar vocabularies; the laws used at least this many entries.
 _MIN_VOCABULARY = 32_000
@@ -46,8 +46,8 @@ class SizePlan:
     """The plan of one size.
 
     `given` is the config of the file `path`, `config` the same with layout and tokens filled in. `layout` and
-    `cost` are None where no layout fits the memory. `memory` and `needed_bytes` are those of the fullest device, in
-    that layout or else in the one that needs the least memory. `loss` is None where the vocabulary is too small for
+    `cost` are None if no layout fits the memory. `memory` and `needed_bytes` are those of the fullest device, in
+    that layout or else in the one that needs the least memory. `loss` is None if the vocabulary is too small for
     the laws.
     """
 
@@ -134,7 +134,7 @@ def plan_size(path: Path, config: RunConfig, request: PlanRequest) -> SizePlan:
 
 
 def _shortages(config: RunConfig, cost: RunCost, request: PlanRequest) -> tuple[Shortage, ...]:
-    """The limits that a size breaks whose layout fits the memory."""
+    """The limits that a size breaks, if a layout of it fits the memory."""
     found = []
     hours, budget = request.budget_hours, request.budget_dollars
     if hours is None and cost.hours > _HOURS_OF_A_YEAR:
@@ -158,7 +158,7 @@ def _too_few_tokens(config: RunConfig, request: PlanRequest) -> tuple[Shortage, 
 
 
 def _too_large(config: RunConfig, smallest: Layout, request: PlanRequest) -> tuple[Shortage, ...]:
-    """The limits that a size breaks whose layouts all exceed the memory."""
+    """The limits that a size breaks, if all its layouts exceed the memory."""
     device, devices = request.device, request.devices
     enough = fewest_devices(config, device, above=devices)
     instead = f"fits from {enough:,} on" if enough else f"does not fit on {max(MAX_DEVICES, devices):,} either"
