@@ -16,7 +16,7 @@ _CHOSEN = ("data_replicate", "data_shard", "expert", "pipeline", "micro_batch_si
 def resolve_layout(config: RunConfig, processes: int, device: Device) -> RunConfig:
     """The config with a layout for `processes` processes, each with one `device`.
 
-    Raises ConfigError where the configured degrees need another number of processes, and PlanError where `auto`
+    Raises ConfigError if the configured degrees need another number of processes, and PlanError if `auto`
     finds no layout for exactly this number that fits the memory of the device.
     """
     if config.parallel.layout == "auto":

@@ -26,7 +26,7 @@ def build_engine(
 ) -> Engine:
     """Builds the model and its engine for the layout in `config`; DeepSpeed's engine if `deepspeed` is given.
 
-    Raises ConfigError where DeepSpeed is not installed, or refuses its settings.
+    Raises ConfigError if DeepSpeed is not installed, or refuses its settings.
     """
     if deepspeed is not None:
         return _deepspeed()(config, mesh, device, documents, deepspeed)

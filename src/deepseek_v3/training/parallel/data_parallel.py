@@ -1,4 +1,4 @@
-"""The engine of data parallelism: every rank runs all layers on its own samples. One process is a case of it."""
+"""The engine of data parallelism: every rank runs all layers on its own samples. A single process uses it too."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from deepseek_v3.training.validation import main_losses
 
 
 class DataParallelEngine(Engine):
-    """Runs micro-batches one after another; FSDP and the expert exchange happen inside the model."""
+    """Runs micro-batches one after another; FSDP and the expert exchange run inside the model."""
 
     def __init__(self, config: RunConfig, mesh: ParallelMesh, device: torch.device, documents: DocumentIds) -> None:
         terms = select_loss_terms(config.training.loss_terms)

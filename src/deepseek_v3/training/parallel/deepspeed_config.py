@@ -1,4 +1,4 @@
-"""A DeepSpeed JSON file beside a run's config, which fills in what it decides and refuses what contradicts it."""
+"""Reads a DeepSpeed JSON file, fills in the fields that the run decides, and refuses fields that contradict it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from deepseek_v3.utils.logging import get_logger
 
 _AUTO = "auto"
 _STAGES = (1, 2, 3)
-_SECTIONS = ("bf16", "data_types", "zero_optimization")  # in which fields are filled
-# What the run has of its own, or cannot do; by section of the file.
+_SECTIONS = ("bf16", "data_types", "zero_optimization")  # sections whose fields `filled` sets
+# Sections that the file must not enable, and why: the run's config decides them, or runs do not support them.
 _REFUSED = {
     "optimizer": "the optimizer is training.optimizer",
     "scheduler": "the schedule is training.schedule",
@@ -33,9 +33,9 @@ _REFUSED = {
 
 
 class DeepSpeedFile:
-    """The settings of one file, `auto` wherever the run or the library is to choose.
+    """The settings of one DeepSpeed file; the value `auto` leaves a field to the run or to DeepSpeed.
 
-    Raises ConfigError, naming file and field, where it cannot be read or asks for what a run cannot do.
+    Raises ConfigError, naming file and field, if the file cannot be read or asks for what runs do not support.
     """
 
     def __init__(self, path: Path) -> None:
@@ -52,9 +52,9 @@ class DeepSpeedFile:
         self.stage = self._stage()
 
     def resolve_layout(self, config: RunConfig, processes: int) -> RunConfig:
-        """The run over so many processes, among which DeepSpeed shares everything out, whatever degrees it names.
+        """Returns the run's config with `processes` data-parallel ranks, whatever degrees it gives.
 
-        Raises ConfigError where the batch does not divide over them.
+        Raises ConfigError if the batch does not divide over them, or if `parallel.compile` is true at stage 3.
         """
         given = config.parallel
         if self.stage == 3 and given.compile is True:
@@ -69,7 +69,7 @@ class DeepSpeedFile:
         parallel = given.model_copy(update=changes)
         if (given.expert, given.pipeline) != (1, 1):
             get_logger("Plan").info(
-                f"DeepSpeed shares all of the model out over {processes} processes, in place of parallel.expert = "
+                f"DeepSpeed runs data parallelism over {processes} processes, in place of parallel.expert = "
                 f"{given.expert} and parallel.pipeline = {given.pipeline}"
             )
         try:
@@ -78,17 +78,17 @@ class DeepSpeedFile:
             raise ConfigError(describe_errors(error, RunConfig, {(): f"over {processes} processes"})) from None
 
     def filled(self, config: RunConfig, is_bfloat16: bool) -> dict[str, Any]:
-        """What DeepSpeed is given for a run that was laid out; raises ConfigError for what contradicts the run."""
+        """Returns DeepSpeed's settings for a resolved run. Raises ConfigError if fields contradict the run."""
         settings = _without_auto(self.settings)
         for field, (value, origin) in _decided(config, is_bfloat16).items():
-            section, name = _place(settings, field)
+            section, name = _section_of(settings, field)
             if section.setdefault(name, value) != value:
                 raise ConfigError(
                     f"{self.path}: {field} = {json.dumps(section[name])}, and the run's {origin} makes it "
                     f'{json.dumps(value)}; write "auto", or change one of the two'
                 )
         for field, value in _defaults(is_bfloat16).items():
-            section, name = _place(settings, field)
+            section, name = _section_of(settings, field)
             section.setdefault(name, value)
         return settings
 
@@ -101,7 +101,7 @@ class DeepSpeedFile:
 
 
 def _decided(config: RunConfig, is_bfloat16: bool) -> dict[str, tuple[Any, str]]:
-    """Fields whose values follow from the run, and from which part of it."""
+    """The fields that the run decides: each with its value, and the part of the run that it follows from."""
     batch, micro = config.training.global_batch_size, config.parallel.micro_batch_size
     ranks = config.parallel.data_ranks
     return {
@@ -123,7 +123,7 @@ def _decided(config: RunConfig, is_bfloat16: bool) -> dict[str, tuple[Any, str]]
 
 
 def _defaults(is_bfloat16: bool) -> dict[str, Any]:
-    """What a file may say otherwise; gradients are summed in float32 as under every other layout."""
+    """Defaults that a file may override; gradients are summed in float32, as under every other layout."""
     sums = {"communication_data_type": "fp32", "data_types.grad_accum_dtype": "fp32"} if is_bfloat16 else {}
     return {"steps_per_print": 2**31 - 1, **sums}
 
@@ -136,7 +136,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _without_auto(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy without the fields that are left to be chosen."""
+    """Returns a copy without the fields whose value is `auto`."""
     return dict(_kept(settings))
 
 
@@ -146,7 +146,7 @@ def _kept(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield name, _without_auto(value) if isinstance(value, dict) else value
 
 
-def _place(settings: dict[str, Any], field: str) -> tuple[dict[str, Any], str]:
-    """The section that a dotted field is in, made where it is missing, and the field's name there."""
+def _section_of(settings: dict[str, Any], field: str) -> tuple[dict[str, Any], str]:
+    """Returns the section of a dotted field, which is created if it is missing, and the field's name in it."""
     section, _, name = field.rpartition(".")
     return (settings.setdefault(section, {}) if section else settings), name

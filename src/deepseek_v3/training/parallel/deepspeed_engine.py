@@ -1,4 +1,4 @@
-"""Training by DeepSpeed: ZeRO stages 1, 2 and 3 (Rajbhandari et al. 2020) around the same objective."""
+"""The engine of DeepSpeed: ZeRO stages 1, 2 and 3 (Rajbhandari et al. 2020), with the same model and losses."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ from deepseek_v3.utils.logging import get_logger
 
 
 class DeepSpeedEngine(Engine):
-    """Each rank has a part of the data; DeepSpeed shares out moments (stage 1), gradients (2) and weights (3).
+    """Each rank runs its own samples; DeepSpeed shards moments (stage 1), gradients (2) and weights (3).
 
-    `file`: the settings, for a config that it has laid out. In bfloat16 the weights that compute are rounded copies
-    of float32 ones, which are shared out too. Routers and norms compute in float32 under stages 1 and 2; stage 3
-    holds all weights in one bfloat16 buffer. torch.distributed has to run, also on a single rank.
+    `config` must come from `file.resolve_layout`. In bfloat16 the model computes with rounded copies of float32
+    weights, which are sharded at every stage. Routers and norms compute in float32 at stages 1 and 2; stage 3 holds
+    all weights in one bfloat16 buffer. torch.distributed must be initialised, even for a single rank.
     """
 
     optimizer: PartitionedAdamW
@@ -58,14 +58,14 @@ class DeepSpeedEngine(Engine):
         documents: DocumentIds,
         file: DeepSpeedFile,
     ) -> None:
-        _enter_the_group()
+        _init_deepspeed()
         terms = select_loss_terms(config.training.loss_terms)
         wrap = partial(Objective, loss_terms=terms)
         self.objective, model = build_on_meta(config, device, ParallelMesh(config.parallel, mesh.rank), wrap)
         is_bfloat16 = model.compute_dtype == torch.bfloat16
-        settings = _accepted(file, config, is_bfloat16)
+        settings = _checked_settings(file, config, is_bfloat16)
         self._run, self._stage = config, file.stage
-        self._fill(model, device, settings if file.stage == 3 else None)
+        self._materialize(model, device, settings if file.stage == 3 else None)
         super().__init__(mesh, [model])
         self._documents, self._balance_weight = documents, config.training.balance.sequence_loss_weight
         self._parameters = dict(model.named_parameters())
@@ -85,11 +85,11 @@ class DeepSpeedEngine(Engine):
         )
         self._link_moments()
         if file.stage == 3:
-            # The losses use the head's weight outside the module that has it.
+            # The loss uses the head's weight outside the module that owns it.
             deepspeed.zero.register_external_parameter(self.objective, model.head_weight_VD)
-        if is_bfloat16:  # the float32 weights were made of rounded ones
+        if is_bfloat16:  # DeepSpeed has made the float32 weights from rounded ones
             for name, parameter in self._parameters.items():
-                values = self._first_values(name, _shape(parameter), device)
+                values = self._initial_values(name, _shape(parameter), device)
                 safe_set_full_fp32_param(parameter, values)
                 if parameter.dtype == torch.float32:
                     parameter.data.copy_(values)
@@ -110,7 +110,7 @@ class DeepSpeedEngine(Engine):
                 documents_BX,
                 num_targets=num_targets,
             )
-            self._engine.backward(losses.total)  # divides by the micro-batches, and the sum by the ranks
+            self._engine.backward(losses.total)  # DeepSpeed divides by the number of micro-batches, and of ranks
             parts.append(losses._replace(total=losses.total.detach()))
             if number < count:
                 self._engine.step()
@@ -121,7 +121,7 @@ class DeepSpeedEngine(Engine):
             found = self._engine.optimizer._global_grad_norm  # known before the optimizer is called
             return torch.as_tensor(found, dtype=torch.float32, device=loss.device)
 
-        # DeepSpeed itself leaves out the update where the gradient is not finite, unless its settings forbid that.
+        # DeepSpeed itself skips the update if the gradient is not finite, unless its settings forbid that.
         self.optimizer.before_step(step.learning_rate, lambda: is_finite_step(loss, norm()))
         self._engine.step()
         self.optimizer.after_step()
@@ -131,14 +131,14 @@ class DeepSpeedEngine(Engine):
         return main_losses(self.objective, self._documents, batches)
 
     def state(self) -> dict[str, Any]:
-        """Copies in CPU memory, of which each rank has its rows; all ranks gather parameter by parameter."""
+        """Returns copies in CPU memory, sharded by rows; all ranks gather one parameter at a time."""
 
         def weight(name: str) -> Tensor:
-            return self._part(safe_get_full_fp32_param(self._parameters[name]))
+            return self._own_rows(safe_get_full_fp32_param(self._parameters[name]))
 
         def moment(name: str, kind: str) -> Tensor:
             values = safe_get_full_optimizer_state(self._parameters[name], kind)
-            return self._part(values.to(self.optimizer.moment_dtype))
+            return self._own_rows(values.to(self.optimizer.moment_dtype))
 
         return self._entries(weight, moment)
 
@@ -146,7 +146,7 @@ class DeepSpeedEngine(Engine):
         def empty(name: str, dtype: torch.dtype) -> Tensor:
             shape = _shape(self._parameters[name])
             first, last = self._rows_of(shape)
-            return self._as_part(torch.zeros(last - first, *shape[1:], dtype=dtype), shape)
+            return self._as_sharded(torch.zeros(last - first, *shape[1:], dtype=dtype), shape)
 
         return self._entries(
             lambda name: empty(name, torch.float32), lambda name, _: empty(name, self.optimizer.moment_dtype)
@@ -155,27 +155,27 @@ class DeepSpeedEngine(Engine):
     def finish_loading(self, state: dict[str, Any], num_steps: int) -> None:
         super().finish_loading(state, num_steps)
         for name, parameter in self._parameters.items():
-            self._set_weight(parameter, self._whole(state["model"][name], parameter.device))
+            self._set_weight(parameter, self._gathered(state["model"][name], parameter.device))
             for kind in MOMENTS:
-                values = self._whole(state["optimizer"][kind][name], parameter.device)
+                values = self._gathered(state["optimizer"][kind][name], parameter.device)
                 safe_set_full_optimizer_state(parameter, values, kind)
 
-    def _fill(self, model: nn.Module, device: torch.device, shared: dict[str, Any] | None) -> None:
-        """Gives the parameters memory and first values, and shares out each as soon as it has them, if at all."""
-        for prefix, module in reversed(list(model.named_modules())):  # parts before what they are part of
+    def _materialize(self, model: nn.Module, device: torch.device, stage3: dict[str, Any] | None) -> None:
+        """Allocates and initialises the parameters; with the settings of stage 3, shards each module right away."""
+        for prefix, module in reversed(list(model.named_modules())):  # modules before those that contain them
             module.to_empty(device=device, recurse=False)
             own = dict(module.named_parameters(prefix, recurse=False))
             for name, parameter in own.items():
-                parameter.data.copy_(self._first_values(name, parameter.shape, device))
-            if shared and own:
+                parameter.data.copy_(self._initial_values(name, parameter.shape, device))
+            if stage3 and own:
                 for parameter in own.values():
                     parameter.data = parameter.data.to(
-                        torch.bfloat16 if shared["bf16"]["enabled"] else torch.float32
+                        torch.bfloat16 if stage3["bf16"]["enabled"] else torch.float32
                     )
-                deepspeed.zero.Init(module=module, config_dict_or_path=shared)
+                deepspeed.zero.Init(module=module, config_dict_or_path=stage3)
         reset_buffers(model)
 
-    def _first_values(self, name: str, shape: Sequence[int], device: torch.device) -> Tensor:
+    def _initial_values(self, name: str, shape: Sequence[int], device: torch.device) -> Tensor:
         std, seed = self._run.model.initializer_range, self._run.training.seed
         whole = torch.empty(*shape, device=device)
         for rows, values in initial_values(name, shape, range(shape[0]), std, seed, device):
@@ -183,10 +183,10 @@ class DeepSpeedEngine(Engine):
         return whole
 
     def _optimizer_of(self, wide: Sequence[nn.Parameter]) -> PartitionedAdamW:
-        """The optimizer, with `wide` parameters in float32 and in groups of their own.
+        """Returns the optimizer, with the `wide` parameters in float32 and in separate groups.
 
-        DeepSpeed asks for it after it has cast every parameter, and then flattens each group into a buffer of one
-        type.
+        DeepSpeed calls this after it has cast every parameter, and then flattens each group into a buffer of one
+        dtype.
         """
         ids = {id(parameter) for parameter in wide}
         for parameter in wide:
@@ -200,17 +200,17 @@ class DeepSpeedEngine(Engine):
         return self.optimizer
 
     def _link_moments(self) -> None:
-        """Makes all moments before the first step, and lets the library know to which parameters they belong."""
-        sharing = self._engine.optimizer
+        """Allocates all moments before the first step, and lets DeepSpeed map them to the parameters."""
+        zero_optimizer = self._engine.optimizer
         if self._stage == 3:
-            self.optimizer.make_moments(sharing.fp32_partitioned_groups_flat)
+            self.optimizer.make_moments(zero_optimizer.fp32_partitioned_groups_flat)
         else:
             self.optimizer.make_moments(part for group in self.optimizer.param_groups for part in group["params"])
-            sharing._lazy_init_hp_params_optimizer_state()
+            zero_optimizer._lazy_init_hp_params_optimizer_state()
 
     @torch.no_grad()
     def _set_weight(self, parameter: nn.Parameter, values: Tensor) -> None:
-        """Sets the float32 weight, and the one that computes."""
+        """Sets the float32 weight, and the copy that the model computes with."""
         safe_set_full_fp32_param(parameter, values)
         if self._stage == 3:
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
@@ -226,23 +226,23 @@ class DeepSpeedEngine(Engine):
         return {"model": weights | buffers, "optimizer": {"num_steps": self.optimizer.num_steps, **moments}}
 
     def _rows_of(self, shape: Sequence[int]) -> tuple[int, int]:
-        """The first of this rank's rows in files, and the one after its last: cut as torch.chunk does."""
+        """First and end of this rank's rows in checkpoints, which are divided as `torch.chunk` divides them."""
         size = -(-shape[0] // self.mesh.size)
         return min(self.mesh.rank * size, shape[0]), min((self.mesh.rank + 1) * size, shape[0])
 
-    def _part(self, whole: Tensor) -> Tensor:
-        """A copy of this rank's rows, in CPU memory."""
+    def _own_rows(self, whole: Tensor) -> Tensor:
+        """Copies this rank's rows to CPU memory."""
         first, last = self._rows_of(whole.shape)
-        return self._as_part(whole[first:last].detach().to("cpu", copy=True), whole.shape)
+        return self._as_sharded(whole[first:last].detach().to("cpu", copy=True), whole.shape)
 
-    def _as_part(self, rows: Tensor, shape: Sequence[int]) -> Tensor:
+    def _as_sharded(self, rows: Tensor, shape: Sequence[int]) -> Tensor:
         if self.mesh.is_alone:
             return rows
         cpu_mesh = DeviceMesh("cpu", torch.arange(self.mesh.size), _init_backend=False)
         return as_dtensor(rows, cpu_mesh, [Shard(0)], shape)
 
-    def _whole(self, part: Tensor, device: torch.device) -> Tensor:
-        """The tensor of which each rank has its rows, as float32."""
+    def _gathered(self, part: Tensor, device: torch.device) -> Tensor:
+        """Gathers the rows of all ranks to a float32 tensor on `device`."""
         first, last = self._rows_of(part.shape)
         whole = torch.zeros(*part.shape, device=device)
         whole[first:last] = local(part).to(device)
@@ -250,19 +250,19 @@ class DeepSpeedEngine(Engine):
 
 
 def _shape(parameter: nn.Parameter) -> Sequence[int]:
-    """Of the whole, also where only a part is in memory."""
+    """The global shape of a parameter, even if DeepSpeed has partitioned it."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def _enter_the_group() -> None:
-    """Lets DeepSpeed work on the processes that have met already, and say less."""
+def _init_deepspeed() -> None:
+    """Initialises DeepSpeed on the existing process group, and reduces its log output."""
     logger.setLevel(logging.WARNING)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled for a minute; gloo does it
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # takes a minute to compile; gloo does the same
     deepspeed.init_distributed(dist_init_required=False, verbose=False)
 
 
-def _accepted(file: DeepSpeedFile, config: RunConfig, is_bfloat16: bool) -> dict[str, Any]:
-    """The settings, filled; raises ConfigError where the library has no such field or value."""
+def _checked_settings(file: DeepSpeedFile, config: RunConfig, is_bfloat16: bool) -> dict[str, Any]:
+    """Returns the filled settings. Raises ConfigError if DeepSpeed rejects a field or value."""
     settings = file.filled(config, is_bfloat16)
     try:
         DeepSpeedConfig(settings)

@@ -48,9 +48,9 @@ class Engine(ABC):
         self._rows = torch.tensor([row for model in models for row in _router_rows(model)], device=device)
 
     def run_step(self, batches: Iterator[Tensor], step: ScheduledStep) -> StepResult:
-        """One optimizer step on this rank's micro-batches, int64 (sequences, length + 1).
+        """Runs one optimizer step on this rank's micro-batches, int64 (sequences, length + 1).
 
-        Where the loss or the gradient of any rank is not finite, the step changes nothing on any rank. The devices
+        If the loss or the gradient of any rank is not finite, the step changes nothing on any rank. The devices
         decide that, so the host does not wait for them.
         """
         losses = self._combined(self._backward(batches, step))
@@ -108,7 +108,7 @@ class Engine(ABC):
         self.optimizer.num_steps = num_steps
 
     def _targets_per_micro_batch(self, documents: Sequence[Tensor | None]) -> Tensor | None:
-        """The mean number of counted targets per micro-batch, over all ranks; None where every target counts.
+        """The mean number of counted targets per micro-batch, over all ranks; None if every target counts.
 
         `documents`: the document ids of this rank's micro-batches of the step.
         """
@@ -120,7 +120,7 @@ class Engine(ABC):
         return total.clamp(min=1) / (len(numbered) * self.mesh.parallel.data_ranks)
 
     def routing_biases(self) -> Tensor:
-        """The routing biases of all mixture layers, float32 (layers, experts), on every rank."""
+        """The routing biases of all MoE layers, float32 (layers, experts), on every rank."""
         found = self._spread([router.e_score_correction_bias for router in self._routers], torch.float32)
         return self.mesh.sum_over_ranks(found) / self.mesh.parallel.data_ranks
 

@@ -21,7 +21,7 @@ from deepseek_v3.training.parallel.mesh import ParallelMesh
 
 
 def apply_fsdp(root: nn.Module, model: DeepSeekV3, mesh: ParallelMesh, layers: Sequence[int]) -> None:
-    """Shards the model inside `root`, of which this rank has `layers`; does nothing where one rank holds it all.
+    """Shards the model inside `root`, of which this rank has `layers`; does nothing if there is one data rank.
 
     Each layer is gathered by itself, its experts over the ranks that hold the same ones. Weights are gathered in
     the compute dtype. Gradients are summed in float32 and not divided, so each loss must be a share of the batch's.
@@ -108,7 +108,7 @@ def _shard_experts(layer: nn.Module, mesh: ParallelMesh, wrap: Callable[..., Any
 
 
 def _cut(stack: nn.Parameter, shards: int) -> Shard:
-    """Shards whole experts where they divide evenly, else the rows of each expert where these do."""
+    """Shards whole experts if they divide evenly, else the rows of each expert if these do."""
     return Shard(1) if stack.shape[0] % shards and stack.shape[1] % shards == 0 else Shard(0)
 
 

@@ -45,7 +45,7 @@ class ParallelMesh:
 
     @property
     def data_rank(self) -> int:
-        """This rank's index among the ranks of its stage, each of which reads other samples."""
+        """This rank's index among the ranks of its stage, each of which reads different samples."""
         return self.rank % self.parallel.data_ranks
 
     @property
@@ -61,7 +61,7 @@ class ParallelMesh:
     def dense_mesh(self) -> DeviceMesh | None:
         """The ranks that FSDP shards all parameters but the experts over: (shard), or (replicate, shard).
 
-        None where one rank holds all of them.
+        None if one rank holds all of them.
         """
         return _data_mesh(self.dense, ("replicate", "shard"))
 
@@ -72,7 +72,7 @@ class ParallelMesh:
     def expert_shard_mesh(self) -> DeviceMesh:
         """This stage's mesh (expert, expert_shard, expert_replicate), in the order in which experts are sharded.
 
-        It describes where shards belong, and has no process groups to communicate with.
+        It only describes the sharding: it has no process groups to communicate with.
         """
         assert self.experts is not None
         stage = self.experts.mesh[self.pipeline_rank].permute(2, 1, 0).contiguous()
@@ -114,7 +114,7 @@ def build_mesh(parallel: ParallelConfig, device_type: str, ranks_per_node: int =
 
 
 def _data_mesh(mesh: DeviceMesh | None, names: Sequence[str]) -> DeviceMesh | None:
-    """The dimensions (replicate, shard) of `mesh`, without replicate where its size is 1; None for one rank."""
+    """The dimensions (replicate, shard) of `mesh`, without replicate if its size is 1; None for one rank."""
     if mesh is None:
         return None
     replicas, shards = (mesh[name].size() for name in names)

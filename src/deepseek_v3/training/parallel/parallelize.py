@@ -1,11 +1,11 @@
-"""From a config to a model that is ready to train, in one ordered list of steps.
+"""Builds a model that is ready to train from a config, in one ordered list of steps.
 
 `build_on_meta` and `build_model` are that list:
 
 1. build the model on the meta device, and keep the layers of this rank's pipeline stage
 2. select the compute dtype and the back end of every operation
 3. shard the experts over the expert-parallel ranks, and give the MoE layers their dispatcher
-4. activation checkpointing (Chen et al. 2016, arXiv:1604.06174)
+4. apply activation checkpointing (Chen et al. 2016, arXiv:1604.06174)
 5. compile each layer
 6. shard weights, gradients and moments over the data-parallel ranks (FSDP2)
 7. materialise the weights, and initialise them; a checkpoint may overwrite them later
@@ -40,7 +40,7 @@ from deepseek_v3.training.parallel.sharding import local_shards
 from deepseek_v3.utils.errors import ConfigError
 from deepseek_v3.utils.logging import get_logger
 
-# Layer kinds (dense, mixture, MTP) × with and without gradient, and room for masks.
+# The layer kinds (dense, MoE, MTP), with and without gradient, and more for masks.
 _COMPILED_VARIANTS = 16
 
 Root = TypeVar("Root", bound=nn.Module)
@@ -120,10 +120,10 @@ def _shard_experts(model: DeepSeekV3, config: RunConfig, device: torch.device, m
 
 
 def apply_activation_checkpointing(model: DeepSeekV3, mode: Literal["none", "selective", "full"]) -> None:
-    """Recomputes parts of the forward pass in the backward pass, which then keep only their inputs in memory.
+    """Recomputes parts of the forward pass in the backward pass, and keeps only the inputs of these parts.
 
-    `full` recomputes whole layers; `selective` recomputes the feed-forward networks, which keep the most memory for
-    the time that they take.
+    `full` recomputes whole layers; `selective` recomputes the feed-forward networks, which free the most memory for
+    the time that it takes to recompute them.
     """
     if mode == "full":
         model.run_layer = _recompute
@@ -139,7 +139,10 @@ def _recompute(module: nn.Module, *inputs: Any) -> Any:
 
 
 def _compiles(model: DeepSeekV3, config: RunConfig, device: torch.device) -> bool:
-    """Whether layers are compiled: as the config says; `auto` compiles on CUDA, where no graph break is needed."""
+    """Whether to compile the layers; `auto` compiles on CUDA if no layer breaks the graph.
+
+    Raises ConfigError if the config asks for it and the experts cannot be compiled.
+    """
     experts = [module for module in model.modules() if isinstance(module, RoutedExperts)]
     can_compile = all(module.grouped_linear is not reference_grouped_linear for module in experts)
     wanted = config.parallel.compile
@@ -153,7 +156,7 @@ def _compiles(model: DeepSeekV3, config: RunConfig, device: torch.device) -> boo
 
 
 def _compile_layers(layers: Sequence[nn.Module], parallel: ParallelConfig) -> None:
-    """Compiles each decoder layer as one graph where possible; layers of one kind share the compiled code.
+    """Compiles each decoder layer as one graph if possible; layers of one kind share the compiled code.
 
     With selective recomputation the feed-forward network is compiled by itself: inside one graph the compiler would
     keep rows of the experts that should be recomputed. With expert parallelism only the parts around the exchange
@@ -163,19 +166,19 @@ def _compile_layers(layers: Sequence[nn.Module], parallel: ParallelConfig) -> No
     for layer in layers:
         if not isinstance(layer, DecoderLayer):
             continue
-        mixture = layer.mlp if isinstance(layer.mlp, MixtureOfExperts) else None
-        has_exchange = mixture is not None and parallel.expert > 1
+        moe = layer.mlp if isinstance(layer.mlp, MixtureOfExperts) else None
+        has_exchange = moe is not None and parallel.expert > 1
         if parallel.recomputation != "selective" and not has_exchange:
             layer.compile(fullgraph=True, dynamic=False)
             continue
         _compile_method(layer, "attend")
-        if mixture is None or not has_exchange:
+        if moe is None or not has_exchange:
             layer.mlp.compile(fullgraph=True, dynamic=False)
             continue
-        _compile_method(mixture, "route")
-        mixture.experts.compile(fullgraph=True, dynamic=True)
-        if mixture.config.n_shared_experts:
-            _compile_method(mixture.shared_experts, "hidden")
+        _compile_method(moe, "route")
+        moe.experts.compile(fullgraph=True, dynamic=True)
+        if moe.config.n_shared_experts:
+            _compile_method(moe.shared_experts, "hidden")
 
 
 def _compile_method(module: nn.Module, name: str) -> None:

@@ -50,8 +50,8 @@ class ModelStage(nn.Module):
     """A pipeline stage: some layers of a model, with the embedding in the first, and head and losses in the last.
 
     `mtp_weight`, `balance_weight`, `share` (the factor of a micro-batch's loss) and `num_targets` (as in
-    `compute_losses`) hold for one step and are set before it. `found` gathers the losses of each micro-batch; the
-    parts of a loss that other stages compute are 0 here.
+    `compute_losses`) are set before each step. `found` collects the losses of each micro-batch; the parts of a loss
+    that other stages compute are 0 here.
     """
 
     def __init__(
@@ -254,8 +254,8 @@ class PipelineEngine(Engine):
     def _has_one_backward(self, stage: ModelStage) -> bool:
         """Whether zero-bubble schedules run one backward pass here, instead of one for states and one for weights.
 
-        The pass for weights runs a backward pass for every weight, from the operations that use it. That fails
-        where an MTP layer or a tied head uses a weight in several operations, runs a recomputed layer again for
+        The pass for weights runs a backward pass for every weight, from the operations that use it. It fails
+        if an MTP layer or a tied head uses a weight in several operations, it runs a recomputed layer again for
         every weight, and a compiled layer computes all its gradients in both passes.
         """
         depth = self.config.num_nextn_predict_layers if stage.is_last else 0

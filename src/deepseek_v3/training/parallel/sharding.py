@@ -1,4 +1,4 @@
-"""How the parameters of a model are divided over ranks: for initial values, checkpoints and the gradient norm."""
+"""How the parameters of a model are sharded over ranks, for initial values, checkpoints and the gradient norm."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def as_dtensor(local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement],
     """A DTensor of the global `shape` whose local shard is `local`, sharing its memory.
 
     `placements` are applied in the order of the mesh dimensions. A stack of experts is sharded by the expert
-    dimension first and by FSDP second: `[Shard(0), Shard(0)]`, or `[Shard(0), Shard(1)]` where FSDP shards the rows
-    of each expert. An uneven split gives the first ranks more, as `torch.chunk` does. Raises ValueError where
+    dimension first and by FSDP second: `[Shard(0), Shard(0)]`, or `[Shard(0), Shard(1)]` if FSDP shards the rows
+    of each expert. An uneven split gives the first ranks more, as `torch.chunk` does. Raises ValueError if
     `local` does not have the shape of this rank's shard.
     """
     stride = torch.empty(shape, device="meta").stride()
@@ -94,8 +94,8 @@ def local_shards(model: nn.Module, mesh: ParallelMesh) -> dict[str, LocalShard]:
 def as_global(tensor: Tensor, shard: LocalShard | None, mesh: ParallelMesh) -> Tensor:
     """A parameter, or a tensor sharded like it, as a DTensor of its global shape, sharing its memory.
 
-    FSDP's tensors are that already. Experts sharded by expert parallelism are plain tensors to each rank, and
-    become DTensors here. Tensors without a `shard`, such as buffers, are returned as they are.
+    FSDP's tensors already are such DTensors. Under expert parallelism, a stack holds only this rank's experts, and
+    becomes a DTensor of all experts here. Tensors without a `shard`, such as buffers, are returned as they are.
     """
     if shard is None or not shard.is_expert or mesh.parallel.expert == 1:
         return tensor
