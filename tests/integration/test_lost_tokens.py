@@ -49,7 +49,7 @@ def test_a_run_whose_shards_shrink_saves_and_resumes_later(tmp_path: Path, run: 
     assert step in ((3, 4, 5) if split == "train" else (4,))
     saved = config.checkpoint.directory / f"checkpoint_step_{step}.pt"
     assert f"{files[0]}: has become shorter while it was in use" in str(caught.value)
-    assert f"stopped after step {step} and saved {saved}; go on with --resume latest" in str(caught.value)
+    assert f"stopped after step {step} and saved {saved}; continue with --resume latest" in str(caught.value)
     assert load_checkpoint(saved)["step"] == step
 
     for file, content in zip(files, contents, strict=True):

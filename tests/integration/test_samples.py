@@ -40,7 +40,7 @@ def test_samples_are_shown_when_due_and_change_no_bit(tmp_path: Path) -> None:
     plain, without = train(path, "plain")
     output, with_samples = train(path, "samples", SAMPLES)
     assert "[Samples]" not in plain
-    found = re.findall(r"^\[Samples\] After step (\d), '(.*)' goes on:$", output, re.MULTILINE)
+    found = re.findall(r"^\[Samples\] After step (\d), '(.*)' continues:$", output, re.MULTILINE)
     assert found == [(step, prompt) for step in "246" for prompt in ("def a", "")]
     one, other = (tensors_of(load_checkpoint(file)) for file in (without, with_samples))
     assert one.keys() == other.keys()
@@ -56,7 +56,7 @@ def test_a_run_resumes_with_samples_that_it_did_not_have(tmp_path: Path) -> None
     words = ["--set", f"checkpoint.directory={tmp_path / 'run'}", "--set", "training.total_tokens=1024"]
     result = dsv3("train", "--device", "cpu", "--config", path, *words, "--set", SAMPLES, "--resume", "latest")
     assert result.exit_code == 0, result.output
-    assert "After step 8, 'def a' goes on:" in result.output
+    assert "After step 8, 'def a' continues:" in result.output
 
 
 @pytest.mark.parametrize(("processes", "by_deepspeed"), [(2, False), (8, False), (1, True)])

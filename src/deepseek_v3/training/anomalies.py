@@ -21,13 +21,14 @@ class _Unread(NamedTuple):
 
 
 class SkippedSteps:
-    """Counts the steps that changed nothing because their loss or gradient was not finite.
+    """Counts the steps that were skipped because their loss or gradient was not finite.
 
-    `add` reads the values of the previous step, so that the device has a step to work on while the CPU waits;
+    `add` reads loss and norm of the previous step, so that the device has a step to work on while the CPU waits;
     `read` waits for the last step. `total` and `in_a_row` count the steps that have been read. The values are the
     same on all ranks, which therefore stop after the same step.
 
-    `max_in_a_row`: more skipped steps in a row stop the run. A checkpoint restores `total` and `in_a_row`.
+    More than `max_in_a_row` skipped steps in a row stop the run. A resumed run starts from the `total` and
+    `in_a_row` of its checkpoint.
     """
 
     def __init__(self, max_in_a_row: int, total: int = 0, in_a_row: int = 0) -> None:
@@ -44,7 +45,7 @@ class SkippedSteps:
         self._unread = _Unread(number, figures, arrived)
 
     def read(self) -> None:
-        """Counts the last step; warns where it was skipped. Raises TrainingError where too many were in a row."""
+        """Counts the last step; warns if it was skipped. Raises TrainingError if too many were in a row."""
         unread, self._unread = self._unread, None
         if unread is None:
             return
@@ -61,7 +62,7 @@ class SkippedSteps:
             raise TrainingError(
                 f"{found}; {self.in_a_row} steps in a row were not finite, and training.max_skipped_steps = "
                 f"{self._max_in_a_row}. The run stops; nothing was changed since step "
-                f"{unread.number - self.in_a_row}, and its last checkpoint stands. "
+                f"{unread.number - self.in_a_row}, and its last checkpoint is intact. "
                 "Lower training.optimizer.learning_rate, or lengthen training.schedule.warmup_steps, and resume an "
                 "earlier checkpoint"
             )

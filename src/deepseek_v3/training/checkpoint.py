@@ -1,4 +1,4 @@
-"""The checkpoints of a run: what they hold, when they are written, and how a run resumes from one.
+"""The checkpoints of a run: their contents, how they are written, and how a run resumes from one.
 
 One process writes a file, several ranks write a folder of shards; the contents are the same nested dict (its model
 part is described in `model.pretrained`):
@@ -53,7 +53,7 @@ from deepseek_v3.utils.distributed.collectives import checkpoint_group, run_on_a
 from deepseek_v3.utils.errors import CheckpointError
 from deepseek_v3.utils.logging import get_logger
 
-_CUDA_RANDOM_BYTES = 16  # a seed and an offset
+_CUDA_RANDOM_BYTES = 16  # the size of a CUDA generator's state: a seed and an offset
 _RANDOM = "random."  # the prefix of the random states among a checkpoint's tensors
 
 
@@ -80,7 +80,7 @@ class RunEntries(ModelEntries):
 
 
 class RunProgress(NamedTuple):
-    """The last step of a run, how many steps it has skipped, and how many of these came last in a row."""
+    """The last step of a run, the steps that it skipped, and how many of these were the last ones in a row."""
 
     step: int
     skipped: int = 0
@@ -90,7 +90,7 @@ class RunProgress(NamedTuple):
 def train_state(
     engine: Engine, config: RunConfig, shards: TokenShards, step: int, tokens: int, skipped_in_a_row: int = 0
 ) -> dict[str, Any]:
-    """The contents of a checkpoint after `step`; sharded tensors are DTensors."""
+    """Returns the contents of a checkpoint after `step`; sharded tensors are DTensors."""
     return {
         **model_entries(engine.models[0], config, shards.load_tokenizer().to_json()),
         **engine.state(),
@@ -113,15 +113,16 @@ def load_train_state(
     verify: bool = True,
     allow_changed_data: bool = False,
 ) -> RunProgress:
-    """Loads the checkpoint at `path`, a file or a folder, into the run, and returns that run's progress.
+    """Loads the checkpoint at `path`, a file or a folder, into the run, and returns the saved run's progress.
 
-    All ranks of `group` call this; a group of None is one process. `verify=False` skips the checksums of a
+    All ranks of `group` must call this; a group of None is one process. `verify=False` skips the checksums of a
     checkpoint that has just been verified. Moments of another floating point dtype are converted.
 
-    Raises CheckpointError, before anything is changed, where the checkpoint is damaged, of another format, model or
-    tokenizer, and where the next samples or the meaning of the loss would change. `allow_changed_data` permits the
-    latter: steps keep their numbers, and their samples and schedules follow from the current config.
-    Raises CheckpointError too, after loading, where a loaded tensor holds NaN or infinity.
+    Raises CheckpointError, before anything is changed, if the checkpoint is damaged, has another format, or belongs
+    to another model or tokenizer, and if the run would continue with other samples or another loss.
+    `allow_changed_data` permits the latter: steps keep their numbers, and their samples and schedules follow from
+    the current config. Raises CheckpointError after loading if a random state cannot be restored, or if a loaded
+    tensor holds NaN or infinity.
     """
     if verify:
         verify_checkpoint(path, group)
@@ -163,7 +164,7 @@ def _check(
     shards: TokenShards,
     allow_changed_data: bool,
 ) -> None:
-    """Raises CheckpointError where a checkpoint's plain values do not fit this run."""
+    """Raises CheckpointError if a checkpoint's plain values do not fit this run."""
     before = checkpoint_config(saved, path)
     check_entries(RunEntries, saved, path)
     check_changes(before, config, path, allow_changed_data)
@@ -191,7 +192,10 @@ def _identity(shards: TokenShards) -> list[str]:
 def _check_same_steps(
     state: dict[str, Any], schedule: TrainingSchedule, path: Path, allow_changed_data: bool
 ) -> None:
-    """Raises CheckpointError unless the schedule has used as many tokens by this step as the checkpoint's run."""
+    """Raises CheckpointError unless the schedule has used as many tokens by this step as the checkpoint's run.
+
+    `allow_changed_data` permits another number of tokens, but not a step beyond the end of the schedule.
+    """
     step, tokens = state["step"], state["tokens"]
     if step <= schedule.total_steps and (tokens == schedule.tokens_after(step) or allow_changed_data):
         return
@@ -199,7 +203,7 @@ def _check_same_steps(
         raise CheckpointError(
             f"{path}: had trained on {tokens:,} tokens, and this run's budget of {schedule.total_tokens:,} ends "
             f"with step {schedule.total_steps:,}, before the checkpoint's step {step:,}; raise "
-            "training.total_tokens to go on"
+            "training.total_tokens to continue"
         )
     here = f"ends at {schedule.tokens_after(step):,}" if step <= schedule.total_steps else "is beyond the end"
     raise CheckpointError(
@@ -217,7 +221,7 @@ def _random_state() -> dict[str, Tensor]:
 
 
 def _empty_random_state(found: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
-    """Empty tensors for the random states of a checkpoint: the CPU's, and the GPU's if it was saved on one."""
+    """Returns empty tensors for the random states of a checkpoint: the CPU's, and the GPU's if the file has it."""
     state = {f"{_RANDOM}cpu": torch.empty_like(torch.get_rng_state())}
     if f"{_RANDOM}cuda" in found:
         state[f"{_RANDOM}cuda"] = torch.empty(_CUDA_RANDOM_BYTES, dtype=torch.uint8)
@@ -231,14 +235,14 @@ def _restore_random_state(state: dict[str, Tensor], path: Path) -> None:
             torch.cuda.set_rng_state(state[f"{_RANDOM}cuda"])
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{path}: 'random' is no state of a random generator: {reason}; {REPAIR}") from None
+        raise CheckpointError(f"{path}: 'random' is not a generator's state: {reason}; {REPAIR}") from None
 
 
 class CheckpointManager:
-    """Writes the checkpoints of a run; a context manager, on whose exit every checkpoint is complete.
+    """Writes the checkpoints of a run; as a context manager, it waits on exit until every checkpoint is complete.
 
-    All ranks call every method. Several ranks write in the background while training continues, one checkpoint at a
-    time; one process writes before `save` returns.
+    All ranks must call every method. Several ranks write in the background while training continues, one checkpoint
+    at a time; a single process writes before `save` returns.
     """
 
     def __init__(self, config: CheckpointConfig, mesh: ParallelMesh) -> None:
@@ -256,11 +260,11 @@ class CheckpointManager:
             self._writer.__exit__(kind, error, trace)
 
     def find_start(self, resume: str | None) -> Path | None:
-        """The checkpoint to resume; None for a new run.
+        """Returns the checkpoint to resume; None for a new run.
 
         `resume` is the path of a checkpoint, `latest` for the newest undamaged one, `auto` for `latest` if there is
-        any checkpoint and a new run otherwise, or None for a new run. Raises CheckpointError where `latest` finds
-        none, or where a new run would write among the checkpoints of another run.
+        any checkpoint and a new run otherwise, or None for a new run. Raises CheckpointError if `latest` finds no
+        checkpoint, or if a new run would write into a folder that holds the checkpoints of another run.
         """
         if resume == "auto":
             resume = "latest" if run_on_all_ranks(self.group, self.directory.steps) else None
@@ -270,9 +274,10 @@ class CheckpointManager:
         return newest_checkpoint(self.directory, self.group) if resume == "latest" else Path(resume)
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Saves `state` as the checkpoint of `step`, or starts to, and returns its path; logs it once complete.
+        """Saves `state` as the checkpoint of `step` and returns its path; logs the path once it is complete.
 
-        Raises the CheckpointError of this checkpoint or of the previous one.
+        With several ranks the checkpoint may still be incomplete on return. Raises CheckpointError if this
+        checkpoint, or the previous one that was written in the background, cannot be saved.
         """
         if self._writer is not None:
             return self._writer.save(step, state).path
@@ -281,7 +286,7 @@ class CheckpointManager:
         return path
 
     def finish(self) -> None:
-        """Waits, from another thread, until the checkpoint that is being written is complete or has failed."""
+        """Waits until the checkpoint being written is complete or has failed; the watchdog's thread calls this."""
         if self._writer is not None:
             self._writer.finish()
 

@@ -25,9 +25,9 @@ Item = TypeVar("Item")
 
 
 def open_tokens(config: RunConfig) -> TokenShards:
-    """Opens the run's token shards; builds them from `data.corpus` first where they do not exist yet.
+    """Opens the run's token shards; builds them from `data.corpus` first if they do not exist yet.
 
-    Raises DataError where they are missing or damaged, or hold ids that the model does not know.
+    Raises DataError if they are missing or damaged, or if their tokenizer has more ids than the model.
     """
     data = config.data
     if not data.path.exists():
@@ -55,7 +55,7 @@ def open_tokens_on_all_ranks(config: RunConfig, group: ProcessGroup) -> TokenSha
 
 
 def check_vocabulary(shards: TokenShards, model: ModelConfig) -> None:
-    """Raises DataError where the tokens hold ids beyond the model's vocabulary."""
+    """Raises DataError if the tokenizer of the shards has more ids than the model's vocabulary."""
     if shards.index.vocab_size > model.vocab_size:
         raise DataError(
             f"{shards.directory}: its tokenizer has {shards.index.vocab_size} ids, model.vocab_size = "
@@ -72,9 +72,9 @@ def token_batches(
 ) -> Generator[Iterator[Tensor]]:
     """Yields for each group of items its micro-batches `read(item)` on `device`, int64 (sequences, length + 1).
 
-    The next group is read in the background, and a group is yielded once it has been read completely, so a step
-    that has begun cannot fail for lack of tokens. Raises the DataError of reading in place of the group, on all
-    ranks of `ranks` if any of them has one; None is this rank alone.
+    A background thread reads the next group. A group is yielded once it has been read completely, so a step that
+    has begun cannot fail because tokens cannot be read. If reading fails on any rank of `ranks`, all of them raise
+    its DataError in place of the group; with `ranks` None, this rank does not ask the others.
     """
 
     def on_device(batch: Int64Array) -> Tensor:
@@ -93,11 +93,11 @@ def document_ids(tokens_BS: Tensor, end_of_text: int) -> Tensor:
 
 
 class DocumentIds:
-    """Computes document ids, if the run masks attention between documents."""
+    """Computes the document ids of tokens, if the run masks attention between documents."""
 
     def __init__(self, shards: TokenShards, masked: bool) -> None:
         self._end_of_text = shards.index.end_of_text if masked else None
 
     def __call__(self, tokens_BX: Tensor) -> Tensor | None:
-        """`document_ids`; None where every token attends to all tokens before it."""
+        """Returns the `document_ids`; None if documents are not masked."""
         return None if self._end_of_text is None else document_ids(tokens_BX, self._end_of_text)

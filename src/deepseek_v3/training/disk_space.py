@@ -1,4 +1,4 @@
-"""Whether the disk holds the checkpoints of a run, before the run begins."""
+"""Checks, before a run begins, that the disk has room for its checkpoints."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from deepseek_v3.utils.errors import PlanError
 from deepseek_v3.utils.logging import get_logger
 
 _MASTER_WEIGHT_BYTES = 4
-_BYTES_OF_AN_ID = 128  # at most, of a tokenizer's JSON
-_OTHER_BYTES = 2**16  # the config, the state of random numbers, names and padding
+_BYTES_OF_AN_ID = 128  # of tokenizer.json, at most
+_OTHER_BYTES = 2**16  # the config, random states, tensor names and padding
 
 
 def check_disk(config: RunConfig, resume: str | None, force: bool) -> None:
-    """Raises PlanError where the checkpoints to come do not fit on the disk; with `force` it is only a warning.
+    """Raises PlanError if the run's checkpoints do not fit on the disk; with `force` it only logs a warning.
 
-    The folder of the checkpoints exists.
+    The checkpoint folder must exist.
     """
     directory = config.checkpoint.directory
     free = shutil.disk_usage(directory).free
@@ -33,7 +33,7 @@ def check_disk(config: RunConfig, resume: str | None, force: bool) -> None:
     present, size = sum(map(_size_of, paths)), checkpoint_bytes(config)
 
     def needed(keep: int) -> int:
-        """Bytes more than now, at the moment when the last of the kept ones is being written."""
+        """The most additional bytes: `keep` complete checkpoints, and the one that is being written."""
         return max(size, min(keep + 1, len(paths) + saves) * size - present)
 
     keep = config.checkpoint.keep
@@ -42,9 +42,9 @@ def check_disk(config: RunConfig, resume: str | None, force: bool) -> None:
     fitting = next((fewer for fewer in range(keep - 1, 0, -1) if needed(fewer) <= free), None)
     instead = "" if fitting is None else f"set checkpoint.keep={fitting}, which needs {_gb(needed(fitting))}, or "
     problem = (
-        f"{directory}: the checkpoints to come need {_gb(needed(keep))} and {_gb(free)} are free: each takes "
-        f"{_gb(size)}, checkpoint.keep = {keep} stay, and one more is being written; {instead}make room, or choose "
-        "another folder with --set checkpoint.directory=..."
+        f"{directory}: the next checkpoints need {_gb(needed(keep))} and {_gb(free)} are free: each takes "
+        f"{_gb(size)}, checkpoint.keep = {keep} are kept, and one more is being written; {instead}make room, or "
+        "choose another folder with --set checkpoint.directory=..."
     )
     if not force:
         raise PlanError(f"{problem}; --force starts it as it is")
@@ -52,14 +52,14 @@ def check_disk(config: RunConfig, resume: str | None, force: bool) -> None:
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
-    """The size of one checkpoint: float32 weights, two moments, the tokenizer, and little else."""
+    """Estimates the bytes of one checkpoint: float32 weights, two moments, the tokenizer, and little else."""
     per_parameter = _MASTER_WEIGHT_BYTES + 2 * config.training.optimizer.moment_bytes
     others = _BYTES_OF_AN_ID * config.model.vocab_size + _OTHER_BYTES
     return count_parameters(config.model).with_prediction * per_parameter + others
 
 
 def _saves_after(step: int, config: RunConfig) -> int:
-    """How many checkpoints a run writes after a step, if no signal stops it."""
+    """The number of checkpoints that a run writes after `step`, if no signal stops it."""
     total, interval = TrainingSchedule(config).total_steps, config.checkpoint.interval_steps
     if step >= total:
         return 0
@@ -68,7 +68,7 @@ def _saves_after(step: int, config: RunConfig) -> int:
 
 
 def _size_of(path: Path) -> int:
-    """Bytes of a checkpoint, as far as it can be looked at."""
+    """The bytes of a checkpoint; 0 if its files cannot be read."""
     try:
         return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
     except OSError:

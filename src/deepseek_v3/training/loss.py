@@ -2,7 +2,7 @@
 
     total = main + λ · mtp + α · balance + Σ weight · term        (DeepSeek-V3 report, eq. 17, 24 and 25)
 
-Axes: B batch, S sequence, X = S + 1 tokens, D width, L mixture layers, E experts, N loss terms of the config.
+Axes: B batch, S sequence, X = S + 1 tokens, D width, L MoE layers, E experts, N loss terms of the config.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from deepseek_v3.training.loss_terms import LossInputs, LossTerm
 
 
 class Losses(NamedTuple):
-    """The losses of one micro-batch, 0-d float32, in nats per token where they are cross-entropies.
+    """The losses of one micro-batch, 0-d float32; cross-entropies are in nats per token.
 
     `mtp`: the mean over prediction depths. `balance`: the sum over layers. `terms_N`: float32, before weighting.
     `counts_LE`: int64, the tokens that each expert of each layer received. A part that the model does not have
-    is 0; without mixture layers `counts_LE` has no rows.
+    is 0; without MoE layers `counts_LE` has no rows.
     """
 
     total: Tensor
@@ -36,7 +36,7 @@ class Losses(NamedTuple):
 
 
 class Objective(nn.Module):
-    """A model together with its losses: one forward call computes both, as wrappers such as FSDP expect."""
+    """A model with its losses, which one forward call computes, as wrappers such as FSDP expect."""
 
     def __init__(self, model: DeepSeekV3, loss_terms: Sequence[LossTerm] = ()) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Objective(nn.Module):
         main_only: bool = False,
         num_targets: Tensor | int | None = None,
     ) -> Losses:
-        """The losses of `tokens_BX`, int64, which hold S inputs and the target of each.
+        """Computes the losses of `tokens_BX`, int64: the first S tokens are inputs, the last S their targets.
 
         `documents_BX`, int64, are the tokens' document ids: attention and targets then stay inside a document.
         `main_only` skips multi-token prediction and loss terms. `num_targets`: see `compute_losses`.
@@ -71,7 +71,7 @@ def training_losses(
     balance_weight: float,
     documents_BX: Tensor | None = None,
 ) -> Losses:
-    """The losses of a model without loss terms from a config, as `Objective.forward` computes them."""
+    """Computes the losses of a model without additional loss terms, as `Objective.forward` does."""
     return Objective(model)(tokens_BX, mtp_weight, balance_weight, documents_BX)
 
 
@@ -85,9 +85,9 @@ def compute_losses(
     num_targets: Tensor | int | None = None,
     terms: Sequence[LossTerm] = (),
 ) -> Losses:
-    """The losses of the hidden states that a forward pass over `tokens_BX` returned.
+    """Computes the losses of the hidden states that a forward pass over `tokens_BX` returned.
 
-    With `documents_BX` a target counts only where it belongs to the same document as the token before it. As in
+    With `documents_BX` a target counts only if it belongs to the same document as the token before it. As in
     eq. 24, the sums of every depth and of every loss term are divided by the number of targets of the main model:
     `num_targets`, by default the number in `tokens_BX`. For gradient accumulation, pass the mean number of targets
     per micro-batch; the mean of the micro-batches' losses is then the mean over all targets of the batch.
@@ -128,7 +128,7 @@ def count_targets(documents_BX: Tensor) -> Tensor:
 
 
 def targets_at(tokens_BX: Tensor, documents_BX: Tensor | None, depth: int) -> Tensor:
-    """For each position i the token i + depth + 1, IGNORED where it belongs to another document; (B, S - depth)."""
+    """Returns token i + depth + 1 for each position i, IGNORED if it is in another document; (B, S - depth)."""
     targets_BS = tokens_BX[:, depth + 1 :]
     if documents_BX is None:
         return targets_BS
@@ -137,12 +137,12 @@ def targets_at(tokens_BX: Tensor, documents_BX: Tensor | None, depth: int) -> Te
 
 
 def sum_balance_losses(routing: Sequence[RoutingStats], zero: Tensor) -> Tensor:
-    """The sum of the layers' balance losses, 0-d; `zero` where there are no layers."""
+    """The sum of the layers' balance losses, 0-d; `zero` if there are no MoE layers."""
     return torch.stack([stats.balance_loss for stats in routing]).sum() if routing else zero
 
 
 def stack_expert_counts(routing: Sequence[RoutingStats], num_experts: int, device: torch.device) -> Tensor:
-    """The tokens that each expert of each layer received: int64 (layers, experts)."""
+    """The number of tokens that each expert of each MoE layer received: int64 (layers, experts)."""
     counts = [stats.counts_E for stats in routing]
     return torch.stack(counts) if counts else torch.zeros(0, num_experts, dtype=torch.int64, device=device)
 

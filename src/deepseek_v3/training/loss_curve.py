@@ -1,4 +1,4 @@
-"""The loss curve of a run as a picture."""
+"""Draws the loss curve of a run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def plot_losses(
 
     `records` are those of metrics.jsonl: `tokens` with any of `loss`, `mtp_loss`, `holdout_loss`; missing and
     non-finite values are skipped. `baselines` gives losses, by name, to draw as dashed lines.
-    Raises ValueError where no record holds tokens and a finite loss.
+    Raises ValueError if no record holds tokens and a finite loss.
     """
     train, mtp, holdout = (_curve(records, name) for name in ("loss", "mtp_loss", "holdout_loss"))
     if not has_losses(records):
@@ -96,13 +96,13 @@ def _draw_holdout(axes: Axes, curve: Curve, unit: float) -> None:
 
 
 def _draw_baselines(axes: Axes, baselines: Mapping[str, float]) -> None:
-    """Dashed lines, named in the right margin, where close names are moved apart."""
+    """Draws dashed lines, with names in the right margin; names that would overlap are moved apart."""
     for value in baselines.values():
         axes.axhline(value, color=_BASELINE, linewidth=1, linestyle="--", zorder=1)
     bottom, top = axes.get_ylim()
     previous = -math.inf
     for name, value in sorted(baselines.items(), key=lambda item: item[1]):
-        height = max((value - bottom) / (top - bottom), previous + 0.045)  # in shares of the axes' height
+        height = max((value - bottom) / (top - bottom), previous + 0.045)  # as a fraction of the axes' height
         axes.text(
             1.01, height, f"{name} {value:.2f}", transform=axes.transAxes, va="center", color=_BASELINE, fontsize=9
         )
@@ -117,5 +117,5 @@ def _label(axes: Axes, unit_name: str) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.01)
-    # In the title's row, where it covers neither curves nor baselines.
+    # In the row of the title, the legend covers neither curves nor baselines.
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, borderaxespad=0.2)

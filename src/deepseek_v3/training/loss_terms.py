@@ -37,7 +37,7 @@ class LossInputs(NamedTuple):
     """The tensors of one micro-batch that a loss term may use.
 
     `hidden_BSD`: the final states that the head reads, in the compute dtype. `targets_BS`: int64, the next tokens,
-    IGNORED where a target does not count. `head_weight_VD`: the weight of the output head.
+    IGNORED if a target does not count. `head_weight_VD`: the weight of the output head.
     """
 
     hidden_BSD: Tensor
@@ -65,16 +65,16 @@ _registered: dict[str, LossFunction] = {}
 
 
 def register_loss_term(name: str, function: LossFunction) -> None:
-    """Adds a loss term for this process. Raises ValueError where the name belongs to another function."""
+    """Adds a loss term for this process. Raises ValueError if the name belongs to another function."""
     if _registered.get(name, function) is not function:
         raise ValueError(f"loss term {name!r}: the name is taken; choose another")
     _registered[name] = function
 
 
 def select_loss_terms(weights: Mapping[str, float]) -> tuple[LossTerm, ...]:
-    """The loss terms with these weights, by `training.loss_terms` of a config, sorted by name.
+    """Finds the loss terms that `training.loss_terms` of a config names, with their weights, sorted by name.
 
-    Raises ConfigError for a name that nothing provides, and for an entry point that cannot be loaded.
+    Raises ConfigError for an unknown name, and for an entry point that cannot be loaded or is not a function.
     """
     return tuple(LossTerm(name, weight, _find(name)) for name, weight in sorted(weights.items()))
 
@@ -94,7 +94,7 @@ def _find(name: str) -> LossFunction:
     except Exception as error:
         raise ConfigError(
             f"training.loss_terms.{name}: the entry point {points[name].value} cannot be loaded: "
-            f"{type(error).__name__}: {error}; mend the package that provides it, or remove the field"
+            f"{type(error).__name__}: {error}; fix the package that provides it, or remove the field"
         ) from error
     if not callable(function):
         raise ConfigError(f"training.loss_terms.{name}: the entry point {points[name].value} is not a function")

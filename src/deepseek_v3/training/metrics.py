@@ -1,7 +1,7 @@
-"""What a run logs while it trains: log lines, metrics on disk, and the live display.
+"""Logs a run while it trains: log lines, metrics on disk, and the live display.
 
 To add a metric of a step, add one entry to `step_metrics`: a name and a tensor on the device, 0-d, or one value per
-mixture layer. All of a step's metrics come back from the device in one transfer, and go to metrics.jsonl and
+MoE layer. All of a step's metrics come back from the device in one transfer, and go to metrics.jsonl and
 TensorBoard under that name. A value that is known on the host, such as a memory size, belongs in
 `MetricsLogger.log_step`.
 """
@@ -43,10 +43,10 @@ StepMetrics = dict[str, float | list[float]]
 
 
 def step_metrics(config: RunConfig, losses: Losses, gradient_norm: Tensor, biases_LE: Tensor) -> StepMetrics:
-    """The metrics of one step: losses in nats per token, the gradient norm, and the load of the experts.
+    """Returns the metrics of one step: losses in nats per token, the gradient norm, and the load of the experts.
 
-    `biases_LE` (mixture layers, experts): the routing biases after the step. Metrics of the experts are lists over
-    mixture layers.
+    `biases_LE` (MoE layers, experts): the routing biases after the step. Metrics of the experts are lists over the
+    MoE layers.
     """
     metrics = {"loss": losses.main, "gradient_norm": gradient_norm}
     if config.model.num_nextn_predict_layers:
@@ -90,7 +90,7 @@ class Throughput:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Excludes the time until the block ends."""
+        """Excludes the time inside the `with` block."""
         start = time.perf_counter()
         yield
         self._since += time.perf_counter() - start
@@ -151,7 +151,7 @@ class MetricsLogger:
         self._stack.close()
 
     def log_step(self, step: ScheduledStep, metrics: StepMetrics, skipped: int) -> None:
-        """Logs a step; `skipped` is the number of steps so far that were skipped because they were not finite."""
+        """Logs a step; `skipped` counts the steps so far whose loss or gradient was not finite."""
         loss, norm = metrics["loss"], metrics["gradient_norm"]
         assert isinstance(loss, float)
         assert isinstance(norm, float)
@@ -188,7 +188,7 @@ class MetricsLogger:
         )
 
     def log_end(self, step_number: int, skipped: int) -> None:
-        """Logs the tokens that the run has trained on and its budget, and warns where steps were `skipped`."""
+        """Logs the tokens that the run has trained on and its budget, and warns if any steps were `skipped`."""
         tokens = self._schedule.tokens_after(step_number)
         _log.info(
             f"Finished: {tokens:,} tokens in {step_number:,} steps, {tokens / self._active:.2f} per active "
@@ -222,7 +222,7 @@ class MetricsLogger:
 
 
 def write_config(config: RunConfig) -> None:
-    """Writes the resolved config to the run's config.yaml. Raises DataError where it cannot be written."""
+    """Writes the resolved config to the run's config.yaml. Raises DataError if it cannot be written."""
     path = config.logging.directory / "config.yaml"
     try:
         with atomic_write(path) as partial:

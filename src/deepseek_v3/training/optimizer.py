@@ -22,7 +22,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def is_finite_step(loss: Tensor, norm: Tensor) -> Tensor:
-    """Whether a step with this loss and gradient norm (0-d) may change anything: 0-d bool on their device."""
+    """Whether loss and gradient norm, 0-d, are finite, so that the step is not skipped; 0-d bool."""
     return loss.isfinite() & norm.isfinite()
 
 
@@ -30,8 +30,8 @@ class AdamW(torch.optim.Optimizer):
     """AdamW with weight decay on matrices only, and clipping by the global norm folded into the update.
 
     Parameters and gradients are float32, whole or sharded (DTensor); each rank updates its local shards.
-    `total_norm` computes the global norm from this rank's gradients by name; None is the norm of exactly these.
-    `step` reads nothing back from the device, so `num_steps`, which leaves out skipped steps, is kept there.
+    `total_norm` computes the global norm from this rank's gradients by name; None computes the norm of these alone.
+    `step` does not wait for the device, so the device also counts `num_steps`, the updates without skipped steps.
 
     `Engine.state` saves and restores the moments under the names of the parameters.
     """
@@ -62,7 +62,7 @@ class AdamW(torch.optim.Optimizer):
             self.make_moments(parameters.values())
 
     def make_moments(self, parameters: Iterable[Tensor]) -> None:
-        """Makes the missing moments of these parameters, or partitions of parameters, all on one device.
+        """Allocates the moments, zeros, of those parameters or partitions that have none; all are on one device.
 
         The first call selects the back end of the update for that device, and logs it.
         """
@@ -85,12 +85,12 @@ class AdamW(torch.optim.Optimizer):
         self._steps_taken.fill_(number)
 
     @torch.no_grad()
-    def step(  # type: ignore[override]  # the schedule owns the rate
+    def step(  # type: ignore[override]  # the schedule sets the rate
         self, learning_rate: float, loss: Tensor | None = None
     ) -> Tensor:
         """Clips, updates every parameter that has a gradient, and returns the norm before clipping (0-d).
 
-        Nothing changes where the norm or `loss`, the step's loss (0-d), is not finite.
+        Nothing changes if the norm or `loss`, the step's loss (0-d), is not finite.
         """
         gradients = {name: local(p.grad) for name, p in self.parameters.items() if p.grad is not None}
         norm = self._total_norm(gradients)
@@ -144,8 +144,8 @@ class PartitionedAdamW(AdamW):
     """AdamW for DeepSpeed, which replaces the parameters by flat partitions and clips gradients by itself.
 
     Call `make_moments` for the partitions. `before_step` begins a step; DeepSpeed may then call `step` several
-    times, each for other partitions, or not at all; `after_step` ends the step. `ds_shape` is the global shape of a
-    parameter that DeepSpeed has partitioned already.
+    times, each for different partitions, or not at all; `after_step` ends the step. DeepSpeed stores the global
+    shape of a parameter that it has partitioned as `ds_shape`.
     """
 
     _has_whole_parameters = False
@@ -153,8 +153,10 @@ class PartitionedAdamW(AdamW):
     _is_finite: Callable[[], Tensor] | None = None  # until the first step begins
 
     def before_step(self, learning_rate: float, is_finite: Callable[[], Tensor]) -> None:
-        """Begins a step at this learning rate. `is_finite()`, 0-d bool, is called once the gradient norm is known;
-        where it is false the step changes nothing.
+        """Begins a step at this learning rate.
+
+        `is_finite()` is called once the gradient norm is known; if it returns false, 0-d bool, the step changes
+        nothing.
         """
         self._is_finite = is_finite
         for group in self.param_groups:

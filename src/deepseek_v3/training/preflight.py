@@ -1,4 +1,4 @@
-"""Checks before anything is allocated: that the plan fits the memory of the device."""
+"""Checks, before anything is allocated, that the run fits in the memory of the device."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ def check_memory(config: RunConfig, described: Device, force: bool = False) -> N
 
 
 def describe_device(device: torch.device, local_ranks: int = 1) -> Device:
-    """The planner's description of a device of this machine, with the memory that is free on it now.
+    """Describes a device of this machine for the planner, with the memory that is free on it now.
 
-    A host's memory is shared by so many ranks on it.
+    On a CPU, each of the host's `local_ranks` ranks gets an equal part of the memory. A GPU that the planner does
+    not know is described as an A100 with its own memory.
     """
     if device.type == "cpu":
         cpu = find_device("CPU")

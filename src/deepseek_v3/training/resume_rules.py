@@ -1,4 +1,4 @@
-"""What a resumed run may change: one rule for every field of the config, the same on every layout."""
+"""Which fields of the config a resumed run may change: one rule for every field, the same on every layout."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from deepseek_v3.utils.text import format_value
 
 
 class Rule(Enum):
-    """What becomes of a run that resumes with another value of a field."""
+    """The effect of resuming with another value of a field."""
 
     REFUSED = "another model, which the checkpoint's weights do not fit"
     DATA = "changes which samples come next, or what the loss means: refused unless changed data are allowed"
-    LOGGED = "changes the recipe or how it is carried out: allowed, and logged"
+    LOGGED = "changes the recipe or how ranks run it: allowed, and logged"
     FREE = "changes nothing of the training: allowed"
 
 
@@ -66,7 +66,7 @@ RULES: dict[str, Rule] = {
     "parallel.precision": Rule.LOGGED,
     "parallel.recomputation": Rule.LOGGED,
     "parallel.compile": Rule.LOGGED,
-    "data.path": Rule.FREE,  # what lies there is compared by its checksums
+    "data.path": Rule.FREE,  # the checksums of its contents are compared instead
     "data.corpus.source": Rule.FREE,
     "data.corpus.vocab_size": Rule.LOGGED,
     "data.corpus.holdout": Rule.LOGGED,
@@ -87,15 +87,15 @@ RULES: dict[str, Rule] = {
 
 
 def rule_of(field: str) -> Rule:
-    """The rule of a dotted field. Raises KeyError for one that the table does not know."""
+    """The rule of a dotted field. Raises KeyError for a field without a rule."""
     return RULES["model"] if field.startswith("model.") else RULES[field]
 
 
 def check_changes(saved: RunConfig, current: RunConfig, path: Path, allow_changed_data: bool) -> None:
-    """Compares the config of the checkpoint at `path` with that of the run which resumes it.
+    """Compares the `saved` config of the checkpoint at `path` with the `current` config of the resuming run.
 
-    Logs in one line what is changed. Raises CheckpointError, with the fields and both values, for another model,
-    and for changes of the data unless `allow_changed_data`.
+    Logs the changes in one line. Raises CheckpointError, with the fields and both values, for another model, and
+    for changes of the data unless `allow_changed_data` is set.
     """
     changes = [
         (rule_of(field), f"{field}: {format_value(before)} -> {format_value(after)}")
@@ -123,7 +123,7 @@ ALLOW = "change them on purpose by --allow-changed-data (allow_changed_data=True
 
 
 def fields_of(section: type[Section], values: Section | None, prefix: str = "") -> list[tuple[str, Any]]:
-    """Every field of a section and of those inside it, dotted, with its value; None in one that is left out."""
+    """Lists every field of a section and its subsections by dotted name, with its value; None if absent."""
     found: list[tuple[str, Any]] = []
     for name, field in section.model_fields.items():
         value = None if values is None else getattr(values, name)

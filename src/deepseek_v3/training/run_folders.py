@@ -30,9 +30,9 @@ def lock_run_folders(
     """Locks the checkpoint and log folders during a `with` block; all ranks of `group` (gloo) call it.
 
     Rank 0 takes the locks, removes incomplete files that killed runs left, and checks the disk space. Raises, on
-    all ranks, InUseError where another run has locked a folder, DataError where one cannot be written,
-    CheckpointError where it cannot be cleaned or is not the same folder on all hosts, and PlanError, unless
-    `force`, where the disk is too small.
+    all ranks, InUseError if another run has locked a folder, DataError if a folder cannot be written,
+    CheckpointError if the checkpoint folder cannot be cleaned or is not the same folder on all hosts, and, unless
+    `force` is set, PlanError if the disk has too little room.
     """
 
     def prepare() -> None:
@@ -71,7 +71,7 @@ def _tidy_up(config: RunConfig) -> None:
 
 
 def _require_one_folder(folder: Path, group: ProcessGroup) -> None:
-    """Raises CheckpointError on all ranks where one of them cannot write what rank 0 finds in `folder`."""
+    """Raises CheckpointError on all ranks if any of them cannot open a file that rank 0 has created in `folder`."""
     rank = rank_and_size(group)[0]
     # A fresh name, which no host has cached; `_tidy_up` of the next run removes it if this run dies here.
     probe = folder / gather_objects(group, f".{_PROBE}.{uuid.uuid4().int}.partial")[0]

@@ -1,4 +1,4 @@
-"""What a run may do and seldom means to: a line of warning for each, at its start."""
+"""Warns, at the start of a run, of settings that are allowed but rarely intended."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from deepseek_v3.utils.logging import get_logger
 from deepseek_v3.utils.text import format_value
 
 MOST_EPOCHS = 4  # repeated text trains nearly as well as fresh text up to here (Muennighoff et al. 2023, §6)
-LEAST_OF_VOCABULARY, PADDING = 0.9, 128  # what padding a vocabulary to a round number leaves unused is less
+LEAST_OF_VOCABULARY, PADDING = 0.9, 128  # rounding a vocabulary up for speed leaves fewer ids unused
 
 
 def warn_of_unusual_settings(
     config: RunConfig, plan: TrainingSchedule, loader: TokenLoader, shards: TokenShards
 ) -> None:
-    """Logs what is unusual about a run whose tokens are open."""
+    """Logs one warning for each unusual setting of a run whose token shards are open."""
     found = [_repetition(plan, loader, shards), _warm_up(config, plan), _vocabulary(config, shards)]
     if config.data.corpus is not None:
         found.append(_built_otherwise(config.data.corpus, shards))

@@ -18,7 +18,7 @@ _log = get_logger("Samples")
 
 
 def check_samples_config(config: RunConfig, processes: int, by_deepspeed: bool) -> None:
-    """Raises ConfigError for a config with samples where no single process holds the whole model."""
+    """Raises ConfigError if the config asks for samples and no single process holds the whole model."""
     if config.logging.samples and (processes > 1 or by_deepspeed):
         found = "DeepSpeed" if by_deepspeed else f"{processes} processes"
         raise ConfigError(
@@ -30,7 +30,7 @@ def check_samples_config(config: RunConfig, processes: int, by_deepspeed: bool) 
 class SampleWriter:
     """Continues the prompts of a config with the current model, and logs the texts.
 
-    Weights, gradients and random state do not change, so a run with samples has the same steps, bit for bit.
+    Weights, gradients and random state do not change, so a run with samples computes the same steps, bit for bit.
     Raises ConfigError for a prompt that fills the model's context.
     """
 
@@ -57,7 +57,7 @@ class SampleWriter:
             _log.warning(f"no samples after step {step_number}: {error}")
             return
         for completion in completions:
-            _log.info(f"After step {step_number}, {completion.prompt!r} goes on:\n{completion.text}")
+            _log.info(f"After step {step_number}, {completion.prompt!r} continues:\n{completion.text}")
 
     def _uncompiled(self) -> AbstractContextManager[object]:
         """Runs compiled layers eagerly: each new length of a text would compile them again."""

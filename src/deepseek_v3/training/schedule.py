@@ -66,9 +66,9 @@ class TrainingSchedule:
         )
 
     def micro_batches(self, step: ScheduledStep, size: int, rank: int = 0, ranks: int = 1) -> list[tuple[int, int]]:
-        """First sample and number of samples of each micro-batch that rank `rank` runs in a step, in order.
+        """Lists (first sample, number of samples) of each micro-batch that rank `rank` runs in a step, in order.
 
-        The samples of the step are divided evenly over `ranks` ranks, consecutive samples to each.
+        Each rank takes an equal number of consecutive samples; `ranks * size` must divide the samples of the step.
         """
         share = step.num_samples // ranks
         first = step.first_sample + rank * share
@@ -77,7 +77,7 @@ class TrainingSchedule:
 
 
 def learning_rate_ratio(schedule: ScheduleConfig, step: int, used: float) -> float:
-    """The learning rate at step `step` (from 1) over its peak; `used`: the share of the budget used before."""
+    """The learning rate at step `step` (from 1) over its peak; `used`: the share of the budget used before it."""
     warmup = min(1.0, step / schedule.warmup_steps) if schedule.warmup_steps else 1.0
     if schedule.kind == "cosine":
         return warmup * _cosine(used, 1.0, schedule.final_ratio)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from deepseek_v3.utils.interrupts import STOP_SIGNALS
 from deepseek_v3.utils.logging import get_logger
 
-_FAILURE = max(signal.valid_signals()) + 1  # in place of a signal's number
+_FAILURE = max(signal.valid_signals()) + 1  # reported instead of a signal's number
 
 
 class GracefulStop:
@@ -23,26 +23,26 @@ class GracefulStop:
     From `install` to the end of the `with` block, the first SIGINT (Ctrl-C), SIGTERM, SIGUSR1 or SIGHUP (the
     terminal was closed) requests a stop. A SIGHUP that was ignored before, as under nohup, stays ignored.
 
-    With one process, a second signal acts at once; during `saving` it waits until the checkpoint is complete.
-    After the last checkpoint only SIGINT acts, because no other signal has anything left to stop.
+    With one process, a second signal acts at once; during `saving` it is deferred until the checkpoint is complete.
+    From the last `saving` on, only SIGINT acts, because no other signal has anything left to stop.
 
     With several ranks, any of them may receive the signal, and `should_stop` returns true on all ranks after the
-    same step. A second signal then changes nothing: a launcher forwards its signal to ranks that the terminal has
-    signalled already, and kills ranks that stay too long.
+    same step. A second signal then has no effect: a launcher forwards its signal to ranks that the terminal has
+    already signalled, and kills ranks that take too long to stop.
     """
 
     def __init__(self, num_ranks: int = 1) -> None:
         self._is_alone = num_ranks == 1
-        self._asked_by = 0  # the signal's number, or 0
+        self._received = 0  # the number of the last signal, or 0
         self._has_failed = False
-        self._waiting = 0  # the number of a further signal that waits for the end of a save, or 0
-        self._saves = self._ends = False
-        self._previous: dict[signal.Signals, Any] = {}
+        self._deferred = 0  # the number of a signal that acts after the checkpoint is saved, or 0
+        self._is_saving = self._is_last_save = False
+        self._previous_handlers: dict[signal.Signals, Any] = {}
 
     @property
     def requested(self) -> bool:
         """Whether this rank has received a signal."""
-        return self._asked_by != 0
+        return self._received != 0
 
     def request_after_failure(self) -> None:
         """Requests a stop because this rank cannot continue; the caller reports the reason."""
@@ -55,7 +55,7 @@ class GracefulStop:
         """
         if self._is_alone:
             return self.requested or self._has_failed
-        highest = torch.tensor(_FAILURE if self._has_failed else self._asked_by)
+        highest = torch.tensor(_FAILURE if self._has_failed else self._received)
         dist.all_reduce(highest, dist.ReduceOp.MAX)
         number = int(highest)
         if 0 < number < _FAILURE and dist.get_rank() == 0:
@@ -64,20 +64,20 @@ class GracefulStop:
 
     @contextmanager
     def saving(self, last: bool) -> Iterator[None]:
-        """Inside the block no signal interrupts. `last`: this is the last checkpoint of the process."""
-        self._saves, self._ends = True, self._ends or last
+        """Defers signals inside the block. `last` says that this is the last checkpoint of the process."""
+        self._is_saving, self._is_last_save = True, self._is_last_save or last
         try:
             yield
         finally:
-            self._saves = False
-        if self._waiting:
-            self._act(self._waiting)
+            self._is_saving = False
+        if self._deferred:
+            self._act(self._deferred)
 
     def install(self) -> None:
         """Installs the signal handlers; the end of the `with` block restores the previous ones."""
         outlives_terminal = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-        heard = [number for number in STOP_SIGNALS if number != signal.SIGHUP or not outlives_terminal]
-        self._previous = {number: signal.signal(number, self._ask) for number in heard}
+        handled = [number for number in STOP_SIGNALS if number != signal.SIGHUP or not outlives_terminal]
+        self._previous_handlers = {number: signal.signal(number, self._handle) for number in handled}
 
     def __enter__(self) -> GracefulStop:
         return self
@@ -87,18 +87,18 @@ class GracefulStop:
     ) -> None:
         self._restore()
 
-    def _ask(self, number: int, _frame: FrameType | None) -> None:
-        repeated, self._asked_by = self.requested, number
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        repeated, self._received = self.requested, number
         if not self._is_alone:
             return
         if not repeated:
             _log(number, "finishing this step and saving; once more to stop at once")
-        elif self._ends and number != signal.SIGINT:
+        elif self._is_last_save and number != signal.SIGINT:
             return
-        elif not self._saves:
+        elif not self._is_saving:
             self._act(number)
-        elif not self._waiting:
-            self._waiting = number
+        elif not self._deferred:
+            self._deferred = number
             _log(number, "stopping as soon as the checkpoint that is being written is complete")
 
     def _act(self, number: int) -> None:
@@ -107,9 +107,9 @@ class GracefulStop:
         signal.raise_signal(number)
 
     def _restore(self) -> None:
-        for number, handler in self._previous.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
-        self._previous = {}
+        self._previous_handlers = {}
 
 
 def _log(number: int, consequence: str) -> None:

@@ -1,4 +1,4 @@
-"""The command that trains: `dsv3 train`, also `python src/training/train.py`."""
+"""The training command: `dsv3 train`, also `python src/training/train.py`."""
 
 from __future__ import annotations
 
@@ -47,23 +47,23 @@ def train(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     force: Annotated[
-        bool, typer.Option("--force", help="Start even where memory or disk is expected not to do.")
+        bool, typer.Option("--force", help="Start even if memory or disk is expected to be too small.")
     ] = False,
     allow_changed_data: Annotated[
         bool,
-        typer.Option("--allow-changed-data", help="Resume even where other samples come next than in that run."),
+        typer.Option("--allow-changed-data", help="Resume even if other samples come next than in that run."),
     ] = False,
     timeout: Annotated[
         int,
         typer.Option(
             parser=integer_option(at_least=1),
             metavar="SECONDS",
-            help="Of several processes, how long one waits for the others.",
+            help="How long a process waits for the other processes.",
         ),
     ] = 600,
     deepspeed: Annotated[
         Path | None,
-        typer.Option(metavar="JSON", help="Train by DeepSpeed's ZeRO, as this file says."),
+        typer.Option(metavar="JSON", help="Train with DeepSpeed's ZeRO, configured by this file."),
     ] = None,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,  # noqa: ARG001 -- deepspeed's
 ) -> None:
@@ -106,7 +106,7 @@ def train(
 
 
 def _command(world: World, words: list[str]) -> list[str]:
-    """The words that start this command again; of several processes the launcher's come first."""
+    """The command that resumes this run; with several processes it begins with the word LAUNCHER."""
     if world.is_alone:
         return ["dsv3", "train", *words]
     script = ["-m", "deepseek_v3", "train"] if Path(sys.argv[0]).name == "__main__.py" else [sys.argv[0]]
@@ -125,12 +125,14 @@ def train_run(
     *,
     allow_changed_data: bool = False,
 ) -> TrainingResult:
-    """Trains as `config` says; leaves the resolved config, metrics and a plot of the losses in its run folder.
+    """Trains as `config` says; writes the resolved config, metrics and a plot of the losses to its run folder.
 
-    Every process of a job calls it. `watchdog` hears of every step, and waits for a checkpoint that is being
-    written before it ends the process; `stop` is as in `Trainer.run`. With `deepspeed` the steps are DeepSpeed's,
-    and need a process group even of one. A run that is expected not to fit in memory or on the disk is refused
-    before anything is allocated, unless by `force`. `allow_changed_data` is for `resume`, as `Trainer` says.
+    Every process of a job must call it. `watchdog` is notified of every step, and waits for a checkpoint that is
+    being written before it ends the process; `stop` is as in `Trainer.run`. With `deepspeed` DeepSpeed runs the
+    steps, which needs a process group even for one process. `resume` and `allow_changed_data` are as in `Trainer`.
+
+    Raises PlanError, before it allocates anything, if the run is not expected to fit in memory or on the disk;
+    `force` turns this error into a warning.
     """
     described = describe_device(device, world.local_size)
     if device.type == "cpu":

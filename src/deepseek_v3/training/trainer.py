@@ -41,7 +41,7 @@ _BUILDING = timedelta(days=1)  # for tokenizing a large corpus
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """How a run ended: `finished` is false where a signal stopped it; `validation` is its last measurement."""
+    """How a run ended: `finished` is false if a signal stopped it; `validation` is its last measurement."""
 
     finished: bool
     step: int
@@ -51,13 +51,13 @@ class TrainingResult:
 
 
 class Trainer:
-    """One rank of a run, from its config to its last checkpoint; alone where no `mesh` is given.
+    """Trains on one rank of a run, from its config to its last checkpoint; without a `mesh` it is the only rank.
 
-    `step_begins` hears the number of every step. `deepspeed` are the settings where DeepSpeed is to take the steps.
+    `step_begins` is called with the number of every step. With `deepspeed`, its settings, DeepSpeed runs the steps.
 
-    `resume` is a checkpoint, `latest`, or `auto`: the latest if there is one. With `allow_changed_data` it goes on
-    with other samples or another loss than the checkpoint's run would, as `resume_rules` says. Raises a UserError,
-    with no earlier file overwritten, where the config, the tokens or the checkpoint cannot be used.
+    `resume` is a checkpoint, `latest`, or `auto`: the latest if there is one. With `allow_changed_data` the run may
+    continue with other samples or another loss than the checkpoint's run, as `resume_rules` says. Raises a
+    UserError, before it overwrites any file, if the config, the tokens or the checkpoint cannot be used.
     """
 
     def __init__(
@@ -77,9 +77,9 @@ class Trainer:
         self.plan = TrainingSchedule(config)
         self.checkpoints = CheckpointManager(config.checkpoint, self.mesh)
         start = self.checkpoints.find_start(resume)
-        # For what ranks agree on while a checkpoint is written in the background over the group of checkpoints.
+        # A second gloo group, because the background writer may be using the checkpoint group at the same time.
         self._group = None if self.mesh.is_alone else dist.new_group(backend="gloo")
-        self.shards = open_tokens(config) if self.mesh.is_alone else self._tokens_of_all()
+        self.shards = open_tokens(config) if self.mesh.is_alone else self._open_tokens_on_all_ranks()
         self.loader = TokenLoader(
             self.shards, sequence_length=config.training.sequence_length, seed=config.training.seed
         )
@@ -100,8 +100,8 @@ class Trainer:
         if start is not None:
             self._restore(start, str(resume), allow_changed_data)
 
-    def _tokens_of_all(self) -> TokenShards:
-        """The tokens, which one rank may have to build first, for hours if need be."""
+    def _open_tokens_on_all_ranks(self) -> TokenShards:
+        """Opens the tokens with a long timeout, because rank 0 may have to tokenize the corpus first."""
         return open_tokens_on_all_ranks(self.config, dist.new_group(backend="gloo", timeout=_BUILDING))
 
     def _make_validator(self) -> Validator:
@@ -109,13 +109,15 @@ class Trainer:
         return Validator(self.shards, self.config, self.config.training.evaluation.tokens, *share)
 
     def batches(self) -> Generator[Iterator[Tensor]]:
-        """The micro-batches of each step from the next one on, as `run_step` of the engine takes them."""
+        """Yields the micro-batches of each step, from the next step on, as `Engine.run_step` takes them."""
         return token_batches(lambda samples: self.loader.batch(*samples), self._micro_batches(), self.device)
 
     def run(self, stop: GracefulStop | None = None) -> TrainingResult:
-        """Trains to the end of the token budget, or until a signal asks to stop; either way saves last.
+        """Trains to the end of the token budget, or until a signal requests a stop; then saves a last checkpoint.
 
-        Signals are given back when the last checkpoint is complete, or, with a `stop` of the caller, by the caller.
+        Without `stop`, this method restores the previous signal handlers after the last checkpoint; with `stop`,
+        the caller's `with` block does. Raises DataError if tokens cannot be read, after it has saved the steps so
+        far, and TrainingError if the training has diverged.
         """
         if stop is None:
             with GracefulStop(self.mesh.size) as own:
@@ -146,7 +148,7 @@ class Trainer:
         return self._result()
 
     def _next(self, batches: Iterator[Iterator[Tensor]], stop: GracefulStop) -> Iterator[Tensor] | None:
-        """The tokens of the next step; None at the end of the run, and, having asked to stop, if they are lost."""
+        """Reads the tokens of the next step; None at the end of the run. Requests a stop if they cannot be read."""
         try:
             return next(batches, None)
         except DataError as error:
@@ -157,18 +159,18 @@ class Trainer:
     def _raise_failure(self) -> None:
         if self._failure is not None:
             raise DataError(
-                f"{self._failure}. The run stopped after step {self._steps_done} and saved {self._checkpoint}; go "
-                "on with --resume latest when the tokens are there again"
+                f"{self._failure}. The run stopped after step {self._steps_done} and saved {self._checkpoint}; "
+                "continue with --resume latest when the tokens can be read again"
             )
 
     def _train_step(self, step: ScheduledStep, batches: Iterator[Tensor]) -> StepResult:
-        """One optimizer step, which waits for nothing."""
+        """Runs one optimizer step; its results stay on the device."""
         return self.engine.run_step(batches, step)
 
     def _after_step(
         self, step: ScheduledStep, result: StepResult, reporter: MetricsLogger, stop: GracefulStop, stopping: bool
     ) -> None:
-        """Measures, reports and saves where any of it is due; what is saved has been seen to be finite."""
+        """Validates, logs and saves, each if it is due after this step; saves finite weights and moments only."""
         config, number = self.config, step.number
         last = number == self.plan.total_steps
         saves = last or stopping or _is_due(number, config.checkpoint.interval_steps)
@@ -195,7 +197,7 @@ class Trainer:
         reporter.log_step(step, metrics, self.skipped.total)
 
     def _measure(self, number: int, reporter: MetricsLogger) -> None:
-        """The held-out loss; a split that cannot be read ends the run, on all ranks together, once it is saved."""
+        """Measures the held-out loss. If the split cannot be read, all ranks save a checkpoint and end the run."""
         try:
             self._validation = self.validator.measure(
                 self.engine.main_losses, self.device, self.mesh.sum_over_ranks, self._group
@@ -208,19 +210,19 @@ class Trainer:
                 self._finite_state(number)  # raises its own error if the weights are to blame
                 raise TrainingError(
                     f"held-out loss after step {number}: {self._validation.loss}, with weights that are finite. "
-                    f"{self._what_stands()}"
+                    f"{self._advice()}"
                 )
 
     def _finite_state(self, number: int) -> dict[str, Any]:
-        """What a checkpoint of step `number` holds. Raises TrainingError on all ranks unless it is finite."""
+        """Returns the contents of a checkpoint. Raises TrainingError on all ranks if a tensor is not finite."""
         tokens = self.plan.tokens_after(number)
         state = train_state(self.engine, self.config, self.shards, number, tokens, self.skipped.in_a_row)
         bad = non_finite(flatten(state)[0], self._group)
         if bad:
-            raise TrainingError(f"step {number}: after the update {non_finite_summary(bad)}. {self._what_stands()}")
+            raise TrainingError(f"step {number}: after the update {non_finite_summary(bad)}. {self._advice()}")
         return state
 
-    def _what_stands(self) -> str:
+    def _advice(self) -> str:
         last = f"the last checkpoint is {self._checkpoint}" if self._checkpoint else "there is no checkpoint yet"
         return (
             f"The run stops and saves nothing; {last}. Lower training.optimizer.learning_rate, or lengthen "

@@ -20,7 +20,7 @@ from deepseek_v3.training.data import DocumentIds, token_batches
 from deepseek_v3.training.loss import Objective
 from deepseek_v3.utils.errors import DataError
 
-_TOKENS_READ_AT_ONCE = 2**20  # by each rank, between two agreements of all ranks that all could read
+_TOKENS_READ_AT_ONCE = 2**20  # by each rank, between two checks that no rank has failed to read
 
 Batch = Int64Array  # numbers of windows
 
@@ -43,7 +43,7 @@ class ValidationLoss:
         return self.in_bits_per_byte(self.loss)
 
     def in_bits_per_byte(self, loss: float) -> float:
-        """Converts a loss in nats per token over these targets to bits per byte; NaN where they encode no text."""
+        """Converts a loss in nats per token over these targets to bits per byte; NaN if they encode no text."""
         return loss / math.log(2) * self.tokens / self.num_bytes if self.num_bytes else math.nan
 
 
@@ -51,8 +51,8 @@ class ValidationWindows:
     """The windows of the hold-out split that are measured: `max_tokens` tokens at most, and at least one window.
 
     They are drawn from the whole split by `draw_windows`, so they are the same for every run, rank, batch size and
-    baseline. With `masked` documents the first token of a document is no target, because no token of its own
-    document stands before it. Raises DataError where the split is shorter than one window, or no target is left.
+    baseline. With `masked` documents the first token of a document is not a target, because no token of its
+    document precedes it. Raises DataError if the split is shorter than one window, or no target is left.
     """
 
     def __init__(self, shards: TokenShards, sequence_length: int, max_tokens: int, masked: bool = False) -> None:
@@ -96,8 +96,8 @@ class ValidationWindows:
             return lengths
         total, size = shards.num_tokens("holdout"), _TOKENS_READ_AT_ONCE
         blocks = (shards.read("holdout", start, min(size, total - start)) for start in range(0, total, size))
-        spelled = float(sum(lengths[block].sum() for block in blocks))
-        return lengths * (shards.num_bytes("holdout") / spelled if spelled else 1.0)
+        decoded = float(sum(lengths[block].sum() for block in blocks))
+        return lengths * (shards.num_bytes("holdout") / decoded if decoded else 1.0)
 
 
 class Validator:
@@ -132,7 +132,8 @@ class Validator:
 
         `main_losses` maps batches of tokens to their losses, as `Engine.main_losses` does; `summed` sums a tensor
         over all ranks.
-        Raises DataError, on all ranks of `group` before any of them runs the model, where one cannot read tokens.
+        Raises DataError on all ranks of `group` if any of them cannot read tokens. All check this before they run
+        the model on the next batches, about a million tokens.
         """
         numbers = [
             self._batches[first : first + self._at_once] for first in range(0, len(self._batches), self._at_once)
@@ -148,10 +149,11 @@ class Validator:
 
 
 def _batches(windows: Batch, size: int) -> Iterator[tuple[Batch, int]]:
-    """Batches of exactly `size` windows, so that a compiled model sees one shape, and the distinct windows in each.
+    """Yields batches of exactly `size` windows, each with its number of distinct windows.
 
-    The last windows, too few for a batch, are repeated in batches of their own, each equally often: the mean loss
-    of a batch is then the mean over its distinct windows, and every window is evaluated whatever the batch size.
+    One batch size means that a compiled model sees one shape. The last windows, too few for a batch, fill further
+    batches, in each of which they are repeated equally often: the mean loss of a batch is then the mean over its
+    distinct windows, and every window is evaluated whatever the batch size.
     """
     while len(windows):
         different = max(number for number in range(1, size + 1) if size % number == 0 and number <= len(windows))

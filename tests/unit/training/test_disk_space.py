@@ -47,7 +47,7 @@ def test_room_for_what_is_kept_and_what_is_written(config: RunConfig, monkeypatc
     with pytest.raises(PlanError, match=r"need 1\.\d\d MB and 1\.\d\d MB are free: each takes 0\.\d\d MB") as error:
         check_disk(config, None, force=False)
     assert str(config.checkpoint.directory) in str(error.value)
-    assert "checkpoint.keep = 3 stay, and one more is being written; set checkpoint.keep=2, which" in str(
+    assert "checkpoint.keep = 3 are kept, and one more is being written; set checkpoint.keep=2, which" in str(
         error.value
     )
     assert str(error.value).endswith("--set checkpoint.directory=...; --force starts it as it is")
@@ -112,7 +112,7 @@ def test_a_run_without_room_is_refused_and_leaves_nothing(tmp_path: Path, monkey
     path = write_run(tmp_path, 20)
     with_free(monkeypatch, load_config(path), 0.5)
     message = message_of(dsv3("train", "--device", "cpu", "--config", path))
-    assert "the checkpoints to come need" in message
+    assert "the next checkpoints need" in message
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["run.yaml", "text"]
 
 
@@ -160,5 +160,5 @@ def test_all_ranks_are_refused_alike(pool: RankPool, tmp_path: Path) -> None:
     assert "rank 1 on host" in others[0]
     assert "set checkpoint.directory to a folder that all hosts share" in others[0]
     full = pool.run(2, start_without_room, path)
-    assert "the checkpoints to come need" in full[0]
+    assert "the next checkpoints need" in full[0]
     assert (others[0], full[0]) == (others[1], full[1])
