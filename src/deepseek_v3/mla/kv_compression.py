@@ -30,7 +30,7 @@ class LatentCache:
 
     @property
     def capacity(self) -> int:
-        """The most tokens per sequence."""
+        """The maximum number of tokens per sequence."""
         return self.rows_BTL[0].shape[1]
 
     def next_positions(self, num_tokens: int) -> Tensor:
@@ -45,7 +45,7 @@ class LatentCache:
         return rows_BTL
 
     def advance(self, num_tokens_B: Tensor) -> None:
-        """Adds tokens that every layer has written to `lengths_B`; later writes overwrite the rows behind them."""
+        """Adds tokens that every layer has written to `lengths_B`; later writes overwrite the rows after these."""
         self.lengths_B += num_tokens_B
         self.is_empty = False
 

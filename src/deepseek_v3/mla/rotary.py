@@ -1,4 +1,4 @@
-"""The angles of the decoupled rotary embedding, with YaRN scaling where the config has it.
+"""The angles of the decoupled rotary embedding, with YaRN scaling if the config has it.
 
 Axes: B batch, S sequence, P = R/2 pairs of the R rotary dimensions.
 """

@@ -1,4 +1,4 @@
-"""What a model computes with: the back end of every operation and the number format, chosen once for all layers."""
+"""Selects what a model computes with: the back end of every operation and the dtype, once for all layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class _HasBackends(Protocol):
     """A module that runs operations."""
 
     def select_backends(self, select: Select) -> None:
-        """Takes the back end of each operation from `select`, for the widths of this module."""
+        """Sets the back end of each of its operations to what `select` returns for its widths."""
 
 
 def select_backends(model: DeepSeekV3, device: torch.device) -> str:
@@ -40,9 +40,9 @@ def select_backends(model: DeepSeekV3, device: torch.device) -> str:
 
 
 def compute_dtype(precision: Literal["auto", "bfloat16", "float32"], device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the GPU multiplies it natively and float32 elsewhere.
+    """The dtype of a precision; `auto` is bfloat16 on GPUs that multiply it natively, and float32 elsewhere.
 
-    Raises ConfigError where bfloat16 is asked of a GPU that lacks it.
+    Raises ConfigError for bfloat16 on a GPU that does not multiply it natively.
     """
     native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     if precision == "bfloat16" and device.type == "cuda" and not native:

@@ -1,4 +1,4 @@
-"""One layer of the model: latent attention, then a dense or a mixture feed-forward network."""
+"""One layer of the model: latent attention, then a dense or an MoE feed-forward network."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def call_directly(module: nn.Module, *inputs: Any) -> Any:
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm residual layer (DeepSeek-V3 report, figure 2); layer `layer` counts from 0."""
+    """Pre-norm residual layer (DeepSeek-V3 report, figure 2), number `layer` from 0."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x_BSD: Tensor, metadata: AttentionMetadata, cache: LatentCache | None = None
     ) -> tuple[Tensor, RoutingStats | None]:
-        """(B, S, D) to (B, S, D), and the routing statistics of a mixture layer."""
+        """Maps (B, S, D) to (B, S, D); also returns the routing statistics, None for a dense layer."""
         x_BSD, normed_BSD = self.attend(x_BSD, metadata, cache)
         y_BSD = self.run_feed_forward(self.mlp, normed_BSD)
         y_BSD, stats = y_BSD if isinstance(y_BSD, tuple) else (y_BSD, None)
@@ -48,6 +48,6 @@ class DecoderLayer(nn.Module):
     def attend(
         self, x_BSD: Tensor, metadata: AttentionMetadata, cache: LatentCache | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The first half of the layer: its result (B, S, D), and the same normed for the feed-forward network."""
+        """Runs the attention half; returns its output (B, S, D), also normed for the feed-forward network."""
         x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), metadata, cache)
         return x_BSD, self.post_attention_layernorm(x_BSD)

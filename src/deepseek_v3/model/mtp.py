@@ -29,7 +29,7 @@ class MTPLayer(DecoderLayer):
     def forward(  # type: ignore[override]  # a prediction layer is never run in place of a main one
         self, hidden_BSD: Tensor, embedded_BSD: Tensor, metadata: AttentionMetadata
     ) -> tuple[Tensor, RoutingStats | None]:
-        """Maps the previous depth's states at positions i and embeddings of tokens i + k to new states."""
+        """Computes depth k's states from depth k - 1's states at positions i and the embeddings of tokens i + k."""
         joined_BSX = torch.cat((self.enorm(embedded_BSD), self.hnorm(hidden_BSD)), dim=-1)
         y_BSD, stats = super().forward(self.eh_proj(joined_BSX), metadata)
         return self.shared_head["norm"](y_BSD), stats

@@ -1,4 +1,4 @@
-"""The model part of a checkpoint: what is stored, the checks on reading it, and a model that is ready to run.
+"""The model part of a checkpoint: its entries, the checks on reading it, and loading a model that can run.
 
 A checkpoint of format 2 is a nested dict, saved as one file or as a folder of shards:
 
@@ -58,7 +58,7 @@ class Entries(BaseModel):
 
 
 class ModelEntries(Entries):
-    """The entries that running the model needs. Those of its training may be there, and are not checked."""
+    """The entries that running the model needs. Other entries of a run may exist, and are not checked."""
 
     format: int
     config: dict[str, Any]
@@ -84,7 +84,7 @@ class LoadedModel:
 
 
 def model_entries(model: DeepSeekV3, config: RunConfig, tokenizer_json: str) -> dict[str, Any]:
-    """The entries of a checkpoint that describe the model; `step`, `tokens` and the optimizer come on top."""
+    """The entries of a checkpoint that describe the model; the caller adds `step`, `tokens` and the optimizer."""
     return {
         "format": FORMAT,
         "config": config.model_dump(mode="json"),
@@ -117,9 +117,9 @@ def check_entries(kind: type[ModelEntries], plain: dict[str, Any], path: Path) -
 def load_model(path: Path, device: torch.device) -> LoadedModel:
     """Rebuilds the model of a checkpoint on `device`, in evaluation mode, with the run's compute dtype.
 
-    `path` is one checkpoint, or a folder of them: then the newest undamaged one is loaded, and each one passed over
-    is logged as a warning. Raises CheckpointError where the checkpoint is damaged, incomplete, of another format,
-    not of this project, or holds weights that are not finite.
+    `path` is one checkpoint, or a folder of them: then the newest undamaged one is loaded, and each one skipped is
+    logged as a warning. Raises CheckpointError if the checkpoint is damaged, incomplete, of another format, not of
+    this project, or holds weights that are not finite.
     """
     if is_checkpoint(path):
         return _load_model(path, device)

@@ -29,7 +29,7 @@ class HiddenStates(NamedTuple):
     """The outputs of a forward pass that training needs.
 
     `main_BSD` and, for depth k = 1, 2, …, `mtp[k-1]` (B, S-k, D): the states that the shared head
-    reads. `routing`: one entry per mixture layer, in the order of `routers_of(model)`.
+    reads. `routing`: one entry per MoE layer, in the order of `routers_of(model)`.
     """
 
     main_BSD: Tensor
@@ -55,7 +55,7 @@ class DeepSeekV3(nn.Module):
     """A DeepSeek-V3 language model with freshly initialised weights.
 
     Parameters and state carry the released checkpoint's names; only routed experts are stacked. Activations
-    have the type of the embedding, or `compute_dtype` where set: weights follow.
+    have the type of the embedding, or `compute_dtype` if set; each layer converts its weights to their type.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -75,13 +75,13 @@ class DeepSeekV3(nn.Module):
 
     @property
     def head_weight_VD(self) -> Tensor:
-        """The output head, (vocabulary, width); the embedding itself where the two are tied."""
+        """The output head, (vocabulary, width); the embedding itself if the two are tied."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def forward(self, tokens_BS: Tensor, cache: LatentCache | None = None) -> Tensor:
         """Logits (B, S, V), in the type of the activations, of the token after each of `tokens_BS` int64.
 
-        With a cache, `tokens_BS` continue what it holds; the caller then counts them with `cache.advance`.
+        With a cache, `tokens_BS` continue the cached tokens; the caller must then call `cache.advance`.
         """
         return self.logits(self.final_states(tokens_BS, cache))
 
@@ -100,8 +100,8 @@ class DeepSeekV3(nn.Module):
     ) -> HiddenStates:
         """The states that the losses of the main model and of every prediction depth read.
 
-        `documents_BS` int64 numbers the document of each token; tokens then see only their own document. Without
-        `with_mtp` the MTP layers do not run.
+        `documents_BS` int64 numbers the document of each token; tokens then attend only to their own document.
+        Without `with_mtp` the MTP layers do not run.
         """
         metadata, embedded_BSD = self.attention_metadata(tokens_BS, documents_BS), self.embed(tokens_BS)
         x_BSD, routing = self.run_layers(embedded_BSD, metadata)
@@ -117,7 +117,7 @@ class DeepSeekV3(nn.Module):
         del self.model.layers[self.config.num_hidden_layers + depth :]
 
     def attention_metadata(self, tokens_BS: Tensor, documents_BS: Tensor | None = None) -> AttentionMetadata:
-        """Where the tokens of sequences stand that begin with their first token."""
+        """Positions, rotary tables and mask of whole sequences, which start at position 0."""
         positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)[None]
         allowed_BSS = None if documents_BS is None else _same_document(documents_BS)
         return AttentionMetadata(positions_BS, *rotary_tables(positions_BS, self.config), allowed_BSS)
@@ -134,7 +134,7 @@ class DeepSeekV3(nn.Module):
         layers: range | None = None,
         cache: LatentCache | None = None,
     ) -> tuple[Tensor, list[RoutingStats]]:
-        """States (B, S, D) through some layers of the main model, or all, and what their routers did."""
+        """Runs `layers` of the main model, by default all, on states (B, S, D); returns states and routing."""
         routing: list[RoutingStats] = []
         for layer in range(self.config.num_hidden_layers) if layers is None else layers:
             x_BSD, stats = self.run_layer(self.model.layers[layer], x_BSD, metadata, cache)
@@ -144,7 +144,7 @@ class DeepSeekV3(nn.Module):
     def run_mtp(
         self, main_BSD: Tensor, embedded_BSD: Tensor, metadata: AttentionMetadata
     ) -> tuple[list[Tensor], list[RoutingStats]]:
-        """The states of every prediction depth, from the main model's and the embeddings of the same tokens."""
+        """Computes every MTP depth's states from the main model's states and the embeddings of its tokens."""
         predictions: list[Tensor] = []
         routing: list[RoutingStats] = []
         hidden_BSD, length = main_BSD, main_BSD.shape[1]
@@ -162,7 +162,7 @@ class DeepSeekV3(nn.Module):
 
 
 def _same_document(documents_BS: Tensor) -> Tensor:
-    """Which key each query may see, (B, S, S) bool: its own document up to itself."""
+    """Which keys each query attends to, (B, S, S) bool: those of its own document, up to itself."""
     same_BSS = documents_BS[:, :, None] == documents_BS[:, None, :]
     return same_BSS & torch.ones_like(same_BSS[0]).tril()
 

@@ -1,9 +1,8 @@
 """Expert parallelism over torch.distributed, with NCCL or gloo.
 
-A token is sent once to each rank that holds any of its experts. Where ranks are grouped in nodes, it is sent once
-to each node, to the rank that has the same place there, and from there to the other ranks of that node. Only the
-step between nodes overlaps with computation, in both directions; the step within a node runs when the first one is
-done.
+A token is sent once to each rank that holds any of its experts. If ranks are grouped in nodes, it is sent once to
+each node, to the rank with the same local rank there, and from there to the other ranks of that node. Only the step
+between nodes overlaps with computation, in both directions; the step within a node runs when the first one is done.
 
 Axes: T tokens, K experts per token, R received tokens, D width.
 """

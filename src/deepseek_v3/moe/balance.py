@@ -32,7 +32,7 @@ class RoutingStats(NamedTuple):
 def sequence_balance_loss(scores_TE: Tensor, batch_size: int, experts_per_token: int) -> Tensor:
     """Eq. 17-20 without α, averaged over the sequences of the batch; a float32 scalar with a gradient.
 
-    `scores_TE` (B·S, E): unbiased sigmoid scores. As in eq. 18, f counts an expert where it is among the K best by
+    `scores_TE` (B·S, E): unbiased sigmoid scores. As in eq. 18, f counts an expert if it is among the K best by
     unbiased score, not by the biased, group-limited choice. A token whose scores are all 0 adds nothing.
     """
     scores_BSE = scores_TE.unflatten(0, (batch_size, -1))
@@ -51,7 +51,7 @@ def routers_of(model: nn.Module) -> list[Router]:
 
 @torch.no_grad()
 def update_biases(routers: Sequence[Router], counts_LE: Tensor, speed: float | Tensor) -> None:
-    """Moves every bias by γ = `speed`: down where an expert had more than the mean load, up where less.
+    """Moves every bias by γ = `speed`: down for experts above the mean load, up for experts below it.
 
     `counts_LE` (layers, E): tokens per expert over the whole global batch, one row per router in order.
     """

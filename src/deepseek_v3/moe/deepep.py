@@ -1,8 +1,8 @@
 """Expert parallelism through DeepEP (https://github.com/deepseek-ai/DeepEP), for both generations of its buffers.
 
-DeepEP finds the nodes by itself and sends a token once to each of them. Its kernels run on a stream of their own:
-they begin after an event of the current stream, which goes on with other work, and waits for an event of theirs
-before it reads what they wrote.
+DeepEP finds the nodes by itself and sends a token once to each of them. Its kernels run on a separate stream:
+they begin after an event of the current stream. That stream continues with other work, and waits for an event of
+theirs before it reads their outputs.
 
 This module is written against DeepEP's documentation and tested with stand-ins of the same signatures. **It has
 been run neither with the library itself nor on its hardware.**
@@ -26,7 +26,7 @@ from deepseek_v3.ops.moe_permute import MoePermute, reference
 # A bfloat16 tensor, or an e4m3 tensor and its scales.
 Rows = Tensor | tuple[Tensor, Tensor]
 
-# SMs that run the exchange where the library has no estimate: DeepSeek-V3's own number (report, section 3.2.2).
+# SMs that run the exchange if the library has no estimate: DeepSeek-V3's own number (report, section 3.2.2).
 _SMS_FOR_GROUP_LIMITED_GATES = 20
 
 
@@ -37,7 +37,7 @@ class CannotRunError(Exception):
 class BufferShape(NamedTuple):
     """The most that a rank sends in a layer: `tokens` rows of `width` numbers, each to `experts_per_token` experts.
 
-    `in_groups` says that the experts of a token lie in few groups (`topk_group` is below `n_group`): its rows then
+    `in_groups` says that the experts of a token are in few groups (`topk_group` is below `n_group`): its rows then
     go to fewer ranks and nodes than with a free choice.
     """
 
@@ -116,7 +116,7 @@ class LegacyBuffer:
         return self._buffer.combine(rows_RD, handle, topk_weights=gates_RK, **self._async_options())
 
     def _async_options(self) -> dict[str, Any]:
-        """Begin after all work queued on the current stream, and let that stream go on meanwhile."""
+        """Starts the kernels after all work queued on the current stream, which does not wait for them."""
         return {"previous_event": self._buffer.capture(), "async_finish": True, "allocate_on_comm_stream": True}
 
 
@@ -160,7 +160,7 @@ class ElasticBuffer:
         return self._buffer.combine(rows_RD, handle=handle, topk_weights=gates_RK, **self._async_options())
 
     def _async_options(self) -> dict[str, Any]:
-        """Begin after all work queued on the current stream, and let that stream go on meanwhile."""
+        """Starts the kernels after all work queued on the current stream, which does not wait for them."""
         return {
             "num_sms": self._num_sms,
             "previous_event": self._buffer.capture(),
@@ -184,7 +184,7 @@ class DeepEPDispatcher(ExpertParallelDispatcher):
 
 
 class _PendingKernels:
-    """Kernels on DeepEP's stream: the tensors they write, and those they read, which must not be freed before."""
+    """Kernels on DeepEP's stream, with their outputs, and with their inputs, which must not be freed earlier."""
 
     def __init__(self, event: Any, outputs: tuple[Any, ...], inputs: tuple[Any, ...]) -> None:
         self._event, self._outputs, self._inputs = event, outputs, inputs

@@ -1,7 +1,7 @@
 """Dispatching tokens to their experts and combining the results, in DeepEP's terms.
 
 A layer holds a dispatcher object. To run on several ranks, the layer holds another dispatcher; it has no branch for
-that. Either direction is cut in two halves: `dispatch` sends the tokens and `wait_dispatch` waits for the tokens of
+that. Each direction has two halves: `dispatch` sends the tokens and `wait_dispatch` waits for the tokens of
 this rank's experts; `combine` sends the results back and `wait_combine` waits for them. Whatever the layer computes
 between two halves overlaps with the communication. The backward pass of a dispatch is a combine, and that of a
 combine is a dispatch.
@@ -19,7 +19,7 @@ from deepseek_v3.ops.moe_permute import RowCopies, gather_rows, sort_by_expert, 
 
 
 class DispatchedTokens(NamedTuple):
-    """Rows for the experts of this rank: `rows_XD` in expert order, the gate of each row, and where experts end.
+    """Rows for the experts of this rank: `rows_XD` in expert order, one gate per row, and the end of each expert.
 
     `ends_E` int32, not decreasing: expert e has the rows ends[e-1] … ends[e]-1; the last entry is X. `handle` is
     the argument that `combine` needs to send the results back.

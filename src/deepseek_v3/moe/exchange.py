@@ -127,7 +127,7 @@ class ReturnHandle:
 class ExchangeStep(NamedTuple):
     """One step on the way to an expert: it reaches `num_ranks` ranks that are `stride` apart, this rank among them.
 
-    With two steps, the first reaches the rank with the same place in each node (stride = ranks per node), and the
+    With two steps, the first reaches the same local rank of each node (stride = ranks per node), and the
     second reaches the ranks of this node (stride = 1).
     """
 
@@ -148,7 +148,7 @@ class ExchangeStep(NamedTuple):
         return RoutingPlan(self.group, copies, num_sent, num_received, num_copies, permute)
 
     def _blocks(self) -> tuple[int, int]:
-        """How many blocks of ranks there are that no token leaves in this step, and which one this rank is in."""
+        """The number of blocks of ranks within which this step sends tokens, and this rank's block."""
         size = self.num_ranks * self.stride
         return self.group.size() // size, self.group.rank() // size
 
@@ -156,8 +156,8 @@ class ExchangeStep(NamedTuple):
         """Counts for each rank of the group: 0 for the ranks that this step does not reach."""
         first = self._blocks()[1] * self.num_ranks * self.stride + self.group.rank() % self.stride
         counts = [0] * self.group.size()
-        for place, count in enumerate(counts_P):
-            counts[first + place * self.stride] = count
+        for index, count in enumerate(counts_P):
+            counts[first + index * self.stride] = count
         return counts
 
     def _exchange_counts(self, sent_PC: Tensor) -> tuple[list[list[int]], list[list[int]]]:
@@ -172,14 +172,14 @@ class ExchangeStep(NamedTuple):
 def exchange_steps(group: dist.ProcessGroup, ranks_per_node: int | None = None) -> list[ExchangeStep]:
     """The steps that bring a token to any rank of a group: one step, or one between nodes and one within the node.
 
-    A node is `ranks_per_node` consecutive ranks. Raises ConfigError where the group is not a whole number of nodes.
+    A node is `ranks_per_node` consecutive ranks. Raises ConfigError if the group is not a whole number of nodes.
     """
     num_ranks = group.size()
     if ranks_per_node is None or ranks_per_node == 1 or ranks_per_node >= num_ranks:
         return [ExchangeStep(group, num_ranks)]
     if ranks_per_node < 1 or num_ranks % ranks_per_node:
         raise ConfigError(
-            f"parallel.expert = {num_ranks} ranks are no whole number of nodes of {ranks_per_node}; "
+            f"parallel.expert = {num_ranks} ranks are not a whole number of nodes of {ranks_per_node}; "
             "choose a degree that is a multiple or a divisor of the ranks of a node"
         )
     return [

@@ -82,7 +82,7 @@ class _WaitExchange(torch.autograd.Function):
 class DispatchExchange(AsyncExchange, Protocol):
     """Sends tokens (T, D), gates (T, K) and expert numbers (T, K) int64 to the ranks that hold the experts.
 
-    A rank receives each token at most once, with all K gates and expert numbers, some of them of other ranks.
+    A rank receives each token at most once, with all of its K gates and expert numbers, also those of other ranks.
     """
 
     @property
@@ -98,7 +98,7 @@ class DispatchExchange(AsyncExchange, Protocol):
 
 
 class CombineHandle(NamedTuple):
-    """What combine needs to know of the dispatch: its exchange, and which rows are copies of which token."""
+    """What `combine` needs from the dispatch: its exchange, and which rows are copies of which token."""
 
     exchange: DispatchExchange
     copies: RowCopies

@@ -58,7 +58,7 @@ class Router(nn.Module):
         experts_TK = self._choose(scores_TE.detach() + self.e_score_correction_bias)
         gates_TK = scores_TE.gather(1, experts_TK)
         if self.config.norm_topk_prob:
-            # The constant of the released gate. Where the scores sum to far less, the gates of a token are 0.
+            # The constant of the released gate. If the scores sum to far less, the gates of a token are almost 0.
             gates_TK = gates_TK / (gates_TK.sum(-1, keepdim=True) + 1e-20)
         return Routing(gates_TK * self.config.routed_scaling_factor, experts_TK, scores_TE)
 
@@ -100,7 +100,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def _scores(logits_TE: Tensor) -> Tensor:
     """Sigmoid of the logits, without underflow to 0 for all experts of a token.
 
-    Where the best logit of a token is below `_LEAST_BEST_LOGIT`, the same amount is added to all of its logits,
+    If the best logit of a token is below `_LEAST_BEST_LOGIT`, the same amount is added to all of its logits,
     which keeps the ratios of its scores.
     """
     best_T1 = logits_TE.detach().amax(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Selecting how a run reaches experts on other ranks: chosen once, when the model is built, and logged."""
+"""Selects how a run reaches experts on other ranks: once, when the model is built, and with a log line."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def select_dispatcher(
 ) -> Dispatcher:
     """The dispatcher of layers on `device` with experts sharded over `group`; each of its ranks must call this.
 
-    `auto` takes DeepEP where it can run. `precision` is the number format of dispatched rows. With `ranks_per_node`
-    the `torch` back end sends each token once to each node; DeepEP does so by itself. Raises ConfigError where the
-    number of experts or of ranks does not divide, and where `deepep` is named and cannot run.
+    `auto` takes DeepEP if it can run. `precision` is the number format of dispatched rows. With `ranks_per_node`
+    the `torch` back end sends each token once to each node; DeepEP does so by itself. Raises ConfigError if the
+    experts do not divide over the ranks, or the ranks over nodes, and if `deepep` is named and cannot run.
     """
     if num_experts % group.size():
         raise ConfigError(
@@ -77,7 +77,7 @@ def _deepep_buffer(num_experts: int, group: dist.ProcessGroup, shape: BufferShap
     if shape.dtype != torch.bfloat16:
         raise CannotRunError(f"it sends bfloat16, the model computes in {shape.dtype}")
     if shape.width % multiple:
-        raise CannotRunError(f"hidden_size = {shape.width} is no multiple of {multiple}")
+        raise CannotRunError(f"hidden_size = {shape.width} is not a multiple of {multiple}")
     library = _import_deepep()
     buffer_class = ElasticBuffer if hasattr(library, "ElasticBuffer") else LegacyBuffer
     return buffer_class(library, num_experts, group, shape)

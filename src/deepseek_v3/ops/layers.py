@@ -1,7 +1,7 @@
 """The two modules that every part of the model is made of.
 
 A weight is converted to the type of the activations in the forward pass, so float32 master weights compute in
-bfloat16 where the activations are bfloat16. `model/init.py` or a checkpoint sets the values of the weights.
+bfloat16 if the activations are bfloat16. `model/init.py` or a checkpoint sets the values of the weights.
 """
 
 import torch

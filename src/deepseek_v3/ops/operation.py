@@ -1,4 +1,4 @@
-"""Selecting the back end of an operation: once, when the module or optimizer that runs it is built.
+"""Selects the back end of an operation: once, when the module or optimizer that runs it is built.
 
 The package of an operation offers one `Operation`: its back ends by name, fastest first, and `reference`, which
 runs everywhere, last. To add a back end, put its module beside `reference.py` and one `Backend` into that list.
@@ -18,7 +18,7 @@ Op = TypeVar("Op")  # the type of a back end: a function, or a module with sever
 
 
 class Target(NamedTuple):
-    """Where an operation is going to run: the device, the type of its rows and their widths (last axes)."""
+    """What an operation will run on: the device, and the dtype and the widths (last axes) of its rows."""
 
     device: torch.device
     dtype: torch.dtype = torch.float32
@@ -62,7 +62,7 @@ class Operation(Generic[Op]):
     def select(self, target: Target, name: str = "auto") -> Selection[Op]:
         """The back end of this name; with `auto` the first one that can run at the target.
 
-        Raises ConfigError, with the reason, where the named back end does not exist or cannot run there.
+        Raises ConfigError, with the reason, if the named back end does not exist or cannot run there.
         """
         if name != "auto" and name not in self.backends:
             names = ", ".join(self.backends)
@@ -83,11 +83,11 @@ class Select(Protocol):
 
 
 def triton_obstacle(target: Target) -> str | None:
-    """Why a Triton kernel cannot run at a target; None where it can."""
+    """Why a Triton kernel cannot run at a target; None if it can."""
     if target.device.type != "cuda":
         return "needs a CUDA device"
     try:
-        import triton  # noqa: F401 -- not every build of torch brings it
+        import triton  # noqa: F401 -- not every build of torch includes it
     except ImportError as error:
         return f"needs Triton, which cannot be imported ({error})"
     return None

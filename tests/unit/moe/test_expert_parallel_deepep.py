@@ -149,11 +149,11 @@ OBSTACLES: dict[str, Any] = {
     ),
     "ranks": (BUFFER_SHAPE, {}, "its Buffer has no configuration for 4 ranks"),
     "int32": (BUFFER_SHAPE, {}, "deep_ep was built for expert numbers of type torch.int32, not torch.int64"),
-    "odd width": (BUFFER_SHAPE._replace(width=252), {}, "hidden_size = 252 is no multiple of 8"),
+    "odd width": (BUFFER_SHAPE._replace(width=252), {}, "hidden_size = 252 is not a multiple of 8"),
     "no whole blocks": (
         BUFFER_SHAPE._replace(width=192),
         {"precision": "fp8"},
-        "hidden_size = 192 is no multiple of 128",
+        "hidden_size = 192 is not a multiple of 128",
     ),
 }
 
@@ -197,5 +197,5 @@ def test_two_exchange_steps_where_there_are_nodes(ranks_per_node: int | None, nu
 
 
 def test_a_group_must_be_whole_nodes() -> None:
-    with pytest.raises(ConfigError, match=r"parallel\.expert = 4 ranks are no whole number of nodes of 3"):
+    with pytest.raises(ConfigError, match=r"parallel\.expert = 4 ranks are not a whole number of nodes of 3"):
         chosen("torch", ranks_per_node=3)

@@ -9,9 +9,9 @@ from deepseek_v3.ops.dtypes import at_least_float32
 def attention(
     q_BSHK: Tensor, k_BSHK: Tensor, v_BSHV: Tensor, scale: float, allowed_BSS: Tensor | None = None
 ) -> Tensor:
-    """softmax(scale · q·kᵀ) · v over the keys that a query may see; (B, S, H, V), in the type of `q`.
+    """softmax(scale · q·kᵀ) · v over the keys that a query attends to; (B, S, H, V), in the type of `q`.
 
-    A query sees the keys up to its own position; `allowed_BSS` (batch, query, key) bool replaces this rule.
+    A query attends to the keys up to its own position; `allowed_BSS` (batch, query, key) bool replaces this rule.
     Scores and softmax are computed in float32 (float64 for float64).
     Axes: B batch, S sequence, H heads, K width of queries and keys, V width of values.
     """

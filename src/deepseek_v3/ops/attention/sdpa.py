@@ -32,7 +32,7 @@ def cudnn_attention(
 ) -> Tensor:
     """The reference's operation by cuDNN: on Hopper about twice as fast as flash with values padded to 192.
 
-    Raises RuntimeError where cuDNN does not support the shape or type. With a mask torch chooses the kernel,
+    Raises RuntimeError if cuDNN does not support the shape or type. With a mask torch chooses the kernel,
     because cuDNN's backward pass with a mask has returned NaN (pytorch/pytorch#196678).
     """
     if allowed_BSS is not None:

@@ -14,7 +14,7 @@ _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
 def quantize_1x128(x_TD: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantizes rows (T, D) of any float type to (T, D) e4m3 and scales (T, G) float32; their product is the rows.
+    """Quantizes rows (T, D) of any float type to (T, D) e4m3 and scales (T, G) float32; their product is about `x`.
 
     The largest number of a block becomes 448. The error of a number is at most 1/16 of it, or 2⁻¹⁰ of the scale for
     a number below 2⁻⁶ of the scale. One number that is not finite turns its whole block into NaN.

@@ -15,8 +15,8 @@ from deepseek_v3.ops.dtypes import at_least_float32
 def mla_decode(q_BSHL: Tensor, cache_BTL: Tensor, positions_BS: Tensor, value_width: int, scale: float) -> Tensor:
     """Attends from each query to the cached rows at or before its position; (B, S, H, value_width), type of `q`.
 
-    `positions_BS` int64. Rows behind the last position may hold anything, NaN included: they are never used. Scores
-    and softmax are computed in float32 (float64 for float64).
+    `positions_BS` int64. Rows after the last position may hold any values, even NaN: they are never used.
+    Scores and softmax are computed in float32 (float64 for float64).
     """
     steps_T = torch.arange(cache_BTL.shape[1], device=cache_BTL.device)
     visible_BST = steps_T <= positions_BS[..., None]

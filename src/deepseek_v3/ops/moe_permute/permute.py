@@ -1,6 +1,6 @@
-"""Copies of rows with backward passes that gather, too: `gather_rows` and `sum_rows` are each other's gradient.
+"""Copying rows and summing the copies, differentiably: the backward pass of each operation is the other one.
 
-Autograd's own backward pass of an index is a scattered addition: slow on GPUs, and in no fixed order of summation.
+Autograd's own backward pass of an index is a scattered addition, which is slow on GPUs and sums in no fixed order.
 Here the slots of each row are known, so both directions are gathers, and sums have a fixed order.
 """
 
@@ -33,7 +33,7 @@ def gather_rows(x_TD: Tensor, copies: RowCopies, backend: MoePermute | None = No
 
 
 def sum_rows(rows_XD: Tensor, copies: RowCopies, backend: MoePermute | None = None) -> Tensor:
-    """The sum of the copies of each row, 0 where there are none: (T, D), summed in float32 and rounded once.
+    """The sum of the copies of each row, 0 if it has none: (T, D), summed in float32 and rounded once.
 
     Without a back end the reference sums the rows.
     """

@@ -29,8 +29,8 @@ class RowCopies(NamedTuple):
 class ExpertOrder(NamedTuple):
     """The N choices of T tokens in the order of their experts.
 
-    `choices_X` int64: for each place in that order, the choice, counted in the flattened (T, K) table; `places_TK`
-    int64: the place of each choice; `ends_E` int32: where the places of each expert end.
+    `choices_X` int64: the choice at each place in that order, as an index of the flattened (T, K) table;
+    `places_TK` int64: the place of each choice; `ends_E` int32: the end of each expert's places.
     """
 
     choices_X: Tensor
@@ -57,9 +57,9 @@ class ExpertBins(NamedTuple):
 class BinOrder(NamedTuple):
     """Choices in the order of their bins; within a bin, in the order of their tokens.
 
-    `tokens_N` and `choices_N` int64: for each place its token, and its choice, counted in the flattened (T, K)
-    table; entries behind the last place are undefined. `places_TK` int64: the place of each choice, N where it has
-    none. `ends_B` int32: where the places of each bin end. `counts_B2` int64: the number of places and of choices
+    `tokens_N` and `choices_N` int64: the token and the choice at each place, a choice as an index of the flattened
+    (T, K) table; entries after the last place are undefined. `places_TK` int64: the place of each choice, N if it
+    has none. `ends_B` int32: the end of each bin's places. `counts_B2` int64: the numbers of places and of choices
     of each bin.
     """
 
@@ -84,7 +84,7 @@ def gather_rows(x_TD: Tensor, source_X: Tensor) -> Tensor:
 
 
 def sum_rows(rows_XD: Tensor, slots_TM: Tensor) -> Tensor:
-    """The sum of the copies of each row, 0 where there are none: (T, D), in the type of `rows_XD`.
+    """The sum of the copies of each row, 0 if it has none: (T, D), in the type of `rows_XD`.
 
     Sums are taken in float32 (float64 for float64), in the order of the slots, and rounded once.
     """
@@ -126,7 +126,7 @@ def sort_into_bins(experts_TK: Tensor, bins: ExpertBins, once: bool = False) -> 
 
 
 def _repeats_a_bin(bins_TK: Tensor) -> Tensor:
-    """Whether an earlier choice of the same token lies in the same bin."""
+    """Whether an earlier choice of the same token is in the same bin."""
     return (bins_TK[:, :, None] == bins_TK[:, None, :]).tril(-1).any(-1)
 
 

@@ -1,7 +1,7 @@
 """Moving token rows on a GPU with as few kernels as possible.
 
 `sum_rows` reads every row once and writes every sum once, without a table of all copies in between.
-`sort_into_bins` plans where rows go in two kernels: one counts, by bin and block of tokens, and one places.
+`sort_into_bins` runs two kernels: the first counts the choices by bin and block of tokens, the second places them.
 """
 
 from __future__ import annotations

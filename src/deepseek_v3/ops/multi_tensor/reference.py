@@ -36,7 +36,7 @@ def adamw_(
     """One step of AdamW in place, on contiguous tensors of one device; `scale`, 0-d, multiplies the gradients.
 
     Parameters are float32; `means` and `squares`, the moments, are float32 or bfloat16, all of one type; gradients
-    have any float type. Arithmetic is float32. Where `scale` is NaN nothing changes, whatever the gradients are.
+    have any float type. Arithmetic is float32. If `scale` is NaN nothing changes, whatever the gradients are.
     """
     if scale.isnan():
         return

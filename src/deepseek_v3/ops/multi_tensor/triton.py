@@ -18,7 +18,7 @@ from torch import Tensor
 from deepseek_v3.ops.multi_tensor.reference import AdamWStep
 
 _BLOCK = 4096
-_VECTOR = 4  # numbers that are loaded at once, where addresses and sizes of all tensors are multiples of it
+_VECTOR = 4  # numbers that are loaded at once, if the addresses and sizes of all tensors are multiples of it
 
 
 def adamw_(
@@ -74,8 +74,8 @@ _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 class _Blocks(NamedTuple):
     """Tensors cut into blocks of `_BLOCK` numbers.
 
-    `tables`: for each block its tensor (int32) and its first place in that tensor (int64); for each tensor its
-    size.
+    `tables`: for each block its tensor (int32) and its first index in that tensor (int64); for each tensor its
+    size (int64).
     """
 
     number: int
@@ -116,7 +116,7 @@ def _begin(table, tensor, type: tl.constexpr, aligned: tl.constexpr):
 
 @triton.jit
 def _places(first_of, size_at, aligned: tl.constexpr, BLOCK: tl.constexpr):
-    """This block's places in its tensor, and which of them lie inside it."""
+    """The indices of this block in its tensor, and which of them are below the tensor's size."""
     first = tl.multiple_of(tl.load(first_of + tl.program_id(0)), BLOCK)
     size = tl.load(size_at)  # loaded here: the compiler forgets that an argument is a multiple of 4
     if aligned:
