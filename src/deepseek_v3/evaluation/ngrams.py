@@ -1,7 +1,6 @@
 """Unigram and bigram models of tokens: baselines for a trained model.
 
-They are counted block by block, in one or more passes over the training tokens; memory does not grow with their
-number.
+The training tokens are counted block by block, in one or more passes; memory does not grow with their number.
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ def evaluate(
 
 
 def _check_tokenizer(shards: TokenShards, saved: LoadedModel, checkpoint: Path) -> None:
-    """Raises DataError where the shards were tokenized with another tokenizer than that of the model."""
+    """Raises DataError if the shards were tokenized with another tokenizer than that of the model."""
     if shards.load_tokenizer().to_json() != saved.tokenizer_json:
         known = Tokenizer.from_json(saved.tokenizer_json, f"{checkpoint}: its tokenizer").vocab_size
         raise DataError(

@@ -53,13 +53,13 @@ class _Text:
         self._decoder = StreamDecoder(tokenizer, prompt)
 
     def push(self, token: int) -> bool:
-        """Adds the next token; returns True where it completes a stop string, which ends the text."""
+        """Adds the next token; returns True if it completes a stop string, which ends the text."""
         return self._ends_with(self._decoder.push(token))
 
     def end(self) -> bool:
         """Adds the text that was held back for an unfinished character or stop string to `shown`.
 
-        Returns True where that text completes a stop string, which ends the text before it.
+        Returns True if that text completes a stop string, which ends the text before it.
         """
         stopped = self._ends_with(self._decoder.flush())
         if not stopped:
@@ -67,7 +67,7 @@ class _Text:
         return stopped
 
     def _ends_with(self, new: str) -> bool:
-        """Adds text, up to the stop string that is completed first, independent of how the text is divided."""
+        """Adds text up to the first completed stop string; the result does not depend on the parts' borders."""
         self._held += new
         found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
@@ -109,7 +109,7 @@ class Generator:
     Each prompt has its own random number generator, so its text does not depend on the other prompts of the batch.
     Only ids that the tokenizer has are generated.
 
-    Raises GenerationError where the tokenizer has more ids than the model.
+    Raises GenerationError if the tokenizer has more ids than the model.
     """
 
     def __init__(self, model: DeepSeekV3, tokenizer: Tokenizer, batch_size: int = 32) -> None:
@@ -185,9 +185,9 @@ class Generator:
             seen_BV.scatter_(1, tokens_B[:, None], True)
             for row, token in zip(rows, tokens_B.tolist(), strict=True):
                 self._take(row, token, sampling)
-            unfinished = [place for place, row in enumerate(rows) if row.finish_reason is None]
+            unfinished = [index for index, row in enumerate(rows) if row.finish_reason is None]
             if len(unfinished) < len(rows):
-                rows, seen_BV = [rows[place] for place in unfinished], seen_BV[unfinished]
+                rows, seen_BV = [rows[index] for index in unfinished], seen_BV[unfinished]
                 if cache is not None:
                     _keep_rows(cache, unfinished)
             yield
@@ -234,8 +234,8 @@ class Generator:
         return LatentCache(self._model.config, len(rows), capacity, dtype, self._device)
 
 
-def _keep_rows(cache: LatentCache, places: list[int]) -> None:
-    """Keeps the rows of the cache at these places and drops all others."""
-    places_B = torch.tensor(places, dtype=torch.int64, device=cache.lengths_B.device)
-    cache.rows_BTL = [rows_BTL[places_B] for rows_BTL in cache.rows_BTL]
-    cache.lengths_B = cache.lengths_B[places_B]
+def _keep_rows(cache: LatentCache, indices: list[int]) -> None:
+    """Keeps the cached rows of the sequences at these indices of the batch, and drops all others."""
+    indices_B = torch.tensor(indices, dtype=torch.int64, device=cache.lengths_B.device)
+    cache.rows_BTL = [rows_BTL[indices_B] for rows_BTL in cache.rows_BTL]
+    cache.lengths_B = cache.lengths_B[indices_B]

@@ -141,7 +141,7 @@ def _prompt_of(line: str, where: str) -> str:
 
 
 def _warn_of_length(prompts: list[str], tokenizer: Tokenizer, sampling: SamplingConfig, config: RunConfig) -> None:
-    """Warns where prompt and new tokens may become longer than the sequences that the model was trained on."""
+    """Warns if a prompt and its new tokens may become longer than the sequences that the model was trained on."""
     trained, context = config.training.sequence_length, config.model.max_position_embeddings
     longest = min(max(map(len, tokenizer.encode_batch(prompts))) + sampling.max_new_tokens, context)
     if longest > trained:
@@ -173,7 +173,7 @@ def _print_all(completions: Iterable[Completion]) -> None:
 
 
 def _print_dim(prompt: str) -> None:
-    """Prints a prompt, dim where a terminal shows it."""
+    """Prints a prompt, dim on a terminal."""
     typer.secho(prompt, dim=True, nl=False)
 
 

@@ -29,7 +29,8 @@ class SamplingConfig:
     max_new_tokens      the most tokens to add to a prompt
     stop                the text ends before the first of these strings
 
-    Raises GenerationError, naming field, value and what is allowed. The bounds keep every step finite in float32.
+    Raises GenerationError for a value out of bounds, and names the field, the value and the bounds. The bounds keep
+    every step finite in float32.
     """
 
     temperature: float = 0.8
@@ -72,7 +73,7 @@ def choose_next(
     inverts the cumulative distribution in the order of the ids: in the order of probability, a rounding error that
     swaps two almost equal tokens would change the result.
 
-    Raises GenerationError where logits are NaN or infinite.
+    Raises GenerationError if logits are NaN or infinite.
     """
     if sampling.temperature == 0:
         return _penalized(logits_BV, seen_BV, sampling.repetition_penalty).argmax(-1)

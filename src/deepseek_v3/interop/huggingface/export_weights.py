@@ -1,4 +1,4 @@
-"""Writing a model's weights under the names of the released checkpoint."""
+"""Returns a model's weights under the names of the released checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading weights under the names of the released checkpoint into a model, after all of them were checked."""
+"""Checks weights under the names of the released checkpoint, and loads them into a model."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def load_released(model: DeepSeekV3, tensors: Mapping[str, Tensor]) -> None:
     """Copies tensors by released name into `model`, converted to the model's type and device.
 
     A model on the meta device is moved to the CPU. A weight in FP8 (e4m3) needs its scales, `<name>_scale_inv`, one
-    per 128×128 block. The copies of embedding and head in MTP layers may be missing; where present, they must equal
+    per 128×128 block. The copies of embedding and head in MTP layers may be missing; if present, they must equal
     the originals. If the last MTP layers are missing as a whole, they are removed from the model, with a warning.
 
     Raises CheckpointError with all problems, before anything is changed: missing and unexpected names, wrong
-    shapes, types that are no weights, FP8 without scales, and copies that differ.
+    shapes, types that weights cannot have, FP8 without scales, and copies that differ.
     """
     config, depth = model.config, _num_mtp_layers(model.config, tensors)
     found_config = config.model_copy(update={"num_nextn_predict_layers": depth})
