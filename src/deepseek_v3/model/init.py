@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-# The end of a parameter's name, and its initial value: a factor on the config's initializer_range, or ones.
+# The end of a parameter's name, as a pattern, and its initial value: a factor on initializer_range, or ones.
 _MATRIX = 1.0
 _ONES = None
 _TABLE: dict[str, float | None] = {
@@ -33,8 +33,8 @@ _TABLE: dict[str, float | None] = {
 def initialize(model: nn.Module, std: float, seed: int) -> None:
     """Sets every parameter from the table, and every routing bias to zero.
 
-    A parameter's values depend only on its name and `seed`, not on the order or number of the others.
-    Raises KeyError for a parameter without a row.
+    A parameter's values depend on its name, its shape, `std`, `seed` and the type of its device, not on the other
+    parameters. Raises KeyError for a parameter without a row.
     """
     for name, parameter in model.named_parameters():
         everything = range(len(parameter))
@@ -51,15 +51,15 @@ def initial_values(
     Each block comes with its slice of these rows. Experts are drawn one by one, so that a rank that holds a few
     of them draws no others; of any other parameter all rows are drawn.
     """
-    factor = _start_of(name)
+    factor = _factor_of(name)
     if factor is None:
         yield slice(None), torch.ones(len(rows), *shape[1:], dtype=torch.float32, device=device)
     elif len(shape) < 3:
         yield slice(None), _normal(name, shape, factor * std, seed, device)[rows.start : rows.stop]
     else:
-        for place, expert in enumerate(rows):
+        for index, expert in enumerate(rows):
             values = _normal(f"{name}.{expert}", shape[1:], factor * std, seed, device)
-            yield slice(place, place + 1), values[None]
+            yield slice(index, index + 1), values[None]
 
 
 @torch.no_grad()
@@ -71,7 +71,7 @@ def reset_buffers(model: nn.Module) -> None:
         buffer.zero_()
 
 
-def _start_of(name: str) -> float | None:
+def _factor_of(name: str) -> float | None:
     for ending, factor in _TABLE.items():
         if re.search(rf"(^|\.){ending}$", name):
             return factor

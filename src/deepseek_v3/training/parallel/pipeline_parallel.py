@@ -74,7 +74,7 @@ class ModelStage(nn.Module):
         self.found: list[Losses] = []
 
     def forward(self, x: Tensor, *, tokens_BX: Tensor) -> Tensor:
-        """Hidden states (B, S, D) of the previous stage, or tokens, to hidden states; at the end to a loss (1,)."""
+        """Maps hidden states (B, S, D), in the first stage tokens, to hidden states, in the last to a loss (1,)."""
         inputs_BS = tokens_BX[:, :-1]
         documents_BX = self.documents(tokens_BX)
         documents_BS = None if documents_BX is None else documents_BX[:, :-1]
@@ -204,8 +204,8 @@ class PipelineEngine(Engine):
     def _rank_of(self, number: int) -> int:
         """The rank of this pipeline that runs stage `number`."""
         parallel = self.mesh.parallel
-        place = next(rank for rank in range(parallel.pipeline) if number in stages_of_rank(parallel, rank))
-        return place * parallel.data_ranks + self.mesh.data_rank
+        pipeline_rank = next(rank for rank in range(parallel.pipeline) if number in stages_of_rank(parallel, rank))
+        return pipeline_rank * parallel.data_ranks + self.mesh.data_rank
 
     def _run(self, batches: Sequence[Tensor]) -> list[list[Losses]]:
         """Runs forward and backward passes; returns for each stage of this rank the losses of each micro-batch."""
@@ -275,7 +275,7 @@ class SharedEmbeddings:
         self._group: dist.ProcessGroup | None = None
         if self._shared and mesh.parallel.pipeline_schedule in ("1f1b", "interleaved"):
             last = mesh.size - mesh.parallel.data_ranks
-            pairs = [[place, last + place] for place in range(mesh.parallel.data_ranks)]
+            pairs = [[rank, last + rank] for rank in range(mesh.parallel.data_ranks)]
             self._group, _ = dist.new_subgroups_by_enumeration(pairs)
 
     def copies_of(self, name: str) -> int:
@@ -330,7 +330,7 @@ def _given_loss(output: Tensor, target: Tensor) -> Tensor:  # noqa: ARG001 -- th
 
 
 def _join_stages(losses: Sequence[Losses]) -> Losses:
-    """The losses of all stages of one rank, whose layers differ."""
+    """Adds the losses of the stages of one rank, and concatenates their expert counts."""
     total, main, mtp, balance, terms, counts = zip(*losses, strict=True)
     return Losses(
         total=torch.stack(total).sum(),
