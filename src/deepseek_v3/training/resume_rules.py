@@ -18,7 +18,7 @@ class Rule(Enum):
 
     REFUSED = "another model, which the checkpoint's weights do not fit"
     DATA = "changes which samples come next, or what the loss means: refused unless changed data are allowed"
-    LOGGED = "changes the recipe or how ranks run it: allowed, and logged"
+    LOGGED = "changes the recipe or how it runs: allowed, and logged"
     FREE = "changes nothing of the training: allowed"
 
 
