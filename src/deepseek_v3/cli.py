@@ -66,7 +66,7 @@ def _preprocess() -> Any:
     return preprocess
 
 
-@_command("quality", "Train and try the models of the quality stage.")
+@_command("quality", "Train and apply the models of the quality filter.")
 def _quality() -> Any:
     from deepseek_v3.data.quality_filtering.command import quality_app
 

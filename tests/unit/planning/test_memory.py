@@ -1,5 +1,6 @@
 """Estimated memory of a step, compared with torch's allocations, counts by hand and measured steps."""
 
+import gc
 import json
 import math
 from dataclasses import replace
@@ -408,8 +409,13 @@ def _allocated_at_most(config: RunConfig) -> int:
     optimizer = AdamW(dict(model.named_parameters()), config.training.optimizer)
     now = sum(parameter.nbytes for parameter in model.parameters())
     now += sum(moment.nbytes for state in optimizer.state.values() for moment in state.values())
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        _backward(model, config)
+    gc.collect()  # what earlier tests left must not be freed while this one is measured
+    gc.disable()
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            _backward(model, config)
+    finally:
+        gc.enable()
     assert profiler.profiler is not None
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     most = now
