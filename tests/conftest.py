@@ -33,7 +33,7 @@ def _fork_server() -> None:
     fork_server.start()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def pool() -> Iterator[RankPool]:
     """A pool of four ranks over gloo."""
     found = RankPool(4)
@@ -41,7 +41,7 @@ def pool() -> Iterator[RankPool]:
     found.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def deepspeed_pool() -> Iterator[RankPool]:
     """A pool of two ranks for DeepSpeed, which keeps the first process group that it sees."""
     pytest.importorskip("deepspeed", reason="DeepSpeed is an extra")

@@ -1,11 +1,13 @@
-"""A pool of processes for tests of several ranks, started once for all tests.
+"""A pool of processes for tests of several ranks, started once for each module of tests.
 
 Each call runs one function on some of the processes, which form a new process group for it: over gloo, and over
-NCCL if they have a GPU each.
+NCCL if they have a GPU each. Every gloo group has threads that wake up a hundred times a second, so a pool frees
+the groups of a call when it ends, and does not outlive its module.
 """
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -100,5 +102,6 @@ def _serve(end: Connection, device: str, one_group: bool) -> None:
             end.send((False, f"rank {rank}: {traceback.format_exc()}"))
         finally:
             end.recv()  # if a rank left at once, those that still join the group would fail
+            gc.collect()  # groups that are only part of reference cycles
             if dist.is_initialized() and not one_group:
                 dist.destroy_process_group()
