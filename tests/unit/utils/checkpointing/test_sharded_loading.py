@@ -212,7 +212,10 @@ def test_a_local_shard_of_another_shape_is_refused(pool: RankPool) -> None:
 def check_parts() -> None:
     mesh = init_device_mesh("cpu", (2,))
     expected = 2 - dist.get_rank()
-    with pytest.raises(ValueError, match=rf"part of shape \[3\] of \[3\], expected \[{expected}\] on this rank"):
+    with pytest.raises(
+        ValueError,
+        match=rf"a local shard of shape \[3\] for the global shape \[3\]: expected \[{expected}\] on this rank",
+    ):
         as_dtensor(torch.zeros(3), mesh, [Shard(0)], (3,))
 
 
