@@ -186,10 +186,10 @@ def test_masking_twice_changes_nothing(text: str) -> None:
 def test_the_pretest_misses_nothing(texts: list[str]) -> None:
     """A batch, in which only texts that pass the pretest are searched, gives the results of its single texts."""
     suspicious = " ".join(FRAGMENTS)  # has every kind
-    masked = MASKER.apply(batch([*texts, suspicious]))
+    together = MASKER.apply(batch([*texts, suspicious]))
     for row, text in enumerate(texts):
         alone = masked(f"{text}\n\f\n{suspicious}").split("\n\f\n")[0]
-        assert masked.kept["text"][row].as_py() == alone
+        assert together.kept["text"][row].as_py() == alone
 
 
 @pytest.mark.parametrize(
