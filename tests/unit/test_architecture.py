@@ -30,7 +30,7 @@ IMPORT_NAMES = {"pyyaml": "yaml", "typing-extensions": "typing_extensions"}
 PARTS = {"pydantic_core"}
 KERNELS = ("triton", "numba_kernels", "numpy_kernels")  # a kernel is not cut in two to be short
 # Words of older names and texts, for which no engineer of this field would search.
-RIDDLES = r"so manieth|noticeboard|whereabouts|homeward|\bwhoever\b|\blegs are\b"
+RETIRED_NAMES = r"so manieth|noticeboard|whereabouts|homeward|\bwhoever\b|\blegs are\b"
 
 
 def modules() -> list[Path]:
@@ -187,6 +187,6 @@ def test_the_language_is_that_of_the_field() -> None:
         for path in sorted(texts)
         if path.suffix in (".py", ".md") and path.name != Path(__file__).name and path.parent.name != "adr"
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
-        if re.search(RIDDLES, line, re.IGNORECASE)
+        if re.search(RETIRED_NAMES, line, re.IGNORECASE)
     ]
     assert found == []
