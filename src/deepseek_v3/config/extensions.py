@@ -24,10 +24,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from deepseek_v3.config.base import StageConfig
+from deepseek_v3.utils.entry_points import entry_point_names, load_entry_point
 from deepseek_v3.utils.errors import ConfigError
 
 ENTRY_POINT_GROUP = "deepseek_v3.filters"
@@ -66,7 +66,7 @@ def reserve_names(names: Iterable[str]) -> None:
 
 def filter_names() -> list[str]:
     """The names of all stages that other packages add, sorted."""
-    return sorted(({*_registered} | {point.name for point in entry_points(group=ENTRY_POINT_GROUP)}) - _reserved)
+    return sorted(({*_registered} | entry_point_names(ENTRY_POINT_GROUP)) - _reserved)
 
 
 def find_filter(name: str) -> FilterExtension | None:
@@ -78,19 +78,9 @@ def find_filter(name: str) -> FilterExtension | None:
         return _registered[name]
     if name in _reserved:
         return None
-    points = list(entry_points(group=ENTRY_POINT_GROUP, name=name))
-    if len(points) > 1:
-        offers = ", ".join(sorted(point.value for point in points))
-        raise ConfigError(f"filter {name}: several packages offer it ({offers}); uninstall all but one")
-    return _load(points[0]) if points else None
-
-
-def _load(point: EntryPoint) -> FilterExtension:
-    place = f"filter {point.name}: the entry point {point.value} of the group {ENTRY_POINT_GROUP}"
-    try:
-        extension = point.load()
-    except Exception as error:
-        raise ConfigError(f"{place} cannot be loaded: {type(error).__name__}: {error}") from error
-    if not isinstance(extension, FilterExtension) or extension.name != point.name:
-        raise ConfigError(f"{place} is {extension!r}, expected a FilterExtension with the name {point.name}")
+    if name not in entry_point_names(ENTRY_POINT_GROUP):
+        return None
+    extension, entry_point = load_entry_point(ENTRY_POINT_GROUP, name, f"filter {name}")
+    if not isinstance(extension, FilterExtension) or extension.name != name:
+        raise ConfigError(f"{entry_point} is {extension!r}, expected a FilterExtension with the name {name}")
     return extension

@@ -21,13 +21,13 @@ A Python program may call `register_loss_term("z_loss", z_loss)` instead. A run 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from importlib.metadata import entry_points
 from typing import NamedTuple
 
 from torch import Tensor
 
 from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.ops.cross_entropy import IGNORED
+from deepseek_v3.utils.entry_points import entry_point_names, load_entry_point
 from deepseek_v3.utils.errors import ConfigError
 
 ENTRY_POINT_GROUP = "deepseek_v3.loss_terms"
@@ -74,7 +74,8 @@ def register_loss_term(name: str, function: LossFunction) -> None:
 def select_loss_terms(weights: Mapping[str, float]) -> tuple[LossTerm, ...]:
     """Finds the loss terms that `training.loss_terms` of a config names, with their weights, sorted by name.
 
-    Raises ConfigError for an unknown name, and for an entry point that cannot be loaded or is not a function.
+    Raises ConfigError for an unknown name, for one that several packages offer, and for an entry point that cannot
+    be loaded or is not a function.
     """
     return tuple(LossTerm(name, weight, _find(name)) for name, weight in sorted(weights.items()))
 
@@ -82,20 +83,14 @@ def select_loss_terms(weights: Mapping[str, float]) -> tuple[LossTerm, ...]:
 def _find(name: str) -> LossFunction:
     if name in _registered:
         return _registered[name]
-    points = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
-    if name not in points:
-        known = ", ".join(sorted({*_registered, *points})) or "none"
+    field, offered = f"training.loss_terms.{name}", entry_point_names(ENTRY_POINT_GROUP)
+    if name not in offered:
+        known = ", ".join(sorted({*_registered, *offered})) or "none"
         raise ConfigError(
-            f"training.loss_terms.{name}: there is no loss term of this name; known: {known}; install the package "
-            "that provides it, or remove the field"
+            f"{field}: there is no loss term of this name; known: {known}; install the package that provides it, "
+            "or remove the field"
         )
-    try:
-        function = points[name].load()
-    except Exception as error:
-        raise ConfigError(
-            f"training.loss_terms.{name}: the entry point {points[name].value} cannot be loaded: "
-            f"{type(error).__name__}: {error}; fix the package that provides it, or remove the field"
-        ) from error
+    function, entry_point = load_entry_point(ENTRY_POINT_GROUP, name, field)
     if not callable(function):
-        raise ConfigError(f"training.loss_terms.{name}: the entry point {points[name].value} is not a function")
+        raise ConfigError(f"{entry_point} is not a function")
     return function

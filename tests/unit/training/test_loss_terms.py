@@ -193,6 +193,12 @@ def test_entry_points_of_an_installed_package_are_found(tmp_path: Path, monkeypa
         select_loss_terms({"broken": 1.0})
     with pytest.raises(ConfigError, match="known: broken, entropy, hidden_norm, z_loss;"):
         select_loss_terms({"other": 1.0})
+    again = tmp_path / "other_package-1.0.dist-info"
+    again.mkdir()
+    (again / "METADATA").write_text("Metadata-Version: 2.1\nName: other-package\nVersion: 1.0\n")
+    (again / "entry_points.txt").write_text("[deepseek_v3.loss_terms]\nentropy = other_package:entropy\n")
+    with pytest.raises(ConfigError, match=r"training.loss_terms.entropy: several packages offer it"):
+        select_loss_terms({"entropy": 2.0})
 
 
 def test_the_field_appears_in_yaml_only_when_it_is_set(tmp_path: Path) -> None:
