@@ -1,5 +1,6 @@
 """Settings and fixtures for all tests: seeded random numbers, one thread, pools of ranks."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,10 @@ from helpers.rank_pool import RankPool
 torch.set_num_threads(1)  # the suite runs one process per core
 settings.register_profile("same examples on every run", derandomize=True, deadline=None, database=None)
 settings.load_profile("same examples on every run")
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # the garbage collector need not search all modules and tests again and again
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -60,12 +60,17 @@ def routings(file: Path) -> dict[tuple[str, int], Any]:
 
 
 def engine_of(
-    file: Path, steps: int, parallel: dict[str, Any], training: dict[str, Any]
+    file: Path,
+    steps: int,
+    parallel: dict[str, Any],
+    training: dict[str, Any],
+    model: dict[str, Any] | None = None,
 ) -> tuple[Engine, RunConfig]:
     """DeepSpeed's engine for a run, and the run's config with its layout resolved."""
     _announce()
     settings = DeepSpeedFile(file)
-    config = settings.resolve_layout(parallel_runs.run_config(steps, parallel, training), dist.get_world_size())
+    config = parallel_runs.run_config(steps, parallel, training, model)
+    config = settings.resolve_layout(config, dist.get_world_size())
     return build_engine(config, build_mesh(config.parallel, "cpu"), CPU, lambda _: None, settings), config
 
 

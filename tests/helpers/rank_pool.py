@@ -83,6 +83,7 @@ class RankPool:
 
 def _serve(end: Connection, device: str, one_group: bool) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported need not be searched for garbage after every call
     while (task := end.recv()) is not None:
         function, arguments, rank, world, store = task
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))

@@ -19,15 +19,17 @@ from helpers import deepspeed_runs, parallel_runs
 STORY = ("", "gradient nan", "gradient inf", "loss nan", "")
 
 
-def train(parallel: dict[str, Any], story: tuple[str, ...] = STORY) -> list[Any]:
+def train(parallel: dict[str, Any], layers: int, story: tuple[str, ...] = STORY) -> list[Any]:
     """Trains on the ranks of a layout; returns the rows of `_run_story`."""
-    config = parallel_runs.run_config(len(STORY), {"precision": "float32", **parallel}, {})
+    model = {"num_hidden_layers": layers}
+    config = parallel_runs.run_config(len(STORY), {"precision": "float32", **parallel}, {}, model)
     return _run_story(parallel_runs.engine_of(config), config, story)
 
 
-def train_by_deepspeed(file: Path) -> list[Any]:
+def train_by_deepspeed(file: Path, layers: int) -> list[Any]:
     """Trains with DeepSpeed; returns the rows of `_run_story`."""
-    return _run_story(*deepspeed_runs.engine_of(file, len(STORY), {"micro_batch_size": 4}, {}), STORY)
+    model = {"num_hidden_layers": layers}
+    return _run_story(*deepspeed_runs.engine_of(file, len(STORY), {"micro_batch_size": 4}, {}, model), STORY)
 
 
 def _run_story(engine: Engine, config: Any, story: tuple[str, ...]) -> list[Any]:
