@@ -12,6 +12,8 @@ from multiprocessing import forkserver
 CONTEXT = multiprocessing.get_context("forkserver")
 _IMPORTED = [
     "deepseek_v3.training.trainer",
+    "deepseek_v3.training.loss_curve",
+    "deepseek_v3.training.parallel.pipeline_parallel",
     "deepseek_v3.data.pipeline.tasks",
     "deepseek_v3.data.tokens.encoding",
 ]

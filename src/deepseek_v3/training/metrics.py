@@ -24,7 +24,6 @@ from deepseek_v3.planning.counts import count_active_parameters, count_parameter
 from deepseek_v3.planning.flops import training_flops_per_token
 from deepseek_v3.planning.hardware import peak_bfloat16_flops
 from deepseek_v3.training.loss import Losses
-from deepseek_v3.training.loss_curve import has_losses, plot_losses
 from deepseek_v3.training.schedule import ScheduledStep, TrainingSchedule
 from deepseek_v3.training.validation import ValidationLoss
 from deepseek_v3.utils.errors import DataError
@@ -238,6 +237,8 @@ def plot_run(folder: Path, baselines: Mapping[str, float] | None = None) -> None
 
     A failure is only logged, because the run is complete without the picture.
     """
+    from deepseek_v3.training.loss_curve import has_losses, plot_losses  # matplotlib is not needed before
+
     path = folder / "loss.png"
     try:
         records = read_metrics(folder / "metrics.jsonl")

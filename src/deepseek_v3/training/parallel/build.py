@@ -12,7 +12,6 @@ from deepseek_v3.training.parallel.data_parallel import DataParallelEngine
 from deepseek_v3.training.parallel.deepspeed_config import DeepSpeedFile
 from deepseek_v3.training.parallel.engine import Engine
 from deepseek_v3.training.parallel.mesh import ParallelMesh
-from deepseek_v3.training.parallel.pipeline_parallel import PipelineEngine
 from deepseek_v3.utils.errors import ConfigError
 from deepseek_v3.utils.optional import missing_library
 
@@ -30,8 +29,11 @@ def build_engine(
     """
     if deepspeed is not None:
         return _deepspeed()(config, mesh, device, documents, deepspeed)
-    engine = PipelineEngine if config.parallel.pipeline > 1 else DataParallelEngine
-    return engine(config, mesh, device, documents)
+    if config.parallel.pipeline == 1:
+        return DataParallelEngine(config, mesh, device, documents)
+    from deepseek_v3.training.parallel.pipeline_parallel import PipelineEngine  # loads slowly; few runs need it
+
+    return PipelineEngine(config, mesh, device, documents)
 
 
 def _deepspeed() -> Callable[..., Engine]:
