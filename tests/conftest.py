@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from deepseek_v3.config import vocabulary_size
 from deepseek_v3.config.data_config import DEFAULT_TOKENS
+from deepseek_v3.training import loss_curve
 from helpers import fork_server
 from helpers.rank_pool import RankPool
 
@@ -62,6 +63,17 @@ def _shipped_configs_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         vocabulary_size, "_tokenizer_size", lambda path: None if Path(path).absolute() == local else size_of(path)
     )
+
+
+@pytest.fixture
+def loss_picture() -> None:
+    """For tests of loss.png; other runs do not draw it, which would take almost half of their time."""
+
+
+@pytest.fixture(autouse=True)
+def _no_loss_picture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "loss_picture" not in request.fixturenames:
+        monkeypatch.setattr(loss_curve, "plot_losses", lambda *_: None)
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from helpers.runs import dsv3, message_of, run_fields, write_corpus, write_run
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    result = dsv3("train", "--device", "cpu", "--config", write_run(folder, steps=30))
+    result = dsv3("train", "--device", "cpu", "--config", write_run(folder, steps=12))
     assert result.exit_code == 0, result.output
     return folder
 
@@ -61,7 +61,7 @@ def test_requests_that_cannot_be_meant(tmp_path: Path, words: list[str], expecte
 
 
 def test_evaluation_repeats_what_training_measured(run_folder: Path) -> None:
-    checkpoint = run_folder / "checkpoints" / "checkpoint_step_30.pt"
+    checkpoint = run_folder / "checkpoints" / "checkpoint_step_12.pt"
     result = dsv3("eval", "--device", "cpu", "--checkpoint", checkpoint, "--tokens", 256)
     assert result.exit_code == 0, result.output
     measured = [r for r in read_metrics(run_folder / "run" / "metrics.jsonl") if "holdout_loss" in r][-1]
@@ -76,7 +76,7 @@ def test_evaluation_on_ids_of_another_tokenizer(run_folder: Path, tmp_path: Path
     (text / "more.txt").write_text("a page of other words, so that other pairs are merged\n" * 50, encoding="utf-8")
     words = ["--input", text, "--vocab-size", 300, "--holdout", 0.2, "--output", tmp_path / "tokens"]
     assert dsv3("tokenize", *words).exit_code == 0
-    checkpoint = run_folder / "checkpoints" / "checkpoint_step_30.pt"
+    checkpoint = run_folder / "checkpoints" / "checkpoint_step_12.pt"
     message = message_of(dsv3("eval", "--checkpoint", checkpoint, "--data", tmp_path / "tokens"))
     assert "was tokenized by another tokenizer" in message
     assert "dsv3 tokenize --tokenizer" in message
@@ -85,7 +85,7 @@ def test_evaluation_on_ids_of_another_tokenizer(run_folder: Path, tmp_path: Path
 def test_evaluation_on_other_text_by_the_same_tokenizer(run_folder: Path, tmp_path: Path) -> None:
     words = ["--input", write_corpus(tmp_path / "text", 20), "--output", tmp_path / "tokens", "--holdout", 0.2]
     assert dsv3("tokenize", *words, "--tokenizer", run_folder / "tokens").exit_code == 0
-    checkpoint = run_folder / "checkpoints" / "checkpoint_step_30.pt"
+    checkpoint = run_folder / "checkpoints" / "checkpoint_step_12.pt"
     result = dsv3("eval", "--device", "cpu", "--checkpoint", checkpoint, "--data", tmp_path / "tokens")
     assert result.exit_code == 0, result.output
 
@@ -96,15 +96,16 @@ def test_evaluation_on_other_tokens_than_the_model_knows(run_folder: Path, tmp_p
     text.write_text(" ".join(f"{a}{b}{a}" for a in "ghijklmnop" for b in "qrstuvwxyz") * 20, encoding="utf-8")
     assert dsv3("tokenize", *words).exit_code == 0
     text.unlink()
-    checkpoint = run_folder / "checkpoints" / "checkpoint_step_30.pt"
+    checkpoint = run_folder / "checkpoints" / "checkpoint_step_12.pt"
     message = message_of(dsv3("eval", "--checkpoint", checkpoint, "--data", tmp_path / "tokens"))
     assert "model.vocab_size = 300" in message
 
 
+@pytest.mark.usefixtures("loss_picture")
 def test_the_quickstart_goes_the_whole_way_twice(tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     write_corpus(tmp_path / "text")
-    config.write_text(yaml.safe_dump(run_fields(tmp_path, steps=30)), encoding="utf-8")
+    config.write_text(yaml.safe_dump(run_fields(tmp_path, steps=12)), encoding="utf-8")
     outputs = [dsv3("quickstart", "--config", config, "--runs", tmp_path / "runs") for _ in range(2)]
     for result, name in zip(outputs, ("quickstart", "quickstart-2"), strict=True):
         assert result.exit_code == 0, result.output

@@ -270,6 +270,7 @@ def test_a_finished_run_resumes_without_its_logs(folder: Path) -> None:
     assert sorted(path.name for path in (folder / "run").iterdir()) == ["config.yaml", "metrics.jsonl"]
 
 
+@pytest.mark.usefixtures("loss_picture")
 def test_logs_that_cannot_be_written_end_no_run(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
