@@ -52,6 +52,22 @@ describe_environment() {
         grep -viE '^[^=]*(auth|cookie|credential|jwt|key|passw|secret|token)' | sort
 }
 
+# Runs a command, then writes its exit code to a file: `wait` loses the code of a process that ends while a signal is
+# handled (bash 5.2 gives 255).
+run_and_write_code() {
+    local file=$1 code=0
+    shift
+    "$@" || code=$?
+    echo "$code" >"$file"
+}
+
+# Waits through any signals for a `run_and_write_code` in the background, and returns the code that it has written.
+wait_for_code() {
+    local shell=$1 file=$2
+    while kill -0 "$shell" 2>/dev/null; do wait "$shell" || true; done # a trap ends a wait, not the process
+    return "$(cat "$file" 2>/dev/null || echo 1)"
+}
+
 # Runs torchrun on one node and passes the signal on to the training processes, its children.
 # shellcheck disable=SC2329 # srun runs its text
 run_node() {
@@ -60,19 +76,20 @@ run_node() {
     shift 3
     local here="$folder/node_${SLURM_NODEID}"
     mkdir -p "$here"
+    rm -f "$here/exit_code"
     local gpus=${SLURM_GPUS_ON_NODE:-}
     if command -v nvidia-smi >/dev/null; then
         nvidia-smi >"$here/nvidia-smi.txt" 2>&1 || true
         gpus=${gpus:-$(nvidia-smi --list-gpus | wc -l)}
     fi
     export PYTHONUNBUFFERED=1  # else output is buffered in torchrun and lost when it is killed
-    "$python" -m torch.distributed.run --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="${gpus:-1}" \
+    run_and_write_code "$here/exit_code" \
+        "$python" -m torch.distributed.run --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="${gpus:-1}" \
         --rdzv-backend=c10d --rdzv-endpoint="$endpoint" --rdzv-id="$SLURM_JOB_ID" --max-restarts=0 \
         --log-dir="$here" --tee=3 src/training/train.py "$@" &
     agent=$!
-    trap 'pkill -USR1 -P "$agent" || true' USR1
-    while kill -0 "$agent" 2>/dev/null; do wait "$agent" || true; done  # a trap ends a wait, not the process
-    wait "$agent"
+    trap 'pkill -USR1 -P "$(pgrep -P "$agent")" 2>/dev/null || true' USR1
+    wait_for_code "$agent" "$here/exit_code"
 }
 
 run_nodes() {
@@ -80,8 +97,10 @@ run_nodes() {
     host=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
     host=${host%%$'\n'*}
     port=$((20000 + SLURM_JOB_ID % 10000))
-    srun --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 \
-        bash -c "$(declare -f run_node); run_node \"\$@\"" run_node "$folder" "$host:$port" "$python" "$@" &
+    rm -f "$folder/exit_code"
+    run_and_write_code "$folder/exit_code" srun --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 \
+        bash -c "$(declare -f run_and_write_code wait_for_code run_node); run_node \"\$@\"" run_node \
+        "$folder" "$host:$port" "$python" "$@" &
     step=$!
 }
 
@@ -90,16 +109,15 @@ run_nodes() {
 pass_notice_on() {
     [[ $noticed == yes ]] || say "notice of the end: the training processes save and stop"
     noticed=yes
-    [[ -z $step ]] || kill -USR1 "$step" 2>/dev/null || true
+    [[ -z $step ]] || pkill -USR1 -P "$step" || true
     { sleep 5 && kill -USR1 $$; } >/dev/null 2>&1 &
     reminder=$!
 }
 
-# Waits for the step through any signals and returns its status.
+# Waits for the step through any signals and returns its exit code.
 wait_for_nodes() {
     local status=0
-    while kill -0 "$step" 2>/dev/null; do wait "$step" || true; done  # a trap ends a wait, not the process
-    wait "$step" || status=$?
+    wait_for_code "$step" "$folder/exit_code" || status=$?
     trap '' USR1
     [[ -z $reminder ]] || kill "$reminder" 2>/dev/null || true
     return "$status"
