@@ -16,7 +16,6 @@ from helpers.experts import (
     rows_sent_and_received,
     run_cases_with_nan_memory,
     run_single_process,
-    run_this_rank,
     sums_of_constants,
 )
 from helpers.models import relative_difference
@@ -101,26 +100,41 @@ def test_every_situation_with_new_memory_full_of_nan(
         )
 
 
-@pytest.mark.parametrize("situation", SITUATIONS)
-def test_dispatched_rows_in_fp8_leave_gradients_exact(pool: RankPool, situation: str) -> None:
+@pytest.mark.parametrize("ranks_per_node", [None, 2], ids=["one step", "two steps"])
+def test_dispatched_rows_in_fp8_leave_gradients_exact(pool: RankPool, ranks_per_node: int | None) -> None:
     """One process rounds the rows of its experts to FP8 too; gradients ignore the rounding."""
-    one_step = Case(**SITUATIONS[situation], fp8=True)
-    for case in (one_step, replace(one_step, ranks_per_node=2)):
-        assert_same(merge_ranks(pool.run(4, run_this_rank, case)), run_single_process(case), 1e-10)
+    situations = [Case(**fields, fp8=True, ranks_per_node=ranks_per_node) for fields in SITUATIONS.values()]
+    results = pool.run(4, run_cases_with_nan_memory, situations)
+    for number, case in enumerate(situations):
+        assert_same(merge_ranks([result[number] for result in results]), run_single_process(case), 1e-10)
 
 
 @pytest.mark.parametrize("ranks_per_node", [None, 2], ids=["one step", "two steps"])
 @pytest.mark.parametrize("fp8", [False, True], ids=["activations", "fp8"])
 def test_recomputed_layers_have_the_same_gradients(pool: RankPool, fp8: bool, ranks_per_node: int | None) -> None:
     case = Case((5, 0, 3, 7), recomputed=True, fp8=fp8, ranks_per_node=ranks_per_node)
-    again = pool.run(4, run_cases_with_nan_memory, [case])
-    once = pool.run(4, run_cases_with_nan_memory, [replace(case, recomputed=False)])
-    for (one,), (other,) in zip(again, once, strict=True):
+    for one, other in pool.run(4, run_cases_with_nan_memory, [case, replace(case, recomputed=False)]):
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in other)
 
 
 # The rows that are sent.
+
+
+Rows = list[tuple[list[int], list[int]]]  # sent to and received from each rank, in every exchange
+Exchanges = dict[tuple[str, int | None], tuple[Rows, ...]]  # of each rank, by situation and ranks per node
+
+
+def rows_exchanged(cases: list[Case]) -> list[Rows]:
+    """For each case, every exchange of rows on this rank."""
+    return [rows_sent_and_received(case) for case in cases]
+
+
+@pytest.fixture(scope="module")
+def exchanged(pool: RankPool) -> Exchanges:
+    keys = [(situation, ranks_per_node) for situation in SITUATIONS for ranks_per_node in (None, 2)]
+    cases = [Case(**SITUATIONS[situation], ranks_per_node=ranks_per_node) for situation, ranks_per_node in keys]
+    return dict(zip(keys, zip(*pool.run(4, rows_exchanged, cases), strict=True), strict=True))
 
 
 def chosen_experts(case: Case) -> list[list[list[int]]]:
@@ -131,21 +145,21 @@ def chosen_experts(case: Case) -> list[list[list[int]]]:
 
 
 @pytest.mark.parametrize("situation", SITUATIONS)
-def test_a_token_is_sent_once_to_each_rank_of_its_experts(pool: RankPool, situation: str) -> None:
+def test_a_token_is_sent_once_to_each_rank_of_its_experts(exchanged: Exchanges, situation: str) -> None:
     case = Case(**SITUATIONS[situation])
     size = case.layers()[0].config.n_routed_experts // 4
     tokens = [
         [sum(any(e // size == there for e in experts) for experts in rank) for there in range(4)]
         for rank in chosen_experts(case)
     ]
-    for here, exchanges in enumerate(pool.run(4, rows_sent_and_received, case)):
+    for here, exchanges in enumerate(exchanged[situation, None]):
         sent, received = tokens[here], [tokens[there][here] for there in range(4)]
         assert exchanges[:2] == [(sent, received), (received, sent)]
 
 
 @pytest.mark.parametrize("situation", SITUATIONS)
-def test_a_token_is_sent_once_to_each_node_of_its_experts(pool: RankPool, situation: str) -> None:
-    case = Case(**SITUATIONS[situation], ranks_per_node=2)
+def test_a_token_is_sent_once_to_each_node_of_its_experts(exchanged: Exchanges, situation: str) -> None:
+    case = Case(**SITUATIONS[situation])
     size = case.layers()[0].config.n_routed_experts // 4
     chosen = chosen_experts(case)
     between, within = [[0] * 4 for _ in range(4)], [[0] * 4 for _ in range(4)]
@@ -157,7 +171,7 @@ def test_a_token_is_sent_once_to_each_node_of_its_experts(pool: RankPool, situat
                 between[rank][twin] += 1
                 for there in ranks & {2 * node, 2 * node + 1}:
                     within[twin][there] += 1
-    for here, exchanges in enumerate(pool.run(4, rows_sent_and_received, case)):
+    for here, exchanges in enumerate(exchanged[situation, 2]):
         there_and_back = [(table[here], [table[there][here] for there in range(4)]) for table in (between, within)]
         expected = there_and_back + [(received, sent) for sent, received in reversed(there_and_back)]
         assert exchanges[:4] == expected

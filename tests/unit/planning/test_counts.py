@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from dataclasses import asdict
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ PARTS = {
 }
 
 
+@lru_cache(maxsize=1)
 def _built(config: ModelConfig) -> DeepSeekV3:
     with torch.device("meta"):
         return DeepSeekV3(config)

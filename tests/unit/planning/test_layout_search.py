@@ -1,7 +1,8 @@
 """Layouts: every candidate passes the checks of a config, and the chosen ones match a brute-force search."""
 
 import json
-from collections.abc import Iterator
+from contextlib import suppress
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any, get_args
@@ -70,8 +71,10 @@ def _checked(config: RunConfig) -> RunConfig:
     return config_from_dict(config.model_dump(mode="json"), "a layout")
 
 
-def _every_layout(config: RunConfig, devices: int) -> Iterator[RunConfig]:
+@cache
+def _every_layout(config: RunConfig, devices: int) -> list[RunConfig]:
     """All layouts on exactly `devices` devices that pass the checks of a config, by brute force."""
+    layouts = []
     numbers = range(1, devices + 1)
     sequences = range(1, config.training.global_batch_size + 1)
     for replicate, shard, pipeline in product(numbers, numbers, numbers):
@@ -87,10 +90,9 @@ def _every_layout(config: RunConfig, devices: int) -> Iterator[RunConfig]:
                 "micro_batch_size": micro,
                 "recomputation": recomputation,
             }
-            try:
-                yield config_from_dict(fields, "a layout")
-            except ConfigError:
-                continue
+            with suppress(ConfigError):
+                layouts.append(config_from_dict(fields, "a layout"))
+    return layouts
 
 
 def _seconds(config: RunConfig) -> float:

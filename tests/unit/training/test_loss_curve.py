@@ -77,8 +77,9 @@ def test_nothing_to_plot_is_an_error(records: list[dict[str, float]], tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_program_that_plots_keeps_its_own_matplotlib_state() -> None:
-    code = "import sys, deepseek_v3.training.loss_curve; sys.exit('matplotlib.pyplot' in sys.modules)"
+def test_programs_that_plot_keep_their_own_matplotlib_state() -> None:
+    plots = "deepseek_v3.training.loss_curve, deepseek_v3.planning.advice.plot"
+    code = f"import sys, {plots}; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -97,6 +98,7 @@ GOOD = '{"step": 1, "tokens": 128, "loss": 5.5}\n'
         (None, False, "metrics.jsonl: cannot be read: No such file"),
     ],
 )
+@pytest.mark.usefixtures("loss_picture")
 def test_a_run_ends_well_whatever_its_metrics_hold(
     metrics: str | None, drawn: bool, told: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,11 +1,11 @@
 """The plot of a plan: points, error bars, curves and labels."""
 
-import subprocess
-import sys
 from functools import cache
 from itertools import combinations
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from matplotlib.axes import Axes
@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from deepseek_v3.config.loading import list_config_files, load_config
+from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.advice.advisor import Advice, advise
 from deepseek_v3.planning.advice.plot import plot_plan
 from deepseek_v3.planning.advice.request import PlanRequest
@@ -25,16 +26,26 @@ SIZES = "1b 5b 10b 15b 20b base".split()
 
 
 @cache
-def _advice(devices: int = 8, **limits: Any) -> Advice:
+def _configs() -> dict[Path, RunConfig]:
+    return {path: load_config(path) for path in list_config_files(ROOT / "configs")}
+
+
+@cache
+def _advice(**limits: Any) -> Advice:
     device = find_device("H100")
     assert device
-    configs = {path: load_config(path) for path in list_config_files(ROOT / "configs")}
-    return advise(PlanRequest(device, devices, **limits), configs)
+    return advise(PlanRequest(device, 8, **limits), _configs())
 
 
-def _axes(advice: Advice, folder: Path, figures: list[Figure]) -> Axes:
-    plot_plan(advice, folder / "plan.png")
-    return figures[-1].axes[0]
+@cache
+def _axes(**limits: Any) -> Axes:
+    """The axes of the plot of a plan, which is drawn once and not written as a picture."""
+    with patch.object(Figure, "savefig", autospec=True) as save, TemporaryDirectory() as folder:
+        save.side_effect = lambda _, path, **__: Path(path).touch()
+        plot_plan(_advice(**limits), Path(folder) / "plan.png")
+    figure = save.call_args.args[0]
+    figure.draw_without_rendering()
+    return figure.axes[0]
 
 
 def test_the_plot_is_a_png(tmp_path: Path) -> None:
@@ -45,9 +56,8 @@ def test_the_plot_is_a_png(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_every_size_with_a_loss_is_drawn_with_its_bar(tmp_path: Path, drawn: list[Figure]) -> None:
-    advice = _advice(budget_hours=72.0)
-    axes = _axes(advice, tmp_path, drawn)
+def test_every_size_with_a_loss_is_drawn_with_its_bar() -> None:
+    advice, axes = _advice(budget_hours=72.0), _axes(budget_hours=72.0)
     rows = [row for row in advice.rows if row.loss]
     assert [row.name for row in rows] == SIZES
     assert len(axes.containers) == len(rows)
@@ -63,10 +73,8 @@ def test_every_size_with_a_loss_is_drawn_with_its_bar(tmp_path: Path, drawn: lis
 
 
 @pytest.mark.parametrize("limits", [{}, {"budget_hours": 72.0}, {"budget_dollars": 200.0}])
-def test_all_labels_are_drawn_and_do_not_overlap(
-    tmp_path: Path, drawn: list[Figure], limits: dict[str, Any]
-) -> None:
-    axes = _axes(_advice(**limits), tmp_path, drawn)
+def test_all_labels_are_drawn_and_do_not_overlap(limits: dict[str, Any]) -> None:
+    axes = _axes(**limits)
     named = [text for text in axes.texts if text.get_text() in SIZES]
     assert [text.get_text() for text in named] == SIZES
     boxes = [text.get_window_extent() for text in axes.texts]
@@ -75,9 +83,8 @@ def test_all_labels_are_drawn_and_do_not_overlap(
     assert all(figure.x0 <= box.x0 and box.x1 <= figure.x1 for box in boxes)
 
 
-def test_the_curves_follow_the_law(tmp_path: Path, drawn: list[Figure]) -> None:
-    advice = _advice()
-    axes = _axes(advice, tmp_path, drawn)
+def test_the_curves_follow_the_law() -> None:
+    advice, axes = _advice(), _axes()
     rows = [row for row in advice.rows if row.loss]
     curves = [line for line in axes.get_lines() if len(line.get_xdata()) == 60]
     assert len(curves) == len(rows)
@@ -97,9 +104,8 @@ def test_the_curves_follow_the_law(tmp_path: Path, drawn: list[Figure]) -> None:
         assert list(law.get_xdata()) == pytest.approx([6 * ratio * row.active_parameters**2 for row in rows])
 
 
-def test_the_budget_is_a_line_at_its_operations(tmp_path: Path, drawn: list[Figure]) -> None:
-    advice = _advice(budget_hours=72.0)
-    axes = _axes(advice, tmp_path, drawn)
+def test_the_budget_is_a_line_at_its_operations() -> None:
+    advice, axes = _advice(budget_hours=72.0), _axes(budget_hours=72.0)
     row = advice.recommended
     assert row
     assert row.cost
@@ -112,22 +118,22 @@ def test_the_budget_is_a_line_at_its_operations(tmp_path: Path, drawn: list[Figu
     assert note.endswith(f"at the speed of {row.name}")
 
 
-def test_both_limits_are_named_and_the_tighter_one_drawn(tmp_path: Path, drawn: list[Figure]) -> None:
-    axes = _axes(_advice(budget_hours=1e-5, budget_dollars=1e6), tmp_path, drawn)
+def test_both_limits_are_named_and_the_tighter_one_drawn() -> None:
+    axes = _axes(budget_hours=1e-5, budget_dollars=1e6)
     assert any(text.get_text().startswith("1e-05 hours and $1,000,000:") for text in axes.texts)
     [line] = [line for line in axes.get_lines() if line.get_linestyle() == ":"]
     low, high = axes.get_xlim()
     assert low < line.get_xdata()[0] < high
 
 
-def test_without_a_budget_there_is_no_line(tmp_path: Path, drawn: list[Figure]) -> None:
-    axes = _axes(_advice(tokens=10**11), tmp_path, drawn)
+def test_without_a_budget_there_is_no_line() -> None:
+    axes = _axes(tokens=10**11)
     assert all(line.get_linestyle() != ":" for line in axes.get_lines())
     assert [text.get_text() for text in axes.texts] == SIZES
 
 
-def test_axes_legend_and_source_say_what_is_shown(tmp_path: Path, drawn: list[Figure]) -> None:
-    axes = _axes(_advice(), tmp_path, drawn)
+def test_axes_legend_and_source_say_what_is_shown() -> None:
+    axes = _axes()
     assert axes.get_title(loc="left") == "What 8 × H100 can train"
     assert axes.get_xlabel() == "training compute (FLOPs: 6 × active parameters × tokens)"
     assert axes.get_ylabel() == "expected loss (nats per token)"
@@ -141,7 +147,7 @@ def test_axes_legend_and_source_say_what_is_shown(tmp_path: Path, drawn: list[Fi
         "26 tokens per active parameter",
         "5 to 100 tokens per active parameter",
     ]
-    source = drawn[0].get_supxlabel()
+    source = axes.get_figure().get_supxlabel()  # type: ignore[union-attr]
     assert "arXiv:2502.05172" in source
     assert source.endswith("\nOutside the fitted range of the law: 10b, 15b, 20b, base.")
     assert "\nNot drawn, because its vocabulary is too small for the laws: tiny.\n" in source
@@ -155,8 +161,3 @@ def test_sizes_without_a_loss_are_not_drawn(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no size here has an expected loss"):
         plot_plan(advice, tmp_path / "plan.png")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_program_that_plots_keeps_its_own_matplotlib_state() -> None:
-    code = "import sys, deepseek_v3.planning.advice.plot; sys.exit('matplotlib.pyplot' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -11,10 +11,10 @@ import pickle
 import random
 import resource
 import signal
-import subprocess
-import sys
+import time
 import zipfile
 from collections import OrderedDict
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from deepseek_v3.utils.checkpointing.directory import (
 )
 from deepseek_v3.utils.checkpointing.reader import open_checkpoint
 from deepseek_v3.utils.errors import CheckpointError
-from helpers import ROOT
+from helpers import ROOT, fork_server
 from helpers.jobs import HANGS
 
 
@@ -356,31 +356,28 @@ def test_an_archive_without_room_for_a_checksum_is_an_error(
     assert list(tmp_path.iterdir()) == []
 
 
-KILLED_WHILE_SAVING = """
-import os, sys, time
-from pathlib import Path
-import torch
-from deepseek_v3.utils.checkpointing.directory import CheckpointDirectory
+def save_and_stall(folder: Path, end: Connection) -> None:
+    """Saves twice; all bytes of the second file are written, and it has not got its name yet."""
+    checkpoints = CheckpointDirectory(folder, keep=2)
+    checkpoints.save(1, {"step": 1, "weights": torch.ones(1000)})
 
-checkpoints = CheckpointDirectory(Path(sys.argv[1]), keep=2)
-checkpoints.save(1, {"step": 1, "weights": torch.ones(1000)})
+    def stall(descriptor: int) -> None:
+        end.send("saving")
+        time.sleep(HANGS)
 
-def stall(descriptor):  # all bytes are written, the file has not got its name yet
-    print("saving", flush=True)
-    time.sleep(600)
-
-os.fsync = stall
-checkpoints.save(2, {"step": 2, "weights": torch.ones(1000)})
-"""
+    os.fsync = stall
+    checkpoints.save(2, {"step": 2, "weights": torch.ones(1000)})
 
 
 def test_a_killed_run_leaves_only_complete_files(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", KILLED_WHILE_SAVING, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
-        assert run.stdout is not None
-        assert run.stdout.readline() == "saving\n"
-        run.kill()
-        assert run.wait(timeout=HANGS) == -signal.SIGKILL
+    here, there = fork_server.CONTEXT.Pipe()
+    run = fork_server.CONTEXT.Process(target=save_and_stall, args=(tmp_path, there), daemon=True)
+    run.start()
+    there.close()
+    assert here.recv() == "saving"
+    run.kill()
+    run.join(HANGS)
+    assert run.exitcode == -signal.SIGKILL
     checkpoints = CheckpointDirectory(tmp_path, keep=2)
     assert checkpoints.steps() == [1]
     path, state = checkpoints.latest()

@@ -6,12 +6,13 @@ import errno
 import logging
 import os
 import signal
-import subprocess
-import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import count
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -30,6 +31,7 @@ from deepseek_v3.utils.checkpointing.writer import CpuStager
 from deepseek_v3.utils.distributed.collectives import checkpoint_group
 from deepseek_v3.utils.errors import CheckpointError, TrainingError
 from deepseek_v3.utils.files import remove_leftovers
+from helpers import fork_server
 from helpers.jobs import HANGS
 from helpers.rank_pool import RankPool
 
@@ -199,40 +201,43 @@ def test_dtypes_without_a_safetensors_name_are_refused(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-PROGRAM = """
-import sys, threading, time
-from pathlib import Path
-import torch
-from deepseek_v3.utils.checkpointing import writer
-from deepseek_v3.utils.checkpointing.sharded import save_sharded
+def save_slowly(folder: Path, seconds: float, end: Connection) -> None:
+    """Saves twice, and ends while the second save is writing."""
+    write = dcp_writer.write_tensor_file
 
-write = writer.write_tensor_file
+    def slow(path: Path, tensors: dict[str, Tensor]) -> Any:
+        path.write_bytes(b"half")
+        end.send("writing")
+        time.sleep(seconds)
+        return write(path, tensors)
 
-def slow(path, tensors):
-    path.write_bytes(b"half")
-    print("writing", flush=True)
-    time.sleep(float(sys.argv[2]))
-    return write(path, tensors)
+    save_sharded(folder / "checkpoint_step_1", {"w": torch.ones(1000)}, {"step": 1}, None).wait()
+    dcp_writer.write_tensor_file = slow
+    save_sharded(folder / "checkpoint_step_2", {"w": torch.ones(1000)}, {"step": 2}, None)
 
-folder = Path(sys.argv[1])
-save_sharded(folder / "checkpoint_step_1", {"w": torch.ones(1000)}, {"step": 1}, None).wait()
-writer.write_tensor_file = slow
-save_sharded(folder / "checkpoint_step_2", {"w": torch.ones(1000)}, {"step": 2}, None)
-"""
+
+def started_saving(folder: Path, seconds: float) -> BaseProcess:
+    """A process that is in its second save."""
+    here, there = fork_server.CONTEXT.Pipe()
+    run = fork_server.CONTEXT.Process(target=save_slowly, args=(folder, seconds, there), daemon=True)
+    run.start()
+    there.close()
+    assert here.recv() == "writing"
+    return run
 
 
 def test_a_process_waits_for_its_save_before_it_exits(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path), "0.3"], check=True, timeout=HANGS)
+    run = started_saving(tmp_path, 0.3)
+    run.join(HANGS)
+    assert run.exitcode == 0
     assert load_checkpoint(tmp_path / "checkpoint_step_2")["w"].tolist() == [1] * 1000
 
 
 def test_a_killed_process_leaves_only_complete_folders(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", PROGRAM, str(tmp_path), str(HANGS)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
-        assert run.stdout is not None
-        assert run.stdout.readline() == "writing\n"
-        run.kill()
-        assert run.wait(timeout=HANGS) == -signal.SIGKILL
+    run = started_saving(tmp_path, HANGS)
+    run.kill()
+    run.join(HANGS)
+    assert run.exitcode == -signal.SIGKILL
     checkpoints = CheckpointDirectory(tmp_path, keep=5)
     assert names(tmp_path) == [".checkpoint_step_2.partial", "checkpoint_step_1"]
     assert checkpoints.steps() == [1]

@@ -1,6 +1,5 @@
 """Ranks from a launcher's environment, Slurm's notations, devices, and the rendezvous of processes."""
 
-import multiprocessing
 import socket
 from datetime import timedelta
 from typing import Any
@@ -20,6 +19,7 @@ from deepseek_v3.utils.distributed.launch import (
     tasks_on_node,
 )
 from deepseek_v3.utils.errors import ConfigError, TrainingError
+from helpers import fork_server
 from helpers.jobs import HANGS, free_port
 
 TORCHRUN = {
@@ -160,7 +160,7 @@ def _meet(rank: int, size: int, port: int, answers: Any) -> None:
 
 
 def test_processes_form_a_group_and_leave_it() -> None:
-    context, size, port = multiprocessing.get_context("spawn"), 2, free_port()
+    context, size, port = fork_server.CONTEXT, 2, free_port()
     answers = context.Queue()
     processes = [context.Process(target=_meet, args=(rank, size, port, answers)) for rank in range(size)]
     for process in processes:
@@ -182,7 +182,7 @@ def test_a_failed_rendezvous_says_what_to_check(rank: int) -> None:
         pytest.raises(
             TrainingError, match=rf"rank {rank} of 2 did not meet .* 127.0.0.1:{world.port}: .*check"
         ) as raised,
-        process_group(world, torch.device("cpu"), timedelta(seconds=1)),
+        process_group(world, torch.device("cpu"), timedelta(milliseconds=300)),
     ):
         pass
     assert "\n" not in str(raised.value)

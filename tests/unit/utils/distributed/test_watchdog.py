@@ -24,7 +24,7 @@ from deepseek_v3.utils.errors import DataError
 from helpers.jobs import HANGS, Job
 
 SILENCE = timedelta(seconds=1.5)  # far longer than a busy machine lets a rank wait for its turn
-LONG, SHORT = timedelta(seconds=2 * HANGS), timedelta(seconds=5)  # timeouts that must not, or must, matter
+LONG, SHORT = timedelta(seconds=2 * HANGS), timedelta(seconds=3)  # timeouts that must not, or must, matter
 NOT_ANSWERED = "not answered for 1.5 s"
 ADVICE = "; the job stops: resume with --resume latest"
 
@@ -89,7 +89,7 @@ def _fail(rank: int, step: int, *, error: Exception, failing: tuple[int, ...]) -
 def _end_later(rank: int, step: int, *, last: int) -> None:
     """Rank `last` ends when the others have been silent for long, because they have ended."""
     if rank == last and step == 5:
-        time.sleep(2 * SILENCE.total_seconds())
+        time.sleep(1.5 * SILENCE.total_seconds())
 
 
 def _ignores(number: signal.Signals, pid: int | None) -> bool:
@@ -157,7 +157,7 @@ def test_a_rank_that_hangs_is_named_with_its_line_of_code(tmp_path: Path) -> Non
     outcome = job.outcome()
     assert outcome.codes == [1, 1, 1]
     _assert_one_line(
-        rf"{_name(job, 0)} has not left step 4 for 4.5 s while others wait, and is at test_watchdog.py:\d+",
+        rf"{_name(job, 0)} has not left step 4 for 2.7 s while others wait, and is at test_watchdog.py:\d+",
         outcome.lines,
     )
 
