@@ -11,10 +11,11 @@ import pytest
 from deepseek_v3.utils.checkpointing.reader import open_checkpoint
 from deepseek_v3.utils.monitoring import read_metrics
 from helpers import ROOT
+from helpers.deepspeed_runs import needs_deepspeed
 from helpers.jobs import HANGS, free_port
 from helpers.runs import dsv3, write_run
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is an extra")
+pytestmark = needs_deepspeed
 SHIPPED = ROOT / "configs" / "deepspeed_config.json"
 STEPS = 4
 
