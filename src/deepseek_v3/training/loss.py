@@ -20,7 +20,7 @@ from deepseek_v3.training.loss_terms import LossInputs, LossTerm
 
 
 class Losses(NamedTuple):
-    """The losses of one micro-batch, 0-d float32; cross-entropies are in nats per token.
+    """The losses of one micro-batch, 0-d, float32 unless the model is float64; cross-entropies in nats per token.
 
     `mtp`: the mean over prediction depths. `balance`: the sum over layers. `terms_N`: float32, before weighting.
     `counts_LE`: int64, the tokens that each expert of each layer received. A part that the model does not have

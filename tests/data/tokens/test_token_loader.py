@@ -226,8 +226,8 @@ def test_one_window_is_drawn_from_each_stratum(num_windows, count):
     assert 0 <= drawn[0] <= drawn[-1] < num_windows
 
 
-def test_all_windows_are_drawn_where_all_are_asked_for():
-    assert draw_windows(7, 7).tolist() == list(range(7))
+def test_all_windows_are_drawn_where_no_fewer_are_asked_for():
+    assert draw_windows(7, 7).tolist() == draw_windows(7, 30).tolist() == list(range(7))
 
 
 def test_windows_are_drawn_from_anywhere_in_their_strata():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from deepseek_v3.data.formats.reading import split_file
 from deepseek_v3.data.formats.streams import InputFile
 from deepseek_v3.data.pipeline.tasks import WorkUnit
 from deepseek_v3.utils.errors import ConfigError, DataError
-from deepseek_v3.utils.machine import usable_memory
+from deepseek_v3.utils.machine import usable_cores, usable_memory
 from deepseek_v3.utils.text import format_value
 
 _WORKER_BYTES = 500 * 10**6  # the interpreter with its libraries, and a model or two
@@ -64,7 +63,7 @@ def count_workers(config: PreprocessConfig) -> int:
 
     Raises ConfigError if it does not suffice for one.
     """
-    wanted = config.workers or os.cpu_count() or 1
+    wanted = config.workers or usable_cores()
     each = worker_memory(config)
     allowed = memory_limit(config) // each
     if allowed < 1:

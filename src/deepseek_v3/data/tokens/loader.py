@@ -121,12 +121,13 @@ class TokenLoader:
 
 
 def draw_windows(num_windows: int, count: int) -> Int64Array:
-    """Draws `count` of `num_windows` windows of a split, at most all: their numbers, int64 [count], ascending.
+    """Draws `count` of `num_windows` windows of a split, or all if it has fewer: their numbers, int64, ascending.
 
     A stratified sample: the split is divided into `count` equal strata, and a hash of the stratum's number chooses
     one window in each. So every source is represented by its share, in any order of the sources, and the result
     depends on the arguments alone.
     """
+    count = min(count, num_windows)
     quotient, remainder = divmod(num_windows, count)
     strata = np.arange(count + 1)
     borders = strata * quotient + strata * remainder // count

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.files import atomic_folder, remove_partials
 from deepseek_v3.utils.locks import hold_lock
 from deepseek_v3.utils.logging import get_logger
+from deepseek_v3.utils.machine import usable_cores
 from deepseek_v3.utils.progress import ProgressDisplay, ProgressTask
 
 PYTHON_STDLIB = "python-stdlib"
@@ -79,7 +79,7 @@ def tokenize_corpus(
         encoder = CorpusEncoder(chosen, options, rule)
         with ShardWriter(partial, chosen, shard_tokens) as writer, _progress("Tokenizing", "tokens") as task:
             batches = text_batches(_texts(options, warn=True), _BATCH_CHARACTERS)
-            with closing(encode_batches(encoder, batches, workers or os.cpu_count() or 1)) as encoded:
+            with closing(encode_batches(encoder, batches, workers or usable_cores())) as encoded:
                 for batch in encoded:
                     for split, ids, num_bytes in batch.documents():
                         writer.add(split, ids, num_bytes)
