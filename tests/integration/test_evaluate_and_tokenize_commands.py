@@ -120,7 +120,7 @@ def test_the_quickstart_goes_the_whole_way_twice(tmp_path: Path) -> None:
     assert first == second
 
 
-def _quickstart(tmp_path: Path, steps: int = 12) -> list[object]:
+def _quickstart(tmp_path: Path, steps: int = 8) -> list[object]:
     write_corpus(tmp_path / "text")
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(run_fields(tmp_path, steps)), encoding="utf-8")
@@ -149,7 +149,7 @@ def test_an_interrupted_quickstart_goes_on_where_it_was(tmp_path: Path, monkeypa
     resumed = dsv3(*command)
     assert resumed.exit_code == 0, resumed.output
     assert "Resuming " in resumed.output
-    assert "Step 12/12" not in resumed.output
+    assert "Step 8/8" not in resumed.output
     assert _losses_of(tmp_path / "runs" / "quickstart") == trained
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["quickstart"]
     whole = dsv3(*command)

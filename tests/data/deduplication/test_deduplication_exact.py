@@ -125,7 +125,7 @@ def _first_lines(texts: list[str]) -> dict[int, str]:
 
 
 @pytest.mark.parametrize(("unit", "expected"), [("document", _first_documents), ("line", _first_lines)])
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_exact_results_equal_plain_python_for_any_parts(
     unit: str, expected: Callable[[list[str]], dict[int, str]], data: st.DataObject

@@ -43,7 +43,7 @@ def is_document(value: object) -> bool:
     return isinstance(value, dict) and isinstance(value.get("text"), str) and "\0" not in value["text"]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(elements, st.sampled_from([None, 0, 2]), st.booleans(), st.booleans(), st.integers(1, 40))
 def test_each_element_of_an_array_is_a_record_or_quarantined(folder, content, indent, is_ascii, marked, chunk):
     data = json.dumps(content, indent=indent, ensure_ascii=is_ascii).encode()

@@ -94,7 +94,7 @@ def small_blocks(patch: pytest.MonkeyPatch, num_bytes: int = 150, records: int =
     patch.setattr(json_lines, "_CHUNK_BYTES", 7)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(lines, st.sampled_from([b"\n", b"\r\n"]), st.booleans(), st.integers(1, 400), st.integers(1, 400))
 def test_every_line_is_once_a_record_or_quarantined(folder, content, newline, ends, range_bytes, batch_bytes):
     data = newline.join(line.data for line in content) + (newline if ends else b"")

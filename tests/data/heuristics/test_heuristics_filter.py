@@ -70,7 +70,7 @@ TEXTS = st.lists(
     ],
 )
 @given(texts=TEXTS)
-@settings(deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_values_and_lines_equal_the_reference(options, texts):
     results, kept = apply_rules(build_text_table(pa.array(texts, pa.string()), options.remove_citations), options)
 

@@ -19,7 +19,7 @@ MIXING = {"mixing": {"weights": {"web/*": 2, "*": 1}, "tokens": 60_000}}
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("input") / "corpus"
-    write_damaged_corpus(folder, 600, seed=3)
+    write_damaged_corpus(folder, 300, seed=3)
     return folder
 
 

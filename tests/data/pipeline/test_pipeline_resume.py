@@ -31,7 +31,7 @@ SIZES = {"work_unit_size": 20_000, "shard_size": 60_000, "max_record_size": 1_00
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("input") / "corpus"
-    write_damaged_corpus(folder, 500, seed=5)
+    write_damaged_corpus(folder, 250, seed=5)
     return folder
 
 
@@ -148,7 +148,7 @@ def test_two_runs_in_one_folder_are_refused(corpus: Path, tmp_path: Path) -> Non
 
 
 def test_memory_stays_below_what_is_allowed(tmp_path: Path) -> None:
-    write_damaged_corpus(tmp_path / "in", 12_000)
+    write_damaged_corpus(tmp_path / "in", 6000)  # more than one work unit
     code = f"""
 import resource, sys
 from pathlib import Path
