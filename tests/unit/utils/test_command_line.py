@@ -60,6 +60,7 @@ def by_an_older_typer() -> None:
 def test_ctrl_c_exits_with_130_even_as_another_error(
     app: Callable[[], None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     with pytest.raises(SystemExit) as end:
         run_app(app)
     assert end.value.code == 130
