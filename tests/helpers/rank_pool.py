@@ -8,6 +8,7 @@ the groups of a call when it ends, and does not outlive its module.
 from __future__ import annotations
 
 import gc
+import logging
 import multiprocessing
 import os
 import tempfile
@@ -84,6 +85,7 @@ class RankPool:
 def _serve(end: Connection, device: str, one_group: bool) -> None:
     torch.set_num_threads(1)
     gc.freeze()  # what is imported need not be searched for garbage after every call
+    logging.disable(logging.DEBUG)  # torch makes a record for each tensor that it saves
     while (task := end.recv()) is not None:
         function, arguments, rank, world, store = task
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))

@@ -86,6 +86,7 @@ def count_layers(config: ModelConfig, dense: int, moe: int, experts: int) -> Par
     )
 
 
+@lru_cache
 def count_float32_weights(config: ModelConfig) -> int:
     """Weights of all routers and norms, MTP layers included. They are replicated on every rank."""
     moe_layers = config.num_moe_layers + config.num_nextn_predict_layers

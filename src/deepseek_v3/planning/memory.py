@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
@@ -55,7 +55,7 @@ class MemoryEstimate:
 
     def parts(self) -> dict[str, float]:
         """Bytes by part."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "moment"}
+        return {name: number for name, number in vars(self).items() if name != "moment"}
 
 
 def estimate_memory(config: RunConfig, run: Execution) -> MemoryEstimate:

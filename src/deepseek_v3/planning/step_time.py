@@ -8,7 +8,7 @@ their bytes. A step is at least as long as its host needs to launch it.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 
 from deepseek_v3.config.model_config import ModelConfig
@@ -99,7 +99,7 @@ class StepTime:
 
     def parts(self) -> dict[str, float]:
         """Seconds by part."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return dict(vars(self))
 
 
 def estimate_step(config: RunConfig, run: Execution, device: Device) -> StepTime:
