@@ -22,8 +22,9 @@ from helpers import fork_server
 from helpers.rank_pool import RankPool
 
 torch.set_num_threads(1)  # the suite runs one process per core
-settings.register_profile("same examples on every run", derandomize=True, deadline=None, database=None)
-settings.load_profile("same examples on every run")
+settings.register_profile("default", derandomize=True, deadline=None, database=None, max_examples=50)
+settings.register_profile("thorough", deadline=None, max_examples=1000)  # other examples on every run
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 def pytest_collection_finish() -> None:

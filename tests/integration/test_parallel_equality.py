@@ -11,7 +11,7 @@ import torch
 from helpers import parallel_runs
 from helpers.rank_pool import RankPool
 
-STEPS, MORE_STEPS = 2, 10
+STEPS, MORE_STEPS = 2, 6
 TRAINED_LONGER = {"FSDP 2", "EP 2", "PP 2, zero bubble", "PP 2, DualPipeV"}  # two ranks, to save time
 LAYOUTS: dict[str, dict[str, Any]] = {
     "FSDP 2": {"data_shard": 2},
