@@ -11,6 +11,7 @@ from dataclasses import dataclass
 _NUMBER = re.compile(r"-?\d+(\.\d+)?(e[+-]?\d+)?")
 _MOST_BINS = 25
 _MOST_TICKS = 6
+_SMALLEST = 1e-300  # widths of bins below it would lose digits
 _NEARLY = 1e-9  # rounding error of a value on the edge of a bin
 
 
@@ -59,7 +60,7 @@ def number_histogram(before: Mapping[float, int], after: Mapping[float, int], na
     whole = all(value.is_integer() for value in values)
     axis = _choose_axis(smallest, largest, name, 1 if whole else 0)
     last = _bin(axis, largest)
-    if not whole and last > _bin(axis, smallest) and last * axis.width >= axis.place(largest) - _NEARLY:
+    if not whole and last > _bin(axis, smallest) and axis.place(largest) / axis.width <= last + _NEARLY:
         last -= 1  # the largest value is an edge, as a score of 1 is: it needs no bin
     bins = []
     for counts in (before, after):
@@ -126,7 +127,7 @@ def _choose_axis(smallest: float, largest: float, name: str, narrowest: float) -
     if smallest == 0 and largest > 100:
         doublings = math.log2(1 + largest)
         return Axis("logarithmic", lambda value: math.log2(1 + value), _doubled, _width(doublings, 1))
-    extent = max(abs(smallest), abs(largest)) or 1
+    extent = max(abs(smallest), abs(largest), _SMALLEST) if smallest or largest else 1
     finest = 10.0 ** (math.ceil(math.log10(extent)) - 2)  # values are counted to two digits
     return Axis("linear", float, float, _width(largest - smallest, max(finest, narrowest)))
 

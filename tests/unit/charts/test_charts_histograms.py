@@ -5,7 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from deepseek_v3.charts import histograms
@@ -31,6 +31,11 @@ numbers = st.dictionaries(
 
 
 @given(numbers, st.sampled_from(["score", "perplexity"]))
+@example({0.0: 1, 6.8e-12: 1}, "score")
+@example({0.0: 1, 6.8e-273: 1}, "score")
+@example({0.0: 1, 5e-324: 1}, "score")
+@example({-5e-324: 1, 5e-324: 1}, "score")
+@example({1e-310: 1, 5e-324: 1}, "perplexity")
 def test_number_bins_count_each_value_once_in_its_place(counts: dict[float, int], name: str) -> None:
     histogram = histograms.number_histogram(counts, {}, name)
     edges = np.array(histogram.edges)
