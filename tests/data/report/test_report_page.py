@@ -13,10 +13,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from deepseek_v3.charts.histograms import number_histogram
 from deepseek_v3.charts.markup import visible
 from deepseek_v3.data.documents import RECORDS
 from deepseek_v3.data.formats.quarantine import QUARANTINED
 from deepseek_v3.data.pipeline.stats import Stats, empty_stage_counts
+from deepseek_v3.data.report.distributions import _edge
 from deepseek_v3.data.report.page import page, write_report
 from deepseek_v3.data.stages import Drop, Outcome, outcome
 from helpers.jobs import HANGS
@@ -470,3 +472,9 @@ def test_a_browser_shows_the_page_as_written(stats: dict[str, Any], tmp_path: Pa
     assert shown.passages == written.passages
     assert shown.tables == written.tables
     assert {section.lower() for section in SECTIONS} <= {*shown.values("id")}
+
+
+@pytest.mark.parametrize("values", [(0.0, 6.8e-12), (-1e-10, 1e-10), (0.0, 1.0), (1.0, 900.0), (0.0, 5e4)])
+def test_every_edge_of_a_histogram_has_its_own_label(values: tuple[float, float]) -> None:
+    edges = number_histogram(dict.fromkeys(values, 1), {}, "score").edges
+    assert len({_edge(edge) for edge in edges}) == len(edges)

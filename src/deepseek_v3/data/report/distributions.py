@@ -95,7 +95,7 @@ def _bytes(edge: float) -> str:
 
 def _edge(edge: float) -> str:
     nearest = round(edge)
-    return format_figure(nearest if math.isclose(edge, nearest, abs_tol=1e-9) else float(f"{edge:.3g}"))
+    return format_figure(nearest if math.isclose(edge, nearest) else float(f"{edge:.3g}"))
 
 
 def _mean(num_bytes: int, documents: int) -> str:
