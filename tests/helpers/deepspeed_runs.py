@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 
@@ -23,7 +21,6 @@ from deepseek_v3.utils.errors import ConfigError
 from helpers import parallel_runs
 
 CPU = torch.device("cpu")
-needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is an extra")
 
 
 def write_settings(folder: Path, settings: dict[str, Any]) -> Path:

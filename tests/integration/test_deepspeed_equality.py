@@ -12,7 +12,6 @@ import pytest
 from helpers import deepspeed_runs, parallel_runs
 from helpers.rank_pool import RankPool
 
-pytestmark = deepspeed_runs.needs_deepspeed
 STEPS, MORE_STEPS = 3, 10
 TRAINING: dict[str, dict[str, Any]] = {
     "constant batch": {},
