@@ -18,7 +18,6 @@ from rich.panel import Panel
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.tokens.shards import TokenShards
-from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.evaluation.perplexity import Comparison, compare_with_ngrams, measure_saved
 from deepseek_v3.inference.engine import Generator
 from deepseek_v3.inference.sampling import SamplingConfig
@@ -153,7 +152,7 @@ def _verdict(comparison: Comparison) -> str:
 
 
 def _show_samples(saved: LoadedModel) -> None:
-    generator = Generator(saved.model, Tokenizer.from_json(saved.tokenizer_json))
+    generator = Generator(saved.model, saved.tokenizer)
     sampling = SamplingConfig(max_new_tokens=60, temperature=0.7, top_p=0.9, seed=0)
     for completion in generator.generate(list(_PROMPTS), sampling):
         text = f"[dim]{escape(completion.prompt)}[/dim]{escape(completion.text)}"

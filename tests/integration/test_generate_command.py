@@ -39,7 +39,7 @@ def checkpoint(tmp_path_factory):
         "logging": {"directory": "x"},
     }
     config = config_from_dict(sections, "test")
-    state = model_entries(small_model(config.model), config, tokenizer.to_json())
+    state = model_entries(small_model(config.model).state_dict(), config, tokenizer)
     path = tmp_path_factory.mktemp("checkpoints") / "checkpoint_step_7.pt"
     save_checkpoint(path, {**state, "step": 7, "tokens": 112})
     return path
@@ -48,7 +48,7 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def engine(checkpoint):
     saved = load_model(checkpoint, torch.device("cpu"))
-    return Generator(saved.model, Tokenizer.from_json(saved.tokenizer_json))
+    return Generator(saved.model, saved.tokenizer)
 
 
 def run(checkpoint, *arguments):
@@ -84,7 +84,7 @@ def test_a_prompt_is_continued_as_by_the_engine(checkpoint, engine):
 @pytest.mark.parametrize(("new_tokens", "longest"), [(12, None), (14, 17), (99, 32)])
 def test_texts_longer_than_any_trained_on_are_named(checkpoint, caplog, new_tokens, longest):
     """The model was trained on sequences of 16 tokens and has positions for 32; the prompt has 3 tokens."""
-    tokenizer = Tokenizer.from_json(load_model(checkpoint, torch.device("cpu")).tokenizer_json)
+    tokenizer = load_model(checkpoint, torch.device("cpu")).tokenizer
     prompt = tokenizer.decode([10, 11, 12])
     assert len(tokenizer.encode(prompt)) == 3
     result = run(checkpoint, "--prompt", prompt, "--max-new-tokens", new_tokens)

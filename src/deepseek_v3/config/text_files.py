@@ -1,4 +1,4 @@
-"""Reads configuration files: YAML text and JSON objects of up to 1 MiB."""
+"""Reads configuration files: YAML text and JSON objects, of up to 1 MiB by default."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from deepseek_v3.utils.text import format_value
 MAX_FILE_BYTES = 2**20
 
 
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file of up to 1 MiB, with or without a byte order mark.
+def read_text(path: Path, max_bytes: int = MAX_FILE_BYTES) -> str:
+    """The text of a UTF-8 file of up to `max_bytes`, with or without a byte order mark.
 
     Raises ConfigError for a file that cannot be read, a folder, a pipe or a device, and for other encodings.
     """
-    data = _read(path)
+    data = _read(path, max_bytes)
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise ConfigError(f"{printable_path(path)}: is in UTF-16, expected UTF-8 text; save it in that encoding")
     try:
@@ -33,13 +33,13 @@ def read_text(path: Path) -> str:
         ) from None
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The fields of a JSON file that holds one object.
+def read_json_object(path: Path, max_bytes: int = MAX_FILE_BYTES) -> dict[str, Any]:
+    """The fields of a JSON file of up to `max_bytes` that holds one object.
 
     Raises ConfigError as `read_text` does, and for invalid JSON, for a value that is not an object, for a field
     that is given twice, and for a number that is not finite or has more than 64 digits.
     """
-    text, where = read_text(path), printable_path(path)
+    text, where = read_text(path, max_bytes), printable_path(path)
     try:
         fields = json.loads(
             text,
@@ -70,9 +70,9 @@ def printable_path(path: Path) -> str:
     return str(path) if str(path).isprintable() else format_value(path)
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, max_bytes: int) -> bytes:
     try:
-        return read_regular_file(path, MAX_FILE_BYTES, "a configuration")
+        return read_regular_file(path, max_bytes, "a configuration")
     except ValueError as error:
         raise ConfigError(f"{printable_path(path)}: {error}") from None
 

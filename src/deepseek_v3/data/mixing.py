@@ -17,7 +17,7 @@ from deepseek_v3.config.loading import load_config, section_from_dict
 from deepseek_v3.data.arrays import BoolArray, Float64Array, Int32Array, Int64Array, UInt64Array
 from deepseek_v3.data.documents import RECORDS, with_column
 from deepseek_v3.data.stages import Drop, GlobalStage, IdLookup, NumberedPart, Outcome, outcome
-from deepseek_v3.data.tokens.tokenizer import TokenCounter
+from deepseek_v3.data.tokens.token_counter import TokenCounter
 from deepseek_v3.planning.token_budget import budget_in_tokens
 from deepseek_v3.utils.logging import get_logger
 

@@ -19,7 +19,6 @@ from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.arrays import Int64Array
 from deepseek_v3.data.tokens.loader import TokenLoader
 from deepseek_v3.data.tokens.shards import TokenShards
-from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.evaluation.ngrams import ngram_losses
 from deepseek_v3.model.pretrained import LoadedModel, load_model
 from deepseek_v3.training.data import DocumentIds, check_vocabulary
@@ -115,12 +114,12 @@ def evaluate(
 
 def _check_tokenizer(shards: TokenShards, saved: LoadedModel, checkpoint: Path) -> None:
     """Raises DataError if the shards were tokenized with another tokenizer than that of the model."""
-    if shards.load_tokenizer().to_json() != saved.tokenizer_json:
-        known = Tokenizer.from_json(saved.tokenizer_json, f"{checkpoint}: its tokenizer").vocab_size
+    if shards.load_tokenizer().to_json() != saved.tokenizer.to_json():
         raise DataError(
             f"{shards.directory}: was tokenized by another tokenizer, of {shards.index.vocab_size:,} ids, than the "
-            f"one of {known:,} ids that {checkpoint} was trained with, so its ids mean other text; tokenize the "
-            "text with `dsv3 tokenize --tokenizer` and the tokenizer.json of the run's own token shards"
+            f"one of {saved.tokenizer.vocab_size:,} ids that {checkpoint} was trained with, so its ids mean "
+            "other text; tokenize the text with `dsv3 tokenize --tokenizer` and the tokenizer.json of the run's "
+            "token shards"
         )
 
 

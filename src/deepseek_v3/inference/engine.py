@@ -30,8 +30,8 @@ class Completion:
 
     `tokens` are all generated ids. `text` is their text, starting with a space if the first word follows one; it
     ends before a stop string and without the end-of-text marker. `finish_reason`: "stop" after a stop string,
-    "end_of_text" after the marker, "length" after `max_new_tokens`, "context" when prompt and tokens fill the
-    model's context.
+    "end_of_text" after a token that ends texts, "length" after `max_new_tokens`, "context" when prompt and tokens
+    fill the model's context.
     """
 
     prompt: str
@@ -105,8 +105,9 @@ class _Row:
 class Generator:
     """Generates the continuations of prompts, at most `batch_size` at a time.
 
-    A prompt without tokens starts from the end-of-text marker, which separates the documents of a training corpus.
-    Each prompt has its own random number generator, so its text does not depend on the other prompts of the batch.
+    A prompt starts with the marker that its tokenizer puts before texts, if there is one. A prompt without any
+    token starts from the end-of-text marker, which separates the documents of a training corpus. Each prompt has
+    its own random number generator, so its text does not depend on the other prompts of the batch.
     Only ids that the tokenizer has are generated.
 
     Raises GenerationError if the tokenizer has more ids than the model.
@@ -161,7 +162,7 @@ class Generator:
 
     def _start(self, prompt: str, index: int, sampling: SamplingConfig) -> _Row:
         encoded = self._tokenizer.encode(prompt)
-        ids = encoded or [self._tokenizer.end_of_text]
+        ids = [*self._tokenizer.prompt_start, *encoded] or [self._tokenizer.end_of_text]
         if len(ids) > self._context:
             raise GenerationError(
                 f"prompt {index + 1} is {len(ids)} tokens long, expected at most the model's context of "
@@ -218,7 +219,7 @@ class Generator:
 
     def _take(self, row: _Row, token: int, sampling: SamplingConfig) -> None:
         row.ids.append(token)
-        if token == self._tokenizer.end_of_text:
+        if token in self._tokenizer.ends:
             row.finish("end_of_text")
         elif row.text.push(token):
             row.finish("stop")

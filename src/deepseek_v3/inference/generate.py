@@ -85,9 +85,8 @@ def generate(
     if output is not None and output.exists():
         raise GenerationError(f"--output {output}: exists and is left as it is; choose a new file")
     saved = load_model(checkpoint, select_device(device))
-    tokenizer = Tokenizer.from_json(saved.tokenizer_json, f"{checkpoint}: its tokenizer")
-    generator = Generator(saved.model, tokenizer)
-    _warn_of_length(prompts, tokenizer, sampling, saved.config)
+    generator = Generator(saved.model, saved.tokenizer)
+    _warn_of_length(prompts, saved.tokenizer, sampling, saved.config)
     start = time.perf_counter()
     if prompt is not None:
         completions = [_stream(generator, prompt, sampling, use_cache=not no_cache)]

@@ -5,12 +5,15 @@ A checkpoint of format 2 is a nested dict, saved as one file or as a folder of s
     format, config            int; the sections of the run's config
     model                     {name: tensor}, float32 weights and routing biases under the released names
     tokenizer                 str, the text of tokenizer.json
+    end_of_text               ids of the tokens that end a text, the end-of-text marker first
+    tokenizer_config          the fields of tokenizer_config.json, or None
     step, tokens              how far the run had trained
     optimizer, random, corpus, skipped_in_a_row    what a run needs to resume (see `training.checkpoint`)
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +24,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from deepseek_v3.config.loading import config_from_dict
 from deepseek_v3.config.train_config import RunConfig
+from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.model.backends import compute_dtype, select_backends
 from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.utils.checkpointing.checks import (
@@ -64,6 +68,8 @@ class ModelEntries(Entries):
     config: dict[str, Any]
     model: Tensors
     tokenizer: str
+    end_of_text: list[Natural] = Field(default_factory=list)  # by name in checkpoints of older versions
+    tokenizer_config: dict[str, Any] | None = None
     step: Natural
     tokens: Natural
     optimizer: Any = None
@@ -74,23 +80,31 @@ class ModelEntries(Entries):
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that is ready to run, with its run's config, the text of its tokenizer.json, and its progress."""
+    """A model that is ready to run, with its run's config, its tokenizer, and the run's progress."""
 
     model: DeepSeekV3
     config: RunConfig
-    tokenizer_json: str
+    tokenizer: Tokenizer
     step: int
     tokens: int
 
 
-def model_entries(model: DeepSeekV3, config: RunConfig, tokenizer_json: str) -> dict[str, Any]:
+def model_entries(weights: Mapping[str, Any], config: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """The entries of a checkpoint that describe the model; the caller adds `step`, `tokens` and the optimizer."""
     return {
         "format": FORMAT,
         "config": config.model_dump(mode="json"),
-        "model": model.state_dict(),
-        "tokenizer": tokenizer_json,
+        "model": weights,
+        "tokenizer": tokenizer.to_json(),
+        "end_of_text": list(tokenizer.ends),
+        "tokenizer_config": None if tokenizer.config is None else dict(tokenizer.config),
     }
+
+
+def checkpoint_tokenizer(plain: Mapping[str, Any], path: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint, from its checked entries."""
+    ends, fields = plain.get("end_of_text") or (), plain.get("tokenizer_config")
+    return Tokenizer(plain["tokenizer"], f"{path}: its tokenizer", ends, fields)
 
 
 def checkpoint_config(state: dict[str, Any], path: Path) -> RunConfig:
@@ -149,4 +163,4 @@ def _load_model(path: Path, device: torch.device) -> LoadedModel:
     model.compute_dtype = compute_dtype(config.parallel.precision, device)
     select_backends(model, device)
     model = model.to(device).eval().requires_grad_(False)
-    return LoadedModel(model, config, plain["tokenizer"], plain["step"], plain["tokens"])
+    return LoadedModel(model, config, checkpoint_tokenizer(plain, path), plain["step"], plain["tokens"])

@@ -92,7 +92,7 @@ def train_state(
 ) -> dict[str, Any]:
     """Returns the contents of a checkpoint after `step`; sharded tensors are DTensors."""
     return {
-        **model_entries(engine.models[0], config, shards.load_tokenizer().to_json()),
+        **model_entries(engine.models[0].state_dict(), config, shards.load_tokenizer()),
         **engine.state(),
         "step": step,
         "tokens": tokens,

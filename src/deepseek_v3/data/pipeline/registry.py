@@ -20,7 +20,7 @@ from deepseek_v3.data.pii import PiiMasker
 from deepseek_v3.data.preliminary_cleaning import PreliminaryCleaner
 from deepseek_v3.data.quality_filtering.filter import QualityFilter
 from deepseek_v3.data.stages import GlobalStage, Stage
-from deepseek_v3.data.tokens.tokenizer import TokenCounter
+from deepseek_v3.data.tokens.token_counter import TokenCounter
 from deepseek_v3.utils.errors import ConfigError
 from deepseek_v3.utils.text import format_value
 

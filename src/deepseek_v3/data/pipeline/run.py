@@ -31,7 +31,7 @@ from deepseek_v3.data.pipeline.previous_runs import STAGES_WITH_KEYS, keep_keys,
 from deepseek_v3.data.pipeline.run_folder import RECORDS_FILE, SHARD_PREFIX, Part, RunFolder, read_part
 from deepseek_v3.data.pipeline.tasks import WorkUnit, apply_stages, finished_parts, read_work_unit, write_shard
 from deepseek_v3.data.stages import GlobalStage
-from deepseek_v3.data.tokens.tokenizer import TokenCounter
+from deepseek_v3.data.tokens.token_counter import TokenCounter
 from deepseek_v3.utils.errors import ConfigError, DataError
 from deepseek_v3.utils.logging import get_logger
 from deepseek_v3.utils.progress import ProgressDisplay

@@ -36,7 +36,7 @@ from deepseek_v3.data.pipeline.run_folder import (
 from deepseek_v3.data.pipeline.stats import Stats
 from deepseek_v3.data.pipeline.unique_ids import UniqueIds, as_quarantined
 from deepseek_v3.data.stages import DROPPED, GlobalStage, Outcome, Stage
-from deepseek_v3.data.tokens.tokenizer import TokenCounter
+from deepseek_v3.data.tokens.token_counter import TokenCounter
 from deepseek_v3.utils.files import atomic_folder
 
 

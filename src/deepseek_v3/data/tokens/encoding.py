@@ -88,16 +88,17 @@ def encode_batches(encoder: CorpusEncoder, batches: Iterator[list[str]], workers
 def _encoded_by_processes(
     encoder: CorpusEncoder, batches: Iterator[list[str]], workers: int
 ) -> Generator[EncodedBatch]:
-    arguments = (encoder.tokenizer.to_json(), encoder.options, encoder.holdout)
+    tokenizer = encoder.tokenizer
+    arguments = (tokenizer.to_json(), tokenizer.ends, encoder.options, encoder.holdout)
     advice = "run the command again with fewer workers"
     with WorkerPool(workers, _prepare_worker, arguments, modules=[__name__], advice=advice) as pool:
         yield from pool.map(_encode, batches)
 
 
-def _prepare_worker(tokenizer: str, options: CorpusOptions, holdout: HoldoutRule) -> None:
+def _prepare_worker(tokenizer: str, ends: Sequence[int], options: CorpusOptions, holdout: HoldoutRule) -> None:
     global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process for each core is enough
-    _encoder = CorpusEncoder(Tokenizer.from_json(tokenizer), options, holdout)
+    _encoder = CorpusEncoder(Tokenizer(tokenizer, ends=ends), options, holdout)
 
 
 def _encode(texts: list[str]) -> EncodedBatch:

@@ -222,7 +222,9 @@ class TokenShards:
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer that made these tokens; read once."""
         if self._tokenizer is None:
-            self._tokenizer = Tokenizer.load(self.directory / _TOKENIZER_FILE)
+            # An index without a checksum may name a wrong marker, which the check of the tokenizer then finds.
+            ends = () if self.index.index_sha256 is None else (self.index.end_of_text,)
+            self._tokenizer = Tokenizer.load(self.directory / _TOKENIZER_FILE, ends)
         return self._tokenizer
 
     def num_documents(self, split: Split) -> int:

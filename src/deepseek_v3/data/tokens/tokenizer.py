@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json as json_text
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
@@ -21,6 +18,7 @@ from deepseek_v3.config.text_files import printable_path
 from deepseek_v3.data.arrays import Int64Array
 from deepseek_v3.data.documents import check_unicode
 from deepseek_v3.data.tokens.tiktoken_encoder import DEEPSEEK, NotExpressibleError, TiktokenEncoder
+from deepseek_v3.data.tokens.tokenizer_config import ends_in_folder, read_tokenizer_config, special_token
 from deepseek_v3.data.tokens.vocabulary import check_complete, check_ids, flatten_steps, removing_step
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.files import atomic_write, read_regular_file
@@ -69,29 +67,60 @@ class Tokenizer:
     Text never becomes a marker: the name of a marker such as end-of-text is encoded like any other characters, and
     no marker is added before or after a text. Safe to use from several threads.
 
+    `ends` are the tokens that end a text, by name or id: the first is the end-of-text marker of a training corpus,
+    and generation stops at any of them. An id without a token is left out, with a warning. Without any, the marker
+    is the first token with a known name. `config` holds the fields of a `tokenizer_config.json`: special tokens,
+    and the chat template if there is one.
+
     Raises DataError if the JSON is not a tokenizer, if its ids are far larger than the number of its tokens or not
-    unique, if it would drop text, if no marker has a known name of end-of-text, or if text with the name of that
-    marker or of a FIM marker would be encoded as the marker. `source` names the tokenizer in the message.
+    unique, if it would drop text, if no marker has a known name of end-of-text, if it lacks one of `ends`, or if
+    text with the name of the end-of-text marker or of a FIM marker would be encoded as the marker. `source` names
+    the tokenizer in the message.
     """
 
-    def __init__(self, json: str, source: str = "tokenizer.json") -> None:
+    def __init__(
+        self,
+        json: str,
+        source: str = "tokenizer.json",
+        ends: Sequence[str | int] = (),
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
         self._json = json
+        self.config = config
         self._tokenizer = _build(json, source)
         added = self._tokenizer.get_added_tokens_decoder()
         ids = {token.content: id_ for id_, token in added.items()}
-        end_of_text = next((name for name in _END_OF_TEXT if name in ids), None)
-        if end_of_text is None:
-            raise DataError(f"{source}: has no end-of-text marker; expected one of {', '.join(_END_OF_TEXT)}")
+        self.ends = self._ids_of(ends, source) or tuple(ids[name] for name in _END_OF_TEXT if name in ids)[:1]
+        if not self.ends:
+            raise DataError(
+                f"{source}: has no end-of-text marker; expected one of {', '.join(_END_OF_TEXT)}, or name another"
+            )
+        self.end_of_text: int = self.ends[0]
         fim = next((names for names in _FIM if ids.keys() >= set(names)), None)
-        self.end_of_text: int = ids[end_of_text]
         self.fim = FimMarkers(*(ids[name] for name in fim)) if fim else None
         self.vocab_size: int = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
-        for name in (end_of_text, *(fim or ())):
-            if ids[name] in self._encode_with_tokenizers([name])[0]:
+        for id_ in (self.end_of_text, *(self.fim or ())):
+            name = str(self._tokenizer.id_to_token(id_))
+            if id_ in self._encode_with_tokenizers([name])[0]:
                 raise DataError(
                     f"{source}: encodes the text {name!r} as the marker of that name; "
                     "use a tokenizer that tells the two apart, such as any byte-level BPE"
                 )
+
+    def _ids_of(self, ends: Sequence[str | int], source: str) -> tuple[int, ...]:
+        """The different ids of the tokens that end a text. Raises DataError for a name that no token has."""
+        ids: dict[int, None] = {}
+        for end in ends:
+            id_ = self._tokenizer.token_to_id(end) if isinstance(end, str) else end
+            if id_ is None:
+                raise DataError(
+                    f"{source}: has no token {end!r} to end a text; name one of its tokens as end-of-text"
+                )
+            if self._tokenizer.id_to_token(id_) is None:
+                _log.warning(f"{source}: has no token of id {id_}, so generation cannot stop there")
+            else:
+                ids[id_] = None
+        return tuple(ids)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -120,9 +149,13 @@ class Tokenizer:
         return cls(json, source)
 
     @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
-        """Reads a `tokenizer.json`, or the one in a folder; warns if its pre-tokenizer removes characters."""
-        path = Path(path)
+    def load(cls, path: str | Path, ends: Sequence[str | int] = ()) -> Tokenizer:
+        """Reads a `tokenizer.json`, or a folder with one, such as a Hugging Face directory.
+
+        The other files of a folder name the tokens that end a text, unless `ends` does. Warns if the pre-tokenizer
+        removes characters.
+        """
+        path, config = Path(path), None
         file = path / "tokenizer.json" if path.is_dir() else path
         try:
             text = read_regular_file(file, _MAX_FILE_BYTES, "a tokenizer.json").decode("utf-8")
@@ -130,7 +163,10 @@ class Tokenizer:
             raise DataError(f"{file}: is not UTF-8 at byte {error.start}; expected a tokenizer.json") from None
         except ValueError as error:
             raise DataError(f"{printable_path(file)}: {error}") from None
-        tokenizer = cls(text, source=str(file))
+        if path.is_dir():
+            config = read_tokenizer_config(path)
+            ends = ends or ends_in_folder(path, config)
+        tokenizer = cls(text, str(file), ends, config)
         if step := removing_step(tokenizer._fields):
             _log.warning(
                 f"{file}: its pre-tokenizer ({step}) removes the characters at which it cuts text, so no id stands "
@@ -166,6 +202,16 @@ class Tokenizer:
             tiktoken.encode(text) if tiktoken.can_encode(text) else self._encode_with_tokenizers([text])[0]
             for text in texts
         ]
+
+    @cached_property
+    def prompt_start(self) -> tuple[int, ...]:
+        """The ids that the tokenizer puts before a prompt, such as a begin-of-text marker; none by default."""
+        marker = special_token(self.config or {}, "bos_token")
+        if self.config is not None and self.config.get("add_bos_token") is not None:
+            id_ = self._tokenizer.token_to_id(marker) if marker and self.config["add_bos_token"] else None
+            return () if id_ is None else (id_,)
+        with_markers, without = (self._tokenizer.encode("a", add_special_tokens=each).ids for each in (True, False))
+        return tuple(with_markers[: with_markers.index(without[0])]) if without else ()
 
     @property
     def _fields(self) -> dict[str, Any]:
@@ -242,31 +288,6 @@ def _is_byte_level(fields: dict[str, Any]) -> bool:
 def _sentencepiece_bytes(piece: str) -> int:
     """The bytes of a SentencePiece token, in which `<0x0A>` is one byte and U+2581 is a space."""
     return 1 if re.fullmatch("<0x[0-9A-F]{2}>", piece) else len(piece.replace("\u2581", " ").encode())
-
-
-@dataclass(frozen=True)
-class TokenCounter:
-    """Counts tokens with the tokenizer.json at `tokenizer`; if it is None, estimates them by `bytes_per_token`."""
-
-    tokenizer: Path | None
-    bytes_per_token: float
-
-    def total(self, texts: pa.Array) -> int:
-        """The tokens of all texts."""
-        return int(self.per_document(texts).sum())
-
-    def per_document(self, texts: pa.Array) -> Int64Array:
-        """The tokens of each text, including end-of-text: int64 [n]."""
-        if self.tokenizer is None:
-            lengths = pc.binary_length(texts).to_numpy(zero_copy_only=False)
-            return np.ceil(lengths / self.bytes_per_token).astype(np.int64) + 1
-        encoded = _load_cached(self.tokenizer).encode_batch(texts.to_pylist())
-        return np.array([len(ids) + 1 for ids in encoded], np.int64)
-
-
-@lru_cache(maxsize=1)
-def _load_cached(path: Path) -> Tokenizer:
-    return Tokenizer.load(path)
 
 
 def check_vocab_size(vocab_size: int) -> None:
