@@ -101,6 +101,20 @@ def _eval() -> Any:
     return evaluate
 
 
+@_command("import", "Turn a Hugging Face directory into a checkpoint.")
+def _import() -> Any:
+    from deepseek_v3.interop.huggingface.import_command import import_model
+
+    return import_model
+
+
+@_command("export", "Write a checkpoint as a Hugging Face directory.")
+def _export() -> Any:
+    from deepseek_v3.interop.huggingface.export_command import export_model
+
+    return export_model
+
+
 @_command("quickstart", "Build a corpus, train a tokenizer and a small model, measure it, and let it write.")
 def _quickstart() -> Any:
     from deepseek_v3.quickstart import quickstart

@@ -21,7 +21,8 @@ from deepseek_v3.data.tokens.shards import TokenShards
 from deepseek_v3.evaluation.perplexity import Comparison, compare_with_ngrams, measure_saved
 from deepseek_v3.inference.engine import Generator
 from deepseek_v3.inference.sampling import SamplingConfig
-from deepseek_v3.model.pretrained import LoadedModel, load_model
+from deepseek_v3.interop.load_model import load_model
+from deepseek_v3.model.pretrained import LoadedModel
 from deepseek_v3.training.metrics import plot_run
 from deepseek_v3.training.train import train_run
 from deepseek_v3.training.trainer import TrainingResult

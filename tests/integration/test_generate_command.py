@@ -11,7 +11,8 @@ from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.inference import generate as command
 from deepseek_v3.inference.engine import Generator
 from deepseek_v3.inference.sampling import SamplingConfig
-from deepseek_v3.model.pretrained import load_model, model_entries
+from deepseek_v3.interop.load_model import load_model
+from deepseek_v3.model.pretrained import model_entries
 from deepseek_v3.utils.checkpointing.directory import load_checkpoint, save_checkpoint
 from deepseek_v3.utils.errors import GenerationError, UserError
 from helpers.models import small_config, small_model

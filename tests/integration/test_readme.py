@@ -10,7 +10,7 @@ import pytest
 
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.data.tokens.shards import TokenShards
-from deepseek_v3.model.pretrained import load_model
+from deepseek_v3.interop.load_model import load_model
 from deepseek_v3.utils.distributed.launch import select_device
 from helpers import ROOT
 from helpers.runs import dsv3

@@ -15,14 +15,29 @@ from deepseek_v3.config.text_files import printable_path, read_json_object
 from deepseek_v3.utils.errors import ConfigError
 from deepseek_v3.utils.text import format_value
 
-# Fields of a released config.json, or of one that Transformers wrote, that do not shape the model: bookkeeping,
-# serving hints, the storage format of the weights and the import table of the released modules.
+# Architectures, and names of model types, whose models are those of DeepSeek-V3: Kimi-K2 and Moonlight differ in
+# numbers only.
+_ARCHITECTURES = ("DeepseekV3ForCausalLM", "DeepseekV3Model")
+_MODEL_TYPES = ("deepseek_v3", "kimi_k2", "moonlight")
+# Fields of a released config.json, or of one that Transformers or a fine-tuning tool wrote, that do not shape the
+# model: bookkeeping, hints for serving and generation, the format of the weights, the import table of modules.
 _WITHOUT_EFFECT = frozenset(
-    "_name_or_path architectures auto_map aux_loss_alpha bos_token_id chunk_size_feed_forward dtype "
-    "ep_size eos_token_id head_dim id2label is_encoder_decoder label2id model_type output_attentions "
-    "output_hidden_states output_router_logits pad_token_id pretraining_tp problem_type "
-    "quantization_config return_dict seq_aux torch_dtype transformers_version use_cache".split()
+    "_attn_implementation _attn_implementation_autoset _name_or_path add_cross_attention architectures auto_map "
+    "aux_loss_alpha bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward "
+    "cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype early_stopping "
+    "encoder_no_repeat_ngram_size eos_token_id ep_size experts_implementation exponential_decay_length_penalty "
+    "finetuning_task forced_bos_token_id forced_eos_token_id head_dim id2label is_decoder is_encoder_decoder "
+    "keys_to_ignore_at_inference label2id length_penalty max_length min_length model_type no_repeat_ngram_size "
+    "num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states output_router_logits "
+    "output_scores pad_token_id prefix pretraining_tp problem_type pruned_heads quantization_config "
+    "remove_invalid_values repetition_penalty return_dict return_dict_in_generate router_aux_loss_coef "
+    "sep_token_id seq_aux suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder "
+    "tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p unsloth_fixed "
+    "unsloth_version use_bfloat16 use_cache".split()
 )
+_FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}  # the quantization that is read
+# Newer names of fields, as attributes of Transformers' config.
+_NEWER_NAMES = {"num_mtp_layers": "num_nextn_predict_layers", "num_local_experts": "n_routed_experts"}
 
 # The defaults of Transformers' DeepseekV3Config, for fields that a config.json lacks.
 _TRANSFORMERS_DEFAULTS: dict[str, Any] = {
@@ -184,11 +199,11 @@ class ModelConfig(Section):
 
     @classmethod
     def from_json(cls, path: str | Path) -> ModelConfig:
-        """Reads a released `config.json`, or one that Transformers wrote.
+        """Reads a released `config.json`, of DeepSeek-V3, Kimi-K2 or Moonlight, or one that Transformers wrote.
 
         A field that the file lacks gets the default of Transformers' `DeepseekV3Config`. Raises ConfigError with
         the file and the field if the file cannot be read, holds an unknown field, or describes a model that this
-        project does not build.
+        project does not build, or weights that it does not read.
         """
         path = Path(path)
         file = read_json_object(path)
@@ -207,10 +222,37 @@ class ModelConfig(Section):
 
 def _shape_fields(released: dict[str, Any]) -> dict[str, Any]:
     """The fields of a config.json that shape the model, under their released names."""
+    _check_architecture(released)
     left_out = _WITHOUT_EFFECT | {"qk_head_dim"}
-    if released.get("model_type", "deepseek_v3") != "deepseek_v3":
-        raise ValueError(f"model_type = {format_value(released['model_type'])}, expected deepseek_v3")
-    return _with_released_rope({name: value for name, value in released.items() if name not in left_out})
+    fields = {name: value for name, value in released.items() if name not in left_out}
+    for newer, name in _NEWER_NAMES.items():
+        if newer in fields:
+            value = fields.pop(newer)
+            if fields.setdefault(name, value) != value:
+                raise ValueError(f"{newer} = {format_value(value)}, and {name} = {format_value(fields[name])}")
+    return _with_released_rope(fields)
+
+
+def _check_architecture(released: dict[str, Any]) -> None:
+    """Raises ValueError, naming it, for a model of another architecture, and for weights in another format."""
+    kind = released.get("model_type", _MODEL_TYPES[0])
+    if kind not in _MODEL_TYPES:
+        raise ValueError(f"model_type = {format_value(kind)}, expected {' or '.join(_MODEL_TYPES)}")
+    names = released.get("architectures") or []
+    if isinstance(names, list) and names and not set(map(str, names)) & set(_ARCHITECTURES):
+        raise ValueError(f"architectures = {format_value(names)}, expected {_ARCHITECTURES[0]}")
+    _check_quantization(released.get("quantization_config"))
+
+
+def _check_quantization(fields: Any) -> None:
+    """Raises ValueError for weights that are quantized in another way than those of the release."""
+    given = fields if isinstance(fields, dict) else {"quant_method": fields}
+    found = {name: given.get(name) for name in _FP8}
+    if any(value not in (None, _FP8[name]) for name, value in found.items()):
+        raise ValueError(
+            f"quantization_config with {format_value(found)}, expected {format_value(_FP8)} or weights that are "
+            "not quantized; convert them to bfloat16 first"
+        )
 
 
 def _with_defaults_named(problems: str, given: dict[str, Any]) -> str:

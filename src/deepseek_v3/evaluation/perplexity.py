@@ -20,7 +20,8 @@ from deepseek_v3.data.arrays import Int64Array
 from deepseek_v3.data.tokens.loader import TokenLoader
 from deepseek_v3.data.tokens.shards import TokenShards
 from deepseek_v3.evaluation.ngrams import ngram_losses
-from deepseek_v3.model.pretrained import LoadedModel, load_model
+from deepseek_v3.interop.load_model import load_model
+from deepseek_v3.model.pretrained import LoadedModel
 from deepseek_v3.training.data import DocumentIds, check_vocabulary
 from deepseek_v3.training.loss import Objective
 from deepseek_v3.training.validation import ValidationLoss, ValidationWindows, Validator, main_losses

@@ -18,7 +18,7 @@ from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.inference.engine import Completion, Generator
 from deepseek_v3.inference.sampling import SamplingConfig
-from deepseek_v3.model.pretrained import load_model
+from deepseek_v3.interop.load_model import load_model
 from deepseek_v3.utils.command_line import integer_option, number_option, print_next_steps
 from deepseek_v3.utils.distributed.launch import select_device
 from deepseek_v3.utils.errors import GenerationError

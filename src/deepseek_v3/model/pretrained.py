@@ -128,7 +128,7 @@ def check_entries(kind: type[ModelEntries], plain: dict[str, Any], path: Path) -
         raise CheckpointError(f"{path}: {validation_problems(error)}; {REPAIR}") from None
 
 
-def load_model(path: Path, device: torch.device) -> LoadedModel:
+def load_checkpoint_model(path: Path, device: torch.device) -> LoadedModel:
     """Rebuilds the model of a checkpoint on `device`, in evaluation mode, with the run's compute dtype.
 
     `path` is one checkpoint, or a folder of them: then the newest undamaged one is loaded, and each one skipped is
@@ -136,12 +136,12 @@ def load_model(path: Path, device: torch.device) -> LoadedModel:
     this project, or holds weights that are not finite.
     """
     if is_checkpoint(path):
-        return _load_model(path, device)
+        return _load(path, device)
     checkpoints = CheckpointDirectory(path, keep=1)
-    return checkpoints.first_usable(checkpoints.newest_first(), partial(_load_model, device=device))[1]
+    return checkpoints.first_usable(checkpoints.newest_first(), partial(_load, device=device))[1]
 
 
-def _load_model(path: Path, device: torch.device) -> LoadedModel:
+def _load(path: Path, device: torch.device) -> LoadedModel:
     state = load_checkpoint(path)
     config = checkpoint_config(state, path)
     try:

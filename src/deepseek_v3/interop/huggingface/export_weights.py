@@ -1,11 +1,27 @@
-"""Returns a model's weights under the names of the released checkpoint."""
+"""Writes a model as safetensors files under the names of the released checkpoint, in its own types or in FP8."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
 from torch import Tensor
 
+from deepseek_v3.interop.huggingface.fp8_weights import is_quantized, scales_name
 from deepseek_v3.interop.huggingface.names import shared_copies, to_released_names
+from deepseek_v3.interop.huggingface.tensor_source import WEIGHTS_FILE, WEIGHTS_INDEX
 from deepseek_v3.model.transformer import DeepSeekV3
+from deepseek_v3.ops.fp8 import quantize_128x128
+from deepseek_v3.utils.checkpointing.safetensors_file import write_tensor_file
+from deepseek_v3.utils.logging import get_logger
+from deepseek_v3.utils.progress import ProgressDisplay
+
+_BIAS = "e_score_correction_bias"  # float32 in every release: it moves by less than bfloat16 can hold
+_METADATA = {"format": "pt"}  # what Transformers expects in the header
+
+_log = get_logger("Weights")
 
 
 def released_state(model: DeepSeekV3) -> dict[str, Tensor]:
@@ -17,3 +33,63 @@ def released_state(model: DeepSeekV3) -> dict[str, Tensor]:
     released = to_released_names(model.config, model.state_dict())
     copies = shared_copies(model.config).keys()
     return {name: t.clone() if name in copies else t.contiguous() for name, t in released.items()}
+
+
+def write_weights(
+    folder: Path, model: DeepSeekV3, dtype: torch.dtype, quantized: bool, max_shard_bytes: int
+) -> None:
+    """Writes the weights of `model` to `folder`: one file, or several of at most `max_shard_bytes` with an index.
+
+    Weights are converted to `dtype`; with `quantized`, those that the release has in FP8 are written in FP8 with
+    their scales. Routing biases stay in float32. Memory holds one file at a time.
+    """
+    tensors = to_released_names(model.config, model.state_dict())
+    shards = _in_shards(tensors, dtype, quantized, max_shard_bytes)
+    files = [WEIGHTS_FILE] if len(shards) == 1 else _file_names(len(shards))
+    places: dict[str, str] = {}
+    num_bytes = 0
+    total = sum(tensor.numel() for tensor in tensors.values())
+    with ProgressDisplay() as display, display.task("Exporting", total, "parameters", _log) as task:
+        for file, names in zip(files, shards, strict=True):
+            converted = {
+                name: value
+                for released in names
+                for name, value in _converted(released, tensors[released], dtype, quantized)
+            }
+            num_bytes += sum(tensor.nbytes for tensor in converted.values())
+            places |= dict.fromkeys(converted, file)
+            write_tensor_file(folder / file, converted, _METADATA)
+            task.advance(sum(tensors[released].numel() for released in names))
+    if len(files) > 1:
+        index = {"metadata": {"total_size": num_bytes}, "weight_map": dict(sorted(places.items()))}
+        (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _file_names(count: int) -> list[str]:
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def _in_shards(
+    tensors: Mapping[str, Tensor], dtype: torch.dtype, quantized: bool, max_shard_bytes: int
+) -> list[list[str]]:
+    """The names of the tensors of each file, in order; a tensor above `max_shard_bytes` has a file of its own."""
+    shards: list[list[str]] = []
+    left = 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * (1 if quantized and is_quantized(name) else dtype.itemsize)
+        if not shards or size > left:
+            shards.append([])
+            left = max_shard_bytes
+        shards[-1].append(name)
+        left -= size
+    return shards
+
+
+def _converted(name: str, tensor: Tensor, dtype: torch.dtype, quantized: bool) -> Iterator[tuple[str, Tensor]]:
+    """A released tensor as it is stored, on the CPU; one in FP8 is followed by its scales."""
+    if quantized and is_quantized(name):
+        values, scales = quantize_128x128(tensor)
+        yield name, values.cpu()
+        yield scales_name(name), scales.cpu()
+    else:
+        yield name, tensor.to(torch.float32 if name.endswith(_BIAS) else dtype).cpu().contiguous()

@@ -1,73 +1,202 @@
-"""Checks weights under the names of the released checkpoint, and loads them into a model."""
+"""Checks weights under the names of the released checkpoint, and reads them block by block into a model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from deepseek_v3.config.model_config import ModelConfig
-from deepseek_v3.interop.huggingface.fp8_weights import released_values, scales_name, scales_problems, type_name
-from deepseek_v3.interop.huggingface.names import layer_of, shared_copies, to_released_names
+from deepseek_v3.interop.huggingface.fp8_weights import scales_name, scales_problems, type_name
+from deepseek_v3.interop.huggingface.names import Part, layer_of, parts_of, shared_copies
+from deepseek_v3.interop.huggingface.tensor_source import TensorDict, TensorSource
 from deepseek_v3.model.transformer import DeepSeekV3
-from deepseek_v3.ops.fp8 import E4M3
+from deepseek_v3.ops.fp8 import E4M3, dequantize_128x128
+from deepseek_v3.utils.checkpointing.checks import TensorInfo
 from deepseek_v3.utils.errors import CheckpointError
 from deepseek_v3.utils.logging import get_logger
 
 _MOST_NAMES = 3  # names that a message lists of one kind of problem
 _WEIGHT_TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_ROWS_AT_ONCE = 2**12  # rows of a copy that are compared with the original at a time
+# Tables that some releases store and every program computes from the config.
+_COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 _log = get_logger("Weights")
+
+
+class ReleasedWeights:
+    """Released weights that fit a model of `config`, read by this project's parameter names.
+
+    The routed experts may be separate, as in released checkpoints, or stacked, as in the state of a model of
+    Transformers 5. A weight in FP8 (e4m3) needs its scales, `<name>_scale_inv`, one per 128×128 block. The copies
+    of embedding and head in MTP layers may be missing; if present, they must equal the originals, which is checked
+    unless `compare_copies` is false. If the last MTP layers are missing as a whole, `config` has fewer of them than
+    the one given, with a warning, or an error with `require_mtp`.
+
+    Raises CheckpointError with all problems: missing and unexpected names, wrong shapes, types that weights cannot
+    have, FP8 without scales, and copies that differ.
+    """
+
+    def __init__(
+        self,
+        source: TensorSource,
+        config: ModelConfig,
+        *,
+        require_mtp: bool = False,
+        compare_copies: bool = True,
+    ) -> None:
+        self._source = source
+        depth = _num_mtp_layers(config, source.tensors)
+        if depth < config.num_nextn_predict_layers:
+            _report_missing_mtp(source, config, depth, require_mtp)
+        self.config = config.model_copy(update={"num_nextn_predict_layers": depth})
+        with torch.device("meta"):
+            state = DeepSeekV3(self.config).state_dict()
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        self._stacked = {name for name in self.shapes if self._is_stacked(name)}
+        problems = [*self._problems(self._expected())]
+        if compare_copies and not problems:
+            problems += self._copy_problems()
+        if problems:
+            raise CheckpointError(f"{source.name}: do not fit the model: {'; '.join(_shorten(problems))}")
+
+    @property
+    def name(self) -> str:
+        """The source of the weights, for messages."""
+        return self._source.name
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The type in which the embedding is stored, which releases never have in FP8."""
+        return self._source.tensors["model.embed_tokens.weight"].dtype
+
+    @torch.no_grad()
+    def read_into(self, target: Tensor, name: str, starts: Sequence[int] | None = None) -> None:
+        """Fills `target`, of any float type on any device, with a block of the parameter `name`.
+
+        The block begins at `starts`, by default at the beginning, and has the shape of `target`. Reads only the
+        rows of the block, and of a stack one expert at a time.
+        """
+        starts = tuple(starts or (0,) * target.ndim)
+        if target.ndim < 3:
+            rows = range(starts[0], starts[0] + target.shape[0])
+            target.copy_(_columns(self._values(name, rows), target, starts[1:]))
+            return
+        parts: dict[int | None, list[Part]] = {}
+        for part in () if name in self._stacked else parts_of(name, self.shapes[name]):
+            parts.setdefault(part.expert, []).append(part)
+        for expert, values in enumerate(target, start=starts[0]):
+            if not parts:
+                self._read_stacked(values, name, expert, starts[1:])
+            for part in parts.get(expert, ()):
+                first = max(part.rows.start, starts[1])
+                last = min(part.rows.stop, starts[1] + len(values))
+                if first < last:
+                    own = range(first - part.rows.start, last - part.rows.start)
+                    block = values[first - starts[1] : last - starts[1]]
+                    block.copy_(_columns(self._values(part.name, own), block, starts[2:]))
+
+    def _values(self, released: str, rows: range) -> Tensor:
+        """Rows of a released tensor; float32 if it is in FP8."""
+        tensor = self._source.read(released, rows)
+        if tensor.dtype != E4M3:
+            return tensor
+        return dequantize_128x128(tensor, self._source.read(scales_name(released)), torch.float32, rows.start)
+
+    def _read_stacked(self, target: Tensor, name: str, expert: int, starts: Sequence[int]) -> None:
+        """Fills a block of one expert's matrix from a stack that the source holds."""
+        one, rows = range(expert, expert + 1), slice(starts[0], starts[0] + len(target))
+        values = self._source.read(name, one)[0]
+        if values.dtype == E4M3:
+            values = dequantize_128x128(values, self._source.read(scales_name(name), one)[0], torch.float32)
+        target.copy_(_columns(values[rows], target, starts[1:]))
+
+    def _is_stacked(self, name: str) -> bool:
+        """Whether the source has this parameter as one tensor, and no tensor of a single expert of it."""
+        parts = parts_of(name, self.shapes[name])
+        return name in self._source.tensors and not any(
+            part.name in self._source.tensors for part in parts if part.expert is not None
+        )
+
+    def _expected(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every released tensor that the model needs."""
+        expected = {}
+        for name, shape in self.shapes.items():
+            if name in self._stacked:
+                expected[name] = shape
+                continue
+            for part in parts_of(name, shape):
+                rows = (len(part.rows),)
+                expected[part.name] = (*rows, *shape[1 if part.expert is None else 2 :])
+        return expected
+
+    def _problems(self, expected: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+        copies, found = shared_copies(self.config), self._source.tensors
+        yield from _name_problems(expected, found, copies)
+        for name, tensor in found.items():
+            shape = expected.get(copies.get(name, name))
+            if shape is not None:
+                yield from self._tensor_problems(name, tensor, shape)
+
+    def _tensor_problems(self, name: str, tensor: TensorInfo, shape: tuple[int, ...]) -> Iterator[str]:
+        if tensor.shape != shape:
+            yield f"{name}: found shape {tensor.shape}, expected {shape}"
+        elif not self._source.has_values(name):
+            yield f"{name}: has a shape but no values (device meta); load it to a real device"
+        elif tensor.dtype == E4M3:
+            scales = self._source.tensors.get(scales_name(name))
+            yield from scales_problems(name, tensor, scales)
+            if scales is not None and not self._source.has_values(scales_name(name)):
+                yield f"{scales_name(name)}: has a shape but no values (device meta); load it to a real device"
+        elif tensor.dtype not in _WEIGHT_TYPES:
+            types = ", ".join(map(type_name, _WEIGHT_TYPES))
+            found = type_name(tensor.dtype)
+            yield f"{name}: found type {found}, expected {types}, or {type_name(E4M3)} with scales"
+
+    def _copy_problems(self) -> list[str]:
+        return [
+            f"{copy} differs from {original}, which this model shares with it"
+            for copy, original in shared_copies(self.config).items()
+            if copy in self._source.tensors and original in self._source.tensors and self._differ(copy, original)
+        ]
+
+    def _differ(self, copy: str, original: str) -> bool:
+        num_rows = self._source.tensors[original].shape[0]
+        for first in range(0, num_rows, _ROWS_AT_ONCE):
+            rows = range(first, min(num_rows, first + _ROWS_AT_ONCE))
+            one, other = (self._values(name, rows) for name in (copy, original))
+            if not torch.equal(one, other.to(one.device)):
+                return True
+        return False
 
 
 @torch.no_grad()
 def load_released(model: DeepSeekV3, tensors: Mapping[str, Tensor]) -> None:
     """Copies tensors by released name into `model`, converted to the model's type and device.
 
-    A model on the meta device is moved to the CPU. A weight in FP8 (e4m3) needs its scales, `<name>_scale_inv`, one
-    per 128×128 block. The copies of embedding and head in MTP layers may be missing; if present, they must equal
-    the originals. If the last MTP layers are missing as a whole, they are removed from the model, with a warning.
+    A model on the meta device is moved to the CPU. The tensors are as `ReleasedWeights` takes them; if the last MTP
+    layers are missing as a whole, they are removed from the model, with a warning.
 
-    Raises CheckpointError with all problems, before anything is changed: missing and unexpected names, wrong
-    shapes, types that weights cannot have, FP8 without scales, and copies that differ.
+    Raises CheckpointError with all problems, before anything is changed.
     """
-    config, depth = model.config, _num_mtp_layers(model.config, tensors)
-    found_config = config.model_copy(update={"num_nextn_predict_layers": depth})
-    first_absent = config.num_hidden_layers + depth
-    targets = {name: t for name, t in model.state_dict().items() if layer_of(name) < first_absent}
-    check_tensors(to_released_names(found_config, targets), tensors, shared_copies(found_config))
-    if depth < config.num_nextn_predict_layers:
-        _log.warning(
-            "the weights hold %d of the %d MTP layers of the config and nothing of model.layers.%d: the model "
-            "continues with num_nextn_predict_layers = %d",
-            depth,
-            config.num_nextn_predict_layers,
-            first_absent,
-            depth,
-        )
-        model.keep_mtp_layers(depth)
-    if any(tensor.is_meta for tensor in targets.values()):
-        model.to_empty(device="cpu")
-    copies = shared_copies(found_config)
-    for name, target in to_released_names(found_config, model.state_dict()).items():
-        if name not in copies:
-            target.copy_(released_values(tensors, name))
+    weights = ReleasedWeights(TensorDict(tensors), model.config)
+    if weights.config != model.config:
+        model.keep_mtp_layers(weights.config.num_nextn_predict_layers)
+    state = model.state_dict()
+    if any(tensor.is_meta for tensor in state.values()):
+        state = model.to_empty(device="cpu").state_dict()
+    for name, target in state.items():
+        weights.read_into(target, name)
 
 
-def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], copies: Mapping[str, str]) -> None:
-    """Raises one CheckpointError with all problems that keep `found` from filling `expected`, by released name.
-
-    `copies` maps names that may be missing to the names of the tensors whose values they must repeat.
-    """
-    problems = [*_name_problems(expected, found, copies)]
-    for name, tensor in found.items():
-        target = expected.get(copies.get(name, name))
-        if target is not None:
-            problems += _tensor_problems(name, tensor, target, found)
-    problems += _copy_problems(copies, found)
-    if problems:
-        raise CheckpointError(f"the weights do not fit the model: {'; '.join(_shorten(problems))}")
+def _columns(rows: Tensor, target: Tensor, starts: Sequence[int]) -> Tensor:
+    """The columns of some rows, from `starts` on, that fill a block with the shape of `target`."""
+    for axis, start in enumerate(starts, start=1):
+        rows = rows.narrow(axis, start, target.shape[axis])
+    return rows
 
 
 def _num_mtp_layers(config: ModelConfig, names: Iterable[str]) -> int:
@@ -76,41 +205,31 @@ def _num_mtp_layers(config: ModelConfig, names: Iterable[str]) -> int:
     return min(max(last + 1 - config.num_hidden_layers, 0), config.num_nextn_predict_layers)
 
 
+def _report_missing_mtp(source: TensorSource, config: ModelConfig, depth: int, require: bool) -> None:
+    """Warns that the weights hold only `depth` of the MTP layers of the config, or raises CheckpointError."""
+    found = (
+        f"{source.name}: hold {depth} of the {config.num_nextn_predict_layers} MTP layers of the config and "
+        f"nothing of model.layers.{config.num_hidden_layers + depth}"
+    )
+    if require:
+        raise CheckpointError(
+            f"{found}; expected all of them: get the original release, since Transformers leaves them out when it "
+            "saves a model, or load without requiring MTP layers"
+        )
+    _log.warning("%s; the model continues with num_nextn_predict_layers = %d", found, depth)
+
+
 def _name_problems(
-    expected: Mapping[str, Tensor], found: Mapping[str, Tensor], copies: Mapping[str, str]
+    expected: Mapping[str, object], found: Mapping[str, TensorInfo], copies: Mapping[str, str]
 ) -> Iterator[str]:
     scales = {scales_name(name) for name, tensor in found.items() if tensor.dtype == E4M3}
     missing = sorted(expected.keys() - found.keys() - copies.keys())
     unexpected = sorted(found.keys() - expected.keys() - copies.keys() - scales)
+    unexpected = [name for name in unexpected if not _COMPUTED.fullmatch(name)]
     for kind, names in (("missing", missing), ("unexpected", unexpected)):
         if names:
             listed = ", ".join(names[:_MOST_NAMES])
             yield f"{len(names)} {kind}: {listed}{', …' if len(names) > _MOST_NAMES else ''}"
-
-
-def _tensor_problems(name: str, tensor: Tensor, target: Tensor, found: Mapping[str, Tensor]) -> Iterator[str]:
-    if tensor.shape != target.shape:
-        yield f"{name}: found shape {tuple(tensor.shape)}, expected {tuple(target.shape)}"
-    elif tensor.is_meta:
-        yield f"{name}: has a shape but no values (device meta); load it to a real device"
-    elif tensor.dtype == E4M3:
-        yield from scales_problems(name, tensor, found.get(scales_name(name)))
-    elif tensor.dtype not in _WEIGHT_TYPES:
-        types = ", ".join(map(type_name, _WEIGHT_TYPES))
-        yield f"{name}: found type {type_name(tensor.dtype)}, expected {types}, or {type_name(E4M3)} with scales"
-
-
-def _copy_problems(copies: Mapping[str, str], found: Mapping[str, Tensor]) -> Iterator[str]:
-    for copy, original in copies.items():
-        if copy in found and original in found:
-            one, other = found[copy], found[original]
-            comparable = one.dtype in _WEIGHT_TYPES and other.dtype in _WEIGHT_TYPES
-            if comparable and one.shape == other.shape and not (one.is_meta or other.is_meta or _equal(one, other)):
-                yield f"{copy} differs from {original}, which this model shares with it"
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(one, other.to(one.device))
 
 
 def _shorten(problems: list[str]) -> list[str]:

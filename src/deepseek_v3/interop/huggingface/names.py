@@ -8,7 +8,8 @@ main model. A released model with tied embeddings has no head.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -19,6 +20,29 @@ _LAYER = re.compile(r"model\.layers\.(?P<layer>\d+)\.")
 _EXPERTS = re.compile(r"(?P<mlp>model\.layers\.\d+\.mlp)\.experts\.(?P<stack>gate_up_proj|down_proj)")
 
 
+class Part(NamedTuple):
+    """A released tensor: `rows` of a parameter of this project, of one `expert` if that is a stack of experts."""
+
+    name: str
+    rows: range
+    expert: int | None = None
+
+
+def parts_of(name: str, shape: Sequence[int]) -> Iterator[Part]:
+    """The released tensors that make up a parameter of this name and shape, in the order of experts and rows."""
+    match = _EXPERTS.fullmatch(name)
+    if match is None:
+        yield Part(name, range(shape[0]))
+        return
+    experts, rows = shape[0], shape[1]
+    projections = ("down_proj",) if match["stack"] == "down_proj" else ("gate_proj", "up_proj")
+    size = rows // len(projections)
+    for expert in range(experts):
+        for number, projection in enumerate(projections):
+            released = f"{match['mlp']}.experts.{expert}.{projection}.weight"
+            yield Part(released, range(number * size, (number + 1) * size), expert)
+
+
 def to_released_names(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Renames and unstacks tensors by this project's parameter names: weights, or their gradients.
 
@@ -26,16 +50,9 @@ def to_released_names(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dic
     """
     released: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        match = _EXPERTS.fullmatch(name)
-        if match is None:
-            released[name] = tensor
-        elif match["stack"] == "down_proj":
-            released |= {_expert_name(match["mlp"], e, "down_proj"): down for e, down in enumerate(tensor)}
-        else:
-            for e, gate_up in enumerate(tensor):
-                gate, up = gate_up.chunk(2)
-                released[_expert_name(match["mlp"], e, "gate_proj")] = gate
-                released[_expert_name(match["mlp"], e, "up_proj")] = up
+        for part in parts_of(name, tensor.shape):
+            rows = slice(part.rows.start, part.rows.stop)
+            released[part.name] = tensor if part.expert is None else tensor[part.expert, rows]
     for copy, original in shared_copies(config).items():
         if original in released and copy != _HEAD:
             released[copy] = released[original]
@@ -57,7 +74,3 @@ def layer_of(name: str) -> int:
     """The number of the layer that a tensor belongs to; -1 for a tensor outside all layers."""
     match = _LAYER.match(name)
     return int(match["layer"]) if match else -1
-
-
-def _expert_name(mlp: str, expert: int, projection: str) -> str:
-    return f"{mlp}.experts.{expert}.{projection}.weight"

@@ -6,6 +6,7 @@ from deepseek_v3.ops.fp8.reference import (
     dequantize_1x128,
     dequantize_128x128,
     quantize_1x128,
+    quantize_128x128,
 )
 
-__all__ = ["BLOCK", "E4M3", "dequantize_1x128", "dequantize_128x128", "quantize_1x128"]
+__all__ = ["BLOCK", "E4M3", "dequantize_1x128", "dequantize_128x128", "quantize_1x128", "quantize_128x128"]

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ DTYPES = {
     "I16": torch.int16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
@@ -34,6 +36,8 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ORDER = list(DTYPES.values())
 _ALIGNMENT = 8
+_METADATA = "__metadata__"
+_MAX_HEADER_BYTES = 10**8  # as in the safetensors library
 _LENGTH_BYTES = 8  # size of the number before the header that gives the header's length
 
 
@@ -53,10 +57,15 @@ class WrittenFile(NamedTuple):
     begins: dict[str, int]
 
 
-def write_tensor_file(path: Path, tensors: dict[str, Tensor]) -> WrittenFile:
-    """Writes CPU tensors of the dtypes in `DTYPES`, and fsyncs the file. Raises OSError."""
+def write_tensor_file(
+    path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> WrittenFile:
+    """Writes CPU tensors of the dtypes in `DTYPES`, and fsyncs the file. Raises OSError.
+
+    `metadata` becomes the entry `__metadata__` of the header.
+    """
     tensors = dict(sorted(tensors.items(), key=lambda item: _ORDER.index(item[1].dtype)))
-    header, begins = _header(tensors)
+    header, begins = _header(tensors, metadata)
     digest = hashlib.sha256()
     with path.open("wb") as file:
         parts: Iterator[bytes | memoryview] = chain([header], map(_bytes_of, tensors.values()))
@@ -70,22 +79,48 @@ def write_tensor_file(path: Path, tensors: dict[str, Tensor]) -> WrittenFile:
 
 
 def read_header(path: Path) -> dict[str, HeaderEntry]:
-    """Reads the header of a file. Raises OSError, and ValueError if the header is not valid."""
+    """Reads the header of a file, without its metadata.
+
+    Raises OSError, and ValueError if the header is not valid, or if a tensor is not wholly in the file, overlaps
+    another one, or has another number of bytes than its shape and dtype.
+    """
     with path.open("rb") as file:
         num_bytes = file.seek(0, os.SEEK_END)
         file.seek(0)
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-        if num_bytes < _LENGTH_BYTES or length > num_bytes - _LENGTH_BYTES:
+        if num_bytes < _LENGTH_BYTES or length > min(num_bytes - _LENGTH_BYTES, _MAX_HEADER_BYTES):
             raise ValueError(f"{length:,} bytes of header in a file of {num_bytes:,} bytes")
         entries = require_plain_json(file.read(length))
     start = _LENGTH_BYTES + length
     try:
-        return {
-            name: HeaderEntry(entry["dtype"], tuple(entry["shape"]), start + entry["data_offsets"][0])
+        spans = {
+            name: (HeaderEntry(entry["dtype"], tuple(entry["shape"]), start + begin), start + end)
             for name, entry in entries.items()
+            if name != _METADATA
+            for begin, end in [entry["data_offsets"]]
         }
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        _check_spans(spans, start, num_bytes)
+    except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from None
+    return {name: entry for name, (entry, _) in spans.items()}
+
+
+def _check_spans(spans: Mapping[str, tuple[HeaderEntry, int]], start: int, num_bytes: int) -> None:
+    """Raises ValueError unless every tensor has its own bytes of the file, as many as its shape and dtype take."""
+    ends = start
+    for name, (entry, end) in sorted(spans.items(), key=lambda item: (item[1][0].begin, item[1][1])):
+        if not all(type(size) is int and size >= 0 for size in entry.shape):
+            raise ValueError(f"{name!r} has the shape {list(entry.shape)}")
+        if entry.dtype not in DTYPES:
+            raise ValueError(f"{name!r} has the dtype {entry.dtype!r}, expected one of {', '.join(DTYPES)}")
+        expected = math.prod(entry.shape) * DTYPES[entry.dtype].itemsize
+        if end - entry.begin != expected:
+            raise ValueError(f"{name!r} has {end - entry.begin:,} bytes, expected {expected:,} for its shape")
+        if end > num_bytes:
+            raise ValueError(f"{name!r} ends at byte {end:,}, and the file has {num_bytes:,}: it was cut short")
+        if entry.begin < ends:
+            raise ValueError(f"{name!r} begins at byte {entry.begin:,}, inside the header or another tensor")
+        ends = end
 
 
 def require_plain_json(text: bytes) -> Any:
@@ -109,10 +144,11 @@ def map_bytes(path: Path, num_bytes: int) -> Tensor:
     return torch.from_file(str(path), shared=False, size=num_bytes, dtype=torch.uint8)
 
 
-def _header(tensors: dict[str, Tensor]) -> tuple[bytes, dict[str, int]]:
+def _header(tensors: dict[str, Tensor], metadata: Mapping[str, str] | None) -> tuple[bytes, dict[str, int]]:
     """The header, padded so that the values are aligned, and the first byte of each tensor in the file."""
     ends = list(accumulate((tensor.nbytes for tensor in tensors.values()), initial=0))
-    entries = {
+    entries: dict[str, Any] = {} if metadata is None else {_METADATA: dict(metadata)}
+    entries |= {
         name: {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
         for (name, tensor), span in zip(tensors.items(), pairwise(ends), strict=True)
     }

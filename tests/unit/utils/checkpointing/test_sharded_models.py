@@ -15,7 +15,8 @@ from deepseek_v3.config.loading import config_from_dict
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.inference.generate import generate
-from deepseek_v3.model.pretrained import checkpoint_config, load_model, model_entries
+from deepseek_v3.interop.load_model import load_model
+from deepseek_v3.model.pretrained import checkpoint_config, model_entries
 from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.utils.checkpointing.directory import CheckpointDirectory, load_checkpoint, save_checkpoint
 from deepseek_v3.utils.checkpointing.reader import open_checkpoint

@@ -1,0 +1,83 @@
+"""The small files of a Hugging Face directory: config, generation config and tokenizer, written from a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from deepseek_v3.config.model_config import ModelConfig, RopeScaling
+from deepseek_v3.data.tokens.tokenizer import Tokenizer
+from deepseek_v3.data.tokens.tokenizer_config import CONFIG_FILE
+
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+
+
+def released_config(config: ModelConfig, dtype: str, quantization: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The fields of `config.json`, under the names of the release, which every loader of this architecture reads.
+
+    `dtype` is the type of the weights that are not quantized, such as `bfloat16`; `quantization` becomes the
+    `quantization_config`.
+    """
+    fields = config.model_dump(mode="json", exclude={"rope_scaling"})
+    fields |= {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "num_key_value_heads": config.num_attention_heads,
+        "rope_scaling": None if config.rope_scaling is None else _released_scaling(config.rope_scaling),
+        "torch_dtype": dtype,
+        "use_cache": True,
+    }
+    return fields if quantization is None else {**fields, "quantization_config": quantization}
+
+
+def _released_scaling(scaling: RopeScaling) -> dict[str, Any]:
+    """YaRN's fields; `type` is what releases write, `rope_type` what newer loaders look for."""
+    fields = scaling.model_dump(mode="json")
+    return {"type": fields["rope_type"], **fields}
+
+
+def write_configs(
+    folder: Path, fields: dict[str, Any], tokenizer: Tokenizer | None, max_position_embeddings: int
+) -> None:
+    """Writes `config.json` and, with a tokenizer, `generation_config.json` and the tokenizer's files."""
+    if tokenizer is None:
+        _write(folder / CONFIG, fields)
+        return
+    ids = _special_ids(tokenizer)
+    _write(folder / CONFIG, {**fields, **ids})
+    _write(folder / GENERATION_CONFIG, ids)
+    tokenizer.save(folder / "tokenizer.json")
+    _write(folder / CONFIG_FILE, tokenizer_config(tokenizer, max_position_embeddings))
+
+
+def tokenizer_config(tokenizer: Tokenizer, max_position_embeddings: int) -> dict[str, Any]:
+    """The fields of `tokenizer_config.json`: those of the tokenizer, if it has any, else those of plain text.
+
+    A tokenizer without a config, such as one that was trained here, never turns text into a marker:
+    `split_special_tokens` has Transformers encode the name of a marker like any other text, too.
+    """
+    if tokenizer.config is not None:
+        return dict(tokenizer.config)
+    end_of_text = tokenizer.token(tokenizer.end_of_text)
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": end_of_text,
+        "pad_token": end_of_text,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": max_position_embeddings,
+        "split_special_tokens": True,
+    }
+
+
+def _special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The ids at which generation stops, and the one that begins a text if there is one."""
+    ends = list(tokenizer.ends)
+    ids: dict[str, Any] = {"eos_token_id": ends[0] if len(ends) == 1 else ends}
+    if tokenizer.prompt_start:
+        ids = {"bos_token_id": tokenizer.prompt_start[0], **ids}
+    return ids
+
+
+def _write(path: Path, fields: dict[str, Any]) -> None:
+    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

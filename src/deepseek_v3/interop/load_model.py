@@ -1,0 +1,82 @@
+"""Loads a model that can run from either form: a checkpoint of this project or a Hugging Face directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from deepseek_v3.config.data_config import DataConfig
+from deepseek_v3.config.model_config import ModelConfig
+from deepseek_v3.config.text_files import printable_path
+from deepseek_v3.config.train_config import (
+    CheckpointConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from deepseek_v3.data.tokens.tokenizer import Tokenizer
+from deepseek_v3.interop.huggingface.pretrained_folder import (
+    check_tokenizer,
+    is_huggingface_folder,
+    load_opened,
+    open_pretrained,
+)
+from deepseek_v3.model.backends import compute_dtype
+from deepseek_v3.model.pretrained import LoadedModel, load_checkpoint_model
+from deepseek_v3.utils.checkpointing.directory import is_checkpoint
+from deepseek_v3.utils.errors import CheckpointError
+
+_LONGEST_SEQUENCE = 4096  # as in the pre-training of the report; a longer context was reached by extension
+_LEARNING_RATE = 7.3e-6  # the report's last phase
+
+
+def load_model(path: Path, device: torch.device) -> LoadedModel:
+    """Loads a model on `device`, in evaluation mode, with the compute dtype that suits the device.
+
+    `path` is a checkpoint, a folder of checkpoints, of which the newest undamaged one is loaded, or a Hugging Face
+    directory. A model from such a directory has the config of `run_config`, and no steps.
+
+    Raises CheckpointError, ConfigError and DataError as `load_checkpoint_model`, `open_pretrained` and
+    `read_tokenizer` do.
+    """
+    if not is_released(path):
+        return load_checkpoint_model(path, device)
+    weights = open_pretrained(path)
+    tokenizer = read_tokenizer(path, weights.config)
+    model = load_opened(weights, compute_dtype("auto", device), device).requires_grad_(False)
+    return LoadedModel(model, run_config(weights.config), tokenizer, step=0, tokens=0)
+
+
+def is_released(path: Path) -> bool:
+    """Whether `path` is a Hugging Face directory, rather than a checkpoint or a folder of checkpoints."""
+    return is_huggingface_folder(path) and not is_checkpoint(path)
+
+
+def read_tokenizer(directory: Path, config: ModelConfig) -> Tokenizer:
+    """The tokenizer of a Hugging Face directory. Raises CheckpointError if it is not there, or has too many ids."""
+    if not (directory / "tokenizer.json").exists():
+        raise CheckpointError(
+            f"{printable_path(directory)}: has no tokenizer.json, which turns text into ids; save the tokenizer "
+            "there with Transformers' save_pretrained first"
+        )
+    tokenizer = Tokenizer.load(directory)
+    check_tokenizer(tokenizer, config, printable_path(directory))
+    return tokenizer
+
+
+def run_config(model: ModelConfig) -> RunConfig:
+    """A run of a model whose own run is not known: sequences of its context, at most 4,096 tokens long."""
+    return RunConfig(
+        model=model,
+        training=TrainingConfig(
+            total_tokens="1x",
+            sequence_length=min(model.max_position_embeddings, _LONGEST_SEQUENCE),
+            global_batch_size=1,
+            optimizer=OptimizerConfig(learning_rate=_LEARNING_RATE),
+        ),
+        data=DataConfig(path=Path("data/continued")),
+        checkpoint=CheckpointConfig(directory=Path("checkpoints/continued")),
+        logging=LoggingConfig(directory=Path("runs/continued")),
+    )
