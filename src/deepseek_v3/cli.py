@@ -94,9 +94,9 @@ def _generate() -> Any:
     return generate
 
 
-@_command("eval", "Measure a checkpoint's held-out loss, beside a unigram and a bigram model.")
+@_command("eval", "Measure a model's loss on held-out tokens or on any text, by source.")
 def _eval() -> Any:
-    from deepseek_v3.evaluation.perplexity import evaluate
+    from deepseek_v3.evaluation.eval_command import evaluate
 
     return evaluate
 

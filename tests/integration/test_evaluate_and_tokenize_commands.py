@@ -1,5 +1,6 @@
 """`dsv3 tokenize`, `dsv3 eval` and `dsv3 quickstart` on a small corpus, and their refusals."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -99,6 +100,64 @@ def test_evaluation_on_other_tokens_than_the_model_knows(run_folder: Path, tmp_p
     checkpoint = run_folder / "checkpoints" / "checkpoint_step_12.pt"
     message = message_of(dsv3("eval", "--checkpoint", checkpoint, "--data", tmp_path / "tokens"))
     assert "model.vocab_size = 300" in message
+
+
+def test_evaluation_on_text_by_source(run_folder: Path, tmp_path: Path) -> None:
+    records = [{"text": "def a(x): return x + 4\n", "from": "code"}, {"text": "é", "from": "prose"}]
+    lines = tmp_path / "records.jsonl"
+    lines.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    command = ["eval", "--device", "cpu", run_folder / "checkpoints", "--source-field", "from"]
+    result = dsv3(*command, "--data", lines, "--output", tmp_path / "results.json")
+    assert result.exit_code == 0, result.output
+    assert "was trained on sequences of 32" in result.output
+    assert result.output.endswith("--prompt The --device cpu\n")
+    written = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert [(one["name"], one["bytes"]) for one in written["sources"]] == [("code", 23), ("prose", 2)]
+    assert (written["step"], written["context"], written["stride"], written["dtype"]) == (12, 64, 64, "float32")
+    for one in (*written["sources"], written["total"]):
+        cells = [f"{one[name]:,}" for name in ("documents", "tokens", "bytes")]
+        cells += [f"{one['loss']:.4f}", f"{one['perplexity']:,.2f}", f"{one['bits_per_byte']:.4f}"]
+        assert re.search(rf"^{one['name']} +" + " +".join(map(re.escape, cells)) + "$", result.output, re.MULTILINE)
+    again = dsv3(*command, "--data", lines, "--output", tmp_path / "results.json")
+    assert "exists and is left as it is" in message_of(again)
+
+
+def test_evaluation_on_held_out_documents_beside_text(run_folder: Path, tmp_path: Path) -> None:
+    results = tmp_path / "results.json"
+    command = ["eval", "--device", "cpu", "--checkpoint", run_folder / "checkpoints", "--output", results]
+    data = [f"held-out={run_folder / 'tokens'}", f"all={run_folder / 'text'}"]
+    assert dsv3(*command, "--context", 32, "--data", data[0], "--data", data[1]).exit_code == 0
+    held_out, whole = json.loads(results.read_text(encoding="utf-8"))["sources"]
+    assert (whole["documents"], held_out["documents"]) == (40, 8)
+    assert whole["bytes"] == sum(path.stat().st_size for path in (run_folder / "text").iterdir())
+    assert held_out["loss"] == pytest.approx(whole["loss"], abs=0.05)
+    results.unlink()
+    assert dsv3(*command, "--data", run_folder / "tokens").exit_code == 0
+    assert json.loads(results.read_text(encoding="utf-8"))["models"].keys() == {
+        "trained model",
+        "bigram",
+        "unigram",
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "found neither of MODEL and --checkpoint"),
+        (["{run}", "--checkpoint", "{run}"], "found both of MODEL and --checkpoint"),
+        (["{run}", "--stride", "4"], "are for texts"),
+        (["{run}", "--data", "{text}", "--context", "65"], "expected at most the model's context of 64"),
+        (["{run}", "--data", "a=nothing"], "nothing: does not exist"),
+        (["{run}", "--data", "{text}", "--output", "{text}"], "exists and is left as it is"),
+        (
+            ["{run}", "--data", "{text}", "--source-field", "from"],
+            "000.py: has no string or integer in field 'from'",
+        ),
+    ],
+)
+def test_evaluations_that_cannot_be_meant(run_folder: Path, words: list[str], expected: str) -> None:
+    places = {"run": run_folder / "checkpoints", "text": run_folder / "text"}
+    assert expected in message_of(dsv3("eval", *(word.format(**places) for word in words)))
 
 
 @pytest.mark.usefixtures("loss_picture")

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import torch
-import typer
 from rich.progress import track
 from rich.table import Table
 
@@ -20,18 +18,16 @@ from deepseek_v3.data.arrays import Int64Array
 from deepseek_v3.data.tokens.loader import TokenLoader
 from deepseek_v3.data.tokens.shards import TokenShards
 from deepseek_v3.evaluation.ngrams import ngram_losses
-from deepseek_v3.interop.load_model import load_model
+from deepseek_v3.evaluation.text_loss import finite, perplexity
+from deepseek_v3.evaluation.text_sources import check_tokenizer
 from deepseek_v3.model.pretrained import LoadedModel
 from deepseek_v3.training.data import DocumentIds, check_vocabulary
 from deepseek_v3.training.loss import Objective
 from deepseek_v3.training.validation import ValidationLoss, ValidationWindows, Validator, main_losses
-from deepseek_v3.utils.command_line import integer_option, print_next_steps
-from deepseek_v3.utils.distributed.launch import select_device
-from deepseek_v3.utils.errors import CheckpointError, DataError
-from deepseek_v3.utils.logging import configure_logging, get_console
+from deepseek_v3.utils.errors import CheckpointError
+from deepseek_v3.utils.logging import get_console
 
 _TOKENS_AT_ONCE = 2**20
-_LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 
 @dataclass(frozen=True)
@@ -45,11 +41,25 @@ class Comparison:
     def table(self) -> Table:
         """One row per model, best first: nats per token, bits per byte and perplexity."""
         table = Table("model", "nats per token", "bits per byte", "perplexity")
-        rows = [("trained model", self.model.loss), ("bigram", self.bigram), ("unigram", self.unigram)]
-        for name, loss in sorted(rows, key=lambda row: row[1]):
-            perplexity = math.exp(loss) if loss < _LARGEST_EXPONENT else math.inf
-            table.add_row(name, f"{loss:.4f}", f"{self.model.in_bits_per_byte(loss):.4f}", f"{perplexity:,.1f}")
+        for name, loss in sorted(self._losses().items(), key=lambda row: row[1]):
+            bits = self.model.in_bits_per_byte(loss)
+            table.add_row(name, f"{loss:.4f}", f"{bits:.4f}", f"{perplexity(loss):,.1f}")
         return table
+
+    def as_json(self) -> dict[str, Any]:
+        """What was measured, and the loss of each model; what JSON cannot write is None."""
+        models = {
+            name: {
+                "loss": finite(loss),
+                "perplexity": finite(perplexity(loss)),
+                "bits_per_byte": finite(self.model.in_bits_per_byte(loss)),
+            }
+            for name, loss in self._losses().items()
+        }
+        return {"tokens": self.model.tokens, "bytes": round(self.model.num_bytes), "models": models}
+
+    def _losses(self) -> dict[str, float]:
+        return {"trained model": self.model.loss, "bigram": self.bigram, "unigram": self.unigram}
 
 
 def compare_with_ngrams(
@@ -81,47 +91,22 @@ def measure_saved(saved: LoadedModel, shards: TokenShards, tokens: int, device: 
     return evaluation.measure(partial(main_losses, Objective(saved.model), documents), device)
 
 
-def evaluate(
-    checkpoint: Annotated[Path, typer.Option(help="A checkpoint, or a folder of them: the newest undamaged.")],
-    data: Annotated[Path | None, typer.Option(help="Token shards; those of the run if left out.")] = None,
-    tokens: Annotated[
-        int | None,
-        typer.Option(
-            metavar="NUMBER", parser=integer_option(at_least=1), help="Held-out tokens to read; all if left out."
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-) -> None:
-    """Measure a checkpoint's held-out loss, beside a unigram and a bigram model."""
-    configure_logging()
-    place = select_device(device)
-    saved = load_model(checkpoint, place)
-    shards = TokenShards.open(data or saved.config.data.path)
+def compare_saved(
+    saved: LoadedModel, shards: TokenShards, checkpoint: Path, tokens: int | None, device: torch.device
+) -> Comparison:
+    """Measures a saved model on at most `tokens` held-out tokens of `shards`, beside n-gram models.
+
+    Raises DataError for shards of another tokenizer, and CheckpointError if the loss is not finite.
+    """
     check_vocabulary(shards, saved.config.model)
-    _check_tokenizer(shards, saved, checkpoint)
-    held_out = measure_saved(saved, shards, tokens or shards.num_tokens("holdout"), place)
+    check_tokenizer(shards, saved.tokenizer)
+    held_out = measure_saved(saved, shards, tokens or shards.num_tokens("holdout"), device)
     if not math.isfinite(held_out.loss):
         raise CheckpointError(
             f"{checkpoint}: its held-out loss is {held_out.loss}, expected a number; its training had diverged, so "
             "use an earlier checkpoint"
         )
-    comparison = compare_with_ngrams(held_out, shards, saved.config, saved.tokens)
-    console = get_console()
-    console.print(f"{checkpoint}, step {saved.step}, on {held_out.tokens:,} held-out tokens of {shards.directory}")
-    console.print(comparison.table())
-    same = [] if device == "auto" else ["--device", device]
-    print_next_steps(["dsv3", "generate", "--checkpoint", checkpoint, "--prompt", "The", *same])
-
-
-def _check_tokenizer(shards: TokenShards, saved: LoadedModel, checkpoint: Path) -> None:
-    """Raises DataError if the shards were tokenized with another tokenizer than that of the model."""
-    if shards.load_tokenizer().to_json() != saved.tokenizer.to_json():
-        raise DataError(
-            f"{shards.directory}: was tokenized by another tokenizer, of {shards.index.vocab_size:,} ids, than the "
-            f"one of {saved.tokenizer.vocab_size:,} ids that {checkpoint} was trained with, so its ids mean "
-            "other text; tokenize the text with `dsv3 tokenize --tokenizer` and the tokenizer.json of the run's "
-            "token shards"
-        )
+    return compare_with_ngrams(held_out, shards, saved.config, saved.tokens)
 
 
 def _blocks(loader: TokenLoader, windows: int) -> Iterator[Int64Array]:

@@ -86,10 +86,10 @@ class BatchBuilder:
                 "not_object",
                 f"holds {_type(record)}, expected an object with a field {self._options.text_field!r}",
             )
-        text = _take(record, self._options.text_field)
+        text = take_field(record, self._options.text_field)
         if type(text) is not str:
             raise self._no_text(text, record)
-        id_ = _take(record, self._options.id_field)
+        id_ = take_field(record, self._options.id_field)
         if type(id_) is not str:
             id_ = self._id(id_, place)
         self.add_text(place, id_, text, record)
@@ -162,14 +162,17 @@ def _type(value: Any) -> str:
     return _TYPES.get(type(value), f"a {type(value).__name__}")
 
 
-def _take(record: dict[str, Any], field: str) -> Any:
-    """Removes a field and returns it, or `_MISSING`. `a.b` is a field of that name, or else field b of object a."""
+def take_field(record: dict[str, Any], field: str) -> Any:
+    """Removes a field and returns it, or an object that no JSON value equals if there is none.
+
+    `a.b` is a field of that name, or else field b of object a.
+    """
     value = record.pop(field, _MISSING)
     if value is not _MISSING or "." not in field:
         return value
     outer, _, inner = field.partition(".")
     holder = record.get(outer)
-    return _take(holder, inner) if isinstance(holder, dict) else _MISSING
+    return take_field(holder, inner) if isinstance(holder, dict) else _MISSING
 
 
 def _as_json(fields: dict[str, Any]) -> str:

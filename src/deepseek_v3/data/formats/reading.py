@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import orjson
 import pyarrow as pa
 
 from deepseek_v3.data.documents import Document
-from deepseek_v3.data.formats.batches import END_OF_FILE, FileRange, ReadBatch, ReadOptions
+from deepseek_v3.data.formats.batches import END_OF_FILE, FileRange, ReadBatch, ReadOptions, take_field
 from deepseek_v3.data.formats.file_types import known_format
 from deepseek_v3.data.formats.inputs import find_inputs
 from deepseek_v3.data.formats.streams import ByteStream, InputFile
@@ -48,6 +49,32 @@ def read_documents(source: str | Path, text_field: str = "text", *, warn: bool =
     Raises DataError at the first invalid record, naming the file and the line, byte or row, and at the end if there
     was no text at all.
     """
+    for _, records in _valid_records(source, text_field, warn):
+        for id_, text in zip(records["id"].to_pylist(), records["text"].to_pylist(), strict=True):
+            yield Document(id_, text)
+
+
+def read_labelled_documents(
+    source: str | Path, label_field: str, text_field: str = "text"
+) -> Iterator[tuple[str, Document]]:
+    """Yields what `read_documents` does, each with its label: the string or integer in `label_field`.
+
+    `a.b` is field b of object a. Raises DataError also for a record without such a label, and names its place.
+    """
+    for file, records in _valid_records(source, text_field, warn=True):
+        for record in records.to_pylist():
+            fields = orjson.loads(record["metadata"] or "{}")
+            label = take_field(fields, label_field)
+            if not isinstance(label, (str, int)) or isinstance(label, bool):
+                raise DataError(
+                    f"{_where(file, record['place'])}: has no string or integer in field {label_field!r}, which "
+                    "should name its source; name another field"
+                )
+            yield str(label), Document(record["id"], record["text"])
+
+
+def _valid_records(source: str | Path, text_field: str, warn: bool) -> Iterator[tuple[InputFile, pa.RecordBatch]]:
+    """Batches of the records whose text is more than white space; see `read_documents`."""
     files, ignored = find_inputs(source)
     if ignored and warn:
         names = ", ".join(one.name for one in ignored[:_NAMES_SHOWN])
@@ -57,10 +84,10 @@ def read_documents(source: str | Path, text_field: str = "text", *, warn: bool =
     for file in files:
         for records, quarantined, _ in read_range(FileRange(file), options):
             _require_valid(quarantined, file)
-            for id_, text in zip(records["id"].to_pylist(), records["text"].to_pylist(), strict=True):
-                if text and not text.isspace():
-                    found = True
-                    yield Document(id_, text)
+            rows = [row for row, text in enumerate(records["text"].to_pylist()) if text and not text.isspace()]
+            if rows:
+                found = True
+                yield file, records if len(rows) == records.num_rows else records.take(rows)
     if not found:
         raise DataError(f"{source}: holds no text; expected text files, or records with text in {text_field!r}")
 

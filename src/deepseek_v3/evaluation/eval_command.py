@@ -1,0 +1,180 @@
+"""The command `dsv3 eval`: the loss of a model on held-out tokens, and on any text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from deepseek_v3.data.tokens.shards import TokenShards
+from deepseek_v3.evaluation.perplexity import compare_saved
+from deepseek_v3.evaluation.scoring import Scorer
+from deepseek_v3.evaluation.text_loss import WindowRule, loss_table, measure_texts, start_of_text, total_of
+from deepseek_v3.evaluation.text_sources import (
+    ReadingRules,
+    TextSource,
+    encoded_documents,
+    is_token_shards,
+    parse_sources,
+)
+from deepseek_v3.interop.load_model import load_model
+from deepseek_v3.model.pretrained import LoadedModel
+from deepseek_v3.utils.command_line import integer_option, print_next_steps
+from deepseek_v3.utils.distributed.launch import select_device
+from deepseek_v3.utils.errors import CheckpointError, DataError
+from deepseek_v3.utils.files import atomic_write
+from deepseek_v3.utils.logging import configure_logging, get_console, get_logger
+from deepseek_v3.utils.progress import ProgressDisplay
+from deepseek_v3.utils.text import printable
+
+_log = get_logger("Evaluation")
+
+_positive = integer_option(at_least=1)
+
+
+def evaluate(
+    model: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="A checkpoint, a folder of them (the newest undamaged), or a Hugging Face directory.",
+        ),
+    ] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="The same as MODEL.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]PATH",
+            help="Text, or token shards; may be repeated. Left out: the held-out tokens of the run.",
+        ),
+    ] = None,
+    text_field: Annotated[str, typer.Option(help="Field of a record that holds the text.")] = "text",
+    source_field: Annotated[
+        str | None, typer.Option(help="Field of a record that names its source, instead of the file.")
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="NUMBER",
+            parser=_positive,
+            help="Tokens to read of each --data, or of the run's; all if left out.",
+        ),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            metavar="NUMBER", parser=_positive, help="Tokens in a window of a text; by default the model's context."
+        ),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            metavar="NUMBER",
+            parser=_positive,
+            help="New tokens in each later window of a text; by default the context, so windows do not overlap.",
+        ),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Also write the results to this new file, as JSON.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Measure a model's loss on held-out tokens or on any text, by source."""
+    configure_logging()
+    path = _one_of(model, checkpoint)
+    _refuse_existing(output)
+    place = select_device(device)
+    sources = parse_sources(data) if data else []
+    rules = ReadingRules(text_field, source_field, tokens)
+    saved = load_model(path, place)
+    if shards := _compared_shards(saved, data, path):
+        _refuse_text_options(shards, context, stride, source_field)
+        results = _compare(saved, TokenShards.open(shards), path, tokens, place)
+    else:
+        results = _measure(saved, sources, rules, WindowRule.checked(context, stride, _context_of(saved)))
+    if output is not None:
+        _write(output, {"model": str(path), "step": saved.step, **results})
+    same = [] if device == "auto" else ["--device", device]
+    print_next_steps(["dsv3", "generate", "--checkpoint", path, "--prompt", "The", *same])
+
+
+def _one_of(model: Path | None, checkpoint: Path | None) -> Path:
+    given = [path for path in (model, checkpoint) if path is not None]
+    if len(given) != 1:
+        found = "both" if given else "neither"
+        raise CheckpointError(f"found {found} of MODEL and --checkpoint, expected one of the two: a checkpoint")
+    return given[0]
+
+
+def _refuse_existing(output: Path | None) -> None:
+    if output is not None and output.exists():
+        raise DataError(f"--output {output}: exists and is left as it is; choose a new file")
+
+
+def _compared_shards(saved: LoadedModel, data: Sequence[str] | None, path: Path) -> Path | None:
+    """The shards on which the model is compared with n-gram models: one folder without a name, or the run's.
+
+    A model that was trained elsewhere has no tokens to fit them to. Raises DataError if it has no data then.
+    """
+    if data is None:
+        if not saved.tokens:
+            raise DataError(f"{path}: names no token shards of its training; give --data with text or token shards")
+        return saved.config.data.path
+    one = Path(data[0])
+    return one if len(data) == 1 and is_token_shards(one) and saved.tokens else None
+
+
+def _refuse_text_options(shards: Path, *given: object) -> None:
+    if any(value is not None for value in given):
+        raise DataError(
+            "--context, --stride and --source-field are for texts, and held-out tokens are read as in training; "
+            f"name the shards to measure their documents one by one, as in --data held-out={shards}"
+        )
+
+
+def _compare(
+    saved: LoadedModel, shards: TokenShards, path: Path, tokens: int | None, device: torch.device
+) -> dict[str, Any]:
+    comparison = compare_saved(saved, shards, path, tokens, device)
+    console, count = get_console(), comparison.model.tokens
+    console.print(f"{path}, step {saved.step}, on {count:,} held-out tokens of {shards.directory}")
+    console.print(comparison.table())
+    return {"shards": str(shards.directory), **comparison.as_json()}
+
+
+def _context_of(saved: LoadedModel) -> int:
+    return saved.model.config.max_position_embeddings
+
+
+def _measure(
+    saved: LoadedModel, sources: Sequence[TextSource], rules: ReadingRules, rule: WindowRule
+) -> dict[str, Any]:
+    trained = saved.config.training.sequence_length
+    if saved.tokens and rule.context > trained:
+        _log.warning(
+            f"windows have up to {rule.context:,} tokens, and the model was trained on sequences of {trained:,}: "
+            f"later tokens may be predicted badly; --context {trained} measures as it was trained"
+        )
+    documents = encoded_documents(sources, saved.tokenizer, rules)
+    start = start_of_text(saved.tokenizer)
+    with ProgressDisplay() as display, display.task("Scoring text", None, "tokens", _log) as progress:
+        losses = measure_texts(Scorer(saved.model), documents, start, rule, progress)
+    typer.echo(printable("\n".join(loss_table(losses))))
+    return {
+        "context": rule.context,
+        "stride": rule.stride,
+        "dtype": str(saved.model.compute_dtype or saved.model.head_weight_VD.dtype).removeprefix("torch."),
+        "sources": [loss.as_json() for loss in losses],
+        "total": total_of(losses).as_json(),
+    }
+
+
+def _write(output: Path, results: Mapping[str, Any]) -> None:
+    try:
+        with atomic_write(output) as partial:
+            text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False)
+            partial.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"--output {output}: cannot be written: {error.strerror}") from None
