@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.config.train_config import RunConfig
@@ -16,6 +17,7 @@ from deepseek_v3.training.parallel.deepspeed_config import DeepSpeedFile
 from deepseek_v3.training.parallel.engine import Engine
 from deepseek_v3.training.parallel.mesh import build_mesh
 from deepseek_v3.training.trainer import Trainer
+from deepseek_v3.utils.checkpointing.state_dict import flatten
 from deepseek_v3.utils.distributed.launch import World, export_environment
 from deepseek_v3.utils.errors import ConfigError
 from helpers import parallel_runs
@@ -82,6 +84,19 @@ def train_run(file: Path, path: Path, overrides: list[str], resume: str | None) 
     result = Trainer(config, CPU, resume, build_mesh(config.parallel, "cpu"), deepspeed=settings).run()
     assert result.validation is not None
     return result.step, result.validation.loss
+
+
+def started(file: Path, path: Path, overrides: list[str], init: Path) -> dict[str, Any]:
+    """Starts a run from weights; returns the whole weights and moments on every rank, as a checkpoint has them."""
+    _announce()
+    settings = DeepSpeedFile(file)
+    config = settings.resolve_layout(load_config(path, overrides), dist.get_world_size())
+    engine = Trainer(config, CPU, mesh=build_mesh(config.parallel, "cpu"), deepspeed=settings, init=init).engine
+    state = flatten(engine.state())[0]
+    return {
+        name: (engine._gathered(tensor, CPU) if isinstance(tensor, DTensor) else tensor).numpy()
+        for name, tensor in state.items()
+    }
 
 
 def refusal(file: Path) -> str:

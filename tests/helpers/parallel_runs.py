@@ -273,3 +273,28 @@ def resumed(path: Path, overrides: list[str], checkpoint: str, device: str = "cp
                     differing.append(f"{kind} of {name}")
     measured = trainer.validator.measure(engine.main_losses, own(device), engine.mesh.sum_over_ranks)
     return Resumed(compared, differing, measured.loss)
+
+
+def started(path: Path, overrides: list[str], init: Path, device: str = "cpu") -> tuple[int, list[str]]:
+    """Starts a run from weights; returns how many tensors were compared and which differ on this rank.
+
+    Weights and routing biases are compared with those of the checkpoint beside `init`, moments with zeros.
+    """
+    config = load_config(path, overrides)
+    trainer = Trainer(config, own(device), mesh=build_mesh(config.parallel, device), init=init)
+    return compared_with(trainer.engine, load_checkpoint(init.parent / "weights.pt")["model"])
+
+
+def compared_with(engine: Engine, weights: dict[str, Tensor]) -> tuple[int, list[str]]:
+    assert engine.optimizer.num_steps == 0
+    count, differing = 0, []
+    for model in engine.models:
+        expected = {name: piece.of(weights[name]) for name, piece in local_shards(model, engine.mesh).items()}
+        expected |= {name: weights[name] for name, _ in model.named_buffers()}
+        found = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        differing += [name for name, values in found.items() if not local(values).cpu().equal(expected[name])]
+        count += len(found)
+        for name, parameter in model.named_parameters():
+            moments = engine.optimizer.state[parameter].values()
+            differing += [f"moments of {name}" for values in moments if local(values).count_nonzero()]
+    return count, differing

@@ -166,6 +166,11 @@ def _check(
 ) -> None:
     """Raises CheckpointError if a checkpoint's plain values do not fit this run."""
     before = checkpoint_config(saved, path)
+    if saved.get("optimizer") is None:
+        raise CheckpointError(
+            f"{path}: holds a model without an optimizer, expected the checkpoint of a run; start a new run from "
+            "its weights with --init"
+        )
     check_entries(RunEntries, saved, path)
     check_changes(before, config, path, allow_changed_data)
     _check_same_steps(saved, schedule, path, allow_changed_data)

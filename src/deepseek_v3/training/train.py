@@ -28,6 +28,7 @@ from deepseek_v3.utils.command_line import integer_option, override_options, pri
 from deepseek_v3.utils.distributed.collectives import checkpoint_group
 from deepseek_v3.utils.distributed.launch import ALONE, World, export_environment, process_group, select_device
 from deepseek_v3.utils.distributed.watchdog import Watchdog
+from deepseek_v3.utils.errors import ConfigError
 from deepseek_v3.utils.logging import configure_logging, get_logger
 from deepseek_v3.utils.machine import describe_threads, usable_cores
 
@@ -44,6 +45,10 @@ def train(
             metavar="PATH|latest|auto",
             help="Continue a checkpoint, or the newest good one; auto: the newest one if there is any.",
         ),
+    ] = None,
+    init: Annotated[
+        Path | None,
+        typer.Option(help="Start from these weights: a checkpoint or a Hugging Face directory. All else is new."),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     force: Annotated[
@@ -70,6 +75,7 @@ def train(
     """Train a model, from the first step or from a checkpoint."""
     world = World.from_environment()
     configure_logging(logging.INFO if world.rank == 0 else logging.ERROR)
+    _check_start(init, resume)
     overrides = override or []
     place = select_device(device, world)
     limit = timedelta(seconds=timeout)
@@ -87,6 +93,7 @@ def train(
             settings,
             stop,
             allow_changed_data=allow_changed_data,
+            init=init,
         )
         if world.rank != 0:
             return
@@ -103,6 +110,15 @@ def train(
         words += ["--allow-changed-data"] if allow_changed_data else []
         words += ["--deepspeed", str(deepspeed)] if deepspeed else []
         print_next_steps(_command(world, words))
+
+
+def _check_start(init: Path | None, resume: str | None) -> None:
+    """Raises ConfigError if a run would both start from weights and resume a checkpoint."""
+    if init is not None and resume not in (None, "auto"):
+        raise ConfigError(
+            f"found --init {init} and --resume {resume}, expected one of them: --init starts a new run from "
+            "weights, --resume continues a run, and --init with --resume auto starts it once and then continues it"
+        )
 
 
 def _command(world: World, words: list[str]) -> list[str]:
@@ -124,12 +140,14 @@ def train_run(
     stop: GracefulStop | None = None,
     *,
     allow_changed_data: bool = False,
+    init: Path | None = None,
 ) -> TrainingResult:
     """Trains as `config` says; writes the resolved config, metrics and a plot of the losses to its run folder.
 
     Every process of a job must call it. `watchdog` is notified of every step, and waits for a checkpoint that is
     being written before it ends the process; `stop` is as in `Trainer.run`. With `deepspeed` DeepSpeed runs the
-    steps, which needs a process group even for one process. `resume` and `allow_changed_data` are as in `Trainer`.
+    steps, which needs a process group even for one process. `resume`, `allow_changed_data` and `init` are as in
+    `Trainer`.
 
     Raises PlanError, before it allocates anything, if the run is not expected to fit in memory or on the disk;
     `force` turns this error into a warning.
@@ -149,7 +167,14 @@ def train_run(
     with lock_run_folders(config, group, resume, force):
         step_begins = watchdog.step if watchdog else None
         trainer = Trainer(
-            config, device, resume, mesh, step_begins, deepspeed, allow_changed_data=allow_changed_data
+            config,
+            device,
+            resume,
+            mesh,
+            step_begins,
+            deepspeed,
+            allow_changed_data=allow_changed_data,
+            init=init,
         )
         if watchdog is not None:
             watchdog.finish_first(trainer.checkpoints.finish)

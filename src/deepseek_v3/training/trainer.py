@@ -30,6 +30,7 @@ from deepseek_v3.training.samples import SampleWriter
 from deepseek_v3.training.schedule import ScheduledStep, TrainingSchedule
 from deepseek_v3.training.signals import GracefulStop
 from deepseek_v3.training.validation import ValidationLoss, Validator
+from deepseek_v3.training.warm_start import WarmStart
 from deepseek_v3.utils.checkpointing.checks import non_finite, non_finite_summary
 from deepseek_v3.utils.checkpointing.state_dict import flatten
 from deepseek_v3.utils.distributed.collectives import run_on_all_ranks
@@ -56,8 +57,9 @@ class Trainer:
     `step_begins` is called with the number of every step. With `deepspeed`, its settings, DeepSpeed runs the steps.
 
     `resume` is a checkpoint, `latest`, or `auto`: the latest if there is one. With `allow_changed_data` the run may
-    continue with other samples or another loss than the checkpoint's run, as `resume_rules` says. Raises a
-    UserError, before it overwrites any file, if the config, the tokens or the checkpoint cannot be used.
+    continue with other samples or another loss than the checkpoint's run, as `resume_rules` says. A run that does
+    not resume takes its weights from `init`, if that is given, as `WarmStart` says. Raises a UserError, before it
+    overwrites any file, if the config, the tokens, the checkpoint or the weights cannot be used.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Trainer:
         deepspeed: DeepSpeedFile | None = None,
         *,
         allow_changed_data: bool = False,
+        init: Path | None = None,
     ) -> None:
         self.config, self.device = config, device
         self.mesh = mesh or ParallelMesh(config.parallel)
@@ -79,10 +82,13 @@ class Trainer:
         start = self.checkpoints.find_start(resume)
         # A second gloo group, because the background writer may be using the checkpoint group at the same time.
         self._group = None if self.mesh.is_alone else dist.new_group(backend="gloo")
+        weights = WarmStart(init, config, self._group) if init is not None and start is None else None
         self.shards = open_tokens(config) if self.mesh.is_alone else self._open_tokens_on_all_ranks()
         self.loader = TokenLoader(
             self.shards, sequence_length=config.training.sequence_length, seed=config.training.seed
         )
+        if weights is not None:
+            weights.check_tokenizer(self.shards.load_tokenizer())
         warn_of_unusual_settings(config, self.plan, self.loader, self.shards)
         torch.manual_seed(config.training.seed)
         self.validator = run_on_all_ranks(self._group, self._make_validator)
@@ -99,6 +105,8 @@ class Trainer:
         self._failure: DataError | None = None
         if start is not None:
             self._restore(start, str(resume), allow_changed_data)
+        elif weights is not None:
+            weights.load(self.engine)
 
     def _open_tokens_on_all_ranks(self) -> TokenShards:
         """Opens the tokens with a long timeout, because rank 0 may have to tokenize the corpus first."""

@@ -213,6 +213,11 @@ class Tokenizer:
         with_markers, without = (self._tokenizer.encode("a", add_special_tokens=each).ids for each in (True, False))
         return tuple(with_markers[: with_markers.index(without[0])]) if without else ()
 
+    def has_the_ids_of(self, other: Tokenizer) -> bool:
+        """Whether every id stands for the same token in both tokenizers."""
+        ours, theirs = (each._tokenizer.get_vocab(with_added_tokens=True) for each in (self, other))
+        return ours == theirs
+
     @property
     def _fields(self) -> dict[str, Any]:
         """The `tokenizer.json` as the library writes it, including the types that a file may omit."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +78,24 @@ class CheckpointReader(ABC):
         """Returns a whole tensor in new memory on the CPU."""
         info = self.tensors[name]
         tensor = torch.empty(info.shape, dtype=info.dtype)
-        for offsets, sizes in self.chunks(name):
-            box = tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))
-            tensor[box] = self.chunk(name, offsets)
+        self.read_into(tensor, name)
         return tensor
+
+    def read_into(self, target: Tensor, name: str, starts: Sequence[int] | None = None) -> None:
+        """Fills `target`, on any device, with the block of a tensor that begins at `starts`, or at its start."""
+        begins = starts or (0,) * target.ndim
+        ends = [begin + size for begin, size in zip(begins, target.shape, strict=True)]
+        for offsets, sizes in self.chunks(name):
+            first = [max(pair) for pair in zip(begins, offsets, strict=True)]
+            last = [min(end, at + size) for end, at, size in zip(ends, offsets, sizes, strict=True)]
+            if all(low < high for low, high in zip(first, last, strict=True)):
+                chunk = self.chunk(name, offsets)
+                target[_box(first, last, begins)] = chunk[_box(first, last, offsets)].to(target.device)
+
+
+def _box(first: Sequence[int], last: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
+    """The positions from `first` to `last` of a tensor whose first element is at `origin`."""
+    return tuple(slice(low - at, high - at) for low, high, at in zip(first, last, origin, strict=True))
 
 
 def open_checkpoint(path: Path) -> CheckpointReader:
