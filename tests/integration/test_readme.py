@@ -52,7 +52,7 @@ def test_the_commands_of_the_readme_run_as_they_stand(tmp_path: Path, monkeypatc
             continue
         result = dsv3(*words, *QUICK.get(words[0], []))
         assert result.exit_code == 0, f"{words}: {result.output}\n{result.exception}"
-        said[words[0]] = result.output
+        said[words[0]] = said.get(words[0], "") + result.output
         assert words[-1] == "schema" or re.search(r"(^|# )Next:", result.output, re.MULTILINE), words
     tokenizer = TokenShards.open("data/tokens").index.vocab_size
     model = load_model(Path("checkpoints"), select_device("cpu")).config.model

@@ -61,7 +61,7 @@ def load_pretrained(
 ) -> DeepSeekV3:
     """Loads a released model, or one that Transformers or `save_pretrained` wrote, in evaluation mode.
 
-    The weights get `dtype`, by default the type that the embedding is stored in, and routing biases float32. The
+    The weights get `dtype`, by default the type that the embedding is stored in; routers keep at least float32. The
     weights are read tensor by tensor to `device`: memory holds the model and one tensor. MTP layers that the config
     states and the files lack are left out with a warning; `require_mtp` refuses that.
 
@@ -76,9 +76,7 @@ def load_opened(weights: ReleasedWeights, dtype: torch.dtype | None, device: tor
     with torch.device("meta"):
         model = DeepSeekV3(weights.config)
     dtype = dtype or weights.stored_dtype
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    state = model.to_empty(device=device).state_dict()
+    state = model.to(dtype).to_empty(device=device).state_dict()
     total = sum(tensor.nbytes for tensor in state.values())
     with ProgressDisplay() as display, display.task("Loading", total, "bytes", _log) as task:
         for name, target in state.items():
