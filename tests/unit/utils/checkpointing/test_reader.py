@@ -26,7 +26,7 @@ class InChunks(CheckpointReader):
     def verify_file(self, name: str) -> None:
         raise NotImplementedError
 
-    def chunks(self, name: str) -> list[tuple[Any, Any]]:
+    def chunks(self, name: str) -> list[tuple[Any, Any]]:  # noqa: ARG002 -- there is one tensor
         return [
             ((top, left, 0), (bottom - top, right - left, SHAPE[2]))
             for top, bottom in self._cuts[0]
