@@ -73,7 +73,7 @@ def _quality() -> Any:
     return quality_app
 
 
-@_command("tokenize", "Turn text into token shards, with a hold-out split.")
+@_command("tokenize", "Turn text into token ids, in a training and a hold-out split.")
 def _tokenize() -> Any:
     from deepseek_v3.data.tokens.command import tokenize
 

@@ -225,10 +225,10 @@ def train_until_tokens_are_lost(path: Path, overrides: list[str], split: str, ra
         if step == 3 and loses:
             copy = Path(f"{config.data.path} of rank {rank}")
             shutil.copytree(config.data.path, copy)
-            trainer.shards.directory = copy
-            trainer.shards._file.cache_clear()
-            for name, number, _ in trainer.shards._shards():
-                trainer.shards._file(name, number)
+            trainer.tokens.directory = copy
+            trainer.tokens._file.cache_clear()
+            for name, number, _ in trainer.tokens._shards():
+                trainer.tokens._file(name, number)
             for file in (copy / split).iterdir():
                 os.truncate(file, 9)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, model_validator
 
 from deepseek_v3.config.base import Fraction, Integer, NonNegativeInt, Real, Section
 from deepseek_v3.utils.files import is_address
@@ -54,11 +55,40 @@ class CorpusConfig(Section):
     seed: NonNegativeInt = 0
 
 
-class DataConfig(Section):
-    """The token shards of a run, in the format that `dsv3 tokenize` writes.
+class TokenFiles(Section):
+    """Tokens on disk: a folder of token shards, or Megatron-LM datasets.
 
-    `mask_documents` keeps attention inside each document of a window. `verify_checksums` reads every shard once
-    before the run starts.
+    `path` is a folder that `dsv3 tokenize` has written, or the prefix of a Megatron-LM dataset, `path`.bin and
+    `path`.idx. The other fields are for such a prefix. `tokenizer` is the tokenizer.json that made its ids; null is
+    the one beside it. `holdout_path` is the prefix of a second dataset, which is held out. Without it, `holdout` is
+    the share of the first dataset to hold out; null is 0.02.
+    """
+
+    path: LocalPath
+    tokenizer: LocalPath | None = None
+    holdout: Annotated[Real, Field(gt=0, lt=1)] | None = None
+    holdout_path: LocalPath | None = None
+
+    @property
+    def exist(self) -> bool:
+        """Whether there is anything at `path`: a file, a folder, or a file of a Megatron-LM dataset."""
+        return any(os.path.exists(f"{self.path}{suffix}") for suffix in ("", ".idx", ".bin"))  # noqa: PTH110
+
+    @model_validator(mode="after")
+    def _one_holdout(self) -> TokenFiles:
+        if self.holdout is not None and self.holdout_path is not None:
+            raise ValueError(
+                f"holdout = {self.holdout} and holdout_path = {self.holdout_path}: expected one of the two, a "
+                "share of path or a second dataset"
+            )
+        return self
+
+
+class DataConfig(TokenFiles):
+    """The tokens of a run.
+
+    `corpus` is how to build token shards if nothing is at `path`. `mask_documents` keeps attention inside each
+    document of a window. `verify_checksums` reads all tokens once before the run starts.
     """
 
     path: LocalPath = DEFAULT_TOKENS

@@ -19,7 +19,7 @@ _MULTIPLE = 128  # divides into tensor-core tiles, and over ranks that shard emb
 def fill_vocabulary(fields: dict[str, Any]) -> str | None:
     """Sets `model.vocab_size` in the fields of a run if it is missing or null.
 
-    The size is the tokenizer's number of ids, rounded up to a multiple of 128. The tokenizer is that of the shards
+    The size is the tokenizer's number of ids, rounded up to a multiple of 128. The tokenizer is that of the tokens
     at `data.path` or the one that `data.corpus` will train, whichever is larger, so that building the shards does
     not change the model. Without either, the size is the published 129,280. Returns the reason for the log; None if
     nothing was changed.
@@ -30,7 +30,7 @@ def fill_vocabulary(fields: dict[str, Any]) -> str | None:
     path = data.get("path", DataConfig.model_fields["path"].default)
     corpus = data.get("corpus")
     sizes = {
-        f"the tokenizer of {path}": _count(_tokenizer_size(path)),
+        f"the tokenizer of {path}": _count(_tokenizer_size(path) or _megatron_size(path, data.get("tokenizer"))),
         "data.corpus": _count(corpus.get("vocab_size")) if isinstance(corpus, dict) else 0,
     }
     known = {source: size for source, size in sizes.items() if size}
@@ -54,7 +54,38 @@ def _tokenizer_size(path: object) -> object:
     """`vocab_size` in the index of token shards; None if it cannot be read."""
     if not isinstance(path, str | Path):
         return None
+    index = _json_in(Path(path) / "index.json")
+    return index.get("vocab_size") if isinstance(index, dict) else None
+
+
+def _megatron_size(path: object, tokenizer: object) -> int | None:
+    """The ids of the tokenizer.json of a Megatron-LM dataset; None if it cannot be read.
+
+    The file is `tokenizer`, or the one beside the dataset. `path` is its prefix, or the folder of `train`.
+    """
+    if not isinstance(path, str | Path):
+        return None
+    if isinstance(tokenizer, str | Path):
+        return _num_ids(Path(tokenizer))
+    if Path(path, "train.idx").is_file():
+        return _num_ids(Path(path))
+    return _num_ids(Path(path).parent) if Path(f"{path}.idx").is_file() else None
+
+
+def _num_ids(tokenizer: Path) -> int | None:
+    """One more than the largest id in a tokenizer.json, or in the one of a folder; None for any other file."""
+    fields = _json_in(tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer)
     try:
-        return json.loads((Path(path) / "index.json").read_text(encoding="utf-8"))["vocab_size"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        vocabulary, added = fields["model"]["vocab"], fields.get("added_tokens") or []
+        ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+        return 1 + max([*ids, *(token["id"] for token in added)])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def _json_in(path: Path) -> Any:
+    """The content of a JSON file; None if it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None

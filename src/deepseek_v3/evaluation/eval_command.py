@@ -10,7 +10,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from deepseek_v3.data.tokens.shards import TokenShards
+from deepseek_v3.config.data_config import TokenFiles
+from deepseek_v3.data.tokens.open_source import open_source
+from deepseek_v3.data.tokens.source import TokenSource
 from deepseek_v3.evaluation.perplexity import compare_saved
 from deepseek_v3.evaluation.scoring import Scorer
 from deepseek_v3.evaluation.text_loss import WindowRule, loss_table, measure_texts, start_of_text, total_of
@@ -89,9 +91,9 @@ def evaluate(
     sources = parse_sources(data) if data else []
     rules = ReadingRules(text_field, source_field, tokens)
     saved = load_model(path, place)
-    if shards := _compared_shards(saved, data, path):
-        _refuse_text_options(shards, context, stride, source_field)
-        results = _compare(saved, TokenShards.open(shards), path, tokens, place)
+    if compared := _compared_tokens(saved, data, path):
+        _refuse_text_options(compared.path, context, stride, source_field)
+        results = _compare(saved, open_source(compared), path, tokens, place)
     else:
         results = _measure(saved, sources, rules, WindowRule.checked(context, stride, _context_of(saved)))
     if output is not None:
@@ -113,17 +115,17 @@ def _refuse_existing(output: Path | None) -> None:
         raise DataError(f"--output {output}: exists and is left as it is; choose a new file")
 
 
-def _compared_shards(saved: LoadedModel, data: Sequence[str] | None, path: Path) -> Path | None:
-    """The shards on which the model is compared with n-gram models: one folder without a name, or the run's.
+def _compared_tokens(saved: LoadedModel, data: Sequence[str] | None, path: Path) -> TokenFiles | None:
+    """The tokens on which the model is compared with n-gram models: one folder without a name, or the run's.
 
     A model that was trained elsewhere has no tokens to fit them to. Raises DataError if it has no data then.
     """
     if data is None:
         if not saved.tokens:
             raise DataError(f"{path}: names no token shards of its training; give --data with text or token shards")
-        return saved.config.data.path
+        return saved.config.data
     one = Path(data[0])
-    return one if len(data) == 1 and is_token_shards(one) and saved.tokens else None
+    return TokenFiles(path=one) if len(data) == 1 and is_token_shards(one) and saved.tokens else None
 
 
 def _refuse_text_options(shards: Path, *given: object) -> None:
@@ -135,13 +137,13 @@ def _refuse_text_options(shards: Path, *given: object) -> None:
 
 
 def _compare(
-    saved: LoadedModel, shards: TokenShards, path: Path, tokens: int | None, device: torch.device
+    saved: LoadedModel, shards: TokenSource, path: Path, tokens: int | None, device: torch.device
 ) -> dict[str, Any]:
     comparison = compare_saved(saved, shards, path, tokens, device)
     console, count = get_console(), comparison.model.tokens
-    console.print(f"{path}, step {saved.step}, on {count:,} held-out tokens of {shards.directory}")
+    console.print(f"{path}, step {saved.step}, on {count:,} held-out tokens of {shards.name}")
     console.print(comparison.table())
-    return {"shards": str(shards.directory), **comparison.as_json()}
+    return {"shards": shards.name, **comparison.as_json()}
 
 
 def _context_of(saved: LoadedModel) -> int:

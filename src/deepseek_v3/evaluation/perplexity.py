@@ -16,7 +16,7 @@ from rich.table import Table
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.arrays import Int64Array
 from deepseek_v3.data.tokens.loader import TokenLoader
-from deepseek_v3.data.tokens.shards import TokenShards
+from deepseek_v3.data.tokens.source import TokenSource
 from deepseek_v3.evaluation.ngrams import ngram_losses
 from deepseek_v3.evaluation.text_loss import finite, perplexity
 from deepseek_v3.evaluation.text_sources import check_tokenizer
@@ -63,7 +63,7 @@ class Comparison:
 
 
 def compare_with_ngrams(
-    held_out: ValidationLoss, shards: TokenShards, config: RunConfig, trained_tokens: int
+    held_out: ValidationLoss, shards: TokenSource, config: RunConfig, trained_tokens: int
 ) -> Comparison:
     """Compares a measured loss with n-gram models fitted to the first `trained_tokens` tokens in training order.
 
@@ -78,13 +78,13 @@ def compare_with_ngrams(
     losses = ngram_losses(
         partial(_blocks, loader, trained),
         measured.blocks,
-        shards.index.vocab_size,
-        not_before=shards.index.end_of_text if config.data.mask_documents else None,
+        shards.vocab_size,
+        not_before=shards.end_of_text if config.data.mask_documents else None,
     )
     return Comparison(held_out, losses.bigram, losses.unigram)
 
 
-def measure_saved(saved: LoadedModel, shards: TokenShards, tokens: int, device: torch.device) -> ValidationLoss:
+def measure_saved(saved: LoadedModel, shards: TokenSource, tokens: int, device: torch.device) -> ValidationLoss:
     """The loss of a saved model on at most `tokens` held-out tokens, measured as in its training run."""
     evaluation = Validator(shards, saved.config, tokens)
     documents = DocumentIds(shards, saved.config.data.mask_documents)
@@ -92,7 +92,7 @@ def measure_saved(saved: LoadedModel, shards: TokenShards, tokens: int, device: 
 
 
 def compare_saved(
-    saved: LoadedModel, shards: TokenShards, checkpoint: Path, tokens: int | None, device: torch.device
+    saved: LoadedModel, shards: TokenSource, checkpoint: Path, tokens: int | None, device: torch.device
 ) -> Comparison:
     """Measures a saved model on at most `tokens` held-out tokens of `shards`, beside n-gram models.
 

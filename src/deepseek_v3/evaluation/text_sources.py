@@ -15,6 +15,7 @@ from deepseek_v3.data.documents import Document
 from deepseek_v3.data.formats.reading import read_documents, read_labelled_documents
 from deepseek_v3.data.tokens.index import INDEX_FILE
 from deepseek_v3.data.tokens.shards import TokenShards
+from deepseek_v3.data.tokens.source import TokenSource
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.utils.errors import DataError
 
@@ -160,11 +161,11 @@ def _blocks(shards: TokenShards) -> Iterator[Int64Array]:
         yield shards.read("holdout", start, min(_TOKENS_AT_ONCE, total - start)).astype(np.int64)
 
 
-def check_tokenizer(shards: TokenShards, tokenizer: Tokenizer) -> None:
+def check_tokenizer(shards: TokenSource, tokenizer: Tokenizer) -> None:
     """Raises DataError if the shards were tokenized with another tokenizer than `tokenizer`, that of the model."""
     if shards.load_tokenizer().to_json() != tokenizer.to_json():
         raise DataError(
-            f"{shards.directory}: was tokenized by another tokenizer, of {shards.index.vocab_size:,} ids, than the "
+            f"{shards.name}: was tokenized by another tokenizer, of {shards.vocab_size:,} ids, than the "
             f"one of {tokenizer.vocab_size:,} ids that the model was trained with, so its ids mean other text; "
             "tokenize the text with `dsv3 tokenize --tokenizer` and the model's tokenizer.json"
         )

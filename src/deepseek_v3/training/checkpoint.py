@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from deepseek_v3.config.train_config import CheckpointConfig, RunConfig
-from deepseek_v3.data.tokens.shards import TokenShards
+from deepseek_v3.data.tokens.source import TokenSource
 from deepseek_v3.model.pretrained import (
     Entries,
     ModelEntries,
@@ -88,17 +88,17 @@ class RunProgress(NamedTuple):
 
 
 def train_state(
-    engine: Engine, config: RunConfig, shards: TokenShards, step: int, tokens: int, skipped_in_a_row: int = 0
+    engine: Engine, config: RunConfig, source: TokenSource, step: int, tokens: int, skipped_in_a_row: int = 0
 ) -> dict[str, Any]:
     """Returns the contents of a checkpoint after `step`; sharded tensors are DTensors."""
     return {
-        **model_entries(engine.models[0].state_dict(), config, shards.load_tokenizer()),
+        **model_entries(engine.models[0].state_dict(), config, source.load_tokenizer()),
         **engine.state(),
         "step": step,
         "tokens": tokens,
         "skipped_in_a_row": skipped_in_a_row,
         "random": _random_state(),
-        "corpus": _identity(shards),
+        "corpus": source.identity,
     }
 
 
@@ -108,7 +108,7 @@ def load_train_state(
     engine: Engine,
     config: RunConfig,
     schedule: TrainingSchedule,
-    shards: TokenShards,
+    source: TokenSource,
     *,
     verify: bool = True,
     allow_changed_data: bool = False,
@@ -128,7 +128,7 @@ def load_train_state(
         verify_checkpoint(path, group)
     reader = run_on_all_ranks(group, lambda: open_checkpoint(path))
     plain = reader.plain
-    run_on_all_ranks(group, lambda: _check(plain, path, config, schedule, shards, allow_changed_data))
+    run_on_all_ranks(group, lambda: _check(plain, path, config, schedule, source, allow_changed_data))
     state = engine.state_to_load()
     tensors, random = flatten(state)[0], _empty_random_state(reader.tensors)
     converted = {
@@ -161,7 +161,7 @@ def _check(
     path: Path,
     config: RunConfig,
     schedule: TrainingSchedule,
-    shards: TokenShards,
+    source: TokenSource,
     allow_changed_data: bool,
 ) -> None:
     """Raises CheckpointError if a checkpoint's plain values do not fit this run."""
@@ -174,24 +174,19 @@ def _check(
     check_entries(RunEntries, saved, path)
     check_changes(before, config, path, allow_changed_data)
     _check_same_steps(saved, schedule, path, allow_changed_data)
-    (tokenizer, *train), (own_tokenizer, *own_train) = saved["corpus"], _identity(shards)
+    (tokenizer, *train), (own_tokenizer, *own_train) = saved["corpus"], source.identity
     if tokenizer != own_tokenizer:
         raise CheckpointError(
-            f"{path}: was trained on the ids of another tokenizer than that of {shards.directory}; point data.path "
-            "to shards of its own tokenizer, such as `dsv3 tokenize --tokenizer` writes"
+            f"{path}: was trained on the ids of another tokenizer than that of {source.name}; point data.path "
+            "to tokens of its own tokenizer, such as `dsv3 tokenize --tokenizer` writes"
         )
     if train != own_train and not allow_changed_data:
         raise CheckpointError(
-            f"{path}: was trained on other tokens than those in {shards.directory}; a resumed run must continue "
+            f"{path}: was trained on other tokens than those in {source.name}; a resumed run must continue "
             f"the same data, so point data.path to them, or {ALLOW}"
         )
     if train != own_train:
-        get_logger("Trainer").warning(f"{path} was trained on other tokens than those in {shards.directory}")
-
-
-def _identity(shards: TokenShards) -> list[str]:
-    """Identifies a corpus by the checksums of its tokenizer and of its training shards."""
-    return [shards.index.tokenizer_sha256, *(shard.sha256 for shard in shards.index.train)]
+        get_logger("Trainer").warning(f"{path} was trained on other tokens than those in {source.name}")
 
 
 def _check_same_steps(

@@ -1,4 +1,4 @@
-"""The tokens of a run: opens the shards, checks them against the model, and moves batches to the device."""
+"""The tokens of a run: opens them, checks them against the model, and moves batches to the device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.arrays import Int64Array
 from deepseek_v3.data.tokens.loader import prefetch
-from deepseek_v3.data.tokens.shards import TokenShards
+from deepseek_v3.data.tokens.open_source import open_source
+from deepseek_v3.data.tokens.source import TokenSource
 from deepseek_v3.data.tokens.tokenize_corpus import tokenize_corpus
 from deepseek_v3.utils.distributed.collectives import run_on_all_ranks
 from deepseek_v3.utils.errors import DataError
@@ -24,29 +25,29 @@ from deepseek_v3.utils.logging import get_logger
 Item = TypeVar("Item")
 
 
-def open_tokens(config: RunConfig) -> TokenShards:
-    """Opens the run's token shards; builds them from `data.corpus` first if they do not exist yet.
+def open_tokens(config: RunConfig) -> TokenSource:
+    """Opens the run's tokens; builds token shards from `data.corpus` first if nothing is there yet.
 
     Raises DataError if they are missing or damaged, or if their tokenizer has more ids than the model.
     """
     data = config.data
-    if not data.path.exists():
+    if not data.exist:
         if data.corpus is None:
             raise DataError(
-                f"{data.path}: no token shards here; write them with dsv3 tokenize --input FOLDER --vocab-size "
-                f"32768 --output {data.path}, or name others with --set data.path=..."
+                f"{data.path}: no token shards here, and no Megatron-LM dataset; write them with dsv3 tokenize "
+                f"--input FOLDER --vocab-size 32768 --output {data.path}, or name others with --set data.path=..."
             )
         get_logger("Data").info(f"{data.path} does not exist yet: building it from {data.corpus.source}")
         options = data.corpus.model_dump()
         length = config.training.sequence_length
         tokenize_corpus(output=data.path, tokenizer=None, sequence_length=length, **options)
-    shards = TokenShards.open(data.path, verify=data.verify_checksums)
-    check_vocabulary(shards, config.model)
-    return shards
+    tokens = open_source(data, verify=data.verify_checksums)
+    check_vocabulary(tokens, config.model)
+    return tokens
 
 
-def open_tokens_on_all_ranks(config: RunConfig, group: ProcessGroup) -> TokenShards:
-    """`open_tokens` on all ranks: rank 0 builds missing shards while the others wait."""
+def open_tokens_on_all_ranks(config: RunConfig, group: ProcessGroup) -> TokenSource:
+    """`open_tokens` on all ranks: rank 0 builds missing token shards while the others wait."""
     if dist.get_rank(group) == 0:
         run_on_all_ranks(group, lambda: open_tokens(config))
     else:
@@ -54,11 +55,11 @@ def open_tokens_on_all_ranks(config: RunConfig, group: ProcessGroup) -> TokenSha
     return run_on_all_ranks(group, lambda: open_tokens(config))
 
 
-def check_vocabulary(shards: TokenShards, model: ModelConfig) -> None:
-    """Raises DataError if the tokenizer of the shards has more ids than the model's vocabulary."""
-    if shards.index.vocab_size > model.vocab_size:
+def check_vocabulary(tokens: TokenSource, model: ModelConfig) -> None:
+    """Raises DataError if the tokenizer of the tokens has more ids than the model's vocabulary."""
+    if tokens.vocab_size > model.vocab_size:
         raise DataError(
-            f"{shards.directory}: its tokenizer has {shards.index.vocab_size} ids, model.vocab_size = "
+            f"{tokens.name}: its tokenizer has {tokens.vocab_size} ids, model.vocab_size = "
             f"{model.vocab_size} has room for fewer; raise it, set it to null, which follows the tokenizer, or "
             "tokenize with a smaller vocabulary"
         )
@@ -95,8 +96,8 @@ def document_ids(tokens_BS: Tensor, end_of_text: int) -> Tensor:
 class DocumentIds:
     """Computes the document ids of tokens, if the run masks attention between documents."""
 
-    def __init__(self, shards: TokenShards, masked: bool) -> None:
-        self._end_of_text = shards.index.end_of_text if masked else None
+    def __init__(self, tokens: TokenSource, masked: bool) -> None:
+        self._end_of_text = tokens.end_of_text if masked else None
 
     def __call__(self, tokens_BX: Tensor) -> Tensor | None:
         """Returns the `document_ids`; None if documents are not masked."""

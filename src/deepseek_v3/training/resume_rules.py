@@ -67,6 +67,9 @@ RULES: dict[str, Rule] = {
     "parallel.recomputation": Rule.LOGGED,
     "parallel.compile": Rule.LOGGED,
     "data.path": Rule.FREE,  # the checksums of its contents are compared instead
+    "data.tokenizer": Rule.FREE,  # likewise
+    "data.holdout": Rule.DATA,
+    "data.holdout_path": Rule.LOGGED,
     "data.corpus.source": Rule.FREE,
     "data.corpus.vocab_size": Rule.LOGGED,
     "data.corpus.holdout": Rule.LOGGED,

@@ -6,6 +6,7 @@ from deepseek_v3.config.data_config import CorpusConfig
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.tokens.loader import TokenLoader
 from deepseek_v3.data.tokens.shards import TokenShards
+from deepseek_v3.data.tokens.source import TokenSource
 from deepseek_v3.training.schedule import TrainingSchedule
 from deepseek_v3.utils.logging import get_logger
 from deepseek_v3.utils.text import format_value
@@ -15,25 +16,25 @@ LEAST_OF_VOCABULARY, PADDING = 0.9, 128  # rounding a vocabulary up for speed le
 
 
 def warn_of_unusual_settings(
-    config: RunConfig, plan: TrainingSchedule, loader: TokenLoader, shards: TokenShards
+    config: RunConfig, plan: TrainingSchedule, loader: TokenLoader, tokens: TokenSource
 ) -> None:
-    """Logs one warning for each unusual setting of a run whose token shards are open."""
-    found = [_repetition(plan, loader, shards), _warm_up(config, plan), _vocabulary(config, shards)]
-    if config.data.corpus is not None:
-        found.append(_built_otherwise(config.data.corpus, shards))
+    """Logs one warning for each unusual setting of a run whose tokens are open."""
+    found = [_repetition(plan, loader, tokens), _warm_up(config, plan), _vocabulary(config, tokens)]
+    if config.data.corpus is not None and isinstance(tokens, TokenShards):
+        found.append(_built_otherwise(config.data.corpus, tokens))
     for warning in found:
         if warning is not None:
             get_logger("Trainer").warning(warning)
 
 
-def _repetition(plan: TrainingSchedule, loader: TokenLoader, shards: TokenShards) -> str | None:
+def _repetition(plan: TrainingSchedule, loader: TokenLoader, tokens: TokenSource) -> str | None:
     available = loader.num_samples * loader.sequence_length
     epochs = plan.total_tokens / available
     if epochs <= MOST_EPOCHS:
         return None
     return (
         f"the budget of {plan.total_tokens:,} tokens is {epochs:.1f} epochs over the {available:,} training tokens "
-        f"of {shards.directory}, and text repeated more than {MOST_EPOCHS} times teaches little; add text, or "
+        f"of {tokens.name}, and text repeated more than {MOST_EPOCHS} times teaches little; add text, or "
         "lower training.total_tokens"
     )
 
@@ -49,12 +50,12 @@ def _warm_up(config: RunConfig, plan: TrainingSchedule) -> str | None:
     )
 
 
-def _vocabulary(config: RunConfig, shards: TokenShards) -> str | None:
-    known, rows = shards.index.vocab_size, config.model.vocab_size
+def _vocabulary(config: RunConfig, tokens: TokenSource) -> str | None:
+    known, rows = tokens.vocab_size, config.model.vocab_size
     if known >= LEAST_OF_VOCABULARY * rows or rows - known < PADDING:
         return None
     return (
-        f"the tokenizer of {shards.directory} has {known:,} ids and model.vocab_size is {rows:,}: {rows - known:,} "
+        f"the tokenizer of {tokens.name} has {known:,} ids and model.vocab_size is {rows:,}: {rows - known:,} "
         "rows of the embedding and of the head are never used; set model.vocab_size to null, which follows the "
         "tokenizer, or use a larger tokenizer"
     )

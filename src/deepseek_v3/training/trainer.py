@@ -16,7 +16,7 @@ from torch import Tensor
 
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.tokens.loader import TokenLoader
-from deepseek_v3.data.tokens.shards import TokenShards
+from deepseek_v3.data.tokens.source import TokenSource
 from deepseek_v3.training.anomalies import SkippedSteps
 from deepseek_v3.training.checkpoint import CheckpointManager, load_train_state, train_state
 from deepseek_v3.training.data import DocumentIds, open_tokens, open_tokens_on_all_ranks, token_batches
@@ -83,21 +83,21 @@ class Trainer:
         # A second gloo group, because the background writer may be using the checkpoint group at the same time.
         self._group = None if self.mesh.is_alone else dist.new_group(backend="gloo")
         weights = WarmStart(init, config, self._group) if init is not None and start is None else None
-        self.shards = open_tokens(config) if self.mesh.is_alone else self._open_tokens_on_all_ranks()
+        self.tokens = open_tokens(config) if self.mesh.is_alone else self._open_tokens_on_all_ranks()
         self.loader = TokenLoader(
-            self.shards, sequence_length=config.training.sequence_length, seed=config.training.seed
+            self.tokens, sequence_length=config.training.sequence_length, seed=config.training.seed
         )
         if weights is not None:
-            weights.check_tokenizer(self.shards.load_tokenizer())
-        warn_of_unusual_settings(config, self.plan, self.loader, self.shards)
+            weights.check_tokenizer(self.tokens.load_tokenizer())
+        warn_of_unusual_settings(config, self.plan, self.loader, self.tokens)
         torch.manual_seed(config.training.seed)
         self.validator = run_on_all_ranks(self._group, self._make_validator)
-        documents = DocumentIds(self.shards, config.data.mask_documents)
+        documents = DocumentIds(self.tokens, config.data.mask_documents)
         self.engine = build_engine(config, self.mesh, device, documents, deepspeed)
         self._steps_done = 0
         samples = config.logging.samples
         self._samples = (
-            SampleWriter(samples, self.engine.models[0], self.shards.load_tokenizer()) if samples else None
+            SampleWriter(samples, self.engine.models[0], self.tokens.load_tokenizer()) if samples else None
         )
         self.skipped = SkippedSteps(config.training.max_skipped_steps)
         self._checkpoint: Path | None = None
@@ -108,13 +108,13 @@ class Trainer:
         elif weights is not None:
             weights.load(self.engine)
 
-    def _open_tokens_on_all_ranks(self) -> TokenShards:
+    def _open_tokens_on_all_ranks(self) -> TokenSource:
         """Opens the tokens with a long timeout, because rank 0 may have to tokenize the corpus first."""
         return open_tokens_on_all_ranks(self.config, dist.new_group(backend="gloo", timeout=_BUILDING))
 
     def _make_validator(self) -> Validator:
         share = (self.mesh.data_rank, self.mesh.parallel.data_ranks)
-        return Validator(self.shards, self.config, self.config.training.evaluation.tokens, *share)
+        return Validator(self.tokens, self.config, self.config.training.evaluation.tokens, *share)
 
     def batches(self) -> Generator[Iterator[Tensor]]:
         """Yields the micro-batches of each step, from the next step on, as `Engine.run_step` takes them."""
@@ -224,7 +224,7 @@ class Trainer:
     def _finite_state(self, number: int) -> dict[str, Any]:
         """Returns the contents of a checkpoint. Raises TrainingError on all ranks if a tensor is not finite."""
         tokens = self.plan.tokens_after(number)
-        state = train_state(self.engine, self.config, self.shards, number, tokens, self.skipped.in_a_row)
+        state = train_state(self.engine, self.config, self.tokens, number, tokens, self.skipped.in_a_row)
         bad = non_finite(flatten(state)[0], self._group)
         if bad:
             raise TrainingError(f"step {number}: after the update {non_finite_summary(bad)}. {self._advice()}")
@@ -251,7 +251,7 @@ class Trainer:
             self.engine,
             self.config,
             self.plan,
-            self.shards,
+            self.tokens,
             verify=resume not in ("latest", "auto"),
             allow_changed_data=allow_changed_data,
         )

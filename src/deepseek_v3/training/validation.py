@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.arrays import Float64Array, Int64Array
 from deepseek_v3.data.tokens.loader import TokenLoader, draw_windows
-from deepseek_v3.data.tokens.shards import TokenShards
+from deepseek_v3.data.tokens.source import TokenSource
 from deepseek_v3.training.data import DocumentIds, token_batches
 from deepseek_v3.training.loss import Objective
 from deepseek_v3.utils.errors import DataError
@@ -55,18 +55,18 @@ class ValidationWindows:
     document precedes it. Raises DataError if the split is shorter than one window, or no target is left.
     """
 
-    def __init__(self, shards: TokenShards, sequence_length: int, max_tokens: int, masked: bool = False) -> None:
-        self._loader = TokenLoader(shards, "holdout", sequence_length=sequence_length, shuffle=False)
+    def __init__(self, tokens: TokenSource, sequence_length: int, max_tokens: int, masked: bool = False) -> None:
+        self._loader = TokenLoader(tokens, "holdout", sequence_length=sequence_length, shuffle=False)
         count = max(1, min(self._loader.num_samples, max_tokens // sequence_length))
         self.numbers = draw_windows(self._loader.num_samples, count)
-        self._end_of_text = shards.index.end_of_text if masked else None
+        self._end_of_text = tokens.end_of_text if masked else None
         self.num_targets = sum(targets.size for targets in self._targets()) if masked else count * sequence_length
         if not self.num_targets:
             raise DataError(
-                f"{shards.directory}: every target of the {count} held-out windows measured is the first token of "
+                f"{tokens.name}: every target of the {count} held-out windows measured is the first token of "
                 "a document, expected some within documents; measure more tokens, or set data.mask_documents=false"
             )
-        self._byte_lengths = self._calibrated(shards)
+        self._byte_lengths = self._calibrated(tokens)
 
     def read(self, numbers: Batch) -> Int64Array:
         """These windows, each with the token that follows it: int64 (windows, sequence_length + 1)."""
@@ -88,16 +88,16 @@ class ValidationWindows:
             targets = windows[:, 1:]
             yield targets if self._end_of_text is None else targets[windows[:, :-1] != self._end_of_text]
 
-    def _calibrated(self, shards: TokenShards) -> Float64Array:
+    def _calibrated(self, tokens: TokenSource) -> Float64Array:
         """Bytes of each token id. Inexact lengths are scaled so that their sum over the split is its true size."""
-        tokenizer = shards.load_tokenizer()
+        tokenizer = tokens.load_tokenizer()
         lengths = tokenizer.byte_lengths.astype(np.float64)
         if tokenizer.is_byte_exact:
             return lengths
-        total, size = shards.num_tokens("holdout"), _TOKENS_READ_AT_ONCE
-        blocks = (shards.read("holdout", start, min(size, total - start)) for start in range(0, total, size))
+        total, size = tokens.num_tokens("holdout"), _TOKENS_READ_AT_ONCE
+        blocks = (tokens.read("holdout", start, min(size, total - start)) for start in range(0, total, size))
         decoded = float(sum(lengths[block].sum() for block in blocks))
-        return lengths * (shards.num_bytes("holdout") / decoded if decoded else 1.0)
+        return lengths * (tokens.num_bytes("holdout") / decoded if decoded else 1.0)
 
 
 class Validator:
@@ -107,10 +107,10 @@ class Validator:
     """
 
     def __init__(
-        self, shards: TokenShards, config: RunConfig, max_tokens: int, rank: int = 0, ranks: int = 1
+        self, tokens: TokenSource, config: RunConfig, max_tokens: int, rank: int = 0, ranks: int = 1
     ) -> None:
         length = config.training.sequence_length
-        self.windows = ValidationWindows(shards, length, max_tokens, config.data.mask_documents)
+        self.windows = ValidationWindows(tokens, length, max_tokens, config.data.mask_documents)
         self._length = length
         self._num_bytes = self.windows.num_bytes()
         batches = list(_batches(self.windows.numbers, config.parallel.micro_batch_size))

@@ -1,4 +1,4 @@
-"""The command `dsv3 tokenize`, which turns text into token shards."""
+"""The command `dsv3 tokenize`, which turns text into token ids on disk."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from deepseek_v3.config.data_config import DEFAULT_TOKENS
 from deepseek_v3.config.loading import load_config
-from deepseek_v3.data.tokens.tokenize_corpus import PYTHON_STDLIB, SEQUENCE_LENGTH, tokenize_corpus
+from deepseek_v3.data.tokens.tokenize_corpus import PYTHON_STDLIB, SEQUENCE_LENGTH, TokenFormat, tokenize_corpus
 from deepseek_v3.utils.command_line import integer_option, number_option, override_options, print_next_steps
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.logging import configure_logging, get_logger
@@ -61,6 +61,10 @@ def tokenize(
             metavar="NUMBER", parser=integer_option(), help="Chooses where fill-in-the-middle splits documents."
         ),
     ] = 0,
+    token_format: Annotated[
+        TokenFormat,
+        typer.Option("--format", help="Token shards, or the Megatron-LM datasets train and holdout."),
+    ] = TokenFormat.SHARDS,
     workers: Annotated[
         int | None,
         typer.Option(
@@ -70,7 +74,7 @@ def tokenize(
         ),
     ] = None,
 ) -> None:
-    """Turn text into token shards, with a hold-out split."""
+    """Turn text into token ids, in a training and a hold-out split."""
     configure_logging()
     if (source is None) == (corpus is None):
         raise DataError("give one of --input and --corpus")
@@ -87,6 +91,7 @@ def tokenize(
         sequence_length=sequence_length,
         text_field=text_field,
         workers=workers,
+        token_format=token_format,
     )
     get_logger("Data").info(
         f"{summary.output}: {summary.train.tokens:,} training tokens in "

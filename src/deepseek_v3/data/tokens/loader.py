@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 
 from deepseek_v3.data.arrays import SPLITMIX64_GAMMA, Int64Array, UInt64Array, mix64
 from deepseek_v3.data.tokens.index import Split
-from deepseek_v3.data.tokens.shards import TokenShards
+from deepseek_v3.data.tokens.source import TokenSource
 from deepseek_v3.utils.errors import DataError
 
 _ROUNDS = 6
@@ -75,7 +75,7 @@ class TokenLoader:
 
     def __init__(
         self,
-        shards: TokenShards,
+        source: TokenSource,
         split: Split = "train",
         *,
         sequence_length: int,
@@ -83,13 +83,13 @@ class TokenLoader:
         shuffle: bool = True,
     ) -> None:
         self.sequence_length = sequence_length
-        self.num_samples = (shards.num_tokens(split) - 1) // sequence_length
+        self.num_samples = (source.num_tokens(split) - 1) // sequence_length
         if self.num_samples == 0:
             raise DataError(
-                f"{shards.directory}: the split {split!r} holds {shards.num_tokens(split)} tokens, expected at "
+                f"{source.name}: the split {split!r} holds {source.num_tokens(split)} tokens, expected at "
                 f"least {sequence_length + 1} for one window; add text or lower training.sequence_length"
             )
-        self._shards, self._split, self._seed, self._shuffle = shards, split, seed, shuffle
+        self._source, self._split, self._seed, self._shuffle = source, split, seed, shuffle
 
     def sample(self, i: int) -> Int64Array:
         """Sample `i`, counted from 0 through all epochs: [sequence_length + 1] int64."""
@@ -102,12 +102,12 @@ class TokenLoader:
     def windows(self, numbers: ArrayLike) -> Int64Array:
         """The windows with these numbers, from 0 in the order of the split: [count, sequence_length + 1] int64.
 
-        Raises DataError if a shard can no longer be read.
+        Raises DataError if the tokens can no longer be read.
         """
         numbers = np.asarray(numbers, np.int64)
         samples = np.empty((len(numbers), self.sequence_length + 1), np.int64)
         for sample, number in zip(samples, numbers.tolist(), strict=True):
-            sample[:] = self._shards.read(self._split, number * self.sequence_length, self.sequence_length + 1)
+            sample[:] = self._source.read(self._split, number * self.sequence_length, self.sequence_length + 1)
         return samples
 
     def _positions(self, first: int, count: int) -> Int64Array:

@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import accumulate, islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 
 from deepseek_v3.data.tokens.index import (
     INDEX_FILE,
@@ -30,15 +28,16 @@ from deepseek_v3.data.tokens.index import (
     Shard,
     ShardIndex,
     Split,
+    SplitTotals,
     shard_name,
     token_dtype,
 )
+from deepseek_v3.data.tokens.pread_file import PreadFile
+from deepseek_v3.data.tokens.source import Tokens, TokenSource, parts_of_range
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.files import sha256_of_file
 from deepseek_v3.utils.logging import get_logger
-
-Tokens = NDArray[Any]  # uint16 or uint32
 
 _TOKENIZER_FILE = "tokenizer.json"
 _MAX_OPEN_FILES = 512  # the most files that one reader keeps open
@@ -74,8 +73,8 @@ class ShardWriter:
         """Appends a document of `num_bytes` bytes of text, at least 1, and end-of-text after it."""
         self._splits[split].add(np.asarray(ids, self._dtype), num_bytes)
 
-    def finish(self, options: CorpusOptions) -> ShardIndex:
-        """Writes the tokenizer, then the index. Raises DataError if a split has no document."""
+    def finish(self, options: CorpusOptions) -> dict[Split, SplitTotals]:
+        """Writes the tokenizer, then the index; returns the totals. Raises DataError if a split has no document."""
         for split, writer in self._splits.items():
             writer.end_shard()
             if not writer.shards:
@@ -91,7 +90,7 @@ class ShardWriter:
             holdout=tuple(self._splits["holdout"].shards),
         )
         index.write(self._directory)
-        return index
+        return {split: index.totals(split) for split in SPLITS}
 
 
 class _SplitWriter:
@@ -146,7 +145,7 @@ class _SplitWriter:
         )
 
 
-class TokenShards:
+class TokenShards(TokenSource):
     """Reads token shards; safe to use from several threads."""
 
     def __init__(self, directory: Path, index: ShardIndex) -> None:
@@ -219,6 +218,26 @@ class TokenShards:
                         f"{REBUILD_HINT}"
                     )
 
+    @property
+    def name(self) -> str:
+        """The path of the directory."""
+        return str(self.directory)
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of ids of the tokenizer."""
+        return self.index.vocab_size
+
+    @property
+    def end_of_text(self) -> int:
+        """The id of the marker after each document."""
+        return self.index.end_of_text
+
+    @property
+    def identity(self) -> list[str]:
+        """The SHA-256 of the tokenizer and of each training shard."""
+        return [self.index.tokenizer_sha256, *(shard.sha256 for shard in self.index.train)]
+
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer that made these tokens; read once."""
         if self._tokenizer is None:
@@ -245,16 +264,10 @@ class TokenShards:
         Raises ValueError if the range is empty or exceeds the split, and DataError if a shard cannot be read or has
         become shorter. A shard that is removed while it is open stays readable.
         """
-        starts = self._starts[split]
-        stop = start + length
-        if not 0 <= start < stop <= starts[-1]:
-            raise ValueError(f"tokens {start} to {stop} of {split!r}: expected a range within 0 to {starts[-1]}")
-        parts = []
-        number = bisect_right(starts, start) - 1
-        while start < stop:
-            end = min(stop, starts[number + 1])
-            parts.append(self._tokens(split, number, start - starts[number], end - starts[number]))
-            start, number = end, number + 1
+        parts = [
+            self._tokens(split, number, first, last)
+            for number, first, last in parts_of_range(self._starts[split], start, length, split)
+        ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _tokens(self, split: Split, number: int, start: int, stop: int) -> Tokens:
@@ -262,52 +275,9 @@ class TokenShards:
         size = self._dtype.itemsize
         return np.frombuffer(self._file(split, number).read(start * size, (stop - start) * size), self._dtype)
 
-    def _open(self, split: Split, number: int) -> _OpenFile:
+    def _open(self, split: Split, number: int) -> PreadFile:
         shard = self.index.shards(split)[number]
-        return _OpenFile(self.directory / shard.file, shard.tokens * self._dtype.itemsize)
-
-
-class _OpenFile:
-    """A file that several threads read at any position; it is closed with the last reference.
-
-    The file is read, not memory-mapped: if a mapped file becomes shorter, SIGBUS kills the process without a
-    message.
-    """
-
-    def __init__(self, path: Path, num_bytes: int) -> None:
-        self._path = path
-        self._descriptor = -1
-        try:
-            self._descriptor = os.open(path, os.O_RDONLY)
-            found = os.fstat(self._descriptor).st_size
-        except OSError as error:
-            raise self._unreadable(error) from None
-        if found != num_bytes:
-            raise DataError(f"{path}: holds {found} bytes, expected {num_bytes}; {REBUILD_HINT}")
-
-    def __del__(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-
-    def read(self, start: int, num_bytes: int) -> bytes:
-        """Bytes `start` to `start + num_bytes`. Raises DataError if they cannot be read or the file is shorter."""
-        try:
-            data = os.pread(self._descriptor, num_bytes, start)
-            while len(data) < num_bytes:  # a call reads at most 2 GiB
-                more = os.pread(self._descriptor, num_bytes - len(data), start + len(data))
-                if not more:
-                    size = os.fstat(self._descriptor).st_size
-                    raise DataError(
-                        f"{self._path}: has become shorter while it was in use: it holds {size} bytes, expected at "
-                        f"least {start + num_bytes}; {REBUILD_HINT}"
-                    )
-                data += more
-        except OSError as error:
-            raise self._unreadable(error) from None
-        return data
-
-    def _unreadable(self, error: OSError) -> DataError:
-        return DataError(f"{self._path}: can no longer be read: {error.strerror}; {REBUILD_HINT}")
+        return PreadFile(self.directory / shard.file, shard.tokens * self._dtype.itemsize, REBUILD_HINT)
 
 
 @lru_cache

@@ -1,10 +1,11 @@
-"""Turning a source of text into token shards on disk, in bounded memory."""
+"""Turning a source of text into token ids on disk, in bounded memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 from deepseek_v3.data.documents import text_batches
@@ -13,7 +14,8 @@ from deepseek_v3.data.sample_corpora import stdlib_documents
 from deepseek_v3.data.tokens.encoding import CorpusEncoder, encode_batches
 from deepseek_v3.data.tokens.fim import FillInMiddle
 from deepseek_v3.data.tokens.holdout import DEFAULT_SHARE, HoldoutPlanner, HoldoutRule, TokenBounds
-from deepseek_v3.data.tokens.index import SPLITS, CorpusOptions, ShardIndex, SplitTotals
+from deepseek_v3.data.tokens.index import SPLITS, CorpusOptions, Split, SplitTotals
+from deepseek_v3.data.tokens.megatron_writer import MegatronCorpusWriter
 from deepseek_v3.data.tokens.shards import ShardWriter
 from deepseek_v3.data.tokens.tokenizer import Tokenizer, check_vocab_size, min_tokens
 from deepseek_v3.utils.errors import DataError
@@ -25,6 +27,14 @@ from deepseek_v3.utils.progress import ProgressDisplay, ProgressTask
 
 PYTHON_STDLIB = "python-stdlib"
 SEQUENCE_LENGTH = 256  # default tokens in a window
+
+
+class TokenFormat(str, Enum):
+    """How tokens are written: as token shards, or as Megatron-LM datasets."""
+
+    SHARDS = "shards"
+    MEGATRON = "megatron"
+
 
 _BATCH_CHARACTERS = 2**20  # encoded at a time: enough to outweigh the transfer to another process and back
 
@@ -54,8 +64,12 @@ def tokenize_corpus(
     text_field: str = "text",
     shard_tokens: int = 2**27,
     workers: int | None = None,
+    token_format: TokenFormat = TokenFormat.SHARDS,
 ) -> CorpusSummary:
-    """Writes token shards of `source`, a file or folder of text or `python-stdlib`, to the new directory `output`.
+    """Tokenizes `source`, a file or folder of text or `python-stdlib`, to the new directory `output`.
+
+    `token_format` is token shards, or the Megatron-LM datasets `output`/train and `output`/holdout with their
+    tokenizer.json beside them; `shard_tokens` is for token shards alone.
 
     Reads the tokenizer from a file, or trains one of `vocab_size` on the training split. `HoldoutPlanner.choose`
     defines the text to hold out for a `holdout` share and windows of `sequence_length` tokens; copies of a text are
@@ -77,16 +91,25 @@ def tokenize_corpus(
         if chosen is None:
             chosen = _train(options, rule, vocab_size)
         encoder = CorpusEncoder(chosen, options, rule)
-        with ShardWriter(partial, chosen, shard_tokens) as writer, _progress("Tokenizing", "tokens") as task:
+        opened = _writer(token_format, partial, chosen, shard_tokens)
+        with opened as writer, _progress("Tokenizing", "tokens") as task:
             batches = text_batches(_texts(options, warn=True), _BATCH_CHARACTERS)
             with closing(encode_batches(encoder, batches, workers or usable_cores())) as encoded:
                 for batch in encoded:
                     for split, ids, num_bytes in batch.documents():
                         writer.add(split, ids, num_bytes)
                     task.advance(len(batch.ids) + len(batch.lengths), documents=len(batch.lengths))
-            index = writer.finish(options)
-        _check_windows(index, sequence_length)
-    return CorpusSummary(output, chosen.vocab_size, index.totals("train"), index.totals("holdout"))
+            totals = writer.finish(options)
+        _check_windows(totals, options, sequence_length)
+    return CorpusSummary(output, chosen.vocab_size, totals["train"], totals["holdout"])
+
+
+def _writer(
+    token_format: TokenFormat, directory: Path, tokenizer: Tokenizer, shard_tokens: int
+) -> ShardWriter | MegatronCorpusWriter:
+    if token_format is TokenFormat.MEGATRON:
+        return MegatronCorpusWriter(directory, tokenizer)
+    return ShardWriter(directory, tokenizer, shard_tokens)
 
 
 def _check_options(
@@ -118,16 +141,16 @@ def _choose_holdout(
     return HoldoutPlanner(options.source, lambda: _texts(options), bounds, sequence_length + 1, need).choose(share)
 
 
-def _check_windows(index: ShardIndex, sequence_length: int) -> None:
+def _check_windows(totals: dict[Split, SplitTotals], options: CorpusOptions, sequence_length: int) -> None:
     """Raises DataError if a split is shorter than a window: the text gave fewer tokens than estimated."""
     for split in SPLITS:
-        tokens, size = index.totals(split).tokens, index.totals(split).bytes
+        tokens, size = totals[split].tokens, totals[split].bytes
         if tokens <= sequence_length:
             raise DataError(
-                f"{index.options.source}: the split {split!r} holds {tokens:,} tokens, made of {size:,} bytes; "
+                f"{options.source}: the split {split!r} holds {tokens:,} tokens, made of {size:,} bytes; "
                 f"expected at least {sequence_length + 1:,} for one window, about "
                 f"{-(-size * (sequence_length + 1) // tokens):,} bytes; add text, change holdout = "
-                f"{index.options.holdout}, or lower the sequence length"
+                f"{options.holdout}, or lower the sequence length"
             )
 
 

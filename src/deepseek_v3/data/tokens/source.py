@@ -1,0 +1,77 @@
+"""What training needs of a tokenized corpus, whatever its format on disk."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from numpy.typing import NDArray
+
+from deepseek_v3.data.tokens.index import Split
+from deepseek_v3.data.tokens.tokenizer import Tokenizer
+
+Tokens = NDArray[Any]  # of an integer type, such as uint16
+
+
+class TokenSource(ABC):
+    """Two splits of token ids, `train` and `holdout`, and the tokenizer that made them.
+
+    Documents follow one another without padding. Safe to use from several threads.
+    """
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The path, for messages."""
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """The number of ids of the tokenizer; every id is below it."""
+
+    @property
+    @abstractmethod
+    def end_of_text(self) -> int:
+        """The id of the marker after each document."""
+
+    @property
+    @abstractmethod
+    def identity(self) -> list[str]:
+        """The checksum of the tokenizer, then those of the training tokens; a checkpoint stores them."""
+
+    @abstractmethod
+    def load_tokenizer(self) -> Tokenizer:
+        """The tokenizer that made these tokens; read once."""
+
+    @abstractmethod
+    def num_tokens(self, split: Split) -> int:
+        """Tokens in a split, including the end-of-text of each document."""
+
+    @abstractmethod
+    def num_bytes(self, split: Split) -> int:
+        """Bytes of UTF-8 text in a split."""
+
+    @abstractmethod
+    def read(self, split: Split, start: int, length: int) -> Tokens:
+        """Tokens `start` to `start + length` of a split: an array of integers [length].
+
+        Raises ValueError if the range is empty or exceeds the split, and DataError if tokens cannot be read.
+        """
+
+
+def parts_of_range(starts: Sequence[int], start: int, length: int, split: Split) -> Iterator[tuple[int, int, int]]:
+    """Cuts tokens `start` to `start + length` of a split at the borders of its parts.
+
+    Part k holds tokens `starts[k]` to `starts[k + 1]` of the split. Yields the number of each part that is touched,
+    with the range inside it. Raises ValueError if the range is empty or exceeds the split.
+    """
+    stop = start + length
+    if not 0 <= start < stop <= starts[-1]:
+        raise ValueError(f"tokens {start} to {stop} of {split!r}: expected a range within 0 to {starts[-1]}")
+    number = bisect_right(starts, start) - 1
+    while start < stop:
+        end = min(stop, starts[number + 1])
+        yield number, start - starts[number], end - starts[number]
+        start, number = end, number + 1
