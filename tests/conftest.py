@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")  # read when those libraries are imported
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # runs kernels on the CPU; Triton reads it when it is imported
 

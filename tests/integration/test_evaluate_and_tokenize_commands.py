@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,8 @@ def test_evaluation_on_held_out_documents_beside_text(run_folder: Path, tmp_path
         (["{run}", "--checkpoint", "{run}"], "found both of MODEL and --checkpoint"),
         (["{run}", "--stride", "4"], "are for texts"),
         (["{run}", "--data", "{text}", "--context", "65"], "expected at most the model's context of 64"),
+        (["{run}", "--limit", "5"], "are for --tasks; name the tasks"),
+        (["{run}", "--data", "{text}", "--tasks", "a"], "tasks have texts of their own"),
         (["{run}", "--data", "a=nothing"], "nothing: does not exist"),
         (["{run}", "--data", "{text}", "--output", "{text}"], "exists and is left as it is"),
         (
@@ -158,6 +161,12 @@ def test_evaluation_on_held_out_documents_beside_text(run_folder: Path, tmp_path
 def test_evaluations_that_cannot_be_meant(run_folder: Path, words: list[str], expected: str) -> None:
     places = {"run": run_folder / "checkpoints", "text": run_folder / "text"}
     assert expected in message_of(dsv3("eval", *(word.format(**places) for word in words)))
+
+
+def test_tasks_without_lm_eval(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    message = message_of(dsv3("eval", run_folder / "checkpoints", "--tasks", "arc_easy"))
+    assert "--tasks needs lm_eval; run `pip install 'deepseek_v3[lm-eval]'`" in message
 
 
 @pytest.mark.usefixtures("loss_picture")

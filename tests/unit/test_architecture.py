@@ -21,6 +21,7 @@ LONGEST_MODULE, SHORT_MODULE, MOST_SHORT_MODULES, LONGEST_TEST_NAME = 350, 50, 3
 # Modules that import an optional library at their top; only functions import these modules in turn.
 NEED_THEIR_LIBRARY = {
     "data/deduplication/kernels/numba_kernels.py",
+    "evaluation/harness.py",
     "ops/moe_permute/triton.py",
     "ops/multi_tensor/triton.py",
     "training/parallel/deepspeed_engine.py",
@@ -144,7 +145,7 @@ def test_every_library_is_a_declared_dependency() -> None:
     base = {IMPORT_NAMES.get(name, name) for name in re.findall(r'"([\w-]+)', declared[1])}
     imported = {library for path in SOURCE.rglob("*.py") for _, library in libraries(tree_of(path))}
     assert imported - set(OPTIONAL_LIBRARIES) - PARTS == base
-    extras = set(re.findall(r"^(\w+) = \[", project.partition("optional-dependencies")[2], re.MULTILINE))
+    extras = set(re.findall(r"^([\w-]+) = \[", project.partition("optional-dependencies")[2], re.MULTILINE))
     assert {extra for extra in OPTIONAL_LIBRARIES.values() if extra} <= extras
 
 

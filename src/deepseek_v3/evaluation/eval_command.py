@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ from deepseek_v3.data.tokens.open_source import open_source
 from deepseek_v3.data.tokens.source import TokenSource
 from deepseek_v3.evaluation.perplexity import compare_saved
 from deepseek_v3.evaluation.scoring import Scorer
-from deepseek_v3.evaluation.text_loss import WindowRule, loss_table, measure_texts, start_of_text, total_of
+from deepseek_v3.evaluation.text_loss import WindowRule, loss_table, measure_texts, total_of
 from deepseek_v3.evaluation.text_sources import (
     ReadingRules,
     TextSource,
@@ -27,13 +28,17 @@ from deepseek_v3.interop.load_model import load_model
 from deepseek_v3.model.pretrained import LoadedModel
 from deepseek_v3.utils.command_line import integer_option, print_next_steps
 from deepseek_v3.utils.distributed.launch import select_device
-from deepseek_v3.utils.errors import CheckpointError, DataError
+from deepseek_v3.utils.errors import CheckpointError, ConfigError, DataError
 from deepseek_v3.utils.files import atomic_write
 from deepseek_v3.utils.logging import configure_logging, get_console, get_logger
+from deepseek_v3.utils.optional import missing_library
 from deepseek_v3.utils.progress import ProgressDisplay
 from deepseek_v3.utils.text import printable
 
 _log = get_logger("Evaluation")
+
+# The parts of lm-eval's results that are written; its others describe the machine.
+_REPORTED = ("results", "groups", "versions", "n-shot", "higher_is_better", "n-samples", "lm_eval_version")
 
 _positive = integer_option(at_least=1)
 
@@ -80,6 +85,21 @@ def evaluate(
             help="New tokens in each later window of a text; by default the context, so windows do not overlap.",
         ),
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="NAME[,NAME]", help="Run these tasks of lm-evaluation-harness instead."),
+    ] = None,
+    task_path: Annotated[Path | None, typer.Option(help="A folder with tasks of your own, as YAML files.")] = None,
+    num_fewshot: Annotated[
+        int | None,
+        typer.Option(
+            metavar="NUMBER", parser=integer_option(at_least=0), help="Examples in each prompt of the tasks."
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(metavar="NUMBER", parser=_positive, help="Documents of each task; all if left out."),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Also write the results to this new file, as JSON.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
@@ -90,8 +110,11 @@ def evaluate(
     place = select_device(device)
     sources = parse_sources(data) if data else []
     rules = ReadingRules(text_field, source_field, tokens)
+    harness = _harness(tasks, task_path, num_fewshot, limit, data, tokens, context, stride, source_field)
     saved = load_model(path, place)
-    if compared := _compared_tokens(saved, data, path):
+    if harness is not None:
+        results = harness(saved)
+    elif compared := _compared_tokens(saved, data, path):
         _refuse_text_options(compared.path, context, stride, source_field)
         results = _compare(saved, open_source(compared), path, tokens, place)
     else:
@@ -108,6 +131,38 @@ def _one_of(model: Path | None, checkpoint: Path | None) -> Path:
         found = "both" if given else "neither"
         raise CheckpointError(f"found {found} of MODEL and --checkpoint, expected one of the two: a checkpoint")
     return given[0]
+
+
+def _harness(
+    names: str | None, folder: Path | None, num_fewshot: int | None, limit: int | None, *others: object
+) -> Callable[[LoadedModel], dict[str, Any]] | None:
+    """Runs the tasks of the command line; None if it names none. `others` are the options for texts.
+
+    Raises ConfigError if lm-eval is not installed, and DataError for options that do not go together.
+    """
+    if names is None:
+        if folder is not None or num_fewshot is not None or limit is not None:
+            raise DataError("--task-path, --num-fewshot and --limit: are for --tasks; name the tasks to run")
+        return None
+    if any(option is not None for option in others):
+        raise DataError("--tasks: tasks have texts of their own; leave out --data and its options")
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"{missing_library('--tasks', 'lm_eval')} ({error})") from None
+    from deepseek_v3.evaluation.harness import TaskOptions, results_table, run_tasks
+
+    wanted = list(dict.fromkeys(name for part in names.split(",") if (name := part.strip())))
+    if not wanted:
+        raise DataError(f"--tasks {names!r}: names no task; expected names such as hellaswag,arc_easy")
+    options = TaskOptions(wanted, folder, num_fewshot, limit)
+
+    def run(saved: LoadedModel) -> dict[str, Any]:
+        results = run_tasks(saved.model, saved.tokenizer, options)
+        typer.echo(printable(results_table(results)))
+        return {name: results[name] for name in _REPORTED if name in results}
+
+    return run
 
 
 def _refuse_existing(output: Path | None) -> None:
@@ -160,9 +215,8 @@ def _measure(
             f"later tokens may be predicted badly; --context {trained} measures as it was trained"
         )
     documents = encoded_documents(sources, saved.tokenizer, rules)
-    start = start_of_text(saved.tokenizer)
     with ProgressDisplay() as display, display.task("Scoring text", None, "tokens", _log) as progress:
-        losses = measure_texts(Scorer(saved.model), documents, start, rule, progress)
+        losses = measure_texts(Scorer(saved.model), documents, saved.tokenizer.text_start, rule, progress)
     typer.echo(printable("\n".join(loss_table(losses))))
     return {
         "context": rule.context,
@@ -173,10 +227,19 @@ def _measure(
     }
 
 
+def _finite(value: Any) -> Any:
+    """The value with None in place of the numbers that JSON cannot write."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _write(output: Path, results: Mapping[str, Any]) -> None:
     try:
         with atomic_write(output) as partial:
-            text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False)
+            text = json.dumps(_finite(results), indent=2, ensure_ascii=False, allow_nan=False, default=str)
             partial.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise DataError(f"--output {output}: cannot be written: {error.strerror}") from None

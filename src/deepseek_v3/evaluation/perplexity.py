@@ -18,7 +18,7 @@ from deepseek_v3.data.arrays import Int64Array
 from deepseek_v3.data.tokens.loader import TokenLoader
 from deepseek_v3.data.tokens.source import TokenSource
 from deepseek_v3.evaluation.ngrams import ngram_losses
-from deepseek_v3.evaluation.text_loss import finite, perplexity
+from deepseek_v3.evaluation.text_loss import perplexity
 from deepseek_v3.evaluation.text_sources import check_tokenizer
 from deepseek_v3.model.pretrained import LoadedModel
 from deepseek_v3.training.data import DocumentIds, check_vocabulary
@@ -47,12 +47,12 @@ class Comparison:
         return table
 
     def as_json(self) -> dict[str, Any]:
-        """What was measured, and the loss of each model; what JSON cannot write is None."""
+        """What was measured, and the loss of each model."""
         models = {
             name: {
-                "loss": finite(loss),
-                "perplexity": finite(perplexity(loss)),
-                "bits_per_byte": finite(self.model.in_bits_per_byte(loss)),
+                "loss": loss,
+                "perplexity": perplexity(loss),
+                "bits_per_byte": self.model.in_bits_per_byte(loss),
             }
             for name, loss in self._losses().items()
         }

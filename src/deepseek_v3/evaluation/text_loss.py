@@ -18,7 +18,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.evaluation.scoring import BATCH_TOKENS, Scorer, Window, rolling_windows
 from deepseek_v3.evaluation.text_sources import EncodedDocument
 from deepseek_v3.utils.errors import DataError
@@ -57,26 +56,21 @@ class SourceLoss:
         return self.nats / math.log(2) / self.num_bytes if self.num_bytes else math.nan
 
     def as_json(self) -> dict[str, Any]:
-        """All fields and results; what JSON cannot write, such as an infinite perplexity, is None."""
+        """All fields and results."""
         return {
             "name": self.name,
             "documents": self.documents,
             "tokens": self.tokens,
             "bytes": round(self.num_bytes),
-            "loss": finite(self.loss),
-            "perplexity": finite(self.perplexity),
-            "bits_per_byte": finite(self.bits_per_byte),
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+            "bits_per_byte": self.bits_per_byte,
         }
 
 
 def perplexity(loss: float) -> float:
     """exp of a loss in nats per token; infinity if that is larger than a float64."""
     return math.exp(loss) if loss < _LARGEST_EXPONENT else math.inf
-
-
-def finite(value: float) -> float | None:
-    """`value`, or None if it is NaN or infinite, which JSON cannot write."""
-    return value if math.isfinite(value) else None
 
 
 @dataclass(frozen=True)
@@ -95,11 +89,6 @@ class WindowRule:
         if stride is not None and stride > context:
             raise DataError(f"--stride {stride:,}: expected at most the context of {context:,} tokens")
         return cls(context, stride or context)
-
-
-def start_of_text(tokenizer: Tokenizer) -> int:
-    """The token before a text: the one that the tokenizer puts there, or else end-of-text, as in training."""
-    return tokenizer.prompt_start[-1] if tokenizer.prompt_start else tokenizer.end_of_text
 
 
 def measure_texts(

@@ -108,12 +108,15 @@ class Generator:
     A prompt starts with the marker that its tokenizer puts before texts, if there is one. A prompt without any
     token starts from the end-of-text marker, which separates the documents of a training corpus. Each prompt has
     its own random number generator, so its text does not depend on the other prompts of the batch.
-    Only ids that the tokenizer has are generated.
+    Only ids that the tokenizer has are generated, or with `all_ids` any id of the model, as other engines do; ids
+    that the tokenizer lacks have no text.
 
     Raises GenerationError if the tokenizer has more ids than the model.
     """
 
-    def __init__(self, model: DeepSeekV3, tokenizer: Tokenizer, batch_size: int = 32) -> None:
+    def __init__(
+        self, model: DeepSeekV3, tokenizer: Tokenizer, batch_size: int = 32, all_ids: bool = False
+    ) -> None:
         if tokenizer.vocab_size > model.config.vocab_size:
             raise GenerationError(
                 f"the tokenizer has {tokenizer.vocab_size} ids, expected at most the model's vocab_size = "
@@ -122,6 +125,7 @@ class Generator:
         self._model = model
         self._tokenizer = tokenizer
         self._batch_size = batch_size
+        self._num_ids = model.config.vocab_size if all_ids else tokenizer.vocab_size
         self._context = model.config.max_position_embeddings
         self._device = model.head_weight_VD.device
 
@@ -135,6 +139,18 @@ class Generator:
         DataError for a prompt that is not Unicode.
         """
         rows = [self._start(prompt, index, sampling) for index, prompt in enumerate(prompts)]
+        return self._complete(rows, sampling, use_cache)
+
+    def continue_tokens(
+        self, prompts: abc.Sequence[abc.Sequence[int]], sampling: SamplingConfig, use_cache: bool = True
+    ) -> list[Completion]:
+        """Continues prompts of one or more ids as `generate` continues texts, and adds no marker to them."""
+        rows = [
+            self._row(self._tokenizer.decode(ids), ids, ids, index, sampling) for index, ids in enumerate(prompts)
+        ]
+        return self._complete(rows, sampling, use_cache)
+
+    def _complete(self, rows: list[_Row], sampling: SamplingConfig, use_cache: bool) -> list[Completion]:
         for first in range(0, len(rows), self._batch_size):
             for _ in self._steps(rows[first : first + self._batch_size], sampling, use_cache):
                 pass
@@ -163,13 +179,19 @@ class Generator:
     def _start(self, prompt: str, index: int, sampling: SamplingConfig) -> _Row:
         encoded = self._tokenizer.encode(prompt)
         ids = [*self._tokenizer.prompt_start, *encoded] or [self._tokenizer.end_of_text]
+        return self._row(prompt, ids, encoded, index, sampling)
+
+    def _row(
+        self, prompt: str, ids: abc.Sequence[int], shown: abc.Sequence[int], index: int, sampling: SamplingConfig
+    ) -> _Row:
+        """A row that continues `ids`; `shown` are those of them whose text the new text continues."""
         if len(ids) > self._context:
             raise GenerationError(
                 f"prompt {index + 1} is {len(ids)} tokens long, expected at most the model's context of "
                 f"{self._context} (max_position_embeddings); shorten it"
             )
-        text = _Text(self._tokenizer, sampling.stop, encoded)
-        row = _Row(prompt, ids, len(ids), text, row_generator(sampling.seed, index))
+        text = _Text(self._tokenizer, sampling.stop, shown)
+        row = _Row(prompt, [*ids], len(ids), text, row_generator(sampling.seed, index))
         if len(ids) == self._context:
             row.finish("context")
         return row
@@ -208,11 +230,11 @@ class Generator:
         if cache is not None:
             cache.advance(lengths_B)
         rows_B = torch.arange(len(rows), device=self._device)
-        return self._model.logits(hidden_BSD[rows_B, lengths_B - 1])[:, : self._tokenizer.vocab_size]
+        return self._model.logits(hidden_BSD[rows_B, lengths_B - 1])[:, : self._num_ids]
 
     def _seen(self, rows: list[_Row]) -> Tensor:
         """Which ids occur in each row, (B, V) bool."""
-        seen_BV = torch.zeros(len(rows), self._tokenizer.vocab_size, dtype=torch.bool)
+        seen_BV = torch.zeros(len(rows), self._num_ids, dtype=torch.bool)
         for seen_V, row in zip(seen_BV, rows, strict=True):
             seen_V[row.ids] = True
         return seen_BV.to(self._device)

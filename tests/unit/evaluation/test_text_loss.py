@@ -18,7 +18,6 @@ from deepseek_v3.evaluation.text_loss import (
     WindowRule,
     loss_table,
     measure_texts,
-    start_of_text,
     total_of,
 )
 from deepseek_v3.evaluation.text_sources import EncodedDocument, ReadingRules, encoded_documents, parse_sources
@@ -55,7 +54,7 @@ def _measure(
 ) -> list[SourceLoss]:
     log = get_logger("Test")
     with ProgressDisplay() as display, display.task("Scoring", None, "tokens", log) as progress:
-        return measure_texts(Scorer(model), documents, start_of_text(tokenizer), rule, progress)
+        return measure_texts(Scorer(model), documents, tokenizer.text_start, rule, progress)
 
 
 def _json_lines(path: Path, records: list[dict[str, object]]) -> Path:
@@ -102,7 +101,7 @@ def test_the_total_counts_every_token_and_byte_the_same() -> None:
     assert (total.documents, total.loss, total.bits_per_byte) == (3, 50 / 40, 50 / math.log(2) / 100)
     assert [line.split()[0] for line in loss_table(parts)[2:]] == ["a", "b", "total"]
     assert len(loss_table(parts[:1])) == 3
-    assert SourceLoss("c", 1, 1, 1, 1e4).as_json()["perplexity"] is None
+    assert SourceLoss("c", 1, 1, 1, 1e4).perplexity == math.inf
 
 
 def test_shards_give_the_numbers_of_their_text(model: DeepSeekV3, tmp_path: Path) -> None:

@@ -204,6 +204,13 @@ class Tokenizer:
         ]
 
     @cached_property
+    def text_start(self) -> int:
+        """The token before a text that is scored: the begin-of-text marker if there is one, else end-of-text."""
+        marker = special_token(self.config or {}, "bos_token")
+        id_ = self._tokenizer.token_to_id(marker) if marker else None
+        return self.end_of_text if id_ is None else id_
+
+    @cached_property
     def prompt_start(self) -> tuple[int, ...]:
         """The ids that the tokenizer puts before a prompt, such as a begin-of-text marker; none by default."""
         marker = special_token(self.config or {}, "bos_token")
@@ -273,9 +280,12 @@ class Tokenizer:
         """The steps of decoding, as in a `tokenizer.json`; empty if tokens are joined by spaces."""
         return flatten_steps(self._fields["decoder"])
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids. Markers appear by name, and invalid UTF-8 as U+FFFD; unknown ids are skipped."""
-        return self._tokenizer.decode(ids, skip_special_tokens=False)
+    def decode(self, ids: Sequence[int], skip_markers: bool = False) -> str:
+        """The text of ids, with markers by name unless they are skipped.
+
+        Invalid UTF-8 appears as U+FFFD; unknown ids are skipped.
+        """
+        return self._tokenizer.decode(ids, skip_special_tokens=skip_markers)
 
 
 def _keeps_text(step: dict[str, Any]) -> bool:
