@@ -76,8 +76,8 @@ def measure(size: str, place: Path, device: torch.device) -> dict[str, Any]:
     )
     dequantized = {key: tensor.cpu() for key, tensor in ours.state_dict().items()}
     del ours
-    record |= beside_transformers(place, device, tokens, expected, dequantized)
-    return record
+    print(json.dumps(record, indent=2), flush=True)
+    return record | beside_transformers(place, device, tokens, expected, dequantized)
 
 
 @torch.no_grad()
@@ -100,7 +100,7 @@ def beside_transformers(
     dequantized: dict[str, torch.Tensor],
 ) -> dict[str, Any]:
     """Loads both exports with Transformers."""
-    from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+    from transformers import AutoModelForCausalLM
 
     record: dict[str, Any] = {}
     theirs, record["transformers_load_bf16"] = timed(
@@ -113,20 +113,25 @@ def beside_transformers(
     record["spread_of_logits"] = expected.std().item()
     record["same_next_token"] = (found.argmax(-1) == expected.argmax(-1)).float().mean().item()
     del theirs, found
-    config = FineGrainedFP8Config(dequantize=True)
     theirs, record["transformers_load_fp8"] = timed(
-        lambda: AutoModelForCausalLM.from_pretrained(
-            place / "fp8", dtype=torch.bfloat16, device_map=str(device), quantization_config=config
-        ),
-        place / "fp8",
+        lambda: AutoModelForCausalLM.from_pretrained(place / "fp8", device_map=str(device)), place / "fp8"
     )
     state = theirs.state_dict()
-    shared = [key for key in dequantized if key in state]
-    record["tensors_compared"] = len(shared)
-    record["fp8_values_equal"] = sum(
-        torch.equal(state[key].cpu(), dequantized[key].to(state[key].dtype)) for key in shared
+    compared = [key for key, tensor in state.items() if tensor.dtype == torch.float8_e4m3fn and key in dequantized]
+    record["fp8_tensors_compared"] = len(compared)
+    record["fp8_tensors_equal"] = sum(
+        torch.equal(dequantize(state, key), dequantized[key].to(device)) for key in compared
     )
     return record
+
+
+def dequantize(state: dict[str, torch.Tensor], key: str) -> torch.Tensor:
+    """A matrix, or a stack of them, in bfloat16 from what Transformers holds."""
+    scales = state[f"{key}_scale_inv"].float()
+    values = state[key].float()
+    rows, columns = values.shape[-2:]
+    spread = scales.repeat_interleave(128, -2)[..., :rows, :].repeat_interleave(128, -1)[..., :columns]
+    return (values * spread).bfloat16()
 
 
 def timed(work: Callable[[], Any], folder: Path) -> tuple[Any, dict[str, float]]:
