@@ -80,6 +80,13 @@ def _tokenize() -> Any:
     return tokenize
 
 
+@_command("tokenizer", "Measure tokenizers on a corpus: bytes per token, unused ids, whether text survives.")
+def _tokenizer() -> Any:
+    from deepseek_v3.evaluation.tokenizer_command import tokenizer
+
+    return tokenizer
+
+
 @_command("train", "Train a model, from the first step or from a checkpoint.")
 def _train() -> Any:
     from deepseek_v3.training.train import train

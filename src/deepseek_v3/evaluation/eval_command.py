@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +13,7 @@ from deepseek_v3.config.data_config import TokenFiles
 from deepseek_v3.data.tokens.open_source import open_source
 from deepseek_v3.data.tokens.source import TokenSource
 from deepseek_v3.evaluation.perplexity import compare_saved
+from deepseek_v3.evaluation.results_file import refuse_existing, write_results
 from deepseek_v3.evaluation.scoring import Scorer
 from deepseek_v3.evaluation.text_loss import WindowRule, loss_table, measure_texts, total_of
 from deepseek_v3.evaluation.text_sources import (
@@ -29,7 +28,6 @@ from deepseek_v3.model.pretrained import LoadedModel
 from deepseek_v3.utils.command_line import integer_option, print_next_steps
 from deepseek_v3.utils.distributed.launch import select_device
 from deepseek_v3.utils.errors import CheckpointError, ConfigError, DataError
-from deepseek_v3.utils.files import atomic_write
 from deepseek_v3.utils.logging import configure_logging, get_console, get_logger
 from deepseek_v3.utils.optional import missing_library
 from deepseek_v3.utils.progress import ProgressDisplay
@@ -106,7 +104,7 @@ def evaluate(
     """Measure a model's loss on held-out tokens or on any text, by source."""
     configure_logging()
     path = _one_of(model, checkpoint)
-    _refuse_existing(output)
+    refuse_existing(output)
     place = select_device(device)
     sources = parse_sources(data) if data else []
     rules = ReadingRules(text_field, source_field, tokens)
@@ -120,7 +118,7 @@ def evaluate(
     else:
         results = _measure(saved, sources, rules, WindowRule.checked(context, stride, _context_of(saved)))
     if output is not None:
-        _write(output, {"model": str(path), "step": saved.step, **results})
+        write_results(output, {"model": str(path), "step": saved.step, **results})
     same = [] if device == "auto" else ["--device", device]
     print_next_steps(["dsv3", "generate", "--checkpoint", path, "--prompt", "The", *same])
 
@@ -163,11 +161,6 @@ def _harness(
         return {name: results[name] for name in _REPORTED if name in results}
 
     return run
-
-
-def _refuse_existing(output: Path | None) -> None:
-    if output is not None and output.exists():
-        raise DataError(f"--output {output}: exists and is left as it is; choose a new file")
 
 
 def _compared_tokens(saved: LoadedModel, data: Sequence[str] | None, path: Path) -> TokenFiles | None:
@@ -225,21 +218,3 @@ def _measure(
         "sources": [loss.as_json() for loss in losses],
         "total": total_of(losses).as_json(),
     }
-
-
-def _finite(value: Any) -> Any:
-    """The value with None in place of the numbers that JSON cannot write."""
-    if isinstance(value, Mapping):
-        return {str(key): _finite(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write(output: Path, results: Mapping[str, Any]) -> None:
-    try:
-        with atomic_write(output) as partial:
-            text = json.dumps(_finite(results), indent=2, ensure_ascii=False, allow_nan=False, default=str)
-            partial.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"--output {output}: cannot be written: {error.strerror}") from None

@@ -74,6 +74,8 @@ def parse_sources(given: Iterable[str]) -> list[TextSource]:
     A text that is a path as a whole is a path, even with "=" in it. Raises DataError if two have the same name.
     """
     sources = [_parse_source(text) for text in given]
+    if not sources:
+        raise DataError("--data: names no text; expected a path, or NAME=PATH")
     name, count = Counter(source.name for source in sources).most_common(1)[0]
     if count > 1:
         both = " and ".join(source.path for source in sources if source.name == name)
@@ -112,22 +114,20 @@ def _first_tokens(documents: Iterator[EncodedDocument], max_tokens: int) -> Iter
 
 
 def _from_text(source: TextSource, tokenizer: Tokenizer, rules: ReadingRules) -> Iterator[EncodedDocument]:
-    for batch in _batches(_labelled(source, rules)):
+    for batch in labelled_batches(source, rules):
         encoded = tokenizer.encode_batch([document.text for _, document in batch])
         for (name, document), ids in zip(batch, encoded, strict=True):
             yield EncodedDocument(name, np.array(ids, np.int64), len(document.text.encode()))
 
 
-def _labelled(source: TextSource, rules: ReadingRules) -> Iterator[tuple[str, Document]]:
-    if rules.source_field is not None:
-        return read_labelled_documents(source.path, rules.source_field, rules.text_field)
-    return ((source.name, document) for document in read_documents(source.path, rules.text_field))
+def labelled_batches(source: TextSource, rules: ReadingRules) -> Iterator[list[tuple[str, Document]]]:
+    """The documents of a text, each with the name of its source, about a million characters at a time.
 
-
-def _batches(documents: Iterable[tuple[str, Document]]) -> Iterator[list[tuple[str, Document]]]:
+    Raises DataError for text that cannot be read.
+    """
     batch: list[tuple[str, Document]] = []
     characters = 0
-    for name, document in documents:
+    for name, document in _labelled(source, rules):
         batch.append((name, document))
         characters += len(document.text)
         if characters >= _CHARACTERS_AT_ONCE:
@@ -135,6 +135,12 @@ def _batches(documents: Iterable[tuple[str, Document]]) -> Iterator[list[tuple[s
             batch, characters = [], 0
     if batch:
         yield batch
+
+
+def _labelled(source: TextSource, rules: ReadingRules) -> Iterator[tuple[str, Document]]:
+    if rules.source_field is not None:
+        return read_labelled_documents(source.path, rules.source_field, rules.text_field)
+    return ((source.name, document) for document in read_documents(source.path, rules.text_field))
 
 
 def _from_shards(source: TextSource, tokenizer: Tokenizer) -> Iterator[EncodedDocument]:

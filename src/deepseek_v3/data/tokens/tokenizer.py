@@ -271,6 +271,12 @@ class Tokenizer:
             and all(_keeps_text(step) for step in splits)
         )
 
+    @property
+    def markers(self) -> dict[int, str]:
+        """The names of the special tokens by id, in the order of the ids; no text is encoded as one of them."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {id_: added[id_].content for id_ in sorted(added) if added[id_].special}
+
     def token(self, id_: int) -> str | None:
         """The token of an id in the vocabulary; None for an unknown id."""
         return self._tokenizer.id_to_token(id_)
@@ -281,10 +287,7 @@ class Tokenizer:
         return flatten_steps(self._fields["decoder"])
 
     def decode(self, ids: Sequence[int], skip_markers: bool = False) -> str:
-        """The text of ids, with markers by name unless they are skipped.
-
-        Invalid UTF-8 appears as U+FFFD; unknown ids are skipped.
-        """
+        """The text of ids: markers by name unless skipped, invalid UTF-8 as U+FFFD; unknown ids are skipped."""
         return self._tokenizer.decode(ids, skip_special_tokens=skip_markers)
 
 
