@@ -258,3 +258,36 @@ def test_a_terminal_shows_the_progress(source, tmp_path, monkeypatch):
     monkeypatch.setattr("deepseek_v3.utils.progress.get_console", lambda: terminal)
     build(source, tmp_path / "out")
     assert "Tokenizing: 300 documents, " in terminal.file.getvalue()
+
+
+@pytest.fixture
+def named(tmp_path: Path) -> Path:
+    """A folder as of Hugging Face, whose tokenizer ends texts by markers with names of their own."""
+    text = Tokenizer.train([], 260).to_json().replace("<|endoftext|>", "<EOT>").replace("fim_end", "turn_end")
+    folder = tmp_path / "named"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(text)
+    return folder
+
+
+def test_a_folder_names_what_ends_its_documents(source, named, tmp_path):
+    fields = {"eos_token": {"content": "<EOT>"}, "chat_template": "{{ messages }}", "auto_map": {"x": "run.py"}}
+    (named / "tokenizer_config.json").write_text(json.dumps(fields))
+    (named / "generation_config.json").write_text('{"eos_token_id": [0, 3]}')
+    assert Tokenizer.load(named).ends == (0, 3)
+    build(source, tmp_path / "out", vocab_size=None, tokenizer=named)
+    tokenizer = TokenShards.open(tmp_path / "out").load_tokenizer()
+    assert tokenizer.token(tokenizer.end_of_text) == "<EOT>"
+    assert tokenizer.config == {key: value for key, value in fields.items() if key != "auto_map"}
+
+
+def test_an_option_names_what_ends_documents(source, named, tmp_path):
+    file = named / "tokenizer.json"
+    assert "has no end-of-text marker" in error_of(source, tmp_path / "out", vocab_size=None, tokenizer=file)
+    wrong = error_of(source, tmp_path / "out", vocab_size=None, tokenizer=file, end_of_text="</s>")
+    assert "has no token '</s>'" in wrong
+    assert "none is given" in error_of(source, tmp_path / "out", end_of_text="<EOT>")
+    build(source, tmp_path / "out", vocab_size=None, tokenizer=file, end_of_text="<|turn_end|>", workers=2)
+    shards = TokenShards.open(tmp_path / "out")
+    assert shards.index.end_of_text == 3
+    assert sorted(documents_of(shards, "train") + documents_of(shards, "holdout")) == sorted(TEXTS)

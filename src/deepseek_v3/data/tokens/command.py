@@ -24,7 +24,13 @@ def tokenize(
         str | None, typer.Option(help=f"Instead of --input: {PYTHON_STDLIB}, the text inside every Python.")
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder to write; it must not exist yet.")] = DEFAULT_TOKENS,
-    tokenizer: Annotated[Path | None, typer.Option(help="Use this tokenizer.json instead of training one.")] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="Use this tokenizer.json, or that of a Hugging Face directory, instead of training one."),
+    ] = None,
+    end_of_text: Annotated[
+        str | None, typer.Option(metavar="TOKEN", help="The token of that tokenizer which ends a document.")
+    ] = None,
     vocab_size: Annotated[
         int | None,
         typer.Option(
@@ -85,6 +91,7 @@ def tokenize(
         output,
         vocab_size=vocab_size,
         tokenizer=tokenizer,
+        end_of_text=end_of_text,
         holdout=holdout,
         fim_rate=fim_rate,
         seed=seed,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -18,7 +17,7 @@ from deepseek_v3.data.tokens.index import SPLITS, CorpusOptions, Split, SplitTot
 from deepseek_v3.data.tokens.megatron_index import HEADER, MAGIC, TOKEN_TYPES, VERSION, bin_file, idx_file
 from deepseek_v3.data.tokens.source import Tokens
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
-from deepseek_v3.data.tokens.tokenizer_config import CONFIG_FILE
+from deepseek_v3.data.tokens.tokenizer_config import write_tokenizer_config
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.files import atomic_write
 
@@ -162,8 +161,7 @@ class MegatronCorpusWriter:
                 raise DataError(f"{options.source}: the split {split!r} holds no document, expected at least one")
         self._tokenizer.save(self._directory / "tokenizer.json")
         marker = {"eos_token": self._tokenizer.token(self._tokenizer.end_of_text)}
-        with atomic_write(self._directory / CONFIG_FILE) as partial:
-            partial.write_text(json.dumps(marker) + "\n", encoding="utf-8")
+        write_tokenizer_config(self._directory, {**(self._tokenizer.config or {}), **marker})
         return {
             split: SplitTotals(writer.num_documents, writer.num_tokens, self._bytes[split])
             for split, writer in self._splits.items()

@@ -1,7 +1,7 @@
 """Token shards: a corpus on disk as arrays of token ids. A directory of shards holds
 
 - `index.json`: the counts and checksums of all other files,
-- `tokenizer.json`: the tokenizer that made the ids,
+- `tokenizer.json`: the tokenizer that made the ids, and `tokenizer_config.json` if it has one,
 - `train/00000.bin` …, `holdout/00000.bin` …: ids as little-endian uint16, or uint32 for a vocabulary above 65,536;
   end-of-text follows every document.
 """
@@ -35,6 +35,7 @@ from deepseek_v3.data.tokens.index import (
 from deepseek_v3.data.tokens.pread_file import PreadFile
 from deepseek_v3.data.tokens.source import Tokens, TokenSource, parts_of_range
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
+from deepseek_v3.data.tokens.tokenizer_config import write_tokenizer_config
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.files import sha256_of_file
 from deepseek_v3.utils.logging import get_logger
@@ -80,6 +81,8 @@ class ShardWriter:
             if not writer.shards:
                 raise DataError(f"{options.source}: the split {split!r} holds no document, expected at least one")
         self._tokenizer.save(self._directory / _TOKENIZER_FILE)
+        if self._tokenizer.config is not None:
+            write_tokenizer_config(self._directory, self._tokenizer.config)
         index = ShardIndex(
             dtype=token_dtype(self._tokenizer.vocab_size),
             vocab_size=self._tokenizer.vocab_size,
@@ -243,7 +246,7 @@ class TokenShards(TokenSource):
         if self._tokenizer is None:
             # An index without a checksum may name a wrong marker, which the check of the tokenizer then finds.
             ends = () if self.index.index_sha256 is None else (self.index.end_of_text,)
-            self._tokenizer = Tokenizer.load(self.directory / _TOKENIZER_FILE, ends)
+            self._tokenizer = Tokenizer.load(self.directory, ends)
         return self._tokenizer
 
     def num_documents(self, split: Split) -> int:

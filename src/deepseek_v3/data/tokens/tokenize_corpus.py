@@ -65,13 +65,15 @@ def tokenize_corpus(
     shard_tokens: int = 2**27,
     workers: int | None = None,
     token_format: TokenFormat = TokenFormat.SHARDS,
+    end_of_text: str | None = None,
 ) -> CorpusSummary:
     """Tokenizes `source`, a file or folder of text or `python-stdlib`, to the new directory `output`.
 
     `token_format` is token shards, or the Megatron-LM datasets `output`/train and `output`/holdout with their
     tokenizer.json beside them; `shard_tokens` is for token shards alone.
 
-    Reads the tokenizer from a file, or trains one of `vocab_size` on the training split. `HoldoutPlanner.choose`
+    Reads the tokenizer from a file or folder, in which `end_of_text` may name the token that ends a document, or
+    trains one of `vocab_size` on the training split. `HoldoutPlanner.choose`
     defines the text to hold out for a `holdout` share and windows of `sequence_length` tokens; copies of a text are
     never on both sides. The share `fim_rate` of the training documents is reordered for fill-in-the-middle.
     `workers` is the number of processes that encode (None: one per core); it does not change the result. Memory
@@ -80,11 +82,13 @@ def tokenize_corpus(
     `output` appears when it is complete, or not at all. Raises DataError if it exists, if the source cannot be
     used, or if a split would be shorter than one window.
     """
+    if end_of_text is not None and tokenizer is None:
+        raise DataError(f"end_of_text = {end_of_text}: expected a tokenizer that has it, and none is given")
     _check_options(vocab_size, tokenizer, holdout, fim_rate, workers)
     share = DEFAULT_SHARE if holdout is None else holdout
     options = CorpusOptions(source=source, text_field=text_field, holdout=share, fim_rate=fim_rate, seed=seed)
     with _new_folder(output) as partial:
-        chosen = None if tokenizer is None else Tokenizer.load(tokenizer)
+        chosen = None if tokenizer is None else Tokenizer.load(tokenizer, [end_of_text] if end_of_text else ())
         if chosen is not None:
             FillInMiddle(fim_rate, seed, chosen.fim)  # raises for a tokenizer without FIM markers, before reading
         rule = _choose_holdout(options, holdout, chosen, sequence_length)

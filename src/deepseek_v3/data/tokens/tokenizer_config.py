@@ -6,12 +6,14 @@ Transformers write to `chat_template.jinja`. `generation_config.json` and `confi
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from deepseek_v3.config.text_files import printable_path, read_json_object, read_text
 from deepseek_v3.utils.errors import ConfigError, DataError
+from deepseek_v3.utils.files import atomic_write
 from deepseek_v3.utils.text import format_value
 
 CONFIG_FILE, TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
@@ -35,6 +37,12 @@ def read_tokenizer_config(folder: Path) -> dict[str, Any] | None:
         except ConfigError as error:
             raise DataError(str(error)) from None
     return fields
+
+
+def write_tokenizer_config(folder: Path, fields: Mapping[str, Any]) -> None:
+    """Writes the folder's `tokenizer_config.json`. Raises OSError."""
+    with atomic_write(folder / CONFIG_FILE) as partial:
+        partial.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def ends_in_folder(folder: Path, config: Mapping[str, Any] | None) -> list[str | int]:
