@@ -56,6 +56,7 @@ def _check_budget(value: object) -> int | str:
         ) from None
 
 
+NonEmpty = Annotated[str, Field(min_length=1)]
 Budget = Annotated[int | str, PlainValidator(_check_budget, json_schema_input_type=int | str)]
 
 _TOKENS = TypeAdapter[int](TokenCount, config={"strict": True})
@@ -210,12 +211,25 @@ class SamplesConfig(Section):
 
 
 class LoggingConfig(Section):
-    """The directory of resolved config and metrics, the interval of log lines, TensorBoard, and sample texts."""
+    """The directory of resolved config and metrics, the interval of log lines, trackers, and sample texts.
+
+    `trackers`: where metrics go beside metrics.jsonl and TensorBoard, by the names of `utils/trackers`. `project`
+    and `run_name`: what the run is called there; null: as the tracker's environment variables say.
+    """
 
     directory: LocalPath
     interval_steps: PositiveInt = 10
     tensorboard: bool = True
+    trackers: tuple[NonEmpty, ...] = ()
+    project: NonEmpty | None = None
+    run_name: NonEmpty | None = None
     samples: SamplesConfig | None = None
+
+    @model_validator(mode="after")
+    def _each_tracker_once(self) -> LoggingConfig:
+        if repeated := sorted({name for name in self.trackers if self.trackers.count(name) > 1}):
+            raise ValueError(f"trackers names {', '.join(repeated)} more than once; name each tracker once")
+        return self
 
 
 class RunConfig(Section):

@@ -1,17 +1,18 @@
 """Logs a run while it trains: log lines, metrics on disk, and the live display.
 
 To add a metric of a step, add one entry to `step_metrics`: a name and a tensor on the device, 0-d, or one value per
-MoE layer. All of a step's metrics come back from the device in one transfer, and go to metrics.jsonl and
-TensorBoard under that name. A value that is known on the host, such as a memory size, belongs in
+MoE layer. All of a step's metrics come back from the device in one transfer, and go to metrics.jsonl,
+TensorBoard and the trackers under that name. A value that is known on the host, such as a memory size, belongs in
 `MetricsLogger.log_step`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -24,9 +25,10 @@ from deepseek_v3.planning.counts import count_active_parameters, count_parameter
 from deepseek_v3.planning.flops import training_flops_per_token
 from deepseek_v3.planning.hardware import peak_bfloat16_flops
 from deepseek_v3.training.loss import Losses
+from deepseek_v3.training.resume_rules import fields_of
 from deepseek_v3.training.schedule import ScheduledStep, TrainingSchedule
 from deepseek_v3.training.validation import ValidationLoss
-from deepseek_v3.utils.errors import DataError
+from deepseek_v3.utils.errors import DataError, error_chain
 from deepseek_v3.utils.files import atomic_write
 from deepseek_v3.utils.logging import get_logger
 from deepseek_v3.utils.monitoring import (
@@ -37,6 +39,9 @@ from deepseek_v3.utils.monitoring import (
     time_left,
 )
 from deepseek_v3.utils.progress import ProgressDisplay, ProgressLine
+from deepseek_v3.utils.redaction import redact
+from deepseek_v3.utils.trackers.run_trackers import RunTrackers
+from deepseek_v3.utils.trackers.tracker import Status, TrackedRun
 
 StepMetrics = dict[str, float | list[float]]
 
@@ -101,15 +106,25 @@ class _NoOutput:
     def write(self, step: int, values: object) -> None:
         """Does nothing."""
 
+    def log_scalars(self, step: int, values: object) -> None:
+        """Does nothing."""
+
+    def log_text(self, step: int, name: str, text: str) -> None:
+        """Does nothing."""
+
+    def close(self, status: Status) -> None:
+        """Does nothing."""
+
     def update(self, title: str, done: int, status: str) -> None:
         """Does nothing."""
 
 
 class MetricsLogger:
-    """Logs the metrics of one run; a context manager that holds the metrics files and the terminal's live display.
+    """Logs the metrics of one run; a context manager that holds its files, its trackers and the live display.
 
     `first_step`: the first step to be trained; metrics on disk from that step on are removed. Exactly one rank
-    `writes` metrics and shows progress.
+    `writes` metrics and shows progress. Leaving the block tells the trackers how the run ended: it has finished
+    after `log_end`, has failed after `fail` or with an error, and was stopped otherwise.
     """
 
     def __init__(
@@ -129,6 +144,7 @@ class MetricsLogger:
         )
         self._cache_metrics = _cache_bytes_per_token(config, compute_dtype)
         self._first_step, self._writes = first_step, writes
+        self._status = Status.STOPPED
         self._stack = ExitStack()
 
     def __enter__(self) -> MetricsLogger:
@@ -136,6 +152,8 @@ class MetricsLogger:
         self._announce()
         self._writer: MetricsWriter | _NoOutput = _NoOutput()
         self._progress: ProgressLine | _NoOutput = _NoOutput()
+        self._trackers: RunTrackers | _NoOutput = _NoOutput()
+        self._stack.callback(lambda: self._trackers.close(self._status))
         if self._writes:
             self._writer = self._stack.enter_context(
                 MetricsWriter(logging.directory, logging.tensorboard, resume_step=done or None)
@@ -143,11 +161,22 @@ class MetricsLogger:
             total = self._schedule.total_steps
             display = self._stack.enter_context(ProgressDisplay(transient=False))
             self._progress = display.line(f"step {done}/{total}", total, done)
+            self._trackers = RunTrackers(logging.trackers, _tracked_run(self._config), resumes=done > 0)
         self.throughput = Throughput(self._schedule, done)
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            interrupted = any(isinstance(cause, KeyboardInterrupt) for cause in error_chain(error))
+            self._status = Status.STOPPED if interrupted else Status.FAILED
         self._stack.close()
+
+    def fail(self) -> None:
+        """Tells the trackers at once that the run has failed; any thread may call this."""
+        self._status = Status.FAILED
+        self._trackers.close(Status.FAILED)
 
     def log_step(self, step: ScheduledStep, metrics: StepMetrics, skipped: int) -> None:
         """Logs a step; `skipped` counts the steps so far whose loss or gradient was not finite."""
@@ -160,7 +189,7 @@ class MetricsLogger:
         memory = float(device_memory_bytes(self._device))
         progress = {"tokens": tokens, "tokens_per_parameter": tokens / self._active}
         record = {**progress, "learning_rate": step.learning_rate, **metrics, **speed, "memory_bytes": memory}
-        self._writer.write(step.number, {**record, "skipped_steps": skipped, **self._cache_metrics})
+        self._write(step.number, {**record, "skipped_steps": skipped, **self._cache_metrics})
         total = self._schedule.total_steps
         status = f"loss {loss:.4f} {tokens_per_second:,.0f} tokens/s"
         self._progress.update(f"step {step.number}/{total}", step.number, status)
@@ -180,14 +209,20 @@ class MetricsLogger:
     def log_validation(self, step_number: int, validation: ValidationLoss) -> None:
         """Logs the validation loss after a step."""
         record = {"holdout_loss": validation.loss, "holdout_bits_per_byte": validation.bits_per_byte}
-        self._writer.write(step_number, {"tokens": self._schedule.tokens_after(step_number), **record})
+        self._write(step_number, {"tokens": self._schedule.tokens_after(step_number), **record})
         _log.info(
             f"Held-out loss after step {step_number}: {validation.loss:.4f} nats per token,\n"
             f"{validation.bits_per_byte:.4f} bits per byte"
         )
 
+    def log_samples(self, step_number: int, texts: Sequence[str]) -> None:
+        """Passes the model's texts, one per prompt of the config, to the trackers."""
+        for number, text in enumerate(texts):
+            self._trackers.log_text(step_number, f"samples/{number:02d}", text)
+
     def log_end(self, step_number: int, skipped: int) -> None:
         """Logs the tokens that the run has trained on and its budget, and warns if any steps were `skipped`."""
+        self._status = Status.FINISHED
         tokens = self._schedule.tokens_after(step_number)
         _log.info(
             f"Finished: {tokens:,} tokens in {step_number:,} steps, {tokens / self._active:.2f} per active "
@@ -195,6 +230,10 @@ class MetricsLogger:
         )
         if skipped:
             _log.warning(f"{skipped:,} of {step_number:,} steps were skipped, because they were not finite")
+
+    def _write(self, step_number: int, record: StepMetrics) -> None:
+        self._writer.write(step_number, record)
+        self._trackers.log_scalars(step_number, record)
 
     def _speed(self, tokens_per_second: float) -> dict[str, float]:
         speed = {"tokens_per_second": tokens_per_second}
@@ -218,6 +257,18 @@ class MetricsLogger:
             f"Cache when generating: {latent:,.0f} bytes per token,\n"
             f"multi-head attention would need {expanded:,.0f}"
         )
+
+
+def _tracked_run(config: RunConfig) -> TrackedRun:
+    """What the trackers are told of the run. A run without a name is called as its folder, with the time."""
+    logging = config.logging
+    folder = logging.directory.resolve()
+    fields = {
+        name: value if value is None or isinstance(value, (bool, int, float)) else redact(str(value))
+        for name, value in fields_of(RunConfig, config)
+    }
+    default_name = f"{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return TrackedRun(folder, logging.project, logging.run_name, default_name, fields)
 
 
 def write_config(config: RunConfig) -> None:

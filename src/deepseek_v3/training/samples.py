@@ -46,18 +46,19 @@ class SampleWriter:
         self._generator = Generator(model, tokenizer)
         self._sampling = SamplingConfig(max_new_tokens=config.max_new_tokens)
 
-    def write(self, step_number: int) -> None:
-        """Logs one text for each prompt, if samples are due after this step."""
+    def write(self, step_number: int) -> list[str]:
+        """Logs one text for each prompt, if samples are due after this step; returns prompts with their texts."""
         if step_number % self._config.interval_steps:
-            return
+            return []
         try:
             with self._uncompiled():
                 completions = self._generator.generate(self._config.prompts, self._sampling)
         except GenerationError as error:
             _log.warning(f"no samples after step {step_number}: {error}")
-            return
+            return []
         for completion in completions:
             _log.info(f"After step {step_number}, {completion.prompt!r} continues:\n{completion.text}")
+        return [completion.prompt + completion.text for completion in completions]
 
     def _uncompiled(self) -> AbstractContextManager[object]:
         """Runs compiled layers eagerly: each new length of a text would compile them again."""

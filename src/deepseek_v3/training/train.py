@@ -177,7 +177,7 @@ def train_run(
             init=init,
         )
         if watchdog is not None:
-            watchdog.finish_first(trainer.checkpoints.finish)
+            watchdog.finish_first(trainer.abort)
         if world.rank == 0:
             write_config(config)
         result = trainer.run(stop)

@@ -36,6 +36,7 @@ from deepseek_v3.utils.checkpointing.state_dict import flatten
 from deepseek_v3.utils.distributed.collectives import run_on_all_ranks
 from deepseek_v3.utils.errors import DataError, TrainingError
 from deepseek_v3.utils.logging import get_logger
+from deepseek_v3.utils.trackers.select_trackers import check_trackers
 
 _BUILDING = timedelta(days=1)  # for tokenizing a large corpus
 
@@ -74,6 +75,7 @@ class Trainer:
         allow_changed_data: bool = False,
         init: Path | None = None,
     ) -> None:
+        check_trackers(config.logging.trackers)
         self.config, self.device = config, device
         self.mesh = mesh or ParallelMesh(config.parallel)
         self._step_begins = step_begins
@@ -103,6 +105,7 @@ class Trainer:
         self._checkpoint: Path | None = None
         self._validation: ValidationLoss | None = None
         self._failure: DataError | None = None
+        self._reporter: MetricsLogger | None = None
         if start is not None:
             self._restore(start, str(resume), allow_changed_data)
         elif weights is not None:
@@ -134,26 +137,39 @@ class Trainer:
         dtype = self.engine.models[0].compute_dtype or torch.float32
         writes = self.mesh.rank == 0
         reporter = MetricsLogger(self.config, self.plan, self.device, dtype, self._steps_done + 1, writes)
+        self._reporter = reporter
         stop.install()
-        with self.checkpoints, closing(batches), reporter:
-            stopping = False
-            tokens = run_on_all_ranks(self._group, lambda: next(batches, None))
-            while self._steps_done < self.plan.total_steps and not stopping:
-                assert tokens is not None
-                step = self.plan.step(self._steps_done + 1)
-                if self._step_begins:
-                    self._step_begins(step.number)
-                result = self._train_step(step, tokens)
-                self._steps_done = step.number
-                tokens = self._next(batches, stop)
-                stopping = stop.should_stop()
-                self._after_step(step, result, reporter, stop, stopping)
-                stopping = stopping or self._failure is not None
-            if self._steps_done == self.plan.total_steps and self._failure is None:
-                reporter.log_end(self._steps_done, self.skipped.total)
-        if stopping:
-            run_on_all_ranks(self._group, self._raise_failure)
+        with reporter:
+            with self.checkpoints, closing(batches):
+                stopping = self._run_steps(batches, reporter, stop)
+                if self._steps_done == self.plan.total_steps and self._failure is None:
+                    reporter.log_end(self._steps_done, self.skipped.total)
+            if stopping:
+                run_on_all_ranks(self._group, self._raise_failure)
         return self._result()
+
+    def _run_steps(self, batches: Iterator[Iterator[Tensor]], reporter: MetricsLogger, stop: GracefulStop) -> bool:
+        """Runs steps up to the last one, or until a signal or lost tokens stop the run; returns whether they do."""
+        stopping = False
+        tokens = run_on_all_ranks(self._group, lambda: next(batches, None))
+        while self._steps_done < self.plan.total_steps and not stopping:
+            assert tokens is not None
+            step = self.plan.step(self._steps_done + 1)
+            if self._step_begins:
+                self._step_begins(step.number)
+            result = self._train_step(step, tokens)
+            self._steps_done = step.number
+            tokens = self._next(batches, stop)
+            stopping = stop.should_stop()
+            self._after_step(step, result, reporter, stop, stopping)
+            stopping = stopping or self._failure is not None
+        return stopping
+
+    def abort(self) -> None:
+        """Waits for the checkpoint that is being written, and ends the trackers: the watchdog ends the process."""
+        self.checkpoints.finish()
+        if self._reporter is not None:
+            self._reporter.fail()
 
     def _next(self, batches: Iterator[Iterator[Tensor]], stop: GracefulStop) -> Iterator[Tensor] | None:
         """Reads the tokens of the next step; None at the end of the run. Requests a stop if they cannot be read."""
@@ -191,7 +207,7 @@ class Trainer:
             if measures:
                 self._measure(number, reporter)
             if self._samples is not None:
-                self._samples.write(number)
+                reporter.log_samples(number, self._samples.write(number))
             if self._failure is not None and not reports:
                 self._report(step, result, reporter)
             if saves or self._failure is not None:

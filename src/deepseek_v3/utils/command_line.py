@@ -16,7 +16,7 @@ from typing import Any, TextIO
 import typer
 
 from deepseek_v3.utils.errors import UserError, error_chain, translate_os_errors
-from deepseek_v3.utils.interrupts import EXIT_INTERRUPTED, STOP_SIGNALS
+from deepseek_v3.utils.interrupts import EXIT_INTERRUPTED, STOP_SIGNALS, limit_time_to_exit
 from deepseek_v3.utils.numbers import MAX_COUNT, parse_count, parse_number
 from deepseek_v3.utils.redaction import redact
 from deepseek_v3.utils.text import format_value, printable
@@ -27,7 +27,7 @@ def run_app(app: Callable[[], Any]) -> None:
 
     Ctrl-C that nothing handles exits with 130, as shells expect, even if a library turned the KeyboardInterrupt
     into another error, and if it is pressed again during cleanup. A signal after the command has finished does not
-    change the exit code, and neither does a closed output pipe.
+    change the exit code, and neither does a closed output pipe. Exit handlers of libraries get a few seconds.
     """
     sys.excepthook = _show_traceback
     try:
@@ -47,6 +47,14 @@ def run_app(app: Callable[[], Any]) -> None:
         raise
     finally:
         _flush_output()
+        limit_time_to_exit(_exit_code(sys.exc_info()[1]))
+
+
+def _exit_code(error: BaseException | None) -> int:
+    """The exit code of a program that ends with this error."""
+    if isinstance(error, SystemExit) and not isinstance(error.code, str):
+        return error.code or 0
+    return 0 if error is None else 1
 
 
 def _keep_exit_code(code: int) -> None:

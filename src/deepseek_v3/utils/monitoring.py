@@ -22,6 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.files import atomic_write
 from deepseek_v3.utils.logging import get_logger
+from deepseek_v3.utils.trackers.tracker import scalars
 
 _log = get_logger("Metrics")
 
@@ -126,7 +127,7 @@ class MetricsWriter:
             self._fail(error)
         if self._tensorboard:
             with self._tolerating_tensorboard():
-                for name, value in _scalars(values).items():
+                for name, value in scalars(values).items():
                     self._tensorboard.add_scalar(name, value, step)
 
     def close(self) -> None:
@@ -246,16 +247,6 @@ def _without_infinities(value: float | list[float]) -> float | list[float | None
     if isinstance(value, list):
         return [entry if math.isfinite(entry) else None for entry in value]
     return value if math.isfinite(value) else None
-
-
-def _scalars(values: Mapping[str, float | list[float]]) -> dict[str, float]:
-    scalars: dict[str, float] = {}
-    for name, value in values.items():
-        if isinstance(value, list):
-            scalars |= {f"{name}/layer_{layer:02d}": entry for layer, entry in enumerate(value)}
-        else:
-            scalars[name] = value
-    return scalars
 
 
 def device_memory_bytes(device: torch.device) -> int:

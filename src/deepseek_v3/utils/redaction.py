@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from urllib.parse import unquote, unquote_plus
 
@@ -28,13 +29,15 @@ _OPTION = re.compile(
     rf"(?P<name>['\"](?:{_ALWAYS}|key|token|secret)['\"]\s*[:=]\s*b?['\"])(?P<value>[^'\"]+)", re.IGNORECASE
 )
 _HEADER = re.compile(r"(?P<name>\b(?:Bearer|Basic)\s+)(?P<value>[\w.~+/=%-]{8,})", re.IGNORECASE)
-# Keys with a recognisable form: AWS, Hugging Face, GitHub, Google.
+# Keys with a recognisable form: AWS, Hugging Face, GitHub, Google, Weights & Biases.
 _KEY = re.compile(
     r"(?P<name>)(?P<value>\b(?:(?:AKIA|ASIA)[0-9A-Z]{12,}|hf_[A-Za-z0-9]{16,}|gh[opsu]_[A-Za-z0-9]{20,}"
-    r"|github_pat_\w{20,}|AIza[\w-]{30,}|ya29\.[\w-]{20,}))"
+    r"|github_pat_\w{20,}|AIza[\w-]{30,}|ya29\.[\w-]{20,}|wandb_v\d+_\w{20,}))"
 )
 _PATTERNS = (_PARAMETER, _SETTING, _OPTION, _HEADER, _KEY)
 _SHORTEST = 4
+# Names of environment variables whose value is a secret. PWD is a folder.
+_VARIABLE = re.compile(r"key$|token$|secret|passw|credential", re.IGNORECASE)
 
 
 def redact(text: str, *addresses: str) -> str:
@@ -51,6 +54,15 @@ def redact(text: str, *addresses: str) -> str:
     for pattern in _PATTERNS:
         text = pattern.sub(rf"\g<name>{MASK}", text)
     return text
+
+
+def redact_environment(text: str) -> str:
+    """As `redact`, also of the secrets in environment variables, such as WANDB_API_KEY, wherever they occur."""
+    secrets = {value for name, value in os.environ.items() if _VARIABLE.search(name)}
+    for secret in sorted(secrets, key=len, reverse=True):  # a secret may be a part of another one
+        if len(secret) >= _SHORTEST:
+            text = text.replace(secret, MASK)
+    return redact(text, *(value for value in os.environ.values() if ":/" in value))
 
 
 def _without_user(match: re.Match[str]) -> str:

@@ -358,6 +358,7 @@ def _fields(section: type[BaseModel], prefix: str = "") -> dict[str, Any]:
         )
         default = field.get_default(call_default_factory=True)
         default = str(default) if isinstance(default, Path) else default
+        default = list(default) if isinstance(default, tuple) else default  # as YAML writes it
         found[f"{prefix}{name}"] = "required" if field.is_required() else default
         if inner is not None:
             del found[f"{prefix}{name}"]

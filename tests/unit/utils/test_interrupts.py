@@ -53,6 +53,44 @@ def test_programs_handle_ctrl_c_before_other_imports() -> None:
         assert all(line.startswith("    ") for line in ours[1:]), script
 
 
+HANGING = """
+import atexit, subprocess, sys, time, typer
+from deepseek_v3.utils import interrupts
+from deepseek_v3.utils.command_line import run_app
+from deepseek_v3.utils.errors import UserError
+
+def work() -> None:
+    print("done")
+    {ending}
+
+interrupts._SECONDS_TO_EXIT = 0.2
+interrupts.exit_may_hang.set()
+subprocess.Popen(["sleep", "300"])  # keeps the standard output open
+atexit.register(time.sleep, 300)
+app = typer.Typer(pretty_exceptions_enable=False)
+app.command()(work)
+run_app(app)
+"""
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "error"),
+    [
+        ("pass", 0, ""),
+        ("raise UserError('no tokens')", 1, "error: no tokens"),
+        ("raise KeyboardInterrupt", 130, ""),
+        ("1 / 0", 1, "ZeroDivisionError: division by zero"),
+        ("sys.exit(3)", 3, ""),
+    ],
+)
+def test_an_exit_handler_that_hangs_delays_no_exit(ending: str, code: int, error: str) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", HANGING.format(ending=ending)], capture_output=True, text=True, timeout=120
+    )
+    assert (run.returncode, run.stdout) == (code, "done\n")
+    assert run.stderr.strip().endswith(error)
+
+
 WORKERS = """
 import multiprocessing, re
 from multiprocessing import forkserver
