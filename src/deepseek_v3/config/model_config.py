@@ -239,7 +239,8 @@ def _check_architecture(released: dict[str, Any]) -> None:
     if kind not in _MODEL_TYPES:
         raise ValueError(f"model_type = {format_value(kind)}, expected {' or '.join(_MODEL_TYPES)}")
     names = released.get("architectures") or []
-    if isinstance(names, list) and names and not set(map(str, names)) & set(_ARCHITECTURES):
+    names = names if isinstance(names, list) else [names]
+    if names and not set(map(str, names)) & set(_ARCHITECTURES):
         raise ValueError(f"architectures = {format_value(names)}, expected {_ARCHITECTURES[0]}")
     _check_quantization(released.get("quantization_config"))
 

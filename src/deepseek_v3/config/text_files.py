@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +83,20 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for name, value in pairs:
         if name in found:
             raise ValueError(f"{format_value(name)} is given twice")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{format_value(name)}: found {value}, expected a finite number")
+        for each in _numbers(value):
+            if not math.isfinite(each):
+                raise ValueError(f"{format_value(name)}: found {each}, expected a finite number")
         found[name] = value
     return found
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """The floats that a field holds, also in lists; objects in lists have been checked before."""
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, list):
+        for each in value:
+            yield from _numbers(each)
 
 
 def _integer(digits: str) -> int:

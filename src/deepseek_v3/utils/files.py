@@ -135,6 +135,14 @@ def atomic_folder(folder: Path, *, keep_existing: bool = False) -> Iterator[Path
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def write_synced(path: Path, text: str) -> None:
+    """Writes a text file in UTF-8 and fsyncs it, for a folder that appears when it is complete."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def partial_path(path: Path) -> Path:
     """The path at which this process writes the file that will be `path`."""
     return path.with_name(f".{path.name}.{os.getpid()}.partial")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as json_text
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +18,15 @@ from deepseek_v3.data.arrays import Int64Array
 from deepseek_v3.data.documents import check_unicode
 from deepseek_v3.data.tokens.tiktoken_encoder import DEEPSEEK, NotExpressibleError, TiktokenEncoder
 from deepseek_v3.data.tokens.tokenizer_config import ends_in_folder, read_tokenizer_config, special_token
-from deepseek_v3.data.tokens.vocabulary import check_complete, check_ids, flatten_steps, removing_step
+from deepseek_v3.data.tokens.vocabulary import (
+    check_complete,
+    check_ids,
+    flatten_steps,
+    is_byte_level,
+    keeps_text,
+    removing_step,
+    sentencepiece_bytes,
+)
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.files import atomic_write, read_regular_file
 from deepseek_v3.utils.logging import get_logger
@@ -90,15 +97,16 @@ class Tokenizer:
         self._tokenizer = _build(json, source)
         added = self._tokenizer.get_added_tokens_decoder()
         ids = {token.content: id_ for id_, token in added.items()}
+        self.vocab_size: int = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
         self.ends = self._ids_of(ends, source) or tuple(ids[name] for name in _END_OF_TEXT if name in ids)[:1]
         if not self.ends:
             raise DataError(
                 f"{source}: has no end-of-text marker; expected one of {', '.join(_END_OF_TEXT)}, or name another"
             )
         self.end_of_text: int = self.ends[0]
+        self._check_begin(source)
         fim = next((names for names in _FIM if ids.keys() >= set(names)), None)
         self.fim = FimMarkers(*(ids[name] for name in fim)) if fim else None
-        self.vocab_size: int = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
         for id_ in (self.end_of_text, *(self.fim or ())):
             name = str(self._tokenizer.id_to_token(id_))
             if id_ in self._encode_with_tokenizers([name])[0]:
@@ -106,6 +114,16 @@ class Tokenizer:
                     f"{source}: encodes the text {name!r} as the marker of that name; "
                     "use a tokenizer that tells the two apart, such as any byte-level BPE"
                 )
+
+    def _check_begin(self, source: str) -> None:
+        """Raises DataError if the config has a marker put before every text that is not in the vocabulary."""
+        config = self.config or {}
+        marker = special_token(config, "bos_token")
+        if marker and config.get("add_bos_token") and self._tokenizer.token_to_id(marker) is None:
+            raise DataError(
+                f"{source}: has no token {marker!r} to begin a text, which its tokenizer_config.json names as "
+                "bos_token; correct it"
+            )
 
     def _ids_of(self, ends: Sequence[str | int], source: str) -> tuple[int, ...]:
         """The different ids of the tokens that end a text. Raises DataError for a name that no token has."""
@@ -116,7 +134,7 @@ class Tokenizer:
                 raise DataError(
                     f"{source}: has no token {end!r} to end a text; name one of its tokens as end-of-text"
                 )
-            if self._tokenizer.id_to_token(id_) is None:
+            if not 0 <= id_ < self.vocab_size or self._tokenizer.id_to_token(id_) is None:
                 _log.warning(f"{source}: has no token of id {id_}, so generation cannot stop there")
             else:
                 ids[id_] = None
@@ -249,10 +267,10 @@ class Tokenizer:
 
         Exact if `is_byte_exact`; otherwise the length of the id's token in the vocabulary.
         """
-        byte_level = _is_byte_level(self._fields)
+        byte_level = is_byte_level(self._fields)
         lengths = np.zeros(self.vocab_size, np.int64)
         for piece, id_ in self._tokenizer.get_vocab(with_added_tokens=False).items():
-            lengths[id_] = len(piece) if byte_level else _sentencepiece_bytes(piece)
+            lengths[id_] = len(piece) if byte_level else sentencepiece_bytes(piece)
         for id_, token in self._tokenizer.get_added_tokens_decoder().items():
             lengths[id_] = len(token.content.encode()) if token.content.isspace() else 0
         return lengths
@@ -263,12 +281,12 @@ class Tokenizer:
         fields = self._fields
         model, splits = fields["model"], flatten_steps(fields.get("pre_tokenizer"))
         return (
-            _is_byte_level(fields)
+            is_byte_level(fields)
             and model["type"] == "BPE"
             and model["vocab"].keys() >= set(pre_tokenizers.ByteLevel.alphabet())
             and not any(model.get(name) for name in _AFFIX_OPTIONS)
             and fields.get("normalizer") in (None, {"type": "Sequence", "normalizers": []})
-            and all(_keeps_text(step) for step in splits)
+            and all(keeps_text(step) for step in splits)
         )
 
     @property
@@ -289,23 +307,6 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_markers: bool = False) -> str:
         """The text of ids: markers by name unless skipped, invalid UTF-8 as U+FFFD; unknown ids are skipped."""
         return self._tokenizer.decode(ids, skip_special_tokens=skip_markers)
-
-
-def _keeps_text(step: dict[str, Any]) -> bool:
-    """Whether a step of a pre-tokenizer neither adds nor removes text."""
-    if step["type"] == "ByteLevel":
-        return not step.get("add_prefix_space")
-    return step["type"] == "Split" and step["behavior"] != "Removed"
-
-
-def _is_byte_level(fields: dict[str, Any]) -> bool:
-    """Whether each byte is one character in the vocabulary."""
-    return any(step["type"] == "ByteLevel" for step in flatten_steps(fields.get("decoder")))
-
-
-def _sentencepiece_bytes(piece: str) -> int:
-    """The bytes of a SentencePiece token, in which `<0x0A>` is one byte and U+2581 is a space."""
-    return 1 if re.fullmatch("<0x[0-9A-F]{2}>", piece) else len(piece.replace("\u2581", " ").encode())
 
 
 def check_vocab_size(vocab_size: int) -> None:

@@ -7,6 +7,7 @@ Transformers write to `chat_template.jinja`. `generation_config.json` and `confi
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,9 @@ def read_tokenizer_config(folder: Path) -> dict[str, Any] | None:
     Entries that name code are left out. Raises DataError for a file that is not a JSON object.
     """
     fields: dict[str, Any] | None = None
-    if (folder / CONFIG_FILE).exists():
+    if _is_there(folder / CONFIG_FILE):
         fields = {key: value for key, value in _json(folder / CONFIG_FILE).items() if key not in _CODE}
-    if (folder / TEMPLATE_FILE).exists():
+    if _is_there(folder / TEMPLATE_FILE):
         try:
             fields = {**(fields or {}), "chat_template": read_text(folder / TEMPLATE_FILE, _MAX_BYTES)}
         except ConfigError as error:
@@ -55,7 +56,7 @@ def ends_in_folder(folder: Path, config: Mapping[str, Any] | None) -> list[str |
     if name := special_token(config or {}, "eos_token", folder):
         ends.append(name)
     for file in _ID_FILES:
-        if (folder / file).exists() and (ids := _json(folder / file).get("eos_token_id")) is not None:
+        if _is_there(folder / file) and (ids := _json(folder / file).get("eos_token_id")) is not None:
             return [*ends, *_ids(ids, folder / file)]
     return ends
 
@@ -82,6 +83,11 @@ def _ids(value: Any, file: Path) -> list[int]:
                 "correct it"
             )
     return ids
+
+
+def _is_there(path: Path) -> bool:
+    """Whether a folder has this entry, even a link that leads nowhere, as after a download that was cut short."""
+    return os.path.lexists(path)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -63,6 +64,23 @@ def flatten_steps(part: Mapping[str, Any] | None) -> list[dict[str, Any]]:
         return [dict(part)]
     inner = part.get("pretokenizers") or part.get("normalizers") or part.get("decoders") or []
     return [step for each in inner for step in flatten_steps(each)]
+
+
+def keeps_text(step: dict[str, Any]) -> bool:
+    """Whether a step of a pre-tokenizer neither adds nor removes text."""
+    if step["type"] == "ByteLevel":
+        return not step.get("add_prefix_space")
+    return step["type"] == "Split" and step["behavior"] != "Removed"
+
+
+def is_byte_level(fields: dict[str, Any]) -> bool:
+    """Whether each byte is one character in the vocabulary."""
+    return any(step["type"] == "ByteLevel" for step in flatten_steps(fields.get("decoder")))
+
+
+def sentencepiece_bytes(piece: str) -> int:
+    """The bytes of a SentencePiece token, in which `<0x0A>` is one byte and U+2581 is a space."""
+    return 1 if re.fullmatch("<0x[0-9A-F]{2}>", piece) else len(piece.replace("\u2581", " ").encode())
 
 
 def _ids(vocabulary: Any) -> dict[str, int]:

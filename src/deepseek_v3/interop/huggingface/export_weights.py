@@ -9,12 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deepseek_v3.interop.huggingface.fp8_weights import is_quantized, scales_name
+from deepseek_v3.interop.huggingface.fp8_weights import is_quantized, scales_name, type_name
 from deepseek_v3.interop.huggingface.names import shared_copies, to_released_names
 from deepseek_v3.interop.huggingface.tensor_source import WEIGHTS_FILE, WEIGHTS_INDEX
 from deepseek_v3.model.transformer import DeepSeekV3
-from deepseek_v3.ops.fp8 import quantize_128x128
+from deepseek_v3.ops.fp8 import BLOCK, E4M3, quantize_128x128
+from deepseek_v3.utils.checkpointing.checks import non_finite, non_finite_summary
 from deepseek_v3.utils.checkpointing.safetensors_file import write_tensor_file
+from deepseek_v3.utils.errors import CheckpointError
+from deepseek_v3.utils.files import write_synced
 from deepseek_v3.utils.logging import get_logger
 from deepseek_v3.utils.progress import ProgressDisplay
 
@@ -36,12 +39,15 @@ def released_state(model: DeepSeekV3) -> dict[str, Tensor]:
 
 
 def write_weights(
-    folder: Path, model: DeepSeekV3, dtype: torch.dtype, quantized: bool, max_shard_bytes: int
+    folder: Path, model: DeepSeekV3, dtype: torch.dtype | None, quantized: bool, max_shard_bytes: int
 ) -> None:
     """Writes the weights of `model` to `folder`: one file, or several of at most `max_shard_bytes` with an index.
 
-    Weights are converted to `dtype`; with `quantized`, those that the release has in FP8 are written in FP8 with
-    their scales. Routing biases stay in float32. Memory holds one file at a time.
+    Weights are converted to `dtype`, and routing biases to float32; without `dtype` each tensor keeps its type.
+    With `quantized`, those that the release has in FP8 are written in FP8 with their scales. Memory holds one file
+    at a time.
+
+    Raises CheckpointError for weights that are not finite, also only after the conversion, and OSError.
     """
     tensors = to_released_names(model.config, model.state_dict())
     shards = _in_shards(tensors, dtype, quantized, max_shard_bytes)
@@ -56,13 +62,23 @@ def write_weights(
                 for released in names
                 for name, value in _converted(released, tensors[released], dtype, quantized)
             }
+            _check_finite(converted)
             num_bytes += sum(tensor.nbytes for tensor in converted.values())
             places |= dict.fromkeys(converted, file)
             write_tensor_file(folder / file, converted, _METADATA)
             task.advance(sum(tensors[released].numel() for released in names))
     if len(files) > 1:
         index = {"metadata": {"total_size": num_bytes}, "weight_map": dict(sorted(places.items()))}
-        (folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_synced(folder / WEIGHTS_INDEX, json.dumps(index, indent=2) + "\n")
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError if a tensor to be written holds NaN or infinity, in FP8 in its scales."""
+    if bad := non_finite({name: tensor for name, tensor in tensors.items() if tensor.dtype != E4M3}):
+        raise CheckpointError(
+            f"the model: {non_finite_summary(bad)} in {type_name(tensors[bad[0]].dtype)}; export an earlier "
+            "checkpoint, or in a type with a larger range, such as bfloat16"
+        )
 
 
 def _file_names(count: int) -> list[str]:
@@ -70,13 +86,13 @@ def _file_names(count: int) -> list[str]:
 
 
 def _in_shards(
-    tensors: Mapping[str, Tensor], dtype: torch.dtype, quantized: bool, max_shard_bytes: int
+    tensors: Mapping[str, Tensor], dtype: torch.dtype | None, quantized: bool, max_shard_bytes: int
 ) -> list[list[str]]:
     """The names of the tensors of each file, in order; a tensor above `max_shard_bytes` has a file of its own."""
     shards: list[list[str]] = []
     left = 0
     for name, tensor in tensors.items():
-        size = tensor.numel() * (1 if quantized and is_quantized(name) else dtype.itemsize)
+        size = _stored_bytes(name, tensor, dtype, quantized)
         if not shards or size > left:
             shards.append([])
             left = max_shard_bytes
@@ -85,11 +101,27 @@ def _in_shards(
     return shards
 
 
-def _converted(name: str, tensor: Tensor, dtype: torch.dtype, quantized: bool) -> Iterator[tuple[str, Tensor]]:
+def _stored_bytes(name: str, tensor: Tensor, dtype: torch.dtype | None, quantized: bool) -> int:
+    """The bytes of a released tensor as it is stored, with its scales."""
+    if quantized and is_quantized(name):
+        rows, columns = tensor.shape
+        return tensor.numel() + -(-rows // BLOCK) * -(-columns // BLOCK) * torch.float32.itemsize
+    return tensor.numel() * _stored_type(name, tensor, dtype).itemsize
+
+
+def _stored_type(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    if dtype is None:
+        return tensor.dtype
+    return torch.float32 if name.endswith(_BIAS) else dtype
+
+
+def _converted(
+    name: str, tensor: Tensor, dtype: torch.dtype | None, quantized: bool
+) -> Iterator[tuple[str, Tensor]]:
     """A released tensor as it is stored, on the CPU; one in FP8 is followed by its scales."""
     if quantized and is_quantized(name):
         values, scales = quantize_128x128(tensor)
         yield name, values.cpu()
         yield scales_name(name), scales.cpu()
     else:
-        yield name, tensor.to(torch.float32 if name.endswith(_BIAS) else dtype).cpu().contiguous()
+        yield name, tensor.to(_stored_type(name, tensor, dtype)).cpu().contiguous()

@@ -17,9 +17,10 @@ from deepseek_v3.ops.fp8 import E4M3, dequantize_128x128
 from deepseek_v3.utils.checkpointing.checks import TensorInfo
 from deepseek_v3.utils.errors import CheckpointError
 from deepseek_v3.utils.logging import get_logger
+from deepseek_v3.utils.text import format_value
 
 _MOST_NAMES = 3  # names that a message lists of one kind of problem
-_WEIGHT_TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+WEIGHT_TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _ROWS_AT_ONCE = 2**12  # rows of a copy that are compared with the original at a time
 # Tables that some releases store and every program computes from the config.
 _COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
@@ -70,8 +71,9 @@ class ReleasedWeights:
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        """The type in which the embedding is stored, which releases never have in FP8."""
-        return self._source.tensors["model.embed_tokens.weight"].dtype
+        """The type in which the embedding is stored; bfloat16 if that is FP8, which no release has it in."""
+        dtype = self._source.tensors["model.embed_tokens.weight"].dtype
+        return torch.bfloat16 if dtype == E4M3 else dtype
 
     @torch.no_grad()
     def read_into(self, target: Tensor, name: str, starts: Sequence[int] | None = None) -> None:
@@ -143,7 +145,7 @@ class ReleasedWeights:
 
     def _tensor_problems(self, name: str, tensor: TensorInfo, shape: tuple[int, ...]) -> Iterator[str]:
         if tensor.shape != shape:
-            yield f"{name}: found shape {tensor.shape}, expected {shape}"
+            yield f"{format_value(name)}: found shape {tensor.shape}, expected {shape}"
         elif not self._source.has_values(name):
             yield f"{name}: has a shape but no values (device meta); load it to a real device"
         elif tensor.dtype == E4M3:
@@ -151,8 +153,8 @@ class ReleasedWeights:
             yield from scales_problems(name, tensor, scales)
             if scales is not None and not self._source.has_values(scales_name(name)):
                 yield f"{scales_name(name)}: has a shape but no values (device meta); load it to a real device"
-        elif tensor.dtype not in _WEIGHT_TYPES:
-            types = ", ".join(map(type_name, _WEIGHT_TYPES))
+        elif tensor.dtype not in WEIGHT_TYPES:
+            types = ", ".join(map(type_name, WEIGHT_TYPES))
             found = type_name(tensor.dtype)
             yield f"{name}: found type {found}, expected {types}, or {type_name(E4M3)} with scales"
 
@@ -201,7 +203,7 @@ def _columns(rows: Tensor, target: Tensor, starts: Sequence[int]) -> Tensor:
 
 def _num_mtp_layers(config: ModelConfig, names: Iterable[str]) -> int:
     """The number of MTP layers up to the last one with any tensor among `names`; at most the config's."""
-    last = max(map(layer_of, names), default=-1)
+    last = max((layer_of(name) for name in names if not _COMPUTED.fullmatch(name)), default=-1)
     return min(max(last + 1 - config.num_hidden_layers, 0), config.num_nextn_predict_layers)
 
 
@@ -228,7 +230,7 @@ def _name_problems(
     unexpected = [name for name in unexpected if not _COMPUTED.fullmatch(name)]
     for kind, names in (("missing", missing), ("unexpected", unexpected)):
         if names:
-            listed = ", ".join(names[:_MOST_NAMES])
+            listed = ", ".join(map(format_value, names[:_MOST_NAMES]))
             yield f"{len(names)} {kind}: {listed}{', …' if len(names) > _MOST_NAMES else ''}"
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from deepseek_v3.config.model_config import ModelConfig
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_LAYER = re.compile(r"model\.layers\.(?P<layer>\d+)\.")
+_LAYER = re.compile(r"model\.layers\.(?P<layer>[0-9]{1,9})\.")
 _EXPERTS = re.compile(r"(?P<mlp>model\.layers\.\d+\.mlp)\.experts\.(?P<stack>gate_up_proj|down_proj)")
 
 

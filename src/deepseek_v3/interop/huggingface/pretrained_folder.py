@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -14,14 +17,15 @@ from deepseek_v3.config.text_files import printable_path
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.interop.huggingface.export_weights import write_weights
 from deepseek_v3.interop.huggingface.fp8_weights import QUANTIZATION_CONFIG, type_name
-from deepseek_v3.interop.huggingface.import_weights import ReleasedWeights
+from deepseek_v3.interop.huggingface.import_weights import WEIGHT_TYPES, ReleasedWeights
 from deepseek_v3.interop.huggingface.released_config import CONFIG, released_config, write_configs
 from deepseek_v3.interop.huggingface.tensor_source import WEIGHTS_FILE, WEIGHTS_INDEX, TensorFolder
 from deepseek_v3.model.backends import select_backends
 from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.utils.checkpointing.checks import non_finite, non_finite_summary
-from deepseek_v3.utils.errors import CheckpointError, ConfigError
-from deepseek_v3.utils.files import atomic_folder, remove_partials
+from deepseek_v3.utils.errors import CheckpointError, ConfigError, DataError
+from deepseek_v3.utils.files import atomic_folder, fsync_directory, remove_partials
+from deepseek_v3.utils.locks import hold_lock
 from deepseek_v3.utils.logging import get_logger
 from deepseek_v3.utils.progress import ProgressDisplay
 from deepseek_v3.utils.text import format_value
@@ -47,6 +51,11 @@ def open_pretrained(
     the weights cannot be read or do not fit it, as `TensorFolder` and `ReleasedWeights` say.
     """
     folder = Path(directory)
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{printable_path(folder)}: is no folder, expected a directory in Hugging Face's format; download a "
+            "model of the Hub first"
+        )
     config = ModelConfig.from_json(folder / CONFIG)
     source = TensorFolder(folder)
     return ReleasedWeights(source, config, require_mtp=require_mtp, compare_copies=compare_copies)
@@ -76,6 +85,7 @@ def load_opened(weights: ReleasedWeights, dtype: torch.dtype | None, device: tor
     with torch.device("meta"):
         model = DeepSeekV3(weights.config)
     dtype = dtype or weights.stored_dtype
+    _check_dtype(dtype)
     state = model.to(dtype).to_empty(device=device).state_dict()
     total = sum(tensor.nbytes for tensor in state.values())
     with ProgressDisplay() as display, display.task("Loading", total, "bytes", _log) as task:
@@ -102,31 +112,26 @@ def save_pretrained(
     """Writes a directory that Transformers, vLLM, SGLang and llama.cpp's converter read.
 
     It holds config.json, the weights as safetensors, and with `tokenizer` its files and generation_config.json.
-    Weights get `dtype`, by default their own; `quantization="fp8"` writes what the release has in FP8 as e4m3 with
-    128×128 scales, and the rest in bfloat16 by default. `max_shard_size` is in bytes, or a text such as `5GB`.
+    Weights get `dtype`, by default each its own; `quantization="fp8"` writes what the release has in FP8 as e4m3
+    with 128×128 scales, and the rest in bfloat16 by default. `max_shard_size` is in bytes, or a text such as `5GB`.
 
     The directory appears complete or not at all. Raises CheckpointError if it exists, if it cannot be written, if
-    the model is sharded over ranks, or if the tokenizer has more ids than the model, and ConfigError for another
-    `quantization` or `max_shard_size`.
+    the model is sharded over ranks or holds NaN or infinity, also only after the conversion to `dtype`, or if the
+    tokenizer has more ids than the model, and ConfigError for another
+    `dtype`, `quantization` or `max_shard_size`.
     """
-    directory, max_shard_bytes = Path(directory), _bytes(max_shard_size)
+    max_shard_bytes = _bytes(max_shard_size)
     if quantization not in (None, "fp8"):
         raise ConfigError(f"quantization = {format_value(quantization)}: expected None or 'fp8'")
+    if dtype is None and quantization:
+        dtype = torch.bfloat16
+    main_dtype = dtype or model.head_weight_VD.dtype
+    _check_dtype(main_dtype)
     _check_model(model, tokenizer)
-    refuse_existing(directory)
-    if dtype is None:
-        dtype = torch.bfloat16 if quantization else model.head_weight_VD.dtype
-    fields = released_config(model.config, type_name(dtype), QUANTIZATION_CONFIG if quantization else None)
-    try:
-        remove_partials(directory)
-        with atomic_folder(directory) as partial:
-            write_weights(partial, model, dtype, quantization is not None, max_shard_bytes)
-            write_configs(partial, fields, tokenizer, model.config.max_position_embeddings)
-    except OSError as error:
-        raise CheckpointError(
-            f"{printable_path(directory)}: cannot be written: {error.strerror or error}; make room, or choose "
-            "another directory"
-        ) from error
+    fields = released_config(model.config, type_name(main_dtype), QUANTIZATION_CONFIG if quantization else None)
+    with new_folder(Path(directory)) as partial:
+        write_weights(partial, model, dtype, quantization is not None, max_shard_bytes)
+        write_configs(partial, fields, tokenizer, model.config.max_position_embeddings)
 
 
 def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig, source: object) -> None:
@@ -138,9 +143,37 @@ def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig, source: object) -
         )
 
 
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yields a folder to fill, which becomes `path`; it appears complete or not at all, and one process writes it.
+
+    Removes what processes that were killed have left of it. Raises CheckpointError if `path` exists, if another
+    process writes it, or if it cannot be written.
+    """
+    refuse_existing(path)
+    with ExitStack() as stack:
+        try:
+            lock = path.with_name(f".{path.name}.lock")
+            stack.enter_context(hold_lock(lock, path, "choose another directory"))
+        except (DataError, ValueError) as error:
+            raise CheckpointError(str(error)) from error
+        refuse_existing(path)  # another process may have finished it before this one got the lock
+        try:
+            remove_partials(path)
+            with atomic_folder(path) as partial:
+                yield partial
+                fsync_directory(partial)
+            fsync_directory(path.parent)
+        except OSError as error:
+            raise CheckpointError(
+                f"{printable_path(path)}: cannot be written: {error.strerror or error}; make room, or choose "
+                "another directory"
+            ) from error
+
+
 def refuse_existing(path: Path) -> None:
     """Raises CheckpointError if a file or folder that is to be written exists."""
-    if path.exists() or path.is_symlink():
+    if os.path.lexists(path):
         raise CheckpointError(
             f"{printable_path(path)}: exists and is left as it is; remove it, or choose another directory"
         )
@@ -156,6 +189,13 @@ def _check_model(model: DeepSeekV3, tokenizer: Tokenizer | None) -> None:
         raise CheckpointError("the model is on the meta device and has no weights; load or initialise it first")
     if tokenizer is not None:
         check_tokenizer(tokenizer, model.config, "the model")
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    """Raises ConfigError for a type that weights without scales cannot have."""
+    if dtype not in WEIGHT_TYPES:
+        expected = ", ".join(map(type_name, WEIGHT_TYPES))
+        raise ConfigError(f"dtype = {type_name(dtype)}: expected {expected}")
 
 
 def _bytes(size: int | str) -> int:

@@ -8,8 +8,12 @@ from typing import Any
 
 from deepseek_v3.config.model_config import ModelConfig, RopeScaling
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
-from deepseek_v3.data.tokens.tokenizer_config import CONFIG_FILE
+from deepseek_v3.data.tokens.tokenizer_config import CONFIG_FILE, special_token
+from deepseek_v3.utils.files import write_synced
 
+# Without these, Transformers would take the ids 0 and 1 of the released tokenizer.
+_NO_IDS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
+_TOKENIZER_CLASS = "PreTrainedTokenizerFast"  # reads any tokenizer.json as it is
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 
 
@@ -27,6 +31,7 @@ def released_config(config: ModelConfig, dtype: str, quantization: dict[str, Any
         "rope_scaling": None if config.rope_scaling is None else _released_scaling(config.rope_scaling),
         "torch_dtype": dtype,
         "use_cache": True,
+        **_NO_IDS,
     }
     return fields if quantization is None else {**fields, "quantization_config": quantization}
 
@@ -54,20 +59,23 @@ def write_configs(
 def tokenizer_config(tokenizer: Tokenizer, max_position_embeddings: int) -> dict[str, Any]:
     """The fields of `tokenizer_config.json`: those of the tokenizer, if it has any, else those of plain text.
 
+    Its `eos_token` is the tokenizer's end-of-text marker.
+
     A tokenizer without a config, such as one that was trained here, never turns text into a marker:
     `split_special_tokens` has Transformers encode the name of a marker like any other text, too.
     """
-    if tokenizer.config is not None:
-        return dict(tokenizer.config)
     end_of_text = tokenizer.token(tokenizer.end_of_text)
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": end_of_text,
-        "pad_token": end_of_text,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": max_position_embeddings,
-        "split_special_tokens": True,
-    }
+    if tokenizer.config is None:
+        return {
+            "tokenizer_class": _TOKENIZER_CLASS,
+            "eos_token": end_of_text,
+            "pad_token": end_of_text,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": max_position_embeddings,
+            "split_special_tokens": True,
+        }
+    fields = {"tokenizer_class": _TOKENIZER_CLASS, **tokenizer.config}
+    return fields if special_token(fields, "eos_token") == end_of_text else {**fields, "eos_token": end_of_text}
 
 
 def _special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -80,4 +88,4 @@ def _special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _write(path: Path, fields: dict[str, Any]) -> None:
-    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_synced(path, json.dumps(fields, indent=2, ensure_ascii=False) + "\n")

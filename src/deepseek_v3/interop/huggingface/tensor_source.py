@@ -71,6 +71,11 @@ class TensorFolder(TensorSource):
         self._entries: dict[str, tuple[Path, HeaderEntry]] = {}
         index = _read_index(directory)
         files = [WEIGHTS_FILE] if index is None else sorted(set(index.values()))
+        if WEIGHTS_FILE not in files and os.path.lexists(directory / WEIGHTS_FILE):
+            raise CheckpointError(
+                f"{printable_path(directory)}: has {WEIGHTS_FILE}, and {WEIGHTS_INDEX} of other files, expected "
+                "one of them; remove the outdated weights"
+            )
         problems = [problem for file in files for problem in self._open(directory / file)]
         if index is not None and not problems:
             problems += self._compare(index)
@@ -86,20 +91,24 @@ class TensorFolder(TensorSource):
             require_regular_file(path)
             entries = read_header(path)
         except OSError as error:
-            return [f"{path.name} cannot be read: {error.strerror}"]
-        except (ValueError, RecursionError) as error:
-            return [f"{path.name} is no safetensors file: {error}"]
+            return [f"{format_value(path.name)} cannot be read: {error.strerror}"]
+        except RecursionError:
+            return [f"{format_value(path.name)} is no safetensors file: its header is nested too deeply"]
+        except ValueError as error:
+            return [f"{format_value(path.name)} is no safetensors file: {error}"]
         twice = [
-            f"{name} is in {self._entries[name][0].name} and in {path.name}"
-            for name in entries.keys() & self._entries
+            f"{format_value(name)} is in {self._entries[name][0].name} and in {path.name}"
+            for name in sorted(entries.keys() & self._entries)
         ]
         self._entries |= {name: (path, entry) for name, entry in entries.items()}
         return twice
 
     def _compare(self, index: Mapping[str, str]) -> list[str]:
-        found = {name: path.name for name, (path, _) in self._entries.items()}
+        index = {name: format_value(file) for name, file in index.items()}
+        found = {name: format_value(path.name) for name, (path, _) in self._entries.items()}
         return [
-            f"{name} is in {found.get(name, 'no file')}, and by {WEIGHTS_INDEX} in {index.get(name, 'none')}"
+            f"{format_value(name)} is in {found.get(name, 'no file')}, and by {WEIGHTS_INDEX} in "
+            f"{index.get(name, 'none')}"
             for name in sorted(found.keys() | index.keys())
             if found.get(name) != index.get(name)
         ]
@@ -120,6 +129,7 @@ class TensorFolder(TensorSource):
 
 def _read_bytes(path: Path, begin: int, target: memoryview) -> None:
     """Fills `target` with the bytes of a file from `begin` on. Raises CheckpointError if it has become shorter."""
+    where = printable_path(path)
     try:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -127,19 +137,19 @@ def _read_bytes(path: Path, begin: int, target: memoryview) -> None:
             while done < len(target):  # a call reads at most 2 GiB
                 count = os.preadv(descriptor, [target[done:]], begin + done)
                 if count == 0:
-                    raise CheckpointError(f"{path}: has become shorter while it was read; {_REPAIR}")
+                    raise CheckpointError(f"{where}: has become shorter while it was read; {_REPAIR}")
                 done += count
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}; {_REPAIR}") from None
+        raise CheckpointError(f"{where}: cannot be read: {error.strerror}; {_REPAIR}") from None
 
 
 def _read_index(directory: Path) -> dict[str, str] | None:
     """The file of each tensor by the directory's index; None if its tensors are in one file without an index."""
     path = directory / WEIGHTS_INDEX
-    if not path.exists():
-        if (directory / WEIGHTS_FILE).exists():
+    if not os.path.lexists(path):
+        if os.path.lexists(directory / WEIGHTS_FILE):
             return None
         raise CheckpointError(f"{printable_path(directory)}: {_without_weights(directory)}")
     try:
@@ -156,8 +166,8 @@ def _read_index(directory: Path) -> dict[str, str] | None:
 def _check_file_name(tensor: str, file: Any, index: Path) -> None:
     if not isinstance(file, str) or not file.endswith(".safetensors") or Path(file).name != file or "\0" in file:
         raise CheckpointError(
-            f"{printable_path(index)}: {tensor} is in {format_value(file)}, expected the name of a .safetensors "
-            f"file in the same directory; {_REPAIR}"
+            f"{printable_path(index)}: {format_value(tensor)} is in {format_value(file)}, expected the name of a "
+            f".safetensors file in the same directory; {_REPAIR}"
         )
 
 

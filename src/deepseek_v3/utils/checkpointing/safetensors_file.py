@@ -12,10 +12,12 @@ import os
 from collections.abc import Iterator, Mapping
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
+
+from deepseek_v3.utils.text import format_value
 
 # The format's dtype names, widest first: written in this order, every tensor is aligned to its element size.
 DTYPES = {
@@ -38,6 +40,7 @@ _ORDER = list(DTYPES.values())
 _ALIGNMENT = 8
 _METADATA = "__metadata__"
 _MAX_HEADER_BYTES = 10**8  # as in the safetensors library
+_MAX_AXES = 64  # as in torch
 _LENGTH_BYTES = 8  # size of the number before the header that gives the header's length
 
 
@@ -90,47 +93,66 @@ def read_header(path: Path) -> dict[str, HeaderEntry]:
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
         if num_bytes < _LENGTH_BYTES or length > min(num_bytes - _LENGTH_BYTES, _MAX_HEADER_BYTES):
             raise ValueError(f"{length:,} bytes of header in a file of {num_bytes:,} bytes")
-        entries = require_plain_json(file.read(length))
+        text = file.read(length)
+    if not text.startswith(b"{"):
+        raise ValueError(f"its header begins with {text[:1]!r}, expected {{")
     start = _LENGTH_BYTES + length
-    try:
-        spans = {
-            name: (HeaderEntry(entry["dtype"], tuple(entry["shape"]), start + begin), start + end)
-            for name, entry in entries.items()
-            if name != _METADATA
-            for begin, end in [entry["data_offsets"]]
-        }
-        _check_spans(spans, start, num_bytes)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{type(error).__name__}: {error}") from None
+    entries = require_plain_json(text.decode())
+    spans = {name: _span(name, entry, start) for name, entry in entries.items() if name != _METADATA}
+    _check_spans(spans, start, num_bytes)
     return {name: entry for name, (entry, _) in spans.items()}
+
+
+def _span(name: str, entry: Any, start: int) -> tuple[HeaderEntry, int]:
+    """A tensor's entry and the byte after its last one, both counted in the file. Raises ValueError."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"the name {format_value(name)} holds half of a surrogate pair") from None
+    fields = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = (fields.get(field) for field in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(
+            f"{format_value(name)} has the dtype {format_value(dtype)}, expected one of {', '.join(DTYPES)}"
+        )
+    if not _are_sizes(shape) or len(shape) > _MAX_AXES:
+        raise ValueError(f"{format_value(name)} has the shape {format_value(shape)}")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise ValueError(
+            f"{format_value(name)} has the data_offsets {format_value(offsets)}, expected its first byte and the "
+            "one after its last"
+        )
+    return HeaderEntry(dtype, tuple(shape), start + offsets[0]), start + offsets[1]
+
+
+def _are_sizes(values: Any) -> TypeGuard[list[int]]:
+    """Whether a value is a list of whole numbers that are not negative and fit in 64 bits."""
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 
 def _check_spans(spans: Mapping[str, tuple[HeaderEntry, int]], start: int, num_bytes: int) -> None:
     """Raises ValueError unless every tensor has its own bytes of the file, as many as its shape and dtype take."""
     ends = start
     for name, (entry, end) in sorted(spans.items(), key=lambda item: (item[1][0].begin, item[1][1])):
-        if not all(type(size) is int and size >= 0 for size in entry.shape):
-            raise ValueError(f"{name!r} has the shape {list(entry.shape)}")
-        if entry.dtype not in DTYPES:
-            raise ValueError(f"{name!r} has the dtype {entry.dtype!r}, expected one of {', '.join(DTYPES)}")
+        shown = format_value(name)
         expected = math.prod(entry.shape) * DTYPES[entry.dtype].itemsize
         if end - entry.begin != expected:
-            raise ValueError(f"{name!r} has {end - entry.begin:,} bytes, expected {expected:,} for its shape")
+            raise ValueError(f"{shown} has {end - entry.begin:,} bytes, expected {expected:,} for its shape")
         if end > num_bytes:
-            raise ValueError(f"{name!r} ends at byte {end:,}, and the file has {num_bytes:,}: it was cut short")
+            raise ValueError(f"{shown} ends at byte {end:,}, and the file has {num_bytes:,}: it was cut short")
         if entry.begin < ends:
-            raise ValueError(f"{name!r} begins at byte {entry.begin:,}, inside the header or another tensor")
+            raise ValueError(f"{shown} begins at byte {entry.begin:,}, inside the header or another tensor")
         ends = end
 
 
-def require_plain_json(text: bytes) -> Any:
+def require_plain_json(text: bytes | str) -> Any:
     """Parses JSON. Raises ValueError for repeated keys, NaN and infinity, RecursionError for deep nesting."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
             twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
-            raise ValueError(f"the key {twice!r} is given twice")
+            raise ValueError(f"the key {twice!r:.200} is given twice")
         return found
 
     def refuse(word: str) -> Any:
