@@ -15,7 +15,7 @@ from deepseek_v3.interop.huggingface.tensor_source import WEIGHTS_FILE, WEIGHTS_
 from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.ops.fp8 import BLOCK, E4M3, quantize_128x128
 from deepseek_v3.utils.checkpointing.checks import non_finite, non_finite_summary
-from deepseek_v3.utils.checkpointing.safetensors_file import write_tensor_file
+from deepseek_v3.utils.checkpointing.safetensors_file import write_tensors
 from deepseek_v3.utils.errors import CheckpointError
 from deepseek_v3.utils.files import write_synced
 from deepseek_v3.utils.logging import get_logger
@@ -65,7 +65,7 @@ def write_weights(
             _check_finite(converted)
             num_bytes += sum(tensor.nbytes for tensor in converted.values())
             places |= dict.fromkeys(converted, file)
-            write_tensor_file(folder / file, converted, _METADATA)
+            write_tensors(folder / file, converted, _METADATA)
             task.advance(sum(tensors[released].numel() for released in names))
     if len(files) > 1:
         index = {"metadata": {"total_size": num_bytes}, "weight_map": dict(sorted(places.items()))}

@@ -21,6 +21,7 @@ from deepseek_v3.utils.text import format_value
 
 _MOST_NAMES = 3  # names that a message lists of one kind of problem
 WEIGHT_TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_CPU = torch.device("cpu")
 _ROWS_AT_ONCE = 2**12  # rows of a copy that are compared with the original at a time
 # Tables that some releases store and every program computes from the config.
 _COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
@@ -85,7 +86,7 @@ class ReleasedWeights:
         starts = tuple(starts or (0,) * target.ndim)
         if target.ndim < 3:
             rows = range(starts[0], starts[0] + target.shape[0])
-            target.copy_(_columns(self._values(name, rows), target, starts[1:]))
+            target.copy_(_columns(self._values(name, rows, target.device), target, starts[1:]))
             return
         parts: dict[int | None, list[Part]] = {}
         for part in () if name in self._stacked else parts_of(name, self.shapes[name]):
@@ -99,21 +100,23 @@ class ReleasedWeights:
                 if first < last:
                     own = range(first - part.rows.start, last - part.rows.start)
                     block = values[first - starts[1] : last - starts[1]]
-                    block.copy_(_columns(self._values(part.name, own), block, starts[2:]))
+                    block.copy_(_columns(self._values(part.name, own, block.device), block, starts[2:]))
 
-    def _values(self, released: str, rows: range) -> Tensor:
-        """Rows of a released tensor; float32 if it is in FP8."""
+    def _values(self, released: str, rows: range, device: torch.device) -> Tensor:
+        """Rows of a released tensor. If it is in FP8, they are dequantized on `device` to float32."""
         tensor = self._source.read(released, rows)
         if tensor.dtype != E4M3:
             return tensor
-        return dequantize_128x128(tensor, self._source.read(scales_name(released)), torch.float32, rows.start)
+        scales = self._source.read(scales_name(released)).to(device)
+        return dequantize_128x128(tensor.to(device), scales, torch.float32, rows.start)
 
     def _read_stacked(self, target: Tensor, name: str, expert: int, starts: Sequence[int]) -> None:
         """Fills a block of one expert's matrix from a stack that the source holds."""
         one, rows = range(expert, expert + 1), slice(starts[0], starts[0] + len(target))
         values = self._source.read(name, one)[0]
         if values.dtype == E4M3:
-            values = dequantize_128x128(values, self._source.read(scales_name(name), one)[0], torch.float32)
+            scales = self._source.read(scales_name(name), one)[0].to(target.device)
+            values = dequantize_128x128(values.to(target.device), scales, torch.float32)
         target.copy_(_columns(values[rows], target, starts[1:]))
 
     def _is_stacked(self, name: str) -> bool:
@@ -169,8 +172,8 @@ class ReleasedWeights:
         num_rows = self._source.tensors[original].shape[0]
         for first in range(0, num_rows, _ROWS_AT_ONCE):
             rows = range(first, min(num_rows, first + _ROWS_AT_ONCE))
-            one, other = (self._values(name, rows) for name in (copy, original))
-            if not torch.equal(one, other.to(one.device)):
+            one, other = (self._values(name, rows, _CPU).to(_CPU) for name in (copy, original))
+            if not torch.equal(one, other):
                 return True
         return False
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
@@ -33,6 +34,7 @@ from deepseek_v3.utils.text import format_value
 SHARD_SIZE = "5GB"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 Quantization = Literal["fp8"]
+_READERS = 8  # threads; each holds one tensor
 
 _log = get_logger("Weights")
 
@@ -71,8 +73,8 @@ def load_pretrained(
     """Loads a released model, or one that Transformers or `save_pretrained` wrote, in evaluation mode.
 
     The weights get `dtype`, by default the type that the embedding is stored in; routers keep at least float32. The
-    weights are read tensor by tensor to `device`: memory holds the model and one tensor. MTP layers that the config
-    states and the files lack are left out with a warning; `require_mtp` refuses that.
+    weights are read tensor by tensor to `device`: memory holds the model and a few tensors. MTP layers that the
+    config states and the files lack are left out with a warning; `require_mtp` refuses that.
 
     Raises ConfigError and CheckpointError as `open_pretrained` does, and CheckpointError if weights are not finite.
     """
@@ -88,10 +90,12 @@ def load_opened(weights: ReleasedWeights, dtype: torch.dtype | None, device: tor
     _check_dtype(dtype)
     state = model.to(dtype).to_empty(device=device).state_dict()
     total = sum(tensor.nbytes for tensor in state.values())
-    with ProgressDisplay() as display, display.task("Loading", total, "bytes", _log) as task:
-        for name, target in state.items():
-            weights.read_into(target, name)
-            task.advance(target.nbytes)
+    reading = ThreadPoolExecutor(_READERS)
+    with ProgressDisplay() as display, display.task("Loading", total, "bytes", _log) as task, reading as threads:
+        waiting = {threads.submit(weights.read_into, target, name): target for name, target in state.items()}
+        for done in as_completed(waiting):
+            done.result()
+            task.advance(waiting[done].nbytes)
     if bad := non_finite(state):
         raise CheckpointError(f"{weights.name}: {non_finite_summary(bad)}; get the files again, or another release")
     model.compute_dtype = dtype

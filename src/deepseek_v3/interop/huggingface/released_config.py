@@ -64,17 +64,18 @@ def tokenizer_config(tokenizer: Tokenizer, max_position_embeddings: int) -> dict
     A tokenizer without a config, such as one that was trained here, never turns text into a marker:
     `split_special_tokens` has Transformers encode the name of a marker like any other text, too.
     """
-    end_of_text = tokenizer.token(tokenizer.end_of_text)
-    if tokenizer.config is None:
+    end_of_text, config = tokenizer.token(tokenizer.end_of_text), tokenizer.config or {}
+    if not config.keys() & {"tokenizer_class", "chat_template"}:  # none, or only the marker that a corpus kept
         return {
             "tokenizer_class": _TOKENIZER_CLASS,
-            "eos_token": end_of_text,
             "pad_token": end_of_text,
             "clean_up_tokenization_spaces": False,
             "model_max_length": max_position_embeddings,
             "split_special_tokens": True,
+            **config,
+            "eos_token": end_of_text,
         }
-    fields = {"tokenizer_class": _TOKENIZER_CLASS, **tokenizer.config}
+    fields = {"tokenizer_class": _TOKENIZER_CLASS, **config}
     return fields if special_token(fields, "eos_token") == end_of_text else {**fields, "eos_token": end_of_text}
 
 

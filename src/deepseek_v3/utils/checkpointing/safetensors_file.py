@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
@@ -60,25 +60,35 @@ class WrittenFile(NamedTuple):
     begins: dict[str, int]
 
 
-def write_tensor_file(
-    path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> WrittenFile:
+def write_tensor_file(path: Path, tensors: dict[str, Tensor]) -> WrittenFile:
+    """Writes a file as `write_tensors` does, and computes its checksum in the same pass. Raises OSError."""
+    digest = hashlib.sha256()
+    num_bytes, begins = write_tensors(path, tensors, written=digest.update)
+    return WrittenFile(num_bytes, digest.hexdigest(), begins)
+
+
+def write_tensors(
+    path: Path,
+    tensors: dict[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    written: Callable[[bytes | memoryview], object] = lambda _: None,
+) -> tuple[int, dict[str, int]]:
     """Writes CPU tensors of the dtypes in `DTYPES`, and fsyncs the file. Raises OSError.
 
-    `metadata` becomes the entry `__metadata__` of the header.
+    `metadata` becomes the entry `__metadata__` of the header; `written` is called with each part of the file.
+    Returns the size of the file and the first byte of each tensor.
     """
     tensors = dict(sorted(tensors.items(), key=lambda item: _ORDER.index(item[1].dtype)))
     header, begins = _header(tensors, metadata)
-    digest = hashlib.sha256()
+    parts: Iterator[bytes | memoryview] = chain([header], map(_bytes_of, tensors.values()))
     with path.open("wb") as file:
-        parts: Iterator[bytes | memoryview] = chain([header], map(_bytes_of, tensors.values()))
         for part in parts:
             file.write(part)
-            digest.update(part)
+            written(part)
         num_bytes = file.tell()
         file.flush()
         os.fsync(file.fileno())
-    return WrittenFile(num_bytes, digest.hexdigest(), begins)
+    return num_bytes, begins
 
 
 def read_header(path: Path) -> dict[str, HeaderEntry]:
