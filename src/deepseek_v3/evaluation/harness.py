@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from hashlib import sha256
 from pathlib import Path
+from traceback import extract_tb
 from typing import Any
 
+import yaml
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
@@ -145,19 +147,27 @@ class TaskOptions:
 def run_tasks(model: DeepSeekV3, tokenizer: Tokenizer, options: TaskOptions) -> dict[str, Any]:
     """Runs tasks on a model and returns the results of lm-eval.
 
-    Raises DataError for a task that is unknown or cannot be loaded, such as one whose data is not there.
+    Raises DataError for a task that is unknown, cannot be loaded, such as one whose data is not there, or whose
+    templates do not fit its documents.
     """
     manager = _task_manager(options)
     tasks = _load(manager, options.names)
-    found: dict[str, Any] = simple_evaluate(
-        model=HarnessModel(model, tokenizer),
-        tasks=tasks,
-        num_fewshot=options.num_fewshot,
-        limit=options.limit,
-        task_manager=manager,
-        log_samples=False,
-    )
+    lm = HarnessModel(model, tokenizer)
+    limits = {"num_fewshot": options.num_fewshot, "limit": options.limit}
+    try:
+        found: dict[str, Any] = simple_evaluate(lm, tasks=tasks, task_manager=manager, log_samples=False, **limits)
+    except UserError:
+        raise
+    except Exception as error:
+        # What lm-eval raises by itself comes from the YAML files and documents; what our model raises is a defect.
+        if any(__file__ == frame.filename for frame in extract_tb(error.__traceback__)[1:]):
+            raise
+        raise DataError(f"--tasks {','.join(options.names)}: cannot be run: {_one_line(error)}") from error
     return found
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _load(manager: TaskManager, names: Iterable[str]) -> list[Any]:
@@ -169,7 +179,7 @@ def _load(manager: TaskManager, names: Iterable[str]) -> list[Any]:
         except UserError:
             raise
         except Exception as error:  # noqa: BLE001 -- reading YAML, code and data of a task can fail in any way
-            raise DataError(f"task {name}: cannot be loaded: {type(error).__name__}: {error}") from None
+            raise DataError(f"task {name}: cannot be loaded: {_one_line(error)}") from None
         group = loaded["groups"].get(name)
         found += loaded["tasks"].values() if group is None else [group]
     return found
@@ -192,8 +202,20 @@ def _task_manager(options: TaskOptions) -> TaskManager:
 def _unknown(name: str, folder: Path | None, own: Sequence[str], names: Sequence[str]) -> str:
     similar = get_close_matches(name, names, _SIMILAR_NAMES)
     hint = f"; did you mean {' or '.join(similar)}?" if similar else ""
-    inside = f", and {folder} defines {', '.join(own[:_NAMES_SHOWN]) or 'none'}" if folder else ""
+    inside = (
+        f", and {folder} defines {', '.join(own[:_NAMES_SHOWN]) or 'none'}{_not_yaml(folder)}" if folder else ""
+    )
     return f"--tasks: lm-eval has no task {name!r}{inside}{hint or '; `lm-eval ls tasks` lists them'}"
+
+
+def _not_yaml(folder: Path) -> str:
+    """Names the first file of a folder that cannot be read, which lm-eval skips without a word."""
+    for path in sorted(folder.glob("**/*.yaml")):
+        try:
+            yaml.compose(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            return f"; {path} is not YAML: {' '.join(str(error).split())}"
+    return ""
 
 
 def results_table(results: dict[str, Any]) -> str:

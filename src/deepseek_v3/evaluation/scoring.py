@@ -92,20 +92,25 @@ class Scorer:
 
     @torch.inference_mode()
     def _score(self, windows: list[Window]) -> list[TokenScores]:
-        """Pads on the right, which the causal mask hides from every token."""
-        longest = max(len(window.inputs) for window in windows)
-        tokens_BS = np.zeros((len(windows), longest), np.int64)
-        scored_BS = np.zeros((len(windows), longest), np.bool_)
-        for row, (inputs, targets) in enumerate(windows):
+        """Windows with the same inputs share a row. Padding on the right is hidden by the causal mask."""
+        rows: dict[bytes, int] = {}
+        row_of = [rows.setdefault(window.inputs.tobytes(), len(rows)) for window in windows]
+        tokens_BS = np.zeros((len(rows), max(len(window.inputs) for window in windows)), np.int64)
+        for row, (inputs, _) in zip(row_of, windows, strict=True):
             tokens_BS[row, : len(inputs)] = inputs
-            scored_BS[row, len(inputs) - len(targets) : len(inputs)] = True
-        hidden_BSD = self._model.final_states(torch.from_numpy(tokens_BS).to(self._device))
-        hidden_TD = hidden_BSD[torch.from_numpy(scored_BS).to(self._device)]
-        targets_T = torch.from_numpy(np.concatenate([window.targets for window in windows])).to(self._device)
+        lengths = [len(window.targets) for window in windows]
+        row_T = np.repeat(row_of, lengths)
+        position_T = np.concatenate([np.arange(-len(targets), 0) + len(inputs) for inputs, targets in windows])
+        hidden_BSD = self._model.final_states(self._to_device(tokens_BS))
+        hidden_TD = hidden_BSD[self._to_device(row_T), self._to_device(position_T)]
+        targets_T = self._to_device(np.concatenate([window.targets for window in windows]))
         scores_T, likeliest_T = self._head(hidden_TD, targets_T)
-        ends = np.cumsum([len(window.targets) for window in windows])[:-1]
+        ends = np.cumsum(lengths)[:-1]
         parts = zip(np.split(scores_T, ends), np.split(likeliest_T, ends), strict=True)
         return [TokenScores(*part) for part in parts]
+
+    def _to_device(self, array: Int64Array) -> Tensor:
+        return torch.from_numpy(array).to(self._device)
 
     def _head(self, hidden_TD: Tensor, targets_T: Tensor) -> tuple[Float64Array, BoolArray]:
         rows = max(1, _CHUNK_LOGITS.get(self._device.type, 1 << 20) // self._model.config.vocab_size)

@@ -85,6 +85,18 @@ def test_scores_equal_a_loop_over_single_windows(batch_tokens: int) -> None:
     assert found[3].is_likeliest.all()
 
 
+def test_windows_with_the_same_inputs_share_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model(small_config()).requires_grad_(False)
+    one, other = _windows(model, [(9, 1), (9, 1)])
+    choices = [one, other, Window(one.inputs, np.array([3])), Window(one.inputs, np.append(one.inputs[1:], 5))]
+    alone = [next(Scorer(model).score([window]))[1].log_probabilities for window in choices]
+    shapes, run = [], model.final_states
+    monkeypatch.setattr(model, "final_states", lambda tokens: shapes.append(tuple(tokens.shape)) or run(tokens))
+    for index, scores in Scorer(model).score(choices):
+        assert scores.log_probabilities == pytest.approx(alone[index], abs=1e-5)
+    assert shapes == [(2, 9)]
+
+
 def test_scores_equal_those_of_transformers() -> None:
     config = small_config(rope_scaling=YARN)
     theirs = transformers_model(config)
