@@ -20,7 +20,7 @@ from deepseek_v3.evaluation.text_sources import (
     ReadingRules,
     TextSource,
     encoded_documents,
-    is_token_shards,
+    is_tokenized,
     parse_sources,
 )
 from deepseek_v3.interop.load_model import load_model
@@ -173,7 +173,7 @@ def _compared_tokens(saved: LoadedModel, data: Sequence[str] | None, path: Path)
             raise DataError(f"{path}: names no token shards of its training; give --data with text or token shards")
         return saved.config.data
     one = Path(data[0])
-    return TokenFiles(path=one) if len(data) == 1 and is_token_shards(one) and saved.tokens else None
+    return TokenFiles(path=one) if len(data) == 1 and is_tokenized(one) and saved.tokens else None
 
 
 def _refuse_text_options(shards: Path, *given: object) -> None:

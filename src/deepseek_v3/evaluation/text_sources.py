@@ -1,4 +1,4 @@
-"""The texts whose loss is measured: named files, folders and token shards, as encoded documents."""
+"""The texts whose loss is measured: named files, folders and tokens, as encoded documents."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from pathlib import Path
 
 import numpy as np
 
+from deepseek_v3.config.data_config import TokenFiles
 from deepseek_v3.data.arrays import Int64Array
 from deepseek_v3.data.documents import Document
 from deepseek_v3.data.formats.reading import read_documents, read_labelled_documents
 from deepseek_v3.data.tokens.index import INDEX_FILE
-from deepseek_v3.data.tokens.shards import TokenShards
+from deepseek_v3.data.tokens.megatron_dataset import is_dataset
+from deepseek_v3.data.tokens.open_source import open_source
 from deepseek_v3.data.tokens.source import TokenSource
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.utils.errors import DataError
 
 _NAMED = re.compile(r"([^=/\\:]+)=(.+)", re.DOTALL)
+MAX_DOCUMENT_BYTES = 2**27  # one text file is one document, and enwik8 has 100 MB
 _CHARACTERS_AT_ONCE = 2**20  # of the texts that are encoded together
 _TOKENS_AT_ONCE = 2**20  # of the shards that are read together
 
@@ -28,7 +31,7 @@ _TOKENS_AT_ONCE = 2**20  # of the shards that are read together
 class EncodedDocument:
     """A document of a source: `ids` int64 without end-of-text, and the bytes of its UTF-8 text.
 
-    `num_bytes` is a whole number, except for token shards whose tokenizer does not keep the bytes of text.
+    `num_bytes` is a whole number, except for tokens whose tokenizer does not keep the bytes of text.
     """
 
     source: str
@@ -38,15 +41,15 @@ class EncodedDocument:
 
 @dataclass(frozen=True)
 class TextSource:
-    """A named text: `path` is a file, a folder, a pattern or an address, or a folder of token shards."""
+    """A named text: `path` is a file, a folder, a pattern or an address, or tokens."""
 
     name: str
     path: str
 
     @property
-    def is_shards(self) -> bool:
-        """Whether the path is a folder of token shards."""
-        return is_token_shards(Path(self.path))
+    def is_tokenized(self) -> bool:
+        """Whether the path holds tokens in place of text."""
+        return is_tokenized(Path(self.path))
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,9 @@ class ReadingRules:
     max_tokens: int | None = None
 
 
-def is_token_shards(path: Path) -> bool:
-    """Whether a path is a folder of token shards."""
-    return (path / INDEX_FILE).is_file()
+def is_tokenized(path: Path) -> bool:
+    """Whether a path is a folder of token shards, or names datasets of Megatron-LM."""
+    return (path / INDEX_FILE).is_file() or is_dataset(path) or is_dataset(path / "train")
 
 
 def parse_sources(given: Iterable[str]) -> list[TextSource]:
@@ -99,7 +102,7 @@ def encoded_documents(
     Raises DataError for text that cannot be read, and for shards of another tokenizer.
     """
     for source in sources:
-        documents = _from_shards(source, tokenizer) if source.is_shards else _from_text(source, tokenizer, rules)
+        documents = _from_tokens(source, tokenizer) if source.is_tokenized else _from_text(source, tokenizer, rules)
         yield from documents if rules.max_tokens is None else _first_tokens(documents, rules.max_tokens)
 
 
@@ -139,32 +142,42 @@ def labelled_batches(source: TextSource, rules: ReadingRules) -> Iterator[list[t
 
 def _labelled(source: TextSource, rules: ReadingRules) -> Iterator[tuple[str, Document]]:
     if rules.source_field is not None:
-        return read_labelled_documents(source.path, rules.source_field, rules.text_field)
-    return ((source.name, document) for document in read_documents(source.path, rules.text_field))
+        return read_labelled_documents(source.path, rules.source_field, rules.text_field, MAX_DOCUMENT_BYTES)
+    documents = read_documents(source.path, rules.text_field, max_record_bytes=MAX_DOCUMENT_BYTES)
+    return ((source.name, document) for document in documents)
 
 
-def _from_shards(source: TextSource, tokenizer: Tokenizer) -> Iterator[EncodedDocument]:
+def _from_tokens(source: TextSource, tokenizer: Tokenizer) -> Iterator[EncodedDocument]:
     """The documents of the hold-out split, cut at end-of-text."""
-    shards = TokenShards.open(source.path)
-    check_tokenizer(shards, tokenizer)
+    tokens = open_source(TokenFiles(path=Path(source.path)))
+    check_tokenizer(tokens, tokenizer)
     lengths = tokenizer.byte_lengths.astype(np.float64)
     if not tokenizer.is_byte_exact:
-        decoded = sum(float(lengths[block].sum()) for block in _blocks(shards))
-        lengths *= shards.num_bytes("holdout") / decoded if decoded else 1.0
+        decoded = sum(float(lengths[block].sum()) for block in _blocks(tokens))
+        lengths *= tokens.num_bytes("holdout") / decoded if decoded else 1.0
+    for ids in _cut(_blocks(tokens), tokens.end_of_text):
+        yield EncodedDocument(source.name, ids, float(lengths[ids].sum()))
+
+
+def _cut(blocks: Iterable[Int64Array], end_of_text: int) -> Iterator[Int64Array]:
+    """The ids between markers, of each document that has any."""
     rest: Int64Array = np.zeros(0, np.int64)
-    for block in _blocks(shards):
-        tokens = np.concatenate([rest, block])
+    for block in blocks:
+        ids = np.concatenate([rest, block])
         start = 0
-        for end in np.flatnonzero(tokens == shards.index.end_of_text).tolist():
-            yield EncodedDocument(source.name, tokens[start:end], float(lengths[tokens[start:end]].sum()))
+        for end in np.flatnonzero(ids == end_of_text).tolist():
+            if start < end:
+                yield ids[start:end]
             start = end + 1
-        rest = tokens[start:]
+        rest = ids[start:]
+    if len(rest):
+        yield rest
 
 
-def _blocks(shards: TokenShards) -> Iterator[Int64Array]:
-    total = shards.num_tokens("holdout")
+def _blocks(tokens: TokenSource) -> Iterator[Int64Array]:
+    total = tokens.num_tokens("holdout")
     for start in range(0, total, _TOKENS_AT_ONCE):
-        yield shards.read("holdout", start, min(_TOKENS_AT_ONCE, total - start)).astype(np.int64)
+        yield tokens.read("holdout", start, min(_TOKENS_AT_ONCE, total - start)).astype(np.int64)
 
 
 def check_tokenizer(shards: TokenSource, tokenizer: Tokenizer) -> None:

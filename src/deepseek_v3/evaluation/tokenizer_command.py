@@ -8,15 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
+from deepseek_v3.config.data_config import TokenFiles
 from deepseek_v3.config.text_files import printable_path
-from deepseek_v3.data.tokens.shards import TokenShards
+from deepseek_v3.data.tokens.open_source import open_source
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.data.tokens.tokenizer_stats import SourceCounts, TokenizerStats
 from deepseek_v3.evaluation.results_file import refuse_existing, write_results
 from deepseek_v3.evaluation.text_sources import (
     ReadingRules,
     TextSource,
-    is_token_shards,
+    is_tokenized,
     labelled_batches,
     parse_sources,
 )
@@ -55,10 +56,8 @@ def tokenizer(
     refuse_existing(output)
     sources = parse_sources(data)
     for source in sources:
-        if source.is_shards:
-            raise DataError(
-                f"--data {source.path}: holds token shards, expected text; give the files they came from"
-            )
+        if source.is_tokenized:
+            raise DataError(f"--data {source.path}: holds tokens, expected text; give the files they came from")
     stats = [TokenizerStats(path, open_tokenizer(Path(path))) for path in dict.fromkeys(paths)]
     _measure(stats, sources, ReadingRules(text_field, source_field))
     typer.echo(printable("\n".join(_report(stats))))
@@ -77,8 +76,11 @@ def open_tokenizer(path: Path) -> Tokenizer:
             f"{printable_path(path)}: does not exist; expected a tokenizer.json, a folder or a checkpoint"
         )
     if (path / "tokenizer.json").exists():
-        is_shards = is_token_shards(path)
-        return TokenShards.open(path, verify=False).load_tokenizer() if is_shards else Tokenizer.load(path)
+        return (
+            open_source(TokenFiles(path=path), verify=False).load_tokenizer()
+            if is_tokenized(path)
+            else Tokenizer.load(path)
+        )
     if path.is_file() and path.suffix != ".pt":
         return Tokenizer.load(path)
     if is_checkpoint(path):

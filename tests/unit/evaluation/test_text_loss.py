@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from deepseek_v3.data.tokens.tokenize_corpus import tokenize_corpus
+from deepseek_v3.data.tokens.tokenize_corpus import TokenFormat, tokenize_corpus
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.evaluation.scoring import Scorer
 from deepseek_v3.evaluation.text_loss import (
@@ -62,10 +62,10 @@ def _json_lines(path: Path, records: list[dict[str, object]]) -> Path:
     return path
 
 
-def _write_shards(folder: Path) -> None:
+def _write_shards(folder: Path, name: str = "tokens", token_format: TokenFormat = TokenFormat.SHARDS) -> None:
     text = str(write_corpus(folder / "text", 12))
     rules = {"vocab_size": 300, "tokenizer": None, "holdout": 0.3, "fim_rate": 0.0, "seed": 0}
-    tokenize_corpus(text, folder / "tokens", sequence_length=32, workers=1, **rules)  # type: ignore[arg-type]
+    tokenize_corpus(text, folder / name, sequence_length=32, workers=1, token_format=token_format, **rules)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("context", "stride"), [(16, 16), (16, 5), (7, 1)])
@@ -111,6 +111,10 @@ def test_shards_give_the_numbers_of_their_text(model: DeepSeekV3, tmp_path: Path
     held_out = _documents(tokenizer, tmp_path / "tokens")
     assert held_out
     assert all(whole[tuple(document.ids)] == document.num_bytes for document in held_out)
+    _write_shards(tmp_path, "megatron", TokenFormat.MEGATRON)
+    for path in (tmp_path / "megatron", tmp_path / "megatron" / "train"):
+        assert _documents(tokenizer, path)
+        assert all(whole[tuple(document.ids)] == document.num_bytes for document in _documents(tokenizer, path))
     with pytest.raises(DataError, match="another tokenizer"):
         _documents(Tokenizer.train(["other words"], 270), tmp_path / "tokens")
 

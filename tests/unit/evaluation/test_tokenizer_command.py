@@ -98,4 +98,4 @@ def test_what_is_no_tokenizer_is_refused(tmp_path: Path, corpus: Path) -> None:
     good = _saved(Tokenizer.train([], 260), tmp_path / "good.json")
     assert "nowhere: does not exist" in message(good, tmp_path / "nowhere")
     (tmp_path / "index.json").write_text("{}", encoding="utf-8")
-    assert "holds token shards, expected text" in message(good, tmp_path)
+    assert "holds tokens, expected text" in message(good, tmp_path)

@@ -40,28 +40,39 @@ def read_range(file_range: FileRange, options: ReadOptions, start: int | None = 
     return iter(()) if start == END_OF_FILE else known_format(file_range.file).read(file_range, options, start)
 
 
-def read_documents(source: str | Path, text_field: str = "text", *, warn: bool = True) -> Iterator[Document]:
+def read_documents(
+    source: str | Path,
+    text_field: str = "text",
+    *,
+    warn: bool = True,
+    max_record_bytes: int = ReadOptions.max_record_bytes,
+) -> Iterator[Document]:
     """Yields the documents of a file, a folder, a pattern or an address, without those that are only white space.
 
-    Reads the files that `find_inputs` finds, in the order of their names; the text of a record is in `text_field`.
+    Reads the files that `find_inputs` finds, in the order of their names; the text of a record is in `text_field`,
+    and has at most `max_record_bytes` bytes.
     With `warn`, logs the names of files that are skipped because their format is unknown.
 
     Raises DataError at the first invalid record, naming the file and the line, byte or row, and at the end if there
     was no text at all.
     """
-    for _, records in _valid_records(source, text_field, warn):
+    for _, records in _valid_records(source, ReadOptions(text_field, max_record_bytes=max_record_bytes), warn):
         for id_, text in zip(records["id"].to_pylist(), records["text"].to_pylist(), strict=True):
             yield Document(id_, text)
 
 
 def read_labelled_documents(
-    source: str | Path, label_field: str, text_field: str = "text"
+    source: str | Path,
+    label_field: str,
+    text_field: str = "text",
+    max_record_bytes: int = ReadOptions.max_record_bytes,
 ) -> Iterator[tuple[str, Document]]:
     """Yields what `read_documents` does, each with its label: the string or integer in `label_field`.
 
     `a.b` is field b of object a. Raises DataError also for a record without such a label, and names its place.
     """
-    for file, records in _valid_records(source, text_field, warn=True):
+    options = ReadOptions(text_field, max_record_bytes=max_record_bytes)
+    for file, records in _valid_records(source, options, warn=True):
         for record in records.to_pylist():
             fields = orjson.loads(record["metadata"] or "{}")
             label = take_field(fields, label_field)
@@ -73,13 +84,14 @@ def read_labelled_documents(
             yield str(label), Document(record["id"], record["text"])
 
 
-def _valid_records(source: str | Path, text_field: str, warn: bool) -> Iterator[tuple[InputFile, pa.RecordBatch]]:
+def _valid_records(
+    source: str | Path, options: ReadOptions, warn: bool
+) -> Iterator[tuple[InputFile, pa.RecordBatch]]:
     """Batches of the records whose text is more than white space; see `read_documents`."""
     files, ignored = find_inputs(source)
     if ignored and warn:
         names = ", ".join(one.name for one in ignored[:_NAMES_SHOWN])
         _log.warning(f"{source}: {len(ignored)} files are left out, of no known format: {names}")
-    options = ReadOptions(text_field)
     found = False
     for file in files:
         for records, quarantined, _ in read_range(FileRange(file), options):
@@ -89,7 +101,9 @@ def _valid_records(source: str | Path, text_field: str, warn: bool) -> Iterator[
                 found = True
                 yield file, records if len(rows) == records.num_rows else records.take(rows)
     if not found:
-        raise DataError(f"{source}: holds no text; expected text files, or records with text in {text_field!r}")
+        raise DataError(
+            f"{source}: holds no text; expected text files, or records with text in {options.text_field!r}"
+        )
 
 
 def _require_valid(quarantined: pa.RecordBatch, file: InputFile) -> None:
