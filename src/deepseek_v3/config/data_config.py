@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, model_validator
 
-from deepseek_v3.config.base import Fraction, Integer, NonNegativeInt, Real, Section
+from deepseek_v3.config.base import Fraction, Integer, NonNegativeInt, PositiveFloat, Real, Section
 from deepseek_v3.utils.files import is_address
 from deepseek_v3.utils.redaction import redact
 from deepseek_v3.utils.text import format_value
@@ -84,14 +84,38 @@ class TokenFiles(Section):
         return self
 
 
+class SourceConfig(TokenFiles):
+    """One source of a mixture: its name in logs and metrics, and its weight among the samples."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,59}$")]
+    weight: PositiveFloat
+
+
 class DataConfig(TokenFiles):
     """The tokens of a run.
 
-    `corpus` is how to build token shards if nothing is at `path`. `mask_documents` keeps attention inside each
-    document of a window. `verify_checksums` reads all tokens once before the run starts.
+    `corpus` is how to build token shards if nothing is at `path`. `sources`, if there are any, are mixed by their
+    weights, which may have any sum, and `path` is not read. `mask_documents` keeps attention inside each document
+    of a window. `verify_checksums` reads all tokens once before the run starts.
     """
 
     path: LocalPath = DEFAULT_TOKENS
     corpus: CorpusConfig | None = None
+    sources: tuple[SourceConfig, ...] = ()
     mask_documents: bool = False
     verify_checksums: bool = True
+
+    @model_validator(mode="after")
+    def _sources_alone(self) -> DataConfig:
+        if not self.sources:
+            return self
+        names = [source.name for source in self.sources]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"sources: two are named {twice[0]!r}; give each its own name")
+        own = ("corpus", "tokenizer", "holdout", "holdout_path")
+        if given := [name for name in own if getattr(self, name) is not None]:
+            raise ValueError(
+                f"sources and {' and '.join(given)} are given: expected {given[0]} = null, because path is not "
+                "read; each source has a tokenizer and a hold-out of its own"
+            )
+        return self

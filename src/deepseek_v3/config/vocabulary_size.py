@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,22 @@ def fill_vocabulary(fields: dict[str, Any]) -> str | None:
     """Sets `model.vocab_size` in the fields of a run if it is missing or null.
 
     The size is the tokenizer's number of ids, rounded up to a multiple of 128. The tokenizer is that of the tokens
-    at `data.path` or the one that `data.corpus` will train, whichever is larger, so that building the shards does
-    not change the model. Without either, the size is the published 129,280. Returns the reason for the log; None if
-    nothing was changed.
+    at `data.path` or in `data.sources`, or the one that `data.corpus` will train; the largest counts, so that
+    building the shards does not change the model. Without any, the size is the published 129,280. Returns the
+    reason for the log; None if nothing was changed.
     """
     model, data = fields.get("model"), fields.get("data") or {}
     if not isinstance(model, dict) or model.get("vocab_size") is not None or not isinstance(data, dict):
         return None
     path = data.get("path", DataConfig.model_fields["path"].default)
-    corpus = data.get("corpus")
+    corpus, listed = data.get("corpus"), data.get("sources")
+    sources = [source for source in listed if isinstance(source, dict)] if isinstance(listed, list) else []
     sizes = {
-        f"the tokenizer of {path}": _count(_tokenizer_size(path) or _megatron_size(path, data.get("tokenizer"))),
-        "data.corpus": _count(corpus.get("vocab_size")) if isinstance(corpus, dict) else 0,
+        f"the tokenizer of {place}": _count(_tokenizer_size(place) or _megatron_size(place, files.get("tokenizer")))
+        for files in sources or [data]
+        if (place := files.get("path", path))
     }
+    sizes["data.corpus"] = _count(corpus.get("vocab_size")) if isinstance(corpus, dict) else 0
     known = {source: size for source, size in sizes.items() if size}
     if not known:
         model["vocab_size"] = PUBLISHED_VOCABULARY
@@ -67,14 +71,19 @@ def _megatron_size(path: object, tokenizer: object) -> int | None:
         return None
     if isinstance(tokenizer, str | Path):
         return _num_ids(Path(tokenizer))
-    if Path(path, "train.idx").is_file():
+    if _is_file(f"{path}/train.idx"):
         return _num_ids(Path(path))
-    return _num_ids(Path(path).parent) if Path(f"{path}.idx").is_file() else None
+    return _num_ids(Path(path).parent) if _is_file(f"{path}.idx") else None
+
+
+def _is_file(path: str) -> bool:
+    return os.path.isfile(path)  # noqa: PTH113 -- False for names too long
 
 
 def _num_ids(tokenizer: Path) -> int | None:
     """One more than the largest id in a tokenizer.json, or in the one of a folder; None for any other file."""
-    fields = _json_in(tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer)
+    inside = tokenizer / "tokenizer.json"
+    fields = _json_in(inside if _is_file(str(inside)) else tokenizer)
     try:
         vocabulary, added = fields["model"]["vocab"], fields.get("added_tokens") or []
         ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))

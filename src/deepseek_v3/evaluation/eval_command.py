@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from deepseek_v3.config.data_config import TokenFiles
-from deepseek_v3.data.tokens.open_source import open_source
-from deepseek_v3.data.tokens.source import TokenSource
+from deepseek_v3.config.data_config import DataConfig
+from deepseek_v3.data.tokens.open_source import open_tokens_of
+from deepseek_v3.data.tokens.source import RunTokens
 from deepseek_v3.evaluation.perplexity import compare_saved
 from deepseek_v3.evaluation.results_file import refuse_existing, write_results
 from deepseek_v3.evaluation.scoring import Scorer
@@ -114,7 +114,7 @@ def evaluate(
         results = harness(saved)
     elif compared := _compared_tokens(saved, data, path):
         _refuse_text_options(compared.path, context, stride, source_field)
-        results = _compare(saved, open_source(compared), path, tokens, place)
+        results = _compare(saved, open_tokens_of(compared), path, tokens, place)
     else:
         results = _measure(saved, sources, rules, WindowRule.checked(context, stride, _context_of(saved)))
     if output is not None:
@@ -163,7 +163,7 @@ def _harness(
     return run
 
 
-def _compared_tokens(saved: LoadedModel, data: Sequence[str] | None, path: Path) -> TokenFiles | None:
+def _compared_tokens(saved: LoadedModel, data: Sequence[str] | None, path: Path) -> DataConfig | None:
     """The tokens on which the model is compared with n-gram models: one folder without a name, or the run's.
 
     A model that was trained elsewhere has no tokens to fit them to. Raises DataError if it has no data then.
@@ -173,7 +173,7 @@ def _compared_tokens(saved: LoadedModel, data: Sequence[str] | None, path: Path)
             raise DataError(f"{path}: names no token shards of its training; give --data with text or token shards")
         return saved.config.data
     one = Path(data[0])
-    return TokenFiles(path=one) if len(data) == 1 and is_tokenized(one) and saved.tokens else None
+    return DataConfig(path=one) if len(data) == 1 and is_tokenized(one) and saved.tokens else None
 
 
 def _refuse_text_options(shards: Path, *given: object) -> None:
@@ -185,7 +185,7 @@ def _refuse_text_options(shards: Path, *given: object) -> None:
 
 
 def _compare(
-    saved: LoadedModel, shards: TokenSource, path: Path, tokens: int | None, device: torch.device
+    saved: LoadedModel, shards: RunTokens, path: Path, tokens: int | None, device: torch.device
 ) -> dict[str, Any]:
     comparison = compare_saved(saved, shards, path, tokens, device)
     console, count = get_console(), comparison.model.tokens

@@ -5,7 +5,7 @@ The training tokens are counted block by block, in one or more passes; memory do
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,7 +36,18 @@ def ngram_losses(
     table_bytes: int = TABLE_BYTES,
     not_before: int | None = None,
 ) -> NgramLosses:
-    """Mean -log P(token) and -log P(token | previous token) over the tokens of `measured`.
+    """The losses of `ngram_losses_of_each` on one text."""
+    return ngram_losses_of_each(fitted, [measured], vocab_size, table_bytes, not_before)[0]
+
+
+def ngram_losses_of_each(
+    fitted: Blocks,
+    texts: Sequence[Blocks],
+    vocab_size: int,
+    table_bytes: int = TABLE_BYTES,
+    not_before: int | None = None,
+) -> list[NgramLosses]:
+    """Mean -log P(token) and -log P(token | previous token) over the tokens of each of the measured `texts`.
 
     The first token of each window has no loss, nor has a token right after the token `not_before`.
 
@@ -45,12 +56,12 @@ def ngram_losses(
     off to the unigram model (Ney, Essen and Kneser 1994, eq. 18 and 26).
 
     Counting the pairs of `fitted` takes at most `table_bytes` of memory and ceil(vocab_size² / 4 / `table_bytes`)
-    passes over it; the pairs of `measured` take 24 bytes for each different pair.
+    passes over it; the pairs of `texts` take 24 bytes for each different pair.
     """
-    pairs, occurrences = _different_pairs(measured, vocab_size)
+    measured = [_different_pairs(text, vocab_size) for text in texts]
+    pairs = measured[0][0] if len(measured) == 1 else np.unique(np.concatenate([own for own, _ in measured]))
     counts = _counted(fitted, pairs, vocab_size, table_bytes)
     before, after = np.divmod(pairs, vocab_size)
-    occurrences = np.where(before == not_before, 0, occurrences)
     unigram = (counts.tokens + 1.0) / (counts.tokens.sum() + vocab_size)
 
     once, twice = counts.once, counts.twice
@@ -59,7 +70,13 @@ def ngram_losses(
     discounted = np.maximum(counts.pairs - discount, 0) / np.maximum(totals, 1)
     left_for_unigram = np.where(totals > 0, discount * counts.followers[before] / np.maximum(totals, 1), 1)
     bigram = discounted + left_for_unigram * unigram[after]
-    return NgramLosses(_mean_loss(unigram[after], occurrences), _mean_loss(bigram, occurrences))
+    losses = []
+    for own, times in measured:
+        places = np.searchsorted(pairs, own)
+        occurrences = np.where(before[places] == not_before, 0, times)
+        found = (unigram[after[places]], bigram[places])
+        losses.append(NgramLosses(*(_mean_loss(probabilities, occurrences) for probabilities in found)))
+    return losses
 
 
 @dataclass

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +17,45 @@ from rich.table import Table
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.arrays import Int64Array
 from deepseek_v3.data.tokens.loader import TokenLoader
-from deepseek_v3.data.tokens.source import TokenSource
-from deepseek_v3.evaluation.ngrams import ngram_losses
+from deepseek_v3.data.tokens.mixture import source_seed
+from deepseek_v3.data.tokens.mixture_order import MixtureOrder
+from deepseek_v3.data.tokens.source import RunTokens, TokenSource
+from deepseek_v3.evaluation.ngrams import ngram_losses_of_each
 from deepseek_v3.evaluation.text_loss import perplexity
 from deepseek_v3.evaluation.text_sources import check_tokenizer
 from deepseek_v3.model.pretrained import LoadedModel
 from deepseek_v3.training.data import DocumentIds, check_vocabulary
 from deepseek_v3.training.loss import Objective
-from deepseek_v3.training.validation import ValidationLoss, ValidationWindows, Validator, main_losses
+from deepseek_v3.training.validation import MixtureValidator, ValidationLoss, ValidationWindows, main_losses
 from deepseek_v3.utils.errors import CheckpointError
 from deepseek_v3.utils.logging import get_console
 
 _TOKENS_AT_ONCE = 2**20
+_ALL = 2**62  # tokens, more than any split has
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Held-out losses in nats per token, all over the same target tokens."""
+    """Held-out losses in nats per token, all over the same target tokens.
+
+    Of a mixture these are the losses of `MixtureValidator`, and `by_source` has those of every source.
+    """
 
     model: ValidationLoss
     bigram: float
     unigram: float
+    by_source: Mapping[str, Comparison] = field(default_factory=dict)
 
     def table(self) -> Table:
         """One row per model, best first: nats per token, bits per byte and perplexity."""
-        table = Table("model", "nats per token", "bits per byte", "perplexity")
-        for name, loss in sorted(self._losses().items(), key=lambda row: row[1]):
-            bits = self.model.in_bits_per_byte(loss)
-            table.add_row(name, f"{loss:.4f}", f"{bits:.4f}", f"{perplexity(loss):,.1f}")
+        table = Table(
+            *(["source"] if self.by_source else []), "model", "nats per token", "bits per byte", "perplexity"
+        )
+        for source, each in {"": self, **self.by_source}.items():
+            own = [source or "all, by weight"] if self.by_source else []
+            for name, loss in sorted(each._losses().items(), key=lambda row: row[1]):
+                bits = each.model.in_bits_per_byte(loss)
+                table.add_row(*own, name, f"{loss:.4f}", f"{bits:.4f}", f"{perplexity(loss):,.1f}")
         return table
 
     def as_json(self) -> dict[str, Any]:
@@ -56,43 +68,66 @@ class Comparison:
             }
             for name, loss in self._losses().items()
         }
-        return {"tokens": self.model.tokens, "bytes": round(self.model.num_bytes), "models": models}
+        own = {"tokens": self.model.tokens, "bytes": round(self.model.num_bytes), "models": models}
+        sources = {name: each.as_json() for name, each in self.by_source.items()}
+        return {**own, "by_source": sources} if sources else own
 
     def _losses(self) -> dict[str, float]:
         return {"trained model": self.model.loss, "bigram": self.bigram, "unigram": self.unigram}
 
 
 def compare_with_ngrams(
-    held_out: ValidationLoss, shards: TokenSource, config: RunConfig, trained_tokens: int
+    held_out: ValidationLoss, tokens: RunTokens, config: RunConfig, trained_tokens: int
 ) -> Comparison:
     """Compares a measured loss with n-gram models fitted to the first `trained_tokens` tokens in training order.
 
     All are measured on the same targets. Tokens that were trained on several times are counted once.
     """
-    length = config.training.sequence_length
-    loader = TokenLoader(shards, sequence_length=length, seed=config.training.seed)
-    trained = min(max(1, trained_tokens // length), loader.num_samples)
-    if trained == loader.num_samples:
-        loader = TokenLoader(shards, sequence_length=length, shuffle=False)  # the whole epoch, and faster to read
-    measured = ValidationWindows(shards, length, held_out.windows * length)
-    losses = ngram_losses(
-        partial(_blocks, loader, trained),
-        measured.blocks,
-        shards.vocab_size,
-        not_before=shards.end_of_text if config.data.mask_documents else None,
+    length, parts = config.training.sequence_length, tokens.parts
+    counts = MixtureOrder([part.share for part in parts]).counts(max(1, trained_tokens // length))
+    losses = list(held_out.by_source.values()) or [held_out]
+    ngrams = ngram_losses_of_each(
+        lambda: chain.from_iterable(
+            _trained_blocks(part.source, number, count, config)
+            for number, (part, count) in enumerate(zip(parts, counts, strict=True))
+        ),
+        [
+            ValidationWindows(part.source, length, each.windows * length).blocks
+            for part, each in zip(parts, losses, strict=True)
+        ],
+        tokens.vocab_size,
+        not_before=tokens.end_of_text if config.data.mask_documents else None,
     )
-    return Comparison(held_out, losses.bigram, losses.unigram)
+    compared = [Comparison(each, own.bigram, own.unigram) for each, own in zip(losses, ngrams, strict=True)]
+    if not held_out.by_source:
+        return compared[0]
+    shares = [float(part.share) for part in parts]
+    return Comparison(
+        held_out,
+        sum(share * each.bigram for share, each in zip(shares, compared, strict=True)),
+        sum(share * each.unigram for share, each in zip(shares, compared, strict=True)),
+        dict(zip(held_out.by_source, compared, strict=True)),
+    )
 
 
-def measure_saved(saved: LoadedModel, shards: TokenSource, tokens: int, device: torch.device) -> ValidationLoss:
+def _trained_blocks(source: TokenSource, number: int, count: int, config: RunConfig) -> Iterator[Int64Array]:
+    """The first `count` samples of source `number` of a run, each window once."""
+    length = config.training.sequence_length
+    loader = TokenLoader(source, sequence_length=length, seed=source_seed(config.training.seed, number))
+    if count >= loader.num_samples:
+        loader = TokenLoader(source, sequence_length=length, shuffle=False)  # the whole epoch, and faster to read
+    return _blocks(loader, min(count, loader.num_samples))
+
+
+def measure_saved(saved: LoadedModel, shards: RunTokens, tokens: int, device: torch.device) -> ValidationLoss:
     """The loss of a saved model on at most `tokens` held-out tokens, measured as in its training run."""
-    evaluation = Validator(shards, saved.config, tokens)
+    evaluation = MixtureValidator(shards, saved.config, tokens)
     documents = DocumentIds(shards, saved.config.data.mask_documents)
     return evaluation.measure(partial(main_losses, Objective(saved.model), documents), device)
 
 
 def compare_saved(
-    saved: LoadedModel, shards: TokenSource, checkpoint: Path, tokens: int | None, device: torch.device
+    saved: LoadedModel, shards: RunTokens, checkpoint: Path, tokens: int | None, device: torch.device
 ) -> Comparison:
     """Measures a saved model on at most `tokens` held-out tokens of `shards`, beside n-gram models.
 
@@ -100,7 +135,7 @@ def compare_saved(
     """
     check_vocabulary(shards, saved.config.model)
     check_tokenizer(shards, saved.tokenizer)
-    held_out = measure_saved(saved, shards, tokens or shards.num_tokens("holdout"), device)
+    held_out = measure_saved(saved, shards, tokens or _ALL, device)
     if not math.isfinite(held_out.loss):
         raise CheckpointError(
             f"{checkpoint}: its held-out loss is {held_out.loss}, expected a number; its training had diverged, so "

@@ -17,7 +17,7 @@ from deepseek_v3.data.formats.reading import read_documents, read_labelled_docum
 from deepseek_v3.data.tokens.index import INDEX_FILE
 from deepseek_v3.data.tokens.megatron_dataset import is_dataset
 from deepseek_v3.data.tokens.open_source import open_source
-from deepseek_v3.data.tokens.source import TokenSource
+from deepseek_v3.data.tokens.source import RunTokens, TokenSource
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.utils.errors import DataError
 
@@ -180,7 +180,7 @@ def _blocks(tokens: TokenSource) -> Iterator[Int64Array]:
         yield tokens.read("holdout", start, min(_TOKENS_AT_ONCE, total - start)).astype(np.int64)
 
 
-def check_tokenizer(shards: TokenSource, tokenizer: Tokenizer) -> None:
+def check_tokenizer(shards: RunTokens, tokenizer: Tokenizer) -> None:
     """Raises DataError if the shards were tokenized with another tokenizer than `tokenizer`, that of the model."""
     if shards.load_tokenizer().to_json() != tokenizer.to_json():
         raise DataError(

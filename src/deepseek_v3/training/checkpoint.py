@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from deepseek_v3.config.train_config import CheckpointConfig, RunConfig
-from deepseek_v3.data.tokens.source import TokenSource
+from deepseek_v3.data.tokens.source import RunTokens
 from deepseek_v3.model.pretrained import (
     Entries,
     ModelEntries,
@@ -88,7 +88,7 @@ class RunProgress(NamedTuple):
 
 
 def train_state(
-    engine: Engine, config: RunConfig, source: TokenSource, step: int, tokens: int, skipped_in_a_row: int = 0
+    engine: Engine, config: RunConfig, source: RunTokens, step: int, tokens: int, skipped_in_a_row: int = 0
 ) -> dict[str, Any]:
     """Returns the contents of a checkpoint after `step`; sharded tensors are DTensors."""
     return {
@@ -108,7 +108,7 @@ def load_train_state(
     engine: Engine,
     config: RunConfig,
     schedule: TrainingSchedule,
-    source: TokenSource,
+    source: RunTokens,
     *,
     verify: bool = True,
     allow_changed_data: bool = False,
@@ -161,7 +161,7 @@ def _check(
     path: Path,
     config: RunConfig,
     schedule: TrainingSchedule,
-    source: TokenSource,
+    source: RunTokens,
     allow_changed_data: bool,
 ) -> None:
     """Raises CheckpointError if a checkpoint's plain values do not fit this run."""

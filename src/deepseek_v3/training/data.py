@@ -15,8 +15,8 @@ from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.arrays import Int64Array
 from deepseek_v3.data.tokens.loader import prefetch
-from deepseek_v3.data.tokens.open_source import open_source
-from deepseek_v3.data.tokens.source import TokenSource
+from deepseek_v3.data.tokens.open_source import open_tokens_of
+from deepseek_v3.data.tokens.source import RunTokens
 from deepseek_v3.data.tokens.tokenize_corpus import tokenize_corpus
 from deepseek_v3.utils.distributed.collectives import run_on_all_ranks
 from deepseek_v3.utils.errors import DataError
@@ -25,28 +25,23 @@ from deepseek_v3.utils.logging import get_logger
 Item = TypeVar("Item")
 
 
-def open_tokens(config: RunConfig) -> TokenSource:
+def open_tokens(config: RunConfig) -> RunTokens:
     """Opens the run's tokens; builds token shards from `data.corpus` first if nothing is there yet.
 
     Raises DataError if they are missing or damaged, or if their tokenizer has more ids than the model.
     """
     data = config.data
-    if not data.exist:
-        if data.corpus is None:
-            raise DataError(
-                f"{data.path}: no token shards here, and no Megatron-LM dataset; write them with dsv3 tokenize "
-                f"--input FOLDER --vocab-size 32768 --output {data.path}, or name others with --set data.path=..."
-            )
+    if data.corpus is not None and not data.exist:
         get_logger("Data").info(f"{data.path} does not exist yet: building it from {data.corpus.source}")
         options = data.corpus.model_dump()
         length = config.training.sequence_length
         tokenize_corpus(output=data.path, tokenizer=None, sequence_length=length, **options)
-    tokens = open_source(data, verify=data.verify_checksums)
+    tokens = open_tokens_of(data)
     check_vocabulary(tokens, config.model)
     return tokens
 
 
-def open_tokens_on_all_ranks(config: RunConfig, group: ProcessGroup) -> TokenSource:
+def open_tokens_on_all_ranks(config: RunConfig, group: ProcessGroup) -> RunTokens:
     """`open_tokens` on all ranks: rank 0 builds missing token shards while the others wait."""
     if dist.get_rank(group) == 0:
         run_on_all_ranks(group, lambda: open_tokens(config))
@@ -55,7 +50,7 @@ def open_tokens_on_all_ranks(config: RunConfig, group: ProcessGroup) -> TokenSou
     return run_on_all_ranks(group, lambda: open_tokens(config))
 
 
-def check_vocabulary(tokens: TokenSource, model: ModelConfig) -> None:
+def check_vocabulary(tokens: RunTokens, model: ModelConfig) -> None:
     """Raises DataError if the tokenizer of the tokens has more ids than the model's vocabulary."""
     if tokens.vocab_size > model.vocab_size:
         raise DataError(
@@ -96,7 +91,7 @@ def document_ids(tokens_BS: Tensor, end_of_text: int) -> Tensor:
 class DocumentIds:
     """Computes the document ids of tokens, if the run masks attention between documents."""
 
-    def __init__(self, tokens: TokenSource, masked: bool) -> None:
+    def __init__(self, tokens: RunTokens, masked: bool) -> None:
         self._end_of_text = tokens.end_of_text if masked else None
 
     def __call__(self, tokens_BX: Tensor) -> Tensor | None:

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from deepseek_v3.utils.files import atomic_write
 
 _TRAIN, _MTP, _HOLDOUT, _BASELINE = "#1f5fa8", "#8a6fb3", "#d1495b", "#5f6770"
+_SOURCE = "holdout_loss/"  # before the name of a source
 _UNITS = ((1e12, "trillions"), (1e9, "billions"), (1e6, "millions"), (1e3, "thousands"))
 
 Curve = tuple[list[float], list[float]]
@@ -25,8 +26,9 @@ def plot_losses(
 ) -> None:
     """Draws training and held-out loss (nats per token) over tokens as a PNG at `path`.
 
-    `records` are those of metrics.jsonl: `tokens` with any of `loss`, `mtp_loss`, `holdout_loss`; missing and
-    non-finite values are skipped. `baselines` gives losses, by name, to draw as dashed lines.
+    `records` are those of metrics.jsonl: `tokens` with any of `loss`, `mtp_loss`, `holdout_loss`, and the
+    `holdout_loss/NAME` of the sources of a mixture; missing and non-finite values are skipped. `baselines` gives
+    losses, by name, to draw as dashed lines.
     Raises ValueError if no record holds tokens and a finite loss.
     """
     train, mtp, holdout = (_curve(records, name) for name in ("loss", "mtp_loss", "holdout_loss"))
@@ -39,6 +41,7 @@ def plot_losses(
     _draw_raw_and_smoothed(axes, train, unit, _TRAIN, "training")
     _draw_raw_and_smoothed(axes, mtp, unit, _MTP, "training, multi-token")
     _draw_holdout(axes, holdout, unit)
+    _draw_sources(axes, records, unit)
     _draw_baselines(axes, baselines or {})
     _label(axes, unit_name)
     with atomic_write(path) as partial:
@@ -93,6 +96,16 @@ def _draw_holdout(axes: Axes, curve: Curve, unit: float) -> None:
     if curve[0]:
         tokens = [count / unit for count in curve[0]]
         axes.plot(tokens, curve[1], color=_HOLDOUT, linewidth=1.2, marker="o", markersize=4, label="held-out")
+
+
+def _draw_sources(axes: Axes, records: Sequence[Mapping[str, Any]], unit: float) -> None:
+    """Draws the held-out loss of each source of a mixture as a thin line."""
+    names = dict.fromkeys(name for record in records for name in record if name.startswith(_SOURCE))
+    for number, name in enumerate(names):
+        tokens, losses = _curve(records, name)
+        if tokens:
+            scaled, label = [count / unit for count in tokens], name.removeprefix(_SOURCE)
+            axes.plot(scaled, losses, color=f"C{number % 10}", linewidth=0.9, marker=".", markersize=4, label=label)
 
 
 def _draw_baselines(axes: Axes, baselines: Mapping[str, float]) -> None:

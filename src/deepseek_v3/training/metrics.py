@@ -209,10 +209,16 @@ class MetricsLogger:
     def log_validation(self, step_number: int, validation: ValidationLoss) -> None:
         """Logs the validation loss after a step."""
         record = {"holdout_loss": validation.loss, "holdout_bits_per_byte": validation.bits_per_byte}
+        for name, each in validation.by_source.items():
+            record |= {f"holdout_loss/{name}": each.loss, f"holdout_bits_per_byte/{name}": each.bits_per_byte}
         self._write(step_number, {"tokens": self._schedule.tokens_after(step_number), **record})
         _log.info(
             f"Held-out loss after step {step_number}: {validation.loss:.4f} nats per token,\n"
             f"{validation.bits_per_byte:.4f} bits per byte"
+            + "".join(
+                f"\n  {name}: {each.loss:.4f} nats per token, {each.bits_per_byte:.4f} bits per byte"
+                for name, each in validation.by_source.items()
+            )
         )
 
     def log_samples(self, step_number: int, texts: Sequence[str]) -> None:

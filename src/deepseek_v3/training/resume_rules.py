@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_origin
 
 from deepseek_v3.config.base import Section
 from deepseek_v3.config.train_config import RunConfig
@@ -70,6 +70,12 @@ RULES: dict[str, Rule] = {
     "data.tokenizer": Rule.FREE,  # likewise
     "data.holdout": Rule.DATA,
     "data.holdout_path": Rule.LOGGED,
+    "data.sources.name": Rule.LOGGED,
+    "data.sources.weight": Rule.DATA,
+    "data.sources.path": Rule.FREE,  # as data.path
+    "data.sources.tokenizer": Rule.FREE,
+    "data.sources.holdout": Rule.DATA,
+    "data.sources.holdout_path": Rule.LOGGED,
     "data.corpus.source": Rule.FREE,
     "data.corpus.vocab_size": Rule.LOGGED,
     "data.corpus.holdout": Rule.LOGGED,
@@ -129,14 +135,19 @@ ALLOW = "change them on purpose by --allow-changed-data (allow_changed_data=True
 
 
 def fields_of(section: type[Section], values: Section | None, prefix: str = "") -> list[tuple[str, Any]]:
-    """Lists every field of a section and its subsections by dotted name, with its value; None if absent."""
+    """Lists every field of a section and its subsections by dotted name, with its value; None if absent.
+
+    A field of a list of sections has the list of its values as its value.
+    """
     found: list[tuple[str, Any]] = []
     for name, field in section.model_fields.items():
         value = None if values is None else getattr(values, name)
-        kinds = (field.annotation, *get_args(field.annotation))
-        inner = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
+        inner = section.subsection(name)
         if inner is None:
             found.append((prefix + name, value))
+        elif get_origin(field.annotation) is tuple:
+            columns = [(each, [getattr(row, each) for row in value or ()]) for each in inner.model_fields]
+            found += [(f"{prefix}{name}.{each}", column) for each, column in columns]
         else:
             found += fields_of(inner, value, f"{prefix}{name}.")
     return found

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from deepseek_v3.config.data_config import CorpusConfig
 from deepseek_v3.config.train_config import RunConfig
-from deepseek_v3.data.tokens.loader import TokenLoader
 from deepseek_v3.data.tokens.shards import TokenShards
-from deepseek_v3.data.tokens.source import TokenSource
+from deepseek_v3.data.tokens.source import RunTokens, WeightedSource
 from deepseek_v3.training.schedule import TrainingSchedule
 from deepseek_v3.utils.logging import get_logger
 from deepseek_v3.utils.text import format_value
@@ -15,11 +14,22 @@ MOST_EPOCHS = 4  # repeated text trains nearly as well as fresh text up to here 
 LEAST_OF_VOCABULARY, PADDING = 0.9, 128  # rounding a vocabulary up for speed leaves fewer ids unused
 
 
-def warn_of_unusual_settings(
-    config: RunConfig, plan: TrainingSchedule, loader: TokenLoader, tokens: TokenSource
-) -> None:
+def log_epochs(config: RunConfig, plan: TrainingSchedule, tokens: RunTokens) -> None:
+    """Logs the share of each named source of a run, and how many times the run reads it."""
+    length = config.training.sequence_length
+    for part in tokens.parts:
+        if part.name:
+            get_logger("Data").info(
+                f"Source {part.name}: {float(part.share):.2%} of the samples, {_epochs(plan, part, length):.2f} "
+                f"epochs over\nthe {_available(part, length):,} training tokens of {part.source.name}"
+            )
+
+
+def warn_of_unusual_settings(config: RunConfig, plan: TrainingSchedule, tokens: RunTokens) -> None:
     """Logs one warning for each unusual setting of a run whose tokens are open."""
-    found = [_repetition(plan, loader, tokens), _warm_up(config, plan), _vocabulary(config, tokens)]
+    length = config.training.sequence_length
+    found = [_repetition(plan, part, length) for part in tokens.parts]
+    found += [_warm_up(config, plan), _vocabulary(config, tokens)]
     if config.data.corpus is not None and isinstance(tokens, TokenShards):
         found.append(_built_otherwise(config.data.corpus, tokens))
     for warning in found:
@@ -27,15 +37,30 @@ def warn_of_unusual_settings(
             get_logger("Trainer").warning(warning)
 
 
-def _repetition(plan: TrainingSchedule, loader: TokenLoader, tokens: TokenSource) -> str | None:
-    available = loader.num_samples * loader.sequence_length
-    epochs = plan.total_tokens / available
+def _available(part: WeightedSource, sequence_length: int) -> int:
+    """The training tokens of a source that one epoch reads."""
+    return (part.source.num_tokens("train") - 1) // sequence_length * sequence_length
+
+
+def _epochs(plan: TrainingSchedule, part: WeightedSource, sequence_length: int) -> float:
+    """How many times the run reads a source."""
+    return float(plan.total_tokens * part.share / max(1, _available(part, sequence_length)))
+
+
+def _repetition(plan: TrainingSchedule, part: WeightedSource, sequence_length: int) -> str | None:
+    epochs = _epochs(plan, part, sequence_length)
     if epochs <= MOST_EPOCHS:
         return None
+    tokens = f"the {_available(part, sequence_length):,} training tokens of {part.source.name}"
+    most = f"text repeated more than {MOST_EPOCHS} times teaches little; add text"
+    if part.name:
+        return (
+            f"the source {part.name} is read {epochs:.1f} times in this run, all of {tokens}, and {most} to it, or "
+            "lower its weight or training.total_tokens"
+        )
     return (
-        f"the budget of {plan.total_tokens:,} tokens is {epochs:.1f} epochs over the {available:,} training tokens "
-        f"of {tokens.name}, and text repeated more than {MOST_EPOCHS} times teaches little; add text, or "
-        "lower training.total_tokens"
+        f"the budget of {plan.total_tokens:,} tokens is {epochs:.1f} epochs over {tokens}, and {most}, or lower "
+        "training.total_tokens"
     )
 
 
@@ -50,7 +75,7 @@ def _warm_up(config: RunConfig, plan: TrainingSchedule) -> str | None:
     )
 
 
-def _vocabulary(config: RunConfig, tokens: TokenSource) -> str | None:
+def _vocabulary(config: RunConfig, tokens: RunTokens) -> str | None:
     known, rows = tokens.vocab_size, config.model.vocab_size
     if known >= LEAST_OF_VOCABULARY * rows or rows - known < PADDING:
         return None

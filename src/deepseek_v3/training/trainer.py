@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepseek_v3.config.train_config import RunConfig
-from deepseek_v3.data.tokens.loader import TokenLoader
-from deepseek_v3.data.tokens.source import TokenSource
+from deepseek_v3.data.tokens.mixture import MixtureLoader
+from deepseek_v3.data.tokens.source import RunTokens
 from deepseek_v3.training.anomalies import SkippedSteps
 from deepseek_v3.training.checkpoint import CheckpointManager, load_train_state, train_state
 from deepseek_v3.training.data import DocumentIds, open_tokens, open_tokens_on_all_ranks, token_batches
@@ -25,11 +25,11 @@ from deepseek_v3.training.parallel.build import build_engine
 from deepseek_v3.training.parallel.deepspeed_config import DeepSpeedFile
 from deepseek_v3.training.parallel.engine import StepResult
 from deepseek_v3.training.parallel.mesh import ParallelMesh
-from deepseek_v3.training.run_warnings import warn_of_unusual_settings
+from deepseek_v3.training.run_warnings import log_epochs, warn_of_unusual_settings
 from deepseek_v3.training.samples import SampleWriter
 from deepseek_v3.training.schedule import ScheduledStep, TrainingSchedule
 from deepseek_v3.training.signals import GracefulStop
-from deepseek_v3.training.validation import ValidationLoss, Validator
+from deepseek_v3.training.validation import MixtureValidator, ValidationLoss
 from deepseek_v3.training.warm_start import WarmStart
 from deepseek_v3.utils.checkpointing.checks import non_finite, non_finite_summary
 from deepseek_v3.utils.checkpointing.state_dict import flatten
@@ -86,12 +86,13 @@ class Trainer:
         self._group = None if self.mesh.is_alone else dist.new_group(backend="gloo")
         weights = WarmStart(init, config, self._group) if init is not None and start is None else None
         self.tokens = open_tokens(config) if self.mesh.is_alone else self._open_tokens_on_all_ranks()
-        self.loader = TokenLoader(
+        self.loader = MixtureLoader(
             self.tokens, sequence_length=config.training.sequence_length, seed=config.training.seed
         )
         if weights is not None:
             weights.check_tokenizer(self.tokens.load_tokenizer())
-        warn_of_unusual_settings(config, self.plan, self.loader, self.tokens)
+        log_epochs(config, self.plan, self.tokens)
+        warn_of_unusual_settings(config, self.plan, self.tokens)
         torch.manual_seed(config.training.seed)
         self.validator = run_on_all_ranks(self._group, self._make_validator)
         documents = DocumentIds(self.tokens, config.data.mask_documents)
@@ -111,13 +112,13 @@ class Trainer:
         elif weights is not None:
             weights.load(self.engine)
 
-    def _open_tokens_on_all_ranks(self) -> TokenSource:
+    def _open_tokens_on_all_ranks(self) -> RunTokens:
         """Opens the tokens with a long timeout, because rank 0 may have to tokenize the corpus first."""
         return open_tokens_on_all_ranks(self.config, dist.new_group(backend="gloo", timeout=_BUILDING))
 
-    def _make_validator(self) -> Validator:
+    def _make_validator(self) -> MixtureValidator:
         share = (self.mesh.data_rank, self.mesh.parallel.data_ranks)
-        return Validator(self.tokens, self.config, self.config.training.evaluation.tokens, *share)
+        return MixtureValidator(self.tokens, self.config, self.config.training.evaluation.tokens, *share)
 
     def batches(self) -> Generator[Iterator[Tensor]]:
         """Yields the micro-batches of each step, from the next step on, as `Engine.run_step` takes them."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.arrays import Float64Array, Int64Array
 from deepseek_v3.data.tokens.loader import TokenLoader, draw_windows
-from deepseek_v3.data.tokens.source import TokenSource
+from deepseek_v3.data.tokens.source import RunTokens, TokenSource, WeightedSource
 from deepseek_v3.training.data import DocumentIds, token_batches
 from deepseek_v3.training.loss import Objective
 from deepseek_v3.utils.errors import DataError
@@ -29,13 +29,15 @@ Batch = Int64Array  # numbers of windows
 class ValidationLoss:
     """The loss in nats per token over `tokens` targets, which encode `num_bytes` bytes of UTF-8 text.
 
-    `windows`: the number of windows of the hold-out split that were evaluated.
+    `windows`: the number of windows of the hold-out split that were evaluated. `by_source`: the same of every named
+    source of a mixture.
     """
 
     loss: float
     tokens: int
     num_bytes: float
     windows: int
+    by_source: Mapping[str, ValidationLoss] = field(default_factory=dict)
 
     @property
     def bits_per_byte(self) -> float:
@@ -146,6 +148,51 @@ class Validator:
         windows = self.windows
         loss = summed(total).item() * self._length / windows.num_targets
         return ValidationLoss(loss, windows.num_targets, self._num_bytes, len(windows.numbers))
+
+
+class MixtureValidator:
+    """Computes the loss of each source of a run, as `Validator` does, and that of the mixture.
+
+    `max_tokens` are divided equally among the sources, so that the loss of each is measured equally well. The loss
+    of the mixture is the mean of the sources' losses by their shares: what a held-out sample of the training order
+    would have on average. Its bytes follow from the bytes per token of the sources in the same way.
+    """
+
+    def __init__(
+        self, tokens: RunTokens, config: RunConfig, max_tokens: int, rank: int = 0, ranks: int = 1
+    ) -> None:
+        self._parts = tokens.parts
+        self._validators = [
+            Validator(part.source, config, max_tokens // len(self._parts), rank, ranks) for part in self._parts
+        ]
+
+    def measure(
+        self,
+        main_losses: Callable[[Iterable[Tensor]], Tensor],
+        device: torch.device,
+        summed: Callable[[Tensor], Tensor] = lambda values: values,
+        group: ProcessGroup | None = None,
+    ) -> ValidationLoss:
+        """Measures every source; arguments and errors are those of `Validator.measure`."""
+        return mixed_loss(
+            self._parts, [each.measure(main_losses, device, summed, group) for each in self._validators]
+        )
+
+
+def mixed_loss(parts: Sequence[WeightedSource], losses: Sequence[ValidationLoss]) -> ValidationLoss:
+    """The loss of a mixture from those of its sources; that of a single unnamed source is returned as it is."""
+    if not parts[0].name:
+        return losses[0]
+    shares = [float(part.share) for part in parts]
+    tokens = sum(each.tokens for each in losses)
+    bytes_per_token = sum(share * each.num_bytes / each.tokens for share, each in zip(shares, losses, strict=True))
+    return ValidationLoss(
+        loss=sum(share * each.loss for share, each in zip(shares, losses, strict=True)),
+        tokens=tokens,
+        num_bytes=tokens * bytes_per_token,
+        windows=sum(each.windows for each in losses),
+        by_source={part.name: each for part, each in zip(parts, losses, strict=True)},
+    )
 
 
 def _batches(windows: Batch, size: int) -> Iterator[tuple[Batch, int]]:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepseek_v3.evaluation.ngrams import NgramLosses, ngram_losses
+from deepseek_v3.evaluation.ngrams import NgramLosses, ngram_losses, ngram_losses_of_each
 
 VOCAB = 7
 Pairs = list[tuple[int, int]]
@@ -111,3 +111,11 @@ def test_probabilities_after_any_token_sum_to_one(before: int) -> None:
     fitted = _blocks(_tokens(2, 80))
     losses = [ngram_losses(fitted, _blocks(np.array([before, after])), VOCAB).bigram for after in range(VOCAB)]
     assert sum(math.exp(-loss) for loss in losses) == pytest.approx(1.0)
+
+
+def test_several_texts_have_the_losses_of_each_alone() -> None:
+    random = np.random.default_rng(3)
+    fitted = _blocks(random.integers(0, VOCAB, (8, 40)))
+    texts = [_blocks(random.integers(low, VOCAB, (2, 20))) for low in (0, VOCAB // 2, 1)]
+    found = ngram_losses_of_each(fitted, texts, VOCAB, not_before=2)
+    assert found == [ngram_losses(fitted, text, VOCAB, not_before=2) for text in texts]

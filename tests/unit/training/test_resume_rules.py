@@ -1,11 +1,13 @@
 """What a resumed run may change: a rule for every field, and what becomes of a change of each."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import BaseModel
 
+from deepseek_v3.config.data_config import SourceConfig
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.config.train_config import BatchRampConfig, RunConfig, SamplesConfig
 from deepseek_v3.training.resume_rules import RULES, Rule, check_changes, fields_of, rule_of
@@ -23,13 +25,17 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     ramp, samples = BatchRampConfig(initial=2), SamplesConfig(prompts=("The",))
     training = config.training.model_copy(update={"batch_ramp": ramp})
     logging = config.logging.model_copy(update={"samples": samples})
-    return config.model_copy(update={"training": training, "logging": logging})
+    source = SourceConfig(name="web", path=Path("web"), weight=1.0)
+    data = config.data.model_copy(update={"sources": (source,)})
+    return config.model_copy(update={"training": training, "logging": logging, "data": data})
 
 
 def changed(section: BaseModel, field: str, value: Any) -> Any:
     """A copy with one dotted field changed, whatever its type."""
     name, _, rest = field.partition(".")
     inner = getattr(section, name)
+    if isinstance(inner, tuple) and rest:
+        return section.model_copy(update={name: tuple(changed(each, rest, value) for each in inner)})
     new = changed(inner, rest, value) if rest and inner is not None else value
     return section.model_copy(update={name: new})
 
@@ -47,11 +53,11 @@ def test_a_change_of_any_field_is_treated_by_its_rule(
     for allowed in (False, True):
         caplog.clear()
         if rule is Rule.REFUSED or (rule is Rule.DATA and not allowed):
-            with pytest.raises(CheckpointError, match=rf"checkpoint_step_4\.pt: .*{field}: .* -> {ANOTHER}"):
+            with pytest.raises(CheckpointError, match=rf"checkpoint_step_4\.pt: .*{field}: .* -> \[?{ANOTHER}"):
                 check_changes(config, new, CHECKPOINT, allowed)
         else:
             check_changes(config, new, CHECKPOINT, allowed)
-            lines = [line for line in caplog.messages if f"{field}: " in line and f" -> {ANOTHER}" in line]
+            lines = [line for line in caplog.messages if re.search(rf"{field}: .* -> \[?{ANOTHER}", line)]
             assert len(lines) == (0 if rule is Rule.FREE else 1)
 
 
@@ -62,6 +68,16 @@ def test_all_changes_stand_in_one_line(config: RunConfig, caplog: pytest.LogCapt
         "the config differs from the checkpoint's: training.seed: 0 -> 7; "
         "training.optimizer.moments: bfloat16 -> float32"
     ]
+
+
+def test_sources_are_compared_one_by_one(config: RunConfig) -> None:
+    (web,) = config.data.sources
+    code = web.model_copy(update={"name": "code", "path": Path("code"), "weight": 0.5})
+    both = changed(config, "data.sources", (web, code))
+    moved = changed(config, "data.sources", (web.model_copy(update={"path": Path("elsewhere")}), code))
+    check_changes(both, moved, CHECKPOINT, allow_changed_data=False)
+    with pytest.raises(CheckpointError, match=r"data\.sources\.weight: \[1\.0\] -> \[1\.0, 0\.5\]; resume with"):
+        check_changes(config, both, CHECKPOINT, allow_changed_data=False)
 
 
 def test_a_section_that_is_left_out_is_compared_by_its_fields(config: RunConfig) -> None:

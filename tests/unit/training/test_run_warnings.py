@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from deepseek_v3.config.loading import load_config
-from deepseek_v3.data.tokens.loader import TokenLoader
 from deepseek_v3.training.data import open_tokens
 from deepseek_v3.training.run_warnings import warn_of_unusual_settings
 from deepseek_v3.training.schedule import TrainingSchedule
@@ -25,9 +24,7 @@ def warnings_of(run: Path, caplog: pytest.LogCaptureFixture, *overrides: str) ->
     config = load_config(run, ["model.vocab_size=280", "data.corpus.vocab_size=280", *overrides])
     shards = open_tokens(config)
     caplog.clear()
-    warn_of_unusual_settings(
-        config, TrainingSchedule(config), TokenLoader(shards, sequence_length=SEQUENCE_LENGTH), shards
-    )
+    warn_of_unusual_settings(config, TrainingSchedule(config), shards)
     return caplog.messages
 
 

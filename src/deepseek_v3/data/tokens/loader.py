@@ -79,7 +79,7 @@ class TokenLoader:
         split: Split = "train",
         *,
         sequence_length: int,
-        seed: int = 0,
+        seed: int | tuple[int, ...] = 0,
         shuffle: bool = True,
     ) -> None:
         self.sequence_length = sequence_length
@@ -89,7 +89,8 @@ class TokenLoader:
                 f"{source.name}: the split {split!r} holds {source.num_tokens(split)} tokens, expected at "
                 f"least {sequence_length + 1} for one window; add text or lower training.sequence_length"
             )
-        self._source, self._split, self._seed, self._shuffle = source, split, seed, shuffle
+        self._source, self._split, self._shuffle = source, split, shuffle
+        self._seed = (seed,) if isinstance(seed, int) else seed
 
     def sample(self, i: int) -> Int64Array:
         """Sample `i`, counted from 0 through all epochs: [sequence_length + 1] int64."""
@@ -115,7 +116,7 @@ class TokenLoader:
         epochs, positions = np.divmod(np.arange(first, first + count), self.num_samples)
         if self._shuffle:
             for epoch in np.unique(epochs):
-                permutation = Permutation(self.num_samples, (self._seed, int(epoch)))
+                permutation = Permutation(self.num_samples, (*self._seed, int(epoch)))
                 positions[epochs == epoch] = permutation(positions[epochs == epoch])
         return positions
 

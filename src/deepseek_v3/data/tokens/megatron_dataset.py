@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -72,7 +73,7 @@ class MegatronDataset:
 
 def is_dataset(prefix: Path) -> bool:
     """Whether a file of a Megatron-LM dataset has this prefix; the other one may be missing."""
-    return bool(prefix.name) and (bin_file(prefix).is_file() or idx_file(prefix).is_file())
+    return any(os.path.isfile(f"{prefix}{suffix}") for suffix in (".bin", ".idx"))  # noqa: PTH113 -- False for names too long
 
 
 def _check_files(prefix: Path) -> None:

@@ -4,13 +4,31 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from deepseek_v3.config.data_config import TokenFiles
+from deepseek_v3.config.data_config import DataConfig, TokenFiles
 from deepseek_v3.data.tokens.holdout import DEFAULT_SHARE
 from deepseek_v3.data.tokens.megatron_dataset import is_dataset
 from deepseek_v3.data.tokens.megatron_source import MegatronSource
+from deepseek_v3.data.tokens.mixture import TokenMixture
 from deepseek_v3.data.tokens.shards import TokenShards
-from deepseek_v3.data.tokens.source import TokenSource
+from deepseek_v3.data.tokens.source import RunTokens, TokenSource
 from deepseek_v3.utils.errors import DataError
+
+
+def open_tokens_of(data: DataConfig) -> RunTokens:
+    """Opens the tokens of a run: the source at `data.path`, or the mixture of `data.sources`.
+
+    Raises DataError if a source cannot be used, as `open_source` says, or if their tokenizers differ.
+    """
+    if not data.sources:
+        return open_source(data, verify=data.verify_checksums)
+    return TokenMixture(
+        [source.name for source in data.sources],
+        [source.weight for source in data.sources],
+        [
+            open_source(source, f"data.sources.{number}", data.verify_checksums)
+            for number, source in enumerate(data.sources)
+        ],
+    )
 
 
 def open_source(files: TokenFiles, section: str = "data", verify: bool = True) -> TokenSource:
@@ -21,6 +39,11 @@ def open_source(files: TokenFiles, section: str = "data", verify: bool = True) -
     check them. Raises DataError if they are missing or damaged, or if a field does not go with their format.
     """
     path = files.path
+    if not files.exist:
+        raise DataError(
+            f"{path}: no token shards here, and no Megatron-LM dataset; write them with dsv3 tokenize --input "
+            f"FOLDER --vocab-size 32768 --output {path}, or name others with {section}.path"
+        )
     if path.is_dir() and not is_dataset(path / "train"):
         _refuse_options(files, section)
         return TokenShards.open(path, verify)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from numpy.typing import NDArray
@@ -15,16 +17,27 @@ from deepseek_v3.data.tokens.tokenizer import Tokenizer
 Tokens = NDArray[Any]  # of an integer type, such as uint16
 
 
-class TokenSource(ABC):
-    """Two splits of token ids, `train` and `holdout`, and the tokenizer that made them.
+@dataclass(frozen=True)
+class WeightedSource:
+    """One source of a run, and its share of the samples. The name is empty if the run has a single unnamed one."""
 
-    Documents follow one another without padding. Safe to use from several threads.
-    """
+    name: str
+    share: Fraction
+    source: TokenSource
+
+
+class RunTokens(ABC):
+    """The tokens that a run trains on: one source, or a mixture of several with one tokenizer."""
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """The path, for messages."""
+        """The paths, for messages."""
+
+    @property
+    @abstractmethod
+    def parts(self) -> tuple[WeightedSource, ...]:
+        """The sources, with shares that sum to 1."""
 
     @property
     @abstractmethod
@@ -44,6 +57,18 @@ class TokenSource(ABC):
     @abstractmethod
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer that made these tokens; read once."""
+
+
+class TokenSource(RunTokens):
+    """Two splits of token ids, `train` and `holdout`, and the tokenizer that made them.
+
+    Documents follow one another without padding. Safe to use from several threads.
+    """
+
+    @property
+    def parts(self) -> tuple[WeightedSource, ...]:
+        """This source alone."""
+        return (WeightedSource("", Fraction(1), self),)
 
     @abstractmethod
     def num_tokens(self, split: Split) -> int:
