@@ -125,7 +125,7 @@ def beside_transformers(
 
 @torch.no_grad()
 def logits_in_float32(place: Path, device: torch.device, tokens: torch.Tensor) -> dict[str, float]:
-    """The logits of both, computed in float32 from the same weights: how far apart, and how often the same token."""
+    """The logits of both in float32, from the same weights: how far apart, and how often the same token."""
     from transformers import AutoModelForCausalLM
 
     model = load_pretrained(place / "bf16", dtype=torch.float32, device=device)

@@ -11,7 +11,7 @@ from torch import Tensor
 from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.interop.huggingface.fp8_weights import scales_name, scales_problems, type_name
 from deepseek_v3.interop.huggingface.names import Part, layer_of, parts_of, shared_copies
-from deepseek_v3.interop.huggingface.tensor_source import TensorDict, TensorSource
+from deepseek_v3.interop.huggingface.tensor_source import CPU, TensorDict, TensorSource
 from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.ops.fp8 import E4M3, dequantize_128x128
 from deepseek_v3.utils.checkpointing.checks import TensorInfo
@@ -21,7 +21,6 @@ from deepseek_v3.utils.text import format_value
 
 _MOST_NAMES = 3  # names that a message lists of one kind of problem
 WEIGHT_TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_CPU = torch.device("cpu")
 _ROWS_AT_ONCE = 2**12  # rows of a copy that are compared with the original at a time
 # Tables that some releases store and every program computes from the config.
 _COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
@@ -103,20 +102,20 @@ class ReleasedWeights:
                     block.copy_(_columns(self._values(part.name, own, block.device), block, starts[2:]))
 
     def _values(self, released: str, rows: range, device: torch.device) -> Tensor:
-        """Rows of a released tensor. If it is in FP8, they are dequantized on `device` to float32."""
-        tensor = self._source.read(released, rows)
+        """Rows of a released tensor on `device`; float32 if it is in FP8."""
+        tensor = self._source.read(released, rows, device)
         if tensor.dtype != E4M3:
             return tensor
-        scales = self._source.read(scales_name(released)).to(device)
-        return dequantize_128x128(tensor.to(device), scales, torch.float32, rows.start)
+        scales = self._source.read(scales_name(released), device=device)
+        return dequantize_128x128(tensor, scales, torch.float32, rows.start)
 
     def _read_stacked(self, target: Tensor, name: str, expert: int, starts: Sequence[int]) -> None:
         """Fills a block of one expert's matrix from a stack that the source holds."""
         one, rows = range(expert, expert + 1), slice(starts[0], starts[0] + len(target))
-        values = self._source.read(name, one)[0]
+        values = self._source.read(name, one, target.device)[0]
         if values.dtype == E4M3:
-            scales = self._source.read(scales_name(name), one)[0].to(target.device)
-            values = dequantize_128x128(values.to(target.device), scales, torch.float32)
+            scales = self._source.read(scales_name(name), one, target.device)[0]
+            values = dequantize_128x128(values, scales, torch.float32)
         target.copy_(_columns(values[rows], target, starts[1:]))
 
     def _is_stacked(self, name: str) -> bool:
@@ -172,7 +171,7 @@ class ReleasedWeights:
         num_rows = self._source.tensors[original].shape[0]
         for first in range(0, num_rows, _ROWS_AT_ONCE):
             rows = range(first, min(num_rows, first + _ROWS_AT_ONCE))
-            one, other = (self._values(name, rows, _CPU).to(_CPU) for name in (copy, original))
+            one, other = (self._values(name, rows, CPU) for name in (copy, original))
             if not torch.equal(one, other):
                 return True
         return False

@@ -18,6 +18,7 @@ from deepseek_v3.utils.checkpointing.safetensors_file import DTYPES, HeaderEntry
 from deepseek_v3.utils.errors import CheckpointError, ConfigError
 from deepseek_v3.utils.text import format_value
 
+CPU = torch.device("cpu")
 WEIGHTS_FILE, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 _MAX_INDEX_BYTES = 2**28  # the index of the released model has 10 MB
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -34,8 +35,8 @@ class TensorSource(ABC):
     tensors: Mapping[str, TensorInfo]
 
     @abstractmethod
-    def read(self, tensor: str, rows: range | None = None) -> Tensor:
-        """The tensor, or these consecutive rows of it, along its first axis. Never write to it."""
+    def read(self, tensor: str, rows: range | None = None, device: torch.device = CPU) -> Tensor:
+        """The tensor, or these consecutive rows of it, along its first axis, on `device`. Never write to it."""
 
     def has_values(self, tensor: str) -> bool:  # noqa: ARG002 -- a source whose tensors all have values
         """Whether the tensor has values, and not only a shape."""
@@ -48,9 +49,9 @@ class TensorDict(TensorSource):
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.name, self.tensors, self._values = "the given weights", tensor_infos(tensors), tensors
 
-    def read(self, tensor: str, rows: range | None = None) -> Tensor:
+    def read(self, tensor: str, rows: range | None = None, device: torch.device = CPU) -> Tensor:
         values = self._values[tensor]
-        return values if rows is None else values[rows.start : rows.stop]
+        return (values if rows is None else values[rows.start : rows.stop]).to(device)
 
     def has_values(self, tensor: str) -> bool:
         return not self._values[tensor].is_meta
@@ -113,7 +114,7 @@ class TensorFolder(TensorSource):
             if found.get(name) != index.get(name)
         ]
 
-    def read(self, tensor: str, rows: range | None = None) -> Tensor:
+    def read(self, tensor: str, rows: range | None = None, device: torch.device = CPU) -> Tensor:
         path, entry = self._entries[tensor]
         dtype, shape, begin = DTYPES[entry.dtype], list(entry.shape), entry.begin
         if rows is not None:
@@ -121,10 +122,11 @@ class TensorFolder(TensorSource):
             for size in shape[1:]:
                 row_bytes *= size
             begin, shape[0] = begin + rows.start * row_bytes, len(rows)
-        values = torch.empty(shape, dtype=dtype)
+        # Torch keeps pinned memory and uses it again; new memory would cost a page fault every 4 KiB.
+        values = torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
         if values.numel():
             _read_bytes(path, begin, values.view(-1).view(torch.uint8).numpy().data)
-        return values
+        return values.to(device)
 
 
 def _read_bytes(path: Path, begin: int, target: memoryview) -> None:
