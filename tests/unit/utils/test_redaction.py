@@ -20,7 +20,7 @@ from deepseek_v3.config.preprocess_config import PreprocessConfig
 from deepseek_v3.data.pipeline.run import run_pipeline
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.logging import configure_logging, get_logger
-from deepseek_v3.utils.redaction import redact
+from deepseek_v3.utils.redaction import redact, redact_environment
 from helpers.runs import dsv3, message_of, run_fields
 
 SECRET = "s3cr%2Ft"
@@ -85,6 +85,20 @@ def test_the_colon_after_a_secret_stays(address: str) -> None:
 def test_decoded_and_partial_secrets_are_redacted() -> None:
     address = f"https://user:{SECRET}@host/a?sig=abc%2Bd"
     assert redact("s3cr/t is wrong, and abc+d and abc%2Bd", address) == "*** is wrong, and *** and ***"
+
+
+def test_secrets_of_the_environment_are_redacted(monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets = {
+        "WANDB_API_KEY": "aaaa1111",
+        "MLFLOW_TRACKING_TOKEN": "aaaa1111bbbb",
+        "MLFLOW_TRACKING_PASSWORD": "cccc",
+    }
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:dddd@host/")
+    monkeypatch.setenv("PWD", "/home/me")
+    assert redact_environment("aaaa1111 aaaa1111bbbb cccc dddd /home/me") == "*** *** *** *** /home/me"
+    assert redact("wandb_v1_" + "a" * 40) == "***"
 
 
 def test_errors_and_log_lines_are_redacted(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ import time
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,8 @@ def test_mlflow_stores_every_value(tmp_path: Path) -> None:
     handlers = list(logging.getLogger().handlers)
     first = track(MlflowTracker, run_in(folder), STEPS, Status.STOPPED)
     assert run_status(folder) == {first.id: "KILLED"}
-    second = track(MlflowTracker, run_in(folder, first), {11: {"loss": 1.25}}, Status.FAILED)
+    changed = replace(run_in(folder, first), config={"training.seed": 1, "new": "field"})
+    second = track(MlflowTracker, changed, {11: {"loss": 1.25}}, Status.FAILED)
     assert (second.id, second.name, second.continued) == (first.id, "run-1", True)
     assert run_status(folder) == {first.id: "FAILED"}
     with closing(sqlite3.connect(folder / "mlflow" / "mlflow.db")) as database:
@@ -131,7 +133,12 @@ def test_mlflow_stores_every_value(tmp_path: Path) -> None:
     stored = {(step, name): math.nan if is_nan else value for step, name, value, is_nan in rows}
     expected = {(step, name.replace("=", "_")): value for (step, name), value in (STORED | RESUMED).items()}
     assert equal(stored, expected | {(10, "loss"): math.nan})
-    assert parameters == {"training.seed": "0", "training.schedule.kind": "cosine", "model.q_lora_rank": "None"}
+    assert parameters == {
+        "training.seed": "0",  # MLflow refuses to change it
+        "training.schedule.kind": "cosine",
+        "model.q_lora_rank": "None",
+        "new": "field",
+    }
     (text,) = folder.rglob("step_000000010.txt")
     assert text.read_text() == "def <f>(x):\n  return x"
     assert [path.name for path in folder.iterdir()] == ["mlflow"]
