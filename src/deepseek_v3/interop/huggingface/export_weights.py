@@ -30,12 +30,10 @@ _log = get_logger("Weights")
 def released_state(model: DeepSeekV3) -> dict[str, Tensor]:
     """Every weight and routing bias of `model` by released name, detached and contiguous, as safetensors needs it.
 
-    Experts are views of their stacks, which do not overlap. The copies of embedding and head in MTP layers are
-    cloned.
+    Experts are views of their stacks, which do not overlap. The copies of embedding and head are cloned.
     """
-    released = to_released_names(model.config, model.state_dict())
     copies = shared_copies(model.config).keys()
-    return {name: t.clone() if name in copies else t.contiguous() for name, t in released.items()}
+    return {name: t.clone() if name in copies else t.contiguous() for name, t in _all_tensors(model).items()}
 
 
 def write_weights(
@@ -49,7 +47,7 @@ def write_weights(
 
     Raises CheckpointError for weights that are not finite, also only after the conversion, and OSError.
     """
-    tensors = to_released_names(model.config, model.state_dict())
+    tensors = _all_tensors(model)
     shards = _in_shards(tensors, dtype, quantized, max_shard_bytes)
     files = [WEIGHTS_FILE] if len(shards) == 1 else _file_names(len(shards))
     places: dict[str, str] = {}
@@ -79,6 +77,15 @@ def _check_finite(tensors: Mapping[str, Tensor]) -> None:
             f"the model: {non_finite_summary(bad)} in {type_name(tensors[bad[0]].dtype)}; export an earlier "
             "checkpoint, or in a type with a larger range, such as bfloat16"
         )
+
+
+def _all_tensors(model: DeepSeekV3) -> dict[str, Tensor]:
+    """Every weight and routing bias by released name, with a copy of the embedding for a tied head.
+
+    vLLM's DeepSeek-V3 always has a head of its own: without the copy it stays at zero, with no error.
+    """
+    released = to_released_names(model.config, model.state_dict())
+    return released | {copy: released[original] for copy, original in shared_copies(model.config).items()}
 
 
 def _file_names(count: int) -> list[str]:

@@ -2,7 +2,7 @@
 
 They differ in three points. This project stacks the routed experts of a layer; the released checkpoint holds each
 expert's matrices separately. The released MTP layers repeat the embedding and the head, which they share with the
-main model. A released model with tied embeddings has no head.
+main model. A released model with tied embeddings has no head, or a copy of the embedding as its head.
 """
 
 from __future__ import annotations
