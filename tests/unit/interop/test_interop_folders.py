@@ -8,9 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from deepseek_v3.config.model_config import RopeScaling
 from deepseek_v3.interop.huggingface import load_pretrained, released_state, save_pretrained
 from deepseek_v3.interop.huggingface.import_weights import ReleasedWeights
 from deepseek_v3.interop.huggingface.pretrained_folder import open_pretrained
@@ -18,37 +16,8 @@ from deepseek_v3.interop.huggingface.tensor_source import TensorFolder
 from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.moe.routing import Router
 from deepseek_v3.utils.errors import CheckpointError, ConfigError
-from helpers.models import YARN, small_config, small_model
-
-KIMI = RopeScaling(
-    factor=32, beta_fast=1, beta_slow=1, mscale=1, mscale_all_dim=1, original_max_position_embeddings=16
-)
-# Fields of Kimi-K2 and Moonlight that differ from those of DeepSeek-V3.
-KIMI_K2: dict[str, Any] = {
-    "n_group": 1,
-    "topk_group": 1,
-    "n_routed_experts": 12,
-    "rope_theta": 50000.0,
-    "rope_scaling": KIMI,
-    "routed_scaling_factor": 2.827,
-}
-MOONLIGHT: dict[str, Any] = {
-    "n_group": 1,
-    "topk_group": 1,
-    "q_lora_rank": None,
-    "n_shared_experts": 2,
-    "rope_theta": 50000.0,
-    "routed_scaling_factor": 2.446,
-}
-SHAPES: dict[str, dict[str, Any]] = {
-    "one MTP layer": {"num_nextn_predict_layers": 1},
-    "two MTP layers, YaRN": {"num_nextn_predict_layers": 2, "rope_scaling": YARN},
-    "tied, MTP": {"tie_word_embeddings": True, "num_nextn_predict_layers": 1},
-    "no dense layer, no shared expert": {"first_k_dense_replace": 0, "n_shared_experts": 0},
-    "dense, MoE in MTP": {"first_k_dense_replace": 3, "num_nextn_predict_layers": 1},
-    "Kimi-K2": KIMI_K2,
-    "Moonlight": MOONLIGHT,
-}
+from helpers.models import small_config, small_model
+from helpers.released_shapes import SHAPES, stored_weights
 
 
 def assert_same(found: DeepSeekV3, expected: DeepSeekV3) -> None:
@@ -57,10 +26,6 @@ def assert_same(found: DeepSeekV3, expected: DeepSeekV3) -> None:
     for name, tensor in ours.items():
         assert tensor.dtype == theirs[name].dtype, name
         assert torch.equal(tensor, theirs[name]), name
-
-
-def stored(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 CASES = [
@@ -94,7 +59,7 @@ def test_types_are_converted_as_asked(tmp_path: Path, stored_dtype: torch.dtype,
     model = small_model(small_config(num_nextn_predict_layers=1))
     save_pretrained(model, tmp_path / "hf", dtype=stored_dtype)
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["torch_dtype"] == str(stored_dtype)[6:]
-    for name, tensor in stored(tmp_path / "hf").items():
+    for name, tensor in stored_weights(tmp_path / "hf").items():
         assert tensor.dtype == (torch.float32 if name.endswith("correction_bias") else stored_dtype)
     found = load_pretrained(tmp_path / "hf", dtype=dtype)
     for module in found.modules():
@@ -117,7 +82,7 @@ def test_the_largest_file_has_at_most_the_size_that_was_asked(tmp_path: Path) ->
         assert max(size for size, count in sizes if count > 1) <= 16_000
         index = json.loads((folder / "model.safetensors.index.json").read_text())
         assert index["metadata"]["total_size"] == sum(size for size, _ in sizes)
-        assert index["weight_map"].keys() == stored(folder).keys()
+        assert index["weight_map"].keys() == stored_weights(folder).keys()
 
 
 def test_a_small_model_is_one_file_without_an_index(tmp_path: Path) -> None:
@@ -176,7 +141,7 @@ def test_numbers_that_a_type_cannot_hold_are_not_saved(tmp_path: Path, value: fl
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.gate.e_score_correction_bias"])
 def test_weights_that_are_not_finite_are_not_loaded(tmp_path: Path, name: str, value: float) -> None:
     save_pretrained(small_model(small_config()), tmp_path / "hf")
-    weights = stored(tmp_path / "hf")
+    weights = stored_weights(tmp_path / "hf")
     weights[name][0] = value
     save_file(weights, tmp_path / "hf" / "model.safetensors")
     with pytest.raises(
@@ -191,16 +156,16 @@ def test_tables_that_the_config_gives_are_ignored(tmp_path: Path) -> None:
     save_pretrained(model, tmp_path / "hf")
     file = tmp_path / "hf" / "model.safetensors"
     tables = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(4) for layer in range(4)}
-    save_file(stored(tmp_path / "hf") | tables, file)
+    save_file(stored_weights(tmp_path / "hf") | tables, file)
     assert_same(load_pretrained(tmp_path / "hf"), model)
-    main = {name: tensor for name, tensor in stored(tmp_path / "hf").items() if "layers.3." not in name}
+    main = {name: tensor for name, tensor in stored_weights(tmp_path / "hf").items() if "layers.3." not in name}
     save_file(main | tables, file)
     assert load_pretrained(tmp_path / "hf").config.num_nextn_predict_layers == 0
 
 
 def test_mtp_layers_that_are_missing_can_be_required(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save_pretrained(small_model(small_config(num_nextn_predict_layers=1)), tmp_path / "hf")
-    weights = {name: tensor for name, tensor in stored(tmp_path / "hf").items() if "layers.3." not in name}
+    weights = {name: tensor for name, tensor in stored_weights(tmp_path / "hf").items() if "layers.3." not in name}
     save_file(weights, tmp_path / "hf" / "model.safetensors")
     assert load_pretrained(tmp_path / "hf").config.num_nextn_predict_layers == 0
     message = "hold 0 of the 1 MTP layers of the config and nothing of model.layers.3"
@@ -213,7 +178,7 @@ def test_copies_of_embedding_and_head_may_be_in_another_type(tmp_path: Path) -> 
     """Their values must be the same, in whatever type they are stored."""
     model = small_model(small_config(num_nextn_predict_layers=1), torch.bfloat16)
     save_pretrained(model, tmp_path / "hf")
-    weights = stored(tmp_path / "hf")
+    weights = stored_weights(tmp_path / "hf")
     copy = "model.layers.3.embed_tokens.weight"
     save_file(weights | {copy: weights[copy].float()}, tmp_path / "hf" / "model.safetensors")
     assert_same(load_pretrained(tmp_path / "hf"), model)
@@ -227,7 +192,7 @@ def test_copies_of_embedding_and_head_may_be_in_another_type(tmp_path: Path) -> 
 
 def test_a_source_knows_types_and_shapes_of_a_folder(tmp_path: Path) -> None:
     save_pretrained(small_model(small_config(), torch.bfloat16), tmp_path / "hf", max_shard_size=50_000)
-    source, expected = TensorFolder(tmp_path / "hf"), stored(tmp_path / "hf")
+    source, expected = TensorFolder(tmp_path / "hf"), stored_weights(tmp_path / "hf")
     assert {name: (info.dtype, info.shape) for name, info in source.tensors.items()} == {
         name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in expected.items()
     }
