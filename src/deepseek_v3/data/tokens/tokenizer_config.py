@@ -27,7 +27,8 @@ _CODE = ("auto_map", "custom_pipelines")
 def read_tokenizer_config(folder: Path) -> dict[str, Any] | None:
     """The fields of the folder's `tokenizer_config.json`, with the chat template inside; None without that file.
 
-    Entries that name code are left out. Raises DataError for a file that is not a JSON object.
+    Entries that name code are left out. Raises DataError for a file that is not a JSON object, and for markers
+    that are no names.
     """
     fields: dict[str, Any] | None = None
     if _is_there(folder / CONFIG_FILE):
@@ -37,6 +38,8 @@ def read_tokenizer_config(folder: Path) -> dict[str, Any] | None:
             fields = {**(fields or {}), "chat_template": read_text(folder / TEMPLATE_FILE, _MAX_BYTES)}
         except ConfigError as error:
             raise DataError(str(error)) from None
+    for role in ("bos_token", "eos_token"):
+        special_token(fields or {}, role, folder)
     return fields
 
 

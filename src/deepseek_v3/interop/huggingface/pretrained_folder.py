@@ -41,7 +41,7 @@ _log = get_logger("Weights")
 
 def is_huggingface_folder(path: Path) -> bool:
     """Whether a folder has a Hugging Face config or weights."""
-    return any((path / name).exists() for name in (CONFIG, WEIGHTS_FILE, WEIGHTS_INDEX))
+    return any(os.path.lexists(path / name) for name in (CONFIG, WEIGHTS_FILE, WEIGHTS_INDEX))
 
 
 def open_pretrained(
@@ -53,7 +53,7 @@ def open_pretrained(
     the weights cannot be read or do not fit it, as `TensorFolder` and `ReleasedWeights` say.
     """
     folder = Path(directory)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # noqa: PTH112 -- False for names too long
         raise CheckpointError(
             f"{printable_path(folder)}: is no folder, expected a directory in Hugging Face's format; download a "
             "model of the Hub first"
