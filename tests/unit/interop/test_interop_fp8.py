@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deepseek_v3.interop.huggingface import load_pretrained, load_released, released_state, save_pretrained
 from deepseek_v3.interop.huggingface.import_weights import ReleasedWeights
-from deepseek_v3.interop.huggingface.tensor_source import TensorDict, TensorFolder
+from deepseek_v3.interop.huggingface.tensor_source import CPU, TensorDict, TensorFolder
 from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.utils.errors import CheckpointError
 from helpers.models import small_config, small_model
@@ -120,8 +120,8 @@ class Counting(TensorFolder):
         super().__init__(directory)
         self.num_bytes = 0
 
-    def read(self, tensor: str, rows: range | None = None) -> Tensor:
-        values = super().read(tensor, rows)
+    def read(self, tensor: str, rows: range | None = None, device: torch.device = CPU) -> Tensor:
+        values = super().read(tensor, rows, device)
         self.num_bytes += 0 if tensor.endswith("_scale_inv") else values.nbytes
         return values
 
