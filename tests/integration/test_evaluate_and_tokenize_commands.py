@@ -7,11 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from torch.nn.functional import cross_entropy
 
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.tokens.shards import TokenShards
+from deepseek_v3.interop.load_model import load_model
 from deepseek_v3.training.signals import GracefulStop
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.monitoring import read_metrics
@@ -115,6 +118,10 @@ def test_evaluation_on_text_by_source(run_folder: Path, tmp_path: Path) -> None:
     written = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert [(one["name"], one["bytes"]) for one in written["sources"]] == [("code", 23), ("prose", 2)]
     assert (written["step"], written["context"], written["stride"], written["dtype"]) == (12, 64, 64, "float32")
+    saved = load_model(run_folder / "checkpoints", torch.device("cpu"))
+    ids = saved.tokenizer.encode(str(records[0]["text"]))
+    logits_SV = saved.model(torch.tensor([[saved.tokenizer.end_of_text, *ids[:-1]]]))[0]
+    assert written["sources"][0]["loss"] == pytest.approx(cross_entropy(logits_SV, torch.tensor(ids)).item())
     for one in (*written["sources"], written["total"]):
         cells = [f"{one[name]:,}" for name in ("documents", "tokens", "bytes")]
         cells += [f"{one['loss']:.4f}", f"{one['perplexity']:,.2f}", f"{one['bits_per_byte']:.4f}"]

@@ -152,6 +152,21 @@ def test_cached_answers_need_no_model(folder: Path, tmp_path: Path, monkeypatch:
     assert ask(4) == whole
 
 
+@pytest.mark.parametrize("folder", ["end-of-text alone"], indirect=True)
+def test_answers_are_cached_before_all_are_known(folder: Path) -> None:
+    lm, cached = _ours(folder), {}
+    lm.cache_hook.add_partial = lambda kind, request, answer: cached.update({(kind, str(request)): answer})
+    options = {"until": ["\n"], "max_gen_toks": 8}
+    asked = {
+        "loglikelihood": ("def", " a"),
+        "loglikelihood_rolling": ("x" * 200,),
+        "generate_until": ("x", options),
+    }
+    for kind, request in asked.items():
+        (answer,) = getattr(lm, kind)(_requests(kind, [request]))
+        assert cached[kind, str(request)] == answer
+
+
 def _as_list(answer: Any) -> Any:
     return [*answer] if isinstance(answer, tuple) else answer
 

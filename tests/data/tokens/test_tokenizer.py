@@ -212,3 +212,19 @@ def test_a_file_that_is_no_tokenizer_is_named(tmp_path, content):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(DataError, match=r"tokenizer\.json: cannot be read: No such file"):
         Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (None, 0),
+        ({"eos_token": "<|endoftext|>"}, 0),
+        ({"bos_token": "<|fim_begin|>", "add_bos_token": False}, 1),
+        ({"bos_token": {"content": "<|fim_hole|>"}}, 2),
+        ({"bos_token": "unknown"}, 0),
+    ],
+)
+def test_a_scored_text_follows_the_marker_that_begins_texts(
+    config: dict[str, object] | None, expected: int
+) -> None:
+    assert Tokenizer(Tokenizer.train([], 260).to_json(), config=config).text_start == expected

@@ -20,7 +20,13 @@ from deepseek_v3.evaluation.text_loss import (
     measure_texts,
     total_of,
 )
-from deepseek_v3.evaluation.text_sources import EncodedDocument, ReadingRules, encoded_documents, parse_sources
+from deepseek_v3.evaluation.text_sources import (
+    EncodedDocument,
+    ReadingRules,
+    _cut,
+    encoded_documents,
+    parse_sources,
+)
 from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.logging import get_logger
@@ -117,6 +123,11 @@ def test_shards_give_the_numbers_of_their_text(model: DeepSeekV3, tmp_path: Path
         assert all(whole[tuple(document.ids)] == document.num_bytes for document in _documents(tokenizer, path))
     with pytest.raises(DataError, match="another tokenizer"):
         _documents(Tokenizer.train(["other words"], 270), tmp_path / "tokens")
+
+
+def test_documents_lie_between_markers() -> None:
+    blocks = [np.array(block) for block in ([0, 1, 2], [3, 0, 0], [], [4, 0, 5], [6])]
+    assert [ids.tolist() for ids in _cut(iter(blocks), end_of_text=0)] == [[1, 2, 3], [4], [5, 6]]
 
 
 def test_documents_of_shards_across_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
