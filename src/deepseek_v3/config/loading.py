@@ -126,6 +126,11 @@ def _locate(node: yaml.Node | None, at: FieldPath, path: str, where: dict[FieldP
             field = (*at, key.value)
             where[field] = f"{path}:{key.start_mark.line + 1}"
             _locate(value, field, path, where)
+    if isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            item = (*at, str(index))
+            where[item] = f"{path}:{value.start_mark.line + 1}"
+            _locate(value, item, path, where)
 
 
 def _apply(override: str, fields: dict[str, Any], where: dict[FieldPath, str]) -> None:

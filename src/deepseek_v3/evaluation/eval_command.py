@@ -113,7 +113,7 @@ def evaluate(
     if harness is not None:
         results = harness(saved)
     elif compared := _compared_tokens(saved, data, path):
-        _refuse_text_options(compared.path, context, stride, source_field)
+        _refuse_text_options((compared.sources or (compared,))[0].path, context, stride, source_field)
         results = _compare(saved, open_tokens_of(compared), path, tokens, place)
     else:
         results = _measure(saved, sources, rules, WindowRule.checked(context, stride, _context_of(saved)))

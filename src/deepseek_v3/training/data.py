@@ -30,24 +30,27 @@ def open_tokens(config: RunConfig) -> RunTokens:
 
     Raises DataError if they are missing or damaged, or if their tokenizer has more ids than the model.
     """
-    data = config.data
-    if data.corpus is not None and not data.exist:
-        get_logger("Data").info(f"{data.path} does not exist yet: building it from {data.corpus.source}")
-        options = data.corpus.model_dump()
-        length = config.training.sequence_length
-        tokenize_corpus(output=data.path, tokenizer=None, sequence_length=length, **options)
-    tokens = open_tokens_of(data)
+    _build_missing(config)
+    tokens = open_tokens_of(config.data)
     check_vocabulary(tokens, config.model)
     return tokens
 
 
 def open_tokens_on_all_ranks(config: RunConfig, group: ProcessGroup) -> RunTokens:
     """`open_tokens` on all ranks: rank 0 builds missing token shards while the others wait."""
-    if dist.get_rank(group) == 0:
-        run_on_all_ranks(group, lambda: open_tokens(config))
-    else:
-        run_on_all_ranks(group, lambda: None)
+    run_on_all_ranks(group, lambda: _build_missing(config) if dist.get_rank(group) == 0 else None)
     return run_on_all_ranks(group, lambda: open_tokens(config))
+
+
+def _build_missing(config: RunConfig) -> None:
+    """Builds token shards from `data.corpus`, if it is given and nothing is at `data.path`."""
+    data = config.data
+    if data.corpus is None or data.exist:
+        return
+    get_logger("Data").info(f"{data.path} does not exist yet: building it from {data.corpus.source}")
+    options = data.corpus.model_dump()
+    length = config.training.sequence_length
+    tokenize_corpus(output=data.path, tokenizer=None, sequence_length=length, **options)
 
 
 def check_vocabulary(tokens: RunTokens, model: ModelConfig) -> None:

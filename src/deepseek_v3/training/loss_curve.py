@@ -104,7 +104,7 @@ def _draw_sources(axes: Axes, records: Sequence[Mapping[str, Any]], unit: float)
     for number, name in enumerate(names):
         tokens, losses = _curve(records, name)
         if tokens:
-            scaled, label = [count / unit for count in tokens], name.removeprefix(_SOURCE)
+            scaled, label = [count / unit for count in tokens], f"held-out {name.removeprefix(_SOURCE)}"
             axes.plot(scaled, losses, color=f"C{number % 10}", linewidth=0.9, marker=".", markersize=4, label=label)
 
 

@@ -114,6 +114,7 @@ def test_a_second_dataset_is_held_out(prefix, tmp_path):
     other = their_write(tmp_path / "other" / "x", [[[5, 6], [7]], [[8, 0]]], "int64")
     source = open_source(TokenFiles(path=prefix, holdout_path=other))
     assert all_of(source, "train") == TOKENS
+    assert "is both data.path and data.holdout_path" in error_of(path=prefix, holdout_path=prefix)
     assert all_of(source, "holdout") == [5, 6, 7, 8, 0]
     with pytest.raises(ValueError, match="tokens 3 to 9 of 'holdout': expected a range within 0 to 5"):
         source.read("holdout", 3, 6)
@@ -157,13 +158,20 @@ def test_the_place_of_an_id_is_counted_through_the_dataset(tmp_path):
 def test_documents_without_end_of_text_are_warned_of(tmp_path, caplog):
     TOKENIZER.save(tmp_path / "tokenizer.json")
     good = their_write(tmp_path / "good", [[[5], [0]], [[6, 0]]])
-    open_source(TokenFiles(path=good, holdout_path=good))
+    other = their_write(tmp_path / "other", [[[5, 0]]])
+    open_source(TokenFiles(path=good, holdout_path=other))
     assert caplog.messages == []
     bad = their_write(tmp_path / "bad", [[[5, 0]], [[6]]], modes=[0, 1])
     open_source(TokenFiles(path=bad, holdout_path=good))
     modes, ends = caplog.messages
     assert "bad.idx: some of its sequences have a mode other than 0" in modes
     assert "bad.bin: holds 2 documents and 1 end-of-text marker (id 0)" in ends
+
+
+def test_a_folder_of_the_name_of_a_dataset_is_not_in_its_way(prefix):
+    prefix.mkdir()
+    (prefix / "raw.txt").write_text("text")
+    assert open_source(TokenFiles(path=prefix, holdout=0.1)).name == str(prefix)
 
 
 def test_options_of_datasets_are_refused_for_shards(tmp_path):

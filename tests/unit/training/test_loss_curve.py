@@ -42,8 +42,8 @@ def test_every_source_of_a_mixture_has_a_curve(tmp_path: Path, drawn: list[Figur
     losses = {"holdout_loss": 2.2, "holdout_loss/web": 2.5, "holdout_loss/code": 1.5}
     plot_losses([*RECORDS, {"step": 100, "tokens": 204_800, **losses}], tmp_path / "loss.png")
     lines = {line.get_label(): line for line in drawn[0].axes[0].get_lines()}
-    assert list(lines["web"].get_ydata()) == [2.5]
-    assert list(lines["code"].get_ydata()) == [1.5]
+    assert list(lines["held-out web"].get_ydata()) == [2.5]
+    assert list(lines["held-out code"].get_ydata()) == [1.5]
 
 
 def test_names_in_the_margin_do_not_touch(tmp_path: Path, drawn: list[Figure]) -> None:

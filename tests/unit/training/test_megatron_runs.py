@@ -1,5 +1,7 @@
 """A run on Megatron-LM datasets is the run on token shards of the same text, and resumes on the same data only."""
 
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +67,19 @@ def test_the_run_is_that_on_shards_bit_for_bit(run: Path) -> None:
             "latest",
         )
     assert Trainer(load_config(run, resumed), CPU, "latest").run().step == 4
+
+
+@pytest.mark.parametrize("split", ["train", "holdout"])
+def test_a_dataset_that_shrinks_ends_the_run_with_a_checkpoint(run: Path, tmp_path: Path, split: str) -> None:
+    for file in run.parent.glob("*[nt].[bi][id][nx]"):
+        shutil.copy(file, tmp_path)
+    shutil.copy(run.parent / "tokenizer.json", tmp_path)
+    config = load_config(
+        run, megatron(tmp_path, "training.evaluation.interval_steps=2", "training.total_tokens=1280")
+    )
+    trainer = Trainer(config, CPU, step_begins=lambda step: step == 2 and os.truncate(tmp_path / f"{split}.bin", 9))
+    with pytest.raises(DataError, match=rf"{split}\.bin: has become shorter .* and saved .*checkpoint_step_"):
+        trainer.run()
 
 
 def test_a_vocabulary_left_open_follows_the_tokenizer(run: Path, tmp_path: Path) -> None:

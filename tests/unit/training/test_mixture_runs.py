@@ -195,6 +195,20 @@ def test_a_wrong_source_is_named(run: Path, override: str, expected: str) -> Non
     assert expected in str(caught.value)
 
 
+def test_an_error_in_a_file_names_the_line_of_the_source(run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    lines = [
+        "  sources:",
+        "    - {name: a, path: x, weight: 1}",
+        "    - name: b",
+        "      path: y",
+    ]
+    text = run.read_text()
+    path.write_text("\n".join(["data:", *lines, "      weight: -1", text[text.index("logging:") :]]))
+    with pytest.raises(ConfigError, match=r"run\.yaml:6: data\.sources\.1\.weight: found -1: expected"):
+        load_config(path)
+
+
 def test_a_vocabulary_left_open_follows_the_sources(run: Path) -> None:
     config = load_config(run, ["model.vocab_size=null"])
     assert config.model.vocab_size == -(-open_tokens(config).vocab_size // 128) * 128

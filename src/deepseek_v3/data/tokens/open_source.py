@@ -6,6 +6,7 @@ from pathlib import Path
 
 from deepseek_v3.config.data_config import DataConfig, TokenFiles
 from deepseek_v3.data.tokens.holdout import DEFAULT_SHARE
+from deepseek_v3.data.tokens.index import INDEX_FILE
 from deepseek_v3.data.tokens.megatron_dataset import is_dataset
 from deepseek_v3.data.tokens.megatron_source import MegatronSource
 from deepseek_v3.data.tokens.mixture import TokenMixture
@@ -44,16 +45,21 @@ def open_source(files: TokenFiles, section: str = "data", verify: bool = True) -
             f"{path}: no token shards here, and no Megatron-LM dataset; write them with dsv3 tokenize --input "
             f"FOLDER --vocab-size 32768 --output {path}, or name others with {section}.path"
         )
-    if path.is_dir() and not is_dataset(path / "train"):
-        _refuse_options(files, section)
-        return TokenShards.open(path, verify)
-    if path.is_dir():
+    if path.is_dir() and is_dataset(path / "train"):
         if files.holdout is not None or files.holdout_path is not None:
             raise DataError(
                 f"{path}: holds the datasets train and holdout; leave {section}.holdout and {section}.holdout_path "
                 f"out, or set {section}.path to {path / 'train'}"
             )
         return MegatronSource(path / "train", files.tokenizer or path, path / "holdout", verify)
+    if path.is_dir() and ((path / INDEX_FILE).exists() or not is_dataset(path)):
+        _refuse_options(files, section)
+        return TokenShards.open(path, verify)
+    if files.holdout_path is not None and files.holdout_path.absolute() == path.absolute():
+        raise DataError(
+            f"{path}: is both {section}.path and {section}.holdout_path, so it would be measured on what it was "
+            f"trained on; name another dataset, or give a share as {section}.holdout"
+        )
     holdout = files.holdout_path or (DEFAULT_SHARE if files.holdout is None else files.holdout)
     return MegatronSource(path, _tokenizer_of(files, section), holdout, verify)
 
