@@ -4,18 +4,19 @@ from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 from deepseek_v3.config.loading import load_config
+from deepseek_v3.data.tokens.tokenize_corpus import TokenFormat, tokenize_corpus
 from deepseek_v3.training.data import open_tokens
 from deepseek_v3.training.optimizer import MOMENTS
 from deepseek_v3.utils.checkpointing.directory import load_checkpoint
 from helpers import deepspeed_runs, parallel_runs
 from helpers.rank_pool import RankPool
-from helpers.runs import TOKENS_PER_STEP, write_run
+from helpers.runs import SEQUENCE_LENGTH, TOKENS_PER_STEP, write_run
 
 HALF, WHOLE = 1, 2
 ALONE = ["parallel.micro_batch_size=4"]  # two micro-batches on each rank, as four ranks have them
@@ -228,6 +229,28 @@ def test_a_run_goes_on_by_deepspeed_and_from_it(
     else:
         found = train(pool, run, second, tmp_path / "second", middle)
     assert found == pytest.approx(uninterrupted, rel=1e-5)
+
+
+def test_a_mixture_goes_on_under_every_layout(
+    pool: RankPool, deepspeed_pool: RankPool, run: Path, tmp_path: Path
+) -> None:
+    folder = run.parent
+    (tmp_path / "numbers.txt").write_text(" ".join(map(str, range(4000))))
+    options: dict[str, Any] = {"holdout": 0.2, "fim_rate": 0.0, "seed": 0, "sequence_length": SEQUENCE_LENGTH}
+    options |= {"vocab_size": None, "tokenizer": folder / "tokens" / "tokenizer.json"}
+    options["token_format"] = TokenFormat.MEGATRON
+    tokenize_corpus(str(tmp_path / "numbers.txt"), tmp_path / "numbers", **options)
+    paths = {"text": (folder / "tokens", 2), "numbers": (tmp_path / "numbers", 1)}
+    sources = [f"{{name: {name}, path: {path}, weight: {weight}}}" for name, (path, weight) in paths.items()]
+    mixed = ["data.corpus=null", f"data.sources=[{', '.join(sources)}]"]
+    whole = train(pool, run, [*ALONE, *mixed], tmp_path / "whole")
+    middle = in_the_middle(tmp_path / "whole")
+    found = [
+        train(pool, run, [*layout, *mixed], tmp_path / str(number), middle)
+        for number, layout in enumerate((FSDP, EXPERTS_APART, PIPELINE))
+    ]
+    found.append(train_by_deepspeed(deepspeed_pool, run, 2, tmp_path / "deepspeed", middle, *mixed))
+    assert found == pytest.approx([whole] * 4, rel=1e-5)
 
 
 def test_other_samples_are_refused_and_moments_converted_by_all(

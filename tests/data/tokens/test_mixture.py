@@ -14,7 +14,7 @@ from deepseek_v3.data.tokens.index import CorpusOptions
 from deepseek_v3.data.tokens.loader import TokenLoader
 from deepseek_v3.data.tokens.mixture import MixtureLoader, TokenMixture
 from deepseek_v3.data.tokens.open_source import open_source, open_tokens_of
-from deepseek_v3.data.tokens.shards import ShardWriter
+from deepseek_v3.data.tokens.shards import ShardWriter, TokenShards
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.utils.errors import DataError
 from helpers.megatron import their_write
@@ -92,6 +92,14 @@ def test_a_mixture_of_one_source_is_the_source(sources):
     alone = TokenLoader(source, sequence_length=LENGTH, seed=5).batch(0, 120)
     for tokens in (source, open_tokens_of(DataConfig(sources=(sources["web"],)))):
         assert np.array_equal(MixtureLoader(tokens, sequence_length=LENGTH, seed=5).batch(0, 120), alone)
+
+
+def test_sources_share_the_limit_of_open_files(sources, monkeypatch):
+    monkeypatch.setattr("deepseek_v3.data.tokens.shards._MAX_OPEN_FILES", 5)
+    tokens = open_tokens_of(DataConfig(sources=tuple(sources.values())))
+    shards = [part.source for part in tokens.parts if isinstance(part.source, TokenShards)]
+    assert [each._file.cache_info().maxsize for each in shards] == [1, 1]
+    MixtureLoader(tokens, sequence_length=LENGTH).batch(0, 40)
 
 
 def test_sources_are_shuffled_differently(sources):

@@ -26,18 +26,18 @@ def open_tokens_of(data: DataConfig) -> RunTokens:
         [source.name for source in data.sources],
         [source.weight for source in data.sources],
         [
-            open_source(source, f"data.sources.{number}", data.verify_checksums)
+            open_source(source, f"data.sources.{number}", data.verify_checksums, len(data.sources))
             for number, source in enumerate(data.sources)
         ],
     )
 
 
-def open_source(files: TokenFiles, section: str = "data", verify: bool = True) -> TokenSource:
+def open_source(files: TokenFiles, section: str = "data", verify: bool = True, readers: int = 1) -> TokenSource:
     """Opens the tokens of one source; `section` is the place of its fields in the config, for messages.
 
     `files.path` is a folder of token shards; a folder of two Megatron-LM datasets, `train` and `holdout`, as
     `dsv3 tokenize --format megatron` writes it; or the prefix of one dataset. `verify` reads all tokens once to
-    check them. Raises DataError if they are missing or damaged, or if a field does not go with their format.
+    check them. `readers` is the number of sources that the run keeps open. Raises DataError if they are missing or damaged, or if a field does not go with their format.
     """
     path = files.path
     if not files.exist:
@@ -54,7 +54,7 @@ def open_source(files: TokenFiles, section: str = "data", verify: bool = True) -
         return MegatronSource(path / "train", files.tokenizer or path, path / "holdout", verify)
     if path.is_dir() and ((path / INDEX_FILE).exists() or not is_dataset(path)):
         _refuse_options(files, section)
-        return TokenShards.open(path, verify)
+        return TokenShards.open(path, verify, readers)
     if files.holdout_path is not None and files.holdout_path.absolute() == path.absolute():
         raise DataError(
             f"{path}: is both {section}.path and {section}.holdout_path, so it would be measured on what it was "

@@ -41,7 +41,7 @@ from deepseek_v3.utils.files import sha256_of_file
 from deepseek_v3.utils.logging import get_logger
 
 _TOKENIZER_FILE = "tokenizer.json"
-_MAX_OPEN_FILES = 512  # the most files that one reader keeps open
+_MAX_OPEN_FILES = 512  # the most files that all readers of a run keep open
 _COUNT_TOKENS = 2**20  # the tokens that a check of the counts reads at a time
 
 _log = get_logger("Tokens")
@@ -151,21 +151,23 @@ class _SplitWriter:
 class TokenShards(TokenSource):
     """Reads token shards; safe to use from several threads."""
 
-    def __init__(self, directory: Path, index: ShardIndex) -> None:
+    def __init__(self, directory: Path, index: ShardIndex, readers: int = 1) -> None:
         self.directory = directory
         self.index = index
         self._dtype = np.dtype(index.dtype).newbyteorder("<")
         self._starts = {split: [0, *accumulate(shard.tokens for shard in index.shards(split))] for split in SPLITS}
-        self._file = lru_cache(_MAX_OPEN_FILES)(self._open)
+        self._max_open = max(1, _MAX_OPEN_FILES // readers)
+        self._file = lru_cache(self._max_open)(self._open)
         self._tokenizer: Tokenizer | None = None
 
     @classmethod
-    def open(cls, path: str | Path, verify: bool = True) -> TokenShards:
+    def open(cls, path: str | Path, verify: bool = True, readers: int = 1) -> TokenShards:
         """Opens a directory of shards after checking its index, its tokenizer and the size of every file.
 
         `verify` also reads every shard, several at a time, and compares its SHA-256; and if the index has no
         checksum, it compares the counts, too. Raises DataError, naming the file, what was found and what was
         expected. The files stay open, so a file that is removed or replaced later is still read as it was checked.
+        All `readers` of a run together keep 512 files open.
         """
         directory = Path(path)
         index = ShardIndex.read(directory)
@@ -173,7 +175,7 @@ class TokenShards(TokenSource):
         for file, shard in shards:
             _check_size(file, shard.tokens * np.dtype(index.dtype).itemsize)
         _check_sha256(directory / _TOKENIZER_FILE, index.tokenizer_sha256)
-        opened = cls(directory, index)
+        opened = cls(directory, index, readers)
         opened._check_tokenizer()
         if verify:
             with ThreadPoolExecutor() as pool:
@@ -182,7 +184,7 @@ class TokenShards(TokenSource):
             _warn_unchecked(directory)
             if verify:
                 opened._check_counts()
-        for split, number, _ in islice(opened._shards(), _MAX_OPEN_FILES):
+        for split, number, _ in islice(opened._shards(), opened._max_open):
             opened._file(split, number)
         return opened
 
