@@ -37,8 +37,8 @@ def open_source(files: TokenFiles, section: str = "data", verify: bool = True, r
 
     `files.path` is a folder of token shards; a folder of two Megatron-LM datasets, `train` and `holdout`, as
     `dsv3 tokenize --format megatron` writes it; or the prefix of one dataset. `verify` reads all tokens once to
-    check them. `readers` is the number of sources that the run keeps open. Raises DataError if tokens are missing or
-    damaged, or if a field does not go with their format.
+    check them. `readers` is the number of sources that the run keeps open. Raises DataError if tokens are missing
+    or damaged, or if a field does not go with their format.
     """
     path = files.path
     if not files.exist:
