@@ -1,4 +1,4 @@
-"""Rows of 8 bits with a scale for each 1×128 block, against float64 and the bounds of the format."""
+"""Numbers of 8 bits with a scale for each 1×128 or 128×128 block, against float64 and the bounds of the format."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deepseek_v3.ops.fp8 import BLOCK, dequantize_1x128, quantize_1x128
+from deepseek_v3.ops.fp8 import BLOCK, dequantize_1x128, dequantize_128x128, quantize_1x128, quantize_128x128
 
 LARGEST = 448.0
 # e4m3 has three bits after the leading one, down to 2⁻⁶, and steps of 2⁻⁹ below.
@@ -90,3 +90,62 @@ def test_a_non_finite_number_makes_its_block_nan(value: float) -> None:
     found_TD = dequantize_1x128(*quantize_1x128(x_TD), torch.float32)
     assert found_TD[0, :BLOCK].isnan().all()
     assert found_TD[0, BLOCK:].eq(1).all()
+
+
+def square_blocks(values_BG: Tensor, shape: torch.Size) -> Tensor:
+    """A value for each number of a weight, from one for each 128×128 block."""
+    rows, columns = torch.arange(shape[0]) // BLOCK, torch.arange(shape[1]) // BLOCK
+    return values_BG[rows][:, columns]
+
+
+SIZES = [0, 1, 127, 128, 129, 300]
+
+
+@given(
+    rows=st.sampled_from(SIZES),
+    width=st.sampled_from(SIZES),
+    exponent=st.integers(-30, 30),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]),
+    part=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+)
+def test_weights_come_back_within_the_bounds_of_the_format(
+    rows: int, width: int, exponent: int, dtype: torch.dtype, part: tuple[float, float]
+) -> None:
+    limit = 8 if dtype == torch.float16 else exponent  # float16 ends at 2¹⁶
+    w_VD = (torch.randn(rows, width, dtype=torch.float64) * 2.0 ** min(exponent, limit)).to(dtype)
+
+    quantized_VD, scales_BG = quantize_128x128(w_VD)
+
+    assert (quantized_VD.dtype, quantized_VD.shape) == (torch.float8_e4m3fn, w_VD.shape)
+    assert quantized_VD.is_contiguous()
+    assert (scales_BG.dtype, scales_BG.shape) == (torch.float32, (-(-rows // BLOCK), -(-width // BLOCK)))
+    scales_VD = square_blocks(scales_BG.double(), w_VD.shape)
+    found_VD = dequantize_128x128(quantized_VD, scales_BG, torch.float64)
+    assert torch.equal(found_VD, (quantized_VD.double() * scales_VD).float().double())
+    bound_VD = torch.maximum(RELATIVE * w_VD.double().abs(), ABSOLUTE * scales_VD)
+    assert (found_VD - w_VD.double()).abs().le(bound_VD * (1 + 1e-6)).all()
+    first, last = sorted(int(share * rows) for share in part)
+    some_VD = dequantize_128x128(quantized_VD[first:last], scales_BG, torch.float64, first)
+    assert torch.equal(some_VD, found_VD[first:last])
+
+
+def test_a_square_block_touches_no_other() -> None:
+    w_VD = torch.ones(3 * BLOCK, 3 * BLOCK)
+    w_VD[BLOCK + 5, BLOCK + 7] = 1e6
+    quantized_VD, scales_BG = quantize_128x128(w_VD)
+    expected_BG = torch.full((3, 3), 1 / LARGEST)
+    expected_BG[1, 1] = 1e6 / LARGEST
+    assert torch.allclose(scales_BG, expected_BG, rtol=1e-6, atol=0)
+    found_VD = dequantize_128x128(quantized_VD, scales_BG, torch.float32)
+    assert found_VD[BLOCK : 2 * BLOCK, BLOCK : 2 * BLOCK].count_nonzero() == 1
+    assert found_VD.eq(1).sum() == 8 * BLOCK**2
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_number_that_is_not_finite_makes_its_square_nan(value: float) -> None:
+    w_VD = torch.ones(BLOCK + 1, BLOCK + 1)
+    w_VD[0, BLOCK] = value
+    found_VD = dequantize_128x128(*quantize_128x128(w_VD), torch.float32)
+    assert found_VD[:BLOCK, BLOCK].isnan().all()
+    assert found_VD[:, :BLOCK].eq(1).all()
+    assert found_VD[BLOCK, BLOCK] == 1
