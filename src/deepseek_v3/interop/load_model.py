@@ -26,7 +26,7 @@ from deepseek_v3.interop.huggingface.pretrained_folder import (
 from deepseek_v3.model.backends import compute_dtype
 from deepseek_v3.model.pretrained import LoadedModel, load_checkpoint_model
 from deepseek_v3.utils.checkpointing.directory import is_checkpoint
-from deepseek_v3.utils.errors import CheckpointError
+from deepseek_v3.utils.errors import CheckpointError, ConfigError
 
 _LONGEST_SEQUENCE = 4096  # as in the pre-training of the report; a longer context was reached by extension
 _LEARNING_RATE = 7.3e-6  # the report's last phase
@@ -44,9 +44,9 @@ def load_model(path: Path, device: torch.device) -> LoadedModel:
     if not is_released(path):
         return load_checkpoint_model(path, device)
     weights = open_pretrained(path)
-    tokenizer = read_tokenizer(path, weights.config)
+    tokenizer, config = read_tokenizer(path, weights.config), run_config(weights.config)
     model = load_opened(weights, compute_dtype("auto", device), device).requires_grad_(False)
-    return LoadedModel(model, run_config(weights.config), tokenizer, step=0, tokens=0)
+    return LoadedModel(model, config, tokenizer, step=0, tokens=0)
 
 
 def is_released(path: Path) -> bool:
@@ -67,7 +67,16 @@ def read_tokenizer(directory: Path, config: ModelConfig) -> Tokenizer:
 
 
 def run_config(model: ModelConfig) -> RunConfig:
-    """A run of a model whose own run is not known: sequences of its context, at most 4,096 tokens long."""
+    """A run of a model whose own run is not known: sequences of its context, at most 4,096 tokens long.
+
+    Raises ConfigError if the context is too short to predict a token at every depth.
+    """
+    shortest = max(2, model.num_nextn_predict_layers + 1)
+    if model.max_position_embeddings < shortest:
+        raise ConfigError(
+            f"config.json: max_position_embeddings = {model.max_position_embeddings}, expected at least {shortest} "
+            f"to predict tokens with num_nextn_predict_layers = {model.num_nextn_predict_layers}; correct the file"
+        )
     return RunConfig(
         model=model,
         training=TrainingConfig(

@@ -317,3 +317,15 @@ def test_files_may_be_links(folder: Path, tmp_path: Path) -> None:
         path.rename(tmp_path / f"blob_{path.name}")
         path.symlink_to(tmp_path / f"blob_{path.name}")
     assert load_model(folder, torch.device("cpu")).tokenizer.vocab_size <= 280
+
+
+@pytest.mark.parametrize(("context", "depth"), [(1, 0), (1, 1), (2, 2)])
+def test_a_context_without_anything_to_predict_is_refused(tmp_path: Path, context: int, depth: int) -> None:
+    tokenizer = Tokenizer.train(["the cat"] * 3, 270)
+    config = small_config(vocab_size=280, max_position_embeddings=context, num_nextn_predict_layers=depth)
+    save_pretrained(small_model(config), tmp_path / "hf", tokenizer=tokenizer)
+    for call in (
+        lambda: import_checkpoint(tmp_path / "hf", tmp_path / "out"),
+        lambda: load_model(tmp_path / "hf", torch.device("cpu")),
+    ):
+        assert f"max_position_embeddings = {context}, expected at least {max(2, depth + 1)}" in refusal(call)
