@@ -213,6 +213,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         tensors(lambda weights: weights.update({"a\nb": torch.ones(1)})),
         r'1 unexpected: "a\nb"',
     ),
+    "sizes beyond memory": (config(hidden_size=2**31), "the sizes in config.json are larger than any memory"),
     "smaller vocabulary": (
         config(vocab_size=100),
         "embed_tokens.weight: found shape (280, 40), expected (100, 40)",

@@ -54,9 +54,7 @@ class ReleasedWeights:
         if depth < config.num_nextn_predict_layers:
             _report_missing_mtp(source, config, depth, require_mtp)
         self.config = config.model_copy(update={"num_nextn_predict_layers": depth})
-        with torch.device("meta"):
-            state = DeepSeekV3(self.config).state_dict()
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        self.shapes = _shapes(self.config, source.name)
         self._stacked = {name for name in self.shapes if self._is_stacked(name)}
         problems = [*self._problems(self._expected())]
         if compare_copies and not problems:
@@ -194,6 +192,19 @@ def load_released(model: DeepSeekV3, tensors: Mapping[str, Tensor]) -> None:
         state = model.to_empty(device="cpu").state_dict()
     for name, target in state.items():
         weights.read_into(target, name)
+
+
+def _shapes(config: ModelConfig, source: str) -> dict[str, tuple[int, ...]]:
+    """The shape of every weight and routing bias of a model. Raises CheckpointError for sizes beyond any memory."""
+    try:
+        with torch.device("meta"):
+            state = DeepSeekV3(config).state_dict()
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{source}: the sizes in config.json are larger than any memory: {str(error).splitlines()[0]}; correct "
+            "them"
+        ) from None
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def _columns(rows: Tensor, target: Tensor, starts: Sequence[int]) -> Tensor:
