@@ -47,21 +47,6 @@ DEEPSEEK_V3: dict[str, Any] = {
     "max_position_embeddings": 163840,
     "rope_theta": 10000,
 }
-KIMI_K2 = {
-    **DEEPSEEK_V3,
-    "model_type": "kimi_k2",
-    "vocab_size": 163840,
-    "num_nextn_predict_layers": 0,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 64,
-    "n_routed_experts": 384,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "routed_scaling_factor": 2.827,
-    "max_position_embeddings": 131072,
-    "rope_theta": 50000.0,
-}
 MOONLIGHT = {
     **DEEPSEEK_V3,
     "vocab_size": 163840,
@@ -169,8 +154,8 @@ def config_of(fields: dict[str, Any], folder: Path) -> ModelConfig:
 # billion of the main model and 11.5 billion of the MTP layer.
 @pytest.mark.parametrize(
     ("fields", "quantized", "tensors", "billions"),
-    [(DEEPSEEK_V3, True, 91991, 682.5), (KIMI_K2, True, None, 1026.4), (MOONLIGHT, False, None, 15.96)],
-    ids=["DeepSeek-V3", "Kimi-K2", "Moonlight"],
+    [(DEEPSEEK_V3, True, 91991, 682.5), (MOONLIGHT, False, None, 15.96)],
+    ids=["DeepSeek-V3", "Moonlight"],
 )
 def test_every_released_tensor_has_its_place_and_shape(
     tmp_path: Path, fields: dict[str, Any], quantized: bool, tensors: int | None, billions: float
