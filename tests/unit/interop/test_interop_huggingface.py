@@ -315,6 +315,13 @@ def test_a_tied_model_takes_a_head_only_if_it_is_the_embedding() -> None:
         load_released(model, weights | {"lm_head.weight": torch.ones(97, 40)})
 
 
+def test_the_gradients_of_a_tied_model_have_no_head() -> None:
+    """The gradient of a shared matrix is one, however many names its weights have."""
+    config = small_config(tie_word_embeddings=True)
+    assert "lm_head.weight" not in to_released_names(config, dict(small_model(config).named_parameters()))
+    assert "lm_head.weight" in released_state(small_model(config))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("tied", [False, True])
 def test_what_transformers_saves_loads_here(tmp_path: Path, tied: bool) -> None:
