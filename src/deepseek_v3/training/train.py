@@ -20,6 +20,7 @@ from deepseek_v3.training.parallel.auto_layout import resolve_layout
 from deepseek_v3.training.parallel.deepspeed_config import DeepSpeedFile
 from deepseek_v3.training.parallel.mesh import build_mesh
 from deepseek_v3.training.preflight import check_memory, describe_device
+from deepseek_v3.training.profiling import ProfiledSteps
 from deepseek_v3.training.run_folders import lock_run_folders
 from deepseek_v3.training.samples import check_samples_config
 from deepseek_v3.training.signals import GracefulStop
@@ -70,12 +71,20 @@ def train(
         Path | None,
         typer.Option(metavar="JSON", help="Train with DeepSpeed's ZeRO, configured by this file."),
     ] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STEPS", help="Write a trace and a table of the longest kernels: of 3 steps, or of 10-12."
+        ),
+    ] = None,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,  # noqa: ARG001 -- deepspeed's
 ) -> None:
     """Train a model, from the first step or from a checkpoint."""
     world = World.from_environment()
     configure_logging(logging.INFO if world.rank == 0 else logging.ERROR)
     _check_start(init, resume)
+    if profile is not None:
+        ProfiledSteps.parse(profile)
     overrides = override or []
     place = select_device(device, world)
     limit = timedelta(seconds=timeout)
@@ -94,6 +103,7 @@ def train(
             stop,
             allow_changed_data=allow_changed_data,
             init=init,
+            profile=profile,
         )
         if world.rank != 0:
             return
@@ -109,6 +119,7 @@ def train(
         words += ["--force"] if force else []
         words += ["--allow-changed-data"] if allow_changed_data else []
         words += ["--deepspeed", str(deepspeed)] if deepspeed else []
+        words += ["--profile", profile] if profile else []
         print_next_steps(_command(world, words))
 
 
@@ -141,13 +152,14 @@ def train_run(
     *,
     allow_changed_data: bool = False,
     init: Path | None = None,
+    profile: str | None = None,
 ) -> TrainingResult:
     """Trains as `config` says; writes the resolved config, metrics and a plot of the losses to its run folder.
 
     Every process of a job must call it. `watchdog` is notified of every step, and waits for a checkpoint that is
     being written before it ends the process; `stop` is as in `Trainer.run`. With `deepspeed` DeepSpeed runs the
-    steps, which needs a process group even for one process. `resume`, `allow_changed_data` and `init` are as in
-    `Trainer`.
+    steps, which needs a process group even for one process. `resume`, `allow_changed_data`, `init` and
+    `profile` are as in `Trainer`.
 
     Raises PlanError, before it allocates anything, if the run is not expected to fit in memory or on the disk;
     `force` turns this error into a warning.
@@ -175,6 +187,7 @@ def train_run(
             deepspeed,
             allow_changed_data=allow_changed_data,
             init=init,
+            profile=profile,
         )
         if watchdog is not None:
             watchdog.finish_first(trainer.abort)

@@ -25,6 +25,7 @@ from deepseek_v3.training.parallel.build import build_engine
 from deepseek_v3.training.parallel.deepspeed_config import DeepSpeedFile
 from deepseek_v3.training.parallel.engine import StepResult
 from deepseek_v3.training.parallel.mesh import ParallelMesh
+from deepseek_v3.training.profiling import ProfiledSteps, StepProfiler
 from deepseek_v3.training.run_warnings import log_epochs, warn_of_unusual_settings
 from deepseek_v3.training.samples import SampleWriter
 from deepseek_v3.training.schedule import ScheduledStep, TrainingSchedule
@@ -59,8 +60,11 @@ class Trainer:
 
     `resume` is a checkpoint, `latest`, or `auto`: the latest if there is one. With `allow_changed_data` the run may
     continue with other samples or another loss than the checkpoint's run, as `resume_rules` says. A run that does
-    not resume takes its weights from `init`, if that is given, as `WarmStart` says. Raises a UserError, before it
-    overwrites any file, if the config, the tokens, the checkpoint or the weights cannot be used.
+    not resume takes its weights from `init`, if that is given, as `WarmStart` says. `profile` names steps,
+    `3` or `10-12`; rank 0 writes their trace and table to `profile/` in the run's folder.
+
+    Raises a UserError, before it overwrites any file, if the config, the tokens, the checkpoint, the weights or
+    `profile` cannot be used.
     """
 
     def __init__(
@@ -74,8 +78,10 @@ class Trainer:
         *,
         allow_changed_data: bool = False,
         init: Path | None = None,
+        profile: str | None = None,
     ) -> None:
         check_trackers(config.logging.trackers)
+        profiled = None if profile is None else ProfiledSteps.parse(profile)
         self.config, self.device = config, device
         self.mesh = mesh or ParallelMesh(config.parallel)
         self._step_begins = step_begins
@@ -111,6 +117,13 @@ class Trainer:
             self._restore(start, str(resume), allow_changed_data)
         elif weights is not None:
             weights.load(self.engine)
+        self._profiler = StepProfiler(
+            profiled if self.mesh.rank == 0 else None,
+            config.logging.directory / "profile",
+            device,
+            self._steps_done + 1,
+            self.plan.total_steps,
+        )
 
     def _open_tokens_on_all_ranks(self) -> RunTokens:
         """Opens the tokens with a long timeout, because rank 0 may have to tokenize the corpus first."""
@@ -141,7 +154,7 @@ class Trainer:
         self._reporter = reporter
         stop.install()
         with reporter:
-            with self.checkpoints, closing(batches):
+            with self.checkpoints, closing(batches), self._profiler:
                 stopping = self._run_steps(batches, reporter, stop)
                 if self._steps_done == self.plan.total_steps and self._failure is None:
                     reporter.log_end(self._steps_done, self.skipped.total)
@@ -158,10 +171,11 @@ class Trainer:
             step = self.plan.step(self._steps_done + 1)
             if self._step_begins:
                 self._step_begins(step.number)
-            result = self._train_step(step, tokens)
-            self._steps_done = step.number
-            tokens = self._next(batches, stop)
-            stopping = stop.should_stop()
+            with self._profiler.step(step.number):
+                result = self._train_step(step, tokens)
+                self._steps_done = step.number
+                tokens = self._next(batches, stop)
+                stopping = stop.should_stop()
             self._after_step(step, result, reporter, stop, stopping)
             stopping = stopping or self._failure is not None
         return stopping
@@ -204,7 +218,8 @@ class Trainer:
         self.skipped.add(number, result)
         if reports:
             self._report(step, result, reporter)
-        with reporter.throughput.paused():
+        others = measures or saves or self._samples is not None
+        with reporter.throughput.paused(), self._profiler.between_steps(others):
             if measures:
                 self._measure(number, reporter)
             if self._samples is not None:
