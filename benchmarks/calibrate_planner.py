@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import gc
 import json
-import re
 import time
-from collections import Counter
+from collections import defaultdict
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean
@@ -31,6 +30,7 @@ from deepseek_v3.planning.execution import Execution, resolve_execution
 from deepseek_v3.planning.hardware import Device, find_device
 from deepseek_v3.planning.memory import estimate_memory
 from deepseek_v3.planning.step_time import compute_seconds, ideal_seconds, step_work
+from deepseek_v3.training.kernel_table import kernels_in, sum_kernels
 from deepseek_v3.training.trainer import Trainer
 from deepseek_v3.utils.distributed.launch import select_device
 from deepseek_v3.utils.logging import configure_logging
@@ -38,12 +38,8 @@ from deepseek_v3.utils.logging import configure_logging
 POINTS = Path(__file__).with_name("planner_points.yaml")
 _WARM_UP_STEPS, _TIMED_STEPS = 4, 8
 
-# Kinds of kernels by what their names contain; the first that matches. The rest move memory.
-_KINDS = {
-    "attention": "cudnn|sdpa|fmha|flash",
-    "experts": "group",
-    "matrices": "nvjet|gemm|cutlass|xmma|cublas",
-}
+# Kinds of kernels that are fitted by themselves. The rest move memory.
+_KINDS = {"attention": "attention", "experts": "experts", "matrix products": "matrices"}
 
 
 def main(
@@ -134,15 +130,10 @@ def _seconds(trainer: Trainer, batches: Any, steps: int) -> float:
 def _kernel_seconds(trainer: Trainer, batches: Any) -> dict[str, float]:
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         _seconds(trainer, batches, 1)
-    seconds: Counter[str] = Counter()
-    for event in profiler.events() or []:
-        if event.device_type.name == "CUDA":
-            seconds[_kind(event.name)] += event.device_time / 1e6
+    seconds: dict[str, float] = defaultdict(float)
+    for work in sum_kernels(kernels_in(profiler.events() or [])):
+        seconds[_KINDS.get(work.kind, "memory")] += work.microseconds / 1e6
     return dict(seconds)
-
-
-def _kind(kernel: str) -> str:
-    return next((kind for kind, names in _KINDS.items() if re.search(names, kernel.lower())), "memory")
 
 
 def fit(record: dict[str, Any], device: Device) -> Calibration:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections import defaultdict
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,10 +19,10 @@ from typing import Annotated, Any
 import torch
 import typer
 from environment import ROOT, environment
-from torch.autograd import DeviceType  # type: ignore[attr-defined]  # public, but not said to be so
 from torch.profiler import ProfilerActivity, profile
 
 from deepseek_v3.config.loading import load_config
+from deepseek_v3.training.kernel_table import kernels_in, sum_kernels
 from deepseek_v3.training.parallel.mesh import build_mesh
 from deepseek_v3.training.trainer import Trainer
 from deepseek_v3.utils.distributed.launch import World, process_group, select_device
@@ -94,17 +93,17 @@ class Steps:
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
             self.take(TRACED)
             torch.cuda.synchronize()
-        table: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
-        for event in trace.events() or []:
-            if event.device_type == DeviceType.CUDA:
-                table[event.name][0] += 1 / TRACED
-                table[event.name][1] += event.time_range.elapsed_us() / 1e3 / TRACED
-        longest = sorted(table.items(), key=lambda entry: -entry[1][1])
+        works = sum_kernels(kernels_in(trace.events() or []))
         return {
-            "kernels": round(sum(count for count, _ in table.values())),
+            "kernels": round(sum(work.calls for work in works) / TRACED),
             "longest": [
-                {"name": name[:100], "times": round(count, 1), "ms": round(ms, 2)}
-                for name, (count, ms) in longest[:LISTED]
+                {
+                    "name": work.name[:100],
+                    "kind": work.kind,
+                    "times": round(work.calls / TRACED, 1),
+                    "ms": round(work.microseconds / 1e3 / TRACED, 2),
+                }
+                for work in works[:LISTED]
             ],
         }
 
