@@ -101,7 +101,7 @@ def _placed(server: Server, config: ModelConfig, name: str) -> Place:
 
 
 def main_slots(server: Server, config: ModelConfig) -> dict[str, Slot]:
-    """The parameters of the main model, without scales. A tied head is expected like any other."""
+    """The parameters of the main model, without scales. A tied head is one too, in SGLang on several stages."""
     vocabulary = Slot((config.vocab_size,), config.hidden_size)
     slots = {"model.embed_tokens.weight": vocabulary, "lm_head.weight": vocabulary}
     slots["model.norm.weight"] = Slot((config.hidden_size,))
