@@ -159,6 +159,7 @@ def test_evaluation_on_held_out_documents_beside_text(run_folder: Path, tmp_path
         (["{run}", "--data", "{text}", "--tasks", "a"], "tasks have texts of their own"),
         (["{run}", "--data", "a=nothing"], "nothing: does not exist"),
         (["{run}", "--data", "{text}", "--output", "{text}"], "exists and is left as it is"),
+        (["{run}", "--data", "{text}", "--output", "{text}/000.py/x.json"], "000.py is no folder; choose another"),
         (
             ["{run}", "--data", "{text}", "--source-field", "from"],
             "000.py: has no string or integer in field 'from'",

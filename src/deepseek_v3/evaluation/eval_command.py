@@ -13,7 +13,7 @@ from deepseek_v3.config.data_config import DataConfig
 from deepseek_v3.data.tokens.open_source import open_tokens_of
 from deepseek_v3.data.tokens.source import RunTokens
 from deepseek_v3.evaluation.perplexity import compare_saved
-from deepseek_v3.evaluation.results_file import refuse_existing, write_results
+from deepseek_v3.evaluation.results_file import check_output, write_results
 from deepseek_v3.evaluation.scoring import Scorer
 from deepseek_v3.evaluation.text_loss import WindowRule, loss_table, measure_texts, total_of
 from deepseek_v3.evaluation.text_sources import (
@@ -104,7 +104,7 @@ def evaluate(
     """Measure a model's loss on held-out tokens or on any text, by source."""
     configure_logging()
     path = _one_of(model, checkpoint)
-    refuse_existing(output)
+    check_output(output)
     place = select_device(device)
     sources = parse_sources(data) if data else []
     rules = ReadingRules(text_field, source_field, tokens)

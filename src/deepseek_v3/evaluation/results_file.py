@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_v3.utils.errors import DataError
-from deepseek_v3.utils.files import atomic_write
+from deepseek_v3.utils.files import atomic_write, new_file_problem
 
 
-def refuse_existing(output: Path | None) -> None:
-    """Raises DataError if the file exists, before anything is measured."""
-    if output is not None and output.exists():
-        raise DataError(f"--output {output}: exists and is left as it is; choose a new file")
+def check_output(output: Path | None) -> None:
+    """Raises DataError if the file exists or its folder cannot be written to, before anything is measured."""
+    if output is not None and (problem := new_file_problem(output)):
+        raise DataError(f"--output {output}: {problem}")
 
 
 def write_results(output: Path, results: Mapping[str, Any]) -> None:
@@ -28,7 +28,7 @@ def write_results(output: Path, results: Mapping[str, Any]) -> None:
             text = json.dumps(_finite(results), indent=2, ensure_ascii=False, allow_nan=False, default=str)
             partial.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
-        raise DataError(f"--output {output}: cannot be written: {error.strerror}") from None
+        raise DataError(f"--output {output}: cannot be written: {error.strerror}; choose another file") from None
 
 
 def _finite(value: Any) -> Any:

@@ -13,7 +13,7 @@ from deepseek_v3.config.text_files import printable_path
 from deepseek_v3.data.tokens.open_source import open_source
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.data.tokens.tokenizer_stats import SourceCounts, TokenizerStats
-from deepseek_v3.evaluation.results_file import refuse_existing, write_results
+from deepseek_v3.evaluation.results_file import check_output, write_results
 from deepseek_v3.evaluation.text_sources import (
     ReadingRules,
     TextSource,
@@ -53,7 +53,7 @@ def tokenizer(
 ) -> None:
     """Measure tokenizers on a corpus: bytes per token, unused ids, whether text survives."""
     configure_logging()
-    refuse_existing(output)
+    check_output(output)
     sources = parse_sources(data)
     for source in sources:
         if source.is_tokenized:

@@ -22,7 +22,7 @@ from deepseek_v3.interop.load_model import load_model
 from deepseek_v3.utils.command_line import integer_option, number_option, print_next_steps
 from deepseek_v3.utils.distributed.launch import select_device
 from deepseek_v3.utils.errors import GenerationError
-from deepseek_v3.utils.files import atomic_write, read_regular_file
+from deepseek_v3.utils.files import atomic_write, new_file_problem, read_regular_file
 from deepseek_v3.utils.logging import configure_logging, get_logger
 
 _MOST_PROMPT_BYTES = 2**26  # bytes of a file of prompts, which are all held in memory
@@ -82,8 +82,8 @@ def generate(
         temperature, top_p, top_k, repetition_penalty, seed, max_new_tokens, tuple(stop or ())
     )
     prompts = _prompts(prompt, prompts_file)
-    if output is not None and output.exists():
-        raise GenerationError(f"--output {output}: exists and is left as it is; choose a new file")
+    if output is not None and (problem := new_file_problem(output)):
+        raise GenerationError(f"--output {output}: {problem}")
     saved = load_model(checkpoint, select_device(device))
     generator = Generator(saved.model, saved.tokenizer)
     _warn_of_length(prompts, saved.tokenizer, sampling, saved.config)
@@ -98,7 +98,8 @@ def generate(
         _write(output, completions)
     typer.echo(_summary(completions, seconds), err=True)
     same = [] if device == "auto" else ["--device", device]
-    print_next_steps(["dsv3", "eval", "--checkpoint", checkpoint, *same], err=True)
+    own = [] if saved.tokens else ["--data", "FILE"]  # a model that was not trained here has no held-out tokens
+    print_next_steps(["dsv3", "eval", "--checkpoint", checkpoint, *own, *same], err=True)
 
 
 def _prompts(prompt: str | None, file: Path | None) -> list[str]:
@@ -189,4 +190,6 @@ def _write(output: Path, completions: Iterable[Completion]) -> None:
             lines = (json.dumps(asdict(completion), ensure_ascii=False) for completion in completions)
             partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     except OSError as error:
-        raise GenerationError(f"--output {output}: cannot be written: {error.strerror}") from None
+        raise GenerationError(
+            f"--output {output}: cannot be written: {error.strerror}; choose another file"
+        ) from None

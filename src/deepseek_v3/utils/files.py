@@ -115,6 +115,18 @@ def atomic_write(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def new_file_problem(path: Path) -> str | None:
+    """Why a new file cannot be written at `path`, to say before long work; None if nothing speaks against it."""
+    if os.path.lexists(path):
+        return "exists and is left as it is; choose a new file"
+    folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not folder.is_dir():
+        return f"cannot be written: {folder} is no folder; choose another file"
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return f"cannot be written: nothing can be added to {folder}; choose another file"
+    return None
+
+
 @contextmanager
 def atomic_folder(folder: Path, *, keep_existing: bool = False) -> Iterator[Path]:
     """Yields an empty folder beside `folder` to fill; on success it is renamed to `folder`, otherwise removed.
