@@ -55,6 +55,12 @@ def test_a_directory_survives_import_and_export(tmp_path: Path, released: Path) 
     assert text_of(released) == text_of(tmp_path / "checkpoint") == text_of(tmp_path / "hf")
 
 
+def test_the_next_step_of_an_imported_model_names_its_data(tmp_path: Path, released: Path) -> None:
+    """It has no held-out tokens of a training here, without which `dsv3 eval` needs a text."""
+    result = dsv3("generate", "--checkpoint", released, *GREEDY)
+    assert f"Next:\n  dsv3 eval --checkpoint {released} --data FILE" in result.stderr
+
+
 def test_an_imported_model_can_be_trained_further(tmp_path: Path, released: Path) -> None:
     assert dsv3("import", released, tmp_path / "checkpoint").exit_code == 0
     config = load_config(tmp_path / "checkpoint" / "config.yaml")
@@ -84,7 +90,9 @@ def test_options_of_the_export(tmp_path: Path, released: Path, words: list[str],
     assert weights["model.layers.3.eh_proj.weight"].dtype == others
 
 
-def test_another_tokenizer_can_be_exported(tmp_path: Path, released: Path) -> None:
+def test_another_tokenizer_can_be_exported(
+    tmp_path: Path, released: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     fields = json.loads((released / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "tokenizer.json").write_text((released / "tokenizer.json").read_text())
@@ -94,6 +102,10 @@ def test_another_tokenizer_can_be_exported(tmp_path: Path, released: Path) -> No
     Tokenizer.train(["the cat sat on a mat of wool and slept"] * 3, 300).save(tmp_path / "large.json")
     message = message_of(dsv3("export", released, tmp_path / "no", "--tokenizer", tmp_path / "large.json"))
     assert "ids, expected at most the model's vocab_size = 280" in message
+    assert not any("are other tokens there" in line for line in caplog.messages)
+    Tokenizer.train(["some other text of other words"] * 3, 275).save(tmp_path / "other.json")
+    assert dsv3("export", released, tmp_path / "warned", "--tokenizer", tmp_path / "other.json").exit_code == 0
+    assert any("are other tokens there" in line for line in caplog.messages)
     assert not (tmp_path / "no").exists()
 
 

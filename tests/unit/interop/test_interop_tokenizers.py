@@ -182,6 +182,16 @@ def test_a_marker_that_was_named_is_the_marker_of_the_export(tmp_path: Path) -> 
     assert tokenizer_config(named, 1)["bos_token"]["content"] == BEGIN
 
 
+@pytest.mark.parametrize("begins", [False, True])
+def test_the_configs_name_the_id_of_the_begin_marker(tmp_path: Path, begins: bool) -> None:
+    source = published(tmp_path / "source", {"add_bos_token": begins}, begins)
+    folder = exported(Tokenizer.load(source), tmp_path / "hf")
+    expected = AutoTokenizer.from_pretrained(source).bos_token_id
+    assert expected is not None
+    for found in (AutoConfig, GenerationConfig):
+        assert found.from_pretrained(folder).bos_token_id == expected
+
+
 def test_generation_stops_at_the_ids_of_the_tokenizer_alone(tmp_path: Path) -> None:
     """Without ids in the files Transformers would take 0 and 1, those of the release."""
     model = small_model(small_config(vocab_size=300))

@@ -19,6 +19,7 @@ from deepseek_v3.interop.huggingface.pretrained_folder import (
 from deepseek_v3.interop.load_model import load_model
 from deepseek_v3.utils.command_line import print_next_steps
 from deepseek_v3.utils.logging import configure_logging, get_logger
+from deepseek_v3.utils.text import pluralize
 
 
 class Dtype(str, Enum):
@@ -63,6 +64,7 @@ def export_model(
     saved = load_model(checkpoint, torch.device("cpu"))
     if given is not None:
         check_tokenizer(given, saved.model.config, tokenizer)
+        _warn_of_other_ids(given, saved.tokenizer, tokenizer)
     save_pretrained(
         saved.model,
         directory,
@@ -79,3 +81,14 @@ def export_model(
         ["dsv3", "generate", "--checkpoint", directory, "--prompt", "The"],
         ["vllm", "serve", directory],
     )
+
+
+def _warn_of_other_ids(given: Tokenizer, own: Tokenizer, path: Path | None) -> None:
+    """Warns if ids that the model was trained on stand for other tokens in the given tokenizer."""
+    other = [id_ for id_ in range(own.vocab_size) if given.token(id_) != own.token(id_)]
+    if other:
+        get_logger("Weights").warning(
+            f"{path}: {pluralize(len(other), 'id')} of the checkpoint's tokenizer, from id {other[0]} on, "
+            f"{'is another token' if len(other) == 1 else 'are other tokens'} there, and the model will read "
+            "and write them as it was trained; use a tokenizer that only adds to the checkpoint's"
+        )

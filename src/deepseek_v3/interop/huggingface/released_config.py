@@ -80,11 +80,17 @@ def tokenizer_config(tokenizer: Tokenizer, max_position_embeddings: int) -> dict
 
 
 def _special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The ids at which generation stops, and the one that begins a text if there is one."""
+    """The ids at which generation stops, and that of the begin-of-text marker if there is one.
+
+    A tokenizer may have such a marker without putting it before prompts.
+    """
     ends = list(tokenizer.ends)
     ids: dict[str, Any] = {"eos_token_id": ends[0] if len(ends) == 1 else ends}
+    marker = special_token(tokenizer.config or {}, "bos_token")
     if tokenizer.prompt_start:
-        ids = {"bos_token_id": tokenizer.prompt_start[0], **ids}
+        return {"bos_token_id": tokenizer.prompt_start[0], **ids}
+    if marker is not None and tokenizer.token(tokenizer.text_start) == marker:
+        return {"bos_token_id": tokenizer.text_start, **ids}
     return ids
 
 
