@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +26,16 @@ def _not_an_address(value: object) -> object:
     if isinstance(value, str) and is_address(value):
         raise ValueError(f"found {format_value(redact(value))}: expected a local path, not an address")
     return value
+
+
+def _name_of_metrics(name: str) -> str:
+    """Raises ValueError for a name that trackers or TensorBoard would refuse or change in `holdout_loss/NAME`."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,59}", name):
+        raise ValueError(
+            f"found {format_value(name)}: expected a name of letters from a to z, digits, '_', '.' and '-', which "
+            "begins with a letter or a digit and has at most 60 characters"
+        )
+    return name
 
 
 # A path or an address loses its secrets when it is written to a file.
@@ -87,7 +98,7 @@ class TokenFiles(Section):
 class SourceConfig(TokenFiles):
     """One source of a mixture: its name in logs and metrics, and its weight among the samples."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,59}$")]
+    name: Annotated[str, AfterValidator(_name_of_metrics)]
     weight: PositiveFloat
 
 

@@ -15,6 +15,8 @@ from matplotlib.figure import Figure
 from deepseek_v3.utils.files import atomic_write
 
 _TRAIN, _MTP, _HOLDOUT, _BASELINE = "#1f5fa8", "#8a6fb3", "#d1495b", "#5f6770"
+# Unlike the colours above, in the order in which sources take them.
+_SOURCES = ("#e08a1e", "#2a9d5c", "#17a2b8", "#8c564b", "#c77cc0", "#9aa11c", "#7fb2e5")
 _SOURCE = "holdout_loss/"  # before the name of a source
 _UNITS = ((1e12, "trillions"), (1e9, "billions"), (1e6, "millions"), (1e3, "thousands"))
 
@@ -105,7 +107,15 @@ def _draw_sources(axes: Axes, records: Sequence[Mapping[str, Any]], unit: float)
         tokens, losses = _curve(records, name)
         if tokens:
             scaled, label = [count / unit for count in tokens], f"held-out {name.removeprefix(_SOURCE)}"
-            axes.plot(scaled, losses, color=f"C{number % 10}", linewidth=0.9, marker=".", markersize=4, label=label)
+            axes.plot(
+                scaled,
+                losses,
+                color=_SOURCES[number % len(_SOURCES)],
+                linewidth=0.9,
+                marker=".",
+                markersize=4,
+                label=label,
+            )
 
 
 def _draw_baselines(axes: Axes, baselines: Mapping[str, float]) -> None:

@@ -29,6 +29,7 @@ def warn_of_unusual_settings(config: RunConfig, plan: TrainingSchedule, tokens: 
     """Logs one warning for each unusual setting of a run whose tokens are open."""
     length = config.training.sequence_length
     found = [_repetition(plan, part, length) for part in tokens.parts]
+    found += [_never_read(plan, part, length) for part in tokens.parts]
     found += [_warm_up(config, plan), _vocabulary(config, tokens)]
     if config.data.corpus is not None and isinstance(tokens, TokenShards):
         found.append(_built_otherwise(config.data.corpus, tokens))
@@ -40,6 +41,16 @@ def warn_of_unusual_settings(config: RunConfig, plan: TrainingSchedule, tokens: 
 def _available(part: WeightedSource, sequence_length: int) -> int:
     """The training tokens of a source that one epoch reads."""
     return (part.source.num_tokens("train") - 1) // sequence_length * sequence_length
+
+
+def _never_read(plan: TrainingSchedule, part: WeightedSource, sequence_length: int) -> str | None:
+    samples = plan.total_tokens // sequence_length * part.share
+    if samples >= 1 or not part.name:
+        return None
+    return (
+        f"the weight of source {part.name} gives it less than one of the samples of this run, so it may never be "
+        "read; raise its weight, or remove it"
+    )
 
 
 def _epochs(plan: TrainingSchedule, part: WeightedSource, sequence_length: int) -> float:

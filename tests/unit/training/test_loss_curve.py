@@ -4,10 +4,12 @@ import logging
 import math
 import subprocess
 import sys
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
@@ -44,6 +46,15 @@ def test_every_source_of_a_mixture_has_a_curve(tmp_path: Path, drawn: list[Figur
     lines = {line.get_label(): line for line in drawn[0].axes[0].get_lines()}
     assert list(lines["held-out web"].get_ydata()) == [2.5]
     assert list(lines["held-out code"].get_ydata()) == [1.5]
+
+
+def test_curves_of_sources_have_colours_of_their_own(tmp_path: Path, drawn: list[Figure]) -> None:
+    losses = {f"holdout_loss/source{number}": 2.0 + number for number in range(6)}
+    plot_losses([*RECORDS, {"step": 100, "tokens": 204_800, "holdout_loss": 2.2, **losses}], tmp_path / "loss.png")
+    lines = [line for line in drawn[0].axes[0].get_lines() if not str(line.get_label()).startswith("_")]
+    colours = [np.array(to_rgb(line.get_color())) for line in lines]
+    assert len(colours) == 8
+    assert min(np.abs(one - other).max() for one, other in combinations(colours, 2)) > 0.12
 
 
 def test_names_in_the_margin_do_not_touch(tmp_path: Path, drawn: list[Figure]) -> None:

@@ -144,6 +144,14 @@ def test_epochs_are_said_and_many_are_warned_of(run: Path, caplog: pytest.LogCap
     assert "the source words is read 6.0 times in this run" in warnings[1]
 
 
+def test_a_source_that_is_never_read_is_warned_of(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    absurd = with_sources(run, {"weight": 1.0e9}, {"weight": 1.0e-9})
+    Trainer(config_of(run, "absurd", absurd), CPU)
+    found = [line for line in caplog.messages if "may never be read" in line]
+    assert len(found) == 1
+    assert "the weight of source words gives it less than one of the samples" in found[0]
+
+
 def test_eval_measures_every_source(run: Path, whole: Path) -> None:
     output = run.parent / "eval.json"
     result = dsv3("eval", whole, "--device", "cpu", "--tokens", 256, "--output", output)
@@ -173,7 +181,10 @@ def test_eval_measures_every_source(run: Path, whole: Path) -> None:
     ("override", "expected"),
     [
         ("data.sources=[{name: a, path: x, weight: 0}]", "data.sources.0.weight: found 0: expected greater than 0"),
-        ("data.sources=[{name: a/b, path: x, weight: 1}]", "data.sources.0.name: found a/b: expected"),
+        (
+            "data.sources=[{name: a/b, path: x, weight: 1}]",
+            "data.sources.0.name: found a/b: expected a name of letters",
+        ),
         ("data.sources=[{name: a, weight: 1}]", "data.sources.0.path: missing"),
         (
             "data.sources=[{name: a, path: x, wieght: 1}]",

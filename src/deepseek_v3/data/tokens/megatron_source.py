@@ -189,6 +189,6 @@ def _hold_out(dataset: MegatronDataset, share: float) -> dict[Split, _Part]:
     tokens = sum(stop - start for start, stop in held_out)
     _log.info(
         f"{dataset.prefix}: hold-out: {tokens:,} of {total:,} tokens, {tokens / total:.1%}, whole documents in "
-        f"{len(held_out)} stretches"
+        f"{len(held_out)} {'stretch' if len(held_out) == 1 else 'stretches'}"
     )
     return {"train": _Part(dataset, tuple(train)), "holdout": _Part(dataset, tuple(held_out))}
