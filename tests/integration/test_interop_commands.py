@@ -55,6 +55,12 @@ def test_a_directory_survives_import_and_export(tmp_path: Path, released: Path) 
     assert text_of(released) == text_of(tmp_path / "checkpoint") == text_of(tmp_path / "hf")
 
 
+def test_a_checkpoint_is_not_imported_again(tmp_path: Path, released: Path) -> None:
+    assert dsv3("import", released, tmp_path / "checkpoint").exit_code == 0
+    message = message_of(dsv3("import", tmp_path / "checkpoint", tmp_path / "again"))
+    assert message.startswith(f"{tmp_path / 'checkpoint'}: is a checkpoint of this project")
+
+
 def test_the_next_step_of_an_imported_model_names_its_data(tmp_path: Path, released: Path) -> None:
     """It has no held-out tokens of a training here, without which `dsv3 eval` needs a text."""
     result = dsv3("generate", "--checkpoint", released, *GREEDY)

@@ -24,6 +24,7 @@ from deepseek_v3.interop.huggingface.tensor_source import WEIGHTS_FILE, WEIGHTS_
 from deepseek_v3.model.backends import select_backends
 from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.utils.checkpointing.checks import non_finite, non_finite_summary
+from deepseek_v3.utils.checkpointing.directory import is_checkpoint
 from deepseek_v3.utils.errors import CheckpointError, ConfigError, DataError
 from deepseek_v3.utils.files import atomic_folder, fsync_directory, remove_partials
 from deepseek_v3.utils.locks import hold_lock
@@ -57,6 +58,11 @@ def open_pretrained(
         raise CheckpointError(
             f"{printable_path(folder)}: is no folder, expected a directory in Hugging Face's format; download a "
             "model of the Hub first"
+        )
+    if is_checkpoint(folder) and not is_huggingface_folder(folder):
+        raise CheckpointError(
+            f"{printable_path(folder)}: is a checkpoint of this project, expected a directory in Hugging Face's "
+            "format; use it as it is, or export it first"
         )
     config = ModelConfig.from_json(folder / CONFIG)
     source = TensorFolder(folder)
@@ -198,8 +204,8 @@ def _check_model(model: DeepSeekV3, tokenizer: Tokenizer | None) -> None:
 def _check_dtype(dtype: torch.dtype) -> None:
     """Raises ConfigError for a type that weights without scales cannot have."""
     if dtype not in WEIGHT_TYPES:
-        expected = ", ".join(map(type_name, WEIGHT_TYPES))
-        raise ConfigError(f"dtype = {type_name(dtype)}: expected {expected}")
+        expected = ", ".join(map(str, WEIGHT_TYPES))
+        raise ConfigError(f"dtype = {dtype!r}: expected {expected}")
 
 
 def _bytes(size: int | str) -> int:
