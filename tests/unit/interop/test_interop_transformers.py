@@ -40,6 +40,9 @@ def test_transformers_computes_the_same_logits(tmp_path: Path, changes: dict[str
     assert largest_difference(theirs(tokens_BS).logits, logits_BSV) < 1e-5 * logits_BSV.abs().max().item()
 
 
+@pytest.mark.skipif(
+    not hasattr(MtpModel, "forward_layer"), reason="before 5.20 Transformers runs MTP layers inside generate only"
+)
 @torch.no_grad()
 @pytest.mark.parametrize("depth", [1, 2])
 def test_transformers_computes_the_same_mtp_states(

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from deepseek_v3.model.pretrained import load_checkpoint_model
 from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.utils.errors import CheckpointError
 from deepseek_v3.utils.locks import hold_lock
+from helpers.fork_server import CONTEXT
 from helpers.models import small_config, small_model
 
 CPU = torch.device("cpu")
@@ -34,12 +36,18 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(params=["export", "import"])
+def export(source: Path, path: Path) -> None:
+    save_pretrained(load_pretrained(source), path, max_shard_size="100KB")
+
+
+def import_(source: Path, path: Path) -> None:
+    import_checkpoint(source, path)
+
+
+@pytest.fixture(params=[export, import_], ids=["export", "import"])
 def write(request: pytest.FixtureRequest, source: Path) -> Write:
     """Writes a directory of several files."""
-    if request.param == "import":
-        return lambda path: import_checkpoint(source, path)
-    return lambda path: save_pretrained(load_pretrained(source), path, max_shard_size="100KB")
+    return partial(request.param, source)
 
 
 def assert_complete(path: Path, source: Path) -> None:
@@ -50,30 +58,24 @@ def assert_complete(path: Path, source: Path) -> None:
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
-def in_child(call: Callable[[], object]) -> int:
-    """The status of a process that ran `call` and ended."""
-    child = os.fork()
-    if child == 0:
-        try:
-            call()
-        finally:
-            os._exit(3)
-    return os.waitpid(child, 0)[1]
-
-
-def test_kill_leaves_nothing_visible_and_the_next_try_works(
-    tmp_path: Path, write: Write, source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The process dies when it has written a part of the weights, after the first or the second fsync."""
+def write_until_killed(write: Write, path: Path) -> None:
+    """Writes a directory in this process, which dies at the second fsync, with a part of the weights written."""
     left = iter([True])
 
     def die(descriptor: int) -> None:
         if not next(left, False):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "fsync", die)
-        assert os.WTERMSIG(in_child(lambda: write(tmp_path / "out"))) == signal.SIGKILL
+    os.fsync = die
+    write(path)
+
+
+def test_kill_leaves_nothing_visible_and_the_next_try_works(tmp_path: Path, write: Write, source: Path) -> None:
+    # A fork of this process would inherit the locks of torch's threads.
+    child = CONTEXT.Process(target=write_until_killed, args=(write, tmp_path / "out"))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     assert all(path.name.startswith(".") for path in tmp_path.iterdir())
     write(tmp_path / "out")
