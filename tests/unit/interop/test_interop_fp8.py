@@ -76,6 +76,20 @@ def test_fp8_covers_what_the_release_has_in_fp8(folder: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("size", [128, 192])
+def test_sides_that_others_misread_are_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, size: int
+) -> None:
+    """The release has 576 rows of `kv_a_proj_with_mqa`, which is no reason for a warning."""
+    heads = {"num_attention_heads": 2, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 64}
+    widths = {"hidden_size": 128, "intermediate_size": size, "moe_intermediate_size": 128, "q_lora_rank": 128}
+    model = small_model(small_config(**heads, **widths, kv_lora_rank=128, num_hidden_layers=2))
+    save_pretrained(model, tmp_path / "hf", quantization="fp8")
+    warned = "3 of the weights in FP8 have a side that is no multiple of 128, such as model.layers.0.mlp.gate_proj"
+    assert (warned in caplog.text) == (size == 192)
+    assert ("no multiple of 128" in caplog.text) == (size == 192)
+
+
 def test_fp8_is_read_as_its_scales_say_and_close_to_the_weights(folder: Path, model: DeepSeekV3) -> None:
     expected, original = dequantized(stored_weights(folder)), released_state(model)
     found = released_state(load_pretrained(folder, dtype=torch.float32))

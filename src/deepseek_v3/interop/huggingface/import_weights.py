@@ -60,7 +60,7 @@ class ReleasedWeights:
         if compare_copies and not problems:
             problems += self._copy_problems()
         if problems:
-            raise CheckpointError(f"{source.name}: do not fit the model: {'; '.join(_shorten(problems))}")
+            raise CheckpointError(f"{source.name} do not fit the model: {'; '.join(_shorten(problems))}")
 
     @property
     def name(self) -> str:
@@ -223,7 +223,7 @@ def _num_mtp_layers(config: ModelConfig, names: Iterable[str]) -> int:
 def _report_missing_mtp(source: TensorSource, config: ModelConfig, depth: int, require: bool) -> None:
     """Warns that the weights hold only `depth` of the MTP layers of the config, or raises CheckpointError."""
     found = (
-        f"{source.name}: hold {depth} of the {config.num_nextn_predict_layers} MTP layers of the config and "
+        f"{source.name} hold {depth} of the {config.num_nextn_predict_layers} MTP layers of the config and "
         f"nothing of model.layers.{config.num_hidden_layers + depth}"
     )
     if require:

@@ -17,12 +17,14 @@ from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.config.text_files import printable_path
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.interop.huggingface.export_weights import write_weights
-from deepseek_v3.interop.huggingface.fp8_weights import QUANTIZATION_CONFIG, type_name
+from deepseek_v3.interop.huggingface.fp8_weights import QUANTIZATION_CONFIG, is_quantized, type_name
 from deepseek_v3.interop.huggingface.import_weights import WEIGHT_TYPES, ReleasedWeights
+from deepseek_v3.interop.huggingface.names import to_released_names
 from deepseek_v3.interop.huggingface.released_config import CONFIG, released_config, write_configs
 from deepseek_v3.interop.huggingface.tensor_source import WEIGHTS_FILE, WEIGHTS_INDEX, TensorFolder
 from deepseek_v3.model.backends import select_backends
 from deepseek_v3.model.transformer import DeepSeekV3
+from deepseek_v3.ops.fp8 import BLOCK
 from deepseek_v3.utils.checkpointing.checks import non_finite, non_finite_summary
 from deepseek_v3.utils.checkpointing.directory import is_checkpoint
 from deepseek_v3.utils.errors import CheckpointError, ConfigError, DataError
@@ -138,6 +140,8 @@ def save_pretrained(
     main_dtype = dtype or model.head_weight_VD.dtype
     _check_dtype(main_dtype)
     _check_model(model, tokenizer)
+    if quantization:
+        _warn_of_cut_blocks(model)
     fields = released_config(model.config, type_name(main_dtype), QUANTIZATION_CONFIG if quantization else None)
     with new_folder(Path(directory)) as partial:
         write_weights(partial, model, dtype, quantization is not None, max_shard_bytes)
@@ -199,6 +203,23 @@ def _check_model(model: DeepSeekV3, tokenizer: Tokenizer | None) -> None:
         raise CheckpointError("the model is on the meta device and has no weights; load or initialise it first")
     if tokenizer is not None:
         check_tokenizer(tokenizer, model.config, "the model")
+
+
+def _warn_of_cut_blocks(model: DeepSeekV3) -> None:
+    """Warns of weights whose last blocks are smaller than 128×128, which other programs do not all read.
+
+    Those of `kv_a_proj_with_mqa` do not count: the release has 576 rows there.
+    """
+    cut = [
+        f"{name} ({tensor.shape[0]}×{tensor.shape[1]})"
+        for name, tensor in to_released_names(model.config, model.state_dict()).items()
+        if is_quantized(name) and "kv_a_proj" not in name and any(size % BLOCK for size in tensor.shape)
+    ]
+    if cut:
+        _log.warning(
+            f"{len(cut):,} of the weights in FP8 have a side that is no multiple of {BLOCK}, such as {cut[0]}: "
+            "this project reads them, vLLM refuses them, and Transformers may read them with wrong scales"
+        )
 
 
 def _check_dtype(dtype: torch.dtype) -> None:
