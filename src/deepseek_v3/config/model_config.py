@@ -198,17 +198,20 @@ class ModelConfig(Section):
             )
 
     @classmethod
-    def from_json(cls, path: str | Path) -> ModelConfig:
+    def from_json(cls, path: str | Path, *, any_rotary_order: bool = False) -> ModelConfig:
         """Reads a released `config.json`, of DeepSeek-V3, Kimi-K2 or Moonlight, or one that Transformers wrote.
 
-        A field that the file lacks gets the default of Transformers' `DeepseekV3Config`. Raises ConfigError with
-        the file and the field if the file cannot be read, holds an unknown field, or describes a model that this
-        project does not build, or weights that it does not read.
+        With `any_rotary_order`, `rope_interleave` may be false: the caller then reorders the rotary rows of the
+        weights. A field that the file lacks gets the default of Transformers' `DeepseekV3Config`. Raises
+        ConfigError with the file and the field if the file cannot be read, holds an unknown field, or describes a
+        model that this project does not build, or weights that it does not read.
         """
         path = Path(path)
         file = read_json_object(path)
         try:
             given = _shape_fields(file)
+            if any_rotary_order and given.get("rope_interleave", True) in (False, None):
+                given["rope_interleave"] = True
             fields = _TRANSFORMERS_DEFAULTS | given
             config = cls.model_validate_json(json.dumps(fields))
             _check_head_dim(file.get("qk_head_dim"), config)

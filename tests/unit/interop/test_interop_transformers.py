@@ -17,6 +17,7 @@ from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.inference.engine import Generator
 from deepseek_v3.inference.sampling import SamplingConfig
 from deepseek_v3.interop.huggingface import load_pretrained, load_released, save_pretrained
+from deepseek_v3.interop.huggingface.pretrained_folder import open_pretrained
 from deepseek_v3.model.transformer import DeepSeekV3
 from helpers.models import YARN, largest_difference, random_tokens, small_config, small_model
 from helpers.released_shapes import KIMI_K2, SHAPES, stored_weights
@@ -164,3 +165,36 @@ def test_greedy_texts_are_those_of_transformers(tmp_path: Path, begin: bool) -> 
         assert [*tokenizer.prompt_start, *tokenizer.encode(prompt)] == inputs.input_ids[0].tolist()
         ids = theirs.generate(**inputs, do_sample=False, max_new_tokens=6)[0, length:].tolist()
         assert ids == list(completion.tokens), prompt
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{}, {"q_lora_rank": None, "rope_scaling": YARN}], ids=["plain", "YaRN"])
+def test_rotary_rows_may_be_in_halves(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """With `rope_interleave: false` the numbers of a pair are not neighbours; an export has them side by side."""
+    theirs = transformers_model(small_config(**changes))
+    theirs.config.rope_interleave = False
+    theirs.save_pretrained(tmp_path / "theirs")
+    theirs = in_transformers(tmp_path / "theirs")
+    assert theirs.config.rope_interleave is False
+    ours = load_pretrained(tmp_path / "theirs")
+    tokens_BS = random_tokens(ours.config, 2, 30)
+    logits_BSV = theirs(tokens_BS).logits
+    limit = 1e-5 * logits_BSV.abs().max().item()
+    assert largest_difference(ours(tokens_BS), logits_BSV) < limit
+    save_pretrained(ours, tmp_path / "ours")
+    assert largest_difference(in_transformers(tmp_path / "ours")(tokens_BS).logits, logits_BSV) < limit
+
+
+def test_a_block_of_rows_in_halves_is_that_part_of_the_whole(tmp_path: Path) -> None:
+    save_pretrained(small_model(small_config()), tmp_path / "hf")
+    file = tmp_path / "hf" / "config.json"
+    file.write_text(file.read_text().replace('"rope_interleave": true', '"rope_interleave": false'))
+    weights = open_pretrained(tmp_path / "hf")
+    for name in ("q_b_proj", "kv_a_proj_with_mqa"):
+        parameter = f"model.layers.1.self_attn.{name}.weight"
+        whole = torch.empty(weights.shapes[parameter])
+        weights.read_into(whole, parameter)
+        for first in range(len(whole)):
+            block = torch.full((min(5, len(whole) - first), whole.shape[1] - 3), torch.nan)
+            weights.read_into(block, parameter, (first, 2))
+            assert torch.equal(block, whole[first : first + 5, 2:-1])

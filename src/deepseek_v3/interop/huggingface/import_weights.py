@@ -11,6 +11,7 @@ from torch import Tensor
 from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.interop.huggingface.fp8_weights import scales_name, scales_problems, type_name
 from deepseek_v3.interop.huggingface.names import Part, layer_of, parts_of, shared_copies
+from deepseek_v3.interop.huggingface.rotary_rows import rows_of_halves
 from deepseek_v3.interop.huggingface.tensor_source import CPU, TensorDict, TensorSource
 from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.ops.fp8 import E4M3, dequantize_128x128
@@ -35,7 +36,8 @@ class ReleasedWeights:
     Transformers 5. A weight in FP8 (e4m3) needs its scales, `<name>_scale_inv`, one per 128×128 block. The copies
     of embedding and head in MTP layers may be missing; if present, they must equal the originals, which is checked
     unless `compare_copies` is false. If the last MTP layers are missing as a whole, `config` has fewer of them than
-    the one given, with a warning, or an error with `require_mtp`.
+    the one given, with a warning, or an error with `require_mtp`. Without `interleaved`, the rotary rows are in the
+    order of `rope_interleave: false`, and are put into this project's order.
 
     Raises CheckpointError with all problems: missing and unexpected names, wrong shapes, types that weights cannot
     have, FP8 without scales, and copies that differ.
@@ -48,8 +50,9 @@ class ReleasedWeights:
         *,
         require_mtp: bool = False,
         compare_copies: bool = True,
+        interleaved: bool = True,
     ) -> None:
-        self._source = source
+        self._source, self._interleaved = source, interleaved
         depth = _num_mtp_layers(config, source.tensors)
         if depth < config.num_nextn_predict_layers:
             _report_missing_mtp(source, config, depth, require_mtp)
@@ -100,7 +103,16 @@ class ReleasedWeights:
                     block.copy_(_columns(self._values(part.name, own, block.device), block, starts[2:]))
 
     def _values(self, released: str, rows: range, device: torch.device) -> Tensor:
-        """Rows of a released tensor on `device`; float32 if it is in FP8."""
+        """Rows of a released tensor on `device`, in this project's order; float32 if it is in FP8."""
+        order = None if self._interleaved else rows_of_halves(released, self.config)
+        if order is None or not rows:
+            return self._stored_values(released, rows, device)
+        places = order[rows.start : rows.stop]
+        first = int(places.min())
+        stored = self._stored_values(released, range(first, int(places.max()) + 1), device)
+        return stored[(places - first).to(device)]
+
+    def _stored_values(self, released: str, rows: range, device: torch.device) -> Tensor:
         tensor = self._source.read(released, rows, device)
         if tensor.dtype != E4M3:
             return tensor

@@ -14,7 +14,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from deepseek_v3.config.model_config import ModelConfig
-from deepseek_v3.config.text_files import printable_path
+from deepseek_v3.config.text_files import printable_path, read_json_object
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.interop.huggingface.export_weights import write_weights
 from deepseek_v3.interop.huggingface.fp8_weights import QUANTIZATION_CONFIG, is_quantized, type_name
@@ -66,9 +66,14 @@ def open_pretrained(
             f"{printable_path(folder)}: is a checkpoint of this project, expected a directory in Hugging Face's "
             "format; use it as it is, or export it first"
         )
-    config = ModelConfig.from_json(folder / CONFIG)
-    source = TensorFolder(folder)
-    return ReleasedWeights(source, config, require_mtp=require_mtp, compare_copies=compare_copies)
+    config = ModelConfig.from_json(folder / CONFIG, any_rotary_order=True)
+    return ReleasedWeights(
+        TensorFolder(folder),
+        config,
+        require_mtp=require_mtp,
+        compare_copies=compare_copies,
+        interleaved=read_json_object(folder / CONFIG).get("rope_interleave", True) is True,
+    )
 
 
 def load_pretrained(
