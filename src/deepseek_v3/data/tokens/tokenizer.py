@@ -101,8 +101,9 @@ class Tokenizer:
         self.ends = self._ids_of(ends, source) or tuple(ids[name] for name in _END_OF_TEXT if name in ids)[:1]
         if not self.ends:
             raise DataError(
-                f"{source}: has no end-of-text marker; expected one of {', '.join(_END_OF_TEXT)}; name another by "
-                "--end-of-text, or as eos_token in the tokenizer_config.json of its folder, and give the folder"
+                f"{source}: has no end-of-text marker; expected one of {', '.join(_END_OF_TEXT)}; name another as "
+                "eos_token in the tokenizer_config.json of its folder and give the folder, or by --end-of-text of "
+                "`dsv3 tokenize`"
             )
         self.end_of_text: int = self.ends[0]
         self._check_begin(source)
