@@ -123,6 +123,7 @@ def test_a_longer_context_and_other_mtp_layers_are_taken(
         "model.num_nextn_predict_layers: 1 -> 2",
     ):
         assert text in caplog.text
+    assert ("training.sequence_length: 32 -> 48" in caplog.text) == (init == "weights.pt")  # a release has no run
 
 
 @pytest.mark.parametrize("init", ["weights.pt", "released"])

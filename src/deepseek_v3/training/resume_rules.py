@@ -109,26 +109,25 @@ def check_changes(saved: RunConfig, current: RunConfig, path: Path, allow_change
     Logs the changes in one line. Raises CheckpointError, with the fields and both values, for another model, and
     for changes of the data unless `allow_changed_data` is set.
     """
-    changes = [
-        (rule_of(field), f"{field}: {format_value(before)} -> {format_value(after)}")
-        for (field, before), (_, after) in zip(
-            fields_of(RunConfig, saved), fields_of(RunConfig, current), strict=True
-        )
-        if before != after
-    ]
-
-    def of(*rules: Rule) -> str:
-        return "; ".join(change for rule, change in changes if rule in rules)
-
-    if different := of(Rule.REFUSED):
+    if different := changes_of(saved, current, Rule.REFUSED):
         raise CheckpointError(f"{path}: is of another model: {different}; resume with the values before ->")
-    if (different := of(Rule.DATA)) and not allow_changed_data:
+    if (different := changes_of(saved, current, Rule.DATA)) and not allow_changed_data:
         raise CheckpointError(
             f"{path}: this config changes which samples come next, or what the loss means: {different}; "
             f"resume with the values before ->, or {ALLOW}"
         )
-    if different := of(Rule.DATA, Rule.LOGGED):
+    if different := changes_of(saved, current, Rule.DATA, Rule.LOGGED):
         get_logger("Trainer").warning(f"the config differs from the checkpoint's: {different}")
+
+
+def changes_of(saved: RunConfig, current: RunConfig, *rules: Rule) -> str:
+    """The fields with one of these rules that differ between two configs: `field: before -> after; …`."""
+    pairs = zip(fields_of(RunConfig, saved), fields_of(RunConfig, current), strict=True)
+    return "; ".join(
+        f"{field}: {format_value(before)} -> {format_value(after)}"
+        for (field, before), (_, after) in pairs
+        if before != after and rule_of(field) in rules
+    )
 
 
 ALLOW = "change them on purpose by --allow-changed-data (allow_changed_data=True)"

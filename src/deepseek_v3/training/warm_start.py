@@ -22,7 +22,7 @@ from deepseek_v3.interop.huggingface.pretrained_folder import open_pretrained
 from deepseek_v3.interop.load_model import is_released, read_tokenizer
 from deepseek_v3.model.pretrained import ModelEntries, check_entries, checkpoint_config, checkpoint_tokenizer
 from deepseek_v3.training.parallel.engine import Engine
-from deepseek_v3.training.resume_rules import fields_of
+from deepseek_v3.training.resume_rules import Rule, changes_of, fields_of
 from deepseek_v3.utils.checkpointing.checks import non_finite, non_finite_summary
 from deepseek_v3.utils.checkpointing.directory import CheckpointDirectory, is_checkpoint
 from deepseek_v3.utils.checkpointing.reader import open_checkpoint
@@ -68,7 +68,8 @@ class _CheckpointWeights:
 
     def __init__(self, path: Path) -> None:
         self._reader = open_checkpoint(path)
-        self.config = checkpoint_config(self._reader.plain, path).model
+        self.run = checkpoint_config(self._reader.plain, path)
+        self.config = self.run.model
         known = {name: self._reader.plain.get(name) for name in ModelEntries.model_fields}
         check_entries(ModelEntries, {name: value for name, value in known.items() if value is not None}, path)
         self.tokenizer = checkpoint_tokenizer(self._reader.plain, path)
@@ -89,7 +90,7 @@ class WarmStart:
 
     `path` is a checkpoint, a folder of checkpoints (its newest undamaged one) or a Hugging Face directory. Opening
     checks that they fit the model of `config`, whose weights need no memory for that, and logs how the two configs
-    differ. All ranks of `group` open and load; None is a single process.
+    differ: of a release, the models alone. All ranks of `group` open and load; None is a single process.
 
     Raises CheckpointError, on all ranks, if the weights cannot be read or belong to a model of other shapes.
     """
@@ -98,6 +99,10 @@ class WarmStart:
         self._path, self._group = path, group
         self._weights, self._tokenizer = _open(path, group)
         _check_model(path, self._weights.config, config.model)
+        if isinstance(self._weights, _CheckpointWeights):
+            changes = changes_of(self._weights.run, config, Rule.DATA, Rule.LOGGED)
+            if changes:
+                _log.warning("the run differs from that of %s: %s", path, changes)
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raises DataError if the weights belong to another tokenizer than that of the run's tokens."""
