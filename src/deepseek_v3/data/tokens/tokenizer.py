@@ -23,7 +23,7 @@ from deepseek_v3.data.tokens.vocabulary import (
     check_ids,
     flatten_steps,
     is_byte_level,
-    keeps_text,
+    keeps_every_byte,
     removing_step,
     sentencepiece_bytes,
 )
@@ -48,9 +48,6 @@ _FIM = (
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
 )
-
-# With these options of BPE the characters of a token are more than its bytes.
-_AFFIX_OPTIONS = ("unk_token", "continuing_subword_prefix", "end_of_word_suffix")
 
 _MAX_FILE_BYTES = 2**28  # the largest tokenizer.json that is read; the largest published ones have about 30 MB
 
@@ -280,16 +277,7 @@ class Tokenizer:
     @cached_property
     def is_byte_exact(self) -> bool:
         """Whether the `byte_lengths` of a text's ids sum to its bytes: byte-level BPE that does not change text."""
-        fields = self._fields
-        model, splits = fields["model"], flatten_steps(fields.get("pre_tokenizer"))
-        return (
-            is_byte_level(fields)
-            and model["type"] == "BPE"
-            and model["vocab"].keys() >= set(pre_tokenizers.ByteLevel.alphabet())
-            and not any(model.get(name) for name in _AFFIX_OPTIONS)
-            and fields.get("normalizer") in (None, {"type": "Sequence", "normalizers": []})
-            and all(keeps_text(step) for step in splits)
-        )
+        return keeps_every_byte(self._fields)
 
     @property
     def markers(self) -> dict[int, str]:

@@ -17,6 +17,8 @@ _MAX_PER_TOKEN, _MAX_EXTRA = 2, 2**16
 # Bytes that no UTF-8 text contains.
 _UNUSED_BYTES = frozenset({0xC0, 0xC1, *range(0xF5, 0x100)})
 _NAMES_SHOWN = 5
+# With these options of BPE the characters of a token are more than its bytes.
+_AFFIX_OPTIONS = ("unk_token", "continuing_subword_prefix", "end_of_word_suffix")
 # Pre-tokenizers that always remove the characters at which they split.
 _REMOVE = ("Whitespace", "WhitespaceSplit", "BertPreTokenizer", "CharDelimiterSplit")
 
@@ -66,14 +68,30 @@ def flatten_steps(part: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     return [step for each in inner for step in flatten_steps(each)]
 
 
-def keeps_text(step: dict[str, Any]) -> bool:
+def keeps_every_byte(fields: Mapping[str, Any]) -> bool:
+    """Whether the tokens of a text have exactly its bytes: byte-level BPE that does not change text.
+
+    `fields` is the content of a `tokenizer.json` as the tokenizers library writes it, with every type.
+    """
+    model = fields["model"]
+    return (
+        is_byte_level(fields)
+        and model["type"] == "BPE"
+        and model["vocab"].keys() >= set(BYTE_OF_CHARACTER)
+        and not any(model.get(name) for name in _AFFIX_OPTIONS)
+        and fields.get("normalizer") in (None, {"type": "Sequence", "normalizers": []})
+        and all(_keeps_text(step) for step in flatten_steps(fields.get("pre_tokenizer")))
+    )
+
+
+def _keeps_text(step: dict[str, Any]) -> bool:
     """Whether a step of a pre-tokenizer neither adds nor removes text."""
     if step["type"] == "ByteLevel":
         return not step.get("add_prefix_space")
     return step["type"] == "Split" and step["behavior"] != "Removed"
 
 
-def is_byte_level(fields: dict[str, Any]) -> bool:
+def is_byte_level(fields: Mapping[str, Any]) -> bool:
     """Whether each byte is one character in the vocabulary."""
     return any(step["type"] == "ByteLevel" for step in flatten_steps(fields.get("decoder")))
 
