@@ -198,20 +198,23 @@ class ModelConfig(Section):
             )
 
     @classmethod
-    def from_json(cls, path: str | Path, *, any_rotary_order: bool = False) -> ModelConfig:
+    def from_json(cls, path: str | Path) -> ModelConfig:
         """Reads a released `config.json`, of DeepSeek-V3, Kimi-K2 or Moonlight, or one that Transformers wrote.
 
-        With `any_rotary_order`, `rope_interleave` may be false: the caller then reorders the rotary rows of the
-        weights. A field that the file lacks gets the default of Transformers' `DeepseekV3Config`. Raises
-        ConfigError with the file and the field if the file cannot be read, holds an unknown field, or describes a
-        model that this project does not build, or weights that it does not read.
+        Raises ConfigError if the file cannot be read, and as `from_released` does.
         """
-        path = Path(path)
-        file = read_json_object(path)
+        return cls.from_released(read_json_object(Path(path)), Path(path))
+
+    @classmethod
+    def from_released(cls, file: dict[str, Any], path: Path) -> ModelConfig:
+        """Builds the config from the fields of the released config at `path`.
+
+        A field that the file lacks gets the default of Transformers' `DeepseekV3Config`. Raises ConfigError with
+        the file and the field if it holds an unknown field, or describes a model that this project does not build,
+        or weights that it does not read.
+        """
         try:
             given = _shape_fields(file)
-            if any_rotary_order and given.get("rope_interleave", True) in (False, None):
-                given["rope_interleave"] = True
             fields = _TRANSFORMERS_DEFAULTS | given
             config = cls.model_validate_json(json.dumps(fields))
             _check_head_dim(file.get("qk_head_dim"), config)

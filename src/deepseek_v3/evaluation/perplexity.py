@@ -19,7 +19,7 @@ from deepseek_v3.data.arrays import Int64Array
 from deepseek_v3.data.tokens.loader import TokenLoader
 from deepseek_v3.data.tokens.mixture import source_seed
 from deepseek_v3.data.tokens.mixture_order import MixtureOrder
-from deepseek_v3.data.tokens.source import RunTokens, TokenSource
+from deepseek_v3.data.tokens.source import RunTokens, TokenSource, mean_by_share
 from deepseek_v3.evaluation.ngrams import ngram_losses_of_each
 from deepseek_v3.evaluation.text_loss import perplexity
 from deepseek_v3.evaluation.text_sources import check_tokenizer
@@ -101,11 +101,10 @@ def compare_with_ngrams(
     compared = [Comparison(each, own.bigram, own.unigram) for each, own in zip(losses, ngrams, strict=True)]
     if not held_out.by_source:
         return compared[0]
-    shares = [float(part.share) for part in parts]
     return Comparison(
         held_out,
-        sum(share * each.bigram for share, each in zip(shares, compared, strict=True)),
-        sum(share * each.unigram for share, each in zip(shares, compared, strict=True)),
+        mean_by_share(parts, (each.bigram for each in compared)),
+        mean_by_share(parts, (each.unigram for each in compared)),
         dict(zip(held_out.by_source, compared, strict=True)),
     )
 

@@ -17,14 +17,13 @@ from deepseek_v3.data.formats.reading import read_documents, read_labelled_docum
 from deepseek_v3.data.tokens.index import INDEX_FILE
 from deepseek_v3.data.tokens.megatron_dataset import is_dataset
 from deepseek_v3.data.tokens.open_source import open_source
-from deepseek_v3.data.tokens.source import RunTokens, TokenSource
+from deepseek_v3.data.tokens.source import RunTokens
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.utils.errors import DataError
 
 _NAMED = re.compile(r"([^=/\\:]+)=(.+)", re.DOTALL)
 MAX_DOCUMENT_BYTES = 2**27  # one text file is one document, and enwik8 has 100 MB
 _CHARACTERS_AT_ONCE = 2**20  # of the texts that are encoded together
-_TOKENS_AT_ONCE = 2**20  # of the shards that are read together
 
 
 @dataclass(frozen=True)
@@ -151,11 +150,9 @@ def _from_tokens(source: TextSource, tokenizer: Tokenizer) -> Iterator[EncodedDo
     """The documents of the hold-out split, cut at end-of-text."""
     tokens = open_source(TokenFiles(path=Path(source.path)))
     check_tokenizer(tokens, tokenizer)
-    lengths = tokenizer.byte_lengths.astype(np.float64)
-    if not tokenizer.is_byte_exact:
-        decoded = sum(float(lengths[block].sum()) for block in _blocks(tokens))
-        lengths *= tokens.num_bytes("holdout") / decoded if decoded else 1.0
-    for ids in _cut(_blocks(tokens), tokens.end_of_text):
+    lengths = tokens.byte_lengths("holdout")
+    blocks = (block.astype(np.int64) for block in tokens.blocks("holdout"))
+    for ids in _cut(blocks, tokens.end_of_text):
         yield EncodedDocument(source.name, ids, float(lengths[ids].sum()))
 
 
@@ -172,12 +169,6 @@ def _cut(blocks: Iterable[Int64Array], end_of_text: int) -> Iterator[Int64Array]
         rest = ids[start:]
     if len(rest):
         yield rest
-
-
-def _blocks(tokens: TokenSource) -> Iterator[Int64Array]:
-    total = tokens.num_tokens("holdout")
-    for start in range(0, total, _TOKENS_AT_ONCE):
-        yield tokens.read("holdout", start, min(_TOKENS_AT_ONCE, total - start)).astype(np.int64)
 
 
 def check_tokenizer(shards: RunTokens, tokenizer: Tokenizer) -> None:

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from deepseek_v3.config.train_config import RunConfig
-from deepseek_v3.data.arrays import Float64Array, Int64Array
+from deepseek_v3.data.arrays import Int64Array
 from deepseek_v3.data.tokens.loader import TokenLoader, draw_windows
-from deepseek_v3.data.tokens.source import RunTokens, TokenSource, WeightedSource
+from deepseek_v3.data.tokens.source import RunTokens, TokenSource, WeightedSource, mean_by_share
 from deepseek_v3.training.data import DocumentIds, token_batches
 from deepseek_v3.training.loss import Objective
 from deepseek_v3.utils.errors import DataError
@@ -68,7 +68,7 @@ class ValidationWindows:
                 f"{tokens.name}: every target of the {count} held-out windows measured is the first token of "
                 "a document, expected some within documents; measure more tokens, or set data.mask_documents=false"
             )
-        self._byte_lengths = self._calibrated(tokens)
+        self._byte_lengths = tokens.byte_lengths("holdout")
 
     def read(self, numbers: Batch) -> Int64Array:
         """These windows, each with the token that follows it: int64 (windows, sequence_length + 1)."""
@@ -89,17 +89,6 @@ class ValidationWindows:
         for windows in self.blocks():
             targets = windows[:, 1:]
             yield targets if self._end_of_text is None else targets[windows[:, :-1] != self._end_of_text]
-
-    def _calibrated(self, tokens: TokenSource) -> Float64Array:
-        """Bytes of each token id. Inexact lengths are scaled so that their sum over the split is its true size."""
-        tokenizer = tokens.load_tokenizer()
-        lengths = tokenizer.byte_lengths.astype(np.float64)
-        if tokenizer.is_byte_exact:
-            return lengths
-        total, size = tokens.num_tokens("holdout"), _TOKENS_READ_AT_ONCE
-        blocks = (tokens.read("holdout", start, min(size, total - start)) for start in range(0, total, size))
-        decoded = float(sum(lengths[block].sum() for block in blocks))
-        return lengths * (tokens.num_bytes("holdout") / decoded if decoded else 1.0)
 
 
 class Validator:
@@ -183,11 +172,10 @@ def mixed_loss(parts: Sequence[WeightedSource], losses: Sequence[ValidationLoss]
     """The loss of a mixture from those of its sources; that of a single unnamed source is returned as it is."""
     if not parts[0].name:
         return losses[0]
-    shares = [float(part.share) for part in parts]
     tokens = sum(each.tokens for each in losses)
-    bytes_per_token = sum(share * each.num_bytes / each.tokens for share, each in zip(shares, losses, strict=True))
+    bytes_per_token = mean_by_share(parts, (each.num_bytes / each.tokens for each in losses))
     return ValidationLoss(
-        loss=sum(share * each.loss for share, each in zip(shares, losses, strict=True)),
+        loss=mean_by_share(parts, (each.loss for each in losses)),
         tokens=tokens,
         num_bytes=tokens * bytes_per_token,
         windows=sum(each.windows for each in losses),

@@ -16,6 +16,8 @@ from deepseek_v3.data.tokens.megatron_writer import MegatronWriter
 from deepseek_v3.utils.errors import DataError
 from helpers.megatron import CODES, DOCUMENTS, their_read, their_write
 
+pytestmark = pytest.mark.usefixtures("no_fsync")
+
 
 def our_write(prefix: Path, documents=DOCUMENTS, dtype: str = "int32", modes: list[int] | None = None) -> Path:
     left = iter(modes or [])
@@ -42,13 +44,6 @@ def error_of(prefix: Path) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_power_cuts():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("os.fsync", lambda _: None)
-        yield
 
 
 @pytest.fixture

@@ -18,17 +18,12 @@ from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.utils.errors import DataError
 from helpers.megatron import CODES, their_read, their_write
 
+pytestmark = pytest.mark.usefixtures("no_fsync")
+
 TOKENIZER = Tokenizer.train([], 260)
 DOCUMENTS = [[[4 + (7 * i + j) % 250 for j in range(i % 9)], [9, 0]] for i in range(400)]
 TOKENS = [token for document in DOCUMENTS for sequence in document for token in sequence]
 TEXTS = [f"Document {i}: " + "Grüße, 世界! " * (i % 7) for i in range(300)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_power_cuts():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("os.fsync", lambda _: None)
-        yield
 
 
 @pytest.fixture

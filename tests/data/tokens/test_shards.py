@@ -17,6 +17,8 @@ from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.text import format_value
 
+pytestmark = pytest.mark.usefixtures("no_fsync")
+
 OPTIONS = CorpusOptions(source="corpus", text_field="text", holdout=0.1, fim_rate=0.0, seed=0)
 TOKENIZER = Tokenizer.train([], 260)
 DOCUMENTS = [[4 + (7 * i + j) % 256 for j in range(i % 11)] for i in range(60)]
@@ -41,13 +43,6 @@ def error_of(directory: Path, verify: bool = True) -> str:
     with pytest.raises(DataError) as caught:
         TokenShards.open(directory, verify)
     return str(caught.value)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_power_cuts():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("os.fsync", lambda _: None)
-        yield
 
 
 @pytest.fixture

@@ -134,7 +134,7 @@ def test_documents_of_shards_across_blocks(tmp_path: Path, monkeypatch: pytest.M
     _write_shards(tmp_path)
     tokenizer = Tokenizer.load(tmp_path / "tokens")
     expected = [document.ids.tolist() for document in _documents(tokenizer, tmp_path / "tokens")]
-    monkeypatch.setattr("deepseek_v3.evaluation.text_sources._TOKENS_AT_ONCE", 7)
+    monkeypatch.setattr("deepseek_v3.data.tokens.source._BLOCK_TOKENS", 7)
     assert [document.ids.tolist() for document in _documents(tokenizer, tmp_path / "tokens")] == expected
 
 

@@ -21,7 +21,6 @@ from deepseek_v3.utils.text import pluralize
 
 _MOST_STRETCHES = 64  # that the hold-out of one dataset consists of
 _DOCUMENTS_PER_STRETCH = 8  # on average, so that whole documents make up about the share
-_TOKENS_READ_AT_ONCE = 2**20
 
 Stretch = tuple[int, int]  # the first token, and the end
 
@@ -104,9 +103,8 @@ class MegatronSource(TokenSource):
     def num_bytes(self, split: Split) -> int:
         """Bytes of UTF-8 text in a split, as the tokenizer counts them for the ids; read once."""
         if split not in self._num_bytes:
-            total, size = self.num_tokens(split), _TOKENS_READ_AT_ONCE
-            blocks = (self.read(split, start, min(size, total - start)) for start in range(0, total, size))
-            self._num_bytes[split] = sum(int(self._tokenizer.byte_lengths[block].sum()) for block in blocks)
+            lengths = self._tokenizer.byte_lengths
+            self._num_bytes[split] = sum(int(lengths[block].sum()) for block in self.blocks(split))
         return self._num_bytes[split]
 
     def read(self, split: Split, start: int, length: int) -> Tokens:
@@ -136,7 +134,7 @@ class MegatronSource(TokenSource):
     def _check_dataset(self, dataset: MegatronDataset) -> None:
         """Checks all ids, and warns if there are fewer end-of-text markers than documents."""
         ends = 0
-        for start, tokens in dataset.blocks(_TOKENS_READ_AT_ONCE):
+        for start, tokens in dataset.blocks():
             self._check_ids(dataset, start, tokens)
             ends += int((tokens == self.end_of_text).sum())
         documents = dataset.index.num_documents

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
+from deepseek_v3.data.arrays import Float64Array
 from deepseek_v3.data.tokens.index import Split
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 
 Tokens = NDArray[Any]  # of an integer type, such as uint16
+
+_BLOCK_TOKENS = 2**20
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,29 @@ class TokenSource(RunTokens):
 
         Raises ValueError if the range is empty or exceeds the split, and DataError if tokens cannot be read.
         """
+
+    def blocks(self, split: Split) -> Iterator[Tokens]:
+        """All tokens of a split in order, about a million at a time."""
+        total = self.num_tokens(split)
+        for start in range(0, total, _BLOCK_TOKENS):
+            yield self.read(split, start, min(_BLOCK_TOKENS, total - start))
+
+    def byte_lengths(self, split: Split) -> Float64Array:
+        """Bytes of text that each id stands for in a split: float64 [vocab_size].
+
+        If those of the tokenizer are not exact, they are scaled so that they sum to the bytes of the split.
+        """
+        tokenizer = self.load_tokenizer()
+        lengths = tokenizer.byte_lengths.astype(np.float64)
+        if tokenizer.is_byte_exact:
+            return lengths
+        decoded = float(sum(lengths[block].sum() for block in self.blocks(split)))
+        return lengths * (self.num_bytes(split) / decoded if decoded else 1.0)
+
+
+def mean_by_share(parts: Sequence[WeightedSource], values: Iterable[float]) -> float:
+    """The mean of one value for each part of a mixture, weighted by the shares of the parts."""
+    return sum(float(part.share) * value for part, value in zip(parts, values, strict=True))
 
 
 def parts_of_range(starts: Sequence[int], start: int, length: int, split: Split) -> Iterator[tuple[int, int, int]]:

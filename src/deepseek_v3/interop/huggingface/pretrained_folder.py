@@ -66,13 +66,17 @@ def open_pretrained(
             f"{printable_path(folder)}: is a checkpoint of this project, expected a directory in Hugging Face's "
             "format; use it as it is, or export it first"
         )
-    config = ModelConfig.from_json(folder / CONFIG, any_rotary_order=True)
+    fields = read_json_object(folder / CONFIG)
+    interleaved = fields.get("rope_interleave", True) not in (False, None)
+    if not interleaved:
+        del fields["rope_interleave"]  # the rows are reordered as they are read
+    config = ModelConfig.from_released(fields, folder / CONFIG)
     return ReleasedWeights(
         TensorFolder(folder),
         config,
         require_mtp=require_mtp,
         compare_copies=compare_copies,
-        interleaved=read_json_object(folder / CONFIG).get("rope_interleave", True) is True,
+        interleaved=interleaved,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from deepseek_v3.config.model_config import ModelConfig, RopeScaling
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
-from deepseek_v3.data.tokens.tokenizer_config import CONFIG_FILE, special_token
+from deepseek_v3.data.tokens.tokenizer_config import special_token, write_tokenizer_config
 from deepseek_v3.utils.files import write_synced
 
 # Without these, Transformers would take the ids 0 and 1 of the released tokenizer.
@@ -53,7 +53,7 @@ def write_configs(
     _write(folder / CONFIG, {**fields, **ids})
     _write(folder / GENERATION_CONFIG, ids)
     tokenizer.save(folder / "tokenizer.json")
-    _write(folder / CONFIG_FILE, tokenizer_config(tokenizer, max_position_embeddings))
+    write_tokenizer_config(folder, tokenizer_config(tokenizer, max_position_embeddings))
 
 
 def tokenizer_config(tokenizer: Tokenizer, max_position_embeddings: int) -> dict[str, Any]:
