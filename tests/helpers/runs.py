@@ -16,6 +16,27 @@ SEQUENCE_LENGTH = 32
 BATCH_SIZE = 4
 TOKENS_PER_STEP = SEQUENCE_LENGTH * BATCH_SIZE
 
+# Overrides of a run whose activations need more memory than anything else.
+WIDE_LAYERS = [
+    "model.hidden_size=1024",
+    "model.num_hidden_layers=6",
+    "model.num_attention_heads=8",
+    "model.kv_lora_rank=512",
+    "model.qk_nope_head_dim=128",
+    "model.qk_rope_head_dim=64",
+    "model.v_head_dim=128",
+    "model.intermediate_size=2816",
+    "model.n_routed_experts=16",
+    "model.num_experts_per_tok=6",
+    "model.moe_intermediate_size=512",
+    "model.num_nextn_predict_layers=0",
+    "model.max_position_embeddings=1024",
+    "training.sequence_length=1024",
+    "training.global_batch_size=16",
+    "training.total_tokens=65536",
+    "parallel.micro_batch_size=16",
+]
+
 
 def write_corpus(folder: Path, documents: int = 40) -> Path:
     """Writes text files with a grammar that a small model can learn; every call writes the same text."""

@@ -19,7 +19,7 @@ from deepseek_v3.training.parallel.parallelize import _compile_layers
 from deepseek_v3.training.trainer import Trainer
 from deepseek_v3.utils.checkpointing.directory import load_checkpoint
 from helpers.models import random_tokens, small_config
-from helpers.runs import dsv3, write_run
+from helpers.runs import WIDE_LAYERS, dsv3, write_run
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)
@@ -30,27 +30,6 @@ WIDTHS = [
     "model.qk_nope_head_dim=24",
     "model.qk_rope_head_dim=8",
     "model.v_head_dim=16",
-]
-
-# Layers whose activations need more memory than anything else.
-WIDE = [
-    "model.hidden_size=1024",
-    "model.num_hidden_layers=6",
-    "model.num_attention_heads=8",
-    "model.kv_lora_rank=512",
-    "model.qk_nope_head_dim=128",
-    "model.qk_rope_head_dim=64",
-    "model.v_head_dim=128",
-    "model.intermediate_size=2816",
-    "model.n_routed_experts=16",
-    "model.num_experts_per_tok=6",
-    "model.moe_intermediate_size=512",
-    "model.num_nextn_predict_layers=0",
-    "model.max_position_embeddings=1024",
-    "training.sequence_length=1024",
-    "training.global_batch_size=16",
-    "training.total_tokens=65536",
-    "parallel.micro_batch_size=16",
 ]
 
 
@@ -155,7 +134,7 @@ def test_layers_in_compiled_parts_train_as_whole_ones_do(tmp_path: Path, recompu
 )
 def test_steps_need_the_memory_that_was_planned(tmp_path: Path, recomputation: str, changes: list[str]) -> None:
     """The compiler stores nothing that is to be recomputed. Most of the memory here is activations."""
-    settings = [*WIDE, f"parallel.recomputation={recomputation}", *changes]
+    settings = [*WIDE_LAYERS, f"parallel.recomputation={recomputation}", *changes]
     config = load_config(write_run(tmp_path), settings)
     gc.collect()
     torch._C._cuda_clearCublasWorkspaces()  # the workspace of a previous test would be in `before`
