@@ -10,6 +10,7 @@ import torch
 from deepseek_v3.model.backends import select_backends
 from deepseek_v3.ops.attention import ATTENTION, cudnn_attention, sdpa_attention
 from deepseek_v3.ops.cross_entropy import CROSS_ENTROPY, linear_cross_entropy, reference_linear_cross_entropy
+from deepseek_v3.ops.fp8_gemm import FP8_GEMM
 from deepseek_v3.ops.grouped_gemm import GROUPED_GEMM, reference_grouped_linear, torch_grouped_linear
 from deepseek_v3.ops.moe_permute import MOE_PERMUTE
 from deepseek_v3.ops.moe_permute import reference as reference_permute
@@ -20,7 +21,7 @@ from deepseek_v3.utils.errors import ConfigError
 from helpers.models import small_config, small_model
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-OPERATIONS = [ATTENTION, CROSS_ENTROPY, GROUPED_GEMM, MOE_PERMUTE, MULTI_TENSOR]
+OPERATIONS = [ATTENTION, CROSS_ENTROPY, FP8_GEMM, GROUPED_GEMM, MOE_PERMUTE, MULTI_TENSOR]
 
 
 def needs_float32(target: Target) -> str | None:

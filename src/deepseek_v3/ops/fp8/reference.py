@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 128
-E4M3 = torch.float8_e4m3fn
+from deepseek_v3.ops.fp8.formats import BLOCK, E4M3
+
 _LARGEST = torch.finfo(E4M3).max  # 448
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
