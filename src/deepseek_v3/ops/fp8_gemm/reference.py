@@ -1,7 +1,7 @@
 """Products of matrices in 8-bit blocks, group by group in plain torch (DeepSeek-V3 report, §3.3.2).
 
 A product is a sum over the blocks of K, the axis that is summed over: scale · scale · (the sum within a block).
-Every back end adds the blocks in float32; within a block, tensor cores may keep fewer bits. The reference multiplies
+Every back end adds the blocks in float32; tensor cores may keep fewer bits within a block. The reference multiplies
 the dequantized operands in float32, or in float64 if that is the type of the result.
 
 Axes: X rows in expert order, E experts, O output width, I input width, P places, B blocks of 128 places.
