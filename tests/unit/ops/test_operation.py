@@ -10,6 +10,7 @@ import torch
 from deepseek_v3.model.backends import select_backends
 from deepseek_v3.ops.attention import ATTENTION, cudnn_attention, sdpa_attention
 from deepseek_v3.ops.cross_entropy import CROSS_ENTROPY, linear_cross_entropy, reference_linear_cross_entropy
+from deepseek_v3.ops.fp8 import FP8_QUANTIZE
 from deepseek_v3.ops.fp8_gemm import FP8_GEMM
 from deepseek_v3.ops.grouped_gemm import GROUPED_GEMM, reference_grouped_linear, torch_grouped_linear
 from deepseek_v3.ops.moe_permute import MOE_PERMUTE
@@ -21,7 +22,7 @@ from deepseek_v3.utils.errors import ConfigError
 from helpers.models import small_config, small_model
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-OPERATIONS = [ATTENTION, CROSS_ENTROPY, FP8_GEMM, GROUPED_GEMM, MOE_PERMUTE, MULTI_TENSOR]
+OPERATIONS = [ATTENTION, CROSS_ENTROPY, FP8_GEMM, FP8_QUANTIZE, GROUPED_GEMM, MOE_PERMUTE, MULTI_TENSOR]
 
 
 def needs_float32(target: Target) -> str | None:

@@ -1,5 +1,13 @@
-"""Matrices in 8-bit floating point (e4m3) with one scale per block."""
+"""Matrices in 8-bit floating point (e4m3) with one scale per block, and the operation that quantizes them."""
 
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from deepseek_v3.ops.fp8 import reference
 from deepseek_v3.ops.fp8.formats import (
     BLOCK,
     E4M3,
@@ -12,20 +20,65 @@ from deepseek_v3.ops.fp8.formats import (
 from deepseek_v3.ops.fp8.reference import (
     dequantize_1x128,
     dequantize_128x128,
+    dequantize_columns,
+    dequantize_weight,
     quantize_1x128,
     quantize_128x128,
 )
+from deepseek_v3.ops.operation import Backend, Operation
 
 __all__ = [
     "BLOCK",
     "E4M3",
+    "FP8_QUANTIZE",
     "ColumnBlocks",
+    "Fp8Quantize",
     "RowBlocks",
     "WeightBlocks",
     "dequantize_1x128",
     "dequantize_128x128",
+    "dequantize_columns",
+    "dequantize_weight",
     "group_starts",
     "padded_places",
     "quantize_1x128",
     "quantize_128x128",
 ]
+
+
+class Fp8Quantize(Protocol):
+    """The interface of a back end, as `reference.py` defines it. Its functions have no gradients."""
+
+    def quantize_rows(self, x_TD: Tensor, power_of_two: bool) -> RowBlocks: ...
+
+    def quantize_columns(self, x_TD: Tensor, power_of_two: bool) -> ColumnBlocks: ...
+
+    def quantize_both(self, x_TD: Tensor, power_of_two: bool) -> tuple[RowBlocks, ColumnBlocks]: ...
+
+    def gather_rows(self, rows: RowBlocks, source_X: Tensor) -> RowBlocks: ...
+
+    def gather_columns(
+        self, x_RD: Tensor, source_X: Tensor, ends_E: Tensor, power_of_two: bool
+    ) -> ColumnBlocks: ...
+
+    def requantize_columns(
+        self, rows: RowBlocks, source_X: Tensor, ends_E: Tensor, power_of_two: bool, dtype: torch.dtype
+    ) -> ColumnBlocks: ...
+
+    def quantize_weight(self, w_EOI: Tensor, power_of_two: bool) -> tuple[WeightBlocks, WeightBlocks]: ...
+
+    def swiglu(
+        self, gate_up_XG2: Tensor, gates_X: Tensor | None, power_of_two: bool
+    ) -> tuple[RowBlocks, RowBlocks]: ...
+
+    def swiglu_backward(
+        self,
+        kept: RowBlocks,
+        grad_hidden_XF: Tensor,
+        gates_X: Tensor | None,
+        ends_E: Tensor | None,
+        power_of_two: bool,
+    ) -> tuple[RowBlocks, ColumnBlocks, ColumnBlocks, Tensor | None]: ...
+
+
+FP8_QUANTIZE: Operation[Fp8Quantize] = Operation("fp8_quantize", Backend("reference", lambda: reference))
