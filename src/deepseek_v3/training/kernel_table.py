@@ -28,8 +28,8 @@ _KINDS = {
     ),
     # Elementwise operations and reductions are here because reading and writing their tensors takes their time.
     "memory movement": (
-        "memcpy|memset|copy|elementwise|reduce|softmax|index|gather|scatter|norm|^triton_|_rows_kernel|_place_kernel"
-        "|_count_kernel|^aten::(to|cat|clone|contiguous|stack|fill|zero|zeros|ones|where|sum|mean|add|sub|rsub|mul|div"
+        "memcpy|memset|copy|elementwise|reduce|softmax|index|gather|scatter|norm|^triton_|_kernel$"
+        "|^aten::(to|cat|clone|contiguous|stack|fill|zero|zeros|ones|where|sum|mean|add|sub|rsub|mul|div"
         "|neg|exp|log|pow|sqrt|rsqrt|sigmoid|silu|silu_backward|sigmoid_backward|lerp|addcmul|addcdiv)_?$"
     ),
 }

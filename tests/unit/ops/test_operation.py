@@ -116,7 +116,7 @@ def test_without_triton_a_gpu_runs_the_reference(monkeypatch: pytest.MonkeyPatch
     assert MOE_PERMUTE.select(Target(CUDA)).run is reference_permute
 
 
-@pytest.mark.parametrize("operation", [MOE_PERMUTE, MULTI_TENSOR], ids=lambda operation: operation.name)
+@pytest.mark.parametrize("operation", [CROSS_ENTROPY, MOE_PERMUTE, MULTI_TENSOR], ids=lambda op: op.name)
 def test_with_triton_a_gpu_runs_its_kernels(operation: Operation[object]) -> None:
     pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds only")
     assert operation.select(Target(CUDA)).backend == "triton"
@@ -130,7 +130,7 @@ def test_triton_does_not_sum_rows_in_float64() -> None:
 def test_a_model_selects_its_back_ends_once_and_describes_them() -> None:
     model = small_model(small_config())
     expected = (
-        "cross_entropy chunked, attention sdpa (cudnn needs a CUDA device), "
+        "cross_entropy chunked (triton needs a CUDA device), attention sdpa (cudnn needs a CUDA device), "
         "grouped_gemm reference (torch needs a CUDA device)"
     )
     assert select_backends(model, CPU) == expected

@@ -1,5 +1,7 @@
 """The chunked loss of a linear head against the plain one: values, gradients, and what it costs."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -248,3 +250,90 @@ def test_a_chunk_is_small_but_worth_its_pass_over_the_head(
     tokens: int, words: int, device_type: str, rows: int
 ) -> None:
     assert chunked._chunk_size(tokens, words, device_type) == rows
+
+
+@pytest.fixture(params=["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
+def kernels(request: pytest.FixtureRequest) -> tuple[Any, torch.device]:
+    """The Triton back end and where it runs: on a GPU, or line by line on a CPU."""
+    pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds only")
+    if request.param == "interpreted" and torch.cuda.is_available():
+        pytest.skip("the same process cannot both interpret and compile")
+    from deepseek_v3.ops.cross_entropy import triton
+
+    return triton, torch.device("cuda" if request.param == "cuda" else "cpu")
+
+
+def logits_and_targets(
+    words: int, offset: float, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Five rows that lie apart in memory full of NaN; one has no target, one the first word, one the last."""
+    memory = torch.full((6, words + 3), torch.nan, dtype=dtype, device=device)
+    logits_TV = memory[1:, :words]
+    logits_TV.copy_(4 * torch.randn(5, words) + offset)
+    return logits_TV, torch.tensor([0, words - 1, IGNORED, words // 2, 0], device=device)
+
+
+def exact_losses(logits_TV: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:
+    wide_TV = logits_TV.double().requires_grad_()
+    losses_T = torch.nn.functional.cross_entropy(wide_TV, targets_T, reduction="none", ignore_index=IGNORED)
+    return losses_T.detach(), torch.autograd.grad(losses_T.sum(), wide_TV)[0]
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4, -1e4])
+@pytest.mark.parametrize(
+    ("words", "dtype"),
+    [
+        (1, torch.float32),
+        (31, torch.float32),
+        (65536, torch.float32),
+        (40_003, torch.bfloat16),
+        (4096, torch.float16),
+    ],
+)
+def test_the_kernel_s_losses_and_gradients_are_those_of_float64(
+    kernels: tuple[Any, torch.device], words: int, dtype: torch.dtype, offset: float
+) -> None:
+    """One word, less than a step of a pass, whole steps, and steps with a rest; offsets that all logits share."""
+    ops, device = kernels
+    logits_TV, targets_T = logits_and_targets(words, offset, dtype, device)
+    losses_T, gradient_TV = exact_losses(logits_TV, targets_T)
+    around = logits_TV._base.clone()
+    found_T = ops.losses_of_rows(logits_TV, targets_T, with_gradient=False)
+    assert torch.equal(logits_TV, around[1:, :words])
+
+    again_T = ops.losses_of_rows(logits_TV, targets_T, with_gradient=True)
+
+    assert torch.equal(found_T, again_T)
+    torch.testing.assert_close(found_T.double(), losses_T, rtol=1e-5, atol=2e-6)
+    # The interpreter truncates where a GPU rounds: one unit in the last place instead of half of one.
+    torch.testing.assert_close(logits_TV.double(), gradient_TV, rtol=max(1e-5, torch.finfo(dtype).eps), atol=1e-6)
+    assert logits_TV[2].eq(0).all()
+    around[1:, :words] = logits_TV
+    assert torch.equal(logits_TV._base.nan_to_num(7.0), around.nan_to_num(7.0))  # nothing outside was written
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_the_kernel_makes_the_loss_nan_if_a_logit_is_not_finite(
+    kernels: tuple[Any, torch.device], bad: float
+) -> None:
+    """And only the loss of that row; the same for a target that is no word."""
+    ops, device = kernels
+    logits_TV, targets_T = logits_and_targets(40, 0.0, torch.float32, device)
+    logits_TV[1, 7], logits_TV[2, 7], targets_T[4] = bad, bad, 40
+    losses_T = ops.losses_of_rows(logits_TV, targets_T, with_gradient=True)
+    assert losses_T.isnan().tolist() == [False, True, False, False, True]
+    assert logits_TV[2].eq(0).all()
+
+
+def test_the_kernel_s_loss_of_a_head_is_that_of_plain_torch(kernels: tuple[Any, torch.device]) -> None:
+    ops, device = kernels
+    hidden_TD, weight_VD, targets_T = states_head_targets(torch.bfloat16, torch.float32, device)
+    targets_T[3] = IGNORED
+    found = ops.linear_cross_entropy(hidden_TD, weight_VD, targets_T)
+    expected = linear_cross_entropy(hidden_TD, weight_VD, targets_T)
+    inputs = (hidden_TD, weight_VD)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    gradients = torch.autograd.grad(found, inputs)
+    for one, other in zip(gradients, torch.autograd.grad(expected, inputs), strict=True):
+        assert largest_difference(one.float(), other.float()) < 0.02 * other.abs().max()
+    assert ops.linear_cross_entropy(hidden_TD[:0], weight_VD, targets_T[:0]).item() == 0

@@ -8,9 +8,7 @@ Axes: T tokens, D width, V vocabulary.
 """
 
 import math
-from collections.abc import Callable
-from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,30 +23,28 @@ _CHUNK_LOGITS = {"cuda": 1 << 28, "cpu": 1 << 20}
 _LEAST_ROWS = 256
 
 
-def _loss_of(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
-    wide_TV = at_least_float32(logits_TV)
-    return _summed(wide_TV, wide_TV.logsumexp(-1, keepdim=True), targets_T)
+class LossesOfRows(Protocol):
+    """What a back end computes from a chunk of logits."""
+
+    def __call__(self, logits_TV: Tensor, targets_T: Tensor, with_gradient: bool) -> Tensor:
+        """The loss of each row (T,), float32 at least, and 0 where the target is `IGNORED`.
+
+        `with_gradient` overwrites the logits with the gradient of the sum of these losses.
+        """
 
 
-def _summed(wide_TV: Tensor, log_sum_T1: Tensor, targets_T: Tensor) -> Tensor:
-    """The loss, summed over the tokens whose target is not `IGNORED`."""
-    losses_T1 = log_sum_T1 - wide_TV.gather(-1, targets_T.clamp(min=0)[:, None])
-    return losses_T1.masked_fill((targets_T == IGNORED)[:, None], 0).sum()
-
-
-def _loss_and_gradient(logits_TV: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:
-    """The summed loss, and its gradient in the memory of the logits; undefined in rows of `IGNORED` targets."""
+def losses_of_rows(logits_TV: Tensor, targets_T: Tensor, with_gradient: bool) -> Tensor:
+    """The definition of `LossesOfRows`, in plain torch."""
     wide_TV = at_least_float32(logits_TV)
     log_sum_T1 = wide_TV.logsumexp(-1, keepdim=True)
-    loss = _summed(wide_TV, log_sum_T1, targets_T)
-    is_target_TV = torch.arange(wide_TV.shape[-1], device=wide_TV.device) == targets_T[:, None]
-    return loss, logits_TV.copy_((wide_TV - log_sum_T1).exp() - is_target_TV.to(wide_TV.dtype))
-
-
-@cache
-def _fused_loss_and_gradient() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """`_loss_and_gradient` in one kernel; compiled at first use, because importing the compiler takes seconds."""
-    return torch.compile(_loss_and_gradient, dynamic=False)
+    is_left_out_T1 = (targets_T == IGNORED)[:, None]
+    targets_T1 = targets_T.clamp(min=0)[:, None]
+    losses_T1 = (log_sum_T1 - wide_TV.gather(-1, targets_T1)).masked_fill(is_left_out_T1, 0)
+    if with_gradient:
+        wide_TV.sub_(log_sum_T1.masked_fill(is_left_out_T1, math.inf)).exp_()
+        wide_TV.scatter_(-1, targets_T1, wide_TV.gather(-1, targets_T1) - (~is_left_out_T1).to(wide_TV.dtype))
+        logits_TV.copy_(wide_TV)
+    return losses_T1.squeeze(-1)
 
 
 def _accumulate_product(total_VD: Tensor, grad_TV: Tensor, hidden_TD: Tensor) -> None:
@@ -63,38 +59,36 @@ def _accumulate_product(total_VD: Tensor, grad_TV: Tensor, hidden_TD: Tensor) ->
 
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, needs_gradient: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        targets_T: Tensor,
+        needs_gradient: bool,
+        losses_of_rows: LossesOfRows,
+    ) -> Tensor:
         narrow_VD = weight_VD.to(hidden_TD.dtype)
-        loss = hidden_TD.new_zeros((), dtype=torch.promote_types(hidden_TD.dtype, torch.float32))
-        loss_and_gradient = _fused_loss_and_gradient() if hidden_TD.is_cuda else _loss_and_gradient
+        losses_T = hidden_TD.new_empty(len(hidden_TD), dtype=torch.promote_types(hidden_TD.dtype, torch.float32))
         grad_hidden_TD = torch.empty_like(hidden_TD) if needs_gradient else None
         sum_dtype = torch.promote_types(weight_VD.dtype, torch.float32)
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=sum_dtype) if needs_gradient else None
-        is_left_out_T1 = (targets_T == IGNORED)[:, None]
         size = _chunk_size(hidden_TD.shape[0], weight_VD.shape[0], hidden_TD.device.type)
         for start in range(0, hidden_TD.shape[0], size):
             chunk = slice(start, start + size)
-            # Zero rows keep ignored tokens out of the weight's gradient; masking their logits would cost more.
-            rows_TD = hidden_TD[chunk].masked_fill(is_left_out_T1[chunk], 0)
-            logits_TV = rows_TD @ narrow_VD.T
-            if grad_hidden_TD is None or grad_weight_VD is None:
-                loss += _loss_of(logits_TV, targets_T[chunk])
-            else:
-                chunk_loss, grad_TV = loss_and_gradient(logits_TV, targets_T[chunk])
-                loss += chunk_loss
-                torch.mm(grad_TV, narrow_VD, out=grad_hidden_TD[chunk])
-                grad_hidden_TD[chunk].masked_fill_(is_left_out_T1[chunk], 0)
-                _accumulate_product(grad_weight_VD, grad_TV, rows_TD)
-                del grad_TV
+            logits_TV = hidden_TD[chunk] @ narrow_VD.T
+            losses_T[chunk] = losses_of_rows(logits_TV, targets_T[chunk], needs_gradient)
+            if grad_hidden_TD is not None and grad_weight_VD is not None:  # the logits are their gradient now
+                torch.mm(logits_TV, narrow_VD, out=grad_hidden_TD[chunk])
+                _accumulate_product(grad_weight_VD, logits_TV, hidden_TD[chunk])
             del logits_TV  # freed before the next chunk allocates its own
         if needs_gradient:
             ctx.save_for_backward(grad_hidden_TD, grad_weight_VD)
             ctx.weight_dtype = weight_VD.dtype
-        return loss
+        return losses_T.sum()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_hidden_TD, grad_weight_VD = ctx.saved_tensors
         scaled_TD = (at_least_float32(grad_hidden_TD) * grad_loss).to(grad_hidden_TD.dtype)
         grad_loss = grad_loss.to(grad_weight_VD.dtype)
@@ -102,7 +96,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             grad_weight_VD = grad_weight_VD * grad_loss
         else:  # autograd frees the saved gradient after this; in place it needs no second matrix
             grad_weight_VD.data.mul_(grad_loss)
-        return scaled_TD, grad_weight_VD.to(ctx.weight_dtype), None, None
+        return scaled_TD, grad_weight_VD.to(ctx.weight_dtype), None, None, None
 
 
 def _keeps_graph() -> bool:
@@ -115,10 +109,12 @@ def _chunk_size(num_tokens: int, vocab_size: int, device_type: str) -> int:
     return max(1, math.ceil(num_tokens / max(chunks, 1)), min(num_tokens, _LEAST_ROWS))
 
 
-def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
+def linear_cross_entropy(
+    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, losses_of_rows: LossesOfRows = losses_of_rows
+) -> Tensor:
     """The reference's operation without ever holding all logits; sums the weight's gradient in float32 at least.
 
-    Differentiable once, by any number of backward passes.
+    Differentiable once, by any number of backward passes. `losses_of_rows` computes a chunk's losses and gradient.
     """
     needs_gradient = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
-    return _ChunkedLinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T, needs_gradient)
+    return _ChunkedLinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T, needs_gradient, losses_of_rows)
