@@ -99,6 +99,15 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
+@pytest.fixture(params=["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
+def triton_device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device on which a Triton kernel is tested: a CPU, line by line, and a GPU."""
+    pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds only")
+    if request.param == "interpreted" and torch.cuda.is_available():
+        pytest.skip("the same process cannot both interpret and compile")
+    return torch.device("cpu" if request.param == "interpreted" else "cuda")
+
+
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """Collects the Matplotlib figures that are saved."""

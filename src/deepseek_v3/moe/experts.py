@@ -1,6 +1,6 @@
 """Feed-forward networks: the dense one, and the stack of routed experts.
 
-Axes: X rows in expert order, D model width, F expert width, E experts.
+Axes: X rows in expert order, D model width, F expert width, G = 2·F, E experts.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.ops.grouped_gemm import GROUPED_GEMM, GroupedLinear, reference_grouped_linear
 from deepseek_v3.ops.layers import Linear
 from deepseek_v3.ops.operation import Select
-from deepseek_v3.ops.swiglu import SWIGLU, SwiGLU, swiglu
+from deepseek_v3.ops.swiglu import SWIGLU, PackedSwiGLU, packed_swiglu, swiglu
 
 
 class FeedForward(nn.Module):
@@ -23,17 +23,13 @@ class FeedForward(nn.Module):
         self.gate_proj = Linear(width, hidden_width)
         self.up_proj = Linear(width, hidden_width)
         self.down_proj = Linear(hidden_width, width)
-        self.swiglu: SwiGLU = swiglu
-
-    def select_backends(self, select: Select) -> None:
-        self.swiglu = select(SWIGLU, self.down_proj.weight.shape[1])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.hidden(x))
 
     def hidden(self, x: Tensor) -> Tensor:
         """All of the network but the last projection: (..., D) to (..., F)."""
-        return self.swiglu(self.gate_proj(x), self.up_proj(x))
+        return swiglu(self.gate_proj(x), self.up_proj(x))
 
 
 class RoutedExperts(nn.Module):
@@ -50,7 +46,7 @@ class RoutedExperts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * hidden, width))
         self.down_proj = nn.Parameter(torch.empty(experts, width, hidden))
         self.grouped_linear: GroupedLinear = reference_grouped_linear
-        self.swiglu: SwiGLU = swiglu
+        self.swiglu: PackedSwiGLU = packed_swiglu
 
     def select_backends(self, select: Select) -> None:
         width, hidden = self.down_proj.shape[1:]
@@ -71,6 +67,6 @@ class RoutedExperts(nn.Module):
         `gates_X` float32; `ends_E` int32 says where each expert's rows end. The gate is applied before the down
         projection, where rows are narrower and the product is part of the activation.
         """
-        gate_XF, up_XF = self.grouped_linear(rows_XD, self.gate_up_proj, ends_E).chunk(2, dim=-1)
-        hidden_XF = self.swiglu(gate_XF, up_XF, gates_X[:, None])
+        gate_up_XG = self.grouped_linear(rows_XD, self.gate_up_proj, ends_E)
+        hidden_XF = self.swiglu(gate_up_XG, gates_X)
         return self.grouped_linear(hidden_XF, self.down_proj, ends_E)

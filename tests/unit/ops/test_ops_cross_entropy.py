@@ -252,15 +252,12 @@ def test_a_chunk_is_small_but_worth_its_pass_over_the_head(
     assert chunked._chunk_size(tokens, words, device_type) == rows
 
 
-@pytest.fixture(params=["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
-def kernels(request: pytest.FixtureRequest) -> tuple[Any, torch.device]:
-    """The Triton back end and where it runs: on a GPU, or line by line on a CPU."""
-    pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds only")
-    if request.param == "interpreted" and torch.cuda.is_available():
-        pytest.skip("the same process cannot both interpret and compile")
+@pytest.fixture
+def kernels(triton_device: torch.device) -> tuple[Any, torch.device]:
+    """The Triton back end and where it runs."""
     from deepseek_v3.ops.cross_entropy import triton
 
-    return triton, torch.device("cuda" if request.param == "cuda" else "cpu")
+    return triton, triton_device
 
 
 def logits_and_targets(
