@@ -1,8 +1,9 @@
 """Measures training steps on this GPU, and fits the planner to them: `python benchmarks/calibrate_planner.py`.
 
-Runs the trainer's own step on each point of `planner_points.yaml`, records memory, time, and time by kind of
-kernel, fits the factors of the step-time model to the kinds, and writes both `results/planner_points.json` and
-`src/deepseek_v3/planning/calibration.json`. With --fit-only it fits again to the points already measured.
+Runs the trainer's own step on each point of `planner_points.yaml`, or on those of --points, and records memory,
+time, and time by kind of kernel in `results/planner_points_DEVICE.json`, beside the points that the device's file
+holds already. It then fits the factors of the step-time model to all of them, and replaces the device's part of
+`src/deepseek_v3/planning/calibration.json`. With --fit-only it fits again, for every device, to the stored points.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import gc
 import json
 import time
 from collections import defaultdict
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from statistics import mean
 from typing import Annotated, Any
@@ -25,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.config.train_config import RunConfig
-from deepseek_v3.planning.calibration import CALIBRATION_FILE, Calibration, Rates
+from deepseek_v3.planning.calibration import CALIBRATION_FILE, Calibration, Rates, nearest_fit, read_fits
 from deepseek_v3.planning.execution import Execution, resolve_execution
 from deepseek_v3.planning.hardware import Device, find_device
 from deepseek_v3.planning.memory import estimate_memory
@@ -36,44 +37,97 @@ from deepseek_v3.utils.distributed.launch import select_device
 from deepseek_v3.utils.logging import configure_logging
 
 POINTS = Path(__file__).with_name("planner_points.yaml")
-_WARM_UP_STEPS, _TIMED_STEPS = 4, 8
+_WARM_UP_STEPS, _TIMED_STEPS = 3, 5
 
 # Kinds of kernels that are fitted by themselves. The rest move memory.
 _KINDS = {"attention": "attention", "experts": "experts", "matrix products": "matrices"}
 
 
+class TooFewPointsError(SystemExit):
+    """Some factor is exercised by too few points, and there is no other device whose factor could be taken."""
+
+
 def main(
+    points: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Measure this point only; repeatable.")
+    ] = None,
     fit_only: Annotated[bool, typer.Option("--fit-only", help="Fit to the points already measured.")] = False,
     commit: Annotated[str | None, typer.Option(help="Where the code has no history beside it.")] = None,
 ) -> None:
     """Measure, fit, compare, write."""
     configure_logging()
-    device = select_device("cpu" if fit_only else "cuda")
-    results = RESULTS / "planner_points.json"
-    if fit_only:
-        record = json.loads(results.read_text(encoding="utf-8"))
-    else:
-        wanted = yaml.safe_load(POINTS.read_text(encoding="utf-8"))
-        points = [
-            measure({**point, "overrides": wanted["run"] + point["overrides"]}, device)
-            for point in wanted["points"]
-        ]
-        record = {**environment("torch", commit=commit), "context_gib": _context_gib(), "points": points}
-    described = find_device(str(record["device"]))
-    if described is None:
-        raise SystemExit(f"{record['device']}: not in the planner's table of devices; add it there first")
-    calibration = fit(record, described)
-    CALIBRATION_FILE.write_text(json.dumps(asdict(calibration), indent=2) + "\n", encoding="utf-8")
+    files = sorted(RESULTS.glob("planner_points_*.json")) if fit_only else [_measure_points(points, commit)]
+    for file in files:
+        _fit_device(file)
+
+
+def _measure_points(names: list[str] | None, commit: str | None) -> Path:
+    """Measures points on this GPU and stores them, each in place of its earlier measurement; returns the file."""
+    wanted = yaml.safe_load(POINTS.read_text(encoding="utf-8"))
+    known = {
+        point["name"]: {**point, "overrides": wanted["run"] + point["overrides"]} for point in wanted["points"]
+    }
+    if unknown := set(names or ()) - known.keys():
+        raise SystemExit(f"--points {', '.join(sorted(unknown))}: {POINTS.name} has {', '.join(known)}")
+    device = select_device("cuda")
+    described = _described(torch.cuda.get_device_name(device))
+    file = RESULTS / f"planner_points_{described.name.lower().replace(' ', '_')}.json"
+    stored = json.loads(file.read_text(encoding="utf-8"))["points"] if file.is_file() else []
+    measured = {point["name"]: point for point in stored}
+    for name in names or known:
+        measured[name] = measure(known[name], device)
+        record = {**environment("torch", commit=commit), "context_gib": _context_gib()}
+        in_order = [measured[name] for name in known if name in measured]
+        _write_json(file, {**record, "points": in_order})  # after each point, so that a run may be stopped
+    return file
+
+
+def _fit_device(file: Path) -> None:
+    """Fits the factors of one device to its stored points; writes them, and the estimates beside the points."""
+    record = json.loads(file.read_text(encoding="utf-8"))
+    device = _described(str(record["device"]))
+    others = [other for other in read_fits() if other.device != device.name]
+    nearest = nearest_fit(others, device) if others else None
+    calibration = fit(record, device, nearest)
+    fits = sorted([*others, calibration], key=lambda each: each.device)
+    _write_json(CALIBRATION_FILE, [asdict(each) for each in fits])
     for point in record["points"]:
-        point.update(compare(point, calibration, described))
-        others = {**record, "points": [other for other in record["points"] if other is not point]}
-        point["time_error_left_out"] = compare(point, fit(others, described), described)["time_error"]
-        typer.echo(
-            f"{point['name']:24} {point['measured_gib']:7.2f} GiB {point['memory_error']:+7.2%}   "
-            f"{point['measured_seconds'] * 1e3:7.1f} ms {point['time_error']:+7.2%} "
-            f"(fitted without it {point['time_error_left_out']:+7.2%})"
-        )
-    results.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        point.update(compare(point, calibration, device))
+        point["time_error_left_out"] = _error_left_out(point, record, device)
+        typer.echo(_table_row(point))
+    _write_json(file, record)
+
+
+def _error_left_out(point: dict[str, Any], record: dict[str, Any], device: Device) -> float | None:
+    """The error of the time if the factors are fitted without this point; None if the others do not suffice."""
+    others = [other for other in record["points"] if other is not point]
+    try:
+        calibration = fit({**record, "points": others}, device, None)
+    except TooFewPointsError:
+        return None
+    return compare(point, calibration, device)["time_error"]
+
+
+def _table_row(point: dict[str, Any]) -> str:
+    """A measured point beside its estimate, as a row of `docs/measurements/planning.md`."""
+    left_out = point["time_error_left_out"]
+    return (
+        f"| {point['name']} | {point['measured_gib']:.2f} | {point['estimated_gib']:.2f} "
+        f"| {point['memory_error']:+.1%} | {point['measured_seconds'] * 1e3:.1f} "
+        f"| {point['estimated_seconds'] * 1e3:.1f} | {point['time_error']:+.1%} "
+        f"| {'–' if left_out is None else f'{left_out:+.1%}'} |"
+    )
+
+
+def _described(name: str) -> Device:
+    device = find_device(name)
+    if device is None:
+        raise SystemExit(f"{name}: not in the planner's table of devices; add it there first")
+    return device
+
+
+def _write_json(file: Path, content: object) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def measure(point: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -136,69 +190,67 @@ def _kernel_seconds(trainer: Trainer, batches: Any) -> dict[str, float]:
     return dict(seconds)
 
 
-def fit(record: dict[str, Any], device: Device) -> Calibration:
-    """Factors by least squares on relative errors, each kind of kernel by itself."""
+def fit(record: dict[str, Any], device: Device, nearest: Calibration | None) -> Calibration:
+    """Factors by least squares on relative errors, each kind of kernel by itself.
+
+    A factor that too few points exercise is that of the `nearest` device.
+    """
     points = record["points"]
-    compiled = _fit_compiled([point for point in points if _run(point, device).compiled], device)
+    compiled = [point for point in points if _run(point, device).compiled]
+    eager = [point for point in points if not _run(point, device).compiled]
+    bfloat16 = _fit_compiled(compiled, device, nearest.bfloat16 if nearest else None)
     return Calibration(
+        device=device.name,
         fitted_on=f"{record['device']}, torch {record['versions']['torch']}",
-        bfloat16=compiled,
-        float32=_fit_eager([point for point in points if not _run(point, device).compiled], device, compiled),
+        bfloat16=bfloat16,
+        float32=_fit_eager(eager, device, bfloat16, nearest.float32 if nearest else None),
         # The mean, not the most: what the allocator holds beyond its peak, it gives back when memory runs short.
         allocator_overhead=mean(point["reserved_gib"] / point["measured_gib"] for point in points) - 1,
         context_bytes=record["context_gib"] * 2**30,
     )
 
 
-def _fit_compiled(points: list[dict[str, Any]], device: Device) -> Rates:
+def _fit_compiled(points: list[dict[str, Any]], device: Device, nearest: Rates | None) -> Rates:
     """Every factor by itself; the experts' kernels are separated from other products."""
     ideal = [_ideal_seconds(point, device) for point in points]
-    (matrices,) = _factors(points, ideal, "matrices", ["matrices"])
-    experts, expert_bytes = _factors(points, ideal, "experts", ["experts", "expert_bytes"])
-    attention, masked_attention = _factors(points, ideal, "attention", ["attention", "masked_attention"])
-    activations, logits, weights = _factors(points, ideal, "memory", ["activations", "logits", "weights"])
-    per_layer, per_step = _gaps(points, ideal)
-    return Rates(
-        matrices=matrices,
-        experts=experts,
-        expert_bytes=expert_bytes,
-        attention=attention,
-        masked_attention=masked_attention,
-        activations=activations,
-        logits=logits,
-        weights=weights,
-        seconds_per_layer=per_layer,
-        seconds_per_step=per_step,
-    )
+    fitted = _factors(points, ideal, "matrices", ["matrices"])
+    fitted |= _factors(points, ideal, "experts", ["experts", "expert_bytes"])
+    fitted |= _factors(points, ideal, "attention", ["attention", "masked_attention"])
+    fitted |= _factors(points, ideal, "memory", ["activations", "logits", "weights"])
+    fitted |= _gaps(points, ideal)
+    return _rates(fitted, nearest)
 
 
-def _fit_eager(points: list[dict[str, Any]], device: Device, compiled: Rates) -> Rates:
+def _fit_eager(points: list[dict[str, Any]], device: Device, compiled: Rates, nearest: Rates | None) -> Rates:
     """The experts run as ordinary products; logits and weights pass through the same kernels as when compiled.
 
     Products and attention are fitted in float32 alone: eager bfloat16 shares those of compiled layers.
     """
     ideal = [_ideal_seconds(point, device) for point in points]
-    known = [compiled.logits * seconds["logits"] + compiled.weights * seconds["weights"] for seconds in ideal]
-    moved = [point["kernel_seconds"]["memory"] - other for point, other in zip(points, known, strict=True)]
-    (activations,) = _least_squares([[seconds["activations"]] for seconds in ideal], moved, moved)
+    moved = {"logits": compiled.logits, "weights": compiled.weights}
+    fitted = moved | _factors(points, ideal, "memory", ["activations"], moved)
     wide = [index for index, point in enumerate(points) if _run(point, device).width == 4]
     points, ideal = [points[index] for index in wide], [ideal[index] for index in wide]
     for seconds in ideal:
-        seconds["products"] = seconds["matrices"] + seconds["experts"]
-    (products,) = _factors(points, ideal, "matrices", ["products"])
-    (attention,) = _factors(points, ideal, "attention", ["attention"])
-    per_layer, per_step = _gaps(points, ideal)
-    return replace(
-        compiled,
-        matrices=products,
-        experts=products,
-        expert_bytes=0.0,
-        attention=attention,
-        masked_attention=attention,
-        activations=activations,
-        seconds_per_layer=per_layer,
-        seconds_per_step=per_step,
-    )
+        seconds["matrices"] += seconds["experts"]
+    fitted |= _factors(points, ideal, "matrices", ["matrices"])
+    fitted |= _factors(points, ideal, "attention", ["attention"])
+    fitted |= _gaps(points, ideal)
+    if "matrices" in fitted:
+        fitted |= {"experts": fitted["matrices"], "expert_bytes": 0.0}
+    if "attention" in fitted:
+        fitted["masked_attention"] = fitted["attention"]
+    return _rates(fitted, nearest)
+
+
+def _rates(fitted: dict[str, float], nearest: Rates | None) -> Rates:
+    """Completes the fitted factors by those of the nearest device."""
+    missing = [field.name for field in fields(Rates) if field.name not in {*fitted, "assumed"}]
+    if missing and nearest is None:
+        raise TooFewPointsError(
+            f"too few points to fit {', '.join(missing)}, and no other device to take them from"
+        )
+    return Rates(**fitted, **{name: getattr(nearest, name) for name in missing}, assumed=tuple(missing))
 
 
 def _ideal_seconds(point: dict[str, Any], device: Device) -> dict[str, float]:
@@ -209,21 +261,37 @@ def _ideal_seconds(point: dict[str, Any], device: Device) -> dict[str, float]:
 
 
 def _factors(
-    points: list[dict[str, Any]], ideal: list[dict[str, float]], kernel: str, kinds: list[str]
-) -> list[float]:
-    measured = [point["kernel_seconds"][kernel] for point in points]
-    return _least_squares([[seconds[kind] for kind in kinds] for seconds in ideal], measured, measured)
+    points: list[dict[str, Any]],
+    ideal: list[dict[str, float]],
+    kernel: str,
+    names: list[str],
+    known: dict[str, float] | None = None,
+) -> dict[str, float]:
+    """Factors of one kind of kernels, whose measured time includes that of the `known` factors."""
+    ran = [(seconds, point["kernel_seconds"][kernel]) for seconds, point in zip(ideal, points, strict=True)]
+    left = [time - sum(factor * seconds[name] for name, factor in (known or {}).items()) for seconds, time in ran]
+    return _solve(names, [seconds for seconds, _ in ran], left, left)
 
 
-def _gaps(points: list[dict[str, Any]], ideal: list[dict[str, float]]) -> list[float]:
+def _gaps(points: list[dict[str, Any]], ideal: list[dict[str, float]]) -> dict[str, float]:
     """Time in which no kernel ran: seconds per layer and seconds per step, as shares of the whole step."""
     whole = [point["measured_seconds"] for point in points]
     idle = [
         max(0.0, seconds - sum(point["kernel_seconds"].values()))
         for seconds, point in zip(whole, points, strict=True)
     ]
-    fixed = [[seconds["seconds_per_layer"], seconds["seconds_per_step"]] for seconds in ideal]
-    return _least_squares(fixed, idle, whole)
+    return _solve(["seconds_per_layer", "seconds_per_step"], ideal, idle, whole)
+
+
+def _solve(
+    names: list[str], ideal: list[dict[str, float]], measured: list[float], scale: list[float]
+) -> dict[str, float]:
+    """Factors of those `names` that the points exercise; none if there are fewer points than such factors."""
+    used = [name for name in names if any(seconds[name] for seconds in ideal)]
+    if not used or len(ideal) < len(used):
+        return {}
+    factors = _least_squares([[seconds[name] for name in used] for seconds in ideal], measured, scale)
+    return dict(zip(used, factors, strict=True))
 
 
 def _least_squares(columns: list[list[float]], measured: list[float], scale: list[float]) -> list[float]:

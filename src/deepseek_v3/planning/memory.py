@@ -2,7 +2,7 @@
 
 The estimate follows a step: in the forward pass the layers save activations, the losses add logits and gradients,
 and the backward pass frees activations and allocates gradients layer by layer. The largest moment is the estimate.
-benchmarks/results/planner_points.json compares it with the memory that torch measured on one GPU.
+benchmarks/results/planner_points_*.json compare it with the memory that torch measured on one GPU.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def estimate_memory(config: RunConfig, run: Execution) -> MemoryEstimate:
 
 def needed_bytes(estimate: MemoryEstimate, device: Device) -> float:
     """Memory that the device must have: allocated bytes, the allocator's overhead, and the driver's context."""
-    calibrated = calibration()
+    calibrated = calibration(device)
     context = _CPU_PROCESS if device.is_cpu else calibrated.context_bytes
     return estimate.total * (1 + calibrated.allocator_overhead) + context
 

@@ -104,7 +104,7 @@ class StepTime:
 
 def estimate_step(config: RunConfig, run: Execution, device: Device) -> StepTime:
     """Time of a step of the full batch on the rank with the slowest pipeline stage."""
-    work, rates = step_work(config, run), calibration().rates(run)
+    work, rates = step_work(config, run), calibration(device).rates(run)
     computing = compute_seconds(work, rates, run, device)
     busy = sum(computing.values())
     overlapped, exposed = collective_seconds(config, run, device)

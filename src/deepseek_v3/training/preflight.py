@@ -39,7 +39,10 @@ def describe_device(device: torch.device, local_ranks: int = 1) -> Device:
     known = find_device(name) or find_device("A100")
     assert known is not None
     free, _ = torch.cuda.mem_get_info(device)
-    changes: dict[str, object] = {"name": name, "memory_gib": (free + calibration().context_bytes) / _GIB}
+    changes: dict[str, object] = {"name": name}
     if torch.cuda.get_device_capability(device) < (8, 0):
         changes["bfloat16_tflops"] = None
-    return known.model_copy(update=changes)
+    described = known.model_copy(update=changes)
+    # The planner adds the memory of the context, which is taken already.
+    taken = calibration(described).context_bytes
+    return described.model_copy(update={"memory_gib": (free + taken) / _GIB})

@@ -1,6 +1,7 @@
 """Step time: amounts of work compared with operations and bytes counted by hand, and invariants."""
 
 import math
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.model.transformer import DeepSeekV3
+from deepseek_v3.planning import step_time
 from deepseek_v3.planning.calibration import calibration
 from deepseek_v3.planning.execution import Execution, resolve_execution
 from deepseek_v3.planning.flops import flops_per_token, training_flops_per_token
@@ -54,6 +56,15 @@ LINK, LINK_OF_ROWS, NETWORK = 10e9, 5e9, 1e9
 SLOWED = 0.5  # share of overlapped communication
 # Computes so slowly that all communication except the expert exchange is overlapped.
 SLOW = DEVICE.model_copy(update={"bfloat16_tflops": 1e-6})
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_fit() -> Iterator[None]:
+    """All devices take the same factors, so that only their rates differ."""
+    fit = calibration(DEVICE)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(step_time, "calibration", lambda _: fit)
+        yield
 
 
 def _run(model: dict[str, Any] | None = None, moments: str = "bfloat16", **changes: Any) -> RunConfig:
@@ -183,7 +194,7 @@ def test_seconds_are_work_over_the_rates_of_the_device() -> None:
         weight_bytes=4e12,
         layer_runs=5.0,
     )
-    rates = calibration().rates(Execution(2, compiled=True))
+    rates = calibration(DEVICE).rates(Execution(2, compiled=True))
     seconds = compute_seconds(work, rates, COMPILED, DEVICE)
     assert seconds == {
         "matrices": pytest.approx(rates.matrices),

@@ -126,4 +126,4 @@ def test_a_gpu_is_described_by_name_units_and_free_memory(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (30 * 2**30, 32 * 2**30))
     described = describe_device(torch.device("cuda", 0))
     assert (described.name, described.bfloat16_tflops, described.memory_gb_per_s) == (name, bfloat16, bandwidth)
-    assert described.memory_bytes == pytest.approx(30 * 2**30 + calibration().context_bytes)
+    assert described.memory_bytes == pytest.approx(30 * 2**30 + calibration(described).context_bytes)

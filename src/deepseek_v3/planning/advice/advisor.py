@@ -13,9 +13,12 @@ from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.advice.request import PlanRequest
 from deepseek_v3.planning.advice.size_plan import SizePlan, plan_size
 from deepseek_v3.planning.calibration import calibration
+from deepseek_v3.planning.hardware import Device
 from deepseek_v3.planning.scaling_laws import SOURCE
 
 ESTIMATE_ONLY = "the time on several devices is computed, not measured; the plan is an estimate"
+
+LOSS_SOURCE = f"{SOURCE.split(';')[0].removeprefix('loss: ')}; the bar spans these laws"
 
 _LAUNCHER = Path("src/training/train.py")
 _CHECKOUT = Path(__file__).parents[4]
@@ -52,12 +55,14 @@ def advise(request: PlanRequest, configs: Mapping[Path, RunConfig]) -> Advice:
     return Advice(request, rows, recommended, reason)
 
 
-def sources() -> dict[str, str]:
-    """The sources of the figures, and what they do not cover."""
+def sources(device: Device) -> dict[str, str]:
+    """The sources of the figures for this device, and what they do not cover."""
+    fit = calibration(device)
+    scaled = "" if fit.fits(device) else f"; scaled to {device.name} by its published rates"
     return {
-        "loss": f"{SOURCE.split(';')[0].removeprefix('loss: ')}; the bar spans these laws",
-        "memory and time": f"fitted on {calibration().fitted_on}; other devices are scaled by their published "
-        "rates. Several devices: from two H200 of one host; networks between hosts have not been measured",
+        "loss": LOSS_SOURCE,
+        "memory and time": f"fitted on {fit.fitted_on}{scaled}. Several devices: from two H200 of one host; "
+        "networks between hosts have not been measured",
     }
 
 

@@ -42,7 +42,7 @@ def print_advice(advice: Advice, price_given: bool) -> None:
     _print_missing(advice)
     _print_parts(advice)
     typer.echo()
-    for name, source in sources().items():
+    for name, source in sources(advice.request.device).items():
         typer.echo(paragraph(f"{name.capitalize()}: {source}."))
     _print_recommendation(advice)
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Annotation
 
-from deepseek_v3.planning.advice.advisor import Advice, sources
+from deepseek_v3.planning.advice.advisor import LOSS_SOURCE, Advice
 from deepseek_v3.planning.advice.request import PlanRequest
 from deepseek_v3.planning.advice.size_plan import SizePlan
 from deepseek_v3.planning.chinchilla import MAX_RATIO, TARGET_RATIO
@@ -161,7 +161,7 @@ def _legend() -> list[Line2D]:
 def _source(rows: Sequence[SizePlan]) -> str:
     outside = ", ".join(row.name for row in rows if row.loss and row.loss.extrapolated)
     missing = ", ".join(row.name for row in rows if not row.loss)
-    lines = [f"Loss: {sources()['loss']}."]
+    lines = [f"Loss: {LOSS_SOURCE}."]
     lines += [f"Not drawn, because its vocabulary is too small for the laws: {missing}."] if missing else []
     lines += [f"Outside the fitted range of the law: {outside}."] if outside else []
     return "\n".join(lines)
