@@ -66,8 +66,8 @@ class AtOnce:
     def wait_dispatch(self, sent: Any) -> Any:
         return sent
 
-    def combine(self, rows_XD: Tensor, handle: Any) -> Any:
-        return self.inner.wait_combine(self.inner.combine(rows_XD, handle))
+    def combine(self, y_RD: Tensor, handle: Any) -> Any:
+        return self.inner.wait_combine(self.inner.combine(y_RD, handle))
 
     def wait_combine(self, returned: Any) -> Any:
         return returned
@@ -137,7 +137,7 @@ def exchange(config: ModelConfig, dispatcher: Dispatcher, device: torch.device, 
 
     def both() -> None:
         again = dispatcher.wait_dispatch(dispatcher.dispatch(x_TD, gates_TK, experts_TK))
-        dispatcher.wait_combine(dispatcher.combine(again.rows_XD, again.handle))
+        dispatcher.wait_combine(dispatcher.combine(again.x_RD, again.handle))
 
     back = seconds_of(both) - there
     here = config.n_routed_experts // dist.get_world_size()

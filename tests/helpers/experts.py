@@ -18,6 +18,7 @@ from deepseek_v3.moe.dispatch import DispatchedTokens, Dispatcher, LocalDispatch
 from deepseek_v3.moe.exchange import exchange_steps
 from deepseek_v3.moe.layer import MixtureOfExperts
 from deepseek_v3.ops.fp8 import dequantize_1x128, quantize_1x128
+from deepseek_v3.ops.moe_permute import gather_rows, sum_rows
 from helpers.models import fill_with_noise, small_config
 
 ALL_TO_ALL = dist.all_to_all_single
@@ -202,7 +203,8 @@ def sums_of_constants(values: list[float], ranks_per_node: int | None) -> tuple[
     x_TD = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)
     dispatcher = AllToAllDispatcher(len(values), exchange_steps(dist.group.WORLD, ranks_per_node))
     dispatched = dispatcher.wait_dispatch(dispatcher.dispatch(x_TD, torch.ones(1, len(values)), experts_TK))
-    results_XD = dispatched.rows_XD * value + value
-    y_TD = dispatcher.wait_combine(dispatcher.combine(results_XD, dispatched.handle))
+    results_XD = gather_rows(dispatched.x_RD, dispatched.copies) * value + value
+    returned = dispatcher.combine(sum_rows(results_XD, dispatched.copies), dispatched.handle)
+    y_TD = dispatcher.wait_combine(returned)
     (gradient_TD,) = torch.autograd.grad(y_TD, x_TD, torch.ones_like(y_TD))
     return y_TD.flatten().tolist(), gradient_TD.flatten().tolist()

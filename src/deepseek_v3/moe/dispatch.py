@@ -6,7 +6,7 @@ this rank's experts; `combine` sends the results back and `wait_combine` waits f
 between two halves overlaps with the communication. The backward pass of a dispatch is a combine, and that of a
 combine is a dispatch.
 
-Axes: T tokens, K experts per token, X rows in expert order, D width, E experts of this rank.
+Axes: T tokens, R received tokens, K experts per token, X rows in expert order, D width, E experts of this rank.
 """
 
 from __future__ import annotations
@@ -15,18 +15,21 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from deepseek_v3.ops.moe_permute import RowCopies, gather_rows, sort_by_expert, sum_rows
+from deepseek_v3.ops.moe_permute import RowCopies, gather_rows, sort_by_expert
 
 
 class DispatchedTokens(NamedTuple):
-    """Rows for the experts of this rank: `rows_XD` in expert order, one gate per row, and the end of each expert.
+    """The tokens `x_RD` that this rank's experts receive, and which expert each of them is for.
 
+    The experts compute X rows, one for each pair of a received token and an expert of this rank, in the order of
+    the experts: `copies` says of which token each row is a copy, and `gates_X` float32 is the gate of each row.
     `ends_E` int32, not decreasing: expert e has the rows ends[e-1] … ends[e]-1; the last entry is X. `handle` is
     the argument that `combine` needs to send the results back.
     """
 
-    rows_XD: Tensor
+    x_RD: Tensor
     gates_X: Tensor
+    copies: RowCopies
     ends_E: Tensor
     handle: Any
 
@@ -40,17 +43,17 @@ class Dispatcher(Protocol):
     def wait_dispatch(self, sent: Any) -> DispatchedTokens:
         """Waits for the tokens that all ranks have sent to the experts of this rank."""
 
-    def combine(self, rows_XD: Tensor, handle: Any) -> Any:
-        """Sends the results of the experts back; returns the argument of `wait_combine`."""
+    def combine(self, y_RD: Tensor, handle: Any) -> Any:
+        """Sends back, for each received token, the sum over this rank's experts; the argument of `wait_combine`."""
 
     def wait_combine(self, returned: Any) -> Tensor:
         """Waits for the results; returns, for each token passed to `dispatch`, the sum over its experts (T, D)."""
 
 
 class LocalDispatcher:
-    """The dispatcher of a rank that has all experts: it sorts rows by expert, and later restores their order.
+    """The dispatcher of a rank that has all experts: tokens stay where they are, and are sorted by expert.
 
-    It always uses the reference back end of `moe_permute`, which torch.compile fuses with the layer.
+    It always sorts with the reference back end of `moe_permute`, which torch.compile fuses with the layer.
     """
 
     def __init__(self, num_experts: int) -> None:
@@ -58,15 +61,14 @@ class LocalDispatcher:
 
     def dispatch(self, x_TD: Tensor, gates_TK: Tensor, experts_TK: Tensor) -> DispatchedTokens:
         order = sort_by_expert(experts_TK, self.num_experts)
-        copies = order.copies()
         gates_X = gather_rows(gates_TK.view(-1, 1), order.copies_of_choices()).squeeze(-1)
-        return DispatchedTokens(gather_rows(x_TD, copies), gates_X, order.ends_E, copies)
+        return DispatchedTokens(x_TD, gates_X, order.copies(), order.ends_E, handle=None)
 
     def wait_dispatch(self, sent: DispatchedTokens) -> DispatchedTokens:
         return sent
 
-    def combine(self, rows_XD: Tensor, handle: RowCopies) -> Tensor:
-        return sum_rows(rows_XD, handle)
+    def combine(self, y_RD: Tensor, handle: None) -> Tensor:  # noqa: ARG002 -- the interface of a dispatcher
+        return y_RD
 
     def wait_combine(self, returned: Tensor) -> Tensor:
         return returned

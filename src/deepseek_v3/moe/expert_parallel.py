@@ -11,14 +11,14 @@ Axes: T tokens, R received tokens, K experts per token, X rows in expert order, 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from deepseek_v3.moe.dispatch import DispatchedTokens
-from deepseek_v3.ops.moe_permute import ExpertBins, MoePermute, RowCopies, gather_rows, reference, sum_rows
+from deepseek_v3.ops.moe_permute import ExpertBins, MoePermute, gather_rows, reference
 
 
 class AsyncExchange(Protocol):
@@ -97,19 +97,12 @@ class DispatchExchange(AsyncExchange, Protocol):
         """The exchange that sends one row (R, D) per received token back, and returns their sums (T, D)."""
 
 
-class CombineHandle(NamedTuple):
-    """What `combine` needs from the dispatch: its exchange, and which rows are copies of which token."""
-
-    exchange: DispatchExchange
-    copies: RowCopies
-
-
 class ExpertParallelDispatcher(ABC):
     """A `Dispatcher` for experts that are sharded over the ranks of a group, consecutive experts on each rank.
 
-    Each received token is copied once for each of its experts on this rank. The results of these experts are summed
-    in float32 before they are sent back; the rank that sent the token sums over the ranks, again in float32.
-    `permute` is the back end that moves the rows within a rank.
+    The experts of this rank sum their results for each received token in float32 before they are sent back; the
+    rank that sent the token sums over the ranks, again in float32. `permute` is the back end that sorts the
+    received tokens by expert, and sums rows and gates.
     """
 
     def __init__(self, num_local_experts: int, permute: MoePermute = reference) -> None:
@@ -125,20 +118,19 @@ class ExpertParallelDispatcher(ABC):
         return exchange, start_exchange(exchange, x_TD, gates_TK, experts_TK)
 
     def wait_dispatch(self, sent: tuple[DispatchExchange, Tensor]) -> DispatchedTokens:
-        """Waits for the tokens of all ranks and copies them into expert order."""
+        """Waits for the tokens of all ranks and sorts them by expert."""
         exchange, order_token = sent
-        rows_RD, gates_RK, experts_RK = wait_exchange(exchange, order_token)
+        x_RD, gates_RK, experts_RK = wait_exchange(exchange, order_token)
         bins = ExpertBins(exchange.first_expert, 1, self.num_local_experts)
         order, num_copies = self.permute.sort_into_bins(experts_RK, bins), exchange.num_copies
         copies, copies_of_choices = order.copies(num_copies), order.copies_of_choices(num_copies)
         gates_X = gather_rows(gates_RK.reshape(-1, 1), copies_of_choices, self.permute).squeeze(1)
-        rows_XD = gather_rows(rows_RD, copies, self.permute)
-        return DispatchedTokens(rows_XD, gates_X, order.ends_B, CombineHandle(exchange, copies))
+        return DispatchedTokens(x_RD, gates_X, copies, order.ends_B, handle=exchange)
 
-    def combine(self, rows_XD: Tensor, handle: CombineHandle) -> tuple[AsyncExchange, Tensor]:
-        """Sums the results of this rank's experts for each received token, and sends the sums back."""
-        exchange = handle.exchange.combine_exchange()
-        return exchange, start_exchange(exchange, sum_rows(rows_XD, handle.copies, self.permute))
+    def combine(self, y_RD: Tensor, handle: DispatchExchange) -> tuple[AsyncExchange, Tensor]:
+        """Sends the sums over this rank's experts back to the ranks of their tokens."""
+        exchange = handle.combine_exchange()
+        return exchange, start_exchange(exchange, y_RD)
 
     def wait_combine(self, returned: tuple[AsyncExchange, Tensor]) -> Tensor:
         """Waits for the sums over all experts of each of this rank's tokens; (T, D)."""

@@ -1,6 +1,6 @@
 """Feed-forward networks: the dense one, and the stack of routed experts.
 
-Axes: X rows in expert order, D model width, F expert width, G = 2·F, E experts.
+Axes: R received tokens, X rows in expert order, D model width, F expert width, G = 2·F, E experts.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.ops.grouped_gemm import GROUPED_GEMM, GroupedLinear, reference_grouped_linear
 from deepseek_v3.ops.layers import Linear
+from deepseek_v3.ops.moe_permute import MOE_PERMUTE, MoePermute, RowCopies, gather_rows, reference, sum_rows
 from deepseek_v3.ops.operation import Select
 from deepseek_v3.ops.swiglu import SWIGLU, PackedSwiGLU, packed_swiglu, swiglu
 
@@ -45,11 +46,13 @@ class RoutedExperts(nn.Module):
         self.num_experts, self.first_expert = experts, 0
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * hidden, width))
         self.down_proj = nn.Parameter(torch.empty(experts, width, hidden))
+        self.permute: MoePermute = reference
         self.grouped_linear: GroupedLinear = reference_grouped_linear
         self.swiglu: PackedSwiGLU = packed_swiglu
 
     def select_backends(self, select: Select) -> None:
         width, hidden = self.down_proj.shape[1:]
+        self.permute = select(MOE_PERMUTE, width)
         self.grouped_linear = select(GROUPED_GEMM, width, hidden)
         self.swiglu = select(SWIGLU, hidden)
 
@@ -61,12 +64,14 @@ class RoutedExperts(nn.Module):
             kept = stack.detach()[self.first_expert : self.first_expert + size].clone()
             setattr(self, name, nn.Parameter(kept))
 
-    def forward(self, rows_XD: Tensor, gates_X: Tensor, ends_E: Tensor) -> Tensor:
-        """Runs every row through its expert, and multiplies it by its gate; (X, D).
+    def forward(self, x_RD: Tensor, gates_X: Tensor, copies: RowCopies, ends_E: Tensor) -> Tensor:
+        """The sum over each token's experts, times their gates; (R, D), 0 for a token without an expert here.
 
-        `gates_X` float32; `ends_E` int32 says where each expert's rows end. The gate is applied before the down
-        projection, where rows are narrower and the product is part of the activation.
+        Row x is a copy of token `copies.source_X[x]` with the gate `gates_X[x]` float32; `ends_E` int32 says where
+        each expert's rows end. The gate is applied before the down projection, where rows are narrower and the
+        product is part of the activation.
         """
+        rows_XD = gather_rows(x_RD, copies, self.permute)
         gate_up_XG = self.grouped_linear(rows_XD, self.gate_up_proj, ends_E)
         hidden_XF = self.swiglu(gate_up_XG, gates_X)
-        return self.grouped_linear(hidden_XF, self.down_proj, ends_E)
+        return sum_rows(self.grouped_linear(hidden_XF, self.down_proj, ends_E), copies, self.permute)

@@ -1,7 +1,7 @@
 """A mixture-of-experts layer (DeepSeek-V3 report, §2.1.2, eq. 12).
 
-Axes: B batch, S sequence, T = B·S tokens, D model width, E experts, K experts per token, X rows in expert order,
-F hidden width of the shared experts.
+Axes: B batch, S sequence, T = B·S tokens, R received tokens, D model width, E experts, K experts per token, F
+hidden width of the shared experts.
 """
 
 from __future__ import annotations
@@ -51,9 +51,8 @@ class MixtureOfExperts(nn.Module):
         shared = self.shared_experts if self.config.n_shared_experts else None
         sent = self.dispatcher.dispatch(x_BSD.flatten(0, 1), routing.gates_TK, routing.experts_TK)
         hidden_BSF = shared.hidden(x_BSD) if shared else None
-        dispatched = self.dispatcher.wait_dispatch(sent)
-        rows_XD = self.experts(dispatched.rows_XD, dispatched.gates_X, dispatched.ends_E)
-        returned = self.dispatcher.combine(rows_XD, dispatched.handle)
+        *received, handle = self.dispatcher.wait_dispatch(sent)
+        returned = self.dispatcher.combine(self.experts(*received), handle)
         shared_BSD = shared.down_proj(hidden_BSF) if shared else None
         y_BSD = self.dispatcher.wait_combine(returned).view_as(x_BSD)
         return y_BSD if shared_BSD is None else y_BSD + shared_BSD

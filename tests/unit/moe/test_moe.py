@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from deepseek_v3.config.model_config import ModelConfig
@@ -16,6 +17,7 @@ from deepseek_v3.moe.experts import RoutedExperts
 from deepseek_v3.moe.layer import MixtureOfExperts
 from deepseek_v3.moe.routing import Router
 from deepseek_v3.ops.grouped_gemm import torch_grouped_linear
+from deepseek_v3.ops.moe_permute import MOE_PERMUTE
 from helpers.models import fill_with_noise, largest_difference, random_tokens, small_config, small_model
 
 EXACT = 1e-12
@@ -180,8 +182,8 @@ def routed(x_TD: Tensor, gates_TK: Tensor, experts_TK: Tensor, experts: RoutedEx
     """Tokens through experts that are all here."""
     dispatcher = LocalDispatcher(experts.num_experts)
     dispatched = dispatcher.wait_dispatch(dispatcher.dispatch(x_TD, gates_TK, experts_TK))
-    rows_XD = experts(dispatched.rows_XD, dispatched.gates_X, dispatched.ends_E)
-    return dispatcher.wait_combine(dispatcher.combine(rows_XD, dispatched.handle))
+    y_TD = experts(dispatched.x_RD, dispatched.gates_X, dispatched.copies, dispatched.ends_E)
+    return dispatcher.wait_combine(dispatcher.combine(y_TD, dispatched.handle))
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -231,11 +233,16 @@ def test_an_expert_without_tokens_gets_a_gradient_of_zeros() -> None:
     assert gates_TK.grad.abs().min() > 0
 
 
-def test_a_layer_with_all_its_experts_compiles_whole() -> None:
+@pytest.mark.parametrize("permute", ["reference", "triton"])
+def test_a_layer_with_all_its_experts_compiles_whole(permute: str) -> None:
     """A break in the graph is an error; so would be a number that the program reads from the device."""
+    if permute == "triton" and torch.cuda.is_available():
+        pytest.skip("the same process cannot both interpret and compile")
+    torch._dynamo.reset()  # compiled code does not notice another back end that is a module
     layer = MixtureOfExperts(small_config(moe_intermediate_size=24)).bfloat16()
     fill_with_noise(layer)
     layer.experts.grouped_linear = torch_grouped_linear
+    layer.experts.permute = MOE_PERMUTE.backends[permute].load()
     x_BSD = torch.randn(2, 9, layer.config.hidden_size).bfloat16().requires_grad_()
     inputs = [x_BSD, *layer.parameters()]
 
@@ -246,6 +253,27 @@ def test_a_layer_with_all_its_experts_compiles_whole() -> None:
     expected = results(layer)
     found = results(torch.compile(layer, fullgraph=True, dynamic=False, backend="aot_eager"))
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_experts_compile_once_for_any_number_of_rows() -> None:
+    """As under expert parallelism, where every step brings another number of tokens."""
+    if torch.cuda.is_available():
+        pytest.skip("the same process cannot both interpret and compile")
+    torch._dynamo.reset()
+    config = small_config(moe_intermediate_size=24)
+    experts = layer_filled_with_noise(RoutedExperts(config)).bfloat16()
+    experts.grouped_linear, experts.permute = torch_grouped_linear, MOE_PERMUTE.backends["triton"].load()
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(experts, fullgraph=True, dynamic=True, backend=graphs)
+    for number in (6, 11, 3):
+        routings = [torch.randperm(config.n_routed_experts)[:2] for _ in range(number)]
+        x_TD, gates_TK = tokens_of(config, number).bfloat16().requires_grad_(), torch.rand(number, 2)
+        found, expected = (
+            torch.autograd.grad(routed(x_TD, gates_TK, torch.stack(routings), run).square().sum(), x_TD)[0]
+            for run in (compiled, experts)
+        )
+        assert torch.equal(found, expected)
+    assert graphs.frame_count == 1
 
 
 # Load balance.

@@ -21,6 +21,11 @@ _COUNTS = 4096  # counts that a program loads at a time to sum them
 
 def sum_rows(rows_XD: Tensor, slots_TM: Tensor) -> Tensor:
     """The reference's `sum_rows` for float32 and bfloat16; sums are taken in float32."""
+    return torch.ops.deepseek_v3.sum_rows(rows_XD, slots_TM)
+
+
+@torch.library.custom_op("deepseek_v3::sum_rows", mutates_args=())  # torch.compile calls it without looking inside
+def _sum_rows(rows_XD: Tensor, slots_TM: Tensor) -> Tensor:
     rows_XD = rows_XD if rows_XD.stride(1) == 1 else rows_XD.contiguous()
     (number, width), (sums, most) = rows_XD.shape, slots_TM.shape
     out_TD = torch.empty(sums, width, dtype=rows_XD.dtype, device=rows_XD.device)
@@ -31,6 +36,11 @@ def sum_rows(rows_XD: Tensor, slots_TM: Tensor) -> Tensor:
             rows_XD, slots_TM.contiguous(), out_TD, number, width, rows_XD.stride(0), MOST=most, COLUMNS=columns
         )
     return out_TD
+
+
+@_sum_rows.register_fake
+def _(rows_XD: Tensor, slots_TM: Tensor) -> Tensor:
+    return rows_XD.new_empty(slots_TM.shape[0], rows_XD.shape[1])
 
 
 @triton.jit
