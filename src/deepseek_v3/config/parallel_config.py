@@ -34,6 +34,9 @@ class ParallelConfig(Section):
     `zero_stage` (Rajbhandari et al. 2020) is how long a rank holds the shards of other ranks: weights only while
     their layer runs (3), weights from its forward to its backward pass (2), or weights and gradients for a whole
     step (1).
+
+    `gradient_reduction` is the type in which gradients travel between data-parallel ranks. They are always summed
+    in float32. Gradients of routers and norms, which every rank holds whole, travel in float32.
     """
 
     layout: Literal["given", "auto"] = "given"
@@ -47,6 +50,7 @@ class ParallelConfig(Section):
     dispatch_precision: Literal["activations", "fp8"] = "activations"
     micro_batch_size: BatchSize = 1
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    gradient_reduction: Literal["fp32", "bf16", "fp8"] = "fp32"
     recomputation: Literal["none", "selective", "full"] = "none"
     compile: Literal["auto", True, False] = "auto"
 

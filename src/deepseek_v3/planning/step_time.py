@@ -51,6 +51,9 @@ _OVERLAP_COST = 0.5
 # shape 1b with micro-batches of one sequence in two stages took 304 ms a step on two H200.
 _PIPELINE_WAIT = 0.003
 
+# Bytes of a gradient on its way to the owner of its shard, and those of a sum on its way back to the replicas.
+_GRADIENT_BYTES = {"fp32": (4.0, 4.0), "bf16": (2.0, 2.0), "fp8": (1 + 4 / 128, 2.0)}
+
 # Bytes moved per sharded parameter and micro-batch, at memory bandwidth: casts and copies into and out of two
 # gathers, and of gradients into their reduction. From a trace of the same steps: 144 ms.
 _SHARDING_BYTES = 41
@@ -217,6 +220,7 @@ def collective_seconds(config: RunConfig, run: Execution, device: Device) -> tup
     # ZeRO stage 3 gathers weights in both passes of a micro-batch, stage 2 in one of them, stage 1 once per step.
     gathers = 1 if parallel.zero_stage < 3 else 2
     repeats = 1 if parallel.zero_stage == 1 or parallel.pipeline > 1 else config.gradient_accumulation_steps
+    gradient, summed = _GRADIENT_BYTES[parallel.gradient_reduction]
     overlapped = 0.0
     others = own.layers - own.experts - own.whole + vocabulary
     shard_bandwidth, data_bandwidth = (_bandwidth(device, n) for n in (parallel.data_shard, parallel.data_ranks))
@@ -224,9 +228,9 @@ def collective_seconds(config: RunConfig, run: Execution, device: Device) -> tup
         # With expert parallelism, an expert is sharded and replicated over fewer ranks.
         shards = max(1, parallel.data_shard // ranks)
         copies = parallel.data_ranks // (shards * ranks)
-        each_time = (gathers * run.width + 4) * parameters * _share_of_others(shards)
+        each_time = (gathers * run.width + gradient) * parameters * _share_of_others(shards)
         overlapped += repeats * each_time / shard_bandwidth
-        overlapped += 2 * 4 * parameters / shards * _share_of_others(copies) / data_bandwidth
+        overlapped += (gradient + summed) * parameters / shards * _share_of_others(copies) / data_bandwidth
     overlapped += 2 * 4 * own.whole * _share_of_others(parallel.data_ranks) / data_bandwidth
     return overlapped, _expert_seconds(config, run, device)
 

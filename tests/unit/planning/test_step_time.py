@@ -255,6 +255,17 @@ def test_gradients_of_replicas_are_reduced_once_a_step(copies: int, bandwidth: f
     assert _sending_seconds(config) == pytest.approx(2 * 4 * weights * (copies - 1) / copies / bandwidth, rel=0.01)
 
 
+@pytest.mark.parametrize(("form", "there", "back"), [("fp32", 4, 4), ("bf16", 2, 2), ("fp8", 132 / 128, 2)])
+def test_gradients_may_travel_in_fewer_bits(form: str, there: float, back: float) -> None:
+    """FP8 has a float32 scale for 128 gradients; a sum returns to the replicas in bfloat16 at least."""
+    layout = {"data_replicate": 2, "data_shard": 2, "gradient_reduction": form}
+    config = _run({"vocab_size": 1}, **layout, micro_batch_size=1, global_batch_size=4)
+    whole = _weights(config, *WHOLE)
+    weights = _weights(config, "") - whole
+    halves = (2 * 2 + there) * weights + (there + back) * weights / 2
+    assert _sending_seconds(config) == pytest.approx((halves / 2 + 2 * 4 * whole * 3 / 4) / LINK, rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("replicate", "shard", "expert", "expert_shards", "expert_copies"),
     [(1, 4, 2, 2, 1), (1, 4, 4, 1, 1), (2, 2, 2, 1, 2), (2, 2, 4, 1, 1)],

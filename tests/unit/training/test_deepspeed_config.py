@@ -140,6 +140,12 @@ def test_stage_3_does_not_compile_layers(tmp_path: Path) -> None:
     assert file_of(tmp_path, {"zero_optimization": {"stage": 2}}).resolve_layout(config, 2).parallel.compile is True
 
 
+def test_gradients_in_fewer_bits_are_refused(tmp_path: Path) -> None:
+    run = parallel_runs.run_config(10, {"gradient_reduction": "bf16"}, {})
+    with pytest.raises(ConfigError, match=r"gradient_reduction = bf16 needs FSDP.*gradient_reduction=fp32"):
+        file_of(tmp_path, {}).resolve_layout(run, 2)
+
+
 def test_without_the_library_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)  # as if it were not installed
     monkeypatch.delitem(sys.modules, "deepseek_v3.training.parallel.deepspeed_engine", raising=False)

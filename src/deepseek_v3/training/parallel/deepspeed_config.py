@@ -54,9 +54,15 @@ class DeepSpeedFile:
     def resolve_layout(self, config: RunConfig, processes: int) -> RunConfig:
         """Returns the run's config with `processes` data-parallel ranks, whatever degrees it gives.
 
-        Raises ConfigError if the batch does not divide over them, or if `parallel.compile` is true at stage 3.
+        Raises ConfigError if the batch does not divide over them, if `parallel.compile` is true at stage 3, or if
+        the config asks for gradients in fewer bits, which DeepSpeed would add in those.
         """
         given = config.parallel
+        if given.gradient_reduction != "fp32":
+            raise ConfigError(
+                f"parallel.gradient_reduction = {given.gradient_reduction} needs FSDP: DeepSpeed would also add "
+                "gradients in fewer bits; use --set parallel.gradient_reduction=fp32, or train without --deepspeed"
+            )
         if self.stage == 3 and given.compile is True:
             raise ConfigError(
                 f"{self.path}: zero_optimization.stage = 3 gathers weights inside layers, which then cannot be "

@@ -17,6 +17,7 @@ from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.moe.layer import MixtureOfExperts
 from deepseek_v3.moe.routing import Router
 from deepseek_v3.ops.layers import RMSNorm
+from deepseek_v3.training.parallel.gradient_reduction import replica_reductions, shard_with_narrow_reduction
 from deepseek_v3.training.parallel.mesh import ParallelMesh
 
 
@@ -24,7 +25,8 @@ def apply_fsdp(root: nn.Module, model: DeepSeekV3, mesh: ParallelMesh, layers: S
     """Shards the model inside `root`, of which this rank has `layers`; does nothing if there is one data rank.
 
     Each layer is gathered by itself, its experts over the ranks that hold the same ones. Weights are gathered in
-    the compute dtype. Gradients are summed in float32 and not divided, so each loss must be a share of the batch's.
+    the compute dtype. Gradients are summed in float32 and not divided, so each loss must be a share of the batch's;
+    they travel in the type that `parallel.gradient_reduction` gives.
 
     Routers and norms compute with float32 weights, as in one process, so every rank keeps them whole, and
     `all_reduce_replicated_gradients` sums their gradients.
@@ -37,7 +39,9 @@ def apply_fsdp(root: nn.Module, model: DeepSeekV3, mesh: ParallelMesh, layers: S
     )
     # Pipeline schedules look up the weights of a backward pass on the modules, so these must stay gathered.
     reshards = mesh.parallel.zero_stage == 3 and mesh.parallel.pipeline == 1
-    wrap = partial(fully_shard, mp_policy=policy, reshard_after_forward=reshards)
+    form = mesh.parallel.gradient_reduction
+    shard = fully_shard if form == "fp32" else partial(shard_with_narrow_reduction, form=form)
+    wrap = partial(shard, mp_policy=policy, reshard_after_forward=reshards)
     whole = set(float32_parameters(model))
     chosen = [model.model.layers[number] for number in layers]
     for layer in chosen:
@@ -72,6 +76,8 @@ def set_gradient_sync(root: nn.Module, zero_stage: int, is_last: bool) -> None:
     if isinstance(root, FSDPModule):
         root.set_is_last_backward(is_last)
         root.set_requires_all_reduce(is_last)
+        for hook in replica_reductions(root):
+            hook.is_last = is_last
         if zero_stage == 1:
             root.set_requires_gradient_sync(is_last)
             root.set_reshard_after_backward(is_last)
