@@ -26,6 +26,7 @@ NEED_THEIR_LIBRARY = {
     "ops/moe_permute/triton.py",
     "ops/multi_tensor/triton.py",
     "ops/swiglu/triton.py",
+    "ops/top_k/triton.py",
     "training/parallel/deepspeed_engine.py",
 }
 # Distributions whose package has another name, and packages that another one brings along as a part of itself.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from deepseek_v3.moe.routing import Router
+from deepseek_v3.ops.top_k import TopK, top_k
 
 _LEAST_SUM = 1e-30  # of the scores of a token; the sums of the router's scores are larger
 
@@ -29,7 +30,9 @@ class RoutingStats(NamedTuple):
     balance_loss: Tensor
 
 
-def sequence_balance_loss(scores_TE: Tensor, batch_size: int, experts_per_token: int) -> Tensor:
+def sequence_balance_loss(
+    scores_TE: Tensor, batch_size: int, experts_per_token: int, top_k: TopK = top_k
+) -> Tensor:
     """Eq. 17-20 without α, averaged over the sequences of the batch; a float32 scalar with a gradient.
 
     `scores_TE` (B·S, E): unbiased sigmoid scores. As in eq. 18, f counts an expert if it is among the K best by
@@ -37,7 +40,7 @@ def sequence_balance_loss(scores_TE: Tensor, batch_size: int, experts_per_token:
     """
     scores_BSE = scores_TE.unflatten(0, (batch_size, -1))
     num_experts = scores_BSE.shape[-1]
-    best_BSK = scores_BSE.detach().topk(experts_per_token, dim=-1).indices
+    best_BSK = top_k(scores_TE, experts_per_token).unflatten(0, (batch_size, -1))
     is_best_BSE = torch.zeros_like(scores_BSE).scatter(-1, best_BSK, 1.0)
     f_BE = is_best_BSE.mean(1) * (num_experts / experts_per_token)
     p_BE = (scores_BSE / scores_BSE.sum(-1, keepdim=True).clamp(min=_LEAST_SUM)).mean(1)

@@ -43,7 +43,9 @@ class MixtureOfExperts(nn.Module):
         routing = self.gate(x_BSD.flatten(0, 1))
         experts_E = torch.arange(self.config.n_routed_experts, device=x_BSD.device)
         counts_E = (routing.experts_TK.flatten()[:, None] == experts_E).sum(0)
-        balance_loss = sequence_balance_loss(routing.scores_TE, x_BSD.shape[0], self.config.num_experts_per_tok)
+        balance_loss = sequence_balance_loss(
+            routing.scores_TE, x_BSD.shape[0], self.config.num_experts_per_tok, self.gate.top_k
+        )
         return routing, RoutingStats(counts_E, balance_loss)
 
     def _run_experts(self, x_BSD: Tensor, routing: Routing) -> Tensor:

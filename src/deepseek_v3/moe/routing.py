@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.ops.dtypes import at_least_float32
+from deepseek_v3.ops.operation import Select
+from deepseek_v3.ops.top_k import TOP_K, TopK, top_k
 
 # The score of a group is the sum of its best two experts, as in the released gate.
 _EXPERTS_PER_GROUP_SCORE = 2
@@ -50,6 +52,10 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size, dtype=dtype))
         self.e_score_correction_bias: Tensor
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=dtype))
+        self.top_k: TopK = top_k
+
+    def select_backends(self, select: Select) -> None:
+        self.top_k = select(TOP_K, self.config.n_routed_experts)
 
     def forward(self, x_TD: Tensor) -> Routing:
         """Routes tokens (T, D) of any float type; computes scores in float32 (float64 for float64)."""
@@ -85,11 +91,12 @@ class Router(nn.Module):
         groups, kept = self.config.n_group, self.config.topk_group
         if kept < groups:
             biased_TGE = biased_TE.unflatten(-1, (groups, -1))
-            group_scores_TG = biased_TGE.topk(_EXPERTS_PER_GROUP_SCORE, dim=-1).values.sum(-1)
-            best_groups = group_scores_TG.topk(kept, dim=-1).indices
+            best_of_group = self.top_k(biased_TGE.flatten(0, 1), _EXPERTS_PER_GROUP_SCORE)
+            group_scores_TG = biased_TGE.gather(-1, best_of_group.unflatten(0, (-1, groups))).sum(-1)
+            best_groups = self.top_k(group_scores_TG, kept)
             excluded_TG = torch.ones_like(group_scores_TG, dtype=torch.bool).scatter(1, best_groups, False)
             biased_TE = biased_TGE.masked_fill(excluded_TG.unsqueeze(-1), float("-inf")).flatten(-2)
-        return biased_TE.topk(self.config.num_experts_per_tok, dim=-1).indices
+        return self.top_k(biased_TE, self.config.num_experts_per_tok)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

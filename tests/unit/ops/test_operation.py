@@ -19,11 +19,22 @@ from deepseek_v3.ops.multi_tensor import MULTI_TENSOR
 from deepseek_v3.ops.multi_tensor import reference as reference_multi_tensor
 from deepseek_v3.ops.operation import Backend, Operation, Target, triton_obstacle
 from deepseek_v3.ops.swiglu import SWIGLU
+from deepseek_v3.ops.top_k import TOP_K
 from deepseek_v3.utils.errors import ConfigError
 from helpers.models import small_config, small_model
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-OPERATIONS = [ATTENTION, CROSS_ENTROPY, FP8_GEMM, FP8_QUANTIZE, GROUPED_GEMM, MOE_PERMUTE, MULTI_TENSOR, SWIGLU]
+OPERATIONS = [
+    ATTENTION,
+    CROSS_ENTROPY,
+    FP8_GEMM,
+    FP8_QUANTIZE,
+    GROUPED_GEMM,
+    MOE_PERMUTE,
+    MULTI_TENSOR,
+    SWIGLU,
+    TOP_K,
+]
 
 
 def needs_float32(target: Target) -> str | None:
@@ -117,7 +128,9 @@ def test_without_triton_a_gpu_runs_the_reference(monkeypatch: pytest.MonkeyPatch
     assert MOE_PERMUTE.select(Target(CUDA)).run is reference_permute
 
 
-@pytest.mark.parametrize("operation", [CROSS_ENTROPY, MOE_PERMUTE, MULTI_TENSOR, SWIGLU], ids=lambda op: op.name)
+@pytest.mark.parametrize(
+    "operation", [CROSS_ENTROPY, MOE_PERMUTE, MULTI_TENSOR, SWIGLU, TOP_K], ids=lambda op: op.name
+)
 def test_with_triton_a_gpu_runs_its_kernels(operation: Operation[object]) -> None:
     pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds only")
     assert operation.select(Target(CUDA)).backend == "triton"
@@ -132,6 +145,7 @@ def test_a_model_selects_its_back_ends_once_and_describes_them() -> None:
     model = small_model(small_config())
     expected = (
         "cross_entropy chunked (triton needs a CUDA device), attention sdpa (cudnn needs a CUDA device), "
+        "top_k reference (triton needs a CUDA device), moe_permute reference (triton needs a CUDA device), "
         "grouped_gemm reference (torch needs a CUDA device), swiglu reference (triton needs a CUDA device)"
     )
     assert select_backends(model, CPU) == expected
