@@ -136,6 +136,27 @@ def test_with_triton_a_gpu_runs_its_kernels(operation: Operation[object]) -> Non
     assert operation.select(Target(CUDA)).backend == "triton"
 
 
+@pytest.mark.parametrize(
+    ("capability", "dtype", "widths", "expected"),
+    [
+        ((9, 0), torch.bfloat16, (64, 48), None),
+        ((8, 9), torch.bfloat16, (64, 48), "needs a GPU of compute capability 9.0 or newer"),
+        ((9, 0), torch.float64, (64, 48), "needs float32 or bfloat16"),
+        ((9, 0), torch.bfloat16, (64, 40), "needs row widths that are multiples of 16"),
+    ],
+)
+def test_obstacles_of_fp8_products_in_triton(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    widths: tuple[int, ...],
+    expected: str | None,
+) -> None:
+    pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds only")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert FP8_GEMM.backends["triton"].obstacle(Target(CUDA, dtype, widths)) == expected
+
+
 def test_triton_does_not_sum_rows_in_float64() -> None:
     selection = MOE_PERMUTE.select(Target(CUDA, torch.float64))
     assert str(selection) == "moe_permute reference (triton needs float32 or bfloat16)"

@@ -1,6 +1,7 @@
 """Products of matrices in 8-bit blocks, against float64 on the dequantized operands."""
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple, TypeVar
 
 import pytest
 import torch
@@ -9,21 +10,22 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deepseek_v3.ops.fp8 import BLOCK, E4M3, ColumnBlocks, RowBlocks, WeightBlocks, group_starts, padded_places
-from deepseek_v3.ops.fp8_gemm import FP8_GEMM, Fp8Gemm
+from deepseek_v3.ops.fp8_gemm import FP8_GEMM, Fp8Gemm, reference
 from deepseek_v3.ops.operation import Target
 
-GROUPS = {
-    "uneven": [3, 130, 1, 257],
-    "empty first, middle and last": [0, 5, 0, 129, 0],
-    "all rows in one": [0, 0, 128, 0],
-    "all rows in the last": [0, 0, 0, 300],
-    "one group": [200],
-    "no rows": [0, 0, 0],
-    "a dense layer": None,
-    "a dense layer without rows": None,
+# Rows of each group, output width, input width.
+CASES = {
+    "uneven": ([3, 66, 1, 131], 144, 80),
+    "empty first, middle and last": ([0, 5, 0, 129, 0], 48, 272),
+    "all rows in one": ([0, 0, 128, 0], 16, 16),
+    "all rows in the last": ([0, 0, 0, 130], 128, 144),
+    "one group": ([70], 272, 128),
+    "a long sum": ([30, 100], 16, 1552),
+    "no rows": ([0, 0, 0], 32, 16),
+    "a dense layer": ([150], 144, 400),
+    "a dense layer without rows": ([0], 16, 32),
 }
-DENSE_ROWS = {"a dense layer": 150, "a dense layer without rows": 0}
-WIDTHS = [(16, 16), (128, 256), (144, 80), (48, 400)]  # output, input
+Blocks = TypeVar("Blocks", RowBlocks, ColumnBlocks, WeightBlocks)
 
 
 class Gemm(NamedTuple):
@@ -32,23 +34,54 @@ class Gemm(NamedTuple):
     run: Fp8Gemm
     device: torch.device
     tolerance: float
+    truncates: bool = False  # to bfloat16, as Triton's interpreter does
+
+    def check(self, found: Tensor, exact: Tensor, largest: Tensor) -> None:
+        """`exact` and `largest`, float64: the sums, and the sums of the absolute values of what they add."""
+        assert found.shape == exact.shape
+        rounding = torch.finfo(found.dtype).eps / (1 if self.truncates else 2)
+        assert ((found.cpu().double() - exact).abs() <= self.tolerance * largest + rounding * exact.abs()).all()
 
 
 @pytest.fixture(
     params=[
-        pytest.param("reference on a CPU"),
+        "reference on a CPU",
+        "triton on a CPU",
         *(pytest.param(f"{name} on a GPU", marks=pytest.mark.gpu) for name in FP8_GEMM.backends),
     ]
 )
 def gemm(request: pytest.FixtureRequest) -> Gemm:
-    """Each back end, and each place where it can be tested."""
+    """Each back end, and each place where it can be tested; Triton's interpreter runs its kernels on a CPU."""
     name, _, place = request.param.partition(" on a ")
     backend, device = FP8_GEMM.backends[name], torch.device("cuda" if place == "GPU" else "cpu")
     obstacle = backend.obstacle(Target(device, torch.bfloat16, (16,))) if place == "GPU" else None
     if obstacle:
         pytest.skip(f"{name} {obstacle}")
-    # The tensor cores of Hopper keep about 13 bits of a sum within a block.
-    return Gemm(backend.load(), device, 2e-6 if name == "reference" else 2.0**-11)
+    interpreted = (name, place) == ("triton", "CPU")
+    if interpreted:
+        pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds only")
+        if torch.cuda.is_available():
+            pytest.skip("the same process cannot both interpret and compile")
+    # Within a block, the tensor cores of Hopper keep about 13 bits of a sum.
+    tolerance = 2.0**-11 if place == "GPU" and name != "reference" else 2e-6
+    return Gemm(backend.load(), device, tolerance, interpreted)
+
+
+@pytest.fixture
+def kernels(gemm: Gemm) -> Gemm:
+    """Each back end but the reference."""
+    if gemm.run is reference:
+        pytest.skip("the reference is what kernels are compared with")
+    return gemm
+
+
+@pytest.fixture(autouse=True)
+def _nan_in_new_memory() -> Iterator[None]:
+    """Torch then fills uninitialised memory with NaN, so that a number that is never written shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def numbers(*shape: int) -> Tensor:
@@ -64,12 +97,9 @@ def of_blocks(scales: Tensor, axis: int, size: int) -> Tensor:
     return scales.double().repeat_interleave(BLOCK, axis).narrow(axis, 0, size)
 
 
-def case(groups: str) -> tuple[list[int], Tensor | None]:
-    """The sizes of the groups, and their ends as a back end takes them."""
-    sizes = GROUPS[groups]
-    if sizes is None:
-        return [DENSE_ROWS[groups]], None
-    return sizes, torch.tensor(sizes).cumsum(0, dtype=torch.int32)
+def ends_of(case: str, device: torch.device) -> Tensor | None:
+    """The ends of a case's groups, as a back end takes them."""
+    return None if "dense" in case else torch.tensor(CASES[case][0], device=device).cumsum(0).int()
 
 
 def random_rows(number: int, width: int) -> tuple[RowBlocks, Tensor]:
@@ -102,50 +132,119 @@ def random_columns(width: int, sizes: list[int]) -> tuple[ColumnBlocks, list[Ten
     return columns, exact
 
 
-def check(found: Tensor, exact: Tensor, largest: Tensor, tolerance: float) -> None:
-    """`largest`: the sums of the absolute values of what is summed."""
-    assert found.shape == exact.shape
-    rounding = torch.finfo(found.dtype).eps / 2
-    assert ((found.cpu().double() - exact).abs() <= tolerance * largest + rounding * exact.abs()).all()
-
-
-def to(blocks, device: torch.device):
+def to(device: torch.device, blocks: Blocks) -> Blocks:
     return type(blocks)(*(tensor.to(device) for tensor in blocks))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("groups", GROUPS)
-def test_rows_are_multiplied_by_their_groups_weight(gemm: Gemm, groups: str, dtype: torch.dtype) -> None:
-    sizes, ends_E = case(groups)
-    for output, width in WIDTHS:
-        a, rows_XI = random_rows(sum(sizes), width)
-        w, weight_EOI = random_weights(len(sizes), output, width)
-        ends = None if ends_E is None else ends_E.to(gemm.device)
+@pytest.mark.parametrize("case", CASES)
+def test_rows_are_multiplied_by_their_groups_weight(gemm: Gemm, case: str) -> None:
+    sizes, output, width = CASES[case]
+    a, rows_XI = random_rows(sum(sizes), width)
+    w, weight_EOI = random_weights(len(sizes), output, width)
+    ends_E = ends_of(case, gemm.device)
 
-        found_XO = gemm.run.rows_product(to(a, gemm.device), to(w, gemm.device), ends, dtype)
+    found_XO = gemm.run.rows_product(to(gemm.device, a), to(gemm.device, w), ends_E)
 
-        assert found_XO.dtype == dtype
-        pairs = list(zip(rows_XI.split(sizes), weight_EOI, strict=True))
-        exact_XO = torch.cat([rows @ weight.T for rows, weight in pairs])
-        check(found_XO, exact_XO, torch.cat([x.abs() @ weight.abs().T for x, weight in pairs]), gemm.tolerance)
+    assert found_XO.dtype == torch.bfloat16
+    pairs = list(zip(rows_XI.split(sizes), weight_EOI, strict=True))
+    largest_XO = torch.cat([rows.abs() @ weight.abs().T for rows, weight in pairs])
+    gemm.check(found_XO, torch.cat([rows @ weight.T for rows, weight in pairs]), largest_XO)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("groups", GROUPS)
-def test_gradients_of_weights_sum_over_their_groups_rows(gemm: Gemm, groups: str, dtype: torch.dtype) -> None:
-    sizes, ends_E = case(groups)
-    for output, width in WIDTHS:
-        a, gradients = random_columns(output, sizes)
-        b, inputs = random_columns(width, sizes)
-        ends = None if ends_E is None else ends_E.to(gemm.device)
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_of_weights_sum_over_their_groups_rows(gemm: Gemm, case: str) -> None:
+    sizes, output, width = CASES[case]
+    a, gradients = random_columns(output, sizes)
+    b, inputs = random_columns(width, sizes)
+    ends_E = ends_of(case, gemm.device)
 
-        found_EOI = gemm.run.columns_product(to(a, gemm.device), to(b, gemm.device), ends, sum(sizes), dtype)
+    found_EOI = gemm.run.columns_product(to(gemm.device, a), to(gemm.device, b), ends_E, sum(sizes))
 
-        assert found_EOI.dtype == dtype
-        pairs = list(zip(gradients, inputs, strict=True))
-        exact_EOI = torch.stack([gradient @ x.T for gradient, x in pairs])
-        largest_EOI = torch.stack([gradient.abs() @ x.abs().T for gradient, x in pairs])
-        check(found_EOI, exact_EOI, largest_EOI, gemm.tolerance)
+    assert found_EOI.dtype == torch.float32
+    pairs = list(zip(gradients, inputs, strict=True))
+    largest_EOI = torch.stack([gradient.abs() @ x.abs().T for gradient, x in pairs])
+    gemm.check(found_EOI, torch.stack([gradient @ x.T for gradient, x in pairs]), largest_EOI)
+
+
+def test_products_of_the_other_types_and_bit_by_bit_again(gemm: Gemm) -> None:
+    sizes, ends_E = [2, 0, 130], torch.tensor([2, 2, 132], dtype=torch.int32, device=gemm.device)
+    a, w = (to(gemm.device, blocks) for blocks in (random_rows(132, 144)[0], random_weights(3, 48, 144)[0]))
+    c, d = (to(gemm.device, random_columns(width, sizes)[0]) for width in (48, 144))
+    for run in (
+        lambda dtype: gemm.run.rows_product(a, w, ends_E, dtype),
+        lambda dtype: gemm.run.columns_product(c, d, ends_E, 132, dtype),
+    ):
+        wide, short = run(torch.float32), run(torch.bfloat16)
+        assert (wide.dtype, short.dtype) == (torch.float32, torch.bfloat16)
+        gemm.check(short, wide.cpu().double(), wide.cpu().double().abs())
+        assert torch.equal(run(torch.bfloat16), short)
+
+
+def test_a_scale_that_is_not_finite_spoils_its_own_row_only(gemm: Gemm) -> None:
+    """As the quantizers write it for numbers that are not finite; blocks of zeros have the smallest scale."""
+    sizes, ends_E = [3, 66], torch.tensor([3, 69], dtype=torch.int32, device=gemm.device)
+    a, w = random_rows(69, 160)[0], random_weights(2, 48, 160)[0]
+    a.values_XD[[1, 5, 68], :128] = 0
+    a.scales_XG[[1, 5, 68], 0] = torch.tensor([torch.finfo(torch.float32).tiny, torch.nan, torch.inf])
+    found_XO = gemm.run.rows_product(to(gemm.device, a), to(gemm.device, w), ends_E)
+    assert found_XO.isfinite().any(1).logical_not().nonzero().flatten().tolist() == [5, 68]
+    assert found_XO.isnan().sum() == 2 * 48
+
+    a, b = random_columns(48, sizes)[0], random_columns(160, sizes)[0]
+    a.scales_BD[1, 7] = torch.nan  # the block of the second group
+    found_EOI = gemm.run.columns_product(to(gemm.device, a), to(gemm.device, b), ends_E, 69)
+    assert found_EOI[1, 7].isnan().all()
+    assert found_EOI.isnan().sum() == 160
+
+
+@pytest.mark.parametrize("case", ["empty first, middle and last", "a dense layer"])
+def test_a_compiled_graph_holds_products_of_any_size(kernels: Gemm, case: str) -> None:
+    sizes, ends_E = CASES[case][0], ends_of(case, kernels.device)
+
+    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    def products(a: RowBlocks, w: WeightBlocks, c: ColumnBlocks, d: ColumnBlocks) -> tuple[Tensor, Tensor]:
+        product_XO = kernels.run.rows_product(a, w, ends_E)
+        return product_XO * 2, kernels.run.columns_product(c, d, ends_E, len(a.values_XD)) * 2
+
+    a, w = (to(kernels.device, x) for x in (random_rows(sum(sizes), 32)[0], random_weights(len(sizes), 48, 32)[0]))
+    c, d = (to(kernels.device, random_columns(width, sizes)[0]) for width in (48, 32))
+    found_XO, found_EOI = products(a, w, c, d)
+    assert torch.equal(found_XO, 2 * kernels.run.rows_product(a, w, ends_E))
+    assert torch.equal(found_EOI, 2 * kernels.run.columns_product(c, d, ends_E, sum(sizes)))
+
+
+@pytest.mark.gpu
+def test_rows_of_more_than_two_to_the_31_numbers(kernels: Gemm) -> None:
+    sizes = [2**18, 77, 0, 5]
+    output, width = 8208, 16
+    with kernels.device:
+        ends_E = torch.tensor(sizes).cumsum(0, dtype=torch.int32)
+        a, w = random_rows(sum(sizes), width)[0], random_weights(len(sizes), output, width)[0]
+    found_XO = kernels.run.rows_product(a, w, ends_E)
+    assert found_XO.numel() > 2**31
+    assert not found_XO.isnan().any()
+    last = slice(2**18 - 100, None)
+    expected_XO = reference.rows_product(
+        RowBlocks(*(part[last] for part in a)), w, (ends_E - (2**18 - 100)).int(), torch.float32
+    )
+    assert torch.allclose(found_XO[last].float(), expected_XO, rtol=0.01, atol=0.02)
+
+
+@pytest.mark.gpu
+def test_weights_of_more_than_two_to_the_31_numbers(kernels: Gemm) -> None:
+    sizes = [3] * 31 + [0, 150]
+    with kernels.device:
+        ends_E = torch.tensor(sizes).cumsum(0, dtype=torch.int32)
+        a, b = (random_columns(width, sizes)[0] for width in (8208, 8192))
+    found_EOI = kernels.run.columns_product(a, b, ends_E, sum(sizes))
+    assert found_EOI.numel() > 2**31
+    assert found_EOI[31].eq(0).all()
+    places = slice(31 * BLOCK, 33 * BLOCK)
+    last = [ColumnBlocks(c.values_DP[:, places], c.scales_BD[31:33]) for c in (a, b)]
+    (expected_OI,) = reference.columns_product(*last, None, 150)
+    largest = expected_OI.abs().max()
+    assert (found_EOI[32] - expected_OI).abs().max() < 1e-3 * largest
+    assert not found_EOI.isnan().any()
 
 
 @given(sizes=st.lists(st.integers(0, 300), min_size=1, max_size=6))

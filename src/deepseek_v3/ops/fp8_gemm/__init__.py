@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deepseek_v3.ops.fp8 import ColumnBlocks, RowBlocks, WeightBlocks
 from deepseek_v3.ops.fp8_gemm import reference
-from deepseek_v3.ops.operation import Backend, Operation
+from deepseek_v3.ops.operation import Backend, Operation, Target, triton_obstacle
 
 __all__ = ["FP8_GEMM", "Fp8Gemm", "reference"]
 
@@ -31,5 +31,24 @@ class Fp8Gemm(Protocol):
     ) -> Tensor: ...
 
 
-# The widths of its target are those of the rows, before and after every product.
-FP8_GEMM: Operation[Fp8Gemm] = Operation("fp8_gemm", Backend("reference", lambda: reference))
+def _triton() -> Fp8Gemm:
+    from deepseek_v3.ops.fp8_gemm import triton
+
+    return triton
+
+
+def _triton_obstacle(target: Target) -> str | None:
+    if target.dtype not in (torch.float32, torch.bfloat16):
+        return "needs float32 or bfloat16"
+    if any(width % 16 for width in target.widths):
+        return "needs row widths that are multiples of 16"
+    obstacle = triton_obstacle(target)
+    if obstacle is None and torch.cuda.get_device_capability(target.device) < (9, 0):
+        return "needs a GPU of compute capability 9.0 or newer"
+    return obstacle
+
+
+# The widths of its target are those of the rows, before and after every product; its dtype is that of the results.
+FP8_GEMM: Operation[Fp8Gemm] = Operation(
+    "fp8_gemm", Backend("triton", _triton, _triton_obstacle), Backend("reference", lambda: reference)
+)

@@ -4,7 +4,7 @@ A product is a sum over the blocks of K, the axis that is summed over: scale · 
 Every back end adds the blocks in float32; tensor cores may keep fewer bits within a block. The reference multiplies
 the dequantized operands in float32, or in float64 if that is the type of the result.
 
-Axes: X rows in expert order, E experts, O output width, I input width, P places, B blocks of 128 places.
+Axes: X rows in expert order, E experts, O output width, I input width, P places.
 """
 
 import torch
@@ -16,7 +16,8 @@ from deepseek_v3.ops.fp8 import (
     RowBlocks,
     WeightBlocks,
     dequantize_1x128,
-    dequantize_128x128,
+    dequantize_columns,
+    dequantize_weight,
 )
 
 
@@ -29,11 +30,9 @@ def rows_product(
     rows. The forward pass multiplies with the weight; the gradient of the input is the product of the gradient's
     rows and the transposed weight.
     """
-    sizes = _sizes(ends_E, len(a.values_XD))
-    rows_XI = dequantize_1x128(*a, _wide(dtype))
-    weights = (dequantize_128x128(*weight, _wide(dtype)) for weight in zip(*w, strict=True))
-    products = [rows @ weight.T for rows, weight in zip(rows_XI.split(sizes), weights, strict=True)]
-    return torch.cat(products).to(dtype)
+    rows_XI, weight_EOI = dequantize_1x128(*a, _wide(dtype)), dequantize_weight(w, _wide(dtype))
+    groups = rows_XI.split(_sizes(ends_E, len(rows_XI)))
+    return torch.cat([rows @ weight.T for rows, weight in zip(groups, weight_EOI, strict=True)]).to(dtype)
 
 
 def columns_product(
@@ -44,22 +43,16 @@ def columns_product(
     (E, O, I) in `dtype`; a group without rows has zeros. `a` holds the gradient of the product's rows, `b` the rows
     that were multiplied; both hold `num_rows` rows, whose groups end at `ends_E`, as in `rows_product`.
     """
+    a_OP, b_IP = (dequantize_columns(columns, _wide(dtype)) for columns in (a, b))
     products, start = [], 0
     for size in _sizes(ends_E, num_rows):
-        places = slice(start, start + size)
-        products.append(_columns(a, places, _wide(dtype)) @ _columns(b, places, _wide(dtype)).T)
+        products.append(a_OP[:, start : start + size] @ b_IP[:, start : start + size].T)
         start += -(-size // BLOCK) * BLOCK
     return torch.stack(products).to(dtype)
 
 
 def _sizes(ends_E: Tensor | None, num_rows: int) -> list[int]:
     return [num_rows] if ends_E is None else ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
-
-
-def _columns(columns: ColumnBlocks, places: slice, dtype: torch.dtype) -> Tensor:
-    """The places, which begin with a block, as (D, places)."""
-    blocks = slice(places.start // BLOCK, -(-places.stop // BLOCK))
-    return dequantize_1x128(columns.values_DP[:, places], columns.scales_BD[blocks].T, dtype)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
