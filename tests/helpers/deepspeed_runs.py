@@ -55,7 +55,7 @@ def train(file: Path, steps: int, parallel: dict[str, Any], training: dict[str, 
 
 def routings(file: Path) -> dict[tuple[str, int], Any]:
     """As `parallel_runs.routings`, with DeepSpeed."""
-    engine, config = engine_of(file, 1, {"precision": "bfloat16"}, {})
+    engine, config = engine_of(file, 1, {"precision": "bf16"}, {})
     for name, parameter in engine.models[0].named_parameters():
         engine._set_weight(parameter, parallel_runs.noise(name, parameter.shape))
     return parallel_runs.routings_of(engine, config)

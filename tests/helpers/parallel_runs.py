@@ -69,7 +69,7 @@ def train(
     The shards are of the gradients of the first step and of the weights after the last. With `masked`, attention
     does not cross documents, and the sequences have different numbers of documents.
     """
-    config = run_config(steps, {"precision": "float32", **parallel}, training or {}, model)
+    config = run_config(steps, {"precision": "fp32", **parallel}, training or {}, model)
     engine = engine_of(config, device, _documents if masked else _no_documents)
     first: dict[str, Any] = {}
     _keep_gradients(engine, first)
@@ -91,7 +91,7 @@ def own(device: str) -> torch.device:
 
 def layer_runs(parallel: dict[str, Any]) -> int:
     """The number of forward passes of layers in one step on this rank, recomputed ones included."""
-    config, runs = run_config(1, {"precision": "float32", **parallel}, {}), []
+    config, runs = run_config(1, {"precision": "fp32", **parallel}, {}), []
     engine = build_engine(config, build_mesh(config.parallel, "cpu"), own("cpu"), _no_documents)
     for model in engine.models:
         for layer in model.model.layers:
@@ -121,7 +121,7 @@ def take_steps(engine: Engine, config: RunConfig) -> list[Any]:
 
 def routings(parallel: dict[str, Any]) -> dict[tuple[str, int], tuple[np.ndarray, np.ndarray]]:
     """`routings_of` the engine of a layout in bfloat16 with random weights."""
-    config = run_config(1, {"precision": "bfloat16", **parallel}, {})
+    config = run_config(1, {"precision": "bf16", **parallel}, {})
     engine = engine_of(config)
     for part in engine.models:
         for name, piece in local_shards(part, engine.mesh).items():

@@ -22,7 +22,7 @@ STORY = ("", "gradient nan", "gradient inf", "loss nan", "")
 def train(parallel: dict[str, Any], layers: int, story: tuple[str, ...] = STORY) -> list[Any]:
     """Trains on the ranks of a layout; returns the rows of `_run_story`."""
     model = {"num_hidden_layers": layers}
-    config = parallel_runs.run_config(len(STORY), {"precision": "float32", **parallel}, {}, model)
+    config = parallel_runs.run_config(len(STORY), {"precision": "fp32", **parallel}, {}, model)
     return _run_story(parallel_runs.engine_of(config), config, story)
 
 

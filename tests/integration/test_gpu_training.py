@@ -166,7 +166,7 @@ def test_a_run_resumes_and_generates_on_the_gpu(tmp_path: Path) -> None:
         "generate", "--checkpoint", last, "--prompt", "def ", "--max-new-tokens", "8", "--temperature", "0"
     )
     assert written.exit_code == 0, written.output
-    exact = ["--set", "parallel.precision=float32", "--set", f"checkpoint.directory={tmp_path / 'exact'}"]
+    exact = ["--set", "parallel.precision=fp32", "--set", f"checkpoint.directory={tmp_path / 'exact'}"]
     assert dsv3("train", "--device", "cuda", "--config", config, *sizes, *exact).exit_code == 0
     masked = [*sizes, "--set", "data.mask_documents=true", "--set", f"checkpoint.directory={tmp_path / 'masked'}"]
     assert dsv3("train", "--device", "cuda", "--config", config, *masked).exit_code == 0

@@ -197,7 +197,7 @@ def test_resuming_fills_every_copy_of_a_weight(
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_run_goes_on_under_another_layout_on_gpus(run: Path, tmp_path: Path) -> None:
     pool = RankPool(2, "cuda")
-    exact = ["parallel.precision=float32"]
+    exact = ["parallel.precision=fp32"]
     uninterrupted = train(pool, run, exact, tmp_path / "whole")
     layouts = [FSDP_2, EXPERTS_2, PIPELINE, ALONE, FSDP_2]
     try:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from deepseek_v3.config.base import PositiveInt, Section
 from deepseek_v3.config.model_config import ModelConfig
@@ -23,6 +23,18 @@ BatchSize = Annotated[PositiveInt, Field(le=2**24)]
 PipelineSchedule = Literal["1f1b", "interleaved", "zero_bubble", "dualpipe_v"]
 
 
+def _present_spelling(precision: Any) -> Any:
+    """Reads how older files and checkpoints spell a precision."""
+    return (
+        {"bfloat16": "bf16", "float32": "fp32"}.get(precision, precision)
+        if isinstance(precision, str)
+        else precision
+    )
+
+
+Precision = Literal["auto", "bf16", "fp32"]
+
+
 class ParallelConfig(Section):
     """The parallel degrees and how each rank executes its part; results differ between layouts only by rounding.
 
@@ -37,6 +49,8 @@ class ParallelConfig(Section):
 
     `gradient_reduction` is the type in which gradients travel between data-parallel ranks. They are always summed
     in float32. Gradients of routers and norms, which every rank holds whole, travel in float32.
+
+    `precision` is what layers compute in; `auto` is bf16, or fp32 on devices without it.
     """
 
     layout: Literal["given", "auto"] = "given"
@@ -49,7 +63,7 @@ class ParallelConfig(Section):
     expert_back_end: Literal["auto", "torch", "deepep"] = "auto"
     dispatch_precision: Literal["activations", "fp8"] = "activations"
     micro_batch_size: BatchSize = 1
-    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    precision: Annotated[Precision, BeforeValidator(_present_spelling)] = "auto"
     gradient_reduction: Literal["fp32", "bf16", "fp8"] = "fp32"
     recomputation: Literal["none", "selective", "full"] = "none"
     compile: Literal["auto", True, False] = "auto"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 
+from deepseek_v3.config.parallel_config import Precision
 from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.ops.operation import Op, Operation, Select, Target
 from deepseek_v3.utils.errors import ConfigError
@@ -39,17 +40,17 @@ def select_backends(model: DeepSeekV3, device: torch.device) -> str:
     return ", ".join(selected)
 
 
-def compute_dtype(precision: Literal["auto", "bfloat16", "float32"], device: torch.device) -> torch.dtype:
-    """The dtype of a precision; `auto` is bfloat16 on GPUs that multiply it natively, and float32 elsewhere.
+def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """The dtype of activations; with `auto`, bfloat16 on GPUs that multiply it natively, else float32.
 
-    Raises ConfigError for bfloat16 on a GPU that does not multiply it natively.
+    Raises ConfigError for bf16 on a GPU that does not multiply it natively.
     """
     native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    if precision == "bfloat16" and device.type == "cuda" and not native:
+    if precision == "bf16" and device.type == "cuda" and not native:
         raise ConfigError(
-            f"parallel.precision = bfloat16: {torch.cuda.get_device_name(device)} has no bfloat16 units; "
-            "use --set parallel.precision=float32"
+            f"parallel.precision = bf16: {torch.cuda.get_device_name(device)} has no bfloat16 units; "
+            "use --set parallel.precision=fp32"
         )
     if precision == "auto":
         return torch.bfloat16 if native else torch.float32
-    return torch.bfloat16 if precision == "bfloat16" else torch.float32
+    return torch.bfloat16 if precision == "bf16" else torch.float32

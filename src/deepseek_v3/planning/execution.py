@@ -41,7 +41,7 @@ def resolve_execution(device: Device, config: RunConfig) -> Execution:
     """How this device executes a run: what `training/parallel/parallelize.py` makes of its `parallel` section."""
     parallel, model = config.parallel, config.model
     has_bfloat16 = device.bfloat16_tflops is not None
-    narrow = parallel.precision == "bfloat16" or (parallel.precision == "auto" and has_bfloat16)
+    narrow = parallel.precision == "bf16" or (parallel.precision == "auto" and has_bfloat16)
     fits_kernels = model.hidden_size % 8 == 0 and model.moe_intermediate_size % 8 == 0
     width: Literal[2, 4] = 2 if narrow else 4
     compiled = narrow and has_bfloat16 and fits_kernels and parallel.compile is not False

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from deepseek_v3.config.loading import load_section
+from deepseek_v3.config.parallel_config import ParallelConfig
 from deepseek_v3.config.preprocess_config import PreprocessConfig
 from deepseek_v3.data.pipeline.resume import check_same_run, describe_run
 from deepseek_v3.utils.errors import ConfigError, DataError
@@ -79,3 +81,14 @@ def test_a_run_that_began_under_former_names_goes_on(tmp_path: Path) -> None:
     stored["piece_size"] = 1
     with pytest.raises(DataError, match="began with another work_unit_size: 1, now 33554432"):
         check_same_run(before, now, tmp_path, "start anew")
+
+
+@pytest.mark.parametrize(("former", "present"), [("bfloat16", "bf16"), ("float32", "fp32"), ("bf16", "bf16")])
+def test_former_spellings_of_precisions_are_read(former: str, present: str) -> None:
+    """So a run resumes from a checkpoint whose config has the former spelling, without a change to log."""
+    assert ParallelConfig(precision=former).precision == present  # type: ignore[arg-type]
+
+
+def test_an_unknown_precision_is_refused_with_the_present_spellings() -> None:
+    with pytest.raises(ValidationError, match="'bf16'"):
+        ParallelConfig(precision="bf8")  # type: ignore[arg-type]

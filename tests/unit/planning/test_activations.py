@@ -195,7 +195,7 @@ def test_compiled_layers_save_the_estimated_bytes(point: dict[str, Any], layer: 
 @pytest.mark.parametrize(("point", "layer"), LAYERS, ids=_name)
 def test_allocated_memory_grew_by_the_estimate(point: dict[str, Any], layer: dict[str, Any]) -> None:
     model, kind = _model(point), layer["kind"]
-    narrow = point["precision"] == "bfloat16"
+    narrow = point["precision"] == "bf16"
     tokens = point["sequences"] * (point["sequence_length"] - (kind == "mtp"))
     activations = saved_bytes(model, kind, Execution(2 if narrow else 4, compiled=narrow)) * tokens
     weights = 2 * _matrix_weights(model, kind) if narrow else 0
@@ -205,7 +205,7 @@ def test_allocated_memory_grew_by_the_estimate(point: dict[str, Any], layer: dic
 def test_the_record_covers_every_kind_and_both_attentions() -> None:
     assert {layer["kind"] for _, layer in LAYERS if "saved" in layer} == set(KINDS)
     assert {bool(point["model"].get("q_lora_rank")) for point, layer in LAYERS if "saved" in layer} == {True, False}
-    assert {point["precision"] for point, _ in LAYERS} == {"bfloat16", "float32"}
+    assert {point["precision"] for point, _ in LAYERS} == {"bf16", "fp32"}
     assert RECORD["device"]
     assert RECORD["versions"]["torch"]
 

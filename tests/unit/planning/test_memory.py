@@ -169,7 +169,7 @@ def runs(draw: st.DrawFn) -> RunConfig:
         expert=draw(st.sampled_from([e for e in (1, 2, 4, 8) if experts % e == 0 and replicate * shard % e == 0])),
         pipeline=pipeline,
         pipeline_schedule=draw(st.sampled_from(schedules)),
-        precision=draw(st.sampled_from(["bfloat16", "float32"])),
+        precision=draw(st.sampled_from(["bf16", "fp32"])),
         recomputation=draw(st.sampled_from(["none", "selective", "full"])),
         compile=draw(st.sampled_from(["auto", False])),
     )
@@ -243,7 +243,7 @@ def test_one_device_holds_all_states_of_every_parameter(config: RunConfig) -> No
     assert estimate.communication == 0
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("recomputation", ["none", "full"])
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_doubling_the_micro_batch_needs_more_memory(path: Path, recomputation: str, precision: str) -> None:
@@ -256,7 +256,7 @@ def test_doubling_the_micro_batch_needs_more_memory(path: Path, recomputation: s
     assert totals == sorted(set(totals))
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_recomputation_never_needs_more_in_shipped_runs(path: Path, precision: str) -> None:
     for micro in (1, 4, 32):
@@ -354,7 +354,7 @@ def test_gathered_layers_and_exchanged_rows_are_communication() -> None:
 
 def test_layers_save_bfloat16_copies_of_all_but_routers() -> None:
     config = _run({"num_hidden_layers": 8}, micro_batch_size=4, global_batch_size=4, sequence_length=256)
-    estimate = _estimate(_with(config, precision="bfloat16"))
+    estimate = _estimate(_with(config, precision="bf16"))
     matrices = sum(
         parameter.numel()
         for name, parameter in _built(config).named_parameters()
@@ -362,10 +362,10 @@ def test_layers_save_bfloat16_copies_of_all_but_routers() -> None:
     )
     assert estimate.moment == "backward pass of the last norm"  # no layer has freed its copies yet
     assert estimate.weight_copies == 2 * matrices
-    assert _estimate(_with(config, precision="float32")).weight_copies == 0
+    assert _estimate(_with(config, precision="fp32")).weight_copies == 0
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("depth", [0, 1, 2])
 def test_each_loss_holds_gradients_and_a_chunk_of_logits(depth: int, precision: str) -> None:
     sequences, length, words, width = 2, 256, 4096, 128
@@ -376,7 +376,7 @@ def test_each_loss_holds_gradients_and_a_chunk_of_logits(depth: int, precision: 
         sequence_length=length,
         precision=precision,
     )
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     saved: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -389,7 +389,7 @@ def test_each_loss_holds_gradients_and_a_chunk_of_logits(depth: int, precision: 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         linear_cross_entropy(hidden_TD, weight_VD, torch.randint(words, (tokens,)))
     logits = tokens * words * dtype.itemsize
-    cast = weight_VD.numel() * 2 if precision == "bfloat16" else 0
+    cast = weight_VD.numel() * 2 if precision == "bf16" else 0
     estimate = _estimate(config)
     assert estimate.moment == "loss"
     assert estimate.head == (1 + depth) * sum(tensor.nbytes for tensor in saved) + logits + cast
@@ -450,38 +450,38 @@ def _allocated_at_most(config: RunConfig) -> int:
 @pytest.mark.parametrize(
     ("model", "changes", "tolerance"),
     [
-        ({}, {"precision": "float32"}, 0.02),
-        ({}, {"precision": "float32", "global_batch_size": 8}, 0.02),
-        ({}, {"precision": "float32", "recomputation": "full"}, 0.02),
+        ({}, {"precision": "fp32"}, 0.02),
+        ({}, {"precision": "fp32", "global_batch_size": 8}, 0.02),
+        ({}, {"precision": "fp32", "recomputation": "full"}, 0.02),
         (
             NARROW | {"num_hidden_layers": 8},
-            {"precision": "float32", "recomputation": "full", "global_batch_size": 8},
+            {"precision": "fp32", "recomputation": "full", "global_batch_size": 8},
             0.02,
         ),
-        ({"num_nextn_predict_layers": 0, "q_lora_rank": None}, {"precision": "float32"}, 0.02),
+        ({"num_nextn_predict_layers": 0, "q_lora_rank": None}, {"precision": "fp32"}, 0.02),
         (
             {"hidden_size": 256, "n_routed_experts": 32, "moe_intermediate_size": 128},
-            {"precision": "float32"},
+            {"precision": "fp32"},
             0.05,
         ),
-        ({}, {"precision": "float32", "sequence_length": 32}, 0.03),
+        ({}, {"precision": "fp32", "sequence_length": 32}, 0.03),
         (
             {"hidden_size": 256, "n_routed_experts": 32, "moe_intermediate_size": 128},
-            {"precision": "float32", "sequence_length": 8},
+            {"precision": "fp32", "sequence_length": 8},
             0.02,
         ),
         (
             {"vocab_size": 2048},
-            {"precision": "float32", "micro_batch_size": 1, "sequence_length": 32, "global_batch_size": 1},
+            {"precision": "fp32", "micro_batch_size": 1, "sequence_length": 32, "global_batch_size": 1},
             0.002,
         ),
-        (NARROW, {"precision": "bfloat16"}, 0.02),
+        (NARROW, {"precision": "bf16"}, 0.02),
         (
             NARROW | {"num_hidden_layers": 8},
-            {"precision": "bfloat16", "micro_batch_size": 2, "global_batch_size": 4},
+            {"precision": "bf16", "micro_batch_size": 2, "global_batch_size": 4},
             0.02,
         ),
-        (NARROW, {"precision": "bfloat16", "recomputation": "full"}, 0.08),
+        (NARROW, {"precision": "bf16", "recomputation": "full"}, 0.08),
     ],
     ids=[
         "float32",
@@ -546,7 +546,7 @@ def test_estimates_are_near_the_memory_measured_on_an_h200(tmp_path: Path) -> No
 def test_the_last_norm_s_backward_pass_holds_seven_wide_tensors() -> None:
     """The saved float32 input and product of the norm, and five tensors of its backward pass."""
     config = _run({"vocab_size": 32}, micro_batch_size=4, global_batch_size=4, sequence_length=256)
-    narrow = _with(config, precision="bfloat16")
+    narrow = _with(config, precision="bf16")
     run = resolve_execution(H100, narrow)
     stage = _Rank(narrow, run, stage_layer_kinds(config.model, 1, 256), 0)
     moments = {moment.moment: moment for moment in stage.moments()}
@@ -570,7 +570,7 @@ def test_an_mtp_layer_compiled_in_parts_saves_wide_norms() -> None:
 
 def test_measurements_differ_in_what_matters() -> None:
     configs = [config for _, config in _measured("planner_points_h100.json")[1]]
-    assert {config.parallel.precision for config in configs} == {"bfloat16", "float32"}
+    assert {config.parallel.precision for config in configs} == {"bf16", "fp32"}
     assert {config.parallel.recomputation for config in configs} == {"none", "full"}
     assert {config.data.mask_documents for config in configs} == {False, True}
     assert {config.training.optimizer.moments for config in configs} == {"bfloat16", "float32"}

@@ -127,12 +127,12 @@ def test_experts_of_the_busiest_rank_do_more() -> None:
     factor=st.integers(2, 5),
     micro=st.integers(1, 4),
     recomputation=st.sampled_from(["none", "selective", "full"]),
-    precision=st.sampled_from(["bfloat16", "float32"]),
+    precision=st.sampled_from(["bf16", "fp32"]),
 )
 def test_work_is_linear_in_tokens(factor: int, micro: int, recomputation: str, precision: str) -> None:
     def work(sequences: int, at_once: int) -> StepWork:
         config = _run(global_batch_size=sequences, micro_batch_size=at_once, recomputation=recomputation)
-        return step_work(config, Execution(2 if precision == "bfloat16" else 4, precision == "bfloat16"))
+        return step_work(config, Execution(2 if precision == "bf16" else 4, precision == "bf16"))
 
     once, more = work(4 * micro, micro), work(4 * micro * factor, micro)
     for part in ("matrix_operations", "expert_operations", "attention_operations"):
@@ -212,7 +212,7 @@ def test_seconds_are_work_over_the_rates_of_the_device() -> None:
     micro=st.integers(1, 3),
     micro_batches=st.integers(1, 3),
     recomputation=st.sampled_from(["none", "selective", "full"]),
-    precision=st.sampled_from(["bfloat16", "float32"]),
+    precision=st.sampled_from(["bf16", "fp32"]),
 )
 def test_one_device_does_not_wait(micro: int, micro_batches: int, recomputation: str, precision: str) -> None:
     config = _run(
@@ -388,7 +388,7 @@ def layouts(draw: st.DrawFn) -> RunConfig:
         micro_batch_size=micro,
         global_batch_size=micro * micro_batches * every,
         recomputation=draw(st.sampled_from(["none", "selective", "full"])),
-        precision=draw(st.sampled_from(["bfloat16", "float32"])),
+        precision=draw(st.sampled_from(["bf16", "fp32"])),
     )
 
 
@@ -403,7 +403,7 @@ def test_a_device_that_does_anything_faster_is_never_slower(config: RunConfig, r
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_known_devices_come_in_the_order_of_their_rates(path: Path) -> None:
     overrides = [f"parallel.{name}=1" for name in ("data_replicate", "data_shard", "expert", "pipeline")]
-    config = load_config(path, [*overrides, "parallel.precision=bfloat16"])
+    config = load_config(path, [*overrides, "parallel.precision=bf16"])
     seconds = []
     for name in ("B200", "H200", "H100", "A100", "RTX 3090"):
         device = find_device(name)
