@@ -255,3 +255,20 @@ def test_sums_of_listed_rows_equal_a_loop(where: str, dtype: torch.dtype, width:
     assert torch.equal(found.float(), expected)
     nothing = backend.sum_rows(rows_XD[:0], torch.zeros(4, 3, dtype=torch.int64, device=device))
     assert torch.equal(nothing, torch.zeros(4, width, dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 1), (torch.float32, 1025), (torch.bfloat16, 40)])
+@pytest.mark.parametrize("tokens", [0, 1, 70])
+def test_copies_of_rows_equal_an_index(
+    triton_device: torch.device, dtype: torch.dtype, width: int, tokens: int
+) -> None:
+    """Rows that lie apart in memory full of NaN; some have no copy."""
+    from deepseek_v3.ops.moe_permute import triton
+
+    memory = torch.full((tokens + 1, width + 3), torch.nan, device=triton_device, dtype=dtype)
+    x_TD = memory[1:, :width]
+    x_TD.copy_(torch.randn(tokens, width))
+    experts_TK = torch.rand(tokens, 9, device=triton_device).topk(3).indices
+    order = reference.sort_into_bins(experts_TK, ExpertBins(2, 1, 6))
+    copies = order.copies(int(order.counts_B2[:, 0].sum()))
+    assert torch.equal(triton.gather_rows(x_TD, copies), x_TD[copies.source_X])

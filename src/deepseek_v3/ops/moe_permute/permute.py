@@ -16,52 +16,57 @@ from torch.autograd.function import once_differentiable
 from deepseek_v3.ops.moe_permute import reference
 from deepseek_v3.ops.moe_permute.reference import BinOrder, ExpertBins, RowCopies
 
+GatherRows = Callable[[Tensor, RowCopies], Tensor]
 SumRows = Callable[[Tensor, Tensor], Tensor]
 
 
 class MoePermute(Protocol):
     """The interface of a back end, as `reference.py` defines it. It needs no backward passes."""
 
+    def gather_rows(self, x_TD: Tensor, copies: RowCopies) -> Tensor: ...
+
     def sum_rows(self, rows_XD: Tensor, slots_TM: Tensor) -> Tensor: ...
 
     def sort_into_bins(self, experts_TK: Tensor, bins: ExpertBins, once: bool = False) -> BinOrder: ...
 
 
-def gather_rows(x_TD: Tensor, copies: RowCopies, backend: MoePermute | None = None) -> Tensor:
-    """One row for each copy: (X, D). Without a back end the reference sums the gradients."""
-    return _GatherRows.apply(x_TD, *copies, None if backend is None else backend.sum_rows)
+def gather_rows(x_TD: Tensor, copies: RowCopies, backend: MoePermute = reference) -> Tensor:
+    """One row for each copy: (X, D)."""
+    return _GatherRows.apply(x_TD, *copies, backend.gather_rows, backend.sum_rows)
 
 
-def sum_rows(rows_XD: Tensor, copies: RowCopies, backend: MoePermute | None = None) -> Tensor:
-    """The sum of the copies of each row, 0 if it has none: (T, D), summed in float32 and rounded once.
-
-    Without a back end the reference sums the rows.
-    """
-    return _SumRows.apply(rows_XD, *copies, None if backend is None else backend.sum_rows)
+def sum_rows(rows_XD: Tensor, copies: RowCopies, backend: MoePermute = reference) -> Tensor:
+    """The sum of the copies of each row, 0 if it has none: (T, D), summed in float32 and rounded once."""
+    return _SumRows.apply(rows_XD, *copies, backend.gather_rows, backend.sum_rows)
 
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, source_X: Tensor, slots_TM: Tensor, sum_rows: SumRows | None) -> Tensor:
+    def forward(
+        ctx: Any, x_TD: Tensor, source_X: Tensor, slots_TM: Tensor, gather_rows: GatherRows, sum_rows: SumRows
+    ) -> Tensor:
         ctx.save_for_backward(slots_TM)
         ctx.sum_rows = sum_rows
-        return reference.gather_rows(x_TD, source_X)
+        return gather_rows(x_TD, RowCopies(source_X, slots_TM))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_XD: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_XD: Tensor) -> tuple[Tensor, None, None, None, None]:
         (slots_TM,) = ctx.saved_tensors
-        return (ctx.sum_rows or reference.sum_rows)(grad_XD, slots_TM), None, None, None
+        return ctx.sum_rows(grad_XD, slots_TM), None, None, None, None
 
 
 class _SumRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_XD: Tensor, source_X: Tensor, slots_TM: Tensor, sum_rows: SumRows | None) -> Tensor:
-        ctx.save_for_backward(source_X)
-        return (sum_rows or reference.sum_rows)(rows_XD, slots_TM)
+    def forward(
+        ctx: Any, rows_XD: Tensor, source_X: Tensor, slots_TM: Tensor, gather_rows: GatherRows, sum_rows: SumRows
+    ) -> Tensor:
+        ctx.save_for_backward(source_X, slots_TM)
+        ctx.gather_rows = gather_rows
+        return sum_rows(rows_XD, slots_TM)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None, None]:
-        (source_X,) = ctx.saved_tensors
-        return reference.gather_rows(grad_TD, source_X), None, None, None
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None, None, None]:
+        source_X, slots_TM = ctx.saved_tensors
+        return ctx.gather_rows(grad_TD, RowCopies(source_X, slots_TM)), None, None, None, None

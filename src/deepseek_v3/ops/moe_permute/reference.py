@@ -78,9 +78,9 @@ class BinOrder(NamedTuple):
         return RowCopies(self.choices_N[:num_places], self.places_TK.reshape(-1, 1))
 
 
-def gather_rows(x_TD: Tensor, source_X: Tensor) -> Tensor:
+def gather_rows(x_TD: Tensor, copies: RowCopies) -> Tensor:
     """One row for each copy: (X, D)."""
-    return x_TD[source_X]
+    return x_TD[copies.source_X]
 
 
 def sum_rows(rows_XD: Tensor, slots_TM: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Moving token rows on a GPU with as few kernels as possible.
 
+`gather_rows` reads every row once and writes it to all of its places, instead of reading it again for each copy.
 `sum_rows` reads every row once and writes every sum once, without a table of all copies in between.
 `sort_into_bins` runs two kernels: the first counts the choices by bin and block of tokens, the second places them.
 """
@@ -12,11 +13,67 @@ import triton.language as tl
 from torch import Tensor
 
 from deepseek_v3.ops.moe_permute import reference
-from deepseek_v3.ops.moe_permute.reference import BinOrder, ExpertBins
+from deepseek_v3.ops.moe_permute.reference import BinOrder, ExpertBins, RowCopies
 
-_MOST_COLUMNS = 1024  # columns of a row that one program sums
+_MOST_COLUMNS = 1024  # columns of a row that one program copies or sums
+_NUMBERS = 2048  # numbers that one program copies
 _CHOICES = 2048  # choices that one program counts or places
 _COUNTS = 4096  # counts that a program loads at a time to sum them
+
+
+def gather_rows(x_TD: Tensor, copies: RowCopies) -> Tensor:
+    """The reference's `gather_rows`."""
+    return torch.ops.deepseek_v3.gather_rows(x_TD, copies.slots_TM, copies.source_X.shape[0])
+
+
+@torch.library.custom_op("deepseek_v3::gather_rows", mutates_args=())
+def _gather_rows(x_TD: Tensor, slots_TM: Tensor, number: int) -> Tensor:
+    x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
+    (tokens, width), out_XD = x_TD.shape, _empty_copies(x_TD, slots_TM, number)
+    if out_XD.numel():
+        columns = min(_MOST_COLUMNS, triton.next_power_of_2(width))
+        rows = _NUMBERS // columns
+        grid = (triton.cdiv(tokens, rows), triton.cdiv(width, columns))
+        _gather_rows_kernel[grid](
+            x_TD,
+            slots_TM.contiguous(),
+            out_XD,
+            tokens,
+            number,
+            width,
+            x_TD.stride(0),
+            MOST=slots_TM.shape[1],
+            ROWS=rows,
+            COLUMNS=columns,
+        )
+    return out_XD
+
+
+@_gather_rows.register_fake
+def _empty_copies(x_TD: Tensor, slots_TM: Tensor, number: int) -> Tensor:  # noqa: ARG001 -- the operator's signature
+    return x_TD.new_empty(number, x_TD.shape[1])
+
+
+@triton.jit(do_not_specialize=["tokens", "number"])
+def _gather_rows_kernel(
+    x,
+    slots,
+    out,
+    tokens,
+    number,
+    width,
+    stride,
+    MOST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (row[:, None] < tokens) & (column[None, :] < width)
+    values = tl.load(x + row[:, None] * stride + column[None, :], mask=inside, other=0.0)
+    for place in range(MOST):
+        slot = tl.load(slots + row * MOST + place, mask=row < tokens, other=number)
+        tl.store(out + slot[:, None] * width + column[None, :], values, mask=inside & (slot[:, None] < number))
 
 
 def sum_rows(rows_XD: Tensor, slots_TM: Tensor) -> Tensor:
