@@ -21,23 +21,24 @@ from deepseek_v3.config.loading import load_config
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.training.data import DocumentIds, open_tokens
 from deepseek_v3.training.loss import Objective
-from deepseek_v3.training.parallel.gradient_reduction import Narrow, add_pieces, rounded
+from deepseek_v3.training.parallel.gradient_reduction import NarrowForm, narrow_form
 from deepseek_v3.training.trainer import Trainer
 from deepseek_v3.utils.logging import configure_logging
 
 RANKS = (2, 4, 8, 64)
-FORMS: tuple[Narrow, ...] = ("bf16", "fp8")
+CPU = torch.device("cpu")
+FORMS = {"bf16": narrow_form("bf16", CPU), "fp8": narrow_form("fp8", CPU)}
 
 
 class NarrowSum:
     """A gradient summed as one of the forms does: every rank's is rounded once, the sum is float32."""
 
-    def __init__(self, form: Narrow, size: int) -> None:
+    def __init__(self, form: NarrowForm, size: int) -> None:
         self._form, self._total_N = form, torch.zeros(size)
 
     def add(self, gradient_N: Tensor) -> None:
         piece_N = torch.empty_like(gradient_N)
-        add_pieces(rounded(gradient_N[None], self._form), piece_N)
+        self._form.add(self._form.rounded(gradient_N[None]), piece_N)
         self._total_N += piece_N
 
     def total(self) -> Tensor:
@@ -60,7 +61,7 @@ class Bfloat16Sum:
 
 def errors(gradients: Iterator[Tensor], size: int) -> list[dict[str, Any]]:
     """One row for each number of ranks: the relative error of each way to sum that many of the gradients."""
-    sums: dict[str, NarrowSum | Bfloat16Sum] = {form: NarrowSum(form, size) for form in FORMS}
+    sums: dict[str, NarrowSum | Bfloat16Sum] = {name: NarrowSum(form, size) for name, form in FORMS.items()}
     sums["bf16, summed in bf16"] = Bfloat16Sum(size)
     exact_N, rows = torch.zeros(size, dtype=torch.float64), []
     for count, gradient_N in enumerate(gradients, start=1):
@@ -102,7 +103,7 @@ def main(
     places += [f"logging.directory={folder}/run", f"training.total_tokens={steps * 16 * 256}"]
     small = ["parallel.micro_batch_size=16", "training.global_batch_size=16", "parallel.precision=auto"]
     config = load_config(ROOT / "configs" / "deepseek_v3_tiny.yaml", [*places, *small, *(override or [])])
-    trainer = Trainer(config, torch.device("cpu"))
+    trainer = Trainer(config, CPU)
     trainer.run()
     size = sum(parameter.numel() for parameter in trainer.engine.models[0].parameters())
     figures = {"parameters": size, "trained_steps": steps, "rows": errors(gradients_of(trainer, config), size)}

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from deepseek_v3.config.parallel_config import ParallelConfig
-from deepseek_v3.training.parallel.gradient_reduction import all_reduce, reduce_scatter
+from deepseek_v3.training.parallel.gradient_reduction import all_reduce, narrow_form, reduce_scatter
 from helpers import parallel_runs
 from helpers.rank_pool import RankPool
 
@@ -51,13 +51,13 @@ def gradients_of(rank: int, size: int, bad: float | None = None) -> Tensor:
 
 def sums(form: str, bad: float | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """This rank's piece of a reduce-scatter, twice, and the result of an all-reduce of 777 gradients."""
-    group = dist.group.WORLD
+    group, rounding = dist.group.WORLD, narrow_form(form, torch.device("cpu"))
     pieces = []
     for _ in range(2):
         pieces.append(torch.full((PIECE,), torch.nan))
-        reduce_scatter(gradients_of(dist.get_rank(), RANKS * PIECE, bad), pieces[-1], group, form)
+        reduce_scatter(gradients_of(dist.get_rank(), RANKS * PIECE, bad), pieces[-1], group, rounding)
     everywhere = gradients_of(dist.get_rank(), 777, bad)
-    all_reduce(everywhere, group, form)
+    all_reduce(everywhere, group, rounding)
     return pieces[0].numpy(), pieces[1].numpy(), everywhere.numpy()
 
 

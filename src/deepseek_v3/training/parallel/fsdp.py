@@ -17,11 +17,17 @@ from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.moe.layer import MixtureOfExperts
 from deepseek_v3.moe.routing import Router
 from deepseek_v3.ops.layers import RMSNorm
-from deepseek_v3.training.parallel.gradient_reduction import replica_reductions, shard_with_narrow_reduction
+from deepseek_v3.training.parallel.gradient_reduction import (
+    narrow_form,
+    replica_reductions,
+    shard_with_narrow_reduction,
+)
 from deepseek_v3.training.parallel.mesh import ParallelMesh
 
 
-def apply_fsdp(root: nn.Module, model: DeepSeekV3, mesh: ParallelMesh, layers: Sequence[int]) -> None:
+def apply_fsdp(
+    root: nn.Module, model: DeepSeekV3, mesh: ParallelMesh, layers: Sequence[int], device: torch.device
+) -> None:
     """Shards the model inside `root`, of which this rank has `layers`; does nothing if there is one data rank.
 
     Each layer is gathered by itself, its experts over the ranks that hold the same ones. Weights are gathered in
@@ -39,8 +45,10 @@ def apply_fsdp(root: nn.Module, model: DeepSeekV3, mesh: ParallelMesh, layers: S
     )
     # Pipeline schedules look up the weights of a backward pass on the modules, so these must stay gathered.
     reshards = mesh.parallel.zero_stage == 3 and mesh.parallel.pipeline == 1
-    form = mesh.parallel.gradient_reduction
-    shard = fully_shard if form == "fp32" else partial(shard_with_narrow_reduction, form=form)
+    shard: Callable[..., Any] = fully_shard
+    if mesh.parallel.gradient_reduction != "fp32":
+        form = narrow_form(mesh.parallel.gradient_reduction, device)
+        shard = partial(shard_with_narrow_reduction, form=form)
     wrap = partial(shard, mp_policy=policy, reshard_after_forward=reshards)
     whole = set(float32_parameters(model))
     chosen = [model.model.layers[number] for number in layers]

@@ -12,6 +12,7 @@ Axes: P ranks of a group, N numbers of a piece, G blocks of 128 numbers of a pie
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal, cast, final
 
@@ -24,35 +25,71 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 
 from deepseek_v3.moe.exchange import AsyncAllToAll, fields_of, pack, unpack
-from deepseek_v3.ops.fp8 import BLOCK, dequantize_1x128, quantize_1x128
-
-Narrow = Literal["bf16", "fp8"]
-
-
-def rounded(pieces_PN: Tensor, form: Narrow) -> tuple[Tensor, ...]:
-    """The numbers of each piece as they travel: (P, N) bfloat16, or (P, N) e4m3 and their scales (P, G) float32."""
-    return (pieces_PN.bfloat16(),) if form == "bf16" else quantize_1x128(pieces_PN)
+from deepseek_v3.ops.fp8 import BLOCK, FP8_QUANTIZE, dequantize_1x128
+from deepseek_v3.ops.operation import Target
 
 
-def add_pieces(received: Sequence[Tensor], total_N: Tensor) -> None:
-    """Writes the float32 sum over the ranks' pieces, as `rounded` returns them, to `total_N` (N,) float32."""
-    if len(received) == 1:
+class NarrowForm(ABC):
+    """The form in which gradients travel: how a rank rounds its pieces, and how their owner adds them."""
+
+    @abstractmethod
+    def rounded(self, pieces_PN: Tensor) -> tuple[Tensor, ...]:
+        """The tensors, with a row for each rank, in which the pieces (P, N) float32 travel."""
+
+    @abstractmethod
+    def add(self, received: Sequence[Tensor], total_N: Tensor) -> None:
+        """Writes the float32 sum of all ranks' pieces, as `rounded` returns them, to `total_N` (N,)."""
+
+
+@final
+class Bfloat16Form(NarrowForm):
+    """Gradients as bfloat16."""
+
+    def rounded(self, pieces_PN: Tensor) -> tuple[Tensor, ...]:
+        return (pieces_PN.bfloat16(),)
+
+    def add(self, received: Sequence[Tensor], total_N: Tensor) -> None:
         torch.sum(received[0], 0, dtype=torch.float32, out=total_N)
-        return
-    total_N.zero_()
-    for values_N, scales_G in zip(*received, strict=True):  # one by one: all in float32 need four times the memory
-        total_N += dequantize_1x128(values_N[None], scales_G[None], torch.float32)[0]
 
 
-def reduce_scatter(gradients: Tensor, total_N: Tensor, group: dist.ProcessGroup, form: Narrow) -> None:
+@final
+class Fp8Form(NarrowForm):
+    """Gradients as e4m3 (P, N) with a float32 scale for every 128 of them, (P, G)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._quantize = FP8_QUANTIZE.select(Target(device)).run.quantize_rows
+
+    def rounded(self, pieces_PN: Tensor) -> tuple[Tensor, ...]:
+        ranks, numbers = pieces_PN.shape
+        if numbers % BLOCK:
+            return self._quantize(pieces_PN, False)
+        values, scales = self._quantize(
+            pieces_PN.view(-1, BLOCK), False
+        )  # kernels want many rows, not a few long ones
+        return values.view(ranks, numbers), scales.view(ranks, -1)
+
+    def add(self, received: Sequence[Tensor], total_N: Tensor) -> None:
+        total_N.zero_()
+        for values_N, scales_G in zip(
+            *received, strict=True
+        ):  # all ranks' in float32 would take four times the memory
+            total_N += dequantize_1x128(values_N[None], scales_G[None], torch.float32)[0]
+
+
+def narrow_form(name: Literal["bf16", "fp8"], device: torch.device) -> NarrowForm:
+    """The form that `parallel.gradient_reduction` names, on a device."""
+    return Bfloat16Form() if name == "bf16" else Fp8Form(device)
+
+
+def reduce_scatter(gradients: Tensor, total_N: Tensor, group: dist.ProcessGroup, form: NarrowForm) -> None:
     """Writes the sum over the ranks of this rank's piece of the `gradients` (P·N,) float32 to `total_N` (N,)."""
-    sent = rounded(gradients.view(group.size(), -1), form)
+    sent = form.rounded(gradients.view(group.size(), -1))
     one_each = [1] * group.size()
     exchange = AsyncAllToAll(pack(sent), one_each, one_each, group)
-    add_pieces(unpack(exchange.wait(), fields_of(sent)), total_N)
+    form.add(unpack(exchange.wait(), fields_of(sent)), total_N)
 
 
-def all_reduce(gradients: Tensor, group: dist.ProcessGroup, form: Narrow) -> None:
+def all_reduce(gradients: Tensor, group: dist.ProcessGroup, form: NarrowForm) -> None:
     """Replaces `gradients` (any number of float32) by their sum over the ranks, equal on all ranks.
 
     The sums travel in bfloat16, and the owner of a piece also keeps what the others receive.
@@ -71,7 +108,7 @@ def all_reduce(gradients: Tensor, group: dist.ProcessGroup, form: Narrow) -> Non
 class NarrowReduceScatter(ReduceScatter):
     """FSDP's sum over the shards of a unit. FSDP calls it on its own stream and keeps the input until then."""
 
-    def __init__(self, form: Narrow) -> None:
+    def __init__(self, form: NarrowForm) -> None:
         self._form = form
 
     def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -97,7 +134,7 @@ class ReplicaReduction:
     later micro-batches to them. In the last one, this moves their sum into the new buffer and sets them to 0.
     """
 
-    def __init__(self, group: dist.ProcessGroup, form: Narrow) -> None:
+    def __init__(self, group: dist.ProcessGroup, form: NarrowForm) -> None:
         self._group, self._form = group, form
         self._accumulated: Tensor | None = None
         self.is_last = True
@@ -117,7 +154,7 @@ class ReplicaReduction:
         all_reduce(reduced, self._group, self._form)
 
 
-def shard_with_narrow_reduction(module: nn.Module, mesh: DeviceMesh, form: Narrow, **options: Any) -> None:
+def shard_with_narrow_reduction(module: nn.Module, mesh: DeviceMesh, form: NarrowForm, **options: Any) -> None:
     """Makes `module` an FSDP unit whose gradients are summed over `mesh`, (shard) or (replicate, shard), in `form`.
 
     Gradients are float32, in `options` by `reduce_dtype`, and are not divided.

@@ -87,7 +87,7 @@ def build_on_meta(
     if _compiles(model, config, device):
         _compile_layers([model.model.layers[number] for number in layers], config.parallel)
     root = wrap(model)
-    apply_fsdp(root, model, mesh, layers)
+    apply_fsdp(root, model, mesh, layers, device)
     return root, model
 
 
