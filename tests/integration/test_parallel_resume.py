@@ -193,6 +193,17 @@ def test_resuming_fills_every_copy_of_a_weight(
         assert result.validation == pytest.approx(expected, rel=1e-6)
 
 
+def test_replicas_may_sum_in_fewer_bits_before_and_after(
+    pool: RankPool, run: Path, saved_by: Saved, tmp_path: Path
+) -> None:
+    """FSDP then knows of one replica, but the checkpoint is that of any other layout."""
+    checkpoint, expected = saved_by([*HSDP, "parallel.gradient_reduction=bf16"], [])
+    overrides = recipe(tmp_path, [*EXPERTS, "parallel.gradient_reduction=fp8"])
+    for result in pool.run(4, parallel_runs.resumed, run, overrides, checkpoint, pool.device):
+        assert result.differing == []
+        assert result.validation == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_run_goes_on_under_another_layout_on_gpus(run: Path, tmp_path: Path) -> None:
