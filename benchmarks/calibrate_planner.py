@@ -12,7 +12,7 @@ import gc
 import json
 import time
 from collections import defaultdict
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from statistics import mean
 from typing import Annotated, Any
@@ -40,7 +40,16 @@ POINTS = Path(__file__).with_name("planner_points.yaml")
 _WARM_UP_STEPS, _TIMED_STEPS = 3, 5
 
 # Kinds of kernels that are fitted by themselves. The rest move memory.
-_KINDS = {"attention": "attention", "experts": "experts", "matrix products": "matrices"}
+_KINDS = {
+    "attention": "attention",
+    "experts": "experts",
+    "matrix products": "matrices",
+    "FP8 products": "FP8 products",
+    "quantization": "quantization",
+}
+
+# Factors of FP8 until it has been measured, and the factors of bfloat16 whose values they take.
+_AS_IN_BFLOAT16 = {"fp8_matrices": "matrices", "fp8_experts": "experts", "quantization": "weights"}
 
 
 class TooFewPointsError(SystemExit):
@@ -211,14 +220,25 @@ def fit(record: dict[str, Any], device: Device, nearest: Calibration | None) -> 
 
 
 def _fit_compiled(points: list[dict[str, Any]], device: Device, nearest: Rates | None) -> Rates:
-    """Every factor by itself; the experts' kernels are separated from other products."""
+    """Every factor by itself; the experts' kernels are separated from other products.
+
+    In FP8 one kernel computes all products. Until it has been measured, it reaches the share of the peak that
+    products in bfloat16 reach, and the kernels that quantize have the bandwidth of those that update weights.
+    """
+    narrow = [point for point in points if not _run(point, device).fp8]
+    ideal = [_ideal_seconds(point, device) for point in narrow]
+    fitted = _factors(narrow, ideal, "matrices", ["matrices"])
+    fitted |= _factors(narrow, ideal, "experts", ["experts", "expert_bytes"])
+    fitted |= _factors(narrow, ideal, "attention", ["attention", "masked_attention"])
+    fitted |= _factors(narrow, ideal, "memory", ["activations", "logits", "weights"])
+    fitted |= _gaps(narrow, ideal)
+    rates = _rates(fitted, nearest)
+    points = [point for point in points if _run(point, device).fp8]
     ideal = [_ideal_seconds(point, device) for point in points]
-    fitted = _factors(points, ideal, "matrices", ["matrices"])
-    fitted |= _factors(points, ideal, "experts", ["experts", "expert_bytes"])
-    fitted |= _factors(points, ideal, "attention", ["attention", "masked_attention"])
-    fitted |= _factors(points, ideal, "memory", ["activations", "logits", "weights"])
-    fitted |= _gaps(points, ideal)
-    return _rates(fitted, nearest)
+    known = {"expert_bytes": rates.expert_bytes}
+    fp8 = _factors(points, ideal, "FP8 products", ["fp8_matrices", "fp8_experts"], known)
+    fp8 |= _factors(points, ideal, "quantization", ["quantization"])
+    return replace(rates, **fp8, assumed=tuple(name for name in rates.assumed if name not in fp8))
 
 
 def _fit_eager(points: list[dict[str, Any]], device: Device, compiled: Rates, nearest: Rates | None) -> Rates:
@@ -244,13 +264,16 @@ def _fit_eager(points: list[dict[str, Any]], device: Device, compiled: Rates, ne
 
 
 def _rates(fitted: dict[str, float], nearest: Rates | None) -> Rates:
-    """Completes the fitted factors by those of the nearest device."""
-    missing = [field.name for field in fields(Rates) if field.name not in {*fitted, "assumed"}]
+    """Completes the fitted factors by those of the nearest device; those of FP8, if it has none, by bfloat16's."""
+    missing = [field.name for field in fields(Rates) if field.name not in {*fitted, "assumed", *_AS_IN_BFLOAT16}]
     if missing and nearest is None:
         raise TooFewPointsError(
             f"too few points to fit {', '.join(missing)}, and no other device to take them from"
         )
-    return Rates(**fitted, **{name: getattr(nearest, name) for name in missing}, assumed=tuple(missing))
+    rates = {**fitted, **{name: getattr(nearest, name) for name in missing}}
+    for name, like in _AS_IN_BFLOAT16.items():
+        rates[name] = getattr(nearest, name) if nearest and name not in nearest.assumed else rates[like]
+    return Rates(**rates, assumed=(*missing, *_AS_IN_BFLOAT16))
 
 
 def _ideal_seconds(point: dict[str, Any], device: Device) -> dict[str, float]:
@@ -268,7 +291,8 @@ def _factors(
     known: dict[str, float] | None = None,
 ) -> dict[str, float]:
     """Factors of one kind of kernels, whose measured time includes that of the `known` factors."""
-    ran = [(seconds, point["kernel_seconds"][kernel]) for seconds, point in zip(ideal, points, strict=True)]
+    times = [point["kernel_seconds"].get(kernel, 0.0) for point in points]
+    ran = [(seconds, time) for seconds, time in zip(ideal, times, strict=True) if time > 0]
     left = [time - sum(factor * seconds[name] for name, factor in (known or {}).items()) for seconds, time in ran]
     return _solve(names, [seconds for seconds, _ in ran], left, left)
 

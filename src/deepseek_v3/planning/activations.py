@@ -8,12 +8,14 @@ not its input, which is the output of the layer before.
 from __future__ import annotations
 
 from deepseek_v3.config.model_config import ModelConfig
-from deepseek_v3.planning.execution import Execution, LayerKind
+from deepseek_v3.planning.execution import FP8_ACTIVATION, Execution, LayerKind
 
 
 def saved_bytes(model: ModelConfig, kind: LayerKind, run: Execution) -> float:
     """Bytes per token that a layer of this kind saves between its forward and its backward pass."""
-    parts = _compiled_attention(model) if run.compiled else _eager_attention(model, run.width)
+    parts = _compiled_attention(model, run) if run.compiled else _eager_attention(model, run)
+    # In FP8, a dense network saves its input in its own format; the experts keep the tokens as they are.
+    parts["normed state"] = 0 if run.fp8 and kind == "dense" else run.width * model.hidden_size
     parts["mask"] = run.mask_bytes
     parts["feed-forward network"] = feed_forward_bytes(model, kind, run)
     if kind == "mtp":
@@ -25,48 +27,60 @@ def saved_bytes(model: ModelConfig, kind: LayerKind, run: Execution) -> float:
 def feed_forward_bytes(model: ModelConfig, kind: LayerKind, run: Execution) -> float:
     """The part of `saved_bytes` in the dense network, or in the MoE block."""
     return (
-        feed_forward_network_bytes(model.intermediate_size, run)
+        dense_network_bytes(model, model.intermediate_size, run)
         if kind == "dense"
         else sum(_moe(model, run).values())
     )
 
 
-def _compiled_attention(model: ModelConfig) -> dict[str, float]:
+def _linear_input(run: Execution) -> float:
+    """Bytes of each number that a linear layer saves of its input, for the gradient of its weight."""
+    return FP8_ACTIVATION if run.fp8 else run.width
+
+
+def _compiled_attention(model: ModelConfig, run: Execution) -> dict[str, float]:
     """Attention, both norms and its residual connection, as the compiler's partitioner saves them."""
+    linear = _linear_input(run)
     width, heads = model.hidden_size, model.num_attention_heads
     kv_rank, rope, nope = model.kv_lora_rank, model.qk_rope_head_dim, model.qk_nope_head_dim
     return {
-        "normed input": 2 * width,
-        "compressed queries, before and after their norm": 2 * 2 * (model.q_lora_rank or 0),
-        "latent with rotary key, normed latent": 2 * (kv_rank + rope) + 2 * kv_rank,
+        "normed input": linear * width,
+        "compressed queries, before and after their norm": (2 + linear) * (model.q_lora_rank or 0),
+        "latent with rotary key, normed latent": 2 * (kv_rank + rope) + linear * kv_rank,
         "queries and keys": 2 * 2 * heads * model.qk_head_dim,
         "expanded keys and values": 2 * heads * (nope + model.v_head_dim),
-        "attention output": 2 * heads * model.v_head_dim,
+        "attention output, and in FP8": (2 + (linear if run.fp8 else 0)) * heads * model.v_head_dim,
         "softmax and norm statistics": 4 * heads + 4 * 4,
-        "output projection, and the state normed": 2 * 2 * width,
+        "output projection": 2 * width,
     }
 
 
-def _eager_attention(model: ModelConfig, width_bytes: int) -> dict[str, float]:
+def _eager_attention(model: ModelConfig, run: Execution) -> dict[str, float]:
     """The same without the compiler: each operation saves its inputs, norms save float32 twice."""
+    width_bytes, linear = run.width, _linear_input(run)
     width, heads, q_rank = model.hidden_size, model.num_attention_heads, model.q_lora_rank or 0
     kv_rank, rope, nope = model.kv_lora_rank, model.qk_rope_head_dim, model.qk_nope_head_dim
     input_copy = 4 * width if width_bytes == 2 else 0
     latent = 4 * (kv_rank + rope) if width_bytes == 4 else 4 * kv_rank
     return {
-        "input and its norm": input_copy + (4 + width_bytes) * width,
-        "compressed queries and their norm": (8 + width_bytes) * q_rank,
-        "latent and its norm": latent + (4 + width_bytes) * kv_rank,
+        "input and its norm": input_copy + (4 + linear) * width,
+        "compressed queries and their norm": (8 + linear) * q_rank,
+        "latent and its norm": latent + (4 + linear) * kv_rank,
         "queries and keys": 2 * width_bytes * heads * model.qk_head_dim,
         "expanded keys and values": width_bytes * heads * (nope + model.v_head_dim),
-        "attention output": width_bytes * heads * model.v_head_dim,
+        "attention output, and in FP8": (width_bytes + (linear if run.fp8 else 0)) * heads * model.v_head_dim,
         "softmax and norm statistics": 4 * heads + 4 * 4,
-        "state after attention and its norm": (8 + width_bytes) * width,
+        "state after attention": 8 * width,
     }
 
 
-def feed_forward_network_bytes(hidden: int, run: Execution) -> float:
-    """Bytes per token of gate, up and their product; eager mode also saves the activated gate, in fp32."""
+def dense_network_bytes(model: ModelConfig, hidden: int, run: Execution) -> float:
+    """Bytes per token of gate, up and their product; eager mode also saves the activated gate, in fp32.
+
+    In FP8 they are gate and up, from which the backward pass computes the product again, and the network's input.
+    """
+    if run.fp8:
+        return FP8_ACTIVATION * (2 * hidden + (model.hidden_size if hidden else 0))
     return 3 * 2 * hidden if run.compiled else (3 * 4 + run.width) * hidden
 
 
@@ -74,16 +88,22 @@ def _moe(model: ModelConfig, run: Execution) -> dict[str, float]:
     width, experts, chosen = model.hidden_size, model.n_routed_experts, model.num_experts_per_tok
     hidden = model.moe_intermediate_size
     rows = chosen * run.expert_imbalance
-    # In eager mode each row saves gate, up, activated gate and their product in float32, then the result.
-    per_row = 2 * (width + 3 * hidden) if run.compiled else run.width * width + (4 * 4 + run.width) * hidden
+    if run.fp8:
+        # Gate and up, and the gate value. The tokens that came from other ranks are saved once, not row by row.
+        rows_of_experts = rows * (FP8_ACTIVATION * 2 * hidden + 4)
+        rows_of_experts += run.tokens_received * run.width * width
+    elif run.compiled:
+        rows_of_experts = rows * 2 * (width + 3 * hidden)
+    else:  # each row saves gate, up, activated gate and their product in float32, then the result
+        rows_of_experts = rows * (run.width * width + (4 * 4 + run.width) * hidden)
     return {
         "router's input in float32": 4 * width if run.width == 2 else 0,
         "scores, and their shares for the balance loss": (2 if run.compiled else 1) * 4 * experts,
         "choice, gates and sums": (8 + 4) * chosen + (4 if run.compiled else 3 * 4 + 1),
         "order and its inverse, and without the compiler sorted gates": (8 + 8 + (0 if run.compiled else 4))
         * chosen,
-        "rows of the experts": rows * per_row,
-        "shared experts": feed_forward_network_bytes(model.n_shared_experts * hidden, run),
+        "rows of the experts": rows_of_experts,
+        "shared experts": dense_network_bytes(model, model.n_shared_experts * hidden, run),
     }
 
 

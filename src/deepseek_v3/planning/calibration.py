@@ -36,6 +36,9 @@ class Rates:
     activations: float
     logits: float
     weights: float
+    fp8_matrices: float
+    fp8_experts: float
+    quantization: float
     seconds_per_layer: float
     seconds_per_step: float
     assumed: tuple[str, ...] = ()
@@ -63,6 +66,11 @@ class Calibration:
         if run.width == 4:
             return self.float32
         return self.bfloat16 if run.compiled else replace(self.bfloat16, activations=self.float32.activations)
+
+    @property
+    def has_measured_fp8(self) -> bool:
+        """Whether steps in FP8 were measured, on this device or on the one whose factors it takes."""
+        return not {"fp8_matrices", "fp8_experts", "quantization"} & {*self.bfloat16.assumed}
 
     def fits(self, device: Device) -> bool:
         """Whether the factors were measured on a device of the same rates, so that nothing is scaled."""

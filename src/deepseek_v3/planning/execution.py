@@ -7,11 +7,17 @@ from typing import Literal
 
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.hardware import Device
+from deepseek_v3.utils.errors import ConfigError
 
 LayerKind = Literal["dense", "moe", "mtp"]
 
 # Numbers in one chunk of logits, as in ops/cross_entropy/chunked.py.
 _LOGITS_AT_ONCE = {"gpu": 1 << 28, "cpu": 1 << 20}
+
+# Bytes of a number in FP8 with a float32 scale: of activations for each 128 of a row or column, and of weights for
+# each block of 128 × 128.
+FP8_ACTIVATION = 1 + 4 / 128
+FP8_WEIGHT = 1 + 4 / 128**2
 
 # Rows of the busiest rank's experts over the rows of an even load: an assumption, not measured.
 _UNEVEN_EXPERTS = 1.2
@@ -27,6 +33,10 @@ class Execution:
     `expert_imbalance`: rows of the busiest rank's experts over the rows of an even load; 1 if one rank holds all
     experts. `logits_per_chunk`: numbers in one chunk of the loss. `mask_bytes`: bytes of the attention mask of
     separate documents that a layer keeps per token; 0 without such a mask.
+
+    `fp8`: linear layers and experts multiply in FP8 (report, §3.3), and save their inputs for the backward pass in
+    FP8. `tokens_received`: tokens that the experts of a rank receive through their exchange, over the rank's own
+    tokens; 0 without an exchange.
     """
 
     width: Literal[2, 4]
@@ -35,21 +45,42 @@ class Execution:
     logits_per_chunk: int = _LOGITS_AT_ONCE["gpu"]
     mask_bytes: int = 0
     compiled_in_parts: bool = False
+    fp8: bool = False
+    tokens_received: float = 0.0
 
 
 def resolve_execution(device: Device, config: RunConfig) -> Execution:
-    """How this device executes a run: what `training/parallel/parallelize.py` makes of its `parallel` section."""
+    """How this device executes a run: what `training/parallel/parallelize.py` makes of its `parallel` section.
+
+    Raises ConfigError for FP8 on a GPU that has no rate for it. On a CPU, FP8 runs by its definition, for tests.
+    """
     parallel, model = config.parallel, config.model
     has_bfloat16 = device.bfloat16_tflops is not None
-    narrow = parallel.precision == "bf16" or (parallel.precision == "auto" and has_bfloat16)
+    precision: str = parallel.precision
+    fp8 = precision == "fp8"
+    if fp8 and not device.is_cpu and device.fp8_tflops is None:
+        raise ConfigError(
+            f"parallel.precision = fp8: {device.name} does not train in FP8, which takes an H100 or newer; "
+            "use --set parallel.precision=bf16"
+        )
+    narrow = fp8 or precision == "bf16" or (precision == "auto" and has_bfloat16)
     fits_kernels = model.hidden_size % 8 == 0 and model.moe_intermediate_size % 8 == 0
     width: Literal[2, 4] = 2 if narrow else 4
     compiled = narrow and has_bfloat16 and fits_kernels and parallel.compile is not False
+    exchanging = parallel.expert
+    imbalance = _UNEVEN_EXPERTS if exchanging > 1 else 1.0
     return Execution(
         width=width,
         compiled=compiled,
-        compiled_in_parts=compiled and (parallel.recomputation == "selective" or parallel.expert > 1),
-        expert_imbalance=_UNEVEN_EXPERTS if parallel.expert > 1 else 1.0,
+        compiled_in_parts=compiled and (parallel.recomputation == "selective" or exchanging > 1),
+        expert_imbalance=imbalance,
         logits_per_chunk=_LOGITS_AT_ONCE["cpu" if device.is_cpu else "gpu"],
+        fp8=fp8,
+        tokens_received=imbalance * ranks_reached(exchanging, model.num_experts_per_tok) if exchanging > 1 else 0.0,
         mask_bytes=width * config.training.sequence_length if config.data.mask_documents else 0,
     )
+
+
+def ranks_reached(places: float, chosen: int) -> float:
+    """Mean number of ranks (or nodes) with any of a token's `chosen` experts, if `places` share all experts."""
+    return places * (1 - (1 - 1 / places) ** chosen)

@@ -20,13 +20,15 @@ class Device(Section):
     """One accelerator, or one CPU host.
 
     `memory_gib` is what the driver reports. Rates are dense, without sparsity, in 10¹² operations or 10⁹ bytes per
-    second. `link_gb_per_s` and `network_gb_per_s` are the bandwidth of one device, in one direction, to others of
-    its node and to other nodes. `dollars_per_hour` is the rent of one device.
+    second; `fp8_tflops` is None for a device that FP8 training does not run on. `link_gb_per_s` and
+    `network_gb_per_s` are the bandwidth of one device, in one direction, to others of its node and to other nodes.
+    `dollars_per_hour` is the rent of one device.
     """
 
     name: str
     memory_gib: Rate
     bfloat16_tflops: Rate | None = None
+    fp8_tflops: Rate | None = None
     float32_tflops: Rate
     memory_gb_per_s: Rate
     link_gb_per_s: Rate
@@ -42,9 +44,12 @@ class Device(Section):
         return self.memory_gib * 2**30
 
     def peak(self, width: int) -> float:
-        """Operations per second of matrix products, for numbers of `width` = 2 or 4 bytes."""
-        tflops = self.bfloat16_tflops if width == 2 and self.bfloat16_tflops else self.float32_tflops
-        return tflops * 1e12
+        """Operations per second of matrix products, for numbers of `width` = 1, 2 or 4 bytes.
+
+        A width for which the device has no rate takes that of the next wider one.
+        """
+        narrow = self.bfloat16_tflops or self.float32_tflops
+        return {1: self.fp8_tflops or narrow, 2: narrow, 4: self.float32_tflops}[width] * 1e12
 
 
 # Sources of the rates, by the first word of a card's name.
@@ -52,6 +57,7 @@ _PUBLICATIONS = {
     "B200": "NVIDIA DGX B200 data sheet, an eighth of it",
     "H200": "NVIDIA H200 Tensor Core GPU data sheet",
     "H100": "NVIDIA H100 Tensor Core GPU data sheet",
+    "H800": "NVIDIA H100 Tensor Core GPU data sheet",
     "A100": "NVIDIA A100 Tensor Core GPU data sheet",
     "L40S": "NVIDIA L40S data sheet",
     "RTX 5090": "NVIDIA RTX Blackwell GPU architecture white paper",
@@ -61,12 +67,20 @@ _PUBLICATIONS = {
 
 
 def _nvidia(
-    name: str, memory_gib: float, bfloat16: float, float32: float, memory: float, link: float, rent: float
+    name: str,
+    memory_gib: float,
+    fp8: float | None,
+    bfloat16: float,
+    float32: float,
+    memory: float,
+    link: float,
+    rent: float,
 ) -> Device:
     publication = next(title for card, title in _PUBLICATIONS.items() if name.startswith(card))
     return Device(
         name=name,
         memory_gib=memory_gib,
+        fp8_tflops=fp8,
         bfloat16_tflops=bfloat16,
         float32_tflops=float32,
         memory_gb_per_s=memory,
@@ -77,24 +91,30 @@ def _nvidia(
     )
 
 
-# Name, GiB, dense bfloat16 and float32 TFLOP/s, memory, link (NVLink per direction, else PCIe) GB/s, $ per hour.
+# Name, GiB, dense FP8, bfloat16, float32 TFLOP/s, memory, link (NVLink per direction, else PCIe) GB/s, $ an hour.
 # A device with NVLink is assumed to have a network of 400 Gb/s, any other one of 100 Gb/s.
 # The float32 rate is that without TF32, torch's default. On consumer cards the bfloat16 rate is that with float32
-# accumulation. `find_device` returns the first match, so a longer name comes before a name that it contains.
+# accumulation. FP8 training needs a card of compute capability 9.0 or higher. `find_device` returns the first
+# match, so a longer name comes before a name that it contains.
 _DEVICES = (
-    _nvidia("B200", 179.0, 2250, 75, 7700, 900, 5.00),
-    _nvidia("H200", 140.0, 989, 67, 4800, 450, 3.80),
-    _nvidia("H100 PCIe", 79.6, 756, 51, 2000, 64, 2.50),
-    _nvidia("H100 NVL", 93.0, 835, 60, 3900, 64, 2.70),
-    _nvidia("H100", 79.2, 989, 67, 3350, 450, 3.00),
-    _nvidia("A100 40GB PCIe", 39.4, 312, 19.5, 1555, 32, 1.00),
-    _nvidia("A100 80GB PCIe", 79.2, 312, 19.5, 1935, 32, 1.30),
-    _nvidia("A100 40GB", 39.4, 312, 19.5, 1555, 300, 1.10),
-    _nvidia("A100", 79.2, 312, 19.5, 2039, 300, 1.50),
-    _nvidia("L40S", 44.4, 362, 91.6, 864, 32, 0.90),
-    _nvidia("RTX 5090", 31.4, 209.5, 104.8, 1792, 64, 0.60),
-    _nvidia("RTX 4090", 23.6, 165.2, 82.6, 1008, 32, 0.40),
-    _nvidia("RTX 3090", 23.6, 71, 35.6, 936, 32, 0.20),
+    _nvidia("B200", 179.0, 4500, 2250, 75, 7700, 900, 5.00),
+    _nvidia("H200", 140.0, 1979, 989, 67, 4800, 450, 3.80),
+    _nvidia("H100 PCIe", 79.6, 1513, 756, 51, 2000, 64, 2.50),
+    _nvidia("H100 NVL", 93.0, 1671, 835, 60, 3900, 64, 2.70),
+    _nvidia("H100", 79.2, 1979, 989, 67, 3350, 450, 3.00),
+    _nvidia("H800", 79.2, 1979, 989, 67, 3350, 200, 2.00).model_copy(
+        update={
+            "source": "NVIDIA H100 Tensor Core GPU data sheet, with links of 200 GB/s; rent: DeepSeek-V3 report"
+        }
+    ),
+    _nvidia("A100 40GB PCIe", 39.4, None, 312, 19.5, 1555, 32, 1.00),
+    _nvidia("A100 80GB PCIe", 79.2, None, 312, 19.5, 1935, 32, 1.30),
+    _nvidia("A100 40GB", 39.4, None, 312, 19.5, 1555, 300, 1.10),
+    _nvidia("A100", 79.2, None, 312, 19.5, 2039, 300, 1.50),
+    _nvidia("L40S", 44.4, None, 362, 91.6, 864, 32, 0.90),
+    _nvidia("RTX 5090", 31.4, None, 209.5, 104.8, 1792, 64, 0.60),
+    _nvidia("RTX 4090", 23.6, None, 165.2, 82.6, 1008, 32, 0.40),
+    _nvidia("RTX 3090", 23.6, None, 71, 35.6, 936, 32, 0.20),
     Device(
         name="CPU",
         memory_gib=16.0,

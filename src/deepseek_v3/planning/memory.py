@@ -15,11 +15,10 @@ from itertools import accumulate
 
 from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.config.train_config import RunConfig
-from deepseek_v3.planning.activations import feed_forward_bytes, feed_forward_network_bytes, saved_bytes
 from deepseek_v3.planning.calibration import calibration
-from deepseek_v3.planning.counts import count_layers, mtp_projection_weights, owned_parameters
 from deepseek_v3.planning.execution import Execution, LayerKind
 from deepseek_v3.planning.hardware import Device
+from deepseek_v3.planning.layer_memory import layer_memory
 from deepseek_v3.planning.pipeline_split import max_in_flight, stage_layer_kinds, stages_of_rank
 
 # Fewest tokens in one chunk of the loss, as in ops/cross_entropy/chunked.py.
@@ -33,9 +32,9 @@ _CPU_PROCESS = 0.5 * 2**30
 class MemoryEstimate:
     """Bytes on one rank at the moment of a step when it holds most, and the name of that moment.
 
-    `weights`, `moments`, `gradients`: the shards of this rank. `weight_copies`: bfloat16 copies of weights that
-    layers save for their backward pass. `head`: a chunk of logits, and the gradients that the losses compute with
-    it. `communication`: layers gathered from their shards, and the buffers of the expert exchange.
+    `weights`, `moments`, `gradients`: the shards of this rank. `weight_copies`: bfloat16 or FP8 copies of weights
+    that layers save for their backward pass. `head`: a chunk of logits, and the gradients that the losses compute
+    with it. `communication`: layers gathered from their shards, and the buffers of the expert exchange.
     """
 
     moment: str
@@ -80,80 +79,6 @@ def needed_bytes(estimate: MemoryEstimate, device: Device) -> float:
     return estimate.total * (1 + calibrated.allocator_overhead) + context
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """One layer on one rank; `parameters` and `whole` are numbers of parameters, all other fields are bytes.
-
-    `parameters`: parameters that this rank owns, including `whole`, which every rank owns. `saved`: activations
-    saved for the backward pass. `again`: activations that selective recomputation computes again there. `copies`:
-    bfloat16 weights saved with the activations. `gathered`: the gathered weights of a sharded layer, in the width
-    of activations. `working`: gradients less freed tensors at the peak of the layer's own backward pass.
-    """
-
-    parameters: float
-    whole: float
-    saved: float
-    again: float
-    copies: float
-    gathered: float
-    working: float
-
-
-def _layer(config: RunConfig, run: Execution, kind: LayerKind) -> _Layer:
-    model, parallel = config.model, config.parallel
-    tokens = parallel.micro_batch_size * config.training.sequence_length
-    dense = kind == "dense"
-    counts = count_layers(model, int(dense), int(not dense), model.n_routed_experts)
-    joining, more_norms = (mtp_projection_weights(model), 3 * model.hidden_size) if kind == "mtp" else (0, 0)
-    routed = counts.routed_experts / parallel.expert
-    whole = counts.norms + more_norms + counts.gates
-    others = counts.total - counts.routed_experts + joining + more_norms - whole
-    is_sharded, recomputes = parallel.data_shard > 1, parallel.recomputation != "none"
-    partly = parallel.recomputation == "selective"
-    matrices = counts.attention + joining if partly else routed + others
-    again = feed_forward_bytes(model, kind, run) * tokens if partly else 0.0
-    return _Layer(
-        parameters=owned_parameters(parallel, counts.routed_experts, whole, others),
-        whole=whole,
-        saved=saved_bytes(model, kind, run) * tokens - again,
-        again=again,
-        copies=0.0 if run.width == 4 or is_sharded else 2 * matrices,
-        gathered=run.width * (routed + others) if is_sharded else 0.0,
-        working=_working_bytes(
-            model, dense, run, tokens, parallel.expert, frees_early=not (recomputes or is_sharded)
-        ),
-    )
-
-
-def _working_bytes(
-    model: ModelConfig, dense: bool, run: Execution, tokens: int, expert_ranks: int, frees_early: bool
-) -> float:
-    """Peak bytes in the backward pass of the feed-forward network: early for rows, late for the widest weight.
-
-    A compiled backward pass computes a weight's gradient in bfloat16 and then copies it to float32; an eager one
-    computes the experts' gradients one by one and then stacks them. `frees_early`: saved tensors and copies of
-    weights are freed as soon as they have been used.
-    """
-    hidden = model.intermediate_size if dense else model.moe_intermediate_size
-    rows = tokens if dense else tokens * model.num_experts_per_tok * run.expert_imbalance
-    weight = model.hidden_size * hidden * (1.0 if dense else model.n_routed_experts / expert_ranks)
-    if run.compiled:
-        # The gradient of the product replaces the saved product. A dense network's output gradient is the states'.
-        early = run.width * (rows * (hidden if dense else model.hidden_size) + weight)
-    else:
-        early = 4 * rows * (model.hidden_size + hidden)
-        if not (dense or frees_early):  # saved tensors and one gradient of the shared experts are still allocated
-            shared = model.n_shared_experts * hidden
-            early += tokens * (feed_forward_network_bytes(shared, run) + 4 * shared)
-    if not run.compiled:
-        late = 20 * weight + run.width * rows * (model.hidden_size - 2 * hidden)
-    elif frees_early:
-        late = 10 * weight - 3 * run.width * rows * hidden
-    else:
-        late = 16 * weight - run.width * rows * hidden
-    return max(early, late)
-
-
 class _Rank:
     """One rank of a pipeline, with one or two stages."""
 
@@ -169,7 +94,7 @@ class _Rank:
         self.in_flight = max_in_flight(parallel, rank, config.gradient_accumulation_steps)
         self.states = float(run.width * self.tokens * model.hidden_size)
         self.vocabulary = model.vocab_size * model.hidden_size
-        self.layers = {kind: _layer(config, run, kind) for kind in sorted(set(self.kinds))}
+        self.layers = {kind: layer_memory(config, run, kind) for kind in sorted(set(self.kinds))}
         # With ZeRO stage 1, and in a pipeline, weights and gradients stay unsharded until the end of the step.
         self.holds_whole = parallel.zero_stage == 1 or parallel.pipeline > 1
         self.ends = self._vocabulary_copies(model)

@@ -8,7 +8,8 @@ their bytes. A step is at least as long as its host needs to launch it.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from deepseek_v3.config.model_config import ModelConfig
@@ -16,8 +17,9 @@ from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.activations import saved_bytes
 from deepseek_v3.planning.calibration import Rates, calibration
 from deepseek_v3.planning.counts import rank_parameters
-from deepseek_v3.planning.execution import Execution
+from deepseek_v3.planning.execution import Execution, LayerKind, ranks_reached
 from deepseek_v3.planning.flops import ForwardFlops, forward_flops, mtp_forward_flops
+from deepseek_v3.planning.fp8_traffic import attention_traffic, feed_forward_traffic, weight_traffic
 from deepseek_v3.planning.hardware import Device
 from deepseek_v3.planning.pipeline_split import stage_imbalance, stage_layer_kinds
 
@@ -29,10 +31,10 @@ _LINK_SHARE, _LINK_SHARE_OF_ROWS, _NETWORK_SHARE = 0.5, 0.25, 0.8
 
 # The factors of `Rates` that make up each part of a step's time.
 _FACTORS_OF_PARTS = {
-    "matrices": ("matrices",),
-    "experts": ("experts", "expert_bytes"),
+    "matrices": ("matrices", "fp8_matrices"),
+    "experts": ("experts", "expert_bytes", "fp8_experts"),
     "attention": ("attention", "masked_attention"),
-    "elementwise": ("activations", "logits"),
+    "elementwise": ("activations", "logits", "quantization"),
     "weights": ("weights",),
     "launches": ("seconds_per_layer", "seconds_per_step"),
 }
@@ -64,7 +66,8 @@ class StepWork:
     """The work of one rank in one step, without pipeline bubbles.
 
     Operations of dense matrices, experts and attention scores; bytes of the experts' rows and weights, of other
-    activations, of logits, and of weights with their gradients and moments; number of layer executions.
+    activations, of logits, and of weights with their gradients and moments; number of layer executions. With FP8,
+    operations of dense matrices and experts in FP8, and bytes that are moved to quantize.
     """
 
     matrix_operations: float
@@ -75,6 +78,9 @@ class StepWork:
     logit_bytes: float
     weight_bytes: float
     layer_runs: float
+    fp8_matrix_operations: float = 0.0
+    fp8_expert_operations: float = 0.0
+    quantization_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -134,7 +140,7 @@ def launch_seconds(config: RunConfig, work: StepWork, device: Device) -> float:
 
 def ideal_seconds(work: StepWork, run: Execution, device: Device) -> dict[str, float]:
     """The multiplier of each factor of `Rates`: seconds at the device's peak rate, or the number of repetitions."""
-    peak, memory = device.peak(run.width), device.memory_gb_per_s * 1e9
+    peak, fp8_peak, memory = device.peak(run.width), device.peak(1), device.memory_gb_per_s * 1e9
     attention = work.attention_operations / peak
     return {
         "matrices": work.matrix_operations / peak,
@@ -145,6 +151,9 @@ def ideal_seconds(work: StepWork, run: Execution, device: Device) -> dict[str, f
         "activations": work.activation_bytes / memory,
         "logits": work.logit_bytes / memory,
         "weights": work.weight_bytes / memory,
+        "fp8_matrices": work.fp8_matrix_operations / fp8_peak,
+        "fp8_experts": work.fp8_expert_operations / fp8_peak,
+        "quantization": work.quantization_bytes / memory,
         "seconds_per_layer": 0.0 if device.is_cpu else work.layer_runs,
         "seconds_per_step": 0.0 if device.is_cpu else 1.0,
     }
@@ -167,23 +176,57 @@ def step_work(config: RunConfig, run: Execution) -> StepWork:
     ffn_passes = 3 if parallel.recomputation == "none" else 4  # passes through the feed-forward parts
     tokens = parallel.micro_batch_size * length * config.gradient_accumulation_steps / parallel.pipeline
     parts = _forward(model, length)
-    inside = sum(
-        passes * (p.attention_projections + p.joining) + ffn_passes * (p.feed_forward - p.routed_experts)
-        for p in parts
-    )
+    projections = passes * sum(p.attention_projections for p in parts)
+    networks = ffn_passes * sum(p.dense_ffn + p.shared_experts for p in parts)
+    others = sum(passes * p.joining + ffn_passes * p.gates + 3 * p.head for p in parts)
+    experts = tokens * run.expert_imbalance * ffn_passes * sum(p.routed_experts for p in parts)
     kinds = stage_layer_kinds(model, 1, length)[0]
-    saved = sum(count * saved_bytes(model, kind, run) for kind, count in Counter(kinds).items())
+    moved = sum(count * _moved_bytes(model, kind, run) for kind, count in Counter(kinds).items())
     depths = 1 + model.num_nextn_predict_layers
-    return StepWork(
-        matrix_operations=tokens * (inside + 3 * sum(p.head for p in parts)),
-        expert_operations=tokens * run.expert_imbalance * ffn_passes * sum(p.routed_experts for p in parts),
+    work = StepWork(
+        matrix_operations=tokens * (projections + networks + others),
+        expert_operations=experts,
         attention_operations=tokens * passes * sum(p.attention_scores for p in parts),
         expert_bytes=ffn_passes * _expert_bytes(config, run, tokens),
-        activation_bytes=tokens * saved * ffn_passes / 3,
+        activation_bytes=tokens * moved * ffn_passes / 3,
         logit_bytes=tokens * depths * 3 * run.width * model.vocab_size,
         weight_bytes=_weight_bytes(config, run, recomputes=ffn_passes == 4),
         layer_runs=config.gradient_accumulation_steps * len(kinds) / parallel.pipeline * passes / 3,
     )
+    if not run.fp8:
+        return work
+    return replace(
+        work,
+        matrix_operations=tokens * others,
+        expert_operations=0.0,
+        fp8_matrix_operations=tokens * (projections + networks),
+        fp8_expert_operations=experts,
+        quantization_bytes=tokens * _quantization_bytes(model, kinds, run, passes - 2, ffn_passes - 2)
+        + (ffn_passes - 2) * config.gradient_accumulation_steps * rank_parameters(config).layers * weight_traffic(),
+    )
+
+
+def _moved_bytes(model: ModelConfig, kind: LayerKind, run: Execution) -> float:
+    """Bytes per token to which the traffic of all elementwise work is proportional: what a layer saves.
+
+    In FP8, SwiGLU quantizes and is counted there; the rest moves what it moves in bfloat16.
+    """
+    if not run.fp8:
+        return saved_bytes(model, kind, run)
+    dense = kind == "dense"
+    routed = model.num_experts_per_tok * run.expert_imbalance
+    hidden = model.intermediate_size if dense else (routed + model.n_shared_experts) * model.moe_intermediate_size
+    return saved_bytes(model, kind, replace(run, fp8=False)) - 3 * run.width * hidden
+
+
+def _quantization_bytes(
+    model: ModelConfig, kinds: Sequence[LayerKind], run: Execution, forward: int, ffn_forward: int
+) -> float:
+    """Bytes per token of all layers, for a number of forward passes through attention and feed-forward parts."""
+    attention = attention_traffic(model)
+    networks = [feed_forward_traffic(model, kind, run) for kind in kinds]
+    inside = sum(ffn_forward * before + after for before, after in networks)
+    return len(kinds) * (forward * attention[0] + attention[1]) + inside
 
 
 def _expert_bytes(config: RunConfig, run: Execution, tokens: float) -> float:
@@ -192,7 +235,9 @@ def _expert_bytes(config: RunConfig, run: Execution, tokens: float) -> float:
     moe_layers = model.num_moe_layers + model.num_nextn_predict_layers
     rows = moe_layers * tokens * model.num_experts_per_tok * run.expert_imbalance
     weights = config.gradient_accumulation_steps * rank_parameters(config).experts
-    return run.width * (rows * (2 * model.hidden_size + 3 * model.moe_intermediate_size) + weights)
+    # In FP8, products read one byte and write two: of the bytes in bfloat16, two thirds.
+    row = (4 / 3 if run.fp8 else run.width) * (2 * model.hidden_size + 3 * model.moe_intermediate_size)
+    return rows * row + run.width * weights
 
 
 def _weight_bytes(config: RunConfig, run: Execution, recomputes: bool) -> float:
@@ -200,6 +245,8 @@ def _weight_bytes(config: RunConfig, run: Execution, recomputes: bool) -> float:
     own, repeats = rank_parameters(config), config.gradient_accumulation_steps
     if config.parallel.data_shard > 1:
         casts = _SHARDING_BYTES
+    elif run.fp8:
+        casts = 0  # weights are quantized, and their gradients are computed in float32
     else:
         casts = ((2 if recomputes else 1) + 1) * (4 + 2) if run.width == 2 else 0
     norm, update = 4, 3 * 4 + 2 * 2 * config.training.optimizer.moment_bytes
@@ -246,18 +293,18 @@ def _expert_seconds(config: RunConfig, run: Execution, device: Device) -> float:
     bytes_each_way = moe_layers * tokens * run.expert_imbalance * run.width * model.hidden_size
     inside = min(parallel.expert, device.devices_per_node)
     chosen = model.num_experts_per_tok
-    way = _ranks_reached(parallel.expert, chosen) / (_LINK_SHARE_OF_ROWS * 1e9 * device.link_gb_per_s)
+    way = _others_reached(parallel.expert, chosen) / (_LINK_SHARE_OF_ROWS * 1e9 * device.link_gb_per_s)
     if parallel.expert > inside:
-        way += _ranks_reached(parallel.expert / inside, chosen) / _bandwidth(device, parallel.expert)
+        way += _others_reached(parallel.expert / inside, chosen) / _bandwidth(device, parallel.expert)
     return 2 * passes * bytes_each_way * way
 
 
-def _ranks_reached(places: float, chosen: int) -> float:
+def _others_reached(places: float, chosen: int) -> float:
     """Mean number of other ranks (or nodes) that a token is sent to: once to each that holds any of its experts."""
-    return (places - 1) * (1 - (1 - 1 / places) ** chosen)
+    return _share_of_others(places) * ranks_reached(places, chosen)
 
 
-def _share_of_others(ranks: int) -> float:
+def _share_of_others(ranks: float) -> float:
     """The share of gathered data that belongs to other ranks: (n - 1) / n of n ranks."""
     return (ranks - 1) / ranks
 

@@ -22,6 +22,9 @@ _KINDS = {
     "communication": "nccl|gloo|c10d|nvshmem|deep_?ep|record_param_comms",
     "optimizer": "adam|multi_tensor|_squares_kernel|^optimizer",
     "attention": "cudnn|sdpa|fmha|flash|^aten::.*scaled_dot_product",
+    # What the compiler names after several operations is none of ours.
+    "FP8 products": r"^(?!triton_).*fp8\w*product",
+    "quantization": "^(?!triton_).*(fp8|quantize)",
     "experts": "group",
     "matrix products": (
         "nvjet|gemm|cutlass|xmma|cublas|^aten::_?(mm|bmm|addmm|baddbmm|scaled_mm|mv|addmv|dot|linear|matmul)_?$"

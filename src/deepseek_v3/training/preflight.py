@@ -29,7 +29,7 @@ def describe_device(device: torch.device, local_ranks: int = 1) -> Device:
     """Describes a device of this machine for the planner, with the memory that is free on it now.
 
     On a CPU, each of the host's `local_ranks` ranks gets an equal part of the memory. A GPU that the planner does
-    not know is described as an A100 with its own memory.
+    not know is described as an A100 with its own memory, and with FP8 if its compute capability has it.
     """
     if device.type == "cpu":
         cpu = find_device("CPU")
@@ -40,8 +40,11 @@ def describe_device(device: torch.device, local_ranks: int = 1) -> Device:
     assert known is not None
     free, _ = torch.cuda.mem_get_info(device)
     changes: dict[str, object] = {"name": name}
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
         changes["bfloat16_tflops"] = None
+    elif capability >= (9, 0) and known.fp8_tflops is None and known.bfloat16_tflops:
+        changes["fp8_tflops"] = 2 * known.bfloat16_tflops
     described = known.model_copy(update=changes)
     # The planner adds the memory of the context, which is taken already.
     taken = calibration(described).context_bytes

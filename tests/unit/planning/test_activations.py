@@ -211,6 +211,34 @@ def test_the_record_covers_every_kind_and_both_attentions() -> None:
 
 
 @pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_fp8_replaces_inputs_of_linear_layers_and_rows(kind: LayerKind, compiled: bool) -> None:
+    """The difference from bfloat16, tensor by tensor."""
+    model = small_config()
+    block, width, hidden = 1 + 4 / 128, model.hidden_size, model.moe_intermediate_size
+    linear = width + model.q_lora_rank + model.kv_lora_rank
+    attention = model.num_attention_heads * model.v_head_dim
+    network = (
+        6 if compiled else 14
+    )  # bytes of one inner number: gate, up and product; eager also the activated gate
+    expected = (block - 2) * linear + block * attention
+    if kind == "dense":
+        expected += block * (width + 2 * model.intermediate_size) - network * model.intermediate_size - 2 * width
+    else:
+        rows, shared = model.num_experts_per_tok, model.n_shared_experts * hidden
+        expected += block * (width + 2 * shared) - network * shared
+        expected += rows * (4 + block * 2 * hidden - 2 * width - (6 if compiled else 18) * hidden)
+    narrow, fp8 = (saved_bytes(model, kind, Execution(2, compiled, fp8=fp8)) for fp8 in (False, True))
+    assert fp8 - narrow == pytest.approx(expected)
+
+
+def test_experts_of_several_ranks_save_the_tokens_received() -> None:
+    model = small_config()
+    one, several = (saved_bytes(model, "moe", Execution(2, True, fp8=True, tokens_received=n)) for n in (0.0, 3.5))
+    assert several - one == pytest.approx(3.5 * 2 * model.hidden_size)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
 def test_rows_of_uneven_experts_count_in_proportion(compiled: bool) -> None:
     model = small_config()
     even, uneven = (saved_bytes(model, "moe", Execution(2, compiled, factor)) for factor in (1.0, 1.5))

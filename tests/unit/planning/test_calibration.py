@@ -4,11 +4,19 @@ from dataclasses import replace
 
 import pytest
 
-from deepseek_v3.planning.advice.advisor import sources
+from deepseek_v3.config.loading import load_config
+from deepseek_v3.planning.advice import advisor
+from deepseek_v3.planning.advice.advisor import advise, sources
+from deepseek_v3.planning.advice.request import PlanOptions
 from deepseek_v3.planning.calibration import calibration, nearest_fit, read_fits
+from deepseek_v3.planning.execution import Execution, resolve_execution
 from deepseek_v3.planning.hardware import Device, find_device, known_devices
+from deepseek_v3.utils.errors import ConfigError
+from helpers import ROOT
 
 H100 = next(fit for fit in read_fits() if fit.device == "H100")
+TINY = ROOT / "configs" / "deepseek_v3_tiny.yaml"
+NARROW = Execution(2, compiled=True)
 FITS = [H100, replace(H100, device="H200"), replace(H100, device="RTX 3090")]
 
 
@@ -37,8 +45,39 @@ def test_a_fit_is_a_device_s_own_whatever_the_device_is_called() -> None:
     named = _device("H100").model_copy(update={"name": "NVIDIA H100 80GB HBM3", "memory_gib": 40.0})
     assert H100.fits(named)
     assert not H100.fits(_device("H200"))
-    assert "scaled" not in sources(_device("H100"))["memory and time"]
-    assert "scaled to A100 by its published rates" in sources(_device("A100"))["memory and time"]
+    assert "scaled" not in _sources("H100")["memory and time"]
+    assert "scaled to A100 by its published rates" in _sources("A100")["memory and time"]
+
+
+def _sources(gpu: str, execution: Execution = NARROW) -> dict[str, str]:
+    """The sources that an advice names whose only row is executed in this way."""
+    advice = advise(PlanOptions(1, gpu).request(), {TINY: load_config(TINY)})
+    rows = tuple(
+        replace(row, layout=row.layout and replace(row.layout, execution=execution)) for row in advice.rows
+    )
+    return sources(replace(advice, rows=rows))
+
+
+def test_a_plan_in_fp8_says_that_it_was_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    fp8 = replace(NARROW, fp8=True)
+    factors = ("fp8_matrices", "fp8_experts", "quantization")
+    for assumed, says in ((factors, True), (factors[2:], True), ((), False)):
+        fit = replace(H100, bfloat16=replace(H100.bfloat16, assumed=assumed))
+        monkeypatch.setattr(advisor, "calibration", lambda _, fit=fit: fit)
+        assert ("FP8" in _sources("H100", fp8)) == says
+        assert "FP8" not in _sources("H100")
+
+
+@pytest.mark.parametrize(("device", "runs"), [("H100", True), ("H200", True), ("A100", False), ("CPU", True)])
+def test_fp8_needs_a_device_that_has_it(device: str, runs: bool) -> None:
+    config = load_config(TINY)
+    config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"precision": "fp8"})})
+    if runs:
+        run = resolve_execution(_device(device), config)
+        assert (run.fp8, run.width) == (True, 2)
+    else:
+        with pytest.raises(ConfigError, match=r"^parallel\.precision = fp8: A100 does not train in FP8"):
+            resolve_execution(_device(device), config)
 
 
 def test_every_known_device_has_a_fit_with_positive_factors() -> None:

@@ -48,6 +48,7 @@ def _own(folder: Path, **changes: Any) -> Path:
     [
         ("NVIDIA B200", "B200"),
         ("NVIDIA H200", "H200"),
+        ("NVIDIA H800", "H800"),
         ("NVIDIA H100 80GB HBM3", "H100"),
         ("NVIDIA H100 PCIe", "H100 PCIe"),
         ("NVIDIA A100-SXM4-40GB", "A100 40GB"),
@@ -105,6 +106,9 @@ def test_device_figures_are_plausible(device: Device) -> None:
         assert 500 < device.memory_gb_per_s < 10_000
         assert 32 <= device.link_gb_per_s <= 900
         assert 1.5 < device.bfloat16_tflops / device.float32_tflops < 40
+        assert device.fp8_tflops is None or device.fp8_tflops == pytest.approx(
+            2 * device.bfloat16_tflops, rel=0.002
+        )
         # Without sparsity, no card has a higher ratio of operations to bytes.
         assert 50 < device.bfloat16_tflops * 1e3 / device.memory_gb_per_s < 500
         # Drivers report slightly less memory than the advertised size.
@@ -113,10 +117,12 @@ def test_device_figures_are_plausible(device: Device) -> None:
 
 
 def test_peak_rates_follow_the_number_format() -> None:
+    assert _named("H100").peak(1) == 1979e12
+    assert _named("A100").peak(1) == _named("A100").peak(2) == 312e12
     assert _named("H100").peak(2) == 989e12
     assert _named("H100").peak(4) == 67e12
     cpu = _named("CPU")
-    assert cpu.peak(2) == cpu.peak(4) == cpu.float32_tflops * 1e12
+    assert cpu.peak(1) == cpu.peak(2) == cpu.peak(4) == cpu.float32_tflops * 1e12
     without = Device(**{**OWN, "bfloat16_tflops": None})
     assert without.peak(2) == without.peak(4) == 50e12
 

@@ -365,6 +365,31 @@ def test_layers_save_bfloat16_copies_of_all_but_routers() -> None:
     assert _estimate(_with(config, precision="fp32")).weight_copies == 0
 
 
+def test_fp8_layers_save_their_weights_in_fp8() -> None:
+    config = _run({"num_hidden_layers": 8}, micro_batch_size=4, global_batch_size=4, sequence_length=256)
+    fp8 = replace(resolve_execution(H100, _with(config, precision="bf16")), fp8=True)
+    named = [
+        (name, parameter.numel()) for name, parameter in _built(config).named_parameters() if ".layers." in name
+    ]
+    kept = [(name, size) for name, size in named if "norm" not in name and not name.endswith("mlp.gate.weight")]
+    joining = sum(size for name, size in kept if "eh_proj" in name)
+    expected = 2 * joining + (1 + 4 / 128**2) * (sum(size for _, size in kept) - joining)
+    assert estimate_memory(config, fp8).weight_copies == pytest.approx(expected)
+    # Under FSDP the gathered bfloat16 weights are freed; the FP8 copies are the layers' own.
+    sharded = _run({"num_nextn_predict_layers": 0}, data_shard=2, micro_batch_size=4, global_batch_size=8)
+    assert estimate_memory(sharded, fp8).weight_copies > 0
+
+
+@pytest.mark.parametrize("recomputation", ["none", "selective", "full"])
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_fp8_needs_less_memory_in_shipped_runs(path: Path, recomputation: str) -> None:
+    config = _with(_shipped(path), recomputation=recomputation, precision="bf16", micro_batch_size=4)
+    run = resolve_execution(H100, config)
+    fp8, narrow = (estimate_memory(config, replace(run, fp8=fp8)).total for fp8 in (True, False))
+    assert 0.5 * narrow < fp8 <= narrow
+    assert fp8 < narrow or recomputation == "full"  # the peak may then be the end, when only gradients are left
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("depth", [0, 1, 2])
 def test_each_loss_holds_gradients_and_a_chunk_of_logits(depth: int, precision: str) -> None:

@@ -199,6 +199,7 @@ def test_the_known_gpus_are_listed_with_their_sources() -> None:
     for device in known_devices():
         [line] = [line for line in output.splitlines() if line.startswith(f"{device.name}  ")]
         assert f"{device.float32_tflops:,g}" in line
+        assert device.fp8_tflops is None or f" {device.fp8_tflops:,g} " in line
         assert line.endswith(f"{device.dollars_per_hour:.2f}")
         assert device.source in output.replace("\n", " ")
 

@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.planning import step_time
 from deepseek_v3.planning.calibration import calibration
+from deepseek_v3.planning.counts import rank_parameters
 from deepseek_v3.planning.execution import Execution, resolve_execution
 from deepseek_v3.planning.flops import flops_per_token, training_flops_per_token
 from deepseek_v3.planning.hardware import Device, find_device
@@ -34,7 +36,7 @@ from helpers.runs import run_fields
 CONFIGS = sorted((ROOT / "configs").glob("deepseek_v3_*.yaml"))
 COMPILED = Execution(2, compiled=True)
 RANKS = {"data_replicate": 2, "data_shard": 4, "expert": 2, "pipeline": 2}
-RATES = ("bfloat16_tflops", "float32_tflops", "memory_gb_per_s", "link_gb_per_s", "network_gb_per_s")
+RATES = ("fp8_tflops", "bfloat16_tflops", "float32_tflops", "memory_gb_per_s", "link_gb_per_s", "network_gb_per_s")
 
 WHOLE = ("norm.weight", "mlp.gate.weight")  # routers and norms, replicated on every rank
 
@@ -44,6 +46,7 @@ DEVICE = Device(
     name="a device for hand counts",
     memory_gib=10.0,
     bfloat16_tflops=100.0,
+    fp8_tflops=200.0,
     float32_tflops=50.0,
     memory_gb_per_s=1000.0,
     link_gb_per_s=20.0,
@@ -79,7 +82,8 @@ def _run(model: dict[str, Any] | None = None, moments: str = "bfloat16", **chang
 
 
 def _operations(work: StepWork) -> float:
-    return work.matrix_operations + work.expert_operations + work.attention_operations
+    dense = work.matrix_operations + work.fp8_matrix_operations
+    return dense + work.expert_operations + work.fp8_expert_operations + work.attention_operations
 
 
 def _busy(step: StepTime) -> float:
@@ -113,6 +117,75 @@ def test_operations_of_shipped_runs(path: Path) -> None:
     found = _operations(step_work(config, COMPILED)) * config.parallel.world_size
     counts = flops_per_token(model, training.sequence_length, config.parallel.recomputation)
     assert found == pytest.approx(counts.total * tokens, rel=1e-12)
+
+
+@pytest.mark.parametrize("recomputation", ["none", "selective", "full"])
+def test_fp8_leaves_head_and_routers_in_bf16(recomputation: str) -> None:
+    config = _run(global_batch_size=8, recomputation=recomputation)
+    narrow, fp8 = step_work(config, COMPILED), step_work(config, replace(COMPILED, fp8=True))
+    assert _operations(fp8) == pytest.approx(_operations(narrow))
+    tokens, model = 8 * config.training.sequence_length, config.model
+    depth, width = model.num_nextn_predict_layers, model.hidden_size
+    head = 3 * (1 + depth) * model.vocab_size * width
+    gates = (model.num_moe_layers + depth) * model.n_routed_experts * width * (3 if recomputation == "none" else 4)
+    joining = depth * 2 * width * width * (4 if recomputation == "full" else 3)
+    assert fp8.matrix_operations == 2 * tokens * (head + gates + joining)
+    assert fp8.fp8_expert_operations == narrow.expert_operations
+    assert fp8.expert_operations == 0
+    assert narrow.quantization_bytes == 0
+
+
+class _Traffic(NamedTuple):
+    """Bytes of a tensor's quantization: read in bfloat16, written in FP8 by row, by column, or both."""
+
+    numbers: int
+
+    def bytes(self, forms: int = 2, read: float = 2.0) -> float:
+        return self.numbers * (read + forms * (1 + 4 / 128))
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_bytes_that_quantization_moves(recomputes: bool) -> None:
+    """Each tensor of one MoE layer by hand: inputs and output gradients of linear layers, SwiGLU, rows, weights."""
+    changes = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}
+    config = _run(changes, global_batch_size=2, recomputation="full" if recomputes else "none")
+    model, tokens = config.model, 2 * config.training.sequence_length
+    width, heads, hidden = model.hidden_size, model.num_attention_heads, model.moe_intermediate_size
+    query, nope, value = model.qk_head_dim, model.qk_nope_head_dim, model.v_head_dim
+    rank, latent, rope = model.q_lora_rank, model.kv_lora_rank, model.qk_rope_head_dim
+    rows, shared = model.num_experts_per_tok, model.n_shared_experts * hidden
+    inputs = [width, rank, latent, heads * value, width]  # the last is that of the shared experts
+    gradients = [rank, heads * query, latent + rope, heads * (nope + value), width, width]
+    forward = sum(_Traffic(number).bytes() for number in inputs)
+    forward += _Traffic(2 * shared).bytes(forms=1) + (1 + 4 / 128) * shared  # gate and up; their product
+    forward += _Traffic(width).bytes(forms=1) + rows * _Traffic(width).bytes(forms=1, read=1 + 4 / 128)
+    forward += rows * (_Traffic(2 * hidden).bytes(forms=1) + (1 + 4 / 128) * hidden)
+    backward = sum(_Traffic(number).bytes() for number in gradients)
+    for count, inner in ((1, shared), (rows, hidden)):  # gate and up, read in FP8, and the product's gradient
+        backward += count * (_Traffic(2 * inner).bytes(read=1 + 4 / 128) + _Traffic(inner).bytes(forms=1))
+    backward += _Traffic(width).bytes(forms=1)
+    backward += rows * (_Traffic(width).bytes(forms=1, read=1 + 4 / 128) + 2 * _Traffic(width).bytes(forms=1))
+    passes = 2 if recomputes else 1
+    weights = rank_parameters(config).layers * (4 + 2 * (1 + 4 / 128**2))
+    micro_batches = config.gradient_accumulation_steps
+    expected = tokens * (passes * forward + backward) + passes * micro_batches * weights
+    assert step_work(config, replace(COMPILED, fp8=True)).quantization_bytes == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_fp8_steps_of_wide_layers_are_faster(path: Path) -> None:
+    """Products take about half the time. In narrow layers, quantization may cost as much as that."""
+    overrides = [f"parallel.{name}=1" for name in ("data_replicate", "data_shard", "expert", "pipeline")]
+    config = load_config(path, [*overrides, "parallel.precision=bf16"])
+    device = find_device("H200")
+    assert device is not None
+    narrow = estimate_step(config, COMPILED, device)
+    fp8 = estimate_step(config, replace(COMPILED, fp8=True), device)
+    assert fp8.matrices < narrow.matrices
+    assert fp8.experts < narrow.experts
+    assert fp8.weights < narrow.weights
+    if config.model.hidden_size >= 2048:
+        assert fp8.total < narrow.total
 
 
 def test_experts_of_the_busiest_rank_do_more() -> None:
@@ -193,14 +266,17 @@ def test_seconds_are_work_over_the_rates_of_the_device() -> None:
         logit_bytes=3e12,
         weight_bytes=4e12,
         layer_runs=5.0,
+        fp8_matrix_operations=6e14,
+        fp8_expert_operations=8e14,
+        quantization_bytes=7e12,
     )
     rates = calibration(DEVICE).rates(Execution(2, compiled=True))
     seconds = compute_seconds(work, rates, COMPILED, DEVICE)
     assert seconds == {
-        "matrices": pytest.approx(rates.matrices),
-        "experts": pytest.approx(2 * rates.experts + rates.expert_bytes),
+        "matrices": pytest.approx(rates.matrices + 3 * rates.fp8_matrices),
+        "experts": pytest.approx(2 * rates.experts + rates.expert_bytes + 4 * rates.fp8_experts),
         "attention": pytest.approx(3 * rates.attention),
-        "elementwise": pytest.approx(2 * rates.activations + 3 * rates.logits),
+        "elementwise": pytest.approx(2 * rates.activations + 3 * rates.logits + 7 * rates.quantization),
         "weights": pytest.approx(4 * rates.weights),
         "launches": pytest.approx(5 * rates.seconds_per_layer + rates.seconds_per_step),
     }

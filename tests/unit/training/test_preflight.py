@@ -107,17 +107,18 @@ def test_a_gpu_is_known_by_name_with_the_memory_that_is_free() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "capability", "bfloat16", "bandwidth"),
+    ("name", "capability", "fp8", "bfloat16", "bandwidth"),
     [
-        ("NVIDIA H100 80GB HBM3", (9, 0), 989, 3350),
-        ("Tesla V100-SXM2-32GB", (7, 0), None, 2039),
-        ("a card that nobody knows yet", (13, 0), 312, 2039),
+        ("NVIDIA H100 80GB HBM3", (9, 0), 1979, 989, 3350),
+        ("Tesla V100-SXM2-32GB", (7, 0), None, None, 2039),
+        ("a card that nobody knows yet", (13, 0), 624, 312, 2039),
     ],
 )
 def test_a_gpu_is_described_by_name_units_and_free_memory(
     monkeypatch: pytest.MonkeyPatch,
     name: str,
     capability: tuple[int, int],
+    fp8: float | None,
     bfloat16: float | None,
     bandwidth: float,
 ) -> None:
@@ -125,5 +126,6 @@ def test_a_gpu_is_described_by_name_units_and_free_memory(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (30 * 2**30, 32 * 2**30))
     described = describe_device(torch.device("cuda", 0))
-    assert (described.name, described.bfloat16_tflops, described.memory_gb_per_s) == (name, bfloat16, bandwidth)
+    assert (described.name, described.memory_gb_per_s) == (name, bandwidth)
+    assert (described.fp8_tflops, described.bfloat16_tflops) == (fp8, bfloat16)
     assert described.memory_bytes == pytest.approx(30 * 2**30 + calibration(described).context_bytes)

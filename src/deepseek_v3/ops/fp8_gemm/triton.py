@@ -65,7 +65,7 @@ def _rows_product(
     out_XO = values_XI.new_empty(num_rows, output, dtype=dtype)
     if num_rows:
         tile = _SMALL if width <= _SHORT else _LARGE
-        _rows_kernel[(_programs(values_XI.device) * tile.programs,)](
+        _fp8_rows_product_kernel[(_programs(values_XI.device) * tile.programs,)](
             TensorDescriptor.from_tensor(values_XI, [tile.rows, BLOCK]),
             scales_XG,
             TensorDescriptor.from_tensor(weight_EOI.flatten(0, 1), [tile.columns, BLOCK]),
@@ -100,7 +100,7 @@ def _columns_product(
     if not num_rows:
         return a_OP.new_zeros(groups, output, width, dtype=dtype)
     out_EOI = a_OP.new_empty(groups, output, width, dtype=dtype)
-    _columns_kernel[(_programs(a_OP.device) * _WEIGHTS.programs,)](
+    _fp8_columns_product_kernel[(_programs(a_OP.device) * _WEIGHTS.programs,)](
         TensorDescriptor.from_tensor(a_OP, [_WEIGHTS.rows, BLOCK]),
         a_scales_BO,
         TensorDescriptor.from_tensor(b_IP, [_WEIGHTS.columns, BLOCK]),
@@ -142,7 +142,7 @@ def _programs(device: torch.device) -> int:
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _rows_kernel(
+def _fp8_rows_product_kernel(
     a,
     a_scales,
     w,
@@ -183,7 +183,7 @@ def _rows_kernel(
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _columns_kernel(
+def _fp8_columns_product_kernel(
     a,
     a_scales,
     b,

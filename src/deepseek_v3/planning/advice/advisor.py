@@ -13,7 +13,6 @@ from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.advice.request import PlanRequest
 from deepseek_v3.planning.advice.size_plan import SizePlan, plan_size
 from deepseek_v3.planning.calibration import calibration
-from deepseek_v3.planning.hardware import Device
 from deepseek_v3.planning.scaling_laws import SOURCE
 
 ESTIMATE_ONLY = "the time on several devices is computed, not measured; the plan is an estimate"
@@ -55,15 +54,19 @@ def advise(request: PlanRequest, configs: Mapping[Path, RunConfig]) -> Advice:
     return Advice(request, rows, recommended, reason)
 
 
-def sources(device: Device) -> dict[str, str]:
-    """The sources of the figures for this device, and what they do not cover."""
+def sources(advice: Advice) -> dict[str, str]:
+    """The sources of the figures, and what they do not cover."""
+    device = advice.request.device
     fit = calibration(device)
     scaled = "" if fit.fits(device) else f"; scaled to {device.name} by its published rates"
-    return {
+    found = {
         "loss": LOSS_SOURCE,
         "memory and time": f"fitted on {fit.fitted_on}{scaled}. Several devices: from two H200 of one host; "
         "networks between hosts have not been measured",
     }
+    if not fit.has_measured_fp8 and any(row.layout and row.layout.execution.fp8 for row in advice.rows):
+        found["FP8"] = "not measured; its products take the published rate with the factors of bfloat16"
+    return found
 
 
 def _rank(row: SizePlan, request: PlanRequest) -> tuple[float, int]:

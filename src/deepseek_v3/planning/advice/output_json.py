@@ -18,7 +18,7 @@ def advice_as_json(advice: Advice) -> dict[str, Any]:
         "device": advice.request.device.model_dump(mode="json"),
         "rows": [_row(row, advice.request.device) for row in advice.rows],
         "recommendation": _recommendation(advice),
-        "sources": sources(advice.request.device),
+        "sources": sources(advice),
     }
 
 

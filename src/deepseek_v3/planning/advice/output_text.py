@@ -42,20 +42,21 @@ def print_advice(advice: Advice, price_given: bool) -> None:
     _print_missing(advice)
     _print_parts(advice)
     typer.echo()
-    for name, source in sources(advice.request.device).items():
-        typer.echo(paragraph(f"{name.capitalize()}: {source}."))
+    for name, source in sources(advice).items():
+        typer.echo(paragraph(f"{name[0].upper()}{name[1:]}: {source}."))
     _print_recommendation(advice)
 
 
 def print_devices(devices: Iterable[Device]) -> None:
     """Prints the figures of each device and their sources."""
-    header = "device GiB bf16_TFLOP/s fp32_TFLOP/s memory_GB/s link_GB/s network_GB/s $_an_hour"
+    header = "device GiB fp8_TFLOP/s bf16_TFLOP/s fp32_TFLOP/s memory_GB/s link_GB/s network_GB/s $_an_hour"
     rows: list[list[str]] = []
     named: dict[str, list[str]] = {}
     for device in devices:
-        rates = (device.memory_gib, device.bfloat16_tflops, device.float32_tflops, device.memory_gb_per_s)
-        links = (device.link_gb_per_s, device.network_gb_per_s)
-        shown = ["–" if rate is None else f"{rate:,g}" for rate in (*rates, *links)]
+        products = (device.fp8_tflops, device.bfloat16_tflops, device.float32_tflops)
+        bandwidths = (device.memory_gb_per_s, device.link_gb_per_s, device.network_gb_per_s)
+        rates = (device.memory_gib, *products, *bandwidths)
+        shown = ["–" if rate is None else f"{rate:,g}" for rate in rates]
         rows.append([device.name, *shown, f"{device.dollars_per_hour:.2f}"])
         named.setdefault(device.source, []).append(device.name)
     typer.echo("\n".join(table([name.replace("_", " ") for name in header.split()], rows)) + "\n")
@@ -179,7 +180,8 @@ def _shape(layout: Layout) -> str:
     words += [f"pp{parallel.pipeline}"] if parallel.pipeline > 1 else []
     words += [f"mb{parallel.micro_batch_size}"]
     words += ["re"] if parallel.recomputation == "full" else []
-    return " ".join([*words, "bf16" if layout.execution.width == 2 else "fp32"])
+    narrow = "fp8" if layout.execution.fp8 else "bf16"
+    return " ".join([*words, narrow if layout.execution.width == 2 else "fp32"])
 
 
 def _loss(loss: ExpectedLoss) -> str:

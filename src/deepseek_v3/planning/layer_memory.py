@@ -1,0 +1,121 @@
+"""Memory of one layer of a rank during a training step: what it saves, and what its backward pass needs besides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deepseek_v3.config.model_config import ModelConfig
+from deepseek_v3.config.train_config import RunConfig
+from deepseek_v3.planning.activations import dense_network_bytes, feed_forward_bytes, saved_bytes
+from deepseek_v3.planning.counts import count_layers, mtp_projection_weights, owned_parameters
+from deepseek_v3.planning.execution import FP8_ACTIVATION, FP8_WEIGHT, Execution, LayerKind
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """One layer on one rank; `parameters` and `whole` are numbers of parameters, all other fields are bytes.
+
+    `parameters`: parameters that this rank owns, including `whole`, which every rank owns. `saved`: activations
+    saved for the backward pass. `again`: activations that selective recomputation computes again there. `copies`:
+    bfloat16 or FP8 weights saved with the activations. `gathered`: the gathered weights of a sharded layer, in the
+    width of activations. `working`: gradients less freed tensors at the peak of the layer's own backward pass.
+    """
+
+    parameters: float
+    whole: float
+    saved: float
+    again: float
+    copies: float
+    gathered: float
+    working: float
+
+
+def layer_memory(config: RunConfig, run: Execution, kind: LayerKind) -> LayerMemory:
+    """What a layer of this kind needs on one rank."""
+    model, parallel = config.model, config.parallel
+    tokens = parallel.micro_batch_size * config.training.sequence_length
+    dense = kind == "dense"
+    counts = count_layers(model, int(dense), int(not dense), model.n_routed_experts)
+    joining, more_norms = (mtp_projection_weights(model), 3 * model.hidden_size) if kind == "mtp" else (0, 0)
+    routed = counts.routed_experts / parallel.expert
+    whole = counts.norms + more_norms + counts.gates
+    others = counts.total - counts.routed_experts + joining + more_norms - whole
+    is_sharded, recomputes = parallel.data_shard > 1, parallel.recomputation != "none"
+    partly = parallel.recomputation == "selective"
+    saving = counts.attention if partly else routed + others - joining
+    again = feed_forward_bytes(model, kind, run) * tokens if partly else 0.0
+    return LayerMemory(
+        parameters=owned_parameters(parallel, counts.routed_experts, whole, others),
+        whole=whole,
+        saved=saved_bytes(model, kind, run) * tokens - again,
+        again=again,
+        copies=_copy_bytes(run, saving, joining, is_sharded),
+        gathered=run.width * (routed + others) if is_sharded else 0.0,
+        working=_fp8_working_bytes(model, dense, run, tokens, parallel.expert, is_sharded)
+        if run.fp8
+        else _working_bytes(model, dense, run, tokens, parallel.expert, frees_early=not (recomputes or is_sharded)),
+    )
+
+
+def _copy_bytes(run: Execution, weights: float, joining: float, is_sharded: bool) -> float:
+    """Bytes of the weights that a layer saves for its backward pass; `joining` is not multiplied in FP8.
+
+    Of a sharded layer, the gathered bfloat16 weights are freed and gathered again, but FP8 copies stay.
+    """
+    if run.width == 4:
+        return 0.0
+    in_bfloat16 = joining if run.fp8 else weights + joining
+    return (FP8_WEIGHT * weights if run.fp8 else 0.0) + (0.0 if is_sharded else 2 * in_bfloat16)
+
+
+def _working_bytes(
+    model: ModelConfig, dense: bool, run: Execution, tokens: int, expert_ranks: int, frees_early: bool
+) -> float:
+    """Peak bytes in the backward pass of the feed-forward network: early for rows, late for the widest weight.
+
+    A compiled backward pass computes a weight's gradient in bfloat16 and then copies it to float32; an eager one
+    computes the experts' gradients one by one and then stacks them. `frees_early`: saved tensors and copies of
+    weights are freed as soon as they have been used.
+    """
+    hidden = model.intermediate_size if dense else model.moe_intermediate_size
+    rows = tokens if dense else tokens * model.num_experts_per_tok * run.expert_imbalance
+    weight = model.hidden_size * hidden * (1.0 if dense else model.n_routed_experts / expert_ranks)
+    if run.compiled:
+        # The gradient of the product replaces the saved product. A dense network's output gradient is the states'.
+        early = run.width * (rows * (hidden if dense else model.hidden_size) + weight)
+    else:
+        early = 4 * rows * (model.hidden_size + hidden)
+        if not (dense or frees_early):  # saved tensors and one gradient of the shared experts are still allocated
+            shared = model.n_shared_experts * hidden
+            early += tokens * (dense_network_bytes(model, shared, run) + 4 * shared)
+    if not run.compiled:
+        late = 20 * weight + run.width * rows * (model.hidden_size - 2 * hidden)
+    elif frees_early:
+        late = 10 * weight - 3 * run.width * rows * hidden
+    else:
+        late = 16 * weight - run.width * rows * hidden
+    return max(early, late)
+
+
+def _fp8_working_bytes(
+    model: ModelConfig, dense: bool, run: Execution, tokens: int, expert_ranks: int, is_sharded: bool
+) -> float:
+    """Peak bytes in the backward pass of a feed-forward network in FP8: the largest of four moments.
+
+    While SwiGLU's backward pass computes the FP8 gradients of gate and up, by row and by column, and the product by
+    column; while the gradient of the down projection is computed; that of the rows; that of gate and up. A weight's
+    gradient has the dtype of the weight: float32, or bfloat16 if it is sharded, which the reduction then widens.
+    """
+    inner = model.intermediate_size if dense else model.moe_intermediate_size
+    experts = 1 if dense else model.n_routed_experts / expert_ranks
+    rows = tokens if dense else tokens * model.num_experts_per_tok * run.expert_imbalance
+    by_column = FP8_ACTIVATION * (rows + 128 * experts)  # each expert's rows are padded to a multiple of 128
+    by_row = FP8_ACTIVATION * rows
+    weight = model.hidden_size * inner * experts
+    down = (2 if is_sharded else 4) * weight
+    return max(
+        run.width * rows * inner + by_row * 2 * inner + by_column * 3 * inner,
+        by_row * 2 * inner + by_column * (3 * inner + model.hidden_size) + down,
+        by_row * 2 * inner + by_column * 2 * inner + run.width * rows * model.hidden_size + down,
+        by_column * (2 * inner + model.hidden_size) + (16 if is_sharded else 12) * weight,
+    )
