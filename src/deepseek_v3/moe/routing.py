@@ -9,12 +9,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepseek_v3.config.model_config import ModelConfig
-from deepseek_v3.ops.dtypes import at_least_float32
 from deepseek_v3.ops.operation import Select
+from deepseek_v3.ops.router_gemm import ROUTER_GEMM, RouterLogits, reference_router_logits
 from deepseek_v3.ops.top_k import TOP_K, TopK, top_k
 
 # The score of a group is the sum of its best two experts, as in the released gate.
@@ -52,15 +51,16 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size, dtype=dtype))
         self.e_score_correction_bias: Tensor
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=dtype))
+        self.logits: RouterLogits = reference_router_logits
         self.top_k: TopK = top_k
 
     def select_backends(self, select: Select) -> None:
+        self.logits = select(ROUTER_GEMM, self.config.hidden_size)
         self.top_k = select(TOP_K, self.config.n_routed_experts)
 
     def forward(self, x_TD: Tensor) -> Routing:
         """Routes tokens (T, D) of any float type; computes scores in float32 (float64 for float64)."""
-        x_TD = at_least_float32(x_TD)
-        scores_TE = _scores(F.linear(x_TD, self.weight.to(x_TD.dtype)))
+        scores_TE = _scores(self.logits(x_TD, self.weight))
         experts_TK = self._choose(scores_TE.detach() + self.e_score_correction_bias)
         gates_TK = scores_TE.gather(1, experts_TK)
         if self.config.norm_topk_prob:

@@ -18,6 +18,7 @@ from deepseek_v3.ops.moe_permute import reference as reference_permute
 from deepseek_v3.ops.multi_tensor import MULTI_TENSOR
 from deepseek_v3.ops.multi_tensor import reference as reference_multi_tensor
 from deepseek_v3.ops.operation import Backend, Operation, Target, triton_obstacle
+from deepseek_v3.ops.router_gemm import ROUTER_GEMM
 from deepseek_v3.ops.swiglu import SWIGLU
 from deepseek_v3.ops.top_k import TOP_K
 from deepseek_v3.utils.errors import ConfigError
@@ -32,6 +33,7 @@ OPERATIONS = [
     GROUPED_GEMM,
     MOE_PERMUTE,
     MULTI_TENSOR,
+    ROUTER_GEMM,
     SWIGLU,
     TOP_K,
 ]
@@ -166,7 +168,8 @@ def test_a_model_selects_its_back_ends_once_and_describes_them() -> None:
     model = small_model(small_config())
     expected = (
         "cross_entropy chunked (triton needs a CUDA device), attention sdpa (cudnn needs a CUDA device), "
-        "top_k reference (triton needs a CUDA device), moe_permute reference (triton needs a CUDA device), "
+        "router_gemm reference (split needs a CUDA device), top_k reference (triton needs a CUDA device), "
+        "moe_permute reference (triton needs a CUDA device), "
         "grouped_gemm reference (torch needs a CUDA device), swiglu reference (triton needs a CUDA device)"
     )
     assert select_backends(model, CPU) == expected
