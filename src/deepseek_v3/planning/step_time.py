@@ -17,7 +17,7 @@ from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.activations import saved_bytes
 from deepseek_v3.planning.calibration import Rates, calibration
 from deepseek_v3.planning.counts import rank_parameters
-from deepseek_v3.planning.execution import Execution, LayerKind, ranks_reached
+from deepseek_v3.planning.execution import FP8_ACTIVATION, Execution, LayerKind, ranks_reached
 from deepseek_v3.planning.flops import ForwardFlops, forward_flops, mtp_forward_flops
 from deepseek_v3.planning.fp8_traffic import attention_traffic, feed_forward_traffic, weight_traffic
 from deepseek_v3.planning.hardware import Device
@@ -283,20 +283,22 @@ def collective_seconds(config: RunConfig, run: Execution, device: Device) -> tup
 
 
 def _expert_seconds(config: RunConfig, run: Execution, device: Device) -> float:
-    """Seconds of the expert exchange: dispatch and combine in every pass."""
+    """Seconds of the expert exchange: dispatch and combine in every pass; gradients have the activations' type."""
     model, parallel = config.model, config.parallel
     if parallel.expert == 1:
         return 0.0
     moe_layers = (model.num_moe_layers + model.num_nextn_predict_layers) / parallel.pipeline
     tokens = parallel.micro_batch_size * config.training.sequence_length * config.gradient_accumulation_steps
     passes = 2 if parallel.recomputation == "none" else 3
-    bytes_each_way = moe_layers * tokens * run.expert_imbalance * run.width * model.hidden_size
+    dispatched = FP8_ACTIVATION if parallel.dispatch_precision == "fp8" else run.width
+    bytes_of_a_number = (passes - 1) * dispatched + (passes + 1) * run.width  # the backward pass sends both ways
+    numbers = moe_layers * tokens * run.expert_imbalance * model.hidden_size
     inside = min(parallel.expert, device.devices_per_node)
     chosen = model.num_experts_per_tok
     way = _others_reached(parallel.expert, chosen) / (_LINK_SHARE_OF_ROWS * 1e9 * device.link_gb_per_s)
     if parallel.expert > inside:
         way += _others_reached(parallel.expert / inside, chosen) / _bandwidth(device, parallel.expert)
-    return 2 * passes * bytes_each_way * way
+    return numbers * bytes_of_a_number * way
 
 
 def _others_reached(places: float, chosen: int) -> float:

@@ -404,6 +404,11 @@ def test_rows_are_sent_once_to_each_rank_with_their_experts(
     seconds = sum(_others_reached(places, chosen, 8) / rate for places, rate in ways.items())
     _, found = collective_seconds(config, run, DEVICE)
     assert found == pytest.approx(2 * passes * tokens * 2 * width * seconds)
+    in_fp8 = config.model_copy(
+        update={"parallel": config.parallel.model_copy(update={"dispatch_precision": "fp8"})}
+    )
+    _, narrow = collective_seconds(in_fp8, run, DEVICE)
+    assert found - narrow == pytest.approx((passes - 1) * tokens * (2 - (1 + 4 / 128)) * width * seconds)
 
 
 def test_communication_overlaps_with_computation_and_slows_it() -> None:
