@@ -9,6 +9,7 @@ from torch import Tensor
 
 from deepseek_v3.ops.fp8 import ColumnBlocks, RowBlocks, WeightBlocks
 from deepseek_v3.ops.fp8_gemm import reference
+from deepseek_v3.ops.nvrtc import nvrtc_obstacle
 from deepseek_v3.ops.operation import Backend, Operation, Target, triton_obstacle
 
 __all__ = ["FP8_GEMM", "Fp8Gemm", "reference"]
@@ -31,6 +32,24 @@ class Fp8Gemm(Protocol):
     ) -> Tensor: ...
 
 
+def _cuda() -> Fp8Gemm:
+    from deepseek_v3.ops.fp8_gemm import cuda
+
+    return cuda
+
+
+def _cuda_obstacle(target: Target) -> str | None:
+    if target.device.type != "cuda":
+        return "needs a CUDA device"
+    if target.dtype not in (torch.float32, torch.bfloat16):
+        return "needs float32 or bfloat16"
+    if any(width % 16 for width in target.widths):
+        return "needs row widths that are multiples of 16"
+    if torch.cuda.get_device_capability(target.device) != (9, 0):
+        return "needs a GPU of compute capability 9.0"
+    return nvrtc_obstacle()
+
+
 def _triton() -> Fp8Gemm:
     from deepseek_v3.ops.fp8_gemm import triton
 
@@ -50,5 +69,8 @@ def _triton_obstacle(target: Target) -> str | None:
 
 # The widths of its target are those of the rows, before and after every product; its dtype is that of the results.
 FP8_GEMM: Operation[Fp8Gemm] = Operation(
-    "fp8_gemm", Backend("triton", _triton, _triton_obstacle), Backend("reference", lambda: reference)
+    "fp8_gemm",
+    Backend("cuda", _cuda, _cuda_obstacle),
+    Backend("triton", _triton, _triton_obstacle),
+    Backend("reference", lambda: reference),
 )

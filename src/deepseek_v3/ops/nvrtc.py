@@ -1,0 +1,170 @@
+"""CUDA C++ kernels without a build step: NVRTC, which comes with torch's CUDA packages, compiles them at first use.
+
+A kernel's source includes no headers, so NVRTC alone suffices. NVRTC and the driver are called through ctypes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_TENSOR_MAP_BYTES = 128
+_TENSOR_MAP_TYPES = {torch.uint8: 0, torch.float8_e4m3fn: 0, torch.float32: 7, torch.bfloat16: 9}
+_NO_SWIZZLE, _SWIZZLE_128_BYTES, _PROMOTE_TO_256_BYTES = 0, 3, 3
+
+
+class CudaError(RuntimeError):
+    """The CUDA driver or NVRTC refused a call."""
+
+
+class TensorMap:
+    """Describes a matrix to the tensor memory accelerator, which copies boxes of it into shared memory.
+
+    `matrix` (rows, columns) contiguous, aligned to 16 bytes, as its rows are; a box is `box_rows` × `box_columns`.
+    What a box has beyond the matrix is read as zeros. With `swizzle` the 16-byte pieces of a row of 128 bytes are
+    permuted as the tensor cores expect.
+    """
+
+    def __init__(self, matrix: Tensor, box_rows: int, box_columns: int, swizzle: bool = False) -> None:
+        rows, columns = matrix.shape
+        # The driver wants 64-byte alignment, which ctypes does not promise.
+        self._memory = ctypes.create_string_buffer(_TENSOR_MAP_BYTES + 64)
+        self.address = -(-ctypes.addressof(self._memory) // 64) * 64
+        _check(
+            _driver().cuTensorMapEncodeTiled(
+                ctypes.c_void_p(self.address),
+                _TENSOR_MAP_TYPES[matrix.dtype],
+                2,
+                ctypes.c_void_p(matrix.data_ptr()),
+                (ctypes.c_uint64 * 2)(columns, rows),
+                (ctypes.c_uint64 * 1)(columns * matrix.element_size()),
+                (ctypes.c_uint32 * 2)(box_columns, box_rows),
+                (ctypes.c_uint32 * 2)(1, 1),
+                0,
+                _SWIZZLE_128_BYTES if swizzle else _NO_SWIZZLE,
+                _PROMOTE_TO_256_BYTES,
+                0,
+            ),
+            f"cuTensorMapEncodeTiled of {tuple(matrix.shape)} {matrix.dtype}",
+        )
+
+
+class Kernel:
+    """A compiled kernel, loaded on every device that launches it."""
+
+    def __init__(self, source: Path, name: str, defines: Mapping[str, int], shared_bytes: int) -> None:
+        self._cubin, self._name, self._shared_bytes = _compile(source, defines), name, shared_bytes
+        self._functions: dict[int, ctypes.c_void_p] = {}
+        self._lock = threading.Lock()
+
+    def launch(self, blocks: int, threads: int, arguments: Sequence[Any]) -> None:
+        """Launches the kernel on the current stream of the current device.
+
+        An argument is a tensor (its address), a `TensorMap` (by value), None (a null pointer), or a ctypes object.
+        """
+        values = [_by_value(argument) for argument in arguments]
+        places = [value.address if isinstance(value, TensorMap) else ctypes.addressof(value) for value in values]
+        packed = (ctypes.c_void_p * len(places))(*places)
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        one = ctypes.c_uint(1)
+        _check(
+            _driver().cuLaunchKernel(
+                self._function(), blocks, one, one, threads, one, one, self._shared_bytes, stream, packed, None
+            ),
+            f"launching {self._name}",
+        )
+
+    def _function(self) -> ctypes.c_void_p:
+        device = torch.cuda.current_device()
+        with self._lock:
+            if device not in self._functions:
+                self._functions[device] = self._load()
+            return self._functions[device]
+
+    def _load(self) -> ctypes.c_void_p:
+        module, function, driver = ctypes.c_void_p(), ctypes.c_void_p(), _driver()
+        _check(driver.cuModuleLoadData(ctypes.byref(module), self._cubin), f"loading {self._name}")
+        name = self._name.encode()
+        _check(driver.cuModuleGetFunction(ctypes.byref(function), module, name), f"finding {self._name}")
+        attribute = driver.cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED_BYTES, self._shared_bytes)
+        _check(attribute, f"{self._shared_bytes} bytes of shared memory for {self._name}")
+        return function
+
+
+def _by_value(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    return ctypes.c_void_p() if argument is None else argument
+
+
+def _compile(source: Path, defines: Mapping[str, int]) -> bytes:
+    """The machine code of a source file for sm_90a."""
+    nvrtc = _nvrtc()
+    program = ctypes.c_void_p()
+    text = source.read_bytes()
+    created = nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, source.name.encode(), 0, None, None)
+    if created:
+        raise CudaError(f"nvrtcCreateProgram failed with code {created}")
+    options = ["--gpu-architecture=sm_90a", *(f"-D{name}={value}" for name, value in defines.items())]
+    given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+    try:
+        if nvrtc.nvrtcCompileProgram(program, len(options), given):
+            raise CudaError(f"NVRTC cannot compile {source.name} with {defines}:\n{_log_of(program)}")
+        size = ctypes.c_size_t()
+        nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
+        cubin = ctypes.create_string_buffer(size.value)
+        nvrtc.nvrtcGetCUBIN(program, cubin)
+        return cubin.raw
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _log_of(program: ctypes.c_void_p) -> str:
+    size = ctypes.c_size_t()
+    _nvrtc().nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    log = ctypes.create_string_buffer(size.value)
+    _nvrtc().nvrtcGetProgramLog(program, log)
+    return log.value.decode(errors="replace")
+
+
+def nvrtc_obstacle() -> str | None:
+    """Why kernels cannot be compiled here; None if they can."""
+    try:
+        _nvrtc()
+    except OSError as error:
+        return f"needs NVRTC, which cannot be loaded ({error})"
+    return None
+
+
+@cache
+def _nvrtc() -> ctypes.CDLL:
+    """NVRTC, of the CUDA packages beside torch if there, else from where the system finds it."""
+    major = (torch.version.cuda or "13").partition(".")[0]
+    name = f"libnvrtc.so.{major}"
+    packages = Path(torch.__file__).parents[1] / "nvidia"
+    if not packages.is_dir():
+        return ctypes.CDLL(name)
+    for builtins in sorted(packages.glob(f"*/lib/libnvrtc-builtins.so.{major}.*")):
+        ctypes.CDLL(str(builtins))  # which NVRTC finds only where the system looks, or if it is loaded already
+    beside = sorted(packages.glob(f"*/lib/{name}"))
+    return ctypes.CDLL(str(beside[0]) if beside else name)
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _check(code: int, what: str) -> None:
+    if code:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(code, ctypes.byref(text))
+        raise CudaError(f"{what}: CUDA error {code} ({(text.value or b'unknown').decode()})")

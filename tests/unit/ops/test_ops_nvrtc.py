@@ -1,0 +1,66 @@
+"""Kernels in CUDA C++: NVRTC compiles them without a GPU. The tests of each operation compare their results."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from deepseek_v3.ops import nvrtc
+from deepseek_v3.ops.fp8_gemm import cuda
+from deepseek_v3.ops.nvrtc import CudaError, Kernel
+
+needs_nvrtc = pytest.mark.skipif(nvrtc.nvrtc_obstacle() is not None, reason="NVRTC comes with torch's CUDA builds")
+H200 = 132  # its multiprocessors
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("tile_columns", cuda._TILE_COLUMNS)
+def test_products_compile(columns: bool, tile_columns: int) -> None:
+    kernel = cuda._kernel(columns, tile_columns, float_out=columns)
+    assert kernel._cubin.startswith(b"\x7fELF")
+    assert kernel._shared_bytes <= cuda._SHARED_BYTES
+
+
+@needs_nvrtc
+def test_a_mistake_in_the_source_is_shown(tmp_path: Path) -> None:
+    source = tmp_path / "kernel.cu"
+    source.write_text('extern "C" __global__ void kernel(int* out) { out[0] = missing + VALUE; }', encoding="utf-8")
+    with pytest.raises(CudaError, match=r"(?s)kernel.cu with {'VALUE': 3}.*missing"):
+        Kernel(source, "kernel", {"VALUE": 3}, 0)
+
+
+def test_why_nvrtc_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvrtc._nvrtc.cache_clear()
+    monkeypatch.setattr(nvrtc.torch.version, "cuda", "99.0")
+    assert "libnvrtc.so.99" in str(nvrtc.nvrtc_obstacle())
+    nvrtc._nvrtc.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("row_tiles", "columns", "expected"),
+    [(512, 4096, 256), (64, 576, 128), (64, 1536, 256), (1, 128, 128), (8, 1024, 128)],
+)
+def test_tiles_keep_all_multiprocessors_busy(
+    row_tiles: int, columns: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "_multiprocessors", lambda _: H200)
+    assert cuda._tile_columns(row_tiles, columns, torch.device("cpu")) == expected
+
+
+@pytest.mark.parametrize(
+    ("tiles", "num_rows", "number"), [(64, 32768, 2), (8, 1000, 8), (132, 4096, 1), (1, 100, 1)]
+)
+def test_a_long_sum_is_cut_into_parts(
+    tiles: int, num_rows: int, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but the last are whole blocks, and they end with the last row."""
+    monkeypatch.setattr(cuda, "_multiprocessors", lambda _: H200)
+    parts = cuda._parts(tiles, num_rows, torch.device("cpu"))
+    if number == 1:
+        assert parts is None
+        return
+    assert parts is not None
+    assert len(parts) == number
+    assert parts[-1] == num_rows
+    assert all(end % 128 == 0 for end in parts[:-1].tolist())
