@@ -61,9 +61,11 @@ def _eager_attention(model: ModelConfig, run: Execution) -> dict[str, float]:
     width, heads, q_rank = model.hidden_size, model.num_attention_heads, model.q_lora_rank or 0
     kv_rank, rope, nope = model.kv_lora_rank, model.qk_rope_head_dim, model.qk_nope_head_dim
     input_copy = 4 * width if width_bytes == 2 else 0
+    # Queries and latent are projected from the same input. In FP8 without the compiler, each saves it for itself.
+    inputs = 2 * linear if run.fp8 else linear
     latent = 4 * (kv_rank + rope) if width_bytes == 4 else 4 * kv_rank
     return {
-        "input and its norm": input_copy + (4 + linear) * width,
+        "input and its norm": input_copy + (4 + inputs) * width,
         "compressed queries and their norm": (8 + linear) * q_rank,
         "latent and its norm": latent + (4 + linear) * kv_rank,
         "queries and keys": 2 * width_bytes * heads * model.qk_head_dim,
@@ -91,7 +93,7 @@ def _moe(model: ModelConfig, run: Execution) -> dict[str, float]:
     if run.fp8:
         # Gate and up, and the gate value. The tokens that came from other ranks are saved once, not row by row.
         rows_of_experts = rows * (FP8_ACTIVATION * 2 * hidden + 4)
-        rows_of_experts += run.tokens_received * run.width * width
+        rows_of_experts += run.received_bytes * width
     elif run.compiled:
         rows_of_experts = rows * 2 * (width + 3 * hidden)
     else:  # each row saves gate, up, activated gate and their product in float32, then the result

@@ -35,8 +35,9 @@ class Execution:
     separate documents that a layer keeps per token; 0 without such a mask.
 
     `fp8`: linear layers and experts multiply in FP8 (report, §3.3), and save their inputs for the backward pass in
-    FP8. `tokens_received`: tokens that the experts of a rank receive through their exchange, over the rank's own
-    tokens; 0 without an exchange.
+    FP8. `keeps_fp8_weights`: they also save their weights; otherwise the weights, which are gathered for each pass,
+    are quantized again. `received_bytes`: bytes per token and channel of the tokens that the experts of a rank
+    receive through their exchange; 0 without an exchange.
     """
 
     width: Literal[2, 4]
@@ -46,13 +47,15 @@ class Execution:
     mask_bytes: int = 0
     compiled_in_parts: bool = False
     fp8: bool = False
-    tokens_received: float = 0.0
+    keeps_fp8_weights: bool = True
+    received_bytes: float = 0.0
 
 
 def resolve_execution(device: Device, config: RunConfig) -> Execution:
     """How this device executes a run: what `training/parallel/parallelize.py` makes of its `parallel` section.
 
-    Raises ConfigError for FP8 on a GPU that has no rate for it. On a CPU, FP8 runs by its definition, for tests.
+    Raises ConfigError for FP8 on a GPU that has no rate for it. On a CPU, FP8 runs by its definition, for tests,
+    with float32 between the products.
     """
     parallel, model = config.parallel, config.model
     has_bfloat16 = device.bfloat16_tflops is not None
@@ -63,12 +66,13 @@ def resolve_execution(device: Device, config: RunConfig) -> Execution:
             f"parallel.precision = fp8: {device.name} does not train in FP8, which takes an H100 or newer; "
             "use --set parallel.precision=bf16"
         )
-    narrow = fp8 or precision == "bf16" or (precision == "auto" and has_bfloat16)
+    narrow = precision == "bf16" or (precision in ("auto", "fp8") and has_bfloat16)
     fits_kernels = model.hidden_size % 8 == 0 and model.moe_intermediate_size % 8 == 0
     width: Literal[2, 4] = 2 if narrow else 4
     compiled = narrow and has_bfloat16 and fits_kernels and parallel.compile is not False
     exchanging = parallel.expert
     imbalance = _UNEVEN_EXPERTS if exchanging > 1 else 1.0
+    received = imbalance * ranks_reached(exchanging, model.num_experts_per_tok) if exchanging > 1 else 0.0
     return Execution(
         width=width,
         compiled=compiled,
@@ -76,7 +80,8 @@ def resolve_execution(device: Device, config: RunConfig) -> Execution:
         expert_imbalance=imbalance,
         logits_per_chunk=_LOGITS_AT_ONCE["cpu" if device.is_cpu else "gpu"],
         fp8=fp8,
-        tokens_received=imbalance * ranks_reached(exchanging, model.num_experts_per_tok) if exchanging > 1 else 0.0,
+        keeps_fp8_weights=parallel.data_shard == 1 or parallel.zero_stage < 3 or parallel.pipeline > 1,
+        received_bytes=(FP8_ACTIVATION if parallel.dispatch_precision == "fp8" else width) * received,
         mask_bytes=width * config.training.sequence_length if config.data.mask_documents else 0,
     )
 

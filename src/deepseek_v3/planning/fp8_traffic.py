@@ -40,9 +40,9 @@ def feed_forward_traffic(model: ModelConfig, kind: LayerKind, run: Execution) ->
     return shared[0] + routed[0], shared[1] + routed[1]
 
 
-def weight_traffic() -> float:
-    """Bytes per weight and forward pass: the weight in float32, read once, and in FP8, as it is and transposed."""
-    return 4 + 2 * FP8_WEIGHT
+def weight_traffic(read: int) -> float:
+    """Bytes per weight that is quantized once: `read` in its own type, and FP8, as it is and transposed."""
+    return read + 2 * FP8_WEIGHT
 
 
 def _swiglu_traffic(hidden: int) -> tuple[float, float]:

@@ -60,12 +60,12 @@ def layer_memory(config: RunConfig, run: Execution, kind: LayerKind) -> LayerMem
 def _copy_bytes(run: Execution, weights: float, joining: float, is_sharded: bool) -> float:
     """Bytes of the weights that a layer saves for its backward pass; `joining` is not multiplied in FP8.
 
-    Of a sharded layer, the gathered bfloat16 weights are freed and gathered again, but FP8 copies stay.
+    The bfloat16 weights of a sharded layer are those that were gathered, and no copies.
     """
     if run.width == 4:
         return 0.0
-    in_bfloat16 = joining if run.fp8 else weights + joining
-    return (FP8_WEIGHT * weights if run.fp8 else 0.0) + (0.0 if is_sharded else 2 * in_bfloat16)
+    in_fp8 = FP8_WEIGHT * weights if run.fp8 and run.keeps_fp8_weights else 0.0
+    return in_fp8 + (0.0 if is_sharded else 2 * (joining if run.fp8 else weights + joining))
 
 
 def _working_bytes(

@@ -202,8 +202,14 @@ def step_work(config: RunConfig, run: Execution) -> StepWork:
         fp8_matrix_operations=tokens * (projections + networks),
         fp8_expert_operations=experts,
         quantization_bytes=tokens * _quantization_bytes(model, kinds, run, passes - 2, ffn_passes - 2)
-        + (ffn_passes - 2) * config.gradient_accumulation_steps * rank_parameters(config).layers * weight_traffic(),
+        + config.gradient_accumulation_steps * _weight_quantization_bytes(config, run, ffn_passes - 2),
     )
+
+
+def _weight_quantization_bytes(config: RunConfig, run: Execution, forward: int) -> float:
+    """Bytes of a micro-batch with `forward` forward passes; sharded weights are gathered in bfloat16."""
+    times = forward if run.keeps_fp8_weights else forward + 1
+    return times * rank_parameters(config).layers * weight_traffic(4 if config.parallel.data_shard == 1 else 2)
 
 
 def _moved_bytes(model: ModelConfig, kind: LayerKind, run: Execution) -> float:

@@ -68,13 +68,13 @@ def test_a_plan_in_fp8_says_that_it_was_not_measured(monkeypatch: pytest.MonkeyP
         assert "FP8" not in _sources("H100")
 
 
-@pytest.mark.parametrize(("device", "runs"), [("H100", True), ("H200", True), ("A100", False), ("CPU", True)])
-def test_fp8_needs_a_device_that_has_it(device: str, runs: bool) -> None:
+@pytest.mark.parametrize(("device", "width"), [("H100", 2), ("H200", 2), ("A100", None), ("CPU", 4)])
+def test_fp8_needs_a_device_that_has_it(device: str, width: int | None) -> None:
     config = load_config(TINY)
     config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"precision": "fp8"})})
-    if runs:
+    if width is not None:
         run = resolve_execution(_device(device), config)
-        assert (run.fp8, run.width) == (True, 2)
+        assert (run.fp8, run.width) == (True, width)
     else:
         with pytest.raises(ConfigError, match=r"^parallel\.precision = fp8: A100 does not train in FP8"):
             resolve_execution(_device(device), config)

@@ -375,9 +375,22 @@ def test_fp8_layers_save_their_weights_in_fp8() -> None:
     joining = sum(size for name, size in kept if "eh_proj" in name)
     expected = 2 * joining + (1 + 4 / 128**2) * (sum(size for _, size in kept) - joining)
     assert estimate_memory(config, fp8).weight_copies == pytest.approx(expected)
-    # Under FSDP the gathered bfloat16 weights are freed; the FP8 copies are the layers' own.
-    sharded = _run({"num_nextn_predict_layers": 0}, data_shard=2, micro_batch_size=4, global_batch_size=8)
-    assert estimate_memory(sharded, fp8).weight_copies > 0
+    # Weights that are gathered for each pass are quantized again; gathered once, they stay in FP8 too.
+    shards = {"data_shard": 2, "micro_batch_size": 4, "global_batch_size": 8}
+    for stage, keeps in ((3, False), (2, True)):
+        sharded = _run({"num_nextn_predict_layers": 0}, zero_stage=stage, precision="bf16", **shards)
+        run = replace(resolve_execution(H100, sharded), fp8=True)
+        assert run.keeps_fp8_weights == keeps
+        assert (estimate_memory(sharded, run).weight_copies > 0) == keeps
+
+
+@pytest.mark.parametrize(("dispatched", "number"), [("activations", 2), ("fp8", 1 + 4 / 128)])
+def test_a_rank_receives_a_token_once_for_all_its_experts(dispatched: str, number: float) -> None:
+    config = _run(expert=4, data_replicate=4, global_batch_size=8, precision="bf16", dispatch_precision=dispatched)
+    chosen = config.model.num_experts_per_tok
+    share = 1 - (3 / 4) ** chosen  # of the tokens of each of four ranks, those with an expert on this rank
+    assert resolve_execution(H100, config).received_bytes == pytest.approx(1.2 * 4 * share * number)
+    assert resolve_execution(H100, _run()).received_bytes == 0
 
 
 @pytest.mark.parametrize("recomputation", ["none", "selective", "full"])
