@@ -89,6 +89,6 @@ def test_former_spellings_of_precisions_are_read(former: str, present: str) -> N
     assert ParallelConfig(precision=former).precision == present  # type: ignore[arg-type]
 
 
-def test_an_unknown_precision_is_refused_with_the_present_spellings() -> None:
+def test_an_unknown_precision_lists_the_present_spellings() -> None:
     with pytest.raises(ValidationError, match="'bf16'"):
         ParallelConfig(precision="bf8")  # type: ignore[arg-type]
