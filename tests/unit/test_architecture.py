@@ -26,6 +26,7 @@ NEED_THEIR_LIBRARY = {
     "ops/fp8_gemm/triton.py",
     "ops/moe_permute/triton.py",
     "ops/multi_tensor/triton.py",
+    "ops/rotary/triton.py",
     "ops/swiglu/triton.py",
     "ops/top_k/triton.py",
     "training/parallel/deepspeed_engine.py",
