@@ -23,6 +23,7 @@ NEED_THEIR_LIBRARY = {
     "data/deduplication/kernels/numba_kernels.py",
     "evaluation/harness.py",
     "ops/cross_entropy/triton.py",
+    "ops/fp8/triton.py",
     "ops/fp8_gemm/triton.py",
     "ops/moe_permute/triton.py",
     "ops/multi_tensor/triton.py",
