@@ -18,9 +18,10 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from environment import ROOT, environment
+from environment import environment
 from torch.profiler import ProfilerActivity, profile
 
+from deepseek_v3.benchmark.shape_files import shape_file
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.training.kernel_table import kernels_in, sum_kernels
 from deepseek_v3.training.parallel.mesh import build_mesh
@@ -28,12 +29,13 @@ from deepseek_v3.training.trainer import Trainer
 from deepseek_v3.utils.distributed.launch import World, process_group, select_device
 from deepseek_v3.utils.logging import configure_logging
 
+SHAPE = shape_file("1b")
 WARM_UP, TIMED, TRACED, LISTED = 6, 8, 3, 30
 
 
 def main(
     output: Annotated[Path, typer.Option(help="Where rank 0 writes its JSON.")],
-    shape: Annotated[Path, typer.Option(help="A run's YAML file.")] = ROOT / "benchmarks/shapes/1b.yaml",
+    shape: Annotated[Path, typer.Option(help="A run's YAML file.")] = SHAPE,
     override: Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE")] = None,
     commit: Annotated[str | None, typer.Option(help="Where the code has no history beside it.")] = None,
 ) -> None:

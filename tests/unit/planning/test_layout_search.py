@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deepseek_v3.benchmark.shape_files import shape_file
 from deepseek_v3.config.loading import config_from_dict, load_config
 from deepseek_v3.config.parallel_config import PipelineSchedule
 from deepseek_v3.config.train_config import RunConfig
@@ -31,7 +32,7 @@ from deepseek_v3.utils.errors import ConfigError
 from helpers import ROOT
 from helpers.runs import run_fields
 
-COMPARISON = ROOT / "benchmarks" / "shapes" / "1b.yaml"
+COMPARISON = shape_file("1b")
 
 # Two devices per node, so that the search covers every divisor of up to four devices.
 DEVICE = Device(
@@ -252,7 +253,7 @@ def test_of_equally_fast_layouts_the_smallest_is_taken() -> None:
 
 
 MEASURED = {
-    "benchmarks/shapes/1b.yaml": "multi_gpu_h200_x2.json",
+    "src/deepseek_v3/benchmark/shapes/1b.yaml": "multi_gpu_h200_x2.json",
     "configs/deepseek_v3_15b.yaml": "multi_gpu_15b_h200_x2.json",
 }
 

@@ -1,0 +1,1 @@
+"""`dsv3 bench`: training and operations beside other systems, each checked before its speed is shown."""
