@@ -31,11 +31,14 @@ import torch
 import typer
 from environment import RESULTS, ROOT, environment
 
+from deepseek_v3.benchmark.shape_files import shape_file
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.planning.hardware import Device, find_device
 from deepseek_v3.planning.layout_search import estimate_layout
 from deepseek_v3.utils.monitoring import read_metrics
 
+SHAPE = shape_file("1b")
+_TORCHTITAN = "deepseek_v3.benchmark.peers.torchtitan_training"
 PARTS = ("ranks", "tests", "training", "peer")
 INTERVAL = 5  # steps of one rate; the first ones are left out: they compile and allocate
 COMPARED_STEPS = 20  # in which rounding has not yet led two runs apart
@@ -94,7 +97,7 @@ def runs_on(gpus: int, micro: int) -> list[Run]:
 
 def main(
     name: Annotated[str, typer.Option(help="Of the result file.")],
-    shape: Annotated[Path, typer.Option(help="A run's YAML file.")] = ROOT / "benchmarks/shapes/1b.yaml",
+    shape: Annotated[Path, typer.Option(help="A run's YAML file.")] = SHAPE,
     gpus: Annotated[int, typer.Option(help="How many; 0 takes all.")] = 0,
     part: Annotated[list[str] | None, typer.Option(help="Only these parts; repeatable.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Only the runs of these names; repeatable.")] = None,
@@ -229,7 +232,7 @@ def torchtitan(work: Work, expert: int, micro: int, recompute: str) -> dict[str,
         words = ["--shape", str(work.shape), "--data-shard", str(work.gpus), "--expert", str(expert)]
         words += ["--micro-batch", str(micro), "--batch", str(work.batch), "--recompute", recompute]
         words += ["--steps", str(work.steps), "--interval", str(INTERVAL), "--output", str(output)]
-        failure = run_program(launcher(work.gpus), "benchmarks/peers/torchtitan_training.py", *words)
+        failure = run_program(launcher(work.gpus), "-m", _TORCHTITAN, *words)
         found = {"failed": failure} if failure else json.loads(output.read_text(encoding="utf-8"))
         return {"expert": expert, "micro_batch": micro, "recompute": recompute, **found}
 

@@ -21,6 +21,7 @@ from deepseek_v3.config.data_config import DEFAULT_TOKENS
 from deepseek_v3.training import loss_curve
 from helpers import fork_server
 from helpers.rank_pool import RankPool
+from helpers.triton_interpreter import round_as_a_gpu
 
 torch.set_num_threads(1)  # the suite runs one process per core
 settings.register_profile("default", derandomize=True, deadline=None, database=None, max_examples=50)
@@ -100,12 +101,16 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture(params=["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
-def triton_device(request: pytest.FixtureRequest) -> torch.device:
+def triton_device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """Each device on which a Triton kernel is tested: a CPU, line by line, and a GPU."""
     pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds only")
-    if request.param == "interpreted" and torch.cuda.is_available():
+    if request.param == "cuda":
+        yield torch.device("cuda")
+        return
+    if torch.cuda.is_available():
         pytest.skip("the same process cannot both interpret and compile")
-    return torch.device("cpu" if request.param == "interpreted" else "cuda")
+    with round_as_a_gpu():
+        yield torch.device("cpu")
 
 
 @pytest.fixture

@@ -122,6 +122,13 @@ def _export() -> Any:
     return export_model
 
 
+@_command("bench", "Measure training and operations, checked first, beside other systems and what is possible.")
+def _bench() -> Any:
+    from deepseek_v3.benchmark.command import bench_app
+
+    return bench_app
+
+
 @_command("quickstart", "Build a corpus, train a tokenizer and a small model, measure it, and let it write.")
 def _quickstart() -> Any:
     from deepseek_v3.quickstart import quickstart

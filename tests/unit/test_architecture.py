@@ -20,12 +20,16 @@ RECURRING = {"__init__", "__main__", "reference", "triton", "filter", "index", "
 LONGEST_MODULE, SHORT_MODULE, MOST_SHORT_MODULES, LONGEST_TEST_NAME = 350, 50, 30, 60
 # Modules that import an optional library at their top; only functions import these modules in turn.
 NEED_THEIR_LIBRARY = {
+    "benchmark/peers/torchtitan_0_2.py",
+    "benchmark/peers/torchtitan_0_3.py",
     "data/deduplication/kernels/numba_kernels.py",
     "evaluation/harness.py",
     "ops/cross_entropy/triton.py",
+    "ops/fp8/triton.py",
     "ops/fp8_gemm/triton.py",
     "ops/moe_permute/triton.py",
     "ops/multi_tensor/triton.py",
+    "ops/rotary/triton.py",
     "ops/swiglu/triton.py",
     "ops/top_k/triton.py",
     "training/parallel/deepspeed_engine.py",

@@ -35,6 +35,7 @@ def test_every_command_has_its_line_of_help(name: str) -> None:
         ("train", "--resume"),
         ("generate", "--prompt"),
         ("eval", "--checkpoint"),
+        ("bench", "ops"),
         ("quickstart", "--runs"),
     ],
 )

@@ -14,7 +14,7 @@ IMPORT = re.compile(r"^from (deepseek_v3[\w.]*) import ([\w, ]+)$", re.MULTILINE
 FILE = re.compile(r"`((?:src|tests|docs|scripts|benchmarks|configs)/[\w./-]+\.\w+)`")
 # A module named as in `planning/memory.py`, below src/deepseek_v3.
 MODULE = re.compile(
-    r"`((?:utils|ops|config|planning|charts|mla|moe|data|model|training|inference|interop|evaluation)/[\w/]+\.py)`"
+    r"`((?:utils|ops|config|planning|charts|mla|moe|data|model|training|inference|interop|evaluation|benchmark)/[\w/]+\.py)`"
 )
 
 

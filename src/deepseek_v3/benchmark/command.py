@@ -1,0 +1,135 @@
+"""`dsv3 bench`: the speed of training and of operations, beside other systems and beside what is possible."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from deepseek_v3.benchmark.ops_benchmark import OPERATIONS, measure_operations
+from deepseek_v3.benchmark.peers.peer_systems import PEERS
+from deepseek_v3.benchmark.shape_files import INTERVAL, PRECISIONS, shape_names
+from deepseek_v3.benchmark.train_benchmark import PeerSystem, measure_training
+from deepseek_v3.benchmark.train_table import explanations, result_table
+from deepseek_v3.utils.command_line import integer_option, override_options, print_next_steps
+from deepseek_v3.utils.distributed.launch import select_device
+from deepseek_v3.utils.errors import BenchmarkError, ConfigError
+from deepseek_v3.utils.files import atomic_write
+from deepseek_v3.utils.logging import configure_logging
+from deepseek_v3.utils.text import printable
+
+bench_app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Measure training and operations, checked first, beside other systems and what is possible.",
+)
+
+_OUTPUT = typer.Option(metavar="FILE.json", help="Also write everything that was measured to this file.")
+_COMMIT = typer.Option(help="The measured commit, where the code has no Git history beside it.")
+_DEVICE = typer.Option(help="auto, cpu or cuda.")
+
+
+@bench_app.command("train")
+def train(
+    shape: Annotated[str, typer.Option(help=f"{' or '.join(shape_names())}, or a run's YAML file.")] = "1b",
+    precision: Annotated[
+        list[str] | None,
+        typer.Option(metavar="|".join(PRECISIONS), help="Of our runs; repeatable, or with commas between them."),
+    ] = None,
+    peers: Annotated[
+        list[str] | None,
+        typer.Option(metavar="|".join(PEERS), help="Other systems; repeatable, or with commas between them."),
+    ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            metavar="SEQUENCES",
+            parser=integer_option(at_least=1),
+            help="Sequences of a step, all at once. Default: the shape's.",
+        ),
+    ] = None,
+    steps: Annotated[
+        int,
+        typer.Option(
+            metavar="NUMBER",
+            parser=integer_option(at_least=2 * INTERVAL),
+            help=f"Steps of each system; the first {INTERVAL} are not counted.",
+        ),
+    ] = 25,
+    override: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Override one field; repeatable."),
+    ] = None,
+    device: Annotated[str, _DEVICE] = "auto",
+    output: Annotated[Path | None, _OUTPUT] = None,
+    commit: Annotated[str | None, _COMMIT] = None,
+) -> None:
+    """Train a shape's first steps, as a run does, and show how fast they were beside other systems."""
+    configure_logging()
+    asked = _names("precision", precision, PRECISIONS)
+    precisions = [each for each in PRECISIONS if each in asked] or ["bf16"]
+    systems = [PeerSystem(name, PEERS[name]) for name in _names("peers", peers, list(PEERS))]
+    result = measure_training(
+        shape,
+        precisions,
+        systems,
+        device=device,
+        steps=steps,
+        batch=batch,
+        overrides=override or [],
+        commit=commit,
+    )
+    _write(output, result.as_json())
+    _print(result_table(result))
+    _print(explanations(result, select_device(device)))
+    if result.problems:
+        raise BenchmarkError(f"no speed is shown for {' | '.join(result.problems)}")
+    same = ["--shape", shape, *override_options(override)]
+    print_next_steps(
+        ["dsv3", "bench", "ops"],
+        ["dsv3", "bench", "train", *same, "--precision", "bf16,fp8", "--peers", ",".join(PEERS)],
+    )
+
+
+@bench_app.command("ops")
+def ops(
+    op: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help=f"Only these: {', '.join(OPERATIONS)}; repeatable, or with commas."),
+    ] = None,
+    device: Annotated[str, _DEVICE] = "auto",
+    output: Annotated[Path | None, _OUTPUT] = None,
+    commit: Annotated[str | None, _COMMIT] = None,
+) -> None:
+    """Compare every back end of the operations with its reference; show its speed beside what is possible."""
+    configure_logging()
+    names = _names("op", op, list(OPERATIONS)) or list(OPERATIONS)
+    place = select_device(device)
+    result = measure_operations(names, place, commit)
+    _write(output, result.as_json())
+    _print([*result.table(), *result.explanations()])
+    if result.problems:
+        raise BenchmarkError(f"no speed is shown for {' | '.join(result.problems)}")
+    print_next_steps(["dsv3", "bench", "train", "--shape", "1b", "--peers", ",".join(PEERS)])
+
+
+def _names(option: str, given: Sequence[str] | None, known: Sequence[str]) -> list[str]:
+    """The names that an option lists, each once. Raises ConfigError for one that is not known."""
+    names = [name.strip() for text in given or [] for name in text.split(",")]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"--{option} {name}: expected {', '.join(known[:-1])} or {known[-1]}")
+    return list(dict.fromkeys(names))
+
+
+def _print(lines: Sequence[str]) -> None:
+    typer.echo(printable("\n".join(lines)))
+
+
+def _write(output: Path | None, found: dict[str, Any]) -> None:
+    if output is not None:
+        with atomic_write(output) as partial:
+            partial.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
