@@ -9,7 +9,13 @@ setup(
     packages=[*find_packages("src", include=["deepseek_v3", "deepseek_v3.*"]), "deepseek_v3.configs"],
     package_dir={"": "src", "deepseek_v3.configs": "configs"},
     package_data={
-        "deepseek_v3": ["py.typed", "planning/calibration.json", "ops/*/cuda/*.cu", "benchmark/shapes/*.yaml"],
+        "deepseek_v3": [
+            "py.typed",
+            "planning/calibration.json",
+            "training/parallel/fp8_speed.json",
+            "ops/*/cuda/*.cu",
+            "benchmark/shapes/*.yaml",
+        ],
         "deepseek_v3.configs": ["*.yaml", "*.json"],
     },
 )

@@ -23,8 +23,10 @@ from torch import Tensor
 from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.moe.deepep import BufferShape
 from deepseek_v3.moe.dispatch import Dispatcher
+from deepseek_v3.moe.expert_parallel import Fp8Dispatch
 from deepseek_v3.moe.layer import MixtureOfExperts
 from deepseek_v3.moe.select_dispatcher import select_dispatcher
+from deepseek_v3.ops.fp8 import FP8_QUANTIZE
 from deepseek_v3.ops.grouped_gemm import GROUPED_GEMM
 from deepseek_v3.ops.operation import Target
 from deepseek_v3.utils.distributed.launch import World, process_group, select_device
@@ -137,6 +139,7 @@ def exchange(config: ModelConfig, dispatcher: Dispatcher, device: torch.device, 
 
     def both() -> None:
         again = dispatcher.wait_dispatch(dispatcher.dispatch(x_TD, gates_TK, experts_TK))
+        assert isinstance(again.x_RD, Tensor)
         dispatcher.wait_combine(dispatcher.combine(again.x_RD, again.handle))
 
     back = seconds_of(both) - there
@@ -177,7 +180,9 @@ def _dispatcher(config: ModelConfig, kind: Any, precision: Any) -> Dispatcher:
     shape = BufferShape(TOKENS, config.hidden_size, config.num_experts_per_tok, torch.bfloat16, in_groups)
     group = dist.group.WORLD
     assert group is not None
-    return select_dispatcher(kind, config.n_routed_experts, group, shape, torch.device("cuda"), precision=precision)
+    device = torch.device("cuda")
+    fp8 = Fp8Dispatch(FP8_QUANTIZE.select(Target(device, torch.bfloat16)).run) if precision == "fp8" else None
+    return select_dispatcher(kind, config.n_routed_experts, group, shape, device, fp8=fp8)
 
 
 def _layer(config: ModelConfig, dispatcher: Dispatcher, device: torch.device) -> MixtureOfExperts:

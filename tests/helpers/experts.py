@@ -16,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from deepseek_v3.moe.all_to_all import AllToAllDispatcher
 from deepseek_v3.moe.dispatch import DispatchedTokens, Dispatcher, LocalDispatcher
 from deepseek_v3.moe.exchange import exchange_steps
+from deepseek_v3.moe.expert_parallel import Fp8Dispatch
 from deepseek_v3.moe.layer import MixtureOfExperts
-from deepseek_v3.ops.fp8 import dequantize_1x128, quantize_1x128
+from deepseek_v3.ops.fp8 import FP8_QUANTIZE, dequantize_1x128, quantize_1x128
 from deepseek_v3.ops.moe_permute import gather_rows, sum_rows
 from helpers.models import fill_with_noise, small_config
 
@@ -39,6 +40,11 @@ class Case:
     fp8: bool = False
     recomputed: bool = False
     model: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def fp8_dispatch(self) -> Fp8Dispatch | None:
+        """How the dispatcher sends tokens in FP8, if it does."""
+        return Fp8Dispatch(FP8_QUANTIZE.backends["reference"].load()) if self.fp8 else None
 
     def layers(self) -> nn.ModuleList:
         """Two layers with all experts, filled with noise from the seed."""
@@ -93,7 +99,7 @@ def run_this_rank(case: Case, dispatcher: Dispatcher | None = None) -> dict[str,
     layers = case.layers()
     for layer in layers:
         way = exchange_steps(dist.group.WORLD, case.ranks_per_node)
-        layer.dispatcher = dispatcher or AllToAllDispatcher(layer.config.n_routed_experts, way, case.fp8)
+        layer.dispatcher = dispatcher or AllToAllDispatcher(layer.config.n_routed_experts, way, case.fp8_dispatch)
         layer.experts.keep_shard(rank, world)
     x_BSD, upstream_BSD = (tensor.split(case.lengths, dim=1)[rank] for tensor in case.tokens())
     return run_layers(layers, x_BSD, upstream_BSD, case.recomputed)

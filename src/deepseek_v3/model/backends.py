@@ -41,7 +41,7 @@ def select_backends(model: DeepSeekV3, device: torch.device) -> str:
 
 
 def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """The dtype of activations; with `auto`, bfloat16 on GPUs that multiply it natively, else float32.
+    """The dtype of activations; with `auto` and `fp8`, bfloat16 on GPUs that multiply it natively, else float32.
 
     Raises ConfigError for bf16 on a GPU that does not multiply it natively.
     """
@@ -51,6 +51,6 @@ def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
             f"parallel.precision = bf16: {torch.cuda.get_device_name(device)} has no bfloat16 units; "
             "use --set parallel.precision=fp32"
         )
-    if precision == "auto":
+    if precision in ("auto", "fp8"):
         return torch.bfloat16 if native else torch.float32
     return torch.bfloat16 if precision == "bf16" else torch.float32

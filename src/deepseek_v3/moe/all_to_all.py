@@ -15,8 +15,8 @@ from typing import final
 from torch import Tensor
 
 from deepseek_v3.moe.exchange import ExchangeStep, ReturnHandle, RoutingPlan, fields_of, pack, unpack
-from deepseek_v3.moe.expert_parallel import ExpertParallelDispatcher
-from deepseek_v3.ops.fp8 import dequantize_1x128, quantize_1x128
+from deepseek_v3.moe.expert_parallel import ExpertParallelDispatcher, Fp8Dispatch
+from deepseek_v3.ops.fp8 import RowBlocks
 from deepseek_v3.ops.moe_permute import MoePermute, reference
 
 
@@ -28,7 +28,7 @@ class AllToAllDispatcher(ExpertParallelDispatcher):
         self,
         num_experts: int,
         steps: Sequence[ExchangeStep],
-        fp8: bool = False,
+        fp8: Fp8Dispatch | None = None,
         permute: MoePermute = reference,
     ) -> None:
         super().__init__(num_experts // steps[0].group.size(), permute)
@@ -43,11 +43,13 @@ class _DispatchExchange:
 
     def __init__(self, dispatcher: AllToAllDispatcher, experts_TK: Tensor) -> None:
         self._dispatcher = dispatcher
+        self._fp8_rows: RowBlocks | None = None
         self._plans = [dispatcher.steps[0].plan(experts_TK, dispatcher.num_experts, dispatcher.permute)]
 
     def start(self, *tensors: Tensor) -> None:
         x_TD, gates_TK, experts_TK = tensors
-        rows = quantize_1x128(x_TD) if self._dispatcher.fp8 else (x_TD,)
+        fp8 = self._dispatcher.fp8
+        rows = (x_TD,) if fp8 is None else fp8.rows_of(x_TD)
         sent = [*rows, gates_TK, experts_TK.int()]
         self._dtype, self._fields = x_TD.dtype, fields_of(sent)
         self._all_to_all = self._plans[0].send(pack(sent))
@@ -59,8 +61,14 @@ class _DispatchExchange:
             self._plans.append(step.plan(experts_RK, self._dispatcher.num_experts, self._dispatcher.permute))
             packed = self._plans[-1].send(packed).wait()
         *rows, gates_RK, experts_RK = unpack(packed, self._fields)
-        x_RD = dequantize_1x128(rows[0], rows[1], self._dtype) if self._dispatcher.fp8 else rows[0]
+        x_RD, fp8 = rows[0], self._dispatcher.fp8
+        if fp8 is not None:
+            x_RD, self._fp8_rows = fp8.received(RowBlocks(*rows), self._dtype)
         return x_RD, gates_RK, experts_RK
+
+    def take_fp8_rows(self) -> RowBlocks | None:
+        rows, self._fp8_rows = self._fp8_rows, None
+        return rows
 
     def start_backward(self, *gradients: Tensor) -> None:
         self._returning = _start_return(self._plans, gradients[:2])

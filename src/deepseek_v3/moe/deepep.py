@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepseek_v3.moe.expert_parallel import ExpertParallelDispatcher
-from deepseek_v3.ops.fp8 import dequantize_1x128, quantize_1x128
+from deepseek_v3.moe.expert_parallel import ExpertParallelDispatcher, Fp8Dispatch
+from deepseek_v3.ops.fp8 import RowBlocks
 from deepseek_v3.ops.moe_permute import MoePermute, reference
 
 # A bfloat16 tensor, or an e4m3 tensor and its scales.
@@ -174,7 +174,11 @@ class DeepEPDispatcher(ExpertParallelDispatcher):
     """Reaches experts through a buffer of DeepEP. With `fp8`, dispatched rows are sent as e4m3."""
 
     def __init__(
-        self, num_local_experts: int, buffer: Buffer, fp8: bool = False, permute: MoePermute = reference
+        self,
+        num_local_experts: int,
+        buffer: Buffer,
+        fp8: Fp8Dispatch | None = None,
+        permute: MoePermute = reference,
     ) -> None:
         super().__init__(num_local_experts, permute)
         self._buffer, self._fp8 = buffer, fp8
@@ -203,14 +207,19 @@ class _DispatchExchange:
     # DeepEP numbers the experts of each rank from 0, and gives experts of other ranks the number -1.
     first_expert = 0
 
-    def __init__(self, buffer: Buffer, fp8: bool) -> None:
+    def __init__(self, buffer: Buffer, fp8: Fp8Dispatch | None) -> None:
         self._buffer, self._fp8 = buffer, fp8
+        self._fp8_rows: RowBlocks | None = None
         self.num_copies = 0
 
     def start(self, *tensors: Tensor) -> None:
         x_TD, gates_TK, experts_TK = (tensor.contiguous() for tensor in tensors)
         self._dtype = x_TD.dtype
-        sent = (quantize_1x128(x_TD) if self._fp8 else x_TD, gates_TK, experts_TK)
+        rows: Rows = x_TD
+        if self._fp8 is not None:
+            values_TD, scales_TG = self._fp8.rows_of(x_TD)
+            rows = (values_TD, scales_TG)
+        sent = (rows, gates_TK, experts_TK)
         result = self._buffer.dispatch(*sent)
         self._handle, self.num_copies = result.handle, result.num_copies
         received = (result.rows, result.gates_RK, result.experts_RK)
@@ -218,9 +227,13 @@ class _DispatchExchange:
 
     def wait(self) -> tuple[Tensor, ...]:
         rows, gates_RK, experts_RK = self._pending.wait()
-        if self._fp8:
-            rows = dequantize_1x128(rows[0], rows[1], self._dtype)
+        if self._fp8 is not None:
+            rows, self._fp8_rows = self._fp8.received(RowBlocks(*rows), self._dtype)
         return rows, gates_RK, experts_RK
+
+    def take_fp8_rows(self) -> RowBlocks | None:
+        rows, self._fp8_rows = self._fp8_rows, None
+        return rows
 
     def start_backward(self, *gradients: Tensor) -> None:
         rows_RD, gates_RK = (gradient.contiguous() for gradient in gradients[:2])

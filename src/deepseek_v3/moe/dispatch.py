@@ -15,7 +15,19 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from deepseek_v3.ops.fp8 import RowBlocks
 from deepseek_v3.ops.moe_permute import RowCopies, gather_rows, sort_by_expert
+
+
+class Fp8Tokens(NamedTuple):
+    """Tokens that arrived in FP8: `rows` (R, D), which have no gradient, and a stand-in that has it.
+
+    `stand_in_RD` has the shape and the type that the tokens had before they were sent, no memory of its own, and
+    undefined values. Its gradient is that of the tokens.
+    """
+
+    stand_in_RD: Tensor
+    rows: RowBlocks
 
 
 class DispatchedTokens(NamedTuple):
@@ -27,7 +39,7 @@ class DispatchedTokens(NamedTuple):
     the argument that `combine` needs to send the results back.
     """
 
-    x_RD: Tensor
+    x_RD: Tensor | Fp8Tokens
     gates_X: Tensor
     copies: RowCopies
     ends_E: Tensor

@@ -11,13 +11,14 @@ Axes: T tokens, R received tokens, K experts per token, X rows in expert order, 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from deepseek_v3.moe.dispatch import DispatchedTokens
+from deepseek_v3.moe.dispatch import DispatchedTokens, Fp8Tokens
+from deepseek_v3.ops.fp8 import Fp8Quantize, RowBlocks, dequantize_1x128
 from deepseek_v3.ops.moe_permute import ExpertBins, MoePermute, gather_rows, reference
 
 
@@ -79,6 +80,29 @@ class _WaitExchange(torch.autograd.Function):
         return None, gradients[0].new_zeros(0)
 
 
+class Fp8Dispatch(NamedTuple):
+    """How tokens travel to their experts in FP8: what quantizes them, and in which form the experts receive them.
+
+    With `hands_over` the experts receive 8-bit rows, which they multiply as they are; otherwise the rows are
+    dequantized when they arrive.
+    """
+
+    quantize: Fp8Quantize
+    power_of_two: bool = False
+    hands_over: bool = False
+
+    def rows_of(self, x_TD: Tensor) -> RowBlocks:
+        """The rows that are sent."""
+        return self.quantize.quantize_rows(x_TD, self.power_of_two)
+
+    def received(self, rows: RowBlocks, dtype: torch.dtype) -> tuple[Tensor, RowBlocks | None]:
+        """What carries the gradient of received rows, (R, D) in `dtype`, and the rows that are handed over."""
+        if not self.hands_over:
+            return dequantize_1x128(*rows, dtype), None
+        stand_in = rows.scales_XG.new_empty((), dtype=dtype).expand(rows.values_XD.shape)
+        return stand_in, RowBlocks(rows.values_XD.contiguous(), rows.scales_XG.contiguous())
+
+
 class DispatchExchange(AsyncExchange, Protocol):
     """Sends tokens (T, D), gates (T, K) and expert numbers (T, K) int64 to the ranks that hold the experts.
 
@@ -92,6 +116,9 @@ class DispatchExchange(AsyncExchange, Protocol):
     @property
     def num_copies(self) -> int:
         """The number of (token, expert) pairs of the received tokens with an expert of this rank: X."""
+
+    def take_fp8_rows(self) -> RowBlocks | None:
+        """The received rows if they are handed over in FP8: after `wait`, once. They pass by autograd."""
 
     def combine_exchange(self) -> AsyncExchange:
         """The exchange that sends one row (R, D) per received token back, and returns their sums (T, D)."""
@@ -125,7 +152,9 @@ class ExpertParallelDispatcher(ABC):
         order, num_copies = self.permute.sort_into_bins(experts_RK, bins), exchange.num_copies
         copies, copies_of_choices = order.copies(num_copies), order.copies_of_choices(num_copies)
         gates_X = gather_rows(gates_RK.reshape(-1, 1), copies_of_choices, self.permute).squeeze(1)
-        return DispatchedTokens(x_RD, gates_X, copies, order.ends_B, handle=exchange)
+        rows = exchange.take_fp8_rows()
+        tokens = x_RD if rows is None else Fp8Tokens(x_RD, rows)
+        return DispatchedTokens(tokens, gates_X, copies, order.ends_B, handle=exchange)
 
     def combine(self, y_RD: Tensor, handle: DispatchExchange) -> tuple[AsyncExchange, Tensor]:
         """Sends the sums over this rank's experts back to the ranks of their tokens."""

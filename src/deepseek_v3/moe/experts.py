@@ -5,15 +5,29 @@ Axes: R received tokens, X rows in expert order, D model width, F expert width, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from deepseek_v3.config.model_config import ModelConfig
+from deepseek_v3.moe.dispatch import Fp8Tokens
 from deepseek_v3.ops.grouped_gemm import GROUPED_GEMM, GroupedLinear, reference_grouped_linear
 from deepseek_v3.ops.layers import Linear
 from deepseek_v3.ops.moe_permute import MOE_PERMUTE, MoePermute, RowCopies, gather_rows, reference, sum_rows
-from deepseek_v3.ops.operation import Select
+from deepseek_v3.ops.operation import Select, copyable
 from deepseek_v3.ops.swiglu import SWIGLU, PackedSwiGLU, packed_swiglu, swiglu
+
+
+def run_hidden(network: FeedForward, x: Tensor) -> Tensor:
+    """All of a network but the last projection, in the type of `x`: (..., D) to (..., F)."""
+    return swiglu(network.gate_proj(x), network.up_proj(x))
+
+
+def run_output(network: FeedForward, hidden: Tensor) -> Tensor:
+    """The last projection of a network, in the type of `hidden`: (..., F) to (..., D)."""
+    return network.down_proj(hidden)
 
 
 class FeedForward(nn.Module):
@@ -21,16 +35,34 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, hidden_width: int) -> None:
         super().__init__()
+        self.run_hidden: Callable[[FeedForward, Tensor], Any] = run_hidden
+        self.run_output: Callable[[FeedForward, Any], Tensor] = run_output
         self.gate_proj = Linear(width, hidden_width)
         self.up_proj = Linear(width, hidden_width)
         self.down_proj = Linear(hidden_width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.hidden(x))
+        return self.output(self.hidden(x))
 
-    def hidden(self, x: Tensor) -> Tensor:
-        """All of the network but the last projection: (..., D) to (..., F)."""
-        return swiglu(self.gate_proj(x), self.up_proj(x))
+    def hidden(self, x: Tensor) -> Any:
+        """All of the network but the last projection, from (..., D); the argument of `output`."""
+        return self.run_hidden(self, x)
+
+    def output(self, hidden: Any) -> Tensor:
+        """The last projection: (..., D)."""
+        return self.run_output(self, hidden)
+
+
+def run_experts(experts: RoutedExperts, x_RD: Tensor, gates_X: Tensor, copies: RowCopies, ends_E: Tensor) -> Tensor:
+    """Runs the experts in the type of the tokens, as `RoutedExperts.forward` says.
+
+    The gate is applied before the down projection, where rows are narrower and the product is part of the
+    activation.
+    """
+    rows_XD = gather_rows(x_RD, copies, experts.permute)
+    gate_up_XG = experts.grouped_linear(rows_XD, experts.gate_up_proj, ends_E)
+    hidden_XF = experts.swiglu(gate_up_XG, gates_X)
+    return sum_rows(experts.grouped_linear(hidden_XF, experts.down_proj, ends_E), copies, experts.permute)
 
 
 class RoutedExperts(nn.Module):
@@ -46,13 +78,14 @@ class RoutedExperts(nn.Module):
         self.num_experts, self.first_expert = experts, 0
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * hidden, width))
         self.down_proj = nn.Parameter(torch.empty(experts, width, hidden))
-        self.permute: MoePermute = reference
+        self.run_experts: Callable[..., Tensor] = run_experts
+        self.permute: MoePermute = copyable(reference)
         self.grouped_linear: GroupedLinear = reference_grouped_linear
         self.swiglu: PackedSwiGLU = packed_swiglu
 
     def select_backends(self, select: Select) -> None:
         width, hidden = self.down_proj.shape[1:]
-        self.permute = select(MOE_PERMUTE, width)
+        self.permute = copyable(select(MOE_PERMUTE, width))
         self.grouped_linear = select(GROUPED_GEMM, width, hidden)
         self.swiglu = select(SWIGLU, hidden)
 
@@ -64,14 +97,10 @@ class RoutedExperts(nn.Module):
             kept = stack.detach()[self.first_expert : self.first_expert + size].clone()
             setattr(self, name, nn.Parameter(kept))
 
-    def forward(self, x_RD: Tensor, gates_X: Tensor, copies: RowCopies, ends_E: Tensor) -> Tensor:
+    def forward(self, x_RD: Tensor | Fp8Tokens, gates_X: Tensor, copies: RowCopies, ends_E: Tensor) -> Tensor:
         """The sum over each token's experts, times their gates; (R, D), 0 for a token without an expert here.
 
         Row x is a copy of token `copies.source_X[x]` with the gate `gates_X[x]` float32; `ends_E` int32 says where
-        each expert's rows end. The gate is applied before the down projection, where rows are narrower and the
-        product is part of the activation.
+        each expert's rows end. A dispatcher gives tokens in FP8 only to experts that compute in FP8.
         """
-        rows_XD = gather_rows(x_RD, copies, self.permute)
-        gate_up_XG = self.grouped_linear(rows_XD, self.gate_up_proj, ends_E)
-        hidden_XF = self.swiglu(gate_up_XG, gates_X)
-        return sum_rows(self.grouped_linear(hidden_XF, self.down_proj, ends_E), copies, self.permute)
+        return self.run_experts(self, x_RD, gates_X, copies, ends_E)

@@ -52,9 +52,9 @@ class MixtureOfExperts(nn.Module):
         """The sum of routed and shared experts; the shared ones run while tokens are dispatched and combined."""
         shared = self.shared_experts if self.config.n_shared_experts else None
         sent = self.dispatcher.dispatch(x_BSD.flatten(0, 1), routing.gates_TK, routing.experts_TK)
-        hidden_BSF = shared.hidden(x_BSD) if shared else None
+        hidden = shared.hidden(x_BSD) if shared else None
         *received, handle = self.dispatcher.wait_dispatch(sent)
         returned = self.dispatcher.combine(self.experts(*received), handle)
-        shared_BSD = shared.down_proj(hidden_BSF) if shared else None
+        shared_BSD = shared.output(hidden) if shared else None
         y_BSD = self.dispatcher.wait_combine(returned).view_as(x_BSD)
         return y_BSD if shared_BSD is None else y_BSD + shared_BSD

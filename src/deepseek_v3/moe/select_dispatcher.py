@@ -19,6 +19,7 @@ from deepseek_v3.moe.deepep import (
 )
 from deepseek_v3.moe.dispatch import Dispatcher
 from deepseek_v3.moe.exchange import exchange_steps
+from deepseek_v3.moe.expert_parallel import Fp8Dispatch
 from deepseek_v3.ops.fp8 import BLOCK
 from deepseek_v3.ops.moe_permute import MOE_PERMUTE
 from deepseek_v3.ops.operation import Target
@@ -35,12 +36,12 @@ def select_dispatcher(
     shape: BufferShape,
     device: torch.device,
     *,
-    precision: Literal["activations", "fp8"] = "activations",
+    fp8: Fp8Dispatch | None = None,
     ranks_per_node: int | None = None,
 ) -> Dispatcher:
     """The dispatcher of layers on `device` with experts sharded over `group`; each of its ranks must call this.
 
-    `auto` takes DeepEP if it can run. `precision` is the number format of dispatched rows. With `ranks_per_node`
+    `auto` takes DeepEP if it can run. With `fp8`, rows are sent to the experts in FP8. With `ranks_per_node`
     the `torch` back end sends each token once to each node; DeepEP does so by itself. Raises ConfigError if the
     experts do not divide over the ranks, or the ranks over nodes, and if `deepep` is named and cannot run.
     """
@@ -50,12 +51,11 @@ def select_dispatcher(
             "choose a degree that divides model.n_routed_experts"
         )
     permute = MOE_PERMUTE.select(Target(device, shape.dtype, (shape.width,)))
-    fp8 = precision == "fp8"
-    details = f"dispatched rows in {'FP8' if fp8 else 'the type of the activations'}, {permute}"
+    details = f"dispatched rows in {'FP8' if fp8 is not None else 'the type of the activations'}, {permute}"
     log = get_logger("Experts")
     if backend != "torch":
         try:
-            buffer = _deepep_buffer(num_experts, group, shape, fp8)
+            buffer = _deepep_buffer(num_experts, group, shape, fp8 is not None)
         except CannotRunError as error:
             if backend == "deepep":
                 message = f"parallel.expert_back_end = deepep: {error}; use --set parallel.expert_back_end=torch"

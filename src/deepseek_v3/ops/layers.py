@@ -4,6 +4,8 @@ A weight is converted to the type of the activations in the forward pass, so flo
 bfloat16 if the activations are bfloat16. `model/init.py` or a checkpoint sets the values of the weights.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,15 +14,21 @@ from deepseek_v3.ops.operation import Select
 from deepseek_v3.ops.rms_norm import RMS_NORM, RmsNorm, rms_norm
 
 
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x · weightᵀ, computed in the type of `x`."""
+    return F.linear(x, weight.to(x.dtype))
+
+
 class Linear(nn.Module):
-    """x · weightᵀ without bias; `weight` (out_features, in_features)."""
+    """x · weightᵀ without bias; `weight` (out_features, in_features). `product` computes it."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
+        self.product: Callable[[Tensor, Tensor], Tensor] = linear
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return self.product(x, self.weight)
 
     def extra_repr(self) -> str:
         return " -> ".join(str(size) for size in reversed(self.weight.shape))

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from inspect import isfunction
+from types import SimpleNamespace
+from typing import Generic, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 
@@ -74,6 +76,15 @@ class Operation(Generic[Op]):
                 return Selection(self.name, backend.name, backend.load(), tuple(passed_over))
             passed_over.append(f"{backend.name} {obstacle}")
         raise ConfigError(f"{self.name}: back end {'; '.join(passed_over)}; choose auto or another back end")
+
+
+def copyable(backend: Op) -> Op:
+    """The public functions of a back end that is a module, in an object.
+
+    A layer that holds it can be copied with `copy.deepcopy`, which copies no modules.
+    """
+    functions = {name: each for name, each in vars(backend).items() if isfunction(each) and name[0] != "_"}
+    return cast(Op, SimpleNamespace(**functions))
 
 
 class Select(Protocol):

@@ -64,6 +64,7 @@ RULES: dict[str, Rule] = {
     "parallel.dispatch_precision": Rule.LOGGED,
     "parallel.micro_batch_size": Rule.LOGGED,
     "parallel.precision": Rule.LOGGED,
+    "parallel.fp8_scales": Rule.LOGGED,
     "parallel.gradient_reduction": Rule.LOGGED,
     "parallel.recomputation": Rule.LOGGED,
     "parallel.compile": Rule.LOGGED,

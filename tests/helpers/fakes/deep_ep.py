@@ -327,4 +327,6 @@ def run_this_rank_with_deepep(case: Case, generation: str) -> dict[str, Tensor]:
     library.Buffer, library.ElasticBuffer = FakeBuffer, FakeElasticBuffer
     kind = {"Buffer": LegacyBuffer, "ElasticBuffer": ElasticBuffer}[generation]
     buffer = kind(library, config.n_routed_experts, dist.group.WORLD, shape)
-    return run_this_rank(case, DeepEPDispatcher(config.n_routed_experts // dist.get_world_size(), buffer, case.fp8))
+    return run_this_rank(
+        case, DeepEPDispatcher(config.n_routed_experts // dist.get_world_size(), buffer, case.fp8_dispatch)
+    )

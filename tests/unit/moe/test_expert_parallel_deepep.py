@@ -14,12 +14,15 @@ from torch import Tensor
 
 from deepseek_v3.moe.all_to_all import AllToAllDispatcher
 from deepseek_v3.moe.deepep import BufferShape, DeepEPDispatcher
+from deepseek_v3.moe.expert_parallel import Fp8Dispatch
 from deepseek_v3.moe.select_dispatcher import select_dispatcher
+from deepseek_v3.ops.fp8 import FP8_QUANTIZE
 from deepseek_v3.utils.errors import ConfigError
 from helpers.experts import Case, run_this_rank
 from helpers.fakes.deep_ep import run_this_rank_with_deepep
 from helpers.rank_pool import RankPool
 
+FP8 = Fp8Dispatch(FP8_QUANTIZE.backends["reference"].load())
 GENERATIONS = ["Buffer", "ElasticBuffer"]
 # Rows of bfloat16 and of 8 bits with whole blocks; 8 experts, of which each rank holds as many.
 MODEL = {"hidden_size": 128, "n_group": 1, "topk_group": 1}
@@ -108,13 +111,13 @@ def test_auto_selects_deepep_and_its_newest_buffer(
 ) -> None:
     monkeypatch.setitem(sys.modules, "deep_ep", library(*installed))
     with caplog.at_level(logging.INFO, logger="deepseek_v3"):
-        assert isinstance(chosen(kind, precision="fp8"), DeepEPDispatcher)
+        assert isinstance(chosen(kind, fp8=FP8), DeepEPDispatcher)
     assert f"DeepEP's {installed[-1]}, dispatched rows in FP8" in caplog.text
 
 
 @pytest.mark.usefixtures("gpus")
 def test_torch_is_selected_by_name() -> None:
-    dispatcher = chosen("torch", ranks_per_node=2, precision="fp8")
+    dispatcher = chosen("torch", ranks_per_node=2, fp8=FP8)
     assert isinstance(dispatcher, AllToAllDispatcher)
     assert [(step.num_ranks, step.stride) for step in dispatcher.steps] == [(2, 2), (2, 1)]
     assert dispatcher.fp8
@@ -156,7 +159,7 @@ OBSTACLES: dict[str, Any] = {
     "odd width": (BUFFER_SHAPE._replace(width=252), {}, "hidden_size = 252 is not a multiple of 8"),
     "no whole blocks": (
         BUFFER_SHAPE._replace(width=192),
-        {"precision": "fp8"},
+        {"fp8": FP8},
         "hidden_size = 192 is not a multiple of 128",
     ),
 }

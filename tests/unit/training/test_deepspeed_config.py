@@ -101,7 +101,7 @@ def test_what_contradicts_the_run_is_refused(tmp_path: Path, settings: dict[str,
     [
         ({"optimizer": {"type": "Adam"}}, "optimizer: the optimizer is training.optimizer; remove this section"),
         ({"scheduler": {"type": "WarmupLR"}}, "scheduler: the schedule is training.schedule"),
-        ({"fp16": {"enabled": True}}, "fp16: parallel.precision is bf16 or fp32"),
+        ({"fp16": {"enabled": True}}, "fp16: parallel.precision is bf16, fp8 or fp32"),
         ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage = 0: expected 1, 2 or 3"),
         ({"zero_optimization": {"stage": True}}, "zero_optimization.stage = true: expected 1, 2 or 3"),
         ({"zero_optimization": {"stage": "2"}}, 'zero_optimization.stage = "2": expected 1, 2 or 3'),

@@ -24,9 +24,9 @@ _SECTIONS = ("bf16", "data_types", "zero_optimization")  # sections whose fields
 _REFUSED = {
     "optimizer": "the optimizer is training.optimizer",
     "scheduler": "the schedule is training.schedule",
-    "fp16": "parallel.precision is bf16 or fp32",
-    "amp": "parallel.precision is bf16 or fp32",
-    "torch_autocast": "parallel.precision is bf16 or fp32",
+    "fp16": "parallel.precision is bf16, fp8 or fp32",
+    "amp": "parallel.precision is bf16, fp8 or fp32",
+    "torch_autocast": "parallel.precision is bf16, fp8 or fp32",
     "curriculum_learning": "the order of the data is the run's",
     "data_efficiency": "the order of the data is the run's",
 }

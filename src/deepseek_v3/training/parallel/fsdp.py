@@ -43,13 +43,11 @@ def apply_fsdp(
     policy = MixedPrecisionPolicy(
         param_dtype=model.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    # Pipeline schedules look up the weights of a backward pass on the modules, so these must stay gathered.
-    reshards = mesh.parallel.zero_stage == 3 and mesh.parallel.pipeline == 1
     shard: Callable[..., Any] = fully_shard
     if mesh.parallel.gradient_reduction != "fp32":
         form = narrow_form(mesh.parallel.gradient_reduction, device)
         shard = partial(shard_with_narrow_reduction, form=form)
-    wrap = partial(shard, mp_policy=policy, reshard_after_forward=reshards)
+    wrap = partial(shard, mp_policy=policy, reshard_after_forward=reshards_weights(mesh))
     whole = set(float32_parameters(model))
     chosen = [model.model.layers[number] for number in layers]
     for layer in chosen:
@@ -62,6 +60,14 @@ def apply_fsdp(
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sums
     _prefetch(chosen)
+
+
+def reshards_weights(mesh: ParallelMesh) -> bool:
+    """Whether ranks free the gathered weights of a layer between its forward and its backward pass.
+
+    Pipeline schedules look up the weights of a backward pass on the modules, so these must stay gathered.
+    """
+    return mesh.dense_mesh() is not None and mesh.parallel.zero_stage == 3 and mesh.parallel.pipeline == 1
 
 
 def float32_parameters(model: nn.Module) -> list[nn.Parameter]:

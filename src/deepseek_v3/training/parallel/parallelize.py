@@ -4,11 +4,12 @@
 
 1. build the model on the meta device, and keep the layers of this rank's pipeline stage
 2. select the compute dtype and the back end of every operation
-3. shard the experts over the expert-parallel ranks, and give the MoE layers their dispatcher
-4. apply activation checkpointing (Chen et al. 2016, arXiv:1604.06174)
-5. compile each layer
-6. shard weights, gradients and moments over the data-parallel ranks (FSDP2)
-7. materialise the weights, and initialise them; a checkpoint may overwrite them later
+3. give the layers that `parallel.precision` names their products in FP8
+4. shard the experts over the expert-parallel ranks, and give the MoE layers their dispatcher
+5. apply activation checkpointing (Chen et al. 2016, arXiv:1604.06174)
+6. compile each layer
+7. shard weights, gradients and moments over the data-parallel ranks (FSDP2)
+8. materialise the weights, and initialise them; a checkpoint may overwrite them later
 
 The modules themselves know nothing of ranks, recomputation or compilation.
 """
@@ -29,12 +30,16 @@ from deepseek_v3.model.block import DecoderLayer
 from deepseek_v3.model.init import initial_values, reset_buffers
 from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.moe.deepep import BufferShape
-from deepseek_v3.moe.experts import RoutedExperts
+from deepseek_v3.moe.expert_parallel import Fp8Dispatch
+from deepseek_v3.moe.experts import RoutedExperts, run_experts, run_hidden
 from deepseek_v3.moe.layer import MixtureOfExperts
 from deepseek_v3.moe.select_dispatcher import select_dispatcher
+from deepseek_v3.ops.fp8 import FP8_QUANTIZE
 from deepseek_v3.ops.grouped_gemm import reference_grouped_linear
+from deepseek_v3.ops.operation import Target
 from deepseek_v3.training.optimizer import local
-from deepseek_v3.training.parallel.fsdp import apply_fsdp
+from deepseek_v3.training.parallel.fp8_layers import compute_in_fp8
+from deepseek_v3.training.parallel.fsdp import apply_fsdp, reshards_weights
 from deepseek_v3.training.parallel.mesh import ParallelMesh
 from deepseek_v3.training.parallel.sharding import local_shards
 from deepseek_v3.utils.errors import ConfigError
@@ -82,6 +87,7 @@ def build_on_meta(
     model.compute_dtype = compute_dtype(config.parallel.precision, device)
     backends = select_backends(model, device)
     get_logger("Plan").info(f"{model.compute_dtype} compute, float32 weights, back ends\n{backends}")
+    compute_in_fp8(model, config, device, reshards_weights(mesh))
     _shard_experts(model, config, device, mesh)
     apply_activation_checkpointing(model, config.parallel.recomputation)
     if _compiles(model, config, device):
@@ -110,13 +116,25 @@ def _shard_experts(model: DeepSeekV3, config: RunConfig, device: torch.device, m
         mesh.group("expert"),
         shape,
         device,
-        precision=parallel.dispatch_precision,
+        fp8=_fp8_dispatch(model, config, device) if parallel.dispatch_precision == "fp8" else None,
         ranks_per_node=mesh.ranks_per_node,
     )
     for module in model.modules():
         if isinstance(module, MixtureOfExperts):
             module.experts.keep_shard(mesh.expert_rank, parallel.expert)
             module.dispatcher = dispatcher
+
+
+def _fp8_dispatch(model: DeepSeekV3, config: RunConfig, device: torch.device) -> Fp8Dispatch:
+    """How tokens travel in FP8. Experts that compute in FP8 receive them as they arrive."""
+    dtype, width = model.compute_dtype or torch.float32, config.model.hidden_size
+    quantize = FP8_QUANTIZE.select(Target(device, dtype, (width,))).run
+    experts = [module for module in model.modules() if isinstance(module, RoutedExperts)]
+    return Fp8Dispatch(
+        quantize,
+        power_of_two=config.parallel.fp8_scales == "power_of_two",
+        hands_over=all(module.run_experts is not run_experts for module in experts),
+    )
 
 
 def apply_activation_checkpointing(model: DeepSeekV3, mode: Literal["none", "selective", "full"]) -> None:
@@ -176,8 +194,9 @@ def _compile_layers(layers: Sequence[nn.Module], parallel: ParallelConfig) -> No
             layer.mlp.compile(fullgraph=True, dynamic=False)
             continue
         _compile_method(moe, "route")
-        moe.experts.compile(fullgraph=True, dynamic=True)
-        if moe.config.n_shared_experts:
+        if moe.experts.run_experts is run_experts:  # nothing but operators in FP8, which leave nothing to compile
+            moe.experts.compile(fullgraph=True, dynamic=True)
+        if moe.config.n_shared_experts and moe.shared_experts.run_hidden is run_hidden:
             _compile_method(moe.shared_experts, "hidden")
 
 

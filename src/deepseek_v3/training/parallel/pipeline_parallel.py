@@ -32,6 +32,7 @@ from deepseek_v3.training.loss import Losses, compute_losses, stack_expert_count
 from deepseek_v3.training.loss_terms import LossTerm, select_loss_terms
 from deepseek_v3.training.optimizer import MOMENTS, AdamW, local
 from deepseek_v3.training.parallel.engine import Engine, mean_losses
+from deepseek_v3.training.parallel.fp8_layers import has_fp8
 from deepseek_v3.training.parallel.fsdp import all_reduce_replicated_gradients
 from deepseek_v3.training.parallel.mesh import ParallelMesh
 from deepseek_v3.training.parallel.parallelize import build_model
@@ -256,12 +257,12 @@ class PipelineEngine(Engine):
 
         The pass for weights runs a backward pass for every weight, from the operations that use it. It fails
         if an MTP layer or a tied head uses a weight in several operations, it runs a recomputed layer again for
-        every weight, and a compiled layer computes all its gradients in both passes.
+        every weight, and layers that are compiled or compute in FP8 compute all their gradients in both passes.
         """
         depth = self.config.num_nextn_predict_layers if stage.is_last else 0
         uses_weights_again = depth > 1 or (depth > 0 and self.config.tie_word_embeddings)
         is_compiled = any(module._compiled_call_impl is not None for module in stage.modules())
-        return uses_weights_again or is_compiled or self.mesh.parallel.recomputation != "none"
+        return uses_weights_again or is_compiled or has_fp8(stage) or self.mesh.parallel.recomputation != "none"
 
 
 class SharedEmbeddings:

@@ -1,0 +1,187 @@
+"""Chooses the layers that compute in FP8, and gives them their products (DeepSeek-V3 report, §3.3).
+
+The embedding, the head, routers, norms, the core of attention and the projection that joins the inputs of an MTP
+layer are no such layers: they compute as they do without FP8.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from deepseek_v3.config.train_config import RunConfig
+from deepseek_v3.mla.attention import MultiHeadLatentAttention
+from deepseek_v3.model.transformer import DeepSeekV3
+from deepseek_v3.moe.experts import FeedForward, RoutedExperts, run_experts, run_hidden
+from deepseek_v3.moe.fp8_experts import run_fp8_experts
+from deepseek_v3.moe.fp8_feed_forward import fp8_hidden, fp8_output
+from deepseek_v3.ops.fp8 import BLOCK, FP8_QUANTIZE
+from deepseek_v3.ops.fp8.linear import Fp8Recipe, fp8_linear
+from deepseek_v3.ops.fp8_gemm import FP8_GEMM
+from deepseek_v3.ops.layers import Linear, linear
+from deepseek_v3.ops.operation import Target, copyable
+from deepseek_v3.utils.errors import ConfigError
+from deepseek_v3.utils.logging import get_logger
+
+SPEED_FILE = Path(__file__).with_name("fp8_speed.json")
+
+_UNIT = 16  # the products need widths that are multiples of it
+
+
+@dataclass(frozen=True)
+class Fp8Layer:
+    """A layer that can compute in FP8.
+
+    `kind`: a projection of attention, a dense or shared feed-forward network, or the routed experts of a layer.
+    `rows`: the rows of one product of it, for experts the mean over the experts. `widths`: the widths of the rows
+    before and after its products.
+    """
+
+    name: str
+    module: nn.Module
+    kind: Literal["projection", "feed_forward", "experts"]
+    rows: int
+    widths: tuple[int, ...]
+
+    def obstacle(self) -> str | None:
+        """Why the layer cannot compute in FP8; None if it can."""
+        if any(width % _UNIT for width in self.widths):
+            return f"widths that are no multiples of {_UNIT}"
+        if self.kind == "feed_forward" and self.widths[1] % BLOCK:
+            return f"a hidden width that is no multiple of {BLOCK}"
+        return None
+
+    def __str__(self) -> str:
+        return f"{self.name} {'×'.join(str(width) for width in self.widths)}"
+
+
+@dataclass(frozen=True)
+class MeasuredSpeed:
+    """A row of `fp8_speed.json`: layers of this kind were faster in FP8 than in bf16.
+
+    It holds for devices whose name begins with `device`, for products of at least `rows` rows between widths of
+    at least `width`.
+    """
+
+    device: str
+    kind: str
+    rows: int
+    width: int
+
+    def covers(self, layer: Fp8Layer, device_name: str) -> bool:
+        return (
+            device_name.startswith(self.device)
+            and layer.kind == self.kind
+            and layer.rows >= self.rows
+            and min(layer.widths) >= self.width
+        )
+
+
+def measured_speeds(path: Path = SPEED_FILE) -> list[MeasuredSpeed]:
+    """The rows of the table."""
+    return [MeasuredSpeed(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+
+
+def compute_in_fp8(model: DeepSeekV3, config: RunConfig, device: torch.device, reshards_weights: bool) -> None:
+    """Gives every layer that `parallel.precision` names its products in FP8.
+
+    `reshards_weights`: the weights of other ranks are gathered for each pass, and freed in between. Logs which
+    layers compute in FP8, and why the others do not. Raises ConfigError for `fp8` on a GPU that cannot run it.
+    """
+    precision, log = config.parallel.precision, get_logger("Plan")
+    if precision not in ("fp8", "auto"):
+        return
+    chosen, passed_over = _choose(list(fp8_layers(model, config)), precision, _name_of(device))
+    if precision == "auto" and not chosen:
+        return
+    try:
+        recipe = _recipe(model, config, device, reshards_weights)
+    except ConfigError as error:
+        if precision == "fp8":
+            raise
+        log.info(f"no layer in FP8: {error}")
+        return
+    for layer in chosen:
+        _set_products(layer.module, recipe)
+    names = ", ".join(dict.fromkeys(str(layer) for layer in chosen)) or "none"
+    reasons = [f"not in FP8, {reason}: {', '.join(others)}" for reason, others in passed_over.items()]
+    log.info("\n".join([f"layers in FP8: {names}", *reasons]))
+
+
+def has_fp8(module: nn.Module) -> bool:
+    """Whether a layer of a module computes in FP8."""
+    return any(
+        (isinstance(layer, Linear) and layer.product is not linear)
+        or (isinstance(layer, FeedForward) and layer.run_hidden is not run_hidden)
+        or (isinstance(layer, RoutedExperts) and layer.run_experts is not run_experts)
+        for layer in module.modules()
+    )
+
+
+def fp8_layers(model: DeepSeekV3, config: RunConfig) -> Iterator[Fp8Layer]:
+    """Every layer of the model that could compute in FP8, in order."""
+    parallel, shape = config.parallel, config.model
+    rows = parallel.micro_batch_size * config.training.sequence_length
+    rows_per_expert = rows * parallel.expert * shape.num_experts_per_tok // shape.n_routed_experts
+    for name, module in model.model.layers.named_modules():
+        short = ".".join(part for part in name.split(".") if not part.isdigit())
+        if isinstance(module, MultiHeadLatentAttention):
+            for child, linear in module.named_children():
+                if isinstance(linear, Linear):
+                    widths = tuple(reversed(linear.weight.shape))
+                    yield Fp8Layer(f"{short}.{child}", linear, "projection", rows, widths)
+        elif isinstance(module, FeedForward):
+            yield Fp8Layer(short, module, "feed_forward", rows, tuple(module.down_proj.weight.shape))
+        elif isinstance(module, RoutedExperts):
+            yield Fp8Layer(short, module, "experts", rows_per_expert, tuple(module.down_proj.shape[1:]))
+
+
+def _choose(
+    layers: list[Fp8Layer], precision: str, device_name: str
+) -> tuple[list[Fp8Layer], dict[str, dict[str, None]]]:
+    """The layers to compute in FP8, and the names of the others by the reason."""
+    speeds = measured_speeds() if precision == "auto" else []
+    chosen: list[Fp8Layer] = []
+    passed_over: dict[str, dict[str, None]] = {}  # each a set that keeps its order
+    for layer in layers:
+        reason = layer.obstacle()
+        if reason is None and precision == "auto" and not any(row.covers(layer, device_name) for row in speeds):
+            reason = f"not measured to be faster in FP8 on {device_name}"
+        if reason is None:
+            chosen.append(layer)
+        else:
+            passed_over.setdefault(reason, {})[str(layer)] = None
+    return chosen, passed_over
+
+
+def _recipe(model: DeepSeekV3, config: RunConfig, device: torch.device, reshards_weights: bool) -> Fp8Recipe:
+    target = Target(device, model.compute_dtype or torch.float32)
+    quantize, gemm = FP8_QUANTIZE.select(target), FP8_GEMM.select(target)
+    if device.type == "cuda" and "reference" in (quantize.backend, gemm.backend):
+        raise ConfigError(f"parallel.precision = fp8: {quantize}, {gemm}; use --set parallel.precision=bf16")
+    scales = config.parallel.fp8_scales
+    slow = "; this device has no kernels for FP8 and takes the slow reference" if device.type != "cuda" else ""
+    get_logger("Plan").info(f"FP8 with {scales.replace('_', ' ')} scales, {quantize}, {gemm}{slow}")
+    functions = copyable(quantize.run), copyable(gemm.run)
+    return Fp8Recipe(*functions, scales == "power_of_two", keeps_weights=not reshards_weights)
+
+
+def _set_products(module: nn.Module, recipe: Fp8Recipe) -> None:
+    if isinstance(module, Linear):
+        module.product = partial(fp8_linear, recipe=recipe)
+    elif isinstance(module, FeedForward):
+        module.run_hidden = partial(fp8_hidden, recipe=recipe)
+        module.run_output = partial(fp8_output, recipe=recipe)
+    elif isinstance(module, RoutedExperts):
+        module.run_experts = partial(run_fp8_experts, recipe=recipe)
+
+
+def _name_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
