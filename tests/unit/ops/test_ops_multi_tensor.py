@@ -7,24 +7,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepseek_v3.ops.multi_tensor import MULTI_TENSOR, AdamWStep, reference
-from deepseek_v3.ops.operation import Target
+from deepseek_v3.ops.multi_tensor import AdamWStep, reference
 
 SIZES = [1, 4096, 4097, 0, 10_000, 3, 12_288]
 STEP = AdamWStep(decay=0.999, size=0.013, correction=2.5, beta1=0.9, beta2=0.95, eps=1e-8)
 
 
-@pytest.fixture(params=["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
-def kernels(request: pytest.FixtureRequest) -> tuple[Any, torch.device]:
+@pytest.fixture
+def kernels(triton_device: torch.device) -> tuple[Any, torch.device]:
     """The kernels and where they run: on a GPU, or line by line on a CPU."""
-    if request.param == "cuda":
-        return MULTI_TENSOR.select(Target(torch.device("cuda"))).run, torch.device("cuda")
-    pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds only")
-    if torch.cuda.is_available():
-        pytest.skip("the same process cannot both interpret and compile")
     from deepseek_v3.ops.multi_tensor import triton
 
-    return triton, torch.device("cpu")
+    return triton, triton_device
 
 
 def tensors(device: torch.device, dtype: torch.dtype = torch.float32, shift: int = 0) -> list[Tensor]:
@@ -54,11 +48,9 @@ def test_one_kernel_updates_as_plain_torch_does(
             torch.testing.assert_close(one.cpu(), other, rtol=tolerance, atol=2e-6)
 
 
-@pytest.mark.gpu
-def test_rounding_of_moments_is_that_of_torch() -> None:
-    """Where no arithmetic can differ: β = 0.5, whole gradients, moments of 0. Triton's interpreter truncates."""
-    device = torch.device("cuda")
-    ops = MULTI_TENSOR.select(Target(device)).run
+def test_rounding_of_moments_is_that_of_torch(kernels: tuple[Any, torch.device]) -> None:
+    """Where no arithmetic can differ: β = 0.5, whole gradients, moments of 0."""
+    ops, device = kernels
     step = STEP._replace(beta1=0.5, beta2=0.5)
     parameters = [torch.zeros(1000, device=device)]
     gradients = [torch.randint(1, 1 << 20, (1000,), device=device).float()]
