@@ -20,6 +20,7 @@ from deepseek_v3.ops.fp8.formats import BLOCK, E4M3, ColumnBlocks, RowBlocks, We
 # warps below, everything stays in registers, and an H100 still runs 16 warps on each multiprocessor.
 _ROWS, _SWIGLU_ROWS, _COLUMNS = 64, 32, 64
 _COPIED_ROWS, _COPIED_BYTES = 4, 4096  # rows and bytes of each that a program copies
+_BLOCKS = 16  # blocks of places whose rows a program finds
 
 _N = tl.constexpr(BLOCK)
 _LARGEST = tl.constexpr(torch.finfo(E4M3).max)
@@ -196,7 +197,7 @@ def _quantize_weight(w_EOI: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor,
         w_EOI = _with_unit_stride(w_EOI)
         (experts, out, width), (_, out_blocks, blocks) = w_EOI.shape, found[1].shape
         _weight_kernel[(experts * out_blocks * blocks,)](
-            w_EOI, w_EOI.stride(0), w_EOI.stride(1), out, width, *found, power_of_two, num_warps=8
+            w_EOI, w_EOI.stride(0), w_EOI.stride(1), out, width, *found, power_of_two, num_warps=8, maxnreg=128
         )
     return found
 
@@ -397,8 +398,8 @@ def _rows_of_blocks(ends_E: Tensor, blocks: int) -> Tensor:
     """The first row of each block of places and the end of its group, (B, 2) int32; 0 behind the last group."""
     rows_B2 = torch.empty(blocks, 2, dtype=torch.int32, device=ends_E.device)
     groups = len(ends_E)
-    _rows_of_blocks_kernel[(triton.cdiv(blocks, BLOCK),)](
-        ends_E.contiguous(), groups, blocks, rows_B2, triton.next_power_of_2(groups)
+    _rows_of_blocks_kernel[(triton.cdiv(blocks, _BLOCKS),)](
+        ends_E.contiguous(), groups, blocks, rows_B2, triton.next_power_of_2(groups), _BLOCKS
     )
     return rows_B2
 
@@ -515,7 +516,7 @@ def _copy_kernel(
 
 
 @triton.jit(do_not_specialize=["groups", "blocks"])
-def _rows_of_blocks_kernel(ends, groups, blocks, out, GROUPS: tl.constexpr):
+def _rows_of_blocks_kernel(ends, groups, blocks, out, GROUPS: tl.constexpr, BLOCKS: tl.constexpr):
     group = tl.arange(0, GROUPS)
     end = tl.load(ends + group, mask=group < groups, other=0)
     begin = tl.load(ends + group - 1, mask=(group > 0) & (group < groups), other=0)
@@ -523,7 +524,7 @@ def _rows_of_blocks_kernel(ends, groups, blocks, out, GROUPS: tl.constexpr):
     last_block = tl.cumsum(blocks_of_group, 0)
     first_block = last_block - blocks_of_group
 
-    block = tl.program_id(0) * _N + tl.arange(0, _N)
+    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     own = (block[:, None] >= first_block[None, :]) & (block[:, None] < last_block[None, :])
     first = begin[None, :] + (block[:, None] - first_block[None, :]) * _N
     tl.store(out + 2 * block, tl.sum(tl.where(own, first, 0), 1), mask=block < blocks)
