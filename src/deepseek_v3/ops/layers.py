@@ -4,19 +4,12 @@ A weight is converted to the type of the activations in the forward pass, so flo
 bfloat16 if the activations are bfloat16. `model/init.py` or a checkpoint sets the values of the weights.
 """
 
-from collections.abc import Callable
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deepseek_v3.ops.linear import LINEAR, LinearProduct, linear
 from deepseek_v3.ops.operation import Select
 from deepseek_v3.ops.rms_norm import RMS_NORM, RmsNorm, rms_norm
-
-
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x · weightᵀ, computed in the type of `x`."""
-    return F.linear(x, weight.to(x.dtype))
 
 
 class Linear(nn.Module):
@@ -24,8 +17,11 @@ class Linear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
-        self.product: Callable[[Tensor, Tensor], Tensor] = linear
+        self.product: LinearProduct = linear
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
+
+    def select_backends(self, select: Select) -> None:
+        self.product = select(LINEAR, *reversed(self.weight.shape))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x, self.weight)

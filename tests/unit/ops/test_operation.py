@@ -13,6 +13,7 @@ from deepseek_v3.ops.cross_entropy import CROSS_ENTROPY, linear_cross_entropy, r
 from deepseek_v3.ops.fp8 import FP8_QUANTIZE
 from deepseek_v3.ops.fp8_gemm import FP8_GEMM
 from deepseek_v3.ops.grouped_gemm import GROUPED_GEMM, reference_grouped_linear, torch_grouped_linear
+from deepseek_v3.ops.linear import LINEAR
 from deepseek_v3.ops.moe_permute import MOE_PERMUTE
 from deepseek_v3.ops.moe_permute import reference as reference_permute
 from deepseek_v3.ops.multi_tensor import MULTI_TENSOR
@@ -31,6 +32,7 @@ OPERATIONS = [
     FP8_GEMM,
     FP8_QUANTIZE,
     GROUPED_GEMM,
+    LINEAR,
     MOE_PERMUTE,
     MULTI_TENSOR,
     ROUTER_GEMM,
@@ -168,7 +170,7 @@ def test_a_model_selects_its_back_ends_once_and_describes_them() -> None:
     model = small_model(small_config())
     expected = (
         "cross_entropy chunked (triton needs a CUDA device), attention sdpa (cudnn needs a CUDA device), "
-        "rotary reference (triton needs a CUDA device), "
+        "rotary reference (triton needs a CUDA device), linear reference (wide_gradient needs a CUDA device), "
         "router_gemm reference (split needs a CUDA device), top_k reference (triton needs a CUDA device), "
         "moe_permute reference (triton needs a CUDA device), "
         "grouped_gemm reference (torch needs a CUDA device), swiglu reference (triton needs a CUDA device)"

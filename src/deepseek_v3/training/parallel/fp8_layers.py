@@ -25,7 +25,7 @@ from deepseek_v3.moe.fp8_feed_forward import fp8_hidden, fp8_output
 from deepseek_v3.ops.fp8 import BLOCK, FP8_QUANTIZE
 from deepseek_v3.ops.fp8.linear import Fp8Recipe, fp8_linear
 from deepseek_v3.ops.fp8_gemm import FP8_GEMM
-from deepseek_v3.ops.layers import Linear, linear
+from deepseek_v3.ops.layers import Linear
 from deepseek_v3.ops.operation import Target, copyable
 from deepseek_v3.utils.errors import ConfigError
 from deepseek_v3.utils.logging import get_logger
@@ -118,7 +118,7 @@ def compute_in_fp8(model: DeepSeekV3, config: RunConfig, device: torch.device, r
 def has_fp8(module: nn.Module) -> bool:
     """Whether a layer of a module computes in FP8."""
     return any(
-        (isinstance(layer, Linear) and layer.product is not linear)
+        (isinstance(layer, Linear) and getattr(layer.product, "func", None) is fp8_linear)
         or (isinstance(layer, FeedForward) and layer.run_hidden is not run_hidden)
         or (isinstance(layer, RoutedExperts) and layer.run_experts is not run_experts)
         for layer in module.modules()
