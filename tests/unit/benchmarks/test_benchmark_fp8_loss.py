@@ -70,25 +70,14 @@ def test_runs_are_compared_and_not_repeated(tmp_path: Path) -> None:
     app = typer.Typer()
     app.command()(main)
     options = ["--folder", str(tmp_path / "work"), "--output", str(tmp_path / "out"), "--shape", str(shape)]
-    options += [
-        "--source",
-        str(tmp_path / "text"),
-        "--seeds",
-        "0,1",
-        "--baseline",
-        "fp32",
-        "--candidate",
-        "bf16",
-        "--device",
-        "cpu",
-    ]
+    options += ["--source", str(tmp_path / "text"), "--seeds", "0,1", "--baseline", "fp32", "--device", "cpu"]
 
     first = CliRunner().invoke(app, [*options, "--only-seeds", "0"])
     assert first.exception is None, first.output
-    assert "fp32 with seed 1, bf16 with seed 1" in first.output
+    assert "fp32 with seed 1, fp8 with seed 1" in first.output
     (runs,) = (tmp_path / "work" / "runs").iterdir()
     kept = {path: path.stat().st_mtime_ns for path in runs.iterdir()}
-    assert {path.name for path in kept} == {"fp32_seed0.json", "bf16_seed0.json"}
+    assert {path.name for path in kept} == {"fp32_seed0.json", "fp8_seed0.json"}
 
     second = CliRunner().invoke(app, options)
     assert second.exception is None, second.output
@@ -98,6 +87,6 @@ def test_runs_are_compared_and_not_repeated(tmp_path: Path) -> None:
     assert before[0] != before[1]
     assert 0 < max(abs(a / b - 1) for a, b in zip(after, before, strict=True)) < 0.02
     rows = list(csv.DictReader((tmp_path / "out" / "fp8_loss.csv").open(encoding="utf-8")))
-    assert {(row["precision"], row["seed"]) for row in rows} == {(p, s) for p in ("fp32", "bf16") for s in "01"}
+    assert {(row["precision"], row["seed"]) for row in rows} == {(p, s) for p in ("fp32", "fp8") for s in "01"}
     assert (tmp_path / "out" / "fp8_loss.png").read_bytes().startswith(b"\x89PNG")
     assert CliRunner().invoke(app, [*options, "--merge"]).exception is None
