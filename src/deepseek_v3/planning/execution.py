@@ -59,7 +59,7 @@ def resolve_execution(device: Device, config: RunConfig) -> Execution:
     """
     parallel, model = config.parallel, config.model
     has_bfloat16 = device.bfloat16_tflops is not None
-    precision: str = parallel.precision
+    precision = parallel.precision
     fp8 = precision == "fp8"
     if fp8 and not device.is_cpu and device.fp8_tflops is None:
         raise ConfigError(

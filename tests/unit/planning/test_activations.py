@@ -16,8 +16,15 @@ from deepseek_v3.mla.attention import AttentionMetadata
 from deepseek_v3.mla.rotary import rotary_tables
 from deepseek_v3.model.block import DecoderLayer
 from deepseek_v3.model.mtp import MTPLayer
+from deepseek_v3.moe.experts import FeedForward, RoutedExperts
+from deepseek_v3.ops.fp8 import FP8_QUANTIZE
+from deepseek_v3.ops.fp8.linear import Fp8Recipe
+from deepseek_v3.ops.fp8_gemm import FP8_GEMM
+from deepseek_v3.ops.layers import Linear
+from deepseek_v3.ops.operation import Target
 from deepseek_v3.planning.activations import saved_bytes
-from deepseek_v3.planning.execution import Execution, LayerKind
+from deepseek_v3.planning.execution import FP8_WEIGHT, Execution, LayerKind
+from deepseek_v3.training.parallel.fp8_layers import _set_products
 from helpers.models import fill_with_noise, small_config
 
 # Saved tensors of compiled layers, in autograd's order, as "shape type", and what allocated memory grew by.
@@ -70,15 +77,16 @@ def _layer(model: ModelConfig, kind: LayerKind) -> DecoderLayer:
     return DecoderLayer(model, 0 if kind == "dense" else model.first_k_dense_replace)
 
 
-def _held(model: ModelConfig, kind: LayerKind, dtype: torch.dtype, batch: int, length: int) -> tuple[float, int]:
+def _held(
+    layer: DecoderLayer, model: ModelConfig, dtype: torch.dtype, batch: int, length: int
+) -> tuple[float, int]:
     """Bytes per token of the activations that one layer on the CPU holds, and bytes of cast weights."""
-    layer = _layer(model, kind)
     fill_with_noise(layer)
     positions_BS = torch.arange(length)[None]
     metadata = AttentionMetadata(positions_BS, *rotary_tables(positions_BS, model))
     inputs = [
         torch.randn(batch, length, model.hidden_size).to(dtype).requires_grad_()
-        for _ in range(2 if kind == "mtp" else 1)
+        for _ in range(2 if isinstance(layer, MTPLayer) else 1)
     ]
     saved: list[Tensor] = []
 
@@ -121,7 +129,7 @@ def test_eager_layers_save_the_estimated_bytes(
     changes: dict[str, Any], kind: LayerKind, tokens: tuple[int, int], dtype: torch.dtype
 ) -> None:
     model = small_config(**changes)
-    found, copies = _held(model, kind, dtype, *tokens)
+    found, copies = _held(_layer(model, kind), model, dtype, *tokens)
     expected = saved_bytes(model, kind, Execution(dtype.itemsize, compiled=False)) + _padding(model, dtype.itemsize)
     assert expected == pytest.approx(found, rel=0.006)
     assert copies == (2 * _matrix_weights(model, kind) if dtype == torch.bfloat16 else 0)
@@ -130,7 +138,7 @@ def test_eager_layers_save_the_estimated_bytes(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_without_shared_experts_the_estimate_is_an_upper_bound(dtype: torch.dtype) -> None:
     model = small_config(n_shared_experts=0)
-    found, _ = _held(model, "moe", dtype, 2, 32)
+    found, _ = _held(_layer(model, "moe"), model, dtype, 2, 32)
     expected = saved_bytes(model, "moe", Execution(dtype.itemsize, compiled=False))
     assert 0.998 * found <= expected + _padding(model, dtype.itemsize) <= 1.03 * found
 
@@ -208,6 +216,28 @@ def test_the_record_covers_every_kind_and_both_attentions() -> None:
     assert {point["precision"] for point, _ in LAYERS} == {"bf16", "fp32"}
     assert RECORD["device"]
     assert RECORD["versions"]["torch"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("q_lora_rank", [128, None])
+def test_eager_fp8_layers_save_the_estimated_bytes(kind: LayerKind, q_lora_rank: int | None) -> None:
+    """All widths are multiples of 128, so that no block is partly empty."""
+    heads = {"num_attention_heads": 8, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 48}
+    ranks = {"q_lora_rank": q_lora_rank, "kv_lora_rank": 128}
+    model = small_config(hidden_size=256, intermediate_size=512, moe_intermediate_size=128, **heads, **ranks)
+    layer, sizes = _layer(model, kind), (4, 128)
+    target = Target(torch.device("cpu"), torch.bfloat16)
+    recipe = Fp8Recipe(FP8_QUANTIZE.select(target).run, FP8_GEMM.select(target).run)
+    attention = [child for child in layer.self_attn.children() if isinstance(child, Linear)]
+    networks = [module for module in layer.modules() if isinstance(module, (FeedForward, RoutedExperts))]
+    for module in (*attention, *networks):
+        _set_products(module, recipe)
+    joining = 2 * model.hidden_size**2 if kind == "mtp" else 0
+    found, copies = _held(layer, model, torch.bfloat16, *sizes)
+    assert copies == 2 * joining
+    weights = FP8_WEIGHT * (_matrix_weights(model, kind) - joining)
+    expected = saved_bytes(model, kind, Execution(2, compiled=False, fp8=True)) + weights / math.prod(sizes)
+    assert expected == pytest.approx(found, rel=0.002)
 
 
 @pytest.mark.parametrize("compiled", [True, False])

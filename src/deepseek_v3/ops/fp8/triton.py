@@ -89,7 +89,7 @@ def _quantize_rows(x_TD: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
     if x_TD.numel():
         x_TD = _with_unit_stride(x_TD)
         (rows, width), blocks = x_TD.shape, scales_TG.shape[1]
-        _rows_kernel[(triton.cdiv(rows, _ROWS) * blocks,)](
+        _fp8_rows_kernel[(triton.cdiv(rows, _ROWS) * blocks,)](
             x_TD, x_TD.stride(0), rows, width, blocks, values_TD, scales_TG, power_of_two, _ROWS, num_warps=4
         )
     return values_TD, scales_TG
@@ -130,7 +130,7 @@ def _gather_rows(values_RD: Tensor, scales_RG: Tensor, source_X: Tensor) -> tupl
     if values_XD.numel():
         rows, width = values_XD.shape
         chunks = triton.cdiv(width, _COPIED_BYTES)
-        _copy_kernel[(triton.cdiv(rows, _COPIED_ROWS) * chunks,)](
+        _fp8_copy_kernel[(triton.cdiv(rows, _COPIED_ROWS) * chunks,)](
             values_RD.view(torch.uint8),
             scales_RG,
             source_X.contiguous(),
@@ -196,7 +196,7 @@ def _quantize_weight(w_EOI: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor,
     if w_EOI.numel():
         w_EOI = _with_unit_stride(w_EOI)
         (experts, out, width), (_, out_blocks, blocks) = w_EOI.shape, found[1].shape
-        _weight_kernel[(experts * out_blocks * blocks,)](
+        _fp8_weight_kernel[(experts * out_blocks * blocks,)](
             w_EOI, w_EOI.stride(0), w_EOI.stride(1), out, width, *found, power_of_two, num_warps=8, maxnreg=128
         )
     return found
@@ -218,7 +218,7 @@ def _swiglu(
     found = *_empty_rows(gate_up_XG2, rows, width), *_empty_rows(gate_up_XG2, rows, 2 * width)
     if gate_up_XG2.numel():
         gate_up_XG2 = _with_unit_stride(gate_up_XG2)
-        _swiglu_kernel[(triton.cdiv(rows, _SWIGLU_ROWS) * (width // BLOCK),)](
+        _fp8_swiglu_kernel[(triton.cdiv(rows, _SWIGLU_ROWS) * (width // BLOCK),)](
             gate_up_XG2,
             gate_up_XG2.stride(0),
             gates_X,
@@ -268,7 +268,7 @@ def _swiglu_backward(
         blocks, places = width // BLOCK, hidden_columns[0].shape[1]
         # Each program sums the gradient of gates_X over its own features: atomic additions have no fixed order.
         sums = grad_hidden_XF.new_empty(rows if gates_X is not None else 0, blocks, dtype=torch.float32)
-        _swiglu_backward_kernel[(places // BLOCK * blocks * 3,)](
+        _fp8_swiglu_backward_kernel[(places // BLOCK * blocks * 3,)](
             kept_XG2,
             kept_scales,
             grad_hidden_XF,
@@ -371,7 +371,7 @@ def _run_columns_kernel(
         return
     x_RD = _with_unit_stride(x_RD)
     columns_of_tile, warps, registers = (_COLUMNS, 4, None) if row_copy is None else (BLOCK, 8, 128)
-    _columns_kernel[(places // BLOCK * triton.cdiv(width, columns_of_tile),)](
+    _fp8_columns_kernel[(places // BLOCK * triton.cdiv(width, columns_of_tile),)](
         x_RD,
         x_RD.stride(0),
         scales_RG,
@@ -398,7 +398,7 @@ def _rows_of_blocks(ends_E: Tensor, blocks: int) -> Tensor:
     """The first row of each block of places and the end of its group, (B, 2) int32; 0 behind the last group."""
     rows_B2 = torch.empty(blocks, 2, dtype=torch.int32, device=ends_E.device)
     groups = len(ends_E)
-    _rows_of_blocks_kernel[(triton.cdiv(blocks, _BLOCKS),)](
+    _fp8_rows_of_blocks_kernel[(triton.cdiv(blocks, _BLOCKS),)](
         ends_E.contiguous(), groups, blocks, rows_B2, triton.next_power_of_2(groups), _BLOCKS
     )
     return rows_B2
@@ -476,7 +476,9 @@ def _store_columns(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _rows_kernel(x, stride, rows, width, blocks, values, scales, power_of_two: tl.constexpr, ROWS: tl.constexpr):
+def _fp8_rows_kernel(
+    x, stride, rows, width, blocks, values, scales, power_of_two: tl.constexpr, ROWS: tl.constexpr
+):
     column = tl.program_id(0) % blocks * _N
     row = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)
     columns = column + tl.arange(0, _N)
@@ -486,7 +488,7 @@ def _rows_kernel(x, stride, rows, width, blocks, values, scales, power_of_two: t
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _copy_kernel(
+def _fp8_copy_kernel(
     values,
     scales,
     source,
@@ -516,7 +518,7 @@ def _copy_kernel(
 
 
 @triton.jit(do_not_specialize=["groups", "blocks"])
-def _rows_of_blocks_kernel(ends, groups, blocks, out, GROUPS: tl.constexpr, BLOCKS: tl.constexpr):
+def _fp8_rows_of_blocks_kernel(ends, groups, blocks, out, GROUPS: tl.constexpr, BLOCKS: tl.constexpr):
     group = tl.arange(0, GROUPS)
     end = tl.load(ends + group, mask=group < groups, other=0)
     begin = tl.load(ends + group - 1, mask=(group > 0) & (group < groups), other=0)
@@ -542,7 +544,7 @@ def _rows_of_block(block, rows_of_blocks, rows):
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _columns_kernel(
+def _fp8_columns_kernel(
     x,
     stride,
     x_scales,
@@ -581,7 +583,7 @@ def _columns_kernel(
 
 
 @triton.jit
-def _weight_kernel(
+def _fp8_weight_kernel(
     w,
     expert_stride,
     row_stride,
@@ -611,7 +613,7 @@ def _weight_kernel(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _swiglu_kernel(
+def _fp8_swiglu_kernel(
     gate_up,
     stride,
     gates,
@@ -640,7 +642,7 @@ def _swiglu_kernel(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _swiglu_backward_kernel(
+def _fp8_swiglu_backward_kernel(
     kept,
     kept_scales,
     grad_hidden,
