@@ -44,6 +44,21 @@ def test_a_part_with_other_gradients_is_named(gradients: dict[str, Tensor]) -> N
     assert "cosine of the gradients (routed experts)" in message
 
 
+def test_routers_have_a_bound_of_their_own(gradients: dict[str, Tensor]) -> None:
+    """Noise of 0.4 of the gradient is no more than rounding causes there; another gradient is."""
+    router = "model.layers.1.mlp.gate.weight"
+    true, noise = torch.randn(2, 4000, dtype=torch.float64)
+    gradients[router] = true
+    assert found_by(gradients, {**gradients, router: (true + 0.4 * noise) / 1.16**0.5}) == []
+    (message,) = found_by(gradients, {**gradients, router: noise})[:1]
+    assert "cosine of the gradients (routers)" in message
+
+
+def test_a_gradient_of_zeros_is_found(gradients: dict[str, Tensor]) -> None:
+    messages = found_by(gradients, {**gradients, EXPERTS: torch.zeros(4, 8, 8)})
+    assert "cosine of the gradients (routed experts): 0, expected at least 0.95" in messages[0]
+
+
 def test_a_wrong_scale_is_found(gradients: dict[str, Tensor]) -> None:
     (message,) = found_by(gradients, {**gradients, ATTENTION: 1.1 * gradients[ATTENTION]})
     assert "relative difference of the norms (attention): 0.1, expected at most 0.02" in message

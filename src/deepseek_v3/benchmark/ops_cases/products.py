@@ -155,7 +155,7 @@ def _prepare_columns(experts: int, rows: int, out: int, inner: int, device: torc
 
         return run
 
-    target = Target(device, torch.bfloat16, (inner, out))
+    target = Target(device, torch.float32, (inner, out))
     systems: dict[str, Run | str] = {name: run_of(backend) for name, backend in backends(FP8_GEMM, target)}
     if device.type == "cuda" and experts:
         systems["DeepGEMM"] = columns_run(a, b, [rows] * experts)
