@@ -59,14 +59,14 @@ class _Hidden(torch.autograd.Function):
         needs_x, *needs_weights = ctx.needs_input_grad[:3]
         quantize, power_of_two = recipe.quantize, recipe.power_of_two
         weight, transposed = _stack(recipe, gate_FD, up_FD)
-        kept_for_backward: tuple[Tensor, ...] = ()
+        kept_for_backward: list[Tensor] = []
         if any(needs_weights):
             rows, columns = quantize.quantize_both(x_TD, power_of_two)
-            kept_for_backward += columns
+            kept_for_backward += [*columns]
         else:
             rows = quantize.quantize_rows(x_TD, power_of_two)
         if needs_x:
-            kept_for_backward += transposed if recipe.keeps_weights else (gate_FD, up_FD)
+            kept_for_backward += [*transposed] if recipe.keeps_weights else [gate_FD, up_FD]
         ctx.save_for_backward(*kept_for_backward)
         ctx.recipe, ctx.dtype, ctx.weight_dtype = recipe, x_TD.dtype, gate_FD.dtype
 

@@ -61,14 +61,14 @@ class _Fp8Linear(torch.autograd.Function):
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         quantize, power_of_two = recipe.quantize, recipe.power_of_two
         weight, transposed = recipe.quantize_weight(weight_OI[None])
-        kept: tuple[Tensor, ...] = ()
+        kept: list[Tensor] = []
         if needs_weight:
             rows, columns = quantize.quantize_both(x_TI, power_of_two)
-            kept += columns
+            kept += [*columns]
         else:
             rows = quantize.quantize_rows(x_TI, power_of_two)
         if needs_x:
-            kept += transposed if recipe.keeps_weights else (weight_OI,)
+            kept += [*transposed] if recipe.keeps_weights else [weight_OI]
         ctx.save_for_backward(*kept)
         ctx.recipe, ctx.weight_dtype = recipe, weight_OI.dtype
         return recipe.gemm.rows_product(rows, weight, None, x_TI.dtype)
