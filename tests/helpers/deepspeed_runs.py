@@ -32,9 +32,15 @@ def write_settings(folder: Path, settings: dict[str, Any]) -> Path:
     return path
 
 
-def train(file: Path, steps: int, parallel: dict[str, Any], training: dict[str, Any]) -> dict[str, Any]:
+def train(
+    file: Path,
+    steps: int,
+    parallel: dict[str, Any],
+    training: dict[str, Any],
+    model: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """As `parallel_runs.train`, with whole gradients and weights instead of shards."""
-    engine, config = engine_of(file, steps, parallel, training)
+    engine, config = engine_of(file, steps, parallel, training, model)
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
     parameters = dict(engine.models[0].named_parameters())
