@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 
 from deepseek_v3.ops.fp8 import reference
 from deepseek_v3.ops.fp8.linear import Fp8Recipe, fp8_linear
 from deepseek_v3.ops.fp8_gemm import reference as products
+from deepseek_v3.ops.layers import Linear
+from helpers.models import fill_with_noise
 
 EXACT = 1e-12
 # For a product of two rounded operands. A number is rounded by at most 1/16 of it, about 2.6% on average.
@@ -103,6 +111,48 @@ def test_a_layer_keeps_one_byte_per_number() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda t: t):
         fp8_linear(x_TI, w_OI, recipe())
     assert sum(tensor.nbytes for tensor in kept) == 256 * 128 + 384 * 128 + 4 * (2 * 128 + 3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the same process cannot both interpret and compile")
+@pytest.mark.parametrize("keeps_weights", [True, False])
+def test_compiled_layers_quantize_what_they_share_once(keeps_weights: bool) -> None:
+    """The compiler merges equal calls: two layers read one input, and their outputs have one gradient.
+
+    It must not merge the two quantizations of a weight that is not kept.
+    """
+    from deepseek_v3.ops.fp8 import triton as kernels
+    from deepseek_v3.ops.fp8_gemm import triton as kernel_products
+
+    torch._dynamo.reset()
+    calls: list[Counter[str]] = []
+
+    def counting(graph: torch.fx.GraphModule, _: Any) -> Any:
+        calls.append(Counter(str(node.target).split(".")[1] for node in graph.graph.nodes if "fp8" in node.name))
+        return make_boxed_func(graph.forward)
+
+    in_triton = Fp8Recipe(kernels, kernel_products, keeps_weights=keeps_weights)
+    x_TI = torch.randn(3, 16, dtype=torch.bfloat16, requires_grad=True)
+    layers = nn.ModuleList([Linear(16, 16), Linear(16, 16)])
+    fill_with_noise(layers)
+    for layer in layers:
+        layer.product = partial(fp8_linear, recipe=in_triton)
+
+    def two_layers() -> Tensor:
+        return layers[0](x_TI) + layers[1](x_TI)
+
+    backend = aot_autograd(
+        fw_compiler=counting, bw_compiler=counting, partition_fn=min_cut_rematerialization_partition
+    )
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda t: t):
+        y_TO = torch.compile(two_layers, backend=backend, fullgraph=True)()
+    inputs = [x_TI, *layers.parameters()]
+    found, expected = (torch.autograd.grad(each.sum(), inputs) for each in (y_TO, two_layers()))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    forward, backward = calls
+    assert (forward["fp8_quantize_both"], backward["fp8_quantize_both"]) == (1, 1)
+    assert (forward["fp8_quantize_weight"], backward["fp8_quantize_weight"]) == (2, 0 if keeps_weights else 2)
+    assert len([tensor for tensor in kept if tensor.shape == (1, 16, 16)]) == (2 if keeps_weights else 0)
 
 
 def test_no_rows_have_no_influence() -> None:
