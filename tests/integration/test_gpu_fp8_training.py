@@ -68,7 +68,7 @@ def test_layers_in_parts_train_in_fp8_as_whole_ones_do(tmp_path: Path) -> None:
     (model,) = trainer.engine.models
     layers = [layer for layer in model.model.layers if isinstance(layer, DecoderLayer)]
     _compile_layers(layers, trainer.config.parallel.model_copy(update={"expert": 2}))
-    assert losses_of(trainer) == pytest.approx(whole, rel=2e-3)
+    assert losses_of(trainer) == pytest.approx(whole, rel=5e-3)
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
