@@ -111,6 +111,16 @@ def test_a_gpu_without_kernels_is_refused_by_name_only(
     assert "no layer in FP8: " in log_of("auto", caplog, CUDA)
 
 
+def test_the_reference_is_not_compiled() -> None:
+    """Its compiled code may have no gradients. `auto` takes FP8 on no CPU, and leaves the choice to the experts."""
+    model, config = model_of("fp8", compile=True)
+    with pytest.raises(ConfigError, match=r"parallel.compile = true: FP8 .*use --set parallel.compile=auto"):
+        compute_in_fp8(model, config, CPU, reshards_weights=False)
+    assert not has_fp8(model)
+    model, config = model_of("auto", compile=True)
+    compute_in_fp8(model, config, CPU, reshards_weights=False)
+
+
 def test_a_model_in_fp8_can_be_copied() -> None:
     model, config = model_of("fp8")
     compute_in_fp8(model, config, CPU, reshards_weights=False)

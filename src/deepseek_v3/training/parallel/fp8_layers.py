@@ -93,7 +93,9 @@ def compute_in_fp8(model: DeepSeekV3, config: RunConfig, device: torch.device, r
     """Gives every layer that `parallel.precision` names its products in FP8.
 
     `reshards_weights`: the weights of other ranks are gathered for each pass, and freed in between. Logs which
-    layers compute in FP8, and why the others do not. Raises ConfigError for `fp8` on a GPU that cannot run it.
+    layers compute in FP8, and why the others do not. Raises ConfigError for `fp8` on a GPU that cannot run it, and
+    for layers that are to be compiled where FP8 runs by the reference: torch 2.11 compiles its plain operations to
+    code whose gradients are zero.
     """
     precision, log = config.parallel.precision, get_logger("Plan")
     if precision not in ("fp8", "auto"):
@@ -164,8 +166,14 @@ def _choose(
 def _recipe(model: DeepSeekV3, config: RunConfig, device: torch.device, reshards_weights: bool) -> Fp8Recipe:
     target = Target(device, model.compute_dtype or torch.float32)
     quantize, gemm = FP8_QUANTIZE.select(target), FP8_GEMM.select(target)
-    if device.type == "cuda" and "reference" in (quantize.backend, gemm.backend):
-        raise ConfigError(f"parallel.precision = fp8: {quantize}, {gemm}; use --set parallel.precision=bf16")
+    if "reference" in (quantize.backend, gemm.backend):
+        if device.type == "cuda":
+            raise ConfigError(f"parallel.precision = fp8: {quantize}, {gemm}; use --set parallel.precision=bf16")
+        if config.parallel.compile is True:
+            raise ConfigError(
+                "parallel.compile = true: FP8 runs by its reference here, which cannot be compiled; "
+                "use --set parallel.compile=auto"
+            )
     scales = config.parallel.fp8_scales
     slow = "; this device has no kernels for FP8 and takes the slow reference" if device.type != "cuda" else ""
     get_logger("Plan").info(f"FP8 with {scales.replace('_', ' ')} scales, {quantize}, {gemm}{slow}")
