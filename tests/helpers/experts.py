@@ -131,6 +131,8 @@ def merge_ranks(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 def fill_new_memory_with_nan() -> Iterator[list[int]]:
     """Sets all bits of memory that is allocated without a value, which is NaN in every float format."""
     filled: list[int] = []
+    with torch.device("cpu"):  # torch lists the functions that a default device concerns once, at their first use
+        torch.empty(())
 
     def filling(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def allocated(*arguments: Any, **options: Any) -> Tensor:

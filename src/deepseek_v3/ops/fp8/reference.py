@@ -2,9 +2,10 @@
 
 Activations and their gradients have a scale for each block of 128 numbers of a row or of a column; weights have one
 for each 128×128 block. A scale is the largest magnitude of its block over 448, or, with `power_of_two`, the next
-power of two that is not smaller. A value is its number over the scale, rounded to the nearest, ties to even. So
-its error is at most 1/16 of the number, or 2⁻¹⁰ of the scale for a number below 2⁻⁶ of the scale. One number that
-is not finite turns its whole block into NaN. Inputs have any float type; float64 is rounded to float32 first.
+power of two that is not smaller. A value is its number times the float32 reciprocal of the scale, rounded to the
+nearest, ties to even. So its error is at most 1/16 of the number, or 2⁻¹⁰ of the scale for a number below 2⁻⁶ of
+the scale. One number that is not finite turns its whole block into NaN. Inputs have any float type; float64 is
+rounded to float32 first.
 
 Axes: T, R, X rows, D width, G blocks of 128 numbers of a row (the last one may be shorter), N numbers of a block,
 E experts, P places of rows along a column, B blocks of 128 places, V rows of a weight, O and I its output and input
@@ -36,7 +37,7 @@ def quantize_1x128(x_TD: Tensor, power_of_two: bool = False) -> tuple[Tensor, Te
     """Quantizes rows (T, D) of any float type to (T, D) e4m3 and scales (T, G) float32."""
     x_TGN = _in_blocks(x_TD.float())
     scales_TG = _scales(x_TGN.abs().amax(-1), power_of_two)
-    quantized_TGN = (x_TGN / scales_TG.unsqueeze(-1)).to(E4M3)
+    quantized_TGN = (x_TGN * scales_TG.reciprocal().unsqueeze(-1)).to(E4M3)
     return quantized_TGN.flatten(1)[:, : x_TD.shape[1]].contiguous(), scales_TG
 
 
@@ -56,7 +57,7 @@ def quantize_128x128(w_VD: Tensor, power_of_two: bool = False) -> tuple[Tensor, 
     w_BND = F.pad(w_VD.float(), (0, -width % BLOCK, 0, -rows % BLOCK)).unflatten(0, (-1, BLOCK))
     w_BNGN = w_BND.unflatten(2, (-1, BLOCK))
     scales_BG = _scales(w_BNGN.abs().amax((1, 3)), power_of_two)
-    quantized_BNGN = (w_BNGN / scales_BG[:, None, :, None]).to(E4M3)
+    quantized_BNGN = (w_BNGN * scales_BG.reciprocal()[:, None, :, None]).to(E4M3)
     return quantized_BNGN.flatten(2).flatten(0, 1)[:rows, :width].contiguous(), scales_BG
 
 
@@ -180,7 +181,7 @@ def swiglu_gradients(
 
 
 def _scales(largest: Tensor, power_of_two: bool) -> Tensor:
-    # A normal number at least: blocks of zeros are divided by it, and GPUs may flush smaller numbers to zero.
+    # A normal number at least, whose reciprocal is finite; GPUs may flush smaller numbers to zero.
     scales = (largest / _LARGEST).clamp(min=_SMALLEST_SCALE)
     if not power_of_two:
         return scales

@@ -27,7 +27,6 @@ _LARGEST = tl.constexpr(torch.finfo(E4M3).max)
 _SMALLEST_SCALE = tl.constexpr(torch.finfo(torch.float32).tiny)
 _FRACTION = tl.constexpr((1 << 23) - 1)  # the bits of a float32 behind its exponent
 _MAGNITUDE = tl.constexpr((1 << 31) - 1)  # the bits of a float32 behind its sign
-_ONE = tl.constexpr(127 << 23)  # the bits of 1.0
 
 
 # The interface
@@ -425,34 +424,12 @@ def _scale_of(largest, power_of_two: tl.constexpr):
 
 
 @triton.jit
-def _quantized(x, scale, power_of_two: tl.constexpr, exact: tl.constexpr):
-    """x / scale in e4m3; if `exact`, the quotient is rounded to float32 first as a division does, at half its cost.
-
-    A scale is a power of two times a divisor from 1 to 2. Multiplying by the inverse of the power is exact, where
-    the result is not too small for e4m3. The reciprocal of the divisor, correctly rounded, then gives a quotient;
-    one correction brings it within a unit in the last place, and a second one rounds it correctly (P. Markstein,
-    Computation of elementary functions on the IBM RISC System/6000 processor, 1990). All of it is computed from -x
-    and the negative reciprocal, so that -0 remains -0.
-    """
-    if not exact:
-        return (x * (1.0 / scale)).to(tl.float8e4nv)
-    bits = scale.to(tl.int32, bitcast=True)
-    inverse_power = (tl.maximum(254 - (bits >> 23), 0) << 23).to(tl.float32, bitcast=True)  # 0 for infinity
-    inverse_power = tl.where(scale == scale, inverse_power, scale)
-    if power_of_two:
-        quotient = x * inverse_power
-    else:
-        divisor = ((bits & _FRACTION) | _ONE).to(tl.float32, bitcast=True)
-        reciprocal = tl.math.div_rn(-1.0, divisor)
-        x *= inverse_power * -1.0
-        quotient = x * reciprocal
-        for _ in tl.static_range(2):
-            quotient = tl.fma(tl.fma(quotient, divisor, x), reciprocal, quotient)
-    return quotient.to(tl.float8e4nv)
+def _quantized(x, scale):
+    return (x * tl.math.div_rn(1.0, scale)).to(tl.float8e4nv)
 
 
 @triton.jit
-def _store_rows(x, row, column, rows, width, values, scales, power_of_two: tl.constexpr, exact: tl.constexpr):
+def _store_rows(x, row, column, rows, width, values, scales, power_of_two: tl.constexpr):
     """Quantizes a tile that is one block wide by rows, and stores values (rows, width) and their scales."""
     inside = row < rows
     scale = _scale_of(_largest(x, 1), power_of_two)
@@ -460,18 +437,16 @@ def _store_rows(x, row, column, rows, width, values, scales, power_of_two: tl.co
     tl.store(scales + row.to(tl.int64) * blocks + column // _N, scale, mask=inside)
     at = row.to(tl.int64)[:, None] * width + (column + tl.arange(0, _N))[None, :]
     mask = inside[:, None] & (column + tl.arange(0, _N) < width)[None, :]
-    tl.store(values + at, _quantized(x, scale[:, None], power_of_two, exact), mask=mask)
+    tl.store(values + at, _quantized(x, scale[:, None]), mask=mask)
 
 
 @triton.jit
-def _store_columns(
-    x, block, columns, width, places, values, scales, power_of_two: tl.constexpr, exact: tl.constexpr
-):
+def _store_columns(x, block, columns, width, places, values, scales, power_of_two: tl.constexpr):
     """Quantizes a tile of one block of places by columns, and stores values (width, places) and their scales."""
     scale = _scale_of(_largest(x, 0), power_of_two)
     tl.store(scales + block.to(tl.int64) * width + columns, scale, mask=columns < width)
     at = columns.to(tl.int64)[:, None] * places + (block * _N + tl.arange(0, _N))[None, :]
-    quantized = tl.trans(_quantized(x, scale[None, :], power_of_two, exact))
+    quantized = tl.trans(_quantized(x, scale[None, :]))
     tl.store(values + at, quantized, mask=(columns < width)[:, None])
 
 
@@ -484,7 +459,7 @@ def _fp8_rows_kernel(
     columns = column + tl.arange(0, _N)
     inside = (row < rows)[:, None] & (columns < width)[None, :]
     tile = tl.load(x + row.to(tl.int64)[:, None] * stride + columns[None, :], mask=inside, other=0.0)
-    _store_rows(tile.to(tl.float32), row, column, rows, width, values, scales, power_of_two, True)
+    _store_rows(tile.to(tl.float32), row, column, rows, width, values, scales, power_of_two)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -576,10 +551,10 @@ def _fp8_columns_kernel(
     if x_scales is not None:
         scale = tl.load(x_scales + from_row * tl.cdiv(width, _N) + column // _N, mask=row < last, other=0.0)
         tile = (tile * scale[:, None]).to(dtype).to(tl.float32)
-    _store_columns(tile, block, columns, width, places, values, scales, power_of_two, True)
+    _store_columns(tile, block, columns, width, places, values, scales, power_of_two)
     if row_values is not None:
         tile = tl.load(tile_at, mask=inside, other=0.0).to(tl.float32)  # from the cache: registers are scarcer
-        _store_rows(tile, row, column, last, width, row_values, row_scales, power_of_two, True)
+        _store_rows(tile, row, column, last, width, row_values, row_scales, power_of_two)
 
 
 @triton.jit
@@ -605,7 +580,7 @@ def _fp8_weight_kernel(
     scale = _scale_of(_largest(tl.reshape(tile, (_N * _N,)), 0), power_of_two)
     tl.store(scales + (expert * row_blocks + row_block) * blocks + block, scale)
     tl.store(transposed_scales + (expert * blocks + block) * row_blocks + row_block, scale)
-    quantized = _quantized(tile, scale, power_of_two, True)
+    quantized = _quantized(tile, scale)
     begin = expert * out * width
     tl.store(values + begin + row.to(tl.int64)[:, None] * width + column[None, :], quantized, mask=inside)
     at = column.to(tl.int64)[:, None] * out + row[None, :]
@@ -633,12 +608,12 @@ def _fp8_swiglu_kernel(
     at = row.to(tl.int64)[:, None] * stride + (column + tl.arange(0, _N))[None, :]
     gate = tl.load(gate_up + at, mask=inside[:, None], other=0.0).to(tl.float32)
     up = tl.load(gate_up + at + width, mask=inside[:, None], other=0.0).to(tl.float32)
-    _store_rows(gate, row, column, rows, 2 * width, kept, kept_scales, power_of_two, True)
-    _store_rows(up, row, column + width, rows, 2 * width, kept, kept_scales, power_of_two, True)
+    _store_rows(gate, row, column, rows, 2 * width, kept, kept_scales, power_of_two)
+    _store_rows(up, row, column + width, rows, 2 * width, kept, kept_scales, power_of_two)
     hidden = gate * tl.sigmoid(gate) * up
     if gates is not None:
         hidden *= tl.load(gates + row, mask=inside, other=0.0)[:, None]
-    _store_rows(hidden, row, column, rows, width, values, scales, power_of_two, False)
+    _store_rows(hidden, row, column, rows, width, values, scales, power_of_two)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -690,10 +665,10 @@ def _fp8_swiglu_backward_kernel(
             grad = tl.load(grad_at, mask=inside[:, None], other=0.0).to(tl.float32)
             tl.store(sums + row.to(tl.int64) * blocks + column // _N, tl.sum(grad * factor, 1), mask=inside)
         hidden = factor * gates_of_rows
-        _store_columns(hidden, block, columns, width, places, hidden_values, hidden_scales, power_of_two, False)
+        _store_columns(hidden, block, columns, width, places, hidden_values, hidden_scales, power_of_two)
     else:
         grad = tl.load(grad_at, mask=inside[:, None], other=0.0).to(tl.float32) * gates_of_rows
         grad *= factor
         half = (2 - result) * width
-        _store_columns(grad, block, columns + half, 2 * width, places, values, scales, power_of_two, False)
-        _store_rows(grad, row, column + half, last, 2 * width, row_values, row_scales, power_of_two, False)
+        _store_columns(grad, block, columns + half, 2 * width, places, values, scales, power_of_two)
+        _store_rows(grad, row, column + half, last, 2 * width, row_values, row_scales, power_of_two)
