@@ -31,6 +31,7 @@ NEED_THEIR_LIBRARY = {
     "ops/multi_tensor/triton.py",
     "ops/rotary/triton.py",
     "ops/swiglu/triton.py",
+    "ops/router_gemm/triton.py",
     "ops/top_k/triton.py",
     "training/parallel/deepspeed_engine.py",
 }
