@@ -29,13 +29,15 @@ SIZES = [3, 0, 129, 128, 0]
 DTYPES = [torch.bfloat16, torch.float32]
 
 
-@pytest.fixture
-def kernels(triton_device: torch.device) -> Iterator[Fp8Quantize]:
-    """The kernels, on tensors of `triton_device`; what they leave unwritten is NaN."""
-    from deepseek_v3.ops.fp8 import triton
-
+@pytest.fixture(params=["triton", pytest.param("cuda", marks=pytest.mark.gpu)])
+def kernels(request: pytest.FixtureRequest, triton_device: torch.device) -> Iterator[Fp8Quantize]:
+    """The kernels of each back end, on tensors of `triton_device`; what they leave unwritten is NaN."""
+    backend = FP8_QUANTIZE.backends[request.param]
+    obstacle = backend.obstacle(Target(triton_device)) if triton_device.type == "cuda" else None
+    if obstacle:
+        pytest.skip(f"{request.param} {obstacle}")
     with fill_new_memory_with_nan(), np.errstate(all="ignore"):  # the interpreter computes with NumPy
-        yield triton
+        yield backend.load()
 
 
 def numbers(rows: int, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -95,7 +97,9 @@ def ends_of(sizes: list[int]) -> tuple[Tensor, int]:
 
 @pytest.mark.parametrize("power_of_two", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1), (5, 300), (130, 80), "extremes"])
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (5, 300), (130, 80), "extremes", pytest.param((700, 1168), marks=pytest.mark.gpu)]
+)
 def test_rows_and_columns(
     kernels: Fp8Quantize, triton_device: torch.device, shape: Any, dtype: torch.dtype, power_of_two: bool
 ) -> None:
@@ -128,12 +132,18 @@ def test_every_quotient_is_rounded_as_a_division_does(kernels: Fp8Quantize, trit
 
 @pytest.mark.parametrize(("width", "power_of_two"), [(80, True), (144, False)])
 @pytest.mark.parametrize("sizes", [SIZES, [200], [0, 0]])
+@pytest.mark.parametrize("apart", [3, 8])  # with 8, pieces of 16 bytes are aligned
 def test_gathered_rows_and_columns(
-    kernels: Fp8Quantize, triton_device: torch.device, sizes: list[int], width: int, power_of_two: bool
+    kernels: Fp8Quantize,
+    triton_device: torch.device,
+    sizes: list[int],
+    width: int,
+    power_of_two: bool,
+    apart: int,
 ) -> None:
     """Rows that lie apart in memory full of NaN."""
     ends_E, used = ends_of(sizes)
-    memory = torch.full((40, width + 3), torch.nan, dtype=torch.bfloat16)
+    memory = torch.full((40, width + apart), torch.nan, dtype=torch.bfloat16)
     x_RD = memory[:, :width]
     x_RD.copy_(numbers(40, width))
     source_X = torch.randint(0, 40, (sum(sizes),))
@@ -278,14 +288,23 @@ def test_compiled_graphs_hold_the_operations_whole(kernels: Fp8Quantize, triton_
 def test_auto_takes_the_kernels_where_they_run() -> None:
     selection = FP8_QUANTIZE.select(Target(torch.device("cpu")))
     assert (selection.backend, selection.run) == ("reference", reference)
-    assert str(selection) == "fp8_quantize reference (triton needs a CUDA device)"
+    assert str(selection) == "fp8_quantize reference (cuda needs a CUDA device; triton needs a CUDA device)"
 
 
-def test_older_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+@pytest.mark.parametrize(
+    ("name", "capability", "expected"),
+    [
+        ("triton", (8, 0), "needs a GPU that converts to e4m3 (compute capability 8.9)"),
+        ("cuda", (8, 9), "needs a GPU of compute capability 9.0"),
+        ("cuda", (10, 0), "needs a GPU of compute capability 9.0"),
+    ],
+)
+def test_other_gpus_are_refused(
+    name: str, capability: tuple[int, int], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr("deepseek_v3.ops.fp8.triton_obstacle", lambda _: None)
-    obstacle = FP8_QUANTIZE.backends["triton"].obstacle(Target(torch.device("cuda")))
-    assert obstacle == "needs a GPU that converts to e4m3 (compute capability 8.9)"
+    assert FP8_QUANTIZE.backends[name].obstacle(Target(torch.device("cuda"))) == expected
 
 
 @pytest.mark.gpu

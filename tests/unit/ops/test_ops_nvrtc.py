@@ -23,6 +23,15 @@ def test_products_compile(columns: bool, tile_columns: int) -> None:
 
 
 @needs_nvrtc
+@pytest.mark.parametrize("name", ["fp8_columns", "fp8_rows_and_columns"])
+def test_quantizers_compile(name: str) -> None:
+    pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds only")
+    from deepseek_v3.ops.fp8.cuda import _kernel
+
+    assert name.encode() in _kernel(name)._cubin
+
+
+@needs_nvrtc
 def test_a_mistake_in_the_source_is_shown(tmp_path: Path) -> None:
     source = tmp_path / "kernel.cu"
     source.write_text('extern "C" __global__ void kernel(int* out) { out[0] = missing + VALUE; }', encoding="utf-8")

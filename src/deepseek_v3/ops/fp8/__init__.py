@@ -25,6 +25,7 @@ from deepseek_v3.ops.fp8.reference import (
     quantize_1x128,
     quantize_128x128,
 )
+from deepseek_v3.ops.nvrtc import nvrtc_obstacle
 from deepseek_v3.ops.operation import Backend, Operation, Target, triton_obstacle
 
 __all__ = [
@@ -81,6 +82,19 @@ class Fp8Quantize(Protocol):
     ) -> tuple[RowBlocks, ColumnBlocks, ColumnBlocks, Tensor | None]: ...
 
 
+def _cuda() -> Fp8Quantize:
+    from deepseek_v3.ops.fp8 import cuda
+
+    return cuda
+
+
+def _cuda_obstacle(target: Target) -> str | None:
+    obstacle = triton_obstacle(target)  # whose kernels do the rest
+    if obstacle is None and torch.cuda.get_device_capability(target.device) != (9, 0):
+        return "needs a GPU of compute capability 9.0"
+    return obstacle or nvrtc_obstacle()
+
+
 def _triton() -> Fp8Quantize:
     from deepseek_v3.ops.fp8 import triton
 
@@ -95,5 +109,8 @@ def _triton_obstacle(target: Target) -> str | None:
 
 
 FP8_QUANTIZE: Operation[Fp8Quantize] = Operation(
-    "fp8_quantize", Backend("triton", _triton, _triton_obstacle), Backend("reference", lambda: reference)
+    "fp8_quantize",
+    Backend("cuda", _cuda, _cuda_obstacle),
+    Backend("triton", _triton, _triton_obstacle),
+    Backend("reference", lambda: reference),
 )

@@ -60,3 +60,29 @@ def group_starts(ends_E: Tensor) -> Tensor:
     """The first place of each group, int32, from the ends of the groups; without a host synchronisation."""
     blocks_E = ends_E.diff(prepend=ends_E.new_zeros(1)).add(BLOCK - 1).div(BLOCK, rounding_mode="floor")
     return ((blocks_E.cumsum(0) - blocks_E) * BLOCK).int()
+
+
+def empty_rows(like: Tensor, rows: int, width: int) -> tuple[Tensor, Tensor]:
+    """Memory for `RowBlocks`, on the device of `like`."""
+    values_XD = like.new_empty(rows, width, dtype=E4M3)
+    return values_XD, like.new_empty(rows, -(-width // BLOCK), dtype=torch.float32)
+
+
+def empty_columns(like: Tensor, rows: int, width: int, groups: int = 1) -> tuple[Tensor, Tensor]:
+    """Memory for `ColumnBlocks`, on the device of `like`."""
+    places = padded_places(rows, groups)
+    values_DP = like.new_empty(width, places, dtype=E4M3)
+    return values_DP, like.new_empty(places // BLOCK, width, dtype=torch.float32)
+
+
+def empty_gradients(
+    grad_hidden_XF: Tensor, gates_X: Tensor | None, groups: int
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]:
+    """Memory for what `swiglu_backward` returns, in its order; the last one is empty without gates."""
+    rows, width = grad_hidden_XF.shape
+    return (
+        empty_rows(grad_hidden_XF, rows, 2 * width),
+        empty_columns(grad_hidden_XF, rows, 2 * width, groups),
+        empty_columns(grad_hidden_XF, rows, width, groups),
+        grad_hidden_XF.new_empty(0 if gates_X is None else rows, dtype=torch.float32),
+    )

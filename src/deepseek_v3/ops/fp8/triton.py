@@ -14,7 +14,16 @@ import triton.language as tl
 from torch import Tensor
 
 from deepseek_v3.ops.fp8 import reference
-from deepseek_v3.ops.fp8.formats import BLOCK, E4M3, ColumnBlocks, RowBlocks, WeightBlocks, padded_places
+from deepseek_v3.ops.fp8.formats import (
+    BLOCK,
+    E4M3,
+    ColumnBlocks,
+    RowBlocks,
+    WeightBlocks,
+    empty_columns,
+    empty_gradients,
+    empty_rows,
+)
 
 # Rows and columns that a program takes, where it needs no whole block of them. With these, and with the numbers of
 # warps below, everything stays in registers, and an H100 still runs 16 warps on each multiprocessor.
@@ -84,7 +93,7 @@ def swiglu_backward(
 
 @torch.library.custom_op("deepseek_v3::fp8_quantize_rows", mutates_args=())
 def _quantize_rows(x_TD: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
-    values_TD, scales_TG = _empty_rows(x_TD, *x_TD.shape)
+    values_TD, scales_TG = empty_rows(x_TD, *x_TD.shape)
     if x_TD.numel():
         x_TD = _with_unit_stride(x_TD)
         (rows, width), blocks = x_TD.shape, scales_TG.shape[1]
@@ -96,36 +105,36 @@ def _quantize_rows(x_TD: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
 
 @_quantize_rows.register_fake
 def _(x_TD: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:  # noqa: ARG001 -- the operation's signature
-    return _empty_rows(x_TD, *x_TD.shape)
+    return empty_rows(x_TD, *x_TD.shape)
 
 
 @torch.library.custom_op("deepseek_v3::fp8_quantize_columns", mutates_args=())
 def _quantize_columns(x_TD: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
-    columns = _empty_columns(x_TD, *x_TD.shape)
+    columns = empty_columns(x_TD, *x_TD.shape)
     _run_columns_kernel(x_TD, columns, len(x_TD), power_of_two)
     return columns
 
 
 @_quantize_columns.register_fake
 def _(x_TD: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:  # noqa: ARG001 -- the operation's signature
-    return _empty_columns(x_TD, *x_TD.shape)
+    return empty_columns(x_TD, *x_TD.shape)
 
 
 @torch.library.custom_op("deepseek_v3::fp8_quantize_both", mutates_args=())
 def _quantize_both(x_TD: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, columns = _empty_rows(x_TD, *x_TD.shape), _empty_columns(x_TD, *x_TD.shape)
+    rows, columns = empty_rows(x_TD, *x_TD.shape), empty_columns(x_TD, *x_TD.shape)
     _run_columns_kernel(x_TD, columns, len(x_TD), power_of_two, row_copy=rows)
     return *rows, *columns
 
 
 @_quantize_both.register_fake
 def _(x_TD: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # noqa: ARG001 -- see above
-    return *_empty_rows(x_TD, *x_TD.shape), *_empty_columns(x_TD, *x_TD.shape)
+    return *empty_rows(x_TD, *x_TD.shape), *empty_columns(x_TD, *x_TD.shape)
 
 
 @torch.library.custom_op("deepseek_v3::fp8_gather_rows", mutates_args=())
 def _gather_rows(values_RD: Tensor, scales_RG: Tensor, source_X: Tensor) -> tuple[Tensor, Tensor]:
-    values_XD, scales_XG = _empty_rows(values_RD, len(source_X), values_RD.shape[1])
+    values_XD, scales_XG = empty_rows(values_RD, len(source_X), values_RD.shape[1])
     if values_XD.numel():
         rows, width = values_XD.shape
         chunks = triton.cdiv(width, _COPIED_BYTES)
@@ -146,19 +155,19 @@ def _gather_rows(values_RD: Tensor, scales_RG: Tensor, source_X: Tensor) -> tupl
 
 @_gather_rows.register_fake
 def _(values_RD: Tensor, scales_RG: Tensor, source_X: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG001 -- see above
-    return _empty_rows(values_RD, source_X.shape[0], values_RD.shape[1])
+    return empty_rows(values_RD, source_X.shape[0], values_RD.shape[1])
 
 
 @torch.library.custom_op("deepseek_v3::fp8_gather_columns", mutates_args=())
 def _gather_columns(x_RD: Tensor, source_X: Tensor, ends_E: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
-    columns = _empty_columns(x_RD, len(source_X), x_RD.shape[1], len(ends_E))
+    columns = empty_columns(x_RD, len(source_X), x_RD.shape[1], len(ends_E))
     _run_columns_kernel(x_RD, columns, len(source_X), power_of_two, source_X, ends_E)
     return columns
 
 
 @_gather_columns.register_fake
 def _(x_RD: Tensor, source_X: Tensor, ends_E: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:  # noqa: ARG001
-    return _empty_columns(x_RD, source_X.shape[0], x_RD.shape[1], ends_E.shape[0])
+    return empty_columns(x_RD, source_X.shape[0], x_RD.shape[1], ends_E.shape[0])
 
 
 @torch.library.custom_op("deepseek_v3::fp8_requantize_columns", mutates_args=())
@@ -170,7 +179,7 @@ def _requantize_columns(
     power_of_two: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    columns = _empty_columns(values_RD, len(source_X), values_RD.shape[1], len(ends_E))
+    columns = empty_columns(values_RD, len(source_X), values_RD.shape[1], len(ends_E))
     _run_columns_kernel(
         values_RD, columns, len(source_X), power_of_two, source_X, ends_E, scales_RG=scales_RG, dtype=dtype
     )
@@ -186,7 +195,7 @@ def _(
     power_of_two: bool,  # noqa: ARG001
     dtype: torch.dtype,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor]:
-    return _empty_columns(values_RD, source_X.shape[0], values_RD.shape[1], ends_E.shape[0])
+    return empty_columns(values_RD, source_X.shape[0], values_RD.shape[1], ends_E.shape[0])
 
 
 @torch.library.custom_op("deepseek_v3::fp8_quantize_weight", mutates_args=())
@@ -214,7 +223,7 @@ def _swiglu(
     if width % BLOCK:
         hidden_XF = reference.swiglu_hidden(gate_up_XG2, gates_X)
         return *_quantize_rows(hidden_XF, power_of_two), *_quantize_rows(gate_up_XG2, power_of_two)
-    found = *_empty_rows(gate_up_XG2, rows, width), *_empty_rows(gate_up_XG2, rows, 2 * width)
+    found = *empty_rows(gate_up_XG2, rows, width), *empty_rows(gate_up_XG2, rows, 2 * width)
     if gate_up_XG2.numel():
         gate_up_XG2 = _with_unit_stride(gate_up_XG2)
         _fp8_swiglu_kernel[(triton.cdiv(rows, _SWIGLU_ROWS) * (width // BLOCK),)](
@@ -238,7 +247,7 @@ def _(
     power_of_two: bool,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, width = gate_up_XG2.shape
-    return *_empty_rows(gate_up_XG2, rows, width // 2), *_empty_rows(gate_up_XG2, rows, width)
+    return *empty_rows(gate_up_XG2, rows, width // 2), *empty_rows(gate_up_XG2, rows, width)
 
 
 @torch.library.custom_op("deepseek_v3::fp8_swiglu_backward", mutates_args=())
@@ -255,13 +264,13 @@ def _swiglu_backward(
         grad_XG2, hidden_XF, grad_gates_X = reference.swiglu_gradients(
             RowBlocks(kept_XG2, kept_scales), grad_hidden_XF, gates_X
         )
-        grad_columns = _empty_columns(grad_XG2, rows, 2 * width, groups)
-        hidden_columns = _empty_columns(hidden_XF, rows, width, groups)
+        grad_columns = empty_columns(grad_XG2, rows, 2 * width, groups)
+        hidden_columns = empty_columns(hidden_XF, rows, width, groups)
         _run_columns_kernel(grad_XG2, grad_columns, rows, power_of_two, ends_E=ends_E)
         _run_columns_kernel(hidden_XF, hidden_columns, rows, power_of_two, ends_E=ends_E)
         grad_gates = grad_XG2.new_empty(0) if grad_gates_X is None else grad_gates_X
         return *_quantize_rows(grad_XG2, power_of_two), *grad_columns, *hidden_columns, grad_gates
-    grad_rows, grad_columns, hidden_columns, grad_gates = _empty_gradients(grad_hidden_XF, gates_X, groups)
+    grad_rows, grad_columns, hidden_columns, grad_gates = empty_gradients(grad_hidden_XF, gates_X, groups)
     if grad_hidden_XF.numel():
         grad_hidden_XF = _with_unit_stride(grad_hidden_XF)
         blocks, places = width // BLOCK, hidden_columns[0].shape[1]
@@ -273,7 +282,7 @@ def _swiglu_backward(
             grad_hidden_XF,
             grad_hidden_XF.stride(0),
             gates_X,
-            None if ends_E is None else _rows_of_blocks(ends_E, places // BLOCK),
+            None if ends_E is None else find_rows_of_blocks(ends_E, places // BLOCK),
             rows,
             width,
             places,
@@ -298,22 +307,11 @@ def _(
     ends_E: Tensor | None,
     power_of_two: bool,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    found = _empty_gradients(grad_hidden_XF, gates_X, 1 if ends_E is None else ends_E.shape[0])
+    found = empty_gradients(grad_hidden_XF, gates_X, 1 if ends_E is None else ends_E.shape[0])
     return *found[0], *found[1], *found[2], found[3]
 
 
 # Memory for the results
-
-
-def _empty_rows(like: Tensor, rows: int, width: int) -> tuple[Tensor, Tensor]:
-    values_XD = like.new_empty(rows, width, dtype=E4M3)
-    return values_XD, like.new_empty(rows, -(-width // BLOCK), dtype=torch.float32)
-
-
-def _empty_columns(like: Tensor, rows: int, width: int, groups: int = 1) -> tuple[Tensor, Tensor]:
-    places = padded_places(rows, groups)
-    values_DP = like.new_empty(width, places, dtype=E4M3)
-    return values_DP, like.new_empty(places // BLOCK, width, dtype=torch.float32)
 
 
 def _empty_weights(w_EOI: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -325,18 +323,6 @@ def _empty_weights(w_EOI: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         w_EOI.new_empty(experts, *blocks, dtype=torch.float32),
         w_EOI.new_empty(experts, width, out, dtype=E4M3),
         w_EOI.new_empty(experts, *reversed(blocks), dtype=torch.float32),
-    )
-
-
-def _empty_gradients(
-    grad_hidden_XF: Tensor, gates_X: Tensor | None, groups: int
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]:
-    rows, width = grad_hidden_XF.shape
-    return (
-        _empty_rows(grad_hidden_XF, rows, 2 * width),
-        _empty_columns(grad_hidden_XF, rows, 2 * width, groups),
-        _empty_columns(grad_hidden_XF, rows, width, groups),
-        grad_hidden_XF.new_empty(0 if gates_X is None else rows, dtype=torch.float32),
     )
 
 
@@ -375,7 +361,7 @@ def _run_columns_kernel(
         x_RD.stride(0),
         scales_RG,
         None if source_X is None else source_X.contiguous(),
-        None if ends_E is None else _rows_of_blocks(ends_E, places // BLOCK),
+        None if ends_E is None else find_rows_of_blocks(ends_E, places // BLOCK),
         rows,
         width,
         places,
@@ -393,7 +379,7 @@ def _run_columns_kernel(
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def _rows_of_blocks(ends_E: Tensor, blocks: int) -> Tensor:
+def find_rows_of_blocks(ends_E: Tensor, blocks: int) -> Tensor:
     """The first row of each block of places and the end of its group, (B, 2) int32; 0 behind the last group."""
     rows_B2 = torch.empty(blocks, 2, dtype=torch.int32, device=ends_E.device)
     groups = len(ends_E)

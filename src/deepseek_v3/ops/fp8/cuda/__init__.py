@@ -1,0 +1,144 @@
+"""Quantizing to FP8 on a Hopper GPU in CUDA C++: what takes columns; `tiles.cu` says how the kernels work.
+
+NVRTC compiles them at first use, in about a second. Triton's functions do the rest, and what does not suit the
+kernels: rows that are not in bfloat16, lie apart, are not aligned to 16 bytes, or have no multiple of 8 numbers.
+
+Axes: those of `reference.py`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from deepseek_v3.ops.fp8 import triton
+from deepseek_v3.ops.fp8.formats import BLOCK, ColumnBlocks, RowBlocks, empty_columns, empty_rows
+from deepseek_v3.ops.fp8.triton import (
+    gather_rows,
+    quantize_rows,
+    quantize_weight,
+    requantize_columns,
+    swiglu,
+    swiglu_backward,
+)
+from deepseek_v3.ops.nvrtc import Kernel
+
+__all__ = [
+    "gather_columns",
+    "gather_rows",
+    "quantize_both",
+    "quantize_columns",
+    "quantize_rows",
+    "quantize_weight",
+    "requantize_columns",
+    "swiglu",
+    "swiglu_backward",
+]
+
+_SOURCE = Path(__file__).with_name("tiles.cu")
+_THREADS = 256
+_PIECE = 8  # numbers in bfloat16 that a thread loads at once
+
+
+def quantize_columns(x_TD: Tensor, power_of_two: bool) -> ColumnBlocks:
+    return ColumnBlocks(*_quantize_columns(x_TD, power_of_two))
+
+
+def quantize_both(x_TD: Tensor, power_of_two: bool) -> tuple[RowBlocks, ColumnBlocks]:
+    values_TD, scales_TG, values_DP, scales_BD = _quantize_both(x_TD, power_of_two)
+    return RowBlocks(values_TD, scales_TG), ColumnBlocks(values_DP, scales_BD)
+
+
+def gather_columns(x_RD: Tensor, source_X: Tensor, ends_E: Tensor, power_of_two: bool) -> ColumnBlocks:
+    return ColumnBlocks(*_gather_columns(x_RD, source_X, ends_E, power_of_two))
+
+
+# The custom operations
+
+
+@torch.library.custom_op("deepseek_v3::fp8_quantize_columns_cuda", mutates_args=())
+def _quantize_columns(x_TD: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
+    if not _fits(x_TD):
+        values_DP, scales_BD = triton.quantize_columns(x_TD, power_of_two)
+        return values_DP, scales_BD
+    columns = empty_columns(x_TD, *x_TD.shape)
+    if x_TD.numel():
+        _launch("fp8_columns", x_TD, len(x_TD), columns[0], power_of_two, [x_TD, None, None, *columns])
+    return columns
+
+
+@_quantize_columns.register_fake
+def _(x_TD: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:  # noqa: ARG001 -- the operation's signature
+    return empty_columns(x_TD, *x_TD.shape)
+
+
+@torch.library.custom_op("deepseek_v3::fp8_quantize_both_cuda", mutates_args=())
+def _quantize_both(x_TD: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if not _fits(x_TD):
+        rows, columns = triton.quantize_both(x_TD, power_of_two)
+        return *rows, *columns
+    by_rows, by_columns = empty_rows(x_TD, *x_TD.shape), empty_columns(x_TD, *x_TD.shape)
+    if x_TD.numel():
+        arguments = [x_TD, *by_columns, *by_rows]
+        _launch("fp8_rows_and_columns", x_TD, len(x_TD), by_columns[0], power_of_two, arguments)
+    return *by_rows, *by_columns
+
+
+@_quantize_both.register_fake
+def _(x_TD: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # noqa: ARG001 -- see above
+    return *empty_rows(x_TD, *x_TD.shape), *empty_columns(x_TD, *x_TD.shape)
+
+
+@torch.library.custom_op("deepseek_v3::fp8_gather_columns_cuda", mutates_args=())
+def _gather_columns(x_RD: Tensor, source_X: Tensor, ends_E: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
+    if not _fits(x_RD) or source_X.dtype != torch.int64:
+        values_DP, scales_BD = triton.gather_columns(x_RD, source_X, ends_E, power_of_two)
+        return values_DP, scales_BD
+    columns = empty_columns(x_RD, len(source_X), x_RD.shape[1], len(ends_E))
+    if len(source_X) and x_RD.shape[1]:
+        rows_B2 = triton.find_rows_of_blocks(ends_E, len(columns[1]))
+        arguments = [x_RD, source_X.contiguous(), rows_B2, *columns]
+        _launch("fp8_columns", x_RD, len(source_X), columns[0], power_of_two, arguments)
+    return columns
+
+
+@_gather_columns.register_fake
+def _(x_RD: Tensor, source_X: Tensor, ends_E: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+    return empty_columns(x_RD, source_X.shape[0], x_RD.shape[1], ends_E.shape[0])
+
+
+# Launching
+
+
+def _fits(x_XD: Tensor) -> bool:
+    """Whether a kernel can read these rows in pieces of 16 bytes."""
+    pieces = x_XD.shape[1] % _PIECE == 0 and x_XD.stride(0) % _PIECE == 0 and x_XD.data_ptr() % 16 == 0
+    return x_XD.dtype == torch.bfloat16 and x_XD.stride(1) == 1 and pieces
+
+
+class _Sizes(ctypes.Structure):
+    """The kernels' `Sizes`."""
+
+    _fields_ = [("stride", ctypes.c_uint)] + [
+        (name, ctypes.c_int) for name in ("rows", "width", "places", "power_of_two")
+    ]
+
+
+def _launch(
+    name: str, x_XD: Tensor, rows: int, values_DP: Tensor, power_of_two: bool, arguments: Sequence[Tensor | None]
+) -> None:
+    """One thread block for each tile of the columns of `rows` rows, which have the width and stride of `x_XD`."""
+    width, places = x_XD.shape[1], values_DP.shape[1]
+    sizes = _Sizes(x_XD.stride(0) * x_XD.element_size(), rows, width, places, power_of_two)
+    with torch.cuda.device(x_XD.device):
+        _kernel(name).launch(places // BLOCK * -(-width // BLOCK), _THREADS, [*arguments, sizes])
+
+
+@cache
+def _kernel(name: str) -> Kernel:
+    return Kernel(_SOURCE, name, {}, 0)
