@@ -49,7 +49,7 @@ def _compiled_attention(model: ModelConfig, run: Execution) -> dict[str, float]:
         "latent with rotary key, normed latent": 2 * (kv_rank + rope) + linear * kv_rank,
         "queries and keys": 2 * 2 * heads * model.qk_head_dim,
         "expanded keys and values": 2 * heads * (nope + model.v_head_dim),
-        "attention output, and in FP8": (2 + (linear if run.fp8 else 0)) * heads * model.v_head_dim,
+        "attention output": 2 * heads * model.v_head_dim,
         "softmax and norm statistics": 4 * heads + 4 * 4,
         "output projection": 2 * width,
     }
@@ -70,7 +70,7 @@ def _eager_attention(model: ModelConfig, run: Execution) -> dict[str, float]:
         "latent and its norm": latent + (4 + linear) * kv_rank,
         "queries and keys": 2 * width_bytes * heads * model.qk_head_dim,
         "expanded keys and values": width_bytes * heads * (nope + model.v_head_dim),
-        "attention output, and in FP8": (width_bytes + (linear if run.fp8 else 0)) * heads * model.v_head_dim,
+        "attention output": width_bytes * heads * model.v_head_dim,
         "softmax and norm statistics": 4 * heads + 4 * 4,
         "state after attention": 8 * width,
     }

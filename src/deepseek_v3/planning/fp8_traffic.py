@@ -11,12 +11,14 @@ from deepseek_v3.planning.execution import FP8_ACTIVATION, FP8_WEIGHT, Execution
 
 # One pass over a tensor in bfloat16 writes it in FP8 twice: by row and by column.
 _BOTH = 2 + 2 * FP8_ACTIVATION
+_ONE = 2 + FP8_ACTIVATION
 
 
 def attention_traffic(model: ModelConfig) -> tuple[float, float]:
     """Bytes of the projections' inputs in a forward pass, and of their output gradients in a backward pass.
 
-    The first projections of queries and of the latent read the same input, which is quantized once.
+    The first projections of queries and of the latent read the same input, which is quantized once. The output of
+    attention is quantized by row in the forward pass and by column in the backward pass.
     """
     width, heads, q_rank, kv_rank = (
         model.hidden_size,
@@ -25,10 +27,10 @@ def attention_traffic(model: ModelConfig) -> tuple[float, float]:
         model.kv_lora_rank,
     )
     values, queries = heads * model.v_head_dim, heads * model.qk_head_dim
-    inputs = width + q_rank + kv_rank + values
+    inputs = width + q_rank + kv_rank
     gradients = q_rank + queries + kv_rank + model.qk_rope_head_dim
     gradients += heads * (model.qk_nope_head_dim + model.v_head_dim) + width
-    return _BOTH * inputs, _BOTH * gradients
+    return _BOTH * inputs + _ONE * values, _BOTH * gradients + _ONE * values
 
 
 def feed_forward_traffic(model: ModelConfig, kind: LayerKind, run: Execution) -> tuple[float, float]:
@@ -66,6 +68,5 @@ def _experts_traffic(model: ModelConfig, rows: float) -> tuple[float, float]:
     gathered from bfloat16 once more, by column.
     """
     width, (forward, backward) = model.hidden_size, _swiglu_traffic(model.moe_intermediate_size)
-    once, gathered = (2 + FP8_ACTIVATION) * width, 2 * FP8_ACTIVATION * width
-    by_column = 2 * (2 + FP8_ACTIVATION) * width
+    once, gathered, by_column = _ONE * width, 2 * FP8_ACTIVATION * width, 2 * _ONE * width
     return once + rows * (gathered + forward), once + rows * (gathered + by_column + backward)

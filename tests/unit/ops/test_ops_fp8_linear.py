@@ -113,6 +113,18 @@ def test_a_layer_keeps_one_byte_per_number() -> None:
     assert sum(tensor.nbytes for tensor in kept) == 256 * 128 + 384 * 128 + 4 * (2 * 128 + 3)
 
 
+def test_an_input_that_is_kept_anyway_gives_the_same() -> None:
+    x_TI, w_OI = torch.randn(150, 64, requires_grad=True), torch.randn(32, 64, requires_grad=True)
+    kept: list[Tensor] = []
+    results = []
+    for keeps_input in (False, True):
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda t: t):
+            y_TO = fp8_linear(x_TI, w_OI, recipe(), keeps_input=keeps_input)
+        results.append([y_TO, *torch.autograd.grad(y_TO.square().sum(), (x_TI, w_OI))])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    assert [tensor.data_ptr() == x_TI.data_ptr() for tensor in kept[4:]] == [True, False, False]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the same process cannot both interpret and compile")
 @pytest.mark.parametrize("keeps_weights", [True, False])
 def test_compiled_layers_quantize_what_they_share_once(keeps_weights: bool) -> None:

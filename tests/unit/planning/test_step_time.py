@@ -154,21 +154,22 @@ def test_bytes_that_quantization_moves(recomputes: bool) -> None:
     query, nope, value = model.qk_head_dim, model.qk_nope_head_dim, model.v_head_dim
     rank, latent, rope = model.q_lora_rank, model.kv_lora_rank, model.qk_rope_head_dim
     rows, shared = model.num_experts_per_tok, model.n_shared_experts * hidden
-    inputs = [width, rank, latent, heads * value, width]  # the last is that of the shared experts
+    inputs = [width, rank, latent, width]  # the last is that of the shared experts
     gradients = [rank, heads * query, latent + rope, heads * (nope + value), width, width]
     forward = sum(_Traffic(number).bytes() for number in inputs)
+    forward += _Traffic(heads * value).bytes(forms=1)  # by column in the backward pass
     forward += _Traffic(2 * shared).bytes(forms=1) + (1 + 4 / 128) * shared  # gate and up; their product
     forward += _Traffic(width).bytes(forms=1) + rows * _Traffic(width).bytes(forms=1, read=1 + 4 / 128)
     forward += rows * (_Traffic(2 * hidden).bytes(forms=1) + (1 + 4 / 128) * hidden)
-    backward = sum(_Traffic(number).bytes() for number in gradients)
+    backward = sum(_Traffic(number).bytes() for number in gradients) + _Traffic(heads * value).bytes(forms=1)
     for count, inner in ((1, shared), (rows, hidden)):  # gate and up, read in FP8, and the product's gradient
         backward += count * (_Traffic(2 * inner).bytes(read=1 + 4 / 128) + _Traffic(inner).bytes(forms=1))
     backward += _Traffic(width).bytes(forms=1)
     backward += rows * (_Traffic(width).bytes(forms=1, read=1 + 4 / 128) + 2 * _Traffic(width).bytes(forms=1))
     passes = 2 if recomputes else 1
-    weights = rank_parameters(config).layers * (4 + 2 * (1 + 4 / 128**2))
-    micro_batches = config.gradient_accumulation_steps
-    expected = tokens * (passes * forward + backward) + passes * micro_batches * weights
+    weights = passes * rank_parameters(config).layers + 3 * width * shared  # of the shared experts, once more
+    written = (4 + 2 * (1 + 4 / 128**2)) * config.gradient_accumulation_steps
+    expected = tokens * (passes * forward + backward) + written * weights
     assert step_work(config, replace(COMPILED, fp8=True)).quantization_bytes == pytest.approx(expected)
 
 

@@ -43,39 +43,41 @@ class Fp8Recipe:
         return self.quantize_weight(weight_NI.unflatten(0, weight_EOI.shape[:2]))[1]
 
 
-def fp8_linear(x: Tensor, weight_OI: Tensor, recipe: Fp8Recipe) -> Tensor:
+def fp8_linear(x: Tensor, weight_OI: Tensor, recipe: Fp8Recipe, keeps_input: bool = False) -> Tensor:
     """x · weightᵀ in FP8; (..., I) to (..., O), in the type of `x`.
 
     Rows of `x` and of the output's gradient are quantized in blocks of 1×128 along the axis that the product sums
-    over, weights in blocks of 128×128. For the backward pass the layer keeps `x` and the weight in FP8. The weight
-    has any float type, and its gradient has the same.
+    over, weights in blocks of 128×128. For the backward pass the layer keeps `x` and the weight in FP8; with
+    `keeps_input` it keeps `x` itself, which takes no memory if another operation keeps it anyway. The weight has
+    any float type, and its gradient has the same.
     """
     x_TI = x.flatten(0, -2)
-    y_TO = _Fp8Linear.apply(x_TI, weight_OI, recipe)
+    y_TO = _Fp8Linear.apply(x_TI, weight_OI, recipe, keeps_input)
     return y_TO.view(*x.shape[:-1], len(weight_OI))
 
 
 class _Fp8Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TI: Tensor, weight_OI: Tensor, recipe: Fp8Recipe) -> Tensor:
+    def forward(ctx: Any, x_TI: Tensor, weight_OI: Tensor, recipe: Fp8Recipe, keeps_input: bool) -> Tensor:
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         quantize, power_of_two = recipe.quantize, recipe.power_of_two
         weight, transposed = recipe.quantize_weight(weight_OI[None])
         kept: list[Tensor] = []
-        if needs_weight:
+        if needs_weight and not keeps_input:
             rows, columns = quantize.quantize_both(x_TI, power_of_two)
             kept += [*columns]
         else:
             rows = quantize.quantize_rows(x_TI, power_of_two)
+            kept += [x_TI] if needs_weight else []
         if needs_x:
             kept += [*transposed] if recipe.keeps_weights else [weight_OI]
         ctx.save_for_backward(*kept)
-        ctx.recipe, ctx.weight_dtype = recipe, weight_OI.dtype
+        ctx.recipe, ctx.keeps_input, ctx.weight_dtype = recipe, keeps_input, weight_OI.dtype
         return recipe.gemm.rows_product(rows, weight, None, x_TI.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         recipe, kept = ctx.recipe, ctx.saved_tensors
         quantize, power_of_two = recipe.quantize, recipe.power_of_two
@@ -87,11 +89,13 @@ class _Fp8Linear(torch.autograd.Function):
         else:
             rows = quantize.quantize_rows(grad_TO, power_of_two)
         if needs_weight:
-            x_columns = ColumnBlocks(*kept[:2])
+            if ctx.keeps_input:
+                x_columns, kept = quantize.quantize_columns(kept[0], power_of_two), kept[1:]
+            else:
+                x_columns, kept = ColumnBlocks(*kept[:2]), kept[2:]
             grad_EOI = recipe.gemm.columns_product(columns, x_columns, None, len(grad_TO), ctx.weight_dtype)
             grad_OI = grad_EOI[0]
         if needs_x:
-            held = kept[2 if needs_weight else 0 :]
-            transposed = WeightBlocks(*held) if recipe.keeps_weights else recipe.transposed_again(held[0][None])
+            transposed = WeightBlocks(*kept) if recipe.keeps_weights else recipe.transposed_again(kept[0][None])
             grad_x_TI = recipe.gemm.rows_product(rows, transposed, None, grad_TO.dtype)
-        return grad_x_TI, grad_OI, None
+        return grad_x_TI, grad_OI, None, None

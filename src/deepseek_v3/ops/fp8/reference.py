@@ -182,7 +182,8 @@ def swiglu_gradients(
 
 def _scales(largest: Tensor, power_of_two: bool) -> Tensor:
     # A normal number at least, whose reciprocal is finite; GPUs may flush smaller numbers to zero.
-    scales = (largest / _LARGEST).clamp(min=_SMALLEST_SCALE)
+    # On a GPU, torch divides by a tensor as IEEE 754 says, and by a number through its rounded reciprocal.
+    scales = (largest / torch.full_like(largest, _LARGEST)).clamp(min=_SMALLEST_SCALE)
     if not power_of_two:
         return scales
     # A float32 is a power of two if all bits of its fraction are zero; adding ones there carries into the exponent.

@@ -205,7 +205,7 @@ def _quantize_weight(w_EOI: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor,
         w_EOI = _with_unit_stride(w_EOI)
         (experts, out, width), (_, out_blocks, blocks) = w_EOI.shape, found[1].shape
         _fp8_weight_kernel[(experts * out_blocks * blocks,)](
-            w_EOI, w_EOI.stride(0), w_EOI.stride(1), out, width, *found, power_of_two, num_warps=8, maxnreg=128
+            w_EOI, w_EOI.stride(0), w_EOI.stride(1), out, width, *found, power_of_two, num_warps=8
         )
     return found
 
@@ -566,11 +566,15 @@ def _fp8_weight_kernel(
     scale = _scale_of(_largest(tl.reshape(tile, (_N * _N,)), 0), power_of_two)
     tl.store(scales + (expert * row_blocks + row_block) * blocks + block, scale)
     tl.store(transposed_scales + (expert * blocks + block) * row_blocks + row_block, scale)
-    quantized = _quantized(tile, scale)
     begin = expert * out * width
-    tl.store(values + begin + row.to(tl.int64)[:, None] * width + column[None, :], quantized, mask=inside)
+    at = row.to(tl.int64)[:, None] * width + column[None, :]
+    tl.store(values + begin + at, _quantized(tile, scale), mask=inside)
+    # Read again in the other order, from the cache: on Hopper, Triton 3.6 transposes such tiles of float32 wrongly.
+    inside = (column < width)[:, None] & (row < out)[None, :]
+    at = row.to(tl.int64)[None, :] * row_stride + column[:, None]
+    tile = tl.load(w + expert * expert_stride + at, mask=inside, other=0.0).to(tl.float32)
     at = column.to(tl.int64)[:, None] * out + row[None, :]
-    tl.store(transposed + begin + at, tl.trans(quantized), mask=tl.trans(inside))
+    tl.store(transposed + begin + at, _quantized(tile, scale), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -111,7 +111,7 @@ def compute_in_fp8(model: DeepSeekV3, config: RunConfig, device: torch.device, r
         log.info(f"no layer in FP8: {error}")
         return
     for layer in chosen:
-        _set_products(layer.module, recipe)
+        _set_products(layer.name, layer.module, recipe)
     names = ", ".join(dict.fromkeys(str(layer) for layer in chosen)) or "none"
     reasons = [f"not in FP8, {reason}: {', '.join(others)}" for reason, others in passed_over.items()]
     log.info("\n".join([f"layers in FP8: {names}", *reasons]))
@@ -181,10 +181,16 @@ def _recipe(model: DeepSeekV3, config: RunConfig, device: torch.device, reshards
     return Fp8Recipe(*functions, scales == "power_of_two", keeps_weights=not reshards_weights)
 
 
-def _set_products(module: nn.Module, recipe: Fp8Recipe) -> None:
+def _set_products(name: str, module: nn.Module, recipe: Fp8Recipe) -> None:
+    """Sets the products of a layer. What it keeps for its backward pass is a matter of memory against time.
+
+    Attention keeps its output for its own backward pass, so the projection of that output keeps no copy of it. The
+    weights of dense networks are few beside their products, so they are quantized twice rather than kept.
+    """
     if isinstance(module, Linear):
-        module.product = partial(fp8_linear, recipe=recipe)
+        module.product = partial(fp8_linear, recipe=recipe, keeps_input=name.endswith("o_proj"))
     elif isinstance(module, FeedForward):
+        recipe = replace(recipe, keeps_weights=False)
         module.run_hidden = partial(fp8_hidden, recipe=recipe)
         module.run_output = partial(fp8_output, recipe=recipe)
     elif isinstance(module, RoutedExperts):
