@@ -187,6 +187,11 @@ def check_quantized(found: Tensor, exact: Tensor, scales: Tensor) -> None:
     assert (found - exact).abs().le(exact.abs() * (1.001 / 16) + scales * (1.001 * 2.0**-10)).all()
 
 
+def check_scales(found: Tensor, exact: Tensor) -> None:
+    """Where the slope of silu is near zero, at -1.28, float32 computes it as a difference of larger numbers."""
+    torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-7 * float(exact.max()))
+
+
 def of_rows(scales_XG: Tensor, width: int) -> Tensor:
     return scales_XG.double().repeat_interleave(BLOCK, 1)[:, :width]
 
@@ -207,13 +212,13 @@ def test_swiglu(
     exact_XF = reference.swiglu_hidden(gate_up_XG2.double(), gates_X)
     _, scales_XG = reference.quantize_rows(exact_XF, power_of_two)
     hidden = on(torch.device("cpu"), hidden)
-    torch.testing.assert_close(hidden.scales_XG, scales_XG, rtol=1e-5, atol=0)
+    check_scales(hidden.scales_XG, scales_XG)
     check_quantized(dequantize_1x128(*hidden, torch.float64), exact_XF, of_rows(scales_XG, width))
 
 
 @pytest.mark.parametrize(("gated", "power_of_two"), [(False, True), (True, False)])
 @pytest.mark.parametrize("sizes", [None, SIZES])
-@pytest.mark.parametrize("width", [256, 80])
+@pytest.mark.parametrize("width", [256, 80, pytest.param(640, marks=pytest.mark.gpu)])
 def test_swiglu_backward(
     kernels: Fp8Quantize,
     triton_device: torch.device,
@@ -233,7 +238,7 @@ def test_swiglu_backward(
 
     exact = reference.swiglu_gradients(kept, memory[:, :width].double(), gates_X)
     _, scales_XG = reference.quantize_rows(exact[0], power_of_two)
-    torch.testing.assert_close(grad_rows.scales_XG, scales_XG, rtol=1e-5, atol=0)
+    check_scales(grad_rows.scales_XG, scales_XG)
     check_quantized(dequantize_1x128(*grad_rows, torch.float64), exact[0], of_rows(scales_XG, 2 * width))
     groups_E = torch.tensor([rows], dtype=torch.int32) if ends_E is None else ends_E
     for columns, exact_XD in ((grad_columns, exact[0]), (hidden_columns, exact[1])):
@@ -241,7 +246,7 @@ def test_swiglu_backward(
         assert columns.values_DP.shape == expected.values_DP.shape
         assert columns.values_DP.shape[1] == padded_places(rows, len(groups_E))
         scales_BD = expected.scales_BD[: used // BLOCK]
-        torch.testing.assert_close(columns.scales_BD[: used // BLOCK], scales_BD, rtol=1e-5, atol=0)
+        check_scales(columns.scales_BD[: used // BLOCK], scales_BD)
         exact_DP = torch.zeros(exact_XD.shape[1], used, dtype=torch.float64)
         exact_DP[:, reference._places(rows, groups_E)] = exact_XD.T
         found_DP = dequantize_columns(columns, torch.float64)[:, :used]

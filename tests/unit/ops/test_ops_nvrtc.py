@@ -23,7 +23,7 @@ def test_products_compile(columns: bool, tile_columns: int) -> None:
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("name", ["fp8_columns", "fp8_rows_and_columns"])
+@pytest.mark.parametrize("name", ["fp8_columns", "fp8_rows_and_columns", "fp8_swiglu_backward"])
 def test_quantizers_compile(name: str) -> None:
     pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds only")
     from deepseek_v3.ops.fp8.cuda import _kernel

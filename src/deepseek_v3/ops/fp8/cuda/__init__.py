@@ -1,7 +1,8 @@
-"""Quantizing to FP8 on a Hopper GPU in CUDA C++: what takes columns; `tiles.cu` says how the kernels work.
+"""Quantizing by columns on a Hopper GPU, in CUDA C++; `tiles.cu` says how the kernels work.
 
-NVRTC compiles them at first use, in about a second. Triton's functions do the rest, and what does not suit the
-kernels: rows that are not in bfloat16, lie apart, are not aligned to 16 bytes, or have no multiple of 8 numbers.
+NVRTC compiles them at first use, each in less than a second. Triton's functions do all else, and what the kernels
+do not take: rows that are not in bfloat16, are not aligned to 16 bytes or have no multiple of 8 numbers, and a
+hidden layer whose width is no multiple of 128. Results are bit by bit the reference's, but for the exponential.
 
 Axes: those of `reference.py`.
 """
@@ -17,14 +18,13 @@ import torch
 from torch import Tensor
 
 from deepseek_v3.ops.fp8 import triton
-from deepseek_v3.ops.fp8.formats import BLOCK, ColumnBlocks, RowBlocks, empty_columns, empty_rows
+from deepseek_v3.ops.fp8.formats import BLOCK, ColumnBlocks, RowBlocks, empty_columns, empty_gradients, empty_rows
 from deepseek_v3.ops.fp8.triton import (
     gather_rows,
     quantize_rows,
     quantize_weight,
     requantize_columns,
     swiglu,
-    swiglu_backward,
 )
 from deepseek_v3.ops.nvrtc import Kernel
 
@@ -42,6 +42,7 @@ __all__ = [
 
 _SOURCE = Path(__file__).with_name("tiles.cu")
 _THREADS = 256
+_SHARED_BYTES = {"fp8_swiglu_backward": 54272}  # the size of `Shared`; the other kernels declare theirs
 _PIECE = 8  # numbers in bfloat16 that a thread loads at once
 
 
@@ -56,6 +57,14 @@ def quantize_both(x_TD: Tensor, power_of_two: bool) -> tuple[RowBlocks, ColumnBl
 
 def gather_columns(x_RD: Tensor, source_X: Tensor, ends_E: Tensor, power_of_two: bool) -> ColumnBlocks:
     return ColumnBlocks(*_gather_columns(x_RD, source_X, ends_E, power_of_two))
+
+
+def swiglu_backward(
+    kept: RowBlocks, grad_hidden_XF: Tensor, gates_X: Tensor | None, ends_E: Tensor | None, power_of_two: bool
+) -> tuple[RowBlocks, ColumnBlocks, ColumnBlocks, Tensor | None]:
+    found = _swiglu_backward(*kept, grad_hidden_XF, gates_X, ends_E, power_of_two)
+    grad_gates_X = None if gates_X is None else found[6]
+    return RowBlocks(*found[:2]), ColumnBlocks(*found[2:4]), ColumnBlocks(*found[4:6]), grad_gates_X
 
 
 # The custom operations
@@ -112,6 +121,58 @@ def _(x_RD: Tensor, source_X: Tensor, ends_E: Tensor, power_of_two: bool) -> tup
     return empty_columns(x_RD, source_X.shape[0], x_RD.shape[1], ends_E.shape[0])
 
 
+@torch.library.custom_op("deepseek_v3::fp8_swiglu_backward_cuda", mutates_args=())
+def _swiglu_backward(
+    kept_XG2: Tensor,
+    kept_scales: Tensor,
+    grad_hidden_XF: Tensor,
+    gates_X: Tensor | None,
+    ends_E: Tensor | None,
+    power_of_two: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows, width = grad_hidden_XF.shape
+    if width % BLOCK or not _fits(grad_hidden_XF):
+        kept = RowBlocks(kept_XG2, kept_scales)
+        grad_rows, grad_columns, hidden_columns, grad_gates_X = triton.swiglu_backward(
+            kept, grad_hidden_XF, gates_X, ends_E, power_of_two
+        )
+        grad_gates = kept_scales.new_empty(0) if grad_gates_X is None else grad_gates_X
+        return *grad_rows, *grad_columns, *hidden_columns, grad_gates
+    groups = 1 if ends_E is None else len(ends_E)
+    by_rows, by_columns, hidden_by_columns, grad_gates = empty_gradients(grad_hidden_XF, gates_X, groups)
+    if grad_hidden_XF.numel():
+        # Each tile sums the gradient of gates_X over its own features: atomic additions have no fixed order.
+        sums = None if gates_X is None else grad_gates.new_empty(rows, width // BLOCK)
+        arguments = [
+            kept_XG2,
+            kept_scales,
+            grad_hidden_XF,
+            None if gates_X is None else gates_X.contiguous(),
+            None if ends_E is None else triton.find_rows_of_blocks(ends_E, len(hidden_by_columns[1])),
+            *by_rows,
+            *by_columns,
+            *hidden_by_columns,
+            sums,
+        ]
+        _launch("fp8_swiglu_backward", grad_hidden_XF, rows, hidden_by_columns[0], power_of_two, arguments)
+        if sums is not None:
+            grad_gates = sums.sum(1)
+    return *by_rows, *by_columns, *hidden_by_columns, grad_gates
+
+
+@_swiglu_backward.register_fake
+def _(
+    kept_XG2: Tensor,  # noqa: ARG001 -- the operation's signature
+    kept_scales: Tensor,  # noqa: ARG001
+    grad_hidden_XF: Tensor,
+    gates_X: Tensor | None,
+    ends_E: Tensor | None,
+    power_of_two: bool,  # noqa: ARG001
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    found = empty_gradients(grad_hidden_XF, gates_X, 1 if ends_E is None else ends_E.shape[0])
+    return *found[0], *found[1], *found[2], found[3]
+
+
 # Launching
 
 
@@ -141,4 +202,4 @@ def _launch(
 
 @cache
 def _kernel(name: str) -> Kernel:
-    return Kernel(_SOURCE, name, {}, 0)
+    return Kernel(_SOURCE, name, {}, _SHARED_BYTES.get(name, 0))
