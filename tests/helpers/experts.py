@@ -138,7 +138,7 @@ def fill_new_memory_with_nan() -> Iterator[list[int]]:
         def allocated(*arguments: Any, **options: Any) -> Tensor:
             memory = allocate(*arguments, **options)
             if memory.numel() and memory.dtype != torch.bool:
-                memory.view(torch.uint8).fill_(255)
+                (memory if memory.ndim else memory.view(1)).view(torch.uint8).fill_(255)
                 filled.append(memory.numel())
             return memory
 
