@@ -43,14 +43,13 @@ def layer_memory(config: RunConfig, run: Execution, kind: LayerKind) -> LayerMem
     is_sharded, recomputes = parallel.data_shard > 1, parallel.recomputation != "none"
     partly = parallel.recomputation == "selective"
     saving = counts.attention if partly else routed + others - joining
-    networks = 0 if partly else counts.dense_ffn + counts.shared_experts  # in FP8 they keep no weights
     again = feed_forward_bytes(model, kind, run) * tokens if partly else 0.0
     return LayerMemory(
         parameters=owned_parameters(parallel, counts.routed_experts, whole, others),
         whole=whole,
         saved=saved_bytes(model, kind, run) * tokens - again,
         again=again,
-        copies=_copy_bytes(run, saving - networks if run.fp8 else saving, joining, is_sharded),
+        copies=_copy_bytes(run, saving, joining, is_sharded),
         gathered=run.width * (routed + others) if is_sharded else 0.0,
         working=_fp8_working_bytes(model, dense, run, tokens, parallel.expert, is_sharded)
         if run.fp8

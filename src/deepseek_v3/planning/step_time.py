@@ -16,7 +16,7 @@ from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.activations import saved_bytes
 from deepseek_v3.planning.calibration import Rates, calibration
-from deepseek_v3.planning.counts import count_layers, rank_parameters
+from deepseek_v3.planning.counts import rank_parameters
 from deepseek_v3.planning.execution import FP8_ACTIVATION, Execution, LayerKind, ranks_reached
 from deepseek_v3.planning.flops import ForwardFlops, forward_flops, mtp_forward_flops
 from deepseek_v3.planning.fp8_traffic import attention_traffic, feed_forward_traffic, weight_traffic
@@ -208,12 +208,8 @@ def step_work(config: RunConfig, run: Execution) -> StepWork:
 
 def _weight_quantization_bytes(config: RunConfig, run: Execution, forward: int) -> float:
     """Bytes of a micro-batch with `forward` forward passes; sharded weights are gathered in bfloat16."""
-    parallel, model, layers = config.parallel, config.model, rank_parameters(config).layers
-    moe_layers = model.num_moe_layers + model.num_nextn_predict_layers
-    counts = count_layers(model, model.first_k_dense_replace, moe_layers, 0)
-    networks = (counts.dense_ffn + counts.shared_experts) / parallel.pipeline
-    times = forward * layers + (networks if run.keeps_fp8_weights else layers)  # those that are not kept, once more
-    return times * weight_traffic(4 if parallel.data_shard == 1 else 2)
+    times = forward if run.keeps_fp8_weights else forward + 1
+    return times * rank_parameters(config).layers * weight_traffic(4 if config.parallel.data_shard == 1 else 2)
 
 
 def _moved_bytes(model: ModelConfig, kind: LayerKind, run: Execution) -> float:

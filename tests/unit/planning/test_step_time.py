@@ -167,9 +167,9 @@ def test_bytes_that_quantization_moves(recomputes: bool) -> None:
     backward += _Traffic(width).bytes(forms=1)
     backward += rows * (_Traffic(width).bytes(forms=1, read=1 + 4 / 128) + 2 * _Traffic(width).bytes(forms=1))
     passes = 2 if recomputes else 1
-    weights = passes * rank_parameters(config).layers + 3 * width * shared  # of the shared experts, once more
-    written = (4 + 2 * (1 + 4 / 128**2)) * config.gradient_accumulation_steps
-    expected = tokens * (passes * forward + backward) + written * weights
+    weights = rank_parameters(config).layers * (4 + 2 * (1 + 4 / 128**2))
+    micro_batches = config.gradient_accumulation_steps
+    expected = tokens * (passes * forward + backward) + passes * micro_batches * weights
     assert step_work(config, replace(COMPILED, fp8=True)).quantization_bytes == pytest.approx(expected)
 
 

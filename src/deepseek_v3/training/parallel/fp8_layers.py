@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -182,15 +182,13 @@ def _recipe(model: DeepSeekV3, config: RunConfig, device: torch.device, reshards
 
 
 def _set_products(name: str, module: nn.Module, recipe: Fp8Recipe) -> None:
-    """Sets the products of a layer. What it keeps for its backward pass is a matter of memory against time.
+    """Sets the products of a layer.
 
-    Attention keeps its output for its own backward pass, so the projection of that output keeps no copy of it. The
-    weights of dense networks are few beside their products, so they are quantized twice rather than kept.
+    Attention keeps its output for its own backward pass, so the projection of that output keeps no copy of it.
     """
     if isinstance(module, Linear):
         module.product = partial(fp8_linear, recipe=recipe, keeps_input=name.endswith("o_proj"))
     elif isinstance(module, FeedForward):
-        recipe = replace(recipe, keeps_weights=False)
         module.run_hidden = partial(fp8_hidden, recipe=recipe)
         module.run_output = partial(fp8_output, recipe=recipe)
     elif isinstance(module, RoutedExperts):
