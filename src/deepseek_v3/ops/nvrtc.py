@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,23 @@ _NO_SWIZZLE, _SWIZZLE_128_BYTES, _PROMOTE_TO_256_BYTES = 0, 3, 3
 
 class CudaError(RuntimeError):
     """The CUDA driver or NVRTC refused a call."""
+
+
+@contextmanager
+def current_device(device: torch.device) -> Iterator[None]:
+    """Makes a GPU the current one; its tensor maps are made, and its kernels are launched, inside.
+
+    The driver's functions need the device's context, which a new thread, such as one of autograd's, has only after
+    its first call of the CUDA runtime.
+    """
+    with torch.cuda.device(device):
+        context, driver = ctypes.c_void_p(), _driver()
+        _check(driver.cuCtxGetCurrent(ctypes.byref(context)), "asking for the current context")
+        if not context:
+            retained = driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), torch.cuda.current_device())
+            _check(retained, f"retaining the context of {device}")
+            _check(driver.cuCtxSetCurrent(context), f"entering the context of {device}")
+        yield
 
 
 class TensorMap:
@@ -66,7 +84,7 @@ class Kernel:
         self._lock = threading.Lock()
 
     def launch(self, blocks: int, threads: int, arguments: Sequence[Any]) -> None:
-        """Launches the kernel on the current stream of the current device.
+        """Launches the kernel on the current stream of the current device, inside `current_device`.
 
         An argument is a tensor (its address), a `TensorMap` (by value), None (a null pointer), or a ctypes object.
         """

@@ -1,11 +1,15 @@
 """Kernels in CUDA C++: NVRTC compiles them without a GPU. The tests of each operation compare their results."""
 
+from contextlib import nullcontext
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import pytest
 import torch
 
 from deepseek_v3.ops import nvrtc
+from deepseek_v3.ops.fp8 import reference
 from deepseek_v3.ops.fp8_gemm import cuda
 from deepseek_v3.ops.nvrtc import CudaError, Kernel
 
@@ -44,6 +48,52 @@ def test_why_nvrtc_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvrtc.torch.version, "cuda", "99.0")
     assert "libnvrtc.so.99" in str(nvrtc.nvrtc_obstacle())
     nvrtc._nvrtc.cache_clear()
+
+
+class FakeDriver:
+    """Notes what is called; `context` is that of the thread, None in a new one."""
+
+    def __init__(self, context: int | None) -> None:
+        self.context, self.calls = context, list[str]()
+
+    def cuCtxGetCurrent(self, place: Any) -> int:
+        place._obj.value = self.context
+        return 0
+
+    def cuDevicePrimaryCtxRetain(self, place: Any, device: int) -> int:
+        self.calls.append(f"retain that of device {device}")
+        place._obj.value = 7
+        return 0
+
+    def cuCtxSetCurrent(self, context: Any) -> int:
+        self.calls.append(f"enter {context.value}")
+        return 0
+
+
+@pytest.mark.parametrize(("context", "calls"), [(5, []), (None, ["retain that of device 1", "enter 7"])])
+def test_a_thread_without_a_context_gets_that_of_its_device(
+    context: int | None, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = FakeDriver(context)
+    monkeypatch.setattr(nvrtc, "_driver", lambda: driver)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    with nvrtc.current_device(torch.device("cuda", 1)):
+        assert driver.calls == calls
+
+
+@pytest.mark.gpu
+def test_a_kernel_may_be_the_first_thing_that_a_thread_does() -> None:
+    """As in autograd's thread, whose memory comes from torch's cache."""
+    rows = reference.quantize_rows(torch.ones(1, 128, device="cuda"), False)
+    weight, _ = reference.quantize_weight(torch.ones(1, 16, 128, device="cuda"), False)
+    cuda.rows_product(rows, weight, None)
+    torch.cuda.synchronize()
+    found = []
+    thread = Thread(target=lambda: found.append(cuda.rows_product(rows, weight, None)))
+    thread.start()
+    thread.join()
+    assert found[0].eq(128).all()
 
 
 @pytest.mark.parametrize(

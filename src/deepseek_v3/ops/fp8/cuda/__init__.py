@@ -26,7 +26,7 @@ from deepseek_v3.ops.fp8.triton import (
     requantize_columns,
     swiglu,
 )
-from deepseek_v3.ops.nvrtc import Kernel
+from deepseek_v3.ops.nvrtc import Kernel, current_device
 
 __all__ = [
     "gather_columns",
@@ -196,7 +196,7 @@ def _launch(
     """One thread block for each tile of the columns of `rows` rows, which have the width and stride of `x_XD`."""
     width, places = x_XD.shape[1], values_DP.shape[1]
     sizes = _Sizes(x_XD.stride(0) * x_XD.element_size(), rows, width, places, power_of_two)
-    with torch.cuda.device(x_XD.device):
+    with current_device(x_XD.device):
         _kernel(name).launch(places // BLOCK * -(-width // BLOCK), _THREADS, [*arguments, sizes])
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from deepseek_v3.ops.fp8 import BLOCK, ColumnBlocks, RowBlocks, WeightBlocks
-from deepseek_v3.ops.nvrtc import Kernel, TensorMap
+from deepseek_v3.ops.nvrtc import Kernel, TensorMap, current_device
 
 _SOURCE = Path(__file__).with_name("products.cu")
 _TILE_ROWS, _THREADS = 128, 384
@@ -115,11 +115,11 @@ def _launch(
     sizes: _Sizes,
     columns: bool = False,
 ) -> None:
-    map_a = TensorMap(a, _TILE_ROWS, BLOCK, swizzle=True)
-    map_b = TensorMap(b, tile_columns, BLOCK, swizzle=True)
-    map_scales = TensorMap(b_scales, 1, tile_columns) if columns else map_b  # which is not read then
     kernel = _kernel(columns, tile_columns, out.dtype == torch.float32)
-    with torch.cuda.device(a.device):
+    with current_device(a.device):
+        map_a = TensorMap(a, _TILE_ROWS, BLOCK, swizzle=True)
+        map_b = TensorMap(b, tile_columns, BLOCK, swizzle=True)
+        map_scales = TensorMap(b_scales, 1, tile_columns) if columns else map_b  # which is not read then
         kernel.launch(
             _multiprocessors(a.device), _THREADS, [map_a, map_b, map_scales, a_scales, b_scales, ends_E, out, sizes]
         )
