@@ -18,7 +18,7 @@ from torch import Tensor
 from deepseek_v3.ops.cross_entropy import chunked
 from deepseek_v3.ops.cross_entropy.reference import IGNORED
 
-_WARPS = 16  # one program takes the registers of a multiprocessor, so that the rows in flight fit into the cache
+_WARPS = 32  # one program fills a multiprocessor, so that the rows in flight fit into the cache of an H100
 _EACH = 8  # logits side by side: one load of a thread, which keeps their maximum and sum until the row ends
 _LANES = 4 * 32 * _WARPS  # loads of one step of a pass: four that a thread does not wait for one by one
 
@@ -78,13 +78,10 @@ def _cross_entropy_kernel(
         # The lowest float32 instead of -inf: the difference of two of them is 0, not NaN.
         highest = tl.full((LANES,), -3.4028234663852886e38, dtype=tl.float32)
         total = tl.zeros((LANES,), dtype=tl.float32)
-        following = tl.load(logits + word, mask=word < words, other=float("-inf"), eviction_policy="evict_last")
         for block in range(blocks):
-            x, at = (
-                following.to(tl.float32),
-                (block + 1) * BLOCK + word,
-            )  # the next load waits while this one counts
-            following = tl.load(logits + at, mask=at < words, other=float("-inf"), eviction_policy="evict_last")
+            at = block * BLOCK + word
+            x = tl.load(logits + at, mask=at < words, other=float("-inf"), eviction_policy="evict_last")
+            x = x.to(tl.float32)
             before = highest
             highest = tl.maximum(before, tl.max(x, 1))
             total = total * tl.exp(before - highest) + tl.sum(tl.exp(x - highest[:, None]), 1)
@@ -93,11 +90,12 @@ def _cross_entropy_kernel(
         tl.store(losses + row, tl.log(total_of_row) - (chosen - most))
         if WITH_GRADIENT:
             share = 1.0 / total_of_row
-            at = (blocks - 1) * BLOCK + word
-            following = tl.load(logits + at, mask=at < words, other=float("-inf"), eviction_policy="evict_first")
-            for _ in range(blocks):
-                x, here = following.to(tl.float32), at
-                at -= BLOCK
-                following = tl.load(logits + at, mask=at >= 0, other=float("-inf"), eviction_policy="evict_first")
-                grad = (tl.exp(x - most) * share - (here == target).to(tl.float32)).to(logits.dtype.element_ty)
-                tl.store(logits + here, grad, mask=here < words, eviction_policy="evict_first")
+            for done in range(blocks):
+                at = (blocks - 1 - done) * BLOCK + word
+                x = tl.load(logits + at, mask=at < words, other=float("-inf"), eviction_policy="evict_first").to(
+                    tl.float32
+                )
+                grad = tl.exp(x - most) * share - (at == target).to(tl.float32)
+                tl.store(
+                    logits + at, grad.to(logits.dtype.element_ty), mask=at < words, eviction_policy="evict_first"
+                )
