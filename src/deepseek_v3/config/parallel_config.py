@@ -25,11 +25,8 @@ PipelineSchedule = Literal["1f1b", "interleaved", "zero_bubble", "dualpipe_v"]
 
 def _present_spelling(precision: Any) -> Any:
     """Reads how older files and checkpoints spell a precision."""
-    return (
-        {"bfloat16": "bf16", "float32": "fp32"}.get(precision, precision)
-        if isinstance(precision, str)
-        else precision
-    )
+    older = {"bfloat16": "bf16", "float32": "fp32"}
+    return older.get(precision, precision) if isinstance(precision, str) else precision
 
 
 Precision = Literal["auto", "bf16", "fp8", "fp32"]

@@ -108,9 +108,11 @@ def gather_rows(rows: RowBlocks, source_X: Tensor) -> RowBlocks:
 
 def gather_columns(x_RD: Tensor, source_X: Tensor, ends_E: Tensor, power_of_two: bool) -> ColumnBlocks:
     """Quantizes the columns of the rows `x_RD[source_X]`, of which expert e has ends[e-1] … ends[e]-1."""
-    places_X = _places(len(source_X), ends_E)
+    rows_X = torch.arange(len(source_X), device=ends_E.device, dtype=ends_E.dtype)
+    padding_E = group_starts(ends_E) - F.pad(ends_E[:-1], (1, 0))  # before each group
+    places_X = rows_X + padding_E[torch.searchsorted(ends_E, rows_X, right=True)]
     x_PD = x_RD.new_zeros(padded_places(len(source_X), len(ends_E)), x_RD.shape[1])
-    return quantize_columns(x_PD.index_copy(0, places_X, x_RD[source_X]), power_of_two)
+    return quantize_columns(x_PD.index_copy(0, places_X.long(), x_RD[source_X]), power_of_two)
 
 
 def requantize_columns(
@@ -198,11 +200,3 @@ def _in_blocks(x_TD: Tensor) -> Tensor:
 
 def _contiguous_transpose(x: Tensor) -> Tensor:
     return x.mT.contiguous()
-
-
-def _places(rows: int, ends_E: Tensor) -> Tensor:
-    """The place of each row along a column."""
-    rows_X = torch.arange(rows, device=ends_E.device, dtype=ends_E.dtype)
-    begins_E = F.pad(ends_E[:-1], (1, 0))
-    padding_E = group_starts(ends_E) - begins_E
-    return (rows_X + padding_E[torch.searchsorted(ends_E, rows_X, right=True)]).long()

@@ -63,16 +63,14 @@ class Fp8Form(NarrowForm):
         ranks, numbers = pieces_PN.shape
         if numbers % BLOCK:
             return self._quantize(pieces_PN, False)
-        values, scales = self._quantize(
-            pieces_PN.view(-1, BLOCK), False
-        )  # kernels want many rows, not a few long ones
+        # Kernels want many rows, not a few long ones.
+        values, scales = self._quantize(pieces_PN.view(-1, BLOCK), False)
         return values.view(ranks, numbers), scales.view(ranks, -1)
 
     def add(self, received: Sequence[Tensor], total_N: Tensor) -> None:
         total_N.zero_()
-        for values_N, scales_G in zip(
-            *received, strict=True
-        ):  # all ranks' in float32 would take four times the memory
+        # One rank's after the other: those of all ranks in float32 would take four times the memory.
+        for values_N, scales_G in zip(*received, strict=True):
             total_N += dequantize_1x128(values_N[None], scales_G[None], torch.float32)[0]
 
 
