@@ -10,6 +10,7 @@ from deepseek_v3.config.loading import load_config
 from deepseek_v3.model.block import DecoderLayer
 from deepseek_v3.training.parallel.parallelize import _compile_layers
 from deepseek_v3.training.trainer import Trainer
+from helpers.gpu_steps import check_compiled_steps
 from helpers.runs import WIDE_LAYERS, write_run
 
 pytestmark = pytest.mark.gpu
@@ -40,17 +41,7 @@ def losses_of(trainer: Trainer, steps: int = 4) -> list[float]:
 
 
 def test_steps_in_fp8_are_compiled_whole_and_wait_for_nothing(tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, "parallel.precision=fp8")
-    batches = trainer.batches()
-    for number in (1, 2):
-        trainer._train_step(trainer.plan.step(number), next(batches))
-    assert not torch._dynamo.utils.counters["graph_break"]
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for number in (3, 4, 5):
-            trainer._train_step(trainer.plan.step(number), next(batches))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    check_compiled_steps(trainer_of(tmp_path, "parallel.precision=fp8"))
 
 
 @pytest.mark.parametrize("scales", ["float32", "power_of_two"])

@@ -18,6 +18,7 @@ from deepseek_v3.training.loss import training_losses
 from deepseek_v3.training.parallel.parallelize import _compile_layers
 from deepseek_v3.training.trainer import Trainer
 from deepseek_v3.utils.checkpointing.directory import load_checkpoint
+from helpers.gpu_steps import check_compiled_steps
 from helpers.models import random_tokens, small_config
 from helpers.runs import WIDE_LAYERS, dsv3, write_run
 
@@ -84,16 +85,7 @@ def test_bfloat16_losses_and_gradients_stay_near_float32() -> None:
 def test_training_steps_are_compiled_whole_and_wait_for_nothing(tmp_path: Path) -> None:
     trainer = Trainer(load_config(write_run(tmp_path), WIDTHS), CUDA)
     assert trainer.engine.models[0].compute_dtype == torch.bfloat16
-    batches = trainer.batches()
-    for number in (1, 2):
-        trainer._train_step(trainer.plan.step(number), next(batches))
-    assert not torch._dynamo.utils.counters["graph_break"]
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for number in (3, 4, 5):
-            trainer._train_step(trainer.plan.step(number), next(batches))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    check_compiled_steps(trainer)
 
 
 @pytest.mark.parametrize("recomputation", ["none", "selective", "full"])

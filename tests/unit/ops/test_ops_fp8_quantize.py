@@ -24,6 +24,7 @@ from deepseek_v3.ops.fp8 import (
     reference,
 )
 from deepseek_v3.ops.operation import Target
+from helpers.fp8_groups import places_of_rows
 
 SIZES = st.lists(st.sampled_from([0, 0, 1, 5, 127, 128, 129, 260]), min_size=1, max_size=5)
 FLOATS = [torch.bfloat16, torch.float32, torch.float64]
@@ -31,15 +32,6 @@ FLOATS = [torch.bfloat16, torch.float32, torch.float64]
 
 def ends_of(sizes: list[int]) -> Tensor:
     return torch.tensor(sizes).cumsum(0).int()
-
-
-def places_by_hand(sizes: list[int]) -> list[int]:
-    """The place of each row: groups one after the other, each from a multiple of 128 on."""
-    places, start = [], 0
-    for size in sizes:
-        places += range(start, start + size)
-        start += math.ceil(size / BLOCK) * BLOCK
-    return places
 
 
 def check_columns(columns: ColumnBlocks, x_XD: Tensor, sizes: list[int], power_of_two: bool) -> None:
@@ -51,7 +43,7 @@ def check_columns(columns: ColumnBlocks, x_XD: Tensor, sizes: list[int], power_o
     assert columns.values_DP.is_contiguous()
     assert columns.scales_BD.is_contiguous()
     padded_PD = torch.zeros(used, width, dtype=x_XD.dtype)
-    padded_PD[places_by_hand(sizes)] = x_XD
+    padded_PD[places_of_rows(sizes)] = x_XD
     values_DP, scales_DB = quantize_1x128(padded_PD.T, power_of_two)
     assert torch.equal(columns.values_DP[:, :used].view(torch.uint8), values_DP.view(torch.uint8))
     assert torch.equal(columns.scales_BD[: used // BLOCK], scales_DB.T)
@@ -178,7 +170,7 @@ def test_gradients_are_those_of_autograd(width: int, gated: bool, sizes: list[in
 
     for columns, exact_XD in ((grad_columns, wanted[0]), (hidden_columns, hidden_XF.detach())):
         padded = padded_places(rows, len(sizes or [rows]))
-        places = places_by_hand(sizes or [rows])
+        places = places_of_rows(sizes or [rows])
         exact_DP = torch.zeros(exact_XD.shape[1], padded, dtype=torch.float64)
         exact_DP[:, places] = exact_XD.T
         found_DP = dequantize_columns(columns, torch.float64)

@@ -18,10 +18,7 @@ from helpers.rank_pool import RankPool
 
 RANKS, PIECE = 4, 300  # a piece ends within a block of 128
 ROUNDING = {"bf16": 2**-8, "fp8": 2**-4}  # the largest relative error of one number
-SMALLEST = {
-    "bf16": 0.0,
-    "fp8": 2**-10 / 448,
-}  # of a small number, as a share of its block's largest
+SMALLEST = {"bf16": 0.0, "fp8": 2**-10 / 448}  # of a small number, as a share of its block's largest
 # The relative L2 error of a gradient: rounded once by bfloat16 or e4m3, and once more by bfloat16 for replicas.
 ERROR = {"bf16": 4e-3, "fp8": 4.5e-2}
 LAYOUTS: dict[str, dict[str, Any]] = {
