@@ -73,11 +73,13 @@ class _Hidden(torch.autograd.Function):
         gate_up_TG = recipe.gemm.rows_product(rows, weight, None, x_TD.dtype)
         hidden, kept = quantize.swiglu(gate_up_TG, None, power_of_two)
         ctx.mark_non_differentiable(*hidden, *kept)
+        if not torch.compiler.is_compiling():  # else autograd makes gradients of zeros for them, which nobody reads
+            ctx.set_materialize_grads(False)
         return *hidden, *kept, *_stand_ins(kept)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         needs_x, *needs_weights = ctx.needs_input_grad[:3]
         recipe, saved = ctx.recipe, ctx.saved_tensors
         rows, columns = RowBlocks(*gradients[4:6]), ColumnBlocks(*gradients[6:8])

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepseek_v3.moe.dispatch import Fp8Tokens
 from deepseek_v3.moe.experts import FeedForward, RoutedExperts
@@ -197,6 +198,24 @@ def test_a_network_with_frozen_parts_has_the_other_gradients(frozen: str) -> Non
     inputs.pop(frozen).requires_grad_(False)
     found = torch.autograd.grad(network(x_TD).square().sum(), [*inputs.values()])
     assert all(torch.equal(one, expected[name]) for name, one in zip(inputs, found, strict=True))
+
+
+def test_nothing_is_allocated_for_gradients_that_do_not_exist() -> None:
+    """Of the hidden layer and the SwiGLU's input in FP8, which have none."""
+    network = with_fp8(FeedForward(WIDTH, HIDDEN))
+    fill_with_noise(network)
+    y_TD = network(torch.randn(9, WIDTH, requires_grad=True))
+    zeros: list[Any] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.zeros.default:
+                zeros.append(args[0])
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        y_TD.sum().backward()
+    assert zeros == []
 
 
 def test_a_layer_keeps_less_than_in_bfloat16() -> None:
