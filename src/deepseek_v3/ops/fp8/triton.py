@@ -1,7 +1,7 @@
 """Quantizing to FP8 on a GPU: each function reads its input once and writes its result, bit by bit the reference's.
 
-Only SwiGLU's exponential may differ from the reference's in its last bits. The functions are custom operations of
-torch, which torch.compile calls as they are, and have no gradients.
+Only SwiGLU and its gradients may differ from the reference's in their last bits, before they are quantized. The
+functions are custom operations of torch, which torch.compile calls as they are, and have no gradients.
 
 Axes: those of `reference.py`.
 """
@@ -116,7 +116,7 @@ def _quantize_columns(x_TD: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]
 
 
 @_quantize_columns.register_fake
-def _(x_TD: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:  # noqa: ARG001 -- the operation's signature
+def empty_for_columns(x_TD: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:  # noqa: ARG001 -- the operation's signature
     return empty_columns(x_TD, *x_TD.shape)
 
 
@@ -128,7 +128,7 @@ def _quantize_both(x_TD: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor, Te
 
 
 @_quantize_both.register_fake
-def _(x_TD: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # noqa: ARG001 -- see above
+def empty_for_both(x_TD: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # noqa: ARG001 -- see above
     return *empty_rows(x_TD, *x_TD.shape), *empty_columns(x_TD, *x_TD.shape)
 
 
@@ -166,7 +166,12 @@ def _gather_columns(x_RD: Tensor, source_X: Tensor, ends_E: Tensor, power_of_two
 
 
 @_gather_columns.register_fake
-def _(x_RD: Tensor, source_X: Tensor, ends_E: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+def empty_for_gathered(
+    x_RD: Tensor,
+    source_X: Tensor,
+    ends_E: Tensor,
+    power_of_two: bool,  # noqa: ARG001 -- see above
+) -> tuple[Tensor, Tensor]:
     return empty_columns(x_RD, source_X.shape[0], x_RD.shape[1], ends_E.shape[0])
 
 
@@ -299,7 +304,7 @@ def _swiglu_backward(
 
 
 @_swiglu_backward.register_fake
-def _(
+def empty_for_gradients(
     kept_XG2: Tensor,  # noqa: ARG001 -- the operation's signature
     kept_scales: Tensor,  # noqa: ARG001
     grad_hidden_XF: Tensor,

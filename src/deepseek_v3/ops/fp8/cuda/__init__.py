@@ -2,7 +2,8 @@
 
 NVRTC compiles them at first use, each in less than a second. Triton's functions do all else, and what the kernels
 do not take: rows that are not in bfloat16, are not aligned to 16 bytes or have no multiple of 8 numbers, and a
-hidden layer whose width is no multiple of 128. Results are bit by bit the reference's, but for the exponential.
+hidden layer whose width is no multiple of 128. Results are bit by bit the reference's; SwiGLU's gradients may
+differ in their last bits, before they are quantized.
 
 Axes: those of `reference.py`.
 """
@@ -81,9 +82,7 @@ def _quantize_columns(x_TD: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]
     return columns
 
 
-@_quantize_columns.register_fake
-def _(x_TD: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:  # noqa: ARG001 -- the operation's signature
-    return empty_columns(x_TD, *x_TD.shape)
+_quantize_columns.register_fake(triton.empty_for_columns)
 
 
 @torch.library.custom_op("deepseek_v3::fp8_quantize_both_cuda", mutates_args=())
@@ -98,9 +97,7 @@ def _quantize_both(x_TD: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor, Te
     return *by_rows, *by_columns
 
 
-@_quantize_both.register_fake
-def _(x_TD: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # noqa: ARG001 -- see above
-    return *empty_rows(x_TD, *x_TD.shape), *empty_columns(x_TD, *x_TD.shape)
+_quantize_both.register_fake(triton.empty_for_both)
 
 
 @torch.library.custom_op("deepseek_v3::fp8_gather_columns_cuda", mutates_args=())
@@ -116,9 +113,7 @@ def _gather_columns(x_RD: Tensor, source_X: Tensor, ends_E: Tensor, power_of_two
     return columns
 
 
-@_gather_columns.register_fake
-def _(x_RD: Tensor, source_X: Tensor, ends_E: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:  # noqa: ARG001
-    return empty_columns(x_RD, source_X.shape[0], x_RD.shape[1], ends_E.shape[0])
+_gather_columns.register_fake(triton.empty_for_gathered)
 
 
 @torch.library.custom_op("deepseek_v3::fp8_swiglu_backward_cuda", mutates_args=())
@@ -160,17 +155,7 @@ def _swiglu_backward(
     return *by_rows, *by_columns, *hidden_by_columns, grad_gates
 
 
-@_swiglu_backward.register_fake
-def _(
-    kept_XG2: Tensor,  # noqa: ARG001 -- the operation's signature
-    kept_scales: Tensor,  # noqa: ARG001
-    grad_hidden_XF: Tensor,
-    gates_X: Tensor | None,
-    ends_E: Tensor | None,
-    power_of_two: bool,  # noqa: ARG001
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    found = empty_gradients(grad_hidden_XF, gates_X, 1 if ends_E is None else ends_E.shape[0])
-    return *found[0], *found[1], *found[2], found[3]
+_swiglu_backward.register_fake(triton.empty_for_gradients)
 
 
 # Launching
