@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import typer
 import yaml
-from environment import RESULTS, ROOT, environment
+from environment import RESULTS, ROOT, environment, select_gpu
 from torch.profiler import ProfilerActivity, profile
 
 from deepseek_v3.config.loading import load_config
@@ -33,7 +33,7 @@ from deepseek_v3.planning.memory import estimate_memory
 from deepseek_v3.planning.step_time import compute_seconds, ideal_seconds, step_work
 from deepseek_v3.training.kernel_table import kernels_in, sum_kernels
 from deepseek_v3.training.trainer import Trainer
-from deepseek_v3.utils.distributed.launch import select_device
+from deepseek_v3.utils.command_line import run_command
 from deepseek_v3.utils.logging import configure_logging
 
 POINTS = Path(__file__).with_name("planner_points.yaml")
@@ -78,7 +78,7 @@ def _measure_points(names: list[str] | None, commit: str | None) -> Path:
     }
     if unknown := set(names or ()) - known.keys():
         raise SystemExit(f"--points {', '.join(sorted(unknown))}: {POINTS.name} has {', '.join(known)}")
-    device = select_device("cuda")
+    device = select_gpu()
     described = _described(torch.cuda.get_device_name(device))
     file = RESULTS / f"planner_points_{described.name.lower().replace(' ', '_')}.json"
     stored = json.loads(file.read_text(encoding="utf-8"))["points"] if file.is_file() else []
@@ -351,4 +351,4 @@ def _run(point: dict[str, Any], device: Device) -> Execution:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

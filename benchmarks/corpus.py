@@ -28,6 +28,8 @@ import typer
 from resiliparse.extract.html2text import extract_plain_text
 from resiliparse.parse.html import HTMLTree
 
+from deepseek_v3.utils.command_line import run_command
+
 # Prose in English and other languages, and reference pages; of Debian 12.
 PACKAGES = (
     "apache2-doc cmake-doc debian-handbook debian-policy debian-reference-de debian-reference-en "
@@ -259,4 +261,4 @@ def write_shards(documents: Sequence[Document], folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -32,6 +32,7 @@ from near_duplicates import Int64Array, System, score, systems
 from process_stats import run_and_measure
 from synthetic_corpus import write_synthetic_corpus
 
+from deepseek_v3.utils.command_line import run_command
 from deepseek_v3.utils.text import table
 
 _PACKAGES = ("numpy", "pyarrow", "orjson", "tiktoken", "tokenizers")
@@ -222,4 +223,4 @@ def _pairs(corpus: Path) -> Int64Array:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from scipy import sparse
 from words import words_of
 
+from deepseek_v3.utils.command_line import run_command
+
 THRESHOLD = 0.8
 SHINGLE = 5
 
@@ -143,4 +145,4 @@ def _pairs_of_runs(rows: Int64Array, ends: Int64Array) -> Int64Array:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -31,7 +31,9 @@ from deepseek_v3.data.tokens.tokenize_corpus import tokenize_corpus
 from deepseek_v3.planning.counts import count_active_parts, count_parameters
 from deepseek_v3.training.trainer import Trainer
 from deepseek_v3.training.validation import ValidationWindows
+from deepseek_v3.utils.command_line import run_command
 from deepseek_v3.utils.distributed.launch import select_device
+from deepseek_v3.utils.errors import ConfigError
 from deepseek_v3.utils.files import atomic_write
 from deepseek_v3.utils.logging import configure_logging, get_logger
 from deepseek_v3.utils.monitoring import read_metrics
@@ -54,6 +56,8 @@ def installed_files() -> list[Path]:
 def write_corpus(source: Path | None, output: Path, megabytes: int) -> None:
     """Writes documents to `output`, one JSON line each: those with the smallest hashes, up to a size, once each."""
     paths = installed_files() if source is None else sorted(path for path in source.rglob("*") if path.is_file())
+    if not paths:
+        raise ConfigError(f"--source {source}: expected a folder with files of text")
     texts = {blake2b(text.encode(), digest_size=16).digest(): text for text in _texts(paths)}
     output.parent.mkdir(parents=True, exist_ok=True)
     written = 0
@@ -131,7 +135,8 @@ def trained(config: RunConfig, file: Path, device: torch.device) -> dict[str, An
     """The result in `file`; trains first if it is not there."""
     if not file.exists():
         torch._dynamo.reset()  # each run compiles its own layers, as a process of its own would
-        shutil.rmtree(config.logging.directory, ignore_errors=True)
+        for left in (config.logging.directory, config.checkpoint.directory):  # of a run that was interrupted
+            shutil.rmtree(left, ignore_errors=True)
         result = run(config, device)
         shutil.rmtree(config.checkpoint.directory)
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -153,10 +158,13 @@ def main(
     precision: Annotated[str | None, typer.Option(help="Run only this precision in this call.")] = None,
     only_seeds: Annotated[str | None, typer.Option(help="Run only these seeds in this call.")] = None,
     source: Annotated[Path | None, typer.Option(help="A folder of text, instead of installed packages.")] = None,
-    megabytes: Annotated[int, typer.Option(help="The size of the corpus at most.")] = 120,
+    megabytes: Annotated[int, typer.Option(min=1, help="The size of the corpus at most.")] = 120,
     merge: Annotated[bool, typer.Option("--merge", help="Run nothing; compare the finished runs.")] = False,
-    device: Annotated[str, typer.Option()] = "auto",
-    override: Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    override: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Override one field; repeatable."),
+    ] = None,
     commit: Annotated[str | None, typer.Option(help="Where the code has no history beside it.")] = None,
 ) -> None:
     """Train in two precisions with several seeds, and compare the held-out losses."""
@@ -169,7 +177,9 @@ def main(
     def config_of(name: str, seed: int) -> RunConfig:
         return load_config(shape, [*overrides, f"parallel.precision={name}", f"training.seed={seed}"])
 
-    pairs = [(name, seed) for seed in _numbers(seeds) for name in (baseline, candidate)]
+    if precision not in (None, baseline, candidate):
+        raise ConfigError(f"--precision {precision}: expected {baseline} or {candidate}, which are compared")
+    pairs = [(name, seed) for seed in _numbers("--seeds", seeds) for name in (baseline, candidate)]
     first = config_of(*pairs[0])
     # A changed recipe must not reuse the runs of another one.
     others = {"data": True, "checkpoint": True, "logging": True}
@@ -180,7 +190,7 @@ def main(
     results, missing = {}, []
     for name, seed in pairs:
         file = runs / f"{name}_seed{seed}.json"
-        chosen = precision in (None, name) and (only_seeds is None or seed in _numbers(only_seeds))
+        chosen = precision in (None, name) and (only_seeds is None or seed in _numbers("--only-seeds", only_seeds))
         if file.exists() or (chosen and not merge):
             results[name, seed] = trained(config_of(name, seed), file, place)
         else:
@@ -206,9 +216,14 @@ def main(
     typer.echo(text)
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"{option} {text}: expected whole numbers with commas between them, such as 0,1,2"
+        ) from None
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

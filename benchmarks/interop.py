@@ -21,13 +21,13 @@ from typing import Annotated, Any, Literal
 
 import torch
 import typer
-from environment import RESULTS, environment
+from environment import RESULTS, environment, select_gpu
 
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.interop.huggingface import load_pretrained, save_pretrained, to_released_names
 from deepseek_v3.model.backends import select_backends
 from deepseek_v3.model.transformer import DeepSeekV3
-from deepseek_v3.utils.distributed.launch import select_device
+from deepseek_v3.utils.command_line import run_command
 
 
 def main(
@@ -37,7 +37,7 @@ def main(
     commit: Annotated[str | None, typer.Option(help="Where the code has no history beside it.")] = None,
 ) -> None:
     """Measure, compare, write."""
-    device = select_device("cuda")
+    device = select_gpu()
     place = Path(tempfile.mkdtemp(dir=folder))
     try:
         record = {
@@ -180,4 +180,4 @@ def peak_host_memory() -> Iterator[list[float]]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

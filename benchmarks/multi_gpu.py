@@ -29,12 +29,13 @@ from typing import Annotated, Any
 import psutil  # type: ignore[import-untyped]
 import torch
 import typer
-from environment import RESULTS, ROOT, environment
+from environment import RESULTS, ROOT, environment, select_gpu
 
 from deepseek_v3.benchmark.shape_files import shape_file
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.planning.hardware import Device, find_device
 from deepseek_v3.planning.layout_search import estimate_layout
+from deepseek_v3.utils.command_line import run_command
 from deepseek_v3.utils.monitoring import read_metrics
 
 SHAPE = shape_file("1b")
@@ -112,6 +113,7 @@ def main(
     commit: Annotated[str | None, typer.Option(help="Where the code has no history beside it.")] = None,
 ) -> None:
     """Measure on the GPUs of this host."""
+    select_gpu()
     gpus = gpus or torch.cuda.device_count()
     end = time.monotonic() + seconds
     work = Work(shape, gpus, steps, micro, gpus * (batch or micro), override or [])
@@ -286,4 +288,4 @@ def kill(program: subprocess.Popen[bytes]) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

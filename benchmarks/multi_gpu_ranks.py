@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import torch
 import torch.distributed as dist
 import typer
+from environment import select_gpu
 from torch import Tensor
 
 from deepseek_v3.config.model_config import ModelConfig
@@ -29,7 +30,8 @@ from deepseek_v3.moe.select_dispatcher import select_dispatcher
 from deepseek_v3.ops.fp8 import FP8_QUANTIZE
 from deepseek_v3.ops.grouped_gemm import GROUPED_GEMM
 from deepseek_v3.ops.operation import Target
-from deepseek_v3.utils.distributed.launch import World, process_group, select_device
+from deepseek_v3.utils.command_line import run_command
+from deepseek_v3.utils.distributed.launch import World, process_group
 from deepseek_v3.utils.errors import ConfigError
 from deepseek_v3.utils.logging import configure_logging
 
@@ -79,7 +81,7 @@ def main(output: Annotated[Path, typer.Option(help="Where rank 0 writes its JSON
     """Measure on all GPUs that the launcher started a process for."""
     world = World.from_environment()
     configure_logging(logging.WARNING)
-    device = select_device("cuda", world)
+    device = select_gpu(world)
     with process_group(world, device, timedelta(minutes=5)):
         results = {"link": link(device), "experts": [experts(name, device) for name in SHAPES]}
         if world.rank == 0:
@@ -217,4 +219,4 @@ def _tokens(config: ModelConfig, device: torch.device) -> tuple[Tensor, Tensor, 
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -2,7 +2,7 @@
 
 Trains a small model on Python's sources for some steps, computes the gradients of 64 micro-batches, one for each
 rank, and sums them as `parallel.gradient_reduction` does. Prints the relative error of the whole gradient,
-‖sum - exact‖ / ‖exact‖ with an exact sum in float64, and writes `results/reduction_error.json`.
+‖sum - exact‖ / ‖exact‖ with an exact sum in float64, and writes it to `--output`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from deepseek_v3.training.data import DocumentIds, open_tokens
 from deepseek_v3.training.loss import Objective
 from deepseek_v3.training.parallel.gradient_reduction import NarrowForm, narrow_form
 from deepseek_v3.training.trainer import Trainer
+from deepseek_v3.utils.command_line import run_command
+from deepseek_v3.utils.files import atomic_write
 from deepseek_v3.utils.logging import configure_logging
 
 RANKS = (2, 4, 8, 64)
@@ -94,8 +96,12 @@ def gradients_of(trainer: Trainer, config: RunConfig) -> Iterator[Tensor]:
 
 def main(
     folder: Annotated[Path, typer.Option(help="Where tokens and the run go.")] = Path("data/reduction_error"),
-    steps: Annotated[int, typer.Option(help="Steps of training before the gradients are computed.")] = 50,
-    override: Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE")] = None,
+    output: Annotated[Path, typer.Option(help="Where the errors are written.")] = RESULTS / "reduction_error.json",
+    steps: Annotated[int, typer.Option(min=1, help="Steps of training before the gradients are computed.")] = 50,
+    override: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Override one field; repeatable."),
+    ] = None,
 ) -> None:
     """Measure the error of narrow sums of real gradients."""
     configure_logging()
@@ -108,9 +114,10 @@ def main(
     size = sum(parameter.numel() for parameter in trainer.engine.models[0].parameters())
     figures = {"parameters": size, "trained_steps": steps, "rows": errors(gradients_of(trainer, config), size)}
     text = json.dumps({**environment("torch"), "results": figures}, indent=2)
-    (RESULTS / "reduction_error.json").write_text(text + "\n", encoding="utf-8")
+    with atomic_write(output) as partial:
+        partial.write_text(text + "\n", encoding="utf-8")
     typer.echo(text)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from environment import environment
+from environment import environment, select_gpu
 from torch.profiler import ProfilerActivity, profile
 
 from deepseek_v3.benchmark.shape_files import shape_file
@@ -26,7 +26,8 @@ from deepseek_v3.config.loading import load_config
 from deepseek_v3.training.kernel_table import kernels_in, sum_kernels
 from deepseek_v3.training.parallel.mesh import build_mesh
 from deepseek_v3.training.trainer import Trainer
-from deepseek_v3.utils.distributed.launch import World, process_group, select_device
+from deepseek_v3.utils.command_line import run_command
+from deepseek_v3.utils.distributed.launch import World, process_group
 from deepseek_v3.utils.logging import configure_logging
 
 SHAPE = shape_file("1b")
@@ -36,13 +37,16 @@ WARM_UP, TIMED, TRACED, LISTED = 6, 8, 3, 30
 def main(
     output: Annotated[Path, typer.Option(help="Where rank 0 writes its JSON.")],
     shape: Annotated[Path, typer.Option(help="A run's YAML file.")] = SHAPE,
-    override: Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE")] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Override one field; repeatable."),
+    ] = None,
     commit: Annotated[str | None, typer.Option(help="Where the code has no history beside it.")] = None,
 ) -> None:
     """Time and trace the first steps of a run."""
     world = World.from_environment()
     configure_logging(logging.WARNING)
-    device = select_device("cuda", world)
+    device = select_gpu(world)
     with process_group(world, device, timedelta(minutes=5)), TemporaryDirectory() as folder:
         places = [f"checkpoint.directory={folder}/checkpoints", f"logging.directory={folder}/run"]
         config = load_config(shape, [*places, *(override or [])])
@@ -111,4 +115,4 @@ class Steps:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_command(main)

@@ -18,6 +18,8 @@ import typer
 from fp8_loss import main
 from loss_difference import compare, interval, relative_differences, table
 
+from deepseek_v3.utils.errors import ConfigError
+
 
 def test_an_interval_is_that_of_students_t() -> None:
     """Three values with mean 2 and deviation 1; t of 2 degrees of freedom is 4.3027 at 97.5%."""
@@ -72,6 +74,9 @@ def test_runs_are_compared_and_not_repeated(tmp_path: Path) -> None:
     options = ["--folder", str(tmp_path / "work"), "--output", str(tmp_path / "out"), "--shape", str(shape)]
     options += ["--source", str(tmp_path / "text"), "--seeds", "0,1", "--baseline", "fp32", "--device", "cpu"]
 
+    left = tmp_path / "work" / "checkpoints" / "checkpoint_step_1.pt"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"of a run that was interrupted")
     first = CliRunner().invoke(app, [*options, "--only-seeds", "0"])
     assert first.exception is None, first.output
     assert "fp32 with seed 1, fp8 with seed 1" in first.output
@@ -90,3 +95,24 @@ def test_runs_are_compared_and_not_repeated(tmp_path: Path) -> None:
     assert {(row["precision"], row["seed"]) for row in rows} == {(p, s) for p in ("fp32", "fp8") for s in "01"}
     assert (tmp_path / "out" / "fp8_loss.png").read_bytes().startswith(b"\x89PNG")
     assert CliRunner().invoke(app, [*options, "--merge"]).exception is None
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--seeds", "0,x", "--seeds 0,x: expected whole numbers with commas between them"),
+        ("--only-seeds", "", "--only-seeds : expected whole numbers"),
+        ("--precision", "fp9", "--precision fp9: expected bf16 or fp8"),
+        ("--source", "nowhere", "--source nowhere: expected a folder with files of text"),
+        ("--shape", "nowhere.yaml", "nowhere.yaml: cannot be read"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, value: str, expected: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    app = typer.Typer()
+    app.command()(main)
+    found = CliRunner().invoke(app, ["--device", "cpu", option, value])
+    assert isinstance(found.exception, ConfigError), found.output
+    assert str(found.exception).startswith(expected)
