@@ -17,9 +17,9 @@ from deepseek_v3.benchmark.train_table import explanations, result_table
 from deepseek_v3.utils.command_line import integer_option, override_options, print_next_steps
 from deepseek_v3.utils.distributed.launch import select_device
 from deepseek_v3.utils.errors import BenchmarkError, ConfigError
-from deepseek_v3.utils.files import atomic_write
+from deepseek_v3.utils.files import atomic_write, output_file_problem
 from deepseek_v3.utils.logging import configure_logging
-from deepseek_v3.utils.text import printable
+from deepseek_v3.utils.text import format_value, printable
 
 bench_app = typer.Typer(
     no_args_is_help=True,
@@ -69,6 +69,7 @@ def train(
 ) -> None:
     """Train a shape's first steps, as a run does, and show how fast they were beside other systems."""
     configure_logging()
+    _require_writable(output)
     asked = _names("precision", precision, PRECISIONS)
     precisions = [each for each in PRECISIONS if each in asked] or ["bf16"]
     systems = [PeerSystem(name, PEERS[name]) for name in _names("peers", peers, list(PEERS))]
@@ -82,12 +83,17 @@ def train(
         overrides=override or [],
         commit=commit,
     )
-    _write(output, result.as_json())
     _print(result_table(result))
     _print(explanations(result, select_device(device)))
+    _write(output, result.as_json())
     if result.problems:
         raise BenchmarkError(f"no speed is shown for {' | '.join(result.problems)}")
-    same = ["--shape", shape, *override_options(override)]
+    same: list[object] = [
+        "--shape",
+        shape,
+        *([] if batch is None else ["--batch", batch]),
+        *override_options(override),
+    ]
     print_next_steps(
         ["dsv3", "bench", "ops"],
         ["dsv3", "bench", "train", *same, "--precision", "bf16,fp8", "--peers", ",".join(PEERS)],
@@ -106,11 +112,12 @@ def ops(
 ) -> None:
     """Compare every back end of the operations with its reference; show its speed beside what is possible."""
     configure_logging()
+    _require_writable(output)
     names = _names("op", op, list(OPERATIONS)) or list(OPERATIONS)
     place = select_device(device)
     result = measure_operations(names, place, commit)
-    _write(output, result.as_json())
     _print([*result.table(), *result.explanations()])
+    _write(output, result.as_json())
     if result.problems:
         raise BenchmarkError(f"no speed is shown for {' | '.join(result.problems)}")
     print_next_steps(["dsv3", "bench", "train", "--shape", "1b", "--peers", ",".join(PEERS)])
@@ -121,12 +128,19 @@ def _names(option: str, given: Sequence[str] | None, known: Sequence[str]) -> li
     names = [name.strip() for text in given or [] for name in text.split(",")]
     for name in names:
         if name not in known:
-            raise ConfigError(f"--{option} {name}: expected {', '.join(known[:-1])} or {known[-1]}")
+            found = name or format_value(",".join(given or []))
+            raise ConfigError(f"--{option} {found}: expected {', '.join(known[:-1])} or {known[-1]}")
     return list(dict.fromkeys(names))
 
 
 def _print(lines: Sequence[str]) -> None:
     typer.echo(printable("\n".join(lines)))
+
+
+def _require_writable(output: Path | None) -> None:
+    """Raises ConfigError for a file that cannot be written, before anything is measured."""
+    if output is not None and (problem := output_file_problem(output)):
+        raise ConfigError(f"--output {output}: {problem}")
 
 
 def _write(output: Path | None, found: dict[str, Any]) -> None:

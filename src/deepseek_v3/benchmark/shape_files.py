@@ -52,6 +52,11 @@ def run_config(
     sizes = [] if batch is None else [f"training.global_batch_size={batch}", f"parallel.micro_batch_size={batch}"]
     chosen = [*sizes, f"parallel.precision={precision}", *overrides]
     config = load_config(path, chosen)
+    if config.parallel.precision != precision:
+        raise ConfigError(
+            f"--set parallel.precision={config.parallel.precision}: a benchmark takes the precisions of its runs "
+            "from --precision"
+        )
     config = load_config(
         path,
         [

@@ -119,6 +119,18 @@ def new_file_problem(path: Path) -> str | None:
     """Why a new file cannot be written at `path`, to say before long work; None if nothing speaks against it."""
     if os.path.lexists(path):
         return "exists and is left as it is; choose a new file"
+    return _folder_problem(path)
+
+
+def output_file_problem(path: Path) -> str | None:
+    """Why no file can be written at `path`, in place of one that is there, to say before long work; else None."""
+    if os.path.lexists(path) and not path.is_file():
+        return "is no regular file; choose another file"
+    return _folder_problem(path)
+
+
+def _folder_problem(path: Path) -> str | None:
+    """Why nothing can be added to the folder of `path`, or to the nearest one above it that exists; else None."""
     folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
     if not folder.is_dir():
         return f"cannot be written: {folder} is no folder; choose another file"

@@ -24,6 +24,7 @@ from deepseek_v3.ops.grouped_gemm import GROUPED_GEMM, reference_grouped_linear
 from deepseek_v3.ops.operation import Backend, Target
 from deepseek_v3.planning.flops import training_flops_per_token
 from deepseek_v3.utils.errors import BenchmarkError
+from deepseek_v3.utils.text import format_value
 from helpers.runs import TOKENS_PER_STEP, dsv3, message_of, run_fields, write_corpus
 
 STEPS = 10
@@ -191,3 +192,26 @@ def test_a_missing_peer_is_named(shape: Path, monkeypatch: pytest.MonkeyPatch) -
     result = bench(shape, "--peers", "torchtitan")
     assert result.exit_code == 0, result.output
     assert "torchtitan, bf16: no figures: torchtitan trains on GPUs only" in result.output
+
+
+@pytest.mark.parametrize("command", ["train", "ops"])
+def test_a_file_that_cannot_be_written_is_refused_first(command: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for output, reason in ((tmp_path, "is no regular file"), (tmp_path / "file" / "x.json", "is no folder")):
+        result = dsv3("bench", command, "--device", "cpu", "--output", output)
+        assert message_of(result).startswith(f"--output {output}: ")
+        assert reason in message_of(result)
+        assert "Measuring" not in result.output
+
+
+def test_the_precision_of_a_run_is_the_option_s(shape: Path) -> None:
+    result = bench(shape, "--precision", "bf16", "--set", "parallel.precision=fp8")
+    expected = "--set parallel.precision=fp8: a benchmark takes the precisions of its runs from --precision"
+    assert message_of(result) == expected
+
+
+@pytest.mark.parametrize("given", ["bf16,,", ""])
+def test_an_empty_name_is_shown_as_it_was_given(shape: Path, given: str) -> None:
+    assert (
+        message_of(bench(shape, "--precision", given)) == f"--precision {format_value(given)}: expected bf16 or fp8"
+    )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_v3.utils.files import new_file_problem
+from deepseek_v3.utils.files import new_file_problem, output_file_problem
 
 
 def test_a_new_file_in_any_folder_is_no_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,3 +28,11 @@ def test_a_file_in_the_place_of_a_folder(tmp_path: Path) -> None:
 def test_a_folder_without_write_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, _mode: Path(path) != tmp_path)  # root may write anywhere
     assert f"nothing can be added to {tmp_path};" in str(new_file_problem(tmp_path / "new" / "x.json"))
+
+
+def test_an_existing_file_may_be_replaced_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    assert output_file_problem(tmp_path / "file") is None
+    assert output_file_problem(tmp_path / "new" / "x.json") is None
+    assert output_file_problem(tmp_path) == "is no regular file; choose another file"
+    assert f"{tmp_path / 'file'} is no folder" in str(output_file_problem(tmp_path / "file" / "x.json"))
