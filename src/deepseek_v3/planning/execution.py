@@ -80,7 +80,7 @@ def resolve_execution(device: Device, config: RunConfig) -> Execution:
         expert_imbalance=imbalance,
         logits_per_chunk=_LOGITS_AT_ONCE["cpu" if device.is_cpu else "gpu"],
         fp8=fp8,
-        keeps_fp8_weights=parallel.data_shard == 1 or parallel.zero_stage < 3 or parallel.pipeline > 1,
+        keeps_fp8_weights=parallel.data_ranks == 1 or parallel.zero_stage < 3 or parallel.pipeline > 1,
         received_bytes=(FP8_ACTIVATION if parallel.dispatch_precision == "fp8" else width) * received,
         mask_bytes=width * config.training.sequence_length if config.data.mask_documents else 0,
     )

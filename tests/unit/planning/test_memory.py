@@ -376,9 +376,10 @@ def test_fp8_layers_save_their_weights_in_fp8() -> None:
     expected = 2 * joining + (1 + 4 / 128**2) * (sum(size for _, size in kept) - joining)
     assert estimate_memory(config, fp8).weight_copies == pytest.approx(expected)
     # Weights that are gathered for each pass are quantized again; gathered once, they stay in FP8 too.
-    shards = {"data_shard": 2, "micro_batch_size": 4, "global_batch_size": 8}
-    for stage, keeps in ((3, False), (2, True)):
-        sharded = _run({"num_nextn_predict_layers": 0}, zero_stage=stage, precision="bf16", **shards)
+    batch = {"micro_batch_size": 4, "global_batch_size": 8}
+    for ranks, stage, keeps in (("data_shard", 3, False), ("data_shard", 2, True), ("data_replicate", 3, False)):
+        layout = {ranks: 2, "zero_stage": stage, **batch}
+        sharded = _run({"num_nextn_predict_layers": 0}, precision="bf16", **layout)
         run = replace(resolve_execution(H100, sharded), fp8=True)
         assert run.keeps_fp8_weights == keeps
         assert (estimate_memory(sharded, run).weight_copies > 0) == keeps
