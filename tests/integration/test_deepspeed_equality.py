@@ -89,11 +89,12 @@ def test_a_field_that_deepspeed_does_not_know_is_refused(deepspeed_pool: RankPoo
         assert re.fullmatch(r"\S*deepspeed\.json: DeepSpeed refuses it: .*bucket.*", message)
 
 
-def test_zero_trains_in_fp8(pool: RankPool, deepspeed_pool: RankPool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("recomputation", ["none", "full"])
+def test_zero_trains_in_fp8(recomputation: str, pool: RankPool, deepspeed_pool: RankPool, tmp_path: Path) -> None:
     """Stage 3 gathers the weights of networks that read them outside the modules that own them."""
     stage = {"stage": 3, "stage3_param_persistence_threshold": 0}
     file = deepspeed_runs.write_settings(tmp_path, {"zero_optimization": stage})
-    parallel = {"precision": "fp8", "recomputation": "full"}
+    parallel = {"precision": "fp8", "recomputation": recomputation}
     model = {"num_hidden_layers": 2, "intermediate_size": 128}
     (expected,) = pool.run(1, parallel_runs.train, 1, parallel, None, "cpu", False, model)
     for found in deepspeed_pool.run(2, deepspeed_runs.train, file, 1, parallel, {}, model):
