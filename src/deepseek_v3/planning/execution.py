@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from deepseek_v3.config.train_config import RunConfig
-from deepseek_v3.planning.hardware import Device
+from deepseek_v3.planning.hardware import Device, known_devices
 from deepseek_v3.utils.errors import ConfigError
 
 LayerKind = Literal["dense", "moe", "mtp"]
@@ -62,8 +62,9 @@ def resolve_execution(device: Device, config: RunConfig) -> Execution:
     precision = parallel.precision
     fp8 = precision == "fp8"
     if fp8 and not device.is_cpu and device.fp8_tflops is None:
+        known = ", ".join(each.name for each in known_devices() if each.fp8_tflops is not None)
         raise ConfigError(
-            f"parallel.precision = fp8: {device.name} does not train in FP8, which takes an H100 or newer; "
+            f"parallel.precision = fp8: FP8 training is not known to run on {device.name}, but on {known}; "
             "use --set parallel.precision=bf16"
         )
     narrow = precision == "bf16" or (precision in ("auto", "fp8") and has_bfloat16)

@@ -60,6 +60,10 @@ def plan(
         typer.Option(metavar="FILE", help="Plan this run's YAML file, or a shipped size such as 1b; repeatable."),
     ] = None,
     configs: Annotated[Path | None, typer.Option(help="Folder of the sizes.", show_default="configs")] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Override one field; repeatable."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False,
     plot: Annotated[bool, typer.Option("--plot", help="Draw loss against compute to FILE.png.")] = False,
     list_gpus: Annotated[bool, typer.Option("--list-gpus", help="Print the known devices and exit.")] = False,
@@ -77,10 +81,12 @@ def plan(
         return
     picture = _picture(plot, picture)
     options = PlanOptions(gpus, gpu, gpu_memory, hardware, price, budget_hours, budget_dollars, tokens, objective)
-    asks = options == PlanOptions() and not (config or configs or as_json or picture) and _in_a_terminal()
+    asks = (
+        options == PlanOptions() and not (config or configs or override or as_json or picture) and _in_a_terminal()
+    )
     if asks:
         options = ask_for_options()
-    advice = _advise(options.request(), select_config_files(config, configs))
+    advice = _advise(options.request(), select_config_files(config, configs), override or [])
     if as_json:
         typer.echo(json.dumps(advice_as_json(advice), indent=2, allow_nan=False))
     else:
@@ -91,8 +97,8 @@ def plan(
         typer.echo(printable(f"\nThe same without questions: {options.command()}"))
 
 
-def _advise(request: PlanRequest, paths: Sequence[Path]) -> Advice:
-    return advise(request, {path: load_config(path) for path in paths})
+def _advise(request: PlanRequest, paths: Sequence[Path], overrides: Sequence[str]) -> Advice:
+    return advise(request, {path: load_config(path, overrides) for path in paths}, overrides)
 
 
 def _picture(plot: bool, picture: Path | None) -> Path | None:

@@ -12,7 +12,7 @@ import typer
 
 from deepseek_v3.config.loading import PATTERN, load_config, select_config_files
 from deepseek_v3.planning.chinchilla import Compliance, Verdict, check_compliance, format_ratio
-from deepseek_v3.utils.command_line import print_next_steps
+from deepseek_v3.utils.command_line import override_options, print_next_steps
 from deepseek_v3.utils.errors import ConfigError
 from deepseek_v3.utils.text import format_count, printable
 
@@ -49,7 +49,7 @@ def validate(
     elif results:
         typer.echo(printable("\n\n".join(map(_block, results)) + f"\n\n{_summary(results, len(problems))}"))
         if not problems:
-            print_next_steps(["dsv3", "plan", *_same(config, configs)], err=True)
+            print_next_steps(["dsv3", "plan", *_same(config, configs), *override_options(override)], err=True)
     if problems:
         raise ConfigError("\n".join(problems))
     if strict and not all(result.verdict.accepted for result in results):

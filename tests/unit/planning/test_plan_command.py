@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from decimal import Decimal
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -426,3 +427,20 @@ def test_given_configs_are_planned_instead_of_the_sizes(tmp_path: Path) -> None:
     refused = dsv3("plan", "--config", mine, "--configs", tmp_path)
     assert "expected either --config files or a --configs folder" in message_of(refused)
     assert "cannot be read" in message_of(dsv3("plan", "--config", tmp_path / "none.yaml"))
+
+
+def test_the_command_of_a_plan_repeats_overrides() -> None:
+    """One that the planner has changed itself is said once, with the planner's value."""
+    given = ["parallel.precision=fp8", "model.num_hidden_layers=9", "parallel.micro_batch_size=1"]
+    words = [word for override in given for word in ("--set", override)]
+    found = _json("--gpu", "H100", "--gpus", 1, "--config", "1b", *words)
+    command = shlex.split(found["recommendation"]["command"])
+    settings = [word for before, word in pairwise(command) if before == "--set"]
+    assert settings[:2] == given[:2]
+    assert [setting.split("=")[0] for setting in settings].count("parallel.micro_batch_size") == 1
+    planned = load_config(CONFIG_1B, settings)
+    assert planned.parallel.model_dump(mode="json") == found["rows"][0]["parallel"]
+    assert planned.parallel.precision == "fp8"
+    assert message_of(dsv3("plan", "--config", "1b", "--set", "parallel.precision=fp9")).startswith(
+        "--set parallel.p"
+    )

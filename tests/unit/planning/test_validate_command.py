@@ -202,3 +202,9 @@ def test_small_and_large_counts_stay_readable(tmp_path: Path) -> None:
     assert re.search(r"^Total tokens: +14\.80T$", result.output, re.MULTILINE)
     few = dsv3("validate", "--config", _write(tmp_path, total_tokens=768))
     assert re.search(r"^Total tokens: +768$", few.output, re.MULTILINE)
+
+
+def test_the_next_plan_is_of_the_same_fields() -> None:
+    words = ["--config", "1b", "--set", "parallel.precision=fp8"]
+    result = dsv3("validate", *words)
+    assert result.stderr == f"Next:\n  dsv3 plan {' '.join(words)}\n"

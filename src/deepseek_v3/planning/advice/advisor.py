@@ -14,6 +14,7 @@ from deepseek_v3.planning.advice.request import PlanRequest
 from deepseek_v3.planning.advice.size_plan import SizePlan, plan_size
 from deepseek_v3.planning.calibration import calibration
 from deepseek_v3.planning.scaling_laws import SOURCE
+from deepseek_v3.utils.command_line import override_options
 
 ESTIMATE_ONLY = "the time on several devices is computed, not measured; the plan is an estimate"
 
@@ -25,17 +26,22 @@ _CHECKOUT = Path(__file__).parents[4]
 
 @dataclass(frozen=True)
 class Advice:
-    """The plans of all sizes, smallest first; the recommended one, None if none fits; and the reason."""
+    """The plans of all sizes, smallest first; the recommended one, None if none fits; and the reason.
+
+    `overrides` are those that the configs were read with, each `section.field=value`.
+    """
 
     request: PlanRequest
     rows: tuple[SizePlan, ...]
     recommended: SizePlan | None
     reason: str
+    overrides: tuple[str, ...] = ()
 
 
-def advise(request: PlanRequest, configs: Mapping[Path, RunConfig]) -> Advice:
+def advise(request: PlanRequest, configs: Mapping[Path, RunConfig], given: Sequence[str] = ()) -> Advice:
     """Plans every config on the request's devices and recommends one by its objective.
 
+    `given`: the overrides that the configs were read with, which the command that starts a plan repeats.
     A size without an expected loss is meant for trials; it is recommended only if no other size fits.
     """
     plans = [plan_size(path, config, request) for path, config in configs.items()]
@@ -51,7 +57,7 @@ def advise(request: PlanRequest, configs: Mapping[Path, RunConfig]) -> Advice:
         )
     else:
         reason = _reason(len(serious), request)
-    return Advice(request, rows, recommended, reason)
+    return Advice(request, rows, recommended, reason, tuple(given))
 
 
 def sources(advice: Advice) -> dict[str, str]:
@@ -100,14 +106,20 @@ def _distance(row: SizePlan) -> tuple[float, float]:
     return devices, max(others, default=1)
 
 
-def launch_command(plan: SizePlan, devices_per_node: int) -> str:
-    """The shell command that starts a plan, with an override for each field that differs from the size's file."""
+def launch_command(plan: SizePlan, devices_per_node: int, given: Sequence[str] = ()) -> str:
+    """The shell command that starts a plan, with an override for each field that differs from the size's file.
+
+    `given`: the overrides that its config was read with.
+    """
     devices = plan.config.parallel.world_size
     launcher = next((path for path in (_LAUNCHER, _CHECKOUT / _LAUNCHER) if path.is_file()), None)
     words = ["python"] if devices == 1 else ["torchrun", *_processes(devices, devices_per_node)]
     words += [str(launcher)] if launcher else ["-m", "deepseek_v3", "train"]
     words += ["--config", short_config_name(plan.path)]
-    words += [word for override in overrides(plan.given, plan.config) for word in ("--set", override)]
+    planned = overrides(plan.given, plan.config)
+    fields = {_field(override) for override in planned}
+    kept = [override for override in given if _field(override) not in fields]
+    words += override_options([*kept, *planned])
     return shlex.join(words)
 
 
@@ -118,6 +130,10 @@ def overrides(given: RunConfig, planned: RunConfig) -> list[str]:
     if planned.training.total_tokens != given.training.total_tokens:
         changed.append(f"training.total_tokens={planned.training.total_tokens}")
     return changed
+
+
+def _field(override: str) -> str:
+    return override.partition("=")[0].strip()
 
 
 def _processes(devices: int, devices_per_node: int) -> list[str]:

@@ -34,7 +34,7 @@ def _recommendation(advice: Advice) -> dict[str, Any]:
     return {
         "name": row.name if row else None,
         "reason": advice.reason,
-        "command": launch_command(row, advice.request.device.devices_per_node) if row else None,
+        "command": launch_command(row, advice.request.device.devices_per_node, advice.overrides) if row else None,
         "overrides": overrides(row.given, row.config) if row else [],
         "note": ESTIMATE_ONLY if several else None,
     }
