@@ -188,7 +188,7 @@ def test_transformers_trains_the_same_shape(shape: Path, tmp_path: Path) -> None
     assert figures.losses[10] < figures.losses[1]
 
 
-def test_a_missing_peer_is_named(shape: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_that_cannot_run_here_is_named(shape: Path) -> None:
     result = bench(shape, "--peers", "torchtitan")
     assert result.exit_code == 0, result.output
     assert "torchtitan, bf16: no figures: torchtitan trains on GPUs only" in result.output
