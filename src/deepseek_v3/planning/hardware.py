@@ -94,8 +94,8 @@ def _nvidia(
 # Name, GiB, dense FP8, bfloat16, float32 TFLOP/s, memory, link (NVLink per direction, else PCIe) GB/s, $ an hour.
 # A device with NVLink is assumed to have a network of 400 Gb/s, any other one of 100 Gb/s.
 # The float32 rate is that without TF32, torch's default. On consumer cards the bfloat16 rate is that with float32
-# accumulation. FP8 training needs a card of compute capability 9.0 or higher. `find_device` returns the first
-# match, so a longer name comes before a name that it contains.
+# accumulation. FP8 training needs compute capability 9.0 and more shared memory than GeForce cards have.
+# `find_device` returns the first match, so a longer name comes before a name that it contains.
 _DEVICES = (
     _nvidia("B200", 179.0, 4500, 2250, 75, 7700, 900, 5.00),
     _nvidia("H200", 140.0, 1979, 989, 67, 4800, 450, 3.80),

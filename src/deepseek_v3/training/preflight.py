@@ -36,14 +36,15 @@ def describe_device(device: torch.device, local_ranks: int = 1) -> Device:
         assert cpu is not None
         return cpu.model_copy(update={"memory_gib": usable_memory() / _GIB / local_ranks})
     name = torch.cuda.get_device_name(device)
-    known = find_device(name) or find_device("A100")
+    found = find_device(name)
+    known = found or find_device("A100")
     assert known is not None
     free, _ = torch.cuda.mem_get_info(device)
     changes: dict[str, object] = {"name": name}
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         changes["bfloat16_tflops"] = None
-    elif capability >= (9, 0) and known.fp8_tflops is None and known.bfloat16_tflops:
+    elif found is None and capability >= (9, 0) and known.bfloat16_tflops:
         changes["fp8_tflops"] = 2 * known.bfloat16_tflops
     described = known.model_copy(update=changes)
     # The planner adds the memory of the context, which is taken already.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -141,23 +142,28 @@ def test_with_triton_a_gpu_runs_its_kernels(operation: Operation[object]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype", "widths", "expected"),
+    ("capability", "shared_kib", "dtype", "widths", "expected"),
     [
-        ((9, 0), torch.bfloat16, (64, 48), None),
-        ((8, 9), torch.bfloat16, (64, 48), "needs a GPU of compute capability 9.0 or newer"),
-        ((9, 0), torch.float64, (64, 48), "needs float32 or bfloat16"),
-        ((9, 0), torch.bfloat16, (64, 40), "needs row widths that are multiples of 16"),
+        ((9, 0), 228, torch.bfloat16, (64, 48), None),
+        ((10, 0), 228, torch.bfloat16, (64, 48), None),
+        ((8, 9), 100, torch.bfloat16, (64, 48), "needs a GPU of compute capability 9.0 or newer"),
+        ((12, 0), 100, torch.bfloat16, (64, 48), "needs a GPU with more than 128 KiB of shared memory"),
+        ((9, 0), 228, torch.float64, (64, 48), "needs float32 or bfloat16"),
+        ((9, 0), 228, torch.bfloat16, (64, 40), "needs row widths that are multiples of 16"),
     ],
 )
 def test_obstacles_of_fp8_products_in_triton(
     monkeypatch: pytest.MonkeyPatch,
     capability: tuple[int, int],
+    shared_kib: int,
     dtype: torch.dtype,
     widths: tuple[int, ...],
     expected: str | None,
 ) -> None:
     pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds only")
+    properties = SimpleNamespace(shared_memory_per_multiprocessor=1024 * shared_kib)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     assert FP8_GEMM.backends["triton"].obstacle(Target(CUDA, dtype, widths)) == expected
 
 

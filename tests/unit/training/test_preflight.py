@@ -111,6 +111,7 @@ def test_a_gpu_is_known_by_name_with_the_memory_that_is_free() -> None:
     [
         ("NVIDIA H100 80GB HBM3", (9, 0), 1979, 989, 3350),
         ("Tesla V100-SXM2-32GB", (7, 0), None, None, 2039),
+        ("NVIDIA GeForce RTX 5090", (12, 0), None, 209.5, 1792),
         ("a card that nobody knows yet", (13, 0), 624, 312, 2039),
     ],
 )

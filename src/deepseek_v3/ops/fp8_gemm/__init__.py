@@ -14,6 +14,8 @@ from deepseek_v3.ops.operation import Backend, Operation, Target, triton_obstacl
 
 __all__ = ["FP8_GEMM", "Fp8Gemm", "reference"]
 
+_SHARED_KIB = 128  # that Triton's largest tile takes for operands in flight
+
 
 class Fp8Gemm(Protocol):
     """The interface of a back end, as `reference.py` defines it."""
@@ -62,9 +64,13 @@ def _triton_obstacle(target: Target) -> str | None:
     if any(width % 16 for width in target.widths):
         return "needs row widths that are multiples of 16"
     obstacle = triton_obstacle(target)
-    if obstacle is None and torch.cuda.get_device_capability(target.device) < (9, 0):
+    if obstacle is not None:
+        return obstacle
+    if torch.cuda.get_device_capability(target.device) < (9, 0):
         return "needs a GPU of compute capability 9.0 or newer"
-    return obstacle
+    if torch.cuda.get_device_properties(target.device).shared_memory_per_multiprocessor <= 1024 * _SHARED_KIB:
+        return f"needs a GPU with more than {_SHARED_KIB} KiB of shared memory"
+    return None
 
 
 # The widths of its target are those of the rows, before and after every product; its dtype is that of the results.
