@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from deepseek_v3.config.data_config import CorpusConfig
+from deepseek_v3.config.parallel_config import ParallelConfig
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.tokens.shards import TokenShards
 from deepseek_v3.data.tokens.source import RunTokens, WeightedSource
@@ -30,7 +33,7 @@ def warn_of_unusual_settings(config: RunConfig, plan: TrainingSchedule, tokens: 
     length = config.training.sequence_length
     found = [_repetition(plan, part, length) for part in tokens.parts]
     found += [_never_read(plan, part, length) for part in tokens.parts]
-    found += [_warm_up(config, plan), _vocabulary(config, tokens)]
+    found += [_warm_up(config, plan), _vocabulary(config, tokens), *_without_effect(config.parallel)]
     if config.data.corpus is not None and isinstance(tokens, TokenShards):
         found.append(_built_otherwise(config.data.corpus, tokens))
     for warning in found:
@@ -95,6 +98,23 @@ def _vocabulary(config: RunConfig, tokens: RunTokens) -> str | None:
         "rows of the embedding and of the head are never used; set model.vocab_size to null, which follows the "
         "tokenizer, or use a larger tokenizer"
     )
+
+
+def _without_effect(parallel: ParallelConfig) -> Iterator[str]:
+    """Options of fewer bits in a layout or precision that has no use for them."""
+    dispatches = parallel.dispatch_precision == "fp8" and parallel.expert > 1
+    if parallel.gradient_reduction != "fp32" and parallel.data_ranks == 1:
+        yield (
+            f"parallel.gradient_reduction = {parallel.gradient_reduction} changes nothing: with one data-parallel "
+            "rank, gradients are not sent"
+        )
+    if parallel.dispatch_precision == "fp8" and not dispatches:
+        yield "parallel.dispatch_precision = fp8 changes nothing: with parallel.expert = 1, tokens are not sent"
+    if parallel.fp8_scales != "float32" and parallel.precision in ("bf16", "fp32") and not dispatches:
+        yield (
+            f"parallel.fp8_scales = {parallel.fp8_scales} changes nothing: this run computes and sends nothing in "
+            "FP8; --set parallel.precision=fp8 does"
+        )
 
 
 def _built_otherwise(corpus: CorpusConfig, shards: TokenShards) -> str | None:

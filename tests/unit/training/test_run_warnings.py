@@ -63,3 +63,22 @@ def test_shards_that_were_built_otherwise(run: Path, caplog: pytest.LogCaptureFi
 def test_a_trainer_says_it_once_at_its_start(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     Trainer(load_config(run, ["training.schedule.warmup_steps=12"]), torch.device("cpu"))
     assert sum("warmup_steps = 12 leaves nothing" in line for line in caplog.messages) == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "because", "used"),
+    [
+        ("gradient_reduction=fp8", "with one data-parallel rank", ["data_shard=2"]),
+        ("dispatch_precision=fp8", "with parallel.expert = 1", ["data_shard=2", "expert=2"]),
+        ("fp8_scales=power_of_two", "nothing in FP8", ["precision=fp8"]),
+        ("fp8_scales=power_of_two", "nothing in FP8", ["data_shard=2", "expert=2", "dispatch_precision=fp8"]),
+    ],
+)
+def test_an_option_that_the_layout_has_no_use_for(
+    run: Path, caplog: pytest.LogCaptureFixture, option: str, because: str, used: list[str]
+) -> None:
+    plain = ["parallel.precision=fp32", f"parallel.{option}"]
+    (line,) = warnings_of(run, caplog, *plain)
+    assert f"parallel.{option.replace('=', ' = ')} changes nothing: " in line
+    assert because in line
+    assert warnings_of(run, caplog, *plain, *(f"parallel.{each}" for each in used)) == []
