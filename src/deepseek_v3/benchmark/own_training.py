@@ -12,6 +12,8 @@ from typing import Any
 
 from deepseek_v3.benchmark.shape_files import INTERVAL
 from deepseek_v3.config.train_config import RunConfig
+from deepseek_v3.planning.memory_check import require_memory
+from deepseek_v3.training.preflight import describe_device
 from deepseek_v3.training.trainer import Trainer
 from deepseek_v3.utils.distributed.launch import select_device
 from deepseek_v3.utils.logging import configure_logging
@@ -48,9 +50,13 @@ def train_own(config: RunConfig, steps: int, device: str, started: float) -> Tra
     """Trains the first steps of a run, everything on that a run has; `started` is the start by `time.time`.
 
     Nothing waits for the device but the report after every interval, whose time counts. The run ends before it
-    would save anything.
+    would save anything. Raises PlanError for a run that the memory of a CPU's host does not hold, as the trainer
+    does: it would take the memory of every other program. A GPU ends such a run by itself.
     """
     configure_logging(logging.WARNING)
+    place = select_device(device)
+    if place.type == "cpu":
+        require_memory(config, describe_device(place))
     first_step: list[float] = []
 
     def step_begins(number: int) -> None:
@@ -60,7 +66,7 @@ def train_own(config: RunConfig, steps: int, device: str, started: float) -> Tra
             raise _EnoughError
 
     with suppress(_EnoughError):
-        Trainer(config, select_device(device), step_begins=step_begins).run()
+        Trainer(config, place, step_begins=step_begins).run()
     records = read_metrics(config.logging.directory / "metrics.jsonl")
     return _figures(records, first_step[0])
 

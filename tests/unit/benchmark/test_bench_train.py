@@ -17,13 +17,15 @@ from torch import Tensor
 from typer.testing import Result
 
 from deepseek_v3.benchmark import command, train_benchmark
-from deepseek_v3.benchmark.own_training import TrainingFigures
+from deepseek_v3.benchmark.own_training import TrainingFigures, train_own
 from deepseek_v3.benchmark.processes import run_apart
+from deepseek_v3.config.loading import load_config
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.ops.grouped_gemm import GROUPED_GEMM, reference_grouped_linear
 from deepseek_v3.ops.operation import Backend, Target
 from deepseek_v3.planning.flops import training_flops_per_token
-from deepseek_v3.utils.errors import BenchmarkError
+from deepseek_v3.training import preflight
+from deepseek_v3.utils.errors import BenchmarkError, PlanError
 from deepseek_v3.utils.text import format_value
 from helpers.runs import TOKENS_PER_STEP, dsv3, message_of, run_fields, write_corpus
 
@@ -215,3 +217,9 @@ def test_an_empty_name_is_shown_as_it_was_given(shape: Path, given: str) -> None
     assert (
         message_of(bench(shape, "--precision", given)) == f"--precision {format_value(given)}: expected bf16 or fp8"
     )
+
+
+def test_a_run_beyond_the_memory_is_not_begun(shape: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "usable_memory", lambda: 2**20)
+    with pytest.raises(PlanError, match=r"^this run needs .* GiB on CPU, which has 0\.0 GiB free"):
+        train_own(load_config(shape), STEPS, "cpu", time.time())
