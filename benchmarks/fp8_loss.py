@@ -179,6 +179,8 @@ def main(
 
     if precision not in (None, baseline, candidate):
         raise ConfigError(f"--precision {precision}: expected {baseline} or {candidate}, which are compared")
+    if len(set(_numbers("--seeds", seeds))) < 2:
+        raise ConfigError(f"--seeds {seeds}: expected at least two seeds, whose spread is the measure")
     pairs = [(name, seed) for seed in _numbers("--seeds", seeds) for name in (baseline, candidate)]
     first = config_of(*pairs[0])
     # A changed recipe must not reuse the runs of another one.

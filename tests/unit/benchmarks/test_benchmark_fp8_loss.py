@@ -101,6 +101,7 @@ def test_runs_are_compared_and_not_repeated(tmp_path: Path) -> None:
     ("option", "value", "expected"),
     [
         ("--seeds", "0,x", "--seeds 0,x: expected whole numbers with commas between them"),
+        ("--seeds", "1,1", "--seeds 1,1: expected at least two seeds"),
         ("--only-seeds", "", "--only-seeds : expected whole numbers"),
         ("--precision", "fp9", "--precision fp9: expected bf16 or fp8"),
         ("--source", "nowhere", "--source nowhere: expected a folder with files of text"),
