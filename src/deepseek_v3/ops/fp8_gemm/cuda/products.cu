@@ -368,7 +368,10 @@ __device__ __forceinline__ void multiply_tiles(Tiles tiles, Out* out, u32 shared
                 if (part == PARTS - 1) ready = barrier_passed(full + 8 * stage.index, stage.parity);
                 asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
                 pin(sum);
-                if (!COLUMNS && part == PARTS - 1 && lane == 0) barrier_arrive(empty);
+                if (!COLUMNS && part == PARTS - 1) {
+                    __syncwarp();  // all lanes have read the scales
+                    if (lane == 0) barrier_arrive(empty);
+                }
                 promote(total[part], sum, row_0 * of_block[part], row_8 * of_block[part],
                     column_scales + scales + part * PART_N * 4);
             }
