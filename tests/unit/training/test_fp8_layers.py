@@ -89,6 +89,16 @@ def test_auto_takes_what_was_measured_to_be_faster(
     assert (others in text) == is_chosen
 
 
+def test_auto_says_why_it_takes_no_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100")
+    write_table(tmp_path / "table.json", monkeypatch)
+    text = log_of("auto", caplog, CUDA)
+    assert text.startswith("no layer in FP8: ")
+    assert "not measured to be faster in FP8 on NVIDIA H100" in text
+
+
 def test_experts_have_the_rows_of_all_ranks() -> None:
     """Twice the tokens go to each expert if two ranks hold half of the experts each."""
     for expert, rows in ((1, 8), (2, 16)):

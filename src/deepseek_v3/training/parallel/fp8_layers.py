@@ -102,6 +102,8 @@ def compute_in_fp8(model: DeepSeekV3, config: RunConfig, device: torch.device, r
         return
     chosen, passed_over = _choose(list(fp8_layers(model, config)), precision, _name_of(device))
     if precision == "auto" and not chosen:
+        if device.type == "cuda":
+            log.info(f"no layer in FP8: {'; '.join(passed_over)}")
         return
     try:
         recipe = _recipe(model, config, device, reshards_weights)
