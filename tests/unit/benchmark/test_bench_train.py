@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def test_figures_follow_from_the_run(shape: Path, tmp_path: Path, monkeypatch: p
     found = json.loads(output.read_text(encoding="utf-8"))
     assert (found["command"], found["commit"], found["uncommitted"]) == ("bench train", "abc", False)
     assert found["tokens_per_step"] == TOKENS_PER_STEP
-    assert found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["torch"] == version("torch")
     assert found["ceilings"]["fp8_tflops"] is None
 
     ours, learns, fails, diverges = found["systems"]
