@@ -32,7 +32,7 @@ class Ceilings:
         return operations / (1e12 * rate)
 
     def copy_seconds(self, num_bytes: float) -> float:
-        """The least time to read and write so many bytes altogether."""
+        """The least time, in seconds, to move `num_bytes`, read and written bytes added, at the copy rate."""
         return num_bytes / (1e9 * self.copy_gb_per_s)
 
     def describe(self, device: torch.device) -> str:
