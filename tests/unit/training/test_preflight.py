@@ -97,6 +97,7 @@ def test_a_layout_that_no_memory_holds_is_refused(tmp_path: Path) -> None:
 @pytest.mark.gpu
 def test_a_gpu_is_known_by_name_with_the_memory_that_is_free() -> None:
     device = torch.device("cuda", 0)
+    torch.cuda.empty_cache()  # else the allocation below may take memory that an earlier test has freed
     described = describe_device(device)
     assert described.name == torch.cuda.get_device_name(device)
     _, total = torch.cuda.mem_get_info(device)

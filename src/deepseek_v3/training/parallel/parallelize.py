@@ -92,6 +92,7 @@ def build_on_meta(
     apply_activation_checkpointing(model, config.parallel.recomputation)
     if _compiles(model, config, device):
         _compile_layers([model.model.layers[number] for number in layers], config.parallel)
+        model.model.norm.compile(fullgraph=True, dynamic=False)
     root = wrap(model)
     apply_fsdp(root, model, mesh, layers, device)
     return root, model
@@ -180,28 +181,32 @@ def _compile_layers(layers: Sequence[nn.Module], parallel: ParallelConfig) -> No
     keep rows of the experts that should be recomputed. With expert parallelism only the parts around the exchange
     are compiled, because the exchange reads the number of rows from the device.
     """
+    from deepseek_v3.training.parallel.weight_gradients_last import WEIGHT_GRADIENTS_LAST  # slow to import
+
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _COMPILED_VARIANTS)
+    options: dict[str, Any] = {"fullgraph": True, "options": {"post_grad_custom_post_pass": WEIGHT_GRADIENTS_LAST}}
+    static = {**options, "dynamic": False}
     for layer in layers:
         if not isinstance(layer, DecoderLayer):
             continue
         moe = layer.mlp if isinstance(layer.mlp, MixtureOfExperts) else None
         has_exchange = moe is not None and parallel.expert > 1
         if parallel.recomputation != "selective" and not has_exchange:
-            layer.compile(fullgraph=True, dynamic=False)
+            layer.compile(**static)
             continue
-        _compile_method(layer, "attend")
+        _compile_method(layer, "attend", static)
         if moe is None or not has_exchange:
-            layer.mlp.compile(fullgraph=True, dynamic=False)
+            layer.mlp.compile(**static)
             continue
-        _compile_method(moe, "route")
+        _compile_method(moe, "route", static)
         if moe.experts.run_experts is run_experts:  # nothing but operators in FP8, which leave nothing to compile
-            moe.experts.compile(fullgraph=True, dynamic=True)
+            moe.experts.compile(**options, dynamic=True)
         if moe.config.n_shared_experts and moe.shared_experts.run_hidden is run_hidden:
-            _compile_method(moe.shared_experts, "hidden")
+            _compile_method(moe.shared_experts, "hidden", static)
 
 
-def _compile_method(module: nn.Module, name: str) -> None:
-    setattr(module, name, torch.compile(getattr(module, name), fullgraph=True, dynamic=False))
+def _compile_method(module: nn.Module, name: str, options: dict[str, Any]) -> None:
+    setattr(module, name, torch.compile(getattr(module, name), **options))
 
 
 @torch.no_grad()

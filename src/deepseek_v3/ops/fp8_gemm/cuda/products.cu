@@ -2,9 +2,12 @@
 //
 // One thread block per multiprocessor computes tiles of the output in turn. One thread copies tiles of the operands
 // into shared memory with the tensor memory accelerator (TMA), up to STAGES blocks of K ahead; one warp copies their
-// scales. Two warpgroups multiply; each owns 64 rows of the tile. The tensor cores sum 128 products along K, then
+// scales. Two warpgroups multiply; each owns half of the tile. The tensor cores sum 128 products along K, then
 // ordinary instructions multiply this sum by the scales of its blocks and add it to a float32 total (DeepSeek-V3
 // report, section 3.3.2). While one warpgroup does that, the tensor cores work for the other one.
+//
+// In columns_product every thread also needs the scales of its columns. A warpgroup owns half of the columns there,
+// not half of the rows, so that a scale that it has read serves 64 rows and the next 64.
 //
 // Set by the compiler's command line:
 //   COLUMNS     0: rows_product,    out[x, n] = sum over k of a[x, k] b[e, n, k]; x is in group e of the rows
@@ -27,6 +30,10 @@ constexpr int GROUP_M = 64, PART_N = 128;  // rows and columns of one instructio
 constexpr int PARTS = TILE_N / PART_N;
 constexpr int STRIP = 2048 / TILE_N;  // tiles of a strip of columns, whose tiles are taken row by row
 constexpr int WARPS = 8;              // that multiply
+constexpr bool BY_COLUMNS = COLUMNS && PARTS == 2;  // a warpgroup owns half of the columns of a tile, else of the rows
+// Of a thread's 32 column scales, those that it holds for both of its parts. More registers would be spilled, and
+// with 8 or 16 the compiler places them so that the instructions wait for each other.
+constexpr int HELD = 12;
 constexpr int STORED = 64;            // columns that a warp stores at a time
 
 // Shared memory: for each stage a tile of a, a tile of b, and scales: of the columns of b (columns_product), of the
@@ -161,21 +168,42 @@ struct Tiles {
     __device__ Tiles(const Sizes& sizes, const int* ends)
         : sizes(sizes), ends(ends), number(blockIdx.x), group(-1), first_tile(0), start(0), end(0), first_block(0) {}
 
+    __device__ int end_of(int group) const {
+        return group < 0 ? 0 : ends ? ends[group] : COLUMNS ? sizes.depth : sizes.rows;
+    }
+
     __device__ int row_tiles() const {
         return group < 0 ? 0 : ((COLUMNS ? sizes.rows : end - start) + TILE_M - 1) / TILE_M;
     }
 
     __device__ int column_tiles() const { return (sizes.columns + TILE_N - 1) / TILE_N; }
 
-    __device__ bool next(Tile& tile) {
+    // Goes to the group of the next tile, group by group.
+    __device__ bool walk() {
         while (number >= first_tile + row_tiles() * column_tiles()) {
             first_tile += row_tiles() * column_tiles();
             first_block += (end - start + BLOCK - 1) / BLOCK;
             start = end;
             group += 1;
             if (group == sizes.groups) return false;
-            end = ends ? ends[group] : COLUMNS ? sizes.depth : sizes.rows;
+            end = end_of(group);
         }
+        return true;
+    }
+
+    // The same in columns_product, whose groups have equally many tiles: from the number alone, which spares registers,
+    // and without the group's first block.
+    __device__ bool jump() {
+        int tiles = (sizes.rows + TILE_M - 1) / TILE_M * column_tiles();
+        group = number / tiles;
+        if (group >= sizes.groups) return false;
+        first_tile = group * tiles;
+        start = end_of(group - 1), end = end_of(group);
+        return true;
+    }
+
+    __device__ bool next(Tile& tile, bool needs_blocks) {
+        if (!(COLUMNS && !needs_blocks ? jump() : walk())) return false;
         int inside = number - first_tile, strip = inside / (row_tiles() * STRIP);
         int width = min(STRIP, column_tiles() - strip * STRIP), rest = inside - strip * row_tiles() * STRIP;
         tile.group = group;
@@ -205,8 +233,9 @@ __device__ __forceinline__ void copy_operands(
     u32 full = shared + OFFSET_BARRIERS, empty = full + 8 * STAGES;
     Tile tile;
     Stage stage{0, 0};
-    while (tiles.next(tile)) {
+    while (tiles.next(tile, true)) {
         int row_b = tile.column + (COLUMNS ? 0 : tile.group * tiles.sizes.columns);
+#pragma unroll 1  // else it takes more registers than this warp may have
         for (int block = tile.first_block; block < tile.first_block + tile.blocks; block++, stage.advance()) {
             u32 barrier = full + 8 * stage.index;
             barrier_wait(empty + 8 * stage.index, stage.parity ^ 1);
@@ -230,7 +259,7 @@ __device__ __forceinline__ void copy_scales(
     long long row_step = COLUMNS ? 1 : blocks, block_step = COLUMNS ? sizes.rows : 1;
     Tile tile;
     Stage stage{0, 0};
-    while (tiles.next(tile)) {
+    while (tiles.next(tile, true)) {
         const float* of_a[TILE_M / 32];
 #pragma unroll
         for (int i = 0; i < TILE_M / 32; i++) {
@@ -239,6 +268,7 @@ __device__ __forceinline__ void copy_scales(
         }
         int column_block = min(tile.column / BLOCK + lane, column_blocks - 1);
         const float* of_b = scales_b + ((long long)tile.group * column_blocks + column_block) * blocks;
+#pragma unroll 1
         for (int block = 0; block < tile.blocks; block++, stage.advance()) {
             u32 target = shared + OFFSET_SCALES + stage.index * BYTES_SCALES + 4 * lane;
             barrier_wait(empty + 8 * stage.index, stage.parity ^ 1);
@@ -253,35 +283,59 @@ __device__ __forceinline__ void copy_scales(
 
 // Adds the tensor cores' sum over one block of K, times the scales of the block, to the total. Of every 8 columns,
 // thread t of a warp holds number 2 (t % 4) and the next one, in rows t / 4 and t / 4 + 8.
-__device__ __forceinline__ void promote(
-    float (&total)[64], const float (&sum)[64], float row_0, float row_8, u32 column_scales) {
+__device__ __forceinline__ void promote(float (&total)[64], const float (&sum)[64], float row_0, float row_8) {
 #pragma unroll
-    for (int i = 0; i < PART_N / 8; i++) {
-        float2 scale = make_float2(1, 1);
-        if (COLUMNS)
-            asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
-                : "=f"(scale.x), "=f"(scale.y) : "r"(column_scales + 32 * i) : "memory");
-        total[4 * i] += sum[4 * i] * (row_0 * scale.x);
-        total[4 * i + 1] += sum[4 * i + 1] * (row_0 * scale.y);
-        total[4 * i + 2] += sum[4 * i + 2] * (row_8 * scale.x);
-        total[4 * i + 3] += sum[4 * i + 3] * (row_8 * scale.y);
+    for (int i = 0; i < 64; i += 4) {
+        total[i] += sum[i] * row_0;
+        total[i + 1] += sum[i + 1] * row_0;
+        total[i + 2] += sum[i + 2] * row_8;
+        total[i + 3] += sum[i + 3] * row_8;
     }
 }
 
-// Writes 16 rows × PART_N columns of a warp.
+// Reads the scales of a thread's columns.
+template <int N>
+__device__ __forceinline__ void load_column_scales(float (&column)[N], u32 address) {
+#pragma unroll
+    for (int i = 0; i < N; i += 2)
+        asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+            : "=f"(column[i]), "=f"(column[i + 1]) : "r"(address + 16 * i) : "memory");
+}
+
+// The same as `promote` with a scale for each column, too: the first ones are held, the others are at `address`.
+__device__ __forceinline__ void promote_columns(
+    float (&total)[64], const float (&sum)[64], float row_0, float row_8, const float (&held)[HELD], u32 address) {
+    float others[32 - HELD];
+#pragma unroll
+    for (int i = 0; i < PART_N / 8; i++) {
+        if (i == 4) load_column_scales(others, address + 16 * HELD);  // when the first sums have freed registers
+        float even = 2 * i < HELD ? held[2 * i] : others[2 * i - HELD];
+        float odd = 2 * i < HELD ? held[2 * i + 1] : others[2 * i + 1 - HELD];
+        total[4 * i] += sum[4 * i] * (row_0 * even);
+        total[4 * i + 1] += sum[4 * i + 1] * (row_0 * odd);
+        total[4 * i + 2] += sum[4 * i + 2] * (row_8 * even);
+        total[4 * i + 3] += sum[4 * i + 3] * (row_8 * odd);
+    }
+}
+
+// Writes 16 rows × PART_N columns of a warp. Two neighbouring threads exchange numbers, so that each has 4 neighbours.
 __device__ __forceinline__ void store(
     float* out, const float (&total)[64], u32, int row, int row_end, int column, int columns) {
     int lane = threadIdx.x % 32;
+    bool odd = lane % 2;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         int at = row + lane / 4 + 8 * half;
         float* target = out + (long long)at * columns + column;
 #pragma unroll
-        for (int i = 0; i < PART_N / 8; i++) {
-            int place = 8 * i + 2 * (lane % 4);
-            if (at < row_end && column + place < columns)
-                *reinterpret_cast<float2*>(target + place) =
-                    make_float2(total[4 * i + 2 * half], total[4 * i + 2 * half + 1]);
+        for (int i = 0; i < PART_N / 8; i += 2) {
+            const float *first = total + 4 * i + 2 * half, *second = first + 4;
+            float got_0 = __shfl_xor_sync(~0u, odd ? first[0] : second[0], 1);
+            float got_1 = __shfl_xor_sync(~0u, odd ? first[1] : second[1], 1);
+            float4 values = odd ? make_float4(got_0, got_1, second[0], second[1])
+                                : make_float4(first[0], first[1], got_0, got_1);
+            int place = 8 * (i + odd) + 4 * (lane % 4 / 2);
+            if (at < row_end && column + place < columns) *reinterpret_cast<float4*>(target + place) = values;
         }
     }
 }
@@ -326,19 +380,24 @@ __device__ __forceinline__ void store(
 // Multiplies and stores every tile, from two warpgroups.
 __device__ __forceinline__ void multiply_tiles(Tiles tiles, Out* out, u32 shared) {
     const Sizes& sizes = tiles.sizes;
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    u32 full = shared + OFFSET_BARRIERS, staged = shared + OFFSET_STORE + warp * BYTES_STORE;
-    u32 tiles_a = descriptor(shared + warp / 4 * (GROUP_M * BLOCK)), tiles_b = descriptor(shared + OFFSET_B);
-    u32 row_scales = shared + OFFSET_SCALES + ROW_SCALES + 4 * (warp * 16 + lane / 4);
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warpgroup = warp / 4;
+    // A warpgroup multiplies in parts of 64 rows × 128 columns, which lie below or beside each other.
+    constexpr int PART_ROWS = BY_COLUMNS ? GROUP_M : 0, PART_COLUMNS = BY_COLUMNS ? 0 : PART_N;
+    int first_row = BY_COLUMNS ? 0 : warpgroup * GROUP_M, first_column = BY_COLUMNS ? warpgroup * PART_N : 0;
+    u32 full = shared + OFFSET_BARRIERS;
+    u32 tiles_a = descriptor(shared + first_row * BLOCK);
+    u32 tiles_b = descriptor(shared + OFFSET_B + first_column * BLOCK);
+    first_row += warp % 4 * 16;
+    u32 row_scales = shared + OFFSET_SCALES + ROW_SCALES + 4 * (first_row + lane / 4);
     u32 block_scales = shared + OFFSET_SCALES + BLOCK_SCALES;
-    u32 column_scales = shared + OFFSET_SCALES + lane % 4 * 8;
+    u32 column_scales = shared + OFFSET_SCALES + 4 * first_column + lane % 4 * 8;
     // Else the compiler computes these anew for every block, while the tensor cores have nothing to do.
     asm volatile("" : "+r"(tiles_a), "+r"(tiles_b), "+r"(row_scales), "+r"(block_scales), "+r"(column_scales),
         "+r"(full), "+r"(lane));
     Tile tile;
     Stage stage{0, 0};
     bool ready = false;  // whether the stage is known to be full
-    while (tiles.next(tile)) {
+    while (tiles.next(tile, false)) {
         float total[PARTS][64], sum[64];
 #pragma unroll
         for (int part = 0; part < PARTS; part++)
@@ -348,18 +407,23 @@ __device__ __forceinline__ void multiply_tiles(Tiles tiles, Out* out, u32 shared
             if (!ready) barrier_wait(full + 8 * stage.index, stage.parity);
             u32 tile_a = tiles_a + stage.index * (BYTES_A / 16), tile_b = tiles_b + stage.index * (BYTES_B / 16);
             u32 scales = stage.index * BYTES_SCALES, empty = full + 8 * STAGES + 8 * stage.index;
-            float row_0, row_8, of_block[PARTS];
+            float row_0, row_8, of_block[PARTS], of_column[HELD];
 #pragma unroll
             for (int part = 0; part < PARTS; part++) {
                 pin(sum);
                 asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
                 for (int k = 0; k < BLOCK / 32; k++)
-                    multiply(sum, tile_a + 2 * k, tile_b + part * (PART_N * BLOCK / 16) + 2 * k, k > 0);
+                    multiply(sum, tile_a + part * (PART_ROWS * BLOCK / 16) + 2 * k,
+                        tile_b + part * (PART_COLUMNS * BLOCK / 16) + 2 * k, k > 0);
                 asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-                if (part == 0) {  // while the tensor cores work
-                    row_0 = load_shared(row_scales + scales);
-                    row_8 = load_shared(row_scales + scales + 32);
+                // From here to the wait, the tensor cores work.
+                if (part == 0 || BY_COLUMNS) {
+                    row_0 = load_shared(row_scales + scales + 4 * part * PART_ROWS);
+                    row_8 = load_shared(row_scales + scales + 4 * part * PART_ROWS + 32);
+                }
+                if (part == 0) {
+                    if (COLUMNS) load_column_scales(of_column, column_scales + scales);
 #pragma unroll
                     for (int i = 0; i < PARTS; i++)
                         of_block[i] = COLUMNS ? 1 : load_shared(block_scales + scales + 4 * i);
@@ -372,19 +436,22 @@ __device__ __forceinline__ void multiply_tiles(Tiles tiles, Out* out, u32 shared
                     __syncwarp();  // all lanes have read the scales
                     if (lane == 0) barrier_arrive(empty);
                 }
-                promote(total[part], sum, row_0 * of_block[part], row_8 * of_block[part],
-                    column_scales + scales + part * PART_N * 4);
+                if (COLUMNS)
+                    promote_columns(total[part], sum, row_0, row_8, of_column, column_scales + scales);
+                else
+                    promote(total[part], sum, row_0 * of_block[part], row_8 * of_block[part]);
             }
             if (COLUMNS) {
-                __syncwarp();  // the warp has read the scales of the columns
+                __syncwarp();  // all lanes have read the scales of the columns
                 if (lane == 0) barrier_arrive(empty);
             }
         }
         Out* target = out + (COLUMNS ? (long long)tile.group * sizes.rows * sizes.columns : 0);
-        int row = tile.row + warp * 16;
-        store(target, total[0], staged, row, tile.row_end, tile.column, sizes.columns);
+        u32 staged = shared + OFFSET_STORE + warp * BYTES_STORE;
+        int row = tile.row + first_row, column = tile.column + first_column;
+        store(target, total[0], staged, row, tile.row_end, column, sizes.columns);
         if (PARTS == 2)
-            store(target, total[PARTS - 1], staged, row, tile.row_end, tile.column + PART_N, sizes.columns);
+            store(target, total[PARTS - 1], staged, row + PART_ROWS, tile.row_end, column + PART_COLUMNS, sizes.columns);
     }
 }
 
@@ -406,11 +473,11 @@ extern "C" __global__ void __launch_bounds__(384, 1) fp8_product(
     __syncthreads();
     Tiles tiles(sizes, ends);
     if (threadIdx.x >= 32 * WARPS) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         if (threadIdx.x == 32 * WARPS) copy_operands(tiles, a, b, column_scales, shared);
         if (threadIdx.x / 32 == WARPS + 1) copy_scales(tiles, scales_a, scales_b, shared);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         multiply_tiles(tiles, out, shared);
     }
 }
