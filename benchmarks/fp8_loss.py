@@ -73,7 +73,7 @@ def _texts(paths: list[Path]) -> Iterator[str]:
     for path in paths:
         if path.stat().st_size <= LONGEST:
             text = path.read_bytes().decode("utf-8", errors="ignore")
-            if text.strip():
+            if text.strip() and "\0" not in text:  # which binary files have
                 yield text
 
 
