@@ -112,8 +112,9 @@ def test_what_cannot_be_compared_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, value: str, expected: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    source = write_corpus(tmp_path / "text", documents=60)  # some mistakes are found after all is tokenized
     app = typer.Typer()
     app.command()(main)
-    found = CliRunner().invoke(app, ["--device", "cpu", option, value])
+    found = CliRunner().invoke(app, ["--device", "cpu", "--source", str(source), option, value])
     assert isinstance(found.exception, ConfigError), found.output
     assert str(found.exception).startswith(expected)
