@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -115,5 +116,6 @@ def refusal(file: Path) -> str:
 
 
 def _announce() -> None:
+    sys.modules["mlflow"] = None  # DeepSpeed would import it for its tuner, which takes a second
     rank, size = dist.get_rank(), dist.get_world_size()
     export_environment(World(rank, size, rank, size), CPU)

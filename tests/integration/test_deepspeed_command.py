@@ -25,6 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run that DeepSpeed's launcher has started."""
     folder = tmp_path_factory.mktemp("run")
     config = write_run(folder, STEPS)
+    (folder / "mlflow.py").write_text("raise ImportError", encoding="utf-8")  # DeepSpeed's tuner imports it
     done = launched(config, SHIPPED)
     assert done.returncode == 0, done.stdout + done.stderr
     (folder / "output.txt").write_text(done.stdout, encoding="utf-8")
@@ -45,6 +46,8 @@ def launched(config: Path, settings: Path, *words: object) -> subprocess.Complet
         *words,
     ]
     variables = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    modules = [str(config.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    variables["PYTHONPATH"] = os.pathsep.join(modules)
     variables["PATH"] = f"{Path(sys.executable).parent}:{variables['PATH']}"
     return subprocess.run(
         [*launcher, *map(str, script)], env=variables, capture_output=True, text=True, timeout=HANGS
