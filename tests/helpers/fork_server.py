@@ -16,6 +16,8 @@ _IMPORTED = [
     "deepseek_v3.training.parallel.pipeline_parallel",
     "deepseek_v3.data.pipeline.tasks",
     "deepseek_v3.data.tokens.encoding",
+    "deepseek_v3.data.deduplication.kernels.numba_kernels",
+    "pandas",  # pyarrow imports it
 ]
 
 
