@@ -13,6 +13,7 @@ from helpers import deepspeed_runs, parallel_runs
 from helpers.rank_pool import RankPool
 
 STEPS, MORE_STEPS = 3, 10
+MODEL = {"num_hidden_layers": 2}  # a dense layer and one of mixtures, besides one of prediction
 TRAINING: dict[str, dict[str, Any]] = {
     "constant batch": {},
     "growing batch": {"batch_ramp": {"initial": 2, "increment": 2, "fraction": 0.5}},
@@ -25,7 +26,8 @@ def alone(pool: RankPool) -> Callable[[str, int], dict[str, Any]]:
 
     @cache
     def trained(name: str, steps: int) -> dict[str, Any]:
-        return pool.run(1, parallel_runs.train, steps, {"micro_batch_size": 1}, TRAINING[name])[0]
+        parallel = {"micro_batch_size": 1}
+        return pool.run(1, parallel_runs.train, steps, parallel, TRAINING[name], "cpu", False, MODEL)[0]
 
     return trained
 
@@ -51,7 +53,7 @@ def test_zero_trains_as_one_process_does(
 ) -> None:
     file = deepspeed_runs.write_settings(tmp_path, {"zero_optimization": {"stage": stage}})
     expected_run = alone(training, steps)
-    for result in deepspeed_pool.run(2, deepspeed_runs.train, file, steps, parallel, TRAINING[training]):
+    for result in deepspeed_pool.run(2, deepspeed_runs.train, file, steps, parallel, TRAINING[training], MODEL):
         assert len(result["rows"]) == len(expected_run["rows"]) >= steps
         for (found, counts, biases), (expected, all_counts, all_biases) in zip(
             result["rows"], expected_run["rows"], strict=True
@@ -95,7 +97,7 @@ def test_zero_trains_in_fp8(recomputation: str, pool: RankPool, deepspeed_pool: 
     stage = {"stage": 3, "stage3_param_persistence_threshold": 0}
     file = deepspeed_runs.write_settings(tmp_path, {"zero_optimization": stage})
     parallel = {"precision": "fp8", "recomputation": recomputation}
-    model = {"num_hidden_layers": 2, "intermediate_size": 128}
+    model = MODEL | {"intermediate_size": 128}
     (expected,) = pool.run(1, parallel_runs.train, 1, parallel, None, "cpu", False, model)
     for found in deepspeed_pool.run(2, deepspeed_runs.train, file, 1, parallel, {}, model):
         np.testing.assert_allclose(found["rows"][0][0], expected["rows"][0][0], rtol=1e-3)

@@ -130,8 +130,18 @@ def test_a_layout_trains_as_one_gpu_does(gpus: RankPool, one_gpu: dict[str, Any]
 SCHEDULES = ("1f1b", "interleaved", "zero_bubble", "dualpipe_v")
 
 
-@pytest.mark.parametrize(("depth", "weight"), [(0, 0.3), (1, 0.0), (1, 0.3), (2, 0.0), (2, 0.3)])
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    ("depth", "weight", "tied"),
+    [
+        (0, 0.3, False),
+        (0, 0.3, True),
+        (1, 0.0, False),
+        (1, 0.3, True),  # as LAYOUTS are, but for the tied weights
+        (2, 0.0, True),
+        (2, 0.3, False),
+        (2, 0.3, True),
+    ],
+)
 def test_every_schedule_trains_heads_of_all_kinds(pool: RankPool, depth: int, weight: float, tied: bool) -> None:
     """The last stage uses some weights several times, and a loss with weight 0 has gradients of 0."""
     model = {"num_nextn_predict_layers": depth, "tie_word_embeddings": tied}

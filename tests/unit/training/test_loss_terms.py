@@ -120,7 +120,8 @@ def train_with_terms(parallel: dict[str, Any], masked: bool, weights: dict[str, 
 
     parallel_runs.engine_of = engine_of
     try:
-        return {**parallel_runs.train(3, parallel, {"loss_terms": weights}, "cpu", masked), "terms": values}
+        training, model = {"loss_terms": weights}, {"num_hidden_layers": 2}
+        return {**parallel_runs.train(3, parallel, training, "cpu", masked, model), "terms": values}
     finally:
         parallel_runs.engine_of = build
 
