@@ -76,11 +76,16 @@ def _started(function: Callable[..., None], *arguments: Any) -> ForkServerProces
     return process
 
 
-def _run_rank(world: World, work: Callable[[World], None], output: Path) -> None:
-    with output.open("w") as file:
+def write_output_to(path: Path) -> None:
+    """Lets this process and its libraries print to a file."""
+    with path.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", buffering=1, closefd=False) for descriptor in (1, 2))
+
+
+def _run_rank(world: World, work: Callable[[World], None], output: Path) -> None:
+    write_output_to(output)
     torch.set_num_threads(1)
     configure_logging()
     run_app(lambda: work(world))

@@ -3,11 +3,13 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,8 @@ from deepseek_v3.utils import monitoring
 from deepseek_v3.utils.checkpointing.directory import CheckpointDirectory, load_checkpoint
 from deepseek_v3.utils.checkpointing.sharded import ShardedWriter
 from deepseek_v3.utils.monitoring import read_metrics
-from helpers import ROOT
-from helpers.jobs import HANGS
+from helpers import ROOT, fork_server
+from helpers.jobs import HANGS, write_output_to
 from helpers.runs import TOKENS_PER_STEP, dsv3, message_of, run_fields, write_corpus, write_run
 
 STEPS = 6
@@ -302,17 +304,26 @@ def test_documents_can_be_masked(folder: Path) -> None:
     assert result.exit_code == 0, result.output
 
 
+def run_script(config: Path, output: Path) -> None:
+    """Runs `src/training/train.py` in this process, which has been forked."""
+    write_output_to(output)
+    sys.argv = ["train.py", "--config", str(config)]
+    runpy.run_path(str(ROOT / "src/training/train.py"), run_name="__main__")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, number: signal.Signals) -> None:
-    config = write_run(tmp_path, steps=100_000)
-    command = [sys.executable, str(ROOT / "src/training/train.py"), "--config", str(config)]
+    config, printed = write_run(tmp_path, steps=100_000), tmp_path / "output.txt"
     metrics = tmp_path / "run" / "metrics.jsonl"
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
-            time.sleep(0.1)
-        process.send_signal(number)
-        output, errors = process.communicate(timeout=HANGS)
-    assert process.returncode == 0, errors
+    process = fork_server.CONTEXT.Process(target=run_script, args=(config, printed), daemon=True)
+    process.start()
+    while process.is_alive() and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.1)
+    with suppress(ProcessLookupError):  # it has failed
+        os.kill(process.pid, number)
+    process.join(HANGS)
+    output = printed.read_text(encoding="utf-8")
+    assert process.exitcode == 0, output
     newest = max(int(path.stem.split("_")[-1]) for path in (tmp_path / "checkpoints").iterdir())
     assert f"Stopped after step {newest}" in output
     assert f"dsv3 train --config {config} --resume latest" in output
