@@ -63,7 +63,8 @@ def test_losses_and_gradients_stay_near_float32(pool: RankPool) -> None:
     model |= {"n_group": 1, "topk_group": 1}
     rounded, exact = (train(pool, 1, model, precision=precision) for precision in ("fp8", "fp32"))
     for (found, *_), (expected, *_) in zip(rounded["rows"], exact["rows"], strict=True):
-        np.testing.assert_allclose(found, expected, rtol=5e-3)
+        np.testing.assert_allclose(found[:4], expected[:4], rtol=1e-3)  # losses
+        np.testing.assert_allclose(found[4], expected[4], rtol=1e-2)  # the norm of gradients of 3 bits
     for name, (*_, gradient) in rounded["gradients"].items():
         expected = exact["gradients"][name][-1]
         cosine = (gradient * expected).sum() / np.linalg.norm(gradient) / np.linalg.norm(expected)

@@ -9,7 +9,7 @@ import ctypes
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,51 +28,78 @@ class CudaError(RuntimeError):
 
 @contextmanager
 def current_device(device: torch.device) -> Iterator[None]:
-    """Makes a GPU the current one; its tensor maps are made, and its kernels are launched, inside.
-
-    The driver's functions need the device's context, which a new thread, such as one of autograd's, has only after
-    its first call of the CUDA runtime.
-    """
+    """Makes a GPU the current one; its tensor maps are made, and its kernels are launched, inside."""
     with torch.cuda.device(device):
-        context, driver = ctypes.c_void_p(), _driver()
-        _check(driver.cuCtxGetCurrent(ctypes.byref(context)), "asking for the current context")
-        if not context:
-            retained = driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), torch.cuda.current_device())
-            _check(retained, f"retaining the context of {device}")
-            _check(driver.cuCtxSetCurrent(context), f"entering the context of {device}")
+        index = torch.cuda.current_device()
+        if index not in _entered.gpus:
+            _enter_context(index)
+            _entered.gpus.add(index)
         yield
 
 
-class TensorMap:
-    """Describes a matrix to the tensor memory accelerator, which copies boxes of it into shared memory.
+class _Entered(threading.local):
+    """The GPUs whose context a thread has."""
 
-    `matrix` (rows, columns) contiguous, aligned to 16 bytes, as its rows are; a box is `box_rows` × `box_columns`.
-    What a box has beyond the matrix is read as zeros. With `swizzle` the 16-byte pieces of a row of 128 bytes are
-    permuted as the tensor cores expect.
+    def __init__(self) -> None:
+        self.gpus: set[int] = set()
+
+
+_entered = _Entered()
+
+
+def _enter_context(index: int) -> None:
+    """Enters a GPU's context, which the driver's functions need.
+
+    A new thread, such as one of autograd's, has it only after its first call of the CUDA runtime.
     """
+    context, driver = ctypes.c_void_p(), _driver()
+    _check(driver.cuCtxGetCurrent(ctypes.byref(context)), "asking for the current context")
+    if not context:
+        retained = driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), index)
+        _check(retained, f"retaining the context of GPU {index}")
+        _check(driver.cuCtxSetCurrent(context), f"entering the context of GPU {index}")
 
-    def __init__(self, matrix: Tensor, box_rows: int, box_columns: int, swizzle: bool = False) -> None:
-        rows, columns = matrix.shape
+
+class TensorMap:
+    """Describes a matrix to the tensor memory accelerator, which copies boxes of it into shared memory."""
+
+    def __init__(
+        self, address: int, dtype: torch.dtype, shape: tuple[int, int], box: tuple[int, int], swizzle: bool
+    ) -> None:
         # The driver wants 64-byte alignment, which ctypes does not promise.
         self._memory = ctypes.create_string_buffer(_TENSOR_MAP_BYTES + 64)
         self.address = -(-ctypes.addressof(self._memory) // 64) * 64
         _check(
             _driver().cuTensorMapEncodeTiled(
                 ctypes.c_void_p(self.address),
-                _TENSOR_MAP_TYPES[matrix.dtype],
+                _TENSOR_MAP_TYPES[dtype],
                 2,
-                ctypes.c_void_p(matrix.data_ptr()),
-                (ctypes.c_uint64 * 2)(columns, rows),
-                (ctypes.c_uint64 * 1)(columns * matrix.element_size()),
-                (ctypes.c_uint32 * 2)(box_columns, box_rows),
+                ctypes.c_void_p(address),
+                (ctypes.c_uint64 * 2)(*shape[::-1]),
+                (ctypes.c_uint64 * 1)(shape[1] * dtype.itemsize),
+                (ctypes.c_uint32 * 2)(*box[::-1]),
                 (ctypes.c_uint32 * 2)(1, 1),
                 0,
                 _SWIZZLE_128_BYTES if swizzle else _NO_SWIZZLE,
                 _PROMOTE_TO_256_BYTES,
                 0,
             ),
-            f"cuTensorMapEncodeTiled of {tuple(matrix.shape)} {matrix.dtype}",
+            f"cuTensorMapEncodeTiled of {shape} {dtype}",
         )
+
+
+def tensor_map(matrix: Tensor, box_rows: int, box_columns: int, swizzle: bool = False) -> TensorMap:
+    """The map of a matrix (rows, columns), contiguous and aligned to 16 bytes, as its rows are.
+
+    A box is `box_rows` × `box_columns`; what it has beyond the matrix is read as zeros. With `swizzle` the 16-byte
+    pieces of a row of 128 bytes are permuted as the tensor cores expect. Training allocates the same addresses in
+    every step, and their maps are made once.
+    """
+    rows, columns = matrix.shape
+    return _tensor_map(matrix.data_ptr(), matrix.dtype, (rows, columns), (box_rows, box_columns), swizzle)
+
+
+_tensor_map = lru_cache(maxsize=4096)(TensorMap)
 
 
 class Kernel:

@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -78,8 +79,30 @@ def test_a_thread_without_a_context_gets_that_of_its_device(
     monkeypatch.setattr(nvrtc, "_driver", lambda: driver)
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    with nvrtc.current_device(torch.device("cuda", 1)):
-        assert driver.calls == calls
+    monkeypatch.setattr(nvrtc, "_entered", nvrtc._Entered())
+    for _ in range(2):
+        with nvrtc.current_device(torch.device("cuda", 1)):
+            assert driver.calls == calls
+
+
+def test_the_map_of_the_same_memory_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same address, type, shape and box; everything else is another map."""
+    made = []
+    driver = SimpleNamespace(cuTensorMapEncodeTiled=lambda *given: made.append(given) or 0)
+    monkeypatch.setattr(nvrtc, "_driver", lambda: driver)
+    nvrtc._tensor_map.cache_clear()
+    matrix = torch.zeros(64, 128, dtype=torch.uint8)
+    first = nvrtc.tensor_map(matrix, 64, 128, swizzle=True)
+    assert nvrtc.tensor_map(matrix.view(64, 128), 64, 128, swizzle=True) is first
+    others = [
+        nvrtc.tensor_map(matrix, 32, 128, swizzle=True),
+        nvrtc.tensor_map(matrix, 64, 128),
+        nvrtc.tensor_map(matrix[1:], 64, 128, swizzle=True),
+        nvrtc.tensor_map(matrix[:32], 64, 128, swizzle=True),
+        nvrtc.tensor_map(matrix.view(torch.float32), 64, 32),
+    ]
+    assert len({id(found) for found in (first, *others)}) == len(made) == 6
+    nvrtc._tensor_map.cache_clear()
 
 
 @pytest.mark.gpu

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from deepseek_v3.ops.custom_op import custom_op, fake_of
 from deepseek_v3.ops.fp8 import reference
 from deepseek_v3.ops.fp8.formats import (
     BLOCK,
@@ -91,7 +92,7 @@ def swiglu_backward(
 # The custom operations
 
 
-@torch.library.custom_op("deepseek_v3::fp8_quantize_rows", mutates_args=())
+@custom_op("fp8_quantize_rows")
 def _quantize_rows(x_TD: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
     values_TD, scales_TG = empty_rows(x_TD, *x_TD.shape)
     if x_TD.numel():
@@ -103,36 +104,36 @@ def _quantize_rows(x_TD: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
     return values_TD, scales_TG
 
 
-@_quantize_rows.register_fake
+@fake_of(_quantize_rows)
 def _(x_TD: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:  # noqa: ARG001 -- the operation's signature
     return empty_rows(x_TD, *x_TD.shape)
 
 
-@torch.library.custom_op("deepseek_v3::fp8_quantize_columns", mutates_args=())
+@custom_op("fp8_quantize_columns")
 def _quantize_columns(x_TD: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
     columns = empty_columns(x_TD, *x_TD.shape)
     _run_columns_kernel(x_TD, columns, len(x_TD), power_of_two)
     return columns
 
 
-@_quantize_columns.register_fake
+@fake_of(_quantize_columns)
 def empty_for_columns(x_TD: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:  # noqa: ARG001 -- the operation's signature
     return empty_columns(x_TD, *x_TD.shape)
 
 
-@torch.library.custom_op("deepseek_v3::fp8_quantize_both", mutates_args=())
+@custom_op("fp8_quantize_both")
 def _quantize_both(x_TD: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, columns = empty_rows(x_TD, *x_TD.shape), empty_columns(x_TD, *x_TD.shape)
     _run_columns_kernel(x_TD, columns, len(x_TD), power_of_two, row_copy=rows)
     return *rows, *columns
 
 
-@_quantize_both.register_fake
+@fake_of(_quantize_both)
 def empty_for_both(x_TD: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # noqa: ARG001 -- see above
     return *empty_rows(x_TD, *x_TD.shape), *empty_columns(x_TD, *x_TD.shape)
 
 
-@torch.library.custom_op("deepseek_v3::fp8_gather_rows", mutates_args=())
+@custom_op("fp8_gather_rows")
 def _gather_rows(values_RD: Tensor, scales_RG: Tensor, source_X: Tensor) -> tuple[Tensor, Tensor]:
     values_XD, scales_XG = empty_rows(values_RD, len(source_X), values_RD.shape[1])
     if values_XD.numel():
@@ -153,19 +154,19 @@ def _gather_rows(values_RD: Tensor, scales_RG: Tensor, source_X: Tensor) -> tupl
     return values_XD, scales_XG
 
 
-@_gather_rows.register_fake
+@fake_of(_gather_rows)
 def _(values_RD: Tensor, scales_RG: Tensor, source_X: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG001 -- see above
     return empty_rows(values_RD, source_X.shape[0], values_RD.shape[1])
 
 
-@torch.library.custom_op("deepseek_v3::fp8_gather_columns", mutates_args=())
+@custom_op("fp8_gather_columns")
 def _gather_columns(x_RD: Tensor, source_X: Tensor, ends_E: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
     columns = empty_columns(x_RD, len(source_X), x_RD.shape[1], len(ends_E))
     _run_columns_kernel(x_RD, columns, len(source_X), power_of_two, source_X, ends_E)
     return columns
 
 
-@_gather_columns.register_fake
+@fake_of(_gather_columns)
 def empty_for_gathered(
     x_RD: Tensor,
     source_X: Tensor,
@@ -175,7 +176,7 @@ def empty_for_gathered(
     return empty_columns(x_RD, source_X.shape[0], x_RD.shape[1], ends_E.shape[0])
 
 
-@torch.library.custom_op("deepseek_v3::fp8_requantize_columns", mutates_args=())
+@custom_op("fp8_requantize_columns")
 def _requantize_columns(
     values_RD: Tensor,
     scales_RG: Tensor,
@@ -191,7 +192,7 @@ def _requantize_columns(
     return columns
 
 
-@_requantize_columns.register_fake
+@fake_of(_requantize_columns)
 def _(
     values_RD: Tensor,
     scales_RG: Tensor,  # noqa: ARG001 -- the operation's signature
@@ -203,7 +204,7 @@ def _(
     return empty_columns(values_RD, source_X.shape[0], values_RD.shape[1], ends_E.shape[0])
 
 
-@torch.library.custom_op("deepseek_v3::fp8_quantize_weight", mutates_args=())
+@custom_op("fp8_quantize_weight")
 def _quantize_weight(w_EOI: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     found = _empty_weights(w_EOI)
     if w_EOI.numel():
@@ -215,12 +216,12 @@ def _quantize_weight(w_EOI: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor,
     return found
 
 
-@_quantize_weight.register_fake
+@fake_of(_quantize_weight)
 def _(w_EOI: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # noqa: ARG001 -- see above
     return _empty_weights(w_EOI)
 
 
-@torch.library.custom_op("deepseek_v3::fp8_swiglu", mutates_args=())
+@custom_op("fp8_swiglu")
 def _swiglu(
     gate_up_XG2: Tensor, gates_X: Tensor | None, power_of_two: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -245,7 +246,7 @@ def _swiglu(
     return found
 
 
-@_swiglu.register_fake
+@fake_of(_swiglu)
 def _(
     gate_up_XG2: Tensor,
     gates_X: Tensor | None,  # noqa: ARG001 -- the operation's signature
@@ -255,7 +256,7 @@ def _(
     return *empty_rows(gate_up_XG2, rows, width // 2), *empty_rows(gate_up_XG2, rows, width)
 
 
-@torch.library.custom_op("deepseek_v3::fp8_swiglu_backward", mutates_args=())
+@custom_op("fp8_swiglu_backward")
 def _swiglu_backward(
     kept_XG2: Tensor,
     kept_scales: Tensor,
@@ -303,7 +304,7 @@ def _swiglu_backward(
     return *grad_rows, *grad_columns, *hidden_columns, grad_gates
 
 
-@_swiglu_backward.register_fake
+@fake_of(_swiglu_backward)
 def empty_for_gradients(
     kept_XG2: Tensor,  # noqa: ARG001 -- the operation's signature
     kept_scales: Tensor,  # noqa: ARG001

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from deepseek_v3.ops.custom_op import custom_op, fake_of
 from deepseek_v3.ops.fp8 import BLOCK, ColumnBlocks, RowBlocks, WeightBlocks
 
 
@@ -52,7 +53,7 @@ def columns_product(
     return _columns_product(*a, *b, ends_E, num_rows, dtype)
 
 
-@torch.library.custom_op("deepseek_v3::fp8_rows_product_triton", mutates_args=())
+@custom_op("fp8_rows_product_triton")
 def _rows_product(
     values_XI: Tensor,
     scales_XG: Tensor,
@@ -86,7 +87,7 @@ def _rows_product(
     return out_XO
 
 
-@torch.library.custom_op("deepseek_v3::fp8_columns_product_triton", mutates_args=())
+@custom_op("fp8_columns_product_triton")
 def _columns_product(
     a_OP: Tensor,
     a_scales_BO: Tensor,
@@ -121,14 +122,14 @@ def _columns_product(
     return out_EOI
 
 
-@_rows_product.register_fake
+@fake_of(_rows_product)
 def _(
     values_XI: Tensor, _0: Tensor, weight_EOI: Tensor, _1: Tensor, _2: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     return values_XI.new_empty(len(values_XI), weight_EOI.shape[1], dtype=dtype)
 
 
-@_columns_product.register_fake
+@fake_of(_columns_product)
 def _(
     a_OP: Tensor, _0: Tensor, b_IP: Tensor, _1: Tensor, ends_E: Tensor | None, _2: int, dtype: torch.dtype
 ) -> Tensor:

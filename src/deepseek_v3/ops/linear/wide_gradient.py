@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from deepseek_v3.ops.custom_op import custom_op, fake_of
 from deepseek_v3.ops.dtypes import product_in_float32
 from deepseek_v3.ops.linear import reference
 
@@ -42,11 +43,11 @@ class _Linear(torch.autograd.Function):
         return grad_x, _weight_gradient(*rows) if needs_weight else None
 
 
-@torch.library.custom_op("deepseek_v3::weight_gradient", mutates_args=())
+@custom_op("weight_gradient")
 def _weight_gradient(grad_TO: Tensor, x_TI: Tensor) -> Tensor:
     return product_in_float32(grad_TO.T, x_TI)
 
 
-@_weight_gradient.register_fake
+@fake_of(_weight_gradient)
 def _(grad_TO: Tensor, x_TI: Tensor) -> Tensor:
     return grad_TO.new_empty(grad_TO.shape[1], x_TI.shape[1], dtype=torch.float32)

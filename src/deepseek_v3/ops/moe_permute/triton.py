@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from deepseek_v3.ops.custom_op import custom_op, fake_of
 from deepseek_v3.ops.moe_permute import reference
 from deepseek_v3.ops.moe_permute.reference import BinOrder, ExpertBins, RowCopies
 
@@ -26,7 +27,7 @@ def gather_rows(x_TD: Tensor, copies: RowCopies) -> Tensor:
     return torch.ops.deepseek_v3.gather_rows(x_TD, copies.slots_TM, copies.source_X.shape[0])
 
 
-@torch.library.custom_op("deepseek_v3::gather_rows", mutates_args=())
+@custom_op("gather_rows")
 def _gather_rows(x_TD: Tensor, slots_TM: Tensor, number: int) -> Tensor:
     x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
     (tokens, width), out_XD = x_TD.shape, _empty_copies(x_TD, slots_TM, number)
@@ -49,7 +50,7 @@ def _gather_rows(x_TD: Tensor, slots_TM: Tensor, number: int) -> Tensor:
     return out_XD
 
 
-@_gather_rows.register_fake
+@fake_of(_gather_rows)
 def _empty_copies(x_TD: Tensor, slots_TM: Tensor, number: int) -> Tensor:  # noqa: ARG001 -- the operator's signature
     return x_TD.new_empty(number, x_TD.shape[1])
 
@@ -81,7 +82,7 @@ def sum_rows(rows_XD: Tensor, slots_TM: Tensor) -> Tensor:
     return torch.ops.deepseek_v3.sum_rows(rows_XD, slots_TM)
 
 
-@torch.library.custom_op("deepseek_v3::sum_rows", mutates_args=())  # torch.compile calls it without looking inside
+@custom_op("sum_rows")  # torch.compile calls it without looking inside
 def _sum_rows(rows_XD: Tensor, slots_TM: Tensor) -> Tensor:
     rows_XD = rows_XD if rows_XD.stride(1) == 1 else rows_XD.contiguous()
     (number, width), (sums, most) = rows_XD.shape, slots_TM.shape
@@ -95,7 +96,7 @@ def _sum_rows(rows_XD: Tensor, slots_TM: Tensor) -> Tensor:
     return out_TD
 
 
-@_sum_rows.register_fake
+@fake_of(_sum_rows)
 def _(rows_XD: Tensor, slots_TM: Tensor) -> Tensor:
     return rows_XD.new_empty(slots_TM.shape[0], rows_XD.shape[1])
 

@@ -17,6 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from deepseek_v3.ops.custom_op import custom_op, fake_of
+
 _HEADS = 8  # heads that a program has in its registers at a time
 
 
@@ -43,7 +45,7 @@ class _JoinHeads(torch.autograd.Function):
         return *_join_backward(grad_q_BSHK, grad_k_BSHK, grad_v_BSHV, *ctx.saved_tensors), None, None
 
 
-@torch.library.custom_op("deepseek_v3::join_heads", mutates_args=())
+@custom_op("join_heads")
 def _join(
     q_BSHK: Tensor, kv_BSHX: Tensor, k_rope_BSR: Tensor, cos_BSP: Tensor, sin_BSP: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,7 +56,7 @@ def _join(
     return joined
 
 
-@torch.library.custom_op("deepseek_v3::join_heads_backward", mutates_args=())
+@custom_op("join_heads_backward")
 def _join_backward(
     grad_q_BSHK: Tensor, grad_k_BSHK: Tensor, grad_v_BSHV: Tensor, cos_BSP: Tensor, sin_BSP: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,7 +69,7 @@ def _join_backward(
     return gradients
 
 
-@_join.register_fake
+@fake_of(_join)
 def _empty_heads(
     q_BSHK: Tensor,
     kv_BSHX: Tensor,
@@ -83,7 +85,7 @@ def _empty_heads(
     )
 
 
-@_join_backward.register_fake
+@fake_of(_join_backward)
 def _empty_gradients(
     grad_q_BSHK: Tensor,
     grad_k_BSHK: Tensor,  # noqa: ARG001 -- the operator's signature

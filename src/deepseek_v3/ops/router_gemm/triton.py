@@ -28,6 +28,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from deepseek_v3.ops.custom_op import custom_op, fake_of
+
 _ROWS = 128  # of a program's tile
 _COLUMNS = 128  # of a program's tile, at most
 _ADDENDS = 64  # products of each part in one sum on the tensor cores
@@ -52,12 +54,12 @@ class _RouterProduct(torch.autograd.Function):
         return _gradients(*ctx.saved_tensors, grad_TE)
 
 
-@torch.library.custom_op("deepseek_v3::router_logits", mutates_args=())
+@custom_op("router_logits")
 def _product(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     return _product_of_parts(x_TD, torch.stack(_parts(weight_ED)).mT)
 
 
-@torch.library.custom_op("deepseek_v3::router_logits_backward", mutates_args=())
+@custom_op("router_logits_backward")
 def _gradients(x_TD: Tensor, weight_ED: Tensor, grad_TE: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of the rows and of the weight."""
     first_TE, second_TE, third_TE = _parts(grad_TE)
@@ -70,12 +72,12 @@ def _gradients(x_TD: Tensor, weight_ED: Tensor, grad_TE: Tensor) -> tuple[Tensor
     return grad_x_TD, grad_weight_DE.T.contiguous()
 
 
-@_product.register_fake
+@fake_of(_product)
 def _(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     return weight_ED.new_empty(x_TD.shape[0], weight_ED.shape[0])
 
 
-@_gradients.register_fake
+@fake_of(_gradients)
 def _(x_TD: Tensor, weight_ED: Tensor, grad_TE: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG001
     return x_TD.new_empty(x_TD.shape), weight_ED.new_empty(weight_ED.shape)
 

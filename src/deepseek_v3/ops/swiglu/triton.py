@@ -13,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from deepseek_v3.ops.custom_op import custom_op, fake_of
+
 _NUMBERS = 2048  # numbers of the result in one step of a program
 _MOST_COLUMNS = 1024  # of them in one row
 
@@ -34,14 +36,14 @@ class _PackedSwiGLU(torch.autograd.Function):
         return _backward(*ctx.saved_tensors, grad_XF)
 
 
-@torch.library.custom_op("deepseek_v3::packed_swiglu", mutates_args=())
+@custom_op("packed_swiglu")
 def _forward(gate_up_XG: Tensor, weights_X: Tensor) -> Tensor:
     out_XF = _empty_result(gate_up_XG, weights_X)
     _launch(_swiglu_kernel, out_XF, gate_up_XG.contiguous(), weights_X.contiguous(), out_XF)
     return out_XF
 
 
-@torch.library.custom_op("deepseek_v3::packed_swiglu_backward", mutates_args=())
+@custom_op("packed_swiglu_backward")
 def _backward(gate_up_XG: Tensor, weights_X: Tensor, grad_XF: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of the input and of the weights."""
     grad_gate_up_XG, grad_weights_X = _empty_gradients(gate_up_XG, weights_X, grad_XF)
@@ -50,12 +52,12 @@ def _backward(gate_up_XG: Tensor, weights_X: Tensor, grad_XF: Tensor) -> tuple[T
     return grad_gate_up_XG, grad_weights_X
 
 
-@_forward.register_fake
+@fake_of(_forward)
 def _empty_result(gate_up_XG: Tensor, weights_X: Tensor) -> Tensor:  # noqa: ARG001 -- the operator's signature
     return gate_up_XG.new_empty(gate_up_XG.shape[0], gate_up_XG.shape[1] // 2)
 
 
-@_backward.register_fake
+@fake_of(_backward)
 def _empty_gradients(
     gate_up_XG: Tensor,
     weights_X: Tensor,

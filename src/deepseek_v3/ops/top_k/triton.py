@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from deepseek_v3.ops.custom_op import custom_op, fake_of
+
 _NUMBERS = 2048  # numbers of one program
 
 
@@ -18,7 +20,7 @@ def top_k(scores_TE: Tensor, k: int) -> Tensor:
     return _top_k(scores_TE.detach(), k)
 
 
-@torch.library.custom_op("deepseek_v3::top_k", mutates_args=())
+@custom_op("top_k")
 def _top_k(scores_TE: Tensor, k: int) -> Tensor:
     scores_TE = scores_TE.contiguous()
     (rows, width), columns_TK = scores_TE.shape, _empty_columns(scores_TE, k)
@@ -30,7 +32,7 @@ def _top_k(scores_TE: Tensor, k: int) -> Tensor:
     return columns_TK
 
 
-@_top_k.register_fake
+@fake_of(_top_k)
 def _empty_columns(scores_TE: Tensor, k: int) -> Tensor:
     return scores_TE.new_empty(scores_TE.shape[0], k, dtype=torch.int64)
 

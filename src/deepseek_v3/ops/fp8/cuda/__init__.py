@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from deepseek_v3.ops.custom_op import custom_op, fake_of
 from deepseek_v3.ops.fp8 import triton
 from deepseek_v3.ops.fp8.formats import BLOCK, ColumnBlocks, RowBlocks, empty_columns, empty_gradients, empty_rows
 from deepseek_v3.ops.fp8.triton import (
@@ -71,7 +72,7 @@ def swiglu_backward(
 # The custom operations
 
 
-@torch.library.custom_op("deepseek_v3::fp8_quantize_columns_cuda", mutates_args=())
+@custom_op("fp8_quantize_columns_cuda")
 def _quantize_columns(x_TD: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
     if not _fits(x_TD):
         values_DP, scales_BD = triton.quantize_columns(x_TD, power_of_two)
@@ -82,10 +83,10 @@ def _quantize_columns(x_TD: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]
     return columns
 
 
-_quantize_columns.register_fake(triton.empty_for_columns)
+fake_of(_quantize_columns)(triton.empty_for_columns)
 
 
-@torch.library.custom_op("deepseek_v3::fp8_quantize_both_cuda", mutates_args=())
+@custom_op("fp8_quantize_both_cuda")
 def _quantize_both(x_TD: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if not _fits(x_TD):
         rows, columns = triton.quantize_both(x_TD, power_of_two)
@@ -97,10 +98,10 @@ def _quantize_both(x_TD: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor, Te
     return *by_rows, *by_columns
 
 
-_quantize_both.register_fake(triton.empty_for_both)
+fake_of(_quantize_both)(triton.empty_for_both)
 
 
-@torch.library.custom_op("deepseek_v3::fp8_gather_columns_cuda", mutates_args=())
+@custom_op("fp8_gather_columns_cuda")
 def _gather_columns(x_RD: Tensor, source_X: Tensor, ends_E: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
     if not _fits(x_RD) or source_X.dtype != torch.int64:
         values_DP, scales_BD = triton.gather_columns(x_RD, source_X, ends_E, power_of_two)
@@ -113,10 +114,10 @@ def _gather_columns(x_RD: Tensor, source_X: Tensor, ends_E: Tensor, power_of_two
     return columns
 
 
-_gather_columns.register_fake(triton.empty_for_gathered)
+fake_of(_gather_columns)(triton.empty_for_gathered)
 
 
-@torch.library.custom_op("deepseek_v3::fp8_swiglu_backward_cuda", mutates_args=())
+@custom_op("fp8_swiglu_backward_cuda")
 def _swiglu_backward(
     kept_XG2: Tensor,
     kept_scales: Tensor,
@@ -155,7 +156,7 @@ def _swiglu_backward(
     return *by_rows, *by_columns, *hidden_by_columns, grad_gates
 
 
-_swiglu_backward.register_fake(triton.empty_for_gradients)
+fake_of(_swiglu_backward)(triton.empty_for_gradients)
 
 
 # Launching

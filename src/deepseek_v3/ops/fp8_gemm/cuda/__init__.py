@@ -9,14 +9,15 @@ of 128 numbers of a row.
 from __future__ import annotations
 
 import ctypes
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from deepseek_v3.ops.custom_op import custom_op, fake_of
 from deepseek_v3.ops.fp8 import BLOCK, ColumnBlocks, RowBlocks, WeightBlocks
-from deepseek_v3.ops.nvrtc import Kernel, TensorMap, current_device
+from deepseek_v3.ops.nvrtc import Kernel, current_device, tensor_map
 
 _SOURCE = Path(__file__).with_name("products.cu")
 _TILE_ROWS, _THREADS = 128, 384
@@ -39,7 +40,7 @@ def columns_product(
     return _columns_product(*a, *b, ends_E, num_rows, dtype)
 
 
-@torch.library.custom_op("deepseek_v3::fp8_rows_product_cuda", mutates_args=())
+@custom_op("fp8_rows_product_cuda")
 def _rows_product(
     values_XI: Tensor,
     scales_XG: Tensor,
@@ -58,7 +59,7 @@ def _rows_product(
     return out_XO
 
 
-@torch.library.custom_op("deepseek_v3::fp8_columns_product_cuda", mutates_args=())
+@custom_op("fp8_columns_product_cuda")
 def _columns_product(
     a_OP: Tensor,
     a_scales_BO: Tensor,
@@ -84,14 +85,14 @@ def _columns_product(
     return out_EOI if parts_E is None else out_EOI.sum(0, keepdim=True).to(dtype)
 
 
-@_rows_product.register_fake
+@fake_of(_rows_product)
 def _(
     values_XI: Tensor, _0: Tensor, weight_EOI: Tensor, _1: Tensor, _2: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     return values_XI.new_empty(len(values_XI), weight_EOI.shape[1], dtype=dtype)
 
 
-@_columns_product.register_fake
+@fake_of(_columns_product)
 def _(
     a_OP: Tensor, _0: Tensor, b_IP: Tensor, _1: Tensor, ends_E: Tensor | None, _2: int, dtype: torch.dtype
 ) -> Tensor:
@@ -117,9 +118,9 @@ def _launch(
 ) -> None:
     kernel = _kernel(columns, tile_columns, out.dtype == torch.float32)
     with current_device(a.device):
-        map_a = TensorMap(a, _TILE_ROWS, BLOCK, swizzle=True)
-        map_b = TensorMap(b, tile_columns, BLOCK, swizzle=True)
-        map_scales = TensorMap(b_scales, 1, tile_columns) if columns else map_b  # which is not read then
+        map_a = tensor_map(a, _TILE_ROWS, BLOCK, swizzle=True)
+        map_b = tensor_map(b, tile_columns, BLOCK, swizzle=True)
+        map_scales = tensor_map(b_scales, 1, tile_columns) if columns else map_b  # which is not read then
         kernel.launch(
             _multiprocessors(a.device), _THREADS, [map_a, map_b, map_scales, a_scales, b_scales, ends_E, out, sizes]
         )
@@ -141,6 +142,7 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@lru_cache(maxsize=1024)
 def _tile_columns(row_tiles: int, columns: int, device: torch.device) -> int:
     """The width of tiles with which all multiprocessors together are done first."""
 
@@ -151,6 +153,7 @@ def _tile_columns(row_tiles: int, columns: int, device: torch.device) -> int:
     return min(_TILE_COLUMNS, key=seconds)
 
 
+@lru_cache(maxsize=1024)
 def _parts(tiles: int, num_rows: int, device: torch.device) -> Tensor | None:
     """The ends of parts of K, summed apart, if one group has too few tiles for all multiprocessors; else None."""
     blocks = -(-num_rows // BLOCK)
@@ -158,4 +161,5 @@ def _parts(tiles: int, num_rows: int, device: torch.device) -> Tensor | None:
     if number < 2:
         return None
     rows = -(-blocks // number) * BLOCK
-    return torch.arange(1, number + 1, device=device, dtype=torch.int32).mul_(rows).clamp_(max=num_rows)
+    ends = torch.arange(1, number + 1, dtype=torch.int32).mul_(rows).clamp_(max=num_rows)
+    return ends.to(device)  # which waits for the copy: later calls may be on another stream
