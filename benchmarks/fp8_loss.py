@@ -181,6 +181,7 @@ def main(
         raise ConfigError(f"--precision {precision}: expected {baseline} or {candidate}, which are compared")
     if len(set(_numbers("--seeds", seeds))) < 2:
         raise ConfigError(f"--seeds {seeds}: expected at least two seeds, whose spread is the measure")
+    chosen_seeds = _numbers("--only-seeds", seeds if only_seeds is None else only_seeds)
     pairs = [(name, seed) for seed in _numbers("--seeds", seeds) for name in (baseline, candidate)]
     first = config_of(*pairs[0])
     # A changed recipe must not reuse the runs of another one.
@@ -192,7 +193,7 @@ def main(
     results, missing = {}, []
     for name, seed in pairs:
         file = runs / f"{name}_seed{seed}.json"
-        chosen = precision in (None, name) and (only_seeds is None or seed in _numbers("--only-seeds", only_seeds))
+        chosen = precision in (None, name) and seed in chosen_seeds
         if file.exists() or (chosen and not merge):
             results[name, seed] = trained(config_of(name, seed), file, place)
         else:

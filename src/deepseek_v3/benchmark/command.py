@@ -27,7 +27,7 @@ bench_app = typer.Typer(
     help="Measure training and operations, checked first, beside other systems and what is possible.",
 )
 
-_OUTPUT = typer.Option(metavar="FILE.json", help="Also write everything that was measured to this file.")
+_OUTPUT = typer.Option(metavar="FILE.json", help="Also write all that is measured to this file, as it is found.")
 _COMMIT = typer.Option(help="The measured commit, where the code has no Git history beside it.")
 _DEVICE = typer.Option(help="auto, cpu or cuda.")
 
@@ -82,10 +82,10 @@ def train(
         batch=batch,
         overrides=override or [],
         commit=commit,
+        keep=lambda found: _write(output, found.as_json()),
     )
     _print(result_table(result))
     _print(explanations(result, select_device(device)))
-    _write(output, result.as_json())
     if result.problems:
         raise BenchmarkError(f"no speed is shown for {' | '.join(result.problems)}")
     same: list[object] = [
@@ -115,9 +115,8 @@ def ops(
     _require_writable(output)
     names = _names("op", op, list(OPERATIONS)) or list(OPERATIONS)
     place = select_device(device)
-    result = measure_operations(names, place, commit)
+    result = measure_operations(names, place, commit, keep=lambda found: _write(output, found.as_json()))
     _print([*result.table(), *result.explanations()])
-    _write(output, result.as_json())
     if result.problems:
         raise BenchmarkError(f"no speed is shown for {' | '.join(result.problems)}")
     print_next_steps(["dsv3", "bench", "train", "--shape", "1b", "--peers", ",".join(PEERS)])

@@ -123,14 +123,23 @@ def _cells(each: Measurement) -> list[str]:
     ]
 
 
-def measure_operations(names: Sequence[str], device: torch.device, commit: str | None = None) -> OpsBenchmark:
-    """Checks and times every back end and peer of these operations that can run on the device."""
+def measure_operations(
+    names: Sequence[str],
+    device: torch.device,
+    commit: str | None = None,
+    keep: Callable[[OpsBenchmark], None] = lambda _: None,
+) -> OpsBenchmark:
+    """Checks and times every back end and peer of these operations that can run on the device.
+
+    `keep` receives the result after each case, so that it outlives the rest.
+    """
     _log.info("Measuring what this device can reach: a product of each type, a copy")
     result = OpsBenchmark(device, measure_ceilings(device), commit=commit)
     with torch.no_grad():
         for case in chain.from_iterable(OPERATIONS[name](device) for name in names):
             _log.info(f"{case.operation} {case.function}, {case.size}")
             result.measurements.extend(_measure(case, device, result.ceilings))
+            keep(result)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     return result

@@ -137,11 +137,12 @@ def measure_training(
     batch: int | None,
     overrides: Sequence[str],
     commit: str | None = None,
+    keep: Callable[[TrainBenchmark], None] = lambda _: None,
 ) -> TrainBenchmark:
     """Checks and measures a shape in each precision, then the peers.
 
-    Raises a UserError if the shape cannot be run here. A system that fails, or fails its check, is part of the
-    result with the reason.
+    `keep` receives the result after each system, so that it outlives the rest. Raises a UserError if the shape
+    cannot be run here. A system that fails, or fails its check, is part of the result with the reason.
     """
     place = select_device(device)
     with tempfile.TemporaryDirectory() as folder:
@@ -156,6 +157,7 @@ def measure_training(
         ceilings = run_apart(measure_ceilings, place)
         plain_loss: float | None = None
         systems: list[SystemResult] = []
+        result = TrainBenchmark(shape, tuple(overrides), steps, ceilings, systems, commit)
         for precision, config in configs.items():
             system = SystemResult(
                 f"ours, {precision}", config, step_floor(config, ceilings, precision == "fp8"), is_ours=True
@@ -164,15 +166,15 @@ def measure_training(
             try:
                 _log.info(f"{system.name}: checking a narrow model of this structure against float32")
                 system.checks += run_apart(check_narrow_model, config, precision, device)
-                if failures(system.checks):
-                    continue
-                if plain_loss is None:
-                    plain_loss = run_apart(first_loss, _eager(plain), device)
-                _log.info(f"{system.name}: training {steps} steps")
-                system.figures = run_apart(train_own, config, steps, device, time.time())
-                system.checks += check_run(config, system.figures, plain_loss)
+                if not failures(system.checks):
+                    if plain_loss is None:
+                        plain_loss = run_apart(first_loss, _eager(plain), device)
+                    _log.info(f"{system.name}: training {steps} steps")
+                    system.figures = run_apart(train_own, config, steps, device, time.time())
+                    system.checks += check_run(config, system.figures, plain_loss)
             except BenchmarkError as error:
                 system.failure = str(error)
+            keep(result)
         for peer in peers:
             floor = step_floor(plain, ceilings, in_fp8=False, weight_bytes=_PEER_WEIGHT_BYTES)
             system = SystemResult(f"{peer.name}, bf16", plain, floor, is_ours=False)
@@ -183,7 +185,8 @@ def measure_training(
                 system.checks += check_peer(plain, system.figures)
             except BenchmarkError as error:
                 system.failure = str(error)
-    return TrainBenchmark(shape, tuple(overrides), steps, ceilings, systems, commit)
+            keep(result)
+    return result
 
 
 def _eager(config: RunConfig) -> RunConfig:

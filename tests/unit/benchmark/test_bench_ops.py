@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,17 @@ def test_a_case_that_cannot_be_prepared_is_a_problem(monkeypatch: pytest.MonkeyP
     assert measure_operations(["add"], CPU).problems == [
         "add forward 2, reference: OutOfMemoryError: out of memory"
     ]
+
+
+def test_what_is_measured_outlives_a_stopped_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(_: torch.device) -> Prepared:
+        raise KeyboardInterrupt
+
+    first = Case("add", "forward", "2", Work(num_bytes=8.0), lambda _: Prepared({}, lambda: [torch.ones(2)], 0.0))
+    monkeypatch.setitem(ops_benchmark.OPERATIONS, "add", lambda _: iter([first, replace(first, prepare=stop)]))
+    output = tmp_path / "ops.json"
+    assert dsv3("bench", "ops", "--op", "add", "--device", "cpu", "--output", output).exit_code != 0
+    assert json.loads(output.read_text(encoding="utf-8"))["ceilings"]["copy_gb_per_s"] > 0
 
 
 def test_an_unknown_operation_is_refused() -> None:

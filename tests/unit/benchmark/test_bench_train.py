@@ -110,6 +110,20 @@ def test_figures_follow_from_the_run(shape: Path, tmp_path: Path, monkeypatch: p
     assert "dsv3 bench ops" in result.output
 
 
+def test_what_is_measured_outlives_a_stopped_run(
+    shape: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "PEERS", {"learns": peer_that_learns})
+    monkeypatch.setattr(train_benchmark, "check_narrow_model", lambda *_: [])
+    monkeypatch.setattr(train_benchmark, "check_peer", stop)
+    output = tmp_path / "found.json"
+    assert bench(shape, "--peers", "learns", "--output", output).exit_code != 0
+    assert [each["system"] for each in json.loads(output.read_text(encoding="utf-8"))["systems"]] == ["ours, bf16"]
+
+
 def test_no_speed_without_a_passed_check(shape: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A back end that mixes up the experts, in the measured precision alone."""
 
