@@ -25,7 +25,8 @@ def custom_op(name: str) -> Callable[[Callable[..., Any]], OpOverload]:
     """
 
     def register(function: Callable[..., Any]) -> OpOverload:
-        _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
+        schema = torch.library.infer_schema(function, mutates_args=())
+        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         operation: OpOverload = getattr(getattr(torch.ops, _NAMESPACE), name).default
         return operation
