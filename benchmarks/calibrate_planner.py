@@ -2,8 +2,8 @@
 
 Runs the trainer's own step on each point of `planner_points.yaml`, or on those of --points, and records memory,
 time, and time by kind of kernel in `results/planner_points_DEVICE.json`, beside the points that the device's file
-holds already. It then fits the factors of the step-time model to all of them, and replaces the device's part of
-`src/deepseek_v3/planning/calibration.json`. With --fit-only it fits again, for every device, to the stored points.
+holds already. It then fits the factors of the step-time model to those that are not held out, and replaces the
+device's part of `src/deepseek_v3/planning/calibration.json`. With --fit-only it only fits, for every device.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ def fit(record: dict[str, Any], device: Device, nearest: Calibration | None) -> 
 
     A factor that too few points exercise is that of the `nearest` device.
     """
-    points = record["points"]
+    points = [point for point in record["points"] if not point.get("held_out")]
     compiled = [point for point in points if _run(point, device).compiled]
     eager = [point for point in points if not _run(point, device).compiled]
     bfloat16 = _fit_compiled(compiled, device, nearest.bfloat16 if nearest else None)

@@ -42,15 +42,15 @@ def _compiled_attention(model: ModelConfig, run: Execution) -> dict[str, float]:
     """Attention, both norms and its residual connection, as the compiler's partitioner saves them."""
     linear = _linear_input(run)
     width, heads = model.hidden_size, model.num_attention_heads
-    kv_rank, rope, nope = model.kv_lora_rank, model.qk_rope_head_dim, model.qk_nope_head_dim
+    kv_rank, rope = model.kv_lora_rank, model.qk_rope_head_dim
     return {
         "normed input": linear * width,
         "compressed queries, before and after their norm": (2 + linear) * (model.q_lora_rank or 0),
         "latent with rotary key, normed latent": 2 * (kv_rank + rope) + linear * kv_rank,
         "queries and keys": 2 * 2 * heads * model.qk_head_dim,
-        "expanded keys and values": 2 * heads * (nope + model.v_head_dim),
+        "values": 2 * heads * model.v_head_dim,
         "attention output": 2 * heads * model.v_head_dim,
-        "softmax and norm statistics": 4 * heads + 4 * 4,
+        "softmax and norm statistics": 4 * heads + 4 * (4 if model.q_lora_rank else 3),
         "output projection": 2 * width,
     }
 
@@ -64,12 +64,13 @@ def _eager_attention(model: ModelConfig, run: Execution) -> dict[str, float]:
     # Queries and latent are projected from the same input. In FP8 without the compiler, each saves it for itself.
     inputs = 2 * linear if run.fp8 else linear
     latent = 4 * (kv_rank + rope) if width_bytes == 4 else 4 * kv_rank
+    expanded = model.v_head_dim if run.has_kernels else nope + model.v_head_dim
     return {
         "input and its norm": input_copy + (4 + inputs) * width,
         "compressed queries and their norm": (8 + linear) * q_rank,
         "latent and its norm": latent + (4 + linear) * kv_rank,
         "queries and keys": 2 * width_bytes * heads * model.qk_head_dim,
-        "expanded keys and values": width_bytes * heads * (nope + model.v_head_dim),
+        "expanded keys and values, or values alone": width_bytes * heads * expanded,
         "attention output": width_bytes * heads * model.v_head_dim,
         "softmax and norm statistics": 4 * heads + 4 * 4,
         "state after attention": 8 * width,
@@ -87,25 +88,36 @@ def dense_network_bytes(model: ModelConfig, hidden: int, run: Execution) -> floa
 
 
 def _moe(model: ModelConfig, run: Execution) -> dict[str, float]:
-    width, experts, chosen = model.hidden_size, model.n_routed_experts, model.num_experts_per_tok
-    hidden = model.moe_intermediate_size
-    rows = chosen * run.expert_imbalance
+    width, hidden = model.hidden_size, model.moe_intermediate_size
+    rows = model.num_experts_per_tok * run.expert_imbalance
     if run.fp8:
         # Gate and up, and the gate value. The tokens that came from other ranks are saved once, not row by row.
         rows_of_experts = rows * (FP8_ACTIVATION * 2 * hidden + 4)
         rows_of_experts += run.received_bytes * width
-    elif run.compiled:
-        rows_of_experts = rows * 2 * (width + 3 * hidden)
+    elif run.compiled or run.has_kernels:  # also gate and up, and their product with the gate value
+        rows_of_experts = rows * run.width * (width + 3 * hidden)
     else:  # each row saves gate, up, activated gate and their product in float32, then the result
         rows_of_experts = rows * (run.width * width + (4 * 4 + run.width) * hidden)
     return {
-        "router's input in float32": 4 * width if run.width == 2 else 0,
-        "scores, and their shares for the balance loss": (2 if run.compiled else 1) * 4 * experts,
-        "choice, gates and sums": (8 + 4) * chosen + (4 if run.compiled else 3 * 4 + 1),
-        "order and its inverse, and without the compiler sorted gates": (8 + 8 + (0 if run.compiled else 4))
-        * chosen,
+        **_routing(model, run),
         "rows of the experts": rows_of_experts,
         "shared experts": dense_network_bytes(model, model.n_shared_experts * hidden, run),
+    }
+
+
+def _routing(model: ModelConfig, run: Execution) -> dict[str, float]:
+    scores, chosen = 4 * model.n_routed_experts, model.num_experts_per_tok
+    if run.compiled:
+        return {
+            "scores, their sum, the sum of the gates, and a mask": scores + 4 + 4 + 1,
+            "choice and gates": (8 + 4) * chosen,
+            "places of the rows, and in their order gates, in FP8 tokens": (8 + (8 if run.fp8 else 4)) * chosen,
+        }
+    return {
+        "router's input in float32": 4 * model.hidden_size if run.width == 2 and not run.has_kernels else 0,
+        "scores": scores,
+        "choice, gates and sums": (8 + 4) * chosen + 3 * 4 + 1,
+        "order, its inverse, and sorted gates": (8 + 8 + 4) * chosen,
     }
 
 
@@ -113,7 +125,8 @@ def _mtp(model: ModelConfig, run: Execution) -> dict[str, float]:
     """What an MTP layer saves in addition: two concatenated norms, their projection, and its final norm."""
     width = model.hidden_size
     if run.compiled and not run.compiled_in_parts:
-        return {"joined states, projected; state before the last norm": 2 * (2 * width + width + width)}
+        states = 2 * (2 * width + width + width)
+        return {"joined states, projected; state before the last norm": states, "statistics of three norms": 3 * 4}
     return {
         "norms of states and embeddings": 2 * (4 + (4 if run.width == 2 else 0)) * width,
         "joined states, projected": run.width * 2 * width + (4 * width if run.width == 4 else 0),

@@ -27,7 +27,8 @@ _UNEVEN_EXPERTS = 1.2
 class Execution:
     """How the layers of a run are executed.
 
-    `width`: bytes of one activation. `compiled`: the layers are compiled, in bfloat16. `compiled_in_parts`: the
+    `width`: bytes of one activation. `compiled`: the layers are compiled, in bfloat16. `has_kernels`: layers that
+    are not compiled run on a GPU, whose kernels save less than the operations of a CPU. `compiled_in_parts`: the
     attention and the feed-forward network are compiled separately; an MTP layer's input projection is not compiled.
 
     `expert_imbalance`: rows of the busiest rank's experts over the rows of an even load; 1 if one rank holds all
@@ -46,6 +47,7 @@ class Execution:
     logits_per_chunk: int = _LOGITS_AT_ONCE["gpu"]
     mask_bytes: int = 0
     compiled_in_parts: bool = False
+    has_kernels: bool = False
     fp8: bool = False
     keeps_fp8_weights: bool = True
     received_bytes: float = 0.0
@@ -78,6 +80,7 @@ def resolve_execution(device: Device, config: RunConfig) -> Execution:
         width=width,
         compiled=compiled,
         compiled_in_parts=compiled and (parallel.recomputation == "selective" or exchanging > 1),
+        has_kernels=not device.is_cpu,
         expert_imbalance=imbalance,
         logits_per_chunk=_LOGITS_AT_ONCE["cpu" if device.is_cpu else "gpu"],
         fp8=fp8,

@@ -100,22 +100,49 @@ def _working_bytes(
 def _fp8_working_bytes(
     model: ModelConfig, dense: bool, run: Execution, tokens: int, expert_ranks: int, is_sharded: bool
 ) -> float:
-    """Peak bytes in the backward pass of a feed-forward network in FP8: the largest of four moments.
+    """Peak bytes in the backward pass of a layer in FP8: the largest of its moments.
 
     While SwiGLU's backward pass computes the FP8 gradients of gate and up, by row and by column, and the product by
-    column; while the gradient of the down projection is computed; that of the rows; that of gate and up. A weight's
-    gradient has the dtype of the weight: float32, or bfloat16 if it is sharded, which the reduction then widens.
+    column; then the gradient of the rows. A layer that is compiled whole computes the gradients of weights last, if
+    they are larger than their factors (`training/parallel/weight_gradients_last.py`), and the third moment is the
+    backward pass of its attention. In other layers it is that in which the gradient of gate and up is computed. A
+    weight's gradient has the dtype of the weight: float32, or bfloat16 if it is sharded, which the reduction then
+    widens.
     """
-    inner = model.intermediate_size if dense else model.moe_intermediate_size
+    inner, width = model.intermediate_size if dense else model.moe_intermediate_size, model.hidden_size
     experts = 1 if dense else model.n_routed_experts / expert_ranks
     rows = tokens if dense else tokens * model.num_experts_per_tok * run.expert_imbalance
     by_column = FP8_ACTIVATION * (rows + 128 * experts)  # each expert's rows are padded to a multiple of 128
     by_row = FP8_ACTIVATION * rows
-    weight = model.hidden_size * inner * experts
+    weight = width * inner * experts
     down = (2 if is_sharded else 4) * weight
+    swiglu = run.width * rows * inner + by_row * 2 * inner + by_column * 3 * inner
+    if not run.compiled or run.compiled_in_parts:
+        return max(
+            swiglu,
+            by_row * 2 * inner + by_column * (3 * inner + width) + down,
+            by_row * 2 * inner + by_column * 2 * inner + run.width * rows * width + down,
+            by_column * (2 * inner + width) + (16 if is_sharded else 12) * weight,
+        )
+    # Factors of the down projection's gradient: its output's gradient, which experts have by token, and its input.
+    of_down = (by_column if dense else run.width * tokens) * width + by_column * inner
+    waiting = min(down, of_down) + min(2 * down, by_column * 2 * inner)
+    freed = feed_forward_bytes(model, "dense" if dense else "moe", run) * tokens
+    if run.keeps_fp8_weights:
+        freed += FP8_WEIGHT * 3 * weight
     return max(
-        run.width * rows * inner + by_row * 2 * inner + by_column * 3 * inner,
-        by_row * 2 * inner + by_column * (3 * inner + model.hidden_size) + down,
-        by_row * 2 * inner + by_column * 2 * inner + run.width * rows * model.hidden_size + down,
-        by_column * (2 * inner + model.hidden_size) + (16 if is_sharded else 12) * weight,
+        swiglu,
+        by_row * 2 * inner + waiting + run.width * rows * width,
+        waiting + _attention_working_bytes(model, run, is_sharded, tokens) - freed,
     )
+
+
+def _attention_working_bytes(model: ModelConfig, run: Execution, is_sharded: bool, tokens: int) -> float:
+    """Bytes in the backward pass of attention: gradients of output, queries, keys and values, and a float32 sum.
+
+    The gradient of the output projection waits with its factor, which is the gradient of the layer's states.
+    """
+    heads, output = model.num_attention_heads, model.num_attention_heads * model.v_head_dim
+    gradients = run.width * heads * (2 * model.v_head_dim + 2 * model.qk_head_dim) + 4 * heads * model.qk_head_dim
+    weight = (2 if is_sharded else 4) * output * model.hidden_size
+    return tokens * gradients + min(weight, tokens * FP8_ACTIVATION * model.hidden_size)

@@ -143,12 +143,13 @@ class _Rank:
         )
 
     def _last_norm(self) -> MemoryEstimate:
-        """Memory in the backward pass of the norm before the head: activations are saved, the head has a gradient.
+        """Memory in the backward pass of the loss and of the norm before it: activations are saved, the head has a
+        gradient.
 
-        The norm is not compiled. Its gradients and intermediate products are five float32 tensors of the states'
-        shape (measured on an H200, torch 2.11).
+        A compiled norm needs less than the loss before it, which scales the gradient of the states in float32. The
+        gradients and intermediate products of another norm are five float32 tensors of the states' shape.
         """
-        working = 5 * 4 * self.tokens * self.config.model.hidden_size
+        working = (4 + 4 + 2 if self.run.compiled else 5 * 4) * self.tokens * self.config.model.hidden_size
         return self._moment(
             "backward pass of the last norm",
             made=self.vocabulary / self.config.parallel.data_shard,
@@ -158,8 +159,9 @@ class _Rank:
 
     @property
     def _saved_by_last_norm(self) -> float:
-        """The norm's input and product in float32; the input replaces the last states."""
-        return (8 if self.run.width == 2 else 4) * self.tokens * self.config.model.hidden_size
+        """The norm's statistics; if it is not compiled, its input, which replaces the last states, and product."""
+        each = 8 if self.run.width == 2 else 4
+        return 4 * self.tokens if self.run.compiled else each * self.tokens * self.config.model.hidden_size
 
     def _backward(self, index: int) -> MemoryEstimate:
         """Memory in the backward pass of layer `index` of the rank, after those of all later layers."""
