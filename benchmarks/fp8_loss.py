@@ -102,18 +102,26 @@ def prepare_tokens(config: RunConfig, source: Path | None, folder: Path, megabyt
     )
 
 
-def run(config: RunConfig, device: torch.device) -> dict[str, Any]:
-    """Trains once; returns the losses by step, and the held-out loss of every batch at the end."""
+def run(config: RunConfig, other: RunConfig, device: torch.device) -> dict[str, Any]:
+    """Trains once; returns the losses by step, and the held-out loss of every batch at the end.
+
+    The final weights are also judged in the precision of `other`: rounding harms what weights say, and may harm
+    what they learn.
+    """
     begin = time.perf_counter()
     trainer = Trainer(config, device)
     trainer.run()
     losses = batch_losses(trainer, config, device)
+    (model,) = trainer.engine.models
+    judge = Trainer(other, device)
+    judge.engine.models[0].load_state_dict(model.state_dict())
     records = list(read_metrics(config.logging.directory / "metrics.jsonl"))
     rates = sorted(record["tokens_per_second"] for record in records[1:] if "tokens_per_second" in record)
     return {
         "train": [[record["step"], record["loss"]] for record in records if "loss" in record],
         "held_out": [[record["step"], record["holdout_loss"]] for record in records if "holdout_loss" in record],
         "final_held_out": fmean(losses),
+        "final_held_out_in_the_other": fmean(batch_losses(judge, other, device)),
         "held_out_tokens": len(losses) * config.parallel.micro_batch_size * config.training.sequence_length,
         "held_out_batches": losses,
         "tokens_per_second_median": rates[len(rates) // 2] if rates else None,
@@ -131,13 +139,13 @@ def batch_losses(trainer: Trainer, config: RunConfig, device: torch.device) -> l
     return trainer.engine.main_losses(batches).tolist()
 
 
-def trained(config: RunConfig, file: Path, device: torch.device) -> dict[str, Any]:
-    """The result in `file`; trains first if it is not there."""
+def trained(config: RunConfig, other: RunConfig, file: Path, device: torch.device) -> dict[str, Any]:
+    """The result in `file`; trains first, as `run` does, if it is not there."""
     if not file.exists():
         torch._dynamo.reset()  # each run compiles its own layers, as a process of its own would
         for left in (config.logging.directory, config.checkpoint.directory):  # of a run that was interrupted
             shutil.rmtree(left, ignore_errors=True)
-        result = run(config, device)
+        result = run(config, other, device)
         shutil.rmtree(config.checkpoint.directory)
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(file) as partial:
@@ -174,8 +182,8 @@ def main(
     places += [f"logging.directory={folder}/run", f"data.corpus.source={folder}/text/corpus.jsonl"]
     overrides = [*places, *(override or [])]
 
-    def config_of(name: str, seed: int) -> RunConfig:
-        return load_config(shape, [*overrides, f"parallel.precision={name}", f"training.seed={seed}"])
+    def config_of(name: str, seed: int, *more: str) -> RunConfig:
+        return load_config(shape, [*overrides, f"parallel.precision={name}", f"training.seed={seed}", *more])
 
     if precision not in (None, baseline, candidate):
         raise ConfigError(f"--precision {precision}: expected {baseline} or {candidate}, which are compared")
@@ -195,7 +203,9 @@ def main(
         file = runs / f"{name}_seed{seed}.json"
         chosen = precision in (None, name) and seed in chosen_seeds
         if file.exists() or (chosen and not merge):
-            results[name, seed] = trained(config_of(name, seed), file, place)
+            other = candidate if name == baseline else baseline
+            judge = [f"{each}.directory={folder}/judge_{each}" for each in ("checkpoint", "logging")]
+            results[name, seed] = trained(config_of(name, seed), config_of(other, seed, *judge), file, place)
         else:
             missing.append(f"{name} with seed {seed}")
     if missing:

@@ -1,7 +1,8 @@
 """Compares the losses of pairs of runs that differ in their precision alone: statistics, a table, curves.
 
 A result is a dict of `train` and `held_out`, lists of [step, loss], and of the final `held_out_batches`, the
-held-out loss of every batch, with their mean `final_held_out`. Results are given by (precision, seed).
+held-out loss of every batch, with their mean `final_held_out`; `final_held_out_in_the_other` is that of the same
+weights in the other precision. Results are given by (precision, seed).
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ def compare(results: Results, baseline: str, candidate: str) -> dict[str, Any]:
     differences = [after / before - 1 for before, after in zip(losses[baseline], losses[candidate], strict=True)]
     low, high = interval(differences)
     mean = fmean(losses[baseline])
+    crossed = {name: [results[name, seed]["final_held_out_in_the_other"] for seed in seeds] for name in losses}
+    in_candidate = [a / b - 1 for b, a in zip(losses[baseline], crossed[baseline], strict=True)]
+    in_baseline = [a / b - 1 for b, a in zip(losses[baseline], crossed[candidate], strict=True)]
     return {
         "baseline": baseline,
         "candidate": candidate,
@@ -52,6 +56,9 @@ def compare(results: Results, baseline: str, candidate: str) -> dict[str, Any]:
         "relative_difference": fmean(differences),
         "relative_difference_95": [low, high],
         "relative_difference_by_seed": differences,
+        # The baseline's weights run as the candidate; the candidate's weights run as the baseline.
+        "relative_difference_of_running_alone": in_candidate,
+        "relative_difference_of_training_alone": in_baseline,
         "relative_difference_of_batches_95": [_over_batches(results, baseline, candidate, seed) for seed in seeds],
         "baseline_seeds_stdev": stdev(losses[baseline]) / mean,
         "baseline_seeds_range": (max(losses[baseline]) - min(losses[baseline])) / mean,

@@ -33,6 +33,7 @@ def result(losses: list[float], batches: list[float]) -> dict[str, Any]:
         "train": curve,
         "held_out": curve[1:],
         "final_held_out": sum(batches) / len(batches),
+        "final_held_out_in_the_other": 1.5 * sum(batches) / len(batches),
         "held_out_batches": batches,
         **figures,
     }
@@ -48,6 +49,8 @@ def test_differences_are_taken_within_pairs() -> None:
     found = compare(results, "bf16", "fp8")
     assert found["relative_difference_by_seed"] == pytest.approx([0.001, 0])
     assert found["relative_difference"] == pytest.approx(0.0005)
+    assert found["relative_difference_of_running_alone"] == pytest.approx([0.5, 0.5])
+    assert found["relative_difference_of_training_alone"] == pytest.approx([1.5 * 1.001 - 1, 0.5])
     assert found["difference_is_below_limit"]
     assert not found["interval_is_below_limit"]  # two seeds that differ by 0.1%: ± 12.7 × 0.05%
     low, high = found["relative_difference_of_batches_95"][0]
@@ -91,6 +94,8 @@ def test_runs_are_compared_and_not_repeated(tmp_path: Path) -> None:
     before, after = found["held_out_losses"].values()
     assert before[0] != before[1]
     assert 0 < max(abs(a / b - 1) for a, b in zip(after, before, strict=True)) < 0.02
+    alone = [found[f"relative_difference_of_{what}_alone"] for what in ("running", "training")]
+    assert all(0 < abs(each) < 0.02 for values in alone for each in values)
     rows = list(csv.DictReader((tmp_path / "out" / "fp8_loss.csv").open(encoding="utf-8")))
     assert {(row["precision"], row["seed"]) for row in rows} == {(p, s) for p in ("fp32", "fp8") for s in "01"}
     assert (tmp_path / "out" / "fp8_loss.png").read_bytes().startswith(b"\x89PNG")
