@@ -2,6 +2,10 @@
 
 The package of an operation offers one `Operation`: its back ends by name, fastest first, and `reference`, which
 runs everywhere, last. To add a back end, put its module beside `reference.py` and one `Backend` into that list.
+
+A back end that launches kernels registers them by `custom_op`, so that torch.compile takes them as they are.
+`torch.library.custom_op` does the same and wraps every call for autograd, which takes longer than the launch of a
+kernel. The operations here are called inside autograd functions, where there is nothing to record.
 """
 
 from __future__ import annotations
@@ -10,12 +14,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import isfunction
 from types import SimpleNamespace
-from typing import Generic, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
 
 import torch
+from torch._ops import OpOverload
 
 from deepseek_v3.utils.errors import ConfigError
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 Op = TypeVar("Op")  # the type of a back end: a function, or a module with several functions
 
 
@@ -102,3 +108,33 @@ def triton_obstacle(target: Target) -> str | None:
     except ImportError as error:
         return f"needs Triton, which cannot be imported ({error})"
     return None
+
+
+_NAMESPACE = "deepseek_v3"
+_LIBRARY = torch.library.Library(_NAMESPACE, "FRAGMENT")  # which unregisters its operations when it is deleted
+
+
+def custom_op(name: str) -> Callable[[Callable[..., Any]], OpOverload]:
+    """Decorates a function of tensors and numbers, whose result is new and whose arguments stay as they are.
+
+    The function becomes `torch.ops.deepseek_v3.NAME`; its annotations are the operation's schema.
+    """
+
+    def register(function: Callable[..., Any]) -> OpOverload:
+        schema = torch.library.infer_schema(function, mutates_args=())
+        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        operation: OpOverload = getattr(getattr(torch.ops, _NAMESPACE), name).default
+        return operation
+
+    return register
+
+
+def fake_of(operation: OpOverload) -> Callable[[Function], Function]:
+    """Decorates the function that gives an operation's results without their values, for the compiler."""
+
+    def register(function: Function) -> Function:
+        torch.library.register_fake(operation.name(), function, lib=_LIBRARY)
+        return function
+
+    return register

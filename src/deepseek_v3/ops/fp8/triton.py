@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deepseek_v3.ops.custom_op import custom_op, fake_of
 from deepseek_v3.ops.fp8 import reference
 from deepseek_v3.ops.fp8.formats import (
     BLOCK,
@@ -25,6 +24,7 @@ from deepseek_v3.ops.fp8.formats import (
     empty_gradients,
     empty_rows,
 )
+from deepseek_v3.ops.operation import custom_op, fake_of
 
 # Rows and columns that a program takes, where it needs no whole block of them. With these, and with the numbers of
 # warps below, everything stays in registers, and an H100 still runs 16 warps on each multiprocessor.

@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from deepseek_v3.ops.custom_op import custom_op, fake_of
 from deepseek_v3.ops.fp8 import BLOCK, ColumnBlocks, RowBlocks, WeightBlocks
+from deepseek_v3.ops.operation import custom_op, fake_of
 
 
 class _Tile(NamedTuple):

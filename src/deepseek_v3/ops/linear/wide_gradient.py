@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from deepseek_v3.ops.custom_op import custom_op, fake_of
 from deepseek_v3.ops.dtypes import product_in_float32
 from deepseek_v3.ops.linear import reference
+from deepseek_v3.ops.operation import custom_op, fake_of
 
 
 def linear(x: Tensor, weight_OI: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deepseek_v3.ops.custom_op import custom_op, fake_of
 from deepseek_v3.ops.moe_permute import reference
 from deepseek_v3.ops.moe_permute.reference import BinOrder, ExpertBins, RowCopies
+from deepseek_v3.ops.operation import custom_op, fake_of
 
 _MOST_COLUMNS = 1024  # columns of a row that one program copies or sums
 _NUMBERS = 2048  # numbers that one program copies

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from deepseek_v3.ops.custom_op import custom_op, fake_of
+from deepseek_v3.ops.operation import custom_op, fake_of
 
 _HEADS = 8  # heads that a program has in its registers at a time
 

@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from deepseek_v3.ops.custom_op import custom_op, fake_of
+from deepseek_v3.ops.operation import custom_op, fake_of
 
 _ROWS = 128  # of a program's tile
 _COLUMNS = 128  # of a program's tile, at most

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from deepseek_v3.ops.custom_op import custom_op, fake_of
+from deepseek_v3.ops.operation import custom_op, fake_of
 
 _NUMBERS = 2048  # numbers of the result in one step of a program
 _MOST_COLUMNS = 1024  # of them in one row

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deepseek_v3.ops.custom_op import custom_op, fake_of
+from deepseek_v3.ops.operation import custom_op, fake_of
 
 _NUMBERS = 2048  # numbers of one program
 

@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deepseek_v3.ops.custom_op import custom_op, fake_of
 from deepseek_v3.ops.fp8 import triton
 from deepseek_v3.ops.fp8.formats import BLOCK, ColumnBlocks, RowBlocks, empty_columns, empty_gradients, empty_rows
 from deepseek_v3.ops.fp8.triton import (
@@ -29,6 +28,7 @@ from deepseek_v3.ops.fp8.triton import (
     swiglu,
 )
 from deepseek_v3.ops.nvrtc import Kernel, current_device
+from deepseek_v3.ops.operation import custom_op, fake_of
 
 __all__ = [
     "gather_columns",

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deepseek_v3.ops.custom_op import custom_op, fake_of
 from deepseek_v3.ops.fp8 import BLOCK, ColumnBlocks, RowBlocks, WeightBlocks
 from deepseek_v3.ops.nvrtc import Kernel, current_device, tensor_map
+from deepseek_v3.ops.operation import custom_op, fake_of
 
 _SOURCE = Path(__file__).with_name("products.cu")
 _TILE_ROWS, _THREADS = 128, 384

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepseek_v3.ops.custom_op import custom_op, fake_of
+from deepseek_v3.ops.operation import custom_op, fake_of
 
 calls: list[tuple[int, ...]] = []
 
