@@ -67,12 +67,12 @@ class Measurement:
 
 @dataclass(frozen=True)
 class OpsBenchmark:
-    """All measurements of a run."""
+    """All measurements of a run; `made_with` is the environment at its start."""
 
     device: torch.device
     ceilings: Ceilings
+    made_with: dict[str, object]
     measurements: list[Measurement] = field(default_factory=list)
-    commit: str | None = None
 
     @property
     def problems(self) -> list[str]:
@@ -87,7 +87,7 @@ class OpsBenchmark:
         """Everything that was measured."""
         return {
             "command": "bench ops",
-            **environment("torch", "triton", commit=self.commit),
+            **self.made_with,
             "ceilings": asdict(self.ceilings),
             "operations": [asdict(each) for each in self.measurements],
         }
@@ -134,7 +134,7 @@ def measure_operations(
     `keep` receives the result after each case, so that it outlives the rest.
     """
     _log.info("Measuring what this device can reach: a product of each type, a copy")
-    result = OpsBenchmark(device, measure_ceilings(device), commit=commit)
+    result = OpsBenchmark(device, measure_ceilings(device), environment("torch", "triton", commit=commit))
     with torch.no_grad():
         for case in chain.from_iterable(OPERATIONS[name](device) for name in names):
             _log.info(f"{case.operation} {case.function}, {case.size}")

@@ -60,14 +60,14 @@ class SystemResult:
 
 @dataclass(frozen=True)
 class TrainBenchmark:
-    """The systems of one comparison, and what all of them share."""
+    """The systems of one comparison, and what all of them share; `made_with` is the environment at its start."""
 
     shape: str
     overrides: tuple[str, ...]
     steps: int
     ceilings: Ceilings
     systems: list[SystemResult]
-    commit: str | None = None
+    made_with: dict[str, object]
 
     @property
     def problems(self) -> list[str]:
@@ -79,7 +79,7 @@ class TrainBenchmark:
         config = self.systems[0].config
         return {
             "command": "bench train",
-            **environment("torch", "triton", "torchtitan", "transformers", commit=self.commit),
+            **self.made_with,
             "shape": self.shape,
             "overrides": list(self.overrides),
             "parameters": count_parameters(config.model).with_prediction,
@@ -157,7 +157,8 @@ def measure_training(
         ceilings = run_apart(measure_ceilings, place)
         plain_loss: float | None = None
         systems: list[SystemResult] = []
-        result = TrainBenchmark(shape, tuple(overrides), steps, ceilings, systems, commit)
+        made_with = environment("torch", "triton", "torchtitan", "transformers", commit=commit)
+        result = TrainBenchmark(shape, tuple(overrides), steps, ceilings, systems, made_with)
         for precision, config in configs.items():
             system = SystemResult(
                 f"ours, {precision}", config, step_floor(config, ceilings, precision == "fp8"), is_ours=True
