@@ -105,13 +105,13 @@ def _layer(layer: nn.Module, kind: str, config: RunConfig, device: torch.device)
     del output
     names = {parameter.data_ptr(): "parameter" for parameter in layer.parameters()}
     saved: list[str] = []
-    storages: list[int] = []
+    storages: set[int] = set()
 
     def describe(tensor: Tensor) -> Tensor:
         place = tensor.untyped_storage().data_ptr()
         if place in storages:
             return tensor
-        storages.append(place)
+        storages.add(place)
         size = "x".join(map(str, tensor.shape)) or "scalar"
         words = [size, str(tensor.dtype).removeprefix("torch."), names.get(tensor.data_ptr(), "")]
         saved.append(" ".join(words).strip())

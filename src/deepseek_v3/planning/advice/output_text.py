@@ -165,10 +165,8 @@ def _print_recommendation(advice: Advice) -> None:
     typer.secho(paragraph(f"Recommended: {row.name} ({takes}); {advice.reason}."), bold=True)
     if row.config.parallel.world_size > 1:
         typer.echo(paragraph(f"Note: {ESTIMATE_ONLY}."))
-    data, commands = (
-        row.config.data,
-        [shlex.split(launch_command(row, advice.request.device.devices_per_node, advice.overrides))],
-    )
+    data = row.config.data
+    commands = [shlex.split(launch_command(row, advice.request.device.devices_per_node, advice.overrides))]
     if data.corpus is None and not (data.sources or data.exist):
         words = ["dsv3", "tokenize", "--input", "FOLDER", "--vocab-size", str(row.config.model.vocab_size)]
         commands.insert(0, [*words, "--output", str(data.path)])

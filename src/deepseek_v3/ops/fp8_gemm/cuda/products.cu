@@ -423,10 +423,12 @@ __device__ __forceinline__ void multiply_tiles(Tiles tiles, Out* out, u32 shared
                     row_8 = load_shared(row_scales + scales + 4 * part * PART_ROWS + 32);
                 }
                 if (part == 0) {
-                    if (COLUMNS) load_column_scales(of_column, column_scales + scales);
+                    if (COLUMNS) {
+                        load_column_scales(of_column, column_scales + scales);
+                    } else {
 #pragma unroll
-                    for (int i = 0; i < PARTS; i++)
-                        of_block[i] = COLUMNS ? 1 : load_shared(block_scales + scales + 4 * i);
+                        for (int i = 0; i < PARTS; i++) of_block[i] = load_shared(block_scales + scales + 4 * i);
+                    }
                     stage.advance();
                 }
                 if (part == PARTS - 1) ready = barrier_passed(full + 8 * stage.index, stage.parity);
