@@ -26,11 +26,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.config.train_config import RunConfig
+from deepseek_v3.ops.multi_tensor import triton as multi_tensor_kernels
 from deepseek_v3.planning.calibration import CALIBRATION_FILE, Calibration, Rates, nearest_fit, read_fits
 from deepseek_v3.planning.execution import Execution, resolve_execution
 from deepseek_v3.planning.hardware import Device, find_device
 from deepseek_v3.planning.memory import estimate_memory
-from deepseek_v3.planning.step_time import compute_seconds, ideal_seconds, step_work
+from deepseek_v3.planning.step_time import compute_seconds, ideal_seconds, launch_seconds, step_work
 from deepseek_v3.training.kernel_table import kernels_in, sum_kernels
 from deepseek_v3.training.trainer import Trainer
 from deepseek_v3.utils.command_line import run_command
@@ -172,6 +173,7 @@ def _context_gib() -> float:
 
 def _forget_earlier_points() -> None:
     torch._dynamo.reset()
+    multi_tensor_kernels._blocks.cache_clear()  # the optimizer's tables, kept for each model that a process trains
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -231,7 +233,7 @@ def _fit_compiled(points: list[dict[str, Any]], device: Device, nearest: Rates |
     fitted |= _factors(narrow, ideal, "experts", ["experts", "expert_bytes"])
     fitted |= _factors(narrow, ideal, "attention", ["attention", "masked_attention"])
     fitted |= _factors(narrow, ideal, "memory", ["activations", "logits", "weights"])
-    fitted |= _gaps(narrow, ideal)
+    fitted |= _gaps(narrow, ideal, device)
     rates = _rates(fitted, nearest)
     points = [point for point in points if _run(point, device).fp8]
     ideal = [_ideal_seconds(point, device) for point in points]
@@ -255,7 +257,7 @@ def _fit_eager(points: list[dict[str, Any]], device: Device, compiled: Rates, ne
         seconds["matrices"] += seconds["experts"]
     fitted |= _factors(points, ideal, "matrices", ["matrices"])
     fitted |= _factors(points, ideal, "attention", ["attention"])
-    fitted |= _gaps(points, ideal)
+    fitted |= _gaps(points, ideal, device)
     if "matrices" in fitted:
         fitted |= {"experts": fitted["matrices"], "expert_bytes": 0.0}
     if "attention" in fitted:
@@ -297,14 +299,19 @@ def _factors(
     return _solve(names, [seconds for seconds, _ in ran], left, left)
 
 
-def _gaps(points: list[dict[str, Any]], ideal: list[dict[str, float]]) -> dict[str, float]:
-    """Time in which no kernel ran: seconds per layer and seconds per step, as shares of the whole step."""
-    whole = [point["measured_seconds"] for point in points]
-    idle = [
-        max(0.0, seconds - sum(point["kernel_seconds"].values()))
-        for seconds, point in zip(whole, points, strict=True)
-    ]
-    return _solve(["seconds_per_layer", "seconds_per_step"], ideal, idle, whole)
+def _gaps(points: list[dict[str, Any]], ideal: list[dict[str, float]], device: Device) -> dict[str, float]:
+    """Time in which no kernel ran: seconds per layer and seconds per step, as shares of the whole step.
+
+    Steps that are as long as the host takes to launch them say nothing about it, and are left out.
+    """
+    columns, idle, whole = [], [], []
+    for point, seconds in zip(points, ideal, strict=True):
+        kernels, config = sum(point["kernel_seconds"].values()), _config(point)
+        if kernels > launch_seconds(config, step_work(config, _run(point, device)), device):
+            columns.append(seconds)
+            idle.append(max(0.0, point["measured_seconds"] - kernels))
+            whole.append(point["measured_seconds"])
+    return _solve(["seconds_per_layer", "seconds_per_step"], columns, idle, whole)
 
 
 def _solve(
@@ -337,7 +344,9 @@ def compare(point: dict[str, Any], calibration: Calibration, device: Device) -> 
     config = _config(point)
     run = resolve_execution(device, config)
     memory = estimate_memory(config, run)
-    seconds = sum(compute_seconds(step_work(config, run), calibration.rates(run), run, device).values())
+    work = step_work(config, run)
+    busy = sum(compute_seconds(work, calibration.rates(run), run, device).values())
+    seconds = max(busy, launch_seconds(config, work, device))
     return {
         "estimated_gib": memory.total / 2**30,
         "memory_error": memory.total / 2**30 / point["measured_gib"] - 1,

@@ -40,10 +40,11 @@ _FACTORS_OF_PARTS = {
 }
 
 # Seconds in which a host launches the forward and the backward pass of one layer, with a proportional part of the
-# rest of a step: with pipeline parallelism alone, with data parallelism, and with expert parallelism, where the
-# host also waits for row counts. Measured as the shortest steps of shape 1b on hosts of two H200
-# (benchmarks/results/multi_gpu_h200_x2.json). For one GPU the factors of `Rates` include the launches.
-_LAUNCH_PIPELINE, _LAUNCH_DATA, _LAUNCH_EXPERT = 0.005, 0.011, 0.018
+# rest of a step: alone, with pipeline parallelism, with data parallelism, and with expert parallelism, where the
+# host also waits for row counts. Measured as the shortest steps of shape 1b: alone with 4 micro-batches of two
+# sequences (benchmarks/results/planner_points_h200.json), otherwise on hosts of two H200
+# (benchmarks/results/multi_gpu_h200_x2.json).
+_LAUNCH_ALONE, _LAUNCH_PIPELINE, _LAUNCH_DATA, _LAUNCH_EXPERT = 0.0062, 0.005, 0.011, 0.018
 
 # Overlapped collectives slow the computation by this share of their own time, because they use the same
 # multiprocessors and memory. From shape 15b under FSDP on two H200 (benchmarks/results/multi_gpu_15b_h200_x2.json).
@@ -129,10 +130,12 @@ def estimate_step(config: RunConfig, run: Execution, device: Device) -> StepTime
 
 
 def launch_seconds(config: RunConfig, work: StepWork, device: Device) -> float:
-    """Seconds in which the host of one of several GPUs launches a step; 0 for a single device."""
+    """Seconds in which the host launches a step on its GPU; 0 on a CPU."""
     parallel = config.parallel
-    if device.is_cpu or parallel.world_size == 1:
+    if device.is_cpu:
         return 0.0
+    if parallel.world_size == 1:
+        return work.layer_runs * _LAUNCH_ALONE
     if parallel.expert > 1:
         return work.layer_runs * _LAUNCH_EXPERT
     return work.layer_runs * (_LAUNCH_PIPELINE if parallel.data_ranks == 1 else _LAUNCH_DATA)

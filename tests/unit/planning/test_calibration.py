@@ -14,10 +14,10 @@ from deepseek_v3.planning.hardware import Device, find_device, known_devices
 from deepseek_v3.utils.errors import ConfigError
 from helpers import ROOT
 
-H100 = next(fit for fit in read_fits() if fit.device == "H100")
+H200 = next(fit for fit in read_fits() if fit.device == "H200")
 TINY = ROOT / "configs" / "deepseek_v3_tiny.yaml"
 NARROW = Execution(2, compiled=True)
-FITS = [H100, replace(H100, device="H200"), replace(H100, device="RTX 3090")]
+FITS = [replace(H200, device="H100"), H200, replace(H200, device="RTX 3090")]
 
 
 def _device(name: str) -> Device:
@@ -42,10 +42,11 @@ def test_a_device_takes_the_fit_of_the_nearest_rates(name: str, fitted: str) -> 
 
 
 def test_a_fit_is_a_device_s_own_whatever_the_device_is_called() -> None:
-    named = _device("H100").model_copy(update={"name": "NVIDIA H100 80GB HBM3", "memory_gib": 40.0})
-    assert H100.fits(named)
-    assert not H100.fits(_device("H200"))
-    assert "scaled" not in _sources("H100")["memory and time"]
+    named = _device("H200").model_copy(update={"name": "NVIDIA H200 SXM", "memory_gib": 40.0})
+    assert H200.fits(named)
+    assert not H200.fits(_device("H100"))
+    assert "scaled" not in _sources("H200")["memory and time"]
+    assert "scaled to H100 by its published rates" in _sources("H100")["memory and time"]
     assert "scaled to A100 by its published rates" in _sources("A100")["memory and time"]
 
 
@@ -62,10 +63,10 @@ def test_a_plan_in_fp8_says_that_it_was_not_measured(monkeypatch: pytest.MonkeyP
     fp8 = replace(NARROW, fp8=True)
     factors = ("fp8_matrices", "fp8_experts", "quantization")
     for assumed, says in ((factors, True), (factors[2:], True), ((), False)):
-        fit = replace(H100, bfloat16=replace(H100.bfloat16, assumed=assumed))
+        fit = replace(H200, bfloat16=replace(H200.bfloat16, assumed=assumed))
         monkeypatch.setattr(advisor, "calibration", lambda _, fit=fit: fit)
-        assert ("FP8" in _sources("H100", fp8)) == says
-        assert "FP8" not in _sources("H100")
+        assert ("FP8" in _sources("H200", fp8)) == says
+        assert "FP8" not in _sources("H200")
 
 
 @pytest.mark.parametrize(("device", "width"), [("H100", 2), ("H200", 2), ("A100", None), ("CPU", 4)])
@@ -93,4 +94,4 @@ def test_every_known_device_has_a_fit_with_positive_factors() -> None:
 
 def test_a_fit_of_a_device_outside_the_table_is_named() -> None:
     with pytest.raises(ValueError, match=r"calibration.json: 'MI300' is not in the planner's table"):
-        replace(H100, device="MI300").distance(_device("H100"))
+        replace(H200, device="MI300").distance(_device("H100"))

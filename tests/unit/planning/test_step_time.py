@@ -486,12 +486,29 @@ def test_a_device_that_does_anything_faster_is_never_slower(config: RunConfig, r
 def test_known_devices_come_in_the_order_of_their_rates(path: Path) -> None:
     overrides = [f"parallel.{name}=1" for name in ("data_replicate", "data_shard", "expert", "pipeline")]
     config = load_config(path, [*overrides, "parallel.precision=bf16"])
-    seconds = []
+    busy, whole = [], []
     for name in ("B200", "H200", "H100", "A100", "RTX 3090"):
         device = find_device(name)
         assert device is not None
+        run = resolve_execution(device, config)
+        rates = calibration(device).rates(run)
+        busy.append(sum(compute_seconds(step_work(config, run), rates, run, device).values()))
+        whole.append(estimate_step(config, run, device).total)
+    assert busy == sorted(set(busy))
+    assert whole == sorted(whole)  # tiny takes as long on all of them: its host launches it
+
+
+def test_a_host_launches_small_steps_no_faster_than_large_ones() -> None:
+    """A step of many small micro-batches takes the time of its launches, whatever the GPU."""
+    device = find_device("H200")
+    assert device is not None
+    seconds = []
+    for sequences in (1, 2):
+        overrides = ["training.global_batch_size=64", f"parallel.micro_batch_size={sequences}"]
+        one_device = [f"parallel.{name}=1" for name in ("data_replicate", "data_shard", "expert", "pipeline")]
+        config = load_config(ROOT / "configs" / "deepseek_v3_tiny.yaml", [*overrides, *one_device, "parallel.precision=bf16"])
         seconds.append(estimate_step(config, resolve_execution(device, config), device).total)
-    assert seconds == sorted(set(seconds))
+    assert seconds[0] == pytest.approx(2 * seconds[1])
 
 
 @given(layouts())
