@@ -506,7 +506,9 @@ def test_a_host_launches_small_steps_no_faster_than_large_ones() -> None:
     for sequences in (1, 2):
         overrides = ["training.global_batch_size=64", f"parallel.micro_batch_size={sequences}"]
         one_device = [f"parallel.{name}=1" for name in ("data_replicate", "data_shard", "expert", "pipeline")]
-        config = load_config(ROOT / "configs" / "deepseek_v3_tiny.yaml", [*overrides, *one_device, "parallel.precision=bf16"])
+        config = load_config(
+            ROOT / "configs" / "deepseek_v3_tiny.yaml", [*overrides, *one_device, "parallel.precision=bf16"]
+        )
         seconds.append(estimate_step(config, resolve_execution(device, config), device).total)
     assert seconds[0] == pytest.approx(2 * seconds[1])
 
