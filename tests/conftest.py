@@ -47,7 +47,15 @@ def no_fsync() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _fork_server() -> None:
+def _kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """CUDA C++ kernels are compiled anew in every session, and are kept out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DSV3_KERNEL_CACHE", str(tmp_path_factory.mktemp("kernels")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fork_server(_kernel_cache: None) -> None:
     fork_server.start()
 
 

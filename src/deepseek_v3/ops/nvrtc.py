@@ -1,25 +1,33 @@
 """CUDA C++ kernels without a build step: NVRTC, which comes with torch's CUDA packages, compiles them at first use.
 
 A kernel's source includes no headers, so NVRTC alone suffices. NVRTC and the driver are called through ctypes.
+`build_kernels.py` compiles all kernels ahead of use; what it has built is launched instead, and needs no NVRTC.
 """
 
 from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cache, lru_cache
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from deepseek_v3.ops import kernel_cache
+from deepseek_v3.ops.kernel_cache import ARCHITECTURE, NVCC, MachineCode
+from deepseek_v3.utils.errors import PathError
+from deepseek_v3.utils.logging import get_logger
+
 _MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _TENSOR_MAP_BYTES = 128
 _TENSOR_MAP_TYPES = {torch.uint8: 0, torch.float8_e4m3fn: 0, torch.float32: 7, torch.bfloat16: 9}
 _NO_SWIZZLE, _SWIZZLE_128_BYTES, _PROMOTE_TO_256_BYTES = 0, 3, 3
+
+_log = get_logger("Kernels")
 
 
 class CudaError(RuntimeError):
@@ -103,12 +111,25 @@ _tensor_map = lru_cache(maxsize=4096)(TensorMap)
 
 
 class Kernel:
-    """A compiled kernel, loaded on every device that launches it."""
+    """A kernel of a CUDA C++ source, compiled at its first launch and loaded on every device that launches it.
+
+    `shared_bytes` is the shared memory of a thread block that the source does not declare itself.
+    """
 
     def __init__(self, source: Path, name: str, defines: Mapping[str, int], shared_bytes: int) -> None:
-        self._cubin, self._name, self._shared_bytes = _compile(source, defines), name, shared_bytes
+        self.source, self.name, self.defines, self.shared_bytes = source, name, defines, shared_bytes
         self._functions: dict[int, ctypes.c_void_p] = {}
         self._lock = threading.Lock()
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether a device has launched it."""
+        return bool(self._functions)
+
+    @property
+    def is_built(self) -> bool:
+        """Whether it is code that `build_kernels.py` has built."""
+        return self._code.is_built
 
     def launch(self, blocks: int, threads: int, arguments: Sequence[Any]) -> None:
         """Launches the kernel on the current stream of the current device, inside `current_device`.
@@ -122,9 +143,9 @@ class Kernel:
         one = ctypes.c_uint(1)
         _check(
             _driver().cuLaunchKernel(
-                self._function(), blocks, one, one, threads, one, one, self._shared_bytes, stream, packed, None
+                self._function(), blocks, one, one, threads, one, one, self.shared_bytes, stream, packed, None
             ),
-            f"launching {self._name}",
+            f"launching {self.name}",
         )
 
     def _function(self) -> ctypes.c_void_p:
@@ -134,13 +155,27 @@ class Kernel:
                 self._functions[device] = self._load()
             return self._functions[device]
 
+    @cached_property
+    def _code(self) -> MachineCode:
+        return _machine_code(self.source, self.defines)
+
     def _load(self) -> ctypes.c_void_p:
+        try:
+            return self._load_code()
+        except CudaError as error:
+            if not self._code.is_built or nvrtc_obstacle():
+                raise
+            _log.warning("%s, as it was built; NVRTC compiles it instead", error)
+            self._code = _compiled(self.source, self.defines)
+            return self._load_code()
+
+    def _load_code(self) -> ctypes.c_void_p:
         module, function, driver = ctypes.c_void_p(), ctypes.c_void_p(), _driver()
-        _check(driver.cuModuleLoadData(ctypes.byref(module), self._cubin), f"loading {self._name}")
-        name = self._name.encode()
-        _check(driver.cuModuleGetFunction(ctypes.byref(function), module, name), f"finding {self._name}")
-        attribute = driver.cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED_BYTES, self._shared_bytes)
-        _check(attribute, f"{self._shared_bytes} bytes of shared memory for {self._name}")
+        _check(driver.cuModuleLoadData(ctypes.byref(module), self._code.cubin), f"loading {self.name}")
+        name = self.name.encode()
+        _check(driver.cuModuleGetFunction(ctypes.byref(function), module, name), f"finding {self.name}")
+        attribute = driver.cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED_BYTES, self.shared_bytes)
+        _check(attribute, f"{self.shared_bytes} bytes of shared memory for {self.name}")
         return function
 
 
@@ -150,15 +185,31 @@ def _by_value(argument: Any) -> Any:
     return ctypes.c_void_p() if argument is None else argument
 
 
+def _machine_code(source: Path, defines: Mapping[str, int]) -> MachineCode:
+    """What nvcc has built of a source file; if there is nothing, what NVRTC makes of it."""
+    return kernel_cache.find(source, defines, NVCC) or _compiled(source, defines)
+
+
+def _compiled(source: Path, defines: Mapping[str, int]) -> MachineCode:
+    """What NVRTC makes of a source file; for the next process it is stored in the cache, if that can be written."""
+    compiler = f"NVRTC {_nvrtc_version()}"
+    if found := kernel_cache.find(source, defines, compiler):
+        return found
+    code = MachineCode(_compile(source, defines), compiler)
+    with suppress(OSError, PathError):
+        kernel_cache.store(kernel_cache.path_of(source, defines, compiler), code)
+    return code
+
+
 def _compile(source: Path, defines: Mapping[str, int]) -> bytes:
-    """The machine code of a source file for sm_90a."""
+    """The machine code that NVRTC makes of a source file."""
     nvrtc = _nvrtc()
     program = ctypes.c_void_p()
     text = source.read_bytes()
     created = nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, source.name.encode(), 0, None, None)
     if created:
         raise CudaError(f"nvrtcCreateProgram failed with code {created}")
-    options = ["--gpu-architecture=sm_90a", *(f"-D{name}={value}" for name, value in defines.items())]
+    options = [f"--gpu-architecture={ARCHITECTURE}", *(f"-D{name}={value}" for name, value in defines.items())]
     given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
     try:
         if nvrtc.nvrtcCompileProgram(program, len(options), given):
@@ -180,13 +231,23 @@ def _log_of(program: ctypes.c_void_p) -> str:
     return log.value.decode(errors="replace")
 
 
-def nvrtc_obstacle() -> str | None:
-    """Why kernels cannot be compiled here; None if they can."""
+def nvrtc_obstacle(kernels: Iterable[Kernel] = ()) -> str | None:
+    """Why kernels have no machine code here; None if NVRTC can be loaded, or if all of these kernels are built."""
     try:
         _nvrtc()
     except OSError as error:
-        return f"needs NVRTC, which cannot be loaded ({error})"
+        built = [kernel_cache.find(kernel.source, kernel.defines, NVCC) for kernel in kernels]
+        if built and all(built):
+            return None
+        return f"needs NVRTC, which cannot be loaded ({error}), or kernels built by scripts/build_kernels.sh"
     return None
+
+
+def _nvrtc_version() -> str:
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    if code := _nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)):
+        raise CudaError(f"nvrtcVersion failed with code {code}")
+    return f"{major.value}.{minor.value}"
 
 
 @cache

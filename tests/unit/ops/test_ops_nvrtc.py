@@ -23,8 +23,8 @@ H200 = 132  # its multiprocessors
 @pytest.mark.parametrize("tile_columns", cuda._TILE_COLUMNS)
 def test_products_compile(columns: bool, tile_columns: int) -> None:
     kernel = cuda._kernel(columns, tile_columns, float_out=columns)
-    assert kernel._cubin.startswith(b"\x7fELF")
-    assert kernel._shared_bytes <= cuda._SHARED_BYTES
+    assert kernel._code.cubin.startswith(b"\x7fELF")
+    assert kernel.shared_bytes <= cuda._SHARED_BYTES
 
 
 @needs_nvrtc
@@ -33,7 +33,7 @@ def test_quantizers_compile(name: str) -> None:
     pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds only")
     from deepseek_v3.ops.fp8.cuda import _kernel
 
-    assert name.encode() in _kernel(name)._cubin
+    assert name.encode() in _kernel(name)._code.cubin
 
 
 @needs_nvrtc
@@ -41,7 +41,7 @@ def test_a_mistake_in_the_source_is_shown(tmp_path: Path) -> None:
     source = tmp_path / "kernel.cu"
     source.write_text('extern "C" __global__ void kernel(int* out) { out[0] = missing + VALUE; }', encoding="utf-8")
     with pytest.raises(CudaError, match=r"(?s)kernel.cu with {'VALUE': 3}.*missing"):
-        Kernel(source, "kernel", {"VALUE": 3}, 0)
+        _ = Kernel(source, "kernel", {"VALUE": 3}, 0)._code
 
 
 def test_why_nvrtc_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
