@@ -16,7 +16,9 @@ from helpers import ROOT
 SOURCE, TESTS = ROOT / "src" / "deepseek_v3", ROOT / "tests"
 # Modules that send tokens between ranks; nothing else in the four model folders may know torch.distributed.
 EXCHANGES = ("all_to_all", "deepep", "exchange", "expert_parallel", "select_dispatcher", "symmetric_memory")
-RECURRING = {"__init__", "__main__", "reference", "triton", "filter", "index", "errors", "command", "engine"}
+RECURRING = {
+    *("__init__", "__main__", "reference", "triton", "check", "filter", "index", "errors", "command", "engine")
+}
 LONGEST_MODULE, SHORT_MODULE, MOST_SHORT_MODULES, LONGEST_TEST_NAME = 350, 50, 30, 60
 # Modules that import an optional library, or another one of these, at their top; else only functions import them.
 NEED_THEIR_LIBRARY = {
@@ -26,6 +28,7 @@ NEED_THEIR_LIBRARY = {
     "evaluation/harness.py",
     "ops/cross_entropy/triton.py",
     "ops/fp8/cuda/__init__.py",
+    "ops/fp8/cuda/check.py",
     "ops/fp8/triton.py",
     "ops/fp8_gemm/triton.py",
     "ops/moe_permute/triton.py",

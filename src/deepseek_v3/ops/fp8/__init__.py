@@ -90,9 +90,13 @@ def _cuda() -> Fp8Quantize:
 
 def _cuda_obstacle(target: Target) -> str | None:
     obstacle = triton_obstacle(target)  # whose kernels do the rest
-    if obstacle is None and torch.cuda.get_device_capability(target.device) != (9, 0):
+    if obstacle:
+        return obstacle
+    if torch.cuda.get_device_capability(target.device) != (9, 0):
         return "needs a GPU of compute capability 9.0"
-    return obstacle or nvrtc_obstacle()
+    from deepseek_v3.ops.fp8 import cuda
+
+    return nvrtc_obstacle(cuda.kernels())
 
 
 def _triton() -> Fp8Quantize:

@@ -49,7 +49,9 @@ def _cuda_obstacle(target: Target) -> str | None:
         return "needs row widths that are multiples of 16"
     if torch.cuda.get_device_capability(target.device) != (9, 0):
         return "needs a GPU of compute capability 9.0"
-    return nvrtc_obstacle()
+    from deepseek_v3.ops.fp8_gemm import cuda
+
+    return nvrtc_obstacle(cuda.kernels())
 
 
 def _triton() -> Fp8Gemm:

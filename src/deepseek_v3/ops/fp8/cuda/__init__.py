@@ -1,9 +1,9 @@
 """Quantizing by columns on a Hopper GPU, in CUDA C++; `tiles.cu` says how the kernels work.
 
-NVRTC compiles them at first use, each in less than a second. Triton's functions do all else, and what the kernels
-do not take: rows that are not in bfloat16, are not aligned to 16 bytes or have no multiple of 8 numbers, and a
-hidden layer whose width is no multiple of 128. Results are bit by bit the reference's; SwiGLU's gradients may
-differ in their last bits, before they are quantized.
+NVRTC compiles them at first use, in less than two seconds, unless they are built already. Triton's functions do
+all else, and what the kernels do not take: rows that are not in bfloat16, are not aligned to 16 bytes or have no
+multiple of 8 numbers, and a hidden layer whose width is no multiple of 128. Results are bit by bit the reference's;
+SwiGLU's gradients may differ in their last bits, before they are quantized.
 
 Axes: those of `reference.py`.
 """
@@ -11,7 +11,7 @@ Axes: those of `reference.py`.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from deepseek_v3.ops.operation import custom_op, fake_of
 __all__ = [
     "gather_columns",
     "gather_rows",
+    "kernels",
     "quantize_both",
     "quantize_columns",
     "quantize_rows",
@@ -44,7 +45,8 @@ __all__ = [
 
 _SOURCE = Path(__file__).with_name("tiles.cu")
 _THREADS = 256
-_SHARED_BYTES = {"fp8_swiglu_backward": 54272}  # the size of `Shared`; the other kernels declare theirs
+# The shared memory of each kernel that it does not declare itself: the size of `Shared`.
+_SHARED_BYTES = {"fp8_columns": 0, "fp8_rows_and_columns": 0, "fp8_swiglu_backward": 54272}
 _PIECE = 8  # numbers in bfloat16 that a thread loads at once
 
 
@@ -186,6 +188,11 @@ def _launch(
         _kernel(name).launch(places // BLOCK * -(-width // BLOCK), _THREADS, [*arguments, sizes])
 
 
+def kernels() -> Iterator[Kernel]:
+    """Every kernel that these functions may launch."""
+    return map(_kernel, _SHARED_BYTES)
+
+
 @cache
 def _kernel(name: str) -> Kernel:
-    return Kernel(_SOURCE, name, {}, _SHARED_BYTES.get(name, 0))
+    return Kernel(_SOURCE, name, {}, _SHARED_BYTES[name])

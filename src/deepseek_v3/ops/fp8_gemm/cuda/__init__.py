@@ -1,6 +1,6 @@
 """Products of matrices in 8-bit blocks on a Hopper GPU, in CUDA C++; `products.cu` says how the kernel works.
 
-NVRTC compiles the kernel at first use, in about a second for each of its variants.
+NVRTC compiles the kernel at first use, in about a second for each of its variants, unless it is built already.
 
 Axes: X rows in expert order, E experts, O output width, I input width, P places, B blocks of 128 places, G blocks
 of 128 numbers of a row.
@@ -9,7 +9,9 @@ of 128 numbers of a row.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from functools import cache, lru_cache
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -124,6 +126,12 @@ def _launch(
         kernel.launch(
             _multiprocessors(a.device), _THREADS, [map_a, map_b, map_scales, a_scales, b_scales, ends_E, out, sizes]
         )
+
+
+def kernels() -> Iterator[Kernel]:
+    """Every variant of the kernel that a product may launch."""
+    for columns, tile_columns, float_out in product((False, True), _TILE_COLUMNS, (False, True)):
+        yield _kernel(columns, tile_columns, float_out)
 
 
 @cache

@@ -1,0 +1,84 @@
+"""The checks of the built kernels: they accept right results and notice wrong ones."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from deepseek_v3.ops.fp8 import Fp8Quantize
+from deepseek_v3.ops.fp8 import reference as fp8_reference
+from deepseek_v3.ops.fp8_gemm import cuda as fp8_gemm_cuda
+from deepseek_v3.ops.fp8_gemm import reference as gemm_reference
+from deepseek_v3.ops.fp8_gemm.cuda.check import check as check_fp8_gemm
+
+CPU = torch.device("cpu")
+H200 = 132  # its multiprocessors
+
+
+def check_fp8(kernels: Any) -> list[bool]:
+    pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds only")
+    from deepseek_v3.ops.fp8.cuda.check import check
+
+    quantize: Fp8Quantize = kernels
+    return [holds for _, holds in check(CPU, quantize)]
+
+
+def check_gemm(kernels: Any) -> list[bool]:
+    return [holds for _, holds in check_fp8_gemm(CPU, kernels, wide_rows=600)]
+
+
+def changed(reference: Any, name: str, place: int | None = None) -> SimpleNamespace:
+    """The reference with one function that gives one wrong number: in its result `place`, if it has several."""
+
+    def changed_function(*given: Any) -> Any:
+        found = getattr(reference, name)(*given)
+        tensor = found if place is None else found[place]
+        if isinstance(tensor, tuple):
+            scales = tensor[1].view(-1)
+            scales[0] *= 1.5
+        else:
+            numbers = tensor.view(-1)
+            numbers[numbers.abs().argmax()] *= 1.5
+        return found
+
+    names = [each for each in dir(reference) if not each.startswith("_")]
+    return SimpleNamespace(**{each: getattr(reference, each) for each in names} | {name: changed_function})
+
+
+def test_references_pass_the_checks() -> None:
+    assert all(check_gemm(gemm_reference))
+    assert all(check_fp8(fp8_reference))
+
+
+@pytest.mark.parametrize("name", ["rows_product", "columns_product"])
+def test_a_wrong_product_is_noticed(name: str) -> None:
+    assert check_gemm(changed(gemm_reference, name)).count(False) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("quantize_columns", 1),
+        ("quantize_both", 0),
+        ("quantize_both", 1),
+        ("gather_columns", 1),
+        ("swiglu_backward", 0),
+        ("swiglu_backward", 1),
+        ("swiglu_backward", 2),
+        ("swiglu_backward", 3),
+    ],
+)
+def test_a_wrong_scale_or_gradient_is_noticed(name: str, place: int) -> None:
+    assert check_fp8(changed(fp8_reference, name, place)).count(False) == 2
+
+
+def test_products_of_the_checks_take_every_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On any Hopper GPU, so that each variant is launched."""
+    for multiprocessors in (78, 114, H200):
+        monkeypatch.setattr(fp8_gemm_cuda, "_multiprocessors", lambda _, number=multiprocessors: number)
+        fp8_gemm_cuda._tile_columns.cache_clear()
+        for added in (0, 1):  # `_rows_product` adds a tile for three groups
+            assert fp8_gemm_cuda._tile_columns(3 + added, 144, CPU) == 128
+            assert fp8_gemm_cuda._tile_columns(multiprocessors - 1 + added, 256, CPU) == 256
+    fp8_gemm_cuda._tile_columns.cache_clear()
