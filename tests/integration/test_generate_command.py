@@ -78,7 +78,8 @@ def test_a_prompt_is_continued_as_by_the_engine(checkpoint, engine):
     [completion] = engine.generate(["the cat"], SAMPLING)
     assert result.exit_code == 0, result.output
     assert result.stdout == completion.text + "\n"
-    assert result.stderr.startswith("6 tokens in ")
+    assert "[Cache] latent cache in float32: 288 bytes per token; " in result.stderr
+    assert "\n6 tokens in " in result.stderr
     assert " tokens/s; ended 1 by length\nNext:\n  dsv3 eval --checkpoint " in result.stderr
 
 
@@ -91,7 +92,8 @@ def test_texts_longer_than_any_trained_on_are_named(checkpoint, caplog, new_toke
     result = run(checkpoint, "--prompt", prompt, "--max-new-tokens", new_tokens)
     assert result.exit_code == 0, result.output
     expected = f"may reach {longest} tokens, and the model was trained on sequences of 16"
-    assert [expected in line for line in caplog.messages] == ([] if longest is None else [True])
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert [expected in line for line in warnings] == ([] if longest is None else [True])
     assert "may reach" not in result.stdout
 
 
@@ -106,9 +108,17 @@ def test_no_cache_recomputes(checkpoint, monkeypatch):
     def refuse(*arguments):
         raise AssertionError("a cache was made")
 
-    monkeypatch.setattr("deepseek_v3.inference.engine.LatentCache", refuse)
+    monkeypatch.setattr("deepseek_v3.inference.kv_cache.PagePool", refuse)
     assert run(checkpoint, "--prompt", "the", "--no-cache").exit_code == 0
     assert run(checkpoint, "--prompt", "the").exit_code == 1
+
+
+def test_the_format_of_the_cache_can_be_chosen(checkpoint):
+    result = run(checkpoint, "--prompt", "the", "--kv", "bf16")
+    assert result.exit_code == 0, result.output
+    assert "latent cache in bfloat16: 144 bytes per token; " in result.stderr
+    assert "kv_lora_rank = 16, expected a multiple of 128" in refusal(checkpoint, "--prompt", "a", "--kv", "fp8")
+    assert "found --no-cache and --kv" in refusal(checkpoint, "--prompt", "a", "--kv", "bf16", "--no-cache")
 
 
 def test_a_terminal_shows_the_prompt_in_front(checkpoint, engine, monkeypatch):

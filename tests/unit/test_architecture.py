@@ -17,7 +17,8 @@ SOURCE, TESTS = ROOT / "src" / "deepseek_v3", ROOT / "tests"
 # Modules that send tokens between ranks; nothing else in the four model folders may know torch.distributed.
 EXCHANGES = ("all_to_all", "deepep", "exchange", "expert_parallel", "select_dispatcher", "symmetric_memory")
 RECURRING = {
-    *("__init__", "__main__", "reference", "triton", "check", "filter", "index", "errors", "command", "engine")
+    *("__init__", "__main__", "reference", "triton", "check", "formats", "filter", "index", "errors", "command"),
+    "engine",
 }
 LONGEST_MODULE, SHORT_MODULE, MOST_SHORT_MODULES, LONGEST_TEST_NAME = 350, 50, 30, 60
 # Modules that import an optional library, or another one of these, at their top; else only functions import them.
@@ -31,6 +32,9 @@ NEED_THEIR_LIBRARY = {
     "ops/fp8/cuda/check.py",
     "ops/fp8/triton.py",
     "ops/fp8_gemm/triton.py",
+    "ops/mla_decode/cuda/__init__.py",
+    "ops/mla_decode/cuda/check.py",
+    "ops/mla_decode/triton.py",
     "ops/moe_permute/triton.py",
     "ops/multi_tensor/triton.py",
     "ops/rotary/triton.py",

@@ -36,6 +36,7 @@ _WITHOUT_EFFECT = frozenset(
     "unsloth_version use_bfloat16 use_cache".split()
 )
 _FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}  # the quantization that is read
+_FP8_BLOCK = 128  # numbers of a latent that share a scale in an FP8 cache
 # Newer names of fields, as attributes of Transformers' config.
 _NEWER_NAMES = {"num_mtp_layers": "num_nextn_predict_layers", "num_local_experts": "n_routed_experts"}
 
@@ -127,6 +128,7 @@ class ModelConfig(Section):
     max_position_embeddings: PositiveInt = 4096
     rope_theta: Annotated[Real, Field(gt=1)] = 10000.0
     rope_scaling: RopeScaling | None = None
+    use_fp8_kv: bool = False  # of this project: the format of the latent cache in generation
 
     # The released file names these choices; this project implements exactly one of each.
     hidden_act: Literal["silu"] = "silu"
@@ -171,6 +173,11 @@ class ModelConfig(Section):
             raise ValueError(
                 f"num_key_value_heads = {self.num_key_value_heads} must equal num_attention_heads = "
                 f"{self.num_attention_heads} or be left out: latent attention shares the latent, not the heads"
+            )
+        if self.use_fp8_kv and self.kv_lora_rank % _FP8_BLOCK:
+            raise ValueError(
+                f"use_fp8_kv = true needs a kv_lora_rank that is a multiple of {_FP8_BLOCK}, found "
+                f"{self.kv_lora_rank}; leave it out"
             )
 
     def _check_experts(self) -> None:

@@ -16,11 +16,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 from deepseek_v3.data.tokens.stream_decoder import StreamDecoder
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
+from deepseek_v3.inference.kv_cache import KvCache
 from deepseek_v3.inference.sampling import SamplingConfig, choose_next, row_generator
-from deepseek_v3.mla.kv_compression import LatentCache
+from deepseek_v3.mla.cached_sequences import CachedSequence, extend
+from deepseek_v3.mla.kv_compression import KvFormat, pages_of
 from deepseek_v3.model.transformer import DeepSeekV3
+from deepseek_v3.ops.mla_decode.formats import PAGE
 from deepseek_v3.utils.errors import GenerationError
 
+PREFILL_TOKENS = 8192  # of one forward pass; longer prompts are processed in chunks
 FinishReason = Literal["stop", "end_of_text", "length", "context"]
 
 
@@ -83,7 +87,10 @@ class _Text:
 
 @dataclass
 class _Row:
-    """A prompt that is being continued; `ids` are the ids of the prompt and then the generated ones."""
+    """A prompt that is being continued; `ids` are the ids of the prompt and then the generated ones.
+
+    `cached`: which of them are in the cache; None without a cache.
+    """
 
     prompt: str
     ids: list[int]
@@ -91,11 +98,29 @@ class _Row:
     text: _Text
     generator: np.random.Generator
     finish_reason: FinishReason | None = None
+    cached: CachedSequence | None = None
+
+    @property
+    def num_new(self) -> int:
+        """How many of the ids are not in the cache."""
+        return len(self.ids) - (0 if self.cached is None else self.cached.length)
+
+    def next_chunk(self) -> list[int]:
+        """The next ids that are not in the cache; without a cache all ids."""
+        if self.cached is None:
+            return self.ids
+        return self.ids[self.cached.length : self.cached.length + PREFILL_TOKENS]
 
     def finish(self, reason: FinishReason) -> None:
         self.finish_reason = reason
         if reason != "stop" and self.text.end():
             self.finish_reason = "stop"
+
+    def free_if_finished(self) -> None:
+        """Gives the pages of a finished row back, and lets go of their pool."""
+        if self.finish_reason is not None and self.cached is not None:
+            self.cached.free()
+            self.cached = None
 
     def completion(self) -> Completion:
         assert self.finish_reason is not None
@@ -109,13 +134,20 @@ class Generator:
     token starts from the end-of-text marker, which separates the documents of a training corpus. Each prompt has
     its own random number generator, so its text does not depend on the other prompts of the batch.
     Only ids that the tokenizer has are generated, or with `all_ids` any id of the model, as other engines do; ids
-    that the tokenizer lacks have no text.
+    that the tokenizer lacks have no text. If the cache of `batch_size` prompts does not fit in the memory of the
+    device, fewer run at a time. `kv` is the format of the cache; None follows the model's config.
 
-    Raises GenerationError if the tokenizer has more ids than the model.
+    Raises GenerationError if the tokenizer has more ids than the model, and ConfigError for a cache in FP8 of a
+    model whose kv_lora_rank is not a multiple of 128.
     """
 
     def __init__(
-        self, model: DeepSeekV3, tokenizer: Tokenizer, batch_size: int = 32, all_ids: bool = False
+        self,
+        model: DeepSeekV3,
+        tokenizer: Tokenizer,
+        batch_size: int = 32,
+        all_ids: bool = False,
+        kv: KvFormat | None = None,
     ) -> None:
         if tokenizer.vocab_size > model.config.vocab_size:
             raise GenerationError(
@@ -128,6 +160,7 @@ class Generator:
         self._num_ids = model.config.vocab_size if all_ids else tokenizer.vocab_size
         self._context = model.config.max_position_embeddings
         self._device = model.head_weight_VD.device
+        self._kv_cache = KvCache(model, kv)
 
     def generate(
         self, prompts: abc.Sequence[str], sampling: SamplingConfig, use_cache: bool = True
@@ -135,8 +168,9 @@ class Generator:
         """Continues every prompt; the completions have the order of the prompts.
 
         Without the cache each step runs the model on the whole text again; the result is the same up to rounding.
-        Raises GenerationError for a prompt longer than the model's context and for logits that are not finite, and
-        DataError for a prompt that is not Unicode.
+        Raises GenerationError for a prompt longer than the model's context, for one that does not fit in the memory
+        of the device with its new tokens, and for logits that are not finite, and DataError for a prompt that is
+        not Unicode.
         """
         rows = [self._start(prompt, index, sampling) for index, prompt in enumerate(prompts)]
         return self._complete(rows, sampling, use_cache)
@@ -151,10 +185,37 @@ class Generator:
         return self._complete(rows, sampling, use_cache)
 
     def _complete(self, rows: list[_Row], sampling: SamplingConfig, use_cache: bool) -> list[Completion]:
-        for first in range(0, len(rows), self._batch_size):
-            for _ in self._steps(rows[first : first + self._batch_size], sampling, use_cache):
+        for batch in self._batches(rows, sampling, use_cache):
+            for _ in self._steps(batch, sampling, use_cache):
                 pass
         return [row.completion() for row in rows]
+
+    def _batches(self, rows: list[_Row], sampling: SamplingConfig, use_cache: bool) -> list[list[_Row]]:
+        """The rows, in order, in batches of at most `batch_size` whose longest texts fit in the cache together."""
+        fitting = self._kv_cache.pages_that_fit() if use_cache and rows else 0
+        batches: list[list[_Row]] = []
+        num_pages = 0
+        for index, row in enumerate(rows):
+            needed = self._most_pages(row, sampling) if use_cache else 0
+            if needed > fitting:
+                raise GenerationError(
+                    f"prompt {index + 1} is {len(row.ids):,} tokens long, and the cache needs room for "
+                    f"{self._most_tokens(row, sampling):,} with its new tokens, found room for {fitting * PAGE:,}; "
+                    "shorten it, lower max_new_tokens, keep the cache in FP8, or take a device with more memory"
+                )
+            if not batches or len(batches[-1]) == self._batch_size or num_pages + needed > fitting:
+                batches.append([])
+                num_pages = 0
+            batches[-1].append(row)
+            num_pages += needed
+        return batches
+
+    def _most_tokens(self, row: _Row, sampling: SamplingConfig) -> int:
+        """The length of the longest text that a row may become."""
+        return min(row.num_prompt_ids + sampling.max_new_tokens, self._context)
+
+    def _most_pages(self, row: _Row, sampling: SamplingConfig) -> int:
+        return 0 if row.finish_reason else pages_of(self._most_tokens(row, sampling))
 
     def stream(
         self, prompt: str, sampling: SamplingConfig, use_cache: bool = True
@@ -164,7 +225,9 @@ class Generator:
         A part never ends inside a character and holds no part of a stop string. The generator's return value is the
         completion. This call itself, not the first iteration, raises the errors of `generate` for the prompt.
         """
-        return self._stream_text(self._start(prompt, 0, sampling), sampling, use_cache)
+        row = self._start(prompt, 0, sampling)
+        self._batches([row], sampling, use_cache)  # raises its error
+        return self._stream_text(row, sampling, use_cache)
 
     def _stream_text(
         self, row: _Row, sampling: SamplingConfig, use_cache: bool
@@ -199,38 +262,55 @@ class Generator:
     def _steps(self, rows: list[_Row], sampling: SamplingConfig, use_cache: bool) -> abc.Iterator[None]:
         """Adds one token to every unfinished row per iteration, until all rows are finished."""
         rows = [row for row in rows if row.finish_reason is None]
-        cache = self._new_cache(rows, sampling) if use_cache and rows else None
+        if use_cache and rows:
+            pool = self._kv_cache.new_pool(sum(self._most_pages(row, sampling) for row in rows))
+            for row in rows:
+                row.cached = CachedSequence(pool)
         seen_BV = self._seen(rows)
         while rows:
-            tokens_B = choose_next(
-                self._next_logits(rows, cache), seen_BV, sampling, [row.generator for row in rows]
-            )
+            logits_BV = self._next_logits(rows)
+            tokens_B = choose_next(logits_BV, seen_BV, sampling, [row.generator for row in rows])
             seen_BV.scatter_(1, tokens_B[:, None], True)
             for row, token in zip(rows, tokens_B.tolist(), strict=True):
                 self._take(row, token, sampling)
             unfinished = [index for index, row in enumerate(rows) if row.finish_reason is None]
             if len(unfinished) < len(rows):
+                for row in rows:
+                    row.free_if_finished()
                 rows, seen_BV = [rows[index] for index in unfinished], seen_BV[unfinished]
-                if cache is not None:
-                    _keep_rows(cache, unfinished)
             yield
 
     @torch.inference_mode()
-    def _next_logits(self, rows: list[_Row], cache: LatentCache | None) -> Tensor:
-        """Runs the model on the tokens that are not in the cache; logits (B, V) of the token after each row.
+    def _next_logits(self, rows: list[_Row]) -> Tensor:
+        """Runs the model on the tokens that are not in the cache; logits (B, V) of the token after each row."""
+        longest = max(row.num_new for row in rows)
+        together = max(1, PREFILL_TOKENS // longest)
+        groups = [rows[first : first + together] for first in range(0, len(rows), together)]
+        last_BD = torch.cat([self._last_states(group) for group in groups])
+        return self._model.logits(last_BD)[:, : self._num_ids]
 
-        Rows are padded on the right. The causal mask hides the padding from all tokens, and the next tokens
-        overwrite it in the cache, because the cache counts each row's own tokens only.
+    def _last_states(self, rows: list[_Row]) -> Tensor:
+        """The state of each row's last token, (B, D); with a cache, long rows are processed in chunks.
+
+        Rows are padded on the right. The causal mask hides the padding from all tokens, and the cache does not
+        store it.
         """
-        whole = cache is None or cache.is_empty
-        new = [torch.tensor(row.ids if whole else row.ids[-1:]) for row in rows]
-        lengths_B = torch.tensor([len(ids) for ids in new], device=self._device)
-        tokens_BS = pad_sequence(new, batch_first=True, padding_value=self._tokenizer.end_of_text)
-        hidden_BSD = self._model.final_states(tokens_BS.to(self._device), cache)
-        if cache is not None:
-            cache.advance(lengths_B)
-        rows_B = torch.arange(len(rows), device=self._device)
-        return self._model.logits(hidden_BSD[rows_B, lengths_B - 1])[:, : self._num_ids]
+        states: list[Tensor | None] = [None] * len(rows)
+        while pending := [index for index, state in enumerate(states) if state is None]:
+            chunks = [rows[index].next_chunk() for index in pending]
+            lengths = [len(chunk) for chunk in chunks]
+            tokens_BS = pad_sequence(
+                [torch.tensor(chunk) for chunk in chunks],
+                batch_first=True,
+                padding_value=self._tokenizer.end_of_text,
+            )
+            sequences = [cached for index in pending if (cached := rows[index].cached) is not None]
+            cache = extend(sequences, lengths) if sequences else None
+            hidden_BSD = self._model.final_states(tokens_BS.to(self._device), cache)
+            for index, hidden_SD, length in zip(pending, hidden_BSD, lengths, strict=True):
+                if rows[index].num_new == 0 or cache is None:
+                    states[index] = hidden_SD[length - 1]
+        return torch.stack([state for state in states if state is not None])
 
     def _seen(self, rows: list[_Row]) -> Tensor:
         """Which ids occur in each row, (B, V) bool."""
@@ -249,16 +329,3 @@ class Generator:
             row.finish("length")
         elif len(row.ids) == self._context:
             row.finish("context")
-
-    def _new_cache(self, rows: list[_Row], sampling: SamplingConfig) -> LatentCache:
-        longest = max(len(row.ids) for row in rows)
-        capacity = min(longest + sampling.max_new_tokens, self._context)
-        dtype = self._model.compute_dtype or self._model.model.embed_tokens.weight.dtype
-        return LatentCache(self._model.config, len(rows), capacity, dtype, self._device)
-
-
-def _keep_rows(cache: LatentCache, indices: list[int]) -> None:
-    """Keeps the cached rows of the sequences at these indices of the batch, and drops all others."""
-    indices_B = torch.tensor(indices, dtype=torch.int64, device=cache.lengths_B.device)
-    cache.rows_BTL = [rows_BTL[indices_B] for rows_BTL in cache.rows_BTL]
-    cache.lengths_B = cache.lengths_B[indices_B]

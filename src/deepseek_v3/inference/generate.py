@@ -19,6 +19,7 @@ from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.inference.engine import Completion, Generator
 from deepseek_v3.inference.sampling import SamplingConfig
 from deepseek_v3.interop.load_model import load_model
+from deepseek_v3.mla.kv_compression import KvFormat
 from deepseek_v3.utils.command_line import integer_option, number_option, print_next_steps
 from deepseek_v3.utils.distributed.launch import select_device
 from deepseek_v3.utils.errors import GenerationError
@@ -71,6 +72,10 @@ def generate(
     ] = SamplingConfig.seed,
     stop: Annotated[list[str] | None, typer.Option(help="End before this string; may be repeated.")] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Recompute the whole text at every step.")] = False,
+    kv: Annotated[
+        KvFormat | None,
+        typer.Option(help="Format of the cache; by default fp8 if the config has use_fp8_kv, else as computed."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     output: Annotated[
         Path | None, typer.Option(help="Also write the results to this new file, as JSON lines.")
@@ -82,10 +87,12 @@ def generate(
         temperature, top_p, top_k, repetition_penalty, seed, max_new_tokens, tuple(stop or ())
     )
     prompts = _prompts(prompt, prompts_file)
+    if no_cache and kv is not None:
+        raise GenerationError(f"found --no-cache and --kv {kv.value}, expected one of the two")
     if output is not None and (problem := new_file_problem(output)):
         raise GenerationError(f"--output {output}: {problem}")
     saved = load_model(checkpoint, select_device(device))
-    generator = Generator(saved.model, saved.tokenizer)
+    generator = Generator(saved.model, saved.tokenizer, kv=kv)
     _warn_of_length(prompts, saved.tokenizer, sampling, saved.config)
     start = time.perf_counter()
     if prompt is not None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.mla.attention import AttentionMetadata, MultiHeadLatentAttention
-from deepseek_v3.mla.kv_compression import LatentCache
+from deepseek_v3.mla.cached_sequences import CacheView
 from deepseek_v3.moe.balance import RoutingStats
 from deepseek_v3.moe.experts import FeedForward
 from deepseek_v3.moe.layer import MixtureOfExperts
@@ -37,7 +37,7 @@ class DecoderLayer(nn.Module):
             self.mlp = FeedForward(config.hidden_size, config.intermediate_size)
 
     def forward(
-        self, x_BSD: Tensor, metadata: AttentionMetadata, cache: LatentCache | None = None
+        self, x_BSD: Tensor, metadata: AttentionMetadata, cache: CacheView | None = None
     ) -> tuple[Tensor, RoutingStats | None]:
         """Maps (B, S, D) to (B, S, D); also returns the routing statistics, None for a dense layer."""
         x_BSD, normed_BSD = self.attend(x_BSD, metadata, cache)
@@ -46,7 +46,7 @@ class DecoderLayer(nn.Module):
         return x_BSD + y_BSD, stats
 
     def attend(
-        self, x_BSD: Tensor, metadata: AttentionMetadata, cache: LatentCache | None = None
+        self, x_BSD: Tensor, metadata: AttentionMetadata, cache: CacheView | None = None
     ) -> tuple[Tensor, Tensor]:
         """Runs the attention half; returns its output (B, S, D), also normed for the feed-forward network."""
         x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), metadata, cache)

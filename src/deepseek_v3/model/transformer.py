@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.mla.attention import AttentionMetadata
-from deepseek_v3.mla.kv_compression import LatentCache
+from deepseek_v3.mla.cached_sequences import CacheView
 from deepseek_v3.mla.rotary import rotary_tables
 from deepseek_v3.model.block import DecoderLayer, call_directly
 from deepseek_v3.model.init import initialize
@@ -78,10 +78,10 @@ class DeepSeekV3(nn.Module):
         """The output head, (vocabulary, width); the embedding itself if the two are tied."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    def forward(self, tokens_BS: Tensor, cache: LatentCache | None = None) -> Tensor:
+    def forward(self, tokens_BS: Tensor, cache: CacheView | None = None) -> Tensor:
         """Logits (B, S, V), in the type of the activations, of the token after each of `tokens_BS` int64.
 
-        With a cache, `tokens_BS` continue the cached tokens; the caller must then call `cache.advance`.
+        With a cache, `tokens_BS` are the new tokens for which `extend` made the view, padded on the right.
         """
         return self.logits(self.final_states(tokens_BS, cache))
 
@@ -89,9 +89,9 @@ class DeepSeekV3(nn.Module):
         """Logits (..., V) of states (..., D) that the head reads."""
         return F.linear(hidden, self.head_weight_VD.to(hidden.dtype))
 
-    def final_states(self, tokens_BS: Tensor, cache: LatentCache | None = None) -> Tensor:
+    def final_states(self, tokens_BS: Tensor, cache: CacheView | None = None) -> Tensor:
         """The states (B, S, D) that the head reads, with a cache as in `forward`."""
-        metadata = self.attention_metadata(tokens_BS) if cache is None else self._continued(tokens_BS, cache)
+        metadata = self.attention_metadata(tokens_BS) if cache is None else self._continued(cache)
         x_BSD, _ = self.run_layers(self.embed(tokens_BS), metadata, cache=cache)
         return self.model.norm(x_BSD)
 
@@ -132,7 +132,7 @@ class DeepSeekV3(nn.Module):
         x_BSD: Tensor,
         metadata: AttentionMetadata,
         layers: range | None = None,
-        cache: LatentCache | None = None,
+        cache: CacheView | None = None,
     ) -> tuple[Tensor, list[RoutingStats]]:
         """Runs `layers` of the main model, by default all, on states (B, S, D); returns states and routing."""
         routing: list[RoutingStats] = []
@@ -156,9 +156,8 @@ class DeepSeekV3(nn.Module):
             routing += [stats] if stats else []
         return predictions, routing
 
-    def _continued(self, tokens_BS: Tensor, cache: LatentCache) -> AttentionMetadata:
-        positions_BS = cache.next_positions(tokens_BS.shape[1])
-        return AttentionMetadata(positions_BS, *rotary_tables(positions_BS, self.config))
+    def _continued(self, cache: CacheView) -> AttentionMetadata:
+        return AttentionMetadata(cache.positions_BS, *rotary_tables(cache.positions_BS, self.config))
 
 
 def _same_document(documents_BS: Tensor) -> Tensor:

@@ -53,11 +53,14 @@ def cuda_packages() -> list[CudaPackage]:
         from deepseek_v3.ops.fp8.cuda.check import check as check_fp8
         from deepseek_v3.ops.fp8_gemm import cuda as fp8_gemm
         from deepseek_v3.ops.fp8_gemm.cuda.check import check as check_fp8_gemm
+        from deepseek_v3.ops.mla_decode import cuda as mla_decode
+        from deepseek_v3.ops.mla_decode.cuda.check import check as check_mla_decode
     except ImportError as error:
         raise KernelError(f"the kernels work beside Triton's, which torch for CUDA brings along: {error}") from None
     return [
         CudaPackage("fp8", fp8.kernels, check_fp8),
         CudaPackage("fp8_gemm", fp8_gemm.kernels, check_fp8_gemm),
+        CudaPackage("mla_decode", mla_decode.kernels, check_mla_decode),
     ]
 
 

@@ -23,7 +23,8 @@ class Rule(Enum):
 
 
 RULES: dict[str, Rule] = {
-    "model": Rule.REFUSED,  # every field of it
+    "model": Rule.REFUSED,  # every other field of it
+    "model.use_fp8_kv": Rule.FREE,  # the cache of generated samples
     "training.seed": Rule.DATA,
     "training.total_tokens": Rule.LOGGED,
     "training.deliberate_overtraining": Rule.FREE,
@@ -102,7 +103,7 @@ RULES: dict[str, Rule] = {
 
 def rule_of(field: str) -> Rule:
     """The rule of a dotted field. Raises KeyError for a field without a rule."""
-    return RULES["model"] if field.startswith("model.") else RULES[field]
+    return RULES["model"] if field.startswith("model.") and field not in RULES else RULES[field]
 
 
 def check_changes(saved: RunConfig, current: RunConfig, path: Path, allow_changed_data: bool) -> None:

@@ -45,6 +45,7 @@ _FREE = (
     "rope_theta",
     "routed_scaling_factor",
     "topk_group",
+    "use_fp8_kv",
 )
 _SAME_MEANING = ("num_key_value_heads",)  # left out, or the number of attention heads
 

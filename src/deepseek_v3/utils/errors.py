@@ -41,6 +41,10 @@ class GenerationError(UserError):
     """A request that the model cannot serve."""
 
 
+class CacheFullError(GenerationError):
+    """A latent cache without room for the tokens of a request; other requests may free some."""
+
+
 class PlanError(UserError):
     """A plan that the hardware cannot hold."""
 

@@ -36,6 +36,17 @@ def usable_memory(root: Path = _ROOT) -> int:
     return int(min([physical, *(limit for limit in limits if limit is not None and limit > 0)]))
 
 
+def free_memory(root: Path = _ROOT) -> int:
+    """Bytes of memory that this process may still take: no more than the machine has left for new processes.
+
+    `root` as in `usable_memory`.
+    """
+    own_pages = _number(root / "proc/self/statm", 1) or 0
+    left = usable_memory(root) - own_pages * os.sysconf("SC_PAGE_SIZE")
+    kib = [int(line.split()[1]) for line in _lines(root / "proc/meminfo") if line.startswith("MemAvailable:")]
+    return max(0, min([left, *(1024 * number for number in kib)]))
+
+
 def cpu_quota(root: Path = _ROOT) -> float | None:
     """The CPU time that the control groups grant, in cores; None without a limit. `root` as in `usable_memory`."""
     quotas = [_quota(folder, is_v2) for folder, is_v2 in _groups("cpu", root)]

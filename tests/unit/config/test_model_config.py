@@ -133,6 +133,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"n_group": 8, "topk_group": 8}, "n_group = 8"),
     ({"qk_rope_head_dim": 7}, "qk_rope_head_dim = 7"),
     ({"num_key_value_heads": 2}, "num_key_value_heads = 2"),
+    ({"use_fp8_kv": True}, "use_fp8_kv = true needs a kv_lora_rank that is a multiple of 128, found 16"),
     ({"first_k_dense_replace": 4}, "first_k_dense_replace = 4"),
     ({"rope_scaling": {**YARN.model_dump(), "beta_fast": 0.5}}, "beta_fast = 0.5"),
     ({"hidden_size": 0}, "hidden_size"),

@@ -196,6 +196,7 @@ def test_the_config_has_what_the_loaders_read(tmp_path: Path) -> None:
     exported(tmp_path / "hf", config_of({"rope_scaling": YARN}, "fp8"), "fp8")
     fields = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert [name for name in REQUIRED if name not in fields] == []
+    assert "use_fp8_kv" not in fields  # which is of this project alone
     # What chooses the class of the main model, and by it that of the draft model; no code of the directory runs.
     assert (fields["model_type"], fields["architectures"]) == ("deepseek_v3", ["DeepseekV3ForCausalLM"])
     assert "auto_map" not in fields

@@ -1,6 +1,5 @@
 """Latent attention: the paper's equations, Transformers' angles, and decoding that equals training."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,8 +9,9 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Atten
 
 from deepseek_v3.config.model_config import ModelConfig, RopeScaling
 from deepseek_v3.mla.attention import AttentionMetadata, MultiHeadLatentAttention
-from deepseek_v3.mla.kv_compression import LatentCache, expanded_width, latent_width
+from deepseek_v3.mla.cached_sequences import CachedSequence, extend
 from deepseek_v3.mla.rotary import inverse_frequencies, rotary_tables, softmax_scale
+from helpers.caches import poisoned_pool
 from helpers.models import YARN, fill_with_noise, largest_difference, random_tokens, small_config, small_model
 from helpers.transformers_reference import transformers_config
 
@@ -39,20 +39,12 @@ def from_the_start(config: ModelConfig, length: int) -> AttentionMetadata:
     return metadata_at(config, torch.arange(length)[None])
 
 
-def poisoned_cache(config: ModelConfig, batch_size: int, capacity: int, dtype: torch.dtype) -> LatentCache:
-    """An empty cache whose memory holds NaN, so that reading a row that nobody wrote shows."""
-    cache = LatentCache(config, batch_size, capacity, dtype, CPU)
-    for rows_BTL in cache.rows_BTL:
-        rows_BTL.fill_(float("nan"))
-    return cache
-
-
-def decode(layer: MultiHeadLatentAttention, cache: LatentCache, x_BSD: Tensor, lengths_B: Tensor) -> Tensor:
-    """One step: the new tokens of every sequence, of which the first `lengths_B` are real."""
-    metadata = metadata_at(layer.config, cache.next_positions(x_BSD.shape[1]))
-    out_BSD = layer(x_BSD, metadata, cache)
-    cache.advance(lengths_B)
-    return out_BSD
+def decode(
+    layer: MultiHeadLatentAttention, sequences: list[CachedSequence], x_BSD: Tensor, lengths: list[int]
+) -> Tensor:
+    """One step: the new tokens of every sequence, of which the first `lengths` are real."""
+    cache = extend(sequences, lengths)
+    return layer(x_BSD, metadata_at(layer.config, cache.positions_BS), cache)
 
 
 # The paper's equations, one token and one head at a time.
@@ -137,11 +129,11 @@ def test_decoding_equals_training(shape: str, sizes: list[int], dtype: torch.dty
     x_BSD = torch.randn(3, 9, config.hidden_size, dtype=dtype)
     expected_BSD = layer(x_BSD, from_the_start(config, 9))
 
-    cache = poisoned_cache(config, batch_size=3, capacity=12, dtype=dtype)
-    steps = [decode(layer, cache, x, torch.full((3,), x.shape[1])) for x in x_BSD.split(sizes, dim=1)]
+    sequences = [CachedSequence(pool) for pool in [poisoned_pool(config, dtype=dtype)] * 3]
+    steps = [decode(layer, sequences, x, [x.shape[1]] * 3) for x in x_BSD.split(sizes, dim=1)]
 
     assert largest_difference(torch.cat(steps, dim=1), expected_BSD) < tolerance
-    assert cache.lengths_B.tolist() == [9, 9, 9]
+    assert [sequence.length for sequence in sequences] == [9, 9, 9]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS, ids=["float32", "float64"])
@@ -157,13 +149,13 @@ def test_sequences_of_one_batch_may_differ_in_length(shape: str, dtype: torch.dt
     for row, x_1SD, length in zip(padded_BSD, sequences, prompts, strict=True):
         row[:length] = x_1SD[0, :length]
 
-    cache = poisoned_cache(config, batch_size=3, capacity=max(prompts) + new, dtype=dtype)
-    decode(layer, cache, padded_BSD, torch.tensor(prompts))
+    cached = [CachedSequence(pool) for pool in [poisoned_pool(config, dtype=dtype)] * 3]
+    decode(layer, cached, padded_BSD, prompts)
     for step in range(new):
         tokens = [
             x_1SD[:, length + step : length + step + 1] for x_1SD, length in zip(sequences, prompts, strict=True)
         ]
-        found_B1D = decode(layer, cache, torch.cat(tokens), torch.ones(3, dtype=torch.int64))
+        found_B1D = decode(layer, cached, torch.cat(tokens), [1, 1, 1])
         for row, (wanted, length) in enumerate(zip(expected, prompts, strict=True)):
             assert largest_difference(found_B1D[row, 0], wanted[0, length + step]) < tolerance
 
@@ -174,44 +166,10 @@ def test_a_whole_model_decodes_what_it_would_compute_at_once(shape: str) -> None
     config = small_config(**SHAPES[shape])
     model = small_model(config, torch.float64)
     tokens_BS = random_tokens(config, batch_size=2, length=11)
-    cache = poisoned_cache(config, batch_size=2, capacity=11, dtype=torch.float64)
-
-    def steps() -> Iterator[Tensor]:
-        for chunk_BS in tokens_BS.split([4, 1, 3, 1, 1, 1], dim=1):
-            yield model(chunk_BS, cache)
-            cache.advance(torch.full((2,), chunk_BS.shape[1]))
-
-    assert largest_difference(torch.cat(list(steps()), dim=1), model(tokens_BS)) < 1e-10
-
-
-def test_the_cache_holds_a_latent_and_a_key_per_token_and_layer() -> None:
-    config = small_config()
-    cache = LatentCache(config, batch_size=2, capacity=5, dtype=torch.bfloat16, device=CPU)
-    numbers = sum(rows_BTL.numel() for rows_BTL in cache.rows_BTL)
-    assert numbers == 2 * 5 * config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim)
-    assert {rows_BTL.dtype for rows_BTL in cache.rows_BTL} == {torch.bfloat16}
-    assert latent_width(config) == 16 + 8
-    assert expanded_width(config) == 4 * (10 + 8) + 4 * 14
-    assert cache.capacity == 5
-
-
-def test_a_layer_writes_its_own_rows_alone() -> None:
-    config = small_config()
-    cache = poisoned_cache(config, batch_size=2, capacity=4, dtype=torch.float32)
-    latent_BSL = torch.randn(2, 1, latent_width(config))
-
-    cache.write(1, torch.tensor([[0], [2]]), latent_BSL)
-
-    written = [
-        (layer, b, t)
-        for layer in range(3)
-        for b in range(2)
-        for t in range(4)
-        if cache.rows_BTL[layer][b, t].isfinite().all()
-    ]
-    assert written == [(1, 0, 0), (1, 1, 2)]
-    assert torch.equal(cache.rows_BTL[1][1, 2], latent_BSL[1, 0])
-    assert cache.lengths_B.tolist() == [0, 0]
+    sequences = [CachedSequence(pool) for pool in [poisoned_pool(config)] * 2]
+    chunks = tokens_BS.split([4, 1, 3, 1, 1, 1], dim=1)
+    steps = [model(chunk_BS, extend(sequences, [chunk_BS.shape[1]] * 2)) for chunk_BS in chunks]
+    assert largest_difference(torch.cat(steps, dim=1), model(tokens_BS)) < 1e-10
 
 
 @torch.no_grad()

@@ -1,6 +1,4 @@
-"""Attention for training and over the latent cache, against one query at a time in float64."""
-
-import math
+"""Attention for training against one query at a time in float64."""
 
 import pytest
 import torch
@@ -13,7 +11,6 @@ from deepseek_v3.ops.attention import (
     reference_attention,
     sdpa_attention,
 )
-from deepseek_v3.ops.mla_decode import mla_decode
 from helpers.models import largest_difference
 
 EXACT = 1e-12
@@ -109,41 +106,3 @@ def test_cudnn_equals_the_reference_at_the_released_head_widths() -> None:
 def test_cudnn_without_its_device_raises() -> None:
     with pytest.raises(RuntimeError):
         cudnn_attention(*queries_keys_values(torch.float32, torch.device("cpu")), SCALE)
-
-
-CACHED = [0, 3, 6]
-NEW, VALUE_WIDTH, ROW_WIDTH, CAPACITY = 2, 6, 10, 11
-
-
-def poisoned_cache(poison: float) -> tuple[Tensor, Tensor]:
-    """Rows of three sequences of different lengths, everything unwritten poisoned; and the new positions."""
-    positions_BS = torch.tensor(CACHED)[:, None] + torch.arange(NEW)
-    cache_BTL = torch.full((len(CACHED), CAPACITY, ROW_WIDTH), poison, dtype=torch.float64)
-    for row, last in zip(cache_BTL, positions_BS[:, -1].tolist(), strict=True):
-        row[: last + 1] = torch.randn(last + 1, ROW_WIDTH, dtype=torch.float64)
-    return cache_BTL, positions_BS
-
-
-@pytest.mark.parametrize("poison", [math.nan, math.inf, 1e30])
-def test_decoding_reads_each_sequence_up_to_each_position(poison: float) -> None:
-    cache_BTL, positions_BS = poisoned_cache(poison)
-    q_BSHL = torch.randn(len(CACHED), NEW, 4, ROW_WIDTH, dtype=torch.float64)
-
-    found = mla_decode(q_BSHL, cache_BTL, positions_BS, VALUE_WIDTH, SCALE)
-
-    assert found.shape == (len(CACHED), NEW, 4, VALUE_WIDTH)
-    for b in range(len(CACHED)):
-        for s in range(NEW):
-            seen_TL = cache_BTL[b, : positions_BS[b, s] + 1]
-            for h in range(4):
-                expected = attend(q_BSHL[b, s, h], seen_TL, seen_TL[:, :VALUE_WIDTH])
-                assert largest_difference(found[b, s, h], expected) < EXACT
-
-
-def test_decoding_in_half_precision_sums_in_float32() -> None:
-    cache_BTL, positions_BS = poisoned_cache(math.nan)
-    q_BSHL, cache_BTL = torch.randn(len(CACHED), NEW, 4, ROW_WIDTH).bfloat16(), cache_BTL.bfloat16()
-    found = mla_decode(q_BSHL, cache_BTL, positions_BS, VALUE_WIDTH, SCALE)
-    exact = mla_decode(q_BSHL.double(), cache_BTL.double(), positions_BS, VALUE_WIDTH, SCALE)
-    assert found.dtype == torch.bfloat16
-    assert (found == exact.bfloat16()).double().mean() > 0.99

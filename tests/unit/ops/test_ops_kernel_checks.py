@@ -11,6 +11,7 @@ from deepseek_v3.ops.fp8 import reference as fp8_reference
 from deepseek_v3.ops.fp8_gemm import cuda as fp8_gemm_cuda
 from deepseek_v3.ops.fp8_gemm import reference as gemm_reference
 from deepseek_v3.ops.fp8_gemm.cuda.check import check as check_fp8_gemm
+from deepseek_v3.ops.mla_decode import reference as mla_decode_reference
 
 CPU = torch.device("cpu")
 H200 = 132  # its multiprocessors
@@ -26,6 +27,13 @@ def check_fp8(kernels: Any) -> list[bool]:
 
 def check_gemm(kernels: Any) -> list[bool]:
     return [holds for _, holds in check_fp8_gemm(CPU, kernels, wide_rows=600)]
+
+
+def check_mla_decode(kernels: Any) -> list[bool]:
+    pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds only")
+    from deepseek_v3.ops.mla_decode.cuda.check import check
+
+    return [holds for _, holds in check(CPU, kernels, lengths=[0, 65, 200])]
 
 
 def changed(reference: Any, name: str, place: int | None = None) -> SimpleNamespace:
@@ -49,6 +57,7 @@ def changed(reference: Any, name: str, place: int | None = None) -> SimpleNamesp
 def test_references_pass_the_checks() -> None:
     assert all(check_gemm(gemm_reference))
     assert all(check_fp8(fp8_reference))
+    assert all(check_mla_decode(mla_decode_reference))
 
 
 @pytest.mark.parametrize("name", ["rows_product", "columns_product"])
@@ -71,6 +80,16 @@ def test_a_wrong_product_is_noticed(name: str) -> None:
 )
 def test_a_wrong_scale_or_gradient_is_noticed(name: str, place: int) -> None:
     assert check_fp8(changed(fp8_reference, name, place)).count(False) == 2
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_wrong_result_of_decoding_is_noticed(place: int) -> None:
+    def wrong(*given: Any) -> Any:
+        found = mla_decode_reference.mla_decode(*given)
+        found[place][-1] *= 1.05
+        return found
+
+    assert not any(check_mla_decode(SimpleNamespace(mla_decode=wrong)))
 
 
 def test_products_of_the_checks_take_every_variant(monkeypatch: pytest.MonkeyPatch) -> None:

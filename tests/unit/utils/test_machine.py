@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from deepseek_v3.utils import machine
-from deepseek_v3.utils.machine import cpu_quota, describe_threads, usable_cores, usable_memory
+from deepseek_v3.utils.machine import cpu_quota, describe_threads, free_memory, usable_cores, usable_memory
 
 GIB = 2**30
 V2 = "30 23 0:26 {top} /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n"
@@ -86,6 +86,21 @@ def test_a_machine_with_both_cgroup_versions(tmp_path: Path) -> None:
 def test_inside_a_container_the_mount_is_the_group(tmp_path: Path, group: str, top: str) -> None:
     root = _machine(tmp_path, f"0::{group}\n", V2.format(top=top), **_limits(**{"": 2 * GIB}))
     assert usable_memory(root) == 2 * GIB
+
+
+@pytest.mark.parametrize(
+    ("limit", "available", "expected"), [(8, 16, 7), (8, 3, 3), (64, None, 63), ("max", 70, 63), (0.5, 16, 0)]
+)
+def test_free_memory_is_what_limit_and_machine_leave(
+    tmp_path: Path, limit: float | str, available: int | None, expected: int
+) -> None:
+    """This process holds 1 GiB."""
+    found = limit if isinstance(limit, str) else int(limit * GIB)
+    root = _machine(tmp_path, "0::/\n", V2.format(top="/"), **_limits(**{"": found}))
+    (root / "proc/self/statm").write_text(f"900000 {GIB // 4096} 1 1 0 1 0\n")
+    if available is not None:
+        (root / "proc/meminfo").write_text(f"MemTotal: 9 kB\nMemAvailable:   {available * GIB // 1024} kB\n")
+    assert free_memory(root) == expected * GIB
 
 
 def test_the_whole_machine_without_control_groups(tmp_path: Path) -> None:

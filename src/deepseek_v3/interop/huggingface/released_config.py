@@ -21,9 +21,9 @@ def released_config(config: ModelConfig, dtype: str, quantization: dict[str, Any
     """The fields of `config.json`, under the names of the release, which every loader of this architecture reads.
 
     `dtype` is the type of the weights that are not quantized, such as `bfloat16`; `quantization` becomes the
-    `quantization_config`.
+    `quantization_config`. `use_fp8_kv` is left out, because other loaders have options of their own for it.
     """
-    fields = config.model_dump(mode="json", exclude={"rope_scaling"})
+    fields = config.model_dump(mode="json", exclude={"rope_scaling", "use_fp8_kv"})
     fields |= {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",

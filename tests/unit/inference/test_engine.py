@@ -58,7 +58,7 @@ def scripted(model, tokenizer, monkeypatch):
 
         def forward(tokens_BS, cache=None):
             length = tokens_BS.shape[1]
-            positions_BS = torch.arange(length)[None] if cache is None else cache.next_positions(length)
+            positions_BS = torch.arange(length)[None] if cache is None else cache.positions_BS
             return torch.nn.functional.one_hot(script[positions_BS], model.config.vocab_size).float()
 
         _answers_with(monkeypatch, model, forward)

@@ -1,0 +1,176 @@
+"""Generation on the paged cache: the texts of a model without one, from any format, batch and chunk length."""
+
+import weakref
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from deepseek_v3.data.tokens.tokenizer import Tokenizer
+from deepseek_v3.inference import engine, kv_cache
+from deepseek_v3.inference.engine import Completion, Generator
+from deepseek_v3.inference.kv_cache import KvCache
+from deepseek_v3.inference.sampling import SamplingConfig
+from deepseek_v3.mla.kv_compression import KvFormat, PagePool
+from deepseek_v3.model.transformer import DeepSeekV3
+from deepseek_v3.ops.mla_decode.formats import PAGE
+from deepseek_v3.utils.errors import ConfigError, GenerationError
+from helpers.caches import poisoned
+from helpers.models import fill_with_noise, small_config, small_model
+
+GREEDY = SamplingConfig(temperature=0, max_new_tokens=12)
+LENGTHS = [70, 3, 130, 64, 63]  # of prompts, around the sizes of pages
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(["the cat sat on the mat\n", "return the cat\n"] * 3, vocab_size=280)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: Tokenizer) -> DeepSeekV3:
+    torch.manual_seed(0)
+    return small_model(small_config(vocab_size=tokenizer.vocab_size, max_position_embeddings=256)).eval()
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer: Tokenizer) -> list[list[int]]:
+    torch.manual_seed(1)
+    return [torch.randint(10, tokenizer.vocab_size, (length,)).tolist() for length in LENGTHS]
+
+
+@pytest.fixture(autouse=True)
+def pools(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[PagePool]]:
+    """The pools that a test has made: poisoned, and without an owner of any page when the test ends."""
+    made: list[PagePool] = []
+
+    new_pool_of = KvCache.new_pool
+
+    def new_pool(cache: KvCache, num_pages: int) -> PagePool:
+        made.append(poisoned(new_pool_of(cache, num_pages)))
+        return made[-1]
+
+    monkeypatch.setattr(KvCache, "new_pool", new_pool)
+    yield made
+    assert [pool.num_free for pool in made] == [pool.num_pages for pool in made]
+
+
+def texts(completions: list[Completion]) -> list[tuple[int, ...]]:
+    return [completion.tokens for completion in completions]
+
+
+def test_the_cache_changes_no_text(
+    model: DeepSeekV3, tokenizer: Tokenizer, prompts: list[list[int]], pools: list[PagePool]
+) -> None:
+    generator = Generator(model, tokenizer)
+    found = generator.continue_tokens(prompts, GREEDY)
+    assert texts(found) == texts(generator.continue_tokens(prompts, GREEDY, use_cache=False))
+    assert {len(completion.tokens) for completion in found} == {GREEDY.max_new_tokens}
+    assert [pool.num_pages for pool in pools] == [2 + 1 + 3 + 2 + 2]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 100])
+def test_chunks_of_a_prompt_give_the_same_text(
+    model: DeepSeekV3, tokenizer: Tokenizer, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    generator = Generator(model, tokenizer)
+    whole = texts(generator.continue_tokens(prompts, GREEDY))
+    shapes: set[tuple[int, ...]] = set()
+    run = model.final_states
+    monkeypatch.setattr(model, "final_states", lambda tokens, cache: shapes.add(tokens.shape) or run(tokens, cache))
+    monkeypatch.setattr(engine, "PREFILL_TOKENS", chunk)
+
+    assert texts(generator.continue_tokens(prompts, GREEDY)) == whole
+    assert max(rows * length for rows, length in shapes) <= chunk
+
+
+@pytest.mark.parametrize("kv", [None, KvFormat.FP8])
+def test_batch_mates_and_their_order_change_no_text(
+    tokenizer: Tokenizer, prompts: list[list[int]], kv: KvFormat | None
+) -> None:
+    torch.manual_seed(0)
+    config = small_config(vocab_size=tokenizer.vocab_size, max_position_embeddings=256, kv_lora_rank=128)
+    generator = Generator(small_model(config).eval(), tokenizer, kv=kv)
+    alone = [texts(generator.continue_tokens([prompt], GREEDY))[0] for prompt in prompts]
+    assert texts(generator.continue_tokens(prompts, GREEDY)) == alone
+    assert texts(generator.continue_tokens(prompts[::-1], GREEDY)) == alone[::-1]
+    assert texts(Generator(generator._model, tokenizer, 2, kv=kv).continue_tokens(prompts, GREEDY)) == alone
+
+
+def test_the_config_selects_the_fp8_cache(
+    tokenizer: Tokenizer, prompts: list[list[int]], pools: list[PagePool], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = small_config(vocab_size=tokenizer.vocab_size, kv_lora_rank=128, use_fp8_kv=True)
+    model = small_model(config).eval()
+    fill_with_noise(model, std=0.1)
+    generator = Generator(model, tokenizer)
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            generator.continue_tokens([prompts[1]], GREEDY)
+    assert [pool.layout.row_bytes for pool in pools] == [128 + 4 + 16] * 2
+    [line] = [line for line in caplog.messages if "latent cache" in line]
+    assert line.startswith(
+        "latent cache in FP8: 444 bytes per token; multi-head attention would take 768, 1.73 times"
+    )
+    Generator(model, tokenizer, kv=KvFormat.BF16).continue_tokens([prompts[1]], GREEDY)
+    assert not pools[-1].layout.is_fp8
+
+
+def test_fp8_needs_a_rank_of_whole_blocks(model: DeepSeekV3, tokenizer: Tokenizer) -> None:
+    with pytest.raises(ConfigError, match=r"FP8: found kv_lora_rank = 16, expected a multiple of 128; keep"):
+        Generator(model, tokenizer, kv=KvFormat.FP8)
+
+
+def free_pages(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Leaves room for this many pages of the float32 cache of `small_config`."""
+    monkeypatch.setattr(kv_cache, "free_bytes", lambda _: int((number + 0.5) * PAGE * 3 * 24 * 4 / 0.9))
+
+
+def test_fewer_prompts_run_at_a_time_if_memory_is_short(
+    model: DeepSeekV3,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    pools: list[PagePool],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = texts(Generator(model, tokenizer).continue_tokens(prompts, GREEDY))
+    free_pages(monkeypatch, 4)
+    assert texts(Generator(model, tokenizer).continue_tokens(prompts, GREEDY)) == whole
+    assert [pool.num_pages for pool in pools[1:]] == [3, 3, 4]
+
+
+def test_the_memory_of_a_batch_is_free_before_the_next(
+    model: DeepSeekV3, tokenizer: Tokenizer, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[PagePool]] = []
+
+    def new_pool(cache: KvCache, num_pages: int) -> PagePool:
+        assert [pool() for pool in made] == [None] * len(made)
+        pool = PagePool(cache._config, cache._layout, num_pages, torch.device("cpu"))
+        made.append(weakref.ref(pool))
+        return pool
+
+    monkeypatch.setattr(KvCache, "new_pool", new_pool)
+    Generator(model, tokenizer, batch_size=2).continue_tokens(prompts, GREEDY)
+    assert len(made) == 3
+
+
+def test_a_text_that_does_not_fit_is_refused_at_once(
+    model: DeepSeekV3,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    pools: list[PagePool],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    free_pages(monkeypatch, 2)
+    generator = Generator(model, tokenizer)
+    with pytest.raises(GenerationError) as error:
+        generator.continue_tokens(prompts, GREEDY)
+    assert str(error.value) == (
+        "prompt 3 is 130 tokens long, and the cache needs room for 142 with its new tokens, found room for 128; "
+        "shorten it, lower max_new_tokens, keep the cache in FP8, or take a device with more memory"
+    )
+    with pytest.raises(GenerationError, match="needs room for 256 with its new tokens, found room for 128"):
+        generator.stream("the cat", SamplingConfig(max_new_tokens=10**6))
+    assert pools == []
+    generator.continue_tokens(prompts[:3], GREEDY, use_cache=False)

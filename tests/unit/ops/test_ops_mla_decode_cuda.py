@@ -1,0 +1,110 @@
+"""The CUDA C++ kernel of latent attention, run by an emulation of a thread block on the CPU.
+
+It shows wrong indices, masks and barriers. `pytest -m gpu` runs the kernel itself.
+"""
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from deepseek_v3.ops.mla_decode import PAGE, LatentFormat
+from helpers import ROOT
+from helpers.latent_pages import BF16, E4M3, Cached, cached, check_tolerances, exact, queries, scale_of
+
+SOURCES = ROOT / "src" / "deepseek_v3" / "ops" / "mla_decode" / "cuda"
+EMULATION = ROOT / "tests" / "helpers" / "cuda_emulation"
+PART = 256  # shorter parts than on a GPU, so that a few hundred keys have several
+WIDE, BLOCKS, NARROW = LatentFormat(512, 64, BF16), LatentFormat(512, 64, E4M3), LatentFormat(256, 32, BF16)
+COMPILER = shutil.which("g++")
+
+
+@pytest.fixture(scope="module")
+def kernel_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[LatentFormat], ctypes.CDLL]:
+    """Compiles the kernel for a format."""
+    if COMPILER is None:
+        pytest.skip("needs g++, which compiles the kernel for the CPU")
+    folder = tmp_path_factory.mktemp("kernels")
+
+    def compiled(layout: LatentFormat) -> ctypes.CDLL:
+        library = folder / f"{layout.rank}_{layout.is_fp8}.so"
+        if not library.exists():
+            defines = {"RANK": layout.rank, "FP8": int(layout.is_fp8), "SHORTEST_PART": PART, "LONGEST_PART": PART}
+            options = ["-O1", "-std=c++20", "-shared", "-fPIC", "-pthread", "-w", "-DEMULATED"]
+            options += [f"-D{name}={value}" for name, value in defines.items()]
+            sources = [f"-I{EMULATION}", f"-I{SOURCES}", str(EMULATION / "mla_decode.cpp")]
+            subprocess.run([str(COMPILER), *options, *sources, "-o", str(library)], check=True)
+        return ctypes.CDLL(str(library))
+
+    return compiled
+
+
+def decode(kernel: ctypes.CDLL, q_BSHL: Tensor, cache: Cached, blocks: int = 3) -> tuple[Tensor, Tensor]:
+    """Runs the kernel with a number of thread blocks; whatever it writes to is NaN before."""
+    batch, new, heads, width = q_BSHL.shape
+    parts, rows = max(1, -(-cache.table_BM.shape[1] * PAGE // PART)), new * heads
+    out_BSHC = torch.full((batch, new, heads, cache.layout.rank), torch.nan, dtype=BF16)
+    sums_BSH = torch.full((batch, new, heads), torch.nan)
+    parts_BIXC = torch.full((batch, parts, rows, cache.layout.rank), torch.nan)
+    part_sums_BIX = torch.full((batch, parts, rows), torch.nan)
+    finished = torch.zeros(batch, -(-rows // 64), dtype=torch.int32)
+    given = (q_BSHL, cache.pages, cache.table_BM.contiguous(), cache.lengths_B)
+    results = (out_BSHC, sums_BSH, parts_BIXC, part_sums_BIX, finished)
+    pointers = [ctypes.c_void_p(each.data_ptr()) for each in (*given, *results)]
+    numbers = [ctypes.c_int(number) for number in (batch, new, heads, parts, cache.table_BM.shape[1])]
+    shape = [ctypes.c_long(len(cache.pages) * PAGE), ctypes.c_long(width)]
+    scale = ctypes.c_float(scale_of(cache.layout))
+    kernel.run(ctypes.c_int(blocks), *pointers[:2], *shape, *pointers[2:], *numbers, scale)
+    return out_BSHC, sums_BSH
+
+
+@pytest.mark.parametrize("layout", [WIDE, BLOCKS], ids=["bf16", "fp8"])
+@pytest.mark.parametrize(
+    ("lengths", "new", "heads"),
+    [
+        ([1, 0], 1, 1),
+        ([63, 65], 1, 16),
+        ([192], 1, 8),
+        ([255, 257], 1, 16),
+        ([700, 5], 2, 16),
+        ([3, 1, 513], 4, 20),
+        ([320], 1, 128),
+    ],
+)
+def test_lengths_queries_and_heads(
+    kernel_of: Callable[[LatentFormat], ctypes.CDLL],
+    layout: LatentFormat,
+    lengths: list[int],
+    new: int,
+    heads: int,
+) -> None:
+    cache, q_BSHL = cached(layout, lengths), queries(len(lengths), new, heads, layout)
+    check_tolerances(decode(kernel_of(layout), q_BSHL, cache), exact(q_BSHL, cache, scale_of(layout)))
+
+
+def test_narrow_latents(kernel_of: Callable[[LatentFormat], ctypes.CDLL]) -> None:
+    cache, q_BSHL = cached(NARROW, [130, 300]), queries(2, 1, 20, NARROW)
+    check_tolerances(decode(kernel_of(NARROW), q_BSHL, cache), exact(q_BSHL, cache, scale_of(NARROW)))
+
+
+def test_no_bit_depends_on_the_batch(kernel_of: Callable[[LatentFormat], ctypes.CDLL]) -> None:
+    cache, q_BSHL = cached(WIDE, [300, 64, 130]), queries(3, 1, 16, WIDE)
+    together = decode(kernel_of(WIDE), q_BSHL, cache)
+    for b in range(3):
+        alone = decode(kernel_of(WIDE), q_BSHL[b : b + 1].contiguous(), cache.of([b], more_pages=b), blocks=1)
+        assert all(one[0].equal(many[b]) for one, many in zip(alone, together, strict=True))
+
+
+def test_the_number_of_parts_is_never_larger_than_the_memory() -> None:
+    pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds only")
+    from deepseek_v3.ops.mla_decode.cuda import most_parts, part_tokens
+
+    largest = 0
+    for length in range(1, 40_000):
+        assert part_tokens(length) % PAGE == 0
+        largest = max(largest, -(-length // part_tokens(length)))
+        assert largest <= most_parts(length)
