@@ -1,4 +1,4 @@
-"""`dsv3 bench`: the speed of training and of operations, beside other systems and beside what is possible."""
+"""`dsv3 bench`: how fast training, operations and decoding are, beside other systems and what is possible."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
+from deepseek_v3.benchmark.decode_benchmark import CACHES, measure_decoding
 from deepseek_v3.benchmark.ops_benchmark import OPERATIONS, measure_operations
-from deepseek_v3.benchmark.peers.peer_systems import PEERS
+from deepseek_v3.benchmark.peers.peer_systems import DECODE_PEERS, PEERS
 from deepseek_v3.benchmark.shape_files import INTERVAL, PRECISIONS, shape_names
 from deepseek_v3.benchmark.train_benchmark import PeerSystem, measure_training
 from deepseek_v3.benchmark.train_table import explanations, result_table
@@ -24,7 +25,7 @@ from deepseek_v3.utils.text import format_value, printable
 bench_app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    help="Measure training and operations, checked first, beside other systems and what is possible.",
+    help="Measure training, operations and decoding, checked first, beside peers and what is possible.",
 )
 
 _OUTPUT = typer.Option(metavar="FILE.json", help="Also write all that is measured to this file, as it is found.")
@@ -122,13 +123,47 @@ def ops(
     print_next_steps(["dsv3", "bench", "train", "--shape", "1b", "--peers", ",".join(PEERS)])
 
 
+@bench_app.command("decode")
+def decode(
+    kv: Annotated[
+        list[str] | None,
+        typer.Option(metavar="|".join(CACHES), help="Of the cache; repeatable, or with commas. Default: all."),
+    ] = None,
+    peers: Annotated[
+        list[str] | None,
+        typer.Option(metavar="|".join(DECODE_PEERS), help="Other systems; repeatable, or with commas."),
+    ] = None,
+    device: Annotated[str, _DEVICE] = "auto",
+    output: Annotated[Path | None, _OUTPUT] = None,
+    commit: Annotated[str | None, _COMMIT] = None,
+) -> None:
+    """Compare the back ends of decoding over a latent cache with float64; show speed beside what is possible."""
+    configure_logging()
+    _require_writable(output)
+    caches = _names("kv", kv, CACHES) or list(CACHES)
+    names = _names("peers", peers, list(DECODE_PEERS))
+    result = measure_decoding(
+        caches,
+        [DECODE_PEERS[name] for name in names],
+        select_device(device),
+        commit,
+        keep=lambda found: _write(output, found.as_json()),
+    )
+    _print([*result.table(), *result.explanations()])
+    if result.problems:
+        raise BenchmarkError(f"no speed is shown for {' | '.join(result.problems)}")
+    beside: list[list[object]] = [] if names else [["dsv3", "bench", "decode", "--peers", ",".join(DECODE_PEERS)]]
+    print_next_steps(*beside, ["dsv3", "bench", "ops"])
+
+
 def _names(option: str, given: Sequence[str] | None, known: Sequence[str]) -> list[str]:
     """The names that an option lists, each once. Raises ConfigError for one that is not known."""
     names = [name.strip() for text in given or [] for name in text.split(",")]
     for name in names:
         if name not in known:
             found = name or format_value(",".join(given or []))
-            raise ConfigError(f"--{option} {found}: expected {', '.join(known[:-1])} or {known[-1]}")
+            others = f"{', '.join(known[:-1])} or " if known[:-1] else ""
+            raise ConfigError(f"--{option} {found}: expected {others}{known[-1]}")
     return list(dict.fromkeys(names))
 
 

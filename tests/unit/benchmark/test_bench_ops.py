@@ -119,8 +119,8 @@ def test_an_unknown_operation_is_refused() -> None:
     assert "--op softmax: expected grouped_gemm" in message_of(result)
 
 
-@pytest.mark.parametrize("command", ["train", "ops"])
-def test_both_commands_have_help(command: str) -> None:
+@pytest.mark.parametrize("command", ["train", "ops", "decode"])
+def test_every_command_has_help(command: str) -> None:
     result = dsv3("bench", command, "--help")
     assert result.exit_code == 0, result.output
     assert "--output" in result.output

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from deepseek_v3.benchmark.decode_benchmark import DecodePeer
 from deepseek_v3.benchmark.own_training import TrainingFigures
+from deepseek_v3.benchmark.peers.flashmla import FLASH_MLA
 from deepseek_v3.config.train_config import RunConfig
 
 TrainPeer = Callable[[RunConfig, int, str, float], TrainingFigures]
@@ -25,3 +27,4 @@ def train_transformers(config: RunConfig, steps: int, device: str, started: floa
 
 
 PEERS: dict[str, TrainPeer] = {"torchtitan": train_torchtitan, "transformers": train_transformers}
+DECODE_PEERS: dict[str, DecodePeer] = {"flashmla": FLASH_MLA}
