@@ -1,5 +1,6 @@
 """Generation on the paged cache: the texts of a model without one, from any format, batch and chunk length."""
 
+import copy
 import weakref
 from collections.abc import Iterator
 
@@ -11,9 +12,11 @@ from deepseek_v3.inference import engine, kv_cache
 from deepseek_v3.inference.engine import Completion, Generator
 from deepseek_v3.inference.kv_cache import KvCache
 from deepseek_v3.inference.sampling import SamplingConfig
+from deepseek_v3.mla.attention import MultiHeadLatentAttention
 from deepseek_v3.mla.kv_compression import KvFormat, PagePool
 from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.ops.mla_decode.formats import PAGE
+from deepseek_v3.ops.operation import copyable
 from deepseek_v3.utils.errors import ConfigError, GenerationError
 from helpers.caches import poisoned
 from helpers.models import fill_with_noise, small_config, small_model
@@ -67,6 +70,20 @@ def test_the_cache_changes_no_text(
     assert texts(found) == texts(generator.continue_tokens(prompts, GREEDY, use_cache=False))
     assert {len(completion.tokens) for completion in found} == {GREEDY.max_new_tokens}
     assert [pool.num_pages for pool in pools] == [2 + 1 + 3 + 2 + 2]
+
+
+def test_the_kernels_give_the_text_of_the_reference(
+    model: DeepSeekV3, tokenizer: Tokenizer, prompts: list[list[int]], triton_device: torch.device
+) -> None:
+    from deepseek_v3.ops.mla_decode import triton
+
+    few, sampling = prompts[:2], SamplingConfig(temperature=0, max_new_tokens=4)
+    wanted = texts(Generator(model, tokenizer).continue_tokens(few, sampling))
+    moved = copy.deepcopy(model).to(triton_device)
+    for module in moved.modules():
+        if isinstance(module, MultiHeadLatentAttention):
+            module.cached = copyable(triton)
+    assert texts(Generator(moved, tokenizer).continue_tokens(few, sampling)) == wanted
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 100])
