@@ -20,6 +20,7 @@ from deepseek_v3.utils.errors import UserError
 _OLDEST = (12, 0)  # that knows sm_90a
 _USUAL_RELEASE = "13.0"  # of CUDA, for a torch without it
 _OLDEST_PACKAGE = 13  # whose Python package holds nvcc itself
+_LONGEST_START = 60.0  # seconds in which an nvcc says its version, even from a slow network drive
 _TOOLKITS = Path("/usr/local")
 _ENTRY = re.compile(r"Compiling entry function '(\w+)'")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -44,25 +45,38 @@ class Nvcc(NamedTuple):
         return f"{NVCC} {self.version}"
 
     def compile(self, name: str, text: bytes, defines: Mapping[str, int]) -> MachineCode:
-        """The machine code of a source text. Raises NvccError with what nvcc says."""
-        with tempfile.TemporaryDirectory(prefix="deepseek_v3_kernels_") as folder:
-            source, cubin = Path(folder) / name, Path(folder) / "kernels.cubin"
-            source.write_bytes(text)
-            run = _run(
-                self.path,
-                "-cubin",
-                f"-arch={ARCHITECTURE}",
-                "-Xptxas=-v",
-                *(f"-D{key}={value}" for key, value in defines.items()),
-                "-o",
-                str(cubin),
-                str(source),
-            )
-            said = (run.stdout + run.stderr).replace(f"{folder}/", "")
-            if run.returncode or not cubin.is_file():
-                raise NvccError(f"{self.path} cannot compile {describe(name, defines)}:\n{_explain(said)}")
-            notes = tuple(line.strip() for line in said.splitlines() if _NOTE.search(line))
-            return MachineCode(cubin.read_bytes(), self.compiler, resources_of(said), notes)
+        """The machine code of a source text.
+
+        Raises NvccError with what nvcc says, or if there is no folder for its temporary files.
+        """
+        try:
+            with tempfile.TemporaryDirectory(prefix="deepseek_v3_kernels_") as folder:
+                return self._compile_in(folder, name, text, defines)
+        except OSError as error:
+            raise NvccError(
+                f"nvcc needs temporary files, which cannot be written ({error.strerror}); make room, or set TMPDIR "
+                "to a folder that you may write to"
+            ) from None
+
+    def _compile_in(self, folder: str, name: str, text: bytes, defines: Mapping[str, int]) -> MachineCode:
+        source, cubin = Path(folder) / name, Path(folder) / "kernels.cubin"
+        source.write_bytes(text)
+        run = _run(
+            self.path,
+            "-cubin",
+            f"-arch={ARCHITECTURE}",
+            "-Xptxas=-v",
+            *(f"-D{key}={value}" for key, value in defines.items()),
+            "-o",
+            str(cubin),
+            str(source),
+        )
+        said = (run.stdout + run.stderr).replace(f"{folder}/", "")
+        if run.returncode or not cubin.is_file():
+            what = _explain(said) or f"it says nothing, and ends with status {run.returncode}"
+            raise NvccError(f"{self.path} cannot compile {describe(name, defines)}:\n{what}")
+        notes = tuple(line.strip() for line in said.splitlines() if _NOTE.search(line))
+        return MachineCode(cubin.read_bytes(), self.compiler, resources_of(said), notes)
 
 
 def describe(name: str, defines: Mapping[str, int]) -> str:
@@ -117,7 +131,7 @@ def _places() -> Iterator[Path]:
 def _version(path: Path) -> Nvcc | str:
     """The nvcc at a path, or why it cannot be used."""
     try:
-        said = _run(path, "--version").stdout
+        said = _run(path, "--version", seconds=_LONGEST_START).stdout
     except NvccError as error:
         return str(error)
     found = re.search(r"\bV(\d+\.\d+\.\d+)", said)
@@ -128,11 +142,19 @@ def _version(path: Path) -> Nvcc | str:
     return Nvcc(path, found[1])
 
 
-def _run(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def _run(path: Path, *arguments: str, seconds: float | None = None) -> subprocess.CompletedProcess[str]:
+    """What a run of nvcc gives. Raises NvccError if it cannot be started, or is not done in `seconds`."""
     try:
         return subprocess.run(  # noqa: S603 -- a list of words, without a shell
-            [str(path), *arguments], capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL
+            [str(path), *arguments],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            stdin=subprocess.DEVNULL,
+            timeout=seconds,
         )
+    except subprocess.TimeoutExpired:
+        raise NvccError(f"does not answer within {seconds:g} s") from None
     except OSError as error:
         raise NvccError(f"cannot be started ({error.strerror})") from None
 
@@ -140,7 +162,7 @@ def _run(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def _explain(said: str) -> str:
     if re.search(r"host compiler|g(cc|\+\+): No such file|cl\.exe", said):
         said += "nvcc reads a source through the host's C++ compiler: install g++, or name one in NVCC_CCBIN"
-    return said.strip() or "it says nothing"
+    return said.strip()
 
 
 def _numbers(text: str) -> tuple[int, ...]:

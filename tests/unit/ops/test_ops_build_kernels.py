@@ -179,6 +179,19 @@ def test_a_mistake_in_a_source_is_shown(toolkit: Toolkit) -> None:
     assert not list((toolkit.folder / "cache").iterdir())
 
 
+def test_a_killed_nvcc_is_named_with_its_status(toolkit: Toolkit) -> None:
+    text = "#!/bin/sh\n[ $1 = --version ] && echo V13.0.88 || kill -9 $$\n"
+    (toolkit.folder / "toolkit" / "bin" / "nvcc").write_text(text, encoding="utf-8")
+    with pytest.raises(NvccError, match=r"kernels\.cu with N=1:\nit says nothing, and ends with status -9$"):
+        build_kernels()
+
+
+def test_without_temporary_files_the_cache_is_not_blamed(toolkit: Toolkit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvcc.tempfile, "tempdir", str(toolkit.folder / "missing"))
+    with pytest.raises(NvccError, match=r"^nvcc needs temporary files, .+ \(No such file .+\); .+ TMPDIR"):
+        build_kernels()
+
+
 def test_a_cache_that_cannot_be_written(toolkit: Toolkit, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DSV3_KERNEL_CACHE", str(toolkit.source))
     with pytest.raises(
@@ -250,7 +263,12 @@ def test_every_place_is_searched(places: Path, place: str, monkeypatch: pytest.M
 
 def test_one_that_cannot_be_used_is_passed_over(toolkit: Toolkit, monkeypatch: pytest.MonkeyPatch) -> None:
     toolkit.install("11.5.119")
-    for name, text in (("path", "#!/bin/sh\nexit 1\n"), ("local/cuda-9.0/bin", "#!/no/such/program\n")):
+    monkeypatch.setattr(nvcc, "_LONGEST_START", 0.5)
+    for name, text in (
+        ("path", "#!/bin/sh\nexit 1\n"),
+        ("local/cuda/bin", "#!/bin/sh\nexec /bin/sleep 100\n"),
+        ("local/cuda-9.0/bin", "#!/no/such/program\n"),
+    ):
         path = toolkit.folder / name / "nvcc"
         path.parent.mkdir(parents=True)
         path.write_text(text, encoding="utf-8")
@@ -260,6 +278,7 @@ def test_one_that_cannot_be_used_is_passed_over(toolkit: Toolkit, monkeypatch: p
         find_nvcc()
     text = str(caught.value)
     assert "toolkit/bin/nvcc is 11.5.119, which is too old: expected CUDA 12 or newer" in text
+    assert "local/cuda/bin/nvcc does not answer within 0.5 s" in text
     assert "path/nvcc does not say its version" in text
     assert "cuda-9.0/bin/nvcc cannot be started (No such file or directory)" in text
 
@@ -276,7 +295,6 @@ def test_the_newest_toolkit_is_taken(places: Path) -> None:
 def test_a_missing_host_compiler_is_explained() -> None:
     said = "gcc: No such file or directory\nnvcc fatal   : Failed to preprocess host compiler properties.\n"
     assert "install g++, or name one in NVCC_CCBIN" in nvcc._explain(said)
-    assert nvcc._explain("") == "it says nothing"
 
 
 def test_resources_of_kernels() -> None:
