@@ -50,6 +50,15 @@ def test_samples_are_shown_when_due_and_change_no_bit(tmp_path: Path) -> None:
     assert any("random" in name or "rng" in name for name in one)
 
 
+@pytest.mark.parametrize("in_fp8", [False, True])
+def test_the_run_and_its_samples_count_the_same_bytes(tmp_path: Path, in_fp8: bool) -> None:
+    wide = ["model.kv_lora_rank=128", f"model.use_fp8_kv={str(in_fp8).lower()}"]
+    text = " ".join(train(write_run(tmp_path, steps=2), "run", SAMPLES, *wide)[0].split())
+    announced = re.findall(r"([\d,]+) bytes per token, multi-head attention would need ([\d,]+)", text)
+    allocated = re.findall(r"([\d,]+) bytes per token; multi-head attention would take ([\d,]+),", text)
+    assert announced == allocated == [("280", "160") if in_fp8 else ("1,056", "320")]
+
+
 def test_a_run_resumes_with_samples_that_it_did_not_have(tmp_path: Path) -> None:
     path = write_run(tmp_path)
     train(path, "run")

@@ -56,6 +56,12 @@ def bytes_per_token(config: ModelConfig, layout: LatentFormat) -> int:
     return config.num_hidden_layers * layout.row_bytes
 
 
+def expanded_bytes_per_token(config: ModelConfig, layout: LatentFormat) -> int:
+    """Bytes that multi-head attention would cache of a token: in the type of the rows, bfloat16 beside FP8 rows."""
+    itemsize = torch.bfloat16.itemsize if layout.is_fp8 else layout.dtype.itemsize
+    return config.num_hidden_layers * expanded_width(config) * itemsize
+
+
 def pages_that_fit(config: ModelConfig, layout: LatentFormat, budget: int) -> int:
     """The number of pages, of all layers, in `budget` bytes."""
     return max(0, budget) // (PAGE * bytes_per_token(config, layout))
@@ -67,10 +73,8 @@ def pages_of(num_tokens: int) -> int:
 
 
 def describe_cache(config: ModelConfig, layout: LatentFormat) -> str:
-    """Bytes per token beside those of multi-head attention, for a log; beside FP8 rows, that caches bfloat16."""
-    latent = bytes_per_token(config, layout)
-    itemsize = 2 if layout.is_fp8 else layout.dtype.itemsize
-    expanded = config.num_hidden_layers * expanded_width(config) * itemsize
+    """Bytes per token beside those of multi-head attention, for a log."""
+    latent, expanded = bytes_per_token(config, layout), expanded_bytes_per_token(config, layout)
     name = "FP8" if layout.is_fp8 else str(layout.dtype).removeprefix("torch.")
     return (
         f"latent cache in {name}: {latent:,} bytes per token; multi-head attention would take {expanded:,}, "

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from deepseek_v3.config.loading import config_to_yaml
 from deepseek_v3.config.train_config import RunConfig
-from deepseek_v3.mla.kv_compression import bytes_per_token, expanded_width, latent_format
+from deepseek_v3.mla.kv_compression import bytes_per_token, expanded_bytes_per_token, latent_format
 from deepseek_v3.moe.balance import load_metrics
 from deepseek_v3.planning.counts import count_active_parameters, count_parameters
 from deepseek_v3.planning.flops import training_flops_per_token
@@ -309,8 +309,8 @@ def plot_run(folder: Path, baselines: Mapping[str, float] | None = None) -> None
 
 def _cache_bytes_per_token(config: RunConfig, dtype: torch.dtype) -> dict[str, float]:
     """Bytes per token of the latent cache in generation, and of multi-head attention's cache, over all layers."""
-    model = config.model
+    layout = latent_format(config.model, dtype)
     return {
-        "cache/latent_bytes_per_token": float(bytes_per_token(model, latent_format(model, dtype))),
-        "cache/multi_head_bytes_per_token": float(model.num_hidden_layers * dtype.itemsize * expanded_width(model)),
+        "cache/latent_bytes_per_token": float(bytes_per_token(config.model, layout)),
+        "cache/multi_head_bytes_per_token": float(expanded_bytes_per_token(config.model, layout)),
     }
