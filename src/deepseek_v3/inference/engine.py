@@ -198,10 +198,11 @@ class Generator:
         for index, row in enumerate(rows):
             needed = self._most_pages(row, sampling) if use_cache else 0
             if needed > fitting:
+                fp8 = "keep the cache in FP8, " if self._kv_cache.layout.could_be_fp8 else ""
                 raise GenerationError(
                     f"prompt {index + 1} is {len(row.ids):,} tokens long, and the cache needs room for "
                     f"{self._most_tokens(row, sampling):,} with its new tokens, found room for {fitting * PAGE:,}; "
-                    "shorten it, lower max_new_tokens, keep the cache in FP8, or take a device with more memory"
+                    f"shorten it, lower max_new_tokens, {fp8}or take a device with more memory"
                 )
             if not batches or len(batches[-1]) == self._batch_size or num_pages + needed > fitting:
                 batches.append([])

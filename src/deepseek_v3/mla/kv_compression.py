@@ -117,10 +117,11 @@ class PagePool:
     def require(self, number: int, num_tokens: int) -> None:
         """Raises CacheFullError if fewer than `number` pages are free, which `num_tokens` new tokens need."""
         if number > self.num_free:
+            fp8 = " or an FP8 format" if self.layout.could_be_fp8 else ""
             raise CacheFullError(
                 f"the latent cache is full: {num_tokens:,} more tokens need {number:,} pages of {PAGE} tokens, "
                 f"found {self.num_free:,} of {self.num_pages:,} free, for {self.num_free * PAGE:,} tokens; run "
-                "fewer or shorter sequences, or give the cache more memory or an FP8 format"
+                f"fewer or shorter sequences, or give the cache more memory{fp8}"
             )
 
     def allocate(self, number: int) -> list[int]:

@@ -163,7 +163,7 @@ def test_the_memory_of_a_batch_is_free_before_the_next(
 
     def new_pool(cache: KvCache, num_pages: int) -> PagePool:
         assert [pool() for pool in made] == [None] * len(made)
-        pool = PagePool(cache._config, cache._layout, num_pages, torch.device("cpu"))
+        pool = PagePool(cache._config, cache.layout, num_pages, torch.device("cpu"))
         made.append(weakref.ref(pool))
         return pool
 
@@ -185,9 +185,20 @@ def test_a_text_that_does_not_fit_is_refused_at_once(
         generator.continue_tokens(prompts, GREEDY)
     assert str(error.value) == (
         "prompt 3 is 130 tokens long, and the cache needs room for 142 with its new tokens, found room for 128; "
-        "shorten it, lower max_new_tokens, keep the cache in FP8, or take a device with more memory"
+        "shorten it, lower max_new_tokens, or take a device with more memory"
     )
     with pytest.raises(GenerationError, match="needs room for 256 with its new tokens, found room for 128"):
         generator.stream("the cat", SamplingConfig(max_new_tokens=10**6))
     assert pools == []
     generator.continue_tokens(prompts[:3], GREEDY, use_cache=False)
+
+
+@pytest.mark.parametrize("kv", [None, KvFormat.FP8])
+def test_fp8_is_advised_where_it_helps(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, kv: KvFormat | None
+) -> None:
+    model = small_model(small_config(vocab_size=tokenizer.vocab_size, kv_lora_rank=128))
+    monkeypatch.setattr(kv_cache, "free_bytes", lambda _: 0)
+    with pytest.raises(GenerationError) as error:
+        Generator(model, tokenizer, kv=kv).stream("the cat", GREEDY)
+    assert ("keep the cache in FP8, or" in str(error.value)) == (kv is None)

@@ -147,9 +147,17 @@ def test_a_full_cache_says_what_was_wanted_and_changes_nothing() -> None:
         extend([first, second], [1, PAGE + 1])
     assert str(error.value) == (
         "the latent cache is full: 66 more tokens need 3 pages of 64 tokens, found 2 of 3 free, for 128 tokens; "
-        "run fewer or shorter sequences, or give the cache more memory or an FP8 format"
+        "run fewer or shorter sequences, or give the cache more memory"
     )
     assert (first.length, second.length, len(first.pages), pool.num_free) == (PAGE, 0, 1, 2)
+
+
+def test_a_full_cache_advises_fp8_where_it_helps() -> None:
+    config = small_config(kv_lora_rank=128)
+    for kv in KvFormat:
+        with pytest.raises(CacheFullError) as error:
+            PagePool(config, latent_format(config, torch.float32, kv), 0, CPU).allocate(1)
+        assert str(error.value).endswith(" or an FP8 format") == (kv is KvFormat.BF16)
 
 
 def test_the_last_owner_of_a_shared_page_keeps_it() -> None:

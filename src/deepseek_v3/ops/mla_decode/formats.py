@@ -47,6 +47,11 @@ class LatentFormat:
         return self.dtype == E4M3
 
     @property
+    def could_be_fp8(self) -> bool:
+        """Whether rows of the same latents may also be 8-bit blocks, and are not."""
+        return not self.is_fp8 and self.rank % BLOCK == 0
+
+    @property
     def width(self) -> int:
         """L, the numbers of a row."""
         return self.rank + self.rope
