@@ -261,6 +261,12 @@ inline int atomicAdd(int* address, int x) { return __atomic_fetch_add(address, x
 
 inline float exp2_of(float x) { return exp2f(x); }
 
+inline float __int_as_float(int bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
 inline float wide(bf16 bits) {
     u32 word = u32(bits) << 16;
     float value;

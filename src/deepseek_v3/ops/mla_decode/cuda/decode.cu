@@ -4,11 +4,11 @@
 // in turn; the last one of a tile to finish adds its parts. The rows of all heads read the same cached rows, so a block
 // of 64 keys is copied once and used twice: all its numbers are keys, its first RANK numbers are also values.
 //
-// Two warpgroups multiply. Of each pair of key blocks, warpgroup 0 computes the scores of
-// the first and warpgroup 1 those of the second, while the other one's softmax runs; each sums the values of both
-// blocks for its half of the value columns, so that 64 × RANK sums fit into registers. They exchange the exponentiated
-// scores and the rows' maxima through shared memory. One warp copies pages with the tensor memory accelerator (TMA).
-// If the cache has 8-bit blocks, a third warpgroup loads them instead, and stores their numbers in bfloat16.
+// Two warpgroups multiply. Of each pair of key blocks, warpgroup 0 computes the scores of the first and warpgroup 1
+// those of the second, while the other one's softmax runs; each sums the values of both blocks for its half of the
+// value columns, so that 64 × RANK sums fit into registers. They exchange the exponentiated scores and the rows'
+// maxima through shared memory. One warp copies pages with the tensor memory accelerator (TMA). If the cache has 8-bit
+// blocks, a third warpgroup loads them instead, and stores their numbers in bfloat16.
 //
 // The arithmetic of a row depends on its own sequence alone: on nothing that other sequences or the launch decide.
 //
@@ -32,14 +32,16 @@ constexpr int COPIERS = FP8 ? 4 : 1;  // warps that copy, or convert, the keys
 constexpr int REGISTERS = FP8 ? 208 : 232, REGISTERS_OF_COPIERS = FP8 ? 96 : 32;  // of a thread
 
 // Shared memory: the queries; two blocks of keys; of both warpgroups the rows' maxima and sums; how many parts are
-// finished; barriers. The last tile of a block, its rotated columns, is read for scores alone; then it holds the exponentiated scores of the block, the weights of its values.
+// finished; barriers. The last tile of a block, its rotated columns, is read for scores alone; then it holds the
+// exponentiated scores of the block, the weights of its values.
 constexpr u32 OFFSET_KEYS = BYTES_KEYS, WEIGHTS = VALUE_TILES * BYTES_TILE;
 constexpr u32 OFFSET_MAXIMA = OFFSET_KEYS + 2 * BYTES_KEYS, OFFSET_SUMS = OFFSET_MAXIMA + 2 * ROWS * 4;
 constexpr u32 OFFSET_FINISHED = OFFSET_SUMS + 2 * ROWS * 4, OFFSET_BARRIERS = OFFSET_FINISHED + 8;
 
-// Barriers: of the queries, copied and read; then for each block of keys and each half of its columns, full and empty. Warpgroup 0 reads
-// the first half of the values, and warpgroup 1 the second one. The last tile belongs to the half of the warpgroup that
-// reads the weights from there: to the second half of the first block, and to the first half of the second block.
+// Barriers: of the queries, copied and read; then for each block of keys and each half of its columns, full and empty.
+// Warpgroup 0 reads the first half of the values, and warpgroup 1 the second one. The last tile belongs to the half of
+// the warpgroup that reads the weights from there: to the second half of the first block, and to the first half of the
+// second block.
 constexpr u32 QUERIES = 0, QUERIES_READ = 8, FULL = 16, EMPTY = FULL + 4 * 8;
 
 // sequences; queries · heads rows of each; most parts of a sequence; width of the page table.
@@ -294,11 +296,13 @@ __device__ __forceinline__ void keep(u32& number) {
 
 #endif
 
-constexpr float INFINITE = __builtin_huge_valf(), LOG2_E = 1.44269504f, LN_2 = 0.69314718f;
+#define INFINITE __int_as_float(0x7f800000)
+constexpr float LOG2_E = 1.44269504f, LN_2 = 0.69314718f;
 
 // Named barriers of the two warpgroups, and one of each alone.
 enum {
-    FIRST_MAXIMUM = 1, FIRST_WEIGHTS, SECOND_WEIGHTS, SUMS_ARE_READ, SUMS_ARE_THERE, PART_IS_STORED, PART_IS_COUNTED, ZEROED
+    FIRST_MAXIMUM = 1, FIRST_WEIGHTS, SECOND_WEIGHTS, SUMS_ARE_READ, SUMS_ARE_THERE, PART_IS_STORED, PART_IS_COUNTED,
+    ZEROED,
 };
 
 // The keys of a part: a sequence is cut by its own length alone.
@@ -314,8 +318,8 @@ struct Item {
     __device__ int blocks() const { return (keys + KEYS - 1) / KEYS; }
 };
 
-// Goes through the items of this thread block: numbers blockIdx.x, blockIdx.x + gridDim.x, … of those of the longest
-// sequence that the page table can hold. A warp looks at 32 numbers at a time, and passes over parts that are not there.
+// Goes through the items of this thread block: numbers blockIdx.x, blockIdx.x + gridDim.x, … of all that sequences as
+// long as the page table would have. A warp looks at 32 numbers at a time, and passes over parts that are not there.
 struct Items {
     const Sizes& sizes;
     const int* lengths;
@@ -419,7 +423,8 @@ struct Loaded {
     float scales[4];
 };
 
-// The i-th row of a thread. Rows behind the sequence may hold anything, and 0 · NaN is NaN: the last row replaces them.
+// The i-th row of a thread. Rows behind the sequence may hold anything, and 0 · NaN is NaN, so the last row replaces
+// them.
 __device__ __forceinline__ u32 row_of(int i, int left) {
     return min((int)threadIdx.x % 128 / 32 * 16 + 4 * i + (int)threadIdx.x % 32 / 8, left - 1);
 }
@@ -782,7 +787,8 @@ __device__ __forceinline__ void store(
         }
         // log2 of the sum of exponentiated scores; times ln 2 it is the natural logarithm.
         if (group == 0 && lane % 4 == 0)
-            (only ? results.lse : results.part_lse)[out_row + at] = sum == 0 ? -INFINITE : (maximum + log2f(sum)) * LN_2;
+            (only ? results.lse : results.part_lse)[out_row + at] =
+                sum == 0 ? -INFINITE : (maximum + log2f(sum)) * LN_2;
     }
 }
 
@@ -822,8 +828,9 @@ __device__ __forceinline__ void combine(
         bf16* out = results.out + (out_row + row) * RANK + 4 * lane;
 #pragma unroll
         for (int i = 0; i < RANK / 128; i++)
-            *reinterpret_cast<uint2*>(out + 128 * i) = make_uint2(
-                as_bfloat16(total[i].x * scale, total[i].y * scale), as_bfloat16(total[i].z * scale, total[i].w * scale));
+            *reinterpret_cast<uint2*>(out + 128 * i) =
+                make_uint2(as_bfloat16(total[i].x * scale, total[i].y * scale),
+                    as_bfloat16(total[i].z * scale, total[i].w * scale));
         if (lane == 0) results.lse[out_row + row] = sum == 0 ? -INFINITE : largest + log2f(sum) * LN_2;
     }
 }
