@@ -558,7 +558,7 @@ __device__ __forceinline__ void rescale(float (&sums)[N], Rows& rows, float now_
     }
 }
 
-// Adds some tiles' share to the scores of a block; `first`: there are none yet.
+// Adds some tiles' share to the scores of a block; FIRST: there are none yet.
 template <int BEGIN, int END, bool FIRST>
 __device__ __forceinline__ void score(float (&scores)[32], u32 queries, u32 keys) {
 #pragma unroll
