@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from inspect import isfunction
 from types import SimpleNamespace
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
@@ -108,6 +109,12 @@ def triton_obstacle(target: Target) -> str | None:
     except ImportError as error:
         return f"needs Triton, which cannot be imported ({error})"
     return None
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """The multiprocessors of a GPU; a few where Triton's interpreter runs a kernel."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
 _NAMESPACE = "deepseek_v3"

@@ -95,7 +95,7 @@ def test_a_wrong_result_of_decoding_is_noticed(place: int) -> None:
 def test_products_of_the_checks_take_every_variant(monkeypatch: pytest.MonkeyPatch) -> None:
     """On any Hopper GPU, so that each variant is launched."""
     for multiprocessors in (78, 114, H200):
-        monkeypatch.setattr(fp8_gemm_cuda, "_multiprocessors", lambda _, number=multiprocessors: number)
+        monkeypatch.setattr(fp8_gemm_cuda, "multiprocessors", lambda _, number=multiprocessors: number)
         fp8_gemm_cuda._tile_columns.cache_clear()
         for added in (0, 1):  # `_rows_product` adds a tile for three groups
             assert fp8_gemm_cuda._tile_columns(3 + added, 144, CPU) == 128

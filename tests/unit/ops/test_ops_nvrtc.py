@@ -118,7 +118,7 @@ def test_a_kernel_may_be_the_first_thing_that_a_thread_does() -> None:
 def test_tiles_keep_all_multiprocessors_busy(
     row_tiles: int, columns: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda, "_multiprocessors", lambda _: H200)
+    monkeypatch.setattr(cuda, "multiprocessors", lambda _: H200)
     assert cuda._tile_columns(row_tiles, columns, torch.device("cpu")) == expected
 
 
@@ -129,7 +129,7 @@ def test_a_long_sum_is_cut_into_parts(
     tiles: int, num_rows: int, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All but the last are whole blocks, and they end with the last row."""
-    monkeypatch.setattr(cuda, "_multiprocessors", lambda _: H200)
+    monkeypatch.setattr(cuda, "multiprocessors", lambda _: H200)
     parts = cuda._parts(tiles, num_rows, torch.device("cpu"))
     if number == 1:
         assert parts is None

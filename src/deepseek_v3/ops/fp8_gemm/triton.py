@@ -8,7 +8,6 @@ Axes: X rows in expert order, E experts, O output width, I input width, P places
 of 128 numbers of a row.
 """
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from deepseek_v3.ops.fp8 import BLOCK, ColumnBlocks, RowBlocks, WeightBlocks
-from deepseek_v3.ops.operation import custom_op, fake_of
+from deepseek_v3.ops.operation import custom_op, fake_of, multiprocessors
 
 
 class _Tile(NamedTuple):
@@ -66,7 +65,7 @@ def _rows_product(
     out_XO = values_XI.new_empty(num_rows, output, dtype=dtype)
     if num_rows:
         tile = _SMALL if width <= _SHORT else _LARGE
-        _fp8_rows_product_kernel[(_programs(values_XI.device) * tile.programs,)](
+        _fp8_rows_product_kernel[(multiprocessors(values_XI.device) * tile.programs,)](
             TensorDescriptor.from_tensor(values_XI, [tile.rows, BLOCK]),
             scales_XG,
             TensorDescriptor.from_tensor(weight_EOI.flatten(0, 1), [tile.columns, BLOCK]),
@@ -101,7 +100,7 @@ def _columns_product(
     if not num_rows:
         return a_OP.new_zeros(groups, output, width, dtype=dtype)
     out_EOI = a_OP.new_empty(groups, output, width, dtype=dtype)
-    _fp8_columns_product_kernel[(_programs(a_OP.device) * _WEIGHTS.programs,)](
+    _fp8_columns_product_kernel[(multiprocessors(a_OP.device) * _WEIGHTS.programs,)](
         TensorDescriptor.from_tensor(a_OP, [_WEIGHTS.rows, BLOCK]),
         a_scales_BO,
         TensorDescriptor.from_tensor(b_IP, [_WEIGHTS.columns, BLOCK]),
@@ -134,12 +133,6 @@ def _(
     a_OP: Tensor, _0: Tensor, b_IP: Tensor, _1: Tensor, ends_E: Tensor | None, _2: int, dtype: torch.dtype
 ) -> Tensor:
     return a_OP.new_empty(1 if ends_E is None else len(ends_E), len(a_OP), len(b_IP), dtype=dtype)
-
-
-@cache
-def _programs(device: torch.device) -> int:
-    """The multiprocessors of a GPU; a few programs where Triton's interpreter runs them."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
 @triton.jit(do_not_specialize=["num_rows"])

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from deepseek_v3.ops.fp8.formats import BLOCK, E4M3
 from deepseek_v3.ops.mla_decode.formats import PAGE, LatentFormat
+from deepseek_v3.ops.operation import multiprocessors
 
 # A part has 512 tokens, of sequences of up to 8192; each time that the length grows by a factor of 4, it has twice
 # as many: there are 32 parts of 32,768 tokens, and 64 of 131,072. Shorter parts fill the GPU with fewer sequences,
@@ -73,7 +74,9 @@ def mla_decode(
     part_sums_BIX = q_BSHL.new_empty(batch, most, queries, dtype=torch.float32)
     lengths_B = lengths_B.contiguous()
     tile = _tile(queries, layout, q_BSHL.dtype, q_BSHL.device)
-    programs = min(_processors(q_BSHL.device) * tile.programs, batch * most * triton.cdiv(queries, tile.queries))
+    programs = min(
+        multiprocessors(q_BSHL.device) * tile.programs, batch * most * triton.cdiv(queries, tile.queries)
+    )
     if most:
         _decode_kernel[(programs,)](
             q_BSHL.contiguous(),
@@ -172,12 +175,6 @@ def most_parts(capacity: int) -> int:
 def _typed_pages(pages: Tensor, layout: LatentFormat) -> tuple[Tensor | None, Tensor | None]:
     """Pages of bytes as float32 and as bfloat16 numbers; None for wide rows."""
     return (pages.view(torch.float32), pages.view(torch.bfloat16)) if layout.is_fp8 else (None, None)
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    """The multiprocessors of a GPU; a few programs where Triton's interpreter runs them."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
 @cache

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from deepseek_v3.ops.fp8 import BLOCK, ColumnBlocks, RowBlocks, WeightBlocks
 from deepseek_v3.ops.nvrtc import Kernel, current_device, tensor_map
-from deepseek_v3.ops.operation import custom_op, fake_of
+from deepseek_v3.ops.operation import custom_op, fake_of, multiprocessors
 
 _SOURCE = Path(__file__).with_name("products.cu")
 _TILE_ROWS, _THREADS = 128, 384
@@ -124,7 +124,7 @@ def _launch(
         map_b = tensor_map(b, tile_columns, BLOCK, swizzle=True)
         map_scales = tensor_map(b_scales, 1, tile_columns) if columns else map_b  # which is not read then
         kernel.launch(
-            _multiprocessors(a.device), _THREADS, [map_a, map_b, map_scales, a_scales, b_scales, ends_E, out, sizes]
+            multiprocessors(a.device), _THREADS, [map_a, map_b, map_scales, a_scales, b_scales, ends_E, out, sizes]
         )
 
 
@@ -145,17 +145,12 @@ def _kernel(columns: bool, tile_columns: int, float_out: bool) -> Kernel:
     return Kernel(_SOURCE, "fp8_product", defines, stages * stage + others)
 
 
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 @lru_cache(maxsize=1024)
 def _tile_columns(row_tiles: int, columns: int, device: torch.device) -> int:
     """The width of tiles with which all multiprocessors together are done first."""
 
     def seconds(tile: int) -> float:
-        turns = -(-row_tiles * -(-columns // tile) // _multiprocessors(device))
+        turns = -(-row_tiles * -(-columns // tile) // multiprocessors(device))
         return turns * tile * _TILE_COLUMNS[tile]
 
     return min(_TILE_COLUMNS, key=seconds)
@@ -165,7 +160,7 @@ def _tile_columns(row_tiles: int, columns: int, device: torch.device) -> int:
 def _parts(tiles: int, num_rows: int, device: torch.device) -> Tensor | None:
     """The ends of parts of K, summed apart, if one group has too few tiles for all multiprocessors; else None."""
     blocks = -(-num_rows // BLOCK)
-    number = min(_multiprocessors(device) // tiles, blocks)
+    number = min(multiprocessors(device) // tiles, blocks)
     if number < 2:
         return None
     rows = -(-blocks // number) * BLOCK

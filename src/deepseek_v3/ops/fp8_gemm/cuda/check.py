@@ -13,6 +13,7 @@ from torch import Tensor
 from deepseek_v3.ops import fp8
 from deepseek_v3.ops.fp8 import BLOCK, E4M3, ColumnBlocks, RowBlocks, WeightBlocks
 from deepseek_v3.ops.fp8_gemm import Fp8Gemm, cuda, reference
+from deepseek_v3.ops.operation import multiprocessors
 
 # Of the sum of the products' magnitudes: within a block, the tensor cores of Hopper keep about 13 bits of a sum.
 _TOLERANCE = 2.0**-11
@@ -28,7 +29,7 @@ def check(device: torch.device, gemm: Fp8Gemm = cuda, wide_rows: int | None = No
     """
     torch.manual_seed(0)
     if wide_rows is None:
-        wide_rows = BLOCK * (torch.cuda.get_device_properties(device).multi_processor_count - 1)
+        wide_rows = BLOCK * (multiprocessors(device) - 1)
     for rows, columns in ((300, 144), (wide_rows, 256)):
         for dtype in _DTYPES:
             name = f"{rows:,} × {columns} in {str(dtype).removeprefix('torch.')}"

@@ -18,6 +18,7 @@ from torch import Tensor
 from deepseek_v3.ops.mla_decode.formats import PAGE, LatentFormat
 from deepseek_v3.ops.mla_decode.triton import write_latents
 from deepseek_v3.ops.nvrtc import Kernel, current_device, tensor_map
+from deepseek_v3.ops.operation import multiprocessors
 
 __all__ = ["kernels", "mla_decode", "most_parts", "part_tokens", "write_latents"]
 
@@ -66,7 +67,7 @@ def mla_decode(
         # The kernel does not read the map of pages that have FP8 rows.
         keys = queries if layout.is_fp8 else tensor_map(pages.flatten(0, 1), PAGE, _COLUMNS, swizzle=True)
         _kernel(rank, layout.is_fp8).launch(
-            min(_multiprocessors(q_BSHL.device), batch * parts * tiles),
+            min(multiprocessors(q_BSHL.device), batch * parts * tiles),
             _THREADS,
             [queries, keys, pages, table_BM.contiguous(), lengths_B.contiguous(), *results, sizes],
         )
@@ -96,8 +97,3 @@ def _kernel(rank: int, is_fp8: bool) -> Kernel:
     defines = {"RANK": rank, "FP8": int(is_fp8), "SHORTEST_PART": SHORTEST_PART, "LONGEST_PART": LONGEST_PART}
     tiles, numbers, barriers = 3 * (rank // _COLUMNS + 1) * _ROWS * _COLUMNS * 2, 4 * _ROWS * 4 + 8, 10 * 8
     return Kernel(_SOURCE, "mla_decode", defines, tiles + numbers + barriers + 1024)  # the tiles' alignment
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
