@@ -113,7 +113,7 @@ def _build(kernels: Sequence[Kernel], nvcc: Nvcc) -> list[_Built]:
 
     def build(path: Path) -> tuple[MachineCode, bool]:
         kernel = missing[path]
-        code = nvcc.compile(kernel.source.name, kernel.source.read_bytes(), kernel.defines)
+        code = nvcc.compile(kernel.source.name, kernel_cache.text_of(kernel.source), kernel.defines)
         kernel_cache.store(path, code)
         return code, True
 

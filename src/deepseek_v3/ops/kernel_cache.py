@@ -1,9 +1,9 @@
 """Machine code of CUDA C++ kernels in a folder: what `build_kernels.py` has built, and what NVRTC has compiled.
 
 A file holds the code of one source with one set of defines. Its name ends in a hash of all that the code depends
-on: the source's text, the defines, the architecture, torch's version and the compiler. So a file is never out of
-date, and a changed source gets another file. The first line is the SHA-256 of the rest, the second one is JSON, and
-the ELF file that the driver loads follows.
+on: the source's text with what it includes, the defines, the architecture, torch's version and the compiler. So a
+file is never out of date, and a changed source gets another file. The first line is the SHA-256 of the rest, the
+second one is JSON, and the ELF file that the driver loads follows.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ ARCHITECTURE = "sm_90a"  # that every kernel is written for: Hopper with its own
 CACHE_VARIABLE = "DSV3_KERNEL_CACHE"
 NVCC = "nvcc"  # of any version: a run that finds what it built need not have it
 _FORMAT = 1
+_HEADER = Path(__file__).with_name("hopper.cuh")
 
 _log = get_logger("Kernels")
 
@@ -68,10 +69,26 @@ def cache_folder() -> Path:
         raise PathError(f"the home folder is unknown; set {CACHE_VARIABLE} to a folder for kernels") from None
 
 
+def text_of(source: Path) -> bytes:
+    """The text of a source, with that of `hopper.cuh` in place of the line that includes it.
+
+    So a compiler needs no folder of headers. Its messages still name the lines of both files.
+    """
+    before, include, after = source.read_bytes().partition(b'#include "hopper.cuh"\n')
+    if not include:
+        return before
+    next_line = before.count(b"\n") + 2
+    return b"".join((before, _line(1, _HEADER), _HEADER.read_bytes(), _line(next_line, source), after))
+
+
+def _line(number: int, file: Path) -> bytes:
+    return f'#line {number} "{file.name}"\n'.encode()
+
+
 def path_of(source: Path, defines: Mapping[str, int], compiler: str) -> Path:
     """The file for the code that a compiler makes of a source; `NVCC` stands for nvcc of any version."""
     identity = [_FORMAT, sorted(defines.items()), ARCHITECTURE, torch.__version__, compiler]
-    digest = hashlib.sha256(json.dumps(identity).encode() + b"\n" + source.read_bytes()).hexdigest()
+    digest = hashlib.sha256(json.dumps(identity).encode() + b"\n" + text_of(source)).hexdigest()
     return cache_folder() / f"{source.stem}-{digest[:32]}.kernel"
 
 

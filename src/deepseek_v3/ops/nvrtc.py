@@ -1,7 +1,8 @@
 """CUDA C++ kernels without a build step: NVRTC, which comes with torch's CUDA packages, compiles them at first use.
 
-A kernel's source includes no headers, so NVRTC alone suffices. NVRTC and the driver are called through ctypes.
-`build_kernels.py` compiles all kernels ahead of use; what it has built is launched instead, and needs no NVRTC.
+A kernel's source includes no header but `hopper.cuh`, whose text becomes part of it, so NVRTC alone suffices. NVRTC
+and the driver are called through ctypes. `build_kernels.py` compiles all kernels ahead of use; what it has built is
+launched instead, and needs no NVRTC.
 """
 
 from __future__ import annotations
@@ -205,7 +206,7 @@ def _compile(source: Path, defines: Mapping[str, int]) -> bytes:
     """The machine code that NVRTC makes of a source file."""
     nvrtc = _nvrtc()
     program = ctypes.c_void_p()
-    text = source.read_bytes()
+    text = kernel_cache.text_of(source)
     created = nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, source.name.encode(), 0, None, None)
     if created:
         raise CudaError(f"nvrtcCreateProgram failed with code {created}")

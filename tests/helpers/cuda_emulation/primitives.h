@@ -16,6 +16,10 @@
 #include <thread>
 #include <vector>
 
+typedef unsigned char u8;
+typedef unsigned int u32;
+typedef unsigned short bf16;  // its bits
+
 #define __device__
 #define __global__
 #define __forceinline__ inline
@@ -294,7 +298,7 @@ inline u32 scaled_pair(u32 two, float scale) { return as_bfloat16(e4m3(two & 255
 // Tensor cores. A thread holds columns 8 i + 2 (lane % 4) and the next one, of rows lane / 4 and lane / 4 + 8.
 
 inline u32 descriptor(u32 address) { return address >> 4 | 1 << 16; }
-inline u32 value_descriptor(u32 address) { return address >> 4 | BYTES_TILE / 16 << 16; }
+inline u32 value_descriptor(u32 address) { return address >> 4 | 64 * 64 * 2 / 16 << 16; }
 
 inline float at(u32 address) {
     bf16 bits;

@@ -197,3 +197,14 @@ def test_what_the_driver_refuses_is_compiled_by_nvrtc(
     monkeypatch.setattr(nvrtc, "_nvrtc", without_nvrtc)
     with pytest.raises(CudaError, match="it is too new"):
         Kernel(source, "kernel", {}, 0)._function()
+
+
+def test_what_a_source_includes_is_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, header = tmp_path / "kernel.cu", tmp_path / "hopper.cuh"
+    source.write_text('first\n#include "hopper.cuh"\nthird\n', encoding="utf-8")
+    header.write_text("shared\n", encoding="utf-8")
+    monkeypatch.setattr(kernel_cache, "_HEADER", header)
+    assert kernel_cache.text_of(source) == b'first\n#line 1 "hopper.cuh"\nshared\n#line 3 "kernel.cu"\nthird\n'
+    before = kernel_cache.path_of(source, {}, NVCC)
+    header.write_text("changed\n", encoding="utf-8")
+    assert kernel_cache.path_of(source, {}, NVCC) != before

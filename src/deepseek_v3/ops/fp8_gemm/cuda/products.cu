@@ -16,9 +16,8 @@
 //   FLOAT_OUT   1: float32 output, 0: bfloat16
 //   STAGES      blocks of K in shared memory
 
-typedef unsigned char u8;
-typedef unsigned int u32;
-typedef unsigned short bf16;  // its bits
+#include "hopper.cuh"
+
 #if FLOAT_OUT
 typedef float Out;
 #else
@@ -47,43 +46,11 @@ constexpr u32 OFFSET_B = STAGES * BYTES_A, OFFSET_STORE = OFFSET_B + STAGES * BY
 constexpr u32 OFFSET_SCALES = OFFSET_STORE + WARPS * BYTES_STORE;
 constexpr u32 OFFSET_BARRIERS = OFFSET_SCALES + STAGES * BYTES_SCALES;
 
-struct alignas(64) TensorMap {
-    u8 bytes[128];
-};
-
 // rows, columns: of the output; the rows of all groups, or of one group's matrix. depth: length of K; in
 // columns_product the number of places if there is one group.
 struct Sizes {
     int groups, rows, columns, depth;
 };
-
-__device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
-}
-
-__device__ __forceinline__ void barrier_arrive(u32 barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-// Arrives; the phase then ends only after `bytes` have been copied, too.
-__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-// Arrives when this thread's copies of numbers are done.
-__device__ __forceinline__ void barrier_arrive_after_copies(u32 barrier) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again;\n"
-        "}\n" ::"r"(barrier), "r"(parity) : "memory");
-}
 
 // Whether the phase has ended.
 __device__ __forceinline__ bool barrier_passed(u32 barrier, u32 parity) {
@@ -97,28 +64,9 @@ __device__ __forceinline__ bool barrier_passed(u32 barrier, u32 parity) {
     return passed;
 }
 
-// Copies a box of a matrix into shared memory, without waiting.
-__device__ __forceinline__ void copy_box(u32 target, const TensorMap* map, int column, int row, u32 barrier) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
-        ::"r"(target), "l"(map), "r"(column), "r"(row), "r"(barrier) : "memory");
-}
-
 // Copies one number into shared memory, without waiting.
 __device__ __forceinline__ void copy_number(u32 target, const float* source) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(target), "l"(source) : "memory");
-}
-
-__device__ __forceinline__ float load_shared(u32 address) {
-    float value;
-    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
-    return value;
-}
-
-// The low half of the descriptor of a tile in shared memory; adding n moves it by 16 n bytes along K. The high half,
-// 0x40000040, says that TMA has swizzled its rows of 128 bytes, and that 8 rows lie 1024 bytes from the next 8.
-__device__ __forceinline__ u32 descriptor(u32 address) {
-    return address >> 4 | 1 << 16;
 }
 
 // d (64 × 128, float32) = or += a (64 × 32) · b (128 × 32) transposed, by the tensor cores, without waiting.
@@ -340,12 +288,6 @@ __device__ __forceinline__ void store(
     }
 }
 
-__device__ __forceinline__ u32 as_bfloat16(float low, float high) {
-    u32 packed;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-    return packed;
-}
-
 // The same in bfloat16, through shared memory, so that 8 threads write 128 bytes of one row.
 __device__ __forceinline__ void store(
     bf16* out, const float (&total)[64], u32 staged, int row, int row_end, int column, int columns) {
@@ -462,15 +404,14 @@ extern "C" __global__ void __launch_bounds__(384, 1) fp8_product(
     const __grid_constant__ TensorMap column_scales,  // of b, in columns_product
     const float* scales_a, const float* scales_b,     // of a's rows; of the blocks of the weights, in rows_product
     const int* ends, Out* out, const Sizes sizes) {
-    extern __shared__ u8 dynamic[];
-    u32 shared = (static_cast<u32>(__cvta_generic_to_shared(dynamic)) + 1023) & ~1023u;  // as the swizzle needs
+    u32 shared = shared_memory();
     if (threadIdx.x == 0) {
         u32 full = shared + OFFSET_BARRIERS, empty = full + 8 * STAGES;
         for (int stage = 0; stage < STAGES; stage++) {
             barrier_init(full + 8 * stage, 1 + 32);  // the thread that copies operands, the warp that copies scales
             barrier_init(empty + 8 * stage, WARPS);
         }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        show_barriers();
     }
     __syncthreads();
     Tiles tiles(sizes, ends);

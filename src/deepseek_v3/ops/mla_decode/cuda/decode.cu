@@ -17,9 +17,11 @@
 //   FP8         1: rows of RANK e4m3 values, RANK / 128 float32 scales, 64 bfloat16 numbers; 0: rows of bfloat16
 //   SHORTEST_PART, LONGEST_PART    keys of a part at least, if there are as many, and at most
 
-typedef unsigned char u8;
-typedef unsigned int u32;
-typedef unsigned short bf16;  // its bits
+#ifdef EMULATED  // on a CPU, by tests/helpers/cuda_emulation, which defines the same
+#include "primitives.h"
+#else
+#include "hopper.cuh"
+#endif
 
 constexpr int ROWS = 64, KEYS = 64, COLUMNS = 64;  // of a tile: queries, keys of a page, columns of one copy
 constexpr int HALF = RANK / 2;                     // value columns of a warpgroup
@@ -50,19 +52,7 @@ struct Sizes {
     float scale;  // of scores, times log2(e)
 };
 
-#ifdef EMULATED  // on a CPU, by tests/helpers/cuda_emulation, which defines all of this
-#include "primitives.h"
-#else
-
-struct alignas(64) TensorMap {
-    u8 bytes[128];
-};
-
-// The first address of shared memory that swizzled tiles can begin at.
-__device__ __forceinline__ u32 shared_memory() {
-    extern __shared__ u8 dynamic[];
-    return (static_cast<u32>(__cvta_generic_to_shared(dynamic)) + 1023) & ~1023u;
-}
+#ifndef EMULATED
 
 template <int NUMBER>
 __device__ __forceinline__ void give_registers() {
@@ -72,32 +62,6 @@ __device__ __forceinline__ void give_registers() {
 template <int NUMBER>
 __device__ __forceinline__ void take_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(NUMBER));
-}
-
-__device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
-}
-
-__device__ __forceinline__ void barrier_arrive(u32 barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again;\n"
-        "}\n" ::"r"(barrier), "r"(parity) : "memory");
-}
-
-__device__ __forceinline__ void show_barriers() {
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
 // Named barriers: THREADS arrive, and those that synchronize also wait.
@@ -116,18 +80,6 @@ __device__ __forceinline__ void show_to_tensor_cores() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-__device__ __forceinline__ void copy_box(u32 target, const TensorMap* map, int column, int row, u32 barrier) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
-        ::"r"(target), "l"(map), "r"(column), "r"(row), "r"(barrier) : "memory");
-}
-
-__device__ __forceinline__ float load_shared(u32 address) {
-    float value;
-    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
-    return value;
-}
-
 __device__ __forceinline__ void store_shared(u32 address, float value) {
     asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
 }
@@ -136,12 +88,6 @@ __device__ __forceinline__ float exp2_of(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
-}
-
-__device__ __forceinline__ u32 as_bfloat16(float low, float high) {
-    u32 packed;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-    return packed;
 }
 
 // 16 bytes of the cache, which nothing changes meanwhile.
@@ -173,14 +119,8 @@ __device__ __forceinline__ u32 scaled_pair(u32 two, float scale) {
     return as_bfloat16(low * scale, high * scale);
 }
 
-// The low half of the descriptor of a tile in shared memory whose rows of 128 bytes TMA has swizzled. If its columns
-// are summed over, bits 16 to 29 are unused, and adding 2 moves it by 16 columns. If its rows are, as those of values,
-// the bits are the distance of the next 64 columns, and adding 128 moves it by 16 rows. The high half, 0x40000040,
-// says that 8 rows lie 1024 bytes from the next 8.
-__device__ __forceinline__ u32 descriptor(u32 address) {
-    return address >> 4 | 1 << 16;
-}
-
+// The same of values, whose rows are summed over: it holds the distance of the next 64 columns, and adding 128 moves it
+// by 16 rows.
 __device__ __forceinline__ u32 value_descriptor(u32 address) {
     return address >> 4 | BYTES_TILE / 16 << 16;
 }
