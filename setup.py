@@ -13,6 +13,7 @@ setup(
             "py.typed",
             "planning/calibration.json",
             "training/parallel/fp8_speed.json",
+            "ops/hopper.cuh",
             "ops/*/cuda/*.cu",
             "benchmark/shapes/*.yaml",
         ],
