@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from deepseek_v3.utils.errors import PathError
-from deepseek_v3.utils.files import atomic_write
+from deepseek_v3.utils.files import fsync_directory
 from deepseek_v3.utils.logging import get_logger
 
 ARCHITECTURE = "sm_90a"  # that every kernel is written for: Hopper with its own instructions
@@ -116,9 +117,19 @@ def _read(path: Path) -> MachineCode | None:
 
 def store(path: Path, code: MachineCode) -> None:
     """Writes a file that is complete or invisible, also if other processes or machines write the same one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     rest = json.dumps(_encode(code)).encode() + b"\n" + code.cubin
-    with atomic_write(path) as partial:
-        partial.write_bytes(hashlib.sha256(rest).hexdigest().encode() + b"\n" + rest)
+    # Containers that share a folder may share process ids, too.
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(hashlib.sha256(rest).hexdigest().encode() + b"\n" + rest)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        fsync_directory(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _encode(code: MachineCode) -> dict[str, Any]:

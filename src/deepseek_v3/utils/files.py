@@ -1,7 +1,7 @@
 """Writes files and folders that are complete or invisible, computes checksums, and checks paths.
 
 A file or folder that is not complete has a hidden name beside the final one. One process writes
-`.NAME.<random>.partial`. The ranks of a job write a checkpoint folder together, under names that all ranks
+`.NAME.<pid or random>.partial`. The ranks of a job write a checkpoint folder together, under names that all ranks
 know: `.checkpoint_step_<N>.partial` is being written, `.checkpoint_step_<N>.outdated` is being deleted, and
 `.checkpoint_step_<N>.replaced` stays complete until its replacement has the final name. A killed program leaves
 nothing else behind and loses no checkpoint: `remove_leftovers` gives a replaced folder its name back if there is no
@@ -168,11 +168,8 @@ def write_synced(path: Path, text: str) -> None:
 
 
 def partial_path(path: Path) -> Path:
-    """A path of this call's own at which to write the file that will be `path`.
-
-    Processes of several machines or containers may have one id, and write the same file.
-    """
-    return path.with_name(f".{path.name}.{uuid.uuid4().int >> 80}.partial")
+    """The path at which this process writes the file that will be `path`."""
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
 def remove_partials(path: Path) -> None:
