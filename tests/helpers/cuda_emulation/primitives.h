@@ -105,7 +105,7 @@ inline int lane_of_thread() { return threadIdx.x % 32; }
 
 template <typename Passed>
 inline void wait_until(std::unique_lock<std::mutex>& lock, const char* what, u32 which, Passed passed) {
-    if (!block->changed.wait_for(lock, std::chrono::seconds(30), passed)) fail(what, which);
+    if (!block->changed.wait_for(lock, std::chrono::minutes(3), passed)) fail(what, which);
 }
 
 // Warps
@@ -252,14 +252,11 @@ inline float load_number(const u8* address) {
     return value;
 }
 
-inline float4 load_result(const float* address) {
+inline float4 load_four(const float* address) {
     float4 value;
     memcpy(&value, address, 16);
     return value;
 }
-inline float load_result_number(const float* address) { return *address; }
-inline void __threadfence() {}
-inline int atomicAdd(int* address, int x) { return __atomic_fetch_add(address, x, __ATOMIC_SEQ_CST); }
 
 // Numbers
 

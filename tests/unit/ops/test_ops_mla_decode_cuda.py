@@ -33,7 +33,8 @@ def kernel_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[LatentForma
     def compiled(layout: LatentFormat) -> ctypes.CDLL:
         library = folder / f"{layout.rank}_{layout.is_fp8}.so"
         if not library.exists():
-            defines = {"RANK": layout.rank, "FP8": int(layout.is_fp8), "SHORTEST_PART": PART, "LONGEST_PART": PART}
+            parts = {"PARTS": 8, "SHORTEST_PART": PART, "LONGEST_PART": PART, "MOST_PARTS": 64}
+            defines = {"RANK": layout.rank, "FP8": int(layout.is_fp8), **parts}
             options = ["-O1", "-std=c++20", "-shared", "-fPIC", "-pthread", "-w", "-DEMULATED"]
             options += [f"-D{name}={value}" for name, value in defines.items()]
             sources = [f"-I{EMULATION}", f"-I{SOURCES}", str(EMULATION / "mla_decode.cpp")]
@@ -50,10 +51,11 @@ def decode(kernel: ctypes.CDLL, q_BSHL: Tensor, cache: Cached, blocks: int = 3) 
     out_BSHC = torch.full((batch, new, heads, cache.layout.rank), torch.nan, dtype=BF16)
     sums_BSH = torch.full((batch, new, heads), torch.nan)
     parts_BIXC = torch.full((batch, parts, rows, cache.layout.rank), torch.nan)
-    part_sums_BIX = torch.full((batch, parts, rows), torch.nan)
-    finished = torch.zeros(batch, -(-rows // 64), dtype=torch.int32)
+    part_rows_BIX4 = torch.full((batch, parts, rows, 4), torch.nan)
+    added_B = torch.full((batch,), -1, dtype=torch.int32)
+    kept = torch.full((blocks, 64, cache.layout.rank), torch.nan)
     given = (q_BSHL, cache.pages, cache.table_BM.contiguous(), cache.lengths_B)
-    results = (out_BSHC, sums_BSH, parts_BIXC, part_sums_BIX, finished)
+    results = (out_BSHC, sums_BSH, parts_BIXC, part_rows_BIX4, added_B, kept)
     pointers = [ctypes.c_void_p(each.data_ptr()) for each in (*given, *results)]
     numbers = [ctypes.c_int(number) for number in (batch, new, heads, parts, cache.table_BM.shape[1])]
     shape = [ctypes.c_long(len(cache.pages) * PAGE), ctypes.c_long(width)]

@@ -24,13 +24,15 @@ __all__ = ["kernels", "mla_decode", "most_parts", "part_tokens", "write_latents"
 
 _SOURCE = Path(__file__).with_name("decode.cu")
 
-# A part has a quarter of its sequence's tokens, but at least `SHORTEST_PART` and at most `LONGEST_PART`: more parts
-# fill the GPU with fewer sequences, and write and read more sums.
-SHORTEST_PART, LONGEST_PART = 512, 2048
+# A sequence has `PARTS` parts of between `SHORTEST_PART` and `LONGEST_PART` tokens, but at most `MOST_PARTS`. More
+# parts fill the GPU with fewer sequences, and are more sums to add.
+PARTS, SHORTEST_PART, LONGEST_PART, MOST_PARTS = 8, 512, 1024, 64
 
 VARIANTS = ((512, False), (512, True), (256, False))  # width of the latent, and whether rows are FP8
 
 _ROWS, _COLUMNS, _THREADS = 64, 64, 384  # of a tile; of a thread block
+_ADDING_THREADS, _ADDING_BLOCKS = 256, 4  # of the second kernel: of a thread block; for each multiprocessor
+_ADDED_COLUMNS = 128  # by a warp of it
 _LOG2_E = 1.4426950408889634
 
 
@@ -45,8 +47,9 @@ def mla_decode(
     """The reference's `mla_decode` for bfloat16 queries and pages of bfloat16 or FP8.
 
     Weights of the softmax, and numbers of FP8 times their scales, are rounded to bfloat16 before they are
-    multiplied; everything else is float32. The host reads shapes only. The parts take memory for B · I · S · H ·
-    (C + 1) float32 numbers, with the largest I that M pages allow.
+    multiplied; everything else is float32. The host reads shapes only. Parts take memory for
+    B · I · S · H · (C + 4) float32 numbers, with the largest I that M pages allow, and 64 · C more for each
+    multiprocessor.
     """
     batch, new, heads, _ = q_BSHL.shape
     rows, rank = new * heads, layout.rank
@@ -54,46 +57,59 @@ def mla_decode(
     sums_BSH = q_BSHL.new_empty(batch, new, heads, dtype=torch.float32)
     if not batch * rows:
         return out_BSHC, sums_BSH
+    processors, tiles = multiprocessors(q_BSHL.device), -(-rows // _ROWS)
     parts = most_parts(table_BM.shape[1] * PAGE)
+    blocks = min(max(1, processors // tiles), batch * parts) * tiles
     divided = parts if parts > 1 else 0
     parts_BIXC = q_BSHL.new_empty(batch, divided, rows, rank, dtype=torch.float32)
-    part_sums_BIX = q_BSHL.new_empty(batch, divided, rows, dtype=torch.float32)
-    tiles = -(-rows // _ROWS)
-    finished = q_BSHL.new_zeros(batch * tiles if divided else 0, dtype=torch.int32)
+    part_rows_BIX4 = q_BSHL.new_empty(batch, divided, rows, 4, dtype=torch.float32)
+    added_B = q_BSHL.new_empty(batch, dtype=torch.int32)
+    kept = q_BSHL.new_empty(blocks if divided else 0, _ROWS, rank, dtype=torch.float32)
     sizes = _Sizes(batch, new, heads, parts, table_BM.shape[1], scale * _LOG2_E)
-    results = [out_BSHC, sums_BSH, parts_BIXC, part_sums_BIX, finished]
+    lengths_B = lengths_B.contiguous()
+    results = [out_BSHC, sums_BSH, parts_BIXC, part_rows_BIX4, added_B]
     with current_device(q_BSHL.device):
         queries = tensor_map(q_BSHL.contiguous().flatten(0, 2), _ROWS, _COLUMNS, swizzle=True)
         # The kernel does not read the map of pages that have FP8 rows.
         keys = queries if layout.is_fp8 else tensor_map(pages.flatten(0, 1), PAGE, _COLUMNS, swizzle=True)
-        _kernel(rank, layout.is_fp8).launch(
-            min(multiprocessors(q_BSHL.device), batch * parts * tiles),
-            _THREADS,
-            [queries, keys, pages, table_BM.contiguous(), lengths_B.contiguous(), *results, sizes],
-        )
+        given = [queries, keys, pages, table_BM.contiguous(), lengths_B]
+        _kernel("mla_decode", rank, layout.is_fp8).launch(blocks, _THREADS, [*given, *results, kept, sizes])
+        if divided:
+            units = -(-rows * (rank // _ADDED_COLUMNS) // (_ADDING_THREADS // 32))
+            each = max(1, min(units, _ADDING_BLOCKS * processors // batch))
+            adding = _kernel("mla_decode_parts", rank, layout.is_fp8)
+            adding.launch(batch * each, _ADDING_THREADS, [lengths_B, *results, sizes])
     return out_BSHC, sums_BSH
 
 
 def part_tokens(length: int) -> int:
     """The tokens of a part of a sequence, as the kernel computes it."""
-    quarter = -(-length // (4 * PAGE)) * PAGE
-    return min(max(quarter, SHORTEST_PART), LONGEST_PART)
+    pair = 2 * PAGE
+
+    def share(parts: int) -> int:
+        return -(-length // (pair * parts)) * pair
+
+    return max(min(max(share(PARTS), SHORTEST_PART), LONGEST_PART), share(MOST_PARTS))
 
 
 def most_parts(capacity: int) -> int:
     """The largest number of parts of any sequence of at most `capacity` tokens."""
-    # A sequence of less than four of the longest parts has at most four.
-    shorter = min(capacity, 4 * LONGEST_PART)
-    return max(1, min(4, -(-shorter // SHORTEST_PART)), -(-capacity // part_tokens(capacity)))
+    few = min(PARTS, -(-capacity // SHORTEST_PART))
+    return max(1, few, min(MOST_PARTS, -(-capacity // LONGEST_PART)))
 
 
 def kernels() -> Iterator[Kernel]:
-    """Every variant of the kernel."""
-    yield from (_kernel(rank, is_fp8) for rank, is_fp8 in VARIANTS)
+    """Every variant of the kernels."""
+    yield from (_kernel(name, rank, is_fp8) for rank, is_fp8 in VARIANTS for name in _SHARED_NUMBERS)
+
+
+# Numbers of 4 bytes in shared memory, beside the tiles: the rows' maxima and sums, and barriers.
+_SHARED_NUMBERS = {"mla_decode": 4 * _ROWS + 20, "mla_decode_parts": 0}
 
 
 @cache
-def _kernel(rank: int, is_fp8: bool) -> Kernel:
-    defines = {"RANK": rank, "FP8": int(is_fp8), "SHORTEST_PART": SHORTEST_PART, "LONGEST_PART": LONGEST_PART}
-    tiles, numbers, barriers = 3 * (rank // _COLUMNS + 1) * _ROWS * _COLUMNS * 2, 4 * _ROWS * 4 + 8, 10 * 8
-    return Kernel(_SOURCE, "mla_decode", defines, tiles + numbers + barriers + 1024)  # the tiles' alignment
+def _kernel(name: str, rank: int, is_fp8: bool) -> Kernel:
+    parts = {"PARTS": PARTS, "SHORTEST_PART": SHORTEST_PART, "LONGEST_PART": LONGEST_PART, "MOST_PARTS": MOST_PARTS}
+    tiles = 3 * (rank // _COLUMNS + 1) * _ROWS * _COLUMNS * 2 + 1024  # with their alignment
+    numbers = 4 * _SHARED_NUMBERS[name]
+    return Kernel(_SOURCE, name, {"RANK": rank, "FP8": int(is_fp8), **parts}, tiles + numbers if numbers else 0)

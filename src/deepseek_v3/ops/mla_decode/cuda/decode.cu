@@ -1,8 +1,13 @@
 // Absorbed latent attention over a paged cache, for Hopper (sm_90a).
 //
-// An item of work is 64 rows, each a query of one head, and one part of one sequence. Every multiprocessor takes items
-// in turn; the last one of a tile to finish adds its parts. The rows of all heads read the same cached rows, so a block
-// of 64 keys is copied once and used twice: all its numbers are keys, its first RANK numbers are also values.
+// A tile is 64 rows, each a query of one head. The rows of all heads read the same cached rows, so a block of 64 keys
+// is copied once and used twice: all its numbers are keys, its first RANK numbers are also values.
+//
+// A sequence is cut into parts by its own length alone, and its result is that of its parts, added from the first to
+// the last. All blocks of keys of all sequences, in a row, are dealt to the thread blocks in equal shares, from one
+// part's beginning to another one's. A thread block adds the parts of a sequence as it goes. If a sequence begins in
+// one share and ends in another, its parts are added by a second kernel, with the same arithmetic. So the arithmetic of
+// a row depends on its own sequence alone: on nothing that other sequences or the launch decide.
 //
 // Two warpgroups multiply. Of each pair of key blocks, warpgroup 0 computes the scores of the first and warpgroup 1
 // those of the second, while the other one's softmax runs; each sums the values of both blocks for its half of the
@@ -10,12 +15,11 @@
 // maxima through shared memory. One warp copies pages with the tensor memory accelerator (TMA). If the cache has 8-bit
 // blocks, a third warpgroup loads them instead, and stores their numbers in bfloat16.
 //
-// The arithmetic of a row depends on its own sequence alone: on nothing that other sequences or the launch decide.
-//
 // Set by the compiler's command line:
 //   RANK        value columns: 256 or 512; a row has up to 64 more columns, copied as 64 with zeros behind them
 //   FP8         1: rows of RANK e4m3 values, RANK / 128 float32 scales, 64 bfloat16 numbers; 0: rows of bfloat16
-//   SHORTEST_PART, LONGEST_PART    keys of a part at least, if there are as many, and at most
+//   PARTS, SHORTEST_PART, LONGEST_PART, MOST_PARTS    a sequence has PARTS parts of between SHORTEST_PART and
+//                                                     LONGEST_PART keys, but never more than MOST_PARTS parts
 
 #ifdef EMULATED  // on a CPU, by tests/helpers/cuda_emulation, which defines the same
 #include "primitives.h"
@@ -31,14 +35,15 @@ constexpr u32 BYTES_KEYS = TILES * BYTES_TILE;
 constexpr int BLOCK = 128;  // numbers with one scale
 constexpr u32 BYTES_ROW = RANK + RANK / BLOCK * 4 + COLUMNS * 2;  // of 8-bit blocks
 constexpr int COPIERS = FP8 ? 4 : 1;  // warps that copy, or convert, the keys
-constexpr int REGISTERS = FP8 ? 208 : 232, REGISTERS_OF_COPIERS = FP8 ? 96 : 32;  // of a thread
+constexpr int REGISTERS = FP8 ? 200 : 232, REGISTERS_OF_COPIERS = FP8 ? 104 : 32;  // of a thread
+static_assert(2 * REGISTERS + REGISTERS_OF_COPIERS <= 3 * 168, "a launch of 384 threads has 168 registers for each");
 
-// Shared memory: the queries; two blocks of keys; of both warpgroups the rows' maxima and sums; how many parts are
-// finished; barriers. The last tile of a block, its rotated columns, is read for scores alone; then it holds the
-// exponentiated scores of the block, the weights of its values.
+// Shared memory: the queries; two blocks of keys; of both warpgroups the rows' maxima and sums; barriers. The last tile
+// of a block, its rotated columns, is read for scores alone; then it holds the exponentiated scores of the block, the
+// weights of its values.
 constexpr u32 OFFSET_KEYS = BYTES_KEYS, WEIGHTS = VALUE_TILES * BYTES_TILE;
 constexpr u32 OFFSET_MAXIMA = OFFSET_KEYS + 2 * BYTES_KEYS, OFFSET_SUMS = OFFSET_MAXIMA + 2 * ROWS * 4;
-constexpr u32 OFFSET_FINISHED = OFFSET_SUMS + 2 * ROWS * 4, OFFSET_BARRIERS = OFFSET_FINISHED + 8;
+constexpr u32 OFFSET_BARRIERS = OFFSET_SUMS + 2 * ROWS * 4;
 
 // Barriers: of the queries, copied and read; then for each block of keys and each half of its columns, full and empty.
 // Warpgroup 0 reads the first half of the values, and warpgroup 1 the second one. The last tile belongs to the half of
@@ -215,17 +220,11 @@ __device__ __forceinline__ void store_matrices(u32 address, const u32* numbers) 
         "r"(address), "r"(numbers[0]), "r"(numbers[1]), "r"(numbers[2]), "r"(numbers[3]) : "memory");
 }
 
-// Numbers that another multiprocessor may have written during this launch.
-__device__ __forceinline__ float4 load_result(const float* address) {
+// Four numbers that this thread, or an earlier kernel, has written.
+__device__ __forceinline__ float4 load_four(const float* address) {
     float4 v;
     asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
         : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(address) : "memory");
-    return v;
-}
-
-__device__ __forceinline__ float load_result_number(const float* address) {
-    float v;
-    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(address) : "memory");
     return v;
 }
 
@@ -241,58 +240,99 @@ constexpr float LOG2_E = 1.44269504f, LN_2 = 0.69314718f;
 
 // Named barriers of the two warpgroups, and one of each alone.
 enum {
-    FIRST_MAXIMUM = 1, FIRST_WEIGHTS, SECOND_WEIGHTS, SUMS_ARE_READ, SUMS_ARE_THERE, PART_IS_STORED, PART_IS_COUNTED,
-    ZEROED,
+    FIRST_MAXIMUM = 1, FIRST_WEIGHTS, SECOND_WEIGHTS, SUMS_ARE_READ, SUMS_ARE_THERE, ZEROED,
 };
 
-// The keys of a part: a sequence is cut by its own length alone.
-__device__ __forceinline__ int part_keys(int length) {
-    int quarter = (length + 4 * KEYS - 1) / (4 * KEYS) * KEYS;
-    return min(max(quarter, SHORTEST_PART), LONGEST_PART);
+// Keys of each of `parts` parts, in pairs of blocks.
+__device__ __forceinline__ int part_of(int length, int parts) {
+    int pairs = (length + 2 * KEYS - 1) / (2 * KEYS);
+    return (pairs + parts - 1) / parts * (2 * KEYS);
 }
 
-// An item of work: its sequence, tile of rows, and keys. `parts`: of the sequence.
-struct Item {
-    int sequence, tile, part, parts, length, first_key, keys;
+// A sequence's parts, as its length alone says.
+struct Parts {
+    int keys, number;  // keys of each but the last one
 
-    __device__ int blocks() const { return (keys + KEYS - 1) / KEYS; }
+    __device__ explicit Parts(int length)
+        : keys(max(min(max(part_of(length, PARTS), SHORTEST_PART), LONGEST_PART), part_of(length, MOST_PARTS))),
+          number(max(1, (length + keys - 1) / keys)) {}
 };
 
-// Goes through the items of this thread block: numbers blockIdx.x, blockIdx.x + gridDim.x, … of all that sequences as
-// long as the page table would have. A warp looks at 32 numbers at a time, and passes over parts that are not there.
-struct Items {
+__device__ __forceinline__ int blocks_of(int length) {
+    return max(1, (length + KEYS - 1) / KEYS);
+}
+
+// Some parts of a sequence, one after another.
+struct Run {
+    int sequence, length, parts, part_keys;
+    int first, count;
+
+    __device__ int first_key() const { return first * part_keys; }
+    __device__ int keys() const { return max(0, min(count * part_keys, length - first_key())); }
+    __device__ int blocks() const { return (keys() + KEYS - 1) / KEYS; }
+    __device__ bool is_whole() const { return count == parts; }
+};
+
+// The runs of this thread block, in order. As many thread blocks as there are tiles of rows have the same runs.
+struct Runs {
     const Sizes& sizes;
     const int* lengths;
-    int number, tiles;
+    int tile, sequence, block;  // `block`: how many blocks lie before the sequence
+    int begin, end;             // the parts that begin at these blocks
 
-    __device__ Items(const Sizes& sizes, const int* lengths)
-        : sizes(sizes), lengths(lengths), number(blockIdx.x),
-          tiles((sizes.queries * sizes.heads + ROWS - 1) / ROWS) {}
-
-    __device__ bool at(int number, Item& item) const {
-        item.sequence = number / (tiles * sizes.parts);
-        if (item.sequence >= sizes.batch) return false;
-        item.tile = number % tiles;
-        item.part = number / tiles % sizes.parts;
-        item.length = lengths[item.sequence];
-        int each = part_keys(item.length);
-        item.parts = max(1, (item.length + each - 1) / each);
-        item.first_key = item.part * each;
-        item.keys = max(0, min(each, item.length - item.first_key));
-        return item.part < item.parts;
+    __device__ Runs(const Sizes& sizes, const int* lengths) : sizes(sizes), lengths(lengths), block(0) {
+        int tiles = (sizes.queries * sizes.heads + ROWS - 1) / ROWS, groups = gridDim.x / tiles;
+        tile = blockIdx.x % tiles;
+        int lane = threadIdx.x % 32, total = 0, largest = 1;
+        for (sequence = lane; sequence < sizes.batch; sequence += 32) {
+            int length = lengths[sequence];
+            total += blocks_of(length);
+            largest = max(largest, min(blocks_of(length), Parts(length).keys / KEYS));
+        }
+        for (int distance = 1; distance < 32; distance *= 2) {
+            total += __shfl_sync(~0u, total, lane ^ distance);
+            largest = max(largest, __shfl_sync(~0u, largest, lane ^ distance));
+        }
+        // Shares of whole parts: then sequences of one length are cut seldom.
+        int share = (total + groups - 1) / groups;
+        share = (share + largest - 1) / largest * largest;
+        begin = blockIdx.x / tiles * share;
+        end = begin + share;
+        // The first sequence that ends after `begin`.
+        for (sequence = 0; sequence < sizes.batch; sequence += 32) {
+            int own = sequence + lane < sizes.batch ? blocks_of(lengths[sequence + lane]) : 0, until = own;
+            for (int distance = 1; distance < 32; distance *= 2) {
+                int before = __shfl_sync(~0u, until, max(0, lane - distance));
+                if (lane >= distance) until += before;
+            }
+            u32 after = __ballot_sync(~0u, block + until > begin);
+            int found = after ? __ffs(after) - 1 : 31;
+            block += __shfl_sync(~0u, after ? until - own : until, found);
+            if (after) {
+                sequence += found;
+                break;
+            }
+        }
     }
 
-    __device__ bool next(Item& item) {
-        int last = sizes.batch * sizes.parts * tiles - 1;
-        while (number <= last) {
-            u32 there = __ballot_sync(~0u, at(number + threadIdx.x % 32 * gridDim.x, item));
-            if (there) {
-                number += (__ffs(there) - 1) * gridDim.x;
-                at(number, item);
-                number += gridDim.x;
-                return true;
-            }
-            number += 32 * gridDim.x;
+    // How many of a sequence's parts begin before a block.
+    __device__ static int parts_before(int block, const Run& run) {
+        int blocks = run.part_keys / KEYS;
+        return min(run.parts, max(0, block + blocks - 1) / blocks);
+    }
+
+    __device__ bool next(Run& run) {
+        while (sequence < sizes.batch && block < end) {
+            run.sequence = sequence;
+            run.length = lengths[sequence];
+            Parts parts(run.length);
+            run.parts = parts.number;
+            run.part_keys = parts.keys;
+            run.first = parts_before(begin - block, run);
+            run.count = parts_before(end - block, run) - run.first;
+            sequence += 1;
+            block += blocks_of(run.length);
+            if (run.count > 0) return true;
         }
         return false;
     }
@@ -305,31 +345,31 @@ struct Uses {
 };
 
 __device__ __forceinline__ void copy_queries(
-    const TensorMap& queries, const Sizes& sizes, const Item& item, const Uses& uses, u32 shared) {
+    const TensorMap& queries, const Runs& runs, const Run& run, const Uses& uses, u32 shared) {
     u32 barriers = shared + OFFSET_BARRIERS;
-    int row = item.sequence * sizes.queries * sizes.heads + item.tile * ROWS;
+    int row = run.sequence * runs.sizes.queries * runs.sizes.heads + runs.tile * ROWS;
     barrier_wait(barriers + QUERIES_READ, uses.of_queries % 2 ^ 1);
     barrier_expect(barriers + QUERIES, BYTES_KEYS);
     for (int tile = 0; tile < TILES; tile++)
         copy_box(shared + tile * BYTES_TILE, &queries, tile * COLUMNS, row, barriers + QUERIES);
 }
 
-// Copies the queries and the keys of every item, from one warp: a block as soon as both warpgroups have read the one
+// Copies the queries and the keys of every run, from one warp: a block as soon as both warpgroups have read the one
 // that was there.
-__device__ __forceinline__ void copy_items(
-    Items items, const TensorMap& queries, const TensorMap& pages, const int* table, u32 shared) {
+__device__ __forceinline__ void copy_runs(
+    Runs runs, const TensorMap& queries, const TensorMap& pages, const int* table, u32 shared) {
     u32 barriers = shared + OFFSET_BARRIERS;
     int lane = threadIdx.x % 32;
-    Item item;
+    Run run;
     Uses uses{};
-    while (items.next(item)) {
-        if (lane == 0) copy_queries(queries, items.sizes, item, uses, shared);
+    while (runs.next(run)) {
+        if (lane == 0) copy_queries(queries, runs, run, uses, shared);
         uses.of_queries++;
-        const int* of_item = table + (long long)item.sequence * items.sizes.table_width + item.first_key / KEYS;
-        int page = 0;
+        const int* of_run = table + (long long)run.sequence * runs.sizes.table_width + run.first_key() / KEYS;
+        int page = 0, blocks = run.blocks();
 #pragma unroll 1
-        for (int block = 0; block < item.blocks(); block++) {
-            if (block % 32 == 0) page = block + lane < item.blocks() ? of_item[block + lane] : 0;
+        for (int block = 0; block < blocks; block++) {
+            if (block % 32 == 0) page = block + lane < blocks ? of_run[block + lane] : 0;
             int row = __shfl_sync(~0u, page, block % 32) * KEYS, second = block % 2;
             u32 parity = (second ? uses.of_block[1]++ : uses.of_block[0]++) % 2 ^ 1;
             u32 target = shared + OFFSET_KEYS + second * BYTES_KEYS;
@@ -418,26 +458,25 @@ __device__ __forceinline__ void arrive_as_warp(u32 barrier) {
 
 // The same for 8-bit blocks, from a warpgroup. While BLOCK columns are stored, the next AHEAD times as many are being
 // loaded.
-__device__ __forceinline__ void convert_items(
-    Items items, const TensorMap& queries, const u8* pages, const int* table, u32 shared) {
-    constexpr int PIECES = RANK / BLOCK, AHEAD = PIECES - 1;
+__device__ __forceinline__ void convert_runs(
+    Runs runs, const TensorMap& queries, const u8* pages, const int* table, u32 shared) {
+    constexpr int PIECES = RANK / BLOCK, AHEAD = PIECES / 2;
     u32 barriers = shared + OFFSET_BARRIERS;
-    Item item;
+    Run run;
     Uses uses{};
-    while (items.next(item)) {
-        if (threadIdx.x % 128 == 0) copy_queries(queries, items.sizes, item, uses, shared);
+    while (runs.next(run)) {
+        if (threadIdx.x % 128 == 0) copy_queries(queries, runs, run, uses, shared);
         uses.of_queries++;
-        int blocks = item.blocks();
+        int keys = run.keys(), blocks = run.blocks();
         if (blocks == 0) continue;
-        const int* of_item = table + (long long)item.sequence * items.sizes.table_width + item.first_key / KEYS;
+        const int* of_run = table + (long long)run.sequence * runs.sizes.table_width + run.first_key() / KEYS;
         Loaded loaded[PIECES];
-        int page = of_item[0];
+        int page = of_run[0];
 #pragma unroll
-        for (int piece = 0; piece < AHEAD; piece++)
-            load_columns(loaded[piece], page_at(pages, page), piece, item.keys);
+        for (int piece = 0; piece < AHEAD; piece++) load_columns(loaded[piece], page_at(pages, page), piece, keys);
 #pragma unroll 1
         for (int block = 0; block < blocks; block++) {
-            int left = item.keys - block * KEYS, next = block + 1 < blocks ? of_item[block + 1] : page;
+            int left = keys - block * KEYS, next = block + 1 < blocks ? of_run[block + 1] : page;
             int second = block % 2;
             u32 parity = (second ? uses.of_block[1]++ : uses.of_block[0]++) % 2 ^ 1;
             u32 target = shared + OFFSET_KEYS + second * BYTES_KEYS;
@@ -462,9 +501,10 @@ __device__ __forceinline__ void convert_items(
     }
 }
 
-// A thread's two rows of a tile, and what is known of them.
+// A thread's two rows of a tile: the largest score, times log2(e), and the sum of the exponentiated scores of the
+// warpgroup's own blocks; of the thread's own columns, and of all when a part is complete.
 struct Rows {
-    float maximum_0, maximum_8, sum_0, sum_8;
+    float maximum_0 = -INFINITE, maximum_8 = -INFINITE, sum_0 = 0, sum_8 = 0;
 };
 
 __device__ __forceinline__ float largest_of_four(float x) {
@@ -517,13 +557,13 @@ __device__ __forceinline__ void show_weights(const u32 (&weights)[16], u32 store
     show_to_tensor_cores();
 }
 
-// One warpgroup's work on all blocks of a part.
+// One warpgroup's work on `keys` keys from `first_key` on, which are a part. `last`: no other part needs these queries.
 template <int GROUP>
 __device__ __forceinline__ void attend(
-    const Item& item, int limit_0, int limit_8, float scale, u32 shared, Uses& uses, float (&sums)[HALF / 2],
-    Rows& rows) {
+    int first_key, int keys, bool last, int limit_0, int limit_8, float scale, u32 shared, Uses& uses,
+    float (&sums)[HALF / 2], Rows& rows) {
     int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
-    int blocks = item.blocks(), row = warp * 16 + lane / 4;
+    int blocks = (keys + KEYS - 1) / KEYS, row = warp * 16 + lane / 4;
     u32 barriers = shared + OFFSET_BARRIERS;
     u32 own = shared + OFFSET_KEYS + GROUP * BYTES_KEYS;
     u32 others_weights = descriptor(shared + OFFSET_KEYS + (GROUP ^ 1) * BYTES_KEYS + WEIGHTS);
@@ -537,7 +577,6 @@ __device__ __forceinline__ void attend(
     u32 empty_0 = barriers + EMPTY + 8 * GROUP, empty_1 = empty_0 + 16;
     keep(queries), keep(keys_at), keep(values_0), keep(values_1);
     u32 stored = own + WEIGHTS + (warp * 16 + lane % 16) * 128;
-    barrier_wait(barriers + QUERIES, uses.of_queries++ % 2);
 #pragma unroll 1
     for (int pair = 0; 2 * pair < blocks; pair++) {
         bool has_second = 2 * pair + 1 < blocks;
@@ -550,7 +589,7 @@ __device__ __forceinline__ void attend(
         if (has_own) {
             int block_key = (2 * pair + GROUP) * KEYS;  // its first key, counted from the part's
             barrier_wait(full_own, GROUP ? parity_1 : parity_0);
-            int left = item.keys - block_key;
+            int left = keys - block_key;
             if (!FP8 && left < KEYS) {  // rows behind the sequence may hold anything, and 0 · NaN is NaN
                 barrier_wait(full_own + 8, GROUP ? parity_1 : parity_0);
                 for (int i = left * 8 * TILES + thread; i < KEYS * 8 * TILES; i += 128) {
@@ -573,8 +612,8 @@ __device__ __forceinline__ void attend(
             wait_for_products<0>();
             pin(scores);
             // A thread's columns are 8 i + 2 (lane % 4) and the next one, in its two rows.
-            int key = item.first_key + block_key + 2 * (lane % 4);
-            bool cut = item.first_key + block_key + KEYS > min(limit_0, limit_8);
+            int key = first_key + block_key + 2 * (lane % 4);
+            bool cut = first_key + block_key + KEYS > min(limit_0, limit_8);
 #pragma unroll
             for (int i = 0; i < 32; i++) {
                 scores[i] *= scale;
@@ -588,6 +627,7 @@ __device__ __forceinline__ void attend(
             largest_0 = largest_of_four(largest_0);
             largest_8 = largest_of_four(largest_8);
         }
+        if (last && 2 * pair + 2 >= blocks && lane == 0) barrier_arrive(barriers + QUERIES_READ);
         // The maxima after the first block: warpgroup 0 knows them, and tells warpgroup 1.
         float first_0, first_8;
         if (GROUP == 0) {
@@ -681,123 +721,162 @@ __device__ __forceinline__ void attend(
         pin(sums);
         if (lane == 0) barrier_arrive(empty_1);
     }
-    if (lane == 0) barrier_arrive(barriers + QUERIES_READ);
+    if (blocks == 0 && lane == 0) barrier_arrive(barriers + QUERIES_READ);
 }
 
-// Where results go: those of sequences with one part, and of parts with how many of them are finished.
+// Where results go. A whole sequence's: `out` and `lse`. Otherwise the parts' sums, and of each row of a part its
+// maximum and both warpgroups' sums; `added` tells how many parts of a sequence are in its first one already.
 struct Results {
     bf16* out;
-    float* lse;
-    float* parts;
-    float* part_lse;
-    int* finished;
+    float *lse, *parts, *part_rows;
+    int* added;
+    float* kept;  // sums that a thread block keeps until its next part is complete
 };
 
-// Stores the result of an item, divided by its sum: in bfloat16, or, if its sequence has more parts, in float32.
-__device__ __forceinline__ void store(
-    float (&sums)[HALF / 2], const Rows& rows, int group, const Item& item, int rows_left, long long out_row,
-    const Results& results, u32 shared) {
-    int thread = threadIdx.x % 128, lane = thread % 32, row = thread / 32 * 16 + lane / 4;
-    float sum_0 = sum_of_four(rows.sum_0), sum_8 = sum_of_four(rows.sum_8);
-    // Each warpgroup has the sums of its own blocks.
-    u32 exchange = shared + OFFSET_SUMS + 4 * row;
-    synchronize<SUMS_ARE_READ, 256>();
-    if (lane % 4 == 0) {
-        store_shared(exchange + 4 * ROWS * group, sum_0);
-        store_shared(exchange + 4 * ROWS * group + 32, sum_8);
+// What a row's sums are multiplied by when its maximum grows.
+__device__ __forceinline__ float decay(float before, float now) {
+    return before == now ? 1 : exp2_of(before - now);  // both may be -inf
+}
+
+// Two rows' sums as one: the arithmetic by which parts are added.
+__device__ __forceinline__ float add(float before, float before_decay, float part, float part_decay) {
+    return fmaf(before, before_decay, part * part_decay);
+}
+
+// Adds the sums that were kept to those of the next part.
+__device__ __forceinline__ void add_part(float (&sums)[HALF / 2], Rows& rows, const Rows& before, const float* kept) {
+    float now_0 = fmaxf(before.maximum_0, rows.maximum_0), now_8 = fmaxf(before.maximum_8, rows.maximum_8);
+    float before_0 = decay(before.maximum_0, now_0), before_8 = decay(before.maximum_8, now_8);
+    float part_0 = decay(rows.maximum_0, now_0), part_8 = decay(rows.maximum_8, now_8);
+    constexpr int AT_ONCE = 8;  // more do not fit into registers
+#pragma unroll
+    for (int first = 0; first < HALF / 8; first += AT_ONCE) {
+        float4 of_before[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) of_before[i] = load_four(kept + 512 * (first + i));
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            float* own = sums + 4 * (first + i);
+            own[0] = add(of_before[i].x, before_0, own[0], part_0);
+            own[1] = add(of_before[i].y, before_0, own[1], part_0);
+            own[2] = add(of_before[i].z, before_8, own[2], part_8);
+            own[3] = add(of_before[i].w, before_8, own[3], part_8);
+        }
+        __syncwarp();  // or the compiler loads all at once
     }
-    synchronize<SUMS_ARE_THERE, 256>();
-    sum_0 = load_shared(exchange) + load_shared(exchange + 4 * ROWS);
-    sum_8 = load_shared(exchange + 32) + load_shared(exchange + 4 * ROWS + 32);
-    bool only = item.parts == 1;
+    rows.sum_0 = add(before.sum_0, before_0, rows.sum_0, part_0);
+    rows.sum_8 = add(before.sum_8, before_8, rows.sum_8, part_8);
+    rows.maximum_0 = now_0;
+    rows.maximum_8 = now_8;
+}
+
+__device__ __forceinline__ void keep_part(const float (&sums)[HALF / 2], float* kept) {
+#pragma unroll
+    for (int i = 0; i < HALF / 8; i++)
+        *reinterpret_cast<float4*>(kept + 512 * i) =
+            make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]);
+}
+
+// Stores the sums of a part, to be added by the second kernel. `first_row`: of the tile, in memory.
+__device__ __forceinline__ void store_part(
+    const float (&sums)[HALF / 2], const Rows& rows, int group, int rows_left, long long first_row,
+    const Results& results) {
+    int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane / 4;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         int at = row + 8 * half;
         if (at >= rows_left) continue;
-        float sum = half ? sum_8 : sum_0, share = sum == 0 ? 0 : 1 / sum;
-        float maximum = half ? rows.maximum_8 : rows.maximum_0;
-        long long place = (out_row + at) * RANK + group * HALF + 2 * (lane % 4);
+        float* to = results.parts + (first_row + at) * RANK + group * HALF + 2 * (lane % 4);
 #pragma unroll
-        for (int i = 0; i < HALF / 8; i++) {
-            float low = sums[4 * i + 2 * half] * share, high = sums[4 * i + 2 * half + 1] * share;
-            if (only)
-                *reinterpret_cast<u32*>(results.out + place + 8 * i) = as_bfloat16(low, high);
-            else
-                *reinterpret_cast<float2*>(results.parts + place + 8 * i) = make_float2(low, high);
-        }
-        // log2 of the sum of exponentiated scores; times ln 2 it is the natural logarithm.
-        if (group == 0 && lane % 4 == 0)
-            (only ? results.lse : results.part_lse)[out_row + at] =
-                sum == 0 ? -INFINITE : (maximum + log2f(sum)) * LN_2;
+        for (int i = 0; i < HALF / 8; i++)
+            *reinterpret_cast<float2*>(to + 8 * i) = make_float2(sums[4 * i + 2 * half], sums[4 * i + 2 * half + 1]);
+        if (lane % 4) continue;
+        float* of_row = results.part_rows + 4 * (first_row + at);
+        if (group == 0) of_row[0] = half ? rows.maximum_8 : rows.maximum_0;
+        of_row[1 + group] = half ? rows.sum_8 : rows.sum_0;
     }
 }
 
-// Counts a part as finished; returns whether it was the last one of its tile.
-__device__ __forceinline__ bool is_last(const Item& item, int* finished, u32 shared) {
-    __threadfence();  // what this thread has stored, before others are told
-    synchronize<PART_IS_STORED, 256>();
-    if (threadIdx.x == 0) store_shared(shared + OFFSET_FINISHED, atomicAdd(finished, 1));
-    synchronize<PART_IS_COUNTED, 256>();
-    __threadfence();
-    return load_shared(shared + OFFSET_FINISHED) == item.parts - 1;
+// The share of a sum that a weight of one is; a row that saw no key has none.
+__device__ __forceinline__ float share_of(float sum) {
+    return sum == 0 ? 0 : 1 / sum;
 }
 
-// Adds the parts of a tile, weighted by their sums, in the order of the keys. A warp takes every eighth row.
-__device__ __forceinline__ void combine(
-    const Item& item, const Sizes& sizes, int rows_left, long long out_row, const Results& results) {
-    int rows = sizes.queries * sizes.heads, lane = threadIdx.x % 32;
-    for (int row = threadIdx.x / 32; row < min(ROWS, rows_left); row += 8) {
-        long long first = (long long)item.sequence * sizes.parts * rows + item.tile * ROWS + row;
-        float largest = -INFINITE, sum = 0;
-        for (int part = 0; part < item.parts; part++)
-            largest = fmaxf(largest, load_result_number(results.part_lse + first + (long long)part * rows));
-        float4 total[RANK / 128]{};
-        for (int part = 0; part < item.parts; part++) {
-            long long at = first + (long long)part * rows;
-            float lse = load_result_number(results.part_lse + at);
-            float share = lse == -INFINITE ? 0 : exp2_of((lse - largest) * LOG2_E);  // the row may see none of its keys
-            sum += share;
+__device__ __forceinline__ float log_sum_exp(float maximum, float sum) {
+    return sum == 0 ? -INFINITE : (maximum + log2f(sum)) * LN_2;
+}
+
+// Stores the result of a whole sequence.
+__device__ __forceinline__ void store_result(
+    const float (&sums)[HALF / 2], const Rows& rows, int group, int rows_left, long long first_row,
+    const Results& results, u32 shared) {
+    int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane / 4;
+    // Each warpgroup has the sums of its own blocks.
+    u32 exchange = shared + OFFSET_SUMS + 4 * row;
+    synchronize<SUMS_ARE_READ, 256>();
+    if (lane % 4 == 0) {
+        store_shared(exchange + 4 * ROWS * group, rows.sum_0);
+        store_shared(exchange + 4 * ROWS * group + 32, rows.sum_8);
+    }
+    synchronize<SUMS_ARE_THERE, 256>();
 #pragma unroll
-            for (int i = 0; i < RANK / 128; i++) {
-                float4 values = load_result(results.parts + at * RANK + 128 * i + 4 * lane);
-                total[i].x += share * values.x, total[i].y += share * values.y;
-                total[i].z += share * values.z, total[i].w += share * values.w;
+    for (int half = 0; half < 2; half++) {
+        int at = row + 8 * half;
+        if (at >= rows_left) continue;
+        float sum = load_shared(exchange + 32 * half) + load_shared(exchange + 4 * ROWS + 32 * half);
+        float share = share_of(sum);
+        bf16* to = results.out + (first_row + at) * RANK + group * HALF + 2 * (lane % 4);
+#pragma unroll
+        for (int i = 0; i < HALF / 8; i++)
+            *reinterpret_cast<u32*>(to + 8 * i) =
+                as_bfloat16(sums[4 * i + 2 * half] * share, sums[4 * i + 2 * half + 1] * share);
+        if (group == 0 && lane % 4 == 0)
+            results.lse[first_row + at] = log_sum_exp(half ? rows.maximum_8 : rows.maximum_0, sum);
+    }
+}
+
+// Attends with every run, from two warpgroups.
+template <int GROUP>
+__device__ __forceinline__ void attend_runs(Runs runs, const Results& results, u32 shared) {
+    const Sizes& sizes = runs.sizes;
+    int rows = sizes.queries * sizes.heads, rows_left = rows - runs.tile * ROWS, thread = threadIdx.x % 128;
+    int row = thread / 32 * 16 + thread % 32 / 4;
+    bool has_rows = thread / 32 * 16 < rows_left;
+    float* kept = results.kept + ((long long)blockIdx.x * 2 + GROUP) * (ROWS * HALF) + 4 * thread;
+    Run run;
+    Uses uses{};
+    while (runs.next(run)) {
+        // The first key that a row does not see: query s of S sees the keys before length - (S - 1 - s).
+        int limit = run.length - sizes.queries + 1;
+        int limit_0 = limit + min(runs.tile * ROWS + row, rows - 1) / sizes.heads;
+        int limit_8 = limit + min(runs.tile * ROWS + row + 8, rows - 1) / sizes.heads;
+        Rows before;
+        float sums[HALF / 2];
+        barrier_wait(shared + OFFSET_BARRIERS + QUERIES, uses.of_queries++ % 2);
+#pragma unroll 1
+        for (int part = run.first, left = run.count; left > 0; part++, left--) {
+            Rows of_part;
+#pragma unroll
+            for (int i = 0; i < HALF / 2; i++) sums[i] = 0;
+            int first_key = part * run.part_keys, keys = max(0, min(run.part_keys, run.length - first_key));
+            attend<GROUP>(first_key, keys, left == 1, limit_0, limit_8, sizes.scale, shared, uses, sums, of_part);
+            of_part.sum_0 = sum_of_four(of_part.sum_0);
+            of_part.sum_8 = sum_of_four(of_part.sum_8);
+            if (run.first == 0) {
+                if (part > 0 && has_rows) add_part(sums, of_part, before, kept);
+                before = of_part;
+                if (left > 1 && has_rows) keep_part(sums, kept);
+            }
+            if (run.first > 0 || (left == 1 && !run.is_whole())) {
+                int place = run.first > 0 ? part : 0;
+                long long first_row = ((long long)run.sequence * sizes.parts + place) * rows + runs.tile * ROWS;
+                store_part(sums, of_part, GROUP, rows_left, first_row, results);
             }
         }
-        float scale = sum == 0 ? 0 : 1 / sum;
-        bf16* out = results.out + (out_row + row) * RANK + 4 * lane;
-#pragma unroll
-        for (int i = 0; i < RANK / 128; i++)
-            *reinterpret_cast<uint2*>(out + 128 * i) =
-                make_uint2(as_bfloat16(total[i].x * scale, total[i].y * scale),
-                    as_bfloat16(total[i].z * scale, total[i].w * scale));
-        if (lane == 0) results.lse[out_row + row] = sum == 0 ? -INFINITE : largest + log2f(sum) * LN_2;
-    }
-}
-
-// Attends with every item, from two warpgroups.
-template <int GROUP>
-__device__ __forceinline__ void attend_items(Items items, const Results& results, u32 shared) {
-    const Sizes& sizes = items.sizes;
-    int rows = sizes.queries * sizes.heads;
-    Item item;
-    Uses uses{};
-    while (items.next(item)) {
-        int row = item.tile * ROWS + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
-        // The first key that a row does not see: query s of S sees the keys before length - (S - 1 - s).
-        int limit = item.length - sizes.queries + 1;
-        int limit_0 = limit + min(row, rows - 1) / sizes.heads, limit_8 = limit + min(row + 8, rows - 1) / sizes.heads;
-        float sums[HALF / 2];
-#pragma unroll
-        for (int i = 0; i < HALF / 2; i++) sums[i] = 0;
-        Rows known{-INFINITE, -INFINITE, 0, 0};
-        attend<GROUP>(item, limit_0, limit_8, sizes.scale, shared, uses, sums, known);
-        int rows_left = rows - item.tile * ROWS;
-        long long row_of_tile = (long long)item.sequence * rows + item.tile * ROWS;
-        long long row_of_part = ((long long)item.sequence * sizes.parts + item.part) * rows + item.tile * ROWS;
-        store(sums, known, GROUP, item, rows_left, item.parts == 1 ? row_of_tile : row_of_part, results, shared);
-        if (item.parts > 1 && is_last(item, results.finished + item.sequence * items.tiles + item.tile, shared))
-            combine(item, sizes, rows_left, row_of_tile, results);
+        if (run.first > 0) continue;
+        long long first_row = (long long)run.sequence * rows + runs.tile * ROWS;
+        if (run.is_whole()) store_result(sums, before, GROUP, rows_left, first_row, results, shared);
+        if (GROUP == 0 && thread == 0 && runs.tile == 0 && sizes.parts > 1) results.added[run.sequence] = run.count;
     }
 }
 
@@ -805,9 +884,8 @@ extern "C" __global__ void __launch_bounds__(384, 1) mla_decode(
     const __grid_constant__ TensorMap queries,
     const __grid_constant__ TensorMap pages,  // of bfloat16
     const u8* bytes,                          // the pages, if they have 8-bit blocks
-    const int* table, const int* lengths, bf16* out, float* lse, float* parts, float* part_lse,
-    int* finished,  // zeros
-    const Sizes sizes) {
+    const int* table, const int* lengths, bf16* out, float* lse, float* parts, float* part_rows, int* added,
+    float* kept, const Sizes sizes) {
     u32 shared = shared_memory();
     if (threadIdx.x == 0) {
         u32 barriers = shared + OFFSET_BARRIERS;
@@ -820,19 +898,65 @@ extern "C" __global__ void __launch_bounds__(384, 1) mla_decode(
         show_barriers();
     }
     __syncthreads();
-    Items items(sizes, lengths);
-    Results results{out, lse, parts, part_lse, finished};
+    Results results{out, lse, parts, part_rows, added, kept};
     if (threadIdx.x >= 256) {
         give_registers<REGISTERS_OF_COPIERS>();
         if (FP8)
-            convert_items(items, queries, bytes, table, shared);
+            convert_runs(Runs(sizes, lengths), queries, bytes, table, shared);
         else if (threadIdx.x < 288)
-            copy_items(items, queries, pages, table, shared);
+            copy_runs(Runs(sizes, lengths), queries, pages, table, shared);
     } else {
         take_registers<REGISTERS>();
         if (threadIdx.x < 128)
-            attend_items<0>(items, results, shared);
+            attend_runs<0>(Runs(sizes, lengths), results, shared);
         else
-            attend_items<1>(items, results, shared);
+            attend_runs<1>(Runs(sizes, lengths), results, shared);
+    }
+}
+
+// Adds the parts of the sequences that were cut, a warp each time 128 columns of a row. As many thread blocks work for
+// each sequence.
+extern "C" __global__ void __launch_bounds__(256) mla_decode_parts(
+    const int* lengths, bf16* out, float* lse, const float* parts, const float* part_rows, const int* added,
+    const Sizes sizes) {
+    constexpr int AT_ONCE = 16, WIDTH = 128;
+    int blocks = gridDim.x / sizes.batch, sequence = blockIdx.x / blocks, lane = threadIdx.x % 32;
+    int first_added = added[sequence], pieces = Parts(lengths[sequence]).number - first_added + 1;
+    if (pieces == 1) return;
+    int rows = sizes.queries * sizes.heads;
+    for (int unit = blockIdx.x % blocks * 8 + threadIdx.x / 32; unit < rows * (RANK / WIDTH); unit += blocks * 8) {
+        int row = unit / (RANK / WIDTH), column = unit % (RANK / WIDTH) * WIDTH + 4 * lane;
+        float4 sums{};
+        float maximum = -INFINITE, sum_0 = 0, sum_1 = 0;
+#pragma unroll 1
+        for (int piece = 0; piece < pieces; piece += AT_ONCE) {
+            float4 values[AT_ONCE], of_rows[AT_ONCE];
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++) {
+                int part = piece + i ? first_added + min(piece + i, pieces - 1) - 1 : 0;
+                long long at = ((long long)sequence * sizes.parts + part) * rows + row;
+                values[i] = load_four(parts + at * RANK + column);
+                of_rows[i] = load_four(part_rows + 4 * at);
+            }
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++) {
+                if (piece + i >= pieces) break;
+                bool is_first = piece + i == 0;
+                float now = fmaxf(maximum, of_rows[i].x);
+                float before = decay(maximum, now), part = decay(of_rows[i].x, now);
+                maximum = now;
+                sum_0 = is_first ? of_rows[i].y : add(sum_0, before, of_rows[i].y, part);
+                sum_1 = is_first ? of_rows[i].z : add(sum_1, before, of_rows[i].z, part);
+                sums.x = is_first ? values[i].x : add(sums.x, before, values[i].x, part);
+                sums.y = is_first ? values[i].y : add(sums.y, before, values[i].y, part);
+                sums.z = is_first ? values[i].z : add(sums.z, before, values[i].z, part);
+                sums.w = is_first ? values[i].w : add(sums.w, before, values[i].w, part);
+            }
+        }
+        float sum = sum_0 + sum_1, share = share_of(sum);
+        long long at = (long long)sequence * rows + row;
+        *reinterpret_cast<uint2*>(out + at * RANK + column) =
+            make_uint2(as_bfloat16(sums.x * share, sums.y * share), as_bfloat16(sums.z * share, sums.w * share));
+        if (column == 0) lse[at] = log_sum_exp(maximum, sum);
     }
 }
