@@ -9,8 +9,8 @@
 // one share and ends in another, its parts are added by a second kernel, with the same arithmetic. So the arithmetic of
 // a row depends on its own sequence alone: on nothing that other sequences or the launch decide.
 //
-// Two warpgroups multiply. Of each pair of key blocks, warpgroup 0 computes the scores of the first and warpgroup 1
-// those of the second, while the other one's softmax runs; each sums the values of both blocks for its half of the
+// Two warpgroups multiply. Of each pair of key blocks, warpgroup 0 computes the scores of the first, and then warpgroup
+// 1 those of the second, while the other one's softmax runs; each sums the values of both blocks for its half of the
 // value columns, so that 64 × RANK sums fit into registers. They exchange the exponentiated scores and the rows'
 // maxima through shared memory. One warp copies pages with the tensor memory accelerator (TMA). If the cache has 8-bit
 // blocks, a third warpgroup loads them instead, and stores their numbers in bfloat16.
@@ -34,6 +34,7 @@ constexpr u32 BYTES_TILE = 64 * COLUMNS * 2;
 constexpr u32 BYTES_KEYS = TILES * BYTES_TILE;
 constexpr int BLOCK = 128;  // numbers with one scale
 constexpr u32 BYTES_ROW = RANK + RANK / BLOCK * 4 + COLUMNS * 2;  // of 8-bit blocks
+constexpr int PREFETCHED = 2;  // how many blocks ahead pages are copied into the GPU's cache
 constexpr int COPIERS = FP8 ? 4 : 1;  // warps that copy, or convert, the keys
 constexpr int REGISTERS = FP8 ? 200 : 232, REGISTERS_OF_COPIERS = FP8 ? 104 : 32;  // of a thread
 static_assert(2 * REGISTERS + REGISTERS_OF_COPIERS <= 3 * 168, "a launch of 384 threads has 168 registers for each");
@@ -51,9 +52,9 @@ constexpr u32 OFFSET_BARRIERS = OFFSET_SUMS + 2 * ROWS * 4;
 // second block.
 constexpr u32 QUERIES = 0, QUERIES_READ = 8, FULL = 16, EMPTY = FULL + 4 * 8;
 
-// sequences; queries · heads rows of each; most parts of a sequence; width of the page table.
+// sequences; queries · heads rows of each; most parts of a sequence; width of the page table; bytes of a page.
 struct Sizes {
-    int batch, queries, heads, parts, table_width;
+    int batch, queries, heads, parts, table_width, page_bytes;
     float scale;  // of scores, times log2(e)
 };
 
@@ -228,6 +229,11 @@ __device__ __forceinline__ float4 load_four(const float* address) {
     return v;
 }
 
+// Copies memory into the GPU's cache, without waiting.
+__device__ __forceinline__ void prefetch(const u8* address, u32 bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes) : "memory");
+}
+
 // Keeps the compiler from computing a number anew wherever it is used.
 __device__ __forceinline__ void keep(u32& number) {
     asm volatile("" : "+r"(number));
@@ -240,7 +246,7 @@ constexpr float LOG2_E = 1.44269504f, LN_2 = 0.69314718f;
 
 // Named barriers of the two warpgroups, and one of each alone.
 enum {
-    FIRST_MAXIMUM = 1, FIRST_WEIGHTS, SECOND_WEIGHTS, SUMS_ARE_READ, SUMS_ARE_THERE, ZEROED,
+    FIRST_SCORES = 1, FIRST_WEIGHTS, SECOND_WEIGHTS, SUMS_ARE_READ, SUMS_ARE_THERE, ZEROED,
 };
 
 // Keys of each of `parts` parts, in pairs of blocks.
@@ -354,10 +360,17 @@ __device__ __forceinline__ void copy_queries(
         copy_box(shared + tile * BYTES_TILE, &queries, tile * COLUMNS, row, barriers + QUERIES);
 }
 
+// The page of a later block is on its way while shared memory has no place for it. Another tile may ask for it, too.
+__device__ __forceinline__ void prefetch_page(
+    const u8* pages, const int* of_run, int block, int blocks, u32 page_bytes) {
+    if (block + PREFETCHED < blocks)
+        prefetch(pages + (long long)of_run[block + PREFETCHED] * page_bytes, page_bytes);
+}
+
 // Copies the queries and the keys of every run, from one warp: a block as soon as both warpgroups have read the one
 // that was there.
 __device__ __forceinline__ void copy_runs(
-    Runs runs, const TensorMap& queries, const TensorMap& pages, const int* table, u32 shared) {
+    Runs runs, const TensorMap& queries, const TensorMap& pages, const u8* bytes, const int* table, u32 shared) {
     u32 barriers = shared + OFFSET_BARRIERS;
     int lane = threadIdx.x % 32;
     Run run;
@@ -375,6 +388,7 @@ __device__ __forceinline__ void copy_runs(
             u32 target = shared + OFFSET_KEYS + second * BYTES_KEYS;
             u32 full = barriers + FULL + second * 16, empty = barriers + EMPTY + second * 16;
             if (lane == 0) {
+                prefetch_page(bytes, of_run, block, blocks, runs.sizes.page_bytes);
                 barrier_wait(empty, parity);
                 barrier_expect(full, (VALUE_TILES / 2 + second) * BYTES_TILE);
                 for (int tile = 0; tile < VALUE_TILES / 2; tile++)
@@ -481,6 +495,7 @@ __device__ __forceinline__ void convert_runs(
             u32 parity = (second ? uses.of_block[1]++ : uses.of_block[0]++) % 2 ^ 1;
             u32 target = shared + OFFSET_KEYS + second * BYTES_KEYS;
             u32 full = barriers + FULL + second * 16, empty = barriers + EMPTY + second * 16;
+            if (threadIdx.x % 128 == 0) prefetch_page(pages, of_run, block, blocks, runs.sizes.page_bytes);
 #pragma unroll
             for (int piece = 0; piece < PIECES; piece++) {
                 int half = piece >= PIECES / 2;
@@ -549,6 +564,24 @@ __device__ __forceinline__ void score(float (&scores)[32], u32 queries, u32 keys
                 !FIRST || tile > BEGIN || k > 0);
 }
 
+// Turns scores into weights, relative to the rows' maxima, and sums the thread's.
+__device__ __forceinline__ void exponentiate(
+    float (&scores)[32], u32 (&weights)[16], float maximum_0, float maximum_8, float& sum_0, float& sum_8) {
+    // A row that has seen no key yet has the maximum -inf, which no score is compared with.
+    float from_0 = maximum_0 == -INFINITE ? 0 : maximum_0;
+    float from_8 = maximum_8 == -INFINITE ? 0 : maximum_8;
+#pragma unroll
+    for (int i = 0; i < 32; i++) {
+        scores[i] = exp2_of(scores[i] - (i % 4 < 2 ? from_0 : from_8));
+        if (i % 4 < 2)
+            sum_0 += scores[i];
+        else
+            sum_8 += scores[i];
+    }
+#pragma unroll
+    for (int i = 0; i < 16; i++) weights[i] = as_bfloat16(scores[2 * i], scores[2 * i + 1]);
+}
+
 // Stores a warpgroup's weights where the other one multiplies with them.
 __device__ __forceinline__ void show_weights(const u32 (&weights)[16], u32 stored) {
     int lane = threadIdx.x % 32;
@@ -600,6 +633,8 @@ __device__ __forceinline__ void attend(
                 show_to_tensor_cores();
                 synchronize<ZEROED + GROUP, 128>();
             }
+            // In turn: what the tensor cores have left would be shared, and both softmaxes would then leave them idle.
+            if (GROUP == 1) synchronize<FIRST_SCORES, 256>();
             pin(scores);
             begin_products();
             score<0, VALUE_TILES / 2, true>(scores, queries, keys_at);
@@ -611,6 +646,7 @@ __device__ __forceinline__ void attend(
             commit_products();
             wait_for_products<0>();
             pin(scores);
+            if (GROUP == 0 && has_second) arrive<FIRST_SCORES, 256>();
             // A thread's columns are 8 i + 2 (lane % 4) and the next one, in its two rows.
             int key = first_key + block_key + 2 * (lane % 4);
             bool cut = first_key + block_key + KEYS > min(limit_0, limit_8);
@@ -628,7 +664,7 @@ __device__ __forceinline__ void attend(
             largest_8 = largest_of_four(largest_8);
         }
         if (last && 2 * pair + 2 >= blocks && lane == 0) barrier_arrive(barriers + QUERIES_READ);
-        // The maxima after the first block: warpgroup 0 knows them, and tells warpgroup 1.
+        // The maxima after the first block, which warpgroup 0 tells warpgroup 1 with the block's weights.
         float first_0, first_8;
         if (GROUP == 0) {
             first_0 = fmaxf(rows.maximum_0, largest_0);
@@ -637,44 +673,21 @@ __device__ __forceinline__ void attend(
                 store_shared(maxima, first_0);
                 store_shared(maxima + 32, first_8);
             }
-            arrive<FIRST_MAXIMUM, 256>();
         } else {
-            synchronize<FIRST_MAXIMUM, 256>();
+            synchronize<FIRST_WEIGHTS, 256>();
             first_0 = load_shared(maxima);
             first_8 = load_shared(maxima + 32);
         }
         float now_0 = GROUP ? fmaxf(first_0, largest_0) : first_0;
         float now_8 = GROUP ? fmaxf(first_8, largest_8) : first_8;
+        rescale(sums, rows, first_0, first_8);
         float added_0 = 0, added_8 = 0;
-        if (has_own) {
-            if (GROUP == 1 && lane % 4 == 0) {
-                store_shared(maxima + 4 * ROWS, now_0);
-                store_shared(maxima + 4 * ROWS + 32, now_8);
-            }
-            // A row that has seen no key yet has the maximum -inf, which no score is compared with.
-            float from_0 = now_0 == -INFINITE ? 0 : now_0;
-            float from_8 = now_8 == -INFINITE ? 0 : now_8;
-#pragma unroll
-            for (int i = 0; i < 32; i++) {
-                scores[i] = exp2_of(scores[i] - (i % 4 < 2 ? from_0 : from_8));
-                if (i % 4 < 2)
-                    added_0 += scores[i];
-                else
-                    added_8 += scores[i];
-            }
-#pragma unroll
-            for (int i = 0; i < 16; i++) weights[i] = as_bfloat16(scores[2 * i], scores[2 * i + 1]);
-        }
-        if (GROUP == 1 && has_own) {  // the other warpgroup waits for these
-            show_weights(weights, stored);
-            arrive<SECOND_WEIGHTS, 256>();
+        if (GROUP == 0) {
+            exponentiate(scores, weights, now_0, now_8, added_0, added_8);
+        } else {
+            barrier_wait(full_0 + 8, parity_0);
         }
         // Values of the first block.
-        rescale(sums, rows, first_0, first_8);
-        if (GROUP == 1) {
-            barrier_wait(full_0 + 8, parity_0);
-            synchronize<FIRST_WEIGHTS, 256>();
-        }
         pin(sums);
         begin_products();
 #pragma unroll
@@ -690,6 +703,14 @@ __device__ __forceinline__ void attend(
             rows.sum_8 += added_8;
             show_weights(weights, stored);
             arrive<FIRST_WEIGHTS, 256>();
+        } else if (has_own) {
+            if (lane % 4 == 0) {
+                store_shared(maxima + 4 * ROWS, now_0);
+                store_shared(maxima + 4 * ROWS + 32, now_8);
+            }
+            exponentiate(scores, weights, now_0, now_8, added_0, added_8);
+            show_weights(weights, stored);
+            arrive<SECOND_WEIGHTS, 256>();
         }
         wait_for_products<0>();
         pin(sums);
@@ -883,7 +904,7 @@ __device__ __forceinline__ void attend_runs(Runs runs, const Results& results, u
 extern "C" __global__ void __launch_bounds__(384, 1) mla_decode(
     const __grid_constant__ TensorMap queries,
     const __grid_constant__ TensorMap pages,  // of bfloat16
-    const u8* bytes,                          // the pages, if they have 8-bit blocks
+    const u8* bytes,                          // the pages' first one
     const int* table, const int* lengths, bf16* out, float* lse, float* parts, float* part_rows, int* added,
     float* kept, const Sizes sizes) {
     u32 shared = shared_memory();
@@ -904,7 +925,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) mla_decode(
         if (FP8)
             convert_runs(Runs(sizes, lengths), queries, bytes, table, shared);
         else if (threadIdx.x < 288)
-            copy_runs(Runs(sizes, lengths), queries, pages, table, shared);
+            copy_runs(Runs(sizes, lengths), queries, pages, bytes, table, shared);
     } else {
         take_registers<REGISTERS>();
         if (threadIdx.x < 128)
