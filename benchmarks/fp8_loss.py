@@ -139,13 +139,16 @@ def batch_losses(trainer: Trainer, config: RunConfig, device: torch.device) -> l
     return trainer.engine.main_losses(batches).tolist()
 
 
-def trained(config: RunConfig, other: RunConfig, file: Path, device: torch.device) -> dict[str, Any]:
+def trained(
+    config: RunConfig, other: RunConfig, file: Path, device: torch.device, commit: str | None
+) -> dict[str, Any]:
     """The result in `file`; trains first, as `run` does, if it is not there."""
     if not file.exists():
         torch._dynamo.reset()  # each run compiles its own layers, as a process of its own would
         for left in (config.logging.directory, config.checkpoint.directory):  # of a run that was interrupted
             shutil.rmtree(left, ignore_errors=True)
-        result = run(config, other, device)
+        where = environment("torch", "numpy", commit=commit)
+        result = {"environment": where, **run(config, other, device)}
         shutil.rmtree(config.checkpoint.directory)
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(file) as partial:
@@ -205,12 +208,17 @@ def main(
         if file.exists() or (chosen and not merge):
             other = candidate if name == baseline else baseline
             judge = [f"{each}.directory={folder}/judge_{each}" for each in ("checkpoint", "logging")]
-            results[name, seed] = trained(config_of(name, seed), config_of(other, seed, *judge), file, place)
+            judged = config_of(other, seed, *judge)
+            results[name, seed] = trained(config_of(name, seed), judged, file, place, commit)
         else:
             missing.append(f"{name} with seed {seed}")
     if missing:
         typer.echo(f"To be compared when these are finished, too: {', '.join(missing)}")
         return
+    where = results[pairs[0]]["environment"]
+    devices = {str(result["environment"]["device"]) for result in results.values()}
+    if len(devices) > 1:
+        raise ConfigError(f"{runs}: runs of {' and '.join(sorted(devices))}; expected those of one kind of device")
     parts = count_active_parts(first.model)
     figures = {
         "active_parameters": parts.total,
@@ -221,7 +229,7 @@ def main(
         "held_out_tokens": results[pairs[0]]["held_out_tokens"],
         **compare(results, baseline, candidate),
     }
-    text = json.dumps({**environment("torch", "numpy", commit=commit), "results": figures}, indent=2)
+    text = json.dumps({**where, "results": figures}, indent=2)
     output.mkdir(parents=True, exist_ok=True)
     (output / "fp8_loss.json").write_text(text + "\n", encoding="utf-8")
     (output / "fp8_loss.csv").write_text(table(results), encoding="utf-8")

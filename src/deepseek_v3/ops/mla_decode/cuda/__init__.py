@@ -37,8 +37,10 @@ _LOG2_E = 1.4426950408889634
 
 
 class _Sizes(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int) for name in ("batch", "queries", "heads", "parts", "table_width", "page_bytes")]
-    _fields_ += [("scale", ctypes.c_float)]
+    _fields_ = [
+        *((name, ctypes.c_int) for name in ("batch", "queries", "heads", "parts", "table_width", "page_bytes")),
+        ("scale", ctypes.c_float),
+    ]
 
 
 def mla_decode(
