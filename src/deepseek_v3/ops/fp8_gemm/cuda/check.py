@@ -15,8 +15,10 @@ from deepseek_v3.ops.fp8 import BLOCK, E4M3, ColumnBlocks, RowBlocks, WeightBloc
 from deepseek_v3.ops.fp8_gemm import Fp8Gemm, cuda, reference
 from deepseek_v3.ops.operation import multiprocessors
 
-# Of the sum of the products' magnitudes: within a block, the tensor cores of Hopper keep about 13 bits of a sum.
-_TOLERANCE = 2.0**-11
+# Errors as shares of the sum of the products' magnitudes. The tensor cores of Hopper cut each of 32 products and the
+# sum so far off at 2^-13 of the largest of them. So an error is at most 33 times that. In a model of them the root
+# mean square is 0.65 times, and the largest of half a million 9 times, because a few products exceed all others.
+_LARGEST, _ROOT_MEAN_SQUARE = 33 * 2.0**-13, 2.0**-12
 _DEPTH = 400  # numbers that are summed: more than three blocks
 _DTYPES = (torch.bfloat16, torch.float32)
 
@@ -69,6 +71,9 @@ def _magnitudes(values: Tensor) -> Tensor:
 
 
 def _agree(found: Tensor, exact: Tensor, magnitudes: Tensor) -> bool:
+    if found.shape != exact.shape:
+        return False
     rounding = torch.finfo(found.dtype).eps / 2 * exact.abs()
-    within = (found.double() - exact).abs() <= _TOLERANCE * magnitudes + rounding
-    return found.shape == exact.shape and bool(within.all())
+    errors = ((found.double() - exact).abs() - rounding).clamp(min=0)
+    share = torch.where(errors == 0, 0, errors / magnitudes)
+    return bool(share.amax() <= _LARGEST and share.square().mean().sqrt() <= _ROOT_MEAN_SQUARE)
