@@ -103,7 +103,8 @@ def test_runs_are_compared_and_not_repeated(tmp_path: Path) -> None:
 
     moved = runs / "fp8_seed1.json"
     run = json.loads(moved.read_text(encoding="utf-8"))
-    moved.write_text(json.dumps(run | {"environment": run["environment"] | {"device": "another"}}), encoding="utf-8")
+    run["environment"]["device"] = "another"
+    moved.write_text(json.dumps(run), encoding="utf-8")
     merged = CliRunner().invoke(app, [*options, "--merge"])
     assert "another and " in str(merged.exception) or " and another" in str(merged.exception)
 
