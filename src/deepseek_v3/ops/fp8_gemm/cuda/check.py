@@ -15,8 +15,8 @@ from deepseek_v3.ops.fp8 import BLOCK, E4M3, ColumnBlocks, RowBlocks, WeightBloc
 from deepseek_v3.ops.fp8_gemm import Fp8Gemm, cuda, reference
 from deepseek_v3.ops.operation import multiprocessors
 
-# Errors as shares of the sum of the products' magnitudes. The tensor cores of Hopper cut each of 32 products and the
-# sum so far off at 2^-13 of the largest of them. So an error is at most 33 times that. In a model of them the root
+# Errors as shares of the sum of the products' magnitudes. Hopper's tensor cores cut each of 32 products, and the
+# sum so far, off at 2^-13 of the largest of them. So an error is at most 33 times that. In a model of them the root
 # mean square is 0.65 times, and the largest of half a million 9 times, because a few products exceed all others.
 _LARGEST, _ROOT_MEAN_SQUARE = 33 * 2.0**-13, 2.0**-12
 _DEPTH = 400  # numbers that are summed: more than three blocks
