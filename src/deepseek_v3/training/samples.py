@@ -46,10 +46,12 @@ class SampleWriter:
         self._generator = Generator(model, tokenizer)
         self._sampling = SamplingConfig(max_new_tokens=config.max_new_tokens)
 
+    def is_due(self, step_number: int) -> bool:
+        """Whether texts are to be written after this step."""
+        return step_number % self._config.interval_steps == 0
+
     def write(self, step_number: int) -> list[str]:
-        """Logs one text for each prompt, if samples are due after this step; returns prompts with their texts."""
-        if step_number % self._config.interval_steps:
-            return []
+        """Logs one text for each prompt; returns prompts with their texts."""
         try:
             with self._uncompiled():
                 completions = self._generator.generate(self._config.prompts, self._sampling)

@@ -214,16 +214,17 @@ class Trainer:
         last = number == self.plan.total_steps
         saves = last or stopping or _is_due(number, config.checkpoint.interval_steps)
         measures = last or _is_due(number, config.training.evaluation.interval_steps)
+        samples = self._samples if self._samples is not None and self._samples.is_due(number) else None
         reports = saves or number == 1 or _is_due(number, config.logging.interval_steps)
         self.skipped.add(number, result)
         if reports:
             self._report(step, result, reporter)
-        others = measures or saves or self._samples is not None
+        others = measures or saves or samples is not None
         with reporter.throughput.paused(), self._profiler.between_steps(others):
             if measures:
                 self._measure(number, reporter)
-            if self._samples is not None:
-                reporter.log_samples(number, self._samples.write(number))
+            if samples is not None:
+                reporter.log_samples(number, samples.write(number))
             if self._failure is not None and not reports:
                 self._report(step, result, reporter)
             if saves or self._failure is not None:
