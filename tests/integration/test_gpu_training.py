@@ -18,6 +18,7 @@ from deepseek_v3.training.loss import training_losses
 from deepseek_v3.training.parallel.parallelize import _compile_layers
 from deepseek_v3.training.trainer import Trainer
 from deepseek_v3.utils.checkpointing.directory import load_checkpoint
+from deepseek_v3.utils.monitoring import read_metrics
 from helpers.gpu_steps import check_compiled_steps
 from helpers.models import random_tokens, small_config
 from helpers.runs import WIDE_LAYERS, dsv3, write_run
@@ -86,6 +87,24 @@ def test_training_steps_are_compiled_whole_and_wait_for_nothing(tmp_path: Path) 
     trainer = Trainer(load_config(write_run(tmp_path), WIDTHS), CUDA)
     assert trainer.engine.models[0].compute_dtype == torch.bfloat16
     check_compiled_steps(trainer)
+
+
+def test_reports_wait_only_for_the_step_before(tmp_path: Path) -> None:
+    """Every step is reported, and only after the launch of the next one."""
+    overrides = [*WIDTHS, "training.evaluation.interval_steps=0", "checkpoint.interval_steps=0"]
+    config = load_config(write_run(tmp_path, steps=8), overrides)
+    reported: dict[int, list[int]] = {}
+
+    def begins(number: int) -> None:
+        records = read_metrics(config.logging.directory / "metrics.jsonl")
+        reported[number] = [record["step"] for record in records]
+        torch.cuda.set_sync_debug_mode("error" if 3 <= number < 8 else "default")  # a wait for an event is none
+
+    try:
+        Trainer(config, CUDA, step_begins=begins).run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert reported == {1: [], **{number: list(range(1, max(2, number - 1))) for number in range(2, 9)}}
 
 
 @pytest.mark.parametrize("recomputation", ["none", "selective", "full"])

@@ -49,9 +49,10 @@ class _EnoughError(Exception):
 def train_own(config: RunConfig, steps: int, device: str, started: float) -> TrainingFigures:
     """Trains the first steps of a run, everything on that a run has; `started` is the start by `time.time`.
 
-    Nothing waits for the device but the report after every interval, whose time counts. The run ends before it
-    would save anything. Raises PlanError for a run that the memory of a CPU's host does not hold, as the trainer
-    does: it would take the memory of every other program. A GPU ends such a run by itself.
+    After the first step the trainer waits for the device; before any other step, a GPU still has the previous one
+    to work on. The run ends before it would save anything. Raises PlanError for a run that the memory of a CPU's
+    host does not hold, as the trainer does: it would take the memory of every other program. A GPU ends such a run
+    by itself.
     """
     configure_logging(logging.WARNING)
     place = select_device(device)

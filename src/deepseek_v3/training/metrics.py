@@ -3,14 +3,15 @@
 To add a metric of a step, add one entry to `step_metrics`: a name and a tensor on the device, 0-d, or one value per
 MoE layer. All of a step's metrics come back from the device in one transfer, and go to metrics.jsonl,
 TensorBoard and the trackers under that name. A value that is known on the host, such as a memory size, belongs in
-`MetricsLogger.log_step`.
+`_StepReport`, because the next step may have been launched before a report is written.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 
@@ -24,9 +25,11 @@ from deepseek_v3.moe.balance import load_metrics
 from deepseek_v3.planning.counts import count_active_parameters, count_parameters
 from deepseek_v3.planning.flops import training_flops_per_token
 from deepseek_v3.planning.hardware import peak_bfloat16_flops
+from deepseek_v3.training.host_copy import HostCopy, Moment
 from deepseek_v3.training.loss import Losses
 from deepseek_v3.training.resume_rules import fields_of
 from deepseek_v3.training.schedule import ScheduledStep, TrainingSchedule
+from deepseek_v3.training.throughput import Throughput
 from deepseek_v3.training.validation import ValidationLoss
 from deepseek_v3.utils.errors import DataError, error_chain
 from deepseek_v3.utils.files import atomic_write
@@ -46,11 +49,11 @@ from deepseek_v3.utils.trackers.tracker import Status, TrackedRun
 StepMetrics = dict[str, float | list[float]]
 
 
-def step_metrics(config: RunConfig, losses: Losses, gradient_norm: Tensor, biases_LE: Tensor) -> StepMetrics:
+def step_metrics(config: RunConfig, losses: Losses, gradient_norm: Tensor, biases_LE: Tensor) -> dict[str, Tensor]:
     """Returns the metrics of one step: losses in nats per token, the gradient norm, and the load of the experts.
 
-    `biases_LE` (MoE layers, experts): the routing biases after the step. Metrics of the experts are lists over the
-    MoE layers.
+    `biases_LE` (MoE layers, experts): the routing biases after the step. Metrics of the experts have one value per
+    MoE layer. All metrics stay on the device.
     """
     metrics = {"loss": losses.main, "gradient_norm": gradient_norm}
     if config.model.num_nextn_predict_layers:
@@ -61,43 +64,33 @@ def step_metrics(config: RunConfig, losses: Losses, gradient_norm: Tensor, biase
         metrics["balance_loss"] = losses.balance
         metrics |= {f"experts/{name}": values_L for name, values_L in load_metrics(losses.counts_LE).items()}
         metrics |= {"experts/bias_min": biases_LE.amin(-1), "experts/bias_max": biases_LE.amax(-1)}
-    return _to_host(metrics)
-
-
-def _to_host(metrics: Mapping[str, Tensor]) -> StepMetrics:
-    values = torch.cat([metric.double().flatten() for metric in metrics.values()]).tolist()
-    host: StepMetrics = {}
-    for name, metric in metrics.items():
-        own, values = values[: metric.numel()], values[metric.numel() :]
-        host[name] = own if metric.ndim else own[0]
-    return host
+    return metrics
 
 
 _log = get_logger("Trainer")
 
 
-class Throughput:
-    """Measures steps and tokens per second since the previous `read`; time inside `paused` does not count."""
+class _StepReport:
+    """The report of a step whose metrics are on their way from the device.
 
-    def __init__(self, schedule: TrainingSchedule, step_number: int) -> None:
-        self._schedule, self._step_number = schedule, step_number
-        self._since = time.perf_counter()
+    It is made after the launch of that step and before the launch of the next one, which would change the memory.
+    """
 
-    def read(self, step_number: int) -> tuple[float, float]:
-        """Steps per second and tokens per second up to the end of step `step_number`."""
-        now = time.perf_counter()
-        seconds = max(now - self._since, 1e-9)
-        steps = step_number - self._step_number
-        tokens = self._schedule.tokens_after(step_number) - self._schedule.tokens_after(self._step_number)
-        self._since, self._step_number = now, step_number
-        return steps / seconds, tokens / seconds
+    def __init__(
+        self, step: ScheduledStep, metrics: Mapping[str, Tensor], throughput: Throughput, memory_bytes: int
+    ) -> None:
+        self.step, self.memory_bytes = step, float(memory_bytes)
+        self._shapes = {name: metric.shape for name, metric in metrics.items()}
+        self._copy = HostCopy(torch.cat([metric.double().flatten() for metric in metrics.values()]))
+        self.lap = throughput.lap(step.number, self._copy.arrival)
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Excludes the time inside the `with` block."""
-        start = time.perf_counter()
-        yield
-        self._since += time.perf_counter() - start
+    def read(self) -> StepMetrics:
+        """Waits for the metrics."""
+        values = iter(self._copy.read())
+        return {
+            name: list(islice(values, shape.numel())) if shape else next(values)
+            for name, shape in self._shapes.items()
+        }
 
 
 class _NoOutput:
@@ -146,6 +139,7 @@ class MetricsLogger:
         self._first_step, self._writes = first_step, writes
         self._status = Status.STOPPED
         self._stack = ExitStack()
+        self._report: _StepReport | None = None
 
     def __enter__(self) -> MetricsLogger:
         logging, done = self._config.logging, self._first_step - 1
@@ -162,7 +156,7 @@ class MetricsLogger:
             display = self._stack.enter_context(ProgressDisplay(transient=False))
             self._progress = display.line(f"step {done}/{total}", total, done)
             self._trackers = RunTrackers(logging.trackers, _tracked_run(self._config), resumes=done > 0)
-        self.throughput = Throughput(self._schedule, done)
+        self.throughput = Throughput(self._schedule, done, Moment(self._device))
         return self
 
     def __exit__(
@@ -178,15 +172,31 @@ class MetricsLogger:
         self._status = Status.FAILED
         self._trackers.close(Status.FAILED)
 
-    def log_step(self, step: ScheduledStep, metrics: StepMetrics, skipped: int) -> None:
-        """Logs a step; `skipped` counts the steps so far whose loss or gradient was not finite."""
-        loss, norm = metrics["loss"], metrics["gradient_norm"]
+    def start_report(self, step: ScheduledStep, metrics: Mapping[str, Tensor]) -> None:
+        """Starts the report of a step, whose `metrics` are those of `step_metrics`; waits for nothing.
+
+        The previous report must have been finished.
+        """
+        assert self._report is None
+        self._report = _StepReport(step, metrics, self.throughput, device_memory_bytes(self._device))
+
+    def finish_report(self, skipped: int) -> None:
+        """Waits for the metrics of the report that was started, and logs it; does nothing if there is none.
+
+        `skipped` counts the steps so far whose loss or gradient was not finite.
+        """
+        if self._report is not None:
+            report, metrics = self._report, self._report.read()
+            self._report = None
+            self._log_step(report, metrics, skipped)
+
+    def _log_step(self, report: _StepReport, metrics: StepMetrics, skipped: int) -> None:
+        step, memory, loss, norm = report.step, report.memory_bytes, metrics["loss"], metrics["gradient_norm"]
         assert isinstance(loss, float)
         assert isinstance(norm, float)
         tokens = self._schedule.tokens_after(step.number)
-        steps_per_second, tokens_per_second = self.throughput.read(step.number)
+        steps_per_second, tokens_per_second = report.lap.rates()
         speed = self._speed(tokens_per_second)
-        memory = float(device_memory_bytes(self._device))
         progress = {"tokens": tokens, "tokens_per_parameter": tokens / self._active}
         record = {**progress, "learning_rate": step.learning_rate, **metrics, **speed, "memory_bytes": memory}
         self._write(step.number, {**record, "skipped_steps": skipped, **self._cache_metrics})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -83,6 +83,7 @@ class Trainer:
         check_trackers(config.logging.trackers)
         profiled = None if profile is None else ProfiledSteps.parse(profile)
         self.config, self.device = config, device
+        self._runs_ahead = device.type == "cuda"  # the host launches steps while the device works on earlier ones
         self.mesh = mesh or ParallelMesh(config.parallel)
         self._step_begins = step_begins
         self.plan = TrainingSchedule(config)
@@ -154,7 +155,7 @@ class Trainer:
         self._reporter = reporter
         stop.install()
         with reporter:
-            with self.checkpoints, closing(batches), self._profiler:
+            with self.checkpoints, closing(batches), self._profiler, self._last_report(reporter):
                 stopping = self._run_steps(batches, reporter, stop)
                 if self._steps_done == self.plan.total_steps and self._failure is None:
                     reporter.log_end(self._steps_done, self.skipped.total)
@@ -209,33 +210,57 @@ class Trainer:
     def _after_step(
         self, step: ScheduledStep, result: StepResult, reporter: MetricsLogger, stop: GracefulStop, stopping: bool
     ) -> None:
-        """Validates, logs and saves, each if it is due after this step; saves finite weights and moments only."""
+        """Validates, logs and saves, each if it is due after this step; saves finite weights and moments only.
+
+        The device has this step to work on while the host waits for the previous one and writes its report. The
+        host waits for this step only if it has other work to do before the next one, or after the first step.
+        """
         config, number = self.config, step.number
         last = number == self.plan.total_steps
         saves = last or stopping or _is_due(number, config.checkpoint.interval_steps)
         measures = last or _is_due(number, config.training.evaluation.interval_steps)
         samples = self._samples if self._samples is not None and self._samples.is_due(number) else None
         reports = saves or number == 1 or _is_due(number, config.logging.interval_steps)
+        others = measures or saves or samples is not None
+        self._finish_step(reporter)
         self.skipped.add(number, result)
         if reports:
-            self._report(step, result, reporter)
-        others = measures or saves or samples is not None
+            self._start_report(step, result, reporter)
+        if others or number == 1 or not self._runs_ahead:
+            self._finish_step(reporter)
         with reporter.throughput.paused(), self._profiler.between_steps(others):
             if measures:
                 self._measure(number, reporter)
             if samples is not None:
                 reporter.log_samples(number, samples.write(number))
             if self._failure is not None and not reports:
-                self._report(step, result, reporter)
+                self._start_report(step, result, reporter)
+                self._finish_step(reporter)
             if saves or self._failure is not None:
                 state = self._finite_state(number)
                 with stop.saving(last or stopping):
                     self._checkpoint = self.checkpoints.save(number, state)
 
-    def _report(self, step: ScheduledStep, result: StepResult, reporter: MetricsLogger) -> None:
+    def _start_report(self, step: ScheduledStep, result: StepResult, reporter: MetricsLogger) -> None:
+        biases_LE = self.engine.routing_biases()
+        reporter.start_report(step, step_metrics(self.config, result.losses, result.norm, biases_LE))
+
+    def _finish_step(self, reporter: MetricsLogger) -> None:
+        """Waits for the last step; warns if it was skipped, and writes its report if one was started."""
         self.skipped.read()
-        metrics = step_metrics(self.config, result.losses, result.norm, self.engine.routing_biases())
-        reporter.log_step(step, metrics, self.skipped.total)
+        reporter.finish_report(self.skipped.total)
+
+    @contextmanager
+    def _last_report(self, reporter: MetricsLogger) -> Iterator[None]:
+        """If an error ends the block, writes the report that was started; that error is the one to raise."""
+        try:
+            yield
+        except BaseException:
+            with suppress(Exception):
+                self.skipped.read()
+            with suppress(Exception):
+                reporter.finish_report(self.skipped.total)
+            raise
 
     def _measure(self, number: int, reporter: MetricsLogger) -> None:
         """Measures the held-out loss. If the split cannot be read, all ranks save a checkpoint and end the run."""
