@@ -6,10 +6,9 @@ extern "C" void run(
     int blocks, const bf16* queries, const void* pages, long page_rows, long columns, const int* table,
     const int* lengths, bf16* out, float* lse, float* parts, float* part_rows, int* added, float* kept, int batch,
     int queries_each, int heads, int most_parts, int table_width, float scale) {
-    long row_bytes = FP8 ? BYTES_ROW : 2 * columns;
     TensorMap of_queries{queries, (long)batch * queries_each * heads, columns};
     TensorMap of_pages{static_cast<const bf16*>(pages), page_rows, columns};
-    Sizes sizes{batch, queries_each, heads, most_parts, table_width, int(64 * row_bytes), scale * LOG2_E};
+    Sizes sizes{batch, queries_each, heads, most_parts, table_width, scale * LOG2_E};
     launch(blocks, 384, [&] {
         mla_decode(of_queries, of_pages, static_cast<const u8*>(pages), table, lengths, out, lse, parts, part_rows,
             added, kept, sizes);

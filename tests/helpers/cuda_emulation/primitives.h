@@ -252,7 +252,6 @@ inline float load_number(const u8* address) {
     return value;
 }
 
-inline void prefetch(const u8*, u32) {}
 inline float4 load_four(const float* address) {
     float4 value;
     memcpy(&value, address, 16);

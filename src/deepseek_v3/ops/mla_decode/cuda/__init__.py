@@ -37,10 +37,8 @@ _LOG2_E = 1.4426950408889634
 
 
 class _Sizes(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int) for name in ("batch", "queries", "heads", "parts", "table_width", "page_bytes")),
-        ("scale", ctypes.c_float),
-    ]
+    _fields_ = [(name, ctypes.c_int) for name in ("batch", "queries", "heads", "parts", "table_width")]
+    _fields_ += [("scale", ctypes.c_float)]
 
 
 def mla_decode(
@@ -67,8 +65,7 @@ def mla_decode(
     part_rows_BIX4 = q_BSHL.new_empty(batch, divided, rows, 4, dtype=torch.float32)
     added_B = q_BSHL.new_empty(batch, dtype=torch.int32)
     kept = q_BSHL.new_empty(blocks if divided else 0, _ROWS, rank, dtype=torch.float32)
-    page_bytes = pages.shape[1:].numel() * pages.itemsize
-    sizes = _Sizes(batch, new, heads, parts, table_BM.shape[1], page_bytes, scale * _LOG2_E)
+    sizes = _Sizes(batch, new, heads, parts, table_BM.shape[1], scale * _LOG2_E)
     lengths_B = lengths_B.contiguous()
     results = [out_BSHC, sums_BSH, parts_BIXC, part_rows_BIX4, added_B]
     with current_device(q_BSHL.device):

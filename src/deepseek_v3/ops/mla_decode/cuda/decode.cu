@@ -9,10 +9,9 @@
 // one share and ends in another, its parts are added by a second kernel, with the same arithmetic. So the arithmetic of
 // a row depends on its own sequence alone: on nothing that other sequences or the launch decide.
 //
-// Two warpgroups multiply. Of each pair of key blocks, warpgroup 0 computes the scores of the first, and then warpgroup
-// 1 those of the second, while the other one's softmax runs; each sums the values of both blocks for its half of the
-// value columns, so that 64 × RANK sums fit into registers. They exchange the exponentiated scores and the rows'
-// maxima through shared memory. One warp copies pages with the tensor memory accelerator (TMA). If the cache has 8-bit
+// Two warpgroups multiply. They compute the scores of blocks in turn, and both sum the values of every block, each for
+// its half of the value columns, so that 64 × RANK sums fit into registers. They exchange the exponentiated scores and
+// the rows' maxima through shared memory. There is place for two blocks: while one is read, the next one comes. One warp copies pages with the tensor memory accelerator (TMA). If the cache has 8-bit
 // blocks, a third warpgroup loads them instead, and stores their numbers in bfloat16.
 //
 // Set by the compiler's command line:
@@ -34,7 +33,6 @@ constexpr u32 BYTES_TILE = 64 * COLUMNS * 2;
 constexpr u32 BYTES_KEYS = TILES * BYTES_TILE;
 constexpr int BLOCK = 128;  // numbers with one scale
 constexpr u32 BYTES_ROW = RANK + RANK / BLOCK * 4 + COLUMNS * 2;  // of 8-bit blocks
-constexpr int PREFETCHED = 2;  // how many blocks ahead pages are copied into the GPU's cache
 constexpr int COPIERS = FP8 ? 4 : 1;  // warps that copy, or convert, the keys
 constexpr int REGISTERS = FP8 ? 200 : 232, REGISTERS_OF_COPIERS = FP8 ? 104 : 32;  // of a thread
 static_assert(2 * REGISTERS + REGISTERS_OF_COPIERS <= 3 * 168, "a launch of 384 threads has 168 registers for each");
@@ -52,9 +50,9 @@ constexpr u32 OFFSET_BARRIERS = OFFSET_SUMS + 2 * ROWS * 4;
 // second block.
 constexpr u32 QUERIES = 0, QUERIES_READ = 8, FULL = 16, EMPTY = FULL + 4 * 8;
 
-// sequences; queries · heads rows of each; most parts of a sequence; width of the page table; bytes of a page.
+// sequences; queries · heads rows of each; most parts of a sequence; width of the page table.
 struct Sizes {
-    int batch, queries, heads, parts, table_width, page_bytes;
+    int batch, queries, heads, parts, table_width;
     float scale;  // of scores, times log2(e)
 };
 
@@ -229,11 +227,6 @@ __device__ __forceinline__ float4 load_four(const float* address) {
     return v;
 }
 
-// Copies memory into the GPU's cache, without waiting.
-__device__ __forceinline__ void prefetch(const u8* address, u32 bytes) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes) : "memory");
-}
-
 // Keeps the compiler from computing a number anew wherever it is used.
 __device__ __forceinline__ void keep(u32& number) {
     asm volatile("" : "+r"(number));
@@ -244,9 +237,9 @@ __device__ __forceinline__ void keep(u32& number) {
 #define INFINITE __int_as_float(0x7f800000)
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.69314718f;
 
-// Named barriers of the two warpgroups, and one of each alone.
+// Named barriers: for the weights of each warpgroup's blocks, for both warpgroups' sums, and of each one alone.
 enum {
-    FIRST_SCORES = 1, FIRST_WEIGHTS, SECOND_WEIGHTS, SUMS_ARE_READ, SUMS_ARE_THERE, ZEROED,
+    WEIGHTS_SHOWN = 1, SUMS_ARE_READ = WEIGHTS_SHOWN + 2, SUMS_ARE_THERE, ZEROED,
 };
 
 // Keys of each of `parts` parts, in pairs of blocks.
@@ -360,17 +353,10 @@ __device__ __forceinline__ void copy_queries(
         copy_box(shared + tile * BYTES_TILE, &queries, tile * COLUMNS, row, barriers + QUERIES);
 }
 
-// The page of a later block is on its way while shared memory has no place for it. Another tile may ask for it, too.
-__device__ __forceinline__ void prefetch_page(
-    const u8* pages, const int* of_run, int block, int blocks, u32 page_bytes) {
-    if (block + PREFETCHED < blocks)
-        prefetch(pages + (long long)of_run[block + PREFETCHED] * page_bytes, page_bytes);
-}
-
 // Copies the queries and the keys of every run, from one warp: a block as soon as both warpgroups have read the one
 // that was there.
 __device__ __forceinline__ void copy_runs(
-    Runs runs, const TensorMap& queries, const TensorMap& pages, const u8* bytes, const int* table, u32 shared) {
+    Runs runs, const TensorMap& queries, const TensorMap& pages, const int* table, u32 shared) {
     u32 barriers = shared + OFFSET_BARRIERS;
     int lane = threadIdx.x % 32;
     Run run;
@@ -388,7 +374,6 @@ __device__ __forceinline__ void copy_runs(
             u32 target = shared + OFFSET_KEYS + second * BYTES_KEYS;
             u32 full = barriers + FULL + second * 16, empty = barriers + EMPTY + second * 16;
             if (lane == 0) {
-                prefetch_page(bytes, of_run, block, blocks, runs.sizes.page_bytes);
                 barrier_wait(empty, parity);
                 barrier_expect(full, (VALUE_TILES / 2 + second) * BYTES_TILE);
                 for (int tile = 0; tile < VALUE_TILES / 2; tile++)
@@ -495,7 +480,6 @@ __device__ __forceinline__ void convert_runs(
             u32 parity = (second ? uses.of_block[1]++ : uses.of_block[0]++) % 2 ^ 1;
             u32 target = shared + OFFSET_KEYS + second * BYTES_KEYS;
             u32 full = barriers + FULL + second * 16, empty = barriers + EMPTY + second * 16;
-            if (threadIdx.x % 128 == 0) prefetch_page(pages, of_run, block, blocks, runs.sizes.page_bytes);
 #pragma unroll
             for (int piece = 0; piece < PIECES; piece++) {
                 int half = piece >= PIECES / 2;
@@ -590,159 +574,139 @@ __device__ __forceinline__ void show_weights(const u32 (&weights)[16], u32 store
     show_to_tensor_cores();
 }
 
-// One warpgroup's work on `keys` keys from `first_key` on, which are a part. `last`: no other part needs these queries.
+// What a warpgroup needs to know of the part that it attends with.
+struct Part {
+    int first_key, keys;
+    bool last;             // no later part needs these queries
+    int limit_0, limit_8;  // the first keys that a thread's two rows do not see
+    float scale;
+};
+
+// Rows behind the sequence may hold anything, and 0 · NaN is NaN.
+template <int GROUP>
+__device__ __forceinline__ void zero_keys(u32 block, int first) {
+    for (int i = first * 8 * TILES + threadIdx.x % 128; i < KEYS * 8 * TILES; i += 128) {
+        int key = i / (8 * TILES), piece = i % (8 * TILES);
+        store_16(block + piece / 8 * BYTES_TILE + key * 128 + piece % 8 * 16, make_uint4(0, 0, 0, 0));
+    }
+    show_to_tensor_cores();
+    synchronize<ZEROED + GROUP, 128>();
+}
+
+// Scales the scores of a block that begins with `first_key`, hides those of keys that a row does not see, and grows the
+// rows' maxima. A thread's columns are 8 i + 2 (lane % 4) and the next one.
+__device__ __forceinline__ void mask(
+    float (&scores)[32], const Part& part, int first_key, float& maximum_0, float& maximum_8) {
+    int key = first_key + 2 * (threadIdx.x % 4);
+    bool cut = first_key + KEYS > min(part.limit_0, part.limit_8);
+    float largest_0 = -INFINITE, largest_8 = -INFINITE;
+#pragma unroll
+    for (int i = 0; i < 32; i++) {
+        scores[i] *= part.scale;
+        if (cut && key + i / 4 * 8 + i % 2 >= (i % 4 < 2 ? part.limit_0 : part.limit_8)) scores[i] = -INFINITE;
+        if (i % 4 < 2)
+            largest_0 = fmaxf(largest_0, scores[i]);
+        else
+            largest_8 = fmaxf(largest_8, scores[i]);
+    }
+    maximum_0 = fmaxf(maximum_0, largest_of_four(largest_0));
+    maximum_8 = fmaxf(maximum_8, largest_of_four(largest_8));
+}
+
+// A block whose scores this warpgroup computes, and whose weights it shows the other one.
+template <int GROUP>
+__device__ __forceinline__ void attend_own(
+    const Part& part, int block, u32 parity, u32 shared, float (&sums)[HALF / 2], Rows& rows) {
+    int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, row = warp * 16 + lane / 4;
+    u32 keys = shared + OFFSET_KEYS + GROUP * BYTES_KEYS, barriers = shared + OFFSET_BARRIERS;
+    u32 full = barriers + FULL + GROUP * 16, empty = barriers + EMPTY + GROUP * 16 + GROUP * 8;
+    u32 queries = descriptor(shared), keys_at = descriptor(keys);
+    float scores[32];
+    barrier_wait(full, parity);
+    int left = part.keys - block * KEYS;
+    if (!FP8 && left < KEYS) {
+        barrier_wait(full + 8, parity);
+        zero_keys<GROUP>(keys, left);
+    }
+    pin(scores);
+    begin_products();
+    score<0, VALUE_TILES / 2, true>(scores, queries, keys_at);
+    if (GROUP == 1) score<VALUE_TILES, TILES, false>(scores, queries, keys_at);
+    commit_products();
+    barrier_wait(full + 8, parity);
+    begin_products();
+    score<VALUE_TILES / 2, VALUE_TILES + (GROUP == 0), false>(scores, queries, keys_at);
+    commit_products();
+    wait_for_products<0>();
+    pin(scores);
+    if (part.last && left <= 2 * KEYS && lane == 0) barrier_arrive(barriers + QUERIES_READ);
+    float now_0 = rows.maximum_0, now_8 = rows.maximum_8, added_0 = 0, added_8 = 0;
+    mask(scores, part, part.first_key + block * KEYS, now_0, now_8);
+    if (lane % 4 == 0) {
+        u32 maxima = shared + OFFSET_MAXIMA + 4 * (GROUP * ROWS + row);
+        store_shared(maxima, now_0);
+        store_shared(maxima + 32, now_8);
+    }
+    u32 weights[16];
+    exponentiate(scores, weights, now_0, now_8, added_0, added_8);
+    rescale(sums, rows, now_0, now_8);
+    u32 values = value_descriptor(keys + GROUP * (VALUE_TILES / 2) * BYTES_TILE);
+    pin(sums);
+    begin_products();
+#pragma unroll
+    for (int k = 0; k < 4; k++) multiply_values(sums, weights + 4 * k, values + 128 * k);
+    commit_products();
+    rows.sum_0 += added_0;
+    rows.sum_8 += added_8;
+    show_weights(weights, keys + WEIGHTS + (warp * 16 + lane % 16) * 128);
+    arrive<WEIGHTS_SHOWN + GROUP, 256>();
+    wait_for_products<0>();
+    pin(sums);
+    if (lane == 0) barrier_arrive(empty);
+}
+
+// A block whose weights the other warpgroup shows.
+template <int GROUP>
+__device__ __forceinline__ void attend_others(u32 parity, u32 shared, float (&sums)[HALF / 2], Rows& rows) {
+    constexpr int OTHER = GROUP ^ 1;
+    int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane / 4;
+    u32 keys = shared + OFFSET_KEYS + OTHER * BYTES_KEYS, barriers = shared + OFFSET_BARRIERS;
+    u32 half = OTHER * 16 + GROUP * 8, maxima = shared + OFFSET_MAXIMA + 4 * (OTHER * ROWS + row);
+    u32 values = value_descriptor(keys + GROUP * (VALUE_TILES / 2) * BYTES_TILE);
+    u32 weights = descriptor(keys + WEIGHTS);
+    barrier_wait(barriers + FULL + half, parity);
+    synchronize<WEIGHTS_SHOWN + OTHER, 256>();
+    rescale(sums, rows, load_shared(maxima), load_shared(maxima + 32));
+    pin(sums);
+    begin_products();
+#pragma unroll
+    for (int k = 0; k < 4; k++) multiply_values(sums, weights + 2 * k, values + 128 * k);
+    commit_products();
+    wait_for_products<0>();
+    pin(sums);
+    if (lane == 0) barrier_arrive(barriers + EMPTY + half);
+}
+
+// One warpgroup's work on all blocks of a part.
 template <int GROUP>
 __device__ __forceinline__ void attend(
-    int first_key, int keys, bool last, int limit_0, int limit_8, float scale, u32 shared, Uses& uses,
-    float (&sums)[HALF / 2], Rows& rows) {
-    int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
-    int blocks = (keys + KEYS - 1) / KEYS, row = warp * 16 + lane / 4;
-    u32 barriers = shared + OFFSET_BARRIERS;
-    u32 own = shared + OFFSET_KEYS + GROUP * BYTES_KEYS;
-    u32 others_weights = descriptor(shared + OFFSET_KEYS + (GROUP ^ 1) * BYTES_KEYS + WEIGHTS);
-    u32 maxima = shared + OFFSET_MAXIMA + 4 * row;
-    u32 queries = descriptor(shared), keys_at = descriptor(own);
-    // This half of the values of the first and of the second block of a pair.
-    u32 values_0 = value_descriptor(shared + OFFSET_KEYS + GROUP * (VALUE_TILES / 2) * BYTES_TILE);
-    u32 values_1 = values_0 + BYTES_KEYS / 16;
-    u32 full_0 = barriers + FULL, full_1 = full_0 + 16;
-    u32 full_own = GROUP ? full_1 : full_0;
-    u32 empty_0 = barriers + EMPTY + 8 * GROUP, empty_1 = empty_0 + 16;
-    keep(queries), keep(keys_at), keep(values_0), keep(values_1);
-    u32 stored = own + WEIGHTS + (warp * 16 + lane % 16) * 128;
+    const Part& part, u32 shared, Uses& uses, float (&sums)[HALF / 2], Rows& rows) {
+    int blocks = (part.keys + KEYS - 1) / KEYS;
 #pragma unroll 1
-    for (int pair = 0; 2 * pair < blocks; pair++) {
-        bool has_second = 2 * pair + 1 < blocks;
+    for (int block = 0; block < blocks; block += 2) {
+        bool has_second = block + 1 < blocks;
         u32 parity_0 = uses.of_block[0]++ % 2, parity_1 = uses.of_block[1] % 2;
         uses.of_block[1] += has_second;
-        bool has_own = GROUP == 0 || has_second;
-        float scores[32];
-        u32 weights[16];
-        float largest_0 = -INFINITE, largest_8 = largest_0;
-        if (has_own) {
-            int block_key = (2 * pair + GROUP) * KEYS;  // its first key, counted from the part's
-            barrier_wait(full_own, GROUP ? parity_1 : parity_0);
-            int left = keys - block_key;
-            if (!FP8 && left < KEYS) {  // rows behind the sequence may hold anything, and 0 · NaN is NaN
-                barrier_wait(full_own + 8, GROUP ? parity_1 : parity_0);
-                for (int i = left * 8 * TILES + thread; i < KEYS * 8 * TILES; i += 128) {
-                    int key = i / (8 * TILES), piece = i % (8 * TILES);
-                    u32 address = own + piece / 8 * BYTES_TILE + key * 128 + piece % 8 * 16;
-                    store_16(address, make_uint4(0, 0, 0, 0));
-                }
-                show_to_tensor_cores();
-                synchronize<ZEROED + GROUP, 128>();
-            }
-            // In turn: what the tensor cores have left would be shared, and both softmaxes would then leave them idle.
-            if (GROUP == 1) synchronize<FIRST_SCORES, 256>();
-            pin(scores);
-            begin_products();
-            score<0, VALUE_TILES / 2, true>(scores, queries, keys_at);
-            if (GROUP == 1) score<VALUE_TILES, TILES, false>(scores, queries, keys_at);
-            commit_products();
-            barrier_wait(full_own + 8, GROUP ? parity_1 : parity_0);
-            begin_products();
-            score<VALUE_TILES / 2, VALUE_TILES + (GROUP == 0), false>(scores, queries, keys_at);
-            commit_products();
-            wait_for_products<0>();
-            pin(scores);
-            if (GROUP == 0 && has_second) arrive<FIRST_SCORES, 256>();
-            // A thread's columns are 8 i + 2 (lane % 4) and the next one, in its two rows.
-            int key = first_key + block_key + 2 * (lane % 4);
-            bool cut = first_key + block_key + KEYS > min(limit_0, limit_8);
-#pragma unroll
-            for (int i = 0; i < 32; i++) {
-                scores[i] *= scale;
-                if (cut && key + i / 4 * 8 + i % 2 >= (i % 4 < 2 ? limit_0 : limit_8))
-                    scores[i] = -INFINITE;
-                if (i % 4 < 2)
-                    largest_0 = fmaxf(largest_0, scores[i]);
-                else
-                    largest_8 = fmaxf(largest_8, scores[i]);
-            }
-            largest_0 = largest_of_four(largest_0);
-            largest_8 = largest_of_four(largest_8);
-        }
-        if (last && 2 * pair + 2 >= blocks && lane == 0) barrier_arrive(barriers + QUERIES_READ);
-        // The maxima after the first block, which warpgroup 0 tells warpgroup 1 with the block's weights.
-        float first_0, first_8;
         if (GROUP == 0) {
-            first_0 = fmaxf(rows.maximum_0, largest_0);
-            first_8 = fmaxf(rows.maximum_8, largest_8);
-            if (lane % 4 == 0) {
-                store_shared(maxima, first_0);
-                store_shared(maxima + 32, first_8);
-            }
+            attend_own<0>(part, block, parity_0, shared, sums, rows);
+            if (has_second) attend_others<0>(parity_1, shared, sums, rows);
         } else {
-            synchronize<FIRST_WEIGHTS, 256>();
-            first_0 = load_shared(maxima);
-            first_8 = load_shared(maxima + 32);
+            attend_others<1>(parity_0, shared, sums, rows);
+            if (has_second) attend_own<1>(part, block + 1, parity_1, shared, sums, rows);
         }
-        float now_0 = GROUP ? fmaxf(first_0, largest_0) : first_0;
-        float now_8 = GROUP ? fmaxf(first_8, largest_8) : first_8;
-        rescale(sums, rows, first_0, first_8);
-        float added_0 = 0, added_8 = 0;
-        if (GROUP == 0) {
-            exponentiate(scores, weights, now_0, now_8, added_0, added_8);
-        } else {
-            barrier_wait(full_0 + 8, parity_0);
-        }
-        // Values of the first block.
-        pin(sums);
-        begin_products();
-#pragma unroll
-        for (int k = 0; k < 4; k++) {
-            if (GROUP == 0)
-                multiply_values(sums, weights + 4 * k, values_0 + 128 * k);
-            else
-                multiply_values(sums, others_weights + 2 * k, values_0 + 128 * k);
-        }
-        commit_products();
-        if (GROUP == 0) {
-            rows.sum_0 += added_0;
-            rows.sum_8 += added_8;
-            show_weights(weights, stored);
-            arrive<FIRST_WEIGHTS, 256>();
-        } else if (has_own) {
-            if (lane % 4 == 0) {
-                store_shared(maxima + 4 * ROWS, now_0);
-                store_shared(maxima + 4 * ROWS + 32, now_8);
-            }
-            exponentiate(scores, weights, now_0, now_8, added_0, added_8);
-            show_weights(weights, stored);
-            arrive<SECOND_WEIGHTS, 256>();
-        }
-        wait_for_products<0>();
-        pin(sums);
-        if (lane == 0) barrier_arrive(empty_0);
-        if (!has_second) break;
-        // Values of the second block.
-        if (GROUP == 0) {
-            barrier_wait(full_1, parity_1);
-            synchronize<SECOND_WEIGHTS, 256>();
-            now_0 = load_shared(maxima + 4 * ROWS);
-            now_8 = load_shared(maxima + 4 * ROWS + 32);
-        }
-        rescale(sums, rows, now_0, now_8);
-        pin(sums);
-        begin_products();
-#pragma unroll
-        for (int k = 0; k < 4; k++) {
-            if (GROUP == 1)
-                multiply_values(sums, weights + 4 * k, values_1 + 128 * k);
-            else
-                multiply_values(sums, others_weights + 2 * k, values_1 + 128 * k);
-        }
-        commit_products();
-        if (GROUP == 1) {
-            rows.sum_0 += added_0;
-            rows.sum_8 += added_8;
-        }
-        wait_for_products<0>();
-        pin(sums);
-        if (lane == 0) barrier_arrive(empty_1);
     }
-    if (blocks == 0 && lane == 0) barrier_arrive(barriers + QUERIES_READ);
+    if (part.last && blocks <= GROUP && threadIdx.x % 32 == 0)
+        barrier_arrive(shared + OFFSET_BARRIERS + QUERIES_READ);
 }
 
 // Where results go. A whole sequence's: `out` and `lse`. Otherwise the parts' sums, and of each row of a part its
@@ -880,7 +844,7 @@ __device__ __forceinline__ void attend_runs(Runs runs, const Results& results, u
 #pragma unroll
             for (int i = 0; i < HALF / 2; i++) sums[i] = 0;
             int first_key = part * run.part_keys, keys = max(0, min(run.part_keys, run.length - first_key));
-            attend<GROUP>(first_key, keys, left == 1, limit_0, limit_8, sizes.scale, shared, uses, sums, of_part);
+            attend<GROUP>({first_key, keys, left == 1, limit_0, limit_8, sizes.scale}, shared, uses, sums, of_part);
             of_part.sum_0 = sum_of_four(of_part.sum_0);
             of_part.sum_8 = sum_of_four(of_part.sum_8);
             if (run.first == 0) {
@@ -904,7 +868,7 @@ __device__ __forceinline__ void attend_runs(Runs runs, const Results& results, u
 extern "C" __global__ void __launch_bounds__(384, 1) mla_decode(
     const __grid_constant__ TensorMap queries,
     const __grid_constant__ TensorMap pages,  // of bfloat16
-    const u8* bytes,                          // the pages' first one
+    const u8* bytes,                          // the pages, if they have 8-bit blocks
     const int* table, const int* lengths, bf16* out, float* lse, float* parts, float* part_rows, int* added,
     float* kept, const Sizes sizes) {
     u32 shared = shared_memory();
@@ -925,7 +889,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) mla_decode(
         if (FP8)
             convert_runs(Runs(sizes, lengths), queries, bytes, table, shared);
         else if (threadIdx.x < 288)
-            copy_runs(Runs(sizes, lengths), queries, pages, bytes, table, shared);
+            copy_runs(Runs(sizes, lengths), queries, pages, table, shared);
     } else {
         take_registers<REGISTERS>();
         if (threadIdx.x < 128)
