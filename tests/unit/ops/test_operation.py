@@ -176,7 +176,8 @@ def test_a_model_selects_its_back_ends_once_and_describes_them() -> None:
     model = small_model(small_config())
     expected = (
         "cross_entropy chunked (triton needs a CUDA device), attention sdpa (cudnn needs a CUDA device), "
-        "mla_decode reference, rotary reference (triton needs a CUDA device), "
+        "mla_decode reference (cuda needs a CUDA device; triton needs a CUDA device), "
+        "rotary reference (triton needs a CUDA device), "
         "linear reference (wide_gradient needs a CUDA device), "
         "router_gemm reference (triton needs a CUDA device), top_k reference (triton needs a CUDA device), "
         "moe_permute reference (triton needs a CUDA device), "

@@ -81,12 +81,10 @@ def _cuda_obstacle(target: Target) -> str | None:
     return nvrtc_obstacle(cuda.kernels())
 
 
-# The widths of its target are those of the latent and of the rotary key; its dtype is that of the queries. The
-# kernels stand behind the reference, so that only their names select them, until they have run on a GPU: the tests
-# run Triton's by its interpreter, and those in CUDA C++ by an emulation.
+# The widths of its target are those of the latent and of the rotary key; its dtype is that of the queries.
 MLA_DECODE: Operation[MlaDecode] = Operation(
     "mla_decode",
-    Backend("reference", lambda: reference),
-    Backend("triton", _triton, _triton_obstacle),
     Backend("cuda", _cuda, _cuda_obstacle),
+    Backend("triton", _triton, _triton_obstacle),
+    Backend("reference", lambda: reference),
 )
