@@ -12,7 +12,7 @@ extern "C" void run(
     launch(blocks, 384, [&] {
         mla_decode(of_queries, of_pages, static_cast<const u8*>(pages), table, lengths, out, lse, parts, part_rows,
             added, kept, sizes);
-    });
+    }, CLUSTER);
     if (most_parts > 1)
         launch(2 * batch, 256, [&] { mla_decode_parts(lengths, out, lse, parts, part_rows, added, sizes); });
 }

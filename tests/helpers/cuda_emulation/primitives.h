@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -25,6 +26,7 @@ typedef unsigned short bf16;  // its bits
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define IN_CLUSTERS
 
 using std::max;
 using std::min;
@@ -92,7 +94,8 @@ struct Block {
         memset(memory, 0xff, sizeof memory);  // NaN in bfloat16 and in float32
     }
 };
-inline Block* block;
+inline thread_local Block* block;    // of this thread
+inline thread_local Block** cluster;  // of this thread's block
 
 inline Warp& warp_of_thread() { return block->warps[threadIdx.x / 32]; }
 inline Warpgroup& warpgroup_of_thread() { return block->warpgroups[threadIdx.x / 128]; }
@@ -154,11 +157,11 @@ inline void __syncthreads() { block->together.arrive_and_wait(); }
 
 // Barriers
 
-inline void end_phase_if_complete(CopyBarrier& barrier) {
+inline void end_phase_if_complete(CopyBarrier& barrier, Block& of) {
     if (barrier.missing || barrier.bytes) return;
     barrier.phase += 1;
     barrier.missing = barrier.expected;
-    block->changed.notify_all();
+    of.changed.notify_all();
 }
 
 inline void barrier_init(u32 address, u32 arrivals) {
@@ -166,16 +169,17 @@ inline void barrier_init(u32 address, u32 arrivals) {
     block->barriers[address] = {int(arrivals), int(arrivals), 0, 0};
 }
 
-inline void barrier_expect(u32 address, u32 bytes) {
-    std::lock_guard lock(block->mutex);
-    CopyBarrier& barrier = block->barriers.at(address);
+inline void barrier_expect(u32 address, u32 bytes, Block& of = *block) {
+    std::lock_guard lock(of.mutex);
+    CopyBarrier& barrier = of.barriers.at(address);
     if (!barrier.missing) fail("too many arrivals at barrier", address);
     barrier.missing -= 1;
     barrier.bytes += bytes;
-    end_phase_if_complete(barrier);
+    end_phase_if_complete(barrier, of);
 }
 
 inline void barrier_arrive(u32 address) { barrier_expect(address, 0); }
+inline void barrier_arrive_at(u32 address, u32 rank) { barrier_expect(address, 0, *cluster[rank]); }
 
 inline void barrier_wait(u32 address, u32 parity) {
     std::unique_lock lock(block->mutex);
@@ -221,17 +225,25 @@ inline u32 shared_memory() { return 0; }
 // Addresses of 16 bytes are exchanged within rows of 128 bytes, by the number of the row.
 inline u32 swizzled(u32 address) { return address ^ (address >> 7 & 7) << 4; }
 
-inline void copy_box(u32 target, const TensorMap* map, int column, int row, u32 barrier) {
+inline void copy_box_of(Block& of, u32 target, const TensorMap* map, int column, int row, u32 barrier) {
     for (int r = 0; r < 64; r++)
         for (int c = 0; c < 64; c++) {
             bool there = row + r < map->rows && column + c < map->columns;
             bf16 number = there ? map->numbers[(row + r) * map->columns + column + c] : 0;
-            memcpy(block->memory + swizzled(target + r * 128 + c * 2), &number, 2);
+            memcpy(of.memory + swizzled(target + r * 128 + c * 2), &number, 2);
         }
-    std::lock_guard lock(block->mutex);
-    CopyBarrier& waiting = block->barriers.at(barrier);
+    std::lock_guard lock(of.mutex);
+    CopyBarrier& waiting = of.barriers.at(barrier);
     waiting.bytes -= 64 * 64 * 2;
-    end_phase_if_complete(waiting);
+    end_phase_if_complete(waiting, of);
+}
+
+inline void copy_box(u32 target, const TensorMap* map, int column, int row, u32 barrier) {
+    copy_box_of(*block, target, map, column, row, barrier);
+}
+
+inline void copy_box_to_both(u32 target, const TensorMap* map, int column, int row, u32 barrier) {
+    for (int rank = 0; rank < 2; rank++) copy_box_of(*cluster[rank], target, map, column, row, barrier);
 }
 
 inline float load_shared(u32 address) {
@@ -365,18 +377,29 @@ inline void store_matrices(u32 address, const u32* numbers) {
     warp.together.arrive_and_wait();
 }
 
-// Runs `kernel` as every thread of `blocks` thread blocks, one block after the other.
+inline thread_local std::barrier<>* together_in_cluster;
+inline void synchronize_cluster() { together_in_cluster->arrive_and_wait(); }
+
+// Runs `kernel` as every thread of `blocks` thread blocks, one cluster after the other.
 template <typename Kernel>
-void launch(int blocks, int threads, Kernel kernel) {
+void launch(int blocks, int threads, Kernel kernel, int cluster_size = 1) {
     gridDim.x = blocks;
-    for (int number = 0; number < blocks; number++) {
-        Block state(threads);
-        block = &state;
+    for (int first = 0; first < blocks; first += cluster_size) {
+        std::vector<std::unique_ptr<Block>> states;
+        std::vector<Block*> members;
+        for (int rank = 0; rank < cluster_size; rank++) {
+            states.push_back(std::make_unique<Block>(threads));
+            members.push_back(states.back().get());
+        }
+        std::barrier<> together(threads * cluster_size);
         std::vector<std::thread> all;
-        for (int thread = 0; thread < threads; thread++)
-            all.emplace_back([&, thread] {
-                threadIdx.x = thread;
-                blockIdx.x = number;
+        for (int number = 0; number < threads * cluster_size; number++)
+            all.emplace_back([&, number] {
+                threadIdx.x = number % threads;
+                blockIdx.x = first + number / threads;
+                block = members[number / threads];
+                cluster = members.data();
+                together_in_cluster = &together;
                 kernel();
             });
         for (std::thread& each : all) each.join();

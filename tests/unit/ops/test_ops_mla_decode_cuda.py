@@ -24,17 +24,17 @@ COMPILER = shutil.which("g++")
 
 
 @pytest.fixture(scope="module")
-def kernel_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[LatentFormat], ctypes.CDLL]:
-    """Compiles the kernel for a format."""
+def kernel_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ctypes.CDLL]:
+    """Compiles the kernel for a format, and for clusters of one or two thread blocks."""
     if COMPILER is None:
         pytest.skip("needs g++, which compiles the kernel for the CPU")
     folder = tmp_path_factory.mktemp("kernels")
 
-    def compiled(layout: LatentFormat) -> ctypes.CDLL:
-        library = folder / f"{layout.rank}_{layout.is_fp8}.so"
+    def compiled(layout: LatentFormat, cluster: int = 1) -> ctypes.CDLL:
+        library = folder / f"{layout.rank}_{layout.is_fp8}_{cluster}.so"
         if not library.exists():
             parts = {"PARTS": 8, "SHORTEST_PART": PART, "LONGEST_PART": PART, "MOST_PARTS": 64}
-            defines = {"RANK": layout.rank, "FP8": int(layout.is_fp8), **parts}
+            defines = {"RANK": layout.rank, "FP8": int(layout.is_fp8), "CLUSTER": cluster, **parts}
             options = ["-O1", "-std=c++20", "-shared", "-fPIC", "-pthread", "-w", "-DEMULATED"]
             options += [f"-D{name}={value}" for name, value in defines.items()]
             sources = [f"-I{EMULATION}", f"-I{SOURCES}", str(EMULATION / "mla_decode.cpp")]
@@ -78,7 +78,7 @@ def decode(kernel: ctypes.CDLL, q_BSHL: Tensor, cache: Cached, blocks: int = 3) 
     ],
 )
 def test_lengths_queries_and_heads(
-    kernel_of: Callable[[LatentFormat], ctypes.CDLL],
+    kernel_of: Callable[..., ctypes.CDLL],
     layout: LatentFormat,
     lengths: list[int],
     new: int,
@@ -88,12 +88,23 @@ def test_lengths_queries_and_heads(
     check_tolerances(decode(kernel_of(layout), q_BSHL, cache), exact(q_BSHL, cache, scale_of(layout)))
 
 
-def test_narrow_latents(kernel_of: Callable[[LatentFormat], ctypes.CDLL]) -> None:
+def test_narrow_latents(kernel_of: Callable[..., ctypes.CDLL]) -> None:
     cache, q_BSHL = cached(NARROW, [130, 300]), queries(2, 1, 20, NARROW)
     check_tolerances(decode(kernel_of(NARROW), q_BSHL, cache), exact(q_BSHL, cache, scale_of(NARROW)))
 
 
-def test_no_bit_depends_on_the_batch(kernel_of: Callable[[LatentFormat], ctypes.CDLL]) -> None:
+@pytest.mark.parametrize(("lengths", "new", "heads"), [([1, 0], 1, 128), ([700, 5], 4, 20), ([63, 513], 2, 64)])
+def test_two_tiles_share_the_copies_of_pages(
+    kernel_of: Callable[..., ctypes.CDLL], lengths: list[int], new: int, heads: int
+) -> None:
+    cache, q_BSHL = cached(WIDE, lengths), queries(len(lengths), new, heads, WIDE)
+    shared = decode(kernel_of(WIDE, cluster=2), q_BSHL, cache, blocks=4)
+    check_tolerances(shared, exact(q_BSHL, cache, scale_of(WIDE)))
+    own = decode(kernel_of(WIDE), q_BSHL, cache, blocks=2)
+    assert all(one.equal(other) for one, other in zip(shared, own, strict=True))
+
+
+def test_no_bit_depends_on_the_batch(kernel_of: Callable[..., ctypes.CDLL]) -> None:
     cache, q_BSHL = cached(WIDE, [300, 64, 130]), queries(3, 1, 16, WIDE)
     together = decode(kernel_of(WIDE), q_BSHL, cache)
     for b in range(3):

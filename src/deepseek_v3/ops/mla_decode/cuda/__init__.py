@@ -28,7 +28,8 @@ _SOURCE = Path(__file__).with_name("decode.cu")
 # parts fill the GPU with fewer sequences, and are more sums to add.
 PARTS, SHORTEST_PART, LONGEST_PART, MOST_PARTS = 8, 512, 1024, 64
 
-VARIANTS = ((512, False), (512, True), (256, False))  # width of the latent, and whether rows are FP8
+# Width of the latent, whether rows are FP8, and thread blocks of a cluster, which share the copies of pages.
+VARIANTS = ((512, False, 1), (512, False, 2), (512, True, 1), (256, False, 1), (256, False, 2))
 
 _ROWS, _COLUMNS, _THREADS = 64, 64, 384  # of a tile; of a thread block
 _ADDING_THREADS, _ADDING_BLOCKS = 256, 4  # of the second kernel: of a thread block; for each multiprocessor
@@ -60,6 +61,7 @@ def mla_decode(
     processors, tiles = multiprocessors(q_BSHL.device), -(-rows // _ROWS)
     parts = most_parts(table_BM.shape[1] * PAGE)
     blocks = min(max(1, processors // tiles), batch * parts) * tiles
+    variant = rank, layout.is_fp8, 2 if tiles % 2 == 0 and not layout.is_fp8 else 1
     divided = parts if parts > 1 else 0
     parts_BIXC = q_BSHL.new_empty(batch, divided, rows, rank, dtype=torch.float32)
     part_rows_BIX4 = q_BSHL.new_empty(batch, divided, rows, 4, dtype=torch.float32)
@@ -73,11 +75,11 @@ def mla_decode(
         # The kernel does not read the map of pages that have FP8 rows.
         keys = queries if layout.is_fp8 else tensor_map(pages.flatten(0, 1), PAGE, _COLUMNS, swizzle=True)
         given = [queries, keys, pages, table_BM.contiguous(), lengths_B]
-        _kernel("mla_decode", rank, layout.is_fp8).launch(blocks, _THREADS, [*given, *results, kept, sizes])
+        _kernel("mla_decode", *variant).launch(blocks, _THREADS, [*given, *results, kept, sizes])
         if divided:
             units = -(-rows * (rank // _ADDED_COLUMNS) // (_ADDING_THREADS // 32))
             each = max(1, min(units, _ADDING_BLOCKS * processors // batch))
-            adding = _kernel("mla_decode_parts", rank, layout.is_fp8)
+            adding = _kernel("mla_decode_parts", *variant)
             adding.launch(batch * each, _ADDING_THREADS, [lengths_B, *results, sizes])
     return out_BSHC, sums_BSH
 
@@ -100,7 +102,7 @@ def most_parts(capacity: int) -> int:
 
 def kernels() -> Iterator[Kernel]:
     """Every variant of the kernels."""
-    yield from (_kernel(name, rank, is_fp8) for rank, is_fp8 in VARIANTS for name in _SHARED_NUMBERS)
+    yield from (_kernel(name, *variant) for variant in VARIANTS for name in _SHARED_NUMBERS)
 
 
 # Numbers of 4 bytes in shared memory, beside the tiles: the rows' maxima and sums, and barriers.
@@ -108,8 +110,9 @@ _SHARED_NUMBERS = {"mla_decode": 4 * _ROWS + 20, "mla_decode_parts": 0}
 
 
 @cache
-def _kernel(name: str, rank: int, is_fp8: bool) -> Kernel:
+def _kernel(name: str, rank: int, is_fp8: bool, cluster: int) -> Kernel:
     parts = {"PARTS": PARTS, "SHORTEST_PART": SHORTEST_PART, "LONGEST_PART": LONGEST_PART, "MOST_PARTS": MOST_PARTS}
     tiles = 3 * (rank // _COLUMNS + 1) * _ROWS * _COLUMNS * 2 + 1024  # with their alignment
     numbers = 4 * _SHARED_NUMBERS[name]
-    return Kernel(_SOURCE, name, {"RANK": rank, "FP8": int(is_fp8), **parts}, tiles + numbers if numbers else 0)
+    defines = {"RANK": rank, "FP8": int(is_fp8), "CLUSTER": cluster, **parts}
+    return Kernel(_SOURCE, name, defines, tiles + numbers if numbers else 0)

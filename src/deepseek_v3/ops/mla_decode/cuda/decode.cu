@@ -14,7 +14,10 @@
 // the rows' maxima through shared memory. There is place for two blocks: while one is read, the next one comes. One warp copies pages with the tensor memory accelerator (TMA). If the cache has 8-bit
 // blocks, a third warpgroup loads them instead, and stores their numbers in bfloat16.
 //
+// Thread blocks of two tiles of one sequence form a cluster. Each copies half of every block of keys, for both.
+//
 // Set by the compiler's command line:
+//   CLUSTER     thread blocks of a cluster: 1, or 2 if the number of tiles is even and rows are of bfloat16
 //   RANK        value columns: 256 or 512; a row has up to 64 more columns, copied as 64 with zeros behind them
 //   FP8         1: rows of RANK e4m3 values, RANK / 128 float32 scales, 64 bfloat16 numbers; 0: rows of bfloat16
 //   PARTS, SHORTEST_PART, LONGEST_PART, MOST_PARTS    a sequence has PARTS parts of between SHORTEST_PART and
@@ -45,6 +48,7 @@ constexpr u32 OFFSET_MAXIMA = OFFSET_KEYS + 2 * BYTES_KEYS, OFFSET_SUMS = OFFSET
 constexpr u32 OFFSET_BARRIERS = OFFSET_SUMS + 2 * ROWS * 4;
 
 // Barriers: of the queries, copied and read; then for each block of keys and each half of its columns, full and empty.
+// In a cluster, thread block h copies halves h, and only its barriers say that these are empty, in both thread blocks.
 // Warpgroup 0 reads the first half of the values, and warpgroup 1 the second one. The last tile belongs to the half of
 // the warpgroup that reads the weights from there: to the second half of the first block, and to the first half of the
 // second block.
@@ -192,6 +196,35 @@ __device__ __forceinline__ void multiply_values(float (&d)[HALF / 2], u32 weight
         "mov.b64 b, {" B_AFTER_A ", 0x40000040};\n"
         "wgmma.mma_async.sync.aligned.m64" WIDE "k16.f32.bf16.bf16 {" SUMS "}, a, b, 1, 1, 1, 0, 1;\n"
         "}\n" : OUT : "r"(weights), "r"(values));
+}
+
+#if CLUSTER > 1
+#define IN_CLUSTERS __cluster_dims__(CLUSTER, 1, 1)
+#else
+#define IN_CLUSTERS
+#endif
+
+// All threads of a cluster wait for each other.
+__device__ __forceinline__ void synchronize_cluster() {
+    asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;\n" ::: "memory");
+}
+
+// Copies a box to the same place in both thread blocks of a cluster; each one's barrier counts it.
+__device__ __forceinline__ void copy_box_to_both(u32 target, const TensorMap* map, int column, int row, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%2, %3}], [%4], %5;"
+        ::"r"(target), "l"(map), "r"(column), "r"(row), "r"(barrier), "h"((unsigned short)3) : "memory");
+}
+
+// Arrives at the same barrier of a thread block of the cluster.
+__device__ __forceinline__ void barrier_arrive_at(u32 barrier, u32 thread_block) {
+    asm volatile(
+        "{\n"
+        ".reg .b32 remote;\n"
+        "mapa.shared::cluster.u32 remote, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
+        "}\n" ::"r"(barrier), "r"(thread_block) : "memory");
 }
 
 template <int N>
@@ -353,11 +386,29 @@ __device__ __forceinline__ void copy_queries(
         copy_box(shared + tile * BYTES_TILE, &queries, tile * COLUMNS, row, barriers + QUERIES);
 }
 
+// Copies a half of a block of keys when its place, filled `uses` times before, is empty; in a cluster only if it is this
+// thread block's half, for both, and otherwise expects it.
+__device__ __forceinline__ void copy_half(
+    const TensorMap& pages, int row, int second, int half, u32 uses, u32 shared) {
+    u32 barriers = shared + OFFSET_BARRIERS, place = second * 16 + half * 8;
+    u32 full = barriers + FULL + place, keys = shared + OFFSET_KEYS + second * BYTES_KEYS;
+    bool own = CLUSTER == 1 || blockIdx.x % 2 == half, has_rotated = half != second;
+    if (own)
+        barrier_wait(barriers + EMPTY + place, uses % 2 ^ 1);
+    else if (uses > 0)
+        barrier_wait(full, uses % 2 ^ 1);  // the copy before has come
+    barrier_expect(full, (VALUE_TILES / 2 + has_rotated) * BYTES_TILE);
+    if (!own) return;
+    auto copy = CLUSTER == 1 ? copy_box : copy_box_to_both;
+    for (int tile = half * (VALUE_TILES / 2); tile < (half + 1) * (VALUE_TILES / 2); tile++)
+        copy(keys + tile * BYTES_TILE, &pages, tile * COLUMNS, row, full);
+    if (has_rotated) copy(keys + WEIGHTS, &pages, RANK, row, full);
+}
+
 // Copies the queries and the keys of every run, from one warp: a block as soon as both warpgroups have read the one
 // that was there.
 __device__ __forceinline__ void copy_runs(
     Runs runs, const TensorMap& queries, const TensorMap& pages, const int* table, u32 shared) {
-    u32 barriers = shared + OFFSET_BARRIERS;
     int lane = threadIdx.x % 32;
     Run run;
     Uses uses{};
@@ -370,20 +421,10 @@ __device__ __forceinline__ void copy_runs(
         for (int block = 0; block < blocks; block++) {
             if (block % 32 == 0) page = block + lane < blocks ? of_run[block + lane] : 0;
             int row = __shfl_sync(~0u, page, block % 32) * KEYS, second = block % 2;
-            u32 parity = (second ? uses.of_block[1]++ : uses.of_block[0]++) % 2 ^ 1;
-            u32 target = shared + OFFSET_KEYS + second * BYTES_KEYS;
-            u32 full = barriers + FULL + second * 16, empty = barriers + EMPTY + second * 16;
+            u32 before = second ? uses.of_block[1]++ : uses.of_block[0]++;
             if (lane == 0) {
-                barrier_wait(empty, parity);
-                barrier_expect(full, (VALUE_TILES / 2 + second) * BYTES_TILE);
-                for (int tile = 0; tile < VALUE_TILES / 2; tile++)
-                    copy_box(target + tile * BYTES_TILE, &pages, tile * COLUMNS, row, full);
-                if (second) copy_box(target + WEIGHTS, &pages, RANK, row, full);
-                barrier_wait(empty + 8, parity);
-                barrier_expect(full + 8, (VALUE_TILES / 2 + 1 - second) * BYTES_TILE);
-                for (int tile = VALUE_TILES / 2; tile < VALUE_TILES; tile++)
-                    copy_box(target + tile * BYTES_TILE, &pages, tile * COLUMNS, row, full + 8);
-                if (!second) copy_box(target + WEIGHTS, &pages, RANK, row, full + 8);
+                copy_half(pages, row, second, 0, before, shared);
+                copy_half(pages, row, second, 1, before, shared);
             }
             __syncwarp();
         }
@@ -613,13 +654,23 @@ __device__ __forceinline__ void mask(
     maximum_8 = fmaxf(maximum_8, largest_of_four(largest_8));
 }
 
+// A warp of a warpgroup has read its half of the columns of the first or second block.
+template <int GROUP>
+__device__ __forceinline__ void release_half(u32 shared, int second) {
+    u32 empty = shared + OFFSET_BARRIERS + EMPTY + second * 16 + GROUP * 8;
+    if (CLUSTER == 1)
+        barrier_arrive(empty);
+    else
+        barrier_arrive_at(empty, GROUP);
+}
+
 // A block whose scores this warpgroup computes, and whose weights it shows the other one.
 template <int GROUP>
 __device__ __forceinline__ void attend_own(
     const Part& part, int block, u32 parity, u32 shared, float (&sums)[HALF / 2], Rows& rows) {
     int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, row = warp * 16 + lane / 4;
     u32 keys = shared + OFFSET_KEYS + GROUP * BYTES_KEYS, barriers = shared + OFFSET_BARRIERS;
-    u32 full = barriers + FULL + GROUP * 16, empty = barriers + EMPTY + GROUP * 16 + GROUP * 8;
+    u32 full = barriers + FULL + GROUP * 16;
     u32 queries = descriptor(shared), keys_at = descriptor(keys);
     float scores[32];
     barrier_wait(full, parity);
@@ -662,7 +713,7 @@ __device__ __forceinline__ void attend_own(
     arrive<WEIGHTS_SHOWN + GROUP, 256>();
     wait_for_products<0>();
     pin(sums);
-    if (lane == 0) barrier_arrive(empty);
+    if (lane == 0) release_half<GROUP>(shared, GROUP);
 }
 
 // A block whose weights the other warpgroup shows.
@@ -671,10 +722,10 @@ __device__ __forceinline__ void attend_others(u32 parity, u32 shared, float (&su
     constexpr int OTHER = GROUP ^ 1;
     int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane / 4;
     u32 keys = shared + OFFSET_KEYS + OTHER * BYTES_KEYS, barriers = shared + OFFSET_BARRIERS;
-    u32 half = OTHER * 16 + GROUP * 8, maxima = shared + OFFSET_MAXIMA + 4 * (OTHER * ROWS + row);
+    u32 maxima = shared + OFFSET_MAXIMA + 4 * (OTHER * ROWS + row);
     u32 values = value_descriptor(keys + GROUP * (VALUE_TILES / 2) * BYTES_TILE);
     u32 weights = descriptor(keys + WEIGHTS);
-    barrier_wait(barriers + FULL + half, parity);
+    barrier_wait(barriers + FULL + OTHER * 16 + GROUP * 8, parity);
     synchronize<WEIGHTS_SHOWN + OTHER, 256>();
     rescale(sums, rows, load_shared(maxima), load_shared(maxima + 32));
     pin(sums);
@@ -684,7 +735,7 @@ __device__ __forceinline__ void attend_others(u32 parity, u32 shared, float (&su
     commit_products();
     wait_for_products<0>();
     pin(sums);
-    if (lane == 0) barrier_arrive(barriers + EMPTY + half);
+    if (lane == 0) release_half<GROUP>(shared, OTHER);
 }
 
 // One warpgroup's work on all blocks of a part.
@@ -865,7 +916,14 @@ __device__ __forceinline__ void attend_runs(Runs runs, const Results& results, u
     }
 }
 
-extern "C" __global__ void __launch_bounds__(384, 1) mla_decode(
+__device__ __forceinline__ void synchronize_all() {
+    if (CLUSTER > 1)
+        synchronize_cluster();
+    else
+        __syncthreads();
+}
+
+extern "C" IN_CLUSTERS __global__ void __launch_bounds__(384, 1) mla_decode(
     const __grid_constant__ TensorMap queries,
     const __grid_constant__ TensorMap pages,  // of bfloat16
     const u8* bytes,                          // the pages, if they have 8-bit blocks
@@ -878,11 +936,11 @@ extern "C" __global__ void __launch_bounds__(384, 1) mla_decode(
         barrier_init(barriers + QUERIES_READ, 8);
         for (int i = 0; i < 4; i++) {
             barrier_init(barriers + FULL + 8 * i, COPIERS);
-            barrier_init(barriers + EMPTY + 8 * i, 4);  // the warps of the warpgroup that reads this half
+            barrier_init(barriers + EMPTY + 8 * i, 4 * CLUSTER);  // the warps that read this half
         }
         show_barriers();
     }
-    __syncthreads();
+    synchronize_all();
     Results results{out, lse, parts, part_rows, added, kept};
     if (threadIdx.x >= 256) {
         give_registers<REGISTERS_OF_COPIERS>();
@@ -897,6 +955,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) mla_decode(
         else
             attend_runs<1>(Runs(sizes, lengths), results, shared);
     }
+    if (CLUSTER > 1) synchronize_cluster();  // the other thread block may still copy to this one
 }
 
 // Adds the parts of the sequences that were cut, a warp each time 128 columns of a row. As many thread blocks work for
