@@ -48,10 +48,12 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 
-// A matrix in memory; TMA copies boxes of 64 × 64 of it.
+// A matrix in memory; TMA copies boxes of 64 rows of it.
 struct TensorMap {
-    const bf16* numbers;
-    long rows, columns;
+    const void* numbers;
+    long rows, row_bytes;
+    int number_bytes, box_bytes;  // of a row of the box
+    bool swizzled;
 };
 
 struct Index {
@@ -227,14 +229,16 @@ inline u32 swizzled(u32 address) { return address ^ (address >> 7 & 7) << 4; }
 
 inline void copy_box_of(Block& of, u32 target, const TensorMap* map, int column, int row, u32 barrier) {
     for (int r = 0; r < 64; r++)
-        for (int c = 0; c < 64; c++) {
-            bool there = row + r < map->rows && column + c < map->columns;
-            bf16 number = there ? map->numbers[(row + r) * map->columns + column + c] : 0;
-            memcpy(of.memory + swizzled(target + r * 128 + c * 2), &number, 2);
+        for (int c = 0; c < map->box_bytes; c++) {
+            long from = column * map->number_bytes + c;
+            bool there = row + r < map->rows && from < map->row_bytes;
+            u32 to = target + r * map->box_bytes + c;
+            of.memory[map->swizzled ? swizzled(to) : to] =
+                there ? static_cast<const u8*>(map->numbers)[(row + r) * map->row_bytes + from] : 0;
         }
     std::lock_guard lock(of.mutex);
     CopyBarrier& waiting = of.barriers.at(barrier);
-    waiting.bytes -= 64 * 64 * 2;
+    waiting.bytes -= 64 * map->box_bytes;
     end_phase_if_complete(waiting, of);
 }
 
@@ -253,14 +257,9 @@ inline float load_shared(u32 address) {
 }
 inline void store_shared(u32 address, float value) { memcpy(block->memory + address, &value, 4); }
 inline void store_16(u32 address, uint4 value) { memcpy(block->memory + address, &value, 16); }
-inline uint4 load_16(const u8* address) {
+inline uint4 load_16(u32 address) {
     uint4 value;
-    memcpy(&value, address, 16);
-    return value;
-}
-inline float load_number(const u8* address) {
-    float value;
-    memcpy(&value, address, 4);
+    memcpy(&value, block->memory + address, 16);
     return value;
 }
 
@@ -278,6 +277,19 @@ inline float __int_as_float(int bits) {
     float value;
     memcpy(&value, &bits, 4);
     return value;
+}
+
+inline int __float_as_int(float value) {
+    int bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
+
+inline u32 __byte_perm(u32 x, u32 y, u32 selector) {
+    unsigned long long all = x | (unsigned long long)y << 32;
+    u32 result = 0;
+    for (int i = 0; i < 4; i++) result |= u32(all >> (selector >> 4 * i & 7) * 8 & 255) << 8 * i;
+    return result;
 }
 
 inline float wide(bf16 bits) {
@@ -303,6 +315,10 @@ inline float e4m3(u32 bits) {
 }
 
 inline u32 scaled_pair(u32 two, float scale) { return as_bfloat16(e4m3(two & 255) * scale, e4m3(two >> 8 & 255) * scale); }
+
+inline u32 product_of_pairs(u32 one, u32 other) {
+    return as_bfloat16(wide(one & 0xffff) * wide(other & 0xffff), wide(one >> 16) * wide(other >> 16));
+}
 
 // Tensor cores. A thread holds columns 8 i + 2 (lane % 4) and the next one, of rows lane / 4 and lane / 4 + 8.
 

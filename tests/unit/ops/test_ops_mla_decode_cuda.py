@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepseek_v3.ops.mla_decode import PAGE, LatentFormat
+from deepseek_v3.ops.mla_decode import PAGE, LatentFormat, reference
 from helpers import ROOT
 from helpers.latent_pages import BF16, E4M3, Cached, cached, check_tolerances, exact, queries, scale_of
 
@@ -93,15 +93,31 @@ def test_narrow_latents(kernel_of: Callable[..., ctypes.CDLL]) -> None:
     check_tolerances(decode(kernel_of(NARROW), q_BSHL, cache), exact(q_BSHL, cache, scale_of(NARROW)))
 
 
-@pytest.mark.parametrize(("lengths", "new", "heads"), [([1, 0], 1, 128), ([700, 5], 4, 20), ([63, 513], 2, 64)])
+@pytest.mark.parametrize(
+    ("layout", "lengths", "new", "heads"),
+    [(WIDE, [1, 0], 1, 128), (WIDE, [700, 5], 4, 20), (BLOCKS, [63, 513], 2, 64)],
+    ids=["short", "long", "fp8"],
+)
 def test_two_tiles_share_the_copies_of_pages(
-    kernel_of: Callable[..., ctypes.CDLL], lengths: list[int], new: int, heads: int
+    kernel_of: Callable[..., ctypes.CDLL], layout: LatentFormat, lengths: list[int], new: int, heads: int
 ) -> None:
-    cache, q_BSHL = cached(WIDE, lengths), queries(len(lengths), new, heads, WIDE)
-    shared = decode(kernel_of(WIDE, cluster=2), q_BSHL, cache, blocks=4)
-    check_tolerances(shared, exact(q_BSHL, cache, scale_of(WIDE)))
-    own = decode(kernel_of(WIDE), q_BSHL, cache, blocks=2)
+    cache, q_BSHL = cached(layout, lengths), queries(len(lengths), new, heads, layout)
+    shared = decode(kernel_of(layout, cluster=2), q_BSHL, cache, blocks=4)
+    check_tolerances(shared, exact(q_BSHL, cache, scale_of(layout)))
+    own = decode(kernel_of(layout), q_BSHL, cache, blocks=2)
     assert all(one.equal(other) for one, other in zip(shared, own, strict=True))
+
+
+@pytest.mark.parametrize("factor", [1.37, 2.0**-100, 2.0**20])
+def test_fp8_rows_may_have_any_scale(kernel_of: Callable[..., ctypes.CDLL], factor: float) -> None:
+    """Others write scales that are no powers of two; a very large or small power is none of what a shift can do."""
+    cache, q_BSHL = cached(BLOCKS, [70]), queries(1, 1, 16, BLOCKS) / max(1, factor)
+    page = cache.pages[cache.table_BM[0, 0].item()]
+    page[3, 512:528].view(torch.float32).mul_(factor)
+    expected = reference.mla_decode(q_BSHL.double(), *cache.arguments, scale_of(BLOCKS))
+    check_tolerances(decode(kernel_of(BLOCKS), q_BSHL, cache), expected)
+    page[3, 100] = 0x7F  # NaN
+    assert decode(kernel_of(BLOCKS), q_BSHL, cache)[0].isnan().all()
 
 
 def test_no_bit_depends_on_the_batch(kernel_of: Callable[..., ctypes.CDLL]) -> None:

@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from deepseek_v3.ops.fp8.formats import BLOCK
 from deepseek_v3.ops.mla_decode.formats import PAGE, LatentFormat
 from deepseek_v3.ops.mla_decode.triton import write_latents
-from deepseek_v3.ops.nvrtc import Kernel, current_device, tensor_map
+from deepseek_v3.ops.nvrtc import Kernel, TensorMap, current_device, tensor_map
 from deepseek_v3.ops.operation import multiprocessors
 
 __all__ = ["kernels", "mla_decode", "most_parts", "part_tokens", "write_latents"]
@@ -29,11 +30,13 @@ _SOURCE = Path(__file__).with_name("decode.cu")
 PARTS, SHORTEST_PART, LONGEST_PART, MOST_PARTS = 8, 512, 1024, 64
 
 # Width of the latent, whether rows are FP8, and thread blocks of a cluster, which share the copies of pages.
-VARIANTS = ((512, False, 1), (512, False, 2), (512, True, 1), (256, False, 1), (256, False, 2))
+_FORMATS = ((512, False), (512, True), (256, False))
+VARIANTS = tuple((*layout, cluster) for layout in _FORMATS for cluster in (1, 2))
 
 _ROWS, _COLUMNS, _THREADS = 64, 64, 384  # of a tile; of a thread block
 _ADDING_THREADS, _ADDING_BLOCKS = 256, 4  # of the second kernel: of a thread block; for each multiprocessor
 _ADDED_COLUMNS = 128  # by a warp of it
+_KERNELS = ("mla_decode", "mla_decode_parts")
 _LOG2_E = 1.4426950408889634
 
 
@@ -61,7 +64,7 @@ def mla_decode(
     processors, tiles = multiprocessors(q_BSHL.device), -(-rows // _ROWS)
     parts = most_parts(table_BM.shape[1] * PAGE)
     blocks = min(max(1, processors // tiles), batch * parts) * tiles
-    variant = rank, layout.is_fp8, 2 if tiles % 2 == 0 and not layout.is_fp8 else 1
+    variant = rank, layout.is_fp8, 2 - tiles % 2
     divided = parts if parts > 1 else 0
     parts_BIXC = q_BSHL.new_empty(batch, divided, rows, rank, dtype=torch.float32)
     part_rows_BIX4 = q_BSHL.new_empty(batch, divided, rows, 4, dtype=torch.float32)
@@ -72,9 +75,7 @@ def mla_decode(
     results = [out_BSHC, sums_BSH, parts_BIXC, part_rows_BIX4, added_B]
     with current_device(q_BSHL.device):
         queries = tensor_map(q_BSHL.contiguous().flatten(0, 2), _ROWS, _COLUMNS, swizzle=True)
-        # The kernel does not read the map of pages that have FP8 rows.
-        keys = queries if layout.is_fp8 else tensor_map(pages.flatten(0, 1), PAGE, _COLUMNS, swizzle=True)
-        given = [queries, keys, pages, table_BM.contiguous(), lengths_B]
+        given = [queries, *_page_maps(pages.flatten(0, 1), layout), table_BM.contiguous(), lengths_B]
         _kernel("mla_decode", *variant).launch(blocks, _THREADS, [*given, *results, kept, sizes])
         if divided:
             units = -(-rows * (rank // _ADDED_COLUMNS) // (_ADDING_THREADS // 32))
@@ -82,6 +83,17 @@ def mla_decode(
             adding = _kernel("mla_decode_parts", *variant)
             adding.launch(batch * each, _ADDING_THREADS, [lengths_B, *results, sizes])
     return out_BSHC, sums_BSH
+
+
+def _page_maps(rows_ND: Tensor, layout: LatentFormat) -> tuple[TensorMap, TensorMap, TensorMap]:
+    """Of rows of numbers; or of the bytes, the scales, and the rotated numbers of FP8 rows."""
+    if not layout.is_fp8:
+        return (tensor_map(rows_ND, PAGE, _COLUMNS, swizzle=True),) * 3
+    return (
+        tensor_map(rows_ND, PAGE, BLOCK),
+        tensor_map(rows_ND.view(torch.float32), PAGE, layout.rank // BLOCK),
+        tensor_map(rows_ND.view(torch.bfloat16), PAGE, _COLUMNS, swizzle=True),
+    )
 
 
 def part_tokens(length: int) -> int:
@@ -102,17 +114,17 @@ def most_parts(capacity: int) -> int:
 
 def kernels() -> Iterator[Kernel]:
     """Every variant of the kernels."""
-    yield from (_kernel(name, *variant) for variant in VARIANTS for name in _SHARED_NUMBERS)
-
-
-# Numbers of 4 bytes in shared memory, beside the tiles: the rows' maxima and sums, and barriers.
-_SHARED_NUMBERS = {"mla_decode": 4 * _ROWS + 20, "mla_decode_parts": 0}
+    yield from (_kernel(name, *variant) for variant in VARIANTS for name in _KERNELS)
 
 
 @cache
 def _kernel(name: str, rank: int, is_fp8: bool, cluster: int) -> Kernel:
     parts = {"PARTS": PARTS, "SHORTEST_PART": SHORTEST_PART, "LONGEST_PART": LONGEST_PART, "MOST_PARTS": MOST_PARTS}
-    tiles = 3 * (rank // _COLUMNS + 1) * _ROWS * _COLUMNS * 2 + 1024  # with their alignment
-    numbers = 4 * _SHARED_NUMBERS[name]
     defines = {"RANK": rank, "FP8": int(is_fp8), "CLUSTER": cluster, **parts}
-    return Kernel(_SOURCE, name, defines, tiles + numbers if numbers else 0)
+    return Kernel(_SOURCE, name, defines, _shared_bytes(rank) if name == "mla_decode" else 0)
+
+
+def _shared_bytes(rank: int) -> int:
+    """Queries and two blocks of keys with their scales; maxima and sums of rows; barriers; the tiles' alignment."""
+    tiles, scales = 3 * (rank // _COLUMNS + 1) * _ROWS * _COLUMNS * 2, 2 * PAGE * (rank // BLOCK) * 4
+    return tiles + scales + 4 * _ROWS * 4 + 12 * 8 + 1024

@@ -11,13 +11,15 @@
 //
 // Two warpgroups multiply. They compute the scores of blocks in turn, and both sum the values of every block, each for
 // its half of the value columns, so that 64 × RANK sums fit into registers. They exchange the exponentiated scores and
-// the rows' maxima through shared memory. There is place for two blocks: while one is read, the next one comes. One warp copies pages with the tensor memory accelerator (TMA). If the cache has 8-bit
-// blocks, a third warpgroup loads them instead, and stores their numbers in bfloat16.
+// the rows' maxima through shared memory. There is place for two blocks: while one is read, the next one comes. One
+// warp copies pages with the tensor memory accelerator (TMA). If the cache has 8-bit blocks, a third warpgroup turns
+// them into bfloat16 in place: their bytes come into the second half of a block's columns, and fill all from the first
+// one on.
 //
 // Thread blocks of two tiles of one sequence form a cluster. Each copies half of every block of keys, for both.
 //
 // Set by the compiler's command line:
-//   CLUSTER     thread blocks of a cluster: 1, or 2 if the number of tiles is even and rows are of bfloat16
+//   CLUSTER     thread blocks of a cluster: 1, or 2 if the number of tiles is even
 //   RANK        value columns: 256 or 512; a row has up to 64 more columns, copied as 64 with zeros behind them
 //   FP8         1: rows of RANK e4m3 values, RANK / 128 float32 scales, 64 bfloat16 numbers; 0: rows of bfloat16
 //   PARTS, SHORTEST_PART, LONGEST_PART, MOST_PARTS    a sequence has PARTS parts of between SHORTEST_PART and
@@ -35,24 +37,29 @@ constexpr int VALUE_TILES = RANK / COLUMNS, TILES = VALUE_TILES + 1;
 constexpr u32 BYTES_TILE = 64 * COLUMNS * 2;
 constexpr u32 BYTES_KEYS = TILES * BYTES_TILE;
 constexpr int BLOCK = 128;  // numbers with one scale
-constexpr u32 BYTES_ROW = RANK + RANK / BLOCK * 4 + COLUMNS * 2;  // of 8-bit blocks
+constexpr int SCALES = RANK / BLOCK;  // of a row of 8-bit blocks
+constexpr u32 BYTES_RAW = KEYS * (RANK + SCALES * 4 + COLUMNS * 2);  // of a block of such rows
 constexpr int COPIERS = FP8 ? 4 : 1;  // warps that copy, or convert, the keys
-constexpr int REGISTERS = FP8 ? 200 : 232, REGISTERS_OF_COPIERS = FP8 ? 104 : 32;  // of a thread
+constexpr int REGISTERS = FP8 ? 216 : 232, REGISTERS_OF_COPIERS = FP8 ? 72 : 32;  // of a thread
 static_assert(2 * REGISTERS + REGISTERS_OF_COPIERS <= 3 * 168, "a launch of 384 threads has 168 registers for each");
 
-// Shared memory: the queries; two blocks of keys; of both warpgroups the rows' maxima and sums; barriers. The last tile
+// Shared memory: the queries; two blocks of keys, and their scales; of both warpgroups the rows' maxima and sums;
+// barriers. The last tile
 // of a block, its rotated columns, is read for scores alone; then it holds the exponentiated scores of the block, the
 // weights of its values.
 constexpr u32 OFFSET_KEYS = BYTES_KEYS, WEIGHTS = VALUE_TILES * BYTES_TILE;
-constexpr u32 OFFSET_MAXIMA = OFFSET_KEYS + 2 * BYTES_KEYS, OFFSET_SUMS = OFFSET_MAXIMA + 2 * ROWS * 4;
+constexpr u32 OFFSET_SCALES = OFFSET_KEYS + 2 * BYTES_KEYS, BYTES_SCALES = KEYS * SCALES * 4;
+constexpr u32 OFFSET_MAXIMA = OFFSET_SCALES + 2 * BYTES_SCALES, OFFSET_SUMS = OFFSET_MAXIMA + 2 * ROWS * 4;
 constexpr u32 OFFSET_BARRIERS = OFFSET_SUMS + 2 * ROWS * 4;
 
 // Barriers: of the queries, copied and read; then for each block of keys and each half of its columns, full and empty.
 // In a cluster, thread block h copies halves h, and only its barriers say that these are empty, in both thread blocks.
+// 8-bit blocks have a barrier for each block of their bytes; both thread blocks copy a half of them, and all barriers of
+// both say what is empty in both.
 // Warpgroup 0 reads the first half of the values, and warpgroup 1 the second one. The last tile belongs to the half of
 // the warpgroup that reads the weights from there: to the second half of the first block, and to the first half of the
 // second block.
-constexpr u32 QUERIES = 0, QUERIES_READ = 8, FULL = 16, EMPTY = FULL + 4 * 8;
+constexpr u32 QUERIES = 0, QUERIES_READ = 8, FULL = 16, EMPTY = FULL + 4 * 8, RAW = EMPTY + 4 * 8;
 
 // sequences; queries · heads rows of each; most parts of a sequence; width of the page table.
 struct Sizes {
@@ -98,18 +105,11 @@ __device__ __forceinline__ float exp2_of(float x) {
     return y;
 }
 
-// 16 bytes of the cache, which nothing changes meanwhile.
-__device__ __forceinline__ uint4 load_16(const u8* address) {
+__device__ __forceinline__ uint4 load_16(u32 address) {
     uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
-        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
     return v;
-}
-
-__device__ __forceinline__ float load_number(const u8* address) {
-    float value;
-    asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(value) : "l"(address));
-    return value;
 }
 
 __device__ __forceinline__ void store_16(u32 address, uint4 v) {
@@ -125,6 +125,13 @@ __device__ __forceinline__ u32 scaled_pair(u32 two, float scale) {
     asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}\n"
         : "=f"(low), "=f"(high) : "r"(halves));
     return as_bfloat16(low * scale, high * scale);
+}
+
+// Two numbers of bfloat16 times two others.
+__device__ __forceinline__ u32 product_of_pairs(u32 one, u32 other) {
+    u32 result;
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(one), "r"(other));
+    return result;
 }
 
 // The same of values, whose rows are summed over: it holds the distance of the next 64 columns, and adding 128 moves it
@@ -436,56 +443,70 @@ __device__ __forceinline__ u32 place_in_tile(u32 tile, int row, int piece) {
     return tile + row * 128 + (piece ^ row % 8) * 16;
 }
 
-// What a thread of a converting warp loads of BLOCK columns of a page: 16 numbers of rows lane / 8, and of every
-// fourth row after it, of the warp's 16 rows. Eight threads load all BLOCK columns of a row.
-struct Loaded {
-    uint4 values[4];
-    float scales[4];
-};
-
-// The i-th row of a thread. Rows behind the sequence may hold anything, and 0 · NaN is NaN, so the last row replaces
-// them.
-__device__ __forceinline__ u32 row_of(int i, int left) {
-    return min((int)threadIdx.x % 128 / 32 * 16 + 4 * i + (int)threadIdx.x % 32 / 8, left - 1);
+// Two e4m3 numbers, in the high bytes of both halves, times powers of two. The bits of their exponents become the lowest
+// ones of bfloat16's, which divides by 2^120: `factors` are two times 2^120 · scale.
+__device__ __forceinline__ u32 shifted_pair(u32 two, u32 factors) {
+    return product_of_pairs((two & 0x80008000) | (two >> 4 & 0x07f007f0), factors);
 }
 
-__device__ __forceinline__ const u8* page_at(const u8* pages, int page) {
-    return pages + (long long)page * (KEYS * BYTES_ROW);
+__device__ __forceinline__ u32 bits_of_factors(float scale) {
+    return ((u32)__float_as_int(scale) + (120u << 23)) >> 16;
 }
 
-__device__ __forceinline__ void load_columns(Loaded& loaded, const u8* page, int block, int left) {
+// Whether a scale is a power of two that `shifted_pair` can multiply with.
+__device__ __forceinline__ bool is_plain(float scale) {
+    u32 bits = __float_as_int(scale);
+    return (bits & 0x807fffff) == 0 && bits >= 1u << 23 && bits <= 134u << 23;
+}
+
+// Turns BLOCK columns of a warp's 16 rows into bfloat16. Their bytes lie in tile VALUE_TILES / 2 + `piece`, row by row
+// as the tiles do, so a warp overwrites nothing but what it has read. Of every row a thread has 16 numbers; the rows
+// behind the sequence may hold anything, and 0 · NaN is NaN.
+__device__ __forceinline__ void convert_columns(u32 keys, u32 scales, int piece, int left) {
+    int lane = threadIdx.x % 32, first = threadIdx.x % 128 / 32 * 16 + lane / 16 * 2 + lane / 4 % 2;
+    int quarter = lane % 4, chunk = quarter + lane / 8 % 2 * 4;
+    u32 raw = keys + (VALUE_TILES / 2 + piece) * BYTES_TILE, tile = keys + (2 * piece + chunk / 4) * BYTES_TILE;
+    uint4 bytes[4];
+    float scale[4];
+    u32 largest = 0;  // has a byte's highest bit where a number is NaN
+    bool plain = true;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        const u8* from = page + row_of(i, left) * BYTES_ROW;
-        loaded.values[i] = load_16(from + block * BLOCK + threadIdx.x % 8 * 16);
-        loaded.scales[i] = load_number(from + RANK + 4 * block);
+        int row = first + 4 * i;
+        bytes[i] = row < left ? load_16(raw + row * 128 + chunk * 16) : make_uint4(0, 0, 0, 0);
+        scale[i] = row < left ? load_shared(scales + (row * SCALES + piece) * 4) : 1;
+        plain = plain && is_plain(scale[i]);
+        largest |= (bytes[i].x & 0x7f7f7f7f) + 0x01010101 | (bytes[i].y & 0x7f7f7f7f) + 0x01010101;
+        largest |= (bytes[i].z & 0x7f7f7f7f) + 0x01010101 | (bytes[i].w & 0x7f7f7f7f) + 0x01010101;
+    }
+    plain = __all_sync(~0u, plain && !(largest & 0x80808080));  // and all have read
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        u32 words[4] = {bytes[i].x, bytes[i].y, bytes[i].z, bytes[i].w}, pairs[8];
+        u32 factors = __byte_perm(bits_of_factors(scale[i]), 0, 0x1010);
+#pragma unroll
+        for (int word = 0; word < 4; word++) {
+            u32 low = __byte_perm(words[word], 0, 0x1404), high = __byte_perm(words[word], 0, 0x3424);
+            if (plain) {
+                pairs[2 * word] = shifted_pair(low, factors);
+                pairs[2 * word + 1] = shifted_pair(high, factors);
+            } else {
+                pairs[2 * word] = scaled_pair(words[word], scale[i]);
+                pairs[2 * word + 1] = scaled_pair(words[word] >> 16, scale[i]);
+            }
+        }
+        int row = first + 4 * i;
+        store_16(place_in_tile(tile, row, quarter * 2), make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]));
+        store_16(place_in_tile(tile, row, quarter * 2 + 1), make_uint4(pairs[4], pairs[5], pairs[6], pairs[7]));
     }
 }
 
-__device__ __forceinline__ void store_columns(const Loaded& loaded, u32 target, int block) {
-    int lane = threadIdx.x % 32;
-    // A quarter of a row of one of the two tiles of these columns.
-    u32 tile = target + (2 * block + lane % 8 / 4) * BYTES_TILE;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        int row = threadIdx.x % 128 / 32 * 16 + 4 * i + lane / 8;
-        uint4 from = loaded.values[i];
-        float scale = loaded.scales[i];
-        store_16(place_in_tile(tile, row, lane % 4 * 2),
-            make_uint4(scaled_pair(from.x, scale), scaled_pair(from.x >> 16, scale), scaled_pair(from.y, scale),
-                scaled_pair(from.y >> 16, scale)));
-        store_16(place_in_tile(tile, row, lane % 4 * 2 + 1),
-            make_uint4(scaled_pair(from.z, scale), scaled_pair(from.z >> 16, scale), scaled_pair(from.w, scale),
-                scaled_pair(from.w >> 16, scale)));
-    }
-}
-
-__device__ __forceinline__ void copy_rotated(const u8* page, u32 target, int left) {
+// Zeros for the rotated numbers of a warp's rows behind the sequence.
+__device__ __forceinline__ void zero_rotated(u32 keys, int left) {
     int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-#pragma unroll 2
     for (int i = 0; i < 4; i++) {
-        const u8* from = page + row_of(i, left) * BYTES_ROW + RANK + RANK / BLOCK * 4 + lane % 8 * 16;
-        store_16(place_in_tile(target + WEIGHTS, warp * 16 + 4 * i + lane / 8, lane % 8), load_16(from));
+        int row = warp * 16 + 4 * i + lane / 8;
+        if (row >= left) store_16(keys + WEIGHTS + row * 128 + lane % 8 * 16, make_uint4(0, 0, 0, 0));
     }
 }
 
@@ -496,47 +517,56 @@ __device__ __forceinline__ void arrive_as_warp(u32 barrier) {
     if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
 }
 
-// The same for 8-bit blocks, from a warpgroup. While BLOCK columns are stored, the next AHEAD times as many are being
-// loaded.
+// What the pages of 8-bit blocks are for TMA: bytes, scales, and rotated numbers.
+struct RawPages {
+    const TensorMap &bytes, &scales, &rotated;
+};
+
+// Copies the bytes of a block when its place, filled `uses` times before, is empty; in a cluster a half of them for both
+// thread blocks.
+__device__ __forceinline__ void copy_raw(const RawPages& pages, int row, int second, u32 uses, u32 shared) {
+    u32 barriers = shared + OFFSET_BARRIERS, raw = barriers + RAW + second * 8;
+    u32 keys = shared + OFFSET_KEYS + second * BYTES_KEYS;
+    barrier_wait(barriers + EMPTY + second * 16, uses % 2 ^ 1);
+    barrier_wait(barriers + EMPTY + second * 16 + 8, uses % 2 ^ 1);
+    barrier_expect(raw, BYTES_RAW);
+    auto copy = CLUSTER == 1 ? copy_box : copy_box_to_both;
+    for (int piece = 0; piece < SCALES; piece++)
+        if (CLUSTER == 1 || piece % 2 == blockIdx.x % 2)
+            copy(keys + (VALUE_TILES / 2 + piece) * BYTES_TILE, &pages.bytes, piece * BLOCK, row, raw);
+    if (CLUSTER == 1 || blockIdx.x % 2 == 0) copy(keys + WEIGHTS, &pages.rotated, RANK / 2 + 2 * SCALES, row, raw);
+    if (CLUSTER == 1 || blockIdx.x % 2 == 1)
+        copy(shared + OFFSET_SCALES + second * BYTES_SCALES, &pages.scales, RANK / 4, row, raw);
+}
+
+// The same for 8-bit blocks, from a warpgroup: its first thread copies, and all turn a block's numbers into bfloat16.
 __device__ __forceinline__ void convert_runs(
-    Runs runs, const TensorMap& queries, const u8* pages, const int* table, u32 shared) {
-    constexpr int PIECES = RANK / BLOCK, AHEAD = PIECES / 2;
+    Runs runs, const TensorMap& queries, const RawPages& pages, const int* table, u32 shared) {
     u32 barriers = shared + OFFSET_BARRIERS;
+    bool copies = threadIdx.x % 128 == 0;
     Run run;
     Uses uses{};
     while (runs.next(run)) {
-        if (threadIdx.x % 128 == 0) copy_queries(queries, runs, run, uses, shared);
-        uses.of_queries++;
-        int keys = run.keys(), blocks = run.blocks();
-        if (blocks == 0) continue;
         const int* of_run = table + (long long)run.sequence * runs.sizes.table_width + run.first_key() / KEYS;
-        Loaded loaded[PIECES];
-        int page = of_run[0];
-#pragma unroll
-        for (int piece = 0; piece < AHEAD; piece++) load_columns(loaded[piece], page_at(pages, page), piece, keys);
+        int keys = run.keys(), blocks = run.blocks();
+        if (copies && blocks > 0) copy_raw(pages, of_run[0] * KEYS, 0, uses.of_block[0], shared);
+        if (copies) copy_queries(queries, runs, run, uses, shared);
+        uses.of_queries++;
 #pragma unroll 1
         for (int block = 0; block < blocks; block++) {
-            int left = keys - block * KEYS, next = block + 1 < blocks ? of_run[block + 1] : page;
-            int second = block % 2;
-            u32 parity = (second ? uses.of_block[1]++ : uses.of_block[0]++) % 2 ^ 1;
-            u32 target = shared + OFFSET_KEYS + second * BYTES_KEYS;
-            u32 full = barriers + FULL + second * 16, empty = barriers + EMPTY + second * 16;
-#pragma unroll
-            for (int piece = 0; piece < PIECES; piece++) {
-                int half = piece >= PIECES / 2;
-                if (piece % (PIECES / 2) == 0) barrier_wait(empty + half * 8, parity);
-                store_columns(loaded[piece], target, piece);
-                int later = (piece + AHEAD) % PIECES;
-                if (piece + AHEAD < PIECES)
-                    load_columns(loaded[later], page_at(pages, page), later, left);
-                else if (block + 1 < blocks)
-                    load_columns(loaded[later], page_at(pages, next), later, left - KEYS);
-                if (piece % (PIECES / 2) == PIECES / 2 - 1) {
-                    if (half != second) copy_rotated(page_at(pages, page), target, left);
-                    arrive_as_warp(full + half * 8);
-                }
+            int second = block % 2, left = keys - block * KEYS;
+            u32 parity = (second ? uses.of_block[1]++ : uses.of_block[0]++) % 2;
+            u32 target = shared + OFFSET_KEYS + second * BYTES_KEYS, full = barriers + FULL + second * 16;
+            u32 scales = shared + OFFSET_SCALES + second * BYTES_SCALES;
+            barrier_wait(barriers + RAW + second * 8, parity);
+            if (left < KEYS) zero_rotated(target, left);
+#pragma unroll 1
+            for (int piece = 0; piece < SCALES; piece++) {
+                convert_columns(target, scales, piece, left);
+                if (piece % (SCALES / 2) == SCALES / 2 - 1) arrive_as_warp(full + piece / (SCALES / 2) * 8);
             }
-            page = next;
+            if (copies && block + 1 < blocks)
+                copy_raw(pages, of_run[block + 1] * KEYS, second ^ 1, uses.of_block[second ^ 1], shared);
         }
     }
 }
@@ -658,10 +688,12 @@ __device__ __forceinline__ void mask(
 template <int GROUP>
 __device__ __forceinline__ void release_half(u32 shared, int second) {
     u32 empty = shared + OFFSET_BARRIERS + EMPTY + second * 16 + GROUP * 8;
-    if (CLUSTER == 1)
+    if (CLUSTER == 1) {
         barrier_arrive(empty);
-    else
+    } else {
         barrier_arrive_at(empty, GROUP);
+        if (FP8) barrier_arrive_at(empty, GROUP ^ 1);
+    }
 }
 
 // A block whose scores this warpgroup computes, and whose weights it shows the other one.
@@ -673,6 +705,7 @@ __device__ __forceinline__ void attend_own(
     u32 full = barriers + FULL + GROUP * 16;
     u32 queries = descriptor(shared), keys_at = descriptor(keys);
     float scores[32];
+    if (FP8) barrier_wait(barriers + RAW + GROUP * 8, parity);  // of the rotated numbers
     barrier_wait(full, parity);
     int left = part.keys - block * KEYS;
     if (!FP8 && left < KEYS) {
@@ -925,8 +958,9 @@ __device__ __forceinline__ void synchronize_all() {
 
 extern "C" IN_CLUSTERS __global__ void __launch_bounds__(384, 1) mla_decode(
     const __grid_constant__ TensorMap queries,
-    const __grid_constant__ TensorMap pages,  // of bfloat16
-    const u8* bytes,                          // the pages, if they have 8-bit blocks
+    const __grid_constant__ TensorMap pages,    // their numbers of bfloat16, or the bytes of 8-bit blocks,
+    const __grid_constant__ TensorMap scales,   // their scales
+    const __grid_constant__ TensorMap rotated,  // and their rotated numbers
     const int* table, const int* lengths, bf16* out, float* lse, float* parts, float* part_rows, int* added,
     float* kept, const Sizes sizes) {
     u32 shared = shared_memory();
@@ -938,6 +972,8 @@ extern "C" IN_CLUSTERS __global__ void __launch_bounds__(384, 1) mla_decode(
             barrier_init(barriers + FULL + 8 * i, COPIERS);
             barrier_init(barriers + EMPTY + 8 * i, 4 * CLUSTER);  // the warps that read this half
         }
+        barrier_init(barriers + RAW, 1);
+        barrier_init(barriers + RAW + 8, 1);
         show_barriers();
     }
     synchronize_all();
@@ -945,7 +981,7 @@ extern "C" IN_CLUSTERS __global__ void __launch_bounds__(384, 1) mla_decode(
     if (threadIdx.x >= 256) {
         give_registers<REGISTERS_OF_COPIERS>();
         if (FP8)
-            convert_runs(Runs(sizes, lengths), queries, bytes, table, shared);
+            convert_runs(Runs(sizes, lengths), queries, {pages, scales, rotated}, table, shared);
         else if (threadIdx.x < 288)
             copy_runs(Runs(sizes, lengths), queries, pages, table, shared);
     } else {
