@@ -133,13 +133,14 @@ def _build(kernels: Sequence[Kernel], nvcc: Nvcc) -> list[_Built]:
 def _report(built: Sequence[_Built]) -> list[str]:
     """A table of what each kernel takes, then those that spill registers, and what the assembler warns of."""
     header = ("kernel", "variant", "registers", "spilled", "static", "dynamic", "")
+    variants = _variants([each.kernel for each in built])
     spilling = [
-        f"{each.kernel.name} ({_variant(each.kernel)})"
+        f"{each.kernel.name} ({variants[each.kernel]})"
         for each in built
         if (taken := each.code.resources.get(each.kernel.name)) and taken.spill_stores + taken.spill_loads
     ]
     return [
-        *table(header, [_row(each) for each in built], left=("variant", "")),
+        *table(header, [_row(each, variants[each.kernel]) for each in built], left=("variant", "")),
         "registers: of a thread; spilled: bytes that it stores and loads for want of registers;",
         "static, dynamic: bytes of shared memory of a thread block",
         f"SPILLS registers to memory, which is slow: {'; '.join(spilling)}" if spilling else "No kernel spills.",
@@ -147,17 +148,26 @@ def _report(built: Sequence[_Built]) -> list[str]:
     ]
 
 
-def _row(built: _Built) -> tuple[str, ...]:
+def _row(built: _Built, variant: str) -> tuple[str, ...]:
     kernel, code, is_new = built
     taken, where = code.resources.get(kernel.name), "built now" if is_new else "built before"
     numbers = ("?",) * 3
     if taken:
         numbers = f"{taken.registers}", f"{taken.spill_stores + taken.spill_loads:,}", f"{taken.static_shared:,}"
-    return kernel.name, _variant(kernel), *numbers, f"{kernel.shared_bytes:,}", where
+    return kernel.name, variant, *numbers, f"{kernel.shared_bytes:,}", where
 
 
-def _variant(kernel: Kernel) -> str:
-    return describe("", kernel.defines).removeprefix(" with ") or "–"
+def _variants(kernels: Sequence[Kernel]) -> dict[Kernel, str]:
+    """What distinguishes each kernel from others of its source: its defines without those that all of them have."""
+    defines_of: dict[Path, list[set[tuple[str, int]]]] = {}
+    for kernel in kernels:
+        defines_of.setdefault(kernel.source, []).append(set(kernel.defines.items()))
+    same = {source: set.intersection(*all_defines) for source, all_defines in defines_of.items()}
+    found = {}
+    for kernel in kernels:
+        own = {name: value for name, value in kernel.defines.items() if (name, value) not in same[kernel.source]}
+        found[kernel] = describe("", own).removeprefix(" with ") or "–"
+    return found
 
 
 def _check(packages: Sequence[CudaPackage]) -> None:
@@ -185,11 +195,11 @@ def _check_package(package: CudaPackage, device: torch.device) -> list[str]:
                 wrong.append(f"{name}: differs from the reference")
     except CudaError as error:
         wrong.append(str(error))
-    for kernel in kernels:
+    for kernel, variant in _variants(kernels).items():
         if not kernel.is_loaded:
-            wrong.append(f"{kernel.name} ({_variant(kernel)}): was not checked")
+            wrong.append(f"{kernel.name} ({variant}): was not checked")
         elif not kernel.is_built:
-            wrong.append(f"{kernel.name} ({_variant(kernel)}): the driver refuses what nvcc has built")
+            wrong.append(f"{kernel.name} ({variant}): the driver refuses what nvcc has built")
     if wrong:
         for kernel in kernels:
             kernel_cache.path_of(kernel.source, kernel.defines, NVCC).unlink(missing_ok=True)
