@@ -27,6 +27,7 @@ _MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _TENSOR_MAP_BYTES = 128
 _TENSOR_MAP_TYPES = {torch.uint8: 0, torch.float8_e4m3fn: 0, torch.float32: 7, torch.bfloat16: 9}
 _NO_SWIZZLE, _SWIZZLE_128_BYTES, _PROMOTE_TO_256_BYTES = 0, 3, 3
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_…
 
 _log = get_logger("Kernels")
 
@@ -111,6 +112,31 @@ def tensor_map(matrix: Tensor, box_rows: int, box_columns: int, swizzle: bool = 
 _tensor_map = lru_cache(maxsize=4096)(TensorMap)
 
 
+class _LaunchAttribute(ctypes.Structure):
+    """`CUlaunchAttribute`, whose value begins at byte 8 and has 64 bytes."""
+
+    _fields_ = [("id", ctypes.c_int64), ("value", ctypes.c_int * 16)]
+
+
+class _LaunchConfig(ctypes.Structure):
+    """`CUlaunchConfig`."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_LaunchAttribute)),
+        ("num_attributes", ctypes.c_uint),
+    ]
+
+
+def _early_launch(blocks: int, threads: int, shared_bytes: int, stream: ctypes.c_void_p) -> _LaunchConfig:
+    attribute = _LaunchAttribute(_PROGRAMMATIC_STREAM_SERIALIZATION, (ctypes.c_int * 16)(1))
+    sizes = ((ctypes.c_uint * 3)(number, 1, 1) for number in (blocks, threads))
+    return _LaunchConfig(*sizes, shared_bytes, stream, ctypes.pointer(attribute), 1)
+
+
 class Kernel:
     """A kernel of a CUDA C++ source, compiled at its first launch and loaded on every device that launches it.
 
@@ -132,22 +158,26 @@ class Kernel:
         """Whether it is code that `build_kernels.py` has built."""
         return self._code.is_built
 
-    def launch(self, blocks: int, threads: int, arguments: Sequence[Any]) -> None:
+    def launch(self, blocks: int, threads: int, arguments: Sequence[Any], early: bool = False) -> None:
         """Launches the kernel on the current stream of the current device, inside `current_device`.
 
         An argument is a tensor (its address), a `TensorMap` (by value), None (a null pointer), or a ctypes object.
+        With `early` its thread blocks may start before the previous kernel ends, if that one allows it; they wait
+        for its results themselves.
         """
         values = [_by_value(argument) for argument in arguments]
         places = [value.address if isinstance(value, TensorMap) else ctypes.addressof(value) for value in values]
         packed = (ctypes.c_void_p * len(places))(*places)
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        one = ctypes.c_uint(1)
-        _check(
-            _driver().cuLaunchKernel(
-                self._function(), blocks, one, one, threads, one, one, self.shared_bytes, stream, packed, None
-            ),
-            f"launching {self.name}",
-        )
+        driver, function, one = _driver(), self._function(), ctypes.c_uint(1)
+        if early:
+            config = _early_launch(blocks, threads, self.shared_bytes, stream)
+            launched = driver.cuLaunchKernelEx(ctypes.byref(config), function, packed, None)
+        else:
+            launched = driver.cuLaunchKernel(
+                function, blocks, one, one, threads, one, one, self.shared_bytes, stream, packed, None
+            )
+        _check(launched, f"launching {self.name}")
 
     def _function(self) -> ctypes.c_void_p:
         device = torch.cuda.current_device()

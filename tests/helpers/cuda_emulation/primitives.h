@@ -208,6 +208,8 @@ inline void arrive() { arrive_at(NAME, THREADS, false); }
 template <int NAME, int THREADS>
 inline void synchronize() { arrive_at(NAME, THREADS, true); }
 inline void show_barriers() {}
+inline void let_next_kernel_start() {}
+inline void wait_for_kernel_before() {}
 inline void show_to_tensor_cores() {}
 
 // Registers

@@ -1,5 +1,6 @@
 """Kernels in CUDA C++: NVRTC compiles them without a GPU. The tests of each operation compare their results."""
 
+import ctypes
 from contextlib import nullcontext
 from pathlib import Path
 from threading import Thread
@@ -95,6 +96,19 @@ def test_the_map_of_the_same_memory_is_made_once(monkeypatch: pytest.MonkeyPatch
     ]
     assert len({id(found) for found in (first, *others)}) == len(made) == 6
     nvrtc._tensor_map.cache_clear()
+
+
+def test_an_early_launch_is_laid_out_as_the_driver_reads_it() -> None:
+    """By the offsets of `CUlaunchConfig` and `CUlaunchAttribute` in cuda.h."""
+    config = nvrtc._early_launch(7, 256, 1024, ctypes.c_void_p(5))
+    words = (ctypes.c_uint32 * 14).from_buffer(config)
+    assert ctypes.sizeof(config) == 56
+    assert list(words[:7]) == [7, 1, 1, 256, 1, 1, 1024]
+    assert list(words[8:10]) == [5, 0]
+    assert words[12] == 1
+    attribute = config.attributes.contents
+    assert ctypes.sizeof(attribute) == 72
+    assert list((ctypes.c_uint32 * 3).from_buffer(attribute)) == [6, 0, 1]
 
 
 @pytest.mark.gpu

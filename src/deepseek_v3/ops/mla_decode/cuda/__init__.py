@@ -81,7 +81,7 @@ def mla_decode(
             units = -(-rows * (rank // _ADDED_COLUMNS) // (_ADDING_THREADS // 32))
             each = max(1, min(units, _ADDING_BLOCKS * processors // batch))
             adding = _kernel("mla_decode_parts", *variant)
-            adding.launch(batch * each, _ADDING_THREADS, [lengths_B, *results, sizes])
+            adding.launch(batch * each, _ADDING_THREADS, [lengths_B, *results, sizes], early=True)
     return out_BSHC, sums_BSH
 
 

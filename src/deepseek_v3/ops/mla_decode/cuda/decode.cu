@@ -205,6 +205,16 @@ __device__ __forceinline__ void multiply_values(float (&d)[HALF / 2], u32 weight
         "}\n" : OUT : "r"(weights), "r"(values));
 }
 
+// The next kernel of the stream may start.
+__device__ __forceinline__ void let_next_kernel_start() {
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// The kernel before has ended, and its results can be read.
+__device__ __forceinline__ void wait_for_kernel_before() {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
 #if CLUSTER > 1
 #define IN_CLUSTERS __cluster_dims__(CLUSTER, 1, 1)
 #else
@@ -963,6 +973,7 @@ extern "C" IN_CLUSTERS __global__ void __launch_bounds__(384, 1) mla_decode(
     const __grid_constant__ TensorMap rotated,  // and their rotated numbers
     const int* table, const int* lengths, bf16* out, float* lse, float* parts, float* part_rows, int* added,
     float* kept, const Sizes sizes) {
+    let_next_kernel_start();
     u32 shared = shared_memory();
     if (threadIdx.x == 0) {
         u32 barriers = shared + OFFSET_BARRIERS;
@@ -1001,6 +1012,7 @@ extern "C" __global__ void __launch_bounds__(256) mla_decode_parts(
     const Sizes sizes) {
     constexpr int AT_ONCE = 16, WIDTH = 128;
     int blocks = gridDim.x / sizes.batch, sequence = blockIdx.x / blocks, lane = threadIdx.x % 32;
+    wait_for_kernel_before();
     int first_added = added[sequence], pieces = Parts(lengths[sequence]).number - first_added + 1;
     if (pieces == 1) return;
     int rows = sizes.queries * sizes.heads;
