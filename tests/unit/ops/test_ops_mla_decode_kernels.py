@@ -180,7 +180,7 @@ def test_the_number_of_parts_is_never_larger_than_the_memory() -> None:
         largest = max(largest, -(-capacity // part_length(capacity)))
         assert largest <= most_parts(capacity) <= 2 * largest
     assert [most_parts(length) for length in (0, 1, 512, 513, 4096, 8192, 8193, 131_072)] == [
-        0, 1, 1, 2, 8, 16, 16, 64,
+        0, 1, 1, 2, 4, 8, 9, 64,
     ]  # fmt: skip
 
 

@@ -29,10 +29,11 @@ from deepseek_v3.ops.fp8.formats import BLOCK, E4M3
 from deepseek_v3.ops.mla_decode.formats import PAGE, LatentFormat
 from deepseek_v3.ops.operation import multiprocessors
 
-# A part has 512 tokens, of sequences of up to 8192; each time that the length grows by a factor of 4, it has twice
-# as many: there are 32 parts of 32,768 tokens, and 64 of 131,072. Shorter parts fill the GPU with fewer sequences,
-# and cost more for their sums: those of 128 heads are as many bytes, written and read, as 455 tokens in bfloat16.
-_SHORTEST, _LIMIT, _DOUBLINGS = 512, 8192, 6
+# A part has 512 tokens, of sequences of up to 2048, and 1024 of longer ones; from 32,768 on it has twice as many
+# each time that the length grows by a factor of 4: 4 parts of 4096 tokens, 32 of 32,768, 64 of 131,072. Shorter
+# parts fill the GPU with fewer sequences, and cost more for their sums: those of 128 heads are as many bytes,
+# written and read, as 455 tokens in bfloat16.
+_SHORTEST, _LIMIT, _DOUBLINGS = 512, 2048, 7
 _LENGTHS = 256  # lengths that a program reads at a time
 _COMBINED = 8  # parts that a program combines at a time
 
@@ -163,12 +164,17 @@ def write_latents(
 
 def part_length(length: int) -> int:
     """Tokens of each part of a sequence but the last one."""
-    return _SHORTEST << sum(length > _LIMIT << 2 * doubling for doubling in range(_DOUBLINGS))
+    return _SHORTEST << sum(length > limit for limit in _limits())
+
+
+def _limits() -> list[int]:
+    """The lengths above which parts are twice as long, and twice again."""
+    return [_LIMIT << 2 * doubling + 2 * (doubling > 0) for doubling in range(_DOUBLINGS)]
 
 
 def most_parts(capacity: int) -> int:
     """The largest number of parts of any sequence of at most `capacity` tokens."""
-    limits = (min(capacity, _LIMIT << 2 * doubling) for doubling in range(_DOUBLINGS))
+    limits = [min(capacity, limit) for limit in _limits()]
     return max(triton.cdiv(length, part_length(length)) for length in (capacity, *limits))
 
 
@@ -228,7 +234,8 @@ def _chunk(layout: LatentFormat, dtype: torch.dtype) -> int:
 def _part_length(length):
     part = _FIRST_PART
     for doubling in tl.static_range(_PART_DOUBLINGS):
-        part += tl.where(length > (_FIRST_LIMIT << 2 * doubling), _FIRST_PART << doubling, 0)
+        limit = _FIRST_LIMIT << (2 * doubling + 2 * (doubling > 0))
+        part += tl.where(length > limit, _FIRST_PART << doubling, 0)
     return part
 
 
