@@ -220,7 +220,6 @@ template <int NUMBER>
 inline void take_registers() {}
 template <int N>
 inline void pin(float (&)[N]) {}
-inline void keep(u32&) {}
 
 // Memory
 

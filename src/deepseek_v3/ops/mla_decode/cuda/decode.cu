@@ -36,29 +36,27 @@ constexpr int HALF = RANK / 2;                     // value columns of a warpgro
 constexpr int VALUE_TILES = RANK / COLUMNS, TILES = VALUE_TILES + 1;
 constexpr u32 BYTES_TILE = 64 * COLUMNS * 2;
 constexpr u32 BYTES_KEYS = TILES * BYTES_TILE;
-constexpr int BLOCK = 128;  // numbers with one scale
-constexpr int SCALES = RANK / BLOCK;  // of a row of 8-bit blocks
-constexpr u32 BYTES_RAW = KEYS * (RANK + SCALES * 4 + COLUMNS * 2);  // of a block of such rows
+constexpr int BLOCK = 128, SCALES = RANK / BLOCK;                    // numbers with one scale; scales of a row
+constexpr u32 BYTES_RAW = KEYS * (RANK + SCALES * 4 + COLUMNS * 2);  // of a block of rows of 8-bit blocks
 constexpr int COPIERS = FP8 ? 4 : 1;  // warps that copy, or convert, the keys
 constexpr int REGISTERS = FP8 ? 216 : 232, REGISTERS_OF_COPIERS = FP8 ? 72 : 32;  // of a thread
 static_assert(2 * REGISTERS + REGISTERS_OF_COPIERS <= 3 * 168, "a launch of 384 threads has 168 registers for each");
 
 // Shared memory: the queries; two blocks of keys, and their scales; of both warpgroups the rows' maxima and sums;
-// barriers. The last tile
-// of a block, its rotated columns, is read for scores alone; then it holds the exponentiated scores of the block, the
-// weights of its values.
+// barriers. The last tile of a block, its rotated columns, is read for scores alone; then it holds the exponentiated
+// scores of the block, the weights of its values.
 constexpr u32 OFFSET_KEYS = BYTES_KEYS, WEIGHTS = VALUE_TILES * BYTES_TILE;
 constexpr u32 OFFSET_SCALES = OFFSET_KEYS + 2 * BYTES_KEYS, BYTES_SCALES = KEYS * SCALES * 4;
 constexpr u32 OFFSET_MAXIMA = OFFSET_SCALES + 2 * BYTES_SCALES, OFFSET_SUMS = OFFSET_MAXIMA + 2 * ROWS * 4;
 constexpr u32 OFFSET_BARRIERS = OFFSET_SUMS + 2 * ROWS * 4;
 
-// Barriers: of the queries, copied and read; then for each block of keys and each half of its columns, full and empty.
+// Barriers: of the queries, copied and read; then for each block of keys and each half of its columns, full and empty;
+// then for the bytes of both blocks, if they are of 8-bit blocks. Warpgroup 0 reads the first half of the values, and
+// warpgroup 1 the second one. The last tile belongs to the half of the warpgroup that reads the weights from there: to
+// the second half of the first block, and to the first half of the second block.
+//
 // In a cluster, thread block h copies halves h, and only its barriers say that these are empty, in both thread blocks.
-// 8-bit blocks have a barrier for each block of their bytes; both thread blocks copy a half of them, and all barriers of
-// both say what is empty in both.
-// Warpgroup 0 reads the first half of the values, and warpgroup 1 the second one. The last tile belongs to the half of
-// the warpgroup that reads the weights from there: to the second half of the first block, and to the first half of the
-// second block.
+// Of the bytes of 8-bit blocks each copies some, and the barriers of each say that the halves of both are empty.
 constexpr u32 QUERIES = 0, QUERIES_READ = 8, FULL = 16, EMPTY = FULL + 4 * 8, RAW = EMPTY + 4 * 8;
 
 // sequences; queries · heads rows of each; most parts of a sequence; width of the page table.
@@ -275,11 +273,6 @@ __device__ __forceinline__ float4 load_four(const float* address) {
     asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
         : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(address) : "memory");
     return v;
-}
-
-// Keeps the compiler from computing a number anew wherever it is used.
-__device__ __forceinline__ void keep(u32& number) {
-    asm volatile("" : "+r"(number));
 }
 
 #endif
