@@ -820,7 +820,7 @@ __device__ __forceinline__ void add_part(float (&sums)[HALF / 2], Rows& rows, co
     float now_0 = fmaxf(before.maximum_0, rows.maximum_0), now_8 = fmaxf(before.maximum_8, rows.maximum_8);
     float before_0 = decay(before.maximum_0, now_0), before_8 = decay(before.maximum_8, now_8);
     float part_0 = decay(rows.maximum_0, now_0), part_8 = decay(rows.maximum_8, now_8);
-    constexpr int AT_ONCE = 8;  // more do not fit into registers
+    constexpr int AT_ONCE = 16;  // more do not fit into registers
 #pragma unroll
     for (int first = 0; first < HALF / 8; first += AT_ONCE) {
         float4 of_before[AT_ONCE];
