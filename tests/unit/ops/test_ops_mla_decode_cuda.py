@@ -69,6 +69,7 @@ def decode(kernel: ctypes.CDLL, q_BSHL: Tensor, cache: Cached, blocks: int = 3) 
     ("lengths", "new", "heads"),
     [
         ([1, 0], 1, 1),
+        ([131, 0, 0, 1], 1, 8),
         ([63, 65], 1, 16),
         ([192], 1, 8),
         ([255, 257], 1, 16),

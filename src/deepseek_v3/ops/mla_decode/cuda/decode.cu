@@ -792,8 +792,10 @@ __device__ __forceinline__ void attend(
             if (has_second) attend_own<1>(part, block + 1, parity_1, shared, sums, rows);
         }
     }
-    if (part.last && blocks <= GROUP && threadIdx.x % 32 == 0)
-        barrier_arrive(shared + OFFSET_BARRIERS + QUERIES_READ);
+    if (part.last && blocks <= GROUP) {  // no block of this warpgroup's own
+        __syncwarp();                    // all of its threads have waited for the queries
+        if (threadIdx.x % 32 == 0) barrier_arrive(shared + OFFSET_BARRIERS + QUERIES_READ);
+    }
 }
 
 // Where results go. A whole sequence's: `out` and `lse`. Otherwise the parts' sums, and of each row of a part its
