@@ -48,8 +48,8 @@ _BROKEN_LINES = b"".join(
         b'{"id": [], "text": "An id that is a list."}',
     )
 )
-# The repeated first row has the duplicate id. A file that is cut is truncated, or damaged if its index is at the
-# end.
+# The repeated first row is no damage: its id is qualified. A file that is cut is truncated, or damaged if its index
+# is at the end.
 _BROKEN = {
     "not_json": 1,
     "not_utf8": 2,
@@ -60,7 +60,6 @@ _BROKEN = {
     "nul": 1,
     "lone_surrogate": 1,
     "id_type": 1,
-    "duplicate_id": 1,
     "truncated": 1,
     "damaged": 1,
     "empty": 1,

@@ -1,4 +1,4 @@
-"""Input that is not a valid document: the table that keeps it, and the codes of the reasons."""
+"""Input that is not a valid document: the table that keeps it, the codes of the reasons, and those of repairs."""
 
 from __future__ import annotations
 
@@ -42,6 +42,11 @@ REASONS = {
     "nul": "a text with NUL characters, the sign of binary data",
     "metadata": "a row with a value in another column that cannot be read or written as JSON",
     "not_text": "a WARC record whose content type is not text, such as an image",
+}
+
+# What was repaired in records that are kept, and counted by these codes.
+REPAIRS = {
+    "id_qualified": "an id that several records have: it now starts with the name of its file",
 }
 
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 from deepseek_v3.data.arrays import Int64Array
 from deepseek_v3.data.pipeline.executors import Executor
 from deepseek_v3.data.pipeline.run_folder import IDS_FILE, RECORDS_FILE, Part, read_table
+from deepseek_v3.data.pipeline.unique_ids import UniqueIds, unique_ids
 from deepseek_v3.data.stages import GlobalStage, NumberedPart, Task, group_by_part
 from deepseek_v3.utils.files import atomic_folder
 from deepseek_v3.utils.logging import get_logger
@@ -28,11 +29,16 @@ _log = get_logger("Preprocess")
 
 @dataclass(frozen=True)
 class StageDecisions:
-    """What a global stage decided about `parts`. The first `num_previous` of them belong to previous runs."""
+    """What a global stage decided about `parts`. The first `num_previous` of them belong to previous runs.
+
+    `unique_ids` is the folder with the decisions of `UniqueIds` if that stage runs before this one in the same
+    pass, because the files of the parts then still hold the ids of the input.
+    """
 
     folder: Path
     parts: tuple[NumberedPart, ...]
     num_previous: int
+    unique_ids: Path | None = None
 
     def own_part(self, number: int) -> NumberedPart:
         """The part of the present run with this number."""
@@ -40,7 +46,11 @@ class StageDecisions:
 
     def ids_of(self, documents: Int64Array) -> list[str]:
         """The ids of documents given by their numbers."""
-        return _column(self.parts, "id", documents)
+        ids = _column(self.parts, "id", documents)
+        if self.unique_ids is None:
+            return ids
+        first_own = sum(part.rows for part in self.parts[: self.num_previous])
+        return unique_ids(self.unique_ids, documents - first_own, pa.array(ids, pa.string())).to_pylist()
 
 
 def run_global_stages(
@@ -60,12 +70,15 @@ def run_global_stages(
     """
     decisions: list[StageDecisions] = []
     removed: list[Path | None] = [None] * len(finished)
+    renamed: Path | None = None
     for stage, before, folder in zip(stages, previous, folders, strict=True):
         parts = _number_parts(stage, before, finished, removed)
-        decision = StageDecisions(folder / "decisions", tuple(parts), len(before))
+        decision = StageDecisions(folder / "decisions", tuple(parts), len(before), renamed)
         if not decision.folder.is_dir():
             _decide(stage, decision, executor, memory, progress)
         decisions.append(decision)
+        if isinstance(stage, UniqueIds):
+            renamed = decision.folder
         if stage is not stages[-1]:
             removed = _write_removed(stage, decision, removed)
     return tuple(decisions)
@@ -102,7 +115,7 @@ def _decide(
     with atomic_folder(decision.folder, keep_existing=True) as partial:
         figures = stage.resolve(parts, matches, refined, partial)
         for example in figures.get("examples", []):
-            example["documents"] = _excerpts(parts, [example.pop("kept"), example.pop("duplicate")])
+            example["documents"] = _excerpts(decision, [example.pop("kept"), example.pop("duplicate")])
         (partial / _FIGURES_FILE).write_bytes(orjson.dumps(figures, option=orjson.OPT_SORT_KEYS))
 
 
@@ -149,16 +162,16 @@ def _write_removed(
     return files
 
 
-def _excerpts(parts: Sequence[NumberedPart], documents: Sequence[int]) -> list[dict[str, Any]]:
+def _excerpts(decision: StageDecisions, documents: Sequence[int]) -> list[dict[str, Any]]:
     """Id and beginning of the text of each document for the report; text of None for documents of previous runs."""
     numbers = np.array(documents, np.int64)
     known = np.zeros(len(numbers), np.bool_)
-    for part, chosen in group_by_part(parts, numbers):
+    for part, chosen in group_by_part(decision.parts, numbers):
         known[chosen] = part.records is not None
-    texts = iter(_column(parts, "text", numbers[known]))
+    texts = iter(_column(decision.parts, "text", numbers[known]))
     return [
         {"id": id_, "text": next(texts)[:_EXCERPT_CHARACTERS] if has_text else None}
-        for id_, has_text in zip(_column(parts, "id", numbers), known, strict=True)
+        for id_, has_text in zip(decision.ids_of(numbers), known, strict=True)
     ]
 
 

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from deepseek_v3.config.preprocess_config import PreprocessConfig
 from deepseek_v3.data.formats.inputs import Inputs
+from deepseek_v3.data.formats.quarantine import REPAIRS
 from deepseek_v3.data.formats.writing import RecordWriter
 from deepseek_v3.data.pipeline.global_stages import read_figures
 from deepseek_v3.data.pipeline.passes import Pass
@@ -26,6 +27,7 @@ from deepseek_v3.data.pipeline.run_folder import (
     read_table,
 )
 from deepseek_v3.data.pipeline.stats import Stats, empty_stage_counts
+from deepseek_v3.data.pipeline.unique_ids import UniqueIds
 from deepseek_v3.data.report.page import write_report
 from deepseek_v3.utils.logging import get_logger
 
@@ -47,12 +49,15 @@ def write_outputs(
     balance = _balance(config, run_folder, parts, totals, sum(shard.rows for shard in shards))
     files = [_move_shard(run_folder, shard) for shard in shards]
     stats = _stats(config, run_folder, passes, totals, balance)
+    for name, records in stats["repaired"].items():
+        _log.warning("%s records were repaired (%s): %s", f"{records:,}", name, REPAIRS[name])
     write_run_json(run_folder.output / "stats.json", stats)
     write_report(stats, run_folder.output / "report.html")
     manifest = {
         **describe_run(config, inputs.files),
         "ignored": [ignored._asdict() for ignored in inputs.ignored],
         "counts": balance,
+        "repaired": stats["repaired"],
         "alarms": stats["alarms"],
         "outputs": files,
     }
@@ -137,6 +142,7 @@ def _stats(
         for number, each in enumerate(passes)
         for stage in each.global_stages
     }
+    repaired = {**counts.get("repaired", {}), "id_qualified": figures[UniqueIds.name]["qualified"]}
     stages = [
         {"name": name, "figures": figures.get(name, {}), **counts.get("stages", {}).get(name, empty_stage_counts())}
         for name in config.pipeline
@@ -147,6 +153,7 @@ def _stats(
         "tokens_counted": counted,
         "read": counts.get("read", {}),
         "quarantined": counts.get("quarantined", {}),
+        "repaired": {name: records for name, records in repaired.items() if records},
         "stages": stages,
         "kept": kept,
         "samples": totals.samples,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
 
 from deepseek_v3.charts.markup import Html, TableBody, byte_size, code, concat, element, html_table, passage, slug
 from deepseek_v3.charts.svg import bar
-from deepseek_v3.data.formats.quarantine import REASONS
+from deepseek_v3.data.formats.quarantine import REASONS, REPAIRS
 from deepseek_v3.data.report.duplicates import occurrences
 from deepseek_v3.data.report.overview import stage_title
 from deepseek_v3.utils.text import format_figure, format_integer, format_percent, truncate
@@ -18,7 +19,7 @@ _SHOWN = 5  # samples of each reason
 _CHARACTERS = 600
 _ALL_CHARACTERS = 150_000  # the most of all samples together, which keeps the page below 2 MB
 _NAME_CHARACTERS = 160
-_MEANINGS = {**REASONS, "duplicate_id": "a record whose id a record before it has"}
+_MEANINGS = {**REASONS, "duplicate_id": "a record whose id, source and place another record has"}
 
 
 def reasons_section(stats: dict[str, Any]) -> Html:
@@ -36,18 +37,23 @@ def reasons_section(stats: dict[str, Any]) -> Html:
 
 
 def quarantine_section(stats: dict[str, Any]) -> Html:
-    """A table of the reasons why records were quarantined."""
-    found = sorted(stats.get("quarantined", {}).items(), key=lambda item: (-item[1], item[0]))
+    """Tables of the reasons why records were quarantined, and of what was repaired in others."""
+    quarantined = _by_code("Quarantined records, by reason", "quarantined", stats, _MEANINGS)
+    repaired = _by_code("Repaired records, by kind of repair", "repaired", stats, REPAIRS)
+    return concat([quarantined or element("p", "Every record could be read."), repaired])
+
+
+def _by_code(title: str, name: str, stats: dict[str, Any], meanings: Mapping[str, str]) -> Html:
+    """A table of the counts `stats[name]` by code, or nothing if there are none."""
+    found = sorted(stats.get(name, {}).items(), key=lambda item: (-item[1], item[0]))
     if not found:
-        return element("p", "Every record could be read.")
+        return concat([])
     most = max(found[0][1], 1)  # an empty file counts as no record
     rows = [
-        (code(reason), bar(("quarantined", number / most)), format_integer(number), _MEANINGS.get(reason, ""))
+        (code(reason), bar((name, number / most)), format_integer(number), meanings.get(reason, ""))
         for reason, number in found
     ]
-    return html_table(
-        "Quarantined records, by reason", ["reason", "", "records", "meaning"], TableBody(rows), left=[3]
-    )
+    return html_table(title, ["reason", "", "records", "meaning"], TableBody(rows), left=[3])
 
 
 def _stage_reasons(stage: dict[str, Any], most: int, samples: dict[str, Any]) -> TableBody:
