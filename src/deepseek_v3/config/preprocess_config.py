@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
-from deepseek_v3.config.base import ByteSize, PositiveFloat, PositiveInt, RenamedFrom, Section, StageConfig
+from deepseek_v3.config.base import ByteSize, PositiveFloat, PositiveInt, Real, RenamedFrom, Section, StageConfig
 from deepseek_v3.config.data_config import Address, LocalPath
 from deepseek_v3.config.deduplication_config import DeduplicationConfig, ExactDeduplicationConfig
 from deepseek_v3.config.extensions import filter_names, find_filter, reserve_names
@@ -53,8 +53,10 @@ class PreprocessConfig(Section):
     Other packages may add stages (`config/extensions.py`); the section of such a stage is an instance of its class
     of options, an attribute of this object like the built-in ones.
 
-    Input: `text_field` and `id_field` name fields of a record (`a.b` is the field `b` of the object `a`). A record
-    may have `max_record_size` bytes. `previous_runs` are the `output_dir`s of finished runs that kept their keys:
+    Input: `text_field` and `id_field` name fields of a record (`a.b` is the field `b` of the object `a`). Without
+    `text_field`, the text is found by the usual names, such as `text` and `content`. A record may have
+    `max_record_size` bytes. `max_quarantine_warning` is the share of records that may be unreadable before the run
+    warns. `previous_runs` are the `output_dir`s of finished runs that kept their keys:
     their documents count as already seen by the deduplication.
 
     Output: one file holds up to about `shard_size` bytes of text. `keep_keys` stores the deduplication's keys in
@@ -73,9 +75,10 @@ class PreprocessConfig(Section):
     input_path: Address | tuple[Address, ...]
     output_dir: LocalPath
     pipeline: tuple[StageName, ...]
-    text_field: Annotated[str, Field(min_length=1)] = "text"
+    text_field: Annotated[str, Field(min_length=1)] | None = None
     id_field: Annotated[str, Field(min_length=1)] = "id"
     max_record_size: ByteSize = 2**26
+    max_quarantine_warning: Annotated[Real, Field(gt=0, le=1)] = 0.01
     output_format: Literal["parquet", "jsonl", "jsonl.zst", "jsonl.gz"] = "parquet"
     shard_size: ByteSize = 2**26
     work_unit_size: Annotated[ByteSize, RenamedFrom("piece_size")] = 2**25

@@ -33,9 +33,12 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """The fields that hold a record's text and id (`a.b` is field b of object a), and its largest size in bytes."""
+    """The fields that hold a record's text and id (`a.b` is field b of object a), and its largest size in bytes.
 
-    text_field: str = "text"
+    If `text_field` is None, `read_range` finds it at the beginning of each file.
+    """
+
+    text_field: str | None = "text"
     id_field: str = "id"
     max_record_bytes: int = 2**26
 
@@ -65,6 +68,7 @@ class BatchBuilder:
 
     def __init__(self, source: str, options: ReadOptions) -> None:
         self._source, self._options = source, options
+        self._text_field = options.text_field or "text"
         self._ids: list[str] = []
         self._texts: list[str] = []
         self._places: list[int] = []
@@ -84,11 +88,11 @@ class BatchBuilder:
         if type(record) is not dict:
             raise InvalidRecord(
                 "not_object",
-                f"holds {_type(record)}, expected an object with a field {self._options.text_field!r}",
+                f"holds {_type(record)}, expected an object with a field {self._text_field!r}",
             )
-        text = take_field(record, self._options.text_field)
+        text = take_field(record, self._text_field)
         if type(text) is not str:
-            raise self._no_text(text, record)
+            raise _no_text(self._text_field, text, record)
         id_ = take_field(record, self._options.id_field)
         if type(id_) is not str:
             id_ = self._id(id_, place)
@@ -138,16 +142,6 @@ class BatchBuilder:
         records = record_batch(self._ids, self._texts, sources, self._places, self._metadata)
         return ReadBatch(records, pa.RecordBatch.from_pylist(self._rejected, schema=QUARANTINED), position)
 
-    def _no_text(self, text: Any, record: dict[str, Any]) -> InvalidRecord:
-        field = self._options.text_field
-        if text is _MISSING:
-            names = ", ".join(map(repr, sorted(record)[:_NAMES_SHOWN]))
-            return InvalidRecord(
-                "text_missing", f"has no field {field!r}, only [{names}]; say which one holds the text"
-            )
-        reason = "text_null" if text is None else "text_type"
-        return InvalidRecord(reason, f"field {field!r} holds {_type(text)}, expected a string")
-
     def _id(self, id_: Any, place: int) -> str:
         """The id of a record without an id, or with an integer as its id. Raises InvalidRecord for other types."""
         if id_ is None or id_ is _MISSING:
@@ -156,6 +150,16 @@ class BatchBuilder:
             return str(id_)
         field = self._options.id_field
         raise InvalidRecord("id_type", f"field {field!r} holds {_type(id_)}, expected a string or an integer")
+
+
+def _no_text(field: str, text: Any, record: dict[str, Any]) -> InvalidRecord:
+    if text is _MISSING:
+        names = ", ".join(map(repr, sorted(record)[:_NAMES_SHOWN]))
+        return InvalidRecord(
+            "text_missing", f"has no field {field!r}, only [{names}]; say which one holds the text"
+        )
+    reason = "text_null" if text is None else "text_type"
+    return InvalidRecord(reason, f"field {field!r} holds {_type(text)}, expected a string")
 
 
 def _type(value: Any) -> str:

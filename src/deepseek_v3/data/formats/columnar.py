@@ -214,7 +214,7 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _with_plain_types(batch: pa.RecordBatch, texts: tuple[str, ...]) -> pa.RecordBatch:
+def _with_plain_types(batch: pa.RecordBatch, texts: tuple[str | None, ...]) -> pa.RecordBatch:
     """The batch with the binary columns among `texts` as UTF-8, and with nanoseconds cut to microseconds."""
     columns = []
     for name, column in zip(batch.schema.names, batch.columns, strict=True):

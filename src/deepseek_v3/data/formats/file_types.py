@@ -47,8 +47,9 @@ class FileFormat:
 
     `read` reads a range of a file, and `split` splits a file into ranges, by default into one. `place` says what
     the `place` of a record counts: bytes, bytes to the start of a line, or rows; "file" if a file is one record.
-    `is_compressible` says whether the file may be compressed as a whole. `require` raises DataError if a library
-    that `read` needs is missing.
+    `is_compressible` says whether the file may be compressed as a whole, and `has_fields` whether its records have
+    fields with names, one of which holds the text. `require` raises DataError if a library that `read` needs is
+    missing.
     """
 
     name: str
@@ -57,6 +58,7 @@ class FileFormat:
     split: Splitter = _whole
     place: Literal["line", "byte", "row", "file"] = "byte"
     is_compressible: bool = True
+    has_fields: bool = True
     require: Callable[[InputFile], None] = lambda _: None
 
 
@@ -66,8 +68,8 @@ _read_arrow, _split_arrow = partial(read_columnar, arrow_groups), partial(split_
 FORMATS = (
     FileFormat("json_lines", (".jsonl", ".ndjson"), read_json_lines, split_json_lines, place="line"),
     FileFormat("json", (".json",), read_json),
-    FileFormat("warc", (".warc", ".wet"), read_warc, require=require_fastwarc),
-    FileFormat("text", (_NO_SUFFIX, *_TEXT), read_text, place="file"),
+    FileFormat("warc", (".warc", ".wet"), read_warc, has_fields=False, require=require_fastwarc),
+    FileFormat("text", (_NO_SUFFIX, *_TEXT), read_text, place="file", has_fields=False),
     FileFormat("parquet", (".parquet",), _read_parquet, _split_parquet, "row", is_compressible=False),
     FileFormat("arrow", (".arrow", ".feather", ".ipc"), _read_arrow, _split_arrow, "row", is_compressible=False),
 )

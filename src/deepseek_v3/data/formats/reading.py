@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import orjson
@@ -16,6 +18,13 @@ from deepseek_v3.data.formats.streams import ByteStream, InputFile
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.logging import get_logger
 
+# The usual names of the field with the text, in the order in which they are tried if none is configured.
+TEXT_FIELDS = (
+    *("text", "content", "raw_content", "contents", "page_content", "body", "document", "article", "passage"),
+    *("markdown", "code"),
+)
+
+_HEAD_BYTES = 2**16  # of JSON lines; of other formats, the first batch is the beginning of a file
 _NAMES_SHOWN = 3
 
 _log = get_logger("Reading")
@@ -35,9 +44,32 @@ def read_range(file_range: FileRange, options: ReadOptions, start: int | None = 
 
     A batch holds about 4 MiB or 10,000 records. Batches depend on the content of the file alone, so reading from a
     position gives the same batches that would have followed it. Invalid records are quarantined; no content of a
-    file raises an error. Raises DataError if a store fails, or if a library that the format needs is missing.
+    file raises an error. If `options` names no field for the text, it is the first of `TEXT_FIELDS` that holds text
+    at the beginning of the file. Raises DataError if a store fails, or if a library that the format needs is
+    missing.
     """
-    return iter(()) if start == END_OF_FILE else known_format(file_range.file).read(file_range, options, start)
+    if start == END_OF_FILE:
+        return iter(())
+    format_ = known_format(file_range.file)
+    if options.text_field is None and format_.has_fields:
+        options = replace(options, text_field=find_text_field(file_range.file, options))
+    return format_.read(file_range, options, start)
+
+
+def read_head(file: InputFile, options: ReadOptions) -> ReadBatch | None:
+    """The first records of a file, or None if it has none."""
+    stop = _HEAD_BYTES if known_format(file).place == "line" else None
+    return next(read_range(FileRange(file, 0, stop), options), None)
+
+
+@lru_cache(maxsize=2**10)
+def find_text_field(file: InputFile, options: ReadOptions) -> str | None:
+    """The first of the usual names under which the first records of a file hold a text; None if there is none."""
+    for name in TEXT_FIELDS:
+        head = read_head(file, replace(options, text_field=name))
+        if head is not None and head.records.num_rows:
+            return name
+    return None
 
 
 def read_documents(

@@ -28,6 +28,7 @@ from deepseek_v3.data.pipeline.run_folder import (
 )
 from deepseek_v3.data.pipeline.stats import Stats, empty_stage_counts
 from deepseek_v3.data.pipeline.unique_ids import UniqueIds
+from deepseek_v3.data.report.overview import QUARANTINE
 from deepseek_v3.data.report.page import write_report
 from deepseek_v3.utils.logging import get_logger
 
@@ -157,8 +158,26 @@ def _stats(
         "stages": stages,
         "kept": kept,
         "samples": totals.samples,
-        "alarms": [warning for stage in stages for warning in _drop_warnings(config, stage)],
+        "alarms": [
+            *_quarantine_warnings(config, balance, counts.get("quarantined", {})),
+            *(warning for stage in stages for warning in _drop_warnings(config, stage)),
+        ],
     }
+
+
+def _quarantine_warnings(
+    config: PreprocessConfig, balance: dict[str, int], reasons: dict[str, int]
+) -> Iterator[dict[str, Any]]:
+    limit = config.max_quarantine_warning
+    share = balance["quarantined"] / max(balance["input"], 1)
+    if share > limit:
+        _log.warning(
+            "%.1f%% of the records are in quarantine, above max_quarantine_warning of %.1f%% (%s); look at the "
+            "errors in %s",
+            *(100 * share, 100 * limit, ", ".join(f"{name}: {count:,}" for name, count in sorted(reasons.items()))),
+            config.output_dir / "quarantine",
+        )
+        yield {"stage": QUARANTINE, "removed": round(share, 4), "limit": limit}
 
 
 def _drop_warnings(config: PreprocessConfig, stage: dict[str, Any]) -> Iterator[dict[str, Any]]:

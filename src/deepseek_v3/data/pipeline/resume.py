@@ -60,8 +60,8 @@ def _read_by_stages(config: PreprocessConfig) -> list[dict[str, Any]]:
     ]
 
 
-def start_or_resume(run_folder: RunFolder, described: dict[str, Any]) -> bool:
-    """Starts a run or resumes it; returns whether it was resumed.
+def is_resumed(run_folder: RunFolder, described: dict[str, Any]) -> bool:
+    """Whether the output folder holds an unfinished run, which this one resumes. Writes nothing.
 
     Raises DataError if the output folder holds anything but an unfinished run, or if that run began with another
     configuration or input.
@@ -77,7 +77,6 @@ def start_or_resume(run_folder: RunFolder, described: dict[str, Any]) -> bool:
                 f"{run_folder.output}: holds {', '.join(sorted(strangers)[:5])} and no unfinished run; "
                 "choose another output_dir, or remove it"
             )
-        write_run_json(run_folder.run_file, described)
         return False
     check_same_run(
         read_run_json(run_folder.run_file),
@@ -86,6 +85,11 @@ def start_or_resume(run_folder: RunFolder, described: dict[str, Any]) -> bool:
         f"remove {run_folder.work} to start again",
     )
     return True
+
+
+def start(run_folder: RunFolder, described: dict[str, Any]) -> None:
+    """Starts a run, once nothing speaks against it any more."""
+    write_run_json(run_folder.run_file, described)
 
 
 def check_same_run(before: dict[str, Any], now: dict[str, Any], where: Path, advice: str) -> None:

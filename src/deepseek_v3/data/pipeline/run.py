@@ -27,6 +27,7 @@ from deepseek_v3.data.pipeline.executors import (
 from deepseek_v3.data.pipeline.global_stages import StageDecisions, run_global_stages
 from deepseek_v3.data.pipeline.outputs import write_outputs
 from deepseek_v3.data.pipeline.passes import Pass, build_passes
+from deepseek_v3.data.pipeline.preview import preview_input
 from deepseek_v3.data.pipeline.previous_runs import STAGES_WITH_KEYS, keep_keys, key_options, previous_parts
 from deepseek_v3.data.pipeline.run_folder import RECORDS_FILE, SHARD_PREFIX, Part, RunFolder, read_part
 from deepseek_v3.data.pipeline.tasks import WorkUnit, apply_stages, finished_parts, read_work_unit, write_shard
@@ -63,13 +64,19 @@ def run_pipeline(
     passes = build_passes(config)
     workers = resources.count_workers(config)
     with resume.run_lock(run_folder, shared=shard is not None):
-        resumed = resume.start_or_resume(run_folder, described)
+        resumed = resume.is_resumed(run_folder, described)
         _announce(config, inputs, workers, resumed)
+        options = ReadOptions(config.text_field, config.id_field, config.max_record_size)
+        if not merge:
+            preview_input(inputs.files, options)
+        units = resources.split_into_work_units(inputs.files, config.work_unit_size)
         if resumed and shard is None:
             _discard_damaged(run_folder, len(passes))
         with _build_executor(config, workers) as executor, ProgressDisplay() as progress:
-            run = _Run(config, run_folder, passes, executor, progress, resources.memory_limit(config) // workers)
-            units = resources.split_into_work_units(inputs.files, config.work_unit_size)
+            memory = resources.memory_limit(config) // workers
+            run = _Run(config, run_folder, passes, options, executor, progress, memory)
+            if not resumed:
+                resume.start(run_folder, described)
             if shard is not None:
                 run.read(units[shard[0] :: shard[1]])
                 return {}
@@ -85,6 +92,7 @@ class _Run:
     config: PreprocessConfig
     run_folder: RunFolder
     passes: tuple[Pass, ...]
+    options: ReadOptions
     executor: Executor
     progress: ProgressDisplay
     memory: int
@@ -95,9 +103,8 @@ class _Run:
         folder.mkdir(parents=True, exist_ok=True)
         if resume.completed_parts(folder) is not None:
             return
-        options = ReadOptions(self.config.text_field, self.config.id_field, self.config.max_record_size)
         arguments = [
-            (unit, options, self.passes[0], self._following(0), folder, self.config.work_unit_size)
+            (unit, self.options, self.passes[0], self._following(0), folder, self.config.work_unit_size)
             for unit in units
         ]
         title = ", ".join(["reading", *(stage.name for stage in self.passes[0].stages)])

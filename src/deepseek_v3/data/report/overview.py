@@ -8,6 +8,7 @@ from deepseek_v3.charts.markup import Html, TableBody, byte_size, concat, elemen
 from deepseek_v3.charts.svg import bar
 from deepseek_v3.utils.text import format_integer, format_percent, format_si, humanize
 
+QUARANTINE = "quarantine"  # the name under which a warning stands for the records that could not be read
 _ABBREVIATIONS = ("pii",)
 _PARTS = {
     "kept": "documents in the output",
@@ -84,17 +85,7 @@ def _output(stats: dict[str, Any]) -> list[str]:
 
 
 def _alarms(stats: dict[str, Any], counts: dict[str, int]) -> Html:
-    alarms = [
-        element(
-            "li",
-            element("strong", stage_title(alarm["stage"])),
-            f" removed {format_percent(alarm['removed'], 1)} of its documents, above its max_drop_warning of ",
-            f"{format_percent(alarm['limit'], 1)}. Look at the ",
-            element("a", "samples", href="#samples"),
-            " before you use the output.",
-        )
-        for alarm in stats.get("alarms", [])
-    ]
+    alarms = [_alarm(alarm) for alarm in stats.get("alarms", [])]
     total = sum(counts[name] for name in _PARTS)
     if total != counts["input"]:
         alarms.append(
@@ -107,6 +98,17 @@ def _alarms(stats: dict[str, Any], counts: dict[str, int]) -> Html:
         return concat([])
     heading = element("h2", "Warnings", id="alarms")
     return element("section", heading, element("ul", *alarms), class_="alarms", aria_labelledby="alarms")
+
+
+def _alarm(alarm: dict[str, Any]) -> Html:
+    removed, limit = format_percent(alarm["removed"], 1), format_percent(alarm["limit"], 1)
+    if alarm["stage"] == QUARANTINE:
+        found, section = f" holds {removed} of the records, above the max_quarantine_warning of ", "quarantine"
+    else:
+        found, section = f" removed {removed} of its documents, above its max_drop_warning of ", "samples"
+    link = element("a", "samples" if section == "samples" else "reasons", href=f"#{section}")
+    title = element("strong", stage_title(alarm["stage"]))
+    return element("li", title, found, f"{limit}. Look at the ", link, " before you use the output.")
 
 
 class FunnelStep(NamedTuple):
