@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,14 @@ def file_of(path: Path) -> InputFile:
 def read(path: Path, **options: Any) -> tuple[Rows, Rows]:
     """All records and all quarantined entries of a file; checks that reading can continue from any position."""
     return rows(read_resumably(FileRange(file_of(path)), ReadOptions(**options)))
+
+
+def repairs(path: Path, **options: Any) -> dict[str, int]:
+    """The number of repaired records of a file by kind of repair."""
+    found: Counter[str] = Counter()
+    for batch in read_range(FileRange(file_of(path)), ReadOptions(**options)):
+        found.update(batch.repaired)
+    return dict(found)
 
 
 def read_in_ranges(path: Path, range_bytes: int, **options: Any) -> tuple[Rows, Rows]:

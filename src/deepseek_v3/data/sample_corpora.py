@@ -43,9 +43,7 @@ _BROKEN_LINES = b"".join(
         b'{"id": "null", "text": null}',
         b'{"id": "number", "text": 5}',
         b"[1, 2]",
-        b'{"id": "nul", "text": "a\\u0000b"}',
-        b'{"id": "half", "text": "\\ud800"}',
-        b'{"id": [], "text": "An id that is a list."}',
+        b'{"id": "nul", "text": "' + b"a\\u0000" * 10 + b'"}',
     )
 )
 # The repeated first row is no damage: its id is qualified. A file that is cut is truncated, or damaged if its index
@@ -58,8 +56,6 @@ _BROKEN = {
     "text_type": 1,
     "not_object": 1,
     "nul": 1,
-    "lone_surrogate": 1,
-    "id_type": 1,
     "truncated": 1,
     "damaged": 1,
     "empty": 1,

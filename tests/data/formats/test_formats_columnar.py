@@ -15,7 +15,7 @@ from deepseek_v3.data.formats import columnar
 from deepseek_v3.data.formats.batches import END_OF_FILE, FileRange, ReadOptions
 from deepseek_v3.data.formats.columnar import rows_per_batch
 from deepseek_v3.data.formats.reading import read_range, split_file
-from helpers.formats import file_of, read, read_in_ranges, reasons, texts, write
+from helpers.formats import file_of, read, read_in_ranges, reasons, repairs, texts, write
 
 FORMATS = ["a.parquet", "a.arrow", "a.stream.arrow"]
 
@@ -132,7 +132,7 @@ def test_text_may_be_stored_in_any_way(tmp_path, name, kind):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_invalid_rows_are_quarantined(tmp_path, name):
-    table = pa.table({"text": ["a", None, "b\0", "c" * 50, "d"], "id": ["x", "y", "z", "u", None]})
+    table = pa.table({"text": ["a", None, "b\0" * 9, "c" * 50, "d"], "id": ["x", "y", "z", "u", None]})
     path = save(table, tmp_path / name)
     records, quarantined = read(path, max_record_bytes=49)
     assert [(record["text"], record["id"]) for record in records] == [("a", "x"), ("d", f"{name}:5")]
@@ -150,7 +150,8 @@ def test_wrong_columns_are_quarantined(tmp_path, name):
     assert reasons(read(path)[1]) == ["text_type", "text_type"]
     assert reasons(read(path, text_field="content")[1]) == ["text_missing", "text_missing"]
     records, quarantined = read(path, text_field="body")
-    assert (texts(records), reasons(quarantined)) == (["b"], ["id_type"])
+    assert [(record["text"], record["id"]) for record in records] == [("a", "1.5"), ("b", f"{name}:2")]
+    assert quarantined == []
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -163,21 +164,51 @@ def test_text_inside_a_struct_is_named_with_dots(tmp_path, name):
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("column", ["text", "other"])
-def test_bytes_that_are_no_utf8_cost_their_row_alone(tmp_path, name, column):
+def test_bytes_that_are_no_utf8_cost_at_most_their_row(tmp_path, name, column):
     broken = pa.array([b"a", b"\xff", b"c"]).view(pa.string())
     table = pa.table({"text": ["a", "b", "c"]}).set_column(0, "text", pa.array(["a", "b", "c"]))
     table = table.set_column(0, "text", broken) if column == "text" else table.append_column(column, broken)
-    records, quarantined = read(save(table, tmp_path / name))
-    assert texts(records) == ["a", "c"]
-    assert [(entry["place"], entry["reason"]) for entry in quarantined] == [(2, "not_utf8")]
+    path = save(table, tmp_path / name)
+    records, quarantined = read(path)
+    if column == "text":
+        assert texts(records) == ["a", "c"]
+        assert [(entry["place"], entry["reason"]) for entry in quarantined] == [(2, "not_utf8")]
+    else:
+        assert (texts(records), quarantined, repairs(path)) == (["a", "b", "c"], [], {"not_utf8": 1})
+        assert json.loads(records[1]["metadata"]) == {"other": "\ufffd"}
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_value_that_json_cannot_hold_costs_its_row_alone(tmp_path, name):
+def test_a_value_that_json_cannot_hold_becomes_text(tmp_path, name):
     times = pa.array([0, 2**62, 0], pa.timestamp("us"))
-    records, quarantined = read(save(pa.table({"text": ["a", "b", "c"], "time": times}), tmp_path / name))
-    assert texts(records) == ["a", "c"]
-    assert [(entry["place"], entry["reason"]) for entry in quarantined] == [(2, "metadata")]
+    days = pa.array([0, 2**30, 0], pa.date32())
+    nested = pa.array([[{"at": 0}], [{"at": 2**61}], None], pa.list_(pa.struct([("at", pa.timestamp("ms"))])))
+    table = pa.table({"text": ["a", "b", "c"], "time": times, "day": days, "nested": nested, "n": [1, 2, 3]})
+    path = save(table, tmp_path / name)
+    records, quarantined = read(path)
+    assert (texts(records), quarantined, repairs(path)) == (["a", "b", "c"], [], {"metadata": 1})
+    found = json.loads(records[1]["metadata"])
+    assert {name: type(value) for name, value in found.items()} == dict.fromkeys(("time", "day", "nested"), str) | {
+        "n": int
+    }
+    assert str(2**61) in found["nested"]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_ids_of_other_types_become_text(tmp_path, name):
+    key = bytes(range(240, 256))
+    for ids, found, is_repaired in (
+        (pa.array([7.0, float("nan"), 0.5]), ["7", f"{name}:2", "0.5"], 2),
+        (pa.array([key] * 3, pa.binary(16)), [key.hex()] * 3, 3),
+        (pa.array([key, b"text", None], pa.binary()), [key.hex(), "text", f"{name}:3"], 1),
+        (pa.array([True, False, None]), ["true", "false", f"{name}:3"], 2),
+        (pa.array([0, 2**30, 1], pa.date32()), None, 3),
+    ):
+        path = save(pa.table({"text": ["a", "b", "c"], "id": ids}), tmp_path / name)
+        records, quarantined = read(path)
+        assert quarantined == []
+        assert [record["id"] for record in records] == (found or [record["id"] for record in records])
+        assert sum(repairs(path).values()) >= is_repaired
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from deepseek_v3.data.formats import json_lines
 from deepseek_v3.data.formats.batches import END_OF_FILE, FileRange, ReadOptions
-from deepseek_v3.data.formats.quarantine import REASONS
+from deepseek_v3.data.formats.quarantine import REASONS, REPAIRS
 from deepseek_v3.data.formats.reading import read_range, split_file
-from helpers.formats import file_of, read, read_in_ranges, reasons, texts, write
+from helpers.formats import file_of, read, read_in_ranges, reasons, repairs, texts, write
 
 LONGEST = 300
 COMPRESSORS = {
@@ -41,23 +41,44 @@ BAD = {
     b'{"text": null}': "text_null",
     b'{"text": 1}': "text_type",
     b'{"text": ["a"]}': "text_type",
-    b'{"text": "a\\u0000"}': "nul",
-    b'{"text": "\\ud800"}': "lone_surrogate",
-    b'{"text": "a", "b": {"\\udfff": 1}}': "lone_surrogate",
+    b'{"text": "' + b"a\\u0000" * 9 + b'"}': "nul",
+    b'{"text": "\\u0000"}': "nul",
+    b'{"text": NaN}': "text_null",
     b'{"text": "\xff"}': "not_utf8",
     b'{"text": "\xed\xa0\x80"}': "not_utf8",
-    b'{"text": "a", "x": NaN}': "number",
-    b'{"text": "a", "x": -Infinity}': "number",
-    b'{"text": "a", "x": 1e999}': "number",
-    b'{"text": "a", "x": ' + b"9" * 310 + b"}": "number",
-    b'{"text": "a", "id": true}': "id_type",
-    b'{"text": "a", "id": 1.5}': "id_type",
-    b'{"text": "a", "id": ["b"]}': "id_type",
-    b'{"text": "a", "id": {}}': "id_type",
     b'{"text": "a", "x": ' + b"[" * 2000 + b"]" * 2000 + b"}": "nesting",
-    b'{"text": "a", "x": ' + b"[" * 500 + b"]" * 500 + b"}": "nesting",
     b'{"text": "' + b"a" * 5000 + b'"}': "too_long",
 }
+# Lines that are repaired, with the document that they give: text, id, metadata, and the repairs.
+REPAIRED = [
+    (b'{"text": "a\\u0000b"}', "ab", None, None, ["nul"]),
+    (b'{"text": "a\\ud800b\\ud83d\\ude00"}', "a\ufffdb\U0001f600", None, None, ["lone_surrogate"]),
+    (b'{"text": "a", "b": {"\\udfff": 1}}', "a", None, {"b": {"\ufffd": 1}}, ["lone_surrogate"]),
+    (b'{"text": "a", "x": [NaN, -Infinity, 1]}', "a", None, {"x": [None, None, 1]}, ["number"]),
+    (b'{"text": "a", "x": 1e999, "y": 1.5}', "a", None, {"x": "1e999", "y": 1.5}, ["number"]),
+    (b'{"text": "a", "x": ' + b"9" * 310 + b"}", "a", None, {"x": "9" * 310}, ["number"]),
+    (
+        b'{"text": "a", "x": NaN, "y": 12345678901234567890}',
+        "a",
+        None,
+        {"x": None, "y": 12345678901234567890},
+        ["number"],
+    ),
+    (b'{"text": "a", "id": true}', "a", "true", None, ["id_as_text"]),
+    (b'{"text": "a", "id": 1.5}', "a", "1.5", None, ["id_as_text"]),
+    (b'{"text": "a", "id": 3.0}', "a", "3", None, ["id_as_text"]),
+    (b'{"text": "a", "id": ["b"]}', "a", '["b"]', None, ["id_as_text"]),
+    (b'{"text": "a", "id": {"$oid": "f"}}', "a", '{"$oid": "f"}', None, ["id_as_text"]),
+    (b'{"text": "a", "id": NaN}', "a", None, None, ["number"]),
+    (b'{"text": "a", "x": "caf\xe9"}', "a", None, {"x": "caf\ufffd"}, ["not_utf8"]),
+    (
+        b'{"text": "a", "x": ' + b"[" * 500 + b"]" * 500 + b"}",
+        "a",
+        None,
+        {"x": "[" * 500 + "]" * 500},
+        ["metadata"],
+    ),
+]
 
 
 class Line(NamedTuple):
@@ -131,6 +152,18 @@ def test_compression_changes_nothing(folder, suffix, content):
         packed = read(write(folder / f"c.jsonl{suffix}", COMPRESSORS[suffix](data)), max_record_bytes=LONGEST)
     renamed = json.loads(json.dumps(plain, default=repr).replace('"c.jsonl', f'"c.jsonl{suffix}'))
     assert json.loads(json.dumps(packed, default=repr)) == renamed
+
+
+@pytest.mark.parametrize(("line", "text", "id_", "metadata", "codes"), REPAIRED)
+def test_a_line_that_can_be_repaired_is_a_document(tmp_path, line, text, id_, metadata, codes):
+    path = write(tmp_path / "a.jsonl", b'{"text": "good"}\n' + line + b"\n")
+    (_, record), quarantined = read(path)
+    assert quarantined == []
+    assert (record["text"], record["id"]) == (text, id_ or "a.jsonl:17")
+    found = record["metadata"] and json.loads(record["metadata"])
+    assert found == (None if metadata is None else metadata)
+    assert repairs(path) == dict.fromkeys(codes, 1)
+    assert {*codes} <= REPAIRS.keys()
 
 
 @pytest.mark.parametrize(("line", "reason"), BAD.items())

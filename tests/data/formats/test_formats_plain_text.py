@@ -28,7 +28,7 @@ def test_a_file_is_a_document(tmp_path):
         (b"caf\xe9", "not_utf8", "byte 0xe9 at offset 3 is not UTF-8; convert the file"),
         (b"\xef\xbb\xbfcaf\xe9", "not_utf8", "byte 0xe9 at offset 6 is not UTF-8"),
         ("text".encode("utf-16"), "not_utf8", "it looks like UTF-16"),
-        (b"bin\0ary", "nul", "NUL at character 3"),
+        (b"bin\0ary" * 9, "nul", "NULs, the first is character 3"),
         (b"a" * 101, "too_long", "the file has 101 bytes, expected at most 100 (max_record_bytes)"),
         (b"a" * 1000, "too_long", "the file has 1000 bytes"),
     ],

@@ -98,7 +98,7 @@ def test_payloads_are_decoded(tmp_path, payload, text):
     ("damaged", "reason"),
     [
         (record(1, page(b"\x89PNG", "Content-Type: image/png")), "not_text"),
-        (record(1, page(b"a\0b", HTML)), "nul"),
+        (record(1, page(b"a\0b" * 9, HTML)), "nul"),
         (record(1, b"no http"), "damaged"),
         (named(1).replace(b"WARC/1.0", b"WARC/x.0"), "damaged"),
         (record(1, page(b"", HTML), WARC_Type=None), "damaged"),

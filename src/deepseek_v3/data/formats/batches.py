@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-import orjson
 import pyarrow as pa
 
 from deepseek_v3.data.documents import record_batch
-from deepseek_v3.data.formats.json_values import json_default
+from deepseek_v3.data.formats.json_values import fields_to_json, parse_json, value_to_text
 from deepseek_v3.data.formats.quarantine import MAX_RAW_BYTES, QUARANTINED, InvalidRecord
 from deepseek_v3.data.formats.streams import InputFile
 
@@ -19,6 +21,8 @@ END_OF_FILE = 2**63 - 1  # the position after which nothing is left to read
 
 _MISSING = object()
 _NAMES_SHOWN = 20
+_FEW_NULS = 8  # NULs that any text may have, such as the padding of a fixed-width field
+_MAX_NUL_SHARE = 0.1  # of the characters of a text; UTF-16 that was read as UTF-8 has a half
 _ERROR_CHARACTERS = 500
 _TYPES = {
     type(None): "null",
@@ -52,12 +56,20 @@ class FileRange:
     stop: int | None = None
 
 
-class ReadBatch(NamedTuple):
-    """A batch of `RECORDS`, a batch of `QUARANTINED`, and the position at which reading continues after them."""
+@dataclass(frozen=True)
+class ReadBatch:
+    """A batch of `RECORDS`, a batch of `QUARANTINED`, and the position at which reading continues after them.
+
+    These three can be unpacked. `repaired` counts the records that were repaired, by the codes of `REPAIRS`.
+    """
 
     records: pa.RecordBatch
     quarantined: pa.RecordBatch
     position: int
+    repaired: Mapping[str, int]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.records, self.quarantined, self.position))
 
 
 class BatchBuilder:
@@ -74,16 +86,26 @@ class BatchBuilder:
         self._places: list[int] = []
         self._metadata: list[str | None] = []
         self._rejected: list[dict[str, Any]] = []
+        self._repaired: Counter[str] = Counter()
 
     @property
     def is_empty(self) -> bool:
         """Whether nothing was added or rejected yet."""
         return not self._ids and not self._rejected
 
-    def add(self, place: int, record: Any) -> None:
+    def add_json(self, place: int, data: bytes, offset: int) -> None:
+        """Adds the JSON value that starts at byte `offset` of its file. Raises InvalidRecord as `add` does."""
+        parsed = parse_json(data, offset)
+        self.add(place, parsed.value, parsed.repairs, parsed.not_utf8)
+
+    def add(
+        self, place: int, record: Any, repairs: tuple[str, ...] = (), not_utf8: InvalidRecord | None = None
+    ) -> None:
         """Adds a record as a document; removes its text and its id from `record`, and keeps the rest as metadata.
 
-        Raises InvalidRecord for a record that is not a document, and then adds nothing.
+        `repairs` are the codes of what was repaired in it. `not_utf8` is raised if it concerns the text: bytes that
+        are not UTF-8 are U+FFFD in the record. Raises InvalidRecord for a record that is not a document, and then
+        adds nothing.
         """
         if type(record) is not dict:
             raise InvalidRecord(
@@ -93,21 +115,33 @@ class BatchBuilder:
         text = take_field(record, self._text_field)
         if type(text) is not str:
             raise _no_text(self._text_field, text, record)
+        if not_utf8 is not None and "\ufffd" in text:
+            raise not_utf8
         id_ = take_field(record, self._options.id_field)
         if type(id_) is not str:
-            id_ = self._id(id_, place)
-        self.add_text(place, id_, text, record)
+            id_, is_converted = self._id(id_, place)
+            repairs += ("id_as_text",) * is_converted
+        self.add_text(place, id_, text, record, repairs)
 
-    def add_text(self, place: int, id_: str, text: str, metadata: dict[str, Any]) -> None:
-        """Adds a document. Raises InvalidRecord, and then adds nothing, for an unusable text or metadata."""
+    def add_text(
+        self, place: int, id_: str, text: str, metadata: dict[str, Any], repairs: tuple[str, ...] = ()
+    ) -> None:
+        """Adds a document. Raises InvalidRecord, and then adds nothing, for an unusable text."""
         if "\0" in text:
-            raise InvalidRecord("nul", f"the text has a NUL at character {text.index(chr(0))}; is it binary data?")
+            text = _without_nuls(text)
+            repairs += ("nul",)
         limit = self._options.max_record_bytes
         if len(text) > limit // 4 and (size := len(text.encode())) > limit:
             raise InvalidRecord(
                 "too_long", f"the text has {size} bytes, expected at most {limit} (max_record_bytes)"
             )
-        self._metadata.append(_as_json(metadata) if metadata else None)
+        as_json = None
+        if metadata:
+            as_json, is_whole = fields_to_json(metadata)
+            repairs += ("metadata",) * (not is_whole)
+        if repairs:
+            self._repaired.update(repairs)
+        self._metadata.append(as_json)
         self._ids.append(id_)
         self._texts.append(text)
         self._places.append(place)
@@ -140,16 +174,26 @@ class BatchBuilder:
         """The batch of everything added and rejected; reading continues at `position`."""
         sources = [self._source] * len(self._ids)
         records = record_batch(self._ids, self._texts, sources, self._places, self._metadata)
-        return ReadBatch(records, pa.RecordBatch.from_pylist(self._rejected, schema=QUARANTINED), position)
+        quarantined = pa.RecordBatch.from_pylist(self._rejected, schema=QUARANTINED)
+        return ReadBatch(records, quarantined, position, self._repaired)
 
-    def _id(self, id_: Any, place: int) -> str:
-        """The id of a record without an id, or with an integer as its id. Raises InvalidRecord for other types."""
-        if id_ is None or id_ is _MISSING:
-            return f"{self._source}:{place}"
+    def _id(self, id_: Any, place: int) -> tuple[str, bool]:
+        """The id of a record whose id is missing or not a string, and whether it was converted to text.
+
+        A float without a fraction is written as an integer, because pandas turns integers with gaps into floats;
+        its NaN stands for a missing id. Bytes that are no text are written in hexadecimal.
+        """
+        if id_ is None or id_ is _MISSING or (isinstance(id_, float) and not math.isfinite(id_)):
+            return f"{self._source}:{place}", False
         if type(id_) is int:
-            return str(id_)
-        field = self._options.id_field
-        raise InvalidRecord("id_type", f"field {field!r} holds {_type(id_)}, expected a string or an integer")
+            return str(id_), False
+        if isinstance(id_, bytes):
+            text = id_.decode(errors="replace")
+            is_text = text.isprintable() and "\ufffd" not in text
+            return (text, False) if is_text else (id_.hex(), True)
+        if isinstance(id_, float) and id_.is_integer():
+            id_ = int(id_)
+        return value_to_text(id_), True
 
 
 def _no_text(field: str, text: Any, record: dict[str, Any]) -> InvalidRecord:
@@ -179,9 +223,10 @@ def take_field(record: dict[str, Any], field: str) -> Any:
     return take_field(holder, inner) if isinstance(holder, dict) else _MISSING
 
 
-def _as_json(fields: dict[str, Any]) -> str:
-    try:
-        return orjson.dumps(fields, default=json_default).decode()
-    except TypeError as error:
-        reason = "nesting" if "ecursion" in str(error) else "metadata"
-        raise InvalidRecord(reason, f"the other fields cannot be written as JSON: {error}") from None
+def _without_nuls(text: str) -> str:
+    """The text without its NULs. Raises InvalidRecord for a text with so many of them that it is binary data."""
+    nuls = text.count("\0")
+    if nuls == len(text) or (nuls > _FEW_NULS and nuls > _MAX_NUL_SHARE * len(text)):
+        problem = f"{nuls} of its {len(text)} characters are NULs, the first is character {text.index(chr(0))}"
+        raise InvalidRecord("nul", f"{problem}; is it binary data, or UTF-16?")
+    return text.replace("\0", "")

@@ -40,6 +40,7 @@ _DAMAGE = (pa.ArrowException, OSError, ValueError, MemoryError)
 # It raises these, too, for values that no Python type can hold, such as a date in the year 10,000.
 _UNWRITABLE = (*_DAMAGE, ArithmeticError, LookupError)
 _AS_TEXT = {pa.binary(): pa.string(), pa.large_binary(): pa.large_string(), pa.binary_view(): pa.string_view()}
+_AS_BYTES = {text: bytes_ for bytes_, text in _AS_TEXT.items()}
 
 _ARROW_FILE_MAGIC = b"ARROW1"
 _BUFFER_BYTES = 2**20  # read at a time from each column of a Parquet file
@@ -160,14 +161,14 @@ def _read_group(
             batch = next(group.batches, None)
             if batch is None:
                 raise InvalidRecord("damaged", "the group has fewer rows than the file says")
-            batch = _with_plain_types(batch, (options.text_field, options.id_field))
+            batch = _with_plain_types(batch, options.text_field)
             read = batch.num_rows
         except (InvalidRecord, *_DAMAGE) as error:
             read = end - first
             builder.reject(first + 1, _damage(file, error), records=read)
         else:
             if first >= begin:
-                _add_rows(batch, first, builder)
+                _add_rows(batch, first, builder, options.text_field or "text")
         if read and first >= begin:
             yield builder.batch(first + read)
         first += read
@@ -181,44 +182,84 @@ def _damage(file: InputFile, error: Exception) -> InvalidRecord:
     return InvalidRecord("damaged", f"cannot be decoded: {_one_line(error)}")
 
 
-def _add_rows(batch: pa.RecordBatch, first: int, builder: BatchBuilder) -> None:
+def _add_rows(batch: pa.RecordBatch, first: int, builder: BatchBuilder, text_field: str) -> None:
     """Adds the rows of a batch; its first row is row `first` of its file, counted from 0."""
+    rows: list[dict[str, Any] | _RepairedRow | InvalidRecord]
     try:
         batch.validate(full=True)
         rows = batch.to_pylist()
     except _UNWRITABLE:
-        rows = [_row(batch.slice(index, 1)) for index in range(batch.num_rows)]
+        column = text_field if text_field in batch.schema.names else text_field.partition(".")[0]
+        rows = [_row(batch.slice(index, 1), column) for index in range(batch.num_rows)]
     for place, row in enumerate(rows, start=first + 1):
         try:
             if isinstance(row, InvalidRecord):
                 raise row
-            builder.add(place, row)
+            if isinstance(row, _RepairedRow):
+                builder.add(place, row.values, row.repairs)
+            else:
+                builder.add(place, row)
         except InvalidRecord as why:
             builder.reject(place, why)
 
 
-def _row(row: pa.RecordBatch) -> dict[str, Any] | InvalidRecord:
-    """The row of a batch of one, or the reason why it cannot be read."""
+class _RepairedRow(NamedTuple):
+    """The values of a row by column, and the codes of what was repaired in them."""
+
+    values: dict[str, Any]
+    repairs: tuple[str, ...]
+
+
+def _row(row: pa.RecordBatch, text_column: str) -> _RepairedRow | InvalidRecord:
+    """The row of a batch of one; values outside of the text that cannot be read become text."""
+    values: dict[str, Any] = {}
+    repairs: set[str] = set()
+    for name, column in zip(row.schema.names, row.columns, strict=True):
+        try:
+            column.validate(full=True)
+            values[name] = column.to_pylist()[0]
+        except _UNWRITABLE as error:
+            is_utf8_error = "UTF8" in str(error)
+            reason = "not_utf8" if is_utf8_error else "damaged"
+            if name == text_column:
+                return InvalidRecord(reason, f"cannot be decoded: {_one_line(error)}")
+            values[name] = _as_text(column)
+            repairs.add("not_utf8" if is_utf8_error else "metadata")
+    return _RepairedRow(values, tuple(sorted(repairs)))
+
+
+def _as_text(column: pa.Array) -> str | None:
+    """The only value of a column as text, or None if not even that can be read."""
     try:
-        row.validate(full=True)
-    except _DAMAGE as error:
-        reason = "not_utf8" if "UTF8" in str(error) else "damaged"
-        return InvalidRecord(reason, f"cannot be decoded: {_one_line(error)}")
-    try:
-        return row.to_pylist()[0]
-    except _UNWRITABLE as error:
-        return InvalidRecord("metadata", f"a column cannot be written as JSON: {_one_line(error)}")
+        if pa.types.is_temporal(column.type):
+            return str(column.cast(pa.string())[0].as_py())
+        if column.type in _AS_BYTES:
+            return bytes(column.view(_AS_BYTES[column.type])[0].as_py()).decode(errors="replace")
+        return str(column.cast(_without_dates(column.type)).to_pylist()[0])
+    except _UNWRITABLE:
+        return None
+
+
+def _without_dates(type_: pa.DataType) -> pa.DataType:
+    """The type with its dates and times, which Python may not be able to hold, as integers."""
+    if pa.types.is_temporal(type_):
+        return pa.int32() if type_.bit_width == 32 else pa.int64()
+    if pa.types.is_list(type_) or pa.types.is_large_list(type_):
+        return pa.list_(_without_dates(type_.value_type))
+    if pa.types.is_struct(type_):
+        return pa.struct([pa.field(field.name, _without_dates(field.type)) for field in type_])
+    return type_
 
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _with_plain_types(batch: pa.RecordBatch, texts: tuple[str | None, ...]) -> pa.RecordBatch:
-    """The batch with the binary columns among `texts` as UTF-8, and with nanoseconds cut to microseconds."""
+def _with_plain_types(batch: pa.RecordBatch, text_field: str | None) -> pa.RecordBatch:
+    """The batch with a binary column `text_field` as UTF-8, and with nanoseconds cut to microseconds."""
     columns = []
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        if name in texts and column.type in _AS_TEXT:
+        if name == text_field and column.type in _AS_TEXT:
             column = column.view(_AS_TEXT[column.type])
         elif pa.types.is_temporal(column.type) and getattr(column.type, "unit", None) == "ns":
             column = column.cast(_in_microseconds(column.type), safe=False)

@@ -21,7 +21,7 @@ from deepseek_v3.data.formats.batches import (
     ReadOptions,
 )
 from deepseek_v3.data.formats.json_lines import read_json_lines
-from deepseek_v3.data.formats.json_values import BYTE_ORDER_MARK, parse_json
+from deepseek_v3.data.formats.json_values import BYTE_ORDER_MARK
 from deepseek_v3.data.formats.quarantine import InvalidRecord
 from deepseek_v3.data.formats.streams import ByteStream
 
@@ -98,7 +98,7 @@ class _ElementReader:
                 raise InvalidRecord(
                     "too_long", f"has {length} bytes, expected at most {self._max_bytes} (max_record_bytes)"
                 )
-            builder.add(offset, parse_json(data, offset))
+            builder.add_json(offset, data, offset)
         except InvalidRecord as why:
             builder.reject(offset, why, offset=offset, length=length, raw=data)
 

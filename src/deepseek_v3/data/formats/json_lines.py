@@ -16,7 +16,7 @@ from deepseek_v3.data.formats.batches import (
     ReadBatch,
     ReadOptions,
 )
-from deepseek_v3.data.formats.json_values import BYTE_ORDER_MARK, parse_json
+from deepseek_v3.data.formats.json_values import BYTE_ORDER_MARK
 from deepseek_v3.data.formats.quarantine import InvalidRecord
 from deepseek_v3.data.formats.streams import ByteStream, InputFile, open_raw
 
@@ -142,7 +142,7 @@ def _add_unusual(line: bytes, offset: int, builder: BatchBuilder) -> None:
     if not content.strip():
         return
     try:
-        builder.add(offset, parse_json(content, offset + len(line) - len(content)))
+        builder.add_json(offset, content, offset + len(line) - len(content))
     except InvalidRecord as why:
         builder.reject(offset, why, offset=offset, length=len(line), raw=line)
 
@@ -162,7 +162,7 @@ def _add_end(builder: BatchBuilder, end: int, unfinished: bytes | None, damage: 
     else:
         offset = end - len(unfinished)
         try:
-            builder.add(offset, parse_json(unfinished, offset))
+            builder.add_json(offset, unfinished, offset)
             builder.reject(end, damage, offset=end)
         except InvalidRecord:
             builder.reject(offset, damage, offset=offset, length=len(unfinished), raw=unfinished)

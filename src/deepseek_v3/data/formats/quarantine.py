@@ -31,22 +31,24 @@ REASONS = {
     "too_long": "a line, file, row's text or payload has more bytes than `max_record_bytes`",
     "not_utf8": "bytes that are not UTF-8",
     "not_json": "a line or value that is not JSON",
-    "number": "JSON with NaN, Infinity or a number beyond the range of a double",
-    "nesting": "JSON nested deeper than can be read (1,024 levels) or written as metadata (253)",
-    "lone_surrogate": "JSON whose \\u escapes hold one half of a surrogate pair, which no UTF-8 can express",
+    "nesting": "JSON nested deeper than can be read (1,024 levels)",
     "not_object": "a JSON value that is not an object",
     "text_missing": "a record without the text field",
     "text_null": "a record whose text is null",
     "text_type": "a record whose text is not a string",
-    "id_type": "a record whose id is neither a string nor an integer",
-    "nul": "a text with NUL characters, the sign of binary data",
-    "metadata": "a row with a value in another column that cannot be read or written as JSON",
+    "nul": "a text of which more than a tenth are NUL characters, the sign of binary data",
     "not_text": "a WARC record whose content type is not text, such as an image",
 }
 
 # What was repaired in records that are kept, and counted by these codes.
 REPAIRS = {
     "id_qualified": "an id that several records have: it now starts with the name of its file",
+    "id_as_text": "an id that is neither a string nor an integer: it was converted to text, bytes to hexadecimal",
+    "nul": "a text with a few NUL characters: they were removed",
+    "lone_surrogate": "JSON with one half of a surrogate pair, which no UTF-8 can express: it became U+FFFD",
+    "number": "JSON with NaN or infinity, which became null, or a number beyond a double, which became text",
+    "not_utf8": "bytes that are not UTF-8 in a field other than the text: they became U+FFFD",
+    "metadata": "a value in another field, such as a date out of range, that JSON cannot hold: it became text",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
@@ -14,6 +15,7 @@ from deepseek_v3.data.documents import Document
 from deepseek_v3.data.formats.batches import END_OF_FILE, FileRange, ReadBatch, ReadOptions, take_field
 from deepseek_v3.data.formats.file_types import known_format
 from deepseek_v3.data.formats.inputs import find_inputs
+from deepseek_v3.data.formats.quarantine import REPAIRS
 from deepseek_v3.data.formats.streams import ByteStream, InputFile
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.logging import get_logger
@@ -125,13 +127,18 @@ def _valid_records(
         names = ", ".join(one.name for one in ignored[:_NAMES_SHOWN])
         _log.warning(f"{source}: {len(ignored)} files are left out, of no known format: {names}")
     found = False
+    repaired: Counter[str] = Counter()
     for file in files:
-        for records, quarantined, _ in read_range(FileRange(file), options):
-            _require_valid(quarantined, file)
+        for batch in read_range(FileRange(file), options):
+            repaired.update(batch.repaired)
+            _require_valid(batch.quarantined, file)
+            records = batch.records
             rows = [row for row, text in enumerate(records["text"].to_pylist()) if text and not text.isspace()]
             if rows:
                 found = True
                 yield file, records if len(rows) == records.num_rows else records.take(rows)
+    for name, count in repaired.items() if warn else ():
+        _log.warning("%s: %s records were repaired (%s): %s", source, f"{count:,}", name, REPAIRS[name])
     if not found:
         raise DataError(
             f"{source}: holds no text; expected text files, or records with text in {options.text_field!r}"

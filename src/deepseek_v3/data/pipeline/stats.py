@@ -25,7 +25,7 @@ class Stats:
 
     `counts` holds
     - `read`: `documents`, `bytes`, `records` (including quarantined ones), and `lengths`;
-    - `quarantined`: records by reason;
+    - `quarantined`: records by reason; `repaired`: records by kind of repair;
     - `stages`: for each stage `in` and `out` (`documents`, `bytes`), `reasons` (`documents`, `bytes`), `sources`
       (`in`, `out`), and `observed` (`before`, `after`: counts by value, numbers rounded to two significant digits);
     - `kept`: `documents`, `bytes`, `tokens`, `copies`, `lengths`, `sources`.
@@ -63,6 +63,10 @@ class Stats:
         )
         for reason, records in reasons:
             self._add("quarantined", {reason: records})
+
+    def repaired(self, records: Mapping[str, int]) -> None:
+        """Counts repaired records by the kind of repair."""
+        self._add("repaired", dict(records))
 
     def stage(self, name: str, before: pa.RecordBatch, result: Outcome) -> None:
         """Counts the result of a stage for the batch `before`, and samples the documents that it dropped."""

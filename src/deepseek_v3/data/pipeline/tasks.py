@@ -149,6 +149,7 @@ def _read_part(
     resume = None
     for batch, place in batches:
         runner.stats.read(batch.records, batch.quarantined)
+        runner.stats.repaired(batch.repaired)
         runner.quarantine(batch.quarantined)
         read_bytes += text_bytes(batch.records)
         kept.append(runner.run(batch.records))
