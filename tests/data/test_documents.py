@@ -156,7 +156,7 @@ def test_files_of_unknown_format_are_skipped_and_named(tmp_path, caplog):
     write(tmp_path / "a.txt", "a")
     write(tmp_path / "picture.png", b"\x89PNG")
     assert len(list(read_documents(tmp_path))) == 1
-    assert f"{tmp_path}: 1 files are left out, of no known format: picture.png" in caplog.text
+    assert f"{tmp_path}: 1 files are left out: picture.png (no format is known by the suffix '.png')" in caplog.text
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")

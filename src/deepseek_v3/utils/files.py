@@ -131,6 +131,8 @@ def output_file_problem(path: Path) -> str | None:
 
 def _folder_problem(path: Path) -> str | None:
     """Why nothing can be added to the folder of `path`, or to the nearest one above it that exists; else None."""
+    if is_address(str(path)):
+        return "is an address, expected a path of this machine; choose another file"
     folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
     if not folder.is_dir():
         return f"cannot be written: {folder} is no folder; choose another file"

@@ -75,7 +75,7 @@ def hold_lock(path: Path, subject: Path, advice: str, *, shared: bool = False) -
     finally:
         released.set()
         toucher.join()
-        if not shared:
+        if not shared or _is_last_holder(descriptor):
             path.unlink(missing_ok=True)
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_UN)  # also releases it in worker processes forked under the lock
@@ -109,6 +109,15 @@ def _flock(descriptor: int, path: Path, subject: Path, advice: str, shared: bool
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
+        return False
+    return True
+
+
+def _is_last_holder(descriptor: int) -> bool:
+    """Whether no other process holds a shared lock on the file; the lock of this process may become exclusive."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
         return False
     return True
 

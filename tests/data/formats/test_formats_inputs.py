@@ -95,6 +95,58 @@ def test_a_folder_is_searched_and_skipped_files_are_listed(corpus):
         assert not file.is_remote
 
 
+SIDE_FILES = (
+    *("README.md", "readme", "LICENSE", "LICENSE.txt", "sub/NOTICE", "_SUCCESS", "_committed_12", "_started_12"),
+    *("_metadata", "dataset_info.json", "state.json", "SHA256SUMS", "checksums.txt", "_x.json"),
+)
+
+
+def write_files(folder: Path, *names: str) -> Path:
+    for name in names:
+        write(folder / name, name)
+    return folder
+
+
+@pytest.mark.parametrize("data", ["a.jsonl.gz", "sub/a.parquet", "sub/x/a.arrow", "sub/a.json"])
+def test_files_that_accompany_data_are_no_documents(tmp_path, data):
+    side_files = [name for name in SIDE_FILES if "sub" in data or "/" not in name]
+    write_files(
+        tmp_path, data, "sub/notes.txt", "_part.jsonl", "_delta_log/0.json", "_temporary/b.parquet", *side_files
+    )
+    files, ignored = find_inputs(tmp_path)
+    assert names(Inputs(files, [])) == sorted([data, "sub/notes.txt", "_part.jsonl"])
+    assert [one.name for one in ignored] == sorted([*side_files, "_delta_log/", "_temporary/"])
+
+
+def test_files_of_those_names_without_data_are_documents(tmp_path):
+    write_files(tmp_path, "README.md", "LICENSE", "code/__init__.py", "code/README", "_notes.txt")
+    files, ignored = find_inputs(tmp_path)
+    assert (len(files), ignored) == (5, [])
+
+
+def test_the_outputs_of_earlier_runs_are_no_documents(tmp_path):
+    run = (
+        "manifest.json",
+        "stats.json",
+        "report.html",
+        "data/0.parquet",
+        "dropped/0.parquet",
+        "quarantine/0.parquet",
+    )
+    write_files(tmp_path, "raw/a.jsonl", "raw/new/a.txt", *(f"raw/old/{name}" for name in run))
+    write_files(tmp_path / "raw" / "tokens", "index.json", "tokenizer.json", "train/0.bin")
+    for given in ("raw", "raw/**/*.*"):
+        files, ignored = find_inputs(str(tmp_path / given))
+        assert [file.name for file in files] == ["a.jsonl", "new/a.txt"]
+        assert [one.name for one in ignored] == ["old/", "tokens/"]
+    assert names(find_inputs(tmp_path / "raw" / "old")) == ["data/0.parquet"]
+    assert names(find_inputs(tmp_path / "raw" / "old" / "data")) == ["0.parquet"]
+    (tmp_path / "link").symlink_to(tmp_path / "raw" / "new")
+    files, ignored = find_inputs(tmp_path / "raw", tmp_path / "link")
+    assert [file.name for file in files] == ["a.jsonl"]
+    assert (str(tmp_path / "link"), "is in the output_dir of this run") in ignored
+
+
 def test_one_file_is_an_input(corpus):
     ((file,), ignored) = find_inputs(str(corpus / "a" / "y.txt"))
     assert (file.name, file.path, ignored) == ("y.txt", str(corpus / "a" / "y.txt"), [])

@@ -111,6 +111,38 @@ def test_a_folder_with_other_things_in_it_is_refused(tmp_path: Path) -> None:
         run_pipeline(pipeline_config(str(source), tmp_path / "out", SHEET))
 
 
+def test_an_output_folder_inside_the_input_is_not_read(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", [{"text": f"Document number {n}."} for n in range(9)])
+    (tmp_path / "README.md").write_text("Read me.")
+    config = pipeline_config(str(tmp_path), tmp_path / "clean", ["preliminary_cleaning"])
+    manifest = run_pipeline(config)
+    assert manifest["counts"]["kept"] == 9
+    assert [file["name"] for file in manifest["ignored"]] == ["README.md"]
+    assert run_pipeline(config) == manifest
+    other = run_pipeline(pipeline_config(str(tmp_path), tmp_path / "other", ["preliminary_cleaning"]))
+    assert other["counts"]["input"] == 9
+    assert [file["name"] for file in other["ignored"]] == ["README.md", "clean/"]
+
+
+@pytest.mark.parametrize("shard", [None, (0, 2)])
+def test_a_refused_run_leaves_nothing_behind(tmp_path: Path, shard: tuple[int, int] | None) -> None:
+    good = write_lines(tmp_path / "a.jsonl", [{"text": "One."}])
+    bad = write_lines(tmp_path / "b.jsonl", [{"word": "One."}])
+    with (tmp_path / "huge.jsonl").open("wb") as file:
+        file.truncate(2**43)
+    for source, fields in (
+        (bad, {}),
+        (tmp_path / "huge.jsonl", {}),
+        (tmp_path / "huge.jsonl", {"work_unit_size": 1}),
+        (good, {"memory": "1MB"}),
+        (good, {"previous_runs": [str(tmp_path / "none")], "pipeline": ["deduplication"]}),
+    ):
+        pipeline = fields.pop("pipeline", SHEET)
+        with pytest.raises((ConfigError, DataError)):
+            run_pipeline(pipeline_config(str(source), tmp_path / "out", pipeline, **fields), shard=shard)
+        assert not (tmp_path / "out").exists(), (source, fields)
+
+
 def test_a_changed_input_file_is_noticed(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "in" / "a.jsonl", [{"text": f"Document number {n}."} for n in range(9)])
     config = pipeline_config(str(tmp_path / "in"), tmp_path / "out", ["preliminary_cleaning"])

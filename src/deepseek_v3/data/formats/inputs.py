@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
 from glob import has_magic
 from itertools import pairwise, takewhile
 from pathlib import Path, PurePosixPath
@@ -15,6 +17,7 @@ from fsspec.utils import glob_translate
 
 from deepseek_v3.data.documents import walk_files
 from deepseek_v3.data.formats.file_types import format_of, known_format, readable_suffixes
+from deepseek_v3.data.formats.side_files import SideFile, find_side_files
 from deepseek_v3.data.formats.streams import InputFile
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.redaction import redact
@@ -60,18 +63,20 @@ class Inputs(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """A file, and the reason why it cannot be read, if there is one."""
+    """A file, and the reason why it is not read, or None; `label` names it, or the folder that is not read."""
 
     file: InputFile
     fault: str | None
+    label: str
 
 
-def find_inputs(input_path: str | Path | Sequence[str | Path]) -> Inputs:
+def find_inputs(input_path: str | Path | Sequence[str | Path], output_dir: Path | None = None) -> Inputs:
     """Finds the files of one or more inputs: files, folders, patterns with *, ?, [] and **, and addresses.
 
     The name of a file is its path below the given folder, or below the part of a pattern before its first wildcard.
     A pattern that matches a folder selects every file below it. Hidden files and folders are skipped, and so is
     __pycache__. Links are followed, but each folder is entered only once. A file that is found twice is taken once.
+    Files below `output_dir`, outputs of earlier runs, and what accompanies data, such as README.md, are ignored.
 
     Raises DataError if an input does not exist or holds nothing that can be read, if two files would have the same
     name, and if a library that is needed to read them is not installed.
@@ -81,7 +86,7 @@ def find_inputs(input_path: str | Path | Sequence[str | Path]) -> Inputs:
         raise DataError("input: nothing was given; expected a file, a folder, a pattern or an address")
     names: dict[str, _Found] = {}
     for one in sorted(map(str, given)):
-        for found in _find_one(one):
+        for found in _find_one(one, output_dir):
             known = names.get(found.file.path)
             # Keeps the longer name, so that the order of the inputs does not matter.
             if known is None or _rank(known.file.name) < _rank(found.file.name):
@@ -104,51 +109,74 @@ def _separate(found: list[_Found]) -> Inputs:
             )
     for file in files:
         known_format(file).require(file)
-    return Inputs(files, [IgnoredFile(one.file.name, one.fault) for one in found if one.fault is not None])
+    ignored = dict.fromkeys(IgnoredFile(one.label, one.fault) for one in found if one.fault is not None)
+    return Inputs(files, [*ignored])
 
 
-def _find_one(given: str) -> list[_Found]:
+def _find_one(given: str, output_dir: Path | None) -> list[_Found]:
     """The files of one input. Raises DataError unless at least one of them can be read."""
     try:
-        found = list(_walk_store(given) if "://" in given else _walk_disk(Path(given)))
+        found = list(_walk_store(given, output_dir) if "://" in given else _walk_disk(Path(given), output_dir))
     except OSError as error:
         raise DataError(
             redact(f"{error.filename or given}: cannot be read: {error.strerror or error}", given)
         ) from None
     if not any(one.fault is None for one in found):
-        others = f"found only {found[0].file.name}: {found[0].fault}; " if found else ""
+        others = f"found only {found[0].label}: {found[0].fault}; " if found else ""
         raise DataError(f"{given}: holds no text: {others}expected {readable_suffixes()}")
     return found
 
 
-def _walk_disk(given: Path) -> Iterator[_Found]:
+def _walk_disk(given: Path, output_dir: Path | None) -> Iterator[_Found]:
     root, pattern = (str(given), None) if given.exists() else _split_pattern(given.as_posix())
     if not Path(root).exists():
         raise DataError(f"{given}: does not exist; expected a file, a folder, a pattern or an address")
-    for path in walk_files(Path(root)):
-        name = path.name if path == Path(root) else path.relative_to(root).as_posix()
+    if Path(root).is_file():
+        paths = {Path(root).name: Path(root)}
+    else:
+        paths = {path.relative_to(root).as_posix(): path for path in walk_files(Path(root))}
+    side_files = {} if Path(root).is_file() else find_side_files(paths)
+    for name, path in paths.items():
         if not path.is_file():
-            yield _Found(InputFile(name, str(path.absolute()), 0, ""), "is a broken link, or not a regular file")
+            fault = "is a broken link, or not a regular file"
+            yield _Found(InputFile(name, str(path.absolute()), 0, ""), fault, name)
+        elif output_dir is not None and _real_folder(path.parent).is_relative_to(_real_folder(output_dir)):
+            fault = "is in the output_dir of this run"
+            yield _Found(InputFile(name, str(path.absolute()), 0, ""), fault, str(output_dir))
         elif _matches(pattern, name):
             status = path.stat()
-            yield _with_fault(name, str(path.absolute()), status.st_size, str(status.st_mtime_ns))
+            file = InputFile(name, str(path.absolute()), status.st_size, str(status.st_mtime_ns))
+            yield _with_fault(file, side_files.get(name))
 
 
-def _walk_store(given: str) -> Iterator[_Found]:
+@lru_cache
+def _real_folder(folder: Path) -> Path:
+    return folder.resolve()
+
+
+def _walk_store(given: str, output_dir: Path | None) -> Iterator[_Found]:
     store, path = _open_store(given)
     if store.protocol == "file" or "file" in store.protocol:
-        yield from _walk_disk(Path(path))
+        yield from _walk_disk(Path(path), output_dir)
         return
     root, pattern = _split_pattern(path.rstrip("/"))
     infos = _list_store(store, root, given)
     if not infos:
         raise DataError(f"{given}: nothing was found there; check the address and that you may read it")
+    names = {key: _name_below(root, key, _is_web(store)) for key in infos}
+    side_files = find_side_files(names.values()) if len(names) > 1 else {}
     for key, info in infos.items():
-        name = PurePosixPath(key).name if key == root else PurePosixPath(key).relative_to(root).as_posix()
-        name = name.partition("?")[0] if _is_web(store) else name
+        name = names[key]
         if _matches(pattern, name) and not _is_hidden(name):
             version = next((str(info[field]) for field in _VERSIONS if info.get(field) is not None), "")
-            yield _with_fault(name, store.unstrip_protocol(key), info["size"] or 0, version)
+            file = InputFile(name, store.unstrip_protocol(key), info["size"] or 0, version)
+            yield _with_fault(file, side_files.get(name))
+
+
+def _name_below(root: str, key: str, is_web: bool) -> str:
+    """The name of an object of a store: its path below `root`, on the web without query parameters."""
+    name = PurePosixPath(key).name if key == root else PurePosixPath(key).relative_to(root).as_posix()
+    return name.partition("?")[0] if is_web else name
 
 
 def _list_store(store: AbstractFileSystem, root: str, given: str) -> dict[str, dict[str, Any]]:
@@ -180,11 +208,14 @@ def _open_store(given: str) -> tuple[AbstractFileSystem, str]:
         raise DataError(redact(problem, given)) from None
 
 
-def _with_fault(name: str, path: str, size: int, modified: str) -> _Found:
-    if name != (printable := name.encode(errors="replace").decode()):
-        return _Found(InputFile(printable, path, size, modified), "its name is not UTF-8; rename it")
-    fault = None if format_of(name) else f"no format is known by the suffix {PurePosixPath(name).suffix!r}"
-    return _Found(InputFile(name, path, size, modified), fault)
+def _with_fault(file: InputFile, side_file: SideFile | None) -> _Found:
+    if file.name != (printable := file.name.encode(errors="replace").decode()):
+        return _Found(replace(file, name=printable), "its name is not UTF-8; rename it", printable)
+    if side_file is not None:
+        return _Found(file, side_file.reason, side_file.name)
+    suffix = PurePosixPath(file.name).suffix
+    fault = None if format_of(file.name) else f"no format is known by the suffix {suffix!r}"
+    return _Found(file, fault, file.name)
 
 
 def _is_hidden(name: str) -> bool:

@@ -124,8 +124,8 @@ def _valid_records(
     """Batches of the records whose text is more than white space; see `read_documents`."""
     files, ignored = find_inputs(source)
     if ignored and warn:
-        names = ", ".join(one.name for one in ignored[:_NAMES_SHOWN])
-        _log.warning(f"{source}: {len(ignored)} files are left out, of no known format: {names}")
+        names = ", ".join(f"{one.name} ({one.reason})" for one in ignored[:_NAMES_SHOWN])
+        _log.warning(f"{source}: {len(ignored)} files are left out: {names}")
     found = False
     repaired: Counter[str] = Counter()
     for file in files:

@@ -56,12 +56,14 @@ def run_pipeline(
     """
     if shard is not None and (merge or not 0 <= shard[0] < shard[1]):
         raise ConfigError(f"shard = {shard[0]}/{shard[1]}: expected i/n with i from 0 to n - 1, and not with merge")
-    inputs = find_inputs(config.input_path)
+    inputs = find_inputs(config.input_path, config.output_dir)
     run_folder = RunFolder(config.output_dir)
     described = resume.describe_run(config, inputs.files)
     if run_folder.manifest.exists():
         return _read_complete_run(run_folder, described)
     passes = build_passes(config)
+    for stage in config.pipeline:
+        previous_parts(stage, key_options(config, stage), config.previous_runs)
     workers = resources.count_workers(config)
     with resume.run_lock(run_folder, shared=shard is not None):
         resumed = resume.is_resumed(run_folder, described)

@@ -25,6 +25,7 @@ from deepseek_v3.data.tokens.holdout import HoldoutPlanner, TokenBounds
 from deepseek_v3.data.tokens.index import Split
 from deepseek_v3.utils.command_line import integer_option, number_option, print_next_steps
 from deepseek_v3.utils.errors import DataError
+from deepseek_v3.utils.files import output_file_problem
 from deepseek_v3.utils.redaction import redact
 from deepseek_v3.utils.text import pluralize
 
@@ -78,6 +79,8 @@ def train(
     """Train a fastText classifier of --good against --bad, or an n-gram language model of --text."""
     if holdout is not None and not 0 < holdout < 1:
         raise DataError(f"--holdout {holdout}: expected a share between 0 and 1, such as 0.05")
+    if problem := output_file_problem(output):
+        raise DataError(f"{output}: {problem}")
     try:
         if good and bad and not text and not reference:
             _train_classifier(good, bad, output, TrainingOptions(epochs=epochs, seed=seed), holdout, text_field)

@@ -18,7 +18,7 @@ from deepseek_v3.utils.text import pluralize
 
 def tokenize(
     source: Annotated[
-        Path | None, typer.Option("--input", help="A text file, a .jsonl file, or a folder of either.")
+        str | None, typer.Option("--input", help="A text file, a .jsonl file, or a folder of either.")
     ] = None,
     corpus: Annotated[
         str | None, typer.Option(help=f"Instead of --input: {PYTHON_STDLIB}, the text inside every Python.")
