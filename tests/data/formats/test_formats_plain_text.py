@@ -48,8 +48,8 @@ def test_a_compressed_file_cut_short_is_no_document(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
-def test_an_unreadable_file_is_quarantined(tmp_path):
+def test_a_file_without_permission_is_no_bad_data(tmp_path):
     path = write(tmp_path / "a.txt", "a")
     path.chmod(0)
-    records, (entry,) = read(path)
-    assert (records, entry["reason"]) == ([], "unreadable")
+    with pytest.raises(PermissionError):
+        read(path)

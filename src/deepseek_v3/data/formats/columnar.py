@@ -23,6 +23,7 @@ from deepseek_v3.data.formats.batches import (
 )
 from deepseek_v3.data.formats.quarantine import InvalidRecord
 from deepseek_v3.data.formats.streams import InputFile, open_raw, read_failure
+from deepseek_v3.utils.errors import resource_problem
 
 
 class RowGroup(NamedTuple):
@@ -52,7 +53,7 @@ def split_columnar(groups: RowGroupReader, file: InputFile, range_bytes: int) ->
         with open_raw(file) as raw:
             rows = [group.rows for group in groups(raw)]
     except _DAMAGE:
-        return [FileRange(file)]
+        return [FileRange(file)]  # reading it will tell why
     rows_per_range = max(sum(rows) * range_bytes // max(file.size, 1), 1)
     starts, end = [0], 0
     for count in rows:
@@ -177,6 +178,8 @@ def _read_group(
 def _damage(file: InputFile, error: Exception) -> InvalidRecord:
     if isinstance(error, InvalidRecord):
         return error
+    if resource_problem(error):
+        raise error
     if isinstance(error, OSError) and error.errno is not None:
         return read_failure(file, error)
     return InvalidRecord("damaged", f"cannot be decoded: {_one_line(error)}")
@@ -188,7 +191,9 @@ def _add_rows(batch: pa.RecordBatch, first: int, builder: BatchBuilder, text_fie
     try:
         batch.validate(full=True)
         rows = batch.to_pylist()
-    except _UNWRITABLE:
+    except _UNWRITABLE as error:
+        if resource_problem(error):
+            raise
         column = text_field if text_field in batch.schema.names else text_field.partition(".")[0]
         rows = [_row(batch.slice(index, 1), column) for index in range(batch.num_rows)]
     for place, row in enumerate(rows, start=first + 1):

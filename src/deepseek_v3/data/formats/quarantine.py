@@ -25,7 +25,7 @@ MAX_RAW_BYTES = 2**16
 
 REASONS = {
     "empty": "the file holds no bytes, or none once decompressed",
-    "unreadable": "the file cannot be opened or read: it vanished, access is denied, or the disk reports an error",
+    "unreadable": "the file cannot be opened or read: it vanished, or the disk reports an error",
     "truncated": "the file ends inside compressed data, a record or an array",
     "damaged": "the compressed data or the structure of the file is corrupt; everything before it was read",
     "too_long": "a line, file, row's text or payload has more bytes than `max_record_bytes`",

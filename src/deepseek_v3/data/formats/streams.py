@@ -19,7 +19,7 @@ import fsspec
 import zstandard
 
 from deepseek_v3.data.formats.quarantine import InvalidRecord
-from deepseek_v3.utils.errors import DataError
+from deepseek_v3.utils.errors import DataError, resource_problem
 from deepseek_v3.utils.redaction import redact
 
 _CHUNK_BYTES = 2**20  # the most bytes that a decoder returns at a time, except for Zstandard
@@ -188,6 +188,8 @@ class Decompressor:
         try:
             return decoder.decompress(data, _CHUNK_BYTES)
         except _CORRUPT as error:
+            if resource_problem(error):
+                raise
             where = f"after member {self._members}: " if self._members else ""
             raise InvalidRecord(
                 "damaged", f"the {self._compression.name} data are corrupt: {where}{error}"
@@ -219,10 +221,13 @@ def open_raw(file: InputFile) -> BinaryIO:
 
 
 def read_failure(file: InputFile, error: OSError) -> InvalidRecord:
-    """The quarantine entry for a file that the disk or the store refuses to read.
+    """The quarantine entry for a file that vanished, or that the disk cannot read.
 
-    Raises DataError instead for any other failure of a store, which may be temporary.
+    Raises the error itself if the machine lacks a resource or a permission, and DataError for any other failure of
+    a store, which may be temporary.
     """
+    if not file.is_remote and resource_problem(error):
+        raise error
     if file.is_remote and not isinstance(error, (FileNotFoundError, PermissionError)):
         raise _store_failure(file, error) from None
     return InvalidRecord("unreadable", redact(f"cannot be read: {error.strerror or error}", file.path))

@@ -12,12 +12,12 @@ from typing import Any
 import pyarrow as pa
 
 from deepseek_v3.config.preprocess_config import PreprocessConfig
-from deepseek_v3.utils.errors import DataError
+from deepseek_v3.utils.errors import DataError, translate_resource_errors
 from deepseek_v3.utils.optional import missing_library
 from deepseek_v3.utils.process_pool import WorkerPool, start_fork_server
 from deepseek_v3.utils.redaction import redact
 
-_ADVICE = (
+RESUME_ADVICE = (
     "what it had finished is kept: run the same command again, with fewer workers or a smaller work_unit_size if "
     "memory ran out"
 )
@@ -67,19 +67,19 @@ class InProcessExecutor(Executor):
         self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], done: Callable[[Any], None]
     ) -> None:
         for each in arguments:
-            done(function(*each))
+            done(run_task(function, *each))
 
 
 class ProcessExecutor(Executor):
     """Runs tasks in worker processes of this machine, which start immediately and end with the run."""
 
     def __init__(self, workers: int) -> None:
-        self._pool = WorkerPool(workers, pa.set_cpu_count, (1,), advice=_ADVICE)
+        self._pool = WorkerPool(workers, pa.set_cpu_count, (1,), advice=RESUME_ADVICE)
 
     def run(
         self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], done: Callable[[Any], None]
     ) -> None:
-        self._pool.run(function, arguments, done)
+        self._pool.run(run_task, [(function, *each) for each in arguments], done)
 
     def close(self) -> None:
         self._pool.close()
@@ -120,4 +120,10 @@ class RayExecutor(Executor):
 
 def _with_copies(function: Callable[..., Any], *arguments: Any) -> Any:
     """Calls a function with copies of the arguments: arrays from Ray are read-only, which Numba may refuse."""
-    return function(*deepcopy(arguments))
+    return run_task(function, *deepcopy(arguments))
+
+
+def run_task(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls a function. Raises ResourceError, which a worker can send, if the machine lacks what it needs."""
+    with translate_resource_errors("a task of this run", RESUME_ADVICE):
+        return function(*arguments)

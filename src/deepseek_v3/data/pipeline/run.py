@@ -18,6 +18,7 @@ from deepseek_v3.data.formats.batches import ReadOptions
 from deepseek_v3.data.formats.inputs import Inputs, find_inputs
 from deepseek_v3.data.pipeline import resources, resume
 from deepseek_v3.data.pipeline.executors import (
+    RESUME_ADVICE,
     Executor,
     InProcessExecutor,
     ProcessExecutor,
@@ -33,7 +34,7 @@ from deepseek_v3.data.pipeline.run_folder import RECORDS_FILE, SHARD_PREFIX, Par
 from deepseek_v3.data.pipeline.tasks import WorkUnit, apply_stages, finished_parts, read_work_unit, write_shard
 from deepseek_v3.data.stages import GlobalStage
 from deepseek_v3.data.tokens.token_counter import TokenCounter
-from deepseek_v3.utils.errors import ConfigError, DataError
+from deepseek_v3.utils.errors import ConfigError, DataError, translate_resource_errors
 from deepseek_v3.utils.logging import get_logger
 from deepseek_v3.utils.progress import ProgressDisplay
 
@@ -65,7 +66,10 @@ def run_pipeline(
     for stage in config.pipeline:
         previous_parts(stage, key_options(config, stage), config.previous_runs)
     workers = resources.count_workers(config)
-    with resume.run_lock(run_folder, shared=shard is not None):
+    with (
+        translate_resource_errors(config.output_dir, RESUME_ADVICE),
+        resume.run_lock(run_folder, shared=shard is not None),
+    ):
         resumed = resume.is_resumed(run_folder, described)
         _announce(config, inputs, workers, resumed)
         options = ReadOptions(config.text_field, config.id_field, config.max_record_size)

@@ -19,6 +19,7 @@ from deepseek_v3.data.formats.batches import BATCH_BYTES, FileRange, ReadBatch, 
 from deepseek_v3.data.formats.quarantine import QUARANTINED
 from deepseek_v3.data.formats.reading import read_range
 from deepseek_v3.data.formats.writing import RecordWriter
+from deepseek_v3.data.pipeline.executors import RESUME_ADVICE
 from deepseek_v3.data.pipeline.global_stages import StageDecisions
 from deepseek_v3.data.pipeline.passes import Pass
 from deepseek_v3.data.pipeline.run_folder import (
@@ -37,6 +38,7 @@ from deepseek_v3.data.pipeline.stats import Stats
 from deepseek_v3.data.pipeline.unique_ids import UniqueIds, as_quarantined
 from deepseek_v3.data.stages import DROPPED, GlobalStage, Outcome, Stage
 from deepseek_v3.data.tokens.token_counter import TokenCounter
+from deepseek_v3.utils.errors import translate_resource_errors
 from deepseek_v3.utils.files import atomic_folder
 
 
@@ -131,8 +133,10 @@ def _read_batches(
     index, position = resume
     for number in range(index, len(unit.spans)):
         start = position if number == index and position else None
-        for batch in read_range(unit.spans[number], options, start):
-            yield batch, (number, batch.position)
+        span = unit.spans[number]
+        with translate_resource_errors(span.file.path, RESUME_ADVICE):
+            for batch in read_range(span, options, start):
+                yield batch, (number, batch.position)
 
 
 def _read_part(
