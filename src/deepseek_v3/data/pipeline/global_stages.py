@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,19 @@ import pyarrow as pa
 
 from deepseek_v3.data.arrays import Int64Array
 from deepseek_v3.data.pipeline.executors import Executor
-from deepseek_v3.data.pipeline.run_folder import IDS_FILE, RECORDS_FILE, Part, read_table
+from deepseek_v3.data.pipeline.run_folder import (
+    IDS_FILE,
+    KEYS_PREFIX,
+    RECORDS_FILE,
+    Part,
+    finish_part,
+    has_own_checksum,
+    is_intact,
+    read_part,
+    read_table,
+    verify_part,
+    write_checksum,
+)
 from deepseek_v3.data.pipeline.unique_ids import UniqueIds, unique_ids
 from deepseek_v3.data.stages import GlobalStage, NumberedPart, Task, group_by_part
 from deepseek_v3.utils.files import atomic_folder
@@ -74,7 +87,8 @@ def run_global_stages(
     for stage, before, folder in zip(stages, previous, folders, strict=True):
         parts = _number_parts(stage, before, finished, removed)
         decision = StageDecisions(folder / "decisions", tuple(parts), len(before), renamed)
-        if not decision.folder.is_dir():
+        if not _is_decided(decision.folder):
+            _verify_parts(stage, decision, executor)
             _decide(stage, decision, executor, memory, progress)
         decisions.append(decision)
         if isinstance(stage, UniqueIds):
@@ -85,9 +99,32 @@ def run_global_stages(
 
 
 def read_figures(folder: Path) -> dict[str, Any]:
-    """Reads the figures that a stage reported with its decisions in `folder`."""
+    """Reads the figures that a stage reported with its decisions in `folder`. Raises DataError if they changed."""
+    verify_part(folder / "decisions", [_FIGURES_FILE])
     figures: dict[str, Any] = orjson.loads((folder / "decisions" / _FIGURES_FILE).read_bytes())
     return figures
+
+
+def _is_decided(folder: Path) -> bool:
+    """Whether a stage has decided; removes decisions that changed since then, which are made again."""
+    part = read_part(folder)
+    if part is not None and is_intact(part):
+        return True
+    if folder.is_dir():
+        _log.warning("%s: the decisions are damaged and are made again", folder)
+        shutil.rmtree(folder)
+    return False
+
+
+def _verify_parts(stage: GlobalStage, decision: StageDecisions, executor: Executor) -> None:
+    """Checks the documents and keys that a stage will read. Raises DataError if any changed."""
+    tasks: list[tuple[Path, list[str]]] = []
+    for part in decision.parts:
+        if part.records is not None:
+            tasks.append((part.records.parent, [RECORDS_FILE, f"{KEYS_PREFIX}{stage.name}/"]))
+        elif read_part(part.keys) is not None:  # former versions left no checksums of the keys that they kept
+            tasks.append((part.keys, [""]))
+    executor.run(verify_part, tasks, lambda _: None)
 
 
 def _number_parts(
@@ -117,6 +154,7 @@ def _decide(
         for example in figures.get("examples", []):
             example["documents"] = _excerpts(decision, [example.pop("kept"), example.pop("duplicate")])
         (partial / _FIGURES_FILE).write_bytes(orjson.dumps(figures, option=orjson.OPT_SORT_KEYS))
+        finish_part(decision.folder, partial, sum(part.rows for part in parts), 0, None)
 
 
 def _run(
@@ -127,9 +165,9 @@ def _run(
     executor: Executor,
     progress: ProgressDisplay,
 ) -> list[Path]:
-    """Runs the tasks whose files do not exist yet. Returns the files of all tasks, in order."""
+    """Runs the tasks whose files do not exist yet or are damaged. Returns the files of all tasks, in order."""
     files = [folder / f"{kind}-{number:06d}.npy" for number in range(len(tasks))]
-    missing = [(stage, task, file) for task, file in zip(tasks, files, strict=True) if not file.exists()]
+    missing = [(stage, task, file) for task, file in zip(tasks, files, strict=True) if not has_own_checksum(file)]
     with progress.task(f"{stage.name}: {kind}", len(missing), "tasks", _log) as progress_task:
         executor.run(run_task, missing, lambda _: progress_task.advance(1))
     return files
@@ -140,6 +178,7 @@ def run_task(stage: GlobalStage, task: Task, file: Path) -> None:
     partial = file.with_name(f".{uuid.uuid4().hex}.npy")
     try:
         task.run(stage, partial)
+        write_checksum(file, partial)
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)

@@ -24,14 +24,18 @@ from deepseek_v3.data.pipeline.run_folder import (
     STATS_FILE,
     Part,
     RunFolder,
+    checksum,
     read_table,
+    verify_part,
 )
 from deepseek_v3.data.pipeline.stats import Stats, empty_stage_counts
 from deepseek_v3.data.pipeline.unique_ids import UniqueIds
 from deepseek_v3.data.report.overview import QUARANTINE
 from deepseek_v3.data.report.page import write_report
+from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.logging import get_logger
 
+RESULT_FILES = ("stats.json", "report.html")
 _ROWS_PER_FILE = 1_000_000
 
 _log = get_logger("Preprocess")
@@ -46,14 +50,16 @@ def write_outputs(
     parts += [shard.folder for shard in shards]
     totals = Stats()
     for part in parts:
+        verify_part(part, [STATS_FILE, DROPPED_FILE, QUARANTINED_FILE])
         totals.add(Stats.from_json((part / STATS_FILE).read_bytes()))
     balance = _balance(config, run_folder, parts, totals, sum(shard.rows for shard in shards))
     files = [_move_shard(run_folder, shard) for shard in shards]
     stats = _stats(config, run_folder, passes, totals, balance)
     for name, records in stats["repaired"].items():
         _log.warning("%s records were repaired (%s): %s", f"{records:,}", name, REPAIRS[name])
-    write_run_json(run_folder.output / "stats.json", stats)
-    write_report(stats, run_folder.output / "report.html")
+    stats_file, report_file = (run_folder.output / name for name in RESULT_FILES)
+    write_run_json(stats_file, stats)
+    write_report(stats, report_file)
     manifest = {
         **describe_run(config, inputs.files),
         "ignored": [ignored._asdict() for ignored in inputs.ignored],
@@ -61,10 +67,21 @@ def write_outputs(
         "repaired": stats["repaired"],
         "alarms": stats["alarms"],
         "outputs": files,
+        "other_outputs": _other_outputs(run_folder.output),
     }
     write_run_json(run_folder.manifest, manifest)
     shutil.rmtree(run_folder.work, ignore_errors=True)
     return manifest
+
+
+def _other_outputs(output: Path) -> list[dict[str, Any]]:
+    """The entries of all other output files in the manifest."""
+    paths = [*sorted(output.glob("dropped/*")), *sorted(output.glob("quarantine/*"))]
+    paths += [output / name for name in RESULT_FILES]
+    return [
+        {"file": path.relative_to(output).as_posix(), "bytes": path.stat().st_size, "xxh3_128": checksum(path)}
+        for path in paths
+    ]
 
 
 def _balance(
@@ -122,7 +139,10 @@ def _move_shard(run_folder: RunFolder, shard: Part) -> dict[str, Any]:
     target = run_folder.output / "data" / name
     target.parent.mkdir(parents=True, exist_ok=True)
     if (shard.folder / name).exists():
+        verify_part(shard.folder, [name])
         (shard.folder / name).replace(target)
+    elif not target.exists() or checksum(target) != shard.checksums[name]:
+        raise DataError(f"{target}: was changed or removed since the run wrote it; remove {run_folder.output}")
     return {
         "file": f"data/{name}",
         "documents": shard.rows,

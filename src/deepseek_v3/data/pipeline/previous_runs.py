@@ -11,7 +11,7 @@ from typing import Any
 
 from deepseek_v3.config.preprocess_config import PreprocessConfig
 from deepseek_v3.data.pipeline.resume import read_run_json, write_run_json
-from deepseek_v3.data.pipeline.run_folder import IDS_FILE, RECORDS_FILE, Part, read_table, write_table
+from deepseek_v3.data.pipeline.run_folder import IDS_FILE, RECORDS_FILE, Part, finish_part, read_table, write_table
 from deepseek_v3.data.stages import NumberedPart
 from deepseek_v3.utils.errors import ConfigError, DataError
 from deepseek_v3.utils.text import format_value
@@ -38,6 +38,7 @@ def keep_keys(stage: str, options: dict[str, Any], parts: Sequence[Part], output
         if keys.is_dir():
             ids = read_table(part.folder / RECORDS_FILE).select(["id"])
             write_table(ids, keys / IDS_FILE)
+            finish_part(folder / part.name, keys, part.rows, 0, None)
             keys.rename(folder / part.name)
     write_run_json(folder / _INDEX, {"options": options, "parts": [[part.name, part.rows] for part in parts]})
 

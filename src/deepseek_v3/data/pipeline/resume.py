@@ -17,7 +17,7 @@ from deepseek_v3.config.preprocess_config import PreprocessConfig
 from deepseek_v3.data.formats.streams import InputFile
 from deepseek_v3.data.pipeline.run_folder import Part, RunFolder, is_intact, read_part
 from deepseek_v3.utils.errors import DataError
-from deepseek_v3.utils.files import atomic_write
+from deepseek_v3.utils.files import atomic_write, remove_partials
 from deepseek_v3.utils.locks import hold_lock
 from deepseek_v3.utils.redaction import redact
 from deepseek_v3.utils.text import format_value
@@ -160,6 +160,39 @@ def count_finished(run_folder: RunFolder) -> int:
     """The number of finished parts of all passes."""
     folders = sorted(run_folder.work.glob("pass-*")) + [run_folder.shards]
     return sum(read_part(path) is not None for folder in folders if folder.is_dir() for path in folder.iterdir())
+
+
+def reopen_damaged(folder: Path, *, is_first: bool, is_released: bool) -> int:
+    """Removes the damaged parts of a complete pass, which is then no longer complete; returns their number.
+
+    Raises DataError if the pass cannot do them again, because the documents that it read are released.
+    """
+    marker = folder / "complete.json"
+    names = read_run_json(marker)["parts"]
+    parts = [read_part(folder / name) for name in names]
+    damaged = [
+        folder / name
+        for name, part in zip(names, parts, strict=True)
+        if part is None or not is_intact(part, is_released=is_released)
+    ]
+    if damaged and not is_first:
+        raise DataError(
+            f"{damaged[0]}: was changed since the run wrote it, and cannot be made again from what is left; "
+            "remove the folder .work that contains it and run again"
+        )
+    if damaged:
+        marker.unlink()
+    for path in damaged:
+        shutil.rmtree(path)
+    return len(damaged)
+
+
+def remove_partial_outputs(run_folder: RunFolder, names: Sequence[str]) -> None:
+    """Removes the half-written files that killed processes left beside the outputs with these names."""
+    for path in (run_folder.manifest, *(run_folder.output / name for name in names)):
+        remove_partials(path)
+    for folder in run_folder.output.glob("keys/*"):
+        remove_partials(folder / "keys.json")
 
 
 def discard_damaged(folder: Path) -> int:

@@ -26,7 +26,7 @@ from deepseek_v3.data.pipeline.executors import (
     preload_workers,
 )
 from deepseek_v3.data.pipeline.global_stages import StageDecisions, run_global_stages
-from deepseek_v3.data.pipeline.outputs import write_outputs
+from deepseek_v3.data.pipeline.outputs import RESULT_FILES, write_outputs
 from deepseek_v3.data.pipeline.passes import Pass, build_passes
 from deepseek_v3.data.pipeline.preview import preview_input
 from deepseek_v3.data.pipeline.previous_runs import STAGES_WITH_KEYS, keep_keys, key_options, previous_parts
@@ -227,6 +227,13 @@ def _read_complete_run(run_folder: RunFolder, described: dict[str, Any]) -> dict
     """Returns the manifest of a complete run, after checking that its configuration and input are the same."""
     manifest = resume.read_run_json(run_folder.manifest)
     resume.check_same_run(manifest, described, run_folder.manifest, f"remove {run_folder.output} to start again")
+    for entry in [*manifest["outputs"], *manifest["other_outputs"]]:
+        path = run_folder.output / entry["file"]
+        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+            raise DataError(
+                f"{path}: was changed or removed since the run was complete; restore it, or remove "
+                f"{run_folder.output} to start again"
+            )
     shutil.rmtree(run_folder.work, ignore_errors=True)  # a run that was killed after its last file left it
     _log.info("%s: the run is already complete", run_folder.output)
     return manifest
@@ -249,9 +256,16 @@ def _announce(config: PreprocessConfig, inputs: Inputs, workers: int, resumed: b
 
 
 def _discard_damaged(run_folder: RunFolder, passes: int) -> None:
-    """Removes half-written folders, and parts whose files changed since they were written."""
-    for folder in [*(run_folder.parts(number) for number in range(passes - 1)), run_folder.shards]:
-        if resume.completed_parts(folder) is None:
+    """Removes half-written files and folders, and parts whose files changed since they were written."""
+    resume.remove_partial_outputs(run_folder, RESULT_FILES)
+    folders = [*(run_folder.parts(number) for number in range(passes - 1)), run_folder.shards]
+    complete = [(folder / "complete.json").exists() for folder in folders]
+    for number, folder in enumerate(folders):
+        if not complete[number]:
             damaged = resume.discard_damaged(folder)
-            if damaged:
-                _log.warning("%s: %d finished parts are damaged and are done again", folder, damaged)
+        elif folder == run_folder.shards:
+            continue  # verified when they are moved to their place
+        else:
+            damaged = resume.reopen_damaged(folder, is_first=number == 0, is_released=complete[number + 1])
+        if damaged:
+            _log.warning("%s: %d finished parts are damaged and are done again", folder, damaged)

@@ -32,6 +32,7 @@ from deepseek_v3.data.pipeline.run_folder import (
     read_part,
     read_table,
     single_batch,
+    verify_part,
     write_table,
 )
 from deepseek_v3.data.pipeline.stats import Stats
@@ -208,6 +209,7 @@ def _run_pass(
     """Yields the documents of a part that the decisions and the stages of a pass keep, in one batch or several."""
     records = decisions[0].own_part(number).records
     assert records is not None
+    verify_part(records.parent, [RECORDS_FILE])
     batch = single_batch(read_table(records))
     rows = np.arange(batch.num_rows)
     for stage, decision in zip(this.global_stages, decisions, strict=True):
