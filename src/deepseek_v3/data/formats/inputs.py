@@ -46,6 +46,10 @@ _LIBRARIES = {
     "http": "aiohttp requests",
     "https": "aiohttp requests",
 }
+_WHILE_READ = (
+    "while it was read; run the same command again if its content is the same as before, else remove the folder "
+    ".work of the run"
+)
 
 
 class IgnoredFile(NamedTuple):
@@ -144,9 +148,30 @@ def _walk_disk(given: Path, output_dir: Path | None) -> Iterator[_Found]:
             fault = "is in the output_dir of this run"
             yield _Found(InputFile(name, str(path.absolute()), 0, ""), fault, str(output_dir))
         elif _matches(pattern, name):
-            status = path.stat()
-            file = InputFile(name, str(path.absolute()), status.st_size, str(status.st_mtime_ns))
-            yield _with_fault(file, side_files.get(name))
+            yield _with_fault(_local_file(name, path.absolute()), side_files.get(name))
+
+
+def _local_file(name: str, path: Path) -> InputFile:
+    status = path.stat()
+    state = f"{status.st_ino}:{status.st_ctime_ns}"
+    return InputFile(name, str(path), status.st_size, str(status.st_mtime_ns), state)
+
+
+def check_unchanged(file: InputFile) -> None:
+    """Raises DataError if a file was changed, replaced or removed since `find_inputs` found it."""
+    try:
+        if file.is_remote:
+            store, key = _open_store(file.path)
+            info = store.info(key)
+            now = replace(file, size=info.get("size") or 0, modified=_version(info))
+        else:
+            now = _local_file(file.name, Path(file.path))
+    except FileNotFoundError:
+        raise DataError(redact(f"{file.path}: vanished {_WHILE_READ}", file.path)) from None
+    if now != file:
+        fields = [name for name in ("size", "modified", "state") if getattr(now, name) != getattr(file, name)]
+        found = f"{fields[0]} {getattr(file, fields[0])}, now {getattr(now, fields[0])}"
+        raise DataError(redact(f"{file.path}: changed {_WHILE_READ} ({found})", file.path))
 
 
 @lru_cache
@@ -168,9 +193,13 @@ def _walk_store(given: str, output_dir: Path | None) -> Iterator[_Found]:
     for key, info in infos.items():
         name = names[key]
         if _matches(pattern, name) and not _is_hidden(name):
-            version = next((str(info[field]) for field in _VERSIONS if info.get(field) is not None), "")
-            file = InputFile(name, store.unstrip_protocol(key), info["size"] or 0, version)
+            file = InputFile(name, store.unstrip_protocol(key), info.get("size") or 0, _version(info))
             yield _with_fault(file, side_files.get(name))
+
+
+def _version(info: dict[str, Any]) -> str:
+    """What a store gives as the version of an object."""
+    return next((str(info[field]) for field in _VERSIONS if info.get(field) is not None), "")
 
 
 def _name_below(root: str, key: str, is_web: bool) -> str:

@@ -14,7 +14,7 @@ import pyarrow as pa
 from deepseek_v3.data.documents import Document
 from deepseek_v3.data.formats.batches import END_OF_FILE, FileRange, ReadBatch, ReadOptions, take_field
 from deepseek_v3.data.formats.file_types import known_format
-from deepseek_v3.data.formats.inputs import find_inputs
+from deepseek_v3.data.formats.inputs import check_unchanged, find_inputs
 from deepseek_v3.data.formats.quarantine import REPAIRS
 from deepseek_v3.data.formats.streams import ByteStream, InputFile
 from deepseek_v3.utils.errors import DataError
@@ -137,6 +137,7 @@ def _valid_records(
             if rows:
                 found = True
                 yield file, records if len(rows) == records.num_rows else records.take(rows)
+        check_unchanged(file)
     for name, count in repaired.items() if warn else ():
         _log.warning("%s: %s records were repaired (%s): %s", source, f"{count:,}", name, REPAIRS[name])
     if not found:

@@ -113,13 +113,15 @@ class InputFile:
 
     `name` is its path below the input and unique among all files, `path` an absolute local path or an address such
     as s3://bucket/key, `size` its size in bytes, `modified` its modification time in ns, or what the store gives as
-    the version of the object.
+    the version of the object. `state` is the inode of a local file and the time in ns at which its content, name or
+    permissions changed last, which no program can set back.
     """
 
     name: str
     path: str
     size: int
     modified: str
+    state: str = ""
 
     @property
     def compression(self) -> Compression | None:

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from deepseek_v3.data.documents import RECORDS
 from deepseek_v3.data.formats.batches import BATCH_BYTES, FileRange, ReadBatch, ReadOptions
+from deepseek_v3.data.formats.inputs import check_unchanged
 from deepseek_v3.data.formats.quarantine import QUARANTINED
 from deepseek_v3.data.formats.reading import read_range
 from deepseek_v3.data.formats.writing import RecordWriter
@@ -137,7 +138,10 @@ def _read_batches(
         span = unit.spans[number]
         with translate_resource_errors(span.file.path, RESUME_ADVICE):
             for batch in read_range(span, options, start):
+                if not span.file.is_remote:
+                    check_unchanged(span.file)
                 yield batch, (number, batch.position)
+            check_unchanged(span.file)
 
 
 def _read_part(
