@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepseek_v3.data.mixing import copies_per_document, tokens_per_source
+from deepseek_v3.data.documents import record_batch
+from deepseek_v3.data.mixing import copies_per_document, repeat_documents, tokens_per_source
 from deepseek_v3.data.pipeline.run import run_pipeline
 from helpers import ROOT
 from helpers.pipeline import pipeline_config, rows_of, write_lines
@@ -115,3 +116,21 @@ def test_a_model_sets_the_budget_and_too_little_text_warns(
     assert counts["kept"] == 100
     assert counts["copies"] == 300
     assert "the sources give no more with max_epochs = 4.0" in caplog.text
+
+
+@pytest.mark.parametrize("batch_bytes", [1, 25, 10**9])
+def test_copies_follow_their_document_in_small_batches(batch_bytes: int) -> None:
+    texts = ["a" * 10, "b", "", "d" * 40]
+    batch = record_batch(["w", "x", "y", "z"], texts, ["s"] * 4, range(4), [None] * 4)
+    batches = [*repeat_documents(batch, np.array([3, 1, 20_000, 2]), batch_bytes)]
+    ids = [id_ for each in batches for id_ in each.column("id").to_pylist()]
+    assert ids[:4] == ["w", "w#2", "w#3", "x"]
+    assert ids[4:6] + ids[-3:] == ["y", "y#2", "y#20000", "z", "z#2"]
+    assert len(ids) == 20_006
+    assert max(sum(map(len, each.column("text").to_pylist())) for each in batches) <= max(batch_bytes, 40)
+
+
+def test_any_number_of_copies_takes_the_memory_of_one_batch() -> None:
+    batch = record_batch(["x"], ["a" * 1000], ["s"], [0], [None])
+    first = next(repeat_documents(batch, np.array([10**12]), 2**20))
+    assert 1000 < first.num_rows < 1100

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 from typing_extensions import override
 
@@ -23,6 +25,7 @@ from deepseek_v3.utils.logging import get_logger
 
 _EVERYTHING = "*"
 _NO_SOURCE = -1
+_COPIES_AT_A_TIME = 2**13
 
 _log = get_logger("Mixing")
 
@@ -92,7 +95,7 @@ class Mixer(GlobalStage):
             for row in np.flatnonzero(copies == 0)
         ]
         result = outcome(self.name, batch, drops)
-        return Outcome(_repeated(result.kept, copies[result.kept_rows]), result.kept_rows, result.dropped)
+        return replace(result, copies=copies[result.kept_rows].astype(np.int64))
 
     @override
     def removed(self, parts: Sequence[NumberedPart], folder: Path) -> BoolArray:
@@ -160,16 +163,28 @@ def copies_per_document(tokens: Int64Array, order: UInt64Array, target: float) -
     return copies
 
 
-def _repeated(kept: pa.RecordBatch, copies: Int64Array) -> pa.RecordBatch:
-    """Each kept document `copies` times, its copies one after the other."""
+def repeat_documents(kept: pa.RecordBatch, copies: Int64Array, batch_bytes: int) -> Iterator[pa.RecordBatch]:
+    """Yields each document `copies` times, its copies one after the other, in batches of at most `batch_bytes`.
+
+    A batch holds more bytes of text only if one document does. All copies together may take any memory.
+    """
     if not (copies > 1).any():
-        return kept
-    rows = np.repeat(np.arange(len(copies)), copies)
-    repeated = kept.take(pa.array(rows))
-    turns = np.arange(len(rows)) - np.repeat(np.cumsum(copies) - copies, copies)
-    ids = repeated.column("id").to_pylist()
-    named = [f"{id_}#{turn + 1}" if turn else id_ for id_, turn in zip(ids, turns.tolist(), strict=True)]
-    return with_column(repeated, RECORDS.field("id"), named)
+        yield kept
+        return
+    ends = np.cumsum(copies)
+    sizes = pc.binary_length(kept.column("text")).to_numpy(zero_copy_only=False).astype(np.int64)
+    first = 0
+    while first < ends[-1]:
+        last = min(first + _COPIES_AT_A_TIME, int(ends[-1]))
+        rows = np.searchsorted(ends, np.arange(first, last), side="right")
+        fitting = max(int(np.searchsorted(np.cumsum(sizes[rows]), batch_bytes, side="right")), 1)
+        rows = rows[:fitting]
+        turns = np.arange(first, first + len(rows)) - (ends - copies)[rows]
+        repeated = kept.take(pa.array(rows))
+        ids = repeated.column("id").to_pylist()
+        named = [f"{id_}#{turn + 1}" if turn else id_ for id_, turn in zip(ids, turns.tolist(), strict=True)]
+        yield with_column(repeated, RECORDS.field("id"), named)
+        first += len(rows)
 
 
 def _load_keys(parts: Sequence[NumberedPart], name: str) -> Any:

@@ -55,13 +55,14 @@ class Outcome:
     `kept` holds the documents that the stage keeps, in the order of the batch and possibly with changed texts;
     `kept_rows`, bool [rows of the batch], marks them. `dropped` (`DROPPED`) holds the others, in order. `observed`
     maps a name to one value for each row of the batch, kept or not, such as a score or a language; the report draws
-    its histogram.
+    its histogram. `copies`, int64 [kept rows], is how many times each kept document is written, or None for once.
     """
 
     kept: pa.RecordBatch
     kept_rows: BoolArray
     dropped: pa.RecordBatch
     observed: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    copies: Int64Array | None = None
 
 
 def outcome(

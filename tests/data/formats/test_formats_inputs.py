@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import fsspec
 import pyarrow as pa
@@ -12,7 +15,7 @@ import pytest
 
 from deepseek_v3.data.formats.batches import FileRange, ReadOptions
 from deepseek_v3.data.formats.file_types import format_of
-from deepseek_v3.data.formats.inputs import Inputs, find_inputs
+from deepseek_v3.data.formats.inputs import Inputs, check_unchanged, find_inputs
 from deepseek_v3.data.formats.reading import read_range, split_file
 from deepseek_v3.data.formats.streams import split_suffix
 from deepseek_v3.utils.errors import DataError
@@ -262,6 +265,30 @@ def test_stores_are_searched_and_read(store):
     assert names(find_inputs("memory://bucket/**/*.jsonl")) == ["a/x.jsonl"]
     assert names(find_inputs("memory://bucket/b.txt")) == ["b.txt"]
     assert "nothing was found there" in error_of("memory://bucket/nowhere")
+
+
+def test_files_of_a_web_server_have_their_size(tmp_path):
+    write(tmp_path / "a.jsonl", '{"text": "a"}\n')
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            address = f"http://127.0.0.1:{server.server_port}"
+            for given in (f"{address}/a.jsonl", f"{address}/"):
+                (file,) = find_inputs(given).files
+                assert (file.name, file.size) == ("a.jsonl", 14)
+                check_unchanged(file)
+                assert texts(rows(list(read_range(FileRange(file), ReadOptions())))[0]) == ["a"]
+            write(tmp_path / "a.jsonl", '{"text": "another"}\n')
+            with pytest.raises(DataError, match="changed while it was read"):
+                check_unchanged(file)
+            (tmp_path / "a.jsonl").unlink()
+            with pytest.raises(DataError, match="vanished while it was read"):
+                check_unchanged(file)
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def test_only_a_failing_store_raises_for_an_object(store, monkeypatch):

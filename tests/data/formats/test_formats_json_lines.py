@@ -296,6 +296,18 @@ def test_a_file_that_vanished_is_quarantined(tmp_path):
     assert list(read_range(file_range, ReadOptions(), position)) == []
 
 
+@pytest.mark.parametrize("blank", [b"\n", b"\r\n", b" \t\n"])
+def test_millions_of_blank_lines_cost_little(tmp_path, monkeypatch, blank):
+    seen = []
+    monkeypatch.setattr(json_lines, "_add_unusual", lambda line, *_: seen.append(line))
+    good = b'{"text": "a"}\n'
+    path = write(tmp_path / "a.jsonl", good + blank * 2_000_000 + b" " + good + blank * 2_000_000)
+    records, quarantined = read(path)
+    assert [record["place"] for record in records] == [0, len(good) + 2_000_000 * len(blank)]
+    assert quarantined == []
+    assert len(seen) < 50_000  # not each of the four million
+
+
 def test_a_disk_error_is_an_entry_after_the_records_before_it(tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", '{"text": "a"}\n' * 3)
 

@@ -17,7 +17,12 @@ from deepseek_v3.utils.errors import DataError
 from helpers.pipeline import digests, pipeline_config, write_lines
 
 PIPELINE = ["exact_deduplication", "deduplication"]
-UNSEALED = ("lock", "run.json", "complete.json")  # without content of documents; a change is refused or repaired
+UNSEALED = (
+    "lock",
+    "run.json",
+    "claim.json",
+    "complete.json",
+)  # without content of documents; a change is refused or repaired
 
 
 @pytest.fixture(scope="module")

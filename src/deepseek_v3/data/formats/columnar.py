@@ -22,6 +22,7 @@ from deepseek_v3.data.formats.batches import (
     ReadOptions,
 )
 from deepseek_v3.data.formats.quarantine import InvalidRecord
+from deepseek_v3.data.formats.row_sizes import cut_batch
 from deepseek_v3.data.formats.streams import InputFile, open_raw, read_failure
 from deepseek_v3.utils.errors import resource_problem
 
@@ -44,6 +45,8 @@ _AS_TEXT = {pa.binary(): pa.string(), pa.large_binary(): pa.large_string(), pa.b
 _AS_BYTES = {text: bytes_ for bytes_, text in _AS_TEXT.items()}
 
 _ARROW_FILE_MAGIC = b"ARROW1"
+_VALUE_BYTES = 8  # of a number, which Parquet may store in less
+_REPEATED_BYTES = 2**10  # a column with fewer encoded bytes per value may repeat its texts
 _BUFFER_BYTES = 2**20  # read at a time from each column of a Parquet file
 
 
@@ -92,13 +95,39 @@ def arrow_groups(raw: BinaryIO) -> Iterator[RowGroup]:
 
 def parquet_groups(raw: BinaryIO) -> Iterator[RowGroup]:
     """The row groups of a Parquet file. Pages with checksums are verified."""
+    metadata = pq.read_metadata(raw)
     with pq.ParquetFile(
-        raw, buffer_size=_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
+        raw,
+        metadata=metadata,
+        read_dictionary=_repeated_values(metadata),
+        buffer_size=_BUFFER_BYTES,
+        pre_buffer=False,
+        page_checksum_verification=True,
     ) as parquet:
         for index in range(parquet.num_row_groups):
-            group = parquet.metadata.row_group(index)
-            size = rows_per_batch(group.total_byte_size, group.num_rows)
-            yield RowGroup(group.num_rows, parquet.iter_batches(size, row_groups=[index], use_threads=False))
+            group = metadata.row_group(index)
+            values = sum(group.column(number).num_values for number in range(group.num_columns))
+            size = rows_per_batch(max(group.total_byte_size, values * _VALUE_BYTES), group.num_rows)
+            batches = parquet.iter_batches(size, row_groups=[index], use_threads=False)
+            yield RowGroup(group.num_rows, (part for batch in batches for part in cut_batch(batch)))
+
+
+def _repeated_values(metadata: pq.FileMetaData) -> list[str]:
+    """The columns of texts that a file stores once for many rows, so that few bytes may hold any number of them."""
+    columns = [
+        metadata.row_group(index).column(number)
+        for index in range(metadata.num_row_groups)
+        for number in range(metadata.num_columns)
+    ]
+    return sorted(
+        {
+            column.path_in_schema
+            for column in columns
+            if column.physical_type == "BYTE_ARRAY"
+            and column.has_dictionary_page
+            and column.total_uncompressed_size < _REPEATED_BYTES * column.num_values
+        }
+    )
 
 
 def rows_per_batch(num_bytes: int, rows: int) -> int:
@@ -134,9 +163,7 @@ def _stream_groups(raw: BinaryIO) -> Iterator[RowGroup]:
 
 def _cut(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
     batch.validate()
-    size = rows_per_batch(batch.get_total_buffer_size(), batch.num_rows)
-    for start in range(0, batch.num_rows, size):
-        yield batch.slice(start, size)
+    yield from cut_batch(batch)
 
 
 def _groups_or_damage(groups: RowGroupReader, file: InputFile) -> Iterator[RowGroup | InvalidRecord]:

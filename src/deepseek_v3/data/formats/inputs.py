@@ -162,8 +162,11 @@ def check_unchanged(file: InputFile) -> None:
     try:
         if file.is_remote:
             store, key = _open_store(file.path)
-            info = store.info(key)
-            now = replace(file, size=info.get("size") or 0, modified=_version(info))
+            store.invalidate_cache()
+            infos = _list_store(store, key, file.path)
+            if key not in infos:
+                raise FileNotFoundError
+            now = replace(file, size=infos[key]["size"] or 0, modified=_version(infos[key]))
         else:
             now = _local_file(file.name, Path(file.path))
     except FileNotFoundError:
@@ -193,7 +196,7 @@ def _walk_store(given: str, output_dir: Path | None) -> Iterator[_Found]:
     for key, info in infos.items():
         name = names[key]
         if _matches(pattern, name) and not _is_hidden(name):
-            file = InputFile(name, store.unstrip_protocol(key), info.get("size") or 0, _version(info))
+            file = InputFile(name, store.unstrip_protocol(key), info["size"] or 0, _version(info))
             yield _with_fault(file, side_files.get(name))
 
 
@@ -209,9 +212,12 @@ def _name_below(root: str, key: str, is_web: bool) -> str:
 
 
 def _list_store(store: AbstractFileSystem, root: str, given: str) -> dict[str, dict[str, Any]]:
-    """The store's information on each file below an address."""
+    """The store's information on each file below an address, with its `size`, which is None if it is unknown."""
     try:
         found: dict[str, dict[str, Any]] = store.find(root, detail=True)
+        for key, info in found.items():
+            if info.get("size") is None:  # the listing of a web server has no sizes
+                found[key] = {"size": None, **info, **store.info(key)}
     except OSError:
         raise
     except Exception as error:  # noqa: BLE001 -- each store's library raises its own types of errors

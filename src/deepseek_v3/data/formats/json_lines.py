@@ -88,9 +88,13 @@ class _LineReader:
 
     def next_block(self, stop: int | None) -> _Block:
         """The next lines that start before byte `stop`."""
-        offset = self.offset
-        size = BATCH_BYTES if stop is None else min(BATCH_BYTES, stop - offset)
+        size = BATCH_BYTES if stop is None else min(BATCH_BYTES, stop - self.offset)
         data = self._stream.read(size)
+        is_last = len(data) < size
+        # Blank lines at the beginning are skipped at once, because millions of them are no millions of records.
+        blank = data.rfind(b"\n", 0, len(data) - len(data.lstrip())) + 1
+        data = data[blank:]
+        offset = self.offset = self.offset + blank
         lines = data.split(b"\n", BATCH_RECORDS)
         begun = lines.pop()
         if len(lines) == BATCH_RECORDS:
@@ -99,7 +103,7 @@ class _LineReader:
             return _Block(offset, lines, 0, False, False)
         self.offset += len(data)
         if not begun:
-            return _Block(offset, lines, 0, len(data) < size, False)
+            return _Block(offset, lines, 0, is_last, False)
         line, length, has_newline = self._completed(begun)
         self.offset += length - len(begun) + has_newline
         if line is None:
@@ -130,7 +134,9 @@ def _add_lines(lines: list[bytes], offset: int, builder: BatchBuilder, max_bytes
                 _reject_long(builder, offset, len(line), max_bytes)
             else:
                 builder.add(offset, orjson.loads(line))
-        except (orjson.JSONDecodeError, InvalidRecord):
+        except InvalidRecord as why:
+            builder.reject(offset, why, offset=offset, length=len(line), raw=line)
+        except orjson.JSONDecodeError:
             _add_unusual(line, offset, builder)
         offset += len(line) + 1
     return offset

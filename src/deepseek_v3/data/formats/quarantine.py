@@ -56,5 +56,5 @@ class InvalidRecord(Exception):  # noqa: N818 -- not a failure of the reader
     """Input that is not a valid document: a code of `REASONS`, and the details, in which secrets are masked."""
 
     def __init__(self, reason: str, error: str) -> None:
-        super().__init__(reason, redact(error))
         self.reason, self.error = reason, redact(error)
+        super().__init__(reason, self.error)

@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +26,7 @@ from deepseek_v3.utils.redaction import redact
 from deepseek_v3.utils.text import format_value
 
 FORMAT_VERSION = 3
+_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)  # from file systems without hard links
 # Options that do not change the output, and so may change when a run is resumed.
 _RESOURCE_OPTIONS = ("output_dir", "engine", "ray_address", "workers", "memory")
 
@@ -88,7 +92,23 @@ def is_resumed(run_folder: RunFolder, described: dict[str, Any]) -> bool:
 
 
 def start(run_folder: RunFolder, described: dict[str, Any]) -> None:
-    """Starts a run, once nothing speaks against it any more."""
+    """Starts a run, once nothing speaks against it any more.
+
+    If shards start at the same time, the description of one of them is the claim that decides. Raises DataError for
+    those whose description differs.
+    """
+    claim = run_folder.work / "claim.json"
+    own = claim.with_name(f".claim.{uuid.uuid4().hex}.json")
+    write_run_json(own, described)
+    try:
+        os.link(own, claim)  # unlike a rename, fails if the file exists
+    except FileExistsError:
+        check_same_run(read_run_json(claim), described, claim, f"remove {run_folder.work} to start again")
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+    finally:
+        own.unlink(missing_ok=True)
     write_run_json(run_folder.run_file, described)
 
 

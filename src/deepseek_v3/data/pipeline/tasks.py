@@ -20,6 +20,7 @@ from deepseek_v3.data.formats.inputs import check_unchanged
 from deepseek_v3.data.formats.quarantine import QUARANTINED
 from deepseek_v3.data.formats.reading import read_range
 from deepseek_v3.data.formats.writing import RecordWriter
+from deepseek_v3.data.mixing import repeat_documents
 from deepseek_v3.data.pipeline.executors import RESUME_ADVICE
 from deepseek_v3.data.pipeline.global_stages import StageDecisions
 from deepseek_v3.data.pipeline.passes import Pass
@@ -70,7 +71,8 @@ class StageRunner:
         missing = before.num_rows - int(result.kept_rows.sum()) - result.dropped.num_rows
         if missing:
             raise AssertionError(f"stage {stage} lost {missing} documents of a batch without a reason")
-        self.copies += result.kept.num_rows - int(result.kept_rows.sum())
+        if result.copies is not None:
+            self.copies += int(result.copies.sum()) - len(result.copies)
         self.stats.stage(stage, before, result)
         if result.dropped.num_rows:
             self._dropped.append(result.dropped)
@@ -106,7 +108,7 @@ def read_work_unit(
 ) -> int:
     """Reads the rest of a work unit in parts, applies the stages of the `first` pass, and returns its number.
 
-    A part ends with the batch that brings the text it read to `part_bytes`, so parts depend only on the input. Each
+    A part ends with the batch that brings what it read to `part_bytes`, so parts depend only on the input. Each
     part also holds the keys of its documents for the `following` global stages.
     """
     parts = finished_parts(unit.number, folder)
@@ -151,7 +153,7 @@ def _read_part(
     target: Path,
     part_bytes: int,
 ) -> Part:
-    """Reads batches until they hold `part_bytes` of text, applies the stages and writes the part."""
+    """Reads batches until records and quarantine take `part_bytes`, applies the stages and writes the part."""
     runner = StageRunner(first.stages)
     kept: list[pa.RecordBatch] = []
     read_bytes = 0
@@ -160,7 +162,7 @@ def _read_part(
         runner.stats.read(batch.records, batch.quarantined)
         runner.stats.repaired(batch.repaired)
         runner.quarantine(batch.quarantined)
-        read_bytes += text_bytes(batch.records)
+        read_bytes += batch.records.nbytes + batch.quarantined.nbytes
         kept.append(runner.run(batch.records))
         if read_bytes >= part_bytes:
             resume = place
@@ -216,6 +218,7 @@ def _run_pass(
     verify_part(records.parent, [RECORDS_FILE])
     batch = single_batch(read_table(records))
     rows = np.arange(batch.num_rows)
+    copies = None
     for stage, decision in zip(this.global_stages, decisions, strict=True):
         documents = decision.own_part(number).first + rows
         result = stage.apply(batch, documents, decision.folder, decision.ids_of)
@@ -225,8 +228,8 @@ def _run_pass(
             runner.quarantine(repeated)
         else:
             runner.record(stage.name, batch, result)
-        batch, rows = result.kept, rows[result.kept_rows]
-    for small_batch in _split_batch(batch):
+        batch, rows, copies = result.kept, rows[result.kept_rows], result.copies
+    for small_batch in _split_batch(batch) if copies is None else repeat_documents(batch, copies, BATCH_BYTES):
         yield runner.run(small_batch)
 
 
