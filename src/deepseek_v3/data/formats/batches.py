@@ -120,7 +120,8 @@ class BatchBuilder:
         id_ = take_field(record, self._options.id_field)
         if type(id_) is not str:
             id_, is_converted = self._id(id_, place)
-            repairs += ("id_as_text",) * is_converted
+            if is_converted:
+                repairs += ("id_as_text",)
         self.add_text(place, id_, text, record, repairs)
 
     def add_text(
@@ -138,7 +139,8 @@ class BatchBuilder:
         as_json = None
         if metadata:
             as_json, is_whole = fields_to_json(metadata)
-            repairs += ("metadata",) * (not is_whole)
+            if not is_whole:
+                repairs += ("metadata",)
         if repairs:
             self._repaired.update(repairs)
         self._metadata.append(as_json)

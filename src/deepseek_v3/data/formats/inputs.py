@@ -144,7 +144,7 @@ def _walk_disk(given: Path, output_dir: Path | None) -> Iterator[_Found]:
         if not path.is_file():
             fault = "is a broken link, or not a regular file"
             yield _Found(InputFile(name, str(path.absolute()), 0, ""), fault, name)
-        elif output_dir is not None and _real_folder(path.parent).is_relative_to(_real_folder(output_dir)):
+        elif output_dir is not None and _is_in(path.parent.absolute(), output_dir.absolute()):
             fault = "is in the output_dir of this run"
             yield _Found(InputFile(name, str(path.absolute()), 0, ""), fault, str(output_dir))
         elif _matches(pattern, name):
@@ -178,8 +178,9 @@ def check_unchanged(file: InputFile) -> None:
 
 
 @lru_cache
-def _real_folder(folder: Path) -> Path:
-    return folder.resolve()
+def _is_in(folder: Path, outer: Path) -> bool:
+    """Whether an absolute folder is `outer`, or below it, also through links."""
+    return folder.resolve().is_relative_to(outer.resolve())
 
 
 def _walk_store(given: str, output_dir: Path | None) -> Iterator[_Found]:

@@ -11,7 +11,8 @@ from deepseek_v3.data.formats.batches import ReadBatch, ReadOptions
 from deepseek_v3.data.formats.file_types import known_format
 from deepseek_v3.data.formats.reading import find_text_field, read_head
 from deepseek_v3.data.formats.streams import InputFile
-from deepseek_v3.utils.errors import DataError
+from deepseek_v3.data.pipeline.executors import RESUME_ADVICE
+from deepseek_v3.utils.errors import DataError, translate_resource_errors
 from deepseek_v3.utils.logging import get_logger
 
 _FILES = 8  # the most files to look at, spread over the input
@@ -29,7 +30,7 @@ def preview_input(files: Sequence[InputFile], options: ReadOptions) -> None:
     read. A handful of broken records is no reason: these go to quarantine.
     """
     sample = [files[number * len(files) // _FILES] for number in range(_FILES)] if len(files) > _FILES else files
-    heads = [(file, head) for file in sample if (head := read_head(file, options)) is not None]
+    heads = [(file, head) for file in sample if (head := _read_head(file, options)) is not None]
     readable = sum(head.records.num_rows for _, head in heads)
     broken = sum(int(pc.sum(head.quarantined.column("records")).as_py() or 0) for _, head in heads)
     reasons = Counter(reason for _, head in heads for reason in head.quarantined.column("reason").to_pylist())
@@ -38,6 +39,11 @@ def preview_input(files: Sequence[InputFile], options: ReadOptions) -> None:
         raise DataError(_problem(heads, readable, broken))
     if options.text_field is None:
         _log_text_fields(sample, options)
+
+
+def _read_head(file: InputFile, options: ReadOptions) -> ReadBatch | None:
+    with translate_resource_errors(file.path, RESUME_ADVICE):
+        return read_head(file, options)
 
 
 def _problem(heads: Sequence[tuple[InputFile, ReadBatch]], readable: int, broken: int) -> str:
