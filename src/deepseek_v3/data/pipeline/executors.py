@@ -6,6 +6,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -124,6 +125,10 @@ def _with_copies(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def run_task(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls a function. Raises ResourceError, which a worker can send, if the machine lacks what it needs."""
-    with translate_resource_errors("a task of this run", RESUME_ADVICE):
+    """Calls a function with arguments of which the first path is where it writes.
+
+    Raises ResourceError, which a worker can send and which names that path, if the machine lacks what it needs.
+    """
+    target = next((argument for argument in arguments if isinstance(argument, Path)), "a task of this run")
+    with translate_resource_errors(target, RESUME_ADVICE):
         return function(*arguments)
