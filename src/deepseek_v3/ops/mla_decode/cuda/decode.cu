@@ -462,6 +462,21 @@ __device__ __forceinline__ bool is_plain(float scale) {
     return (bits & 0x807fffff) == 0 && bits >= 1u << 23 && bits <= 134u << 23;
 }
 
+// Stores 16 numbers of a row, in two pieces of 16 bytes.
+template <bool IS_PLAIN>
+__device__ __forceinline__ void store_numbers(uint4 bytes, float scale, u32 tile, int row, int piece) {
+    u32 words[4] = {bytes.x, bytes.y, bytes.z, bytes.w}, pairs[8];
+    u32 factors = __byte_perm(bits_of_factors(scale), 0, 0x1010);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        u32 low = __byte_perm(words[i], 0, 0x1404), high = __byte_perm(words[i], 0, 0x3424);
+        pairs[2 * i] = IS_PLAIN ? shifted_pair(low, factors) : scaled_pair(words[i], scale);
+        pairs[2 * i + 1] = IS_PLAIN ? shifted_pair(high, factors) : scaled_pair(words[i] >> 16, scale);
+    }
+    store_16(place_in_tile(tile, row, piece), make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]));
+    store_16(place_in_tile(tile, row, piece + 1), make_uint4(pairs[4], pairs[5], pairs[6], pairs[7]));
+}
+
 // Turns BLOCK columns of a warp's 16 rows into bfloat16. Their bytes lie in tile VALUE_TILES / 2 + `piece`, row by row
 // as the tiles do, so a warp overwrites nothing but what it has read. Of every row a thread has 16 numbers; the rows
 // behind the sequence may hold anything, and 0 · NaN is NaN.
@@ -482,25 +497,12 @@ __device__ __forceinline__ void convert_columns(u32 keys, u32 scales, int piece,
         largest |= (bytes[i].x & 0x7f7f7f7f) + 0x01010101 | (bytes[i].y & 0x7f7f7f7f) + 0x01010101;
         largest |= (bytes[i].z & 0x7f7f7f7f) + 0x01010101 | (bytes[i].w & 0x7f7f7f7f) + 0x01010101;
     }
-    plain = __all_sync(~0u, plain && !(largest & 0x80808080));  // and all have read
+    if (__all_sync(~0u, plain && !(largest & 0x80808080))) {  // and all have read
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        u32 words[4] = {bytes[i].x, bytes[i].y, bytes[i].z, bytes[i].w}, pairs[8];
-        u32 factors = __byte_perm(bits_of_factors(scale[i]), 0, 0x1010);
+        for (int i = 0; i < 4; i++) store_numbers<true>(bytes[i], scale[i], tile, first + 4 * i, quarter * 2);
+    } else {
 #pragma unroll
-        for (int word = 0; word < 4; word++) {
-            u32 low = __byte_perm(words[word], 0, 0x1404), high = __byte_perm(words[word], 0, 0x3424);
-            if (plain) {
-                pairs[2 * word] = shifted_pair(low, factors);
-                pairs[2 * word + 1] = shifted_pair(high, factors);
-            } else {
-                pairs[2 * word] = scaled_pair(words[word], scale[i]);
-                pairs[2 * word + 1] = scaled_pair(words[word] >> 16, scale[i]);
-            }
-        }
-        int row = first + 4 * i;
-        store_16(place_in_tile(tile, row, quarter * 2), make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]));
-        store_16(place_in_tile(tile, row, quarter * 2 + 1), make_uint4(pairs[4], pairs[5], pairs[6], pairs[7]));
+        for (int i = 0; i < 4; i++) store_numbers<false>(bytes[i], scale[i], tile, first + 4 * i, quarter * 2);
     }
 }
 
