@@ -67,8 +67,77 @@ __device__ __forceinline__ u32 descriptor(u32 address) {
     return address >> 4 | 1 << 16;
 }
 
+// The same of an operand whose rows are summed over, in tiles of 64 rows × 64 columns: it holds the distance of the next
+// 64 columns, and adding 128 moves it by 16 rows.
+__device__ __forceinline__ u32 transposed_descriptor(u32 address) {
+    return address >> 4 | 64 * 128 / 16 << 16;
+}
+
 __device__ __forceinline__ u32 as_bfloat16(float low, float high) {
     u32 packed;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
     return packed;
+}
+
+__device__ __forceinline__ void store_16(u32 address, uint4 v) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
+        ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
+// A warpgroup that multiplies takes registers that one that copies has given.
+template <int NUMBER>
+__device__ __forceinline__ void give_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(NUMBER));
+}
+
+template <int NUMBER>
+__device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(NUMBER));
+}
+
+// Named barriers: THREADS arrive, and those that synchronize also wait.
+template <int NAME, int THREADS>
+__device__ __forceinline__ void arrive() {
+    asm volatile("bar.arrive %0, %1;" ::"n"(NAME), "n"(THREADS) : "memory");
+}
+
+template <int NAME, int THREADS>
+__device__ __forceinline__ void synchronize() {
+    asm volatile("bar.sync %0, %1;" ::"n"(NAME), "n"(THREADS) : "memory");
+}
+
+// What this thread wrote into shared memory becomes visible to the tensor cores.
+__device__ __forceinline__ void show_to_tensor_cores() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// The operands of an instruction of the tensor cores: the sums of a thread, and the registers that they are in.
+#define TEN(n) "%" n "0, %" n "1, %" n "2, %" n "3, %" n "4, %" n "5, %" n "6, %" n "7, %" n "8, %" n "9, "
+#define SUMS_32 TEN("") TEN("1") TEN("2") "%30, %31"
+#define SUMS_64 TEN("") TEN("1") TEN("2") TEN("3") TEN("4") TEN("5") "%60, %61, %62, %63"
+#define SUMS_128 TEN("") TEN("1") TEN("2") TEN("3") TEN("4") TEN("5") TEN("6") TEN("7") TEN("8") TEN("9") TEN("10") \
+    TEN("11") "%120, %121, %122, %123, %124, %125, %126, %127"
+#define OUT_8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
+    "+f"(d[i + 6]), "+f"(d[i + 7])
+#define OUT_32(i) OUT_8(i), OUT_8(i + 8), OUT_8(i + 16), OUT_8(i + 24)
+
+// Keeps the compiler from moving or copying numbers that the tensor cores are about to write, or are writing.
+template <int N>
+__device__ __forceinline__ void pin(float (&d)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+__device__ __forceinline__ void begin_products() {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void commit_products() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+// Waits until only the last PENDING groups of products are not complete.
+template <int PENDING>
+__device__ __forceinline__ void wait_for_products() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }

@@ -324,7 +324,7 @@ inline u32 product_of_pairs(u32 one, u32 other) {
 // Tensor cores. A thread holds columns 8 i + 2 (lane % 4) and the next one, of rows lane / 4 and lane / 4 + 8.
 
 inline u32 descriptor(u32 address) { return address >> 4 | 1 << 16; }
-inline u32 value_descriptor(u32 address) { return address >> 4 | 64 * 64 * 2 / 16 << 16; }
+inline u32 transposed_descriptor(u32 address) { return address >> 4 | 64 * 64 * 2 / 16 << 16; }
 
 inline float at(u32 address) {
     bf16 bits;
@@ -336,7 +336,7 @@ inline float at(u32 address) {
 inline float operand(u32 descriptor, int row, int k) {
     return at(((descriptor & 0x3fff) << 4) + row / 8 * 1024 + row % 8 * 128 + k * 2);
 }
-inline float value_operand(u32 descriptor, int column, int k) {
+inline float transposed_operand(u32 descriptor, int column, int k) {
     u32 distance = (descriptor >> 16 & 0x3fff) << 4;
     return at(((descriptor & 0x3fff) << 4) + column / 64 * distance + k / 8 * 1024 + k % 8 * 128 + column % 64 * 2);
 }
@@ -368,7 +368,7 @@ inline void multiply_values(float (&sums)[N], const u32* weights, u32 values) {
         u32 pair = group.fragments[row / 16 * 32 + row % 8 * 4 + k % 8 / 2][row % 16 / 8 + k / 8 * 2];
         return wide(k % 2 ? pair >> 16 : pair);
     };
-    multiply(sums, weight, [&](int column, int k) { return value_operand(values, column, k); }, true);
+    multiply(sums, weight, [&](int column, int k) { return transposed_operand(values, column, k); }, true);
     group.together.arrive_and_wait();
 }
 
@@ -376,7 +376,7 @@ template <int N>
 inline void multiply_values(float (&sums)[N], u32 weights, u32 values) {
     warpgroup_of_thread().together.arrive_and_wait();
     multiply(sums, [&](int row, int k) { return operand(weights, row, k); },
-        [&](int column, int k) { return value_operand(values, column, k); }, true);
+        [&](int column, int k) { return transposed_operand(values, column, k); }, true);
     warpgroup_of_thread().together.arrive_and_wait();
 }
 

@@ -4,8 +4,6 @@ It shows wrong indices, masks and barriers. `pytest -m gpu` runs the kernel itse
 """
 
 import ctypes
-import shutil
-import subprocess
 from collections.abc import Callable
 
 import pytest
@@ -13,33 +11,22 @@ import torch
 from torch import Tensor
 
 from deepseek_v3.ops.mla_decode import PAGE, LatentFormat, reference
-from helpers import ROOT
+from helpers.emulated_kernels import emulated_kernel
 from helpers.latent_pages import BF16, E4M3, Cached, cached, check_tolerances, exact, queries, scale_of
 
-SOURCES = ROOT / "src" / "deepseek_v3" / "ops" / "mla_decode" / "cuda"
-EMULATION = ROOT / "tests" / "helpers" / "cuda_emulation"
 PART = 256  # shorter parts than on a GPU, so that a few hundred keys have several
 WIDE, BLOCKS, NARROW = LatentFormat(512, 64, BF16), LatentFormat(512, 64, E4M3), LatentFormat(256, 32, BF16)
-COMPILER = shutil.which("g++")
 
 
 @pytest.fixture(scope="module")
 def kernel_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ctypes.CDLL]:
     """Compiles the kernel for a format, and for clusters of one or two thread blocks."""
-    if COMPILER is None:
-        pytest.skip("needs g++, which compiles the kernel for the CPU")
     folder = tmp_path_factory.mktemp("kernels")
 
     def compiled(layout: LatentFormat, cluster: int = 1) -> ctypes.CDLL:
-        library = folder / f"{layout.rank}_{layout.is_fp8}_{cluster}.so"
-        if not library.exists():
-            parts = {"PARTS": 8, "SHORTEST_PART": PART, "LONGEST_PART": PART, "MOST_PARTS": 64}
-            defines = {"RANK": layout.rank, "FP8": int(layout.is_fp8), "CLUSTER": cluster, **parts}
-            options = ["-O1", "-std=c++20", "-shared", "-fPIC", "-pthread", "-w", "-DEMULATED"]
-            options += [f"-D{name}={value}" for name, value in defines.items()]
-            sources = [f"-I{EMULATION}", f"-I{SOURCES}", str(EMULATION / "mla_decode.cpp")]
-            subprocess.run([str(COMPILER), *options, *sources, "-o", str(library)], check=True)
-        return ctypes.CDLL(str(library))
+        parts = {"PARTS": 8, "SHORTEST_PART": PART, "LONGEST_PART": PART, "MOST_PARTS": 64}
+        defines = {"RANK": layout.rank, "FP8": int(layout.is_fp8), "CLUSTER": cluster, **parts}
+        return emulated_kernel(folder, "mla_decode", "mla_decode", defines)
 
     return compiled
 

@@ -96,12 +96,6 @@ __device__ __forceinline__ void multiply(float (&d)[64], u32 a, u32 b, int add) 
         : "r"(a), "r"(b), "r"(add));
 }
 
-// Keeps the compiler from moving or copying numbers that the tensor cores are about to write, or are writing.
-__device__ __forceinline__ void pin(float (&d)[64]) {
-#pragma unroll
-    for (int i = 0; i < 64; i++) asm volatile("" : "+f"(d[i])::"memory");
-}
-
 // A tile of the output: its group, its first row and column, the end of its group's rows, and the blocks of K.
 struct Tile {
     int group, row, row_end, column, first_block, blocks;

@@ -67,32 +67,6 @@ struct Sizes {
 
 #ifndef EMULATED
 
-template <int NUMBER>
-__device__ __forceinline__ void give_registers() {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(NUMBER));
-}
-
-template <int NUMBER>
-__device__ __forceinline__ void take_registers() {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(NUMBER));
-}
-
-// Named barriers: THREADS arrive, and those that synchronize also wait.
-template <int NAME, int THREADS>
-__device__ __forceinline__ void arrive() {
-    asm volatile("bar.arrive %0, %1;" ::"n"(NAME), "n"(THREADS) : "memory");
-}
-
-template <int NAME, int THREADS>
-__device__ __forceinline__ void synchronize() {
-    asm volatile("bar.sync %0, %1;" ::"n"(NAME), "n"(THREADS) : "memory");
-}
-
-// What this thread wrote into shared memory becomes visible to the tensor cores.
-__device__ __forceinline__ void show_to_tensor_cores() {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
 __device__ __forceinline__ void store_shared(u32 address, float value) {
     asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
 }
@@ -108,11 +82,6 @@ __device__ __forceinline__ uint4 load_16(u32 address) {
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
         : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
     return v;
-}
-
-__device__ __forceinline__ void store_16(u32 address, uint4 v) {
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
-        ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
 // Two e4m3 numbers times their scale, rounded to bfloat16.
@@ -131,21 +100,6 @@ __device__ __forceinline__ u32 product_of_pairs(u32 one, u32 other) {
     asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(one), "r"(other));
     return result;
 }
-
-// The same of values, whose rows are summed over: it holds the distance of the next 64 columns, and adding 128 moves it
-// by 16 rows.
-__device__ __forceinline__ u32 value_descriptor(u32 address) {
-    return address >> 4 | BYTES_TILE / 16 << 16;
-}
-
-#define TEN(n) "%" n "0, %" n "1, %" n "2, %" n "3, %" n "4, %" n "5, %" n "6, %" n "7, %" n "8, %" n "9, "
-#define SUMS_32 TEN("") TEN("1") TEN("2") "%30, %31"
-#define SUMS_64 TEN("") TEN("1") TEN("2") TEN("3") TEN("4") TEN("5") "%60, %61, %62, %63"
-#define SUMS_128 TEN("") TEN("1") TEN("2") TEN("3") TEN("4") TEN("5") TEN("6") TEN("7") TEN("8") TEN("9") TEN("10") \
-    TEN("11") "%120, %121, %122, %123, %124, %125, %126, %127"
-#define OUT_8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
-    "+f"(d[i + 6]), "+f"(d[i + 7])
-#define OUT_32(i) OUT_8(i), OUT_8(i + 8), OUT_8(i + 16), OUT_8(i + 24)
 
 // scores (64 × 64) = or += queries (64 × 16) · keys (64 × 16) transposed, by the tensor cores, without waiting.
 __device__ __forceinline__ void multiply_keys(float (&d)[32], u32 queries, u32 keys, int add) {
@@ -240,25 +194,6 @@ __device__ __forceinline__ void barrier_arrive_at(u32 barrier, u32 thread_block)
         "mapa.shared::cluster.u32 remote, %0, %1;\n"
         "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
         "}\n" ::"r"(barrier), "r"(thread_block) : "memory");
-}
-
-template <int N>
-__device__ __forceinline__ void pin(float (&d)[N]) {
-#pragma unroll
-    for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
-}
-
-__device__ __forceinline__ void begin_products() {
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
-
-__device__ __forceinline__ void commit_products() {
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-
-template <int PENDING>
-__device__ __forceinline__ void wait_for_products() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
 // Stores four matrices of 8 × 8 numbers of 16 bits; thread t gives the address of row t % 8 of matrix t / 8.
@@ -739,7 +674,7 @@ __device__ __forceinline__ void attend_own(
     u32 weights[16];
     exponentiate(scores, weights, now_0, now_8, added_0, added_8);
     rescale(sums, rows, now_0, now_8);
-    u32 values = value_descriptor(keys + GROUP * (VALUE_TILES / 2) * BYTES_TILE);
+    u32 values = transposed_descriptor(keys + GROUP * (VALUE_TILES / 2) * BYTES_TILE);
     pin(sums);
     begin_products();
 #pragma unroll
@@ -761,7 +696,7 @@ __device__ __forceinline__ void attend_others(u32 parity, u32 shared, float (&su
     int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane / 4;
     u32 keys = shared + OFFSET_KEYS + OTHER * BYTES_KEYS, barriers = shared + OFFSET_BARRIERS;
     u32 maxima = shared + OFFSET_MAXIMA + 4 * (OTHER * ROWS + row);
-    u32 values = value_descriptor(keys + GROUP * (VALUE_TILES / 2) * BYTES_TILE);
+    u32 values = transposed_descriptor(keys + GROUP * (VALUE_TILES / 2) * BYTES_TILE);
     u32 weights = descriptor(keys + WEIGHTS);
     barrier_wait(barriers + FULL + OTHER * 16 + GROUP * 8, parity);
     synchronize<WEIGHTS_SHOWN + OTHER, 256>();
