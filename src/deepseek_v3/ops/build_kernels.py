@@ -53,6 +53,8 @@ def cuda_packages() -> list[CudaPackage]:
         from deepseek_v3.ops.fp8.cuda.check import check as check_fp8
         from deepseek_v3.ops.fp8_gemm import cuda as fp8_gemm
         from deepseek_v3.ops.fp8_gemm.cuda.check import check as check_fp8_gemm
+        from deepseek_v3.ops.grouped_gemm import cuda as grouped_gemm
+        from deepseek_v3.ops.grouped_gemm.cuda.check import check as check_grouped_gemm
         from deepseek_v3.ops.mla_decode import cuda as mla_decode
         from deepseek_v3.ops.mla_decode.cuda.check import check as check_mla_decode
     except ImportError as error:
@@ -60,6 +62,7 @@ def cuda_packages() -> list[CudaPackage]:
     return [
         CudaPackage("fp8", fp8.kernels, check_fp8),
         CudaPackage("fp8_gemm", fp8_gemm.kernels, check_fp8_gemm),
+        CudaPackage("grouped_gemm", grouped_gemm.kernels, check_grouped_gemm),
         CudaPackage("mla_decode", mla_decode.kernels, check_mla_decode),
     ]
 

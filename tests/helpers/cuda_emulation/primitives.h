@@ -270,6 +270,10 @@ inline float4 load_four(const float* address) {
     return value;
 }
 
+inline void store_four_if(bool there, float* address, float4 value) {
+    if (there) memcpy(address, &value, 16);
+}
+
 // Numbers
 
 inline float exp2_of(float x) { return exp2f(x); }
@@ -377,6 +381,14 @@ inline void multiply_values(float (&sums)[N], u32 weights, u32 values) {
     warpgroup_of_thread().together.arrive_and_wait();
     multiply(sums, [&](int row, int k) { return operand(weights, row, k); },
         [&](int column, int k) { return transposed_operand(values, column, k); }, true);
+    warpgroup_of_thread().together.arrive_and_wait();
+}
+
+template <int N>
+inline void multiply_transposed(float (&sums)[N], u32 a, u32 b) {
+    warpgroup_of_thread().together.arrive_and_wait();
+    multiply(sums, [&](int row, int k) { return transposed_operand(a, row, k); },
+        [&](int column, int k) { return transposed_operand(b, column, k); }, true);
     warpgroup_of_thread().together.arrive_and_wait();
 }
 

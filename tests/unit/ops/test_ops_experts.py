@@ -14,6 +14,7 @@ from deepseek_v3.ops.grouped_gemm import (
     reference_grouped_linear,
     torch_grouped_linear,
 )
+from deepseek_v3.ops.grouped_gemm.reference import weight_gradient
 from deepseek_v3.ops.moe_permute import (
     BinOrder,
     ExpertBins,
@@ -89,6 +90,21 @@ def test_float32_weights_compute_in_the_type_of_the_rows(
     assert largest_difference(found.float(), expected) < 0.05 * expected.abs().max()
     (gradient,) = torch.autograd.grad(found, weight_EOI, torch.ones_like(found))
     assert gradient.dtype == torch.float32
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+def test_a_weight_s_gradient_is_a_sum_of_outer_products(groups: str) -> None:
+    """In float32; rows behind the last group may hold anything."""
+    sizes = GROUPS[groups]
+    x_XI, grad_XO = torch.randn(sum(sizes) + 3, 5).bfloat16(), torch.randn(sum(sizes) + 3, 7).bfloat16()
+    x_XI[-3:] = grad_XO[-3:] = torch.nan
+    ends_E = torch.tensor(sizes).cumsum(0, dtype=torch.int32)
+    expected_EOI = torch.zeros(len(sizes), 7, 5, dtype=torch.float64)
+    experts_X = [expert for expert, size in enumerate(sizes) for _ in range(size)]
+    for row, expert in enumerate(experts_X):
+        expected_EOI[expert] += grad_XO[row, :, None].double() * x_XI[row].double()
+    found_EOI = weight_gradient(grad_XO, x_XI, ends_E)
+    torch.testing.assert_close(found_EOI, expected_EOI.float(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("choice", CHOICES)

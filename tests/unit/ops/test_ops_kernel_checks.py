@@ -11,6 +11,8 @@ from deepseek_v3.ops.fp8 import reference as fp8_reference
 from deepseek_v3.ops.fp8_gemm import cuda as fp8_gemm_cuda
 from deepseek_v3.ops.fp8_gemm import reference as gemm_reference
 from deepseek_v3.ops.fp8_gemm.cuda.check import check as check_fp8_gemm
+from deepseek_v3.ops.grouped_gemm import reference as grouped_gemm_reference
+from deepseek_v3.ops.grouped_gemm.cuda.check import check as check_grouped_gemm
 from deepseek_v3.ops.mla_decode import reference as mla_decode_reference
 
 CPU = torch.device("cpu")
@@ -36,6 +38,10 @@ def check_mla_decode(kernels: Any) -> list[bool]:
     return [holds for _, holds in check(CPU, kernels, lengths=[0, 65, 200])]
 
 
+def check_weight_gradient(kernels: Any) -> list[bool]:
+    return [holds for _, holds in check_grouped_gemm(CPU, kernels.weight_gradient)]
+
+
 def changed(reference: Any, name: str, place: int | None = None) -> SimpleNamespace:
     """The reference with one function that gives one wrong number: in its result `place`, if it has several."""
 
@@ -58,11 +64,16 @@ def test_references_pass_the_checks() -> None:
     assert all(check_gemm(gemm_reference))
     assert all(check_fp8(fp8_reference))
     assert all(check_mla_decode(mla_decode_reference))
+    assert all(check_weight_gradient(grouped_gemm_reference))
 
 
 @pytest.mark.parametrize("name", ["rows_product", "columns_product"])
 def test_a_wrong_product_is_noticed(name: str) -> None:
     assert check_gemm(changed(gemm_reference, name)).count(False) == 4
+
+
+def test_a_wrong_weight_gradient_is_noticed() -> None:
+    assert not any(check_weight_gradient(changed(grouped_gemm_reference, "weight_gradient")))
 
 
 @pytest.mark.parametrize(
