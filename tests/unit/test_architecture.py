@@ -18,7 +18,7 @@ SOURCE, TESTS = ROOT / "src" / "deepseek_v3", ROOT / "tests"
 EXCHANGES = ("all_to_all", "deepep", "exchange", "expert_parallel", "select_dispatcher", "symmetric_memory")
 RECURRING = {
     *("__init__", "__main__", "reference", "triton", "check", "formats", "filter", "index", "errors", "command"),
-    "engine",
+    *("engine", "wide_gradient"),
 }
 LONGEST_MODULE, SHORT_MODULE, MOST_SHORT_MODULES, LONGEST_TEST_NAME = 350, 50, 30, 60
 # Modules that import an optional library, or another one of these, at their top; else only functions import them.

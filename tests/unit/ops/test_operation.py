@@ -9,11 +9,17 @@ import pytest
 import torch
 
 from deepseek_v3.model.backends import select_backends
+from deepseek_v3.ops import grouped_gemm
 from deepseek_v3.ops.attention import ATTENTION, cudnn_attention, sdpa_attention
 from deepseek_v3.ops.cross_entropy import CROSS_ENTROPY, linear_cross_entropy, reference_linear_cross_entropy
 from deepseek_v3.ops.fp8 import FP8_QUANTIZE
 from deepseek_v3.ops.fp8_gemm import FP8_GEMM
-from deepseek_v3.ops.grouped_gemm import GROUPED_GEMM, reference_grouped_linear, torch_grouped_linear
+from deepseek_v3.ops.grouped_gemm import (
+    GROUPED_GEMM,
+    reference_grouped_linear,
+    torch_grouped_linear,
+    wide_gradient_grouped_linear,
+)
 from deepseek_v3.ops.linear import LINEAR
 from deepseek_v3.ops.moe_permute import MOE_PERMUTE
 from deepseek_v3.ops.moe_permute import reference as reference_permute
@@ -113,14 +119,25 @@ def test_attention_on_gpus(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "widths", "expected"),
+    ("capability", "nvrtc", "dtype", "widths", "expected"),
     [
-        (torch.bfloat16, (64, 24), torch_grouped_linear),
-        (torch.float32, (64, 24), reference_grouped_linear),
-        (torch.bfloat16, (64, 20), reference_grouped_linear),
+        ((9, 0), None, torch.bfloat16, (64, 24), wide_gradient_grouped_linear),
+        ((9, 0), "needs NVRTC", torch.bfloat16, (64, 24), torch_grouped_linear),
+        ((10, 0), None, torch.bfloat16, (64, 24), torch_grouped_linear),
+        ((9, 0), None, torch.float32, (64, 24), reference_grouped_linear),
+        ((9, 0), None, torch.bfloat16, (64, 20), reference_grouped_linear),
     ],
 )
-def test_grouped_products_on_gpus(dtype: torch.dtype, widths: tuple[int, ...], expected: object) -> None:
+def test_grouped_products_on_gpus(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    nvrtc: str | None,
+    dtype: torch.dtype,
+    widths: tuple[int, ...],
+    expected: object,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(grouped_gemm, "nvrtc_obstacle", lambda _: nvrtc)
     assert GROUPED_GEMM.select(Target(CUDA, dtype, widths)).run is expected
 
 
@@ -181,7 +198,8 @@ def test_a_model_selects_its_back_ends_once_and_describes_them() -> None:
         "linear reference (wide_gradient needs a CUDA device), "
         "router_gemm reference (triton needs a CUDA device), top_k reference (triton needs a CUDA device), "
         "moe_permute reference (triton needs a CUDA device), "
-        "grouped_gemm reference (torch needs a CUDA device), swiglu reference (triton needs a CUDA device)"
+        "grouped_gemm reference (cuda needs a CUDA device; torch needs a CUDA device), "
+        "swiglu reference (triton needs a CUDA device)"
     )
     assert select_backends(model, CPU) == expected
     assert model.model.layers[0].self_attn.attend is sdpa_attention
