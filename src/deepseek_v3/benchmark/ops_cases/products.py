@@ -39,11 +39,11 @@ _BF16_BOUND, _FP32_BOUND = 4e-3, 1e-3  # of results rounded to bfloat16, and of 
 
 
 def grouped_cases(device: torch.device) -> Iterator[Case]:
-    """The experts' products in bfloat16: forward, input gradient, weight gradient."""
+    """The experts' products in bfloat16: forward, input gradient, and the gradient of a float32 weight."""
     for experts, rows, out, inner in _GROUPED if device.type == "cuda" else _CPU_GROUPED:
         size = f"E{experts} m{rows} {out}×{inner}"
-        operations, num_bytes = _work(experts, rows, out, inner, 2, 2)
         for function in ("forward", "dgrad", "wgrad"):
+            operations, num_bytes = _work(experts, rows, out, inner, 2, function)
             prepare = partial(_prepare_grouped, function, experts, rows, out, inner)
             yield Case("grouped_gemm", function, size, Work(operations, num_bytes), prepare)
 
@@ -54,8 +54,9 @@ def _prepare_grouped(
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     ends_E = _ends(experts, rows, device)
     x_XI = torch.randn(experts * rows, inner, device=device, dtype=dtype, requires_grad=function == "dgrad")
-    weight = _WEIGHT_STD * torch.randn(experts, out, inner, device=device, dtype=dtype)
-    weight_EOI = weight.requires_grad_(function == "wgrad")
+    weight_EOI = _WEIGHT_STD * torch.randn(experts, out, inner, device=device, dtype=dtype)
+    if function == "wgrad":
+        weight_EOI = weight_EOI.float().requires_grad_()
     grad_XO = torch.randn(experts * rows, out, device=device, dtype=dtype)
     target = Target(device, dtype, (inner, out))
     systems: dict[str, Run | str] = {}
@@ -98,8 +99,7 @@ def _fp8_cases(size: str, experts: int, rows: int, out: int, inner: int) -> Iter
         ("dgrad", partial(_prepare_rows, experts, rows, inner, out)),
         ("wgrad", partial(_prepare_columns, experts, rows, out, inner)),
     ):
-        result_bytes = 4 if function == "wgrad" else 2
-        operations, num_bytes = _work(max(1, experts), rows, out, inner, 1, result_bytes, function)
+        operations, num_bytes = _work(max(1, experts), rows, out, inner, 1, function)
         yield Case("fp8_gemm", function, size, Work(operations, num_bytes, in_fp8=True), prepare)
 
 
@@ -189,11 +189,13 @@ def _ends(experts: int, rows: int, device: torch.device) -> Tensor:
     return torch.arange(rows, (experts + 1) * rows, rows, dtype=torch.int32, device=device)
 
 
-def _work(
-    experts: int, rows: int, out: int, inner: int, width: int, result_width: int, function: str = "forward"
-) -> tuple[float, float]:
-    """Operations and bytes of a product: two operands of `width` bytes per number, a result of `result_width`."""
+def _work(experts: int, rows: int, out: int, inner: int, width: int, function: str) -> tuple[float, float]:
+    """Operations and bytes of a product: two operands of `width` bytes per number, and a result.
+
+    Gradients of weights are float32, other results bfloat16.
+    """
     sizes = {"x": rows * inner, "w": out * inner, "y": rows * out}
     result = {"forward": "y", "dgrad": "x", "wgrad": "w"}[function]
+    result_width = 4 if function == "wgrad" else 2
     moved = sum(size * (result_width if name == result else width) for name, size in sizes.items())
     return 2.0 * experts * rows * out * inner, float(experts * moved)
