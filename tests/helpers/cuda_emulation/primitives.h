@@ -11,6 +11,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -356,46 +358,63 @@ inline void multiply(float (&sums)[N], A a, B b, bool add) {
     }
 }
 
+// Products run when a thread waits for them: as late as the GPU may run them.
+typedef std::vector<std::function<void()>> Products;
+inline thread_local Products products;             // not committed yet
+inline thread_local std::deque<Products> committed;  // and not waited for
+
+inline void begin_products() {}
+inline void commit_products() {
+    committed.push_back(std::move(products));
+    products.clear();
+}
+
+template <int PENDING>
+inline void wait_for_products() {
+    for (; committed.size() > PENDING; committed.pop_front())
+        for (auto& product : committed.front()) {
+            warpgroup_of_thread().together.arrive_and_wait();
+            product();
+            warpgroup_of_thread().together.arrive_and_wait();
+        }
+}
+
 inline void multiply_keys(float (&sums)[32], u32 queries, u32 keys, int add) {
-    warpgroup_of_thread().together.arrive_and_wait();
-    multiply(sums, [&](int row, int k) { return operand(queries, row, k); },
-        [&](int column, int k) { return operand(keys, column, k); }, add);
-    warpgroup_of_thread().together.arrive_and_wait();
+    products.push_back([&sums, queries, keys, add] {
+        multiply(sums, [=](int row, int k) { return operand(queries, row, k); },
+            [=](int column, int k) { return operand(keys, column, k); }, add);
+    });
 }
 
 template <int N>
 inline void multiply_values(float (&sums)[N], const u32* weights, u32 values) {
-    Warpgroup& group = warpgroup_of_thread();
-    memcpy(group.fragments[threadIdx.x % 128], weights, 16);
-    group.together.arrive_and_wait();
-    auto weight = [&](int row, int k) {
-        u32 pair = group.fragments[row / 16 * 32 + row % 8 * 4 + k % 8 / 2][row % 16 / 8 + k / 8 * 2];
-        return wide(k % 2 ? pair >> 16 : pair);
-    };
-    multiply(sums, weight, [&](int column, int k) { return transposed_operand(values, column, k); }, true);
-    group.together.arrive_and_wait();
+    products.push_back([&sums, weights, values] {
+        Warpgroup& group = warpgroup_of_thread();
+        memcpy(group.fragments[threadIdx.x % 128], weights, 16);
+        group.together.arrive_and_wait();
+        auto weight = [&](int row, int k) {
+            u32 pair = group.fragments[row / 16 * 32 + row % 8 * 4 + k % 8 / 2][row % 16 / 8 + k / 8 * 2];
+            return wide(k % 2 ? pair >> 16 : pair);
+        };
+        multiply(sums, weight, [=](int column, int k) { return transposed_operand(values, column, k); }, true);
+    });
 }
 
 template <int N>
 inline void multiply_values(float (&sums)[N], u32 weights, u32 values) {
-    warpgroup_of_thread().together.arrive_and_wait();
-    multiply(sums, [&](int row, int k) { return operand(weights, row, k); },
-        [&](int column, int k) { return transposed_operand(values, column, k); }, true);
-    warpgroup_of_thread().together.arrive_and_wait();
+    products.push_back([&sums, weights, values] {
+        multiply(sums, [=](int row, int k) { return operand(weights, row, k); },
+            [=](int column, int k) { return transposed_operand(values, column, k); }, true);
+    });
 }
 
 template <int N>
 inline void multiply_transposed(float (&sums)[N], u32 a, u32 b) {
-    warpgroup_of_thread().together.arrive_and_wait();
-    multiply(sums, [&](int row, int k) { return transposed_operand(a, row, k); },
-        [&](int column, int k) { return transposed_operand(b, column, k); }, true);
-    warpgroup_of_thread().together.arrive_and_wait();
+    products.push_back([&sums, a, b] {
+        multiply(sums, [=](int row, int k) { return transposed_operand(a, row, k); },
+            [=](int column, int k) { return transposed_operand(b, column, k); }, true);
+    });
 }
-
-inline void begin_products() {}
-inline void commit_products() {}
-template <int PENDING>
-inline void wait_for_products() {}
 
 inline void store_matrices(u32 address, const u32* numbers) {
     Warp& warp = warp_of_thread();
