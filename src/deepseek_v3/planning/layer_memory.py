@@ -73,10 +73,9 @@ def _working_bytes(
 ) -> float:
     """Peak bytes in the backward pass of the feed-forward network: early for rows, late for the widest weight.
 
-    A compiled backward pass computes a weight's gradient in bfloat16 and then copies it to float32, as in all
-    measured steps; on Hopper, gradients of experts are now float32 at once, beside the rows that they come from. An
-    eager one computes the experts' gradients one by one and then stacks them. `frees_early`: saved tensors and
-    copies of weights are freed as soon as they have been used.
+    A compiled backward pass computes a weight's gradient in bfloat16 and then copies it to float32; an eager one
+    computes the experts' gradients one by one and then stacks them. `frees_early`: saved tensors and copies of
+    weights are freed as soon as they have been used.
     """
     hidden = model.intermediate_size if dense else model.moe_intermediate_size
     rows = tokens if dense else tokens * model.num_experts_per_tok * run.expert_imbalance

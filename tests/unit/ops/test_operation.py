@@ -18,7 +18,6 @@ from deepseek_v3.ops.grouped_gemm import (
     GROUPED_GEMM,
     reference_grouped_linear,
     torch_grouped_linear,
-    wide_gradient_grouped_linear,
 )
 from deepseek_v3.ops.linear import LINEAR
 from deepseek_v3.ops.moe_permute import MOE_PERMUTE
@@ -119,13 +118,16 @@ def test_attention_on_gpus(
 
 
 @pytest.mark.parametrize(
-    ("capability", "nvrtc", "dtype", "widths", "expected"),
+    ("capability", "nvrtc", "dtype", "widths", "expected", "obstacle"),
     [
-        ((9, 0), None, torch.bfloat16, (64, 24), wide_gradient_grouped_linear),
-        ((9, 0), "needs NVRTC", torch.bfloat16, (64, 24), torch_grouped_linear),
-        ((10, 0), None, torch.bfloat16, (64, 24), torch_grouped_linear),
-        ((9, 0), None, torch.float32, (64, 24), reference_grouped_linear),
-        ((9, 0), None, torch.bfloat16, (64, 20), reference_grouped_linear),
+        ((9, 0), None, torch.bfloat16, (64, 24), torch_grouped_linear, None),
+        ((9, 0), "needs NVRTC", torch.bfloat16, (64, 24), torch_grouped_linear, "needs NVRTC"),
+        ((10, 0), None, torch.bfloat16, (64, 24), torch_grouped_linear, "needs a GPU of compute capability 9.0"),
+        ((9, 0), None, torch.float32, (64, 24), reference_grouped_linear, "needs bfloat16"),
+        (
+            *((9, 0), None, torch.bfloat16, (64, 20), reference_grouped_linear),
+            "needs row widths that are multiples of 8",
+        ),
     ],
 )
 def test_grouped_products_on_gpus(
@@ -135,10 +137,13 @@ def test_grouped_products_on_gpus(
     dtype: torch.dtype,
     widths: tuple[int, ...],
     expected: object,
+    obstacle: str | None,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(grouped_gemm, "nvrtc_obstacle", lambda _: nvrtc)
-    assert GROUPED_GEMM.select(Target(CUDA, dtype, widths)).run is expected
+    target = Target(CUDA, dtype, widths)
+    assert GROUPED_GEMM.select(target).run is expected
+    assert GROUPED_GEMM.backends["cuda"].obstacle(target) == obstacle
 
 
 def test_without_triton_a_gpu_runs_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +203,7 @@ def test_a_model_selects_its_back_ends_once_and_describes_them() -> None:
         "linear reference (wide_gradient needs a CUDA device), "
         "router_gemm reference (triton needs a CUDA device), top_k reference (triton needs a CUDA device), "
         "moe_permute reference (triton needs a CUDA device), "
-        "grouped_gemm reference (cuda needs a CUDA device; torch needs a CUDA device), "
+        "grouped_gemm reference (torch needs a CUDA device; cuda needs a CUDA device), "
         "swiglu reference (triton needs a CUDA device)"
     )
     assert select_backends(model, CPU) == expected
