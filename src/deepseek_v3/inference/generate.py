@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +19,7 @@ from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.inference.engine import Completion, Generator
 from deepseek_v3.inference.sampling import SamplingConfig
-from deepseek_v3.interop.load_model import load_model
+from deepseek_v3.interop.load_model import load_for_inference
 from deepseek_v3.mla.kv_compression import KvFormat
 from deepseek_v3.utils.command_line import integer_option, number_option, print_next_steps
 from deepseek_v3.utils.distributed.launch import select_device
@@ -27,6 +28,14 @@ from deepseek_v3.utils.files import atomic_write, new_file_problem, read_regular
 from deepseek_v3.utils.logging import configure_logging, get_logger
 
 _MOST_PROMPT_BYTES = 2**26  # bytes of a file of prompts, which are all held in memory
+
+
+class StoredPrecision(str, Enum):
+    """The type that holds the weights; `auto` is the one that the model was trained in, or that suits a GPU."""
+
+    AUTO = "auto"
+    BF16 = "bf16"
+    FP32 = "fp32"
 
 
 def generate(
@@ -76,6 +85,10 @@ def generate(
         KvFormat | None,
         typer.Option(help="Format of the cache; by default fp8 if the config has use_fp8_kv, else as computed."),
     ] = None,
+    precision: Annotated[
+        StoredPrecision,
+        typer.Option(help="Type that weights are stored and multiplied in; auto as the run computed."),
+    ] = StoredPrecision.AUTO,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     output: Annotated[
         Path | None, typer.Option(help="Also write the results to this new file, as JSON lines.")
@@ -91,7 +104,7 @@ def generate(
         raise GenerationError(f"found --no-cache and --kv {kv.value}, expected one of the two")
     if output is not None and (problem := new_file_problem(output)):
         raise GenerationError(f"--output {output}: {problem}")
-    saved = load_model(checkpoint, select_device(device))
+    saved = load_for_inference(checkpoint, select_device(device), precision.value)
     generator = Generator(saved.model, saved.tokenizer, kv=kv)
     _warn_of_length(prompts, saved.tokenizer, sampling, saved.config)
     start = time.perf_counter()

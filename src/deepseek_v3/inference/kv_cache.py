@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-
 from deepseek_v3.mla.kv_compression import KvFormat, PagePool, describe_cache, latent_format, pages_that_fit
+from deepseek_v3.model.backends import free_bytes
 from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.ops.mla_decode.formats import PAGE
 from deepseek_v3.utils.logging import get_logger
-from deepseek_v3.utils.machine import free_memory
 
 _SHARE = 0.9  # of the free memory; the activations of a forward pass need the rest
 
@@ -44,11 +42,3 @@ class KvCache:
     def new_pool(self, num_pages: int) -> PagePool:
         """A pool of this many pages."""
         return PagePool(self._config, self.layout, num_pages, self._device)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Bytes of the device's memory that new tensors may take."""
-    if device.type != "cuda":
-        return free_memory()
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

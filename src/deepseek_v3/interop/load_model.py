@@ -8,6 +8,7 @@ import torch
 
 from deepseek_v3.config.data_config import DataConfig
 from deepseek_v3.config.model_config import ModelConfig
+from deepseek_v3.config.parallel_config import Precision
 from deepseek_v3.config.text_files import printable_path
 from deepseek_v3.config.train_config import (
     CheckpointConfig,
@@ -41,12 +42,25 @@ def load_model(path: Path, device: torch.device) -> LoadedModel:
     Raises CheckpointError, ConfigError and DataError as `load_checkpoint_model`, `open_pretrained` and
     `read_tokenizer` do.
     """
+    return _load(path, device, None)
+
+
+def load_for_inference(path: Path, device: torch.device, precision: Precision = "auto") -> LoadedModel:
+    """Loads a model as `load_model` does, with weights that are stored as the model computes, and no MTP layers.
+
+    `auto` computes as the run of a checkpoint did, and otherwise as suits the device. Raises as `load_model`.
+    """
+    return _load(path, device, precision)
+
+
+def _load(path: Path, device: torch.device, precision: Precision | None) -> LoadedModel:
     if not is_released(path):
-        return load_checkpoint_model(path, device)
+        return load_checkpoint_model(path, device, precision)
     weights = open_pretrained(path)
     tokenizer, config = read_tokenizer(path, weights.config), run_config(weights.config)
-    model = load_opened(weights, compute_dtype("auto", device), device).requires_grad_(False)
-    return LoadedModel(model, config, tokenizer, step=0, tokens=0)
+    dtype = compute_dtype(precision or "auto", device)
+    model = load_opened(weights, dtype, device, for_inference=precision is not None)
+    return LoadedModel(model.requires_grad_(False), config, tokenizer, step=0, tokens=0)
 
 
 def is_released(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Selects what a model computes with: the back end of every operation and the dtype, once for all layers."""
+"""What a model computes with: the back end of every operation, the dtype, and the memory of its device."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from deepseek_v3.config.parallel_config import Precision
 from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.ops.operation import Op, Operation, Select, Target
 from deepseek_v3.utils.errors import ConfigError
+from deepseek_v3.utils.machine import free_memory
 
 
 @runtime_checkable
@@ -54,3 +55,11 @@ def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     if precision in ("auto", "fp8"):
         return torch.bfloat16 if native else torch.float32
     return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes of the device's memory that new tensors may take."""
+    if device.type != "cuda":
+        return free_memory()
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -21,12 +21,17 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor, nn
 
 from deepseek_v3.config.loading import config_from_dict
+from deepseek_v3.config.parallel_config import Precision
+from deepseek_v3.config.text_files import printable_path
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
-from deepseek_v3.model.backends import compute_dtype, select_backends
+from deepseek_v3.model.backends import compute_dtype, free_bytes, select_backends
 from deepseek_v3.model.transformer import DeepSeekV3
+from deepseek_v3.moe.experts import RoutedExperts
+from deepseek_v3.ops.layers import Linear
 from deepseek_v3.utils.checkpointing.checks import (
     mismatches,
     non_finite,
@@ -35,13 +40,16 @@ from deepseek_v3.utils.checkpointing.checks import (
     tensor_infos,
     unexpected_tensors,
 )
-from deepseek_v3.utils.checkpointing.directory import CheckpointDirectory, is_checkpoint, load_checkpoint
+from deepseek_v3.utils.checkpointing.directory import CheckpointDirectory, is_checkpoint
 from deepseek_v3.utils.checkpointing.errors import REPAIR, validation_problems
-from deepseek_v3.utils.checkpointing.state_dict import flatten
+from deepseek_v3.utils.checkpointing.reader import CheckpointReader, open_checkpoint
 from deepseek_v3.utils.errors import CheckpointError
-from deepseek_v3.utils.text import format_value
+from deepseek_v3.utils.logging import get_logger
+from deepseek_v3.utils.text import format_si, format_value
 
 FORMAT = 2
+
+_log = get_logger("Weights")
 
 
 def _only_tensors(rest: dict[str, Any]) -> dict[str, Any]:
@@ -128,39 +136,80 @@ def check_entries(kind: type[ModelEntries], plain: dict[str, Any], path: Path) -
         raise CheckpointError(f"{path}: {validation_problems(error)}; {REPAIR}") from None
 
 
-def load_checkpoint_model(path: Path, device: torch.device) -> LoadedModel:
-    """Rebuilds the model of a checkpoint on `device`, in evaluation mode, with the run's compute dtype.
+def load_checkpoint_model(path: Path, device: torch.device, precision: Precision | None = None) -> LoadedModel:
+    """Rebuilds the model of a checkpoint on `device`, in evaluation mode, and reads no other tensors of the run.
+
+    Without `precision` the weights are float32, as saved, and the model computes in the dtype of its run. With a
+    precision it is ready for inference: see `prepare_for_inference`; `auto` follows the run's.
 
     `path` is one checkpoint, or a folder of them: then the newest undamaged one is loaded, and each one skipped is
     logged as a warning. Raises CheckpointError if the checkpoint is damaged, incomplete, of another format, not of
-    this project, or holds weights that are not finite.
+    this project, holds weights that are not finite, or does not fit in the memory of the device.
     """
     if is_checkpoint(path):
-        return _load(path, device)
+        return _load(path, device, precision)
     checkpoints = CheckpointDirectory(path, keep=1)
-    return checkpoints.first_usable(checkpoints.newest_first(), partial(_load, device=device))[1]
+    load = partial(_load, device=device, precision=precision)
+    return checkpoints.first_usable(checkpoints.newest_first(), load)[1]
 
 
-def _load(path: Path, device: torch.device) -> LoadedModel:
-    state = load_checkpoint(path)
-    config = checkpoint_config(state, path)
-    try:
-        tensors, plain = flatten(state)
-    except TypeError as error:
-        raise CheckpointError(f"{path}: {error}; {REPAIR}") from None
+def prepare_for_inference(model: DeepSeekV3, dtype: torch.dtype) -> None:
+    """Lets a model, on the meta device, compute in `dtype` without casting a weight: to be called before loading.
+
+    Matrices are stored in `dtype`. Norms and routers compute in float32 and stay in it, so the model computes the
+    same numbers as one whose float32 weights are cast at every use. The MTP layers, which do not run, are removed.
+    """
+    model.keep_mtp_layers(0)
+    for module in model.modules():
+        if isinstance(module, (Linear, nn.Embedding, RoutedExperts)):
+            module.to(dtype)
+    model.compute_dtype = dtype
+
+
+def allocate_weights(model: DeepSeekV3, device: torch.device, source: str) -> dict[str, Tensor]:
+    """Moves a model from the meta device to `device`, its values undefined; returns its state, by name.
+
+    Logs the memory that it takes. Raises CheckpointError if that is more than is free.
+    """
+    needed, free = sum(tensor.nbytes for tensor in model.state_dict().values()), free_bytes(device)
+    dtype = str(model.head_weight_VD.dtype).removeprefix("torch.")
+    if needed > free:
+        smaller = "" if dtype == "bfloat16" else "store them in bfloat16 with --precision bf16, or "
+        raise CheckpointError(
+            f"{source}: the weights take {format_si(needed, 'B')} in {dtype}, found {format_si(free, 'B')} free on "
+            f"{device}; {smaller}take a device with more memory"
+        )
+    _log.info(f"{format_si(needed, 'B')} in {dtype}, of {format_si(free, 'B')} that are free on {device}")
+    return model.to_empty(device=device).state_dict()
+
+
+def _load(path: Path, device: torch.device, precision: Precision | None) -> LoadedModel:
+    checkpoint = open_checkpoint(path)
+    checkpoint.verify()
+    plain, config = checkpoint.plain, checkpoint_config(checkpoint.plain, path)
     check_entries(ModelEntries, plain, path)
-    if bad := non_finite(state["model"]):
+    with torch.device("meta"):
+        model = DeepSeekV3(config.model)
+    _check_tensors(checkpoint, model)
+    chosen = config.parallel.precision if precision in (None, "auto") else precision
+    model.compute_dtype = compute_dtype(chosen, device)
+    if precision is not None:
+        prepare_for_inference(model, model.compute_dtype)
+    state = allocate_weights(model, device, printable_path(path))
+    for name, target in state.items():
+        checkpoint.read_into(target, f"model.{name}")
+    if bad := non_finite(state):
         raise CheckpointError(
             f"{path}: {non_finite_summary(bad)}; its training had diverged, so use an earlier checkpoint"
         )
-    with torch.device("meta"):
-        model = DeepSeekV3(config.model)
-    expected = tensor_infos({f"model.{name}": tensor for name, tensor in model.state_dict().items()})
-    found = tensor_infos({name: tensor for name, tensor in tensors.items() if name.startswith("model.")})
-    problems = [*mismatches(found, expected), *unexpected_tensors(sorted(found.keys() - expected.keys()))]
-    raise_problems(path, problems, REPAIR)
-    model.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()}, assign=True)
-    model.compute_dtype = compute_dtype(config.parallel.precision, device)
     select_backends(model, device)
-    model = model.to(device).eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
     return LoadedModel(model, config, checkpoint_tokenizer(plain, path), plain["step"], plain["tokens"])
+
+
+def _check_tensors(checkpoint: CheckpointReader, model: DeepSeekV3) -> None:
+    """Raises CheckpointError unless a checkpoint has the model's tensors and no others of a model."""
+    expected = tensor_infos({f"model.{name}": tensor for name, tensor in model.state_dict().items()})
+    found = {name: info for name, info in checkpoint.tensors.items() if name.startswith("model.")}
+    problems = [*mismatches(found, expected), *unexpected_tensors(sorted(found.keys() - expected.keys()))]
+    raise_problems(checkpoint.path, problems, REPAIR)

@@ -23,6 +23,7 @@ from deepseek_v3.interop.huggingface.names import to_released_names
 from deepseek_v3.interop.huggingface.released_config import CONFIG, released_config, write_configs
 from deepseek_v3.interop.huggingface.tensor_source import WEIGHTS_FILE, WEIGHTS_INDEX, TensorFolder
 from deepseek_v3.model.backends import select_backends
+from deepseek_v3.model.pretrained import allocate_weights, prepare_for_inference
 from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.ops.fp8 import BLOCK
 from deepseek_v3.utils.checkpointing.checks import non_finite, non_finite_summary
@@ -99,13 +100,23 @@ def load_pretrained(
 
 
 @torch.no_grad()
-def load_opened(weights: ReleasedWeights, dtype: torch.dtype | None, device: torch.device) -> DeepSeekV3:
-    """Builds the model of opened weights, as `load_pretrained` does."""
+def load_opened(
+    weights: ReleasedWeights, dtype: torch.dtype | None, device: torch.device, *, for_inference: bool = False
+) -> DeepSeekV3:
+    """Builds the model of opened weights, as `load_pretrained` does.
+
+    `for_inference` prepares it as `prepare_for_inference` says. Raises CheckpointError if it does not fit in the
+    memory of the device.
+    """
     with torch.device("meta"):
         model = DeepSeekV3(weights.config)
     dtype = dtype or weights.stored_dtype
     _check_dtype(dtype)
-    state = model.to(dtype).to_empty(device=device).state_dict()
+    if for_inference:
+        prepare_for_inference(model, dtype)
+    else:
+        model.to(dtype)
+    state = allocate_weights(model, device, weights.name)
     total = sum(tensor.nbytes for tensor in state.values())
     reading = ThreadPoolExecutor(_READERS)
     with ProgressDisplay() as display, display.task("Loading", total, "bytes", _log) as task, reading as threads:
