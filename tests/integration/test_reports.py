@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from deepseek_v3.config.loading import load_config
-from deepseek_v3.training import host_copy, metrics, throughput
+from deepseek_v3.training import metrics, throughput
 from deepseek_v3.training.trainer import Trainer
+from deepseek_v3.utils import host_copy
 from deepseek_v3.utils.errors import DataError, TrainingError
 from deepseek_v3.utils.monitoring import MetricsWriter, read_metrics
 from helpers.runs import TOKENS_PER_STEP, write_run

@@ -6,9 +6,9 @@ import math
 
 import torch
 
-from deepseek_v3.training.host_copy import HostCopy
 from deepseek_v3.training.parallel.engine import StepResult
 from deepseek_v3.utils.errors import TrainingError
+from deepseek_v3.utils.host_copy import HostCopy
 from deepseek_v3.utils.logging import get_logger
 
 

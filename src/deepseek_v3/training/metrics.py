@@ -25,7 +25,6 @@ from deepseek_v3.moe.balance import load_metrics
 from deepseek_v3.planning.counts import count_active_parameters, count_parameters
 from deepseek_v3.planning.flops import training_flops_per_token
 from deepseek_v3.planning.hardware import peak_bfloat16_flops
-from deepseek_v3.training.host_copy import HostCopy, Moment
 from deepseek_v3.training.loss import Losses
 from deepseek_v3.training.resume_rules import fields_of
 from deepseek_v3.training.schedule import ScheduledStep, TrainingSchedule
@@ -33,6 +32,7 @@ from deepseek_v3.training.throughput import Throughput
 from deepseek_v3.training.validation import ValidationLoss
 from deepseek_v3.utils.errors import DataError, error_chain
 from deepseek_v3.utils.files import atomic_write
+from deepseek_v3.utils.host_copy import HostCopy, Moment
 from deepseek_v3.utils.logging import get_logger
 from deepseek_v3.utils.monitoring import (
     MetricsWriter,

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from deepseek_v3.training.host_copy import Moment
 from deepseek_v3.training.schedule import TrainingSchedule
+from deepseek_v3.utils.host_copy import Moment
 
 
 class Lap(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from deepseek_v3.training.host_copy import HostCopy, Moment
+from deepseek_v3.utils.host_copy import HostCopy, Moment
 
 CPU = torch.device("cpu")
 

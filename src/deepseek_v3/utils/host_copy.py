@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,8 +41,8 @@ class HostCopy:
         self._values = values.to("cpu", non_blocking=True, copy=True)
         self.arrival = Moment(values.device)
 
-    def read(self) -> list[float]:
-        """Waits for the arrival, and returns the values of a 1-d tensor."""
+    def read(self) -> list[Any]:
+        """Waits for the arrival, and returns the values, nested in lists as the tensor has axes."""
         self.arrival.wait()
-        values: list[float] = self._values.tolist()
+        values: list[Any] = self._values.tolist()
         return values
