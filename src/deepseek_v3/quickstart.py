@@ -19,7 +19,7 @@ from deepseek_v3.config.loading import load_config
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.tokens.open_source import open_tokens_of
 from deepseek_v3.evaluation.perplexity import Comparison, compare_with_ngrams, measure_saved
-from deepseek_v3.inference.engine import Generator
+from deepseek_v3.inference.generator import Generator
 from deepseek_v3.inference.sampling import SamplingConfig
 from deepseek_v3.interop.load_model import load_model
 from deepseek_v3.model.pretrained import LoadedModel

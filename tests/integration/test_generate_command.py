@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from deepseek_v3.config.loading import config_from_dict
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.inference import generate as command
-from deepseek_v3.inference.engine import Generator
+from deepseek_v3.inference.generator import Generator
 from deepseek_v3.inference.sampling import SamplingConfig
 from deepseek_v3.interop.load_model import load_model
 from deepseek_v3.model.pretrained import model_entries
@@ -99,8 +99,9 @@ def test_texts_longer_than_any_trained_on_are_named(checkpoint, caplog, new_toke
 
 def test_every_option_reaches_the_engine(checkpoint, engine):
     arguments = "--temperature 1.5 --top-p 0.9 --top-k 40 --repetition-penalty 1.2 --seed 3 --max-new-tokens 9"
+    arguments += " --min-p 0.01 --precision fp32"
     result = run(checkpoint, "--prompt", "the", *arguments.split(), "--stop", "t", "--stop", "e", "--no-cache")
-    sampling = SamplingConfig(1.5, 0.9, 40, 1.2, 3, 9, ("t", "e"))
+    sampling = SamplingConfig(1.5, 0.9, 40, 1.2, 3, 9, ("t", "e"), min_p=0.01)
     assert result.stdout == engine.generate(["the"], sampling)[0].text + "\n"
 
 
@@ -164,6 +165,16 @@ def test_a_file_of_prompts(checkpoint, engine, tmp_path, name, content):
         {"prompt": c.prompt, "text": c.text, "tokens": list(c.tokens), "finish_reason": c.finish_reason}
         for c in completions
     ]
+
+
+def test_log_probabilities_are_written_beside_the_tokens(checkpoint, tmp_path):
+    output = tmp_path / "out.jsonl"
+    assert run(checkpoint, "--prompt", "the", "--logprobs", "2", "--output", output).exit_code == 0
+    record = json.loads(output.read_text(encoding="utf-8"))
+    for token, found in zip(record["tokens"], record["logprobs"], strict=True):
+        assert [token, found["logprob"]] == found["top"][0]  # the text is greedy
+        assert len(found["top"]) == 2
+    assert "found --logprobs without --output" in refusal(checkpoint, "--prompt", "a", "--logprobs", "2")
 
 
 def test_a_prompt_may_be_empty(checkpoint, engine, tmp_path):

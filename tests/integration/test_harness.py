@@ -14,7 +14,7 @@ import torch
 
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.evaluation.scoring import Scorer
-from deepseek_v3.inference.engine import Generator
+from deepseek_v3.inference.generator import Generator
 from deepseek_v3.interop.huggingface import save_pretrained
 from deepseek_v3.interop.load_model import load_model
 from helpers.harness_tasks import ANSWERS, CHOICES, ROLLING, TASKS, write_tasks

@@ -103,7 +103,7 @@ def test_a_sample_that_fails_ends_no_run(tmp_path: Path, monkeypatch: pytest.Mon
     def fail(*_: object) -> None:
         raise GenerationError("the logits are not finite")
 
-    monkeypatch.setattr("deepseek_v3.inference.engine.Generator.generate", fail)
+    monkeypatch.setattr("deepseek_v3.inference.generator.Generator.generate", fail)
     output, checkpoint = train(write_run(tmp_path), "run", SAMPLES)
     assert "[Samples] warning: no samples after step 2: the logits are not finite" in output
     assert checkpoint.exists()

@@ -21,7 +21,7 @@ from lm_eval.utils import make_table
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.evaluation.scoring import Scorer, Window, batches_by_length
 from deepseek_v3.evaluation.task_requests import TaskEncoder, TaskSampling
-from deepseek_v3.inference.engine import Generator
+from deepseek_v3.inference.generator import Generator
 from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.utils.errors import DataError, UserError
 from deepseek_v3.utils.logging import get_logger

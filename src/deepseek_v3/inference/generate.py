@@ -7,7 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import fields as dataclass_fields
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +17,7 @@ import typer
 from deepseek_v3.config.text_files import printable_path
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
-from deepseek_v3.inference.engine import Completion, Generator
+from deepseek_v3.inference.generator import Completion, Generator
 from deepseek_v3.inference.sampling import SamplingConfig
 from deepseek_v3.interop.load_model import load_for_inference
 from deepseek_v3.mla.kv_compression import KvFormat
@@ -76,10 +76,26 @@ def generate(
             metavar="NUMBER", parser=number_option, help="Above 1: tokens already in the text become less probable."
         ),
     ] = SamplingConfig.repetition_penalty,
+    min_p: Annotated[
+        float,
+        typer.Option(
+            metavar="NUMBER",
+            parser=number_option,
+            help="Leave out tokens below this share of the likeliest one.",
+        ),
+    ] = SamplingConfig.min_p,
     seed: Annotated[
         int, typer.Option(metavar="NUMBER", parser=integer_option(), help="The same seed gives the same text.")
     ] = SamplingConfig.seed,
     stop: Annotated[list[str] | None, typer.Option(help="End before this string; may be repeated.")] = None,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(
+            metavar="NUMBER",
+            parser=integer_option(),
+            help="Write log-probabilities to --output, also of this many of the most probable tokens.",
+        ),
+    ] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Recompute the whole text at every step.")] = False,
     kv: Annotated[
         KvFormat | None,
@@ -97,8 +113,18 @@ def generate(
     """Continue text with a trained model."""
     configure_logging(stderr=True)
     sampling = SamplingConfig(
-        temperature, top_p, top_k, repetition_penalty, seed, max_new_tokens, tuple(stop or ())
+        temperature,
+        top_p,
+        top_k,
+        repetition_penalty,
+        seed,
+        max_new_tokens,
+        tuple(stop or ()),
+        min_p=min_p,
+        logprobs=logprobs,
     )
+    if logprobs is not None and output is None:
+        raise GenerationError("found --logprobs without --output, expected a file to write them to")
     prompts = _prompts(prompt, prompts_file)
     if no_cache and kv is not None:
         raise GenerationError(f"found --no-cache and --kv {kv.value}, expected one of the two")
@@ -204,10 +230,17 @@ def _summary(completions: Sequence[Completion], seconds: float) -> str:
     return f"{num_tokens} tokens in {seconds:.1f} s, {num_tokens / seconds:.1f} tokens/s; ended {ended}"
 
 
+def _record(completion: Completion) -> dict[str, Any]:
+    """The fields of a completion; log-probabilities only if they were asked for."""
+    fields = {each.name: getattr(completion, each.name) for each in dataclass_fields(completion)}
+    given = fields.pop("logprobs")
+    return fields if given is None else {**fields, "logprobs": [each._asdict() for each in given]}
+
+
 def _write(output: Path, completions: Iterable[Completion]) -> None:
     try:
         with atomic_write(output) as partial:
-            lines = (json.dumps(asdict(completion), ensure_ascii=False) for completion in completions)
+            lines = (json.dumps(_record(completion), ensure_ascii=False) for completion in completions)
             partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     except OSError as error:
         raise GenerationError(

@@ -16,15 +16,16 @@ _log = get_logger("Cache")
 class KvCache:
     """Makes the pools of pages in which a model caches latents.
 
-    `kv` is the format of the rows; None follows the model's config. `layout` is what follows from it. Raises
+    `kv` is the format of the rows; None follows the model's config. `layout` is what follows from it, and
+    `compute_dtype` the type in which the model computes. Raises
     ConfigError for FP8 rows of a latent whose width is not a multiple of 128.
     """
 
     def __init__(self, model: DeepSeekV3, kv: KvFormat | None = None) -> None:
         self._config = model.config
         self._device = model.head_weight_VD.device
-        compute_dtype = model.compute_dtype or model.model.embed_tokens.weight.dtype
-        self.layout = latent_format(model.config, compute_dtype, kv)
+        self.compute_dtype = model.compute_dtype or model.model.embed_tokens.weight.dtype
+        self.layout = latent_format(model.config, self.compute_dtype, kv)
         self._is_logged = False
 
     def pages_that_fit(self) -> int:

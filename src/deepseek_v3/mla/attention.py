@@ -99,6 +99,13 @@ class MultiHeadLatentAttention(nn.Module):
             out_BSHV = self._attend_absorbed(q_BSHK, metadata, cache)
         return self.o_proj(out_BSHV.flatten(-2))
 
+    def absorbed_weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The up-projections of keys, W_UK (H, N, C), and of values, W_UV (H, V, C), in `dtype`."""
+        config = self.config
+        w_HXC = self.kv_b_proj.weight.to(dtype).unflatten(0, (config.num_attention_heads, -1))
+        w_uk_HNC, w_uv_HVC = w_HXC.split((config.qk_nope_head_dim, config.v_head_dim), 1)
+        return w_uk_HNC, w_uv_HVC
+
     def _queries(self, x_BSD: Tensor) -> Tensor:
         """Eq. 6 and 7: the query of every head, its last R numbers not yet rotated; (B, S, H, K)."""
         if self.config.q_lora_rank is None:
@@ -163,11 +170,9 @@ class MultiHeadLatentAttention(nn.Module):
 
     def _absorbed_weights(self, dtype: torch.dtype, cache: CacheView) -> tuple[Tensor, Tensor]:
         """W_UK (H, N, C) and W_UV (H, V, C) in `dtype`, cast once for a pool."""
-        config, kept = self.config, cache.pool.absorbed
+        kept = cache.pool.absorbed
         if self.layer not in kept or kept[self.layer][0].dtype != dtype:
-            w_HXC = self.kv_b_proj.weight.to(dtype).unflatten(0, (config.num_attention_heads, -1))
-            w_uk_HNC, w_uv_HVC = w_HXC.split((config.qk_nope_head_dim, config.v_head_dim), 1)
-            kept[self.layer] = w_uk_HNC, w_uv_HVC
+            kept[self.layer] = self.absorbed_weights(dtype)
         return kept[self.layer]
 
     def _expand(self, latent: Tensor) -> Tensor:

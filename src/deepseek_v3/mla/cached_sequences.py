@@ -55,12 +55,13 @@ class CachedSequence:
         """The page that the next token goes to if that page holds tokens already."""
         return self.pages[-1] if self.length % PAGE else None
 
-    def _grow(self, num_tokens: int) -> None:
+    def grow(self, num_tokens: int) -> None:
+        """Makes room for new tokens, and counts them as cached. Raises CacheFullError if pages are missing."""
         page = self.partial_page
         if num_tokens and page is not None and self.pool.owners(page) > 1:
             self.pages[-1] = self.pool.copy(page)
+        self.pages.extend(self.pool.allocate(pages_of(self.length + num_tokens) - len(self.pages)))
         self.length += num_tokens
-        self.pages.extend(self.pool.allocate(pages_of(self.length) - len(self.pages)))
 
 
 @dataclass(frozen=True)
@@ -98,18 +99,31 @@ def extend(sequences: Sequence[CachedSequence], num_tokens: Sequence[int]) -> Ca
     """
     pool = sequences[0].pool
     pool.require(_missing_pages(pool, sequences, num_tokens), sum(num_tokens))
-    cached_B = np.array([sequence.length for sequence in sequences])
     for sequence, number in zip(sequences, num_tokens, strict=True):
-        sequence._grow(number)
-    new_B = np.array(num_tokens)
-    table_BM = np.zeros((len(sequences), max(len(sequence.pages) for sequence in sequences)), dtype=np.int32)
-    for table_M, sequence in zip(table_BM, sequences, strict=True):
+        sequence.grow(number)
+    return view_of_new_tokens(sequences, num_tokens)
+
+
+def view_of_new_tokens(
+    sequences: Sequence[CachedSequence], num_tokens: Sequence[int], num_rows: int = 0, num_pages: int = 0
+) -> CacheView:
+    """The view of a forward pass over the last `num_tokens` tokens of each sequence, which is to write them.
+
+    The view has at least `num_rows` rows, with empty sequences behind the others, and a table of at least
+    `num_pages` columns: passes of equal shapes can then be captured once.
+    """
+    pool, missing = sequences[0].pool, max(0, num_rows - len(sequences))
+    new_B = np.array([*num_tokens, *[0] * missing])
+    cached_B = np.array([*(sequence.length for sequence in sequences), *[0] * missing]) - new_B
+    widest = max(num_pages, *(len(sequence.pages) for sequence in sequences))
+    table_BM = np.zeros((len(new_B), widest), dtype=np.int32)
+    for table_M, sequence in zip(table_BM, sequences, strict=False):
         table_M[: len(sequence.pages)] = sequence.pages
     place_S = np.arange(new_B.max())
     positions_BS = cached_B[:, None] + place_S
     page_BS = np.take_along_axis(table_BM, np.minimum(positions_BS // PAGE, table_BM.shape[1] - 1), 1)
     slots_BS = np.where(place_S < new_B[:, None], page_BS.astype(np.int64) * PAGE + positions_BS % PAGE, -1)
-    is_padded = bool((new_B != len(place_S)).any())
+    is_padded = len(place_S) > 1 and bool((new_B != len(place_S)).any())
     aligned_BS = (place_S + new_B[:, None]) % len(place_S) if is_padded else None
 
     def on_device(numbers: npt.NDArray[np.integer]) -> Tensor:

@@ -60,7 +60,10 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Routing:
         """Routes tokens (T, D) of any float type; computes scores in float32 (float64 for float64)."""
-        scores_TE = _scores(self.logits(x_TD, self.weight))
+        return self.route(torch.sigmoid(raised_logits(self.logits(x_TD, self.weight))))
+
+    def route(self, scores_TE: Tensor) -> Routing:
+        """Chooses experts by their scores, the sigmoid of raised logits."""
         experts_TK = self._choose(scores_TE.detach() + self.e_score_correction_bias)
         gates_TK = scores_TE.gather(1, experts_TK)
         if self.config.norm_topk_prob:
@@ -104,12 +107,12 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
 
 
-def _scores(logits_TE: Tensor) -> Tensor:
-    """Sigmoid of the logits, without underflow to 0 for all experts of a token.
+def raised_logits(logits_TE: Tensor) -> Tensor:
+    """The logits, such that their sigmoid does not underflow to 0 for all experts of a token.
 
     If the best logit of a token is below `_LEAST_BEST_LOGIT`, the same amount is added to all of its logits,
     which keeps the ratios of its scores.
     """
     best_T1 = logits_TE.detach().amax(-1, keepdim=True)
     raised_TE = logits_TE - best_T1 + _LEAST_BEST_LOGIT
-    return torch.sigmoid(torch.where(best_T1 < _LEAST_BEST_LOGIT, raised_TE, logits_TE))
+    return torch.where(best_T1 < _LEAST_BEST_LOGIT, raised_TE, logits_TE)

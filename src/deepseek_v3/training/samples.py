@@ -8,7 +8,7 @@ import torch
 
 from deepseek_v3.config.train_config import RunConfig, SamplesConfig
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
-from deepseek_v3.inference.engine import Generator
+from deepseek_v3.inference.generator import Generator
 from deepseek_v3.inference.sampling import SamplingConfig
 from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.utils.errors import ConfigError, GenerationError

@@ -1,15 +1,19 @@
 """Generation on the paged cache: the texts of a model without one, from any format, batch and chunk length."""
 
 import copy
-import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
+from torch import Tensor
 
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
-from deepseek_v3.inference import engine, kv_cache
-from deepseek_v3.inference.engine import Completion, Generator
+from deepseek_v3.inference import generator as module
+from deepseek_v3.inference import kv_cache
+from deepseek_v3.inference.engine.cpu_forward import CpuForward
+from deepseek_v3.inference.engine.device_forward import DeviceForward
+from deepseek_v3.inference.engine.rows import Chunk
+from deepseek_v3.inference.generator import Completion, Generator
 from deepseek_v3.inference.kv_cache import KvCache
 from deepseek_v3.inference.sampling import SamplingConfig
 from deepseek_v3.mla.attention import MultiHeadLatentAttention
@@ -72,17 +76,44 @@ def test_the_cache_changes_no_text(
     assert [pool.num_pages for pool in pools] == [2 + 1 + 3 + 2 + 2]
 
 
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets generators on the CPU run the modules of the model, and read tokens one step late."""
+    engine = module.Engine
+    monkeypatch.setattr(module, "CpuForward", lambda model, *_: DeviceForward(model))
+    monkeypatch.setattr(module, "Engine", lambda *parts, **_: engine(*parts, reads_late=True))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_modules_of_the_model_give_the_same_text(
+    model: DeepSeekV3,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    request: pytest.FixtureRequest,
+    temperature: float,
+) -> None:
+    sampling = SamplingConfig(temperature=temperature, max_new_tokens=12, repetition_penalty=1.2)
+    wanted = texts(Generator(model, tokenizer).continue_tokens(prompts, sampling))
+    request.getfixturevalue("as_on_a_gpu")
+    for batch_size in (2, 32):
+        assert texts(Generator(model, tokenizer, batch_size).continue_tokens(prompts, sampling)) == wanted
+
+
 def test_the_kernels_give_the_text_of_the_reference(
-    model: DeepSeekV3, tokenizer: Tokenizer, prompts: list[list[int]], triton_device: torch.device
+    model: DeepSeekV3,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    triton_device: torch.device,
+    as_on_a_gpu: None,
 ) -> None:
     from deepseek_v3.ops.mla_decode import triton
 
     few, sampling = prompts[:2], SamplingConfig(temperature=0, max_new_tokens=4)
     wanted = texts(Generator(model, tokenizer).continue_tokens(few, sampling))
     moved = copy.deepcopy(model).to(triton_device)
-    for module in moved.modules():
-        if isinstance(module, MultiHeadLatentAttention):
-            module.cached = copyable(triton)
+    for layer in moved.modules():
+        if isinstance(layer, MultiHeadLatentAttention):
+            layer.cached = copyable(triton)
     assert texts(Generator(moved, tokenizer).continue_tokens(few, sampling)) == wanted
 
 
@@ -92,13 +123,18 @@ def test_chunks_of_a_prompt_give_the_same_text(
 ) -> None:
     generator = Generator(model, tokenizer)
     whole = texts(generator.continue_tokens(prompts, GREEDY))
-    shapes: set[tuple[int, ...]] = set()
-    run = model.final_states
-    monkeypatch.setattr(model, "final_states", lambda tokens, cache: shapes.add(tokens.shape) or run(tokens, cache))
-    monkeypatch.setattr(engine, "PREFILL_TOKENS", chunk)
+    lengths: list[int] = []
+    run = CpuForward.prefill
+
+    def prefill(forward: CpuForward, chunks: Sequence[Chunk]) -> Tensor:
+        lengths.append(sum(len(chunk.ids) for chunk in chunks))
+        return run(forward, chunks)
+
+    monkeypatch.setattr(CpuForward, "prefill", prefill)
+    monkeypatch.setattr(module, "PREFILL_TOKENS", chunk)
 
     assert texts(generator.continue_tokens(prompts, GREEDY)) == whole
-    assert max(rows * length for rows, length in shapes) <= chunk
+    assert max(lengths) <= max(chunk, PAGE)
 
 
 @pytest.mark.parametrize("kv", [None, KvFormat.FP8])
@@ -153,23 +189,14 @@ def test_fewer_prompts_run_at_a_time_if_memory_is_short(
     whole = texts(Generator(model, tokenizer).continue_tokens(prompts, GREEDY))
     free_pages(monkeypatch, 4)
     assert texts(Generator(model, tokenizer).continue_tokens(prompts, GREEDY)) == whole
-    assert [pool.num_pages for pool in pools[1:]] == [3, 3, 4]
+    assert [pool.num_pages for pool in pools[1:]] == [4]
 
 
-def test_the_memory_of_a_batch_is_free_before_the_next(
-    model: DeepSeekV3, tokenizer: Tokenizer, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+def test_a_pool_has_room_for_the_prompts_that_run_at_a_time(
+    model: DeepSeekV3, tokenizer: Tokenizer, prompts: list[list[int]], pools: list[PagePool]
 ) -> None:
-    made: list[weakref.ref[PagePool]] = []
-
-    def new_pool(cache: KvCache, num_pages: int) -> PagePool:
-        assert [pool() for pool in made] == [None] * len(made)
-        pool = PagePool(cache._config, cache.layout, num_pages, torch.device("cpu"))
-        made.append(weakref.ref(pool))
-        return pool
-
-    monkeypatch.setattr(KvCache, "new_pool", new_pool)
     Generator(model, tokenizer, batch_size=2).continue_tokens(prompts, GREEDY)
-    assert len(made) == 3
+    assert [pool.num_pages for pool in pools] == [3 + 2]
 
 
 def test_a_text_that_does_not_fit_is_refused_at_once(

@@ -14,7 +14,7 @@ from transformers.cache_utils import MtpCache
 from transformers.modeling_layers import MtpModel
 
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
-from deepseek_v3.inference.engine import Generator
+from deepseek_v3.inference.generator import Generator
 from deepseek_v3.inference.sampling import SamplingConfig
 from deepseek_v3.interop.huggingface import load_pretrained, load_released, save_pretrained
 from deepseek_v3.interop.huggingface.pretrained_folder import open_pretrained

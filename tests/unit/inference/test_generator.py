@@ -8,7 +8,9 @@ from tokenizers import Tokenizer as HuggingFaceTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
-from deepseek_v3.inference.engine import Generator, _Text
+from deepseek_v3.inference import generator
+from deepseek_v3.inference.engine.generation_request import StreamedText
+from deepseek_v3.inference.generator import Generator
 from deepseek_v3.inference.sampling import SamplingConfig
 from deepseek_v3.utils.errors import DataError, GenerationError
 from helpers.models import small_config, small_model
@@ -42,9 +44,28 @@ def engine(model, tokenizer):
     return Generator(model, tokenizer)
 
 
-def _answers_with(monkeypatch, model, forward):
-    """Lets a function of tokens and cache stand in for the whole model."""
-    monkeypatch.setattr(model, "final_states", forward, raising=False)
+def _answers_with(monkeypatch, model, answer):
+    """Lets a function from positions (N,) to logits (N, V) stand in for the whole model, cached or not."""
+
+    class Scripted:
+        def __init__(self, *_):
+            pass
+
+        def prefill(self, chunks):
+            return answer(torch.tensor([chunk.end - 1 for chunk in chunks]))
+
+        def decode(self, sequences, tokens_B):
+            assert len(sequences) == len(tokens_B)
+            return answer(torch.tensor([sequence.length - 1 for sequence in sequences]))
+
+        def logits(self, logits_BV):
+            return logits_BV
+
+    def final_states(tokens_BS):
+        return answer(torch.arange(tokens_BS.shape[1])).expand(len(tokens_BS), -1, -1)
+
+    monkeypatch.setattr(generator, "CpuForward", Scripted)
+    monkeypatch.setattr(model, "final_states", final_states, raising=False)
     monkeypatch.setattr(model, "logits", lambda logits: logits, raising=False)
 
 
@@ -55,13 +76,8 @@ def scripted(model, tokenizer, monkeypatch):
 
     def make(ids):
         script = torch.tensor([*ids, *[tokenizer.end_of_text] * CONTEXT])
-
-        def forward(tokens_BS, cache=None):
-            length = tokens_BS.shape[1]
-            positions_BS = torch.arange(length)[None] if cache is None else cache.positions_BS
-            return torch.nn.functional.one_hot(script[positions_BS], model.config.vocab_size).float()
-
-        _answers_with(monkeypatch, model, forward)
+        vocabulary = model.config.vocab_size
+        _answers_with(monkeypatch, model, lambda at: torch.nn.functional.one_hot(script[at], vocabulary).float())
         return Generator(model, tokenizer)
 
     return make
@@ -149,12 +165,12 @@ def test_no_prompts_give_no_completions(engine):
 
 
 def test_ids_beyond_the_tokenizer_are_never_chosen(engine, model, tokenizer, monkeypatch):
-    def forward(tokens_BS, cache=None):
-        logits_BSV = torch.zeros(*tokens_BS.shape, model.config.vocab_size)
-        logits_BSV[..., tokenizer.vocab_size :] = 50.0
-        return logits_BSV
+    def answer(positions):
+        logits = torch.zeros(len(positions), model.config.vocab_size)
+        logits[:, tokenizer.vocab_size :] = 50.0
+        return logits
 
-    _answers_with(monkeypatch, model, forward)
+    _answers_with(monkeypatch, model, answer)
     [completion] = engine.generate(["a"], SamplingConfig(temperature=1.0, max_new_tokens=10))
     assert max(completion.tokens) < tokenizer.vocab_size
 
@@ -205,10 +221,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(model):
 
 
 def test_weights_that_are_not_numbers_are_reported(tokenizer, model, monkeypatch):
-    def forward(tokens_BS, cache=None):
-        return torch.full((*tokens_BS.shape, model.config.vocab_size), float("nan"))
-
-    _answers_with(monkeypatch, model, forward)
+    _answers_with(monkeypatch, model, lambda at: torch.full((len(at), model.config.vocab_size), float("nan")))
     with pytest.raises(GenerationError, match="NaN"):
         Generator(model, tokenizer).generate(["a"], GREEDY)
 
@@ -240,6 +253,19 @@ def test_the_text_ends_before_a_stop_string_that_spans_tokens(scripted, tokenize
     assert completion.text == "".join(pieces) == text
     assert completion.finish_reason == "stop"
     assert completion.tokens == tuple(ids[: len(completion.tokens)])
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_the_text_ends_before_a_stop_token(scripted, tokenizer, use_cache):
+    ids = tokenizer.encode("the cat sat")
+    sampling = SamplingConfig(temperature=0, stop_tokens=(ids[2],), logprobs=1)
+    [completion] = scripted(ids).generate(["a"], sampling, use_cache)
+    assert completion.text == tokenizer.decode(ids[:2])
+    assert completion.tokens == tuple(ids[:3])
+    assert completion.finish_reason == "stop"
+    assert [each.top[0] for each in completion.logprobs] == [
+        (token, each.logprob) for token, each in zip(ids, completion.logprobs, strict=False)
+    ]
 
 
 def test_what_only_looked_like_a_stop_string_is_shown(scripted, tokenizer):
@@ -292,10 +318,10 @@ def test_text_after_a_prompt_begins_with_a_space(model, monkeypatch, stop, text)
     llama = Tokenizer.from_json(theirs.to_str())
     assert llama.encode("good") == [2]
 
-    def forward(tokens_BS, cache=None):
-        return torch.nn.functional.one_hot(torch.full_like(tokens_BS, 3), model.config.vocab_size).float()
+    def answer(positions):
+        return torch.nn.functional.one_hot(torch.full_like(positions, 3), model.config.vocab_size).float()
 
-    _answers_with(monkeypatch, model, forward)
+    _answers_with(monkeypatch, model, answer)
     sampling = SamplingConfig(temperature=0, max_new_tokens=2, stop=stop)
     pieces, completion = pieces_of(Generator(model, llama).stream("good", sampling))
     assert "".join(pieces) == completion.text == text
@@ -308,7 +334,7 @@ def test_stop_strings_are_found_however_the_text_is_cut(tokenizer, whole, stop, 
     ends = [end for end in range(len(whole) + 1) if whole[:end].endswith(tuple(stop))] if stop else []
     first = whole[: ends[0]] if ends else None
     expected = min((first.removesuffix(s) for s in stop), key=len) if first else whole
-    text, rest, stopped = _Text(tokenizer, tuple(stop)), whole, False
+    text, rest, stopped = StreamedText(tokenizer, tuple(stop)), whole, False
     while rest and not stopped:
         length = data.draw(st.integers(1, len(rest)))
         stopped = text._ends_with(rest[:length])
