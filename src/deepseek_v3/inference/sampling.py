@@ -113,7 +113,7 @@ def sampled(logits_BV: Tensor, samplings: Sequence[SamplingConfig], draws_B: Ten
     rounding error that swaps two almost equal tokens would change the result.
     """
     cumulative_BV = next_token_probabilities(logits_BV, samplings).cumsum(-1, dtype=torch.float64)
-    targets_B1 = draws_B.to(cumulative_BV.device)[:, None] * cumulative_BV[:, -1:]
+    targets_B1 = draws_B.to(cumulative_BV.device, non_blocking=True)[:, None] * cumulative_BV[:, -1:]
     return torch.searchsorted(cumulative_BV, targets_B1, right=True).squeeze(-1)
 
 
@@ -129,13 +129,18 @@ def next_token_probabilities(logits_BV: Tensor, samplings: Sequence[SamplingConf
     if not any(each.is_filtered for each in samplings):
         return scaled_BV.softmax(-1)
     sorted_BV, ids_BV = scaled_BV.sort(dim=-1, descending=True, stable=True)
-    ranks_V = torch.arange(sorted_BV.shape[-1], device=sorted_BV.device)
-    most_B1 = _column([each.top_k or sorted_BV.shape[-1] for each in samplings], ranks_V)
-    kept_BV = sorted_BV.masked_fill(ranks_V >= most_B1, float("-inf")).softmax(-1)
-    more_probable_BV = kept_BV.cumsum(-1, dtype=torch.float64) - kept_BV
-    shares_B1 = _column([each.top_p if each.top_p < 1 else float("inf") for each in samplings], more_probable_BV)
-    least_B1 = _column([each.min_p for each in samplings], kept_BV) * kept_BV[:, :1]
-    kept_BV = kept_BV.masked_fill((more_probable_BV >= shares_B1) | (kept_BV < least_B1), 0)
+    if any(each.top_k is not None for each in samplings):
+        ranks_V = torch.arange(sorted_BV.shape[-1], device=sorted_BV.device)
+        most_B1 = _column([each.top_k or sorted_BV.shape[-1] for each in samplings], ranks_V)
+        sorted_BV = sorted_BV.masked_fill(ranks_V >= most_B1, float("-inf"))
+    whole_BV = kept_BV = sorted_BV.softmax(-1)
+    if any(each.top_p < 1 for each in samplings):
+        more_probable_BV = whole_BV.cumsum(-1, dtype=torch.float64) - whole_BV
+        shares = [each.top_p if each.top_p < 1 else float("inf") for each in samplings]
+        kept_BV = kept_BV.masked_fill(more_probable_BV >= _column(shares, more_probable_BV), 0)
+    if any(each.min_p > 0 for each in samplings):
+        least_B1 = _column([each.min_p for each in samplings], whole_BV) * whole_BV[:, :1]
+        kept_BV = kept_BV.masked_fill(whole_BV < least_B1, 0)
     kept_BV = kept_BV / kept_BV.sum(-1, keepdim=True)
     return torch.zeros_like(kept_BV).scatter(-1, ids_BV, kept_BV)
 

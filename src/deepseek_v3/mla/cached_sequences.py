@@ -127,7 +127,7 @@ def view_of_new_tokens(
     aligned_BS = (place_S + new_B[:, None]) % len(place_S) if is_padded else None
 
     def on_device(numbers: npt.NDArray[np.integer]) -> Tensor:
-        return torch.from_numpy(numbers).to(pool.device)
+        return torch.from_numpy(numbers).to(pool.device, non_blocking=True)
 
     return CacheView(
         pool,

@@ -44,29 +44,29 @@ class CpuAttention:
         self.w_uk_HNC, w_uv_HVC = module.absorbed_weights(dtype)
         self.w_uv_HCV = w_uv_HVC.transpose(1, 2)
 
-    def __call__(self, x_MD: Tensor, rows: Rows, turns_MP22: Tensor, attend: Attend) -> Tensor:
+    def __call__(self, x_MD: Tensor, rows: Rows, turns_M21R: Tensor, attend: Attend) -> Tensor:
         """Stores the latents of the tokens in the cache and attends to it; (M, D)."""
-        self._write(torch.mm(x_MD, self.kv_a), rows, turns_MP22)
-        out_MHC = attend(self, self._queries(x_MD, turns_MP22), rows).to(x_MD.dtype)
-        out_HMV = torch.bmm(out_MHC.transpose(0, 1), self.w_uv_HCV)
+        latent_MC, key_MR = torch.mm(x_MD, self.kv_a).split_with_sizes((self.rank, self.rope), -1)
+        q_nope_MHN, q_rope_MHR = self._queries(x_MD).split_with_sizes((self.nope, self.rope), -1)
+        # One rotation, of the queries of all heads and of the key as one more head, takes half the time of two.
+        rotated_MHR = rotate(torch.cat((q_rope_MHR, key_MR.unsqueeze(1)), dim=1), turns_M21R)
+        self._write(latent_MC, rotated_MHR[:, self.heads], rows)
+        q_latent_HMC = torch.bmm(q_nope_MHN.transpose(0, 1), self.w_uk_HNC)
+        q_MHL = torch.cat((q_latent_HMC.transpose(0, 1), rotated_MHR[:, : self.heads]), dim=-1)
+        q_MHL = (q_MHL if q_MHL.dtype == self.wide else q_MHL.to(self.wide)).mul_(self.scale)
+        out_HMV = torch.bmm(attend(self, q_MHL, rows).to(x_MD.dtype).transpose(0, 1), self.w_uv_HCV)
         return torch.mm(out_HMV.transpose(0, 1).flatten(1), self.o)
 
-    def _queries(self, x_MD: Tensor, turns_MP22: Tensor) -> Tensor:
-        """The absorbed queries, times the scale of the scores; (M, H, L), in float32 or wider."""
+    def _queries(self, x_MD: Tensor) -> Tensor:
+        """The query of every head, neither absorbed nor rotated; (M, H, K)."""
         if self.compression is not None:
             weight_DQ, norm = self.compression
             x_MD = norm(torch.mm(x_MD, weight_DQ))
-        q_MHK = torch.mm(x_MD, self.q).view(len(x_MD), self.heads, self.nope + self.rope)
-        q_nope_MHN, q_rope_MHR = q_MHK.split_with_sizes((self.nope, self.rope), -1)
-        q_latent_HMC = torch.bmm(q_nope_MHN.transpose(0, 1), self.w_uk_HNC)
-        q_MHL = torch.cat((q_latent_HMC.transpose(0, 1), rotate(q_rope_MHR, turns_MP22)), dim=-1)
-        return (q_MHL if q_MHL.dtype == self.wide else q_MHL.to(self.wide)).mul_(self.scale)
+        return torch.mm(x_MD, self.q).view(x_MD.shape[0], self.heads, self.nope + self.rope)
 
-    def _write(self, kv_ML: Tensor, rows: Rows, turns_MP22: Tensor) -> None:
-        latent_MC, key_MR = kv_ML.split_with_sizes((self.rank, self.rope), -1)
-        latent_MC = self.kv_norm(latent_MC)
-        key_MR = rotate(key_MR.unsqueeze(1), turns_MP22).squeeze(1)
-        packed = self.pool.layout.pack(latent_MC, key_MR)[: rows.number]
+    def _write(self, latent_MC: Tensor, key_MR: Tensor, rows: Rows) -> None:
+        """Stores normalised latents and rotated keys in the rows of their tokens."""
+        packed = self.pool.layout.pack(self.kv_norm(latent_MC), key_MR)[: rows.number]
         self.pool.pages[self.layer].flatten(0, 1).index_copy_(0, rows.slots_N, packed)
 
     def cached(self, rows: Rows, index: int) -> Tensor:

@@ -7,6 +7,7 @@ rows in expert order, with padding.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -47,8 +48,20 @@ class CpuExperts:
         scores_ME = sigmoid(raised_logits(logits_ME))
         gates_NK, experts_NK, _ = self.router.route(scores_ME[:number])
         y_MD = x_MD.new_zeros(x_MD.shape) if self.shared is None else self.shared(x_MD)
-        y_MD[:number].add_(self._routed(x_MD, gates_NK, experts_NK, counts))
+        run = self._of_one if number == 1 else self._routed
+        y_MD[:number].add_(run(x_MD, gates_NK, experts_NK, counts))
         return y_MD
+
+    def _of_one(self, x_MD: Tensor, gates_1K: Tensor, experts_1K: Tensor, _: Sequence[int]) -> Tensor:
+        """The same as `_routed` for a single token, the first row, which needs no sorting; (1, D)."""
+        experts = experts_1K[0].tolist()
+        gate_XF, up_XF = torch.cat([torch.mm(x_MD, self.gate_up[expert]) for expert in experts]).chunk(2, dim=-1)
+        rows = x_MD.shape[0]
+        gates_X1 = gates_1K.view(-1, 1).expand(-1, rows).reshape(-1, 1)
+        hidden_XF = swiglu(gate_XF, up_XF, gates_X1)
+        pairs = zip(experts, hidden_XF.view(len(experts), rows, -1).unbind(), strict=True)
+        y_K1D = [torch.mm(hidden_MF, self.down[expert])[:1].to(gates_1K.dtype) for expert, hidden_MF in pairs]
+        return reduce(torch.add, y_K1D).to(x_MD.dtype)
 
     def _routed(self, x_MD: Tensor, gates_NK: Tensor, experts_NK: Tensor, counts: Sequence[int]) -> Tensor:
         """The sum over each token's experts, added in the order of their scores; (N, D)."""
@@ -60,7 +73,9 @@ class CpuExperts:
         gate_XF, up_XF = gate_up_XG.chunk(2, dim=-1)
         hidden_XF = swiglu(gate_XF, up_XF, gates_X1)
         y_XD = torch.cat([torch.mm(hidden_XF[a:b], self.down[expert]) for expert, a, b in runs])
-        y_NKD = y_XD.index_select(0, torch.tensor(places)).unflatten(0, (-1, self.per_token)).to(gates_NK.dtype)
+        y_NKD = (
+            y_XD.index_select(0, torch.tensor(places)).view(-1, self.per_token, x_MD.shape[1]).to(gates_NK.dtype)
+        )
         total_ND = y_NKD[:, 0]
         for slot in range(1, self.per_token):
             total_ND = total_ND + y_NKD[:, slot]

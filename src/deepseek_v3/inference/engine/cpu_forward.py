@@ -39,7 +39,7 @@ class CpuForward:
         self._norm = RmsNorm(model.model.norm)
         layers = [layer for layer in model.model.layers if not isinstance(layer, MTPLayer)]
         self._layers = [_CpuLayer(layer, pool, self._dtype) for layer in layers if isinstance(layer, DecoderLayer)]
-        self._turns_TP22 = self._turns(PAGE)
+        self._turns_T21R = self._turns(PAGE)
 
     def prefill(self, chunks: Sequence[Chunk]) -> Tensor:
         """Computes chunks of several sequences; returns the state of the last token of each, (B, D)."""
@@ -61,27 +61,28 @@ class CpuForward:
         ]
         few = self._counts.few
         groups = [chunks[first : first + few[-1]] for first in range(0, len(chunks), few[-1])]
-        return torch.cat([self._run(group, few, attend_alone)[: len(group)] for group in groups])
+        return _joined([self._run(group, few, attend_alone)[: len(group)] for group in groups])
 
     def logits(self, states_BD: Tensor) -> Tensor:
         """The logits of the token after each state, (B, V)."""
         few = self._counts.few
         parts = []
         for part_BD in states_BD.split(few[-1]):
-            missing = padded(len(part_BD), few) - len(part_BD)
-            parts.append(torch.mm(F.pad(part_BD, (0, 0, 0, missing)), self._head)[: len(part_BD)])
-        return torch.cat(parts)
+            number = part_BD.shape[0]
+            padded_MD = F.pad(part_BD, (0, 0, 0, padded(number, few) - number))
+            parts.append(torch.mm(padded_MD, self._head)[:number])
+        return _joined(parts)
 
     def _run(self, chunks: list[Chunk], counts: Sequence[int], attend: Attend) -> Tensor:
         """One pass; the states (M, D) that the head reads."""
         rows = rows_of(chunks, counts)
         longest = max(chunk.end for chunk in chunks)
-        if longest > len(self._turns_TP22):
-            self._turns_TP22 = self._turns(longest)
-        turns_MP22 = self._turns_TP22.index_select(0, rows.positions_M)
+        if longest > self._turns_T21R.shape[0]:
+            self._turns_T21R = self._turns(longest)
+        turns_M21R = self._turns_T21R.index_select(0, rows.positions_M)
         x_MD = F.embedding(rows.tokens_M, self._embedding).to(self._dtype)
         for layer in self._layers:
-            x_MD = x_MD + layer.attention(layer.input_norm(x_MD), rows, turns_MP22, attend)
+            x_MD = x_MD + layer.attention(layer.input_norm(x_MD), rows, turns_M21R, attend)
             x_MD = x_MD + layer.feed_forward(layer.post_attention_norm(x_MD), rows.number, counts)
         return self._norm(x_MD)
 
@@ -121,6 +122,10 @@ class _CpuLayer:
             return self._experts(x_MD, number, counts)
         assert self._dense is not None
         return self._dense(x_MD)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _pieces(chunk: Chunk, length: int) -> list[Chunk]:

@@ -52,8 +52,8 @@ class DeviceForward:
         lengths = [len(chunk.ids) for chunk in chunks]
         view = view_of_new_tokens([chunk.sequence for chunk in chunks], lengths)
         tokens_BS = pad_sequence([torch.tensor(chunk.ids) for chunk in chunks], batch_first=True)
-        states_BSD = self._model.final_states(tokens_BS.to(self._device), view)
-        last_B = torch.tensor(lengths, device=self._device) - 1
+        states_BSD = self._model.final_states(tokens_BS.to(self._device, non_blocking=True), view)
+        last_B = torch.tensor(lengths).to(self._device, non_blocking=True) - 1
         return states_BSD[torch.arange(len(chunks), device=self._device), last_B]
 
 

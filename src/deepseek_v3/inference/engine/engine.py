@@ -104,7 +104,7 @@ class Engine:
                 row for row, (request, chunk) in enumerate(plan.prefilling) if chunk.end == request.num_tokens
             ]
             requests += [plan.prefilling[row][0] for row in complete]
-            states.append(states_BD[complete])
+            states.append(states_BD.index_select(0, self._on_device(complete)))
         if not requests:
             return None
         logits_BV = self._forward.logits(torch.cat(states))[:, : self._num_ids]
@@ -115,14 +115,17 @@ class Engine:
 
     def _last_tokens(self, requests: Sequence[Request]) -> Tensor:
         """The last token of each request, (B,), taken from the device if it is pending."""
-        known_B = torch.tensor([request.ids[-1] for request in requests]).to(self._device, non_blocking=True)
+        known_B = self._on_device([request.ids[-1] for request in requests])
         if self._launched is None or not any(request.num_pending for request in requests):
             return known_B
         rows = {id(request): row for row, request in enumerate(self._launched.requests)}
         places = [rows[id(request)] if request.num_pending else -1 for request in requests]
-        places_B = torch.tensor(places).to(self._device, non_blocking=True)
+        places_B = self._on_device(places)
         pending_B = self._launched.tokens_B[places_B.clamp(min=0)].clamp(min=0)
         return torch.where(places_B < 0, known_B, pending_B)
+
+    def _on_device(self, numbers: Sequence[int]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int64).to(self._device, non_blocking=True)
 
     def _read(self, launched: _Launched) -> list[Request]:
         """Adds the tokens of a step to their requests; returns those that had not finished before."""

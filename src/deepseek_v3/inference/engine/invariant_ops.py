@@ -54,16 +54,17 @@ class RmsNorm:
 
 
 def turns_of(cos_MP: Tensor, sin_MP: Tensor) -> Tensor:
-    """The matrix that rotates each pair, (M, P, 2, 2), from the tables of `rotary_tables`."""
-    rows = torch.stack((cos_MP, -sin_MP), -1), torch.stack((sin_MP, cos_MP), -1)
-    return torch.stack(rows, dim=-2)
+    """What `rotate` needs of the tables of `rotary_tables`: cosines and signed sines, (M, 2, 1, R)."""
+    cos_MR, sin_MR = (torch.stack(pair, dim=-1).flatten(1) for pair in ((cos_MP, cos_MP), (-sin_MP, sin_MP)))
+    return torch.stack((cos_MR, sin_MR), dim=1).unsqueeze(2)
 
 
-def rotate(x_MHR: Tensor, turns_MP22: Tensor) -> Tensor:
-    """Rotates each pair (x[2p], x[2p+1]), in the type of `x_MHR`."""
+def rotate(x_MHR: Tensor, turns_M21R: Tensor) -> Tensor:
+    """Rotates each pair (x[2p], x[2p+1]), in the type of `x_MHR`: x · cos, plus the swapped pair · (-sin, sin)."""
+    wide_MHR, (cos_M1R, sin_M1R) = _widened(x_MHR), turns_M21R.unbind(1)
     rows, heads, width = x_MHR.shape
-    pairs_MHP12 = _widened(x_MHR).reshape(rows, heads, width // 2, 1, 2)
-    return _as((pairs_MHP12 * turns_MP22.unsqueeze(1)).sum(-1).view(rows, heads, width), x_MHR)
+    swapped_MHR = wide_MHR.reshape(rows, heads, width // 2, 2).flip(-1).view(rows, heads, width)
+    return _as((wide_MHR * cos_M1R).add_(swapped_MHR.mul_(sin_M1R)), x_MHR)
 
 
 # Even a conversion that changes nothing takes as long as a small sum, so these two skip it.

@@ -47,7 +47,7 @@ class Rows(NamedTuple):
     @property
     def number(self) -> int:
         """N."""
-        return len(self.slots_N)
+        return self.slots_N.shape[0]
 
 
 class CachedRows(NamedTuple):
@@ -77,13 +77,8 @@ def rows_of(chunks: list[Chunk], counts: Sequence[int]) -> Rows:
         positions += places
         slots += [sequence.pages[place // PAGE] * PAGE + place % PAGE for place in places]
     padding = [0] * (padded(len(tokens), counts) - len(tokens))
-    return Rows(
-        chunks,
-        torch.tensor(tokens + padding),
-        torch.tensor(positions + padding),
-        torch.tensor(slots),
-        [_cached_rows(chunk) for chunk in chunks],
-    )
+    tokens_M, positions_M = torch.tensor([tokens + padding, positions + padding]).unbind()
+    return Rows(chunks, tokens_M, positions_M, torch.tensor(slots), [_cached_rows(chunk) for chunk in chunks])
 
 
 def _cached_rows(chunk: Chunk) -> CachedRows:

@@ -33,19 +33,25 @@ def choose_tokens(logits_BV: Tensor, requests: Sequence[Request]) -> Choice:
     Greedy decoding takes the lowest of equally probable ids. A request is treated in the same way in every batch:
     rows that need other operations are computed apart from each other.
     """
-    finite_B = logits_BV.isfinite().all(-1)
+    finite_B = (logits_BV - logits_BV).sum(-1) == 0  # the difference is NaN for NaN and infinity, and 0 else
     logits_BV = at_least_float32(logits_BV).masked_fill(~finite_B[:, None], 0)
     adjusted_BV = _with_penalties(logits_BV, requests)
-    tokens_B = torch.empty(len(requests), dtype=torch.int64, device=logits_BV.device)
-    for group in _groups(requests):
-        chosen = [requests[row] for row in group]
-        rows_B = _index(group, logits_BV)
-        part_BV = adjusted_BV if len(group) == len(requests) else adjusted_BV[rows_B]
-        tokens_B[rows_B] = _chosen(part_BV, chosen)
+    tokens_B = _tokens(adjusted_BV, requests)
     for row, request in enumerate(requests):
         if request.seen_V is not None:
             request.seen_V.scatter_(0, tokens_B[row : row + 1], True)
     return Choice(tokens_B.masked_fill(~finite_B, -1), _logprobs(logits_BV, tokens_B, requests))
+
+
+def _tokens(logits_BV: Tensor, requests: Sequence[Request]) -> Tensor:
+    groups = _groups(requests)
+    if len(groups) == 1:
+        return _chosen(logits_BV, requests)
+    tokens_B = torch.empty(len(requests), dtype=torch.int64, device=logits_BV.device)
+    for group in groups:
+        rows_B = _index(group, logits_BV)
+        tokens_B[rows_B] = _chosen(logits_BV[rows_B], [requests[row] for row in group])
+    return tokens_B
 
 
 def _groups(requests: Sequence[Request]) -> list[list[int]]:
@@ -80,7 +86,7 @@ def _seen(request: Request, logits_BV: Tensor) -> Tensor:
     if request.seen_V is None:
         seen_V = torch.zeros(logits_BV.shape[-1], dtype=torch.bool)
         seen_V[[token for token in request.ids if token < len(seen_V)]] = True
-        request.seen_V = seen_V.to(logits_BV.device)
+        request.seen_V = seen_V.to(logits_BV.device, non_blocking=True)
     return request.seen_V
 
 
