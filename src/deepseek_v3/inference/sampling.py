@@ -8,19 +8,19 @@ Axes: B batch, V vocabulary.
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from deepseek_v3.data.arrays import SPLITMIX64_GAMMA, mix64
 from deepseek_v3.ops.dtypes import at_least_float32
 from deepseek_v3.utils.errors import GenerationError
 from deepseek_v3.utils.text import format_value
 
 MOST_LOGPROBS = 100
+_PAIR = struct.Struct("<QQ")
 
 
 @dataclass(frozen=True)
@@ -82,18 +82,16 @@ class SamplingConfig:
 
 def request_seed(seed: int, index: int) -> int:
     """The seed, of 64 bits, of the request with this number among those that share a seed."""
-    digest = hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
+    return _hash64(f"{seed}:{index}".encode())
 
 
 def uniform_draws(seeds: Sequence[int], positions: Sequence[int]) -> Tensor:
     """A number from 0 to below 1 for each pair of a request's seed and a position in it; float64 (B,).
 
-    It is a hash of the two (SplitMix64), so it depends neither on a batch nor on the numbers drawn before.
+    It is a hash of the two, so it depends neither on a batch nor on the numbers drawn before.
     """
-    counters = np.array(positions, np.uint64) * np.uint64(SPLITMIX64_GAMMA)
-    hashes = mix64(mix64(np.array(seeds, np.uint64)) + counters)
-    return torch.from_numpy((hashes >> np.uint64(11)) * 2.0**-53)
+    hashes = [_hash64(_PAIR.pack(*pair)) for pair in zip(seeds, positions, strict=True)]
+    return torch.tensor([(number >> 11) * 2.0**-53 for number in hashes], dtype=torch.float64)
 
 
 def penalized(logits_BV: Tensor, seen_BV: Tensor, penalties: Sequence[float]) -> Tensor:
@@ -143,6 +141,10 @@ def next_token_probabilities(logits_BV: Tensor, samplings: Sequence[SamplingConf
         kept_BV = kept_BV.masked_fill(whole_BV < least_B1, 0)
     kept_BV = kept_BV / kept_BV.sum(-1, keepdim=True)
     return torch.zeros_like(kept_BV).scatter(-1, ids_BV, kept_BV)
+
+
+def _hash64(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def _column(numbers: Sequence[float], like: Tensor) -> Tensor:
