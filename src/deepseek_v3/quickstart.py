@@ -21,7 +21,7 @@ from deepseek_v3.data.tokens.open_source import open_tokens_of
 from deepseek_v3.evaluation.perplexity import Comparison, compare_with_ngrams, measure_saved
 from deepseek_v3.inference.generator import Generator
 from deepseek_v3.inference.sampling import SamplingConfig
-from deepseek_v3.interop.load_model import load_model
+from deepseek_v3.interop.load_model import load_for_inference
 from deepseek_v3.model.pretrained import LoadedModel
 from deepseek_v3.training.metrics import plot_run
 from deepseek_v3.training.train import train_run
@@ -51,7 +51,7 @@ def quickstart(
         get_logger("Quickstart").info(f"Stopped after step {result.step}; the same command resumes the run")
         print_next_steps(["dsv3", "quickstart", *_options(config, runs)])
         raise typer.Exit(130)
-    tokens, saved = open_tokens_of(run.data), load_model(result.checkpoint, device)
+    tokens, saved = open_tokens_of(run.data), load_for_inference(result.checkpoint, device)
     held_out = result.validation or measure_saved(saved, tokens, run.training.evaluation.tokens, device)
     comparison = compare_with_ngrams(held_out, tokens, run, result.tokens)
     plot_run(folder, {"unigram": comparison.unigram, "bigram": comparison.bigram})

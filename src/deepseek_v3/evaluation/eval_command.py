@@ -23,7 +23,7 @@ from deepseek_v3.evaluation.text_sources import (
     is_tokenized,
     parse_sources,
 )
-from deepseek_v3.interop.load_model import load_model
+from deepseek_v3.interop.load_model import load_for_inference
 from deepseek_v3.model.pretrained import LoadedModel
 from deepseek_v3.utils.command_line import integer_option, print_next_steps
 from deepseek_v3.utils.distributed.launch import select_device
@@ -109,7 +109,7 @@ def evaluate(
     sources = parse_sources(data) if data else []
     rules = ReadingRules(text_field, source_field, tokens)
     harness = _harness(tasks, task_path, num_fewshot, limit, data, tokens, context, stride, source_field)
-    saved = load_model(path, place)
+    saved = load_for_inference(path, place)
     if harness is not None:
         results = harness(saved)
     elif compared := _compared_tokens(saved, data, path):

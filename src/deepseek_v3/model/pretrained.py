@@ -174,10 +174,10 @@ def allocate_weights(model: DeepSeekV3, device: torch.device, source: str) -> di
     needed, free = sum(tensor.nbytes for tensor in model.state_dict().values()), free_bytes(device)
     dtype = str(model.head_weight_VD.dtype).removeprefix("torch.")
     if needed > free:
-        smaller = "" if dtype == "bfloat16" else "store them in bfloat16 with --precision bf16, or "
+        smaller = "" if dtype == "bfloat16" else ", or generate with --precision bf16, which takes half of it"
         raise CheckpointError(
             f"{source}: the weights take {format_si(needed, 'B')} in {dtype}, found {format_si(free, 'B')} free on "
-            f"{device}; {smaller}take a device with more memory"
+            f"{device}; take a device with more memory{smaller}"
         )
     _log.info(f"{format_si(needed, 'B')} in {dtype}, of {format_si(free, 'B')} that are free on {device}")
     return model.to_empty(device=device).state_dict()

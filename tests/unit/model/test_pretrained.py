@@ -83,6 +83,6 @@ def test_weights_that_do_not_fit_are_refused_first(path: Path, monkeypatch: pyte
     with pytest.raises(CheckpointError) as error:
         load_for_inference(path, CPU, "fp32")
     assert str(error.value).replace("\xa0", " ") == (
-        f"{path}: the weights take 382.6 kB in float32, found 100.0 kB free on cpu; store them in bfloat16 with "
-        "--precision bf16, or take a device with more memory"
+        f"{path}: the weights take 382.6 kB in float32, found 100.0 kB free on cpu; take a device with "
+        "more memory, or generate with --precision bf16, which takes half of it"
     )
