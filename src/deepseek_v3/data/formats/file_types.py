@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypeAlias
 
+from deepseek_v3.data.content import TEXT_SUFFIXES
 from deepseek_v3.data.formats.batches import FileRange, ReadBatch, ReadOptions
 from deepseek_v3.data.formats.columnar import arrow_groups, parquet_groups, read_columnar, split_columnar
 from deepseek_v3.data.formats.json_files import read_json
@@ -20,15 +21,6 @@ from deepseek_v3.data.formats.plain_text import read_text
 from deepseek_v3.data.formats.streams import COMPRESSIONS, InputFile, split_suffix
 from deepseek_v3.data.formats.warc import read_warc, require_fastwarc
 
-_PROSE = "txt text md markdown mdx rst adoc asciidoc org tex html htm xhtml"
-_CODE = (
-    "c h cc cpp cxx hh hpp hxx cu cuh m mm java kt kts scala groovy clj cljs cs fs fsx vb go rs zig d nim v sv "
-    "vhd vhdl py pyi pyx rb pl pm php lua tcl r jl m4 js jsx mjs cjs ts tsx vue svelte css scss sass less dart "
-    "swift hs lhs ml mli elm erl hrl ex exs lisp cl el scm rkt f f77 f90 f95 f03 for ada adb ads pas asm s sh "
-    "bash zsh fish ps1 bat cmd sql graphql proto thrift cmake mk gradle bzl nix tf yaml yml toml ini cfg conf "
-    "sol lean thy"
-)
-_TEXT = tuple(f".{suffix}" for suffix in f"{_PROSE} {_CODE}".split())
 _NO_SUFFIX = ""  # README, Makefile
 
 # Reads a range from its start, or from the position that came with an earlier batch of it.
@@ -69,7 +61,7 @@ FORMATS = (
     FileFormat("json_lines", (".jsonl", ".ndjson"), read_json_lines, split_json_lines, place="line"),
     FileFormat("json", (".json",), read_json),
     FileFormat("warc", (".warc", ".wet"), read_warc, has_fields=False, require=require_fastwarc),
-    FileFormat("text", (_NO_SUFFIX, *_TEXT), read_text, place="file", has_fields=False),
+    FileFormat("text", (_NO_SUFFIX, *TEXT_SUFFIXES), read_text, place="file", has_fields=False),
     FileFormat("parquet", (".parquet",), _read_parquet, _split_parquet, "row", is_compressible=False),
     FileFormat("arrow", (".arrow", ".feather", ".ipc"), _read_arrow, _split_arrow, "row", is_compressible=False),
 )

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from deepseek_v3.config.filter_config import CleaningConfig
 from deepseek_v3.config.loading import section_from_dict
 from deepseek_v3.data.arrays import BoolArray
+from deepseek_v3.data.content import Content, contents_of
 from deepseek_v3.data.documents import with_texts
 from deepseek_v3.data.preliminary_cleaning.characters import (
     BIDI_CONTROLS,
@@ -41,22 +42,23 @@ class PreliminaryCleaner(Stage):
         self.options = section_from_dict(CleaningConfig, options, "PreliminaryCleaner")
         self._dirt = _dirt_pattern(self.options)
 
-    def clean(self, text: str) -> str:
-        """The cleaned text. Never raises, and is idempotent.
+    def clean(self, text: str, content: Content = None) -> str:
+        """The cleaned text of a document that holds `content`. Never raises, and is idempotent without `content`.
 
         One repair can make another necessary: HTML may contain escaped HTML, or mojibake. So all steps are repeated
-        until nothing changes. This terminates: extracting the text of HTML removes the tag at its start, ftfy
-        replaces several characters by one, references such as &lt; are longer than the character that they denote,
-        and the other steps change nothing the second time.
+        until nothing changes; what was extracted from HTML is HTML again only if it has the structure of HTML. This
+        terminates: extracting the text of HTML removes the tag at its start, ftfy replaces several characters by
+        one, references such as &lt; are longer than the character that they denote, and the other steps change
+        nothing the second time.
         """
-        while (cleaned := self._clean_once(text)) != text:
-            text = cleaned
+        while (cleaned := self._clean_once(text, content)) != text:
+            text, content = cleaned, None if content == "html" else content
         return text
 
-    def _clean_once(self, text: str) -> str:
+    def _clean_once(self, text: str, content: Content) -> str:
         options = self.options
         text = without_surrogates(text)
-        if options.html != "keep" and is_html(text):
+        if options.html != "keep" and is_html(text, content):
             text = html_to_text(text, options.html == "main_content")
         if options.repair_mojibake:
             text = repair_mojibake(text)
@@ -69,8 +71,8 @@ class PreliminaryCleaner(Stage):
         texts = batch.column("text").to_pylist()
         rows = np.flatnonzero(self._may_change(batch.column("text"), texts)).tolist()
         drops = []
-        for row in rows:
-            before, texts[row] = texts[row], self.clean(texts[row])
+        for row, content in zip(rows, _contents(batch, rows), strict=True):
+            before, texts[row] = texts[row], self.clean(texts[row], content)
             if not texts[row]:
                 drops.append(Drop(row, "empty", {"characters": len(before)}))
         return outcome(self.name, with_texts(batch, texts) if rows else batch, drops)
@@ -81,6 +83,10 @@ class PreliminaryCleaner(Stage):
         form = self.options.unicode_form
         denormal = [not text.isascii() and not unicodedata.is_normalized(form, text) for text in texts]
         return found | np.array(denormal, np.bool_)
+
+
+def _contents(batch: pa.RecordBatch, rows: list[int]) -> list[Content]:
+    return contents_of(batch.select(["source", "metadata"]).take(pa.array(rows, pa.int64())))
 
 
 def _dirt_pattern(options: CleaningConfig) -> str:

@@ -1,0 +1,112 @@
+"""What a document holds, by its own account: HTML, source code or prose, from a file's suffix or a media type."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import PurePosixPath
+from typing import Any, Literal, TypeAlias
+
+import orjson
+import pyarrow as pa
+
+# None: the document does not say; its text has to be looked at.
+Content: TypeAlias = Literal["html", "code", "prose"] | None
+
+_HTML_SUFFIXES = frozenset("html htm xhtml".split())
+PROSE_SUFFIXES = frozenset("md markdown mdx rst adoc asciidoc org tex".split())
+CODE_SUFFIXES = frozenset(
+    (
+        "c h cc cpp cxx hh hpp hxx cu cuh m mm java kt kts scala groovy clj cljs cs fs fsx vb go rs zig d nim v sv "
+        "vhd vhdl py pyi pyx rb pl pm php lua tcl r jl m4 js jsx mjs cjs ts tsx vue svelte css scss sass less dart "
+        "swift hs lhs ml mli elm erl hrl ex exs lisp cl el scm rkt f f77 f90 f95 f03 for ada adb ads pas asm s sh "
+        "bash zsh fish ps1 bat cmd sql graphql proto thrift cmake mk gradle bzl nix tf yaml yml toml ini cfg conf "
+        "sol lean thy"
+    ).split()
+)
+# The suffixes of text files that are read, each as one document. That of `.txt` does not say what it holds.
+TEXT_SUFFIXES = tuple(
+    f".{suffix}" for suffix in sorted({*CODE_SUFFIXES, *PROSE_SUFFIXES, *_HTML_SUFFIXES, "txt", "text"})
+)
+# Suffixes that records name, and that are not read as files.
+_OTHER_CODE = frozenset(
+    "xml svg rss atom xsd xsl xslt json jsonc ipynb astro ejs erb hbs jinja jinja2 j2 jsp liquid "
+    "mustache njk phtml pug tmpl tpl twig csv tsv diff patch awk sed vim rest po pot".split()
+)
+_CODE_NAMES = frozenset(
+    "makefile gnumakefile dockerfile containerfile jenkinsfile vagrantfile gemfile rakefile kconfig kbuild "
+    "build workspace cmakelists.txt".split()
+)
+
+# Fields of a record that name its file, its suffix or its media type, in the order in which they are believed.
+_PATH_FIELDS = ("path", "file_path", "filepath", "filename", "file_name", "max_stars_repo_path", "ext", "extension")
+_TYPE_FIELDS = ("content_type", "mime_type", "media_type")
+_MENTIONS = re.compile("|".join(f'"{field}":' for field in (*_TYPE_FIELDS, *_PATH_FIELDS)))
+_HTML_TYPE = re.compile(r"text/html|application/xhtml\+xml", re.IGNORECASE)
+_CODE_TYPE = re.compile(
+    r"text/(?:x-(?!markdown|rst|org)|css|javascript|ecmascript|xml|csv)"
+    r"|application/(?:[\w.-]+\+(?:xml|json)|xml|json|x-|(?:java|ecma|type)script)"
+    r"|image/svg",
+    re.IGNORECASE,
+)
+_PROSE_TYPE = re.compile(r"text/(?:x-)?(?:markdown|rst|org)", re.IGNORECASE)
+_COMPRESSED = frozenset((".gz", ".zst", ".xz", ".bz2"))
+_RECORD_FILES = frozenset((".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".feather", ".ipc", ".warc", ".wet"))
+
+
+def contents_of(batch: pa.RecordBatch | pa.Table) -> list[Content]:
+    """What each document of `RECORDS` holds."""
+    sources, metadata = batch.column("source").to_pylist(), batch.column("metadata").to_pylist()
+    return [content_of(source, fields) for source, fields in zip(sources, metadata, strict=True)]
+
+
+def content_of(source: str, metadata: str | None) -> Content:
+    """What a document holds, from the name of its file and the fields of its record; None if neither says.
+
+    A text file is one document, so its own suffix counts. Records of other files may name a file or a media type.
+    """
+    by_name, holds_records = _by_source(source)
+    if not holds_records or not metadata or not _MENTIONS.search(metadata):
+        return by_name
+    fields = orjson.loads(metadata)
+    return _by_type(_strings(fields, _TYPE_FIELDS)) or _by_paths(_strings(fields, _PATH_FIELDS))
+
+
+@lru_cache(maxsize=2**12)
+def _by_source(source: str) -> tuple[Content, bool]:
+    """What a file holds by its name, and whether it holds many records."""
+    path = PurePosixPath(source)
+    path = path.with_suffix("") if path.suffix.lower() in _COMPRESSED else path
+    holds_records = path.suffix.lower() in _RECORD_FILES or not source
+    return None if holds_records else _by_name(path.name), holds_records
+
+
+def _by_name(name: str) -> Content:
+    """What a file of this name, or with this suffix, holds."""
+    lower = name.lower()
+    suffix = lower.rpartition(".")[2]
+    if lower in _CODE_NAMES or suffix in CODE_SUFFIXES or suffix in _OTHER_CODE:
+        return "code"
+    if suffix in _HTML_SUFFIXES:
+        return "html"
+    return "prose" if suffix in PROSE_SUFFIXES else None
+
+
+def _strings(fields: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    return [value for name in names if isinstance(value := fields.get(name), str)]
+
+
+def _by_type(types: Sequence[str]) -> Content:
+    for type_ in types:
+        if _HTML_TYPE.match(type_):
+            return "html"
+        if _CODE_TYPE.match(type_):
+            return "code"
+        if _PROSE_TYPE.match(type_):
+            return "prose"
+    return None
+
+
+def _by_paths(paths: Sequence[str]) -> Content:
+    return next((found for path in paths if (found := _by_name(PurePosixPath(path).name)) is not None), None)
