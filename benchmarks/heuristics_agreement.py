@@ -31,6 +31,7 @@ from deepseek_v3.data.documents import record_batch
 from deepseek_v3.data.heuristics import HeuristicFilter, reference
 from deepseek_v3.utils.text import table
 
+_AS_PUBLISHED: dict[str, Any] = {"join_wrapped_lines": False, "require_final_punctuation": True}
 PEER = Path(__file__).parent / "peers" / "datatrove_filters.py"
 BATCH_CHARACTERS = 2**22  # as the pipeline reads them
 REASONS = {
@@ -110,7 +111,7 @@ def compare(texts: Sequence[str], theirs: dict[str, Any]) -> dict[str, Any]:
 
 def apply_filters(texts: Sequence[str], *rules: str) -> tuple[Reasons, dict[int, str], float]:
     """Our reason for each document, the texts of those kept, and the CPU seconds this took."""
-    stage = HeuristicFilter(**({"rules": list(rules)} if rules else {}))
+    stage = HeuristicFilter(**_AS_PUBLISHED, **({"rules": list(rules)} if rules else {}))
     batches = list(batched(texts))
     start = time.process_time()
     outcomes = [stage.apply(batch) for batch in batches]
@@ -163,7 +164,7 @@ def causes(texts: Sequence[str], ours: Reasons, theirs: dict[str, Any]) -> Count
 def keeps(text: str, change: Change) -> bool:
     """Whether the reference keeps a text when some of its definitions are changed."""
     with patch.multiple(reference, **change):
-        return not reference.apply_rules(text, HeuristicsConfig())[0]
+        return not reference.apply_rules(text, HeuristicsConfig(**_AS_PUBLISHED))[0]
 
 
 def differences_of_definition(theirs: dict[str, Any]) -> dict[str, Change]:

@@ -86,8 +86,10 @@ class HeuristicsConfig(StageConfig):
     stop_words: tuple[str, ...] = ("the", "be", "to", "of", "and", "that", "have", "with")
 
     # C4 drops lines that lack final punctuation, have too few or too long words, or mention JavaScript or a policy.
-    require_final_punctuation: bool = True
-    min_words_per_line: Count = 3  # 5 in C4's code and published paper
+    # C4 and FineWeb read the lines of a paragraph that was wrapped at up to 120 characters as one line.
+    join_wrapped_lines: bool = True
+    require_final_punctuation: bool = False  # on in C4; off in FineWeb
+    min_words_per_line: Count = 3  # 5 in C4's code and published paper; in scripts without spaces, characters
     max_word_length: PositiveInt | None = 1000  # characters
     remove_citations: bool = True  # such as [1] and [citation needed]
     remove_javascript_lines: bool = True

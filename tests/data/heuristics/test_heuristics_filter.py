@@ -45,6 +45,15 @@ FRAGMENTS = [
     *". ? ! ... … \" ' # • - ( ] [1] [edit] { JavaScript 😀 é".split(),
     *("\n", "\n", "\n\n", "\n \n", "\n\n\n", "\t", "\u00a0", "\u2028", "\r"),
     *("lorem ipsum", "terms of use", "use cookies"),
+    *(
+        "いろは。にほへと",
+        "ไทย",
+        "」",
+        "།",
+        "क।",
+        "Lines of a paragraph that was wrapped.\n",
+        "- which is an item\n",
+    ),
     *("The end.\n", "of the end. And then?\n", "a b c d e f g ", "same line here.\n", "• item\n"),
 ]
 TEXTS = st.lists(
@@ -61,7 +70,8 @@ TEXTS = st.lists(
     "options",
     [
         HeuristicsConfig(**STRICT),
-        HeuristicsConfig(**STRICT | {"remove_citations": False, "require_final_punctuation": False}),
+        HeuristicsConfig(**STRICT | {"remove_citations": False, "join_wrapped_lines": False}),
+        HeuristicsConfig(**STRICT | {"require_final_punctuation": True}),
         HeuristicsConfig(**STRICT | {"rules": ("gopher_quality", "fineweb"), "max_words": None}),
         HeuristicsConfig(**LENIENT),
         HeuristicsConfig(rules=("c4",), min_words_per_line=None, max_word_length=None, remove_policy_lines=False),
@@ -72,9 +82,10 @@ TEXTS = st.lists(
 @given(texts=TEXTS)
 @settings(max_examples=50, deadline=None)
 def test_values_and_lines_equal_the_reference(options, texts):
-    results, kept = apply_rules(build_text_table(pa.array(texts, pa.string()), options.remove_citations), options)
+    table = build_text_table(pa.array(texts, pa.string()), options)
+    results, kept = apply_rules(table, options)
 
-    left = texts if kept is None else kept.texts().to_pylist()
+    left = texts if kept is None else kept.texts(table, np.ones(len(texts), np.bool_)).to_pylist()
     for number, text in enumerate(texts):
         broken, shown = reference.apply_rules(text, options)
         found = [
@@ -95,7 +106,7 @@ OF_LINES = {"min_words_per_line", "max_word_length"}  # these remove lines and d
 
 def rules_of(texts, **options):
     config = HeuristicsConfig(**options)
-    return apply_rules(build_text_table(pa.array(texts, pa.string()), config.remove_citations), config)[0]
+    return apply_rules(build_text_table(pa.array(texts, pa.string()), config), config)[0]
 
 
 def codes(texts, **options):

@@ -33,7 +33,7 @@ def test_default_limits_are_those_of_gopher_table_a1():
 
 
 def test_prose_breaks_no_rule_and_keeps_its_lines():
-    assert reference.apply_rules(PROSE, DEFAULTS) == ([], PROSE.strip())
+    assert reference.apply_rules(PROSE, DEFAULTS) == ([], PROSE)
 
 
 def test_repeated_lines_and_paragraphs():
@@ -101,21 +101,86 @@ def test_gopher_has_an_upper_limit_too():
     ],
 )
 def test_c4_removes_lines(line, kept):
-    expected = [kept] if kept else []
+    as_published = HeuristicsConfig(min_sentences=0, require_final_punctuation=True)
 
-    assert reference.c4(line, HeuristicsConfig(min_sentences=0)) == ([], expected)
+    assert reference.c4(line, as_published) == ([], [[kept]])
 
 
 def test_c4_drops_documents():
     assert codes(PROSE + "Lorem Ipsum dolor sit.", rules=("c4",)) == ["c4_lorem_ipsum"]
     assert codes(PROSE + "int main() { return 0; }.", rules=("c4",)) == ["c4_curly_bracket"]
     assert codes("Now there are. Just three. Of these.", rules=("c4",)) == ["c4_too_few_sentences"]
-    assert codes(PROSE + "lorem ipsum {", rules=("c4",)) == []
+    assert codes(PROSE + "\nlorem ipsum {", rules=("c4",), require_final_punctuation=True) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "他说：“今天下雨。”",
+        "彼は家に帰った。",
+        "「そうですか？」",
+        "यह एक वाक्य है।",
+        "Սա մի նախադասություն է։",
+        "هل هذه جملة كاملة؟",
+        "یہ ایک جملہ ہے۔",
+        "ይህ ዓረፍተ ነገር ነው።",
+        "នេះជាប្រយោគមួយ។",
+        "ဒါက ဝါကျတစ်ကြောင်းပါ။",
+        "འདི་ནི་ཚིག་གྲུབ་ཅིག་ཡིན།",
+        "นี่คือประโยคหนึ่ง",
+        "ນີ້ແມ່ນປະໂຫຍກຫນຶ່ງ",
+        "Er sagte: »So ist es.«",
+        "It ends (in brackets).",
+    ],
+)
+def test_c4_knows_the_sentences_of_all_scripts(line):
+    strict = HeuristicsConfig(min_sentences=0, require_final_punctuation=True)
+
+    assert reference.c4(line, strict) == ([], [[line]])
+
+
+WRAPPED = (
+    "A paragraph that an editor has wrapped at fifty columns\nor so has lines that begin and end anywhere, and a\n"
+    "short line at its end that is no line of its\nown.\n\n"
+    "  Heading\n\n"
+    "- an item of the list that follows it and that goes on\n"
+    "- another item of that list which also goes on and on\n"
+)
+
+
+def test_the_lines_of_a_wrapped_paragraph_are_one_line():
+    assert [len(group) for group in reference.unwrapped_lines(WRAPPED)] == [4, 1, 1, 1]
+    assert [len(group) for group in reference.unwrapped_lines(WRAPPED, join=False)] == [1] * 7
+    assert [len(group) for group in reference.unwrapped_lines("x" * 200 + "\n" + "x" * 200)] == [1, 1]
+
+
+def test_c4_keeps_wrapped_text_as_it_is():
+    options = {"rules": ("c4",), "min_sentences": 0}
+
+    assert reference.apply_rules(WRAPPED, HeuristicsConfig(**options, min_words_per_line=1)) == ([], WRAPPED)
+    without = WRAPPED.replace("  Heading\n\n", "").strip()
+    assert reference.apply_rules(WRAPPED, HeuristicsConfig(**options)) == ([], without)
+    assert reference.apply_rules(WRAPPED, HeuristicsConfig(**options, require_final_punctuation=True)) == (
+        [],
+        WRAPPED.split("\n\n")[0],
+    )
+
+
+def test_c4_keeps_indentation_and_blank_lines():
+    text = "One line of four.\n\n    Its indented code here\n\nMenu\n\nThe end of it."
+
+    assert reference.apply_rules(text, HeuristicsConfig(rules=("c4",), min_sentences=0)) == (
+        [],
+        text.replace("Menu\n\n", ""),
+    )
 
 
 @pytest.mark.parametrize(
     ("line", "count"),
     [
+        ("彼は家に帰った。「疲れた！」と言った。", 2),
+        ("今天下雨。我们不去了。为什么？因为下雨。", 4),
+        ("यह एक है। यह दो है।", 2),
         ("One sentence.", 1),
         ("Two. Sentences!", 2),
         ('He said "no." Then (why?) he left.', 3),
@@ -140,7 +205,8 @@ def test_sentences(line, count):
 def test_fineweb(lines, code, figure):
     strict = HeuristicsConfig(min_punctuated_lines=1.0, max_short_lines=0.0, max_newlines_per_word=0.0)
 
-    assert found(list(reference.fineweb(lines, strict)), code) == figure
+    groups = reference.unwrapped_lines("\n".join(lines))
+    assert found(list(reference.fineweb(groups, len(lines) - 1, strict)), code) == figure
 
 
 def test_blank_documents_break_rules_without_dividing_by_zero():

@@ -11,30 +11,10 @@ import numpy as np
 
 from deepseek_v3.data.arrays import BoolArray, Int64Array, UInt8Array, UInt32Array
 from deepseek_v3.data.deduplication.utf8 import encode_utf8, find_multibyte, overwrite_characters, pad_text
+from deepseek_v3.data.scripts import UNSPACED
 
 MAX_WORD_BYTES = 64  # longer runs of word characters, such as Base64, are cut into several words
 
-# Blocks of scripts that put no spaces between words (Unicode, Blocks.txt): first and last code point.
-_UNSPACED = (
-    (0x0E00, 0x0FFF),  # Thai, Lao, Tibetan
-    (0x1000, 0x109F),  # Myanmar
-    (0x1780, 0x17FF),  # Khmer
-    (0x1950, 0x19DF),  # Tai Le, New Tai Lue
-    (0x1A20, 0x1AAF),  # Tai Tham
-    (0x1B00, 0x1B7F),  # Balinese
-    (0x3005, 0x3007),  # 々 〆 〇
-    (0x3021, 0x3029),  # Hangzhou numerals
-    (0x3031, 0x312F),  # kana repeat marks, Hiragana, Katakana, Bopomofo
-    (0x31A0, 0x31FF),  # Bopomofo Extended, Katakana Phonetic Extensions
-    (0x3400, 0x4DBF),  # CJK Extension A
-    (0x4E00, 0xA4CF),  # CJK Unified Ideographs, Yi
-    (0xA980, 0xA9FF),  # Javanese, Myanmar Extended-B
-    (0xAA60, 0xAA7F),  # Myanmar Extended-A
-    (0xF900, 0xFAFF),  # CJK Compatibility Ideographs
-    (0xFF66, 0xFF9F),  # halfwidth Katakana
-    (0x1AFF0, 0x1B16F),  # Kana supplements
-    (0x20000, 0x33FFF),  # CJK Extensions B and on
-)
 _VARIATION_SELECTORS = range(0xFE00, 0xFE10)
 _END = 0x34000  # no code point from here on is a letter
 
@@ -52,7 +32,7 @@ def is_word_character(character: str) -> bool:
 
 def is_unspaced_script(character: str) -> bool:
     """Whether the character belongs to a script that puts no spaces between words."""
-    return any(first <= ord(character) <= last for first, last in _UNSPACED)
+    return any(first <= ord(character) <= last for first, last in UNSPACED)
 
 
 def fold_character(character: str) -> str:
@@ -87,7 +67,7 @@ def character_tables() -> CharacterTables:
     in_words = [*map(ord, words)]
     encoded[in_words] = encode_utf8(folded[in_words])
     is_whole_word = np.zeros(_END + 1, np.bool_)
-    for first, last in _UNSPACED:
+    for first, last in UNSPACED:
         is_whole_word[first : last + 1] = encoded[first : last + 1] != 0
     return CharacterTables(encoded, is_whole_word)
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from deepseek_v3.config.filter_config import HeuristicsConfig
 from deepseek_v3.config.loading import section_from_dict
+from deepseek_v3.data.arrays import BoolArray
 from deepseek_v3.data.documents import with_texts
 from deepseek_v3.data.heuristics.c4 import KeptLines, c4
 from deepseek_v3.data.heuristics.fineweb import fineweb, lines_left_by_c4, lines_of_documents
@@ -36,11 +37,12 @@ class HeuristicFilter(Stage):
 
     def apply(self, batch: pa.RecordBatch) -> Outcome:
         """Filters a batch of `RECORDS`. Accepts every text."""
-        table = build_text_table(batch.column("text"), self.options.remove_citations)
+        table = build_text_table(batch.column("text"), self.options)
         results, kept = apply_rules(table, self.options)
+        broken = np.array([result.broken for result in results], np.bool_).reshape(len(results), batch.num_rows)
         if kept is not None:
-            batch = with_texts(batch, kept.texts())
-        return outcome(self.name, batch, _drops(results, batch.num_rows))
+            batch = with_texts(batch, kept.texts(table, np.logical_not(broken.any(axis=0))))
+        return outcome(self.name, batch, _drops(results, broken))
 
 
 def apply_rules(table: TextTable, options: HeuristicsConfig) -> tuple[list[RuleResult], KeptLines | None]:
@@ -65,9 +67,11 @@ def apply_rules(table: TextTable, options: HeuristicsConfig) -> tuple[list[RuleR
     return results, kept
 
 
-def _drops(results: Sequence[RuleResult], documents: int) -> list[Drop]:
-    """Returns the documents that break a rule, with the first broken rule as their reason."""
-    broken = np.array([result.broken for result in results], np.bool_).reshape(len(results), documents)
+def _drops(results: Sequence[RuleResult], broken: BoolArray) -> list[Drop]:
+    """Returns the documents that break a rule, with the first broken rule as their reason.
+
+    `broken`, bool [results, documents], marks the rules that each document breaks.
+    """
     drops = []
     for row in np.flatnonzero(broken.any(axis=0)).tolist():
         first, *others = [results[index] for index in np.flatnonzero(broken[:, row])]

@@ -10,13 +10,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from deepseek_v3.config.filter_config import HeuristicsConfig
-from deepseek_v3.data.arrays import Int64Array
+from deepseek_v3.data.arrays import BoolArray, Int64Array
 from deepseek_v3.data.heuristics.c4 import KeptLines
 from deepseek_v3.data.heuristics.gopher_repetition import repeated_items
-from deepseek_v3.data.heuristics.ragged import segment_sums, string_lengths, to_mask
+from deepseek_v3.data.heuristics.ragged import prefix_sums, segment_sums, string_lengths, to_mask
 from deepseek_v3.data.heuristics.rules import RuleResult, at_least, at_most, ratio
 from deepseek_v3.data.heuristics.text_table import TextTable
-from deepseek_v3.data.heuristics.words import SENTENCE_ENDS
+from deepseek_v3.data.scripts import SENTENCE_ENDS
 
 _FINAL_MARK = rf"[{''.join(sorted(SENTENCE_ENDS))}]$"
 
@@ -25,11 +25,12 @@ _FINAL_MARK = rf"[{''.join(sorted(SENTENCE_ENDS))}]$"
 class LineTable:
     """The lines of documents that are not blank, and the newlines, words, and characters in lines of each document.
 
-    Document d has lines[starts[d] : starts[d + 1]].
+    Document d has lines[starts[d] : starts[d + 1]]. `is_end` (bool) marks the lines that end an unwrapped line.
     """
 
     lines: pa.Array
     starts: Int64Array
+    is_end: BoolArray
     newline_counts: Int64Array
     words: Int64Array
     characters: Int64Array
@@ -40,9 +41,10 @@ def lines_of_documents(table: TextTable) -> LineTable:
     return LineTable(
         lines=table.lines,
         starts=table.line_starts,
+        is_end=_ends(table),
         newline_counts=table.newline_counts,
         words=np.diff(table.document_word_starts),
-        characters=table.characters - table.newline_counts,
+        characters=segment_sums(string_lengths(table.lines), table.line_starts),
     )
 
 
@@ -51,25 +53,37 @@ def lines_left_by_c4(table: TextTable, kept: KeptLines) -> LineTable:
     return LineTable(
         lines=kept.lines,
         starts=kept.starts,
+        is_end=_ends(table)[kept.kept],
         newline_counts=np.maximum(np.diff(kept.starts) - 1, 0),
         words=segment_sums(np.diff(table.word_starts)[kept.rows], kept.starts),
         characters=segment_sums(string_lengths(kept.lines), kept.starts),
     )
 
 
+def _ends(table: TextTable) -> BoolArray:
+    """Marks the lines that end an unwrapped line."""
+    is_end = np.zeros(len(table.lines), np.bool_)
+    is_end[table.unwrapped_starts[1:] - 1] = True
+    return is_end
+
+
 def fineweb(table: LineTable, options: HeuristicsConfig) -> Iterator[RuleResult]:
     """Yields the result of each rule, in the order in which the rules apply."""
-    num_lines = np.diff(table.starts)
-    punctuated = to_mask(pc.match_substring_regex(pc.utf8_trim_whitespace(table.lines), _FINAL_MARK))
-    short = string_lengths(table.lines) <= options.short_line_length
+    ends = np.flatnonzero(table.is_end)
+    starts = prefix_sums(table.is_end)[table.starts]
+    num_lines = np.diff(starts)
+    punctuated = to_mask(
+        pc.match_substring_regex(pc.utf8_trim_whitespace(table.lines.take(pa.array(ends))), _FINAL_MARK)
+    )
+    short = segment_sums(string_lengths(table.lines), np.append(0, ends + 1)) <= options.short_line_length
     repeated = repeated_items(table.lines, table.starts)
     yield from at_least(
         "fineweb_unpunctuated_lines",
-        ratio(segment_sums(punctuated, table.starts), num_lines),
+        ratio(segment_sums(punctuated, starts), num_lines),
         options.min_punctuated_lines,
     )
     yield from at_most(
-        "fineweb_short_lines", ratio(segment_sums(short, table.starts), num_lines), options.max_short_lines
+        "fineweb_short_lines", ratio(segment_sums(short, starts), num_lines), options.max_short_lines
     )
     yield from at_most(
         "fineweb_repeated_lines",

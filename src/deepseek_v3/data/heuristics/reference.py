@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from deepseek_v3.config.filter_config import HeuristicsConfig
@@ -16,12 +17,17 @@ from deepseek_v3.data.heuristics.rules import (
     CITATION,
     CURLY_BRACKET,
     ELLIPSES,
-    FINAL_MARKS,
+    FINAL_MARK,
+    INNER_SENTENCE,
     JAVASCRIPT,
+    LIST_MARK,
     LOREM_IPSUM,
     POLICIES,
+    SMALL_START,
 )
-from deepseek_v3.data.heuristics.words import SENTENCE_ENDS, has_letter, is_punctuation, is_symbol, split_chunk
+from deepseek_v3.data.heuristics.text_table import MAX_WRAP, MIN_WRAP
+from deepseek_v3.data.heuristics.words import has_letter, is_punctuation, is_symbol, split_chunk
+from deepseek_v3.data.scripts import SENTENCE_ENDS, UNSPACED_CLASS
 
 
 class BrokenRule(NamedTuple):
@@ -40,16 +46,61 @@ def apply_rules(text: str, options: HeuristicsConfig) -> tuple[list[BrokenRule],
         broken += gopher_repetition(text, options)
     if "gopher_quality" in options.rules:
         broken += gopher_quality(text, options)
-    lines = text.split("\n")
+    groups = unwrapped_lines(text, options.join_wrapped_lines)
+    newlines = text.count("\n")
     if "c4" in options.rules:
-        found, lines = c4(text, options)
+        found, left = c4(text, options)
         broken += found
         if found:
             return broken, text
-        text = "\n".join(lines).strip()
+        text = rebuilt(text, [line for group in left for line in group])
+        kept = ([line for line in group if line is not None] for group in left)
+        groups = [group for group in kept if group]
+        newlines = max(sum(map(len, groups)) - 1, 0)
     if "fineweb" in options.rules:
-        broken += fineweb(lines, options)
+        broken += fineweb(groups, newlines, options)
     return broken, text
+
+
+def unwrapped_lines(text: str, join: bool = True) -> list[list[str]]:
+    """Returns the unwrapped lines: the lines of a wrapped paragraph as one list, every other line by itself.
+
+    A block without blank lines is as wide as its longest line. A line continues the line before it if that fills at
+    least half of a width of `MIN_WRAP` to `MAX_WRAP` characters, and if its first word would not have fit there, or
+    is in lower case.
+    """
+    groups: list[list[str]] = []
+    for block in _blocks(text):
+        width = max(map(len, block))
+        groups.append(block[:1])
+        for before, line in pairwise(block):
+            if join and MIN_WRAP <= width <= MAX_WRAP and _continues(before, line.strip(), width):
+                groups[-1].append(line)
+            else:
+                groups.append([line])
+    return groups
+
+
+def _continues(before: str, line: str, width: int) -> bool:
+    if 2 * len(before) < width or re.search(LIST_MARK, line):
+        return False
+    return len(before) + 1 + len(line.split()[0]) > width or bool(re.search(SMALL_START, line))
+
+
+def _blocks(text: str) -> list[list[str]]:
+    """Returns the lines between blank ones, block by block."""
+    blocks: list[list[str]] = [[]]
+    for line in text.split("\n"):
+        if line.strip():
+            blocks[-1].append(line)
+        else:
+            blocks.append([])
+    return [block for block in blocks if block]
+
+
+def _spaced_length(chunk: str) -> int:
+    """Returns the number of characters of a chunk that are of scripts with spaces between words."""
+    return len(chunk) - len(re.findall(f"[{UNSPACED_CLASS}]", chunk))
 
 
 def split_words(text: str) -> list[str]:
@@ -162,40 +213,76 @@ def gopher_quality(text: str, options: HeuristicsConfig) -> Iterator[BrokenRule]
     yield from at_least("gopher_few_stop_words", len({*words} & {*options.stop_words}), options.min_stop_words)
 
 
-def c4(text: str, options: HeuristicsConfig) -> tuple[list[BrokenRule], list[str]]:
-    """Clean lines (Raffel et al. 2020, §2.2). Returns the rules that a document breaks, and its remaining lines."""
-    kept: list[str] = []
+def c4(text: str, options: HeuristicsConfig) -> tuple[list[BrokenRule], list[list[str | None]]]:
+    """Clean lines (Raffel et al. 2020, §2.2).
+
+    Returns the rules that a document breaks, and its unwrapped lines without white space around and citations; None
+    in place of each line that is removed.
+    """
     lorem: list[str] = []
     curly: list[str] = []
-    for line in filled_lines(text):
-        shown = re.sub(CITATION, "", line.strip()) if options.remove_citations else line.strip()
-        if not _well_formed(line.split(), shown, options):
-            continue
-        if options.drop_lorem_ipsum and _contains(shown, LOREM_IPSUM):
-            lorem.append(shown)
-        if options.remove_javascript_lines and _contains(shown, JAVASCRIPT):
-            continue
-        if options.drop_curly_brackets and _contains(shown, CURLY_BRACKET):
-            curly.append(shown)
-        if options.remove_policy_lines and _contains(shown, POLICIES):
-            continue
-        kept.append(shown)
+    groups: list[list[str | None]] = []
+    for group in unwrapped_lines(text, options.join_wrapped_lines):
+        shown = [re.sub(CITATION, "", line.strip()) if options.remove_citations else line.strip() for line in group]
+        groups.append([*shown] if _is_kept(group, shown, options, lorem, curly) else [None] * len(group))
     broken = [
         BrokenRule(code, len(lines), 0, lines[0])
         for code, lines in (("c4_lorem_ipsum", lorem), ("c4_curly_bracket", curly))
         if lines
     ]
-    broken += at_least("c4_too_few_sentences", sum(map(sentences, kept)), options.min_sentences)
-    return broken, kept
+    total = sum(sentences(line) for group in groups for line in group if line is not None)
+    broken += at_least("c4_too_few_sentences", total, options.min_sentences)
+    return broken, groups
 
 
-def _well_formed(chunks: Sequence[str], shown: str, options: HeuristicsConfig) -> bool:
-    """Whether a line ends like a sentence and, citations included, has enough words and no overlong one."""
-    if options.max_word_length is not None and max(map(len, chunks), default=0) > options.max_word_length:
+def _is_kept(
+    group: Sequence[str], shown: Sequence[str], options: HeuristicsConfig, lorem: list[str], curly: list[str]
+) -> bool:
+    """Whether an unwrapped line is kept; adds its lines that break rules on documents to `lorem` and `curly`."""
+    if not _well_formed([chunk for line in group for chunk in line.split()], shown[-1], options):
         return False
-    if options.require_final_punctuation and (not shown.endswith(FINAL_MARKS) or shown.endswith("...")):
+    lorem += [line for line in shown if options.drop_lorem_ipsum and _contains(line, LOREM_IPSUM)]
+    if options.remove_javascript_lines and any(_contains(line, JAVASCRIPT) for line in shown):
         return False
-    return options.min_words_per_line is None or len(chunks) >= options.min_words_per_line
+    curly += [line for line in shown if options.drop_curly_brackets and _contains(line, CURLY_BRACKET)]
+    return not (options.remove_policy_lines and any(_contains(line, POLICIES) for line in shown))
+
+
+def rebuilt(text: str, shown: Sequence[str | None]) -> str:
+    """Returns the text with its filled lines as `shown`, but indented, and without those shown as None.
+
+    Blank lines around removed ones become one; a text without change stays as it is.
+    """
+    if [*shown] == [line.strip() for line in filled_lines(text)]:
+        return text
+    lines: list[str] = []
+    left = iter(shown)
+    is_gap = True
+    for line in text.split("\n"):
+        if not line.strip():
+            lines += [] if is_gap else [""]
+        elif (kept := next(left)) is not None:
+            lines.append(line[: len(line) - len(line.lstrip())] + kept)
+            is_gap = False
+        else:
+            is_gap = is_gap or lines[-1] == ""
+    return "\n".join(lines).rstrip("\n")
+
+
+def _well_formed(chunks: Sequence[str], last: str, options: HeuristicsConfig) -> bool:
+    """Whether an unwrapped line ends like a sentence and, citations included, has enough words and no overlong one.
+
+    A character of a script without spaces is a word by itself.
+    """
+    if (
+        options.max_word_length is not None
+        and max(map(_spaced_length, chunks), default=0) > options.max_word_length
+    ):
+        return False
+    if options.require_final_punctuation and (not re.search(FINAL_MARK, last) or last.endswith("...")):
+        return False
+    words = sum(max(len(chunk) - _spaced_length(chunk), 1) for chunk in chunks)
+    return options.min_words_per_line is None or words >= options.min_words_per_line
 
 
 def _contains(line: str, phrases: Sequence[str]) -> bool:
@@ -203,25 +290,28 @@ def _contains(line: str, phrases: Sequence[str]) -> bool:
 
 
 def sentences(line: str) -> int:
-    """Counts the sentences of a line; a new one starts at the first word after an end mark, punctuation aside."""
+    """Counts the sentences of a line; a new one starts at the first word after an end mark, punctuation aside.
+
+    In scripts without spaces, where end marks stand within words, it starts right after the mark.
+    """
     count, ended = 1, False
     for word in split_words(line):
         if word in SENTENCE_ENDS:
             ended = True
         elif ended and not is_punctuation(word):
             count, ended = count + 1, False
-    return count
+    return max(count, 1 + len(re.findall(INNER_SENTENCE, line)))
 
 
-def fineweb(lines: Sequence[str], options: HeuristicsConfig) -> Iterator[BrokenRule]:
-    """Lines that do not look like prose (Penedo et al. 2024, §3.6)."""
-    filled = [line for line in lines if line.strip()]
-    count = max(len(filled), 1)
+def fineweb(groups: Sequence[Sequence[str]], num_newlines: int, options: HeuristicsConfig) -> Iterator[BrokenRule]:
+    """Lines that do not look like prose (Penedo et al. 2024, §3.6), of a text given as its unwrapped lines."""
+    filled = [line for group in groups for line in group]
+    count = max(len(groups), 1)
     found = seen_before(filled)
-    punctuated = sum(line.rstrip()[-1] in SENTENCE_ENDS for line in filled) / count
-    short = sum(len(line) <= options.short_line_length for line in filled) / count
-    repeated = sum(map(len, found)) / max(sum(map(len, lines)), 1)
-    newlines = (len(lines) - 1) / max(len(split_words("\n".join(lines))), 1)
+    punctuated = sum(group[-1].rstrip()[-1:] in SENTENCE_ENDS for group in groups) / count
+    short = sum(sum(map(len, group)) <= options.short_line_length for group in groups) / count
+    repeated = sum(map(len, found)) / max(sum(map(len, filled)), 1)
+    newlines = num_newlines / max(len(split_words("\n".join(filled))), 1)
     yield from at_least("fineweb_unpunctuated_lines", punctuated, options.min_punctuated_lines)
     yield from at_most("fineweb_short_lines", short, options.max_short_lines)
     yield from at_most(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from deepseek_v3.data.arrays import BoolArray, Float64Array, Int64Array
+from deepseek_v3.data.scripts import SENTENCE_ENDS
 
 RuleValues = Int64Array | Float64Array
 
@@ -15,7 +16,17 @@ RuleValues = Int64Array | Float64Array
 BULLETS = ("•", "-")
 ELLIPSES = ("...", "…")
 # C4; phrases match in any ASCII case.
-FINAL_MARKS = (".", "?", "!", '"', "'")
+_ENDS = "".join(sorted(SENTENCE_ENDS))
+_QUOTES = "\"'”’“»«›‹」』"
+_THAI_AND_LAO = "\u0e01-\u0eff"
+# The end of a line that ends like a sentence: an end mark of any script, also in quotation marks or brackets, or a
+# letter of Thai or Lao, which have no such mark. An ellipsis is none.
+FINAL_MARK = rf"(?:[{_ENDS}][{_QUOTES}）)\]］]*|[{_QUOTES}{_THAI_AND_LAO}])$"
+# A new sentence within a line, after the end mark of a script other than Latin.
+INNER_SENTENCE = rf"[{''.join(sorted(SENTENCE_ENDS - set('.?!')))}][^{_ENDS}{_QUOTES}）)\]］]"
+SMALL_START = "^[a-zß-öø-ÿα-ωа-я]"
+# A line that begins like this does not continue the line before it.
+LIST_MARK = r"^(?:[-*+•]|[0-9]{1,3}[.)])(?:[ \t]|$)"
 CITATION = r"\[(?:[0-9]*|edit|citation needed)\]"
 LOREM_IPSUM = ("lorem ipsum",)
 JAVASCRIPT = ("javascript",)

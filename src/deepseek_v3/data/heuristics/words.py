@@ -21,16 +21,9 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-MAX_CHUNK_CHARACTERS = 1000
+from deepseek_v3.data.scripts import SENTENCE_ENDS
 
-# The marks that end a sentence: characters of the basic plane with the Unicode property Sentence_Terminal.
-SENTENCE_ENDS = frozenset(
-    "!.?\u0589\u061d\u061e\u061f\u06d4\u0700\u0701\u0702\u07f9\u0837\u0839\u083d\u083e\u0964\u0965\u104a\u104b\u1362"
-    "\u1367\u1368\u166e\u1735\u1736\u17d4\u17d5\u1803\u1809\u1944\u1945\u1aa8\u1aa9\u1aaa\u1aab\u1b4e\u1b4f\u1b5a\u1b5b"
-    "\u1b5e\u1b5f\u1b7d\u1b7e\u1b7f\u1c3b\u1c3c\u1c7e\u1c7f\u203c\u203d\u2047\u2048\u2049\u2cf9\u2cfa\u2cfb\u2e2e\u2e3c"
-    "\u2e53\u2e54\u3002\ua4ff\ua60e\ua60f\ua6f3\ua6f7\ua876\ua877\ua8ce\ua8cf\ua92f\ua9c8\ua9c9\uaa5d\uaa5e\uaa5f\uaaf0"
-    "\uaaf1\uabeb\ufe52\ufe56\ufe57\uff01\uff0e\uff1f\uff61"
-)
+MAX_CHUNK_CHARACTERS = 1000
 
 
 def _of_category(*categories: str) -> str:
