@@ -2,8 +2,8 @@
 
 A library chooses the code of a matrix product by the shapes of its operands, and other code sums in another order.
 So a row would depend on how many rows are computed with it. For one shape a row depends neither on its place nor on
-the other rows. The passes of the engine therefore have few different numbers of rows: those that agree, for every
-weight of the model, with the largest of them. They are found by computing the products.
+the other rows. The passes of the engine therefore have few different numbers of rows, with which every product of
+the model gives the same rows. They are found by computing the products.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.moe.experts import RoutedExperts
 from deepseek_v3.ops.mla_decode.formats import PAGE
 
-# A single row is left out: it would be a product of a matrix and a vector, which libraries sum in another order.
-_FEW = (2, 4, 8)
-_MANY = (16, 32, PAGE)
+# The numbers that are tried, and the one with which the others have to agree. A single row is left out: it would be
+# the product of a matrix and a vector, which agrees with no other.
+_FEW, _FEW_ANCHOR = (2, 4, 8, 16, 32), 8
+_MANY, _MANY_ANCHOR = (16, 32, PAGE, 2 * PAGE, 4 * PAGE), PAGE
 
 Product = Callable[[Tensor], Tensor]
 
@@ -44,27 +45,30 @@ def padded(number: int, counts: Sequence[int]) -> int:
 def measure_row_counts(model: DeepSeekV3, dtype: torch.dtype) -> RowCounts:
     """The numbers of rows that agree for a model that computes in `dtype` on the CPU."""
     products = list(_products(model, dtype))
-    return RowCounts(agreeing(_FEW, products), agreeing(_MANY, products))
+    head_VD = model.head_weight_VD.to(dtype)
+    with_head = [*products, (head_VD.shape[1], _linear(head_VD))]
+    return RowCounts(agreeing(_FEW, _FEW_ANCHOR, with_head), agreeing(_MANY, _MANY_ANCHOR, products))
 
 
-def agreeing(counts: Sequence[int], products: Iterable[tuple[int, Product]]) -> tuple[int, ...]:
-    """Those of `counts` whose rows equal the rows of the largest one, for all of the products.
+def agreeing(counts: Sequence[int], anchor: int, products: Iterable[tuple[int, Product]]) -> tuple[int, ...]:
+    """Those of `counts` with which all of the products give the same rows as in blocks of `anchor` rows.
 
-    A product comes with the width of its rows, and takes and returns (rows, width).
+    A product comes with the width of its rows, and takes and returns (rows, width). Larger counts than the anchor
+    are multiples of it.
     """
     left = set(counts)
     generator = torch.Generator().manual_seed(0)
     for width, product in products:
         x_MI = torch.randn(max(counts), width, generator=generator)
-        whole_MO = product(x_MI)
-        left = {count for count in left if torch.equal(product(x_MI[:count]), whole_MO[:count])}
-    return tuple(sorted(left | {max(counts)}))
+        wanted_MO = torch.cat([product(block_AI) for block_AI in x_MI.split(anchor)])
+        left = {count for count in left if torch.equal(product(x_MI[:count]), wanted_MO[:count])}
+    return tuple(sorted(left | {anchor}))
 
 
 def _products(model: DeepSeekV3, dtype: torch.dtype) -> Iterator[tuple[int, Product]]:
-    """One product for each type and shape of weight."""
+    """One product for each type and shape of weight in the layers."""
     weights: dict[tuple[torch.dtype, torch.Size], Tensor] = {}
-    for module in model.modules():
+    for module in model.model.layers.modules():
         if isinstance(module, RoutedExperts):
             stacks = (module.gate_up_proj[0], module.down_proj[0])
             weights |= {(dtype, weight.shape): weight for weight in stacks}

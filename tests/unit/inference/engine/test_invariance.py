@@ -153,9 +153,13 @@ def test_numbers_of_rows_that_disagree_are_left_out() -> None:
     def product(x: torch.Tensor) -> torch.Tensor:
         return x + (len(x) == 4)
 
-    assert agreeing((2, 4, 8), [(3, lambda x: x * 2)]) == (2, 4, 8)
-    assert agreeing((2, 4, 8), [(3, product), (5, lambda x: x)]) == (2, 8)
-    assert agreeing((2, 4, 8), [(3, lambda x: x * len(x))]) == (8,)
+    def late(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat((x[:8], x[8:] + 1))
+
+    assert agreeing((2, 4, 8, 16), 8, [(3, lambda x: x * 2)]) == (2, 4, 8, 16)
+    assert agreeing((2, 4, 8, 16), 8, [(3, product), (5, lambda x: x)]) == (2, 8, 16)
+    assert agreeing((2, 4, 8, 16), 8, [(3, late)]) == (2, 4, 8)
+    assert agreeing((2, 4, 8, 16), 8, [(3, lambda x: x * len(x))]) == (8,)
 
 
 @settings(max_examples=20, deadline=None)
