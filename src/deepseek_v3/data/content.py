@@ -110,3 +110,36 @@ def _by_type(types: Sequence[str]) -> Content:
 
 def _by_paths(paths: Sequence[str]) -> Content:
     return next((found for path in paths if (found := _by_name(PurePosixPath(path).name)) is not None), None)
+
+
+_HEAD = 1000  # characters of a text that are looked at
+_FEWEST_LINES = 4
+# A line that begins or ends as in source code: with a bracket or semicolon at its end, an assignment, a call, an
+# import, a directive, or a keyword of a block before a colon.
+_CODE_LINE = re.compile(
+    r"^[ \t]*(?:[^\n]*[;{}\[(\\]|[)\]},;]+"
+    r"|[\w.$>\[\]'\"-]{1,60} ?(?:[-+*/|&:?]?=|=>) ?\S[^\n]*|[\w.$]{1,60}\([^\n]*\)"
+    r"|import [\w., ]+|from [\w.]+ import [^\n]+|# ?(?:include|define|ifn?def|if|endif|pragma)\b[^\n]*|#!/[^\n]*"
+    r"|@[\w.]+|(?:def|class|if|elif|else|for|while|try|except|with|async|case|switch|finally)\b[^\n]*:"
+    r"|(?:return|raise|yield)\b[^\n]*|pass|break|continue|end|endif|fi|done|esac)[ \t\r]*$",
+    re.MULTILINE,
+)
+_LINE = re.compile(r"^[ \t]*\S", re.MULTILINE)
+_SIGNS = ";{}()=[]:"
+_FEWEST_SIGNS = 40  # one per this number of characters
+# The comments before the code: a licence, a docstring. What follows is looked at.
+_COMMENTS = re.compile(
+    r"(?:\s*(?:/\*[^*]*(?:\*(?!/)[^*]*)*\*/|[rR]?\"{3}[^\"]*(?:\"(?!\"\")[^\"]*)*\"{3}"
+    r"|(?:///?|#|--|;)(?!include)[^\n]*\n))+"
+)
+
+
+def looks_like_code(text: str) -> bool:
+    """Whether at least half of the lines at the beginning of a text are those of source code."""
+    comments = _COMMENTS.match(text, 0, 8 * _HEAD)
+    start = comments.end() if comments else 0
+    head = text[start : start + _HEAD]
+    if sum(map(head.count, _SIGNS)) * _FEWEST_SIGNS < len(head):
+        return False
+    lines = len(_LINE.findall(head))
+    return lines >= _FEWEST_LINES and 2 * len(_CODE_LINE.findall(head)) >= lines

@@ -177,6 +177,85 @@ def test_good_text_is_left_alone(text):
     assert CLEANERS[0].clean(text) == text
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\u1797\u17b6\u179f\u17b6\u200b\u1781\u17d2\u1798\u17c2\u179a",  # Khmer
+        "\u0e20\u0e32\u0e29\u0e32\u200b\u0e44\u0e17\u0e22",  # Thai
+        "\u1019\u103c\u1014\u103a\u200b\u1019\u102c",  # Burmese
+        "\u0e9e\u0eb2\u0eaa\u0eb2\u200b\u0ea5\u0eb2\u0ea7",  # Lao
+        "\u0f56\u0f7c\u0f51\u0f0b\u200b\u0f66\u0f90\u0f51",  # Tibetan
+        "\ua9a4\ua9b8\u200b\ua9ad",  # Javanese
+        "\ua9a4\ua9c0\u200d\ua9ad \ua9a4\ua9c0\u200c\ua9ad",  # Javanese
+        "\U00011013\U00011046\u200d\U00011022 \U00011013\U00011046\u200c\U00011022",  # Brahmi
+        "\u1b13\u1b44\u200c\u1b13",  # Balinese
+        "\U0001e900\u200d\U0001e922",  # Adlam
+        "\U00011383\U000113b8\u200c\U00011383",  # Tulu-Tigalari
+        "\u0f40\u0f90\u200c\u0f40",  # Tibetan
+    ],
+)
+def test_marks_without_width_stay_in_scripts_that_need_them(text):
+    assert CLEANERS[0].clean(text) == unicodedata.normalize("NFC", text)
+
+
+@pytest.mark.parametrize(
+    ("dirty", "clean"),
+    [
+        ("\x1b[31mred\x1b[0m, \x1b[1;38;5;208mbold\x1b[m", "red, bold"),
+        ("\x1b]0;title\x07text \x1b]8;;https://example.org\x1b\\link\x1b]8;;\x1b\\", "text link"),
+        ("\x1b[2J\x1b[?25l\x1b[10;20Hhere\x1b[K", "here"),
+        ("\x1b(Bplain\x1b7 \x1b8\x1b=\x1bM.", "plain ."),
+        ("\x1bP1$r0m\x1b\\status", "status"),
+        ("N\bNA\bAM\bME\bE _\bw_\bo_\br_\bd", "NAME word"),
+        ("ESC alone: \x1b. [31m stays", "ESC alone: . [31m stays"),
+    ],
+)
+def test_terminal_escapes_go_as_a_whole(dirty, clean):
+    assert CLEANERS[0].clean(dirty) == clean
+    assert PreliminaryCleaner().clean(dirty, "code") == clean
+
+
+CODE = """import re
+
+
+def f(text):
+    \"\"\"Compares e\u0301 with a no-break\u00a0space.\"\"\"
+    if text == "cafÃ©\u200b\u2028":
+        return [1,
+
+
+
+                2]
+
+
+class A:
+\tx = "\ufb01"
+"""
+
+
+@pytest.mark.parametrize(
+    ("source", "metadata"),
+    [
+        ("a.py", None),
+        ("x/a.cpp.zst", None),
+        ("a.jsonl", '{"path":"lib/a.rs"}'),
+        ("a.parquet", None),
+        ("Makefile", None),
+    ],
+)
+def test_code_keeps_its_characters_and_blank_lines(source, metadata):
+    dirty = "\ufeff\n" + CODE.replace("return", "return\x00").replace("\n", " \t\r\n")
+    batch = record_batch(["a"], [dirty], [source], [1], [metadata])
+
+    assert CLEANERS[1].apply(batch).kept.column("text").to_pylist() == [CODE.rstrip("\n")]
+
+
+def test_fenced_code_keeps_its_blank_lines():
+    text = "Use\n\n\n\n```python\nimport a\n\n\n\nprint(a)\n```\n\n\n\nEnd"
+
+    assert CLEANERS[0].clean(text) == "Use\n\n```python\nimport a\n\n\n\nprint(a)\n```\n\nEnd"
+
+
 def test_each_option_changes_the_cleaning():
     assert PreliminaryCleaner(unicode_form="NFKC").clean("ﬁ x² Ａ") == "fi x2 A"
     assert PreliminaryCleaner(remove_bidi_controls=True).clean("a\u200eb\u202ec\u2069") == "abc"

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from deepseek_v3.config.filter_config import CleaningConfig
 from deepseek_v3.config.loading import section_from_dict
 from deepseek_v3.data.arrays import BoolArray
-from deepseek_v3.data.content import Content, contents_of
+from deepseek_v3.data.content import Content, contents_of, looks_like_code
 from deepseek_v3.data.documents import with_texts
 from deepseek_v3.data.preliminary_cleaning.characters import (
     BIDI_CONTROLS,
@@ -21,6 +21,7 @@ from deepseek_v3.data.preliminary_cleaning.characters import (
     TAGS,
     normalize,
     replace_characters,
+    replace_in_code,
     tidy_white_space,
     without_surrogates,
 )
@@ -31,6 +32,8 @@ from deepseek_v3.data.stages import Drop, Outcome, Stage, outcome
 
 class PreliminaryCleaner(Stage):
     """Converts HTML to text, repairs wrongly decoded text, and normalizes characters, Unicode form and white space.
+
+    Source code keeps its characters, indentation and blank lines; only line ends and control characters change.
 
     Documents that are empty afterwards are dropped. Takes the options of `CleaningConfig`; raises ConfigError for
     any other option.
@@ -60,6 +63,8 @@ class PreliminaryCleaner(Stage):
         text = without_surrogates(text)
         if options.html != "keep" and is_html(text, content):
             text = html_to_text(text, options.html == "main_content")
+        elif content == "code" or (content is None and looks_like_code(text)):
+            return tidy_white_space(replace_in_code(text), None)
         if options.repair_mojibake:
             text = repair_mojibake(text)
         text = replace_characters(text, options.remove_bidi_controls)
