@@ -12,7 +12,8 @@ from deepseek_v3.config.filter_config import PII_KINDS, PiiConfig, PiiKind
 from deepseek_v3.config.loading import section_from_dict
 from deepseek_v3.data.arrays import BoolArray, Int64Array
 from deepseek_v3.data.documents import with_texts
-from deepseek_v3.data.pii.detectors import CARD, EMAIL, IP_ADDRESS, PHONE, Detector
+from deepseek_v3.data.pii.detectors import CARD, IP_ADDRESS, PHONE, Detector
+from deepseek_v3.data.pii.emails import EMAIL
 from deepseek_v3.data.pii.secrets import KEY
 from deepseek_v3.data.stages import Outcome, Stage, outcome
 

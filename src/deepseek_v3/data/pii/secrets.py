@@ -12,7 +12,8 @@ from deepseek_v3.data.pii.detectors import Detector, TextSpans
 _BLOCK = r"-----BEGIN [A-Z0-9 ]{0,32}PRIVATE KEY(?: BLOCK)?-----"
 _BLOCK_END = re.compile(r"-----END [A-Z0-9 ]{0,32}PRIVATE KEY(?: BLOCK)?-----")
 _LONGEST_BLOCK = 20_000
-_SHORTEST_BODY = 32  # characters; with fewer, the text only mentions a key
+# Without so long a run, the text only mentions a key.
+_BODY = re.compile(r"[A-Za-z0-9+/=]{32}")
 _BASE64 = re.compile(r"[A-Za-z0-9+/=\s]*", re.ASCII)
 
 _SERVICES = "|".join(
@@ -21,6 +22,11 @@ _SERVICES = "|".join(
         r"gh[pousr]_[A-Za-z0-9]{36,255}|github_pat_[A-Za-z0-9_]{22,255}",
         r"xox[abeoprs]-[A-Za-z0-9-]{10,255}",  # Slack
         r"AIza[A-Za-z0-9_-]{35}",  # Google
+        r"sk-(?:[a-z0-9]{2,8}-){0,2}[A-Za-z0-9_]{20,255}[A-Za-z0-9_-]{0,255}",  # OpenAI, Anthropic and others
+        r"hf_[A-Za-z0-9]{30,255}|npm_[A-Za-z0-9]{36}|gl(?:pat|dt|rt|ptt|cbt)-[A-Za-z0-9_-]{20,255}",
+        r"[prs]k_(?:live|test)_[A-Za-z0-9]{16,255}",  # Stripe
+        r"pypi-[A-Za-z0-9_-]{60,1000}|SG\.[A-Za-z0-9_-]{22}\.[A-Za-z0-9_-]{43}|do[opr]_v1_[a-f0-9]{64}",
+        r"shp(?:at|ca|pa|ss)_[a-fA-F0-9]{32}|dapi[a-f0-9]{32}|xapp-[A-Za-z0-9-]{20,255}",
         r"eyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}",  # JSON Web Tokens, RFC 7519
     ]
 )
@@ -50,13 +56,14 @@ def _blocks(text: str) -> TextSpans:
         end = text.find("-----END ", begin.end(), begin.end() + _LONGEST_BLOCK)
         stop = _BLOCK_END.match(text, end) if end >= 0 else None
         stop = stop or _BASE64.match(text, begin.end())
-        if stop and stop.end() - begin.end() >= _SHORTEST_BODY:
+        if stop and _BODY.search(text, begin.end(), stop.end()):
             yield begin.start(), stop.end()
 
 
 def _service_keys(text: str) -> TextSpans:
     for match in _SERVICE_KEY.finditer(text):
-        yield match.span()
+        if re.search(r"\d", match[0]) and _entropy(match[0]) >= _LEAST_ENTROPY - 1:
+            yield match.span()
 
 
 def _assignments(text: str) -> TextSpans:
