@@ -10,8 +10,6 @@ from deepseek_v3.config.base import Fraction, Integer, NonNegativeInt, PositiveI
 
 # Minimum probability that two documents whose similarity equals the threshold become a candidate pair.
 _MIN_CANDIDATE_PROBABILITY = 0.94
-# The default of cluster_threshold is the threshold less this margin.
-_CLUSTER_MARGIN = 0.1
 
 
 class ExactDeduplicationConfig(StageConfig):
@@ -35,7 +33,7 @@ class DeduplicationConfig(StageConfig):
     permutations.
 
     Duplicate pairs connect documents into clusters. The first document of a cluster is kept; another one is dropped
-    if its similarity to the kept document is at least `cluster_threshold` (null: the threshold less 0.1). With 0,
+    if its similarity to the kept document is at least `cluster_threshold` (null: the threshold, 0.8). With 0,
     every other document is dropped, even one that only a chain of pairs connects to the kept document.
 
     `accelerator: auto` uses Numba if it is installed; all accelerators give bit-identical results.
@@ -55,9 +53,7 @@ class DeduplicationConfig(StageConfig):
     @property
     def min_similarity_to_kept(self) -> float:
         """Minimum Jaccard similarity of a dropped document to the document that is kept in its place."""
-        return (
-            max(self.threshold - _CLUSTER_MARGIN, 0.0) if self.cluster_threshold is None else self.cluster_threshold
-        )
+        return self.threshold if self.cluster_threshold is None else self.cluster_threshold
 
     def banding(self) -> tuple[int, int]:
         """The number of bands, and the number of signature values (rows) in each."""

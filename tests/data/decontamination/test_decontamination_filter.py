@@ -41,6 +41,17 @@ def kept(texts: list[str], **options: Any) -> list[bool]:
     return Decontaminator(**options).apply(batch_of(texts)).kept_rows.tolist()
 
 
+@pytest.mark.parametrize("script", ["一二三四五六七八九十", "กขคงจฉชซญฎ", "ཀཁགངཅཆཇཉཏཐ", "កខគឃងចឆជឈញ"])
+def test_scripts_without_spaces_need_twice_as_many_characters(script: str, tmp_path: Path) -> None:
+    draw = random.Random(0)
+    text = "".join(draw.choice(script) for _ in range(60))
+    (tmp_path / "items.jsonl").write_text(json.dumps({"text": text}))
+    noise = "".join(draw.choice(script) for _ in range(60))
+
+    texts = [noise + text[20:46] + noise, noise + text[20:45] + noise[::-1], text[5:20] + "and so on"]
+    assert kept(texts, evaluation=[str(tmp_path / "items.jsonl")]) == [False, True, True]
+
+
 def test_thirteen_words_in_a_row_match(questions: str) -> None:
     some = QUESTION.split()
     texts = [

@@ -140,8 +140,8 @@ def test_impossible_banding_options_are_refused() -> None:
         DeduplicationConfig(num_perm=64, bands=65)
     with pytest.raises(ValidationError, match="find only 81% of the pairs"):
         DeduplicationConfig(num_perm=16, threshold=0.1)
-    assert DeduplicationConfig().min_similarity_to_kept == pytest.approx(0.7)
-    assert DeduplicationConfig(threshold=0.05).min_similarity_to_kept == 0
+    assert DeduplicationConfig().min_similarity_to_kept == 0.8
+    assert DeduplicationConfig(threshold=0.05).min_similarity_to_kept == 0.05
     assert DeduplicationConfig(cluster_threshold=0.8).min_similarity_to_kept == 0.8
 
 

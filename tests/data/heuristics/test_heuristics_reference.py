@@ -48,8 +48,16 @@ def test_repeated_lines_and_paragraphs():
 
 def test_the_top_ngram_is_counted_with_its_spaces():
     assert reference.top_ngram("a b a b c".split(), 2) == ("a b", 2)
-    assert reference.top_ngram("a b c".split(), 2) == ("a b", 1)
+    assert reference.top_ngram("a b c".split(), 2) == ("", 0)
     assert reference.top_ngram(["a"], 2) == ("", 0)
+
+
+def test_short_text_does_not_repeat_what_it_says_once():
+    poem = "Shall winter's unrelenting\nnorthern thunderstorms\n\ndisturb our hibernation?\n"
+    mail = "".join(f"> line {number} of the letter\n>\n" for number in range(9))
+
+    assert not [*reference.gopher_repetition(poem, DEFAULTS)]
+    assert not [rule for rule in reference.gopher_repetition(mail, DEFAULTS) if "lines" in rule.code]
 
 
 def test_duplicate_ngrams_do_not_overlap():

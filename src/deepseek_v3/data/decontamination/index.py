@@ -15,15 +15,13 @@ import numpy as np
 from deepseek_v3.config.filter_config import DecontaminationConfig
 from deepseek_v3.data.arrays import BoolArray, Int64Array, UInt64Array, find_sorted
 from deepseek_v3.data.formats.reading import read_documents
+from deepseek_v3.data.scripts import UNSPACED_CLASS
 from deepseek_v3.utils.errors import DataError
 
-# Scripts without spaces between words, in which each character counts as a word.
-_UNSPACED = (
-    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Myanmar, Khmer
-    "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # kana, CJK ideographs
-)
 _ASCII_WORD = re.compile(r"[a-z0-9]+")
-_WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
+_WORD = re.compile(rf"[{UNSPACED_CLASS}]|[^\W_{UNSPACED_CLASS}]+")
+_UNSPACED = re.compile(f"[{UNSPACED_CLASS}]")
+_CHARACTERS_PER_WORD = 2  # of a script without spaces, in which a word has about two characters
 
 _FACTOR = 0x9E3779B97F4A7C15  # odd, and so invertible modulo 2^64
 _INVERSE = pow(_FACTOR, -1, 2**64)
@@ -62,7 +60,10 @@ class NgramMatches(NamedTuple):
 
 
 class EvaluationIndex:
-    """All n-grams of `ngram` words of evaluation texts, and whole texts of `min_ngram` to `ngram` - 1 words."""
+    """All n-grams of `ngram` words of evaluation texts, and whole texts of `min_ngram` to `ngram` - 1 words.
+
+    A text mostly in scripts without spaces, of which each character is a word, has n-grams of twice these lengths.
+    """
 
     def __init__(self, texts: Sequence[tuple[str, str]], ngram: int, min_ngram: int) -> None:
         """`texts` are pairs of a name and a text. Raises DataError if all are shorter than `min_ngram` words."""
@@ -71,14 +72,15 @@ class EvaluationIndex:
         lists = [split_words(text.lower()) for _, text in texts]
         numbers = np.fromiter(map(vocabulary.__getitem__, chain.from_iterable(lists)), np.int64)
         sizes = np.array([*map(len, lists)], np.int64)
-        if sizes.max(initial=0) < min_ngram:
+        scale = np.array([*map(_characters_per_word, lists)], np.int64)
+        if not (sizes >= min_ngram * scale).any():
             raise DataError(
                 f"decontamination.evaluation: none of {len(texts)} texts has min_ngram = {min_ngram} words; lower "
                 "min_ngram, or name other fields"
             )
         self._vocabulary = dict(vocabulary)
         self._values = np.random.default_rng(0).integers(2**64, size=len(vocabulary) + 1, dtype=np.uint64)
-        self._tables = self._tabulate(NgramHashes(self._values[numbers]), sizes, ngram, min_ngram)
+        self._tables = self._tabulate(NgramHashes(self._values[numbers]), sizes, ngram * scale, min_ngram * scale)
 
     def find(self, lists: Sequence[Sequence[str]]) -> NgramMatches:
         """Finds the matches in texts, given as lists of words."""
@@ -97,19 +99,27 @@ class EvaluationIndex:
         order = np.lexsort((lengths, starts))
         return NgramMatches(starts[order], lengths[order], owners[order])
 
-    def _tabulate(self, hashes: NgramHashes, sizes: Int64Array, ngram: int, min_ngram: int) -> dict[int, _Table]:
-        """Returns a table for each length of n-grams to search for."""
+    def _tabulate(
+        self, hashes: NgramHashes, sizes: Int64Array, longest: Int64Array, shortest: Int64Array
+    ) -> dict[int, _Table]:
+        """Returns a table for each length to search for; `longest` and `shortest` are the lengths for each text."""
         firsts = np.cumsum(sizes) - sizes
+        lengths = np.where(sizes >= shortest, np.minimum(sizes, longest), 0)
         tables = {}
-        for length in range(min_ngram, ngram + 1):
-            chosen = np.flatnonzero(sizes >= ngram if length == ngram else sizes == length)
-            if len(chosen):
-                numbers = sizes[chosen] - length + 1
-                owners = np.repeat(chosen, numbers)
-                within = np.arange(numbers.sum()) - np.repeat(np.cumsum(numbers) - numbers, numbers)
-                found, first = np.unique(hashes.at(firsts[owners] + within, length), return_index=True)
-                tables[length] = _Table(found, owners[first])
+        for length in np.unique(lengths[lengths > 0]).tolist():
+            chosen = np.flatnonzero(lengths == length)
+            numbers = sizes[chosen] - length + 1
+            owners = np.repeat(chosen, numbers)
+            within = np.arange(numbers.sum()) - np.repeat(np.cumsum(numbers) - numbers, numbers)
+            found, first = np.unique(hashes.at(firsts[owners] + within, length), return_index=True)
+            tables[length] = _Table(found, owners[first])
         return tables
+
+
+def _characters_per_word(words: Sequence[str]) -> int:
+    """Returns the number of `split_words` that make up one word of the language of a text."""
+    unspaced = sum(_UNSPACED.match(word) is not None for word in words)
+    return _CHARACTERS_PER_WORD if 2 * unspaced > len(words) else 1
 
 
 def split_words(lower: str) -> list[str]:

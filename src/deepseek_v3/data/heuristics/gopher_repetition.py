@@ -37,7 +37,9 @@ def gopher_repetition(table: TextTable, options: HeuristicsConfig) -> Iterator[R
     limits = (options.max_duplicate_paragraphs, options.max_duplicate_paragraph_characters)
     yield from _duplicate_items("paragraph", paragraphs, starts, table.characters, limits)
     limits = (options.max_duplicate_lines, options.max_duplicate_line_characters)
-    yield from _duplicate_items("line", table.lines, table.line_starts, table.characters, limits)
+    worded = to_mask(pc.match_substring_regex(table.lines, r"[\pL\pN]"))
+    lines, starts = table.lines.filter(pa.array(worded)), prefix_sums(worded)[table.line_starts]
+    yield from _duplicate_items("line", lines, starts, table.characters, limits)
     yield from _ngram_rules(table, options)
 
 
@@ -116,9 +118,9 @@ def repeated_ngrams(words: Int64Array, starts: Int64Array, longest: int) -> Iter
 
 @dataclass(frozen=True)
 class TopNgrams:
-    """The most frequent n-gram of each document: its count, and the position of its first occurrence.
+    """The most frequent n-gram of each document that repeats: its count, and the position of its first occurrence.
 
-    Of equally frequent n-grams the first counts. A document with fewer than n words has a count of 0.
+    Of equally frequent n-grams the first counts. A document in which none repeats has a count of 0.
     """
 
     counts: Int64Array
@@ -130,9 +132,8 @@ def top_ngrams(ngrams: RepeatedNgrams, starts: Int64Array) -> TopNgrams:
     total = max(int(starts[-1]), 1)
     heads = ngrams.positions[ngrams.positions == ngrams.first]
     counts = np.bincount(ngrams.first, minlength=total)[heads]
-    # Pack count and position into one number, so that a maximum prefers the count, then the smaller position. It
-    # starts at the document's first n-gram, which occurs once.
-    best = np.where(np.diff(starts) >= ngrams.n, 2 * total - 1 - starts[:-1], 0)
+    # Pack count and position into one number, so that a maximum prefers the count, then the smaller position.
+    best = np.zeros(len(starts) - 1, np.int64)
     np.maximum.at(best, np.searchsorted(starts, heads, side="right") - 1, counts * total + total - 1 - heads)
     return TopNgrams(best // total, total - 1 - best % total)
 

@@ -141,7 +141,12 @@ def gopher_repetition(text: str, options: HeuristicsConfig) -> Iterator[BrokenRu
             options.max_duplicate_paragraphs,
             options.max_duplicate_paragraph_characters,
         ),
-        ("lines", filled_lines(text), options.max_duplicate_lines, options.max_duplicate_line_characters),
+        (
+            "lines",
+            [line for line in filled_lines(text) if not is_symbol(line)],
+            options.max_duplicate_lines,
+            options.max_duplicate_line_characters,
+        ),
     ):
         found = seen_before(items)
         first = found[0] if found else None
@@ -170,10 +175,13 @@ def filled_lines(text: str) -> list[str]:
 
 
 def top_ngram(words: Sequence[str], n: int) -> tuple[str, int]:
-    """Returns the most frequent n-gram (the first of several), joined by spaces, and its number of occurrences."""
+    """Returns the most frequent n-gram (the first of several), joined by spaces, and its number of occurrences.
+
+    Returns ("", 0) if none repeats.
+    """
     counts = Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
     ngram, count = max(counts.items(), key=lambda item: item[1], default=((), 0))
-    return " ".join(ngram), count
+    return (" ".join(ngram), count) if count > 1 else ("", 0)
 
 
 def duplicate_ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
