@@ -8,8 +8,10 @@ from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import orjson
 import pyarrow as pa
+import pyarrow.compute as pc
 
 # None: the document does not say; its text has to be looked at.
 Content: TypeAlias = Literal["html", "code", "prose"] | None
@@ -56,9 +58,15 @@ _RECORD_FILES = frozenset((".jsonl", ".ndjson", ".json", ".parquet", ".arrow", "
 
 
 def contents_of(batch: pa.RecordBatch | pa.Table) -> list[Content]:
-    """What each document of `RECORDS` holds."""
-    sources, metadata = batch.column("source").to_pylist(), batch.column("metadata").to_pylist()
-    return [content_of(source, fields) for source, fields in zip(sources, metadata, strict=True)]
+    """What each document of `RECORDS` holds. Metadata that are no text, from a caller's table, say nothing."""
+    sources, metadata = batch.column("source").to_pylist(), batch.column("metadata")
+    contents = [_by_source(str(source or ""))[0] for source in sources]
+    if not pa.types.is_string(metadata.type):
+        return contents
+    telling = pc.fill_null(pc.match_substring_regex(metadata, _MENTIONS.pattern), False)
+    for row in np.flatnonzero(telling.to_numpy(zero_copy_only=False) if len(telling) else []).tolist():
+        contents[row] = content_of(sources[row], metadata[row].as_py())
+    return contents
 
 
 def content_of(source: str, metadata: str | None) -> Content:

@@ -32,6 +32,20 @@ def test_hashes_are_of_the_normalized_text(texts: list[str]) -> None:
     assert found == expected
 
 
+@pytest.mark.parametrize("unit", ["document", "line", "paragraph"])
+@pytest.mark.parametrize("suffix", ["py", "rs", "yaml", "c.gz", "Makefile"])
+def test_code_is_equal_only_with_its_case_and_indentation(unit: str, suffix: str) -> None:
+    texts = ["if a:\n    b()\nc()", "if a:\n    b()\n    c()", "IF A:\n    B()\nC()", "if a:\n    b()\nc()"]
+    texts = [text.replace("\n", " " * (unit == "line")) for text in texts] if unit == "line" else texts
+    names = [f"{i}.{suffix}" if suffix != "Makefile" else f"{i}/{suffix}" for i in range(4)]
+    data = {"id": names, "text": texts, "source": names, "metadata": pa.nulls(4, pa.string())}
+    stage = ExactDeduplicator(unit=unit, min_characters=1)
+
+    assert stage.deduplicate(pa.table(data)).ids == names[:3]
+    data["source"] = [f"{name}.txt" for name in names]
+    assert stage.deduplicate(pa.table(data)).ids == names[:1]
+
+
 def test_every_character_is_normalized() -> None:
     characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
     texts = ["".join(characters[start : start + 50]) for start in range(0, len(characters), 50)]

@@ -14,10 +14,11 @@ import pyarrow as pa
 from deepseek_v3.config.deduplication_config import ExactDeduplicationConfig
 from deepseek_v3.config.loading import section_from_dict
 from deepseek_v3.data.arrays import BoolArray, Int64Array
+from deepseek_v3.data.content import contents_of
 from deepseek_v3.data.deduplication import clusters, repeated_hashes
 from deepseek_v3.data.deduplication.in_memory import Deduplicator
 from deepseek_v3.data.deduplication.key_files import key_ranges, map_keys
-from deepseek_v3.data.deduplication.normalization import normalized_hashes
+from deepseek_v3.data.deduplication.normalization import exact_hashes, normalized_hashes
 from deepseek_v3.data.deduplication.repeated_hashes import Repeats
 from deepseek_v3.data.documents import with_texts
 from deepseek_v3.data.stages import Drop, IdLookup, NumberedPart, Outcome, Task, outcome
@@ -33,7 +34,8 @@ class ExactDeduplicator(Deduplicator):
     """Keeps the first of equal documents, or of equal paragraphs or lines (`ExactDeduplicationConfig`).
 
     Texts are equal if their XXH3-128 hashes agree after normalization, which removes letter case and white space;
-    so all documents of white space alone are equal. Repeated paragraphs or lines are removed from their document; a
+    so all documents of white space alone are equal. Source code, by the name of its file or its record, is equal if
+    every character is. Repeated paragraphs or lines are removed from their document; a
     document that has no others is dropped.
     """
 
@@ -52,11 +54,12 @@ class ExactDeduplicator(Deduplicator):
         if self._units is not None:
             self._units.write_keys(table, folder)
             return
-        hashes = [normalized_hashes(texts) for texts in table.column("text").chunks]
+        chunks = [normalized_hashes(texts) for texts in table.column("text").chunks]
+        hashes = np.concatenate([np.zeros((0, 2), np.uint64), *chunks])
+        code = [row for row, content in enumerate(contents_of(table)) if content == "code"]
+        hashes[code] = exact_hashes(table.column("text").take(pa.array(code, pa.int64())).to_pylist())
         rows = np.arange(table.num_rows, dtype=np.uint32)
-        repeated_hashes.write_keys(
-            folder, np.concatenate([np.zeros((0, 2), np.uint64), *hashes]), rows, np.zeros_like(rows)
-        )
+        repeated_hashes.write_keys(folder, hashes, rows, np.zeros_like(rows))
 
     def match_tasks(self, parts: Sequence[NumberedPart], memory: int) -> list[Task]:
         ranges = key_ranges(repeated_hashes.count_texts(parts) * _BYTES_PER_KEY, memory)
@@ -106,6 +109,7 @@ class UnitDeduplication:
     def write_keys(self, table: pa.Table, folder: Path) -> None:
         """Writes the keys of all units that are long enough."""
         num_filled = np.zeros(table.num_rows, np.uint32)
+        is_code = [content == "code" for content in contents_of(table)]
         rows: list[int] = []
         positions: list[int] = []
         texts: list[str] = []
@@ -118,6 +122,8 @@ class UnitDeduplication:
                     positions.append(position)
                     texts.append(unit)
         hashes = normalized_hashes(pa.array(texts, pa.large_string()))
+        code = [index for index, row in enumerate(rows) if is_code[row]]
+        hashes[code] = exact_hashes([texts[index].rstrip() for index in code])
         repeated_hashes.write_keys(folder, hashes, np.array(rows, np.uint32), np.array(positions, np.uint32))
         np.save(folder / _UNITS_FILE, num_filled)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
 
@@ -16,6 +17,7 @@ from deepseek_v3.data.deduplication.utf8 import find_multibyte, overwrite_charac
 _SPACES = bytes(byte for byte in range(128) if chr(byte).isspace())
 _LOWERED_BYTES = bytes(ord(chr(byte).lower()) for byte in range(128)) + bytes(range(128, 256))
 _END = 0x1F000  # no code point from here on is a capital letter or white space
+_EXACT_SEED = 1  # separates the hashes of exact texts from those of normalized ones
 _NEEDS_PYTHON = 1  # marks a character whose lower case has another size in UTF-8, or depends on its neighbours
 
 
@@ -27,6 +29,12 @@ def normalize(text: str) -> str:
 def normalized_hashes(texts: pa.Array) -> UInt64Array:
     """Returns the XXH3-128 hash of each normalized text in UTF-8: uint64 [texts, 2], the high half first."""
     digests = [digest for text, offsets in text_blocks(texts) for digest in _block_digests(text, offsets)]
+    return np.frombuffer(b"".join(digests), ">u8").astype(np.uint64).reshape(-1, 2)
+
+
+def exact_hashes(texts: Sequence[str]) -> UInt64Array:
+    """Returns hashes of texts as they are, in the form of `normalized_hashes`, none of which they equal."""
+    digests = [xxhash.xxh3_128_digest(text.encode(), seed=_EXACT_SEED) for text in texts]
     return np.frombuffer(b"".join(digests), ">u8").astype(np.uint64).reshape(-1, 2)
 
 
