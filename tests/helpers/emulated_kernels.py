@@ -26,6 +26,6 @@ def emulated_kernel(folder: Path, operation: str, name: str, defines: Mapping[st
     if not library.exists():
         sources = ROOT / "src" / "deepseek_v3" / "ops" / operation / "cuda"
         options = [*_OPTIONS, *(f"-D{key}={value}" for key, value in defines.items())]
-        files = [f"-I{_EMULATION}", f"-I{sources}", str(_EMULATION / f"{name}.cpp")]
+        files = [f"-I{_EMULATION}", f"-I{sources}", f"-I{sources.parents[1]}", str(_EMULATION / f"{name}.cpp")]
         subprocess.run([compiler, *options, *files, "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))

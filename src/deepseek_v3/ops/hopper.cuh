@@ -1,6 +1,8 @@
 // What the kernels in CUDA C++ share: types, barriers, the tensor memory accelerator (TMA), tiles for the tensor cores.
 // `kernel_cache.py` puts this text in place of the line that includes it.
 
+#ifndef EMULATED
+
 typedef unsigned char u8;
 typedef unsigned int u32;
 typedef unsigned short bf16;  // its bits
@@ -141,3 +143,18 @@ template <int PENDING>
 __device__ __forceinline__ void wait_for_products() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
+
+#endif
+
+// Ordinary code, which the emulation of kernels on a CPU compiles, too.
+
+// One of COUNT stages of shared memory, and the parity of the phase in which its barriers are.
+template <int COUNT>
+struct Stage {
+    u32 index, parity;
+
+    __device__ void advance() {
+        index += 1;
+        if (index == COUNT) index = 0, parity ^= 1;
+    }
+};

@@ -453,3 +453,5 @@ void launch(int blocks, int threads, Kernel kernel, int cluster_size = 1) {
         for (std::thread& each : all) each.join();
     }
 }
+
+#include "hopper.cuh"  // the part of it that is ordinary code

@@ -159,22 +159,12 @@ struct Tiles {
     }
 };
 
-// A stage of shared memory, and the parity of the phase in which its barriers are.
-struct Stage {
-    u32 index, parity;
-
-    __device__ void advance() {
-        index += 1;
-        if (index == STAGES) index = 0, parity ^= 1;
-    }
-};
-
 // Copies the operands of every tile, from one thread.
 __device__ __forceinline__ void copy_operands(
     Tiles tiles, const TensorMap& a, const TensorMap& b, const TensorMap& column_scales, u32 shared) {
     u32 full = shared + OFFSET_BARRIERS, empty = full + 8 * STAGES;
     Tile tile;
-    Stage stage{0, 0};
+    Stage<STAGES> stage{0, 0};
     while (tiles.next(tile, true)) {
         int row_b = tile.column + (COLUMNS ? 0 : tile.group * tiles.sizes.columns);
 #pragma unroll 1  // else it takes more registers than this warp may have
@@ -200,7 +190,7 @@ __device__ __forceinline__ void copy_scales(
     int column_blocks = (sizes.columns + BLOCK - 1) / BLOCK;
     long long row_step = COLUMNS ? 1 : blocks, block_step = COLUMNS ? sizes.rows : 1;
     Tile tile;
-    Stage stage{0, 0};
+    Stage<STAGES> stage{0, 0};
     while (tiles.next(tile, true)) {
         const float* of_a[TILE_M / 32];
 #pragma unroll
@@ -331,7 +321,7 @@ __device__ __forceinline__ void multiply_tiles(Tiles tiles, Out* out, u32 shared
     asm volatile("" : "+r"(tiles_a), "+r"(tiles_b), "+r"(row_scales), "+r"(block_scales), "+r"(column_scales),
         "+r"(full), "+r"(lane));
     Tile tile;
-    Stage stage{0, 0};
+    Stage<STAGES> stage{0, 0};
     bool ready = false;  // whether the stage is known to be full
     while (tiles.next(tile, false)) {
         float total[PARTS][64], sum[64];

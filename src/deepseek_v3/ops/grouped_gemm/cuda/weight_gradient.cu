@@ -85,20 +85,10 @@ struct Tiles {
     }
 };
 
-// A stage of shared memory, and the parity of the phase in which its barriers are.
-struct Stage {
-    u32 index, parity;
-
-    __device__ void advance() {
-        index += 1;
-        if (index == STAGES) index = 0, parity ^= 1;
-    }
-};
-
 // Copies the operands of every tile, from one thread.
 __device__ __forceinline__ void copy_tiles(Tiles tiles, const TensorMap& a, const TensorMap& b, u32 shared) {
     Tile tile;
-    Stage stage{0, 0};
+    Stage<STAGES> stage{0, 0};
     while (tiles.next(tile)) {
 #pragma unroll 1
         for (int done = 0; done < tile.count; done += BLOCK, stage.advance()) {
@@ -141,7 +131,7 @@ struct Operands {
 
 // Adds the rows of a group's whole blocks to the sums of a warpgroup.
 __device__ __forceinline__ void multiply_blocks(
-    float (&sums)[TILE_N / 2], int blocks, Stage& stage, int warpgroup, u32 shared) {
+    float (&sums)[TILE_N / 2], int blocks, Stage<STAGES>& stage, int warpgroup, u32 shared) {
     bool arrives = threadIdx.x % 32 == 0;
     u32 of_before = 0;  // the barrier of the block before, which the tensor cores may still read
 #pragma unroll 1
@@ -165,7 +155,7 @@ __device__ __forceinline__ void multiply_blocks(
 
 // Adds the `count` rows of a group's last block, if it is no whole one.
 __device__ __forceinline__ void multiply_rest(
-    float (&sums)[TILE_N / 2], int count, Stage& stage, int warpgroup, u32 shared) {
+    float (&sums)[TILE_N / 2], int count, Stage<STAGES>& stage, int warpgroup, u32 shared) {
     u32 place = shared + stage.index * BYTES_STAGE;
     int steps = (count + STEP - 1) / STEP;
     barrier_wait(shared + OFFSET_FULL + 8 * stage.index, stage.parity);
@@ -212,7 +202,7 @@ __device__ __forceinline__ void multiply_tiles(Tiles tiles, float* out, u32 shar
     const Sizes& sizes = tiles.sizes;
     int warp = threadIdx.x / 32;
     Tile tile;
-    Stage stage{0, 0};
+    Stage<STAGES> stage{0, 0};
     while (tiles.next(tile)) {
         // So the compiler knows that a warp's threads stay together; else it lets products wait for each other.
         int count = __shfl_sync(~0u, tile.count, 0), rest = count % BLOCK;
