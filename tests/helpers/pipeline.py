@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from deepseek_v3.config.loading import section_from_dict
 from deepseek_v3.config.preprocess_config import PreprocessConfig
+from deepseek_v3.data.pipeline.run import run_pipeline
 
 SHEET = ["preliminary_cleaning", "deduplication", "quality_filtering"]
 
@@ -27,6 +28,12 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def undisturbed(source: Path, output: Path, pipeline: list[str]) -> dict[str, str]:
+    """The digests of a run that nothing disturbs."""
+    run_pipeline(pipeline_config(str(source), output, pipeline))
+    return digests(output)
 
 
 def digests(output: Path) -> dict[str, str]:

@@ -14,7 +14,7 @@ from deepseek_v3.data.pipeline import run
 from deepseek_v3.data.pipeline.run import run_pipeline
 from deepseek_v3.data.sample_corpora import synthetic_documents
 from deepseek_v3.utils.errors import DataError
-from helpers.pipeline import digests, pipeline_config, write_lines
+from helpers.pipeline import digests, pipeline_config, undisturbed, write_lines
 
 PIPELINE = ["exact_deduplication", "deduplication"]
 UNSEALED = (
@@ -36,9 +36,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    output = tmp_path_factory.mktemp("output") / "clean"
-    run_pipeline(pipeline_config(str(corpus), output, PIPELINE))
-    return digests(output)
+    return undisturbed(corpus, tmp_path_factory.mktemp("output") / "clean", PIPELINE)
 
 
 def interrupted(corpus: Path, output: Path, step: str) -> None:

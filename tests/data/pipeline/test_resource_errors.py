@@ -18,7 +18,7 @@ import zstandard
 from deepseek_v3.data.formats import columnar, streams
 from deepseek_v3.data.pipeline.run import run_pipeline
 from deepseek_v3.utils.errors import ResourceError, resource_problem
-from helpers.pipeline import digests, pipeline_config, write_lines
+from helpers.pipeline import digests, pipeline_config, undisturbed, write_lines
 
 PIPELINE = ["preliminary_cleaning", "exact_deduplication"]
 TEXTS = [f"Text number {number} of a file that is in good order." for number in range(900)]
@@ -35,9 +35,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    output = tmp_path_factory.mktemp("output") / "clean"
-    run_pipeline(pipeline_config(str(corpus), output, PIPELINE))
-    return digests(output)
+    return undisturbed(corpus, tmp_path_factory.mktemp("output") / "clean", PIPELINE)
 
 
 def failing(original: Callable[..., Any], error: Exception, calls: int) -> Callable[..., Any]:
