@@ -226,7 +226,10 @@ def take_field(record: dict[str, Any], field: str) -> Any:
 
 
 def _without_nuls(text: str) -> str:
-    """The text without its NULs. Raises InvalidRecord for a text with so many of them that it is binary data."""
+    """The text without NUL characters (U+0000).
+
+    Raises InvalidRecord if it has too many of them to be text: then it is binary data, or was decoded wrongly.
+    """
     nuls = text.count("\0")
     if nuls == len(text) or (nuls > _FEW_NULS and nuls > _MAX_NUL_SHARE * len(text)):
         problem = f"{nuls} of its {len(text)} characters are NULs, the first is character {text.index(chr(0))}"
