@@ -63,18 +63,6 @@ __device__ __forceinline__ float load_shared(u32 address) {
     return value;
 }
 
-// The low half of the descriptor of a tile in shared memory; adding n moves it by 16 n bytes along K. The high half,
-// 0x40000040, says that TMA has swizzled its rows of 128 bytes, and that 8 rows lie 1024 bytes from the next 8.
-__device__ __forceinline__ u32 descriptor(u32 address) {
-    return address >> 4 | 1 << 16;
-}
-
-// The same of an operand whose rows are summed over, in tiles of 64 rows × 64 columns: it holds the distance of the next
-// 64 columns, and adding 128 moves it by 16 rows.
-__device__ __forceinline__ u32 transposed_descriptor(u32 address) {
-    return address >> 4 | 64 * 128 / 16 << 16;
-}
-
 __device__ __forceinline__ u32 as_bfloat16(float low, float high) {
     u32 packed;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
@@ -147,6 +135,19 @@ __device__ __forceinline__ void wait_for_products() {
 #endif
 
 // Ordinary code, which the emulation of kernels on a CPU compiles, too.
+
+// The low half of the descriptor of a tile in shared memory; adding n moves it by 16 n bytes along K. The high half,
+// 0x40000040, says that TMA has swizzled its rows of 128 bytes, and that 8 rows lie 1024 bytes from the next 8. The
+// highest bits of an address are the thread block's rank in its cluster, which a descriptor has other fields for.
+__device__ __forceinline__ u32 descriptor(u32 address) {
+    return (address & 0x3ffff) >> 4 | 1 << 16;
+}
+
+// The same of an operand whose rows are summed over, in tiles of 64 rows × 64 columns: it holds the distance of the next
+// 64 columns, and adding 128 moves it by 16 rows.
+__device__ __forceinline__ u32 transposed_descriptor(u32 address) {
+    return (address & 0x3ffff) >> 4 | 64 * 128 / 16 << 16;
+}
 
 // One of COUNT stages of shared memory, and the parity of the phase in which its barriers are.
 template <int COUNT>

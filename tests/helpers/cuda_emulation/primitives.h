@@ -85,6 +85,7 @@ struct NamedBarrier {
     u32 phase = 0;
 };
 struct Block {
+    u32 rank;  // in its cluster
     alignas(1024) u8 memory[232448];
     std::vector<Warp> warps;
     std::vector<Warpgroup> warpgroups;
@@ -94,7 +95,7 @@ struct Block {
     std::map<u32, CopyBarrier> barriers;
     NamedBarrier named[16];
 
-    explicit Block(int threads) : warps(threads / 32), warpgroups(threads / 128), together(threads) {
+    Block(u32 rank, int threads) : rank(rank), warps(threads / 32), warpgroups(threads / 128), together(threads) {
         memset(memory, 0xff, sizeof memory);  // NaN in bfloat16 and in float32
     }
 };
@@ -113,6 +114,15 @@ inline int lane_of_thread() { return threadIdx.x % 32; }
 template <typename Passed>
 inline void wait_until(std::unique_lock<std::mutex>& lock, const char* what, u32 which, Passed passed) {
     if (!block->changed.wait_for(lock, std::chrono::minutes(3), passed)) fail(what, which);
+}
+
+// Addresses in shared memory begin with the thread block's rank in its cluster, as those of a GPU do.
+constexpr int BITS_OF_PLACE = 24;
+inline u32 shared_memory() { return block->rank << BITS_OF_PLACE; }
+inline u32 place_of(u32 address) { return address & (1u << BITS_OF_PLACE) - 1; }
+inline u8* memory_at(u32 address) {
+    if (address >> BITS_OF_PLACE != block->rank) fail("an address of another thread block", address);
+    return block->memory + place_of(address);
 }
 
 // Warps
@@ -170,12 +180,12 @@ inline void end_phase_if_complete(CopyBarrier& barrier, Block& of) {
 
 inline void barrier_init(u32 address, u32 arrivals) {
     std::lock_guard lock(block->mutex);
-    block->barriers[address] = {int(arrivals), int(arrivals), 0, 0};
+    block->barriers[place_of(address)] = {int(arrivals), int(arrivals), 0, 0};
 }
 
 inline void barrier_expect(u32 address, u32 bytes, Block& of = *block) {
     std::lock_guard lock(of.mutex);
-    CopyBarrier& barrier = of.barriers.at(address);
+    CopyBarrier& barrier = of.barriers.at(place_of(address));
     if (!barrier.missing) fail("too many arrivals at barrier", address);
     barrier.missing -= 1;
     barrier.bytes += bytes;
@@ -187,7 +197,7 @@ inline void barrier_arrive_at(u32 address, u32 rank) { barrier_expect(address, 0
 
 inline void barrier_wait(u32 address, u32 parity) {
     std::unique_lock lock(block->mutex);
-    CopyBarrier& barrier = block->barriers.at(address);
+    CopyBarrier& barrier = block->barriers.at(place_of(address));
     wait_until(lock, "waits in vain for barrier", address, [&] { return barrier.phase % 2 != parity; });
 }
 
@@ -225,8 +235,6 @@ inline void pin(float (&)[N]) {}
 
 // Memory
 
-inline u32 shared_memory() { return 0; }
-
 // Addresses of 16 bytes are exchanged within rows of 128 bytes, by the number of the row.
 inline u32 swizzled(u32 address) { return address ^ (address >> 7 & 7) << 4; }
 
@@ -235,12 +243,12 @@ inline void copy_box_of(Block& of, u32 target, const TensorMap* map, int column,
         for (int c = 0; c < map->box_bytes; c++) {
             long from = column * map->number_bytes + c;
             bool there = row + r < map->rows && from < map->row_bytes;
-            u32 to = target + r * map->box_bytes + c;
+            u32 to = place_of(target) + r * map->box_bytes + c;
             of.memory[map->swizzled ? swizzled(to) : to] =
                 there ? static_cast<const u8*>(map->numbers)[(row + r) * map->row_bytes + from] : 0;
         }
     std::lock_guard lock(of.mutex);
-    CopyBarrier& waiting = of.barriers.at(barrier);
+    CopyBarrier& waiting = of.barriers.at(place_of(barrier));
     waiting.bytes -= 64 * map->box_bytes;
     end_phase_if_complete(waiting, of);
 }
@@ -255,14 +263,14 @@ inline void copy_box_to_both(u32 target, const TensorMap* map, int column, int r
 
 inline float load_shared(u32 address) {
     float value;
-    memcpy(&value, block->memory + address, 4);
+    memcpy(&value, memory_at(address), 4);
     return value;
 }
-inline void store_shared(u32 address, float value) { memcpy(block->memory + address, &value, 4); }
-inline void store_16(u32 address, uint4 value) { memcpy(block->memory + address, &value, 16); }
+inline void store_shared(u32 address, float value) { memcpy(memory_at(address), &value, 4); }
+inline void store_16(u32 address, uint4 value) { memcpy(memory_at(address), &value, 16); }
 inline uint4 load_16(u32 address) {
     uint4 value;
-    memcpy(&value, block->memory + address, 16);
+    memcpy(&value, memory_at(address), 16);
     return value;
 }
 
@@ -329,12 +337,9 @@ inline u32 product_of_pairs(u32 one, u32 other) {
 
 // Tensor cores. A thread holds columns 8 i + 2 (lane % 4) and the next one, of rows lane / 4 and lane / 4 + 8.
 
-inline u32 descriptor(u32 address) { return address >> 4 | 1 << 16; }
-inline u32 transposed_descriptor(u32 address) { return address >> 4 | 64 * 64 * 2 / 16 << 16; }
-
-inline float at(u32 address) {
+inline float at(u32 place) {
     bf16 bits;
-    memcpy(&bits, block->memory + swizzled(address), 2);
+    memcpy(&bits, block->memory + swizzled(place), 2);
     return wide(bits);
 }
 
@@ -421,7 +426,7 @@ inline void store_matrices(u32 address, const u32* numbers) {
     int lane = lane_of_thread();
     warp.words[lane] = address;
     warp.together.arrive_and_wait();
-    for (int i = 0; i < 4; i++) memcpy(block->memory + warp.words[8 * i + lane / 4] + lane % 4 * 4, numbers + i, 4);
+    for (int i = 0; i < 4; i++) memcpy(memory_at(warp.words[8 * i + lane / 4] + lane % 4 * 4), numbers + i, 4);
     warp.together.arrive_and_wait();
 }
 
@@ -436,7 +441,7 @@ void launch(int blocks, int threads, Kernel kernel, int cluster_size = 1) {
         std::vector<std::unique_ptr<Block>> states;
         std::vector<Block*> members;
         for (int rank = 0; rank < cluster_size; rank++) {
-            states.push_back(std::make_unique<Block>(threads));
+            states.push_back(std::make_unique<Block>(rank, threads));
             members.push_back(states.back().get());
         }
         std::barrier<> together(threads * cluster_size);
