@@ -127,4 +127,4 @@ def _kernel(name: str, rank: int, is_fp8: bool, cluster: int) -> Kernel:
 def _shared_bytes(rank: int) -> int:
     """Queries and two blocks of keys with their scales; maxima and sums of rows; barriers; the tiles' alignment."""
     tiles, scales = 3 * (rank // _COLUMNS + 1) * _ROWS * _COLUMNS * 2, 2 * PAGE * (rank // BLOCK) * 4
-    return tiles + scales + 4 * _ROWS * 4 + 12 * 8 + 1024
+    return tiles + scales + 4 * _ROWS * 4 + 16 * 8 + 1024

@@ -36,8 +36,8 @@ constexpr int HALF = RANK / 2;                     // value columns of a warpgro
 constexpr int VALUE_TILES = RANK / COLUMNS, TILES = VALUE_TILES + 1;
 constexpr u32 BYTES_TILE = 64 * COLUMNS * 2;
 constexpr u32 BYTES_KEYS = TILES * BYTES_TILE;
-constexpr int BLOCK = 128, SCALES = RANK / BLOCK;                    // numbers with one scale; scales of a row
-constexpr u32 BYTES_RAW = KEYS * (RANK + SCALES * 4 + COLUMNS * 2);  // of a block of rows of 8-bit blocks
+constexpr int BLOCK = 128, PIECES = RANK / BLOCK;                    // columns of one scale, if numbers have 8 bits
+constexpr u32 BYTES_RAW = KEYS * (RANK + PIECES * 4 + COLUMNS * 2);  // of a block of rows of 8-bit blocks
 constexpr int COPIERS = FP8 ? 4 : 1;  // warps that copy, or convert, the keys
 constexpr int REGISTERS = FP8 ? 216 : 232, REGISTERS_OF_COPIERS = FP8 ? 72 : 32;  // of a thread
 static_assert(2 * REGISTERS + REGISTERS_OF_COPIERS <= 3 * 168, "a launch of 384 threads has 168 registers for each");
@@ -46,18 +46,25 @@ static_assert(2 * REGISTERS + REGISTERS_OF_COPIERS <= 3 * 168, "a launch of 384 
 // barriers. The last tile of a block, its rotated columns, is read for scores alone; then it holds the exponentiated
 // scores of the block, the weights of its values.
 constexpr u32 OFFSET_KEYS = BYTES_KEYS, WEIGHTS = VALUE_TILES * BYTES_TILE;
-constexpr u32 OFFSET_SCALES = OFFSET_KEYS + 2 * BYTES_KEYS, BYTES_SCALES = KEYS * SCALES * 4;
+constexpr u32 OFFSET_SCALES = OFFSET_KEYS + 2 * BYTES_KEYS, BYTES_SCALES = KEYS * PIECES * 4;
 constexpr u32 OFFSET_MAXIMA = OFFSET_SCALES + 2 * BYTES_SCALES, OFFSET_SUMS = OFFSET_MAXIMA + 2 * ROWS * 4;
 constexpr u32 OFFSET_BARRIERS = OFFSET_SUMS + 2 * ROWS * 4;
 
-// Barriers: of the queries, copied and read; then for each block of keys and each half of its columns, full and empty;
-// then for the bytes of both blocks, if they are of 8-bit blocks. Warpgroup 0 reads the first half of the values, and
-// warpgroup 1 the second one. The last tile belongs to the half of the warpgroup that reads the weights from there: to
-// the second half of the first block, and to the first half of the second block.
+// Barriers: of the queries, copied and read; then for each block of keys and each piece of BLOCK columns, full; for each
+// half of the columns, empty; then for the bytes of both blocks, if they are of 8-bit blocks. Warpgroup 0 reads the first
+// half of the values, and warpgroup 1 the second one. The last tile belongs to the half of the warpgroup that reads the
+// weights from there: to the second half of the first block, and to the first half of the second block. It comes with the
+// last piece of that half.
 //
 // In a cluster, thread block h copies halves h, and only its barriers say that these are empty, in both thread blocks.
 // Of the bytes of 8-bit blocks each copies some, and the barriers of each say that the halves of both are empty.
-constexpr u32 QUERIES = 0, QUERIES_READ = 8, FULL = 16, EMPTY = FULL + 4 * 8, RAW = EMPTY + 4 * 8;
+constexpr u32 QUERIES = 0, QUERIES_READ = 8, FULL = 16, FULL_OF_BLOCK = PIECES * 8, EMPTY = FULL + 2 * FULL_OF_BLOCK;
+constexpr u32 RAW = EMPTY + 4 * 8;
+
+// The piece of the first or second block that the last tile comes with.
+__device__ constexpr int piece_with_rotated(int second) {
+    return second ? PIECES / 2 - 1 : PIECES - 1;
+}
 
 // sequences; queries · heads rows of each; most parts of a sequence; width of the page table.
 struct Sizes {
@@ -217,7 +224,7 @@ constexpr float LOG2_E = 1.44269504f, LN_2 = 0.69314718f;
 
 // Named barriers: for the weights of each warpgroup's blocks, for both warpgroups' sums, and of each one alone.
 enum {
-    WEIGHTS_SHOWN = 1, SUMS_ARE_READ = WEIGHTS_SHOWN + 2, SUMS_ARE_THERE, ZEROED,
+    WEIGHTS_SHOWN = 1, SUMS_ARE_READ = WEIGHTS_SHOWN + 2, SUMS_ARE_THERE, ZEROED, SCORED = ZEROED + 2,
 };
 
 // Keys of each of `parts` parts, in pairs of blocks.
@@ -335,19 +342,21 @@ __device__ __forceinline__ void copy_queries(
 // thread block's half, for both, and otherwise expects it.
 __device__ __forceinline__ void copy_half(
     const TensorMap& pages, int row, int second, int half, u32 uses, u32 shared) {
-    u32 barriers = shared + OFFSET_BARRIERS, place = second * 16 + half * 8;
-    u32 full = barriers + FULL + place, keys = shared + OFFSET_KEYS + second * BYTES_KEYS;
-    bool own = CLUSTER == 1 || blockIdx.x % 2 == half, has_rotated = half != second;
-    if (own)
-        barrier_wait(barriers + EMPTY + place, uses % 2 ^ 1);
-    else if (uses > 0)
-        barrier_wait(full, uses % 2 ^ 1);  // the copy before has come
-    barrier_expect(full, (VALUE_TILES / 2 + has_rotated) * BYTES_TILE);
-    if (!own) return;
+    u32 barriers = shared + OFFSET_BARRIERS, keys = shared + OFFSET_KEYS + second * BYTES_KEYS;
+    bool own = CLUSTER == 1 || blockIdx.x % 2 == half;
+    if (own) barrier_wait(barriers + EMPTY + second * 16 + half * 8, uses % 2 ^ 1);
     auto copy = CLUSTER == 1 ? copy_box : copy_box_to_both;
-    for (int tile = half * (VALUE_TILES / 2); tile < (half + 1) * (VALUE_TILES / 2); tile++)
-        copy(keys + tile * BYTES_TILE, &pages, tile * COLUMNS, row, full);
-    if (has_rotated) copy(keys + WEIGHTS, &pages, RANK, row, full);
+#pragma unroll
+    for (int piece = half * (PIECES / 2); piece < (half + 1) * (PIECES / 2); piece++) {
+        u32 full = barriers + FULL + second * FULL_OF_BLOCK + piece * 8;
+        bool has_rotated = piece == piece_with_rotated(second);
+        if (!own && uses > 0) barrier_wait(full, uses % 2 ^ 1);  // the copy before has come
+        barrier_expect(full, (2 + has_rotated) * BYTES_TILE);
+        if (!own) continue;
+        for (int tile = 2 * piece; tile < 2 * piece + 2; tile++)
+            copy(keys + tile * BYTES_TILE, &pages, tile * COLUMNS, row, full);
+        if (has_rotated) copy(keys + WEIGHTS, &pages, RANK, row, full);
+    }
 }
 
 // Copies the queries and the keys of every run, from one warp: a block as soon as both warpgroups have read the one
@@ -427,7 +436,7 @@ __device__ __forceinline__ void convert_columns(u32 keys, u32 scales, int piece,
     for (int i = 0; i < 4; i++) {
         int row = first + 4 * i;
         bytes[i] = row < left ? load_16(raw + row * 128 + chunk * 16) : make_uint4(0, 0, 0, 0);
-        scale[i] = row < left ? load_shared(scales + (row * SCALES + piece) * 4) : 1;
+        scale[i] = row < left ? load_shared(scales + (row * PIECES + piece) * 4) : 1;
         plain = plain && is_plain(scale[i]);
         largest |= (bytes[i].x & 0x7f7f7f7f) + 0x01010101 | (bytes[i].y & 0x7f7f7f7f) + 0x01010101;
         largest |= (bytes[i].z & 0x7f7f7f7f) + 0x01010101 | (bytes[i].w & 0x7f7f7f7f) + 0x01010101;
@@ -471,10 +480,10 @@ __device__ __forceinline__ void copy_raw(const RawPages& pages, int row, int sec
     barrier_wait(barriers + EMPTY + second * 16 + 8, uses % 2 ^ 1);
     barrier_expect(raw, BYTES_RAW);
     auto copy = CLUSTER == 1 ? copy_box : copy_box_to_both;
-    for (int piece = 0; piece < SCALES; piece++)
+    for (int piece = 0; piece < PIECES; piece++)
         if (CLUSTER == 1 || piece % 2 == blockIdx.x % 2)
             copy(keys + (VALUE_TILES / 2 + piece) * BYTES_TILE, &pages.bytes, piece * BLOCK, row, raw);
-    if (CLUSTER == 1 || blockIdx.x % 2 == 0) copy(keys + WEIGHTS, &pages.rotated, RANK / 2 + 2 * SCALES, row, raw);
+    if (CLUSTER == 1 || blockIdx.x % 2 == 0) copy(keys + WEIGHTS, &pages.rotated, RANK / 2 + 2 * PIECES, row, raw);
     if (CLUSTER == 1 || blockIdx.x % 2 == 1)
         copy(shared + OFFSET_SCALES + second * BYTES_SCALES, &pages.scales, RANK / 4, row, raw);
 }
@@ -496,14 +505,14 @@ __device__ __forceinline__ void convert_runs(
         for (int block = 0; block < blocks; block++) {
             int second = block % 2, left = keys - block * KEYS;
             u32 parity = (second ? uses.of_block[1]++ : uses.of_block[0]++) % 2;
-            u32 target = shared + OFFSET_KEYS + second * BYTES_KEYS, full = barriers + FULL + second * 16;
+            u32 target = shared + OFFSET_KEYS + second * BYTES_KEYS, full = barriers + FULL + second * FULL_OF_BLOCK;
             u32 scales = shared + OFFSET_SCALES + second * BYTES_SCALES;
             barrier_wait(barriers + RAW + second * 8, parity);
             if (left < KEYS) zero_rotated(target, left);
 #pragma unroll 1
-            for (int piece = 0; piece < SCALES; piece++) {
+            for (int piece = 0; piece < PIECES; piece++) {
                 convert_columns(target, scales, piece, left);
-                if (piece % (SCALES / 2) == SCALES / 2 - 1) arrive_as_warp(full + piece / (SCALES / 2) * 8);
+                arrive_as_warp(full + piece * 8);
             }
             if (copies && block + 1 < blocks)
                 copy_raw(pages, of_run[block + 1] * KEYS, second ^ 1, uses.of_block[second ^ 1], shared);
@@ -515,6 +524,11 @@ __device__ __forceinline__ void convert_runs(
 // warpgroup's own blocks; of the thread's own columns, and of all when a part is complete.
 struct Rows {
     float maximum_0 = -INFINITE, maximum_8 = -INFINITE, sum_0 = 0, sum_8 = 0;
+
+    __device__ void add_sums(const Rows& others) {
+        sum_0 += others.sum_0;
+        sum_8 += others.sum_8;
+    }
 };
 
 __device__ __forceinline__ float largest_of_four(float x) {
@@ -527,36 +541,40 @@ __device__ __forceinline__ float sum_of_four(float x) {
     return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-// Scales the sums of a row after its maximum has grown from `before` to `now`. Most of the time it has not.
+// What a row's sums are multiplied by when its maximum grows.
+__device__ __forceinline__ float decay(float before, float now) {
+    return before == now ? 1 : exp2_of(before - now);  // both may be -inf
+}
+
+template <int N>
+__device__ __forceinline__ void scale_sums(float (&sums)[N], Rows& rows, float now_0, float now_8) {
+    float factor_0 = decay(rows.maximum_0, now_0), factor_8 = decay(rows.maximum_8, now_8);
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+        sums[i] *= factor_0;
+        sums[i + 1] *= factor_0;
+        sums[i + 2] *= factor_8;
+        sums[i + 3] *= factor_8;
+    }
+    rows.sum_0 *= factor_0;
+    rows.sum_8 *= factor_8;
+    rows.maximum_0 = now_0;
+    rows.maximum_8 = now_8;
+}
+
+// Scales the sums of rows whose maxima have grown. Most of the time none has.
 template <int N>
 __device__ __forceinline__ void rescale(float (&sums)[N], Rows& rows, float now_0, float now_8) {
     bool same = now_0 == rows.maximum_0 && now_8 == rows.maximum_8;
-    if (!__all_sync(~0u, same)) {
-        float factor_0 = now_0 == rows.maximum_0 ? 1 : exp2_of(rows.maximum_0 - now_0);
-        float factor_8 = now_8 == rows.maximum_8 ? 1 : exp2_of(rows.maximum_8 - now_8);
-#pragma unroll
-        for (int i = 0; i < N; i += 4) {
-            sums[i] *= factor_0;
-            sums[i + 1] *= factor_0;
-            sums[i + 2] *= factor_8;
-            sums[i + 3] *= factor_8;
-        }
-        rows.sum_0 *= factor_0;
-        rows.sum_8 *= factor_8;
-        rows.maximum_0 = now_0;
-        rows.maximum_8 = now_8;
-    }
+    if (!__all_sync(~0u, same)) scale_sums(sums, rows, now_0, now_8);
 }
 
-// Adds some tiles' share to the scores of a block; FIRST: there are none yet.
-template <int BEGIN, int END, bool FIRST>
-__device__ __forceinline__ void score(float (&scores)[32], u32 queries, u32 keys) {
+// Adds a tile's share to the scores of a block, without waiting, or begins with it.
+__device__ __forceinline__ void score(float (&scores)[32], u32 queries, u32 keys, int tile, bool add) {
 #pragma unroll
-    for (int tile = BEGIN; tile < END; tile++)
-#pragma unroll
-        for (int k = 0; k < COLUMNS / 16; k++)
-            multiply_keys(scores, queries + tile * (BYTES_TILE / 16) + 2 * k, keys + tile * (BYTES_TILE / 16) + 2 * k,
-                !FIRST || tile > BEGIN || k > 0);
+    for (int k = 0; k < COLUMNS / 16; k++)
+        multiply_keys(scores, queries + tile * (BYTES_TILE / 16) + 2 * k, keys + tile * (BYTES_TILE / 16) + 2 * k,
+            add || k > 0);
 }
 
 // Turns scores into weights, relative to the rows' maxima, and sums the thread's.
@@ -636,97 +654,158 @@ __device__ __forceinline__ void release_half(u32 shared, int second) {
     }
 }
 
-// A block whose scores this warpgroup computes, and whose weights it shows the other one.
+// Begins the scores of a block of this warpgroup's own as its pieces come, without waiting for the products.
 template <int GROUP>
-__device__ __forceinline__ void attend_own(
-    const Part& part, int block, u32 parity, u32 shared, float (&sums)[HALF / 2], Rows& rows) {
-    int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, row = warp * 16 + lane / 4;
+__device__ __forceinline__ void begin_scores(
+    const Part& part, int block, u32 parity, u32 shared, float (&scores)[32]) {
     u32 keys = shared + OFFSET_KEYS + GROUP * BYTES_KEYS, barriers = shared + OFFSET_BARRIERS;
-    u32 full = barriers + FULL + GROUP * 16;
+    u32 full = barriers + FULL + GROUP * FULL_OF_BLOCK;
     u32 queries = descriptor(shared), keys_at = descriptor(keys);
-    float scores[32];
     if (FP8) barrier_wait(barriers + RAW + GROUP * 8, parity);  // of the rotated numbers
-    barrier_wait(full, parity);
     int left = part.keys - block * KEYS;
     if (!FP8 && left < KEYS) {
-        barrier_wait(full + 8, parity);
+        for (int piece = 0; piece < PIECES; piece++) barrier_wait(full + piece * 8, parity);
         zero_keys<GROUP>(keys, left);
     }
     pin(scores);
-    begin_products();
-    score<0, VALUE_TILES / 2, true>(scores, queries, keys_at);
-    if (GROUP == 1) score<VALUE_TILES, TILES, false>(scores, queries, keys_at);
-    commit_products();
-    barrier_wait(full + 8, parity);
-    begin_products();
-    score<VALUE_TILES / 2, VALUE_TILES + (GROUP == 0), false>(scores, queries, keys_at);
-    commit_products();
-    wait_for_products<0>();
-    pin(scores);
-    if (part.last && left <= 2 * KEYS && lane == 0) barrier_arrive(barriers + QUERIES_READ);
-    float now_0 = rows.maximum_0, now_8 = rows.maximum_8, added_0 = 0, added_8 = 0;
-    mask(scores, part, part.first_key + block * KEYS, now_0, now_8);
+#pragma unroll
+    for (int piece = 0; piece < PIECES; piece++) {
+        barrier_wait(full + piece * 8, parity);
+        begin_products();
+#pragma unroll
+        for (int tile = 2 * piece; tile < 2 * piece + 2; tile++) score(scores, queries, keys_at, tile, tile > 0);
+        if (piece == piece_with_rotated(GROUP)) score(scores, queries, keys_at, VALUE_TILES, true);
+        commit_products();
+    }
+}
+
+// Turns complete scores into weights, and grows the maxima of `rows`, which the other warpgroup will read.
+template <int GROUP>
+__device__ __forceinline__ void weigh(
+    const Part& part, int block, u32 shared, float (&scores)[32], u32 (&weights)[16], Rows& rows) {
+    int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane / 4;
+    bool is_last = part.last && part.keys - block * KEYS <= 2 * KEYS;
+    if (is_last && lane == 0) barrier_arrive(shared + OFFSET_BARRIERS + QUERIES_READ);
+    mask(scores, part, part.first_key + block * KEYS, rows.maximum_0, rows.maximum_8);
     if (lane % 4 == 0) {
         u32 maxima = shared + OFFSET_MAXIMA + 4 * (GROUP * ROWS + row);
-        store_shared(maxima, now_0);
-        store_shared(maxima + 32, now_8);
+        store_shared(maxima, rows.maximum_0);
+        store_shared(maxima + 32, rows.maximum_8);
     }
-    u32 weights[16];
-    exponentiate(scores, weights, now_0, now_8, added_0, added_8);
-    rescale(sums, rows, now_0, now_8);
+    exponentiate(scores, weights, rows.maximum_0, rows.maximum_8, rows.sum_0, rows.sum_8);
+}
+
+// Shows the other warpgroup the weights of a block of this one's own.
+template <int GROUP>
+__device__ __forceinline__ void show_own(const u32 (&weights)[16], u32 shared) {
+    int row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 16;
+    synchronize<SCORED + GROUP, 128>();  // no warp reads the rotated columns any more
+    show_weights(weights, shared + OFFSET_KEYS + GROUP * BYTES_KEYS + WEIGHTS + row * 128);
+    arrive<WEIGHTS_SHOWN + GROUP, 256>();
+}
+
+// Begins to add the values of a block of this warpgroup's own, without waiting.
+template <int GROUP>
+__device__ __forceinline__ void begin_own_values(const u32 (&weights)[16], u32 shared, float (&sums)[HALF / 2]) {
+    u32 keys = shared + OFFSET_KEYS + GROUP * BYTES_KEYS;
     u32 values = transposed_descriptor(keys + GROUP * (VALUE_TILES / 2) * BYTES_TILE);
     pin(sums);
     begin_products();
 #pragma unroll
     for (int k = 0; k < 4; k++) multiply_values(sums, weights + 4 * k, values + 128 * k);
     commit_products();
-    rows.sum_0 += added_0;
-    rows.sum_8 += added_8;
-    show_weights(weights, keys + WEIGHTS + (warp * 16 + lane % 16) * 128);
-    arrive<WEIGHTS_SHOWN + GROUP, 256>();
-    wait_for_products<0>();
-    pin(sums);
-    if (lane == 0) release_half<GROUP>(shared, GROUP);
 }
 
-// A block whose weights the other warpgroup shows.
+// The same of a block whose weights the other warpgroup shows.
 template <int GROUP>
-__device__ __forceinline__ void attend_others(u32 parity, u32 shared, float (&sums)[HALF / 2], Rows& rows) {
+__device__ __forceinline__ void begin_others_values(u32 parity, u32 shared, float (&sums)[HALF / 2], Rows& rows) {
     constexpr int OTHER = GROUP ^ 1;
     int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane / 4;
     u32 keys = shared + OFFSET_KEYS + OTHER * BYTES_KEYS, barriers = shared + OFFSET_BARRIERS;
     u32 maxima = shared + OFFSET_MAXIMA + 4 * (OTHER * ROWS + row);
     u32 values = transposed_descriptor(keys + GROUP * (VALUE_TILES / 2) * BYTES_TILE);
     u32 weights = descriptor(keys + WEIGHTS);
-    barrier_wait(barriers + FULL + OTHER * 16 + GROUP * 8, parity);
+#pragma unroll
+    for (int piece = 0; piece < PIECES / 2; piece++)
+        barrier_wait(barriers + FULL + OTHER * FULL_OF_BLOCK + (GROUP * (PIECES / 2) + piece) * 8, parity);
     synchronize<WEIGHTS_SHOWN + OTHER, 256>();
+    wait_for_products<0>();  // the compiler makes every product wait if sums change while one is computed
     rescale(sums, rows, load_shared(maxima), load_shared(maxima + 32));
     pin(sums);
     begin_products();
 #pragma unroll
     for (int k = 0; k < 4; k++) multiply_values(sums, weights + 2 * k, values + 128 * k);
     commit_products();
+}
+
+// Waits for the values of a block, and lets its half of the columns be copied over.
+template <int GROUP>
+__device__ __forceinline__ void complete_values(u32 shared, int second, float (&sums)[HALF / 2]) {
     wait_for_products<0>();
     pin(sums);
-    if (lane == 0) release_half<GROUP>(shared, OTHER);
+    if (threadIdx.x % 32 == 0) release_half<GROUP>(shared, second);
+}
+
+// The first warpgroup's work on its own block.
+__device__ __forceinline__ void attend_first(
+    const Part& part, int block, u32 parity, u32 shared, float (&sums)[HALF / 2], Rows& rows) {
+    float scores[32];
+    u32 weights[16];
+    begin_scores<0>(part, block, parity, shared, scores);
+    wait_for_products<0>();
+    pin(scores);
+    Rows grown{rows.maximum_0, rows.maximum_8};
+    weigh<0>(part, block, shared, scores, weights, grown);
+    rescale(sums, rows, grown.maximum_0, grown.maximum_8);
+    begin_own_values<0>(weights, shared, sums);
+    show_own<0>(weights, shared);
+    rows.add_sums(grown);
+    complete_values<0>(shared, 0, sums);
+}
+
+// The second warpgroup's work on a pair of blocks. It begins its scores before the first warpgroup has shown the weights
+// of its block, and weighs them while the tensor cores add the values of that block.
+__device__ __forceinline__ void attend_second(
+    const Part& part, int block, u32 parity_0, u32 parity_1, u32 shared, float (&sums)[HALF / 2], Rows& rows) {
+    float scores[32];
+    u32 weights[16];
+    begin_scores<1>(part, block + 1, parity_1, shared, scores);
+    begin_others_values<1>(parity_0, shared, sums, rows);
+    pin(scores);
+    Rows grown{rows.maximum_0, rows.maximum_8};
+    weigh<1>(part, block + 1, shared, scores, weights, grown);
+    show_own<1>(weights, shared);
+    complete_values<1>(shared, 0, sums);
+    rescale(sums, rows, grown.maximum_0, grown.maximum_8);
+    begin_own_values<1>(weights, shared, sums);
+    rows.add_sums(grown);
+    complete_values<1>(shared, 1, sums);
 }
 
 // One warpgroup's work on all blocks of a part.
 template <int GROUP>
 __device__ __forceinline__ void attend(
     const Part& part, u32 shared, Uses& uses, float (&sums)[HALF / 2], Rows& rows) {
-    int blocks = (part.keys + KEYS - 1) / KEYS;
+    // From a shuffle: the compiler then knows that a warp's threads stay together, and lets products overlap.
+    int blocks = __shfl_sync(~0u, (part.keys + KEYS - 1) / KEYS, 0), block = 0;
 #pragma unroll 1
-    for (int block = 0; block < blocks; block += 2) {
-        bool has_second = block + 1 < blocks;
-        u32 parity_0 = uses.of_block[0]++ % 2, parity_1 = uses.of_block[1] % 2;
-        uses.of_block[1] += has_second;
+    for (; block + 1 < blocks; block += 2) {
+        u32 parity_0 = uses.of_block[0]++ % 2, parity_1 = uses.of_block[1]++ % 2;
         if (GROUP == 0) {
-            attend_own<0>(part, block, parity_0, shared, sums, rows);
-            if (has_second) attend_others<0>(parity_1, shared, sums, rows);
+            attend_first(part, block, parity_0, shared, sums, rows);
+            begin_others_values<0>(parity_1, shared, sums, rows);
+            complete_values<0>(shared, 1, sums);
         } else {
-            attend_others<1>(parity_0, shared, sums, rows);
-            if (has_second) attend_own<1>(part, block + 1, parity_1, shared, sums, rows);
+            attend_second(part, block, parity_0, parity_1, shared, sums, rows);
+        }
+    }
+    if (block < blocks) {
+        u32 parity = uses.of_block[0]++ % 2;
+        if (GROUP == 0) {
+            attend_first(part, block, parity, shared, sums, rows);
+        } else {
+            begin_others_values<1>(parity, shared, sums, rows);
+            complete_values<1>(shared, 0, sums);
         }
     }
     if (part.last && blocks <= GROUP) {  // no block of this warpgroup's own
@@ -743,11 +822,6 @@ struct Results {
     int* added;
     float* kept;  // sums that a thread block keeps until its next part is complete
 };
-
-// What a row's sums are multiplied by when its maximum grows.
-__device__ __forceinline__ float decay(float before, float now) {
-    return before == now ? 1 : exp2_of(before - now);  // both may be -inf
-}
 
 // Two rows' sums as one: the arithmetic by which parts are added.
 __device__ __forceinline__ float add(float before, float before_decay, float part, float part_decay) {
@@ -911,8 +985,8 @@ extern "C" IN_CLUSTERS __global__ void __launch_bounds__(384, 1) mla_decode(
         u32 barriers = shared + OFFSET_BARRIERS;
         barrier_init(barriers + QUERIES, 1);
         barrier_init(barriers + QUERIES_READ, 8);
+        for (int i = 0; i < 2 * PIECES; i++) barrier_init(barriers + FULL + 8 * i, COPIERS);
         for (int i = 0; i < 4; i++) {
-            barrier_init(barriers + FULL + 8 * i, COPIERS);
             barrier_init(barriers + EMPTY + 8 * i, 4 * CLUSTER);  // the warps that read this half
         }
         barrier_init(barriers + RAW, 1);
