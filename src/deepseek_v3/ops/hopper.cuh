@@ -5,6 +5,7 @@
 
 typedef unsigned char u8;
 typedef unsigned int u32;
+typedef unsigned long long u64;
 typedef unsigned short bf16;  // its bits
 
 struct alignas(64) TensorMap {
@@ -43,6 +44,18 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
         "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
         "@!done bra again;\n"
         "}\n" ::"r"(barrier), "r"(parity) : "memory");
+}
+
+// Whether the phase of this parity has ended.
+__device__ __forceinline__ bool barrier_has_passed(u32 barrier, u32 parity) {
+    u32 done;
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, done;\n"
+        "}\n" : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
+    return done;
 }
 
 // The barriers are initialized, for the copies too.
@@ -137,16 +150,15 @@ __device__ __forceinline__ void wait_for_products() {
 // Ordinary code, which the emulation of kernels on a CPU compiles, too.
 
 // The low half of the descriptor of a tile in shared memory; adding n moves it by 16 n bytes along K. The high half,
-// 0x40000040, says that TMA has swizzled its rows of 128 bytes, and that 8 rows lie 1024 bytes from the next 8. The
-// highest bits of an address are the thread block's rank in its cluster, which a descriptor has other fields for.
+// 0x40000040, says that TMA has swizzled its rows of 128 bytes, and that 8 rows lie 1024 bytes from the next 8.
 __device__ __forceinline__ u32 descriptor(u32 address) {
-    return (address & 0x3ffff) >> 4 | 1 << 16;
+    return address >> 4 | 1 << 16;
 }
 
 // The same of an operand whose rows are summed over, in tiles of 64 rows × 64 columns: it holds the distance of the next
 // 64 columns, and adding 128 moves it by 16 rows.
 __device__ __forceinline__ u32 transposed_descriptor(u32 address) {
-    return (address & 0x3ffff) >> 4 | 64 * 128 / 16 << 16;
+    return address >> 4 | 64 * 128 / 16 << 16;
 }
 
 // One of COUNT stages of shared memory, and the parity of the phase in which its barriers are.

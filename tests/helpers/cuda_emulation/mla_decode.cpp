@@ -13,7 +13,7 @@ extern "C" void run(
     Sizes sizes{batch, queries_each, heads, most_parts, table_width, scale * LOG2_E};
     launch(blocks, 384, [&] {
         mla_decode(of_queries, numbers, scales, rotated, table, lengths, out, lse, parts, part_rows, added, kept, sizes);
-    }, CLUSTER);
+    });
     if (most_parts > 1)
         launch(2 * batch, 256, [&] { mla_decode_parts(lengths, out, lse, parts, part_rows, added, sizes); });
 }

@@ -14,7 +14,6 @@
 #include <deque>
 #include <functional>
 #include <map>
-#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -28,7 +27,6 @@ typedef unsigned short bf16;  // its bits
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
-#define IN_CLUSTERS
 
 using std::max;
 using std::min;
@@ -85,7 +83,6 @@ struct NamedBarrier {
     u32 phase = 0;
 };
 struct Block {
-    u32 rank;  // in its cluster
     alignas(1024) u8 memory[232448];
     std::vector<Warp> warps;
     std::vector<Warpgroup> warpgroups;
@@ -95,12 +92,11 @@ struct Block {
     std::map<u32, CopyBarrier> barriers;
     NamedBarrier named[16];
 
-    Block(u32 rank, int threads) : rank(rank), warps(threads / 32), warpgroups(threads / 128), together(threads) {
+    explicit Block(int threads) : warps(threads / 32), warpgroups(threads / 128), together(threads) {
         memset(memory, 0xff, sizeof memory);  // NaN in bfloat16 and in float32
     }
 };
-inline thread_local Block* block;    // of this thread
-inline thread_local Block** cluster;  // of this thread's block
+inline Block* block;
 
 inline Warp& warp_of_thread() { return block->warps[threadIdx.x / 32]; }
 inline Warpgroup& warpgroup_of_thread() { return block->warpgroups[threadIdx.x / 128]; }
@@ -116,14 +112,7 @@ inline void wait_until(std::unique_lock<std::mutex>& lock, const char* what, u32
     if (!block->changed.wait_for(lock, std::chrono::minutes(3), passed)) fail(what, which);
 }
 
-// Addresses in shared memory begin with the thread block's rank in its cluster, as those of a GPU do.
-constexpr int BITS_OF_PLACE = 24;
-inline u32 shared_memory() { return block->rank << BITS_OF_PLACE; }
-inline u32 place_of(u32 address) { return address & (1u << BITS_OF_PLACE) - 1; }
-inline u8* memory_at(u32 address) {
-    if (address >> BITS_OF_PLACE != block->rank) fail("an address of another thread block", address);
-    return block->memory + place_of(address);
-}
+inline u32 shared_memory() { return 0; }
 
 // Warps
 
@@ -171,34 +160,38 @@ inline void __syncthreads() { block->together.arrive_and_wait(); }
 
 // Barriers
 
-inline void end_phase_if_complete(CopyBarrier& barrier, Block& of) {
+inline void end_phase_if_complete(CopyBarrier& barrier) {
     if (barrier.missing || barrier.bytes) return;
     barrier.phase += 1;
     barrier.missing = barrier.expected;
-    of.changed.notify_all();
+    block->changed.notify_all();
 }
 
 inline void barrier_init(u32 address, u32 arrivals) {
     std::lock_guard lock(block->mutex);
-    block->barriers[place_of(address)] = {int(arrivals), int(arrivals), 0, 0};
+    block->barriers[address] = {int(arrivals), int(arrivals), 0, 0};
 }
 
-inline void barrier_expect(u32 address, u32 bytes, Block& of = *block) {
-    std::lock_guard lock(of.mutex);
-    CopyBarrier& barrier = of.barriers.at(place_of(address));
+inline void barrier_expect(u32 address, u32 bytes) {
+    std::lock_guard lock(block->mutex);
+    CopyBarrier& barrier = block->barriers.at(address);
     if (!barrier.missing) fail("too many arrivals at barrier", address);
     barrier.missing -= 1;
     barrier.bytes += bytes;
-    end_phase_if_complete(barrier, of);
+    end_phase_if_complete(barrier);
 }
 
 inline void barrier_arrive(u32 address) { barrier_expect(address, 0); }
-inline void barrier_arrive_at(u32 address, u32 rank) { barrier_expect(address, 0, *cluster[rank]); }
 
 inline void barrier_wait(u32 address, u32 parity) {
     std::unique_lock lock(block->mutex);
-    CopyBarrier& barrier = block->barriers.at(place_of(address));
+    CopyBarrier& barrier = block->barriers.at(address);
     wait_until(lock, "waits in vain for barrier", address, [&] { return barrier.phase % 2 != parity; });
+}
+
+inline bool barrier_has_passed(u32 address, u32 parity) {
+    std::lock_guard lock(block->mutex);
+    return block->barriers.at(address).phase % 2 != parity;
 }
 
 inline void arrive_at(int name, int threads, bool waits) {
@@ -238,39 +231,35 @@ inline void pin(float (&)[N]) {}
 // Addresses of 16 bytes are exchanged within rows of 128 bytes, by the number of the row.
 inline u32 swizzled(u32 address) { return address ^ (address >> 7 & 7) << 4; }
 
-inline void copy_box_of(Block& of, u32 target, const TensorMap* map, int column, int row, u32 barrier) {
+inline void copy_box(u32 target, const TensorMap* map, int column, int row, u32 barrier) {
     for (int r = 0; r < 64; r++)
         for (int c = 0; c < map->box_bytes; c++) {
             long from = column * map->number_bytes + c;
             bool there = row + r < map->rows && from < map->row_bytes;
-            u32 to = place_of(target) + r * map->box_bytes + c;
-            of.memory[map->swizzled ? swizzled(to) : to] =
+            u32 to = target + r * map->box_bytes + c;
+            block->memory[map->swizzled ? swizzled(to) : to] =
                 there ? static_cast<const u8*>(map->numbers)[(row + r) * map->row_bytes + from] : 0;
         }
-    std::lock_guard lock(of.mutex);
-    CopyBarrier& waiting = of.barriers.at(place_of(barrier));
+    std::lock_guard lock(block->mutex);
+    CopyBarrier& waiting = block->barriers.at(barrier);
     waiting.bytes -= 64 * map->box_bytes;
-    end_phase_if_complete(waiting, of);
+    end_phase_if_complete(waiting);
 }
 
-inline void copy_box(u32 target, const TensorMap* map, int column, int row, u32 barrier) {
-    copy_box_of(*block, target, map, column, row, barrier);
-}
-
-inline void copy_box_to_both(u32 target, const TensorMap* map, int column, int row, u32 barrier) {
-    for (int rank = 0; rank < 2; rank++) copy_box_of(*cluster[rank], target, map, column, row, barrier);
+inline void copy_of_pages(u32 target, const TensorMap* map, int column, int row, u32 barrier) {
+    copy_box(target, map, column, row, barrier);
 }
 
 inline float load_shared(u32 address) {
     float value;
-    memcpy(&value, memory_at(address), 4);
+    memcpy(&value, block->memory + address, 4);
     return value;
 }
-inline void store_shared(u32 address, float value) { memcpy(memory_at(address), &value, 4); }
-inline void store_16(u32 address, uint4 value) { memcpy(memory_at(address), &value, 16); }
+inline void store_shared(u32 address, float value) { memcpy(block->memory + address, &value, 4); }
+inline void store_16(u32 address, uint4 value) { memcpy(block->memory + address, &value, 16); }
 inline uint4 load_16(u32 address) {
     uint4 value;
-    memcpy(&value, memory_at(address), 16);
+    memcpy(&value, block->memory + address, 16);
     return value;
 }
 
@@ -279,6 +268,9 @@ inline float4 load_four(const float* address) {
     memcpy(&value, address, 16);
     return value;
 }
+
+inline float4 load_kept(const float* address) { return load_four(address); }
+inline void store_kept(float* address, float4 value) { memcpy(address, &value, 16); }
 
 inline void store_four_if(bool there, float* address, float4 value) {
     if (there) memcpy(address, &value, 16);
@@ -426,33 +418,22 @@ inline void store_matrices(u32 address, const u32* numbers) {
     int lane = lane_of_thread();
     warp.words[lane] = address;
     warp.together.arrive_and_wait();
-    for (int i = 0; i < 4; i++) memcpy(memory_at(warp.words[8 * i + lane / 4] + lane % 4 * 4), numbers + i, 4);
+    for (int i = 0; i < 4; i++) memcpy(block->memory + warp.words[8 * i + lane / 4] + lane % 4 * 4, numbers + i, 4);
     warp.together.arrive_and_wait();
 }
 
-inline thread_local std::barrier<>* together_in_cluster;
-inline void synchronize_cluster() { together_in_cluster->arrive_and_wait(); }
-
-// Runs `kernel` as every thread of `blocks` thread blocks, one cluster after the other.
+// Runs `kernel` as every thread of `blocks` thread blocks, one block after the other.
 template <typename Kernel>
-void launch(int blocks, int threads, Kernel kernel, int cluster_size = 1) {
+void launch(int blocks, int threads, Kernel kernel) {
     gridDim.x = blocks;
-    for (int first = 0; first < blocks; first += cluster_size) {
-        std::vector<std::unique_ptr<Block>> states;
-        std::vector<Block*> members;
-        for (int rank = 0; rank < cluster_size; rank++) {
-            states.push_back(std::make_unique<Block>(rank, threads));
-            members.push_back(states.back().get());
-        }
-        std::barrier<> together(threads * cluster_size);
+    for (int number = 0; number < blocks; number++) {
+        Block state(threads);
+        block = &state;
         std::vector<std::thread> all;
-        for (int number = 0; number < threads * cluster_size; number++)
-            all.emplace_back([&, number] {
-                threadIdx.x = number % threads;
-                blockIdx.x = first + number / threads;
-                block = members[number / threads];
-                cluster = members.data();
-                together_in_cluster = &together;
+        for (int thread = 0; thread < threads; thread++)
+            all.emplace_back([&, thread] {
+                threadIdx.x = thread;
+                blockIdx.x = number;
                 kernel();
             });
         for (std::thread& each : all) each.join();

@@ -20,12 +20,12 @@ WIDE, BLOCKS, NARROW = LatentFormat(512, 64, BF16), LatentFormat(512, 64, E4M3),
 
 @pytest.fixture(scope="module")
 def kernel_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ctypes.CDLL]:
-    """Compiles the kernel for a format, and for clusters of one or two thread blocks."""
+    """Compiles the kernel for a format."""
     folder = tmp_path_factory.mktemp("kernels")
 
-    def compiled(layout: LatentFormat, cluster: int = 1) -> ctypes.CDLL:
+    def compiled(layout: LatentFormat) -> ctypes.CDLL:
         parts = {"PARTS": 8, "SHORTEST_PART": PART, "LONGEST_PART": PART, "MOST_PARTS": 64}
-        defines = {"RANK": layout.rank, "FP8": int(layout.is_fp8), "CLUSTER": cluster, **parts}
+        defines = {"RANK": layout.rank, "FP8": int(layout.is_fp8), **parts}
         return emulated_kernel(folder, "mla_decode", "mla_decode", defines)
 
     return compiled
@@ -86,14 +86,14 @@ def test_narrow_latents(kernel_of: Callable[..., ctypes.CDLL]) -> None:
     [(WIDE, [1, 0], 1, 128), (WIDE, [700, 5], 4, 20), (BLOCKS, [63, 513], 2, 64)],
     ids=["short", "long", "fp8"],
 )
-def test_two_tiles_share_the_copies_of_pages(
+def test_any_number_of_thread_blocks_gives_the_same_bits(
     kernel_of: Callable[..., ctypes.CDLL], layout: LatentFormat, lengths: list[int], new: int, heads: int
 ) -> None:
     cache, q_BSHL = cached(layout, lengths), queries(len(lengths), new, heads, layout)
-    shared = decode(kernel_of(layout, cluster=2), q_BSHL, cache, blocks=4)
-    check_tolerances(shared, exact(q_BSHL, cache, scale_of(layout)))
-    own = decode(kernel_of(layout), q_BSHL, cache, blocks=2)
-    assert all(one.equal(other) for one, other in zip(shared, own, strict=True))
+    many = decode(kernel_of(layout), q_BSHL, cache, blocks=4)
+    check_tolerances(many, exact(q_BSHL, cache, scale_of(layout)))
+    few = decode(kernel_of(layout), q_BSHL, cache, blocks=2)
+    assert all(one.equal(other) for one, other in zip(many, few, strict=True))
 
 
 @pytest.mark.parametrize("factor", [1.37, 2.0**-100, 2.0**20])

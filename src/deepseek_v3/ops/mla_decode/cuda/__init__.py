@@ -29,9 +29,7 @@ _SOURCE = Path(__file__).with_name("decode.cu")
 # parts fill the GPU with fewer sequences, and are more sums to add.
 PARTS, SHORTEST_PART, LONGEST_PART, MOST_PARTS = 8, 512, 1024, 64
 
-# Width of the latent, whether rows are FP8, and thread blocks of a cluster, which share the copies of pages.
-_FORMATS = ((512, False), (512, True), (256, False))
-VARIANTS = tuple((*layout, cluster) for layout in _FORMATS for cluster in (1, 2))
+VARIANTS = ((512, False), (512, True), (256, False))  # width of the latent, and whether rows are FP8
 
 _ROWS, _COLUMNS, _THREADS = 64, 64, 384  # of a tile; of a thread block
 _ADDING_THREADS, _ADDING_BLOCKS = 256, 4  # of the second kernel: of a thread block; for each multiprocessor
@@ -64,7 +62,7 @@ def mla_decode(
     processors, tiles = multiprocessors(q_BSHL.device), -(-rows // _ROWS)
     parts = most_parts(table_BM.shape[1] * PAGE)
     blocks = min(max(1, processors // tiles), batch * parts) * tiles
-    variant = rank, layout.is_fp8, 2 - tiles % 2
+    variant = rank, layout.is_fp8
     divided = parts if parts > 1 else 0
     parts_BIXC = q_BSHL.new_empty(batch, divided, rows, rank, dtype=torch.float32)
     part_rows_BIX4 = q_BSHL.new_empty(batch, divided, rows, 4, dtype=torch.float32)
@@ -118,9 +116,9 @@ def kernels() -> Iterator[Kernel]:
 
 
 @cache
-def _kernel(name: str, rank: int, is_fp8: bool, cluster: int) -> Kernel:
+def _kernel(name: str, rank: int, is_fp8: bool) -> Kernel:
     parts = {"PARTS": PARTS, "SHORTEST_PART": SHORTEST_PART, "LONGEST_PART": LONGEST_PART, "MOST_PARTS": MOST_PARTS}
-    defines = {"RANK": rank, "FP8": int(is_fp8), "CLUSTER": cluster, **parts}
+    defines = {"RANK": rank, "FP8": int(is_fp8), **parts}
     return Kernel(_SOURCE, name, defines, _shared_bytes(rank) if name == "mla_decode" else 0)
 
 

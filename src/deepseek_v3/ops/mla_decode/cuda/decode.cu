@@ -16,10 +16,7 @@
 // them into bfloat16 in place: their bytes come into the second half of a block's columns, and fill all from the first
 // one on.
 //
-// Thread blocks of two tiles of one sequence form a cluster. Each copies half of every block of keys, for both.
-//
 // Set by the compiler's command line:
-//   CLUSTER     thread blocks of a cluster: 1, or 2 if the number of tiles is even
 //   RANK        value columns: 256 or 512; a row has up to 64 more columns, copied as 64 with zeros behind them
 //   FP8         1: rows of RANK e4m3 values, RANK / 128 float32 scales, 64 bfloat16 numbers; 0: rows of bfloat16
 //   PARTS, SHORTEST_PART, LONGEST_PART, MOST_PARTS    a sequence has PARTS parts of between SHORTEST_PART and
@@ -55,9 +52,6 @@ constexpr u32 OFFSET_BARRIERS = OFFSET_SUMS + 2 * ROWS * 4;
 // half of the values, and warpgroup 1 the second one. The last tile belongs to the half of the warpgroup that reads the
 // weights from there: to the second half of the first block, and to the first half of the second block. It comes with the
 // last piece of that half.
-//
-// In a cluster, thread block h copies halves h, and only its barriers say that these are empty, in both thread blocks.
-// Of the bytes of 8-bit blocks each copies some, and the barriers of each say that the halves of both are empty.
 constexpr u32 QUERIES = 0, QUERIES_READ = 8, FULL = 16, FULL_OF_BLOCK = PIECES * 8, EMPTY = FULL + 2 * FULL_OF_BLOCK;
 constexpr u32 RAW = EMPTY + 4 * 8;
 
@@ -174,33 +168,16 @@ __device__ __forceinline__ void wait_for_kernel_before() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
-#if CLUSTER > 1
-#define IN_CLUSTERS __cluster_dims__(CLUSTER, 1, 1)
-#else
-#define IN_CLUSTERS
-#endif
+// Policies of the GPU's cache, as `createpolicy.fractional` with the fraction 1 makes them. It drops pages first, which each
+// tile reads once, and sums last, which will be read again.
+constexpr u64 EVICT_FIRST = 0x12f0000000000000, EVICT_LAST = 0x14f0000000000000;
 
-// All threads of a cluster wait for each other.
-__device__ __forceinline__ void synchronize_cluster() {
-    asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;\n" ::: "memory");
-}
-
-// Copies a box to the same place in both thread blocks of a cluster; each one's barrier counts it.
-__device__ __forceinline__ void copy_box_to_both(u32 target, const TensorMap* map, int column, int row, u32 barrier) {
+// Copies a box of pages.
+__device__ __forceinline__ void copy_of_pages(u32 target, const TensorMap* map, int column, int row, u32 barrier) {
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
         "[%0], [%1, {%2, %3}], [%4], %5;"
-        ::"r"(target), "l"(map), "r"(column), "r"(row), "r"(barrier), "h"((unsigned short)3) : "memory");
-}
-
-// Arrives at the same barrier of a thread block of the cluster.
-__device__ __forceinline__ void barrier_arrive_at(u32 barrier, u32 thread_block) {
-    asm volatile(
-        "{\n"
-        ".reg .b32 remote;\n"
-        "mapa.shared::cluster.u32 remote, %0, %1;\n"
-        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
-        "}\n" ::"r"(barrier), "r"(thread_block) : "memory");
+        ::"r"(target), "l"(map), "r"(column), "r"(row), "r"(barrier), "l"(EVICT_FIRST) : "memory");
 }
 
 // Stores four matrices of 8 × 8 numbers of 16 bits; thread t gives the address of row t % 8 of matrix t / 8.
@@ -214,6 +191,19 @@ __device__ __forceinline__ float4 load_four(const float* address) {
     float4 v;
     asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
         : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(address) : "memory");
+    return v;
+}
+
+// Four numbers of sums that are kept, stored and read once.
+__device__ __forceinline__ void store_kept(float* address, float4 v) {
+    asm volatile("st.global.L2::cache_hint.v4.f32 [%0], {%1, %2, %3, %4}, %5;"
+        ::"l"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "l"(EVICT_LAST) : "memory");
+}
+
+__device__ __forceinline__ float4 load_kept(const float* address) {
+    float4 v;
+    asm volatile("ld.global.cg.L2::cache_hint.v4.f32 {%0, %1, %2, %3}, [%4], %5;"
+        : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(address), "l"(EVICT_FIRST) : "memory");
     return v;
 }
 
@@ -338,24 +328,19 @@ __device__ __forceinline__ void copy_queries(
         copy_box(shared + tile * BYTES_TILE, &queries, tile * COLUMNS, row, barriers + QUERIES);
 }
 
-// Copies a half of a block of keys when its place, filled `uses` times before, is empty; in a cluster only if it is this
-// thread block's half, for both, and otherwise expects it.
+// Copies a half of a block of keys when its place, filled `uses` times before, is empty.
 __device__ __forceinline__ void copy_half(
     const TensorMap& pages, int row, int second, int half, u32 uses, u32 shared) {
     u32 barriers = shared + OFFSET_BARRIERS, keys = shared + OFFSET_KEYS + second * BYTES_KEYS;
-    bool own = CLUSTER == 1 || blockIdx.x % 2 == half;
-    if (own) barrier_wait(barriers + EMPTY + second * 16 + half * 8, uses % 2 ^ 1);
-    auto copy = CLUSTER == 1 ? copy_box : copy_box_to_both;
+    barrier_wait(barriers + EMPTY + second * 16 + half * 8, uses % 2 ^ 1);
 #pragma unroll
     for (int piece = half * (PIECES / 2); piece < (half + 1) * (PIECES / 2); piece++) {
         u32 full = barriers + FULL + second * FULL_OF_BLOCK + piece * 8;
         bool has_rotated = piece == piece_with_rotated(second);
-        if (!own && uses > 0) barrier_wait(full, uses % 2 ^ 1);  // the copy before has come
         barrier_expect(full, (2 + has_rotated) * BYTES_TILE);
-        if (!own) continue;
         for (int tile = 2 * piece; tile < 2 * piece + 2; tile++)
-            copy(keys + tile * BYTES_TILE, &pages, tile * COLUMNS, row, full);
-        if (has_rotated) copy(keys + WEIGHTS, &pages, RANK, row, full);
+            copy_of_pages(keys + tile * BYTES_TILE, &pages, tile * COLUMNS, row, full);
+        if (has_rotated) copy_of_pages(keys + WEIGHTS, &pages, RANK, row, full);
     }
 }
 
@@ -471,21 +456,22 @@ struct RawPages {
     const TensorMap &bytes, &scales, &rotated;
 };
 
-// Copies the bytes of a block when its place, filled `uses` times before, is empty; in a cluster a half of them for both
-// thread blocks.
+// Copies the bytes of a block when its place, filled `uses` times before, is empty.
 __device__ __forceinline__ void copy_raw(const RawPages& pages, int row, int second, u32 uses, u32 shared) {
     u32 barriers = shared + OFFSET_BARRIERS, raw = barriers + RAW + second * 8;
     u32 keys = shared + OFFSET_KEYS + second * BYTES_KEYS;
     barrier_wait(barriers + EMPTY + second * 16, uses % 2 ^ 1);
     barrier_wait(barriers + EMPTY + second * 16 + 8, uses % 2 ^ 1);
     barrier_expect(raw, BYTES_RAW);
-    auto copy = CLUSTER == 1 ? copy_box : copy_box_to_both;
     for (int piece = 0; piece < PIECES; piece++)
-        if (CLUSTER == 1 || piece % 2 == blockIdx.x % 2)
-            copy(keys + (VALUE_TILES / 2 + piece) * BYTES_TILE, &pages.bytes, piece * BLOCK, row, raw);
-    if (CLUSTER == 1 || blockIdx.x % 2 == 0) copy(keys + WEIGHTS, &pages.rotated, RANK / 2 + 2 * PIECES, row, raw);
-    if (CLUSTER == 1 || blockIdx.x % 2 == 1)
-        copy(shared + OFFSET_SCALES + second * BYTES_SCALES, &pages.scales, RANK / 4, row, raw);
+        copy_of_pages(keys + (VALUE_TILES / 2 + piece) * BYTES_TILE, &pages.bytes, piece * BLOCK, row, raw);
+    copy_of_pages(keys + WEIGHTS, &pages.rotated, RANK / 2 + 2 * PIECES, row, raw);
+    copy_of_pages(shared + OFFSET_SCALES + second * BYTES_SCALES, &pages.scales, RANK / 4, row, raw);
+}
+
+__device__ __forceinline__ bool raw_place_is_empty(int second, u32 uses, u32 shared) {
+    u32 empty = shared + OFFSET_BARRIERS + EMPTY + second * 16;
+    return barrier_has_passed(empty, uses % 2 ^ 1) && barrier_has_passed(empty + 8, uses % 2 ^ 1);
 }
 
 // The same for 8-bit blocks, from a warpgroup: its first thread copies, and all turn a block's numbers into bfloat16.
@@ -509,13 +495,19 @@ __device__ __forceinline__ void convert_runs(
             u32 scales = shared + OFFSET_SCALES + second * BYTES_SCALES;
             barrier_wait(barriers + RAW + second * 8, parity);
             if (left < KEYS) zero_rotated(target, left);
+            bool to_copy = copies && block + 1 < blocks;  // the next block, as soon as its place is empty
 #pragma unroll 1
             for (int piece = 0; piece < PIECES; piece++) {
+                if (to_copy && raw_place_is_empty(second ^ 1, uses.of_block[second ^ 1], shared)) {
+                    copy_raw(pages, of_run[block + 1] * KEYS, second ^ 1, uses.of_block[second ^ 1], shared);
+                    to_copy = false;
+                }
+                __syncwarp();
                 convert_columns(target, scales, piece, left);
                 arrive_as_warp(full + piece * 8);
             }
-            if (copies && block + 1 < blocks)
-                copy_raw(pages, of_run[block + 1] * KEYS, second ^ 1, uses.of_block[second ^ 1], shared);
+            if (to_copy) copy_raw(pages, of_run[block + 1] * KEYS, second ^ 1, uses.of_block[second ^ 1], shared);
+            __syncwarp();
         }
     }
 }
@@ -642,18 +634,6 @@ __device__ __forceinline__ void mask(
     maximum_8 = fmaxf(maximum_8, largest_of_four(largest_8));
 }
 
-// A warp of a warpgroup has read its half of the columns of the first or second block.
-template <int GROUP>
-__device__ __forceinline__ void release_half(u32 shared, int second) {
-    u32 empty = shared + OFFSET_BARRIERS + EMPTY + second * 16 + GROUP * 8;
-    if (CLUSTER == 1) {
-        barrier_arrive(empty);
-    } else {
-        barrier_arrive_at(empty, GROUP);
-        if (FP8) barrier_arrive_at(empty, GROUP ^ 1);
-    }
-}
-
 // Begins the scores of a block of this warpgroup's own as its pieces come, without waiting for the products.
 template <int GROUP>
 __device__ __forceinline__ void begin_scores(
@@ -743,7 +723,7 @@ template <int GROUP>
 __device__ __forceinline__ void complete_values(u32 shared, int second, float (&sums)[HALF / 2]) {
     wait_for_products<0>();
     pin(sums);
-    if (threadIdx.x % 32 == 0) release_half<GROUP>(shared, second);
+    if (threadIdx.x % 32 == 0) barrier_arrive(shared + OFFSET_BARRIERS + EMPTY + second * 16 + GROUP * 8);
 }
 
 // The first warpgroup's work on its own block.
@@ -838,7 +818,7 @@ __device__ __forceinline__ void add_part(float (&sums)[HALF / 2], Rows& rows, co
     for (int first = 0; first < HALF / 8; first += AT_ONCE) {
         float4 of_before[AT_ONCE];
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) of_before[i] = load_four(kept + 512 * (first + i));
+        for (int i = 0; i < AT_ONCE; i++) of_before[i] = load_kept(kept + 512 * (first + i));
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++) {
             float* own = sums + 4 * (first + i);
@@ -858,8 +838,7 @@ __device__ __forceinline__ void add_part(float (&sums)[HALF / 2], Rows& rows, co
 __device__ __forceinline__ void keep_part(const float (&sums)[HALF / 2], float* kept) {
 #pragma unroll
     for (int i = 0; i < HALF / 8; i++)
-        *reinterpret_cast<float4*>(kept + 512 * i) =
-            make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]);
+        store_kept(kept + 512 * i, make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]));
 }
 
 // Stores the sums of a part, to be added by the second kernel. `first_row`: of the tile, in memory.
@@ -965,14 +944,7 @@ __device__ __forceinline__ void attend_runs(Runs runs, const Results& results, u
     }
 }
 
-__device__ __forceinline__ void synchronize_all() {
-    if (CLUSTER > 1)
-        synchronize_cluster();
-    else
-        __syncthreads();
-}
-
-extern "C" IN_CLUSTERS __global__ void __launch_bounds__(384, 1) mla_decode(
+extern "C" __global__ void __launch_bounds__(384, 1) mla_decode(
     const __grid_constant__ TensorMap queries,
     const __grid_constant__ TensorMap pages,    // their numbers of bfloat16, or the bytes of 8-bit blocks,
     const __grid_constant__ TensorMap scales,   // their scales
@@ -987,13 +959,13 @@ extern "C" IN_CLUSTERS __global__ void __launch_bounds__(384, 1) mla_decode(
         barrier_init(barriers + QUERIES_READ, 8);
         for (int i = 0; i < 2 * PIECES; i++) barrier_init(barriers + FULL + 8 * i, COPIERS);
         for (int i = 0; i < 4; i++) {
-            barrier_init(barriers + EMPTY + 8 * i, 4 * CLUSTER);  // the warps that read this half
+            barrier_init(barriers + EMPTY + 8 * i, 4);  // the warps that read this half
         }
         barrier_init(barriers + RAW, 1);
         barrier_init(barriers + RAW + 8, 1);
         show_barriers();
     }
-    synchronize_all();
+    __syncthreads();
     Results results{out, lse, parts, part_rows, added, kept};
     if (threadIdx.x >= 256) {
         give_registers<REGISTERS_OF_COPIERS>();
@@ -1008,7 +980,6 @@ extern "C" IN_CLUSTERS __global__ void __launch_bounds__(384, 1) mla_decode(
         else
             attend_runs<1>(Runs(sizes, lengths), results, shared);
     }
-    if (CLUSTER > 1) synchronize_cluster();  // the other thread block may still copy to this one
 }
 
 // Adds the parts of the sequences that were cut, a warp each time 128 columns of a row. As many thread blocks work for
