@@ -15,5 +15,5 @@ extern "C" void run(
         mla_decode(of_queries, numbers, scales, rotated, table, lengths, out, lse, parts, part_rows, added, kept, sizes);
     });
     if (most_parts > 1)
-        launch(2 * batch, 256, [&] { mla_decode_parts(lengths, out, lse, parts, part_rows, added, sizes); });
+        launch(2 * batch, 128, [&] { mla_decode_parts(lengths, out, lse, parts, part_rows, added, sizes); });
 }

@@ -125,11 +125,13 @@ inline float __shfl_xor_sync(u32, float x, int mask) {
     return result;
 }
 
-inline int __shfl_sync(u32, int x, int lane) {
+template <typename Word>
+inline Word __shfl_sync(u32, Word x, int lane) {
     Warp& warp = warp_of_thread();
-    warp.words[lane_of_thread()] = x;
+    memcpy(&warp.words[lane_of_thread()], &x, 4);
     warp.together.arrive_and_wait();
-    int result = warp.words[lane];
+    Word result;
+    memcpy(&result, &warp.words[lane], 4);
     warp.together.arrive_and_wait();
     return result;
 }
@@ -269,12 +271,12 @@ inline float4 load_four(const float* address) {
     return value;
 }
 
-inline float4 load_kept(const float* address) { return load_four(address); }
-inline void store_kept(float* address, float4 value) { memcpy(address, &value, 16); }
-
 inline void store_four_if(bool there, float* address, float4 value) {
     if (there) memcpy(address, &value, 16);
 }
+
+inline float4 load_kept(const float* address) { return load_four(address); }
+inline void store_kept(float* address, float4 value) { memcpy(address, &value, 16); }
 
 // Numbers
 

@@ -27,12 +27,12 @@ _SOURCE = Path(__file__).with_name("decode.cu")
 
 # A sequence has `PARTS` parts of between `SHORTEST_PART` and `LONGEST_PART` tokens, but at most `MOST_PARTS`. More
 # parts fill the GPU with fewer sequences, and are more sums to add.
-PARTS, SHORTEST_PART, LONGEST_PART, MOST_PARTS = 8, 512, 1024, 64
+PARTS, SHORTEST_PART, LONGEST_PART, MOST_PARTS = 4, 512, 2048, 64
 
 VARIANTS = ((512, False), (512, True), (256, False))  # width of the latent, and whether rows are FP8
 
 _ROWS, _COLUMNS, _THREADS = 64, 64, 384  # of a tile; of a thread block
-_ADDING_THREADS, _ADDING_BLOCKS = 256, 4  # of the second kernel: of a thread block; for each multiprocessor
+_ADDING_THREADS, _ADDING_BLOCKS = 128, 4  # of the second kernel: of a thread block; for each multiprocessor
 _ADDED_COLUMNS = 128  # by a warp of it
 _KERNELS = ("mla_decode", "mla_decode_parts")
 _LOG2_E = 1.4426950408889634

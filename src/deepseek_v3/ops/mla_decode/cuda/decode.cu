@@ -36,7 +36,7 @@ constexpr u32 BYTES_KEYS = TILES * BYTES_TILE;
 constexpr int BLOCK = 128, PIECES = RANK / BLOCK;                    // columns of one scale, if numbers have 8 bits
 constexpr u32 BYTES_RAW = KEYS * (RANK + PIECES * 4 + COLUMNS * 2);  // of a block of rows of 8-bit blocks
 constexpr int COPIERS = FP8 ? 4 : 1;  // warps that copy, or convert, the keys
-constexpr int REGISTERS = FP8 ? 216 : 232, REGISTERS_OF_COPIERS = FP8 ? 72 : 32;  // of a thread
+constexpr int REGISTERS = FP8 ? 208 : 232, REGISTERS_OF_COPIERS = FP8 ? 88 : 32;  // of a thread
 static_assert(2 * REGISTERS + REGISTERS_OF_COPIERS <= 3 * 168, "a launch of 384 threads has 168 registers for each");
 
 // Shared memory: the queries; two blocks of keys, and their scales; of both warpgroups the rows' maxima and sums;
@@ -444,11 +444,12 @@ __device__ __forceinline__ void zero_rotated(u32 keys, int left) {
     }
 }
 
-// A half of a block is complete: all of a warp's threads have stored their share.
-__device__ __forceinline__ void arrive_as_warp(u32 barrier) {
+// The pieces of a half of a block are complete: all of a warp's threads have stored their share.
+__device__ __forceinline__ void arrive_with_half(u32 full, int half) {
     show_to_tensor_cores();
     __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
+    if (threadIdx.x % 32) return;
+    for (int piece = half * (PIECES / 2); piece < (half + 1) * (PIECES / 2); piece++) barrier_arrive(full + piece * 8);
 }
 
 // What the pages of 8-bit blocks are for TMA: bytes, scales, and rotated numbers.
@@ -504,7 +505,7 @@ __device__ __forceinline__ void convert_runs(
                 }
                 __syncwarp();
                 convert_columns(target, scales, piece, left);
-                arrive_as_warp(full + piece * 8);
+                if (piece % (PIECES / 2) == PIECES / 2 - 1) arrive_with_half(full, piece / (PIECES / 2));
             }
             if (to_copy) copy_raw(pages, of_run[block + 1] * KEYS, second ^ 1, uses.of_block[second ^ 1], shared);
             __syncwarp();
@@ -982,45 +983,60 @@ extern "C" __global__ void __launch_bounds__(384, 1) mla_decode(
     }
 }
 
+// The largest number of this lane and of those before it.
+__device__ __forceinline__ float largest_until_lane(float x) {
+    int lane = threadIdx.x % 32;
+    for (int distance = 1; distance < 32; distance *= 2) {
+        float before = __shfl_sync(~0u, x, max(0, lane - distance));
+        x = fmaxf(x, before);
+    }
+    return x;
+}
+
 // Adds the parts of the sequences that were cut, a warp each time 128 columns of a row. As many thread blocks work for
-// each sequence.
-extern "C" __global__ void __launch_bounds__(256) mla_decode_parts(
+// each sequence. Lane i knows the row's maximum and sums of piece i, and how both sides of its addition decay.
+extern "C" __global__ void __launch_bounds__(128, 4) mla_decode_parts(
     const int* lengths, bf16* out, float* lse, const float* parts, const float* part_rows, const int* added,
     const Sizes sizes) {
-    constexpr int AT_ONCE = 16, WIDTH = 128;
+    constexpr int AT_ONCE = 16, WIDTH = 128, WARPS = 4;
     int blocks = gridDim.x / sizes.batch, sequence = blockIdx.x / blocks, lane = threadIdx.x % 32;
     wait_for_kernel_before();
     int first_added = added[sequence], pieces = Parts(lengths[sequence]).number - first_added + 1;
     if (pieces == 1) return;
-    int rows = sizes.queries * sizes.heads;
-    for (int unit = blockIdx.x % blocks * 8 + threadIdx.x / 32; unit < rows * (RANK / WIDTH); unit += blocks * 8) {
+    int rows = sizes.queries * sizes.heads, unit = blockIdx.x % blocks * WARPS + threadIdx.x / 32;
+    for (; unit < rows * (RANK / WIDTH); unit += blocks * WARPS) {
         int row = unit / (RANK / WIDTH), column = unit % (RANK / WIDTH) * WIDTH + 4 * lane;
+        auto row_of = [&](int piece) {
+            int part = piece ? first_added + piece - 1 : 0;
+            return ((long long)sequence * sizes.parts + part) * rows + row;
+        };
         float4 sums{};
         float maximum = -INFINITE, sum_0 = 0, sum_1 = 0;
 #pragma unroll 1
         for (int piece = 0; piece < pieces; piece += AT_ONCE) {
-            float4 values[AT_ONCE], of_rows[AT_ONCE];
+            float4 values[AT_ONCE], of_row = make_float4(-INFINITE, 0, 0, 0);
+            if (lane < AT_ONCE && piece + lane < pieces) of_row = load_four(part_rows + 4 * row_of(piece + lane));
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++)
+                if (piece + i < pieces) values[i] = load_four(parts + row_of(piece + i) * RANK + column);
+            float now = fmaxf(maximum, largest_until_lane(of_row.x));
+            float until = __shfl_sync(~0u, now, max(0, lane - 1));
+            float before = decay(lane ? until : maximum, now), part = decay(of_row.x, now);
 #pragma unroll
             for (int i = 0; i < AT_ONCE; i++) {
-                int part = piece + i ? first_added + min(piece + i, pieces - 1) - 1 : 0;
-                long long at = ((long long)sequence * sizes.parts + part) * rows + row;
-                values[i] = load_four(parts + at * RANK + column);
-                of_rows[i] = load_four(part_rows + 4 * at);
-            }
-#pragma unroll
-            for (int i = 0; i < AT_ONCE; i++) {
-                if (piece + i >= pieces) break;
+                if (i % 4 == 0) __syncwarp();  // or the compiler keeps all that follows in registers
+                float before_i = __shfl_sync(~0u, before, i), part_i = __shfl_sync(~0u, part, i);
+                float of_0 = __shfl_sync(~0u, of_row.y, i), of_1 = __shfl_sync(~0u, of_row.z, i);
+                if (piece + i >= pieces) continue;
                 bool is_first = piece + i == 0;
-                float now = fmaxf(maximum, of_rows[i].x);
-                float before = decay(maximum, now), part = decay(of_rows[i].x, now);
-                maximum = now;
-                sum_0 = is_first ? of_rows[i].y : add(sum_0, before, of_rows[i].y, part);
-                sum_1 = is_first ? of_rows[i].z : add(sum_1, before, of_rows[i].z, part);
-                sums.x = is_first ? values[i].x : add(sums.x, before, values[i].x, part);
-                sums.y = is_first ? values[i].y : add(sums.y, before, values[i].y, part);
-                sums.z = is_first ? values[i].z : add(sums.z, before, values[i].z, part);
-                sums.w = is_first ? values[i].w : add(sums.w, before, values[i].w, part);
+                sum_0 = is_first ? of_0 : add(sum_0, before_i, of_0, part_i);
+                sum_1 = is_first ? of_1 : add(sum_1, before_i, of_1, part_i);
+                sums.x = is_first ? values[i].x : add(sums.x, before_i, values[i].x, part_i);
+                sums.y = is_first ? values[i].y : add(sums.y, before_i, values[i].y, part_i);
+                sums.z = is_first ? values[i].z : add(sums.z, before_i, values[i].z, part_i);
+                sums.w = is_first ? values[i].w : add(sums.w, before_i, values[i].w, part_i);
             }
+            maximum = __shfl_sync(~0u, now, 31);
         }
         float sum = sum_0 + sum_1, share = share_of(sum);
         long long at = (long long)sequence * rows + row;
