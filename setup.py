@@ -12,7 +12,7 @@ setup(
         "deepseek_v3": [
             "py.typed",
             "planning/calibration.json",
-            "training/parallel/fp8_speed.json",
+            "planning/fp8_speed.json",
             "ops/hopper.cuh",
             "ops/*/cuda/*.cu",
             "benchmark/shapes/*.yaml",

@@ -3,7 +3,7 @@
 Takes each layer of `fp8_layers.yaml`, or of --config, out of a model that was built for training, compiles it by
 itself, compares its output and gradients in both precisions, and times a forward and a backward pass of each. After
 every layer it writes `results/fp8_layers_DEVICE.json`. Once all layers of the list are measured on a GPU, it
-replaces the device's rows of `src/deepseek_v3/training/parallel/fp8_speed.json` by those that follow from the
+replaces the device's rows of `src/deepseek_v3/planning/fp8_speed.json` by those that follow from the
 measurements. With --fit-only it only does that, for every device.
 """
 
@@ -31,15 +31,9 @@ from deepseek_v3.model.backends import compute_dtype, select_backends
 from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.moe.dispatch import LocalDispatcher
 from deepseek_v3.moe.experts import RoutedExperts
+from deepseek_v3.planning.fp8_choice import SPEED_FILE, LayerSize, MeasuredSpeed, measured_speeds
 from deepseek_v3.planning.hardware import find_device
-from deepseek_v3.training.parallel.fp8_layers import (
-    SPEED_FILE,
-    Fp8Layer,
-    MeasuredSpeed,
-    compute_in_fp8,
-    fp8_layers,
-    measured_speeds,
-)
+from deepseek_v3.training.parallel.fp8_layers import Fp8Layer, compute_in_fp8, fp8_layers
 from deepseek_v3.utils.command_line import run_command
 from deepseek_v3.utils.distributed.launch import select_device
 from deepseek_v3.utils.errors import ConfigError
@@ -63,7 +57,7 @@ _log = get_logger("Bench")
 class Measurement:
     """A layer in both precisions.
 
-    `kind`, `rows` and `widths` as in `Fp8Layer`. `errors` are the relative errors of FP8, by output and gradient.
+    `kind`, `rows` and `widths` as in `LayerSize`. `errors` are the relative errors of FP8, by output and gradient.
     The milliseconds are those of a forward and a backward pass; None if the layer `failed`, with the reason.
     """
 
@@ -88,7 +82,7 @@ class Measurement:
 
     def is_covered(self, row: MeasuredSpeed) -> bool:
         """Whether a row of the table holds for the layer."""
-        return row.covers(Fp8Layer(self.name, nn.Identity(), self.kind, self.rows, self.widths), row.device)
+        return row.covers(LayerSize(self.kind, self.rows, self.widths), row.device)
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "ratio": self.ratio}
@@ -155,7 +149,9 @@ def layers_of(config: Path) -> list[ListedLayer]:
     """Every layer of a config that can compute in FP8, with its own micro-batch size."""
     size = load_config(config).parallel.micro_batch_size
     built = build_layers(config, size, "bf16", torch.device("cpu"))
-    return [ListedLayer(config, size, name) for name, layer in built.layers.items() if layer.obstacle() is None]
+    return [
+        ListedLayer(config, size, name) for name, layer in built.layers.items() if layer.size.obstacle() is None
+    ]
 
 
 @dataclass(frozen=True)
@@ -225,14 +221,14 @@ def make_passes(layer: Fp8Layer, dtype: torch.dtype, experts_per_token: int, dev
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=random, device=device).bfloat16().to(dtype)
 
-    width = layer.widths[0]
+    rows, width = layer.size.rows, layer.size.widths[0]
     if not isinstance(layer.module, RoutedExperts):
-        out = layer.widths[1] if layer.kind == "projection" else width
-        x_TD = normal(layer.rows, width).requires_grad_()
-        return Passes(layer.module, [x_TD], {"x": x_TD}, normal(layer.rows, out))
+        out = layer.size.widths[1] if layer.size.kind == "projection" else width
+        x_TD = normal(rows, width).requires_grad_()
+        return Passes(layer.module, [x_TD], {"x": x_TD}, normal(rows, out))
     experts = len(layer.module.down_proj)
     chosen = min(experts_per_token, experts)
-    tokens = layer.rows * experts // chosen
+    tokens = rows * experts // chosen
     x_TD, scores_TE = normal(tokens, width), torch.rand(tokens, experts, generator=random, device=device)
     gates_TK, experts_TK = scores_TE.topk(chosen)
     sent = LocalDispatcher(experts).dispatch(x_TD, gates_TK / gates_TK.sum(-1, keepdim=True), experts_TK)
@@ -246,7 +242,8 @@ def measure(listed: ListedLayer, device: torch.device) -> Measurement:
         build_layers(listed.config, listed.micro_batch_size, precision, device) for precision in ("bf16", "fp8")
     )
     layers = in_bf16.layers[listed.layer], in_fp8.layers[listed.layer]
-    found = Measurement(listed.name, layers[0].kind, layers[0].rows, layers[0].widths, {})
+    size = layers[0].size
+    found = Measurement(listed.name, size.kind, size.rows, size.widths, {})
     _set_weights(*layers, device)
     try:
         bf16 = make_passes(layers[0], in_bf16.dtype, in_bf16.experts_per_token, device)
@@ -336,7 +333,7 @@ def measure_layers(
     made_with["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     for each in listed:
         built = build_layers(each.config, each.micro_batch_size, "bf16", device)
-        if built.layers[each.layer].kind in kinds:
+        if built.layers[each.layer].size.kind in kinds:
             found = measure(each, device)
             measured[each.name] = found.as_json()
             _write(file, {**made_with, "device_type": device.type, "layers": list(measured.values())})

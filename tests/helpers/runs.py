@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from typer.testing import CliRunner, Result
@@ -35,6 +35,41 @@ WIDE_LAYERS = [
     "training.global_batch_size=16",
     "training.total_tokens=65536",
     "parallel.micro_batch_size=16",
+]
+
+
+class WideRun(NamedTuple):
+    """A run of WIDE_LAYERS with more overrides.
+
+    `measured_bytes`: the most that torch had allocated in its first two steps on an NVIDIA H200, measured by
+    `tests/integration/test_gpu_training.py`; None if that was not recorded.
+    """
+
+    name: str
+    overrides: list[str]
+    measured_bytes: int | None
+
+
+WIDE_RUNS = [
+    WideRun("none", ["parallel.recomputation=none"], 4_775_792_128),
+    WideRun("selective", ["parallel.recomputation=selective"], 4_001_901_568),
+    WideRun("full", ["parallel.recomputation=full"], 2_786_631_680),
+    WideRun("none-dense", ["parallel.recomputation=none", "model.first_k_dense_replace=6"], 3_606_302_208),
+    WideRun(
+        "selective-prediction",
+        ["parallel.recomputation=selective", "model.num_nextn_predict_layers=1"],
+        5_003_585_536,
+    ),
+    WideRun(
+        "full-wide-experts",
+        [
+            "parallel.recomputation=full",
+            "model.moe_intermediate_size=1024",
+            "model.n_routed_experts=8",
+            "model.num_experts_per_tok=2",
+        ],
+        None,
+    ),
 ]
 
 

@@ -21,7 +21,7 @@ from deepseek_v3.utils.checkpointing.directory import load_checkpoint
 from deepseek_v3.utils.monitoring import read_metrics
 from helpers.gpu_steps import check_compiled_steps
 from helpers.models import random_tokens, small_config
-from helpers.runs import WIDE_LAYERS, dsv3, write_run
+from helpers.runs import WIDE_LAYERS, WIDE_RUNS, WideRun, dsv3, write_run
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)
@@ -131,22 +131,10 @@ def test_layers_in_compiled_parts_train_as_whole_ones_do(tmp_path: Path, recompu
     assert losses[1] == pytest.approx(losses[0], rel=2e-3)
 
 
-@pytest.mark.parametrize(
-    ("recomputation", "changes"),
-    [
-        ("none", []),
-        ("selective", []),
-        ("full", []),
-        ("none", ["model.first_k_dense_replace=6"]),
-        ("selective", ["model.num_nextn_predict_layers=1"]),
-        ("full", ["model.moe_intermediate_size=1024", "model.n_routed_experts=8", "model.num_experts_per_tok=2"]),
-    ],
-    ids=["none", "selective", "full", "none-dense", "selective-prediction", "full-wide-experts"],
-)
-def test_steps_need_the_memory_that_was_planned(tmp_path: Path, recomputation: str, changes: list[str]) -> None:
+@pytest.mark.parametrize("run", WIDE_RUNS, ids=lambda run: run.name)
+def test_steps_need_the_memory_that_was_planned(tmp_path: Path, run: WideRun) -> None:
     """The compiler stores nothing that is to be recomputed. Most of the memory here is activations."""
-    settings = [*WIDE_LAYERS, f"parallel.recomputation={recomputation}", *changes]
-    config = load_config(write_run(tmp_path), settings)
+    config = load_config(write_run(tmp_path), [*WIDE_LAYERS, *run.overrides])
     gc.collect()
     torch._C._cuda_clearCublasWorkspaces()  # the workspace of a previous test would be in `before`
     before = torch.cuda.memory_allocated()

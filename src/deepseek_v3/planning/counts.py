@@ -99,6 +99,22 @@ def mtp_projection_weights(config: ModelConfig) -> int:
     return 2 * config.hidden_size * config.hidden_size
 
 
+def projection_widths(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """The widths before and after each projection of attention, by the name of its module in a decoder layer."""
+    width, heads, rank = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
+    queries = heads * config.qk_head_dim
+    if config.q_lora_rank is None:
+        widths = {"q_proj": (width, queries)}
+    else:
+        widths = {"q_a_proj": (width, config.q_lora_rank), "q_b_proj": (config.q_lora_rank, queries)}
+    widths |= {
+        "kv_a_proj_with_mqa": (width, rank + config.qk_rope_head_dim),
+        "kv_b_proj": (rank, heads * (config.qk_nope_head_dim + config.v_head_dim)),
+        "o_proj": (heads * config.v_head_dim, width),
+    }
+    return {f"self_attn.{name}": pair for name, pair in widths.items()}
+
+
 def _count_model(config: ModelConfig, experts: int) -> ParameterCounts:
     """All parameters except embedding and head, counting `experts` routed experts in each MoE layer."""
     layers = count_layers(config, config.first_k_dense_replace, config.num_moe_layers, experts)
@@ -110,12 +126,7 @@ def _count_model(config: ModelConfig, experts: int) -> ParameterCounts:
 
 def _attention(config: ModelConfig) -> int:
     """Weights of one attention module, without the norms of its latents."""
-    width, heads = config.hidden_size, config.num_attention_heads
-    queries = heads * config.qk_head_dim
-    q = width * queries if config.q_lora_rank is None else config.q_lora_rank * (width + queries)
-    kv_down = width * (config.kv_lora_rank + config.qk_rope_head_dim)
-    kv_up = config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
-    return q + kv_down + kv_up + heads * config.v_head_dim * width
+    return sum(before * after for before, after in projection_widths(config).values())
 
 
 def _ffn(config: ModelConfig, hidden_width: int) -> int:

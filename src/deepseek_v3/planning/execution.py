@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from deepseek_v3.config.train_config import RunConfig
-from deepseek_v3.planning.hardware import Device, known_devices
+from deepseek_v3.planning.fp8_choice import layers_in_fp8, shipped_speeds
+from deepseek_v3.planning.hardware import Device, find_device, known_devices
 from deepseek_v3.utils.errors import ConfigError
 
 LayerKind = Literal["dense", "moe", "mtp"]
@@ -35,10 +36,10 @@ class Execution:
     experts. `logits_per_chunk`: numbers in one chunk of the loss. `mask_bytes`: bytes of the attention mask of
     separate documents that a layer keeps per token; 0 without such a mask.
 
-    `fp8`: linear layers and experts multiply in FP8 (report, §3.3), and save their inputs for the backward pass in
-    FP8. `keeps_fp8_weights`: they also save their weights; otherwise the weights, which are gathered for each pass,
-    are quantized again. `received_bytes`: bytes per token and channel of the tokens that the experts of a rank
-    receive through their exchange; 0 without an exchange.
+    `fp8`: the names of the layers that multiply in FP8 (`fp8_choice.py`), and save their inputs for the backward
+    pass in FP8. `keeps_fp8_weights`: they also save their weights; otherwise the weights, which are gathered for
+    each pass, are quantized again. `received_bytes`: bytes per token and channel of the tokens that the experts of
+    a rank receive through their exchange; 0 without an exchange.
     """
 
     width: Literal[2, 4]
@@ -48,7 +49,7 @@ class Execution:
     mask_bytes: int = 0
     compiled_in_parts: bool = False
     has_kernels: bool = False
-    fp8: bool = False
+    fp8: frozenset[str] = frozenset()
     keeps_fp8_weights: bool = True
     received_bytes: float = 0.0
 
@@ -62,8 +63,7 @@ def resolve_execution(device: Device, config: RunConfig) -> Execution:
     parallel, model = config.parallel, config.model
     has_bfloat16 = device.bfloat16_tflops is not None
     precision = parallel.precision
-    fp8 = precision == "fp8"
-    if fp8 and not device.is_cpu and device.fp8_tflops is None:
+    if precision == "fp8" and not device.is_cpu and device.fp8_tflops is None:
         known = ", ".join(each.name for each in known_devices() if each.fp8_tflops is not None)
         raise ConfigError(
             f"parallel.precision = fp8: FP8 training is not known to run on {device.name}, but on {known}; "
@@ -83,11 +83,25 @@ def resolve_execution(device: Device, config: RunConfig) -> Execution:
         has_kernels=not device.is_cpu,
         expert_imbalance=imbalance,
         logits_per_chunk=_LOGITS_AT_ONCE["cpu" if device.is_cpu else "gpu"],
-        fp8=fp8,
+        fp8=_layers_in_fp8(device, config),
         keeps_fp8_weights=parallel.data_ranks == 1 or parallel.zero_stage < 3 or parallel.pipeline > 1,
         received_bytes=(FP8_ACTIVATION if parallel.dispatch_precision == "fp8" else width) * received,
         mask_bytes=width * config.training.sequence_length if config.data.mask_documents else 0,
     )
+
+
+def _layers_in_fp8(device: Device, config: RunConfig) -> frozenset[str]:
+    """The layers in FP8; with `auto` there are none on a device that FP8 does not run on, or on a CPU."""
+    if config.parallel.precision == "auto" and device.fp8_tflops is None:
+        return frozenset()
+    return layers_in_fp8(config, _driver_name(device))
+
+
+def _driver_name(device: Device) -> str:
+    """The name under which the table of measured speeds has this card: the planner's own names are shorter."""
+    card = find_device(device.name)
+    same_card = (row.device for row in shipped_speeds() if find_device(row.device) == card)
+    return device.name if card is None else next(same_card, device.name)
 
 
 def ranks_reached(places: float, chosen: int) -> float:

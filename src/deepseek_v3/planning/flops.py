@@ -19,6 +19,7 @@ from deepseek_v3.planning.counts import (
     mtp_projection_weights,
 )
 from deepseek_v3.planning.execution import LayerKind
+from deepseek_v3.planning.fp8_choice import weights_in_fp8
 
 Recomputation = Literal["none", "selective", "full"]
 
@@ -100,6 +101,13 @@ def mtp_forward_flops(config: ModelConfig, sequence_length: int) -> ForwardFlops
     active = count_layers(config, 0, depth, config.num_experts_per_tok)
     head = depth * config.vocab_size * config.hidden_size
     return _doubled(active, depth * _scores(config, sequence_length), depth * mtp_projection_weights(config), head)
+
+
+def forward_flops_in_fp8(config: ModelConfig, in_fp8: frozenset[str]) -> ForwardFlops:
+    """Of the operations per token of the model's and all MTP layers' forward pass, those of the layers in FP8."""
+    moe_layers = config.num_moe_layers + config.num_nextn_predict_layers
+    active = count_layers(config, config.first_k_dense_replace, moe_layers, config.num_experts_per_tok)
+    return _doubled(weights_in_fp8(config, active, in_fp8), scores=0, joining=0, head=0)
 
 
 def layer_flops(config: ModelConfig, kind: LayerKind, sequence_length: int) -> int:

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.config.train_config import RunConfig
-from deepseek_v3.planning.activations import dense_network_bytes, feed_forward_bytes, saved_bytes
+from deepseek_v3.planning.activations import feed_forward_bytes, network_bytes, saved_bytes
 from deepseek_v3.planning.counts import count_layers, mtp_projection_weights, owned_parameters
 from deepseek_v3.planning.execution import FP8_ACTIVATION, FP8_WEIGHT, Execution, LayerKind
+from deepseek_v3.planning.fp8_choice import DENSE_NETWORK, ROUTED_EXPERTS, SHARED_EXPERTS, weights_in_fp8
 
 
 @dataclass(frozen=True)
@@ -42,30 +43,33 @@ def layer_memory(config: RunConfig, run: Execution, kind: LayerKind) -> LayerMem
     others = counts.total - counts.routed_experts + joining + more_norms - whole
     is_sharded, recomputes = parallel.data_shard > 1, parallel.recomputation != "none"
     partly = parallel.recomputation == "selective"
-    saving = counts.attention if partly else routed + others - joining
+    narrow = weights_in_fp8(model, counts, run.fp8)
+    in_networks = narrow.dense_ffn + narrow.shared_experts + narrow.routed_experts / parallel.expert
+    in_fp8 = narrow.attention + (0 if partly else in_networks)
+    saving = joining + (counts.attention if partly else routed + others - joining)
     again = feed_forward_bytes(model, kind, run) * tokens if partly else 0.0
     return LayerMemory(
         parameters=owned_parameters(parallel, counts.routed_experts, whole, others),
         whole=whole,
         saved=saved_bytes(model, kind, run) * tokens - again,
         again=again,
-        copies=_copy_bytes(run, saving, joining, is_sharded),
+        copies=_copy_bytes(run, in_fp8, saving - in_fp8, is_sharded),
         gathered=run.width * (routed + others) if is_sharded else 0.0,
         working=_fp8_working_bytes(model, dense, run, tokens, parallel.expert, is_sharded)
-        if run.fp8
+        if (DENSE_NETWORK if dense else ROUTED_EXPERTS) in run.fp8
         else _working_bytes(model, dense, run, tokens, parallel.expert, frees_early=not (recomputes or is_sharded)),
     )
 
 
-def _copy_bytes(run: Execution, weights: float, joining: float, is_sharded: bool) -> float:
-    """Bytes of the weights that a layer saves for its backward pass; `joining` is not multiplied in FP8.
+def _copy_bytes(run: Execution, in_fp8: float, others: float, is_sharded: bool) -> float:
+    """Bytes of the weights that a layer saves for its backward pass: of `in_fp8` weights in FP8, and of `others`.
 
     The bfloat16 weights of a sharded layer are those that were gathered, and no copies.
     """
     if run.width == 4:
         return 0.0
-    in_fp8 = FP8_WEIGHT * weights if run.fp8 and run.keeps_fp8_weights else 0.0
-    return in_fp8 + (0.0 if is_sharded else 2 * (joining if run.fp8 else weights + joining))
+    kept = FP8_WEIGHT * in_fp8 if run.keeps_fp8_weights else 0.0
+    return kept + (0.0 if is_sharded else 2 * others)
 
 
 def _working_bytes(
@@ -87,7 +91,7 @@ def _working_bytes(
         early = 4 * rows * (model.hidden_size + hidden)
         if not (dense or frees_early):  # saved tensors and one gradient of the shared experts are still allocated
             shared = model.n_shared_experts * hidden
-            early += tokens * (dense_network_bytes(model, shared, run) + 4 * shared)
+            early += tokens * (network_bytes(model, shared, SHARED_EXPERTS, run) + 4 * shared)
     if not run.compiled:
         late = 20 * weight + run.width * rows * (model.hidden_size - 2 * hidden)
     elif frees_early:
@@ -100,14 +104,14 @@ def _working_bytes(
 def _fp8_working_bytes(
     model: ModelConfig, dense: bool, run: Execution, tokens: int, expert_ranks: int, is_sharded: bool
 ) -> float:
-    """Peak bytes in the backward pass of a layer in FP8: the largest of its moments.
+    """Peak bytes in the backward pass of a layer whose dense network or routed experts are in FP8.
 
-    While SwiGLU's backward pass computes the FP8 gradients of gate and up, by row and by column, and the product by
-    column; then the gradient of the rows. A layer that is compiled whole computes the gradients of weights last, if
-    they are larger than their factors (`training/parallel/weight_gradients_last.py`), and the third moment is the
-    backward pass of its attention. In other layers it is that in which the gradient of gate and up is computed. A
-    weight's gradient has the dtype of the weight: float32, or bfloat16 if it is sharded, which the reduction then
-    widens.
+    It is the largest of its moments. In the first, SwiGLU's backward pass computes the FP8 gradients of gate and
+    up, by row and by column, and the product by column; in the second, the gradient of the rows is computed. A
+    layer that is compiled whole computes the gradients of weights last, if they are larger than their factors
+    (`training/parallel/weight_gradients_last.py`), and the third moment is the backward pass of its attention. In
+    other layers it is that in which the gradient of gate and up is computed. A weight's gradient has the dtype of
+    the weight: float32, or bfloat16 if it is sharded, which the reduction then widens.
     """
     inner, width = model.intermediate_size if dense else model.moe_intermediate_size, model.hidden_size
     experts = 1 if dense else model.n_routed_experts / expert_ranks
@@ -140,9 +144,11 @@ def _fp8_working_bytes(
 def _attention_working_bytes(model: ModelConfig, run: Execution, is_sharded: bool, tokens: int) -> float:
     """Bytes in the backward pass of attention: gradients of output, queries, keys and values, and a float32 sum.
 
-    The gradient of the output projection waits with its factor, which is the gradient of the layer's states.
+    The gradient of the output projection waits with its factor in FP8, which is the gradient of the layer's states,
+    or exists if the projection is not in FP8.
     """
     heads, output = model.num_attention_heads, model.num_attention_heads * model.v_head_dim
     gradients = run.width * heads * (2 * model.v_head_dim + 2 * model.qk_head_dim) + 4 * heads * model.qk_head_dim
     weight = (2 if is_sharded else 4) * output * model.hidden_size
-    return tokens * gradients + min(weight, tokens * FP8_ACTIVATION * model.hidden_size)
+    waits = "self_attn.o_proj" in run.fp8
+    return tokens * gradients + (min(weight, tokens * FP8_ACTIVATION * model.hidden_size) if waits else weight)

@@ -8,7 +8,6 @@ their bytes. A step is at least as long as its host needs to launch it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -18,8 +17,9 @@ from deepseek_v3.planning.activations import saved_bytes
 from deepseek_v3.planning.calibration import Rates, calibration
 from deepseek_v3.planning.counts import rank_parameters
 from deepseek_v3.planning.execution import FP8_ACTIVATION, Execution, LayerKind, ranks_reached
-from deepseek_v3.planning.flops import ForwardFlops, forward_flops, mtp_forward_flops
-from deepseek_v3.planning.fp8_traffic import attention_traffic, feed_forward_traffic, weight_traffic
+from deepseek_v3.planning.flops import ForwardFlops, forward_flops, forward_flops_in_fp8, mtp_forward_flops
+from deepseek_v3.planning.fp8_choice import DENSE_NETWORK, ROUTED_EXPERTS, SHARED_EXPERTS, share_in_fp8
+from deepseek_v3.planning.fp8_traffic import activation_traffic, weight_traffic
 from deepseek_v3.planning.hardware import Device
 from deepseek_v3.planning.pipeline_split import stage_imbalance, stage_layer_kinds
 
@@ -178,41 +178,30 @@ def step_work(config: RunConfig, run: Execution) -> StepWork:
     passes = 4 if parallel.recomputation == "full" else 3
     ffn_passes = 3 if parallel.recomputation == "none" else 4  # passes through the feed-forward parts
     tokens = parallel.micro_batch_size * length * config.gradient_accumulation_steps / parallel.pipeline
-    parts = _forward(model, length)
+    parts, in_fp8 = _forward(model, length), _forward_in_fp8(model, run.fp8)
     projections = passes * sum(p.attention_projections for p in parts)
     networks = ffn_passes * sum(p.dense_ffn + p.shared_experts for p in parts)
     others = sum(passes * p.joining + ffn_passes * p.gates + 3 * p.head for p in parts)
-    experts = tokens * run.expert_imbalance * ffn_passes * sum(p.routed_experts for p in parts)
+    matrices_in_fp8 = passes * in_fp8.attention_projections
+    matrices_in_fp8 += ffn_passes * (in_fp8.dense_ffn + in_fp8.shared_experts)
+    expert_passes = tokens * run.expert_imbalance * ffn_passes
     kinds = stage_layer_kinds(model, 1, length)[0]
     moved = sum(count * _moved_bytes(model, kind, run) for kind, count in Counter(kinds).items())
     depths = 1 + model.num_nextn_predict_layers
-    work = StepWork(
-        matrix_operations=tokens * (projections + networks + others),
-        expert_operations=experts,
+    return StepWork(
+        matrix_operations=tokens * (projections + networks + others - matrices_in_fp8),
+        expert_operations=expert_passes * (sum(p.routed_experts for p in parts) - in_fp8.routed_experts),
         attention_operations=tokens * passes * sum(p.attention_scores for p in parts),
         expert_bytes=ffn_passes * _expert_bytes(config, run, tokens),
         activation_bytes=tokens * moved * ffn_passes / 3,
         logit_bytes=tokens * depths * 3 * run.width * model.vocab_size,
         weight_bytes=_weight_bytes(config, run, recomputes=ffn_passes == 4),
         layer_runs=config.gradient_accumulation_steps * len(kinds) / parallel.pipeline * passes / 3,
+        fp8_matrix_operations=tokens * matrices_in_fp8,
+        fp8_expert_operations=expert_passes * in_fp8.routed_experts,
+        quantization_bytes=tokens * activation_traffic(model, kinds, run, passes - 2, ffn_passes - 2)
+        + config.gradient_accumulation_steps * weight_traffic(config, run, ffn_passes - 2),
     )
-    if not run.fp8:
-        return work
-    return replace(
-        work,
-        matrix_operations=tokens * others,
-        expert_operations=0.0,
-        fp8_matrix_operations=tokens * (projections + networks),
-        fp8_expert_operations=experts,
-        quantization_bytes=tokens * _quantization_bytes(model, kinds, run, passes - 2, ffn_passes - 2)
-        + config.gradient_accumulation_steps * _weight_quantization_bytes(config, run, ffn_passes - 2),
-    )
-
-
-def _weight_quantization_bytes(config: RunConfig, run: Execution, forward: int) -> float:
-    """Bytes of a micro-batch with `forward` forward passes; sharded weights are gathered in bfloat16."""
-    times = forward if run.keeps_fp8_weights else forward + 1
-    return times * rank_parameters(config).layers * weight_traffic(4 if config.parallel.data_shard == 1 else 2)
 
 
 def _moved_bytes(model: ModelConfig, kind: LayerKind, run: Execution) -> float:
@@ -220,22 +209,13 @@ def _moved_bytes(model: ModelConfig, kind: LayerKind, run: Execution) -> float:
 
     In FP8, SwiGLU quantizes and is counted there; the rest moves what it moves in bfloat16.
     """
-    if not run.fp8:
-        return saved_bytes(model, kind, run)
-    dense = kind == "dense"
-    routed = model.num_experts_per_tok * run.expert_imbalance
-    hidden = model.intermediate_size if dense else (routed + model.n_shared_experts) * model.moe_intermediate_size
-    return saved_bytes(model, kind, replace(run, fp8=False)) - 3 * run.width * hidden
-
-
-def _quantization_bytes(
-    model: ModelConfig, kinds: Sequence[LayerKind], run: Execution, forward: int, ffn_forward: int
-) -> float:
-    """Bytes per token of all layers, for a number of forward passes through attention and feed-forward parts."""
-    attention = attention_traffic(model)
-    networks = [feed_forward_traffic(model, kind, run) for kind in kinds]
-    inside = sum(ffn_forward * before + after for before, after in networks)
-    return len(kinds) * (forward * attention[0] + attention[1]) + inside
+    if kind == "dense":
+        hidden: float = model.intermediate_size if DENSE_NETWORK in run.fp8 else 0
+    else:
+        routed = model.num_experts_per_tok * run.expert_imbalance if ROUTED_EXPERTS in run.fp8 else 0
+        shared = model.n_shared_experts if SHARED_EXPERTS in run.fp8 else 0
+        hidden = (routed + shared) * model.moe_intermediate_size
+    return saved_bytes(model, kind, replace(run, fp8=frozenset())) - 3 * run.width * hidden
 
 
 def _expert_bytes(config: RunConfig, run: Execution, tokens: float) -> float:
@@ -245,7 +225,8 @@ def _expert_bytes(config: RunConfig, run: Execution, tokens: float) -> float:
     rows = moe_layers * tokens * model.num_experts_per_tok * run.expert_imbalance
     weights = config.gradient_accumulation_steps * rank_parameters(config).experts
     # In FP8, products read one byte and write two: of the bytes in bfloat16, two thirds.
-    row = (4 / 3 if run.fp8 else run.width) * (2 * model.hidden_size + 3 * model.moe_intermediate_size)
+    width = 4 / 3 if ROUTED_EXPERTS in run.fp8 else run.width
+    row = width * (2 * model.hidden_size + 3 * model.moe_intermediate_size)
     return rows * row + run.width * weights
 
 
@@ -253,11 +234,11 @@ def _weight_bytes(config: RunConfig, run: Execution, recomputes: bool) -> float:
     """Bytes of casts and copies in every micro-batch, of gradient accumulation, and of the optimizer's update."""
     own, repeats = rank_parameters(config), config.gradient_accumulation_steps
     if config.parallel.data_shard > 1:
-        casts = _SHARDING_BYTES
-    elif run.fp8:
-        casts = 0  # weights are quantized, and their gradients are computed in float32
+        casts: float = _SHARDING_BYTES
     else:
-        casts = ((2 if recomputes else 1) + 1) * (4 + 2) if run.width == 2 else 0
+        # Weights in FP8 are quantized instead, and their gradients are computed in float32.
+        cast_share = 1 - share_in_fp8(config.model, config.parallel.expert, run.fp8)
+        casts = cast_share * ((2 if recomputes else 1) + 1) * (4 + 2) if run.width == 2 else 0.0
     norm, update = 4, 3 * 4 + 2 * 2 * config.training.optimizer.moment_bytes
     summing = (repeats - 1) * 3 * 4
     return own.layers * (repeats * casts) + own.owned * (summing + norm + update)
@@ -267,6 +248,12 @@ def _weight_bytes(config: RunConfig, run: Execution, recomputes: bool) -> float:
 def _forward(model: ModelConfig, sequence_length: int) -> tuple[ForwardFlops, ForwardFlops]:
     """Operations per token of the main model and of its MTP layers, cached because every layout asks for them."""
     return forward_flops(model, sequence_length), mtp_forward_flops(model, sequence_length)
+
+
+@lru_cache
+def _forward_in_fp8(model: ModelConfig, in_fp8: frozenset[str]) -> ForwardFlops:
+    """Operations per token of all layers with these names, cached in the same way."""
+    return forward_flops_in_fp8(model, in_fp8)
 
 
 def collective_seconds(config: RunConfig, run: Execution, device: Device) -> tuple[float, float]:

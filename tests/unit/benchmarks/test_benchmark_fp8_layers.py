@@ -13,7 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepseek_v3.training.parallel.fp8_layers import SPEED_FILE, MeasuredSpeed, measured_speeds
+from deepseek_v3.planning.fp8_choice import SPEED_FILE, MeasuredSpeed, measured_speeds
 from deepseek_v3.utils.errors import ConfigError
 from helpers import ROOT
 from helpers.runs import run_fields
@@ -93,8 +93,8 @@ def test_the_list_names_layers_that_can_compute_in_fp8() -> None:
     sizes = set()
     for each in listed:
         layer = build_layers(each.config, each.micro_batch_size, "bf16", CPU).layers[each.layer]
-        assert layer.obstacle() is None
-        sizes.add((layer.kind, layer.rows, layer.widths))
+        assert layer.size.obstacle() is None
+        sizes.add((layer.size.kind, layer.size.rows, layer.size.widths))
     assert len(sizes) == len(listed)
 
 
@@ -113,7 +113,7 @@ def test_experts_get_their_rows(tmp_path: Path) -> None:
     layer.module.to_empty(device=CPU)
     passes = make_passes(layer, layers.dtype, layers.experts_per_token, CPU)
     ends_E = passes.inputs[-1]
-    assert ends_E[-1] == layer.rows * len(ends_E)
+    assert ends_E[-1] == layer.size.rows * len(ends_E)
     assert list(passes.leaves) == ["x", "gates", "gate_up_proj", "down_proj"]
 
 

@@ -25,12 +25,14 @@ from deepseek_v3.ops.operation import Target
 from deepseek_v3.planning.activations import saved_bytes
 from deepseek_v3.planning.execution import FP8_WEIGHT, Execution, LayerKind
 from deepseek_v3.training.parallel.fp8_layers import _set_products
+from helpers.fp8_choices import EVERY_LAYER, NETWORKS, PROJECTIONS
 from helpers.models import fill_with_noise, small_config
 
 # Saved tensors of compiled layers, in autograd's order, as "shape type", and what allocated memory grew by.
 RECORD = json.loads((Path(__file__).parent / "compiled_saved_tensors.json").read_text(encoding="utf-8"))
 LAYERS = [(point, layer) for point in RECORD["points"] for layer in point["layers"]]
 
+BLOCK_BYTES = 1 + 4 / 128  # of a number in FP8, with its share of a scale
 KINDS: tuple[LayerKind, ...] = ("dense", "moe", "mtp")
 SHAPES: dict[str, dict[str, Any]] = {
     "query rank, narrow values": {},
@@ -200,7 +202,12 @@ def test_allocated_memory_grew_by_the_estimate(point: dict[str, Any], layer: dic
     model, kind, precision = _model(point), layer["kind"], point["precision"]
     tokens = point["sequences"] * (point["sequence_length"] - (kind == "mtp"))
     is_compiled = precision != "fp32"
-    run = Execution(2 if is_compiled else 4, is_compiled, has_kernels=True, fp8=precision == "fp8")
+    run = Execution(
+        2 if is_compiled else 4,
+        is_compiled,
+        has_kernels=True,
+        fp8=EVERY_LAYER if precision == "fp8" else frozenset(),
+    )
     matrices, joining = _matrix_weights(model, kind), 2 * model.hidden_size**2 if kind == "mtp" else 0
     in_fp8 = FP8_WEIGHT * (matrices - joining) + 2 * joining
     weights = {"fp32": 0, "bf16": 2 * matrices, "fp8": in_fp8}[precision]
@@ -218,9 +225,23 @@ def test_the_record_covers_every_kind_and_both_attentions() -> None:
     assert RECORD["versions"]["torch"]
 
 
+# Layers in FP8: all, those of a run whose feed-forward parts alone are wide enough, and others.
+CHOICES = {
+    "every layer": EVERY_LAYER,
+    "networks": NETWORKS,
+    "routed experts, queries and output": frozenset(
+        ("mlp.experts", "self_attn.q_proj", "self_attn.q_a_proj", "self_attn.q_b_proj", "self_attn.o_proj")
+    ),
+    "latent": frozenset(("self_attn.kv_a_proj_with_mqa", "self_attn.kv_b_proj")),
+}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("q_lora_rank", [128, None])
-def test_eager_fp8_layers_save_the_estimated_bytes(kind: LayerKind, q_lora_rank: int | None) -> None:
+@pytest.mark.parametrize("in_fp8", CHOICES.values(), ids=CHOICES)
+def test_eager_fp8_layers_save_the_estimated_bytes(
+    kind: LayerKind, q_lora_rank: int | None, in_fp8: frozenset[str]
+) -> None:
     """All widths are multiples of 128, so that no block is partly empty."""
     heads = {"num_attention_heads": 8, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 48}
     ranks = {"q_lora_rank": q_lora_rank, "kv_lora_rank": 128}
@@ -228,15 +249,18 @@ def test_eager_fp8_layers_save_the_estimated_bytes(kind: LayerKind, q_lora_rank:
     layer, sizes = _layer(model, kind), (4, 128)
     target = Target(torch.device("cpu"), torch.bfloat16)
     recipe = Fp8Recipe(FP8_QUANTIZE.select(target).run, FP8_GEMM.select(target).run)
-    attention = [module for module in layer.self_attn.named_children() if isinstance(module[1], Linear)]
-    networks = [module for module in layer.named_modules() if isinstance(module[1], (FeedForward, RoutedExperts))]
-    for name, module in (*attention, *networks):
+    chosen = {
+        name: module
+        for name, module in layer.named_modules()
+        if name in in_fp8 and isinstance(module, (Linear, FeedForward, RoutedExperts))
+    }
+    for name, module in chosen.items():
         _set_products(name, module, recipe)
-    joining = 2 * model.hidden_size**2 if kind == "mtp" else 0
+    weights = sum(parameter.numel() for module in chosen.values() for parameter in module.parameters())
     found, copies = _held(layer, model, torch.bfloat16, *sizes)
-    assert copies == 2 * joining
-    weights = FP8_WEIGHT * (_matrix_weights(model, kind) - joining)
-    expected = saved_bytes(model, kind, Execution(2, compiled=False, fp8=True)) + weights / math.prod(sizes)
+    assert copies == 2 * (_matrix_weights(model, kind) - weights)
+    expected = saved_bytes(model, kind, Execution(2, compiled=False, fp8=in_fp8))
+    expected += FP8_WEIGHT * weights / math.prod(sizes)
     assert expected == pytest.approx(found, rel=0.002)
 
 
@@ -257,13 +281,50 @@ def test_fp8_replaces_inputs_of_linear_layers_and_rows(kind: LayerKind, compiled
         expected += block * (width + 2 * shared) - network * shared
         expected += rows * (4 + block * 2 * hidden - 2 * width - (6 if compiled else 18) * hidden)
         expected += rows * (8 - 4 if compiled else 0)  # the tokens of the rows, and no second copy of the gates
-    narrow, fp8 = (saved_bytes(model, kind, Execution(2, compiled, fp8=fp8)) for fp8 in (False, True))
+    narrow, fp8 = (saved_bytes(model, kind, Execution(2, compiled, fp8=fp8)) for fp8 in (frozenset(), EVERY_LAYER))
     assert fp8 - narrow == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("names", "bytes_more"),
+    [
+        # Queries in FP8 save the attention's input in FP8, and the latent still saves it in bfloat16.
+        (("q_a_proj",), {"hidden_size": BLOCK_BYTES}),
+        (("q_a_proj", "kv_a_proj_with_mqa"), {"hidden_size": BLOCK_BYTES - 2}),
+        (("q_b_proj", "kv_b_proj"), {"q_lora_rank": BLOCK_BYTES - 2, "kv_lora_rank": BLOCK_BYTES - 2}),
+        (("o_proj",), {}),  # attention itself keeps its output
+    ],
+)
+def test_compiled_projections_in_fp8_save_their_own_inputs(
+    names: tuple[str, ...], bytes_more: dict[str, float]
+) -> None:
+    """The difference from bfloat16 by hand, in bytes of each number of a width."""
+    model = small_config()
+    in_fp8 = frozenset(f"self_attn.{name}" for name in names)
+    narrow, mixed = (saved_bytes(model, "moe", Execution(2, True, fp8=fp8)) for fp8 in (frozenset(), in_fp8))
+    expected = sum(getattr(model, width) * number for width, number in bytes_more.items())
+    assert mixed - narrow == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_bytes_that_fp8_saves_add_up_over_the_layers(kind: LayerKind, compiled: bool) -> None:
+    model = small_config()
+
+    def difference(in_fp8: frozenset[str]) -> float:
+        narrow, mixed = (saved_bytes(model, kind, Execution(2, compiled, fp8=fp8)) for fp8 in (frozenset(), in_fp8))
+        return mixed - narrow
+
+    each = [difference(frozenset((name,))) for name in NETWORKS]
+    assert sum(each) + difference(PROJECTIONS) == pytest.approx(difference(EVERY_LAYER))
+    assert sum(change != 0 for change in each) == (1 if kind == "dense" else 2)
 
 
 def test_experts_of_several_ranks_save_the_tokens_received() -> None:
     model = small_config()
-    one, several = (saved_bytes(model, "moe", Execution(2, True, fp8=True, received_bytes=n)) for n in (0.0, 3.5))
+    one, several = (
+        saved_bytes(model, "moe", Execution(2, True, fp8=EVERY_LAYER, received_bytes=n)) for n in (0.0, 3.5)
+    )
     assert several - one == 3.5 * model.hidden_size
 
 

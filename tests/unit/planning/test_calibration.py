@@ -13,6 +13,7 @@ from deepseek_v3.planning.execution import Execution, resolve_execution
 from deepseek_v3.planning.hardware import Device, find_device, known_devices
 from deepseek_v3.utils.errors import ConfigError
 from helpers import ROOT
+from helpers.fp8_choices import EVERY_LAYER
 
 H200 = next(fit for fit in read_fits() if fit.device == "H200")
 TINY = ROOT / "configs" / "deepseek_v3_tiny.yaml"
@@ -60,7 +61,7 @@ def _sources(gpu: str, execution: Execution = NARROW) -> dict[str, str]:
 
 
 def test_a_plan_in_fp8_says_that_it_was_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    fp8 = replace(NARROW, fp8=True)
+    fp8 = replace(NARROW, fp8=EVERY_LAYER)
     factors = ("fp8_matrices", "fp8_experts", "quantization")
     for assumed, says in ((factors, True), (factors[2:], True), ((), False)):
         fit = replace(H200, bfloat16=replace(H200.bfloat16, assumed=assumed))
@@ -75,7 +76,8 @@ def test_fp8_needs_a_device_that_has_it(device: str, width: int | None) -> None:
     config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"precision": "fp8"})})
     if width is not None:
         run = resolve_execution(_device(device), config)
-        assert (run.fp8, run.width) == (True, width)
+        assert run.width == width
+        assert run.fp8
     else:
         with pytest.raises(
             ConfigError, match=r"fp8: FP8 training is not known to run on A100, but on B200, .*H100"

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -33,7 +34,8 @@ from deepseek_v3.training.optimizer import AdamW
 from deepseek_v3.training.parallel.mesh import ParallelMesh
 from deepseek_v3.training.parallel.parallelize import build_model
 from helpers import ROOT
-from helpers.runs import run_fields
+from helpers.fp8_choices import EVERY_LAYER
+from helpers.runs import WIDE_LAYERS, WIDE_RUNS, WideRun, run_fields
 
 SHIPPED = sorted((ROOT / "configs").glob("deepseek_v3_*.yaml"))
 RESULTS = ROOT / "benchmarks" / "results"
@@ -367,7 +369,7 @@ def test_layers_save_bfloat16_copies_of_all_but_routers() -> None:
 
 def test_fp8_layers_save_their_weights_in_fp8() -> None:
     config = _run({"num_hidden_layers": 8}, micro_batch_size=4, global_batch_size=4, sequence_length=256)
-    fp8 = replace(resolve_execution(H100, _with(config, precision="bf16")), fp8=True)
+    fp8 = replace(resolve_execution(H100, _with(config, precision="bf16")), fp8=EVERY_LAYER)
     named = [
         (name, parameter.numel()) for name, parameter in _built(config).named_parameters() if ".layers." in name
     ]
@@ -380,9 +382,34 @@ def test_fp8_layers_save_their_weights_in_fp8() -> None:
     for ranks, stage, keeps in (("data_shard", 3, False), ("data_shard", 2, True), ("data_replicate", 3, False)):
         layout = {ranks: 2, "zero_stage": stage, **batch}
         sharded = _run({"num_nextn_predict_layers": 0}, precision="bf16", **layout)
-        run = replace(resolve_execution(H100, sharded), fp8=True)
+        run = replace(resolve_execution(H100, sharded), fp8=EVERY_LAYER)
         assert run.keeps_fp8_weights == keeps
         assert (estimate_memory(sharded, run).weight_copies > 0) == keeps
+
+
+def test_each_layer_saves_its_weights_in_its_own_precision() -> None:
+    config = _run({"num_hidden_layers": 8}, micro_batch_size=4, global_batch_size=4, sequence_length=256)
+    in_fp8 = frozenset(("self_attn.o_proj", "mlp.experts"))
+    mixed = replace(resolve_execution(H100, _with(config, precision="bf16")), fp8=in_fp8)
+    narrow = _numbers(config, "o_proj", "mlp.experts")
+    matrices = sum(
+        parameter.numel()
+        for name, parameter in _built(config).named_parameters()
+        if ".layers." in name and parameter.ndim >= 2 and not name.endswith("mlp.gate.weight")
+    )
+    expected = 2 * (matrices - narrow) + (1 + 4 / 128**2) * narrow
+    assert estimate_memory(config, mixed).weight_copies == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("run", [run for run in WIDE_RUNS if run.measured_bytes], ids=lambda run: run.name)
+def test_layers_chosen_by_auto_need_what_was_measured(run: WideRun, tmp_path: Path) -> None:
+    """The feed-forward parts are in FP8, and the projections, which are narrow, in bf16."""
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(run_fields(tmp_path)), encoding="utf-8")
+    config = load_config(path, [*WIDE_LAYERS, *run.overrides])
+    execution = resolve_execution(_device("NVIDIA H200"), config)
+    assert {"mlp", "mlp.experts", "mlp.shared_experts"} >= execution.fp8 >= {"mlp"}
+    assert estimate_memory(config, execution).total == pytest.approx(run.measured_bytes, rel=0.05)
 
 
 @pytest.mark.parametrize(("dispatched", "number"), [("activations", 2), ("fp8", 1 + 4 / 128)])
@@ -399,7 +426,7 @@ def test_a_rank_receives_a_token_once_for_all_its_experts(dispatched: str, numbe
 def test_fp8_needs_less_memory_in_shipped_runs(path: Path, recomputation: str) -> None:
     config = _with(_shipped(path), recomputation=recomputation, precision="bf16", micro_batch_size=4)
     run = resolve_execution(H100, config)
-    fp8, narrow = (estimate_memory(config, replace(run, fp8=fp8)).total for fp8 in (True, False))
+    fp8, narrow = (estimate_memory(config, replace(run, fp8=fp8)).total for fp8 in (EVERY_LAYER, frozenset()))
     assert 0.5 * narrow < fp8 <= narrow
     assert fp8 < narrow or recomputation == "full"  # the peak may then be the end, when only gradients are left
 

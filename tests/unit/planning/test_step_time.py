@@ -31,6 +31,7 @@ from deepseek_v3.planning.step_time import (
     step_work,
 )
 from helpers import ROOT
+from helpers.fp8_choices import EVERY_LAYER, NETWORKS, PROJECTIONS
 from helpers.runs import run_fields
 
 CONFIGS = sorted((ROOT / "configs").glob("deepseek_v3_*.yaml"))
@@ -122,7 +123,7 @@ def test_operations_of_shipped_runs(path: Path) -> None:
 @pytest.mark.parametrize("recomputation", ["none", "selective", "full"])
 def test_fp8_leaves_head_and_routers_in_bf16(recomputation: str) -> None:
     config = _run(global_batch_size=8, recomputation=recomputation)
-    narrow, fp8 = step_work(config, COMPILED), step_work(config, replace(COMPILED, fp8=True))
+    narrow, fp8 = step_work(config, COMPILED), step_work(config, replace(COMPILED, fp8=EVERY_LAYER))
     assert _operations(fp8) == pytest.approx(_operations(narrow))
     tokens, model = 8 * config.training.sequence_length, config.model
     depth, width = model.num_nextn_predict_layers, model.hidden_size
@@ -133,6 +134,39 @@ def test_fp8_leaves_head_and_routers_in_bf16(recomputation: str) -> None:
     assert fp8.fp8_expert_operations == narrow.expert_operations
     assert fp8.expert_operations == 0
     assert narrow.quantization_bytes == 0
+
+
+def test_layers_in_fp8_keep_their_operations_and_no_others_do() -> None:
+    """By hand for one dense and one MoE layer, of whose layers three are in FP8."""
+    changes = {"num_hidden_layers": 2, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0}
+    config = _run(changes, global_batch_size=8)
+    model, tokens = config.model, 8 * config.training.sequence_length
+    run = replace(COMPILED, fp8=frozenset(("self_attn.o_proj", "mlp", "mlp.experts")))
+    mixed, narrow = step_work(config, run), step_work(config, COMPILED)
+    outputs = 2 * model.num_attention_heads * model.v_head_dim * model.hidden_size
+    dense = 3 * model.hidden_size * model.intermediate_size
+    routed = 3 * model.hidden_size * model.moe_intermediate_size * model.num_experts_per_tok
+    assert mixed.fp8_matrix_operations == 3 * 2 * tokens * (outputs + dense)
+    assert mixed.fp8_expert_operations == 3 * 2 * tokens * routed
+    assert mixed.expert_operations == 0
+    assert _operations(mixed) == _operations(narrow)
+
+
+def test_only_weights_in_bf16_are_cast() -> None:
+    """All weights of projections, networks and experts are cast or quantized, in proportion to their numbers."""
+    config = _run(global_batch_size=8)
+    projections, networks, every = (
+        step_work(config, replace(COMPILED, fp8=layers)) for layers in (PROJECTIONS, NETWORKS, EVERY_LAYER)
+    )
+    narrow = step_work(config, COMPILED)
+    both = projections.quantization_bytes + networks.quantization_bytes
+    assert both == pytest.approx(every.quantization_bytes)
+    saved = 2 * narrow.weight_bytes - projections.weight_bytes - networks.weight_bytes
+    assert saved == pytest.approx(narrow.weight_bytes - every.weight_bytes)
+    attention = _weights(config, "self_attn.") - _weights(config, "a_layernorm")
+    others = _weights(config, "mlp.") - _weights(config, "mlp.gate.")
+    share = (narrow.weight_bytes - projections.weight_bytes) / (narrow.weight_bytes - every.weight_bytes)
+    assert share == pytest.approx(attention / (attention + others))
 
 
 class _Traffic(NamedTuple):
@@ -170,7 +204,7 @@ def test_bytes_that_quantization_moves(recomputes: bool) -> None:
     weights = rank_parameters(config).layers * (4 + 2 * (1 + 4 / 128**2))
     micro_batches = config.gradient_accumulation_steps
     expected = tokens * (passes * forward + backward) + passes * micro_batches * weights
-    assert step_work(config, replace(COMPILED, fp8=True)).quantization_bytes == pytest.approx(expected)
+    assert step_work(config, replace(COMPILED, fp8=EVERY_LAYER)).quantization_bytes == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -181,7 +215,7 @@ def test_fp8_steps_of_wide_layers_are_faster(path: Path) -> None:
     device = find_device("H200")
     assert device is not None
     narrow = estimate_step(config, COMPILED, device)
-    fp8 = estimate_step(config, replace(COMPILED, fp8=True), device)
+    fp8 = estimate_step(config, replace(COMPILED, fp8=EVERY_LAYER), device)
     assert fp8.matrices < narrow.matrices
     assert fp8.experts < narrow.experts
     assert fp8.weights < narrow.weights

@@ -13,8 +13,9 @@ import torch
 
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.model.transformer import DeepSeekV3
+from deepseek_v3.planning import fp8_choice
 from deepseek_v3.training.parallel import fp8_layers
-from deepseek_v3.training.parallel.fp8_layers import Fp8Layer, MeasuredSpeed, compute_in_fp8, has_fp8
+from deepseek_v3.training.parallel.fp8_layers import compute_in_fp8, has_fp8
 from deepseek_v3.utils.errors import ConfigError
 from helpers.parallel_runs import run_config
 
@@ -42,12 +43,8 @@ def log_of(precision: str, caplog: pytest.LogCaptureFixture, device: torch.devic
 
 def write_table(path: Path, monkeypatch: pytest.MonkeyPatch, *rows: dict[str, Any]) -> None:
     path.write_text(json.dumps(rows), encoding="utf-8")
-    speeds = fp8_layers.measured_speeds(path)
-    monkeypatch.setattr(fp8_layers, "measured_speeds", lambda: speeds)
-
-
-def test_the_table_has_rows_of_known_kinds() -> None:
-    assert {row.kind for row in fp8_layers.measured_speeds()} <= {"projection", "feed_forward", "experts"}
+    speeds = tuple(fp8_choice.measured_speeds(path))
+    monkeypatch.setattr(fp8_choice, "shipped_speeds", lambda: speeds)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
@@ -103,7 +100,8 @@ def test_experts_have_the_rows_of_all_ranks() -> None:
     """Twice the tokens go to each expert if two ranks hold half of the experts each."""
     for expert, rows in ((1, 8), (2, 16)):
         model, config = model_of("fp8", data_shard=2, expert=expert)
-        found = {layer.rows for layer in fp8_layers.fp8_layers(model, config) if layer.kind == "experts"}
+        layers = fp8_layers.fp8_layers(model, config)
+        found = {layer.size.rows for layer in layers if layer.size.kind == "experts"}
         assert found == {rows}
 
 
@@ -135,10 +133,3 @@ def test_a_model_in_fp8_can_be_copied() -> None:
     model, config = model_of("fp8")
     compute_in_fp8(model, config, CPU, reshards_weights=False)
     assert has_fp8(copy.deepcopy(model))
-
-
-def test_a_speed_covers_layers_of_its_kind_from_its_sizes_on() -> None:
-    speed = MeasuredSpeed("NVIDIA H", "projection", rows=4096, width=1024)
-    layer = Fp8Layer("q_proj", torch.nn.Identity(), "projection", 4096, (1024, 2048))
-    assert speed.covers(layer, "NVIDIA H200")
-    assert not speed.covers(layer, "NVIDIA B200")

@@ -1,92 +1,43 @@
-"""Chooses the layers that compute in FP8, and gives them their products (DeepSeek-V3 report, §3.3).
+"""Gives the layers that compute in FP8 their products (DeepSeek-V3 report, §3.3).
 
-The embedding, the head, routers, norms, the core of attention and the projection that joins the inputs of an MTP
-layer are no such layers: they compute as they do without FP8.
+Which layers these are says `planning/fp8_choice.py`, for the trainer and the planner alike.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import nn
 
 from deepseek_v3.config.train_config import RunConfig
-from deepseek_v3.mla.attention import MultiHeadLatentAttention
 from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.moe.experts import FeedForward, RoutedExperts, run_experts, run_hidden
 from deepseek_v3.moe.fp8_experts import run_fp8_experts
 from deepseek_v3.moe.fp8_feed_forward import fp8_hidden, fp8_output
-from deepseek_v3.ops.fp8 import BLOCK, FP8_QUANTIZE
+from deepseek_v3.ops.fp8 import FP8_QUANTIZE
 from deepseek_v3.ops.fp8.linear import Fp8Recipe, fp8_linear
 from deepseek_v3.ops.fp8_gemm import FP8_GEMM
 from deepseek_v3.ops.layers import Linear
 from deepseek_v3.ops.operation import Target, copyable
+from deepseek_v3.planning.fp8_choice import LayerSize, layer_sizes, reason_against
 from deepseek_v3.utils.errors import ConfigError
 from deepseek_v3.utils.logging import get_logger
-
-SPEED_FILE = Path(__file__).with_name("fp8_speed.json")
-
-_UNIT = 16  # the products need widths that are multiples of it
 
 
 @dataclass(frozen=True)
 class Fp8Layer:
-    """A layer that can compute in FP8.
-
-    `kind`: a projection of attention, a dense or shared feed-forward network, or the routed experts of a layer.
-    `rows`: the rows of one product of it, for experts the mean over the experts. `widths`: the widths of the rows
-    before and after its products.
-    """
+    """A layer that can compute in FP8; `name` is that of its module in a decoder layer."""
 
     name: str
     module: nn.Module
-    kind: Literal["projection", "feed_forward", "experts"]
-    rows: int
-    widths: tuple[int, ...]
-
-    def obstacle(self) -> str | None:
-        """Why the layer cannot compute in FP8; None if it can."""
-        if any(width % _UNIT for width in self.widths):
-            return f"widths that are no multiples of {_UNIT}"
-        if self.kind == "feed_forward" and self.widths[1] % BLOCK:
-            return f"a hidden width that is no multiple of {BLOCK}"
-        return None
+    size: LayerSize
 
     def __str__(self) -> str:
-        return f"{self.name} {'×'.join(str(width) for width in self.widths)}"
-
-
-@dataclass(frozen=True)
-class MeasuredSpeed:
-    """A row of `fp8_speed.json`: layers of this kind were faster in FP8 than in bf16.
-
-    It holds for devices whose name begins with `device`, for products of at least `rows` rows between widths of
-    at least `width`.
-    """
-
-    device: str
-    kind: str
-    rows: int
-    width: int
-
-    def covers(self, layer: Fp8Layer, device_name: str) -> bool:
-        return (
-            device_name.startswith(self.device)
-            and layer.kind == self.kind
-            and layer.rows >= self.rows
-            and min(layer.widths) >= self.width
-        )
-
-
-def measured_speeds(path: Path = SPEED_FILE) -> list[MeasuredSpeed]:
-    """The rows of the table."""
-    return [MeasuredSpeed(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+        return f"{self.name} {'×'.join(str(width) for width in self.size.widths)}"
 
 
 def compute_in_fp8(model: DeepSeekV3, config: RunConfig, device: torch.device, reshards_weights: bool) -> None:
@@ -131,33 +82,21 @@ def has_fp8(module: nn.Module) -> bool:
 
 def fp8_layers(model: DeepSeekV3, config: RunConfig) -> Iterator[Fp8Layer]:
     """Every layer of the model that could compute in FP8, in order."""
-    parallel, shape = config.parallel, config.model
-    rows = parallel.micro_batch_size * config.training.sequence_length
-    rows_per_expert = rows * parallel.expert * shape.num_experts_per_tok // shape.n_routed_experts
-    for name, module in model.model.layers.named_modules():
-        short = ".".join(part for part in name.split(".") if not part.isdigit())
-        if isinstance(module, MultiHeadLatentAttention):
-            for child, linear in module.named_children():
-                if isinstance(linear, Linear):
-                    widths = tuple(reversed(linear.weight.shape))
-                    yield Fp8Layer(f"{short}.{child}", linear, "projection", rows, widths)
-        elif isinstance(module, FeedForward):
-            yield Fp8Layer(short, module, "feed_forward", rows, tuple(module.down_proj.weight.shape))
-        elif isinstance(module, RoutedExperts):
-            yield Fp8Layer(short, module, "experts", rows_per_expert, tuple(module.down_proj.shape[1:]))
+    sizes = layer_sizes(config)
+    for path, module in model.model.layers.named_modules():
+        name = ".".join(part for part in path.split(".") if not part.isdigit())
+        if name in sizes and isinstance(module, (Linear, FeedForward, RoutedExperts)):
+            yield Fp8Layer(name, module, sizes[name])
 
 
 def _choose(
-    layers: list[Fp8Layer], precision: str, device_name: str
+    layers: list[Fp8Layer], precision: Literal["fp8", "auto"], device_name: str
 ) -> tuple[list[Fp8Layer], dict[str, dict[str, None]]]:
     """The layers to compute in FP8, and the names of the others by the reason."""
-    speeds = measured_speeds() if precision == "auto" else []
     chosen: list[Fp8Layer] = []
     passed_over: dict[str, dict[str, None]] = {}  # each a set that keeps its order
     for layer in layers:
-        reason = layer.obstacle()
-        if reason is None and precision == "auto" and not any(row.covers(layer, device_name) for row in speeds):
-            reason = f"not measured to be faster in FP8 on {device_name}"
+        reason = reason_against(layer.size, precision, device_name)
         if reason is None:
             chosen.append(layer)
         else:
