@@ -113,6 +113,18 @@ def layer_sizes(config: RunConfig) -> dict[str, LayerSize]:
     return sizes
 
 
+def has_all_in_fp8(config: RunConfig, in_fp8: frozenset[str]) -> bool:
+    """Whether every layer of the run that could compute in FP8 is among these."""
+    return in_fp8 == layer_sizes(config).keys()
+
+
+def describe_layers(in_fp8: frozenset[str]) -> str:
+    """The kinds of layers with these names, for a reader, such as "self_attn.o_proj, routed experts"."""
+    networks = {DENSE_NETWORK: "dense networks", SHARED_EXPERTS: "shared experts", ROUTED_EXPERTS: "routed experts"}
+    words = [name for name in sorted(in_fp8) if name not in networks]
+    return ", ".join(words + [word for name, word in networks.items() if name in in_fp8])
+
+
 def layers_in_fp8(config: RunConfig, device_name: str) -> frozenset[str]:
     """The names of the layers that compute in FP8 on a GPU that can run them."""
     precision = config.parallel.precision

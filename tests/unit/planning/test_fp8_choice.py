@@ -18,12 +18,15 @@ from deepseek_v3.planning.execution import resolve_execution
 from deepseek_v3.planning.fp8_choice import (
     LayerSize,
     MeasuredSpeed,
+    describe_layers,
+    has_all_in_fp8,
     layer_sizes,
     measured_speeds,
 )
 from deepseek_v3.planning.hardware import Device, find_device
 from deepseek_v3.training.parallel.fp8_layers import _choose, fp8_layers
 from helpers import ROOT
+from helpers.fp8_choices import EVERY_LAYER, NETWORKS
 
 SHIPPED = sorted((ROOT / "configs").glob("deepseek_v3_*.yaml"))
 BASE, TINY = ROOT / "configs" / "deepseek_v3_base.yaml", ROOT / "configs" / "deepseek_v3_tiny.yaml"
@@ -91,6 +94,8 @@ def test_layers_with_an_obstacle_are_in_bf16() -> None:
     config = _with(TINY, precision="fp8")
     planned = resolve_execution(_device("H200"), config).fp8
     assert layer_sizes(config).keys() - planned == {"self_attn.kv_b_proj", "mlp.shared_experts"}
+    assert not has_all_in_fp8(config, planned)
+    assert has_all_in_fp8(config, frozenset(layer_sizes(config)))
 
 
 @pytest.mark.parametrize(
@@ -147,3 +152,9 @@ def test_a_speed_covers_layers_of_its_kind_from_its_sizes_on() -> None:
 def test_the_planner_s_block_is_that_of_the_kernels() -> None:
     """Planning cannot import the kernels, which need torch."""
     assert fp8_choice._BLOCK == BLOCK
+
+
+def test_layers_are_described_in_words() -> None:
+    assert describe_layers(NETWORKS) == "dense networks, shared experts, routed experts"
+    assert describe_layers(frozenset(("mlp.experts", "self_attn.o_proj"))) == "self_attn.o_proj, routed experts"
+    assert describe_layers(EVERY_LAYER).startswith("self_attn.kv_a_proj_with_mqa, self_attn.kv_b_proj, ")

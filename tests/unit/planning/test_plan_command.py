@@ -116,6 +116,20 @@ def test_the_memory_of_every_size_is_printed_by_part() -> None:
         assert re.search(rf"^{part.replace('_', ' ')} +{' +'.join(map(re.escape, gib))}( |$)", output, re.MULTILINE)
 
 
+def test_a_plan_names_the_layers_that_auto_has_in_fp8() -> None:
+    words = ("--gpus", 8, "--gpu", "H200", "--config", "tiny", "--config", "1b", "--set", "parallel.precision=auto")
+    output, (tiny, larger) = dsv3("plan", *words).output, _json(*words)["rows"]
+    assert tiny["fp8_layers"] == []
+    assert larger["fp8_layers"] == ["mlp", "mlp.experts", "mlp.shared_experts"]
+    assert "bf16" in _line_of("tiny", output)
+    assert "fp8+bf16" in _line_of("1b", output)
+    named = "FP8 layers of 1b: dense networks, shared experts, routed experts; the others compute in bf16."
+    assert output.splitlines().count(named) == output.count("FP8 layers of") == 1
+    whole = dsv3("plan", *words, "--set", "parallel.precision=fp8").output
+    assert "fp8" in _line_of("1b", whole)
+    assert "FP8 layers of 1b" not in whole
+
+
 def test_the_recommended_size_has_step_parts_and_a_command() -> None:
     output, found = dsv3("plan", "--budget-hours", 72).output, _json("--budget-hours", 72)
     [row] = [row for row in found["rows"] if row["name"] == found["recommendation"]["name"]]

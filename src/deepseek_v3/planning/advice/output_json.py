@@ -51,6 +51,7 @@ def _row(row: SizePlan, device: Device) -> dict[str, Any]:
         "shortages": [asdict(shortage) for shortage in row.shortages],
         "devices": layout.devices if layout else None,
         "parallel": layout.config.parallel.model_dump(mode="json") if layout else None,
+        "fp8_layers": sorted(layout.execution.fp8) if layout else None,
         "memory": {
             "available_bytes": device.memory_bytes,
             "needed_bytes": row.needed_bytes,

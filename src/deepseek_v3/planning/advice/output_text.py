@@ -10,6 +10,7 @@ import typer
 from deepseek_v3.planning.advice.advisor import ESTIMATE_ONLY, Advice, launch_command, sources
 from deepseek_v3.planning.advice.request import OBJECTIVES, PlanRequest
 from deepseek_v3.planning.advice.size_plan import SizePlan
+from deepseek_v3.planning.fp8_choice import describe_layers, has_all_in_fp8
 from deepseek_v3.planning.hardware import Device
 from deepseek_v3.planning.layout_search import Layout
 from deepseek_v3.planning.scaling_laws import ExpectedLoss
@@ -39,6 +40,7 @@ def print_advice(advice: Advice, price_given: bool) -> None:
     _print_table(_fit_table(advice), advice)
     _print_table(side_by_side(_cost_table(advice), _loss_table(advice)), advice)
     typer.echo(f"\n{paragraph(_LEGEND)}")
+    _print_fp8(advice)
     _print_missing(advice)
     _print_parts(advice)
     typer.echo()
@@ -135,6 +137,17 @@ def _print_table(lines: list[str], advice: Advice) -> None:
         typer.echo(styled if name in {best, *unfit} else line.rstrip())
 
 
+def _print_fp8(advice: Advice) -> None:
+    """Prints which layers are in FP8 in each layout that has some, but not all, in FP8."""
+    lines = [
+        f"FP8 layers of {row.name}: {describe_layers(row.layout.execution.fp8)}; the others compute in bf16."
+        for row in advice.rows
+        if row.layout and _precision(row.layout) == "fp8+bf16"
+    ]
+    if lines:
+        typer.echo("\n" + "\n".join(map(paragraph, lines)))
+
+
 def _print_missing(advice: Advice) -> None:
     lines = [f"✗ {row.name} {reason}" for row in advice.rows for reason in row.reasons]
     if lines:
@@ -181,8 +194,17 @@ def _shape(layout: Layout) -> str:
     words += [f"pp{parallel.pipeline}"] if parallel.pipeline > 1 else []
     words += [f"mb{parallel.micro_batch_size}"]
     words += ["re"] if parallel.recomputation == "full" else []
-    narrow = "fp8" if layout.execution.fp8 else "bf16"
-    return " ".join([*words, narrow if layout.execution.width == 2 else "fp32"])
+    return " ".join([*words, _precision(layout)])
+
+
+def _precision(layout: Layout) -> str:
+    """The precision of a layout: fp32, bf16, fp8, or fp8+bf16 if only some layers are in FP8 that could be."""
+    run = layout.execution
+    if run.width == 4:
+        return "fp32"
+    if not run.fp8:
+        return "bf16"
+    return "fp8" if has_all_in_fp8(layout.config, run.fp8) else "fp8+bf16"
 
 
 def _loss(loss: ExpectedLoss) -> str:
