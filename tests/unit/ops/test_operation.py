@@ -18,6 +18,7 @@ from deepseek_v3.ops.grouped_gemm import (
     GROUPED_GEMM,
     reference_grouped_linear,
     torch_grouped_linear,
+    wide_gradient_grouped_linear,
 )
 from deepseek_v3.ops.linear import LINEAR
 from deepseek_v3.ops.moe_permute import MOE_PERMUTE
@@ -120,7 +121,7 @@ def test_attention_on_gpus(
 @pytest.mark.parametrize(
     ("capability", "nvrtc", "dtype", "widths", "expected", "obstacle"),
     [
-        ((9, 0), None, torch.bfloat16, (64, 24), torch_grouped_linear, None),
+        ((9, 0), None, torch.bfloat16, (64, 24), wide_gradient_grouped_linear, None),
         ((9, 0), "needs NVRTC", torch.bfloat16, (64, 24), torch_grouped_linear, "needs NVRTC"),
         ((10, 0), None, torch.bfloat16, (64, 24), torch_grouped_linear, "needs a GPU of compute capability 9.0"),
         ((9, 0), None, torch.float32, (64, 24), reference_grouped_linear, "needs bfloat16"),

@@ -42,11 +42,10 @@ def _cuda_obstacle(target: Target) -> str | None:
     return nvrtc_obstacle(cuda.kernels())
 
 
-# The widths of its target are those of the rows, before and after every product. The kernel of float32 gradients
-# stands behind the library's products, so that only its name selects it, until it was measured on a GPU.
+# The widths of its target are those of the rows, before and after every product.
 GROUPED_GEMM: Operation[GroupedLinear] = Operation(
     "grouped_gemm",
-    Backend("torch", lambda: torch_grouped_linear, _torch_obstacle),
     Backend("cuda", lambda: wide_gradient_grouped_linear, _cuda_obstacle),
+    Backend("torch", lambda: torch_grouped_linear, _torch_obstacle),
     Backend("reference", lambda: reference_grouped_linear),
 )
