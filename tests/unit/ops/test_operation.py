@@ -204,7 +204,7 @@ def test_a_model_selects_its_back_ends_once_and_describes_them() -> None:
         "linear reference (wide_gradient needs a CUDA device), "
         "router_gemm reference (triton needs a CUDA device), top_k reference (triton needs a CUDA device), "
         "moe_permute reference (triton needs a CUDA device), "
-        "grouped_gemm reference (torch needs a CUDA device; cuda needs a CUDA device), "
+        "grouped_gemm reference (cuda needs a CUDA device; torch needs a CUDA device), "
         "swiglu reference (triton needs a CUDA device)"
     )
     assert select_backends(model, CPU) == expected

@@ -169,12 +169,11 @@ def _prepare_columns(experts: int, rows: int, out: int, inner: int, device: torc
 def _scaled_mm_run(a: RowBlocks, w: WeightBlocks) -> Run:
     """The library's product of the same operands.
 
-    It wants the scales of both column by column, and every column of a weight's to begin at a multiple of four.
+    It wants the scales of both column by column, and those of a weight with rows of zeros up to a multiple of four.
     """
     rows_kind, weight_kind = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128
     row_scales = a.scales_XG.T.contiguous().T
-    blocks = w.scales.shape[-1]
-    weight, weight_scales = w.values_EOI[0].T, F.pad(w.scales[0], (0, -blocks % 4))[:, :blocks].T
+    weight, weight_scales = w.values_EOI[0].T, F.pad(w.scales[0], (0, -w.scales.shape[-1] % 4)).T
     return lambda _: [F.scaled_mm(a.values_XD, weight, row_scales, rows_kind, weight_scales, weight_kind)]
 
 
