@@ -24,7 +24,7 @@ def kernel_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ctypes.
     folder = tmp_path_factory.mktemp("kernels")
 
     def compiled(layout: LatentFormat) -> ctypes.CDLL:
-        parts = {"PARTS": 8, "SHORTEST_PART": PART, "LONGEST_PART": PART, "MOST_PARTS": 64}
+        parts = {"PARTS": 8, "SHORTEST_PART": PART, "LONGEST_PART": PART, "MOST_PARTS": 64, "LONG": 600}
         defines = {"RANK": layout.rank, "FP8": int(layout.is_fp8), **parts}
         return emulated_kernel(folder, "mla_decode", "mla_decode", defines)
 
@@ -34,7 +34,7 @@ def kernel_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ctypes.
 def decode(kernel: ctypes.CDLL, q_BSHL: Tensor, cache: Cached, blocks: int = 3) -> tuple[Tensor, Tensor]:
     """Runs the kernel with a number of thread blocks; whatever it writes to is NaN before."""
     batch, new, heads, width = q_BSHL.shape
-    parts, rows = max(1, -(-cache.table_BM.shape[1] * PAGE // PART)), new * heads
+    parts, rows = max(1, -(-cache.table_BM.shape[1] * PAGE // (PART // 2))), new * heads
     out_BSHC = torch.full((batch, new, heads, cache.layout.rank), torch.nan, dtype=BF16)
     sums_BSH = torch.full((batch, new, heads), torch.nan)
     parts_BIXC = torch.full((batch, parts, rows, cache.layout.rank), torch.nan)

@@ -26,8 +26,9 @@ __all__ = ["kernels", "mla_decode", "most_parts", "part_tokens", "write_latents"
 _SOURCE = Path(__file__).with_name("decode.cu")
 
 # A sequence has `PARTS` parts of between `SHORTEST_PART` and `LONGEST_PART` tokens, but at most `MOST_PARTS`. More
-# parts fill the GPU with fewer sequences, and are more sums to add.
-PARTS, SHORTEST_PART, LONGEST_PART, MOST_PARTS = 4, 512, 2048, 64
+# parts fill the GPU with fewer sequences, and are more sums to add. Parts of sequences longer than `LONG`, of which few
+# fit into memory, are at most half as long.
+PARTS, SHORTEST_PART, LONGEST_PART, MOST_PARTS, LONG = 4, 512, 2048, 64, 16384
 
 VARIANTS = ((512, False), (512, True), (256, False))  # width of the latent, and whether rows are FP8
 
@@ -101,13 +102,17 @@ def part_tokens(length: int) -> int:
     def share(parts: int) -> int:
         return -(-length // (pair * parts)) * pair
 
-    return max(min(max(share(PARTS), SHORTEST_PART), LONGEST_PART), share(MOST_PARTS))
+    return max(min(max(share(PARTS), SHORTEST_PART), _longest_part(length)), share(MOST_PARTS))
 
 
 def most_parts(capacity: int) -> int:
     """The largest number of parts of any sequence of at most `capacity` tokens."""
     few = min(PARTS, -(-capacity // SHORTEST_PART))
-    return max(1, few, min(MOST_PARTS, -(-capacity // LONGEST_PART)))
+    return max(1, few, min(MOST_PARTS, -(-capacity // _longest_part(capacity))))
+
+
+def _longest_part(length: int) -> int:
+    return LONGEST_PART // (2 if length > LONG else 1)
 
 
 def kernels() -> Iterator[Kernel]:
@@ -118,7 +123,7 @@ def kernels() -> Iterator[Kernel]:
 @cache
 def _kernel(name: str, rank: int, is_fp8: bool) -> Kernel:
     parts = {"PARTS": PARTS, "SHORTEST_PART": SHORTEST_PART, "LONGEST_PART": LONGEST_PART, "MOST_PARTS": MOST_PARTS}
-    defines = {"RANK": rank, "FP8": int(is_fp8), **parts}
+    defines = {"RANK": rank, "FP8": int(is_fp8), "LONG": LONG, **parts}
     return Kernel(_SOURCE, name, defines, _shared_bytes(rank) if name == "mla_decode" else 0)
 
 

@@ -21,6 +21,7 @@
 //   FP8         1: rows of RANK e4m3 values, RANK / 128 float32 scales, 64 bfloat16 numbers; 0: rows of bfloat16
 //   PARTS, SHORTEST_PART, LONGEST_PART, MOST_PARTS    a sequence has PARTS parts of between SHORTEST_PART and
 //                                                     LONGEST_PART keys, but never more than MOST_PARTS parts
+//   LONG        parts of more keys than this are at most half as long, because few such sequences fit into memory
 
 #ifdef EMULATED  // on a CPU, by tests/helpers/cuda_emulation, which defines the same
 #include "primitives.h"
@@ -228,7 +229,8 @@ struct Parts {
     int keys, number;  // keys of each but the last one
 
     __device__ explicit Parts(int length)
-        : keys(max(min(max(part_of(length, PARTS), SHORTEST_PART), LONGEST_PART), part_of(length, MOST_PARTS))),
+        : keys(max(min(max(part_of(length, PARTS), SHORTEST_PART), LONGEST_PART / (length > LONG ? 2 : 1)),
+              part_of(length, MOST_PARTS))),
           number(max(1, (length + keys - 1) / keys)) {}
 };
 
