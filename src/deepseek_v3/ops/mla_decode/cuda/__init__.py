@@ -26,8 +26,8 @@ __all__ = ["kernels", "mla_decode", "most_parts", "part_tokens", "write_latents"
 _SOURCE = Path(__file__).with_name("decode.cu")
 
 # A sequence has `PARTS` parts of between `SHORTEST_PART` and `LONGEST_PART` tokens, but at most `MOST_PARTS`. More
-# parts fill the GPU with fewer sequences, and are more sums to add. Parts of sequences longer than `LONG`, of which few
-# fit into memory, are at most half as long.
+# parts fill the GPU with fewer sequences, and are more sums to add. Parts of sequences longer than `LONG`, of which
+# few fit into memory, are at most half as long.
 PARTS, SHORTEST_PART, LONGEST_PART, MOST_PARTS, LONG = 4, 512, 2048, 64, 16384
 
 VARIANTS = ((512, False), (512, True), (256, False))  # width of the latent, and whether rows are FP8
