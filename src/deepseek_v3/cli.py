@@ -122,7 +122,7 @@ def _export() -> Any:
     return export_model
 
 
-@_command("bench", "Measure training, operations and decoding, checked first, beside peers and what is possible.")
+@_command("bench", "Measure training, operations and generation, checked first, beside peers and what is possible.")
 def _bench() -> Any:
     from deepseek_v3.benchmark.command import bench_app
 

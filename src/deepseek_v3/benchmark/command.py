@@ -1,4 +1,4 @@
-"""`dsv3 bench`: how fast training, operations and decoding are, beside other systems and what is possible."""
+"""`dsv3 bench`: how fast training, operations and generation are, beside other systems and what is possible."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from typing import Annotated, Any
 import typer
 
 from deepseek_v3.benchmark.decode_benchmark import CACHES, measure_decoding
+from deepseek_v3.benchmark.generate_benchmark import measure_generation
 from deepseek_v3.benchmark.ops_benchmark import OPERATIONS, measure_operations
-from deepseek_v3.benchmark.peers.peer_systems import DECODE_PEERS, PEERS
-from deepseek_v3.benchmark.shape_files import INTERVAL, PRECISIONS, shape_names
+from deepseek_v3.benchmark.own_generation import GenerationTask
+from deepseek_v3.benchmark.peers.peer_systems import DECODE_PEERS, GENERATION_PEERS, PEERS
+from deepseek_v3.benchmark.shape_files import INTERVAL, PRECISIONS, main_model, shape_names
 from deepseek_v3.benchmark.train_benchmark import PeerSystem, measure_training
 from deepseek_v3.benchmark.train_table import explanations, result_table
+from deepseek_v3.inference.generate import StoredPrecision
+from deepseek_v3.model.backends import compute_dtype
 from deepseek_v3.utils.command_line import integer_option, override_options, print_next_steps
 from deepseek_v3.utils.distributed.launch import select_device
 from deepseek_v3.utils.errors import BenchmarkError, ConfigError
@@ -25,7 +29,7 @@ from deepseek_v3.utils.text import format_value, printable
 bench_app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    help="Measure training, operations and decoding, checked first, beside peers and what is possible.",
+    help="Measure training, operations and generation, checked first, beside peers and what is possible.",
 )
 
 _OUTPUT = typer.Option(metavar="FILE.json", help="Also write all that is measured to this file, as it is found.")
@@ -154,6 +158,58 @@ def decode(
         raise BenchmarkError(f"no speed is shown for {' | '.join(result.problems)}")
     beside: list[list[object]] = [] if names else [["dsv3", "bench", "decode", "--peers", ",".join(DECODE_PEERS)]]
     print_next_steps(*beside, ["dsv3", "bench", "ops"])
+
+
+@bench_app.command("generate")
+def generate(
+    shape: Annotated[str, typer.Option(help=f"{' or '.join(shape_names())}, or a run's YAML file.")] = "1b",
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="PROMPTS",
+            parser=integer_option(at_least=1),
+            help="Texts that are continued together; repeatable. Default: 1 and 32.",
+        ),
+    ] = None,
+    prompt: Annotated[
+        int, typer.Option(metavar="TOKENS", parser=integer_option(at_least=1), help="Length of every prompt.")
+    ] = 512,
+    new: Annotated[
+        int, typer.Option(metavar="TOKENS", parser=integer_option(at_least=2), help="New tokens of every text.")
+    ] = 256,
+    precision: Annotated[
+        StoredPrecision,
+        typer.Option(help="Of weights and products; auto: bf16 on GPUs that have it, else fp32."),
+    ] = StoredPrecision.AUTO,
+    peers: Annotated[
+        list[str] | None,
+        typer.Option(metavar="|".join(GENERATION_PEERS), help="Other systems; repeatable, or with commas."),
+    ] = None,
+    device: Annotated[str, _DEVICE] = "auto",
+    output: Annotated[Path | None, _OUTPUT] = None,
+    commit: Annotated[str | None, _COMMIT] = None,
+) -> None:
+    """Continue prompts with a shape's random weights, and show how fast that was beside other systems."""
+    configure_logging()
+    _require_writable(output)
+    names = _names("peers", peers, list(GENERATION_PEERS))
+    place, model = select_device(device), main_model(shape)
+    dtype = compute_dtype(precision.value, place)
+    tasks = [GenerationTask(model, dtype, each, prompt, new, device) for each in batch or [1, 32]]
+    result = measure_generation(
+        shape,
+        tasks,
+        {name: GENERATION_PEERS[name] for name in names},
+        place,
+        commit,
+        keep=lambda found: _write(output, found.as_json()),
+    )
+    _print([*result.table(), *result.explanations()])
+    if result.problems:
+        raise BenchmarkError(f"no speed is shown for {' | '.join(result.problems)}")
+    same: list[object] = ["--shape", shape, "--prompt", prompt, "--new", new]
+    beside: list[list[object]] = [["dsv3", "bench", "generate", *same, "--peers", ",".join(GENERATION_PEERS)]]
+    print_next_steps(*([] if names else beside), ["dsv3", "bench", "decode"])
 
 
 def _names(option: str, given: Sequence[str] | None, known: Sequence[str]) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from deepseek_v3.config.loading import load_config
+from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.utils.errors import ConfigError
 
@@ -36,6 +37,12 @@ def shape_file(name: str) -> Path:
     if not Path(name).is_file():
         raise ConfigError(f"--shape {name}: expected {' or '.join(shape_names())}, or a run's YAML file")
     return Path(name)
+
+
+def main_model(shape: str) -> ModelConfig:
+    """The model of a shape without its prediction layers. Raises ConfigError for a shape that cannot be used."""
+    model = load_config(shape_file(shape)).model
+    return model.model_copy(update={"num_nextn_predict_layers": 0})
 
 
 def run_config(
