@@ -1,6 +1,7 @@
 """Settings and fixtures for all tests: seeded random numbers, one thread, pools of ranks."""
 
 import gc
+import logging
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -57,6 +58,15 @@ def _kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def _fork_server(_kernel_cache: None) -> None:
     fork_server.start()
+
+
+@pytest.fixture(autouse=True)
+def _log_level() -> Iterator[None]:
+    """A program that a test ran in this process decides for no other test which lines are logged."""
+    project = logging.getLogger("deepseek_v3")
+    level = project.level
+    yield
+    project.setLevel(level)
 
 
 @pytest.fixture(scope="module")
