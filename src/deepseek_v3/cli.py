@@ -101,6 +101,13 @@ def _generate() -> Any:
     return generate
 
 
+@_command("checkpoint", "List the checkpoints of a run, compare their checksums, and remove those not needed.")
+def _checkpoint() -> Any:
+    from deepseek_v3.training.checkpoint_command import checkpoint_app
+
+    return checkpoint_app
+
+
 @_command("eval", "Measure a model's loss on held-out tokens or on any text, by source.")
 def _eval() -> Any:
     from deepseek_v3.evaluation.eval_command import evaluate
