@@ -101,7 +101,7 @@ def _generate() -> Any:
     return generate
 
 
-@_command("checkpoint", "List the checkpoints of a run, compare their checksums, and remove those not needed.")
+@_command("checkpoint", "List, verify, remove, average and consolidate the checkpoints of a run.")
 def _checkpoint() -> Any:
     from deepseek_v3.training.checkpoint_command import checkpoint_app
 

@@ -12,8 +12,6 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
-from tokenizers import Tokenizer as TokenizersTokenizer
 from torch import Tensor
 
 from deepseek_v3.config.model_config import ModelConfig
@@ -70,7 +68,7 @@ class GenerationFigures:
 def generate_own(task: GenerationTask) -> GenerationFigures:
     """Times the engine, loaded and warm, at one batch."""
     model = build_model(task)
-    generator = Generator(model, byte_tokenizer(), batch_size=task.batch, all_ids=True)
+    generator = Generator(model, _tokenizer(), batch_size=task.batch, all_ids=True)
     prompts = task.prompts().tolist()
 
     def run(new: int) -> None:
@@ -123,16 +121,11 @@ def logprobs_of(logits_SV: Tensor, tokens: Sequence[int]) -> list[float]:
     return found
 
 
-def byte_tokenizer() -> Tokenizer:
-    """A tokenizer with one id for each byte, behind that of the end of a text. Other ids have no text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {letter: 1 + number for number, letter in enumerate(alphabet)}
-    marker = "<|endoftext|>"
-    tokenizer = TokenizersTokenizer(models.BPE({marker: _END, **vocabulary}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(marker, normalized=False, special=True)])
-    return Tokenizer(tokenizer.to_str(), "the benchmark's tokenizer")
+def _tokenizer() -> Tokenizer:
+    """Bytes and markers; other ids have no text."""
+    tokenizer = Tokenizer.train(["text"], vocab_size=260)
+    assert tokenizer.ends == (_END,)
+    return tokenizer
 
 
 def _median_seconds(run: Callable[[], None], device: torch.device) -> float:

@@ -1,4 +1,4 @@
-"""`dsv3 checkpoint`: what a folder of checkpoints holds, whether it is undamaged, and which ones may go."""
+"""`dsv3 checkpoint`: what a run has saved, whether it is undamaged, which of it may go, and new ones made of it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,21 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
+from torch import Tensor
 
-from deepseek_v3.utils.checkpointing.directory import CheckpointDirectory, is_checkpoint
+from deepseek_v3.utils.checkpointing.directory import (
+    CheckpointDirectory,
+    is_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from deepseek_v3.utils.checkpointing.reader import CheckpointReader, open_checkpoint
+from deepseek_v3.utils.checkpointing.state_dict import unflatten
 from deepseek_v3.utils.command_line import integer_option, print_next_steps
 from deepseek_v3.utils.errors import CheckpointError, ConfigError
-from deepseek_v3.utils.files import remove_folder
+from deepseek_v3.utils.files import new_file_problem, remove_folder
 from deepseek_v3.utils.logging import configure_logging, get_logger
 from deepseek_v3.utils.progress import ProgressDisplay
 from deepseek_v3.utils.text import format_si, pluralize, printable, table
@@ -23,11 +31,15 @@ from deepseek_v3.utils.text import format_si, pluralize, printable, table
 checkpoint_app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    help="List the checkpoints of a run, compare their checksums, and remove those not needed.",
+    help="List, verify, remove, average and consolidate the checkpoints of a run.",
 )
 
 _FOLDER = typer.Argument(help="A folder of checkpoints.")
 _PATHS = typer.Argument(help="Checkpoints, or folders of them.")
+_OUTPUT = typer.Option(metavar="FILE.pt", help="The new checkpoint.")
+
+_WEIGHTS = "model."
+_OF_RESUMING = ("optimizer", "random", "corpus", "skipped_in_a_row")  # entries that only resume a run
 
 _log = get_logger("Checkpoint")
 
@@ -125,6 +137,85 @@ def prune(
     done = "would be removed" if dry_run else "removed"
     typer.echo(f"{pluralize(len(outdated), 'checkpoint')} {done}, {format_si(freed, 'B')}")
     print_next_steps(["dsv3", "checkpoint", "list", folder])
+
+
+@checkpoint_app.command()
+def average(paths: Annotated[list[Path], _PATHS], output: Annotated[Path, _OUTPUT]) -> None:
+    """Average the weights of checkpoints of one run, for generation, evaluation and export; it resumes no run."""
+    configure_logging()
+    _require_new(output)
+    found = _checkpoints(paths)
+    if len(found) < 2:
+        raise ConfigError(f"{paths[0]}: is one checkpoint; name two or more to average, or a folder of them")
+    save_checkpoint(output, averaged(found))
+    typer.echo(f"{output}: the mean of {', '.join(path.name for path in found)}")
+    print_next_steps(["dsv3", "eval", "--checkpoint", output])
+
+
+@checkpoint_app.command()
+def consolidate(
+    path: Annotated[
+        Path, typer.Argument(help="A checkpoint that several ranks wrote, or a folder of checkpoints.")
+    ],
+    output: Annotated[Path, _OUTPUT],
+) -> None:
+    """Write a checkpoint as one file, with all that a run needs to resume; of a folder the newest undamaged one.
+
+    The memory of this machine must hold it.
+    """
+    configure_logging()
+    _require_new(output)
+    (newest, *_) = found = _checkpoints([path])
+    if len(found) == 1:
+        source, state = newest, load_checkpoint(newest)
+    else:
+        source, state = CheckpointDirectory(path, 1).latest()
+    save_checkpoint(output, state)
+    typer.echo(f"{output}: all of {source}")
+    print_next_steps(["dsv3", "checkpoint", "verify", output])
+
+
+def averaged(paths: Sequence[Path]) -> dict[str, Any]:
+    """The state of a checkpoint whose weights are the means of those of these ones, summed in float64.
+
+    All else but what resumes a run is that of the last step's. Raises CheckpointError for a checkpoint that is
+    damaged, or has other weights or another tokenizer.
+    """
+    readers = sorted((open_checkpoint(path) for path in paths), key=lambda each: _count(each, "step") or 0)
+    newest = readers[-1]
+    names = sorted(name for name in newest.tensors if name.startswith(_WEIGHTS))
+    for reader in readers:
+        reader.verify()
+        _require_same_model(reader, newest)
+    weights = {name: _mean([reader.read(name) for reader in readers]) for name in names}
+    plain = {name: value for name, value in newest.plain.items() if name not in _OF_RESUMING}
+    return unflatten(weights, plain)
+
+
+def _require_same_model(reader: CheckpointReader, newest: CheckpointReader) -> None:
+    names = {name for one in (reader, newest) for name in one.tensors if name.startswith(_WEIGHTS)}
+    different = [name for name in sorted(names) if reader.tensors.get(name) != newest.tensors.get(name)]
+    if different:
+        found, expected = (one.tensors.get(different[0], "nothing") for one in (reader, newest))
+        problem = f"has {found} as {different[0]!r}, and {newest.path} has {expected}"
+    elif reader.plain.get("tokenizer") != newest.plain.get("tokenizer"):
+        problem = f"has another tokenizer than {newest.path}"
+    else:
+        return
+    raise CheckpointError(f"{reader.path}: {problem}; average checkpoints of one run")
+
+
+def _mean(tensors: Sequence[Tensor]) -> Tensor:
+    """In the type of the first one, which every type of weights and routing biases can be."""
+    total = torch.zeros(tensors[0].shape, dtype=torch.float64)
+    for tensor in tensors:
+        total += tensor
+    return (total / len(tensors)).to(tensors[0].dtype)
+
+
+def _require_new(output: Path) -> None:
+    if problem := new_file_problem(output):
+        raise ConfigError(f"--output {output}: {problem}")
 
 
 def describe(path: Path) -> Found:

@@ -23,7 +23,6 @@ from deepseek_v3.benchmark.own_generation import (
     GenerationFigures,
     GenerationTask,
     build_model,
-    byte_tokenizer,
     generate_own,
     trained_logprobs,
     write_weights,
@@ -151,12 +150,6 @@ def test_texts_longer_than_the_context_are_refused() -> None:
         ConfigError, match="--prompt 61 and --new 4: together longer than the shape's context of 64"
     ):
         measure_generation("tiny", [replace(TASK, prompt=61)], {}, CPU)
-
-
-def test_the_tokenizer_reads_back_any_bytes() -> None:
-    tokenizer = byte_tokenizer()
-    assert tokenizer.decode(tokenizer.encode("naïve\n")) == "naïve\n"
-    assert tokenizer.vocab_size == 257
 
 
 def test_no_prediction_layer_and_no_end_of_text() -> None:

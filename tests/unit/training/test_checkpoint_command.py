@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from deepseek_v3.training.checkpoint_command import describe, outdated_checkpoints
-from deepseek_v3.utils.checkpointing.directory import CheckpointDirectory
+from deepseek_v3.utils.checkpointing.directory import CheckpointDirectory, load_checkpoint, save_checkpoint
 from deepseek_v3.utils.checkpointing.sharded import save_sharded
 from deepseek_v3.utils.checkpointing.state_dict import flatten
 from deepseek_v3.utils.errors import CheckpointError
@@ -140,3 +140,54 @@ def test_nothing_is_removed_if_all_are_damaged(folder: Path) -> None:
 def test_fewer_than_are_to_be_kept_all_stay(folder: Path) -> None:
     shutil.rmtree(folder / "checkpoint_step_10")
     assert not outdated_checkpoints(folder, 10)
+
+
+def _weights(tmp_path: Path, step: int, values: list[float], **changes: object) -> Path:
+    path = tmp_path / f"step_{step}.pt"
+    weights = {"w": torch.tensor(values), "b": torch.tensor([step], dtype=torch.bfloat16)}
+    state = {
+        "model": weights,
+        "tokenizer": "{}",
+        "step": step,
+        "optimizer": {"m": torch.ones(9)},
+        "tokens": 10 * step,
+    }
+    save_checkpoint(path, {**state, **changes})
+    return path
+
+
+def test_an_average_has_the_means_and_the_rest_of_the_last_step(tmp_path: Path) -> None:
+    paths = [_weights(tmp_path, step, [step, -step, 0.1]) for step in (9, 3, 6)]
+    result = dsv3("checkpoint", "average", *paths, "--output", tmp_path / "mean.pt")
+    assert result.exit_code == 0, result.output
+    found = load_checkpoint(tmp_path / "mean.pt")
+    assert found["model"]["w"].tolist() == pytest.approx([6, -6, 0.1])
+    assert found["model"]["b"].dtype == torch.bfloat16
+    assert found["model"]["b"].item() == 6
+    assert (found["step"], found["tokens"], "optimizer" in found) == (9, 90, False)
+
+
+def test_checkpoints_of_other_models_are_not_averaged(tmp_path: Path) -> None:
+    one, output = _weights(tmp_path, 1, [1.0, 2.0]), tmp_path / "mean.pt"
+    longer, other = _weights(tmp_path, 2, [1.0]), _weights(tmp_path, 3, [1.0, 2.0], tokenizer="{ }")
+    assert "as 'model.w'" in message_of(dsv3("checkpoint", "average", one, longer, "--output", output))
+    assert "has another tokenizer" in message_of(dsv3("checkpoint", "average", one, other, "--output", output))
+    assert "name two or more" in message_of(dsv3("checkpoint", "average", one, "--output", output))
+    assert "exists" in message_of(dsv3("checkpoint", "average", one, one, "--output", one))
+    _damage(one)
+    assert "damaged" in message_of(dsv3("checkpoint", "average", one, one, "--output", output))
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("name", ["", "checkpoint_step_10"])
+def test_a_folder_becomes_one_file(folder: Path, tmp_path: Path, name: str) -> None:
+    """Of several checkpoints the newest that is undamaged."""
+    step = 10
+    if not name:
+        _damage(folder / "checkpoint_step_10")
+        step = 8
+    result = dsv3("checkpoint", "consolidate", folder / name, "--output", tmp_path / "one.pt")
+    assert result.exit_code == 0, result.output
+    found, expected = load_checkpoint(tmp_path / "one.pt"), _state(step)
+    assert found["model"]["weight"].equal(expected["model"]["weight"])  # type: ignore[index]
+    assert (found["step"], found["tokens"]) == (expected["step"], expected["tokens"])
