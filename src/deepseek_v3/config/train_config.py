@@ -195,11 +195,24 @@ class TrainingConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """Checkpoints: one every `interval_steps` steps (0: only at the end); the newest `keep` are kept."""
+    """Checkpoints: one every `interval_steps` steps (0: only at the end); the newest `keep` are kept.
+
+    Those of multiples of `keep_every_steps` are kept for ever; 0: none.
+    """
 
     directory: LocalPath = Path("checkpoints")
     interval_steps: NonNegativeInt = 1000
     keep: PositiveInt = 3
+    keep_every_steps: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _keeps_what_is_saved(self) -> CheckpointConfig:
+        if self.keep_every_steps and (not self.interval_steps or self.keep_every_steps % self.interval_steps):
+            raise ValueError(
+                f"keep_every_steps = {self.keep_every_steps}: expected a multiple of interval_steps = "
+                f"{self.interval_steps}, because other steps are not saved"
+            )
+        return self
 
 
 class SamplesConfig(Section):

@@ -246,7 +246,7 @@ class CheckpointManager:
     """
 
     def __init__(self, config: CheckpointConfig, mesh: ParallelMesh) -> None:
-        self.directory = CheckpointDirectory(config.directory, config.keep)
+        self.directory = CheckpointDirectory(config.directory, config.keep, config.keep_every_steps)
         self.group = None if mesh.is_alone else checkpoint_group()
         self._writer = None if mesh.is_alone else ShardedWriter(self.directory, self.group, _log_saved)
 

@@ -24,26 +24,28 @@ def check_disk(config: RunConfig, resume: str | None, force: bool) -> None:
     """
     directory = config.checkpoint.directory
     free = shutil.disk_usage(directory).free
-    there = CheckpointDirectory(directory, config.checkpoint.keep)
+    keep, every = config.checkpoint.keep, config.checkpoint.keep_every_steps
+    there = CheckpointDirectory(directory, keep)
     last = max(there.steps(), default=0) if resume in ("latest", "auto") else 0
     saves = _saves_after(last, config)
-    if saves == 0:
+    if not saves:
         return
-    paths = there.newest_first()
-    present, size = sum(map(_size_of, paths)), checkpoint_bytes(config)
+    steps = sorted({*there.steps(), *saves})
+    present, size = sum(map(_size_of, there.newest_first())), checkpoint_bytes(config)
 
     def needed(keep: int) -> int:
-        """The most additional bytes: `keep` complete checkpoints, and the one that is being written."""
-        return max(size, min(keep + 1, len(paths) + saves) * size - present)
+        """The most additional bytes: the complete checkpoints that are kept, and the one that is being written."""
+        for_ever = {step for step in steps[:-1] if every and step % every == 0}
+        return max(size, (len(for_ever.union(steps[:-1][-keep:])) + 1) * size - present)
 
-    keep = config.checkpoint.keep
     if needed(keep) <= free:
         return
     fitting = next((fewer for fewer in range(keep - 1, 0, -1) if needed(fewer) <= free), None)
     instead = "" if fitting is None else f"set checkpoint.keep={fitting}, which needs {_gb(needed(fitting))}, or "
     problem = (
         f"{directory}: the next checkpoints need {_gb(needed(keep))} and {_gb(free)} are free: each takes "
-        f"{_gb(size)}, checkpoint.keep = {keep} are kept, and one more is being written; {instead}make room, or "
+        f"{_gb(size)}, checkpoint.keep = {keep} are kept{_and_those_of(every)}, and one more is being written; "
+        f"{instead}make room, or "
         "choose another folder with --set checkpoint.directory=..."
     )
     if not force:
@@ -58,13 +60,17 @@ def checkpoint_bytes(config: RunConfig) -> int:
     return count_parameters(config.model).with_prediction * per_parameter + others
 
 
-def _saves_after(step: int, config: RunConfig) -> int:
-    """The number of checkpoints that a run writes after `step`, if no signal stops it."""
+def _saves_after(step: int, config: RunConfig) -> list[int]:
+    """The steps whose checkpoints a run writes after `step`, if no signal stops it."""
     total, interval = TrainingSchedule(config).total_steps, config.checkpoint.interval_steps
     if step >= total:
-        return 0
-    at_intervals = (total - 1) // interval - step // interval if interval else 0
-    return max(0, at_intervals) + 1
+        return []
+    first = (step // interval + 1) * interval if interval else total
+    return [*range(first, total, interval or 1), total]
+
+
+def _and_those_of(every: int) -> str:
+    return f" and those of every {every:,} steps" if every else ""
 
 
 def _size_of(path: Path) -> int:

@@ -89,6 +89,7 @@ RULES: dict[str, Rule] = {
     "checkpoint.directory": Rule.FREE,
     "checkpoint.interval_steps": Rule.FREE,
     "checkpoint.keep": Rule.FREE,
+    "checkpoint.keep_every_steps": Rule.FREE,
     "logging.directory": Rule.FREE,
     "logging.interval_steps": Rule.FREE,
     "logging.tensorboard": Rule.FREE,

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from deepseek_v3.config.loading import load_config
 from deepseek_v3.training.checkpoint_command import describe, outdated_checkpoints
 from deepseek_v3.utils.checkpointing.directory import CheckpointDirectory, load_checkpoint, save_checkpoint
 from deepseek_v3.utils.checkpointing.sharded import save_sharded
 from deepseek_v3.utils.checkpointing.state_dict import flatten
-from deepseek_v3.utils.errors import CheckpointError
+from deepseek_v3.utils.errors import CheckpointError, ConfigError
 from helpers.runs import dsv3, message_of
 
 
@@ -191,3 +192,17 @@ def test_a_folder_becomes_one_file(folder: Path, tmp_path: Path, name: str) -> N
     found, expected = load_checkpoint(tmp_path / "one.pt"), _state(step)
     assert found["model"]["weight"].equal(expected["model"]["weight"])  # type: ignore[index]
     assert (found["step"], found["tokens"]) == (expected["step"], expected["tokens"])
+
+
+def test_a_run_keeps_multiples_of_a_number_of_steps_for_ever(tmp_path: Path) -> None:
+    directory = CheckpointDirectory(tmp_path, keep=2, keep_every=6)
+    for step in range(2, 21, 2):
+        directory.save(step, _state(step))
+    assert directory.steps() == [6, 12, 18, 20]
+
+
+@pytest.mark.parametrize(("interval", "every"), [(1000, 1500), (1000, 500), (0, 10)])
+def test_what_is_never_saved_cannot_be_kept(interval: int, every: int) -> None:
+    changes = [f"checkpoint.interval_steps={interval}", f"checkpoint.keep_every_steps={every}"]
+    with pytest.raises(ConfigError, match=f"keep_every_steps = {every}: expected a multiple of interval_steps"):
+        load_config("tiny", changes)

@@ -99,6 +99,31 @@ def test_what_a_resumed_run_has_counts(
             check_disk(config, "auto", force=False)
 
 
+@pytest.mark.parametrize(
+    ("every", "there", "needed"),
+    [
+        (4, (), 7),  # 4, 8, 12; 14, 16, 18; and 20, which is being written
+        (10, (), 5),  # 10; 14, 16, 18; 20
+        (20, (), 4),
+        (4, (4, 6, 8), 4),  # of those seven, two are there, and 6 goes
+        (2, (18,), 1),
+    ],
+)
+def test_what_is_kept_for_ever_counts(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, every: int, there: tuple[int, ...], needed: int
+) -> None:
+    checkpoint = config.checkpoint.model_copy(update={"keep_every_steps": every})
+    config = config.model_copy(update={"checkpoint": checkpoint})
+    leave(config, *there)
+    with_free(monkeypatch, config, needed)
+    check_disk(config, "latest", force=False)
+    with_free(monkeypatch, config, needed - 0.1)
+    with pytest.raises(
+        PlanError, match=f"are kept and those of every {every} steps, and one more is being written"
+    ):
+        check_disk(config, "latest", force=False)
+
+
 @pytest.mark.parametrize("moments", ["bfloat16", "float32"])
 def test_the_types_of_the_config_count(config: RunConfig, moments: str) -> None:
     optimizer = config.training.optimizer.model_copy(update={"moments": moments})

@@ -65,11 +65,13 @@ def is_checkpoint(path: Path) -> bool:
 class CheckpointDirectory:
     """The checkpoints of one run in the folder `path`, one file or folder per step; the newest `keep` are kept.
 
-    Entries with other names are never touched.
+    Those of multiples of `keep_every` steps are kept, too, unless it is 0. Entries with other names are never
+    touched.
     """
 
     path: Path
     keep: int
+    keep_every: int = 0
 
     def __post_init__(self) -> None:
         if self.keep < 1:
@@ -94,7 +96,7 @@ class CheckpointDirectory:
         return path
 
     def remove_outdated(self, complete: Path) -> None:
-        """Removes all but the newest `keep` checkpoints up to the step of `complete`, and that step's other form.
+        """Removes what is not to be kept of the checkpoints up to the step of `complete`, and its other form.
 
         Checkpoints of later steps stay and do not count: a run that resumed from before a damaged checkpoint must
         not count that one among the kept. A checkpoint that cannot be removed is logged and stays.
@@ -102,7 +104,8 @@ class CheckpointDirectory:
         step = _step_of(complete)
         found = self._found()
         oldest_kept = sorted({_step_of(path) for path in found if _step_of(path) <= step})[-self.keep :][0]
-        outdated = [path for path in found if _step_of(path) < oldest_kept]
+        older = [path for path in found if _step_of(path) < oldest_kept]
+        outdated = [path for path in older if not (self.keep_every and _step_of(path) % self.keep_every == 0)]
         other_form = [path for path in found if _step_of(path) == step and path.name != complete.name]
         for path in outdated + other_form:
             try:
