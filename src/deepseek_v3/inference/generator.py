@@ -56,7 +56,7 @@ class Generator:
     device, fewer run at a time. `kv` is the format of the cache; None follows the model's config.
 
     Raises GenerationError if the tokenizer has more ids than the model, and ConfigError for a cache in FP8 of a
-    model whose kv_lora_rank is not a multiple of 128.
+    model whose kv_lora_rank is not a multiple of 128. `kv_cache` makes pools of pages for its engines.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Generator:
         self._batch_size = batch_size
         self._num_ids = model.config.vocab_size if all_ids else tokenizer.vocab_size
         self._device = model.head_weight_VD.device
-        self._kv_cache = KvCache(model, kv)
+        self.kv_cache = KvCache(model, kv)
 
     def generate(
         self, prompts: abc.Sequence[str], sampling: SamplingConfig, use_cache: bool = True
@@ -89,7 +89,7 @@ class Generator:
         of the device with its new tokens, and for logits that are not finite, and DataError for a prompt that is
         not Unicode.
         """
-        requests = [self._start(prompt, index, sampling) for index, prompt in enumerate(prompts)]
+        requests = [self.start(prompt, index, sampling) for index, prompt in enumerate(prompts)]
         self._complete(requests, use_cache)
         return [_completion(prompt, request) for prompt, request in zip(prompts, requests, strict=True)]
 
@@ -97,7 +97,7 @@ class Generator:
         self, prompts: abc.Sequence[abc.Sequence[int]], sampling: SamplingConfig, use_cache: bool = True
     ) -> list[Completion]:
         """Continues prompts of one or more ids as `generate` continues texts, and adds no marker to them."""
-        requests = [self._request(ids, ids, index, sampling) for index, ids in enumerate(prompts)]
+        requests = [self.request(ids, ids, index, sampling) for index, ids in enumerate(prompts)]
         self._complete(requests, use_cache)
         texts = map(self._tokenizer.decode, prompts)
         return [_completion(text, request) for text, request in zip(texts, requests, strict=True)]
@@ -110,9 +110,51 @@ class Generator:
         A part never ends inside a character and holds no part of a stop string. The generator's return value is the
         completion. This call itself, not the first iteration, raises the errors of `generate` for the prompt.
         """
-        request = self._start(prompt, 0, sampling)
+        request = self.start(prompt, 0, sampling)
         steps = self._steps([request], use_cache)  # raises its error
         return self._stream_text(prompt, request, steps)
+
+    def stream_tokens(
+        self, prompt: abc.Sequence[int], sampling: SamplingConfig
+    ) -> abc.Generator[str, None, Completion]:
+        """Yields the continuation of one or more ids as `stream` does that of a text; adds no marker to them."""
+        request = self.request(prompt, prompt, 0, sampling)
+        steps = self._steps([request], use_cache=True)  # raises its error
+        return self._stream_text(self._tokenizer.decode(prompt), request, steps)
+
+    def new_engine(self, pool: PagePool) -> Engine:
+        """An engine without requests that runs up to `batch_size` of them at a time over a pool of pages."""
+        on_cpu = self._device.type == "cpu"
+        forward: Forward = CpuForward(self._model, pool, self._row_counts) if on_cpu else DeviceForward(self._model)
+        scheduler = Scheduler(pool, self._batch_size, PREFILL_TOKENS)
+        return Engine(forward, scheduler, self._device, self._num_ids, reads_late=not on_cpu)
+
+    def start(self, prompt: str, index: int, sampling: SamplingConfig) -> Request:
+        """The request that continues a text, number `index` of those that share a seed.
+
+        Raises GenerationError for a prompt longer than the model's context, and DataError for one that is not
+        Unicode.
+        """
+        encoded = self._tokenizer.encode(prompt)
+        ids = [*self._tokenizer.prompt_start, *encoded] or [self._tokenizer.end_of_text]
+        return self.request(ids, encoded, index, sampling)
+
+    def request(
+        self, ids: abc.Sequence[int], shown: abc.Sequence[int], index: int, sampling: SamplingConfig
+    ) -> Request:
+        """The request that continues `ids`; `shown` are those of them whose text the new text continues.
+
+        Raises GenerationError for ids longer than the model's context.
+        """
+        return Request(
+            f"prompt {index + 1}",
+            [*ids],
+            sampling,
+            request_seed(sampling.seed, index),
+            StreamedText(self._tokenizer, sampling.stop, shown),
+            self._model.config.max_position_embeddings,
+            self._tokenizer.ends,
+        )
 
     def _stream_text(
         self, prompt: str, request: Request, steps: abc.Iterator[None]
@@ -133,16 +175,16 @@ class Generator:
         requests = [request for request in requests if request.finish_reason is None]
         if not use_cache:
             return self._steps_without_cache(requests)
-        fitting = self._kv_cache.pages_that_fit() if requests else 0
+        fitting = self.kv_cache.pages_that_fit() if requests else 0
         for request in requests:
-            require_room(request, fitting, self._kv_cache.layout.could_be_fp8)
+            require_room(request, fitting, self.kv_cache.layout.could_be_fp8)
         return self._engine_steps(requests, fitting)
 
     def _engine_steps(self, requests: list[Request], fitting: int) -> abc.Iterator[None]:
         if not requests:
             return
         most = sorted(pages_of(request.most_tokens) for request in requests)[-self._batch_size :]
-        engine = self._engine(self._kv_cache.new_pool(min(sum(most), fitting)))
+        engine = self.new_engine(self.kv_cache.new_pool(min(sum(most), fitting)))
         try:
             for request in requests:
                 engine.add(request)
@@ -152,34 +194,9 @@ class Generator:
         finally:
             engine.close()
 
-    def _engine(self, pool: PagePool) -> Engine:
-        on_cpu = self._device.type == "cpu"
-        forward: Forward = CpuForward(self._model, pool, self._row_counts) if on_cpu else DeviceForward(self._model)
-        scheduler = Scheduler(pool, self._batch_size, PREFILL_TOKENS)
-        return Engine(forward, scheduler, self._device, self._num_ids, reads_late=not on_cpu)
-
     @cached_property
     def _row_counts(self) -> RowCounts:
-        return measure_row_counts(self._model, self._kv_cache.compute_dtype)
-
-    def _start(self, prompt: str, index: int, sampling: SamplingConfig) -> Request:
-        encoded = self._tokenizer.encode(prompt)
-        ids = [*self._tokenizer.prompt_start, *encoded] or [self._tokenizer.end_of_text]
-        return self._request(ids, encoded, index, sampling)
-
-    def _request(
-        self, ids: abc.Sequence[int], shown: abc.Sequence[int], index: int, sampling: SamplingConfig
-    ) -> Request:
-        """A request that continues `ids`; `shown` are those of them whose text the new text continues."""
-        return Request(
-            f"prompt {index + 1}",
-            [*ids],
-            sampling,
-            request_seed(sampling.seed, index),
-            StreamedText(self._tokenizer, sampling.stop, shown),
-            self._model.config.max_position_embeddings,
-            self._tokenizer.ends,
-        )
+        return measure_row_counts(self._model, self.kv_cache.compute_dtype)
 
     def _steps_without_cache(self, requests: list[Request]) -> abc.Iterator[None]:
         """Adds a token to up to `batch_size` requests per step, from their whole texts."""

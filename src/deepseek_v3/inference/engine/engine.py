@@ -68,6 +68,16 @@ class Engine:
         """Whether a step would compute or read anything."""
         return self._launched is not None or not self._scheduler.is_empty
 
+    @property
+    def num_running(self) -> int:
+        """Requests that take part in steps."""
+        return self._scheduler.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for their turn."""
+        return self._scheduler.num_waiting
+
     def add(self, request: Request) -> None:
         """Takes a request. Raises GenerationError for one that can never fit in the cache."""
         self._scheduler.add(request)

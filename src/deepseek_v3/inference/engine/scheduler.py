@@ -40,6 +40,16 @@ class Scheduler:
         """Whether all requests have finished."""
         return not self._running and not self._waiting
 
+    @property
+    def num_running(self) -> int:
+        """Requests that take part in steps."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for their turn."""
+        return len(self._waiting)
+
     def add(self, request: Request) -> None:
         """Lets a request wait for its turn. Raises GenerationError for one that can never fit in the cache."""
         require_room(request, self._pool.num_pages, self._pool.layout.could_be_fp8)
