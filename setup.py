@@ -16,6 +16,7 @@ setup(
             "ops/hopper.cuh",
             "ops/*/cuda/*.cu",
             "benchmark/shapes/*.yaml",
+            "inference/server/page/*",
         ],
         "deepseek_v3.configs": ["*.yaml", "*.json"],
     },

@@ -101,6 +101,13 @@ def _generate() -> Any:
     return generate
 
 
+@_command("serve", "Serve a model over HTTP, with OpenAI's API and a page to try it.")
+def _serve() -> Any:
+    from deepseek_v3.inference.server.command import serve
+
+    return serve
+
+
 @_command("checkpoint", "List, verify, remove, average and consolidate the checkpoints of a run.")
 def _checkpoint() -> Any:
     from deepseek_v3.training.checkpoint_command import checkpoint_app

@@ -36,7 +36,7 @@ def run(installed: Path, folder: Path, *words: str) -> subprocess.CompletedProce
 
 def test_a_wheel_holds_every_module_and_every_config(installed: Path) -> None:
     source, found = ROOT / "src" / "deepseek_v3", installed / "deepseek_v3"
-    for pattern in ("*.py", "*.json", "*.yaml", "*.typed", "*.cu", "*.cuh"):
+    for pattern in ("*.py", "*.json", "*.yaml", "*.typed", "*.cu", "*.cuh", "*.html", "*.css", "*.js"):
         wanted = {path.relative_to(source) for path in source.rglob(pattern) if not path.is_symlink()}
         assert wanted <= {path.relative_to(found) for path in found.rglob(pattern)}
     shipped = {path.name: path.read_bytes() for path in (ROOT / "configs").iterdir()}

