@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,9 +41,9 @@ def bind(host: str, port: int) -> socket.socket:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
     except OSError as error:
-        raise ConfigError(
-            f"--host {host} --port {port}: {error.strerror}; choose another port, or end the program that uses it"
-        ) from None
+        is_used = error.errno == errno.EADDRINUSE
+        advice = "choose another port, or end the program that uses it" if is_used else "choose another address"
+        raise ConfigError(f"--host {host} --port {port}: {error.strerror}; {advice}") from None
     return bound
 
 

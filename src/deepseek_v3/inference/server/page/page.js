@@ -122,9 +122,12 @@ async function sendChat(prompt) {
   const system = element("system").value;
   const messages = [...conversation, { role: "user", content: prompt }];
   const given = system === "" ? messages : [{ role: "system", content: system }, ...messages];
-  addMessage("You", prompt);
-  const text = await show("v1/chat/completions", { messages: given, ...parameters() }, addMessage("Model", ""));
-  if (text === "") return; // refused or stopped before its first text: the prompt stays to be sent again
+  const boxes = [addMessage("You", prompt), addMessage("Model", "")];
+  const text = await show("v1/chat/completions", { messages: given, ...parameters() }, boxes[1]);
+  if (text === "") { // refused, or stopped before its first text: the prompt stays to be sent again
+    for (const box of boxes) box.closest(".message").remove();
+    return;
+  }
   conversation = [...messages, { role: "assistant", content: text }];
   element("prompt").value = "";
 }
@@ -148,6 +151,7 @@ function setMode(chat) {
   element("mode-text").setAttribute("aria-pressed", String(!chat));
   element("system-field").hidden = !chat;
   element("prompt-label").textContent = chat ? "Message" : "Text to continue";
+  element("prompt").placeholder = chat ? "Hello" : "def main(";
 }
 
 async function describe() {
