@@ -101,6 +101,13 @@ def _generate() -> Any:
     return generate
 
 
+@_command("chat", "Talk with a model in the terminal.")
+def _chat() -> Any:
+    from deepseek_v3.inference.chat import chat
+
+    return chat
+
+
 @_command("serve", "Serve a model over HTTP, with OpenAI's API and a page to try it.")
 def _serve() -> Any:
     from deepseek_v3.inference.server.command import serve

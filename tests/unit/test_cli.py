@@ -34,6 +34,7 @@ def test_every_command_has_its_line_of_help(name: str) -> None:
         ("tokenize", "--fim-rate"),
         ("train", "--resume"),
         ("generate", "--prompt"),
+        ("chat", "--plain"),
         ("serve", "--api-key-file"),
         ("eval", "--checkpoint"),
         ("bench", "ops"),

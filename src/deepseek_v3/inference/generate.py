@@ -145,7 +145,11 @@ def generate(
     typer.echo(_summary(completions, seconds), err=True)
     same = [] if device == "auto" else ["--device", device]
     own = [] if saved.tokens else ["--data", "FILE"]  # a model that was not trained here has no held-out tokens
-    print_next_steps(["dsv3", "eval", "--checkpoint", checkpoint, *own, *same], err=True)
+    print_next_steps(
+        ["dsv3", "eval", "--checkpoint", checkpoint, *own, *same],
+        ["dsv3", "serve", "--checkpoint", checkpoint, *same],
+        err=True,
+    )
 
 
 def _prompts(prompt: str | None, file: Path | None) -> list[str]:
