@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -229,7 +230,6 @@ def _announce(service: Service, address: str, key: str | None) -> None:
     if not chat:
         endpoint, body = ("completions", '{"prompt": "def main(", "max_tokens": 32, "stream": true}')
     header = "" if key is None else f' -H "Authorization: Bearer ${KEY_VARIABLE}"'
-    typer.echo(
-        f"Next:\n  open {address}/ in a browser\n"
-        f"  curl -N {address}/v1/{endpoint}{header} -H 'Content-Type: application/json' -d '{body}'"
-    )
+    curl = f"curl -N {address}/v1/{endpoint}{header} -H 'Content-Type: application/json' -d '{body}'"
+    with suppress(OSError):  # a closed pipe: the server serves all the same
+        typer.echo(f"Next:\n  open {address}/ in a browser\n  {curl}")

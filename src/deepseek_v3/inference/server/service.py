@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
@@ -93,7 +93,8 @@ class Service:
 
     async def begin_completion(self, body: CompletionBody) -> RequestGroup:
         """Starts the requests of a body: `n` for each prompt. Raises ApiError, GenerationError and DataError."""
-        return await self._begin(body, body.prompts)
+        prompts = body.prompts
+        return await self._begin(body, len(prompts), lambda: prompts)
 
     async def begin_chat(self, body: ChatBody) -> RequestGroup:
         """Starts the `n` requests of a conversation. Raises ApiError, GenerationError and DataError."""
@@ -105,8 +106,7 @@ class Service:
                 "server with --chat-template FILE",
                 code="no_chat_template",
             )
-        prompt = await asyncio.to_thread(template.prompt, [message.fields for message in body.messages])
-        return await self._begin(body, [prompt])
+        return await self._begin(body, 1, lambda: [template.prompt([each.fields for each in body.messages])])
 
     def end(self, group: RequestGroup) -> None:
         """Ends what is left of a group's requests, and lets others take their place."""
@@ -138,13 +138,16 @@ class Service:
             }
         )
 
-    async def _begin(self, body: GenerationBody, prompts: Sequence[Prompt]) -> RequestGroup:
+    async def _begin(
+        self, body: GenerationBody, num_prompts: int, prompts: Callable[[], Sequence[Prompt]]
+    ) -> RequestGroup:
+        """Admits the requests of a body, makes them in another thread, and gives them to the engine."""
         self.require_readiness()
         self.check_model(body.model)
-        number = len(prompts) * body.n
+        number = num_prompts * body.n
         self._admit(number)
         try:
-            group = RequestGroup(await asyncio.to_thread(self._requests, body, prompts))
+            group = RequestGroup(await asyncio.to_thread(lambda: self._requests(body, prompts())))
             if self._is_ending:
                 raise stopping()
         except BaseException:

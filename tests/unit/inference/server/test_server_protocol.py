@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -300,6 +301,18 @@ def test_without_a_template_a_chat_is_refused() -> None:
         assert (status, code) == (400, "no_chat_template")
         assert "use /v1/completions" in message
         assert not client.get("/v1/models").json()["data"][0]["has_chat_template"]
+
+
+def test_a_template_that_refuses_messages_is_told(server: RunningServer, client: httpx.Client) -> None:
+    model = server.service.model
+    strict = ChatTemplate(model.tokenizer, "{{ raise_exception('roles must alternate') }}")
+    server.service.model = replace(model, template=strict)
+    try:
+        status, _, _, message = refusal(client, "chat/completions", messages=MESSAGES)
+    finally:
+        server.service.model = model
+    assert (status, message) == (400, "the chat template refuses the messages: roles must alternate")
+    assert server.service.num_open == 0
 
 
 def test_the_schema_describes_the_bodies(client: httpx.Client) -> None:
