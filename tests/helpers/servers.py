@@ -17,6 +17,7 @@ from tokenizers import Tokenizer as HuggingFaceTokenizer
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.inference.chat_template import ChatTemplate, template_of
 from deepseek_v3.inference.engine.generation_request import Request
+from deepseek_v3.inference.engine.row_counts import RowCounts, measure_row_counts
 from deepseek_v3.inference.generator import Generator
 from deepseek_v3.inference.server.app import create_app
 from deepseek_v3.inference.server.http_server import StopRequest, address_of, bind, serve_until_stopped
@@ -111,9 +112,15 @@ def new_service(
     limits = limits or ServerLimits(CONTEXT, max_running=8, max_waiting=300, max_body=2**20)
     tokenizer, model = chat_tokenizer(with_template), tiny_model()
     generator = Generator(model, tokenizer, limits.max_running)
+    generator.__dict__["_row_counts"] = _row_counts()  # measured once for all servers
     pool = generator.kv_cache.new_pool(num_pages or limits.max_running * pages_of(limits.context))
     template = ChatTemplate(tokenizer) if template_of(tokenizer) else None
     return Service(ServedModel("tiny", tokenizer, template, model.config.vocab_size), generator, pool, limits), pool
+
+
+@cache
+def _row_counts() -> RowCounts:
+    return measure_row_counts(tiny_model(), torch.float32)
 
 
 @contextmanager

@@ -10,12 +10,11 @@ from typing import Annotated
 import typer
 
 from deepseek_v3.inference.chat_session import ChatSession
-from deepseek_v3.inference.chat_template import ChatTemplate, Message, template_of
+from deepseek_v3.inference.chat_template import ChatTemplate, Message, read_template, template_of
 from deepseek_v3.inference.conversation import Conversation
 from deepseek_v3.inference.generate import StoredPrecision
 from deepseek_v3.inference.generator import Generator
 from deepseek_v3.inference.sampling import SamplingConfig
-from deepseek_v3.inference.server.command import read_template
 from deepseek_v3.interop.load_model import load_for_inference
 from deepseek_v3.mla.kv_compression import KvFormat
 from deepseek_v3.utils.command_line import integer_option, number_option, print_next_steps

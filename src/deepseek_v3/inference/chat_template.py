@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError, nodes
@@ -17,6 +18,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from deepseek_v3.config.text_files import read_text
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.utils.errors import GenerationError
 from deepseek_v3.utils.text import truncate
@@ -25,6 +27,7 @@ Message = Mapping[str, str]
 
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # code points that no text should hold
+_MOST_BYTES = 2**22  # of a file with a template
 _LONGEST_REASON = 300  # characters of a template's own error
 
 
@@ -88,6 +91,11 @@ class ChatTemplate:
         for name, piece in zip(self._marker.findall(text), ids, strict=True):
             found += [self._ids[name], *piece]
         return found
+
+
+def read_template(file: Path) -> str:
+    """The source of a chat template in a file. Raises ConfigError."""
+    return read_text(file, _MOST_BYTES)
 
 
 def template_of(tokenizer: Tokenizer) -> str | None:

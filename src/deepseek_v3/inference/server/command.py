@@ -13,7 +13,8 @@ from typing import Annotated
 
 import typer
 
-from deepseek_v3.inference.chat_template import ChatTemplate, template_of
+from deepseek_v3.config.text_files import read_text
+from deepseek_v3.inference.chat_template import ChatTemplate, read_template, template_of
 from deepseek_v3.inference.generate import StoredPrecision
 from deepseek_v3.inference.generator import Generator
 from deepseek_v3.inference.server.service import ServedModel, ServerLimits, Service
@@ -24,12 +25,11 @@ from deepseek_v3.ops.mla_decode.formats import PAGE
 from deepseek_v3.utils.command_line import integer_option
 from deepseek_v3.utils.distributed.launch import select_device
 from deepseek_v3.utils.errors import ConfigError, GenerationError
-from deepseek_v3.utils.files import read_regular_file
 from deepseek_v3.utils.logging import configure_logging, get_logger
 from deepseek_v3.utils.optional import is_installed, missing_library
 
 KEY_VARIABLE = "DSV3_API_KEY"
-_MOST_KEY_BYTES, _MOST_TEMPLATE_BYTES = 4096, 2**22
+_MOST_KEY_BYTES = 4096
 
 _log = get_logger("Server")
 
@@ -131,23 +131,11 @@ def read_key(key: str | None, file: Path | None) -> str | None:
     if key is not None and file is not None:
         raise ConfigError("found --api-key and --api-key-file, expected one of the two")
     if file is not None:
-        key = _read(file, _MOST_KEY_BYTES, "a file with an API key").strip()
+        key = read_text(file, _MOST_KEY_BYTES).strip()
     key = os.environ.get(KEY_VARIABLE) if key is None else key
     if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
         raise ConfigError("the API key is empty or holds other than printable ASCII characters; choose another one")
     return key
-
-
-def read_template(file: Path) -> str:
-    """The source of a chat template. Raises ConfigError."""
-    return _read(file, _MOST_TEMPLATE_BYTES, "a chat template")
-
-
-def _read(file: Path, most: int, what: str) -> str:
-    try:
-        return read_regular_file(file, most, what).decode("utf-8")
-    except ValueError as error:
-        raise ConfigError(f"{file}: {error}") from None
 
 
 def _limits(

@@ -15,6 +15,8 @@ import uvicorn
 from deepseek_v3.inference.server.service import Service
 from deepseek_v3.utils.errors import ConfigError
 
+# For an idle connection. Clients end theirs after 5 to 60 s, and a server that is quicker fails their next request.
+_IDLE_SECONDS = 75
 _CLOSE_SECONDS = 2  # for connections to close once the last answer is sent
 
 
@@ -76,6 +78,7 @@ async def serve_until_stopped(
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_keep_alive=_IDLE_SECONDS,
         timeout_graceful_shutdown=_CLOSE_SECONDS,
     )
     server = _Server(config, on_ready)
