@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import httpx
 import torch
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as HuggingFaceTokenizer
@@ -28,6 +29,7 @@ from deepseek_v3.model.transformer import DeepSeekV3
 from helpers.models import small_config, small_model
 
 CONTEXT = 512
+PATIENCE = 60.0  # seconds that a test waits for a server or another thread; it then fails
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ '<|User|>' if m.role == 'user' else '<|Assistant|>' if m.role == "
     "'assistant' else '' }}{{ m.content }}{% endfor %}{{ '<|Assistant|>' if add_generation_prompt else '' }}"
@@ -94,6 +96,10 @@ class RunningServer:
         host, port = self.url.removeprefix("http://").split(":")
         return host, int(port)
 
+    def client(self) -> httpx.Client:
+        """A client that waits long enough for a busy machine."""
+        return httpx.Client(base_url=self.url, timeout=PATIENCE)
+
     def request_stop(self) -> None:
         self.loop.call_soon_threadsafe(self.stop.request)
 
@@ -146,7 +152,7 @@ def running_server(
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    assert ready.wait(30)
+    assert ready.wait(PATIENCE)
     [(stop, loop)] = started
     server = RunningServer(address_of(bound), service, pool, stop, loop, thread)
     try:
@@ -154,6 +160,6 @@ def running_server(
     finally:
         if thread.is_alive():
             server.request_stop()
-        thread.join(30)
+        thread.join(PATIENCE)
     assert not thread.is_alive()
     server.assert_empty()

@@ -23,7 +23,7 @@ from deepseek_v3.utils.optional import OPTIONAL_LIBRARIES
 from helpers import fork_server
 from helpers.jobs import HANGS, write_output_to
 from helpers.runs import dsv3, message_of
-from helpers.servers import running_server, save_tiny_model
+from helpers.servers import PATIENCE, running_server, save_tiny_model
 
 KEY = "correct-horse"
 QUICK = ["--device", "cpu", "--port", "0"]
@@ -62,7 +62,9 @@ def test_what_the_command_prints_works_until_a_signal(folder: Path, tmp_path: Pa
     assert answer.stdout.endswith("data: [DONE]\n\n"), (line, answer)
     headers = {"Authorization": f"Bearer {KEY}"}
     body = {"prompt": "a", "max_tokens": 500, "temperature": 0, "stream": True}
-    with httpx.stream("POST", f"{address}/v1/completions", json=body, headers=headers) as response:
+    with httpx.stream(
+        "POST", f"{address}/v1/completions", json=body, headers=headers, timeout=PATIENCE
+    ) as response:
         os.kill(process.pid or 0, number)
         assert response.read().endswith(b"data: [DONE]\n\n")
     process.join(HANGS)

@@ -17,7 +17,7 @@ import pytest
 from deepseek_v3.inference.generator import Generator
 from deepseek_v3.inference.sampling import SamplingConfig
 from deepseek_v3.inference.server.service import ServerLimits
-from helpers.servers import CONTEXT, HeldEngine, RunningServer, chat_tokenizer, running_server, tiny_model
+from helpers.servers import CONTEXT, PATIENCE, HeldEngine, RunningServer, chat_tokenizer, running_server, tiny_model
 
 STREAMS = 200
 PROMPTS = ["the cat", "ein Fuchs", "ü", "", "läuft über die Straße", "?" * 58]  # the last one grows beyond a page
@@ -26,7 +26,7 @@ LONG = {"prompt": "the cat", "max_tokens": 500, "temperature": 0}
 
 def wait_until(condition: Callable[[], bool]) -> None:
     """Waits for another thread; a test that waits in vain fails."""
-    end = time.monotonic() + 20
+    end = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.002)
@@ -73,7 +73,7 @@ def test_two_hundred_streams_get_the_texts_they_get_alone() -> None:
 
     async def run(url: str) -> list[str]:
         pool = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=url, timeout=120, limits=pool) as client:
+        async with httpx.AsyncClient(base_url=url, timeout=PATIENCE, limits=pool) as client:
             streams = [
                 read_stream(client, bodies[place % len(bodies)], 2 if place % 3 == 0 else None)
                 for place in range(STREAMS)
@@ -83,7 +83,7 @@ def test_two_hundred_streams_get_the_texts_they_get_alone() -> None:
     with running_server(limits, num_pages=20) as server:  # fewer pages than the streams want: some are preempted
         texts = asyncio.run(run(server.url))
         wait_until(lambda: server.service.num_open == 0)
-        metrics = httpx.get(server.url + "/metrics").text
+        metrics = httpx.get(server.url + "/metrics", timeout=PATIENCE).text
     for place, text in enumerate(texts):
         [whole] = wanted[place % len(bodies)]
         assert whole.startswith(text) if place % 3 == 0 else text == whole
@@ -92,7 +92,7 @@ def test_two_hundred_streams_get_the_texts_they_get_alone() -> None:
 
 def test_a_client_that_leaves_gives_its_place_to_the_next() -> None:
     limits = ServerLimits(CONTEXT, max_running=1, max_waiting=0, max_body=10_000)
-    with held_server(limits) as (server, engine), httpx.Client(base_url=server.url, timeout=20) as client:
+    with held_server(limits) as (server, engine), server.client() as client:
         for is_stream in (True, False):
             with socket.create_connection(server.service_address) as leaving:
                 leaving.sendall(raw_request({**LONG, "stream": is_stream}))
@@ -122,7 +122,7 @@ def test_a_client_that_does_not_read_is_given_up() -> None:
         reader.sendall(raw_request(body))
         wait_until(lambda: server.service.num_open == 8)
         wait_until(lambda: server.service.num_open == 0)
-        assert httpx.get(server.url + "/health").status_code == 200
+        assert httpx.get(server.url + "/health", timeout=PATIENCE).status_code == 200
 
 
 def test_clients_may_leave_before_their_body_is_there() -> None:
@@ -136,15 +136,18 @@ def test_clients_may_leave_before_their_body_is_there() -> None:
         ):
             with socket.create_connection(server.service_address) as connection:
                 connection.sendall(part)
-        assert httpx.post(server.url + "/v1/completions", json={**LONG, "max_tokens": 2}).status_code == 200
+        assert (
+            httpx.post(server.url + "/v1/completions", json={**LONG, "max_tokens": 2}, timeout=PATIENCE).status_code
+            == 200
+        )
 
 
 def test_open_answers_are_finished_before_the_end() -> None:
-    with held_server(seconds_to_stop=20) as (server, engine), httpx.Client(base_url=server.url) as client:
+    with held_server(seconds_to_stop=PATIENCE) as (server, engine), server.client() as client:
         answers = []
         waiting = threading.Thread(
             target=lambda: answers.append(
-                httpx.post(server.url + "/v1/completions", json={**LONG, "max_tokens": 9})
+                httpx.post(server.url + "/v1/completions", json={**LONG, "max_tokens": 9}, timeout=PATIENCE)
             )
         )
         waiting.start()
@@ -155,9 +158,9 @@ def test_open_answers_are_finished_before_the_end() -> None:
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "stopping")
         assert "retry-after" in refused.headers
         engine.free()
-        waiting.join(20)
+        waiting.join(PATIENCE)
         assert [answer.status_code for answer in answers] == [200]
-        server.thread.join(20)
+        server.thread.join(PATIENCE)
         assert not server.thread.is_alive()
 
 
@@ -169,7 +172,7 @@ def test_what_takes_too_long_is_ended(hurries: bool) -> None:
 
         def ask(is_stream: bool) -> None:
             body = {**LONG, "stream": is_stream}
-            answers[is_stream] = httpx.post(server.url + "/v1/completions", json=body, timeout=30)
+            answers[is_stream] = httpx.post(server.url + "/v1/completions", json=body, timeout=PATIENCE)
 
         threads = [threading.Thread(target=ask, args=(is_stream,)) for is_stream in (False, True)]
         for thread in threads:
@@ -181,7 +184,7 @@ def test_what_takes_too_long_is_ended(hurries: bool) -> None:
         wait_until(lambda: server.service._is_ending)
         engine.free()
         for thread in threads:
-            thread.join(30)
+            thread.join(PATIENCE)
         assert answers[False].status_code == 503
         *_, error, done, _ = answers[True].text.split("\n\n")
         assert "the server is stopping" in error
@@ -197,10 +200,10 @@ def test_a_failed_engine_ends_requests_and_server(caplog: pytest.LogCaptureFixtu
 
         engine.step = break_down
         engine.free()
-        answer = httpx.post(server.url + "/v1/completions", json=LONG)
+        answer = httpx.post(server.url + "/v1/completions", json=LONG, timeout=PATIENCE)
         assert (answer.status_code, answer.json()["error"]["code"]) == (500, "engine_failed")
         assert "CUDA" not in answer.text
-        server.thread.join(20)
+        server.thread.join(PATIENCE)
         assert not server.thread.is_alive()
     assert server.service.failure == "CUDA error: an illegal memory access"
     assert "an illegal memory access" in caplog.text
@@ -209,7 +212,7 @@ def test_a_failed_engine_ends_requests_and_server(caplog: pytest.LogCaptureFixtu
 def test_damaged_weights_end_the_request_alone() -> None:
     model = tiny_model()
     kept = model.head_weight_VD.data.clone()
-    with running_server() as server, httpx.Client(base_url=server.url) as client:
+    with running_server() as server, server.client() as client:
         forward = server.service._engine._engine._forward
         head, forward._head = forward._head, forward._head * float("nan")  # type: ignore[union-attr]
         answer = client.post("/v1/completions", json=LONG)

@@ -11,7 +11,7 @@ import pytest
 from deepseek_v3.inference.chat_template import ChatTemplate
 from deepseek_v3.inference.generator import Generator
 from deepseek_v3.inference.sampling import SamplingConfig
-from helpers.servers import HeldEngine, RunningServer, chat_tokenizer, running_server, tiny_model
+from helpers.servers import PATIENCE, HeldEngine, RunningServer, chat_tokenizer, running_server, tiny_model
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 KEY = "correct-horse"
@@ -43,6 +43,7 @@ def page(browser: Any, server: RunningServer) -> Iterator[Any]:
 
 def opened(browser: Any, server: RunningServer) -> Iterator[Any]:
     page = browser.new_page(viewport={"width": 1100, "height": 800})
+    page.set_default_timeout(PATIENCE * 1000)
     problems: list[str] = []
     page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: problems.append(str(error)))

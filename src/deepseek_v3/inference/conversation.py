@@ -20,11 +20,6 @@ class Conversation:
         self._messages: list[Message] = []
         self.system: str | None = None
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing has been said."""
-        return not self._messages
-
     def reset(self) -> None:
         """Forgets what was said; the system message stays."""
         self._messages = []

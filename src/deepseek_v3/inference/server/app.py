@@ -34,6 +34,7 @@ def create_app(service: Service, key: str | None, only_loopback: bool) -> HttpGu
         version=__version__,
         docs_url=None,  # its page loads scripts from elsewhere, and so does the other one
         redoc_url=None,
+        redirect_slashes=False,
         responses={"4XX": {"description": "OpenAI's error object"}},
     )
     _add_api(app, service)

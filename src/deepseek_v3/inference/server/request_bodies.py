@@ -81,12 +81,12 @@ class GenerationBody(_Body):
     @property
     def most_tokens(self) -> int | None:
         """The most tokens of an answer; None: as many as fit in the context."""
-        return self.max_tokens
+        raise NotImplementedError
 
     @property
     def num_logprobs(self) -> int | None:
         """For how many of the most probable tokens log-probabilities are wanted; None: not even for the chosen."""
-        return None
+        raise NotImplementedError
 
     def sampling(self, room: int) -> SamplingConfig:
         """How to sample at most `room` tokens. Raises GenerationError for a value that is out of bounds."""

@@ -12,7 +12,7 @@ from deepseek_v3.inference.sampling import SamplingConfig
 from deepseek_v3.inference.server.engine_thread import EngineThread, RequestGroup
 from deepseek_v3.inference.server.server_metrics import ServerMetrics
 from deepseek_v3.mla.kv_compression import PagePool
-from helpers.servers import chat_tokenizer, tiny_model
+from helpers.servers import PATIENCE, chat_tokenizer, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_random_orders_leave_nothing_behind(generator: Generator, seed: int) -> 
         if seed % 2:
             await asyncio.gather(*waiting)
         await thread.stop()
-        await asyncio.wait_for(asyncio.gather(*waiting), 20)
+        await asyncio.wait_for(asyncio.gather(*waiting), PATIENCE)
         return groups, thread, pool
 
     groups, thread, pool = asyncio.run(run())
@@ -99,7 +99,7 @@ def test_after_a_failure_every_request_fails(generator: Generator) -> None:
         groups = [RequestGroup(new_requests(generator, 2)) for _ in range(3)]
         for group in groups[:2]:
             thread.submit(group)
-        await asyncio.wait_for(failed.wait(), 20)
+        await asyncio.wait_for(failed.wait(), PATIENCE)
         thread.submit(groups[2])
         await asyncio.gather(*(group.finish() for group in groups))
         await thread.stop()

@@ -20,14 +20,14 @@ LIMITS = ServerLimits(CONTEXT, max_running=2, max_waiting=2, max_body=1000)
 @pytest.fixture(scope="module")
 def guarded() -> Iterator[httpx.Client]:
     """A client of a server that asks for a key."""
-    with running_server(LIMITS, key=KEY) as server, httpx.Client(base_url=server.url) as client:
+    with running_server(LIMITS, key=KEY) as server, server.client() as client:
         yield client
 
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[httpx.Client]:
     """A client of a server without a key."""
-    with running_server(LIMITS) as server, httpx.Client(base_url=server.url) as found:
+    with running_server(LIMITS) as server, server.client() as found:
         yield found
 
 

@@ -1,7 +1,5 @@
 """What the server counts, in the text format of Prometheus."""
 
-import httpx
-
 from deepseek_v3.inference.server.server_metrics import Histogram, ServerMetrics
 from helpers.servers import running_server
 
@@ -43,7 +41,7 @@ def test_gauges_and_counters_have_their_help() -> None:
 
 
 def test_a_server_counts_tokens_times_and_statuses() -> None:
-    with running_server() as server, httpx.Client(base_url=server.url) as client:
+    with running_server() as server, server.client() as client:
         body = {"prompt": ["the cat", "ü"], "max_tokens": 5, "temperature": 0}
         usage = client.post("/v1/completions", json=body).json()["usage"]
         assert client.post("/v1/completions", json={"foo": 1}).status_code == 400

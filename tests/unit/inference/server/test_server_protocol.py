@@ -7,10 +7,13 @@ from typing import Any
 
 import httpx
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from deepseek_v3.inference.chat_template import ChatTemplate
 from deepseek_v3.inference.generator import Generator
 from deepseek_v3.inference.sampling import SamplingConfig
+from deepseek_v3.inference.server.request_bodies import ChatBody, CompletionBody
 from helpers.servers import CONTEXT, RunningServer, chat_tokenizer, running_server, tiny_model
 
 MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "the cat"}]
@@ -26,7 +29,7 @@ def server() -> Iterator[RunningServer]:
 
 @pytest.fixture(scope="module")
 def client(server: RunningServer) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=60) as found:
+    with server.client() as found:
         yield found
 
 
@@ -136,8 +139,8 @@ def test_stop_strings_end_the_text_before_them(client: httpx.Client, generator: 
     [whole] = generator.generate(["the cat"], SamplingConfig(0, max_new_tokens=20))
     stop = whole.text[6:8]
     before = whole.text[: whole.text.index(stop)]
-    for given in (stop, ["zzzz", stop]):
-        body = {"prompt": "the cat", "max_tokens": 20, "temperature": 0, "stop": given}
+    for stops in (stop, ["zzzz", stop]):
+        body = {"prompt": "the cat", "max_tokens": 20, "temperature": 0, "stop": stops}
         choice = post(client, "completions", **body)["choices"][0]
         assert (choice["text"], choice["finish_reason"]) == (before, "stop")
         assert "".join(part["choices"][0]["text"] for part in events(client, "completions", **body)) == before
@@ -276,6 +279,29 @@ def test_a_body_that_is_no_object_is_refused(client: httpx.Client, body: bytes) 
     assert response.json()["error"]["type"] == "invalid_request_error"
 
 
+LEAVES = (
+    st.none() | st.booleans() | st.integers(-2, 3) | st.sampled_from([0.5, -1.5, 10**30, "", "a", "\x00", "text"])
+)
+VALUES = st.recursive(
+    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content"]), inner)
+)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_no_body_makes_the_server_fail(client: httpx.Client, data: st.DataObject) -> None:
+    """Any values in the fields that exist, and in one that does not, are answered or refused by name."""
+    path, kind = data.draw(st.sampled_from([("completions", CompletionBody), ("chat/completions", ChatBody)]))
+    fields = data.draw(st.lists(st.sampled_from([*kind.model_fields, "frequency_penalty", "x"]), unique=True))
+    given_fields = {field: data.draw(VALUES) for field in fields}
+    right = {"prompt": "a"} if kind is CompletionBody else {"messages": MESSAGES}
+    body = {**(right if data.draw(st.booleans()) else {}), "max_tokens": 2, **given_fields}
+    response = client.post(f"/v1/{path}", json=body)
+    assert response.status_code in (200, 400, 404), response.text
+    if response.status_code != 200:
+        assert response.json()["error"]["message"]
+
+
 def test_other_models_paths_and_methods_are_unknown(client: httpx.Client) -> None:
     assert refusal(client, model="gpt-4", prompt="a")[:3] == (404, "model", "model_not_found")
     for method, path, status in [
@@ -283,6 +309,7 @@ def test_other_models_paths_and_methods_are_unknown(client: httpx.Client) -> Non
         ("GET", "/v1/nothing", 404),
         ("GET", "/v1/completions", 405),
         ("DELETE", "/", 405),
+        ("GET", "/health/", 404),
     ]:
         response = client.request(method, path)
         assert response.status_code == status
@@ -296,7 +323,7 @@ def test_the_model_is_listed(client: httpx.Client) -> None:
 
 
 def test_without_a_template_a_chat_is_refused() -> None:
-    with running_server(with_template=False) as server, httpx.Client(base_url=server.url) as client:
+    with running_server(with_template=False) as server, server.client() as client:
         status, _, code, message = refusal(client, "chat/completions", messages=MESSAGES)
         assert (status, code) == (400, "no_chat_template")
         assert "use /v1/completions" in message
