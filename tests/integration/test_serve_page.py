@@ -109,13 +109,14 @@ def test_text_is_continued_and_stop_ends_it(page: Any, server: RunningServer) ->
     assert answers(page)[-1] == wanted.text
 
 
-def test_a_refusal_is_shown(page: Any) -> None:
-    page.click("#mode-text")
+def test_a_refusal_is_shown_and_the_message_kept(page: Any) -> None:
     page.fill("#max_tokens", "5000")
     page.fill("#prompt", "the cat")
     page.click("#send")
     page.wait_for_selector("#error:visible")
     assert "expected at most 512 with its answer" in page.text_content("#error")
+    assert answers(page) == []
+    assert page.input_value("#prompt") == "the cat"
 
 
 def test_the_page_asks_for_a_key(browser: Any) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from starlette.exceptions import HTTPException
 
 from deepseek_v3 import __version__
 from deepseek_v3.inference.server.api_errors import ApiError, invalid_body
+from deepseek_v3.inference.server.engine_thread import RequestGroup
 from deepseek_v3.inference.server.event_stream import ClientLeftError, EventStream, unless_client_leaves
 from deepseek_v3.inference.server.http_guard import GuardRules, HttpGuard
 from deepseek_v3.inference.server.replies import ChatReply, CompletionReply, Reply
@@ -60,30 +62,31 @@ def _add_api(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
         group = await service.begin_completion(body)
-        return await _answer(service, request, CompletionReply(service.model, body, group))
+        return await _answer(service, request, group, partial(CompletionReply, service.model, body))
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         group = await service.begin_chat(body)
-        return await _answer(service, request, ChatReply(service.model, body, group))
+        return await _answer(service, request, group, partial(ChatReply, service.model, body))
 
 
-async def _answer(service: Service, request: Request, reply: Reply) -> Response:
-    """The answer, whole or as a stream. Its requests end with it, or when the client leaves."""
-    group = reply.group
-
-    def finish() -> None:
-        service.end(group)
-
-    if reply.is_stream:
-        return EventStream(reply.chunks(), finish, service.limits.write_seconds)
+async def _answer(
+    service: Service, request: Request, group: RequestGroup, new_reply: Callable[[RequestGroup], Reply]
+) -> Response:
+    """The answer, whole or as a stream. The requests of its group end with it, or when the client leaves."""
+    is_left_to_stream = False
     try:
+        reply = new_reply(group)
+        if reply.is_stream:
+            is_left_to_stream = True
+            return EventStream(reply.chunks(), partial(service.end, group), service.limits.write_seconds)
         await unless_client_leaves(request.receive, group.finish())
         return _json(reply.whole())
     except ClientLeftError:
         return Response(status_code=_CLIENT_LEFT)
     finally:
-        finish()
+        if not is_left_to_stream:
+            service.end(group)
 
 
 def _model_card(service: Service) -> dict[str, Any]:

@@ -100,10 +100,12 @@ def serve(
     from deepseek_v3.inference.server.http_server import address_of, bind
 
     key = read_key(api_key, api_key_file)
+    if api_key is not None:
+        _log.warning(f"others on this machine can read --api-key in ps; {KEY_VARIABLE} and --api-key-file hide it")
     template = None if chat_template is None else read_template(chat_template)
     with bind(host, port) as bound:  # before the weights are read, which takes long
         saved = load_for_inference(checkpoint, select_device(device), precision.value)
-        name = model_name or checkpoint.resolve().name
+        name = model_name or checkpoint.resolve().name or "model"
         limits = _limits(saved, context, max_running, max_waiting, max_body)
         service = _service(saved, name, template, limits, kv, cache_tokens)
         local = bound.getsockname()[0] in ("127.0.0.1", "::1")

@@ -11,7 +11,7 @@ from uuid import uuid4
 from deepseek_v3.inference.engine.generation_request import Request
 from deepseek_v3.inference.server.api_errors import ApiError, engine_failed, stopping
 from deepseek_v3.inference.server.engine_thread import Progress, RequestGroup
-from deepseek_v3.inference.server.request_bodies import ChatBody, CompletionBody, GenerationBody
+from deepseek_v3.inference.server.request_bodies import CompletionBody, GenerationBody
 from deepseek_v3.inference.server.service import ServedModel
 from deepseek_v3.inference.server.token_logprobs import chat_logprobs, completion_logprobs
 
@@ -43,7 +43,7 @@ class Reply(ABC):
     id_prefix: ClassVar[str]
 
     def __init__(self, model: ServedModel, body: GenerationBody, group: RequestGroup) -> None:
-        self._model, self._body, self.group = model, body, group
+        self._model, self._body, self._group = model, body, group
         self._id, self._created = f"{self.id_prefix}-{uuid4().hex}", int(time.time())
 
     @property
@@ -53,19 +53,19 @@ class Reply(ABC):
 
     def whole(self) -> Json:
         """The complete answer."""
-        progress = self.group.progress
+        progress = self._group.progress
         choices = [self._whole_choice(self._part(index, Progress(), each)) for index, each in enumerate(progress)]
         return {**self._head(self.whole_object), "choices": choices, "usage": self._usage()}
 
     async def chunks(self) -> AsyncIterator[Json]:
         """The parts of the answer."""
-        sent = [Progress()] * len(self.group.requests)
+        sent = [Progress()] * len(self._group.requests)
         for index in range(len(sent)):
             for choice in self._opening_choices(index):
                 yield self._chunk(choice)
         while any(each.finish_reason is None for each in sent):
-            await self.group.change()
-            for index, progress in enumerate(self.group.progress):
+            await self._group.change()
+            for index, progress in enumerate(self._group.progress):
                 if progress != sent[index] and (part := self._part(index, sent[index], progress)):
                     sent[index] = progress
                     if self._is_worth_a_chunk(part):
@@ -74,7 +74,7 @@ class Reply(ABC):
             yield {**self._head(self.chunk_object), "choices": [], "usage": self._usage()}
 
     def _part(self, index: int, sent: Progress, progress: Progress) -> Part:
-        request, reason = self.group.requests[index], progress.finish_reason
+        request, reason = self._group.requests[index], progress.finish_reason
         if reason is not None and reason not in _REASONS:
             raise _failure(request, reason)
         text = request.text.shown[sent.num_characters : progress.num_characters]
@@ -95,8 +95,8 @@ class Reply(ABC):
 
     def _usage(self) -> Json:
         """Tokens; a prompt counts once, however many answers it gets."""
-        prompts = sum(request.num_prompt for request in self.group.requests[:: self._body.n])
-        answers = sum(progress.num_tokens for progress in self.group.progress)
+        prompts = sum(request.num_prompt for request in self._group.requests[:: self._body.n])
+        answers = sum(progress.num_tokens for progress in self._group.progress)
         return {"prompt_tokens": prompts, "completion_tokens": answers, "total_tokens": prompts + answers}
 
     @abstractmethod
@@ -150,9 +150,6 @@ class ChatReply(Reply):
 
     whole_object, chunk_object = "chat.completion", "chat.completion.chunk"
     id_prefix = "chatcmpl"
-
-    def __init__(self, model: ServedModel, body: ChatBody, group: RequestGroup) -> None:
-        super().__init__(model, body, group)
 
     def _opening_choices(self, index: int) -> list[Json]:
         delta = {"role": "assistant", "content": ""}

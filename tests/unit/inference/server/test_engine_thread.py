@@ -20,9 +20,12 @@ def generator() -> Generator:
     return Generator(tiny_model(), chat_tokenizer(), batch_size=4)
 
 
-def new_thread(generator: Generator, num_pages: int = 6) -> tuple[EngineThread, PagePool]:
+def new_thread(generator: Generator, num_pages: int = 6, reads_late: bool = False) -> tuple[EngineThread, PagePool]:
+    """A thread over a small cache; `reads_late`: the engine reads tokens one step late, as on a GPU."""
     pool = generator.kv_cache.new_pool(num_pages)
-    return EngineThread(generator.new_engine(pool), ServerMetrics()), pool
+    engine = generator.new_engine(pool)
+    engine._reads_late = reads_late
+    return EngineThread(engine, ServerMetrics()), pool
 
 
 def new_requests(generator: Generator, number: int, tokens: int = 5, prompt: int = 3) -> list[Request]:
@@ -31,12 +34,13 @@ def new_requests(generator: Generator, number: int, tokens: int = 5, prompt: int
     return [generator.request(ids, ids, index, sampling) for index in range(number)]
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_random_orders_leave_nothing_behind(generator: Generator, seed: int) -> None:
+@pytest.mark.parametrize("reads_late", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_random_orders_leave_nothing_behind(generator: Generator, seed: int, reads_late: bool) -> None:
     chance = random.Random(seed)
 
     async def run() -> tuple[list[RequestGroup], EngineThread, PagePool]:
-        thread, pool = new_thread(generator)
+        thread, pool = new_thread(generator, reads_late=reads_late)
         thread.start(on_failure=lambda: None)
         groups, waiting = [], []
         for _ in range(25):
