@@ -19,7 +19,7 @@ KEY = "correct-horse"
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright, which drives a browser, is missing")
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright and Chromium")
     path = next(filter(None, map(shutil.which, BROWSERS)), None)
     if path is None:
         pytest.skip(f"no browser is installed: none of {', '.join(BROWSERS)} is found")
