@@ -36,7 +36,7 @@ def walk_files(root: Path, skipped: Collection[str] = ("__pycache__",)) -> Itera
             status = path.stat()
             if (status.st_dev, status.st_ino) not in entered:
                 entered.add((status.st_dev, status.st_ino))
-                children = sorted(path.iterdir(), reverse=True)
+                children = sorted(path.iterdir(), key=lambda child: child.name, reverse=True)
                 waiting += [c for c in children if not c.name.startswith(".") and c.name not in skipped]
         else:
             yield path

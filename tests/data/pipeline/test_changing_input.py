@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from deepseek_v3.data.formats.batches import ReadBatch
-from deepseek_v3.data.pipeline import tasks
+from deepseek_v3.data.formats.streams import InputFile
+from deepseek_v3.data.pipeline import range_reading
 from deepseek_v3.data.pipeline.run import run_pipeline
 from deepseek_v3.utils.errors import DataError
 from helpers.pipeline import pipeline_config, write_lines
@@ -52,7 +51,7 @@ def test_a_file_that_changes_while_it_is_read_stops_the_run(
     write_lines(path, ROWS)
     if name == "a.parquet":
         pq.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=50)
-    monkeypatch.setattr(tasks, "read_range", changing(tasks.read_range, lambda: change(path)))
+    monkeypatch.setattr(range_reading, "check_unchanged", after(lambda: change(path)))
     with pytest.raises(DataError, match=rf"{name}: (changed|vanished) while it was read; .*\.work"):
         run_pipeline(pipeline_config(str(tmp_path / "in"), tmp_path / "out", ["exact_deduplication"]))
     assert not (tmp_path / "out" / "manifest.json").exists()
@@ -63,20 +62,20 @@ def test_an_object_that_changes_while_it_is_read_stops_the_run(
 ) -> None:
     store = fsspec.filesystem("memory")
     store.pipe("/changing/a.jsonl", write_lines(tmp_path / "a.jsonl", ROWS).read_bytes())
-    change = changing(tasks.read_range, lambda: store.pipe("/changing/a.jsonl", b'{"text": "Other."}\n'))
-    monkeypatch.setattr(tasks, "read_range", change)
+    change = after(lambda: store.pipe("/changing/a.jsonl", b'{"text": "Other."}\n'))
+    monkeypatch.setattr(range_reading, "check_unchanged", change)
     with pytest.raises(DataError, match=r"a\.jsonl: changed while it was read"):
         run_pipeline(pipeline_config("memory://changing", tmp_path / "out", ["exact_deduplication"]))
 
 
-def changing(read: Callable[..., Iterator[ReadBatch]], change: Callable[[], None]) -> Callable[..., Any]:
-    """Reads, and changes the input once the first batch is there."""
+def after(change: Callable[[], None]) -> Callable[[InputFile], None]:
+    """The check of a file that was read, in whole or in part, after `change`."""
+    check = range_reading.check_unchanged
 
-    def read_and_change(*arguments: Any) -> Iterator[ReadBatch]:
-        batches = read(*arguments)
-        first = next(batches)
-        change()
-        yield first
-        yield from batches
+    def change_and_check(file: InputFile) -> None:
+        if not changed:
+            changed.append(change())
+        check(file)
 
-    return read_and_change
+    changed: list[None] = []
+    return change_and_check

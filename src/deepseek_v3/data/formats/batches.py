@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import pyarrow as pa
@@ -71,16 +72,40 @@ class ReadBatch:
     def __iter__(self) -> Iterator[Any]:
         return iter((self.records, self.quarantined, self.position))
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the records and of the quarantined ones in memory."""
+        return self.records.nbytes + self.quarantined.nbytes
+
+
+def join_batches(batches: Sequence[ReadBatch]) -> ReadBatch:
+    """Joins consecutive batches, also of several files, into one, whose position is that of the last."""
+    if len(batches) == 1:
+        return batches[0]
+    repaired: Counter[str] = Counter()
+    for batch in batches:
+        repaired.update(batch.repaired)
+    return ReadBatch(
+        pa.concat_batches([batch.records for batch in batches]),
+        pa.concat_batches([batch.quarantined for batch in batches]),
+        batches[-1].position,
+        repaired,
+    )
+
 
 class BatchBuilder:
     """Collects the documents and the invalid records of one batch.
 
-    The argument `place` of the methods is the value for the column `place` of `RECORDS`.
+    They come from the file `source`, which changes if small files share a batch. The argument `place` of the
+    methods is the value for the column `place` of `RECORDS`.
     """
 
     def __init__(self, source: str, options: ReadOptions) -> None:
-        self._source, self._options = source, options
+        self.source = source
+        self.size = 0  # characters of the texts, and bytes of what was rejected
+        self._options = options
         self._text_field = options.text_field or "text"
+        self._sources: list[str] = []
         self._ids: list[str] = []
         self._texts: list[str] = []
         self._places: list[int] = []
@@ -92,6 +117,11 @@ class BatchBuilder:
     def is_empty(self) -> bool:
         """Whether nothing was added or rejected yet."""
         return not self._ids and not self._rejected
+
+    @property
+    def rows(self) -> int:
+        """The number of documents."""
+        return len(self._ids)
 
     def add_json(self, place: int, data: bytes, offset: int) -> None:
         """Adds the JSON value that starts at byte `offset` of its file. Raises InvalidRecord as `add` does."""
@@ -143,6 +173,8 @@ class BatchBuilder:
                 repairs += ("metadata",)
         if repairs:
             self._repaired.update(repairs)
+        self.size += len(text)
+        self._sources.append(self.source)
         self._metadata.append(as_json)
         self._ids.append(id_)
         self._texts.append(text)
@@ -159,24 +191,26 @@ class BatchBuilder:
         raw: bytes | None = None,
     ) -> None:
         """Adds an invalid record; the arguments are the columns of `QUARANTINED`."""
+        raw = raw if raw is not None and len(raw) <= MAX_RAW_BYTES else None
+        self.size += len(raw or b"")
         self._rejected.append(
             {
-                "source": self._source,
+                "source": self.source,
                 "place": place,
                 "offset": offset,
                 "length": length,
                 "records": records,
                 "reason": why.reason,
                 "error": why.error[:_ERROR_CHARACTERS],
-                "raw": raw if raw is not None and len(raw) <= MAX_RAW_BYTES else None,
+                "raw": raw,
             }
         )
 
     def batch(self, position: int) -> ReadBatch:
         """The batch of everything added and rejected; reading continues at `position`."""
-        sources = [self._source] * len(self._ids)
-        records = record_batch(self._ids, self._texts, sources, self._places, self._metadata)
-        quarantined = pa.RecordBatch.from_pylist(self._rejected, schema=QUARANTINED)
+        records = record_batch(self._ids, self._texts, self._sources, self._places, self._metadata)
+        rejected = self._rejected
+        quarantined = pa.RecordBatch.from_pylist(rejected, schema=QUARANTINED) if rejected else _nothing_rejected()
         return ReadBatch(records, quarantined, position, self._repaired)
 
     def _id(self, id_: Any, place: int) -> tuple[str, bool]:
@@ -186,7 +220,7 @@ class BatchBuilder:
         its NaN stands for a missing id. Bytes that are no text are written in hexadecimal.
         """
         if id_ is None or id_ is _MISSING or (isinstance(id_, float) and not math.isfinite(id_)):
-            return f"{self._source}:{place}", False
+            return f"{self.source}:{place}", False
         if type(id_) is int:
             return str(id_), False
         if isinstance(id_, bytes):
@@ -196,6 +230,12 @@ class BatchBuilder:
         if isinstance(id_, float) and id_.is_integer():
             id_ = int(id_)
         return value_to_text(id_), True
+
+
+@cache
+def _nothing_rejected() -> pa.RecordBatch:
+    """A batch of no rows, made once: most files of a folder of small ones hold nothing to reject."""
+    return pa.RecordBatch.from_pylist([], schema=QUARANTINED)
 
 
 def _no_text(field: str, text: Any, record: dict[str, Any]) -> InvalidRecord:

@@ -13,11 +13,11 @@ from functools import partial
 from typing import Literal, TypeAlias
 
 from deepseek_v3.data.content import TEXT_SUFFIXES
-from deepseek_v3.data.formats.batches import FileRange, ReadBatch, ReadOptions
+from deepseek_v3.data.formats.batches import BatchBuilder, FileRange, ReadBatch, ReadOptions
 from deepseek_v3.data.formats.columnar import arrow_groups, parquet_groups, read_columnar, split_columnar
 from deepseek_v3.data.formats.json_files import read_json
 from deepseek_v3.data.formats.json_lines import read_json_lines, split_json_lines
-from deepseek_v3.data.formats.plain_text import read_text
+from deepseek_v3.data.formats.plain_text import add_text_file, read_text
 from deepseek_v3.data.formats.streams import COMPRESSIONS, InputFile, split_suffix
 from deepseek_v3.data.formats.warc import read_warc, require_fastwarc
 
@@ -25,6 +25,8 @@ _NO_SUFFIX = ""  # README, Makefile
 
 # Reads a range from its start, or from the position that came with an earlier batch of it.
 Reader: TypeAlias = Callable[[FileRange, ReadOptions, "int | None"], Iterator[ReadBatch]]
+# Adds the only document of a file to a batch, which may hold those of other files.
+FileAdder: TypeAlias = Callable[[FileRange, BatchBuilder, ReadOptions], None]
 # Splits a file into ranges of about the given size in bytes, which together hold all of it.
 Splitter: TypeAlias = Callable[[InputFile, int], list[FileRange]]
 
@@ -37,7 +39,8 @@ def _whole(file: InputFile, range_bytes: int) -> list[FileRange]:  # noqa: ARG00
 class FileFormat:
     """How files with one of `suffixes` hold documents.
 
-    `read` reads a range of a file, and `split` splits a file into ranges, by default into one. `place` says what
+    `read` reads a range of a file, and `split` splits a file into ranges, by default into one. `add_file` adds the
+    only document of a file to a batch of several files. `place` says what
     the `place` of a record counts: bytes, bytes to the start of a line, or rows; "file" if a file is one record.
     `is_compressible` says whether the file may be compressed as a whole, and `has_fields` whether its records have
     fields with names, one of which holds the text. `require` raises DataError if a library that `read` needs is
@@ -52,6 +55,7 @@ class FileFormat:
     is_compressible: bool = True
     has_fields: bool = True
     require: Callable[[InputFile], None] = lambda _: None
+    add_file: FileAdder | None = None
 
 
 _read_parquet, _split_parquet = partial(read_columnar, parquet_groups), partial(split_columnar, parquet_groups)
@@ -61,7 +65,9 @@ FORMATS = (
     FileFormat("json_lines", (".jsonl", ".ndjson"), read_json_lines, split_json_lines, place="line"),
     FileFormat("json", (".json",), read_json),
     FileFormat("warc", (".warc", ".wet"), read_warc, has_fields=False, require=require_fastwarc),
-    FileFormat("text", (_NO_SUFFIX, *TEXT_SUFFIXES), read_text, place="file", has_fields=False),
+    FileFormat(
+        "text", (_NO_SUFFIX, *TEXT_SUFFIXES), read_text, place="file", has_fields=False, add_file=add_text_file
+    ),
     FileFormat("parquet", (".parquet",), _read_parquet, _split_parquet, "row", is_compressible=False),
     FileFormat("arrow", (".arrow", ".feather", ".ipc"), _read_arrow, _split_arrow, "row", is_compressible=False),
 )

@@ -14,8 +14,14 @@ _CHUNK_BYTES = 2**18
 
 def read_text(file_range: FileRange, options: ReadOptions, start: int | None) -> Iterator[ReadBatch]:  # noqa: ARG001
     """Reads a file as one document, whose id is the file's name, in one batch; ignores `start`."""
+    builder = BatchBuilder(file_range.file.name, options)
+    add_text_file(file_range, builder, options)
+    yield builder.batch(END_OF_FILE)
+
+
+def add_text_file(file_range: FileRange, builder: BatchBuilder, options: ReadOptions) -> None:
+    """Adds a file as one document, whose id is the file's name, to a batch, which may hold other files."""
     name = file_range.file.name
-    builder = BatchBuilder(name, options)
     data, length, damage = _read(file_range, options.max_record_bytes)
     try:
         if damage:
@@ -24,7 +30,6 @@ def read_text(file_range: FileRange, options: ReadOptions, start: int | None) ->
         builder.add_text(0, name, decode_utf8(content, length - len(content)), {})
     except InvalidRecord as why:
         builder.reject(0, why, offset=0, length=length, raw=data or None)
-    yield builder.batch(END_OF_FILE)
 
 
 def _read(file_range: FileRange, max_bytes: int) -> tuple[bytes, int, InvalidRecord | None]:

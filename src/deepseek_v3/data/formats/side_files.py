@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from deepseek_v3.data.formats.file_types import format_of
@@ -35,7 +34,7 @@ def find_side_files(names: Collection[str]) -> dict[str, SideFile]:
     """Those of the files of an input that are not read, by name. Names are paths below the input."""
     files: dict[str, set[str]] = {}
     for name in names:
-        files.setdefault(_parent(name), set()).add(PurePosixPath(name).name)
+        files.setdefault(_parent(name), set()).add(_base(name))
     runs = {folder for folder, found in files.items() if found >= _RUN}
     outputs = runs | {folder for folder, found in files.items() if found >= _TOKENS}
     with_data = {folder for name in names if _is_data(name) for folder in _folders(name)}
@@ -49,9 +48,9 @@ def _side_file(name: str, runs: set[str], outputs: set[str], with_data: set[str]
         return SideFile(name, "is not the corpus, but another output of the run in this folder")
     if output := next((folder for folder in folders if folder and folder in outputs), None):
         return SideFile(f"{output}/", "is the output of an earlier run; name its folder `data` to read it")
-    if _parent(name) in with_data and _accompanies_data(PurePosixPath(name).name):
+    if _parent(name) in with_data and _accompanies_data(_base(name)):
         return SideFile(name, "accompanies data files, and holds no documents")
-    if folder := next((folder for folder in folders if PurePosixPath(folder).name in _FOLDERS), None):
+    if folder := next((folder for folder in folders if _base(folder) in _FOLDERS), None):
         return SideFile(f"{folder}/", "is a folder that Spark or Delta keeps beside data files")
     return None
 
@@ -65,11 +64,15 @@ def _accompanies_data(name: str) -> bool:
 def _is_data(name: str) -> bool:
     """Whether a file holds many documents, by its format."""
     format_ = format_of(name)
-    return format_ is not None and format_.place != "file" and not _accompanies_data(PurePosixPath(name).name)
+    return format_ is not None and format_.place != "file" and not _accompanies_data(_base(name))
 
 
 def _parent(name: str) -> str:
     return name.rpartition("/")[0]
+
+
+def _base(name: str) -> str:
+    return name.rpartition("/")[2]
 
 
 def _folders(name: str) -> list[str]:

@@ -11,7 +11,7 @@ import lzma
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 
@@ -102,9 +102,15 @@ _BY_SUFFIX = {suffix: compression for compression in COMPRESSIONS for suffix in 
 
 def split_suffix(name: str) -> tuple[str, Compression | None]:
     """The suffix of a file's name in lower case, without that of a compression, and the compression."""
-    path = PurePosixPath(name.lower())
-    compression = _BY_SUFFIX.get(path.suffix)
-    return PurePosixPath(path.stem).suffix if compression else path.suffix, compression
+    stem, suffix = _split_off_suffix(name.rpartition("/")[2].lower())
+    compression = _BY_SUFFIX.get(suffix)
+    return _split_off_suffix(stem)[1] if compression else suffix, compression
+
+
+def _split_off_suffix(name: str) -> tuple[str, str]:
+    """What `PurePath.stem` and `PurePath.suffix` give, in a tenth of the time: folders hold many files."""
+    at = name.rfind(".")
+    return (name[:at], name[at:]) if 0 < at < len(name) - 1 else (name, "")
 
 
 @dataclass(frozen=True)

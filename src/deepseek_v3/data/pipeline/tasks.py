@@ -16,14 +16,12 @@ import pyarrow.compute as pc
 
 from deepseek_v3.data.documents import RECORDS
 from deepseek_v3.data.formats.batches import BATCH_BYTES, FileRange, ReadBatch, ReadOptions
-from deepseek_v3.data.formats.inputs import check_unchanged
 from deepseek_v3.data.formats.quarantine import QUARANTINED
-from deepseek_v3.data.formats.reading import read_range
 from deepseek_v3.data.formats.writing import RecordWriter
 from deepseek_v3.data.mixing import repeat_documents
-from deepseek_v3.data.pipeline.executors import RESUME_ADVICE
 from deepseek_v3.data.pipeline.global_stages import StageDecisions
 from deepseek_v3.data.pipeline.passes import Pass
+from deepseek_v3.data.pipeline.range_reading import read_ranges
 from deepseek_v3.data.pipeline.run_folder import (
     DROPPED_FILE,
     QUARANTINED_FILE,
@@ -41,7 +39,6 @@ from deepseek_v3.data.pipeline.stats import Stats
 from deepseek_v3.data.pipeline.unique_ids import UniqueIds, as_quarantined
 from deepseek_v3.data.stages import DROPPED, GlobalStage, Outcome, Stage
 from deepseek_v3.data.tokens.token_counter import TokenCounter
-from deepseek_v3.utils.errors import translate_resource_errors
 from deepseek_v3.utils.files import atomic_folder
 
 
@@ -115,7 +112,7 @@ def read_work_unit(
     resume = parts[-1].resume if parts else (0, 0)
     while resume is not None:
         target = folder / f"{unit.number:06d}-{len(parts):05d}"
-        batches = _read_batches(unit, options, resume)
+        batches = read_ranges(unit.spans, options, resume)
         part = _read_part(batches, first, following, target, part_bytes)
         parts.append(part)
         resume = part.resume
@@ -128,22 +125,6 @@ def finished_parts(unit: int, folder: Path) -> list[Part]:
     while part := read_part(folder / f"{unit:06d}-{len(parts):05d}"):
         parts.append(part)
     return parts
-
-
-def _read_batches(
-    unit: WorkUnit, options: ReadOptions, resume: tuple[int, int]
-) -> Iterator[tuple[ReadBatch, tuple[int, int]]]:
-    """Reads the batches of a work unit from `resume` on, each with the place where the next batch starts."""
-    index, position = resume
-    for number in range(index, len(unit.spans)):
-        start = position if number == index and position else None
-        span = unit.spans[number]
-        with translate_resource_errors(span.file.path, RESUME_ADVICE):
-            for batch in read_range(span, options, start):
-                if not span.file.is_remote:
-                    check_unchanged(span.file)
-                yield batch, (number, batch.position)
-            check_unchanged(span.file)
 
 
 def _read_part(
@@ -162,7 +143,7 @@ def _read_part(
         runner.stats.read(batch.records, batch.quarantined)
         runner.stats.repaired(batch.repaired)
         runner.quarantine(batch.quarantined)
-        read_bytes += batch.records.nbytes + batch.quarantined.nbytes
+        read_bytes += batch.nbytes
         kept.append(runner.run(batch.records))
         if read_bytes >= part_bytes:
             resume = place

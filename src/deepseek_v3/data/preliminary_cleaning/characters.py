@@ -11,6 +11,7 @@ BIDI_CONTROLS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2
 _LINE_ENDS = "\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"  # those of Python's splitlines, except \n
 _SPACES = "\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
 _CONTROLS = "".join(chr(code) for code in (*range(0x20), *range(0x7F, 0xA0)) if code not in (0x09, 0x0A))
+_CONTROL = re.compile(f"[{re.escape(_CONTROLS)}]")
 _NONCHARACTERS = "".join(
     [chr(code) for code in range(0xFDD0, 0xFDF0)]
     + [chr(plane * 0x10000 + low) for plane in range(17) for low in (0xFFFE, 0xFFFF)]
@@ -88,9 +89,7 @@ def replace_in_code(text: str) -> str:
     All other characters stay, because code may compare them.
     """
     text = without_escapes(text).removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
-    for char in set(text).intersection(_CONTROLS):
-        text = text.replace(char, "")
-    return text
+    return _CONTROL.sub("", text)
 
 
 def without_escapes(text: str) -> str:

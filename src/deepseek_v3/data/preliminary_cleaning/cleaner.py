@@ -54,6 +54,8 @@ class PreliminaryCleaner(Stage):
         one, references such as &lt; are longer than the character that they denote, and the other steps change
         nothing the second time.
         """
+        if content == "code":
+            return self._clean_once(text, content)
         while (cleaned := self._clean_once(text, content)) != text:
             text, content = cleaned, None if content == "html" else content
         return text
