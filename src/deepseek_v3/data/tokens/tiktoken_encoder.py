@@ -17,6 +17,7 @@ from typing import Any
 import tiktoken
 from tokenizers import Regex, Tokenizer, models, normalizers
 
+from deepseek_v3.data.tokens.long_pieces import CUT, may_have_long_pieces
 from deepseek_v3.utils.text import format_value
 
 # The splits of DeepSeek-V3: digits in groups of three; runs of Chinese and Japanese; then words with one character
@@ -89,15 +90,28 @@ def single_regex(pre_tokenizer: Mapping[str, Any] | None) -> str | None:
     """The regex that splits text like the `pre_tokenizer` of a `tokenizer.json`, or None if none is known.
 
     The known pre-tokenizers are those of DeepSeek-V3, Llama 3, Qwen 2 and GPT-2, each ending in a `ByteLevel` step.
+    The regex does not cut long pre-tokens, as tokenizers that are trained here do.
     """
-    steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
-    *cuts, last = steps or [None]
+    *cuts, last = _steps(pre_tokenizer) or [None]
     if last is None or last["type"] != "ByteLevel" or last["add_prefix_space"]:
         return None
     if any(cut["type"] != "Split" or cut["behavior"] != "Isolated" or cut["invert"] for cut in cuts):
         return None
-    patterns = [cut["pattern"].get("Regex") for cut in cuts]
+    patterns = _cut_patterns(pre_tokenizer)
+    if patterns == [*DEEPSEEK, CUT]:
+        patterns.pop()
     return _SINGLE.get((*patterns, _GPT2) if last["use_regex"] else tuple(patterns))
+
+
+def _steps(pre_tokenizer: Mapping[str, Any] | None) -> list[Any]:
+    steps: list[Any] = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
+    return steps
+
+
+def _cut_patterns(pre_tokenizer: Mapping[str, Any] | None) -> list[str]:
+    """The regexes of the `Split` steps, in order; empty for a step that splits at a fixed text."""
+    splits = [step for step in _steps(pre_tokenizer) if step is not None and step["type"] == "Split"]
+    return [split["pattern"].get("Regex", "") for split in splits]
 
 
 _CLASSES = (r"\p{L}", r"\p{M}", r"\p{N}", r"\p{P}", r"\p{S}", r"\s")
@@ -153,10 +167,13 @@ class TiktokenEncoder:
         if any(token["content"].isspace() for token in fields["added_tokens"]):
             raise NotExpressibleError("white space is among its added tokens")
         ranks = _ranks(fields["model"])
+        self._cuts_long_pieces = CUT in _cut_patterns(fields["pre_tokenizer"])
         self._encoding = tiktoken.Encoding("same", pat_str=regex, mergeable_ranks=ranks, special_tokens={})
 
     def can_encode(self, text: str) -> bool:
         """Whether both libraries encode a text the same: no long runs, no characters classed differently."""
+        if self._cuts_long_pieces and may_have_long_pieces(text):
+            return False
         return (text.isascii() or _has_agreed_classes(text)) and not _has_long_run(text)
 
     def encode(self, text: str) -> list[int]:

@@ -16,6 +16,7 @@ from deepseek_v3.config.data_config import MAX_VOCABULARY
 from deepseek_v3.config.text_files import printable_path
 from deepseek_v3.data.arrays import Int64Array
 from deepseek_v3.data.documents import check_unicode
+from deepseek_v3.data.tokens.long_pieces import CUT
 from deepseek_v3.data.tokens.tiktoken_encoder import DEEPSEEK, NotExpressibleError, TiktokenEncoder
 from deepseek_v3.data.tokens.tokenizer_config import ends_in_folder, read_tokenizer_config, special_token
 from deepseek_v3.data.tokens.vocabulary import (
@@ -142,6 +143,8 @@ class Tokenizer:
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
         """Trains byte-level BPE on `texts`, in one pass; the same texts give the same tokenizer.
+
+        Pre-tokens are cut after 256 characters, in training and encoding, so the time is linear in the text.
 
         The vocabulary has 4 markers, 256 bytes and as many merges as `vocab_size` allows, or fewer if no further
         pair occurs twice in the texts. Raises DataError if `vocab_size` is less than 260.
@@ -315,7 +318,7 @@ def min_tokens(text: str) -> int:
 
 
 def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
-    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in DEEPSEEK]
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in (*DEEPSEEK, CUT)]
     return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
