@@ -100,7 +100,7 @@ def test_a_folder_is_searched_and_skipped_files_are_listed(corpus):
 
 SIDE_FILES = (
     *("README.md", "readme", "LICENSE", "LICENSE.txt", "sub/NOTICE", "_SUCCESS", "_committed_12", "_started_12"),
-    *("_metadata", "dataset_info.json", "state.json", "SHA256SUMS", "checksums.txt", "_x.json"),
+    *("_metadata", "dataset_info.json", "state.json", "SHA256SUMS", "checksums.txt", "_metadata.json"),
 )
 
 
@@ -125,6 +125,24 @@ def test_files_of_those_names_without_data_are_documents(tmp_path):
     write_files(tmp_path, "README.md", "LICENSE", "code/__init__.py", "code/README", "_notes.txt")
     files, ignored = find_inputs(tmp_path)
     assert (len(files), ignored) == (5, [])
+
+
+def test_a_package_with_its_json_files_is_read_whole(tmp_path):
+    sources = [
+        *("lodash/_arrayMap.js", "lodash/_Hash.js", "lodash/map.js", "lodash/README.md", "lodash/LICENSE"),
+        *(
+            "tool/_version.py",
+            "tool/__init__.py",
+            "tool/README.md",
+            "tool/tests/cases.jsonl",
+            "tool/tests/_util.py",
+        ),
+        *("docs/_sidebar.md", "docs/_posts/2020-01-01.md", "docs/CHANGELOG.md"),
+    ]
+    described = ["lodash/package.json", "lodash/tsconfig.json", "lodash/_SUCCESS"]
+    files, ignored = find_inputs(write_files(tmp_path, *sources, *described))
+    assert [file.name for file in files if not file.name.endswith(".json")] == sorted([*sources, "lodash/_SUCCESS"])
+    assert ignored == []
 
 
 def test_the_outputs_of_earlier_runs_are_no_documents(tmp_path):

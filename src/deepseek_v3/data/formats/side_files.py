@@ -1,12 +1,14 @@
 """Files below an input that hold no documents: what accompanies data files, and the outputs of earlier runs.
 
-The names are those that Hugging Face data sets, Spark and Delta tables and archives have. Without data files beside
-them, such as in a folder of source code, these files are documents like all others.
+The names are those that Hugging Face data sets, Spark and Delta tables and archives have. A folder is one of data
+if it holds data files, and at most as many documents of other names. In a folder of source code or documentation,
+with a few data files in it, the same names are documents like all others.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection
 from typing import NamedTuple
 
@@ -14,10 +16,22 @@ from deepseek_v3.data.formats.file_types import format_of
 
 _TEXTS = re.compile(
     r"(readme|licen[sc]e|copying|notice|authors|contributing|changelog|citation|code_of_conduct|security|datasheet"
-    r"|dataset_card|(sha\d+|md5)?(check)?sums?)([._-].*)?|_.*",
+    r"|dataset_card|(sha\d+|md5)?(check)?sums?)([._-].*)?",
     re.IGNORECASE,
 )
-_OBJECTS = re.compile(r"dataset_infos?\.json|dataset_dict\.json|state\.json|croissant\.json|datapackage\.json|_.*")
+_OBJECTS = re.compile(r"dataset_infos?\.json|dataset_dict\.json|state\.json|croissant\.json|datapackage\.json")
+# What Spark, Hadoop, Delta, Databricks and Parquet write beside data files, with or without a suffix.
+_MARKERS = re.compile(
+    r"_(success|committed|started|metadata|common_metadata|last_checkpoint|schema|symlink_format_manifest|manifest)"
+    r"([._].*)?",
+    re.IGNORECASE,
+)
+# JSON files that describe a package or configure a tool: no data, and no documents.
+_PACKAGE_FILES = re.compile(
+    r"(package|package-lock|npm-shrinkwrap|composer|bower|lerna|component|deno|nx|turbo|angular|tsconfig|jsconfig"
+    r"|tslint|eslintrc|renovate|vercel|manifest)([._-].*)?\.json|.*rc\.json",
+    re.IGNORECASE,
+)
 _FOLDERS = {"_delta_log", "_temporary", "_spark_metadata"}
 _RUN = {"manifest.json", "stats.json", "report.html"}  # what a finished run of the pipeline leaves beside `data`
 _TOKENS = {"index.json", "tokenizer.json"}
@@ -37,7 +51,7 @@ def find_side_files(names: Collection[str]) -> dict[str, SideFile]:
         files.setdefault(_parent(name), set()).add(_base(name))
     runs = {folder for folder, found in files.items() if found >= _RUN}
     outputs = runs | {folder for folder, found in files.items() if found >= _TOKENS}
-    with_data = {folder for name in names if _is_data(name) for folder in _folders(name)}
+    with_data = _folders_of_data(names)
     found = {name: _side_file(name, runs, outputs, with_data) for name in names}
     return {name: side_file for name, side_file in found.items() if side_file is not None}
 
@@ -55,16 +69,25 @@ def _side_file(name: str, runs: set[str], outputs: set[str], with_data: set[str]
     return None
 
 
+def _folders_of_data(names: Collection[str]) -> set[str]:
+    """The folders that hold, at any depth, data files and at most as many documents with names of their own."""
+    data: Counter[str] = Counter()
+    documents: Counter[str] = Counter()
+    for name in names:
+        format_, base = format_of(name), _base(name)
+        if format_ is None or _accompanies_data(base) or _PACKAGE_FILES.fullmatch(base):
+            continue
+        counts = documents if format_.place == "file" else data
+        counts.update(_folders(name))
+    return {folder for folder, number in data.items() if number >= documents[folder]}
+
+
 def _accompanies_data(name: str) -> bool:
     format_ = format_of(name)
     kind = None if format_ is None else format_.name
-    return bool((kind == "text" and _TEXTS.fullmatch(name)) or (kind == "json" and _OBJECTS.fullmatch(name)))
-
-
-def _is_data(name: str) -> bool:
-    """Whether a file holds many documents, by its format."""
-    format_ = format_of(name)
-    return format_ is not None and format_.place != "file" and not _accompanies_data(_base(name))
+    if kind not in ("text", "json"):
+        return False
+    return bool(_MARKERS.fullmatch(name) or (_TEXTS if kind == "text" else _OBJECTS).fullmatch(name))
 
 
 def _parent(name: str) -> str:
