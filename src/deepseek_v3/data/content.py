@@ -122,17 +122,16 @@ def _by_paths(paths: Sequence[str]) -> Content:
 
 _HEAD = 1000  # characters of a text that are looked at
 _FEWEST_LINES = 4
-# A line that begins or ends as in source code: with a bracket or semicolon at its end, an assignment, a call, an
-# import, a directive, or a keyword of a block before a colon.
+# A line of source code ends with one of these, or is an assignment, a call, an import, a directive, or begins with
+# a keyword, before a colon if it begins a block.
+_CODE_ENDS = frozenset(";{}[(\\")
 _CODE_LINE = re.compile(
-    r"^[ \t]*(?:[^\n]*[;{}\[(\\]|[)\]},;]+"
-    r"|[\w.$>\[\]'\"-]{1,60} ?(?:[-+*/|&:?]?=|=>) ?\S[^\n]*|[\w.$]{1,60}\([^\n]*\)"
-    r"|import [\w., ]+|from [\w.]+ import [^\n]+|# ?(?:include|define|ifn?def|if|endif|pragma)\b[^\n]*|#!/[^\n]*"
-    r"|@[\w.]+|(?:def|class|if|elif|else|for|while|try|except|with|async|case|switch|finally)\b[^\n]*:"
-    r"|(?:return|raise|yield)\b[^\n]*|pass|break|continue|end|endif|fi|done|esac)[ \t\r]*$",
-    re.MULTILINE,
+    r"[)\]},;]+"
+    r"|[\w.$>\[\]'\"-]{1,60} ?(?:[-+*/|&:?]?=|=>) ?\S.*|[\w.$]{1,60}\(.*\)"
+    r"|import [\w., ]+|from [\w.]+ import .+|# ?(?:include|define|ifn?def|if|endif|pragma)\b.*|#!/.*"
+    r"|@[\w.]+|(?:def|class|if|elif|else|for|while|try|except|with|async|case|switch|finally)\b.*:"
+    r"|(?:return|raise|yield)\b.*|pass|break|continue|end|endif|fi|done|esac"
 )
-_LINE = re.compile(r"^[ \t]*\S", re.MULTILINE)
 _SIGNS = ";{}()=[]:"
 _FEWEST_SIGNS = 40  # one per this number of characters
 # The comments before the code: a licence, a docstring. What follows is looked at.
@@ -149,5 +148,9 @@ def looks_like_code(text: str) -> bool:
     head = text[start : start + _HEAD]
     if sum(map(head.count, _SIGNS)) * _FEWEST_SIGNS < len(head):
         return False
-    lines = len(_LINE.findall(head))
-    return lines >= _FEWEST_LINES and 2 * len(_CODE_LINE.findall(head)) >= lines
+    lines = [line for line in map(str.strip, head.split("\n")) if line]
+    return len(lines) >= _FEWEST_LINES and 2 * sum(map(_is_code, lines)) >= len(lines)
+
+
+def _is_code(line: str) -> bool:
+    return line[-1] in _CODE_ENDS or _CODE_LINE.fullmatch(line) is not None
