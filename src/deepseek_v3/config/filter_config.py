@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
@@ -38,8 +38,8 @@ class CleaningConfig(StageConfig):
     max_blank_lines: Annotated[Integer, Field(ge=0, le=100)] = 1
 
 
-RuleGroup = Literal["gopher_repetition", "gopher_quality", "c4", "fineweb"]
-RULE_GROUPS: tuple[RuleGroup, ...] = ("gopher_repetition", "gopher_quality", "c4", "fineweb")
+RuleGroup = Literal["gopher_repetition", "gopher_quality", "c4", "fineweb", "code"]
+RULE_GROUPS: tuple[RuleGroup, ...] = ("gopher_repetition", "gopher_quality", "c4", "fineweb", "code")
 
 Share: TypeAlias = Fraction | None
 Ratio: TypeAlias = Annotated[Real, Field(ge=0)] | None
@@ -50,6 +50,40 @@ _TOP_NGRAMS: NgramLimits = {2: 0.20, 3: 0.18, 4: 0.16}
 _DUPLICATE_NGRAMS: NgramLimits = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 
 
+Preset = Literal["web", "books", "code", "gentle"]
+
+# Thresholds for text that is not a web page, for which the published ones, the defaults of `HeuristicsConfig`, were
+# chosen. A preset replaces the defaults that it names.
+_WEB: dict[str, Any] = {}
+# A book has more than 100,000 words, and its lines are not those of a web page.
+_BOOKS: dict[str, Any] = {"rules": ("gopher_repetition", "gopher_quality"), "max_words": None}
+# Every document is judged as source code, also one whose name says nothing.
+_CODE: dict[str, Any] = {"rules": ("code",)}
+# What remains of the rules if a folder of documentation, code and notes is to be kept but for its debris: documents
+# of a few words, lists of symbols and numbers, and text that repeats itself.
+_GENTLE: dict[str, Any] = {
+    "rules": ("gopher_repetition", "gopher_quality", "code"),
+    "max_duplicate_paragraphs": 0.6,
+    "max_duplicate_paragraph_characters": 0.5,
+    "max_duplicate_lines": 0.6,
+    "max_duplicate_line_characters": 0.5,
+    "max_top_ngram_characters": {2: 0.4, 3: 0.36, 4: 0.32},
+    "max_duplicate_ngram_characters": {5: 0.6, 10: 0.5},
+    "min_words": 10,
+    "max_words": None,
+    "min_mean_word_length": 2.0,
+    "max_mean_word_length": 20.0,
+    "max_symbols_per_word": 0.5,
+    "max_bullet_lines": None,
+    "max_ellipsis_lines": None,
+    "min_alphabetic_words": 0.25,
+    "min_stop_words": None,
+    "max_code_line": None,
+    "max_mean_code_line": 500.0,
+}
+PRESETS: dict[Preset, dict[str, Any]] = {"web": _WEB, "books": _BOOKS, "code": _CODE, "gentle": _GENTLE}
+
+
 class HeuristicsConfig(StageConfig):
     """Thresholds of the heuristic rules; null switches a rule off. A value equal to its threshold passes.
 
@@ -57,7 +91,13 @@ class HeuristicsConfig(StageConfig):
     with the phrases of C4's own code and the numbers of datatrove, the library that produced FineWeb; FineWeb is
     Penedo et al. 2024 (arXiv:2406.17557), §3.6.
     "Share" is a fraction of a whole between 0 and 1; lengths are characters (Unicode code points).
+
+    With the group `code`, the other groups do not judge source code, and `code` judges nothing else; alone, it
+    judges every document. `preset` replaces the defaults (`PRESETS`); a field that is given
+    counts before its preset.
     """
+
+    preset: Preset = "web"
 
     # The rules are always applied in the order of RULE_GROUPS.
     rules: Annotated[tuple[RuleGroup, ...], Field(min_length=1)] = RULE_GROUPS
@@ -83,7 +123,7 @@ class HeuristicsConfig(StageConfig):
     max_ellipsis_lines: Share = 0.3
     min_alphabetic_words: Share = 0.8  # share of words with a letter
     min_stop_words: Count = 2  # number of different stop words
-    stop_words: tuple[str, ...] = ("the", "be", "to", "of", "and", "that", "have", "with")
+    stop_words: tuple[str, ...] = ()  # none: those of the language that has most of them (`stop_words.py`)
 
     # C4 drops lines that lack final punctuation, have too few or too long words, or mention JavaScript or a policy.
     # C4 and FineWeb read the lines of a paragraph that was wrapped at up to 120 characters as one line.
@@ -104,6 +144,21 @@ class HeuristicsConfig(StageConfig):
     short_line_length: PositiveInt = 30  # characters
     max_repeated_line_characters: Share = 0.01  # as in its code and appendix E.4; §3.6 prints 0.1
     max_newlines_per_word: Ratio = 0.3
+
+    # Source code: lines, and the share of letters and digits, of The Stack (Kocetkov et al. 2022) and CodeParrot;
+    # encoded data of StarCoder2 (Lozhkov et al. 2024), with its share of the text.
+    max_code_line: Count = 1000  # characters of the longest line
+    max_mean_code_line: Ratio = 100.0
+    min_code_alphanumeric: Share = 0.25  # share of characters
+    max_encoded_data: Share = 0.5  # share of characters in Base64, hexadecimal numbers and escapes
+    drop_generated_code: bool = True
+
+    @model_validator(mode="after")
+    def _with_preset(self) -> HeuristicsConfig:
+        """Replaces the defaults by those of the preset; the class is frozen, so this writes to its `__dict__`."""
+        own = self.model_fields_set
+        self.__dict__.update({name: value for name, value in PRESETS[self.preset].items() if name not in own})
+        return self
 
     @model_validator(mode="after")
     def _each_group_once(self) -> HeuristicsConfig:
@@ -130,7 +185,7 @@ Bucket = Literal["head", "middle", "tail"]
 
 
 class QualityConfig(StageConfig):
-    """Scores documents with a classifier, a language model or both; with neither, applies the heuristic rules.
+    """Scores documents with a classifier, a language model or both; with neither, applies the rules of `preset`.
 
     `classifier` is a supervised fastText model; a document is kept if the probability of `label` is at least
     `min_score`. (DCLM, Li et al. 2024, keeps the best tenth: choose the score that keeps a tenth of a sample.)
@@ -142,6 +197,7 @@ class QualityConfig(StageConfig):
     et al. 2024).
     """
 
+    preset: Preset = "gentle"
     classifier: LocalPath | None = None
     label: Annotated[str, Field(min_length=1)] = "good"
     min_score: Fraction = 0.5

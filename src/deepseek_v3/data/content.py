@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 Content: TypeAlias = Literal["html", "code", "prose"] | None
 
 _HTML_SUFFIXES = frozenset("html htm xhtml".split())
-PROSE_SUFFIXES = frozenset("md markdown mdx rst adoc asciidoc org tex".split())
+PROSE_SUFFIXES = frozenset("md markdown mdx rst adoc asciidoc org pod tex".split())
 CODE_SUFFIXES = frozenset(
     (
         "c h cc cpp cxx hh hpp hxx cu cuh m mm java kt kts scala groovy clj cljs cs fs fsx vb go rs zig d nim v sv "

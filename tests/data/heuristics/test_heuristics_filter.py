@@ -47,6 +47,9 @@ FRAGMENTS = [
     *("lorem ipsum", "terms of use", "use cookies"),
     *(
         "いろは。にほへと",
+        "ქართული ენა",
+        "это не как",
+        "を た が",
         "ไทย",
         "」",
         "།",
@@ -73,6 +76,8 @@ TEXTS = st.lists(
         HeuristicsConfig(**STRICT | {"remove_citations": False, "join_wrapped_lines": False}),
         HeuristicsConfig(**STRICT | {"require_final_punctuation": True}),
         HeuristicsConfig(**STRICT | {"rules": ("gopher_quality", "fineweb"), "max_words": None}),
+        HeuristicsConfig(rules=("gopher_quality",), min_words=0, min_stop_words=2, stop_words=("a", "不", "b")),
+        HeuristicsConfig(rules=("gopher_quality",), min_words=0, min_stop_words=3, min_mean_word_length=0.0),
         HeuristicsConfig(**LENIENT),
         HeuristicsConfig(rules=("c4",), min_words_per_line=None, max_word_length=None, remove_policy_lines=False),
         HeuristicsConfig(rules=("c4", "fineweb"), drop_lorem_ipsum=False, drop_curly_brackets=False),
@@ -101,6 +106,7 @@ def test_values_and_lines_equal_the_reference(options, texts):
 THRESHOLDS = [
     name for name, field in HeuristicsConfig.model_fields.items() if type(None) in get_args(field.annotation)
 ]
+OF_CODE = {"max_code_line", "max_mean_code_line", "min_code_alphanumeric", "max_encoded_data"}
 OF_LINES = {"min_words_per_line", "max_word_length"}  # these remove lines and drop no document
 
 
@@ -113,7 +119,7 @@ def codes(texts, **options):
     return {rule.code for rule in rules_of(texts, **options)}
 
 
-@pytest.mark.parametrize("name", [name for name in THRESHOLDS if name not in OF_LINES])
+@pytest.mark.parametrize("name", [name for name in THRESHOLDS if name not in OF_LINES | OF_CODE])
 def test_a_null_limit_disables_a_rule(name):
     texts = ["one two three four five. " * 20, "# a\n- b ...\n\n" * 9]
     assert codes(texts, **STRICT) - codes(texts, **STRICT | {name: None})
@@ -123,7 +129,7 @@ def test_no_rule_applies_if_every_limit_is_null():
     switches = {name for name, field in HeuristicsConfig.model_fields.items() if field.annotation is bool}
     off = {**dict.fromkeys(THRESHOLDS), **dict.fromkeys(switches, False)}
     texts = ["", "a a a a a a a a", "{ lorem ipsum javascript\n" * 9, "- b ..." * 40]
-    assert len(THRESHOLDS) == 22
+    assert len(THRESHOLDS) == 26
     assert not any(rule.broken.any() for rule in rules_of(texts, **off))
     for text in texts:
         assert reference.apply_rules(text, HeuristicsConfig(**off))[0] == []
@@ -132,7 +138,8 @@ def test_no_rule_applies_if_every_limit_is_null():
 def test_real_text_gives_the_results_of_the_reference():
     texts = [document.text[:20_000] for document in stdlib_documents()][:60]
     texts += [part for text in texts[:10] for part in text.split("\n\n")]
-    options = HeuristicsConfig(min_alphabetic_words=0.5, drop_curly_brackets=False, min_sentences=2)
+    rules = ("gopher_repetition", "gopher_quality", "c4", "fineweb")
+    options = HeuristicsConfig(rules=rules, min_alphabetic_words=0.5, drop_curly_brackets=False, min_sentences=2)
     result = HeuristicFilter(**options.model_dump()).apply(batch_of(texts))
 
     expected = [reference.apply_rules(text, options) for text in texts]

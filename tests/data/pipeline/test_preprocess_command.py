@@ -51,7 +51,10 @@ def test_shards_then_merge(config: Path) -> None:
         (["--set", "pipeline=[cleaning]"], "pipeline"),
         (["--set", "pipeline=[pii,pii]"], "pii is named twice"),
         (["--set", "pipeline=[mixing,pii]"], "mixing repeats documents, so it must be the last stage"),
-        (["--set", "heuristic_filters.rules=[x]"], "x: expected gopher_repetition, gopher_quality, c4 or fineweb"),
+        (
+            ["--set", "heuristic_filters.rules=[x]"],
+            "x: expected gopher_repetition, gopher_quality, c4, fineweb or code",
+        ),
         (
             ["--set", "heuristic_filters.rules=[]"],
             "found []: expected a list of at least 1",

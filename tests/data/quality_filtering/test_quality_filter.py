@@ -133,9 +133,14 @@ def test_the_classifier_applies_before_the_language_model(models: Path) -> None:
     assert {*both.kept.schema.names} >= {"quality_score", "perplexity", "bucket"}
 
 
-def test_without_a_model_the_published_rules_apply() -> None:
+@pytest.mark.parametrize("preset", ["gentle", "web"])
+def test_without_a_model_the_rules_of_a_preset_apply(preset: str) -> None:
     texts = ["too short", "word " * 200, *prose(2, 5)]
-    result, rules = QualityFilter().apply(batch_of(texts)), HeuristicFilter().apply(batch_of(texts))
+    options = {} if preset == "gentle" else {"preset": preset}
+    result, rules = (
+        QualityFilter(**options).apply(batch_of(texts)),
+        HeuristicFilter(preset=preset).apply(batch_of(texts)),
+    )
     assert result.dropped.num_rows > 0
     for column in ("id", "reason", "figures", "trigger"):
         assert result.dropped[column].to_pylist() == rules.dropped[column].to_pylist()

@@ -12,6 +12,7 @@ from deepseek_v3.config.filter_config import HeuristicsConfig
 from deepseek_v3.data.arrays import Int64Array
 from deepseek_v3.data.heuristics.ragged import matches_any, segment_ids, segment_sums, string_lengths
 from deepseek_v3.data.heuristics.rules import BULLETS, ELLIPSES, RuleResult, at_least, at_most, ratio
+from deepseek_v3.data.heuristics.stop_words import STOP_WORDS, most_stop_words, stop_words_of_other_scripts
 from deepseek_v3.data.heuristics.text_table import TextTable
 from deepseek_v3.data.heuristics.words import LETTER, SYMBOL
 
@@ -34,7 +35,9 @@ def gopher_quality(table: TextTable, options: HeuristicsConfig) -> Iterator[Rule
     yield from at_most("gopher_ellipses", ratio(ellipses, num_words), options.max_symbols_per_word)
     yield from _marked_lines(table, options)
     yield from at_least("gopher_few_alphabetic_words", alphabetic, options.min_alphabetic_words)
-    yield from at_least("gopher_few_stop_words", _count_stop_words(table, words, options), options.min_stop_words)
+    if options.min_stop_words is not None:
+        stop_words = _count_stop_words(table, words, options)
+        yield from at_least("gopher_few_stop_words", stop_words, options.min_stop_words)
 
 
 def _count_symbols(texts: pa.Array, symbols: Sequence[str]) -> Int64Array:
@@ -56,10 +59,23 @@ def _marked_lines(table: TextTable, options: HeuristicsConfig) -> Iterator[RuleR
 
 
 def _count_stop_words(table: TextTable, words: Int64Array, options: HeuristicsConfig) -> Int64Array:
-    """Returns the number of distinct stop words in each document."""
-    indices = pc.index_in(table.vocabulary, pa.array(options.stop_words, pa.string()))
+    """Returns the number of distinct stop words in each document: those given, or of the language with most.
+
+    Other languages than English are counted only for documents that English words alone would drop.
+    """
+    listed = sorted(options.stop_words or STOP_WORDS["en"])
+    indices = pc.index_in(table.vocabulary, pa.array(listed, pa.string()))
     index = pc.fill_null(indices, -1).to_numpy()[words]
     found = np.flatnonzero(index >= 0)
-    contains = np.zeros((len(table.texts), len(options.stop_words)), np.bool_)
+    contains = np.zeros((len(table.texts), len(listed)), np.bool_)
     contains[segment_ids(table.document_word_starts)[found], index[found]] = True
-    return contains.sum(axis=1)
+    counts: Int64Array = contains.sum(axis=1)
+    if not options.stop_words:
+        starts = table.document_word_starts
+        for document in np.flatnonzero(counts < (options.min_stop_words or 0)).tolist():
+            own = np.unique(words[starts[document] : starts[document + 1]])
+            counts[document] = max(
+                most_stop_words({*table.vocabulary.take(pa.array(own)).to_pylist()}),
+                stop_words_of_other_scripts(table.texts[document].as_py()),
+            )
+    return counts

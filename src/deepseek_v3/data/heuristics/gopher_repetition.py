@@ -29,6 +29,7 @@ from deepseek_v3.data.heuristics.ragged import (
 )
 from deepseek_v3.data.heuristics.rules import RuleResult, at_most, ratio
 from deepseek_v3.data.heuristics.text_table import TextTable
+from deepseek_v3.data.heuristics.words import SYMBOL
 
 
 def gopher_repetition(table: TextTable, options: HeuristicsConfig) -> Iterator[RuleResult]:
@@ -173,12 +174,23 @@ def _ngram_rules(table: TextTable, options: HeuristicsConfig) -> Iterator[RuleRe
     duplicate_limits = options.max_duplicate_ngram_characters or {}
     top: list[RuleResult] = []
     duplicate: list[RuleResult] = []
-    for ngrams in repeated_ngrams(words, starts, max([*top_limits, *duplicate_limits], default=0)):
+    proper = prefix_sums(table.traits[words] & SYMBOL == 0)
+    for found in repeated_ngrams(words, starts, max([*top_limits, *duplicate_limits], default=0)):
+        ngrams = _with_proper_words(found, proper)
         if ngrams.n in top_limits:
             top += _top_rule(table, ngrams, ends, top_limits[ngrams.n])
         if ngrams.n in duplicate_limits:
             duplicate += _duplicate_rule(table, ngrams, ends, duplicate_limits[ngrams.n])
     return chain(top, duplicate)
+
+
+def _with_proper_words(ngrams: RepeatedNgrams, proper: Int64Array) -> RepeatedNgrams:
+    """The n-grams that are not symbols alone, as in a line of dashes.
+
+    `proper`, int64 [words + 1], is the number of other words before each word.
+    """
+    chosen = proper[ngrams.positions + ngrams.n] > proper[ngrams.positions]
+    return RepeatedNgrams(ngrams.n, ngrams.positions[chosen], ngrams.first[chosen])
 
 
 def _top_rule(

@@ -9,7 +9,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple
 
 from deepseek_v3.config.filter_config import HeuristicsConfig
 from deepseek_v3.data.heuristics.rules import (
@@ -24,19 +23,12 @@ from deepseek_v3.data.heuristics.rules import (
     LOREM_IPSUM,
     POLICIES,
     SMALL_START,
+    BrokenRule,
 )
+from deepseek_v3.data.heuristics.stop_words import most_stop_words, stop_words_of_other_scripts
 from deepseek_v3.data.heuristics.text_table import MAX_WRAP, MIN_WRAP
 from deepseek_v3.data.heuristics.words import has_letter, is_punctuation, is_symbol, split_chunk
 from deepseek_v3.data.scripts import SENTENCE_ENDS, UNSPACED_CLASS
-
-
-class BrokenRule(NamedTuple):
-    """A rule that a document breaks: its code, the value found, the limit, and the text that decided."""
-
-    code: str
-    found: float
-    limit: float
-    trigger: str | None = None
 
 
 def apply_rules(text: str, options: HeuristicsConfig) -> tuple[list[BrokenRule], str]:
@@ -174,24 +166,31 @@ def filled_lines(text: str) -> list[str]:
     return [line for line in text.split("\n") if line.strip()]
 
 
+def ngrams_of(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
+    """Returns all n-grams, in order."""
+    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+
+
 def top_ngram(words: Sequence[str], n: int) -> tuple[str, int]:
     """Returns the most frequent n-gram (the first of several), joined by spaces, and its number of occurrences.
 
-    Returns ("", 0) if none repeats.
+    Returns ("", 0) if none repeats. N-grams of symbols alone, such as a line of dashes, do not count.
     """
-    counts = Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+    counts = Counter(ngram for ngram in ngrams_of(words, n) if not all(map(is_symbol, ngram)))
     ngram, count = max(counts.items(), key=lambda item: item[1], default=((), 0))
     return (" ".join(ngram), count) if count > 1 else ("", 0)
 
 
 def duplicate_ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
-    """Returns the n-grams that also start at an earlier word, taken from left to right without overlap."""
+    """Returns the n-grams that also start at an earlier word, taken from left to right without overlap.
+
+    N-grams of symbols alone do not count.
+    """
     found: list[tuple[str, ...]] = []
     seen: set[tuple[str, ...]] = set()
     free = 0
-    for i in range(len(words) - n + 1):
-        ngram = tuple(words[i : i + n])
-        if ngram in seen and i >= free:
+    for i, ngram in enumerate(ngrams_of(words, n)):
+        if ngram in seen and i >= free and not all(map(is_symbol, ngram)):
             found.append(ngram)
             free = i + n
         seen.add(ngram)
@@ -218,7 +217,13 @@ def gopher_quality(text: str, options: HeuristicsConfig) -> Iterator[BrokenRule]
     yield from at_least(
         "gopher_few_alphabetic_words", sum(map(has_letter, words)) / total, options.min_alphabetic_words
     )
-    yield from at_least("gopher_few_stop_words", len({*words} & {*options.stop_words}), options.min_stop_words)
+    if options.stop_words:
+        stop_words = len({*words} & {*options.stop_words})
+    else:
+        stop_words = most_stop_words({*words})
+        if stop_words < (options.min_stop_words or 0):
+            stop_words = max(stop_words, stop_words_of_other_scripts(text))
+    yield from at_least("gopher_few_stop_words", stop_words, options.min_stop_words)
 
 
 def c4(text: str, options: HeuristicsConfig) -> tuple[list[BrokenRule], list[list[str | None]]]:

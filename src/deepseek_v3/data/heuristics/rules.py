@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -32,6 +33,15 @@ LOREM_IPSUM = ("lorem ipsum",)
 JAVASCRIPT = ("javascript",)
 CURLY_BRACKET = ("{",)
 POLICIES = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
+
+
+class BrokenRule(NamedTuple):
+    """A rule that a document breaks: its code, the value found, the limit, and the text that decided."""
+
+    code: str
+    found: float
+    limit: float
+    trigger: str | None = None
 
 
 def _no_trigger(document: int) -> str | None:  # noqa: ARG001

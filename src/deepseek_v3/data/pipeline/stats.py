@@ -89,7 +89,7 @@ class Stats:
             "sources": {group: {"in": n, "out": kept_groups[group]} for group, n in Counter(groups).items()},
             "observed": {
                 what: {"before": _histogram(values), "after": _histogram(_chosen(values, result.kept_rows))}
-                for what, values in result.observed.items()
+                for what, values in _observed(before, result).items()
             },
         }
         self._add("stages", {name: count})
@@ -180,6 +180,12 @@ def _merge(total: dict[str, Any], other: Mapping[str, Any]) -> None:
             _merge(total.setdefault(name, {}), value)
         else:
             total[name] = total.get(name, 0) + value
+
+
+def _observed(before: pa.RecordBatch, result: Outcome) -> dict[str, Sequence[Any]]:
+    """What a stage observed, and the languages of its documents if a stage before it labelled them."""
+    labelled = "language" in before.schema.names and "language" not in result.observed
+    return {**result.observed, **({"language": before.column("language").to_pylist()} if labelled else {})}
 
 
 def _sum(lengths: pa.Array) -> int:

@@ -64,7 +64,7 @@ class QualityFilter(Stage):
         return outcome(self.name, batch, [*drops.values()], observed)
 
     def _apply_rules(self, batch: pa.RecordBatch) -> Outcome:
-        result = HeuristicFilter().apply(batch)
+        result = HeuristicFilter(preset=self.options.preset).apply(batch)
         names = pa.array([self.name] * result.dropped.num_rows, pa.string())
         return replace(result, dropped=with_column(result.dropped, DROPPED.field("stage"), names))
 
