@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deepseek_v3.data.arrays import BoolArray
 from deepseek_v3.data.deduplication import utf8
 from deepseek_v3.data.deduplication.minhash import MinHasher
 from deepseek_v3.data.deduplication.reference import jaccard, shingle_hash, shingles, words
@@ -19,19 +20,35 @@ ALPHABET = "aZ_9 .-\n\0éÀßẞſ\u212aİıςΣжЖ中々〇ァーกำ๑ກ�
 TEXTS = st.lists(st.text(st.sampled_from(ALPHABET), max_size=90) | st.text(max_size=40), max_size=6)
 
 
-def _hashes(texts: pa.Array, accelerator: str, ngram: int = 5) -> list[list[int]]:
+def _hashes(texts: pa.Array, accelerator: str, ngram: int = 5, is_code: BoolArray | None = None) -> list[list[int]]:
     hasher = MinHasher(16, ngram, 0, accelerator)
     return [
         found.hashes[start:end].tolist()
-        for found in hasher.shingles(texts)
+        for found in hasher.shingles(texts, is_code)
         for start, end in zip(found.offsets[:-1], found.offsets[1:], strict=True)
     ]
 
 
-def _expected(text: str, ngram: int = 5) -> list[int]:
-    found = words(text)
+def _expected(text: str, ngram: int = 5, is_code: bool = False) -> list[int]:
+    found = words(text, is_code)
     count = max(len(found) - ngram + 1, 1) if found else 0
     return [shingle_hash(found[i : i + ngram], ngram) for i in range(count)]
+
+
+CODE = st.text(st.sampled_from("aB_1 +-=<!&.,(\né中"), max_size=60)
+
+
+@pytest.mark.parametrize("accelerator", BACK_ENDS)
+@given(documents=st.lists(st.tuples(CODE, st.booleans()), max_size=6))
+def test_operators_are_words_of_code_alone(accelerator: str, documents: list[tuple[str, bool]]) -> None:
+    texts, is_code = [text for text, _ in documents], np.array([code for _, code in documents], np.bool_)
+    expected = [_expected(text, 5, code) for text, code in documents]
+    assert _hashes(pa.array(texts, pa.string()), accelerator, 5, is_code) == expected
+
+
+def test_the_operators_of_a_line_are_words() -> None:
+    assert [word.decode() for word in words("x += y->z", is_code=True)] == ["x", "+", "=", "y", "-", ">", "z"]
+    assert [word.decode() for word in words("x += y->z")] == ["x", "y", "z"]
 
 
 @given(st.text(st.characters(max_codepoint=127)))

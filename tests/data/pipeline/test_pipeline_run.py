@@ -232,3 +232,22 @@ def test_an_input_larger_than_the_disk_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="GB on disk during the run, and"):
         run_pipeline(pipeline_config(str(tmp_path / "huge.jsonl"), tmp_path / "out", SHEET))
     assert not (tmp_path / "out" / "data").exists()
+
+
+@pytest.mark.parametrize("threshold", [0.6, 0.8])
+def test_code_with_other_operators_is_not_similar(tmp_path: Path, threshold: float) -> None:
+    lines = [f"value_{n} = left_{n} + right_{n} * scale_{n} - offset_{n}" for n in range(60)]
+    texts = {
+        "one": lines,
+        "other": [line.replace("+", "-").replace("*", "/") for line in lines],
+        "spaced": [line.replace(" ", "  ") for line in lines],
+    }
+    for name, written in texts.items():
+        for suffix in ("py", "txt"):
+            path = tmp_path / "in" / suffix / f"{name}.{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("\n".join(written))
+    options = {"threshold": threshold}
+    run_pipeline(pipeline_config(str(tmp_path / "in"), tmp_path / "out", ["deduplication"], deduplication=options))
+    kept = sorted(row["source"] for row in rows_of(tmp_path / "out", "data"))
+    assert kept == ["py/one.py", "py/other.py", "txt/one.txt"]

@@ -20,6 +20,8 @@ _END = 0x34000  # no code point from here on is a letter
 
 _WORD_BYTES = (string.ascii_letters + string.digits + "_").encode()
 _FOLDED_ASCII = bytes(ord(chr(byte).lower()) if byte in _WORD_BYTES else 0 for byte in range(128))
+OPERATORS = "+-*/%=<>!&|^~?@"  # in source code each is a word: x + y and x - y differ
+_IS_OPERATOR = np.isin(np.arange(256), [*OPERATORS.encode()])
 _FOLDED_BYTES = _FOLDED_ASCII + bytes(range(128, 256))
 
 
@@ -84,10 +86,11 @@ class FoldedText(NamedTuple):
     word_breaks: BoolArray
 
 
-def fold_case(text: UInt8Array, offsets: Int64Array) -> FoldedText:
+def fold_case(text: UInt8Array, offsets: Int64Array, is_code: BoolArray | None = None) -> FoldedText:
     """Folds the case of a block of documents.
 
-    `text`: UTF-8, uint8 [n]. `offsets`: int64 [documents + 1], the start of each document, from 0 to n.
+    `text`: UTF-8, uint8 [n]. `offsets`: int64 [documents + 1], the start of each document, from 0 to n. `is_code`,
+    bool [documents], marks those in which each of `OPERATORS` is a word; None: none of them.
     """
     folded = np.frombuffer(pad_text(text).translate(_FOLDED_BYTES), np.uint8)
     word_breaks = np.zeros(len(text) + 1, np.bool_)
@@ -100,4 +103,9 @@ def fold_case(text: UInt8Array, offsets: Int64Array) -> FoldedText:
         whole = np.flatnonzero(tables.is_whole_word[code_points])
         word_breaks[positions[whole]] = True
         word_breaks[positions[whole] + sizes[whole]] = True
+    if is_code is not None and is_code.any():
+        operators = np.flatnonzero(_IS_OPERATOR[text] & np.repeat(is_code, np.diff(offsets)))
+        folded[operators] = text[operators]
+        word_breaks[operators] = True
+        word_breaks[operators + 1] = True
     return FoldedText(folded, word_breaks)

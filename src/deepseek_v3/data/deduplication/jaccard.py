@@ -14,6 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from deepseek_v3.data.arrays import BoolArray, Float64Array, Int64Array, UInt64Array
+from deepseek_v3.data.content import contents_of
 from deepseek_v3.data.deduplication.clusters import connected_components
 from deepseek_v3.data.deduplication.key_files import read_shingle_counts, read_signatures
 from deepseek_v3.data.deduplication.lsh import estimate_jaccard
@@ -111,8 +112,9 @@ def _shingle_sets(
     sets: list[UInt64Array] = []
     for part, chosen in group_by_part(parts, documents):
         document = int(chosen[0])
-        for texts in _read_texts(part, documents[chosen] - part.first):
-            for shingles in hasher.shingles(texts):
+        for records in _read_records(part, documents[chosen] - part.first):
+            is_code = np.array([content == "code" for content in contents_of(records)], np.bool_)
+            for shingles in hasher.shingles(records.column("text"), is_code):
                 counts = np.diff(shingles.offsets)
                 tags = np.arange(document, document + len(counts), dtype=np.uint64) << _HASH_BITS
                 sets.append(_sorted_set(np.repeat(tags, counts) | shingles.hashes))
@@ -129,12 +131,12 @@ def _sorted_set(values: UInt64Array) -> UInt64Array:
     return values[new]
 
 
-def _read_texts(part: NumberedPart, rows: Int64Array) -> Iterator[pa.Array]:
-    """Yields the texts of these rows, ascending, from a part's memory-mapped documents."""
+def _read_records(part: NumberedPart, rows: Int64Array) -> Iterator[pa.RecordBatch]:
+    """Yields these rows, ascending, of a part's memory-mapped documents: texts, and what says what they hold."""
     assert part.records is not None
     with pa.memory_map(str(part.records)) as file:
         first = 0
-        for texts in pa.ipc.open_file(file).read_all().column("text").chunks:
-            start, stop = np.searchsorted(rows, [first, first + len(texts)])
-            yield texts.take(pa.array(rows[start:stop] - first))
-            first += len(texts)
+        for batch in pa.ipc.open_file(file).read_all().select(["text", "source", "metadata"]).to_batches():
+            start, stop = np.searchsorted(rows, [first, first + batch.num_rows])
+            yield batch.take(pa.array(rows[start:stop] - first))
+            first += batch.num_rows

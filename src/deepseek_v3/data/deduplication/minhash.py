@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from deepseek_v3.data.arrays import Int64Array, UInt32Array, UInt64Array
+from deepseek_v3.data.arrays import BoolArray, Int64Array, UInt32Array, UInt64Array
 from deepseek_v3.data.deduplication.case_folding import fold_case
 from deepseek_v3.data.deduplication.hashing import odd_multipliers, shingle_multipliers
 from deepseek_v3.data.deduplication.kernels.select import select_kernels
@@ -47,12 +47,16 @@ class MinHasher:
         if self.accelerator == "numba":
             select_kernels(self.accelerator)
 
-    def shingles(self, texts: pa.Array) -> Iterator[Shingles]:
-        """Yields the shingles of consecutive blocks of documents."""
+    def shingles(self, texts: pa.Array, is_code: BoolArray | None = None) -> Iterator[Shingles]:
+        """Yields the shingles of blocks of documents; `is_code` (bool [documents]) as in `fold_case`."""
         shingle_hashes = select_kernels(self.accelerator).shingle_hashes
         multipliers = shingle_multipliers(self.ngram)
+        first = 0
         for text, offsets in text_blocks(texts):
-            yield Shingles(*shingle_hashes(fold_case(text, offsets), offsets, multipliers))
+            block = slice(first, first + len(offsets) - 1)
+            folded = fold_case(text, offsets, None if is_code is None else is_code[block])
+            yield Shingles(*shingle_hashes(folded, offsets, multipliers))
+            first = block.stop
 
     def signatures(self, shingles: Shingles) -> UInt32Array:
         """Returns the signatures: uint32 [documents, num_perm]; all 2^32 - 1 for a document without words."""

@@ -12,6 +12,7 @@ import pyarrow as pa
 from deepseek_v3.config.deduplication_config import DeduplicationConfig
 from deepseek_v3.config.loading import section_from_dict
 from deepseek_v3.data.arrays import BoolArray, Int64Array
+from deepseek_v3.data.content import contents_of
 from deepseek_v3.data.deduplication import jaccard, key_files, lsh
 from deepseek_v3.data.deduplication.clusters import choose_kept, drop_duplicates, read_duplicates, write_decisions
 from deepseek_v3.data.deduplication.in_memory import Deduplicator
@@ -27,7 +28,8 @@ class MinHashDeduplicator(Deduplicator):
     """Keeps the first of similar documents (`DeduplicationConfig`).
 
     Signatures propose pairs; if the estimate is too close to the threshold, the exact Jaccard similarity of the
-    shingles decides. Documents without words have no duplicates.
+    shingles decides. Documents without words have no duplicates. In source code, by the name of its file or its
+    record, operators are words.
     """
 
     name = "deduplication"
@@ -45,8 +47,9 @@ class MinHashDeduplicator(Deduplicator):
         band_keys = np.empty((self._bands, table.num_rows), np.uint64)
         num_shingles = np.empty(table.num_rows, np.uint32)
         first = 0
+        is_code = np.array([content == "code" for content in contents_of(table)], np.bool_)
         for texts in table.column("text").chunks:
-            for shingles in self._hasher.shingles(texts):
+            for shingles in self._hasher.shingles(texts, is_code[first : first + len(texts)]):
                 found = self._hasher.signatures(shingles)
                 block = slice(first, first + len(found))
                 signatures[block] = lsh.b_bit_signatures(found)

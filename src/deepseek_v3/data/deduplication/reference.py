@@ -8,6 +8,7 @@ from functools import lru_cache
 from deepseek_v3.data.arrays import SPLITMIX64_GAMMA, SPLITMIX64_MIX_1, SPLITMIX64_MIX_2
 from deepseek_v3.data.deduplication.case_folding import (
     MAX_WORD_BYTES,
+    OPERATORS,
     fold_character,
     is_unspaced_script,
     is_word_character,
@@ -17,16 +18,19 @@ from deepseek_v3.data.deduplication.hashing import MIX_32, shingle_multipliers
 Shingle = tuple[bytes, ...]
 
 
-def words(text: str) -> list[bytes]:
+def words(text: str, is_code: bool = False) -> list[bytes]:
     """Returns the case-folded words of a text, in UTF-8.
 
-    A word is a run of letters, marks, numbers and underscores; in scripts without spaces each character is a word.
-    A run of more than `MAX_WORD_BYTES` bytes is cut into words of that size, the last of which may be shorter.
+    A word is a run of letters, marks, numbers and underscores; in scripts without spaces each character is a word,
+    and in source code each operator. A run of more than `MAX_WORD_BYTES` bytes is cut into words of that size, the
+    last of which may be shorter.
     """
     runs: list[str] = []
     inside = False
     for character in text:
         in_word, is_whole_word, folded = _classify(character)
+        if is_code and character in OPERATORS:
+            in_word = is_whole_word = True
         if in_word and inside and not is_whole_word:
             runs[-1] += folded
         elif in_word:

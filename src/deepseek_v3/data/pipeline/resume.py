@@ -25,7 +25,7 @@ from deepseek_v3.utils.locks import hold_lock
 from deepseek_v3.utils.redaction import redact
 from deepseek_v3.utils.text import format_value
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)  # from file systems without hard links
 # Options that do not change the output, and so may change when a run is resumed.
 _RESOURCE_OPTIONS = ("output_dir", "engine", "ray_address", "workers", "memory")
