@@ -274,3 +274,21 @@ def test_an_unwritable_model_path_is_named(tmp_path: Path) -> None:
 def test_a_holdout_outside_zero_to_one_is_refused() -> None:
     with pytest.raises(DataError, match=r"--holdout 1.5: expected a share"):
         run("train", "--text", "t", "--output", "m", "--holdout", "1.5")
+
+
+def test_the_commands_clean_as_the_pipeline_does(tmp_path: Path) -> None:
+    good, bad = prose(40, 0), lines(tmp_path / "bad.jsonl", noise(40, 0))
+    raw = [f"\u001b[1m{text} \r\n" for text in good]
+    models = []
+    for name, texts in (("clean", good), ("raw", raw)):
+        models.append(tmp_path / f"{name}.bin")
+        arguments = ["train", "--good", lines(tmp_path / f"{name}.jsonl", texts), "--bad", bad]
+        result = CliRunner().invoke(quality_app, [*arguments, "--output", str(models[-1]), "--epochs", "1"])
+        assert result.exit_code == 0
+    assert models[0].read_bytes() == models[1].read_bytes()
+    page = "<!DOCTYPE html><html><body><p>a river</p></body></html>"
+    scored = [
+        CliRunner().invoke(quality_app, ["score", "--model", str(models[0]), lines(tmp_path / "s.jsonl", [text])])
+        for text in ("a river", page)
+    ]
+    assert scored[0].stdout == scored[1].stdout != ""

@@ -9,7 +9,9 @@ from typing import Annotated
 
 import typer
 
+from deepseek_v3.data.documents import Document
 from deepseek_v3.data.formats.reading import read_documents
+from deepseek_v3.data.preliminary_cleaning import PreliminaryCleaner
 from deepseek_v3.data.quality_filtering.fasttext import load_fasttext
 from deepseek_v3.data.quality_filtering.fasttext_format import is_fasttext
 from deepseek_v3.data.quality_filtering.fasttext_training import (
@@ -105,7 +107,7 @@ def score(
 ) -> None:
     """Print the score of each document, a probability or a perplexity, and its id."""
     texts, ids = [], []
-    for document in chain.from_iterable(read_documents(file, text_field) for file in files):
+    for document in _documents(files, text_field):
         texts.append(document.text)
         ids.append(document.id)
     if is_fasttext(model):
@@ -173,8 +175,15 @@ def _train_language_model(
         )
 
 
+def _documents(files: Sequence[str], text_field: str) -> Iterator[Document]:
+    """The documents as `preliminary_cleaning` leaves them, because the quality filter sees them so."""
+    cleaner = PreliminaryCleaner()
+    for document in chain.from_iterable(read_documents(file, text_field) for file in files):
+        yield Document(document.id, cleaner.clean(document.text))
+
+
 def _texts(files: Sequence[str], text_field: str) -> Iterator[str]:
-    return (document.text for file in files for document in read_documents(file, text_field))
+    return (document.text for document in _documents(files, text_field) if document.text)
 
 
 def _split(files: Sequence[str], holdout: float | None, text_field: str) -> tuple[list[str], list[str]]:
