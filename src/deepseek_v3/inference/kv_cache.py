@@ -17,12 +17,12 @@ class KvCache:
     """Makes the pools of pages in which a model caches latents.
 
     `kv` is the format of the rows; None follows the model's config. `layout` is what follows from it, and
-    `compute_dtype` the type in which the model computes. Raises
+    `compute_dtype` the type in which the model computes. The first `mtp_layers` MTP layers have rows, too. Raises
     ConfigError for FP8 rows of a latent whose width is not a multiple of 128.
     """
 
-    def __init__(self, model: DeepSeekV3, kv: KvFormat | None = None) -> None:
-        self._config = model.config
+    def __init__(self, model: DeepSeekV3, kv: KvFormat | None = None, mtp_layers: int = 0) -> None:
+        self._config, self._mtp_layers = model.config, mtp_layers
         self._device = model.head_weight_VD.device
         self.compute_dtype = model.compute_dtype or model.model.embed_tokens.weight.dtype
         self.layout = latent_format(model.config, self.compute_dtype, kv)
@@ -31,15 +31,15 @@ class KvCache:
     def pages_that_fit(self) -> int:
         """How many pages fit in the memory that is free now; the first call also logs it."""
         free = free_bytes(self._device)
-        number = pages_that_fit(self._config, self.layout, int(_SHARE * free))
+        number = pages_that_fit(self._config, self.layout, int(_SHARE * free), self._mtp_layers)
         if not self._is_logged:
             self._is_logged = True
             _log.info(
-                f"{describe_cache(self._config, self.layout)}; {number * PAGE:,} tokens fit in {_SHARE:.0%} of "
-                f"the {free / 2**30:.1f} GiB that are free"
+                f"{describe_cache(self._config, self.layout, self._mtp_layers)}; {number * PAGE:,} tokens fit in "
+                f"{_SHARE:.0%} of the {free / 2**30:.1f} GiB that are free"
             )
         return number
 
     def new_pool(self, num_pages: int) -> PagePool:
         """A pool of this many pages."""
-        return PagePool(self._config, self.layout, num_pages, self._device)
+        return PagePool(self._config, self.layout, num_pages, self._device, self._mtp_layers)

@@ -42,24 +42,28 @@ def load_model(path: Path, device: torch.device) -> LoadedModel:
     Raises CheckpointError, ConfigError and DataError as `load_checkpoint_model`, `open_pretrained` and
     `read_tokenizer` do.
     """
-    return _load(path, device, None)
+    return _load(path, device, None, 0)
 
 
-def load_for_inference(path: Path, device: torch.device, precision: Precision = "auto") -> LoadedModel:
-    """Loads a model as `load_model` does, with weights that are stored as the model computes, and no MTP layers.
+def load_for_inference(
+    path: Path, device: torch.device, precision: Precision = "auto", mtp_layers: int = 0
+) -> LoadedModel:
+    """Loads a model as `load_model` does, with weights that are stored as the model computes.
+
+    Of the MTP layers it loads the first `mtp_layers`, or as many as there are; the first one drafts tokens.
 
     `auto` computes as the run of a checkpoint did, and otherwise as suits the device. Raises as `load_model`.
     """
-    return _load(path, device, precision)
+    return _load(path, device, precision, mtp_layers)
 
 
-def _load(path: Path, device: torch.device, precision: Precision | None) -> LoadedModel:
+def _load(path: Path, device: torch.device, precision: Precision | None, mtp_layers: int) -> LoadedModel:
     if not is_released(path):
-        return load_checkpoint_model(path, device, precision)
+        return load_checkpoint_model(path, device, precision, mtp_layers)
     weights = open_pretrained(path)
     tokenizer, config = read_tokenizer(path, weights.config), run_config(weights.config)
     dtype = compute_dtype(precision or "auto", device)
-    model = load_opened(weights, dtype, device, for_inference=precision is not None)
+    model = load_opened(weights, dtype, device, for_inference=precision is not None, mtp_layers=mtp_layers)
     return LoadedModel(model.requires_grad_(False), config, tokenizer, step=0, tokens=0)
 
 

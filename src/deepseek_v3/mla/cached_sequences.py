@@ -105,16 +105,23 @@ def extend(sequences: Sequence[CachedSequence], num_tokens: Sequence[int]) -> Ca
 
 
 def view_of_new_tokens(
-    sequences: Sequence[CachedSequence], num_tokens: Sequence[int], num_rows: int = 0, num_pages: int = 0
+    sequences: Sequence[CachedSequence],
+    num_tokens: Sequence[int],
+    num_rows: int = 0,
+    num_pages: int = 0,
+    ends: Sequence[int] | None = None,
 ) -> CacheView:
     """The view of a forward pass over the last `num_tokens` tokens of each sequence, which is to write them.
+
+    With `ends` they are the tokens before these positions, as if each sequence ended there.
 
     The view has at least `num_rows` rows, with empty sequences behind the others, and a table of at least
     `num_pages` columns: passes of equal shapes can then be captured once.
     """
     pool, missing = sequences[0].pool, max(0, num_rows - len(sequences))
     new_B = np.array([*num_tokens, *[0] * missing])
-    cached_B = np.array([*(sequence.length for sequence in sequences), *[0] * missing]) - new_B
+    ends = [sequence.length for sequence in sequences] if ends is None else ends
+    cached_B = np.array([*ends, *[0] * missing]) - new_B
     widest = max(num_pages, *(len(sequence.pages) for sequence in sequences))
     table_BM = np.zeros((len(new_B), widest), dtype=np.int32)
     for table_M, sequence in zip(table_BM, sequences, strict=False):

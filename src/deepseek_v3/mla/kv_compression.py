@@ -51,20 +51,20 @@ def expanded_width(config: ModelConfig) -> int:
     return config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
 
 
-def bytes_per_token(config: ModelConfig, layout: LatentFormat) -> int:
-    """Bytes of a token's rows in all layers."""
-    return config.num_hidden_layers * layout.row_bytes
+def bytes_per_token(config: ModelConfig, layout: LatentFormat, mtp_layers: int = 0) -> int:
+    """Bytes of a token's rows in all main layers, and in the first `mtp_layers` MTP layers."""
+    return (config.num_hidden_layers + mtp_layers) * layout.row_bytes
 
 
-def expanded_bytes_per_token(config: ModelConfig, layout: LatentFormat) -> int:
+def expanded_bytes_per_token(config: ModelConfig, layout: LatentFormat, mtp_layers: int = 0) -> int:
     """Bytes that multi-head attention would cache of a token: in the type of the rows, bfloat16 beside FP8 rows."""
     itemsize = torch.bfloat16.itemsize if layout.is_fp8 else layout.dtype.itemsize
-    return config.num_hidden_layers * expanded_width(config) * itemsize
+    return (config.num_hidden_layers + mtp_layers) * expanded_width(config) * itemsize
 
 
-def pages_that_fit(config: ModelConfig, layout: LatentFormat, budget: int) -> int:
-    """The number of pages, of all layers, in `budget` bytes."""
-    return max(0, budget) // (PAGE * bytes_per_token(config, layout))
+def pages_that_fit(config: ModelConfig, layout: LatentFormat, budget: int, mtp_layers: int = 0) -> int:
+    """The number of pages, of all main layers and `mtp_layers` MTP layers, in `budget` bytes."""
+    return max(0, budget) // (PAGE * bytes_per_token(config, layout, mtp_layers))
 
 
 def pages_of(num_tokens: int) -> int:
@@ -72,9 +72,10 @@ def pages_of(num_tokens: int) -> int:
     return -(-num_tokens // PAGE)
 
 
-def describe_cache(config: ModelConfig, layout: LatentFormat) -> str:
+def describe_cache(config: ModelConfig, layout: LatentFormat, mtp_layers: int = 0) -> str:
     """Bytes per token beside those of multi-head attention, for a log."""
-    latent, expanded = bytes_per_token(config, layout), expanded_bytes_per_token(config, layout)
+    latent = bytes_per_token(config, layout, mtp_layers)
+    expanded = expanded_bytes_per_token(config, layout, mtp_layers)
     name = "FP8" if layout.is_fp8 else str(layout.dtype).removeprefix("torch.")
     return (
         f"latent cache in {name}: {latent:,} bytes per token; multi-head attention would take {expanded:,}, "
@@ -85,18 +86,27 @@ def describe_cache(config: ModelConfig, layout: LatentFormat) -> str:
 class PagePool:
     """The memory of the cache: pages of `PAGE` tokens, numbered alike in all layers.
 
-    `pages`: of each layer one tensor (P, T, L), or (P, T, row bytes) uint8 for FP8. A page has one owner or, if
-    sequences share a beginning, several. What the pool holds is valid for the weights that computed it: a new pool
-    is needed when the weights change. Therefore `absorbed` also keeps, for each layer, the up-projections of keys
-    (H, N, C) and of values (H, V, C) in the type of the queries, which are cast once.
+    `pages`: of each main layer, and then of each of the first `mtp_layers` MTP layers, one tensor (P, T, L), or
+    (P, T, row bytes) uint8 for FP8. A page has one owner or, if sequences share a beginning, several. What the pool
+    holds is valid for the weights that computed it: a new pool is needed when the weights change. Therefore
+    `absorbed` also keeps, for each layer, the up-projections of keys (H, N, C) and of values (H, V, C) in the type
+    of the queries, which are cast once.
     """
 
-    def __init__(self, config: ModelConfig, layout: LatentFormat, num_pages: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        layout: LatentFormat,
+        num_pages: int,
+        device: torch.device,
+        mtp_layers: int = 0,
+    ) -> None:
         self.layout = layout
         self.device = device
-        self.pages = [layout.empty_pages(num_pages, device) for _ in range(config.num_hidden_layers)]
+        num_layers = config.num_hidden_layers + mtp_layers
+        self.pages = [layout.empty_pages(num_pages, device) for _ in range(num_layers)]
         self.absorbed: dict[int, tuple[Tensor, Tensor]] = {}
-        self.bytes_per_token = bytes_per_token(config, layout)
+        self.bytes_per_token = bytes_per_token(config, layout, mtp_layers)
         self._owners = [0] * num_pages
         self._free = list(range(num_pages - 1, -1, -1))
 

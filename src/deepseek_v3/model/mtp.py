@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.mla.attention import AttentionMetadata
+from deepseek_v3.mla.cached_sequences import CacheView
 from deepseek_v3.model.block import DecoderLayer
 from deepseek_v3.moe.balance import RoutingStats
 from deepseek_v3.ops.layers import Linear, RMSNorm
@@ -27,9 +28,16 @@ class MTPLayer(DecoderLayer):
         self.shared_head = nn.ModuleDict({"norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
 
     def forward(  # type: ignore[override]  # a prediction layer is never run in place of a main one
-        self, hidden_BSD: Tensor, embedded_BSD: Tensor, metadata: AttentionMetadata
+        self,
+        hidden_BSD: Tensor,
+        embedded_BSD: Tensor,
+        metadata: AttentionMetadata,
+        cache: CacheView | None = None,
     ) -> tuple[Tensor, RoutingStats | None]:
-        """Computes depth k's states from depth k - 1's states at positions i and the embeddings of tokens i + k."""
+        """Computes depth k's states from depth k - 1's states at positions i and the embeddings of tokens i + k.
+
+        With a cache, also stores the rows of positions i in it and attends to its rows, as a main layer does.
+        """
         joined_BSX = torch.cat((self.enorm(embedded_BSD), self.hnorm(hidden_BSD)), dim=-1)
-        y_BSD, stats = super().forward(self.eh_proj(joined_BSX), metadata)
+        y_BSD, stats = super().forward(self.eh_proj(joined_BSX), metadata, cache)
         return self.shared_head["norm"](y_BSD), stats

@@ -136,30 +136,33 @@ def check_entries(kind: type[ModelEntries], plain: dict[str, Any], path: Path) -
         raise CheckpointError(f"{path}: {validation_problems(error)}; {REPAIR}") from None
 
 
-def load_checkpoint_model(path: Path, device: torch.device, precision: Precision | None = None) -> LoadedModel:
+def load_checkpoint_model(
+    path: Path, device: torch.device, precision: Precision | None = None, mtp_layers: int = 0
+) -> LoadedModel:
     """Rebuilds the model of a checkpoint on `device`, in evaluation mode, and reads no other tensors of the run.
 
     Without `precision` the weights are float32, as saved, and the model computes in the dtype of its run. With a
-    precision it is ready for inference: see `prepare_for_inference`; `auto` follows the run's.
+    precision it is ready for inference, with `mtp_layers`: see `prepare_for_inference`; `auto` follows the run's.
 
     `path` is one checkpoint, or a folder of them: then the newest undamaged one is loaded, and each one skipped is
     logged as a warning. Raises CheckpointError if the checkpoint is damaged, incomplete, of another format, not of
     this project, holds weights that are not finite, or does not fit in the memory of the device.
     """
     if is_checkpoint(path):
-        return _load(path, device, precision)
+        return _load(path, device, precision, mtp_layers)
     checkpoints = CheckpointDirectory(path, keep=1)
-    load = partial(_load, device=device, precision=precision)
+    load = partial(_load, device=device, precision=precision, mtp_layers=mtp_layers)
     return checkpoints.first_usable(checkpoints.newest_first(), load)[1]
 
 
-def prepare_for_inference(model: DeepSeekV3, dtype: torch.dtype) -> None:
+def prepare_for_inference(model: DeepSeekV3, dtype: torch.dtype, mtp_layers: int = 0) -> None:
     """Lets a model, on the meta device, compute in `dtype` without casting a weight: to be called before loading.
 
     Matrices are stored in `dtype`. Norms and routers compute in float32 and stay in it, so the model computes the
-    same numbers as one whose float32 weights are cast at every use. The MTP layers, which do not run, are removed.
+    same numbers as one whose float32 weights are cast at every use. The first `mtp_layers` MTP layers, or as many
+    as there are, draft tokens and stay; the others do not run and are removed.
     """
-    model.keep_mtp_layers(0)
+    model.keep_mtp_layers(min(mtp_layers, model.config.num_nextn_predict_layers))
     for module in model.modules():
         if isinstance(module, (Linear, nn.Embedding, RoutedExperts)):
             module.to(dtype)
@@ -183,7 +186,7 @@ def allocate_weights(model: DeepSeekV3, device: torch.device, source: str) -> di
     return model.to_empty(device=device).state_dict()
 
 
-def _load(path: Path, device: torch.device, precision: Precision | None) -> LoadedModel:
+def _load(path: Path, device: torch.device, precision: Precision | None, mtp_layers: int) -> LoadedModel:
     checkpoint = open_checkpoint(path)
     checkpoint.verify()
     plain, config = checkpoint.plain, checkpoint_config(checkpoint.plain, path)
@@ -194,7 +197,7 @@ def _load(path: Path, device: torch.device, precision: Precision | None) -> Load
     chosen = config.parallel.precision if precision in (None, "auto") else precision
     model.compute_dtype = compute_dtype(chosen, device)
     if precision is not None:
-        prepare_for_inference(model, model.compute_dtype)
+        prepare_for_inference(model, model.compute_dtype, mtp_layers)
     state = allocate_weights(model, device, printable_path(path))
     for name, target in state.items():
         checkpoint.read_into(target, f"model.{name}")

@@ -139,6 +139,13 @@ def test_reading_gives_zeros_behind_the_end(kv: KvFormat | None) -> None:
     assert not rows_BTL[1, 2:].any()
 
 
+def test_mtp_layers_have_rows_in_the_same_pages() -> None:
+    pool = PagePool(CONFIG, BF16, 3, CPU, mtp_layers=1)
+    assert len(pool.pages) == CONFIG.num_hidden_layers + 1
+    assert pool.bytes_per_token == len(pool.pages) * BF16.row_bytes
+    assert pages_that_fit(CONFIG, BF16, 3 * PAGE * pool.bytes_per_token, mtp_layers=1) == 3
+
+
 def test_a_full_cache_says_what_was_wanted_and_changes_nothing() -> None:
     pool = PagePool(CONFIG, BF16, 3, CPU)
     first, second = CachedSequence(pool), CachedSequence(pool)

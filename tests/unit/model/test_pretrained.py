@@ -70,6 +70,21 @@ def test_only_what_computes_in_float32_is_stored_in_it(path: Path, tmp_path: Pat
         assert len(model.model.layers) == model.config.num_hidden_layers
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["checkpoint", "folder"])
+def test_mtp_layers_are_loaded_on_request(path: Path, trained: DeepSeekV3, tmp_path: Path, kind: str) -> None:
+    place = path
+    if kind == "folder":
+        saved, place = load_model(path, CPU), tmp_path / "hf"
+        save_pretrained(saved.model, place, tokenizer=saved.tokenizer)
+    trained.compute_dtype = torch.float32
+    for wanted in (1, 2):
+        model = load_for_inference(place, CPU, "fp32", mtp_layers=wanted).model
+        assert model.config.num_nextn_predict_layers == 1
+        tokens_BS = random_tokens(trained.config, 2, 20)
+        assert torch.equal(model.hidden_states(tokens_BS).mtp[0], trained.hidden_states(tokens_BS).mtp[0])
+
+
 def test_moments_and_unused_layers_are_not_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names: list[str] = []
     read = FileReader.chunk

@@ -101,19 +101,24 @@ def load_pretrained(
 
 @torch.no_grad()
 def load_opened(
-    weights: ReleasedWeights, dtype: torch.dtype | None, device: torch.device, *, for_inference: bool = False
+    weights: ReleasedWeights,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    *,
+    for_inference: bool = False,
+    mtp_layers: int = 0,
 ) -> DeepSeekV3:
     """Builds the model of opened weights, as `load_pretrained` does.
 
-    `for_inference` prepares it as `prepare_for_inference` says. Raises CheckpointError if it does not fit in the
-    memory of the device.
+    `for_inference` prepares it, with `mtp_layers`, as `prepare_for_inference` says. Raises CheckpointError if it
+    does not fit in the memory of the device.
     """
     with torch.device("meta"):
         model = DeepSeekV3(weights.config)
     dtype = dtype or weights.stored_dtype
     _check_dtype(dtype)
     if for_inference:
-        prepare_for_inference(model, dtype)
+        prepare_for_inference(model, dtype, mtp_layers)
     else:
         model.to(dtype)
     state = allocate_weights(model, device, weights.name)
