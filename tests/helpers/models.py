@@ -53,6 +53,24 @@ def small_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Deep
     return model.to(dtype)
 
 
+@torch.no_grad()
+def foreseeable_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> DeepSeekV3:
+    """A model with random weights whose first MTP layer often foresees its tokens.
+
+    The layers add little to the embedding of the last token, and the MTP layer passes on that of the next one.
+    """
+    model = small_model(config)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.mul_(0.05)
+    for name, parameter in model.named_parameters():
+        if "down_proj" in name:
+            parameter.mul_(0.05)
+    mtp = model.model.layers[config.num_hidden_layers]
+    mtp.eh_proj.weight.copy_(torch.eye(config.hidden_size, 2 * config.hidden_size))
+    mtp.enorm.weight.fill_(0.2)  # the length of an embedding
+    return model.to(dtype)
+
+
 def random_tokens(config: ModelConfig, batch_size: int, length: int) -> Tensor:
     """Tokens (batch, length) int64."""
     return torch.randint(config.vocab_size, (batch_size, length))

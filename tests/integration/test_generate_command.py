@@ -1,5 +1,6 @@
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -26,7 +27,8 @@ def checkpoint(tmp_path_factory):
     """A checkpoint with random weights, alone in its folder."""
     torch.manual_seed(0)
     tokenizer = Tokenizer.train(["the cat sat on the mat\n", "return the cat\n"] * 3, vocab_size=280)
-    model = small_config(vocab_size=tokenizer.vocab_size, max_position_embeddings=32)
+    sizes = {"max_position_embeddings": 32, "num_nextn_predict_layers": 1}
+    model = small_config(vocab_size=tokenizer.vocab_size, **sizes)
     training = {
         "total_tokens": 1000,
         "sequence_length": 16,
@@ -71,6 +73,20 @@ def test_a_checkpoint_whose_tokenizer_is_none_is_named(checkpoint, tmp_path):
     save_checkpoint(path, {**load_checkpoint(checkpoint), "tokenizer": "{}"})
     message = refusal(path, "--prompt", "a")
     assert message.startswith(f"{path}: its tokenizer: is not a tokenizer of the tokenizers library")
+
+
+@pytest.mark.parametrize("speculate", [1, 2])
+def test_drafts_change_no_greedy_text_and_are_counted(checkpoint, engine, speculate):
+    result = run(checkpoint, "--prompt", "the cat", "--speculate", speculate)
+    [completion] = engine.generate(["the cat"], SAMPLING)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == completion.text + "\n"
+    assert re.search(r"by length; \d\.\d\d tokens per step, \d+%( and \d+%)? of drafts accepted\n", result.stderr)
+
+
+def test_without_the_cache_nothing_is_drafted(checkpoint):
+    message = refusal(checkpoint, "--prompt", "a", "--no-cache", "--speculate", 1)
+    assert message == "found --no-cache and --speculate 1, expected one of the two"
 
 
 def test_a_prompt_is_continued_as_by_the_engine(checkpoint, engine):

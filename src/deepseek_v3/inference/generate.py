@@ -17,6 +17,7 @@ import typer
 from deepseek_v3.config.text_files import printable_path
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
+from deepseek_v3.inference.engine.drafts import MOST_DRAFTS
 from deepseek_v3.inference.generator import Completion, Generator
 from deepseek_v3.inference.sampling import SamplingConfig
 from deepseek_v3.interop.load_model import load_for_inference
@@ -101,6 +102,14 @@ def generate(
         KvFormat | None,
         typer.Option(help="Format of the cache; by default fp8 if the config has use_fp8_kv, else as computed."),
     ] = None,
+    speculate: Annotated[
+        int,
+        typer.Option(
+            metavar="NUMBER",
+            parser=integer_option(0, MOST_DRAFTS),
+            help="Tokens that the model's MTP layer drafts per step, 0 to 2; texts keep their distribution.",
+        ),
+    ] = 0,
     precision: Annotated[
         StoredPrecision,
         typer.Option(help="Type that weights are stored and multiplied in; auto as the run computed."),
@@ -128,10 +137,12 @@ def generate(
     prompts = _prompts(prompt, prompts_file)
     if no_cache and kv is not None:
         raise GenerationError(f"found --no-cache and --kv {kv.value}, expected one of the two")
+    if no_cache and speculate:
+        raise GenerationError(f"found --no-cache and --speculate {speculate}, expected one of the two")
     if output is not None and (problem := new_file_problem(output)):
         raise GenerationError(f"--output {output}: {problem}")
-    saved = load_for_inference(checkpoint, select_device(device), precision.value)
-    generator = Generator(saved.model, saved.tokenizer, kv=kv)
+    saved = load_for_inference(checkpoint, select_device(device), precision.value, mtp_layers=min(speculate, 1))
+    generator = Generator(saved.model, saved.tokenizer, kv=kv, speculate=speculate)
     _warn_of_length(prompts, saved.tokenizer, sampling, saved.config)
     start = time.perf_counter()
     if prompt is not None:
@@ -142,7 +153,8 @@ def generate(
     seconds = time.perf_counter() - start
     if output is not None:
         _write(output, completions)
-    typer.echo(_summary(completions, seconds), err=True)
+    drafted = f"; {generator.acceptance}" if speculate else ""
+    typer.echo(_summary(completions, seconds) + drafted, err=True)
     same = [] if device == "auto" else ["--device", device]
     own = [] if saved.tokens else ["--data", "FILE"]  # a model that was not trained here has no held-out tokens
     print_next_steps(

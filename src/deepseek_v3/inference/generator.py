@@ -16,16 +16,19 @@ from torch.nn.utils.rnn import pad_sequence
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.inference.engine.cpu_forward import CpuForward
 from deepseek_v3.inference.engine.device_forward import PREFILL_TOKENS, DeviceForward
-from deepseek_v3.inference.engine.engine import Engine, Forward, add_tokens, copy_to_host
+from deepseek_v3.inference.engine.drafts import MOST_DRAFTS, Acceptance
+from deepseek_v3.inference.engine.engine import Engine, add_tokens, copy_to_host
 from deepseek_v3.inference.engine.generation_request import FinishReason, Request, StreamedText, TokenLogprobs
 from deepseek_v3.inference.engine.row_counts import RowCounts, measure_row_counts
 from deepseek_v3.inference.engine.sampler import choose_tokens
 from deepseek_v3.inference.engine.scheduler import Scheduler, require_room
+from deepseek_v3.inference.engine.speculative_engine import DraftingForward, SpeculativeEngine
 from deepseek_v3.inference.kv_cache import KvCache
 from deepseek_v3.inference.sampling import SamplingConfig, request_seed
 from deepseek_v3.mla.kv_compression import KvFormat, PagePool, pages_of
 from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.utils.errors import GenerationError
+from deepseek_v3.utils.text import format_value
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,12 @@ class Generator:
     that the tokenizer lacks have no text. If the cache of `batch_size` prompts does not fit in the memory of the
     device, fewer run at a time. `kv` is the format of the cache; None follows the model's config.
 
-    Raises GenerationError if the tokenizer has more ids than the model, and ConfigError for a cache in FP8 of a
-    model whose kv_lora_rank is not a multiple of 128. `kv_cache` makes pools of pages for its engines.
+    `speculate`: how many tokens the model's first MTP layer drafts per step, 0 to 2; `acceptance` counts what
+    becomes of them. Greedy texts stay the same, sampled ones keep their distribution. Without the cache nothing is
+    drafted. `kv_cache` makes pools of pages for its engines.
+
+    Raises GenerationError if the tokenizer has more ids than the model, and for drafts by a model without MTP
+    layers, and ConfigError for a cache in FP8 of a model whose kv_lora_rank is not a multiple of 128.
     """
 
     def __init__(
@@ -66,6 +73,7 @@ class Generator:
         batch_size: int = 32,
         all_ids: bool = False,
         kv: KvFormat | None = None,
+        speculate: int = 0,
     ) -> None:
         if tokenizer.vocab_size > model.config.vocab_size:
             raise GenerationError(
@@ -77,7 +85,9 @@ class Generator:
         self._batch_size = batch_size
         self._num_ids = model.config.vocab_size if all_ids else tokenizer.vocab_size
         self._device = model.head_weight_VD.device
-        self.kv_cache = KvCache(model, kv)
+        _require_drafting(model, speculate)
+        self._speculate, self.acceptance = speculate, Acceptance()
+        self.kv_cache = KvCache(model, kv, mtp_layers=min(speculate, 1))
 
     def generate(
         self, prompts: abc.Sequence[str], sampling: SamplingConfig, use_cache: bool = True
@@ -125,9 +135,13 @@ class Generator:
     def new_engine(self, pool: PagePool) -> Engine:
         """An engine without requests that runs up to `batch_size` of them at a time over a pool of pages."""
         on_cpu = self._device.type == "cpu"
-        forward: Forward = CpuForward(self._model, pool, self._row_counts) if on_cpu else DeviceForward(self._model)
-        scheduler = Scheduler(pool, self._batch_size, PREFILL_TOKENS)
-        return Engine(forward, scheduler, self._device, self._num_ids, reads_late=not on_cpu)
+        forward: DraftingForward
+        forward = CpuForward(self._model, pool, self._row_counts) if on_cpu else DeviceForward(self._model)
+        scheduler = Scheduler(pool, self._batch_size, PREFILL_TOKENS, self._speculate)
+        place = forward, scheduler, self._device, self._num_ids
+        if self._speculate:
+            return SpeculativeEngine(*place, self._speculate, self.acceptance)
+        return Engine(*place, reads_late=not on_cpu)
 
     def encode(self, prompt: str) -> tuple[list[int], list[int]]:
         """The ids with which a request for a prompt begins, and those of them whose text its answer continues.
@@ -211,6 +225,17 @@ class Generator:
         texts = [torch.tensor(request.ids) for request in requests]
         states_BSD = self._model.final_states(pad_sequence(texts, batch_first=True).to(self._device))
         return torch.stack([states_SD[len(text) - 1] for states_SD, text in zip(states_BSD, texts, strict=True)])
+
+
+def _require_drafting(model: DeepSeekV3, speculate: int) -> None:
+    """Raises GenerationError for a number of drafts that is not offered, or a model that cannot draft."""
+    if not 0 <= speculate <= MOST_DRAFTS:
+        raise GenerationError(f"speculate = {format_value(speculate)}: expected 0 to {MOST_DRAFTS} drafts per step")
+    if speculate and not model.config.num_nextn_predict_layers:
+        raise GenerationError(
+            f"speculate = {speculate}: the model has no MTP layer to draft tokens with; take weights that hold one "
+            "(num_nextn_predict_layers = 1 or more), loaded with mtp_layers = 1, or set speculate = 0"
+        )
 
 
 def _completion(prompt: str, request: Request) -> Completion:

@@ -85,6 +85,11 @@ def request_seed(seed: int, index: int) -> int:
     return _hash64(f"{seed}:{index}".encode())
 
 
+def seed_for(seed: int, purpose: str) -> int:
+    """The seed, of 64 bits, of the numbers that a request draws for another purpose than choosing its tokens."""
+    return _hash64(f"{seed}:{purpose}".encode())
+
+
 def uniform_draws(seeds: Sequence[int], positions: Sequence[int]) -> Tensor:
     """A number from 0 to below 1 for each pair of a request's seed and a position in it; float64 (B,).
 
@@ -105,12 +110,17 @@ def penalized(logits_BV: Tensor, seen_BV: Tensor, penalties: Sequence[float]) ->
 
 
 def sampled(logits_BV: Tensor, samplings: Sequence[SamplingConfig], draws_B: Tensor) -> Tensor:
-    """The token of each row, (B,) int64, for temperatures above 0, all filtered or none.
+    """The token of each row, (B,) int64, for temperatures above 0, all filtered or none."""
+    return drawn(next_token_probabilities(logits_BV, samplings), draws_B)
+
+
+def drawn(weights_BV: Tensor, draws_B: Tensor) -> Tensor:
+    """The token of each row, (B,) int64, with probabilities in proportion to `weights_BV` and a draw of each row.
 
     Inverts the cumulative distribution at the drawn number, in the order of the ids: in the order of probability, a
     rounding error that swaps two almost equal tokens would change the result.
     """
-    cumulative_BV = next_token_probabilities(logits_BV, samplings).cumsum(-1, dtype=torch.float64)
+    cumulative_BV = weights_BV.cumsum(-1, dtype=torch.float64)
     targets_B1 = draws_B.to(cumulative_BV.device, non_blocking=True)[:, None] * cumulative_BV[:, -1:]
     return torch.searchsorted(cumulative_BV, targets_B1, right=True).squeeze(-1)
 

@@ -40,4 +40,11 @@ class MTPLayer(DecoderLayer):
         """
         joined_BSX = torch.cat((self.enorm(embedded_BSD), self.hnorm(hidden_BSD)), dim=-1)
         y_BSD, stats = super().forward(self.eh_proj(joined_BSX), metadata, cache)
-        return self.shared_head["norm"](y_BSD), stats
+        return self.head_norm(y_BSD), stats
+
+    @property
+    def head_norm(self) -> RMSNorm:
+        """The norm before the head."""
+        norm = self.shared_head["norm"]
+        assert isinstance(norm, RMSNorm)
+        return norm

@@ -95,6 +95,16 @@ class DeepSeekV3(nn.Module):
         x_BSD, _ = self.run_layers(self.embed(tokens_BS), metadata, cache=cache)
         return self.model.norm(x_BSD)
 
+    def draft_states(self, hidden_BSD: Tensor, tokens_BS: Tensor, cache: CacheView) -> Tensor:
+        """The states (B, S, D) that the head reads to predict the tokens after `tokens_BS`, by the first MTP layer.
+
+        `hidden_BSD`: the states at the positions of the cache's view, of which `tokens_BS` are the next tokens.
+        """
+        layer, metadata = self.model.layers[self.config.num_hidden_layers], self._continued(cache)
+        states_BSD, _ = self.run_layer(layer, hidden_BSD, self.embed(tokens_BS), metadata, cache)
+        drafted_BSD: Tensor = states_BSD
+        return drafted_BSD
+
     def hidden_states(
         self, tokens_BS: Tensor, documents_BS: Tensor | None = None, with_mtp: bool = True
     ) -> HiddenStates:

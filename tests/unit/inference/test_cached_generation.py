@@ -23,7 +23,7 @@ from deepseek_v3.ops.mla_decode.formats import PAGE
 from deepseek_v3.ops.operation import copyable
 from deepseek_v3.utils.errors import ConfigError, GenerationError
 from helpers.caches import poisoned
-from helpers.models import fill_with_noise, small_config, small_model
+from helpers.models import fill_with_noise, foreseeable_model, small_config, small_model
 
 GREEDY = SamplingConfig(temperature=0, max_new_tokens=12)
 LENGTHS = [70, 3, 130, 64, 63]  # of prompts, around the sizes of pages
@@ -97,6 +97,61 @@ def test_the_modules_of_the_model_give_the_same_text(
     request.getfixturevalue("as_on_a_gpu")
     for batch_size in (2, 32):
         assert texts(Generator(model, tokenizer, batch_size).continue_tokens(prompts, sampling)) == wanted
+
+
+@pytest.fixture(scope="module")
+def drafting(tokenizer: Tokenizer) -> DeepSeekV3:
+    torch.manual_seed(0)
+    sizes = {"max_position_embeddings": 256, "num_nextn_predict_layers": 1}
+    return foreseeable_model(small_config(vocab_size=tokenizer.vocab_size, **sizes)).eval()
+
+
+@pytest.mark.parametrize("speculate", [1, 2])
+@pytest.mark.parametrize("chunk", [64, 8192])
+def test_the_modules_of_the_model_accept_the_same_drafts(
+    drafting: DeepSeekV3,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    speculate: int,
+    chunk: int,
+) -> None:
+    plain = Generator(drafting, tokenizer)
+    wanted = texts(plain.continue_tokens(prompts, GREEDY))
+    monkeypatch.setattr(module, "PREFILL_TOKENS", chunk)
+    on_cpu = Generator(drafting, tokenizer, speculate=speculate)
+    assert texts(on_cpu.continue_tokens(prompts, GREEDY)) == wanted
+    monkeypatch.setattr(module, "CpuForward", lambda model, *_: DeviceForward(model))
+    on_device = Generator(drafting, tokenizer, speculate=speculate)
+    assert texts(on_device.continue_tokens(prompts, GREEDY)) == wanted
+    assert on_device.acceptance == on_cpu.acceptance
+    assert on_cpu.acceptance.tokens_per_step > 1.1
+    assert plain.acceptance.steps == 0
+
+
+def test_a_step_that_can_add_one_token_has_no_drafts(
+    drafting: DeepSeekV3, tokenizer: Tokenizer, prompts: list[list[int]], pools: list[PagePool]
+) -> None:
+    """A prompt of 63 tokens and one new token fill a page; a step that can add but one token has no drafts."""
+    for number in (1, 2):
+        generator = Generator(drafting, tokenizer, speculate=2)
+        sampling = SamplingConfig(temperature=0, max_new_tokens=number)
+        [found] = generator.continue_tokens([prompts[4]], sampling)
+        assert len(found.tokens) == number
+        assert not sum(generator.acceptance.offered)
+    assert [pool.num_pages for pool in pools] == [1, 2]
+    assert len(pools[0].pages) == drafting.config.num_hidden_layers + 1
+
+
+def test_drafts_need_a_model_that_can_make_them(model: DeepSeekV3, tokenizer: Tokenizer) -> None:
+    with pytest.raises(GenerationError) as error:
+        Generator(model, tokenizer, speculate=1)
+    assert str(error.value) == (
+        "speculate = 1: the model has no MTP layer to draft tokens with; take weights that hold one "
+        "(num_nextn_predict_layers = 1 or more), loaded with mtp_layers = 1, or set speculate = 0"
+    )
+    with pytest.raises(GenerationError, match="speculate = 3: expected 0 to 2 drafts per step"):
+        Generator(model, tokenizer, speculate=3)
 
 
 def test_the_kernels_give_the_text_of_the_reference(

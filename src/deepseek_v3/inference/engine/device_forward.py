@@ -31,9 +31,7 @@ class DeviceForward:
 
     def prefill(self, chunks: Sequence[Chunk]) -> Tensor:
         """Computes chunks of several sequences; returns the state of the last token of each, (B, D)."""
-        together = max(1, PREFILL_TOKENS // max(len(chunk.ids) for chunk in chunks))
-        groups = [chunks[first : first + together] for first in range(0, len(chunks), together)]
-        return torch.cat([self._prefill_group(group) for group in groups])
+        return torch.stack([states_SD[-1] for states_SD in self.states(chunks)])
 
     def decode(self, sequences: Sequence[CachedSequence], tokens_B: Tensor) -> Tensor:
         """Computes the last token of each sequence; returns their states, (B, D)."""
@@ -47,14 +45,41 @@ class DeviceForward:
         """The logits of the token after each state, (B, V)."""
         return self._model.logits(states_BD)
 
-    def _prefill_group(self, chunks: Sequence[Chunk]) -> Tensor:
+    def states(self, chunks: Sequence[Chunk]) -> list[Tensor]:
+        """Computes chunks of several sequences; returns the states of the tokens of each, (S, D)."""
+        return self._in_passes(chunks, None)
+
+    def draft_states(self, chunks: Sequence[Chunk], hidden: Sequence[Tensor]) -> list[Tensor]:
+        """The states (S, D) of the first MTP layer, from states at the positions of chunks of the next tokens."""
+        return self._in_passes(chunks, hidden)
+
+    def _in_passes(self, chunks: Sequence[Chunk], hidden: Sequence[Tensor] | None) -> list[Tensor]:
+        """Runs the main model, or with `hidden` the MTP layer; the states of the tokens of each chunk, (S, D).
+
+        Prompts come first, because others attend to their rows.
+        """
+        found: dict[int, Tensor] = {}
+        for is_prompt in (True, False):
+            rows = [row for row, chunk in enumerate(chunks) if chunk.is_prompt == is_prompt]
+            together = max(1, PREFILL_TOKENS // max((len(chunks[row].ids) for row in rows), default=1))
+            for first in range(0, len(rows), together):
+                group = rows[first : first + together]
+                given = None if hidden is None else [hidden[row] for row in group]
+                found |= dict(zip(group, self._pass([chunks[row] for row in group], given), strict=True))
+        return [found[row] for row in range(len(chunks))]
+
+    def _pass(self, chunks: Sequence[Chunk], hidden: Sequence[Tensor] | None) -> list[Tensor]:
         """One pass over chunks, padded on the right: the causal mask hides the padding, the cache skips it."""
-        lengths = [len(chunk.ids) for chunk in chunks]
-        view = view_of_new_tokens([chunk.sequence for chunk in chunks], lengths)
+        lengths, sequences = [len(chunk.ids) for chunk in chunks], [chunk.sequence for chunk in chunks]
+        view = view_of_new_tokens(sequences, lengths, ends=[chunk.end for chunk in chunks])
         tokens_BS = pad_sequence([torch.tensor(chunk.ids) for chunk in chunks], batch_first=True)
-        states_BSD = self._model.final_states(tokens_BS.to(self._device, non_blocking=True), view)
-        last_B = torch.tensor(lengths).to(self._device, non_blocking=True) - 1
-        return states_BSD[torch.arange(len(chunks), device=self._device), last_B]
+        tokens_BS = tokens_BS.to(self._device, non_blocking=True)
+        if hidden is None:
+            states_BSD = self._model.final_states(tokens_BS, view)
+        else:
+            hidden_BSD = pad_sequence(list(hidden), batch_first=True)
+            states_BSD = self._model.draft_states(hidden_BSD, tokens_BS, view)
+        return [states_SD[:length] for states_SD, length in zip(states_BSD, lengths, strict=True)]
 
 
 def _power_of_two(number: int) -> int:

@@ -11,7 +11,7 @@ Axes: B batch, D model width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -35,11 +35,23 @@ class Forward(Protocol):
     def logits(self, states_BD: Tensor) -> Tensor: ...
 
 
+class Chosen(NamedTuple):
+    """The tokens of a `Choice` on the host, -1 for logits that are not finite, and its log-probabilities."""
+
+    tokens: list[Any]
+    logprobs: list[list[Any]] | None
+
+
 class HostChoice(NamedTuple):
     """A choice of tokens whose copy to the host is under way."""
 
     tokens: HostCopy
     logprobs: list[HostCopy] | None
+
+    def read(self) -> Chosen:
+        """Waits for the copies."""
+        logprobs = None if self.logprobs is None else [copy.read() for copy in self.logprobs]
+        return Chosen(self.tokens.read(), logprobs)
 
 
 class _Launched(NamedTuple):
@@ -158,19 +170,23 @@ def add_tokens(requests: Sequence[Request], choice: HostChoice) -> list[Request]
 
     A request whose logits are not finite fails.
     """
-    tokens = choice.tokens.read()
-    logprobs = None if choice.logprobs is None else [copy.read() for copy in choice.logprobs]
+    chosen = choice.read()
     running = [row for row, request in enumerate(requests) if request.finish_reason is None]
     for row in running:
-        request, wanted = requests[row], requests[row].sampling.logprobs
-        if tokens[row] < 0:
-            request.fail(_not_finite())
-        elif logprobs is None or wanted is None:
-            request.take(tokens[row])
-        else:
-            chosen, ids, values = (each[row] for each in logprobs)
-            request.take(tokens[row], TokenLogprobs(chosen, tuple(zip(ids, values, strict=True))[:wanted]))
+        add_token(requests[row], chosen, row)
     return [requests[row] for row in running]
+
+
+def add_token(request: Request, choice: Chosen, row: int) -> None:
+    """Adds the token of one row of a choice to its request, which fails if the logits are not finite."""
+    token, wanted = choice.tokens[row], request.sampling.logprobs
+    if token < 0:
+        request.fail(_not_finite())
+    elif choice.logprobs is None or wanted is None:
+        request.take(token)
+    else:
+        chosen, ids, values = (each[row] for each in choice.logprobs)
+        request.take(token, TokenLogprobs(chosen, tuple(zip(ids, values, strict=True))[:wanted]))
 
 
 def _not_finite() -> GenerationError:

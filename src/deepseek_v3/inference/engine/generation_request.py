@@ -27,6 +27,16 @@ class TokenLogprobs(NamedTuple):
     top: tuple[tuple[int, float], ...]
 
 
+class Draft(NamedTuple):
+    """A token that the model's MTP layer proposes for the next place of a text.
+
+    `probabilities_V`: the distribution from which it was drawn, on the device; None if it was the most probable.
+    """
+
+    token: int
+    probabilities_V: Tensor | None
+
+
 class StreamedText:
     """The text of a completion, built token by token. `shown` never holds a stop string or the start of one.
 
@@ -75,7 +85,8 @@ class Request:
     `ids` are the ids of the prompt and then the generated ones that the host knows; `num_pending` more have been
     computed, whose ids are still on the device. `name` is used in errors. `seed` has 64 bits: tokens depend on it,
     their positions and the sampling alone. `sequence` are the tokens in the cache, None while the request waits.
-    `seen_V`: on the device, which ids occur; kept if the sampling has a repetition penalty.
+    `seen_V`: on the device, which ids occur; kept if the sampling has a repetition penalty. `drafts`: what may
+    follow the known ids. They stay when the request gives its pages back, so its next tokens do not depend on that.
     """
 
     name: str
@@ -92,6 +103,7 @@ class Request:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     sequence: CachedSequence | None = None
     seen_V: Tensor | None = None
+    drafts: list[Draft] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.num_prompt = len(self.ids)

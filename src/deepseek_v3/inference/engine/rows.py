@@ -20,8 +20,8 @@ from deepseek_v3.ops.mla_decode.formats import PAGE
 class Chunk(NamedTuple):
     """Consecutive tokens of a sequence that are computed now; `start` is the position of the first one.
 
-    The sequence has room for them already. `is_prompt`: whether they are of the request's prompt; then `start` is a
-    multiple of `PAGE`.
+    The sequence has room for them already, and may have more. `is_prompt`: whether they are of the request's
+    prompt; then `start` is a multiple of `PAGE`.
     """
 
     sequence: CachedSequence

@@ -5,7 +5,7 @@ Axes: B batch, V vocabulary, N log-probabilities of a token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,28 +33,38 @@ def choose_tokens(logits_BV: Tensor, requests: Sequence[Request]) -> Choice:
     Greedy decoding takes the lowest of equally probable ids. A request is treated in the same way in every batch:
     rows that need other operations are computed apart from each other.
     """
-    finite_B = (logits_BV - logits_BV).sum(-1) == 0  # the difference is NaN for NaN and infinity, and 0 else
-    logits_BV = at_least_float32(logits_BV).masked_fill(~finite_B[:, None], 0)
-    adjusted_BV = _with_penalties(logits_BV, requests)
-    tokens_B = _tokens(adjusted_BV, requests)
+    logits_BV, finite_B = finite_logits(logits_BV)
+    adjusted_BV = with_penalties(logits_BV, requests)
+    tokens_B = chosen_by_kind(
+        adjusted_BV, requests, lambda rows_BV, rows: _chosen(rows_BV, [requests[row] for row in rows])
+    )
     for row, request in enumerate(requests):
         if request.seen_V is not None:
             request.seen_V.scatter_(0, tokens_B[row : row + 1], True)
-    return Choice(tokens_B.masked_fill(~finite_B, -1), _logprobs(logits_BV, tokens_B, requests))
+    return Choice(tokens_B.masked_fill(~finite_B, -1), logprobs_of(logits_BV, tokens_B, requests))
 
 
-def _tokens(logits_BV: Tensor, requests: Sequence[Request]) -> Tensor:
-    groups = _groups(requests)
+def finite_logits(logits_BV: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits in float32 or wider, with zeros in rows that are not finite, and which rows are finite, (B,)."""
+    finite_B = (logits_BV - logits_BV).sum(-1) == 0  # the difference is NaN for NaN and infinity, and 0 else
+    return at_least_float32(logits_BV).masked_fill(~finite_B[:, None], 0), finite_B
+
+
+def chosen_by_kind(
+    logits_BV: Tensor, requests: Sequence[Request], choose: Callable[[Tensor, list[int]], Tensor]
+) -> Tensor:
+    """The tokens (B,) that `choose` takes from rows of logits, given with their numbers, for each kind of row."""
+    groups = kinds_of(requests)
     if len(groups) == 1:
-        return _chosen(logits_BV, requests)
+        return choose(logits_BV, groups[0])
     tokens_B = torch.empty(len(requests), dtype=torch.int64, device=logits_BV.device)
     for group in groups:
-        rows_B = _index(group, logits_BV)
-        tokens_B[rows_B] = _chosen(logits_BV[rows_B], [requests[row] for row in group])
+        rows_B = index_of(group, logits_BV)
+        tokens_B[rows_B] = choose(logits_BV[rows_B], group)
     return tokens_B
 
 
-def _groups(requests: Sequence[Request]) -> list[list[int]]:
+def kinds_of(requests: Sequence[Request]) -> list[list[int]]:
     """The rows of the batch that are greedy, that sample, and that sample from a part of the tokens."""
     kinds: dict[tuple[bool, bool], list[int]] = {}
     for row, request in enumerate(requests):
@@ -71,12 +81,21 @@ def _chosen(logits_BV: Tensor, requests: Sequence[Request]) -> Tensor:
     return sampled(logits_BV, [request.sampling for request in requests], draws_B)
 
 
-def _with_penalties(logits_BV: Tensor, requests: Sequence[Request]) -> Tensor:
+def with_penalties(
+    logits_BV: Tensor, requests: Sequence[Request], drafted: Sequence[Sequence[int]] | None = None
+) -> Tensor:
+    """The logits after the penalties of their requests.
+
+    `drafted`: for each row the tokens that are drafted before it, which count as tokens of the text.
+    """
     rows = [row for row, request in enumerate(requests) if request.sampling.repetition_penalty != 1]
     if not rows:
         return logits_BV
-    rows_B = _index(rows, logits_BV)
+    rows_B = index_of(rows, logits_BV)
     seen_BV = torch.stack([_seen(requests[row], logits_BV) for row in rows])
+    for place, row in enumerate(rows):
+        if drafted is not None and drafted[row]:
+            seen_BV[place, index_of(drafted[row], logits_BV)] = True
     penalties = [requests[row].sampling.repetition_penalty for row in rows]
     return logits_BV.index_copy(0, rows_B, penalized(logits_BV[rows_B], seen_BV, penalties))
 
@@ -90,9 +109,10 @@ def _seen(request: Request, logits_BV: Tensor) -> Tensor:
     return request.seen_V
 
 
-def _logprobs(
+def logprobs_of(
     logits_BV: Tensor, tokens_B: Tensor, requests: Sequence[Request]
 ) -> tuple[Tensor, Tensor, Tensor] | None:
+    """What `Choice` says of log-probabilities; None if no request asks for them."""
     wanted = [request.sampling.logprobs for request in requests if request.sampling.logprobs is not None]
     if not wanted:
         return None
@@ -101,5 +121,6 @@ def _logprobs(
     return logprobs_BV.gather(1, tokens_B[:, None]).squeeze(1), top.indices, top.values
 
 
-def _index(rows: Sequence[int], like: Tensor) -> Tensor:
+def index_of(rows: Sequence[int], like: Tensor) -> Tensor:
+    """Numbers as an index, (B,) int64, on the device of `like`."""
     return torch.tensor(rows).to(like.device, non_blocking=True)

@@ -14,7 +14,10 @@ from deepseek_v3.utils.errors import GenerationError
 
 
 class Plan(NamedTuple):
-    """One step: chunks of some requests, and requests whose last token is computed. Their pages are allocated."""
+    """One step: chunks of some requests, and requests whose last token is computed. Their pages are allocated.
+
+    With the last token of a request its drafts are computed; the chunk that holds that token ends with them.
+    """
 
     prefilling: list[tuple[Request, Chunk]]
     decoding: list[Request]
@@ -26,11 +29,12 @@ class Scheduler:
     A running request grows page by page. If none is left, the youngest running request gives its pages back and
     waits; once there is room its tokens are computed again. The oldest one always goes on: each fits alone, or is
     refused when it is added. A step computes up to `max_running` requests, and about `prefill_tokens` tokens of
-    chunks beside one token of each of the others.
+    chunks beside one token of each of the others, and their drafts, at most `speculate` each.
     """
 
-    def __init__(self, pool: PagePool, max_running: int, prefill_tokens: int) -> None:
+    def __init__(self, pool: PagePool, max_running: int, prefill_tokens: int, speculate: int = 0) -> None:
         self._pool, self._max_running, self._prefill_tokens = pool, max_running, prefill_tokens
+        self._speculate = speculate
         # Both in the order of arrival. Every running request is older than every waiting one.
         self._running: list[Request] = []
         self._waiting: deque[Request] = deque()
@@ -75,28 +79,36 @@ class Scheduler:
             if request.sequence is None or not request.num_uncached:
                 continue
             if request.num_uncached == 1 and request.num_tokens > request.num_prompt:
-                if self._grow(request, 1):
+                if self._grow(request, 1 + self._rows_ahead(request)):
                     plan.decoding.append(request)
                 continue
             number = self._chunk_length(request, budget)
             start = request.sequence.length
-            if number and self._grow(request, number):
+            is_last = start + number == request.num_tokens
+            if number and self._grow(request, number + (self._rows_ahead(request) if is_last else 0)):
                 budget -= number
-                ids = request.ids[start : start + number]
+                drafts = [draft.token for draft in request.drafts] if is_last else []
+                ids = [*request.ids[start : start + number], *drafts]
                 chunk = Chunk(request.sequence, start, ids, is_prompt=start < request.num_prompt)
                 plan.prefilling.append((request, chunk))
         return plan
 
     def _admit(self) -> None:
         """Starts the oldest waiting requests for whose tokens there is room beside those that run."""
-        promised = sum(pages_of(each.num_tokens + 1) - _num_pages(each) for each in self._running)
+        ahead = max(1, 2 * self._speculate - 1)  # rows of a step: the next token, or drafts and rows made of drafts
+        promised = sum(pages_of(each.num_tokens + ahead) - _num_pages(each) for each in self._running)
         while self._waiting and len(self._running) < self._max_running:
             request = self._waiting[0]
-            promised += pages_of(min(request.num_tokens + 1, request.most_tokens))
+            promised += pages_of(min(request.num_tokens + ahead, request.most_tokens))
             if promised > self._pool.num_free:
                 return
             request.sequence = CachedSequence(self._pool)
             self._running.append(self._waiting.popleft())
+
+    def _rows_ahead(self, request: Request) -> int:
+        """Rows behind the known tokens that a step takes: of drafts, and of new drafts but the last one."""
+        wanted = len(request.drafts) + max(0, self._speculate - 1)
+        return min(wanted, request.most_tokens - request.num_tokens)
 
     def _chunk_length(self, request: Request, budget: int) -> int:
         """How many tokens of a request to compute; the chunks of a prompt that do not end it end a page."""

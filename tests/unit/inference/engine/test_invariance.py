@@ -8,11 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek_v3.inference.engine.cpu_forward import CpuForward
+from deepseek_v3.inference.engine.drafts import Acceptance
 from deepseek_v3.inference.engine.engine import Engine
 from deepseek_v3.inference.engine.generation_request import Request
 from deepseek_v3.inference.engine.invariant_ops import RmsNorm, rotate, sigmoid, swiglu, turns_of
 from deepseek_v3.inference.engine.row_counts import RowCounts, agreeing, measure_row_counts
 from deepseek_v3.inference.engine.scheduler import Scheduler
+from deepseek_v3.inference.engine.speculative_engine import SpeculativeEngine
 from deepseek_v3.inference.sampling import SamplingConfig
 from deepseek_v3.mla.kv_compression import PagePool, latent_format
 from deepseek_v3.mla.rotary import rotary_tables
@@ -21,7 +23,7 @@ from deepseek_v3.ops.layers import RMSNorm
 from deepseek_v3.ops.rotary.reference import rotate as reference_rotate
 from deepseek_v3.ops.swiglu.reference import swiglu as reference_swiglu
 from helpers.caches import poisoned
-from helpers.models import YARN, small_config, small_model
+from helpers.models import YARN, foreseeable_model, small_config, small_model
 from helpers.requests import make_request
 
 CPU = torch.device("cpu")
@@ -49,6 +51,7 @@ class Schedule(NamedTuple):
     reads_late: bool = False
     order: tuple[int, ...] = tuple(range(len(LENGTHS)))
     steps_between: int = 0
+    speculate: int = 0
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -60,10 +63,21 @@ def model(request: pytest.FixtureRequest) -> DeepSeekV3:
 
 def run(model: DeepSeekV3, counts: RowCounts, schedule: Schedule) -> dict[int, tuple[object, ...]]:
     """Tokens and log-probabilities of the requests of a schedule, by their numbers."""
-    dtype = model.compute_dtype or torch.float32
-    pool = poisoned(PagePool(model.config, latent_format(model.config, dtype), schedule.num_pages, CPU))
-    scheduler = Scheduler(pool, schedule.max_running, schedule.prefill_tokens)
-    engine = Engine(CpuForward(model, pool, counts), scheduler, CPU, VOCABULARY, schedule.reads_late)
+    return run_and_count(model, counts, schedule)[0]
+
+
+def run_and_count(
+    model: DeepSeekV3, counts: RowCounts, schedule: Schedule
+) -> tuple[dict[int, tuple[object, ...]], Acceptance]:
+    """The same, and what became of the drafts."""
+    layout = latent_format(model.config, model.compute_dtype or model.head_weight_VD.dtype)
+    pool = poisoned(PagePool(model.config, layout, schedule.num_pages, CPU, min(schedule.speculate, 1)))
+    scheduler = Scheduler(pool, schedule.max_running, schedule.prefill_tokens, schedule.speculate)
+    forward, acceptance = CpuForward(model, pool, counts), Acceptance()
+    if schedule.speculate:
+        engine: Engine = SpeculativeEngine(forward, scheduler, CPU, VOCABULARY, schedule.speculate, acceptance)
+    else:
+        engine = Engine(forward, scheduler, CPU, VOCABULARY, schedule.reads_late)
     requests: dict[int, Request] = {}
     for index in schedule.order:
         generator = torch.Generator().manual_seed(index)
@@ -77,7 +91,7 @@ def run(model: DeepSeekV3, counts: RowCounts, schedule: Schedule) -> dict[int, t
     while engine.has_work:
         engine.step()
     assert pool.num_free == pool.num_pages
-    return {index: (tuple(each.generated), tuple(each.logprobs)) for index, each in requests.items()}
+    return {index: (tuple(each.generated), tuple(each.logprobs)) for index, each in requests.items()}, acceptance
 
 
 SCHEDULES = [
@@ -102,6 +116,58 @@ def test_the_numbers_are_the_same_in_bfloat16_too() -> None:
     alone = {index: run(model, counts, Schedule(order=(index,)))[index] for index in range(len(LENGTHS))}
     for schedule in SCHEDULES[1:3]:
         assert run(model, counts, schedule) == alone, schedule
+
+
+SPECULATED = (0, 1, 2, 3, 4, 6)  # the numbers of the requests that are drafted
+SPECULATIVE_SHAPES = {
+    "one draft, FP8 cache": (1, torch.float32, {"kv_lora_rank": 128, "use_fp8_kv": True}),
+    "two drafts, bfloat16": (2, torch.bfloat16, {}),
+    "two drafts, dense, two MTP layers": (
+        2,
+        torch.float32,
+        {"first_k_dense_replace": 2, "q_lora_rank": None, "num_nextn_predict_layers": 2},
+    ),
+}
+
+
+def speculative_model(dtype: torch.dtype = torch.float32, **changes: object) -> DeepSeekV3:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "max_position_embeddings": 256, "num_hidden_layers": 2}
+    sizes |= {"num_nextn_predict_layers": 1}
+    return foreseeable_model(small_config(**{**sizes, **changes}), dtype).eval()
+
+
+@pytest.mark.parametrize("shape", SPECULATIVE_SHAPES)
+def test_drafts_change_no_greedy_token_in_any_schedule(shape: str) -> None:
+    speculate, dtype, changes = SPECULATIVE_SHAPES[shape]
+    model = speculative_model(dtype, **changes)
+    counts = measure_row_counts(model, dtype)
+    undrafted = run(model, counts, Schedule(order=SPECULATED))
+    wanted, acceptance = run_and_count(model, counts, Schedule(order=SPECULATED, speculate=speculate))
+    for index in SPECULATED:
+        if SAMPLINGS[index % len(SAMPLINGS)].temperature == 0:
+            assert wanted[index] == undrafted[index]
+    assert all(0.1 < share < 1 for share in acceptance.shares)
+    assert len(acceptance.shares) == speculate
+    for schedule in (
+        Schedule(5, 8, 64, order=SPECULATED, speculate=speculate),  # preempts
+        Schedule(6, 3, order=(3, 1, 6, 0, 2, 4), steps_between=1, speculate=speculate),
+    ):
+        assert run_and_count(model, counts, schedule) == (wanted, acceptance), schedule
+    for index in (1, 3):
+        assert run(model, counts, Schedule(order=(index,), speculate=speculate))[index] == wanted[index]
+
+
+@settings(max_examples=5, deadline=None)
+@given(st.permutations(range(len(LENGTHS))), st.integers(4, 12), st.sampled_from([1, 100, 8192]), st.integers(1, 2))
+def test_any_schedule_gives_the_same_tokens_with_drafts(
+    order: list[int], num_pages: int, prefill_tokens: int, speculate: int
+) -> None:
+    model = speculative_model(num_hidden_layers=1, first_k_dense_replace=0)
+    counts = measure_row_counts(model, torch.float32)
+    schedule = Schedule(num_pages, 5, prefill_tokens, False, tuple(order[:3]), 2, speculate)
+    wanted = run(model, counts, Schedule(order=tuple(sorted(order[:3])), speculate=speculate))
+    assert run(model, counts, schedule) == wanted
 
 
 @torch.no_grad()
