@@ -50,7 +50,8 @@ def load_for_inference(
 ) -> LoadedModel:
     """Loads a model as `load_model` does, with weights that are stored as the model computes.
 
-    Of the MTP layers it loads the first `mtp_layers`, or as many as there are; the first one drafts tokens.
+    Of the MTP layers it loads the first `mtp_layers`; the first one drafts tokens. A model with fewer is refused
+    with a ConfigError.
 
     `auto` computes as the run of a checkpoint did, and otherwise as suits the device. Raises as `load_model`.
     """

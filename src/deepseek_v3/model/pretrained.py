@@ -43,7 +43,7 @@ from deepseek_v3.utils.checkpointing.checks import (
 from deepseek_v3.utils.checkpointing.directory import CheckpointDirectory, is_checkpoint
 from deepseek_v3.utils.checkpointing.errors import REPAIR, validation_problems
 from deepseek_v3.utils.checkpointing.reader import CheckpointReader, open_checkpoint
-from deepseek_v3.utils.errors import CheckpointError
+from deepseek_v3.utils.errors import CheckpointError, ConfigError
 from deepseek_v3.utils.logging import get_logger
 from deepseek_v3.utils.text import format_si, format_value
 
@@ -159,10 +159,16 @@ def prepare_for_inference(model: DeepSeekV3, dtype: torch.dtype, mtp_layers: int
     """Lets a model, on the meta device, compute in `dtype` without casting a weight: to be called before loading.
 
     Matrices are stored in `dtype`. Norms and routers compute in float32 and stay in it, so the model computes the
-    same numbers as one whose float32 weights are cast at every use. The first `mtp_layers` MTP layers, or as many
-    as there are, draft tokens and stay; the others do not run and are removed.
+    same numbers as one whose float32 weights are cast at every use. The first `mtp_layers` MTP layers,
+    which draft tokens, stay; the others do not run and are removed. Raises ConfigError if the model has fewer.
     """
-    model.keep_mtp_layers(min(mtp_layers, model.config.num_nextn_predict_layers))
+    found = model.config.num_nextn_predict_layers
+    if found < mtp_layers:
+        raise ConfigError(
+            f"found {found} MTP layers in the model, expected {mtp_layers} to draft tokens; take weights that hold "
+            "MTP layers (num_nextn_predict_layers = 1 or more), or generate without --speculate"
+        )
+    model.keep_mtp_layers(mtp_layers)
     for module in model.modules():
         if isinstance(module, (Linear, nn.Embedding, RoutedExperts)):
             module.to(dtype)
