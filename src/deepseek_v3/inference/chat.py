@@ -12,11 +12,10 @@ import typer
 from deepseek_v3.inference.chat_session import ChatSession
 from deepseek_v3.inference.chat_template import ChatTemplate, Message, read_template, template_of
 from deepseek_v3.inference.conversation import Conversation
-from deepseek_v3.inference.generate import StoredPrecision
+from deepseek_v3.inference.generate import DeviceOption, KvOption, PrecisionOption, StoredPrecision, TopPOption
 from deepseek_v3.inference.generator import Generator
 from deepseek_v3.inference.sampling import SamplingConfig
 from deepseek_v3.interop.load_model import load_for_inference
-from deepseek_v3.mla.kv_compression import KvFormat
 from deepseek_v3.utils.command_line import integer_option, number_option, print_next_steps
 from deepseek_v3.utils.distributed.launch import select_device
 from deepseek_v3.utils.errors import GenerationError
@@ -38,26 +37,13 @@ def chat(
     temperature: Annotated[
         float, typer.Option(metavar="NUMBER", parser=number_option, help="0: always the most probable token.")
     ] = SamplingConfig.temperature,
-    top_p: Annotated[
-        float,
-        typer.Option(
-            metavar="NUMBER",
-            parser=number_option,
-            help="Sample from the fewest tokens that hold this share of the probability.",
-        ),
-    ] = SamplingConfig.top_p,
+    top_p: TopPOption = SamplingConfig.top_p,
     seed: Annotated[
         int, typer.Option(metavar="NUMBER", parser=integer_option(0), help="The same seed gives the same answers.")
     ] = SamplingConfig.seed,
-    kv: Annotated[
-        KvFormat | None,
-        typer.Option(help="Format of the cache; by default fp8 if the config has use_fp8_kv, else as computed."),
-    ] = None,
-    precision: Annotated[
-        StoredPrecision,
-        typer.Option(help="Type that weights are stored and multiplied in; auto as the run computed."),
-    ] = StoredPrecision.AUTO,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    kv: KvOption = None,
+    precision: PrecisionOption = StoredPrecision.AUTO,
+    device: DeviceOption = "auto",
 ) -> None:
     """Talk with a model in the terminal."""
     configure_logging(stderr=True)

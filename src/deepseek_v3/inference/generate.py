@@ -39,6 +39,25 @@ class StoredPrecision(str, Enum):
     FP32 = "fp32"
 
 
+# Options that `dsv3 chat` and `dsv3 serve` have, too.
+TopPOption = Annotated[
+    float,
+    typer.Option(
+        metavar="NUMBER",
+        parser=number_option,
+        help="Sample from the fewest tokens that hold this share of the probability.",
+    ),
+]
+KvOption = Annotated[
+    KvFormat | None,
+    typer.Option(help="Format of the cache; by default fp8 if the config has use_fp8_kv, else as computed."),
+]
+PrecisionOption = Annotated[
+    StoredPrecision, typer.Option(help="Type that weights are stored and multiplied in; auto as the run computed.")
+]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
+
 def generate(
     checkpoint: Annotated[Path, typer.Option(help="A checkpoint, or a folder of them: the newest undamaged.")],
     prompt: Annotated[str | None, typer.Option(help="The text to continue.")] = None,
@@ -57,14 +76,7 @@ def generate(
             help="0: always the most probable token; 1: the model's own distribution.",
         ),
     ] = SamplingConfig.temperature,
-    top_p: Annotated[
-        float,
-        typer.Option(
-            metavar="NUMBER",
-            parser=number_option,
-            help="Sample from the fewest tokens that hold this share of the probability.",
-        ),
-    ] = SamplingConfig.top_p,
+    top_p: TopPOption = SamplingConfig.top_p,
     top_k: Annotated[
         int | None,
         typer.Option(
@@ -98,10 +110,7 @@ def generate(
         ),
     ] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Recompute the whole text at every step.")] = False,
-    kv: Annotated[
-        KvFormat | None,
-        typer.Option(help="Format of the cache; by default fp8 if the config has use_fp8_kv, else as computed."),
-    ] = None,
+    kv: KvOption = None,
     speculate: Annotated[
         int,
         typer.Option(
@@ -110,11 +119,8 @@ def generate(
             help="Tokens that the model's MTP layer drafts per step, 0 to 2; texts keep their distribution.",
         ),
     ] = 0,
-    precision: Annotated[
-        StoredPrecision,
-        typer.Option(help="Type that weights are stored and multiplied in; auto as the run computed."),
-    ] = StoredPrecision.AUTO,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    precision: PrecisionOption = StoredPrecision.AUTO,
+    device: DeviceOption = "auto",
     output: Annotated[
         Path | None, typer.Option(help="Also write the results to this new file, as JSON lines.")
     ] = None,

@@ -15,7 +15,7 @@ import typer
 
 from deepseek_v3.config.text_files import read_text
 from deepseek_v3.inference.chat_template import ChatTemplate, read_template, template_of
-from deepseek_v3.inference.generate import StoredPrecision
+from deepseek_v3.inference.generate import DeviceOption, KvOption, PrecisionOption, StoredPrecision
 from deepseek_v3.inference.generator import Generator
 from deepseek_v3.inference.server.service import ServedModel, ServerLimits, Service
 from deepseek_v3.interop.load_model import load_for_inference
@@ -84,15 +84,9 @@ def serve(
             metavar="NUMBER", parser=integer_option(0), help="How long answers may go on after Ctrl-C or SIGTERM."
         ),
     ] = 30,
-    kv: Annotated[
-        KvFormat | None,
-        typer.Option(help="Format of the cache; by default fp8 if the config has use_fp8_kv, else as computed."),
-    ] = None,
-    precision: Annotated[
-        StoredPrecision,
-        typer.Option(help="Type that weights are stored and multiplied in; auto as the run computed."),
-    ] = StoredPrecision.AUTO,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    kv: KvOption = None,
+    precision: PrecisionOption = StoredPrecision.AUTO,
+    device: DeviceOption = "auto",
 ) -> None:
     """Serve a model over HTTP, with OpenAI's API and a page to try it."""
     configure_logging(stderr=True)
