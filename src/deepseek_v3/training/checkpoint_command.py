@@ -17,13 +17,14 @@ from deepseek_v3.utils.checkpointing.directory import (
     CheckpointDirectory,
     is_checkpoint,
     load_checkpoint,
+    remove_checkpoint,
     save_checkpoint,
 )
 from deepseek_v3.utils.checkpointing.reader import CheckpointReader, open_checkpoint
 from deepseek_v3.utils.checkpointing.state_dict import unflatten
 from deepseek_v3.utils.command_line import integer_option, print_next_steps
 from deepseek_v3.utils.errors import CheckpointError, ConfigError
-from deepseek_v3.utils.files import new_file_problem, remove_folder
+from deepseek_v3.utils.files import new_file_problem
 from deepseek_v3.utils.logging import configure_logging, get_logger
 from deepseek_v3.utils.progress import ProgressDisplay
 from deepseek_v3.utils.text import format_si, pluralize, printable, table
@@ -133,7 +134,7 @@ def prune(
     for path in outdated:
         _log.info(f"{'would remove' if dry_run else 'removing'} {path}")
         if not dry_run:
-            remove_folder(path) if path.is_dir() else path.unlink(missing_ok=True)
+            remove_checkpoint(path)
     done = "would be removed" if dry_run else "removed"
     typer.echo(f"{pluralize(len(outdated), 'checkpoint')} {done}, {format_si(freed, 'B')}")
     print_next_steps(["dsv3", "checkpoint", "list", folder])
@@ -250,8 +251,7 @@ def outdated_checkpoints(folder: Path, keep: int, every: int | None = None) -> l
 
     Raises CheckpointError if none is undamaged.
     """
-    directory = CheckpointDirectory(folder, keep)
-    newest = _checkpoints([folder])
+    directory, newest = CheckpointDirectory(folder, keep, every or 0), _checkpoints([folder])
     num_good, places = 0, 0
     while num_good < keep and places < len(newest):
         (problem,) = verified(newest[places : places + 1])
@@ -262,12 +262,7 @@ def outdated_checkpoints(folder: Path, keep: int, every: int | None = None) -> l
             _log.warning(problem)
     if not num_good:
         raise CheckpointError(f"{folder}: none of its checkpoints is undamaged; nothing was removed")
-    kept = {path for step in directory.steps() if every and step % every == 0 for path in _forms(directory, step)}
-    return [path for path in newest[places:] if path not in kept]
-
-
-def _forms(directory: CheckpointDirectory, step: int) -> tuple[Path, Path]:
-    return directory.file_of(step), directory.folder_of(step)
+    return [path for path in newest[places:] if not directory.keeps_for_ever(path)]
 
 
 def _checkpoints(paths: Sequence[Path]) -> list[Path]:

@@ -24,7 +24,7 @@ from deepseek_v3.utils.errors import CheckpointError
 from deepseek_v3.utils.files import remove_folder
 from deepseek_v3.utils.logging import get_logger
 
-__all__ = ["CheckpointDirectory", "is_checkpoint", "load_checkpoint", "save_checkpoint"]
+__all__ = ["CheckpointDirectory", "is_checkpoint", "load_checkpoint", "remove_checkpoint", "save_checkpoint"]
 
 T = TypeVar("T")
 
@@ -105,13 +105,17 @@ class CheckpointDirectory:
         found = self._found()
         oldest_kept = sorted({_step_of(path) for path in found if _step_of(path) <= step})[-self.keep :][0]
         older = [path for path in found if _step_of(path) < oldest_kept]
-        outdated = [path for path in older if not (self.keep_every and _step_of(path) % self.keep_every == 0)]
+        outdated = [path for path in older if not self.keeps_for_ever(path)]
         other_form = [path for path in found if _step_of(path) == step and path.name != complete.name]
         for path in outdated + other_form:
             try:
-                remove_folder(path) if path.is_dir() else path.unlink(missing_ok=True)
+                remove_checkpoint(path)
             except OSError as error:
                 _log.warning("%s: is outdated and cannot be removed: %s; remove it by hand", path, error.strerror)
+
+    def keeps_for_ever(self, path: Path) -> bool:
+        """Whether the step of one of these checkpoints is a multiple of `keep_every`."""
+        return self.keep_every > 0 and _step_of(path) % self.keep_every == 0
 
     def steps(self) -> list[int]:
         """The steps of all checkpoints, ascending; none if the folder does not exist yet."""
@@ -161,6 +165,11 @@ class CheckpointDirectory:
                 f"{self.path}: cannot be read as a folder: {error.strerror}; "
                 "choose another with --set checkpoint.directory=..."
             ) from error
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Removes a checkpoint, if it exists, so that it is never visible half deleted."""
+    remove_folder(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _has_form(entry: Path) -> bool:
