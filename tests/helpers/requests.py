@@ -9,7 +9,11 @@ class NoText(StreamedText):
     """The text of a request whose tokens have none."""
 
     def __init__(self) -> None:
-        self.shown = ""
+        """There is nothing to decode."""
+
+    @property
+    def shown(self) -> str:
+        return ""
 
     def push(self, token: int) -> bool:
         return token < 0

@@ -105,7 +105,7 @@ def build_model(task: GenerationTask) -> DeepSeekV3:
     initialize(model, task.model.initializer_range, seed=0)
     with torch.no_grad():
         model.head_weight_VD[_END] = 0
-    return model.eval()
+    return model.eval().requires_grad_(False)
 
 
 def timed(run: Callable[[int], None], new: int, device: torch.device) -> tuple[float, float]:

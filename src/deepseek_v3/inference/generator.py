@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import abc
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.inference.engine.cpu_forward import CpuForward
 from deepseek_v3.inference.engine.device_forward import PREFILL_TOKENS, DeviceForward
+from deepseek_v3.inference.engine.device_rows import runs_by_rows
 from deepseek_v3.inference.engine.drafts import MOST_DRAFTS, Acceptance
 from deepseek_v3.inference.engine.engine import Engine, add_tokens, copy_to_host
 from deepseek_v3.inference.engine.generation_request import FinishReason, Request, StreamedText, TokenLogprobs
@@ -46,6 +48,17 @@ class Completion:
     tokens: tuple[int, ...]
     finish_reason: FinishReason
     logprobs: tuple[TokenLogprobs, ...] | None = None
+
+
+class _Place(NamedTuple):
+    """Where requests run: pages, and an engine over them.
+
+    On a GPU, whose graphs take longer to capture than a short text, they stay for the next requests, if the weights
+    of the model do not change.
+    """
+
+    pool: PagePool
+    engine: Engine
 
 
 class Generator:
@@ -87,6 +100,7 @@ class Generator:
         self._device = model.head_weight_VD.device
         _require_drafting(model, speculate)
         self._speculate, self.acceptance = speculate, Acceptance()
+        self._kept: _Place | None = None
         self.kv_cache = KvCache(model, kv, mtp_layers=min(speculate, 1))
 
     def generate(
@@ -136,7 +150,7 @@ class Generator:
         """An engine without requests that runs up to `batch_size` of them at a time over a pool of pages."""
         on_cpu = self._device.type == "cpu"
         forward: DraftingForward
-        forward = CpuForward(self._model, pool, self._row_counts) if on_cpu else DeviceForward(self._model)
+        forward = CpuForward(self._model, pool, self._row_counts) if on_cpu else DeviceForward(self._model, pool)
         scheduler = Scheduler(pool, self._batch_size, PREFILL_TOKENS, self._speculate)
         place = forward, scheduler, self._device, self._num_ids
         if self._speculate:
@@ -188,7 +202,8 @@ class Generator:
         requests = [request for request in requests if request.finish_reason is None]
         if not use_cache:
             return self._steps_without_cache(requests)
-        fitting = self.kv_cache.pages_that_fit() if requests else 0
+        kept = 0 if self._kept is None else self._kept.pool.num_pages
+        fitting = kept + self.kv_cache.pages_that_fit() if requests else 0
         for request in requests:
             require_room(request, fitting, self.kv_cache.layout.could_be_fp8)
         return self._engine_steps(requests, fitting)
@@ -197,15 +212,26 @@ class Generator:
         if not requests:
             return
         most = sorted(pages_of(request.most_tokens) for request in requests)[-self._batch_size :]
-        engine = self.new_engine(self.kv_cache.new_pool(min(sum(most), fitting)))
+        place = self._place(min(sum(most), fitting))
         try:
             for request in requests:
-                engine.add(request)
-            while engine.has_work:
-                _raise_error(engine.step())
+                place.engine.add(request)
+            while place.engine.has_work:
+                _raise_error(place.engine.step())
                 yield
         finally:
-            engine.close()
+            place.engine.close()
+            if self._device.type != "cpu" and runs_by_rows(self._model):
+                self._kept = place
+
+    def _place(self, num_pages: int) -> _Place:
+        """An engine over a pool of at least this many pages: the kept one, if it is as large, or a new one."""
+        kept, self._kept = self._kept, None
+        if kept is not None and kept.pool.num_pages >= num_pages:
+            return kept
+        del kept
+        pool = self.kv_cache.new_pool(num_pages)
+        return _Place(pool, self.new_engine(pool))
 
     @cached_property
     def _row_counts(self) -> RowCounts:

@@ -60,7 +60,8 @@ class CachedSequence:
         page = self.partial_page
         if num_tokens and page is not None and self.pool.owners(page) > 1:
             self.pages[-1] = self.pool.copy(page)
-        self.pages.extend(self.pool.allocate(pages_of(self.length + num_tokens) - len(self.pages)))
+        if missing := pages_of(self.length + num_tokens) - len(self.pages):
+            self.pages.extend(self.pool.allocate(missing))
         self.length += num_tokens
 
 

@@ -38,9 +38,13 @@ class MTPLayer(DecoderLayer):
 
         With a cache, also stores the rows of positions i in it and attends to its rows, as a main layer does.
         """
-        joined_BSX = torch.cat((self.enorm(embedded_BSD), self.hnorm(hidden_BSD)), dim=-1)
-        y_BSD, stats = super().forward(self.eh_proj(joined_BSX), metadata, cache)
+        y_BSD, stats = super().forward(self.joined(hidden_BSD, embedded_BSD), metadata, cache)
         return self.head_norm(y_BSD), stats
+
+    def joined(self, hidden_BSD: Tensor, embedded_BSD: Tensor) -> Tensor:
+        """What enters the layer, (B, S, D): eq. 21."""
+        joined_BSX = torch.cat((self.enorm(embedded_BSD), self.hnorm(hidden_BSD)), dim=-1)
+        return self.eh_proj(joined_BSX)
 
     @property
     def head_norm(self) -> RMSNorm:

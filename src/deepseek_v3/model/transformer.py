@@ -91,7 +91,7 @@ class DeepSeekV3(nn.Module):
 
     def final_states(self, tokens_BS: Tensor, cache: CacheView | None = None) -> Tensor:
         """The states (B, S, D) that the head reads, with a cache as in `forward`."""
-        metadata = self.attention_metadata(tokens_BS) if cache is None else self._continued(cache)
+        metadata = self.attention_metadata(tokens_BS) if cache is None else self.cached_metadata(cache)
         x_BSD, _ = self.run_layers(self.embed(tokens_BS), metadata, cache=cache)
         return self.model.norm(x_BSD)
 
@@ -100,7 +100,7 @@ class DeepSeekV3(nn.Module):
 
         `hidden_BSD`: the states at the positions of the cache's view, of which `tokens_BS` are the next tokens.
         """
-        layer, metadata = self.model.layers[self.config.num_hidden_layers], self._continued(cache)
+        layer, metadata = self.model.layers[self.config.num_hidden_layers], self.cached_metadata(cache)
         states_BSD, _ = self.run_layer(layer, hidden_BSD, self.embed(tokens_BS), metadata, cache)
         drafted_BSD: Tensor = states_BSD
         return drafted_BSD
@@ -166,7 +166,8 @@ class DeepSeekV3(nn.Module):
             routing += [stats] if stats else []
         return predictions, routing
 
-    def _continued(self, cache: CacheView) -> AttentionMetadata:
+    def cached_metadata(self, cache: CacheView) -> AttentionMetadata:
+        """Positions and rotary tables of new tokens that continue cached ones."""
         return AttentionMetadata(cache.positions_BS, *rotary_tables(cache.positions_BS, self.config))
 
 

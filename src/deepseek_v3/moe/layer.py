@@ -36,7 +36,7 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, RoutingStats]:
         """Returns the layer's output, in the shape (B, S, D) and type of `x_BSD`, and statistics of its router."""
         routing, stats = self.route(x_BSD)
-        return self._run_experts(x_BSD, routing), stats
+        return self.run_experts(x_BSD, routing.gates_TK, routing.experts_TK), stats
 
     def route(self, x_BSD: Tensor) -> tuple[Routing, RoutingStats]:
         """Chooses the experts of each token, and counts and balances the load that this makes."""
@@ -48,10 +48,10 @@ class MixtureOfExperts(nn.Module):
         )
         return routing, RoutingStats(counts_E, balance_loss)
 
-    def _run_experts(self, x_BSD: Tensor, routing: Routing) -> Tensor:
+    def run_experts(self, x_BSD: Tensor, gates_TK: Tensor, experts_TK: Tensor) -> Tensor:
         """The sum of routed and shared experts; the shared ones run while tokens are dispatched and combined."""
         shared = self.shared_experts if self.config.n_shared_experts else None
-        sent = self.dispatcher.dispatch(x_BSD.flatten(0, 1), routing.gates_TK, routing.experts_TK)
+        sent = self.dispatcher.dispatch(x_BSD.flatten(0, 1), gates_TK, experts_TK)
         hidden = shared.hidden(x_BSD) if shared else None
         *received, handle = self.dispatcher.wait_dispatch(sent)
         returned = self.dispatcher.combine(self.experts(*received), handle)

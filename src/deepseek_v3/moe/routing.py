@@ -13,14 +13,11 @@ from torch import Tensor, nn
 
 from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.ops.operation import Select
-from deepseek_v3.ops.router_gemm import ROUTER_GEMM, RouterLogits, reference_router_logits
+from deepseek_v3.ops.router_gemm import ROUTER_GEMM, RouterLogits, raised_logits, reference_router_logits
 from deepseek_v3.ops.top_k import TOP_K, TopK, top_k
 
 # The score of a group is the sum of its best two experts, as in the released gate.
 _EXPERTS_PER_GROUP_SCORE = 2
-
-# Below this logit, sigmoid equals exp to 27 digits. In float32 it loses digits from -87 on, and is 0 from -89 on.
-_LEAST_BEST_LOGIT = -64.0
 
 
 class Routing(NamedTuple):
@@ -105,14 +102,3 @@ class Router(nn.Module):
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """`dtype`, or float32 for a narrower float type."""
     return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
-
-
-def raised_logits(logits_TE: Tensor) -> Tensor:
-    """The logits, such that their sigmoid does not underflow to 0 for all experts of a token.
-
-    If the best logit of a token is below `_LEAST_BEST_LOGIT`, the same amount is added to all of its logits,
-    which keeps the ratios of its scores.
-    """
-    best_T1 = logits_TE.detach().amax(-1, keepdim=True)
-    raised_TE = logits_TE - best_T1 + _LEAST_BEST_LOGIT
-    return torch.where(best_T1 < _LEAST_BEST_LOGIT, raised_TE, logits_TE)

@@ -12,6 +12,7 @@ from deepseek_v3.inference import generator as module
 from deepseek_v3.inference import kv_cache
 from deepseek_v3.inference.engine.cpu_forward import CpuForward
 from deepseek_v3.inference.engine.device_forward import DeviceForward
+from deepseek_v3.inference.engine.device_rows import runs_by_rows
 from deepseek_v3.inference.engine.rows import Chunk
 from deepseek_v3.inference.generator import Completion, Generator
 from deepseek_v3.inference.kv_cache import KvCache
@@ -80,18 +81,23 @@ def test_the_cache_changes_no_text(
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets generators on the CPU run the modules of the model, and read tokens one step late."""
     engine = module.Engine
-    monkeypatch.setattr(module, "CpuForward", lambda model, *_: DeviceForward(model))
+    monkeypatch.setattr(module, "CpuForward", lambda model, pool, *_: DeviceForward(model, pool))
     monkeypatch.setattr(module, "Engine", lambda *parts, **_: engine(*parts, reads_late=True))
 
 
+@pytest.mark.parametrize("is_loaded", [False, True])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_the_modules_of_the_model_give_the_same_text(
+def test_the_forward_pass_of_a_gpu_gives_the_same_text(
     model: DeepSeekV3,
     tokenizer: Tokenizer,
     prompts: list[list[int]],
     request: pytest.FixtureRequest,
     temperature: float,
+    is_loaded: bool,
 ) -> None:
+    """Modules run a model that is trained; one that was loaded for inference runs row by row."""
+    model = copy.deepcopy(model).requires_grad_(not is_loaded)
+    assert runs_by_rows(model) == is_loaded
     sampling = SamplingConfig(temperature=temperature, max_new_tokens=12, repetition_penalty=1.2)
     wanted = texts(Generator(model, tokenizer).continue_tokens(prompts, sampling))
     request.getfixturevalue("as_on_a_gpu")
@@ -106,22 +112,25 @@ def drafting(tokenizer: Tokenizer) -> DeepSeekV3:
     return foreseeable_model(small_config(vocab_size=tokenizer.vocab_size, **sizes)).eval()
 
 
+@pytest.mark.parametrize("is_loaded", [False, True])
 @pytest.mark.parametrize("speculate", [1, 2])
 @pytest.mark.parametrize("chunk", [64, 8192])
-def test_the_modules_of_the_model_accept_the_same_drafts(
+def test_the_forward_pass_of_a_gpu_accepts_the_same_drafts(
     drafting: DeepSeekV3,
     tokenizer: Tokenizer,
     prompts: list[list[int]],
     monkeypatch: pytest.MonkeyPatch,
     speculate: int,
     chunk: int,
+    is_loaded: bool,
 ) -> None:
+    drafting = copy.deepcopy(drafting).requires_grad_(not is_loaded)
     plain = Generator(drafting, tokenizer)
     wanted = texts(plain.continue_tokens(prompts, GREEDY))
     monkeypatch.setattr(module, "PREFILL_TOKENS", chunk)
     on_cpu = Generator(drafting, tokenizer, speculate=speculate)
     assert texts(on_cpu.continue_tokens(prompts, GREEDY)) == wanted
-    monkeypatch.setattr(module, "CpuForward", lambda model, *_: DeviceForward(model))
+    monkeypatch.setattr(module, "CpuForward", lambda model, pool, *_: DeviceForward(model, pool))
     on_device = Generator(drafting, tokenizer, speculate=speculate)
     assert texts(on_device.continue_tokens(prompts, GREEDY)) == wanted
     assert on_device.acceptance == on_cpu.acceptance

@@ -24,7 +24,7 @@ def kernel_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ctypes.
     folder = tmp_path_factory.mktemp("kernels")
 
     def compiled(layout: LatentFormat) -> ctypes.CDLL:
-        parts = {"PARTS": 8, "SHORTEST_PART": PART, "LONGEST_PART": PART, "MOST_PARTS": 64, "LONG": 600}
+        parts = {"PARTS": 8, "LONGEST_PART": PART, "MOST_PARTS": 64, "LONG": 600}
         defines = {"RANK": layout.rank, "FP8": int(layout.is_fp8), **parts}
         return emulated_kernel(folder, "mla_decode", "mla_decode", defines)
 
@@ -44,7 +44,7 @@ def decode(kernel: ctypes.CDLL, q_BSHL: Tensor, cache: Cached, blocks: int = 3) 
     given = (q_BSHL, cache.pages, cache.table_BM.contiguous(), cache.lengths_B)
     results = (out_BSHC, sums_BSH, parts_BIXC, part_rows_BIX4, added_B, kept)
     pointers = [ctypes.c_void_p(each.data_ptr()) for each in (*given, *results)]
-    numbers = [ctypes.c_int(number) for number in (batch, new, heads, parts, cache.table_BM.shape[1])]
+    numbers = [ctypes.c_int(number) for number in (batch, new, heads, parts, PART, cache.table_BM.shape[1])]
     shape = [ctypes.c_long(len(cache.pages) * PAGE), ctypes.c_long(width)]
     scale = ctypes.c_float(scale_of(cache.layout))
     kernel.run(ctypes.c_int(blocks), *pointers[:2], *shape, *pointers[2:], *numbers, scale)
@@ -120,8 +120,9 @@ def test_the_number_of_parts_is_never_larger_than_the_memory() -> None:
     pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds only")
     from deepseek_v3.ops.mla_decode.cuda import most_parts, part_tokens
 
-    largest = 0
-    for length in range(1, 40_000):
-        assert part_tokens(length) % PAGE == 0
-        largest = max(largest, -(-length // part_tokens(length)))
-        assert largest <= most_parts(length)
+    for rows in (8, 16, 17, 128):
+        largest = 0
+        for length in range(1, 40_000):
+            assert part_tokens(length, rows) % PAGE == 0
+            largest = max(largest, -(-length // part_tokens(length, rows)))
+            assert largest <= most_parts(length, rows)

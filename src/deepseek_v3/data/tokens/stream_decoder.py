@@ -37,10 +37,10 @@ class StreamDecoder:
         self._num_context = len(self._ids)
         self._num_shown = len(tokenizer.decode(self._ids))
 
-    def push(self, id_: int) -> str:
-        """Adds the next id, and returns the text that it completes, often empty."""
-        self._ids.append(id_)
-        token = self._tokenizer.token(id_)
+    def push(self, *ids: int) -> str:
+        """Adds the next ids, at least one, and returns the text that the last of them completes, often empty."""
+        self._ids += ids
+        token = self._tokenizer.token(ids[-1])
         if not self._only_appends or token is None or (self._by_bytes and _BYTE.fullmatch(token)):
             return ""
         text = self._tokenizer.decode(self._ids)

@@ -16,7 +16,7 @@ from deepseek_v3.inference.engine.invariant_ops import sigmoid, swiglu, transpos
 from deepseek_v3.inference.engine.row_counts import padded
 from deepseek_v3.moe.experts import FeedForward
 from deepseek_v3.moe.layer import MixtureOfExperts
-from deepseek_v3.moe.routing import raised_logits
+from deepseek_v3.ops.router_gemm import raised_logits
 
 
 class CpuFeedForward:

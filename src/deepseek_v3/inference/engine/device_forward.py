@@ -1,9 +1,9 @@
-"""The forward pass of the engine on a GPU, through the modules of the model and their kernels.
+"""The forward pass of the engine on a GPU.
 
-A pass over generated tokens has one of a few shapes: the number of sequences and the width of their page tables are
-powers of two. It can therefore be captured once for each shape.
+Prompts run through the modules of the model. So do generated tokens of a model that is trained, whose weights are
+wider than what it computes in; those of a model that was loaded for inference run row by row, in captured graphs.
 
-Axes: B sequences, S new tokens, D model width, V vocabulary.
+Axes: B sequences, S new tokens, N rows, D model width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,23 +11,34 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from deepseek_v3.inference.engine.device_prompts import PromptForward
+from deepseek_v3.inference.engine.device_rows import Row, RowsForward, runs_by_rows
 from deepseek_v3.inference.engine.rows import Chunk
 from deepseek_v3.mla.cached_sequences import CachedSequence, view_of_new_tokens
+from deepseek_v3.mla.kv_compression import PagePool
 from deepseek_v3.model.transformer import DeepSeekV3
+from deepseek_v3.ops.operation import Op, Operation, Target
 
 PREFILL_TOKENS = 8192  # of one forward pass, with padding
 
 
 class DeviceForward:
-    """Runs a model whose layers attend to the pages of a pool."""
+    """Runs a model whose layers attend to the pages of a pool. It is valid while the weights do not change."""
 
-    def __init__(self, model: DeepSeekV3) -> None:
+    def __init__(self, model: DeepSeekV3, pool: PagePool) -> None:
         self._model = model
         self._device = model.head_weight_VD.device
+        self._rows: RowsForward | None = None
+        self._prompts: PromptForward | DeepSeekV3 = model
+        if runs_by_rows(model):
+            self._rows = RowsForward(model, pool, self._select)
+            self._prompts = PromptForward(model, self._select)
+
+    def _select(self, operation: Operation[Op], *widths: int) -> Op:
+        return operation.select(Target(self._device, self._model.head_weight_VD.dtype, widths)).run
 
     def prefill(self, chunks: Sequence[Chunk]) -> Tensor:
         """Computes chunks of several sequences; returns the state of the last token of each, (B, D)."""
@@ -35,15 +46,14 @@ class DeviceForward:
 
     def decode(self, sequences: Sequence[CachedSequence], tokens_B: Tensor) -> Tensor:
         """Computes the last token of each sequence; returns their states, (B, D)."""
-        rows = _power_of_two(len(sequences))
-        pages = _power_of_two(max(len(sequence.pages) for sequence in sequences))
-        view = view_of_new_tokens(sequences, [1] * len(sequences), rows, pages)
-        tokens_BS = F.pad(tokens_B, (0, rows - len(sequences)))[:, None]
-        return self._model.final_states(tokens_BS, view)[: len(sequences), 0]
+        if self._rows is not None:
+            return self._rows.states([Row(each, each.length - 1) for each in sequences], tokens_B)
+        view = view_of_new_tokens(sequences, [1] * len(sequences))
+        return self._model.final_states(tokens_B[:, None], view)[:, 0]
 
     def logits(self, states_BD: Tensor) -> Tensor:
         """The logits of the token after each state, (B, V)."""
-        return self._model.logits(states_BD)
+        return self._model.logits(states_BD) if self._rows is None else self._rows.logits(states_BD)
 
     def states(self, chunks: Sequence[Chunk]) -> list[Tensor]:
         """Computes chunks of several sequences; returns the states of the tokens of each, (S, D)."""
@@ -61,6 +71,11 @@ class DeviceForward:
         found: dict[int, Tensor] = {}
         for is_prompt in (True, False):
             rows = [row for row, chunk in enumerate(chunks) if chunk.is_prompt == is_prompt]
+            if not is_prompt and rows and self._rows is not None:
+                hidden_ND = None if hidden is None else torch.cat([hidden[row] for row in rows])
+                parts = _row_by_row(self._rows, [chunks[row] for row in rows], hidden_ND)
+                found |= dict(zip(rows, parts, strict=True))
+                continue
             together = max(1, PREFILL_TOKENS // max((len(chunks[row].ids) for row in rows), default=1))
             for first in range(0, len(rows), together):
                 group = rows[first : first + together]
@@ -75,13 +90,15 @@ class DeviceForward:
         tokens_BS = pad_sequence([torch.tensor(chunk.ids) for chunk in chunks], batch_first=True)
         tokens_BS = tokens_BS.to(self._device, non_blocking=True)
         if hidden is None:
-            states_BSD = self._model.final_states(tokens_BS, view)
+            states_BSD = self._prompts.final_states(tokens_BS, view)
         else:
             hidden_BSD = pad_sequence(list(hidden), batch_first=True)
-            states_BSD = self._model.draft_states(hidden_BSD, tokens_BS, view)
+            states_BSD = self._prompts.draft_states(hidden_BSD, tokens_BS, view)
         return [states_SD[:length] for states_SD, length in zip(states_BSD, lengths, strict=True)]
 
 
-def _power_of_two(number: int) -> int:
-    """The smallest power of two that is not below `number`."""
-    return 1 << (number - 1).bit_length()
+def _row_by_row(forward: RowsForward, chunks: Sequence[Chunk], hidden_ND: Tensor | None) -> Sequence[Tensor]:
+    """The states of generated tokens, or with states of the tokens before them of the MTP layer, for each chunk."""
+    rows = [Row(chunk.sequence, position) for chunk in chunks for position in range(chunk.start, chunk.end)]
+    states_ND = forward.states(rows, [token for chunk in chunks for token in chunk.ids], hidden_ND)
+    return states_ND.split([len(chunk.ids) for chunk in chunks])

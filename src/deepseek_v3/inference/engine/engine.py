@@ -137,6 +137,8 @@ class Engine:
 
     def _last_tokens(self, requests: Sequence[Request]) -> Tensor:
         """The last token of each request, (B,), taken from the device if it is pending."""
+        if self._launched is not None and self._launched.requests == requests:
+            return self._launched.tokens_B.clamp(min=0)
         known_B = self._on_device([request.ids[-1] for request in requests])
         if self._launched is None or not any(request.num_pending for request in requests):
             return known_B

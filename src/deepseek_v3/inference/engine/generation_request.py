@@ -40,40 +40,52 @@ class Draft(NamedTuple):
 class StreamedText:
     """The text of a completion, built token by token. `shown` never holds a stop string or the start of one.
 
-    `prompt` are the ids that the text continues.
+    `prompt` are the ids that the text continues. Without stop strings, tokens are decoded when the text is wanted.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], prompt: Sequence[int] = ()) -> None:
-        self.shown = ""
+        self._shown = ""
         self._held = ""  # the end of the text that may be the start of a stop string
+        self._new: list[int] = []  # not decoded yet
         self._stop = stop
         self._decoder = StreamDecoder(tokenizer, prompt)
 
+    @property
+    def shown(self) -> str:
+        """The text that no later token can change."""
+        self._decode()
+        return self._shown
+
     def push(self, token: int) -> bool:
         """Adds the next token; returns True if it completes a stop string, which ends the text."""
-        return self._ends_with(self._decoder.push(token))
+        self._new.append(token)
+        return bool(self._stop) and self._decode()
 
     def end(self) -> bool:
         """Adds the text that was held back for an unfinished character or stop string to `shown`.
 
         Returns True if that text completes a stop string, which ends the text before it.
         """
-        stopped = self._ends_with(self._decoder.flush())
+        stopped = self._decode() or self._ends_with(self._decoder.flush())
         if not stopped:
-            self.shown += self._held
+            self._shown += self._held
         return stopped
+
+    def _decode(self) -> bool:
+        new, self._new = self._new, []
+        return bool(new) and self._ends_with(self._decoder.push(*new))
 
     def _ends_with(self, new: str) -> bool:
         """Adds text up to the first completed stop string; the result does not depend on the parts' borders."""
         self._held += new
         found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
-            self.shown += self._held[: min(found)[1]]
+            self._shown += self._held[: min(found)[1]]
             return True
         starts = (stop[:length] for stop in self._stop for length in range(1, len(stop)))
         num_held = max((len(start) for start in starts if self._held.endswith(start)), default=0)
         num_shown = len(self._held) - num_held
-        self.shown += self._held[:num_shown]
+        self._shown += self._held[:num_shown]
         self._held = self._held[num_shown:]
         return False
 

@@ -6,6 +6,7 @@ Axes: B batch, V vocabulary, N log-probabilities of a token.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 from deepseek_v3.inference.engine.generation_request import Request
 from deepseek_v3.inference.sampling import penalized, sampled, uniform_draws
 from deepseek_v3.ops.dtypes import at_least_float32
+from deepseek_v3.ops.greedy_choice import GREEDY_CHOICE, GreedyChoice
+from deepseek_v3.ops.operation import Target
 
 
 class Choice(NamedTuple):
@@ -33,6 +36,8 @@ def choose_tokens(logits_BV: Tensor, requests: Sequence[Request]) -> Choice:
     Greedy decoding takes the lowest of equally probable ids. A request is treated in the same way in every batch:
     rows that need other operations are computed apart from each other.
     """
+    if all(_is_plainly_greedy(request) for request in requests):
+        return Choice(_greedy(logits_BV.device)(logits_BV), None)
     logits_BV, finite_B = finite_logits(logits_BV)
     adjusted_BV = with_penalties(logits_BV, requests)
     tokens_B = chosen_by_kind(
@@ -42,6 +47,16 @@ def choose_tokens(logits_BV: Tensor, requests: Sequence[Request]) -> Choice:
         if request.seen_V is not None:
             request.seen_V.scatter_(0, tokens_B[row : row + 1], True)
     return Choice(tokens_B.masked_fill(~finite_B, -1), logprobs_of(logits_BV, tokens_B, requests))
+
+
+def _is_plainly_greedy(request: Request) -> bool:
+    sampling = request.sampling
+    return sampling.temperature == 0 and sampling.repetition_penalty == 1 and sampling.logprobs is None
+
+
+@cache
+def _greedy(device: torch.device) -> GreedyChoice:
+    return GREEDY_CHOICE.select(Target(device)).run
 
 
 def finite_logits(logits_BV: Tensor) -> tuple[Tensor, Tensor]:

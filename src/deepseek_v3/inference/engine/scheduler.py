@@ -76,9 +76,10 @@ class Scheduler:
         self._admit()
         plan, budget = Plan([], []), self._prefill_tokens
         for request in list(self._running):
-            if request.sequence is None or not request.num_uncached:
+            uncached = request.num_uncached
+            if request.sequence is None or not uncached:
                 continue
-            if request.num_uncached == 1 and request.num_tokens > request.num_prompt:
+            if uncached == 1 and request.num_tokens > request.num_prompt:
                 if self._grow(request, 1 + self._rows_ahead(request)):
                     plan.decoding.append(request)
                 continue
@@ -95,6 +96,8 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Starts the oldest waiting requests for whose tokens there is room beside those that run."""
+        if not self._waiting:
+            return
         ahead = max(1, 2 * self._speculate - 1)  # rows of a step: the next token, or drafts and rows made of drafts
         promised = sum(pages_of(each.num_tokens + ahead) - _num_pages(each) for each in self._running)
         while self._waiting and len(self._running) < self._max_running:
@@ -108,6 +111,8 @@ class Scheduler:
     def _rows_ahead(self, request: Request) -> int:
         """Rows behind the known tokens that a step takes: of drafts, and of new drafts but the last one."""
         wanted = len(request.drafts) + max(0, self._speculate - 1)
+        if not wanted:
+            return 0
         return min(wanted, request.most_tokens - request.num_tokens)
 
     def _chunk_length(self, request: Request, budget: int) -> int:
@@ -125,7 +130,7 @@ class Scheduler:
     def _grow(self, request: Request, number: int) -> bool:
         """Makes room for new tokens of a running request; the youngest requests give way, the last one itself."""
         assert request.sequence is not None
-        needed = pages_of(request.sequence.length + number) - _num_pages(request)
+        needed = pages_of(request.sequence.length + number) - len(request.sequence.pages)
         while needed > self._pool.num_free:
             youngest = self._running.pop()
             youngest.free()

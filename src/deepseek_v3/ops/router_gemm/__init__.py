@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from deepseek_v3.ops.operation import Backend, Operation, Target, triton_obstacle
+from deepseek_v3.ops.router_gemm.reference import raised_logits
 from deepseek_v3.ops.router_gemm.reference import router_logits as reference_router_logits
 
 RouterLogits = Callable[[Tensor, Tensor], Tensor]
 
-__all__ = ["ROUTER_GEMM", "RouterLogits", "reference_router_logits"]
+__all__ = ["ROUTER_GEMM", "RouterLogits", "raised_logits", "reference_router_logits"]
 
 
 def _triton() -> RouterLogits:

@@ -25,10 +25,11 @@ __all__ = ["kernels", "mla_decode", "most_parts", "part_tokens", "write_latents"
 
 _SOURCE = Path(__file__).with_name("decode.cu")
 
-# A sequence has `PARTS` parts of between `SHORTEST_PART` and `LONGEST_PART` tokens, but at most `MOST_PARTS`. More
-# parts fill the GPU with fewer sequences, and are more sums to add. Parts of sequences longer than `LONG`, of which
-# few fit into memory, are at most half as long.
-PARTS, SHORTEST_PART, LONGEST_PART, MOST_PARTS, LONG = 4, 512, 2048, 64, 16384
+# A sequence has `PARTS` parts of at most `LONGEST_PART` tokens and at least `_shortest_part`, but at most
+# `MOST_PARTS`. More parts fill the GPU with fewer sequences, and are more sums to add. Parts of sequences longer
+# than `LONG`, of which few fit into memory, are at most half as long.
+PARTS, LONGEST_PART, MOST_PARTS, LONG = 4, 2048, 64, 16384
+SHORTEST_PART, SHORTEST_PART_OF_FEW_ROWS, FEW_ROWS = 512, 128, 16
 
 VARIANTS = ((512, False), (512, True), (256, False))  # width of the latent, and whether rows are FP8
 
@@ -40,7 +41,7 @@ _LOG2_E = 1.4426950408889634
 
 
 class _Sizes(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int) for name in ("batch", "queries", "heads", "parts", "table_width")]
+    _fields_ = [(name, ctypes.c_int) for name in ("batch", "queries", "heads", "parts", "shortest", "table_width")]
     _fields_ += [("scale", ctypes.c_float)]
 
 
@@ -61,7 +62,7 @@ def mla_decode(
     if not batch * rows:
         return out_BSHC, sums_BSH
     processors, tiles = multiprocessors(q_BSHL.device), -(-rows // _ROWS)
-    parts = most_parts(table_BM.shape[1] * PAGE)
+    parts = most_parts(table_BM.shape[1] * PAGE, rows)
     blocks = min(max(1, processors // tiles), batch * parts) * tiles
     variant = rank, layout.is_fp8
     divided = parts if parts > 1 else 0
@@ -69,7 +70,7 @@ def mla_decode(
     part_rows_BIX4 = q_BSHL.new_empty(batch, divided, rows, 4, dtype=torch.float32)
     added_B = q_BSHL.new_empty(batch, dtype=torch.int32)
     kept = q_BSHL.new_empty(blocks if divided else 0, _ROWS, rank, dtype=torch.float32)
-    sizes = _Sizes(batch, new, heads, parts, table_BM.shape[1], scale * _LOG2_E)
+    sizes = _Sizes(batch, new, heads, parts, _shortest_part(rows), table_BM.shape[1], scale * _LOG2_E)
     lengths_B = lengths_B.contiguous()
     results = [out_BSHC, sums_BSH, parts_BIXC, part_rows_BIX4, added_B]
     with current_device(q_BSHL.device):
@@ -95,20 +96,25 @@ def _page_maps(rows_ND: Tensor, layout: LatentFormat) -> tuple[TensorMap, Tensor
     )
 
 
-def part_tokens(length: int) -> int:
-    """The tokens of a part of a sequence, as the kernel computes it."""
+def part_tokens(length: int, rows: int) -> int:
+    """The tokens of a part of a sequence with this many queries · heads, as the kernel computes it."""
     pair = 2 * PAGE
 
     def share(parts: int) -> int:
         return -(-length // (pair * parts)) * pair
 
-    return max(min(max(share(PARTS), SHORTEST_PART), _longest_part(length)), share(MOST_PARTS))
+    return max(min(max(share(PARTS), _shortest_part(rows)), _longest_part(length)), share(MOST_PARTS))
 
 
-def most_parts(capacity: int) -> int:
+def most_parts(capacity: int, rows: int) -> int:
     """The largest number of parts of any sequence of at most `capacity` tokens."""
-    few = min(PARTS, -(-capacity // SHORTEST_PART))
+    few = min(PARTS, -(-capacity // _shortest_part(rows)))
     return max(1, few, min(MOST_PARTS, -(-capacity // _longest_part(capacity))))
+
+
+def _shortest_part(rows: int) -> int:
+    """The sums of few rows are few, too."""
+    return SHORTEST_PART_OF_FEW_ROWS if rows <= FEW_ROWS else SHORTEST_PART
 
 
 def _longest_part(length: int) -> int:
@@ -122,7 +128,7 @@ def kernels() -> Iterator[Kernel]:
 
 @cache
 def _kernel(name: str, rank: int, is_fp8: bool) -> Kernel:
-    parts = {"PARTS": PARTS, "SHORTEST_PART": SHORTEST_PART, "LONGEST_PART": LONGEST_PART, "MOST_PARTS": MOST_PARTS}
+    parts = {"PARTS": PARTS, "LONGEST_PART": LONGEST_PART, "MOST_PARTS": MOST_PARTS}
     defines = {"RANK": rank, "FP8": int(is_fp8), "LONG": LONG, **parts}
     return Kernel(_SOURCE, name, defines, _shared_bytes(rank) if name == "mla_decode" else 0)
 

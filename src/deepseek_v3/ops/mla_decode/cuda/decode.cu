@@ -19,8 +19,8 @@
 // Set by the compiler's command line:
 //   RANK        value columns: 256 or 512; a row has up to 64 more columns, copied as 64 with zeros behind them
 //   FP8         1: rows of RANK e4m3 values, RANK / 128 float32 scales, 64 bfloat16 numbers; 0: rows of bfloat16
-//   PARTS, SHORTEST_PART, LONGEST_PART, MOST_PARTS    a sequence has PARTS parts of between SHORTEST_PART and
-//                                                     LONGEST_PART keys, but never more than MOST_PARTS parts
+//   PARTS, LONGEST_PART, MOST_PARTS    a sequence has PARTS parts of at most LONGEST_PART keys and at least what
+//                                      `Sizes` says, but never more than MOST_PARTS parts
 //   LONG        parts of more keys than this are at most half as long, because few such sequences fit into memory
 
 #ifdef EMULATED  // on a CPU, by tests/helpers/cuda_emulation, which defines the same
@@ -61,9 +61,9 @@ __device__ constexpr int piece_with_rotated(int second) {
     return second ? PIECES / 2 - 1 : PIECES - 1;
 }
 
-// sequences; queries · heads rows of each; most parts of a sequence; width of the page table.
+// sequences; queries · heads rows of each; most parts of a sequence; keys of the shortest part; width of the page table.
 struct Sizes {
-    int batch, queries, heads, parts, table_width;
+    int batch, queries, heads, parts, shortest_part, table_width;
     float scale;  // of scores, times log2(e)
 };
 
@@ -224,12 +224,12 @@ __device__ __forceinline__ int part_of(int length, int parts) {
     return (pairs + parts - 1) / parts * (2 * KEYS);
 }
 
-// A sequence's parts, as its length alone says.
+// A sequence's parts, as its length and the number of its rows say.
 struct Parts {
     int keys, number;  // keys of each but the last one
 
-    __device__ explicit Parts(int length)
-        : keys(max(min(max(part_of(length, PARTS), SHORTEST_PART), LONGEST_PART / (length > LONG ? 2 : 1)),
+    __device__ Parts(int length, const Sizes& sizes)
+        : keys(max(min(max(part_of(length, PARTS), sizes.shortest_part), LONGEST_PART / (length > LONG ? 2 : 1)),
               part_of(length, MOST_PARTS))),
           number(max(1, (length + keys - 1) / keys)) {}
 };
@@ -263,7 +263,7 @@ struct Runs {
         for (sequence = lane; sequence < sizes.batch; sequence += 32) {
             int length = lengths[sequence];
             total += blocks_of(length);
-            largest = max(largest, min(blocks_of(length), Parts(length).keys / KEYS));
+            largest = max(largest, min(blocks_of(length), Parts(length, sizes).keys / KEYS));
         }
         for (int distance = 1; distance < 32; distance *= 2) {
             total += __shfl_sync(~0u, total, lane ^ distance);
@@ -301,7 +301,7 @@ struct Runs {
         while (sequence < sizes.batch && block < end) {
             run.sequence = sequence;
             run.length = lengths[sequence];
-            Parts parts(run.length);
+            Parts parts(run.length, sizes);
             run.parts = parts.number;
             run.part_keys = parts.keys;
             run.first = parts_before(begin - block, run);
@@ -1003,7 +1003,7 @@ extern "C" __global__ void __launch_bounds__(128, 4) mla_decode_parts(
     constexpr int AT_ONCE = 16, WIDTH = 128, WARPS = 4;
     int blocks = gridDim.x / sizes.batch, sequence = blockIdx.x / blocks, lane = threadIdx.x % 32;
     wait_for_kernel_before();
-    int first_added = added[sequence], pieces = Parts(lengths[sequence]).number - first_added + 1;
+    int first_added = added[sequence], pieces = Parts(lengths[sequence], sizes).number - first_added + 1;
     if (pieces == 1) return;
     int rows = sizes.queries * sizes.heads, unit = blockIdx.x % blocks * WARPS + threadIdx.x / 32;
     for (; unit < rows * (RANK / WIDTH); unit += blocks * WARPS) {
