@@ -19,7 +19,7 @@ def kernels(triton_device: torch.device) -> tuple[ExpertChoice, torch.device]:
 
 def choices_of(sizes: tuple[int, int, int, int], normalised: bool = True) -> Choices:
     _, groups, kept, per_token = sizes
-    return Choices(per_token, groups, kept, normalised, 2.5)
+    return Choices(per_token, groups, kept, normalised, 2.5, shared=per_token % 3)
 
 
 def test_the_reference_chooses_as_the_router_of_training() -> None:
@@ -56,7 +56,7 @@ def test_choices(
     logits_ME[3] = torch.nan  # whatever is chosen is an expert
     _, experts_MK = ops.choose(logits_ME, bias_E, choices_of(sizes, normalised))
     assert (experts_MK >= 0).all()
-    assert (experts_MK < sizes[0]).all()
+    assert (experts_MK < sizes[0] + sizes[3] % 3).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

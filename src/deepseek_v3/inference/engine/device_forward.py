@@ -22,7 +22,7 @@ from deepseek_v3.mla.kv_compression import PagePool
 from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.ops.operation import Op, Operation, Target
 
-PREFILL_TOKENS = 8192  # of one forward pass, with padding
+PREFILL_TOKENS = 16384  # of one forward pass, with padding
 
 
 class DeviceForward:

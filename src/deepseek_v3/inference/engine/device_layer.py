@@ -16,7 +16,7 @@ from deepseek_v3.config.model_config import ModelConfig
 from deepseek_v3.mla.attention import MultiHeadLatentAttention
 from deepseek_v3.mla.kv_compression import PagePool
 from deepseek_v3.model.block import DecoderLayer
-from deepseek_v3.moe.experts import FeedForward
+from deepseek_v3.moe.experts import FeedForward, RoutedExperts
 from deepseek_v3.moe.layer import MixtureOfExperts
 from deepseek_v3.ops.expert_choice import EXPERT_CHOICE, Choices, ExpertChoice
 from deepseek_v3.ops.few_rows import FEW_ROWS, FewRows
@@ -55,9 +55,8 @@ class DeviceLayer:
     def __call__(self, x_MD: Tensor, normed_MD: Tensor, rows: PassedRows, norm: RMSNorm) -> tuple[Tensor, Tensor]:
         """The states behind the layer, and the same after `norm`, the one that comes next."""
         attended_MD = self._attention(normed_MD, rows)
-        x_MD, normed_MD = self._ops.add_norm(x_MD, None, attended_MD, *_weight(self._second_norm))
-        routed_MKD, other_MD = self._feed_forward(normed_MD, rows)
-        return self._ops.add_norm(x_MD, routed_MKD, other_MD, *_weight(norm))
+        x_MD, normed_MD = self._ops.add_norm(x_MD, attended_MD[:, None], *_weight(self._second_norm))
+        return self._ops.add_norm(x_MD, self._feed_forward(normed_MD, rows), *_weight(norm))
 
 
 class _Attention:
@@ -102,38 +101,34 @@ class _Attention:
 
 
 class _Dense:
-    """A dense network, or the shared experts."""
+    """The network of a dense layer."""
 
     def __init__(self, module: FeedForward, ops: FewRows) -> None:
         self._ops, self._down = ops, module.down_proj
         self._gate_up_GD = _side_by_side(module.gate_proj, module.up_proj)
 
-    def __call__(self, x_MD: Tensor, rows: PassedRows) -> tuple[None, Tensor]:  # noqa: ARG002
-        return None, self.run(x_MD)
-
-    def run(self, x_MD: Tensor) -> Tensor:
-        """The output, (M, D)."""
-        return self._ops.product(self._ops.swiglu_product(x_MD, self._gate_up_GD), self._down.weight)
+    def __call__(self, x_MD: Tensor, rows: PassedRows) -> Tensor:  # noqa: ARG002
+        """The output of one network, (M, 1, D)."""
+        return self._ops.product(self._ops.swiglu_product(x_MD, self._gate_up_GD), self._down.weight)[:, None]
 
 
 class _Experts:
-    """The routed experts, whose outputs (M, K, D) are still to be summed, and the shared ones."""
+    """The routed experts, and the shared ones as experts that every row chooses."""
 
     def __init__(self, module: MixtureOfExperts, ops: FewRows, select: Select) -> None:
-        config = module.config
-        self._choice = expert_choice(config, select)
-        self._ops, self._router, self._experts = ops, module.gate, module.experts
-        self._shared = _Dense(module.shared_experts, ops) if config.n_shared_experts else None
-        self._choices = choices_of(config)
+        self._ops, self._router, self._num_shared = ops, module.gate, module.config.n_shared_experts
+        self._choice = expert_choice(module.config, select)
+        self._choices = choices_of(module.config)._replace(shared=self._num_shared)
+        self._gate_up_EGD, self._down_EDF = _all_experts(module)
 
-    def __call__(self, x_MD: Tensor, rows: PassedRows) -> tuple[Tensor, Tensor | None]:
-        ops, choice, router, experts = self._ops, self._choice, self._router, self._experts
+    def __call__(self, x_MD: Tensor, rows: PassedRows) -> Tensor:
+        """The outputs of each row's experts, (M, K, D)."""
+        ops, choice, router = self._ops, self._choice, self._router
         logits_ME = choice.router_logits(x_MD, router.weight)
         gates_MK, experts_MK = choice.choose(logits_ME, router.e_score_correction_bias, self._choices)
-        chosen = choice.rows_by_expert(experts_MK, rows.slots_M, experts.num_experts)
-        hidden_MKF = ops.expert_swiglu_product(x_MD, experts.gate_up_proj, chosen, gates_MK)
-        routed_MKD = ops.expert_product(hidden_MKF, experts.down_proj, chosen)
-        return routed_MKD, None if self._shared is None else self._shared.run(x_MD)
+        chosen = choice.rows_by_expert(experts_MK, rows.slots_M, len(self._gate_up_EGD))
+        hidden_MKF = ops.expert_swiglu_product(x_MD, self._gate_up_EGD, chosen, gates_MK)
+        return ops.expert_product(hidden_MKF, self._down_EDF, chosen)
 
 
 def expert_choice(config: ModelConfig, select: Select) -> ExpertChoice:
@@ -164,3 +159,32 @@ def _side_by_side(*layers: Linear) -> Tensor:
     for layer, part in zip(layers, joined_XD.split(sizes), strict=True):
         layer.weight.data = part
     return joined_XD
+
+
+def _all_experts(module: MixtureOfExperts) -> tuple[Tensor, Tensor]:
+    """The weights of routed and then shared experts, gate and up (E, G, D) and down (E, D, F).
+
+    The routed ones become parts of these; the shared ones are copies.
+    """
+    experts, num_shared = module.experts, module.config.n_shared_experts
+    gate_up_EGD, down_EDF = (_with_room(experts, name, num_shared) for name in ("gate_up_proj", "down_proj"))
+    if num_shared:
+        shared = module.shared_experts
+        split = [layer.weight.detach().chunk(num_shared) for layer in (shared.gate_proj, shared.up_proj)]
+        for place, (gate_FD, up_FD) in enumerate(zip(*split, strict=True), start=experts.num_experts):
+            gate_up_EGD[place].copy_(torch.cat((gate_FD, up_FD)))
+        down_EDF[experts.num_experts :].copy_(
+            torch.stack(shared.down_proj.weight.detach().chunk(num_shared, dim=1))
+        )
+    return gate_up_EGD, down_EDF
+
+
+def _with_room(experts: RoutedExperts, name: str, number: int) -> Tensor:
+    """A stack of weights with room behind it for more experts, of which the parameter becomes a part."""
+    stack = getattr(experts, name).detach()
+    if stack.untyped_storage().nbytes() == (len(stack) + number) * stack[0].nbytes:
+        return stack.as_strided((len(stack) + number, *stack.shape[1:]), stack.stride(), 0)
+    wide = stack.new_empty(len(stack) + number, *stack.shape[1:])
+    wide[: len(stack)] = stack
+    getattr(experts, name).data = wide[: len(stack)]
+    return wide

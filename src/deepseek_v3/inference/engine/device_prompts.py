@@ -53,7 +53,7 @@ class PromptForward:
         for layer, next_norm in zip(layers, norms, strict=True):
             x_TD, normed_TD = self._attend(layer, x_TD, normed_TD.view(shape), metadata, cache)
             y_BSD = self._feed_forward(layer, normed_TD.view(shape))
-            x_TD, normed_TD = self._ops.add_norm(x_TD, None, y_BSD.view_as(x_TD), next_norm.weight, next_norm.eps)
+            x_TD, normed_TD = self._ops.add_norm(x_TD, _one_by_one(y_BSD), next_norm.weight, next_norm.eps)
         return normed_TD.view(shape)
 
     def _attend(
@@ -65,7 +65,7 @@ class PromptForward:
         cache: CacheView,
     ) -> tuple[Tensor, Tensor]:
         norm, y_BSD = layer.post_attention_layernorm, layer.self_attn(normed_BSD, metadata, cache)
-        return self._ops.add_norm(x_TD, None, y_BSD.reshape(x_TD.shape), norm.weight, norm.eps)
+        return self._ops.add_norm(x_TD, _one_by_one(y_BSD), norm.weight, norm.eps)
 
     def _feed_forward(self, layer: DecoderLayer, x_BSD: Tensor) -> Tensor:
         if not isinstance(layer.mlp, MixtureOfExperts):
@@ -74,3 +74,8 @@ class PromptForward:
         logits_TE = router.logits(x_BSD.flatten(0, 1), router.weight)
         gates_TK, experts_TK = self._choice.choose(logits_TE, router.e_score_correction_bias, self._choices)
         return layer.mlp.run_experts(x_BSD, gates_TK, experts_TK)
+
+
+def _one_by_one(y_BSD: Tensor) -> Tensor:
+    """What is added to each row, (T, 1, D)."""
+    return y_BSD.reshape(-1, 1, y_BSD.shape[-1])

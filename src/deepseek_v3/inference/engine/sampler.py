@@ -15,7 +15,7 @@ from torch import Tensor
 from deepseek_v3.inference.engine.generation_request import Request
 from deepseek_v3.inference.sampling import penalized, sampled, uniform_draws
 from deepseek_v3.ops.dtypes import at_least_float32
-from deepseek_v3.ops.greedy_choice import GREEDY_CHOICE, GreedyChoice
+from deepseek_v3.ops.few_rows import FEW_ROWS, FewRows
 from deepseek_v3.ops.operation import Target
 
 
@@ -37,7 +37,7 @@ def choose_tokens(logits_BV: Tensor, requests: Sequence[Request]) -> Choice:
     rows that need other operations are computed apart from each other.
     """
     if all(_is_plainly_greedy(request) for request in requests):
-        return Choice(_greedy(logits_BV.device)(logits_BV), None)
+        return Choice(_kernels(logits_BV.device).greedy_choice(logits_BV), None)
     logits_BV, finite_B = finite_logits(logits_BV)
     adjusted_BV = with_penalties(logits_BV, requests)
     tokens_B = chosen_by_kind(
@@ -55,8 +55,8 @@ def _is_plainly_greedy(request: Request) -> bool:
 
 
 @cache
-def _greedy(device: torch.device) -> GreedyChoice:
-    return GREEDY_CHOICE.select(Target(device)).run
+def _kernels(device: torch.device) -> FewRows:
+    return FEW_ROWS.select(Target(device)).run
 
 
 def finite_logits(logits_BV: Tensor) -> tuple[Tensor, Tensor]:

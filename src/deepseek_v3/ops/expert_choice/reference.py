@@ -1,6 +1,6 @@
 """Choosing the experts of a few rows, in plain torch; the router of training, without its gradient.
 
-Axes: M rows, E experts, G groups of them, K experts per token.
+Axes: M rows, E experts, G groups of them, K choices per token.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from deepseek_v3.ops.router_gemm import raised_logits, reference_router_logits
@@ -18,7 +19,8 @@ router_logits = reference_router_logits
 class Choices(NamedTuple):
     """How experts are chosen: `per_token` of them, from the best `kept_groups` of `groups` equal groups.
 
-    Gates are normalised to a sum of 1 if `normalised`, and multiplied by `scaling`.
+    Gates are normalised to a sum of 1 if `normalised`, and multiplied by `scaling`. Behind them every row has
+    `shared` more choices, with gates of 1: the experts that follow the routed ones.
     """
 
     per_token: int
@@ -26,6 +28,7 @@ class Choices(NamedTuple):
     kept_groups: int
     normalised: bool
     scaling: float
+    shared: int = 0
 
 
 class ChosenRows(NamedTuple):
@@ -56,7 +59,9 @@ def choose(logits_ME: Tensor, bias_E: Tensor, choices: Choices) -> tuple[Tensor,
     gates_MK = scores_ME.gather(1, experts_MK)
     if choices.normalised:
         gates_MK = gates_MK / (gates_MK.sum(-1, keepdim=True) + 1e-20)
-    return gates_MK * choices.scaling, experts_MK.int()
+    shared_E = torch.arange(scores_ME.shape[1], scores_ME.shape[1] + choices.shared, device=scores_ME.device)
+    gates_MK = F.pad(gates_MK * choices.scaling, (0, choices.shared), value=1.0)
+    return gates_MK, torch.cat((experts_MK, shared_E.expand(len(experts_MK), -1)), 1).int()
 
 
 def rows_by_expert(experts_MK: Tensor, slots_M: Tensor, num_experts: int) -> ChosenRows:

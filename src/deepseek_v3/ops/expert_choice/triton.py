@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from deepseek_v3.ops.early_launch.triton import early, wait
 from deepseek_v3.ops.expert_choice.reference import Choices, ChosenRows
 
 _ROWS, _COLUMNS, _LENGTH = 2, 2, 1024  # of a tile of logits
@@ -31,6 +32,7 @@ def router_logits(x_MD: Tensor, weight_ED: Tensor) -> Tensor:
         ROWS=_ROWS,
         COLUMNS=_COLUMNS,
         LENGTH=_LENGTH,
+        **early(x_MD.device),
     )
     return out_ME
 
@@ -38,7 +40,7 @@ def router_logits(x_MD: Tensor, weight_ED: Tensor) -> Tensor:
 def choose(logits_ME: Tensor, bias_E: Tensor, choices: Choices) -> tuple[Tensor, Tensor]:
     """The reference's `choose` for float32; the number of experts of a group is a power of two."""
     rows, experts = logits_ME.shape
-    gates_MK = logits_ME.new_empty(rows, choices.per_token)
+    gates_MK = logits_ME.new_empty(rows, choices.per_token + choices.shared)
     experts_MK = torch.empty_like(gates_MK, dtype=torch.int32)
     limited = choices.kept_groups < choices.groups
     size = experts // choices.groups if limited else triton.next_power_of_2(experts)
@@ -50,12 +52,14 @@ def choose(logits_ME: Tensor, bias_E: Tensor, choices: Choices) -> tuple[Tensor,
         experts,
         choices.scaling,
         PER_TOKEN=choices.per_token,
-        PER_TOKEN_BLOCK=triton.next_power_of_2(choices.per_token),
+        SHARED=choices.shared,
+        CHOICES=triton.next_power_of_2(choices.per_token + choices.shared),
         GROUPS=triton.next_power_of_2(choices.groups) if limited else 1,
         SIZE=size,
         KEPT=choices.kept_groups if limited else 0,
         NORMALISED=choices.normalised,
         num_warps=1,
+        **early(logits_ME.device),
     )
     return gates_MK, experts_MK
 
@@ -67,7 +71,15 @@ def rows_by_expert(experts_MK: Tensor, slots_M: Tensor, num_experts: int) -> Cho
     counts_E = experts_MK.new_empty(num_experts)
     block = min(_CHOICES, triton.next_power_of_2(rows * per_token))
     _sort_kernel[(num_experts,)](
-        experts_MK, slots_M, choices_EM, counts_E, rows, rows * per_token, PER_TOKEN=per_token, BLOCK=block
+        experts_MK,
+        slots_M,
+        choices_EM,
+        counts_E,
+        rows,
+        rows * per_token,
+        PER_TOKEN=per_token,
+        BLOCK=block,
+        **early(slots_M.device),
     )
     return ChosenRows(choices_EM, counts_E)
 
@@ -77,8 +89,18 @@ def rows_by_expert(experts_MK: Tensor, slots_M: Tensor, num_experts: int) -> Cho
 
 @triton.jit(do_not_specialize=["rows"])
 def _logits_kernel(
-    x, w, out, rows, columns, length, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LENGTH: tl.constexpr
+    x,
+    w,
+    out,
+    rows,
+    columns,
+    length,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    LENGTH: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait(EARLY)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     sums = tl.zeros((ROWS, COLUMNS, LENGTH), tl.float32)
@@ -111,18 +133,21 @@ def _choose_kernel(
     experts,
     scaling,
     PER_TOKEN: tl.constexpr,
-    PER_TOKEN_BLOCK: tl.constexpr,
+    SHARED: tl.constexpr,
+    CHOICES: tl.constexpr,
     GROUPS: tl.constexpr,
     SIZE: tl.constexpr,
     KEPT: tl.constexpr,
     NORMALISED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait(EARLY)
     row = tl.program_id(0).to(tl.int64)
     group, expert = tl.arange(0, GROUPS)[:, None], tl.arange(0, GROUPS * SIZE).reshape(GROUPS, SIZE)
     inside = expert < experts
     logit = tl.load(logits + row * experts + expert, mask=inside, other=float("-inf"))
-    best = tl.max(tl.max(logit, 1), 0)
-    logit = tl.where(best < -64.0, logit - best - 64.0, logit)
+    highest = tl.max(tl.max(logit, 1), 0)
+    logit = tl.where(highest < -64.0, logit - highest - 64.0, logit)
     score = 1.0 / (1.0 + tl.exp(-logit))
     biased = score + tl.load(bias + expert, mask=inside, other=0.0)
     taken = -0x7FFFFFFFFFFFFFFF
@@ -139,24 +164,36 @@ def _choose_kernel(
             largest = tl.max(tl.max(tl.where(kept, taken, group_key), 1), 0)
             kept = kept | (group_key == largest)
         key = tl.where(kept, key, taken)
-    place = tl.arange(0, PER_TOKEN_BLOCK)
-    gates = tl.zeros((PER_TOKEN_BLOCK,), tl.float32)
+    place = tl.arange(0, CHOICES)
+    gates = tl.zeros((CHOICES,), tl.float32)
+    chosen = experts + place - PER_TOKEN  # the shared ones
     for number in range(PER_TOKEN):
         largest = tl.max(tl.max(key, 1), 0)
         gate = tl.sum(tl.sum(tl.where(key == largest, score, 0.0), 1), 0)
         gates = tl.where(place == number, gate, gates)
-        chosen = GROUPS * SIZE - 1 - (largest & 0xFFFFFFFF)
-        tl.store(experts_out + row * PER_TOKEN + number, chosen.to(tl.int32))
+        best = GROUPS * SIZE - 1 - (largest & 0xFFFFFFFF)
+        chosen = tl.where(place == number, best.to(tl.int32), chosen)
         key = tl.where(key == largest, taken, key)
     if NORMALISED:
         gates = gates / (tl.sum(gates, 0) + 1e-20)
-    tl.store(gates_out + row * PER_TOKEN + place, gates * scaling, mask=place < PER_TOKEN)
+    gates = tl.where(place < PER_TOKEN, gates * scaling, 1.0)
+    tl.store(gates_out + row * (PER_TOKEN + SHARED) + place, gates, mask=place < PER_TOKEN + SHARED)
+    tl.store(experts_out + row * (PER_TOKEN + SHARED) + place, chosen, mask=place < PER_TOKEN + SHARED)
 
 
 @triton.jit(do_not_specialize=["rows", "number"])
 def _sort_kernel(
-    experts, slots, choices_out, counts_out, rows, number, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr
+    experts,
+    slots,
+    choices_out,
+    counts_out,
+    rows,
+    number,
+    PER_TOKEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait(EARLY)
     expert = tl.program_id(0)
     found = 0
     for first in range(0, number, BLOCK):

@@ -30,18 +30,13 @@ class FewRows(Protocol):
 
     def rms_norm(self, x: Tensor, weight_D: Tensor, eps: float) -> Tensor: ...
 
-    def add_norm(
-        self,
-        x_MD: Tensor,
-        added_MKD: Tensor | None,
-        also_MD: Tensor | None,
-        norm_D: Tensor,
-        eps: float,
-    ) -> tuple[Tensor, Tensor]: ...
+    def add_norm(self, x_MD: Tensor, added_MKD: Tensor, norm_D: Tensor, eps: float) -> tuple[Tensor, Tensor]: ...
 
     def expert_swiglu_product(self, x_MD: Tensor, w_EGD: Tensor, rows: ChosenRows, gates_MK: Tensor) -> Tensor: ...
 
     def expert_product(self, hidden_MKF: Tensor, w_EDF: Tensor, rows: ChosenRows) -> Tensor: ...
+
+    def greedy_choice(self, logits_BV: Tensor) -> Tensor: ...
 
 
 def _triton() -> FewRows:

@@ -3,7 +3,7 @@
 Sums and everything between two results are computed in float32 (float64 for float64), and rounded once.
 
 Axes: M rows, I inputs, O outputs, H heads, R rotary width, P = R/2 pairs, D model width, E experts, K experts per
-token, F expert width, G = 2·F: the gate, and then up.
+token, F expert width, G = 2·F: the gate, and then up, B requests, V vocabulary.
 """
 
 from __future__ import annotations
@@ -42,18 +42,12 @@ def rotate_heads(x_MHR: Tensor, cos_MP: Tensor, sin_MP: Tensor, out_MHR: Tensor)
     out_MHR.copy_(rotate(x_MHR[None], cos_MP[None], sin_MP[None])[0])
 
 
-def add_norm(
-    x_MD: Tensor, added_MKD: Tensor | None, also_MD: Tensor | None, norm_D: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """`x_MD` plus the sum over K of `added_MKD`, plus `also_MD`, as far as they are given; and the norm of this.
+def add_norm(x_MD: Tensor, added_MKD: Tensor, norm_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`x_MD` plus the sum over K of `added_MKD`, and the norm of this.
 
-    The sum over K, its sum with `also_MD`, and the result are rounded to the type of `x_MD`.
+    Both sums are rounded to the type of `x_MD`.
     """
-    total_MD = None if added_MKD is None else at_least_float32(added_MKD).sum(1).to(x_MD.dtype)
-    for other_MD in (also_MD, x_MD):
-        if other_MD is not None:
-            total_MD = other_MD if total_MD is None else total_MD + other_MD
-    assert total_MD is not None
+    total_MD = x_MD + at_least_float32(added_MKD).sum(1).to(x_MD.dtype)
     return total_MD, rms_norm(total_MD, norm_D, eps)
 
 
@@ -82,3 +76,9 @@ def expert_product(hidden_MKF: Tensor, w_EDF: Tensor, rows: ChosenRows) -> Tenso
 def _choices(rows: ChosenRows) -> list[tuple[int, Tensor]]:
     counts = rows.counts_E.tolist()
     return [(expert, rows.choices_EM[expert, :count].long()) for expert, count in enumerate(counts) if count]
+
+
+def greedy_choice(logits_BV: Tensor) -> Tensor:
+    """The lowest of the ids with the largest logit of each row, (B,) int64; -1 for a row that is not finite."""
+    is_finite_B = (logits_BV - logits_BV).sum(-1) == 0  # the difference is NaN for NaN and infinity, and 0 else
+    return logits_BV.argmax(-1).masked_fill(~is_finite_B, -1)

@@ -4,7 +4,7 @@ One kernel computes all products: a program multiplies a tile of rows by a tile 
 their length. The sums of a row follow the same order in every tile, so its numbers have the same bits whatever the
 other rows are.
 
-Axes: as in `reference.py`; N rows of a tile, X choices.
+Axes: as in `reference.py`; P programs of a row.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from deepseek_v3.ops.early_launch.triton import early, wait
 from deepseek_v3.ops.expert_choice import ChosenRows
 
 _ENOUGH_TILES = 64
+_LOGITS = 2048  # of a program
+_NOT_FINITE = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 
 
 class _Tile(NamedTuple):
@@ -64,40 +67,32 @@ def rotate_heads(x_MHR: Tensor, cos_MP: Tensor, sin_MP: Tensor, out_MHR: Tensor)
         PAIRS=rope // 2,
         PAIR_BLOCK=triton.next_power_of_2(rope // 2),
         num_warps=8 if heads > 32 else 4,
+        **early(x_MHR.device),
     )
 
 
-def add_norm(
-    x_MD: Tensor, added_MKD: Tensor | None, also_MD: Tensor | None, norm_D: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+def add_norm(x_MD: Tensor, added_MKD: Tensor, norm_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The reference's `add_norm`, in one kernel."""
     sum_MD, normed_MD = torch.empty_like(x_MD), torch.empty_like(x_MD)
-    _add_norm(x_MD, added_MKD, also_MD, norm_D, eps, sum_MD, normed_MD)
+    _add_norm(x_MD, added_MKD, norm_D, eps, sum_MD, normed_MD)
     return sum_MD, normed_MD
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """The norm of `ops.rms_norm`; the last axis of `x` is dense."""
     normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _add_norm(x.reshape(-1, x.shape[-1]), None, None, weight_D, eps, None, normed)
+    _add_norm(x.reshape(-1, x.shape[-1]), None, weight_D, eps, None, normed)
     return normed
 
 
 def _add_norm(
-    x_MD: Tensor,
-    added_MKD: Tensor | None,
-    also_MD: Tensor | None,
-    norm_D: Tensor,
-    eps: float,
-    sum_MD: Tensor | None,
-    normed_MD: Tensor,
+    x_MD: Tensor, added_MKD: Tensor | None, norm_D: Tensor, eps: float, sum_MD: Tensor | None, normed_MD: Tensor
 ) -> None:
     rows, width = x_MD.shape
     block = triton.next_power_of_2(width)
     _add_norm_kernel[(rows,)](
         x_MD,
         added_MKD,
-        also_MD,
         norm_D,
         sum_MD,
         normed_MD,
@@ -107,6 +102,7 @@ def _add_norm(
         ADDED=0 if added_MKD is None else added_MKD.shape[1],
         BLOCK=block,
         num_warps=min(8, max(1, block // 512)),
+        **early(x_MD.device),
     )
 
 
@@ -122,6 +118,22 @@ def expert_product(hidden_MKF: Tensor, w_EDF: Tensor, rows: ChosenRows) -> Tenso
     out_MKD = hidden_MKF.new_empty(*hidden_MKF.shape[:2], w_EDF.shape[1])
     _multiply(hidden_MKF.flatten(0, 1)[None], w_EDF, out_MKD.flatten(0, 1)[None], rows)
     return out_MKD
+
+
+def greedy_choice(logits_BV: Tensor) -> Tensor:
+    """The reference's `greedy_choice`, for logits whose last axis is dense.
+
+    Many programs read a row, and one takes the best of theirs. A logit and its id are one whole number of 64 bits,
+    in whose upper half the bits of the logit are ordered like it.
+    """
+    rows, vocabulary = logits_BV.shape
+    programs = triton.cdiv(vocabulary, _LOGITS)
+    best_BP = torch.empty(rows, programs, dtype=torch.int64, device=logits_BV.device)
+    tokens_B = best_BP.new_empty(rows)
+    if rows:
+        _best_kernel[(rows, programs)](logits_BV, best_BP, vocabulary, logits_BV.stride(0), BLOCK=_LOGITS)
+        _token_kernel[(rows,)](best_BP, tokens_B, programs, BLOCK=triton.next_power_of_2(programs))
+    return tokens_B
 
 
 def _multiply(
@@ -163,6 +175,7 @@ def _multiply(
         LENGTH=min(tile.length, max(16, triton.next_power_of_2(length))),
         num_warps=tile.warps,
         num_stages=4,
+        **early(x_HMI.device),
     )
 
 
@@ -205,7 +218,9 @@ def _product_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     LENGTH: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait(EARLY)
     group = tl.program_id(1).to(tl.int64)
     place = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     if PER_ROW == 0:
@@ -258,7 +273,9 @@ def _rotate_kernel(
     HEADS: tl.constexpr,
     PAIRS: tl.constexpr,
     PAIR_BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait(EARLY)
     row = tl.program_id(0).to(tl.int64)
     head, pair = tl.arange(0, HEADS)[:, None], tl.arange(0, PAIR_BLOCK)[None, :]
     mask = (head < heads) & (pair < PAIRS)
@@ -274,8 +291,19 @@ def _rotate_kernel(
 
 @triton.jit
 def _add_norm_kernel(
-    x, added, also, norm, sum_out, normed_out, x_row, width, eps, ADDED: tl.constexpr, BLOCK: tl.constexpr
+    x,
+    added,
+    norm,
+    sum_out,
+    normed_out,
+    x_row,
+    width,
+    eps,
+    ADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait(EARLY)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < width
@@ -285,13 +313,7 @@ def _add_norm_kernel(
         sums = tl.zeros((BLOCK,), tl.float32)
         for place in tl.static_range(ADDED):
             sums += tl.load(added + (row * ADDED + place) * width + column, mask=mask, other=0.0).to(tl.float32)
-        sums = sums.to(kind).to(tl.float32)
-        if also is not None:
-            sums += tl.load(also + row * width + column, mask=mask, other=0.0).to(tl.float32)
-            sums = sums.to(kind).to(tl.float32)
-        total += sums
-    elif also is not None:
-        total += tl.load(also + row * width + column, mask=mask, other=0.0).to(tl.float32)
+        total += sums.to(kind).to(tl.float32)
     total = total.to(kind)
     if sum_out is not None:
         tl.store(sum_out + row * width + column, total, mask=mask)
@@ -299,3 +321,29 @@ def _add_norm_kernel(
     scale = 1.0 / tl.sqrt_rn(tl.sum(wide * wide, 0) / width + eps)
     weight = tl.load(norm + column, mask=mask, other=0.0).to(tl.float32)
     tl.store(normed_out + row * width + column, (wide * scale * weight).to(kind), mask=mask)
+
+
+@triton.jit
+def _best_kernel(logits, best_out, vocabulary, logits_row, BLOCK: tl.constexpr):
+    row, program = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    token = program * BLOCK + tl.arange(0, BLOCK)
+    inside = token < vocabulary
+    logit = tl.load(logits + row * logits_row + token, mask=inside, other=0.0).to(tl.float32)
+    difference = logit - logit  # 0 if it is finite
+    logit = tl.where(logit == 0, 0.0, logit)  # -0 equals 0
+    bits = logit.to(tl.int32, bitcast=True)
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    key = (bits.to(tl.int64) << 32) + (0x7FFFFFFF - token)
+    key = tl.where(inside, key, -0x7FFFFFFFFFFFFFFF)
+    key = tl.where(difference == 0, key, _NOT_FINITE)
+    tl.store(best_out + row * tl.num_programs(1) + program, tl.max(key, 0))
+
+
+@triton.jit
+def _token_kernel(best, tokens_out, programs, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    program = tl.arange(0, BLOCK)
+    key = tl.load(best + row * programs + program, mask=program < programs, other=-0x7FFFFFFFFFFFFFFF)
+    largest = tl.max(key, 0)
+    token = 0x7FFFFFFF - (largest & 0xFFFFFFFF)
+    tl.store(tokens_out + row, tl.where(largest == _NOT_FINITE, -1, token))

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from deepseek_v3.ops.early_launch.triton import early, wait
 from deepseek_v3.ops.fp8.formats import BLOCK, E4M3
 from deepseek_v3.ops.mla_decode.formats import PAGE, LatentFormat
 from deepseek_v3.ops.operation import multiprocessors
@@ -159,6 +160,7 @@ def write_latents(
         ROW=pages.stride(1),
         NATIVE=_converts_e4m3(pages.device),
         PAGE=PAGE,
+        **early(pages.device),
     )
 
 
@@ -490,7 +492,9 @@ def _write_kernel(
     ROW: tl.constexpr,
     NATIVE: tl.constexpr,
     PAGE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    wait(EARLY)
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token * slot_stride).to(tl.int64)
     if slot < 0:

@@ -1,0 +1,1 @@
+"""Launching a kernel before the one before it has ended."""
