@@ -177,6 +177,9 @@ def generate(
     new: Annotated[
         int, typer.Option(metavar="TOKENS", parser=integer_option(at_least=2), help="New tokens of every text.")
     ] = 256,
+    batch_invariant: Annotated[
+        bool, typer.Option("--batch-invariant", help="Ours computes prompts, too, with the same bits in any batch.")
+    ] = False,
     precision: Annotated[
         StoredPrecision,
         typer.Option(help="Of weights and products; auto: bf16 on GPUs that have it, else fp32."),
@@ -195,7 +198,7 @@ def generate(
     names = _names("peers", peers, list(GENERATION_PEERS))
     place, model = select_device(device), main_model(shape)
     dtype = compute_dtype(precision.value, place)
-    tasks = [GenerationTask(model, dtype, each, prompt, new, device) for each in batch or [1, 32]]
+    tasks = [GenerationTask(model, dtype, each, prompt, new, device, batch_invariant) for each in batch or [1, 32]]
     result = measure_generation(
         shape,
         tasks,

@@ -155,6 +155,7 @@ class GenerationBenchmark:
             "dtype": str(task.dtype).removeprefix("torch."),
             "prompt_tokens": task.prompt,
             "new_tokens": task.new,
+            "batch_invariant": task.batch_invariant,
             "ceilings": asdict(self.ceilings),
             "measurements": [each.as_json() for each in self.measurements],
         }

@@ -34,7 +34,7 @@ _LONG_SECONDS, _REPEATS = 20.0, 3  # a call that takes longer is not repeated
 class GenerationTask:
     """What every system does: continue `batch` prompts of `prompt` random ids by `new` tokens each.
 
-    `model` has no prediction layers. `dtype` of weights and products.
+    `model` has no prediction layers. `dtype` of weights and products. `batch_invariant`: see `Generator`.
     """
 
     model: ModelConfig
@@ -43,6 +43,7 @@ class GenerationTask:
     prompt: int
     new: int
     device: str
+    batch_invariant: bool = False
 
     def prompts(self) -> Tensor:
         """The ids of all prompts, (B, S) int64; the same for every system."""
@@ -68,7 +69,9 @@ class GenerationFigures:
 def generate_own(task: GenerationTask) -> GenerationFigures:
     """Times the engine, loaded and warm, at one batch."""
     model = build_model(task)
-    generator = Generator(model, _tokenizer(), batch_size=task.batch, all_ids=True)
+    generator = Generator(
+        model, _tokenizer(), batch_size=task.batch, all_ids=True, batch_invariant=task.batch_invariant
+    )
     prompts = task.prompts().tolist()
 
     def run(new: int) -> None:

@@ -56,6 +56,21 @@ PrecisionOption = Annotated[
     StoredPrecision, typer.Option(help="Type that weights are stored and multiplied in; auto as the run computed.")
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+SpeculateOption = Annotated[
+    int,
+    typer.Option(
+        metavar="NUMBER",
+        parser=integer_option(0, MOST_DRAFTS),
+        help="Tokens that the model's MTP layer drafts per step, 0 to 2; texts keep their distribution.",
+    ),
+]
+InvariantOption = Annotated[
+    bool,
+    typer.Option(
+        "--batch-invariant",
+        help="On a GPU, too, a text is the same alone and beside any others. Long prompts take longer.",
+    ),
+]
 
 
 def generate(
@@ -111,14 +126,8 @@ def generate(
     ] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Recompute the whole text at every step.")] = False,
     kv: KvOption = None,
-    speculate: Annotated[
-        int,
-        typer.Option(
-            metavar="NUMBER",
-            parser=integer_option(0, MOST_DRAFTS),
-            help="Tokens that the model's MTP layer drafts per step, 0 to 2; texts keep their distribution.",
-        ),
-    ] = 0,
+    speculate: SpeculateOption = 0,
+    batch_invariant: InvariantOption = False,
     precision: PrecisionOption = StoredPrecision.AUTO,
     device: DeviceOption = "auto",
     output: Annotated[
@@ -148,7 +157,7 @@ def generate(
     if output is not None and (problem := new_file_problem(output)):
         raise GenerationError(f"--output {output}: {problem}")
     saved = load_for_inference(checkpoint, select_device(device), precision.value, mtp_layers=min(speculate, 1))
-    generator = Generator(saved.model, saved.tokenizer, kv=kv, speculate=speculate)
+    generator = Generator(saved.model, saved.tokenizer, kv=kv, speculate=speculate, batch_invariant=batch_invariant)
     _warn_of_length(prompts, saved.tokenizer, sampling, saved.config)
     start = time.perf_counter()
     if prompt is not None:

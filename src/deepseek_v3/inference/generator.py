@@ -75,8 +75,13 @@ class Generator:
     becomes of them. Greedy texts stay the same, sampled ones keep their distribution. Without the cache nothing is
     drafted. `kv_cache` makes pools of pages for its engines.
 
-    Raises GenerationError if the tokenizer has more ids than the model, and for drafts by a model without MTP
-    layers, and ConfigError for a cache in FP8 of a model whose kv_lora_rank is not a multiple of 128.
+    A text depends neither on the texts beside it nor on when they come. On a GPU, where prompts are computed
+    together, this holds up to rounding, and bit for bit with `batch_invariant`: then prompts, too, are computed
+    token by token, which takes longer the longer they are.
+
+    Raises GenerationError if the tokenizer has more ids than the model, for drafts by a model without MTP layers,
+    and for `batch_invariant` on a GPU of a model that was not loaded for inference. Raises ConfigError for a cache
+    in FP8 of a model whose kv_lora_rank is not a multiple of 128.
     """
 
     def __init__(
@@ -87,6 +92,7 @@ class Generator:
         all_ids: bool = False,
         kv: KvFormat | None = None,
         speculate: int = 0,
+        batch_invariant: bool = False,
     ) -> None:
         if tokenizer.vocab_size > model.config.vocab_size:
             raise GenerationError(
@@ -101,6 +107,12 @@ class Generator:
         _require_drafting(model, speculate)
         self._speculate, self.acceptance = speculate, Acceptance()
         self._kept: _Place | None = None
+        self._batch_invariant = batch_invariant
+        if batch_invariant and self._device.type != "cpu" and not runs_by_rows(model):
+            raise GenerationError(
+                "batch_invariant: needs a model without gradients whose weights are stored in the type that it "
+                "computes in; load it by `load_for_inference`"
+            )
         self.kv_cache = KvCache(model, kv, mtp_layers=min(speculate, 1))
 
     def generate(
@@ -150,7 +162,11 @@ class Generator:
         """An engine without requests that runs up to `batch_size` of them at a time over a pool of pages."""
         on_cpu = self._device.type == "cpu"
         forward: DraftingForward
-        forward = CpuForward(self._model, pool, self._row_counts) if on_cpu else DeviceForward(self._model, pool)
+        forward = (
+            CpuForward(self._model, pool, self._row_counts)
+            if on_cpu
+            else DeviceForward(self._model, pool, self._batch_invariant)
+        )
         scheduler = Scheduler(pool, self._batch_size, PREFILL_TOKENS, self._speculate)
         place = forward, scheduler, self._device, self._num_ids
         if self._speculate:

@@ -1,7 +1,8 @@
 """The forward pass of the engine on a GPU.
 
 Prompts run through the modules of the model. So do generated tokens of a model that is trained, whose weights are
-wider than what it computes in; those of a model that was loaded for inference run row by row, in captured graphs.
+wider than what it computes in. Those of a model that was loaded for inference run row by row, in captured graphs,
+and so do short prompts.
 
 Axes: B sequences, S new tokens, N rows, D model width, V vocabulary.
 """
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from deepseek_v3.inference.engine.device_prompts import PromptForward
-from deepseek_v3.inference.engine.device_rows import Row, RowsForward, runs_by_rows
+from deepseek_v3.inference.engine.device_rows import MOST_ROWS, Row, RowsForward, runs_by_rows
 from deepseek_v3.inference.engine.rows import Chunk
 from deepseek_v3.mla.cached_sequences import CachedSequence, view_of_new_tokens
 from deepseek_v3.mla.kv_compression import PagePool
@@ -23,13 +24,14 @@ from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.ops.operation import Op, Operation, Target
 
 PREFILL_TOKENS = 16384  # of one forward pass, with padding
+_FEW_READ = 4096  # tokens
 
 
 class DeviceForward:
     """Runs a model whose layers attend to the pages of a pool. It is valid while the weights do not change."""
 
-    def __init__(self, model: DeepSeekV3, pool: PagePool) -> None:
-        self._model = model
+    def __init__(self, model: DeepSeekV3, pool: PagePool, batch_invariant: bool = False) -> None:
+        self._model, self._batch_invariant = model, batch_invariant
         self._device = model.head_weight_VD.device
         self._rows: RowsForward | None = None
         self._prompts: PromptForward | DeepSeekV3 = model
@@ -70,18 +72,30 @@ class DeviceForward:
         """
         found: dict[int, Tensor] = {}
         for is_prompt in (True, False):
-            rows = [row for row, chunk in enumerate(chunks) if chunk.is_prompt == is_prompt]
-            if not is_prompt and rows and self._rows is not None:
-                hidden_ND = None if hidden is None else torch.cat([hidden[row] for row in rows])
-                parts = _row_by_row(self._rows, [chunks[row] for row in rows], hidden_ND)
-                found |= dict(zip(rows, parts, strict=True))
+            places = [place for place, chunk in enumerate(chunks) if chunk.is_prompt == is_prompt]
+            if not places:
                 continue
-            together = max(1, PREFILL_TOKENS // max((len(chunks[row].ids) for row in rows), default=1))
-            for first in range(0, len(rows), together):
-                group = rows[first : first + together]
-                given = None if hidden is None else [hidden[row] for row in group]
-                found |= dict(zip(group, self._pass([chunks[row] for row in group], given), strict=True))
-        return [found[row] for row in range(len(chunks))]
+            group = [chunks[place] for place in places]
+            given = None if hidden is None else [hidden[place] for place in places]
+            by_rows = self._rows is not None and (not is_prompt or self._batch_invariant or _are_few(group))
+            run = self._by_rows if by_rows else self._by_modules
+            found |= dict(zip(places, run(group, given), strict=True))
+        return [found[place] for place in range(len(chunks))]
+
+    def _by_rows(self, chunks: Sequence[Chunk], hidden: Sequence[Tensor] | None) -> list[Tensor]:
+        assert self._rows is not None
+        rows = [Row(chunk.sequence, position) for chunk in chunks for position in range(chunk.start, chunk.end)]
+        tokens = [token for chunk in chunks for token in chunk.ids]
+        states_ND = self._rows.states(rows, tokens, None if hidden is None else torch.cat(list(hidden)))
+        return list(states_ND.split([len(chunk.ids) for chunk in chunks]))
+
+    def _by_modules(self, chunks: Sequence[Chunk], hidden: Sequence[Tensor] | None) -> list[Tensor]:
+        states: list[Tensor] = []
+        together = max(1, PREFILL_TOKENS // max(len(chunk.ids) for chunk in chunks))
+        for first in range(0, len(chunks), together):
+            part = slice(first, first + together)
+            states += self._pass(chunks[part], None if hidden is None else hidden[part])
+        return states
 
     def _pass(self, chunks: Sequence[Chunk], hidden: Sequence[Tensor] | None) -> list[Tensor]:
         """One pass over chunks, padded on the right: the causal mask hides the padding, the cache skips it."""
@@ -97,8 +111,6 @@ class DeviceForward:
         return [states_SD[:length] for states_SD, length in zip(states_BSD, lengths, strict=True)]
 
 
-def _row_by_row(forward: RowsForward, chunks: Sequence[Chunk], hidden_ND: Tensor | None) -> Sequence[Tensor]:
-    """The states of generated tokens, or with states of the tokens before them of the MTP layer, for each chunk."""
-    rows = [Row(chunk.sequence, position) for chunk in chunks for position in range(chunk.start, chunk.end)]
-    states_ND = forward.states(rows, [token for chunk in chunks for token in chunk.ids], hidden_ND)
-    return states_ND.split([len(chunk.ids) for chunk in chunks])
+def _are_few(chunks: Sequence[Chunk]) -> bool:
+    """Whether chunks of prompts are faster row by row: one graph, but each row reads all rows before it."""
+    return sum(len(chunk.ids) for chunk in chunks) <= MOST_ROWS and max(chunk.end for chunk in chunks) <= _FEW_READ

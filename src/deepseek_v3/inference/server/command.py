@@ -15,11 +15,18 @@ import typer
 
 from deepseek_v3.config.text_files import read_text
 from deepseek_v3.inference.chat_template import ChatTemplate, read_template, template_of
-from deepseek_v3.inference.generate import DeviceOption, KvOption, PrecisionOption, StoredPrecision
+from deepseek_v3.inference.generate import (
+    DeviceOption,
+    InvariantOption,
+    KvOption,
+    PrecisionOption,
+    SpeculateOption,
+    StoredPrecision,
+)
 from deepseek_v3.inference.generator import Generator
 from deepseek_v3.inference.server.service import ServedModel, ServerLimits, Service
 from deepseek_v3.interop.load_model import load_for_inference
-from deepseek_v3.mla.kv_compression import KvFormat, PagePool, pages_of
+from deepseek_v3.mla.kv_compression import PagePool, pages_of
 from deepseek_v3.model.pretrained import LoadedModel
 from deepseek_v3.ops.mla_decode.formats import PAGE
 from deepseek_v3.utils.command_line import integer_option
@@ -85,6 +92,8 @@ def serve(
         ),
     ] = 30,
     kv: KvOption = None,
+    speculate: SpeculateOption = 0,
+    batch_invariant: InvariantOption = False,
     precision: PrecisionOption = StoredPrecision.AUTO,
     device: DeviceOption = "auto",
 ) -> None:
@@ -98,10 +107,11 @@ def serve(
         _log.warning(f"others on this machine can read --api-key in ps; {KEY_VARIABLE} and --api-key-file hide it")
     template = None if chat_template is None else read_template(chat_template)
     with bind(host, port) as bound:  # before the weights are read, which takes long
-        saved = load_for_inference(checkpoint, select_device(device), precision.value)
+        saved = load_for_inference(checkpoint, select_device(device), precision.value, mtp_layers=min(speculate, 1))
         name = model_name or checkpoint.resolve().name or "model"
         limits = _limits(saved, context, max_running, max_waiting, max_body)
-        service = _service(saved, name, template, limits, kv, cache_tokens)
+        generator = Generator(saved.model, saved.tokenizer, max_running, False, kv, speculate, batch_invariant)
+        service = _service(saved, name, template, limits, generator, cache_tokens)
         local = bound.getsockname()[0] in ("127.0.0.1", "::1")
         if key is None and not local:
             _log.warning(f"everyone who reaches {host} can use the model; set {KEY_VARIABLE} to ask for a key")
@@ -150,13 +160,12 @@ def _service(
     name: str,
     template: str | None,
     limits: ServerLimits,
-    kv: KvFormat | None,
+    generator: Generator,
     cache_tokens: int | None,
 ) -> Service:
     tokenizer = saved.tokenizer
     has_template = template is not None or template_of(tokenizer) is not None
     chat = ChatTemplate(tokenizer, template) if has_template else None
-    generator = Generator(saved.model, tokenizer, limits.max_running, kv=kv)
     pool = _new_pool(generator, limits, cache_tokens)
     return Service(ServedModel(name, tokenizer, chat, saved.model.config.vocab_size), generator, pool, limits)
 

@@ -25,7 +25,7 @@ _NOT_FINITE = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 
 
 class _Tile(NamedTuple):
-    """Rows by columns of a tile, the numbers of both that are multiplied at a time, and its warps."""
+    """Rows by columns of a tile, the numbers of 16 bits of both that are multiplied at a time, and its warps."""
 
     rows: int
     columns: int
@@ -172,7 +172,7 @@ def _multiply(
         SWIGLU=swiglu,
         ROWS=tile.rows,
         COLUMNS=tile.columns,
-        LENGTH=min(tile.length, max(16, triton.next_power_of_2(length))),
+        LENGTH=min(tile.length * 2 // x_HMI.element_size(), max(16, triton.next_power_of_2(length))),
         num_warps=tile.warps,
         num_stages=4,
         **early(x_HMI.device),
