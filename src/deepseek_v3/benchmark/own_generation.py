@@ -19,6 +19,7 @@ from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.inference.generator import Generator
 from deepseek_v3.inference.sampling import SamplingConfig
 from deepseek_v3.interop.huggingface.pretrained_folder import save_pretrained
+from deepseek_v3.model.backends import select_backends
 from deepseek_v3.model.init import initialize
 from deepseek_v3.model.pretrained import allocate_weights, prepare_for_inference
 from deepseek_v3.model.transformer import DeepSeekV3
@@ -108,6 +109,7 @@ def build_model(task: GenerationTask) -> DeepSeekV3:
     initialize(model, task.model.initializer_range, seed=0)
     with torch.no_grad():
         model.head_weight_VD[_END] = 0
+    select_backends(model, model.head_weight_VD.device)
     return model.eval().requires_grad_(False)
 
 

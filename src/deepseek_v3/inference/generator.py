@@ -107,8 +107,9 @@ class Generator:
         _require_drafting(model, speculate)
         self._speculate, self.acceptance = speculate, Acceptance()
         self._kept: _Place | None = None
+        self._keeps_engine = self._device.type != "cpu" and runs_by_rows(model)
         self._batch_invariant = batch_invariant
-        if batch_invariant and self._device.type != "cpu" and not runs_by_rows(model):
+        if batch_invariant and self._device.type != "cpu" and not self._keeps_engine:
             raise GenerationError(
                 "batch_invariant: needs a model without gradients whose weights are stored in the type that it "
                 "computes in; load it by `load_for_inference`"
@@ -228,7 +229,10 @@ class Generator:
         if not requests:
             return
         most = sorted(pages_of(request.most_tokens) for request in requests)[-self._batch_size :]
-        place = self._place(min(sum(most), fitting))
+        needed = sum(most)
+        if self._keeps_engine:  # room for longer texts
+            needed = 1 << (needed - 1).bit_length()
+        place = self._place(min(needed, fitting))
         try:
             for request in requests:
                 place.engine.add(request)
@@ -237,7 +241,7 @@ class Generator:
                 yield
         finally:
             place.engine.close()
-            if self._device.type != "cpu" and runs_by_rows(self._model):
+            if self._keeps_engine:
                 self._kept = place
 
     def _place(self, num_pages: int) -> _Place:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepseek_v3.inference.engine.device_layer import DeviceLayer, PassedRows
+from deepseek_v3.mla.attention import MultiHeadLatentAttention
 from deepseek_v3.mla.cached_sequences import CachedSequence
 from deepseek_v3.mla.kv_compression import PagePool
 from deepseek_v3.mla.rotary import rotary_tables
@@ -30,7 +31,7 @@ from deepseek_v3.moe.dispatch import LocalDispatcher
 from deepseek_v3.moe.layer import MixtureOfExperts
 from deepseek_v3.ops.few_rows import FEW_ROWS
 from deepseek_v3.ops.layers import Linear
-from deepseek_v3.ops.mla_decode.formats import PAGE
+from deepseek_v3.ops.mla_decode import PAGE, reference
 from deepseek_v3.ops.operation import Select
 
 MOST_ROWS = 512  # of one pass
@@ -159,13 +160,18 @@ class RowsForward:
 def runs_by_rows(model: DeepSeekV3) -> bool:
     """Whether `RowsForward` can run a model.
 
-    It is not trained, its weights are stored in its compute type, and all experts are on this device.
+    It is not trained, its weights are stored in its compute type, all experts are on this device, and on a GPU a
+    kernel attends to its cache: a graph cannot hold the reference, which reads lengths on the host.
     """
     dtype = model.head_weight_VD.dtype
     if any(weight.requires_grad for weight in model.parameters()):
         return False
     for module in model.modules():
         if isinstance(module, Linear) and (module.weight.dtype != dtype or not module.weight.is_contiguous()):
+            return False
+        if isinstance(module, MultiHeadLatentAttention) and (
+            module.o_proj.weight.is_cuda and module.cached.mla_decode is reference.mla_decode
+        ):
             return False
         if isinstance(module, MixtureOfExperts) and not (
             isinstance(module.dispatcher, LocalDispatcher) and module.experts.gate_up_proj.dtype == dtype
