@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.inference.engine.cpu_forward import CpuForward
 from deepseek_v3.inference.engine.device_forward import PREFILL_TOKENS, DeviceForward
-from deepseek_v3.inference.engine.device_rows import runs_by_rows
+from deepseek_v3.inference.engine.device_rows import MOST_ROWS, runs_by_rows
 from deepseek_v3.inference.engine.drafts import MOST_DRAFTS, Acceptance
 from deepseek_v3.inference.engine.engine import Engine, add_tokens, copy_to_host
 from deepseek_v3.inference.engine.generation_request import FinishReason, Request, StreamedText, TokenLogprobs
@@ -30,7 +30,13 @@ from deepseek_v3.inference.sampling import SamplingConfig, request_seed
 from deepseek_v3.mla.kv_compression import KvFormat, PagePool, pages_of
 from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.utils.errors import GenerationError
+from deepseek_v3.utils.logging import get_logger
 from deepseek_v3.utils.text import format_value
+
+_LONG_PROMPT = MOST_ROWS + 1  # the shortest that the modules of a model compute
+_WARM_UP_BATCHES = 16, 32, 64  # for each height of a tile
+
+_log = get_logger("Engine")
 
 
 @dataclass(frozen=True)
@@ -173,6 +179,19 @@ class Generator:
         if self._speculate:
             return SpeculativeEngine(*place, self._speculate, self.acceptance)
         return Engine(*place, reads_late=not on_cpu)
+
+    def warm_up(self, engine: Engine) -> None:
+        """Lets an engine on a GPU compute some texts, so that no request waits until kernels are compiled."""
+        if self._device.type == "cpu":
+            return
+        _log.info("preparing kernels; the first time on a machine this takes half a minute")
+        sampling = SamplingConfig(temperature=0, max_new_tokens=2)
+        long = min(_LONG_PROMPT, self._model.config.max_position_embeddings - sampling.max_new_tokens)
+        for number, length in ((1, long), *((number, 1) for number in _WARM_UP_BATCHES)):
+            for index in range(min(number, self._batch_size)):
+                engine.add(self.request([0] * length, [], index, sampling))
+            while engine.has_work:
+                _raise_error(engine.step())
 
     def encode(self, prompt: str) -> tuple[list[int], list[int]]:
         """The ids with which a request for a prompt begins, and those of them whose text its answer continues.

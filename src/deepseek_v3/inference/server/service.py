@@ -63,7 +63,9 @@ class Service:
         self.metrics = ServerMetrics()
         self.created = int(time.time())
         self._generator, self._pool = generator, pool
-        self._engine = EngineThread(generator.new_engine(pool), self.metrics)
+        engine = generator.new_engine(pool)
+        generator.warm_up(engine)
+        self._engine = EngineThread(engine, self.metrics)
         self._open: dict[RequestGroup, None] = {}
         self._num_open = 0
         self._idle = asyncio.Event()

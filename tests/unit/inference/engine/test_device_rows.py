@@ -7,8 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from deepseek_v3.data.tokens.tokenizer import Tokenizer
 from deepseek_v3.inference.engine.device_forward import DeviceForward
 from deepseek_v3.inference.engine.device_rows import Row, RowsForward, runs_by_rows
+from deepseek_v3.inference.generator import Generator
+from deepseek_v3.inference.sampling import SamplingConfig
 from deepseek_v3.mla.cached_sequences import CachedSequence
 from deepseek_v3.mla.kv_compression import PagePool, latent_format
 from deepseek_v3.model.backends import select_backends
@@ -110,3 +113,35 @@ def test_a_model_that_is_trained_does_not_run_by_rows() -> None:
     narrow = copy.deepcopy(model)
     narrow.compute_dtype = torch.bfloat16
     assert not runs_by_rows(narrow)
+
+
+@pytest.mark.gpu
+def test_a_warm_engine_has_no_requests_and_all_its_pages() -> None:
+    device = torch.device("cuda")
+    generator = Generator(
+        loaded_model(device, vocab_size=260), Tokenizer.train(["text"], vocab_size=260), batch_size=40
+    )
+    pool = generator.kv_cache.new_pool(80)
+    engine = generator.new_engine(pool)
+    generator.warm_up(engine)
+    assert not engine.has_work
+    assert pool.num_free == pool.num_pages
+
+
+@pytest.mark.gpu
+def test_a_text_is_the_same_beside_any_others() -> None:
+    """Prompts that the modules would compute together, and others; greedy and sampled."""
+    device = torch.device("cuda")
+    model, tokenizer = loaded_model(device, vocab_size=260), Tokenizer.train(["text"], vocab_size=260)
+    prompts = [
+        [1 + (7 * place * number) % 90 for place in range(length)] for number, length in enumerate(LENGTHS, 1)
+    ]
+    for sampling in (SamplingConfig(0, max_new_tokens=40), SamplingConfig(1.0, max_new_tokens=40)):
+        together = Generator(model, tokenizer, batch_invariant=True).continue_tokens(prompts, sampling)
+        few = Generator(model, tokenizer, 2, batch_invariant=True).continue_tokens(prompts[:1], sampling)
+        assert few[0].tokens == together[0].tokens
+        if sampling.temperature == 0:  # a seed belongs to the number of a prompt
+            generator = Generator(model, tokenizer, 1, batch_invariant=True)
+            assert [each.tokens for each in generator.continue_tokens(prompts, sampling)] == [
+                each.tokens for each in together
+            ]
