@@ -64,13 +64,8 @@ class _Attention:
 
     def __init__(self, module: MultiHeadLatentAttention, pool: PagePool, ops: FewRows) -> None:
         config = module.config
-        self._ops, self._module, self._pool = ops, module, pool
-        self._heads, self._nope, self._rope = (
-            config.num_attention_heads,
-            config.qk_nope_head_dim,
-            config.qk_rope_head_dim,
-        )
-        self._rank = config.kv_lora_rank
+        self._ops, self._module, self._pool, self._heads = ops, module, pool, config.num_attention_heads
+        self._nope, self._rope, self._rank = config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank
         first = module.q_proj if config.q_lora_rank is None else module.q_a_proj
         self._width = len(first.weight)
         self._first_XD = _side_by_side(first, module.kv_a_proj_with_mqa)
@@ -87,7 +82,7 @@ class _Attention:
         )
         if module.config.q_lora_rank is not None:
             norm = module.q_a_layernorm
-            query_MX = ops.product(norm.rms_norm(query_MX, *_weight(norm)), module.q_b_proj.weight)
+            query_MX = ops.product(ops.rms_norm(query_MX, *_weight(norm)), module.q_b_proj.weight)
         q_MHK = query_MX.unflatten(1, (self._heads, self._nope + self._rope))
         q_MHL = x_MD.new_empty(len(x_MD), self._heads, self._rank + self._rope)
         ops.product_by_head(q_MHK[..., : self._nope], self._w_uk_HCN, q_MHL[..., : self._rank])
@@ -116,9 +111,9 @@ class _Experts:
     """The routed experts, and the shared ones as experts that every row chooses."""
 
     def __init__(self, module: MixtureOfExperts, ops: FewRows, select: Select) -> None:
-        self._ops, self._router, self._num_shared = ops, module.gate, module.config.n_shared_experts
+        self._ops, self._router = ops, module.gate
         self._choice = expert_choice(module.config, select)
-        self._choices = choices_of(module.config)._replace(shared=self._num_shared)
+        self._choices = choices_of(module.config)._replace(shared=module.config.n_shared_experts)
         self._gate_up_EGD, self._down_EDF = _all_experts(module)
 
     def __call__(self, x_MD: Tensor, rows: PassedRows) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from deepseek_v3.ops.early_launch.triton import early, wait
 from deepseek_v3.ops.expert_choice import ChosenRows
 
-_ENOUGH_TILES = 64
+_ENOUGH_TILES = 64  # of 64 columns; with fewer of them, smaller tiles read faster
 _LOGITS = 2048  # of a program
 _NOT_FINITE = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 
