@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from deepseek_v3.inference.engine.device_layer import DeviceLayer, PassedRows
 from deepseek_v3.mla.attention import MultiHeadLatentAttention
@@ -32,7 +32,7 @@ from deepseek_v3.moe.layer import MixtureOfExperts
 from deepseek_v3.ops.few_rows import FEW_ROWS
 from deepseek_v3.ops.layers import Linear
 from deepseek_v3.ops.mla_decode import PAGE, reference
-from deepseek_v3.ops.operation import Select
+from deepseek_v3.ops.operation import Select, Target
 
 MOST_ROWS = 512  # of one pass
 
@@ -160,24 +160,31 @@ class RowsForward:
 def runs_by_rows(model: DeepSeekV3) -> bool:
     """Whether `RowsForward` can run a model.
 
-    It is not trained, its weights are stored in its compute type, all experts are on this device, and on a GPU a
-    kernel attends to its cache: a graph cannot hold the reference, which reads lengths on the host.
+    It is not trained, its weights are stored in its compute type, all experts are on this device, and a GPU has the
+    kernels.
     """
     dtype = model.head_weight_VD.dtype
-    if any(weight.requires_grad for weight in model.parameters()):
+    if model.compute_dtype not in (None, dtype) or any(weight.requires_grad for weight in model.parameters()):
         return False
-    for module in model.modules():
-        if isinstance(module, Linear) and (module.weight.dtype != dtype or not module.weight.is_contiguous()):
-            return False
-        if isinstance(module, MultiHeadLatentAttention) and (
-            module.o_proj.weight.is_cuda and module.cached.mla_decode is reference.mla_decode
-        ):
-            return False
-        if isinstance(module, MixtureOfExperts) and not (
-            isinstance(module.dispatcher, LocalDispatcher) and module.experts.gate_up_proj.dtype == dtype
-        ):
-            return False
-    return model.compute_dtype in (None, dtype)
+    return all(_is_stored(module, dtype) for module in model.modules()) and _has_kernels(model)
+
+
+def _is_stored(module: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether a module has its weights on this device in a type."""
+    if isinstance(module, MixtureOfExperts):
+        return isinstance(module.dispatcher, LocalDispatcher) and module.experts.gate_up_proj.dtype == dtype
+    return not isinstance(module, Linear) or (module.weight.dtype == dtype and module.weight.is_contiguous())
+
+
+def _has_kernels(model: DeepSeekV3) -> bool:
+    """Whether a model does not need a reference on a GPU, which reads numbers on the host: no graph can hold that."""
+    head_VD = model.head_weight_VD
+    if head_VD.device.type == "cpu":
+        return True
+    rows = FEW_ROWS.select(Target(head_VD.device, head_VD.dtype, (model.config.hidden_size,)))
+    attentions = [module for module in model.modules() if isinstance(module, MultiHeadLatentAttention)]
+    attend_by_kernel = all(each.cached.mla_decode is not reference.mla_decode for each in attentions)
+    return attend_by_kernel and rows.backend != "reference"
 
 
 def _fill(
