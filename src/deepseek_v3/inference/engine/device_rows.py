@@ -177,7 +177,7 @@ def _is_stored(module: nn.Module, dtype: torch.dtype) -> bool:
 
 
 def _has_kernels(model: DeepSeekV3) -> bool:
-    """Whether a model does not need a reference on a GPU, which reads numbers on the host: no graph can hold that."""
+    """Whether a model on a GPU needs no reference, which reads numbers on the host: no graph can hold that."""
     head_VD = model.head_weight_VD
     if head_VD.device.type == "cpu":
         return True
