@@ -111,6 +111,10 @@ class TokenLoader:
             sample[:] = self._source.read(self._split, number * self.sequence_length, self.sequence_length + 1)
         return samples
 
+    def place(self, i: int) -> tuple[int, int]:
+        """The epoch of sample `i`, from 0, and the number of its first token in the split."""
+        return i // self.num_samples, int(self._positions(i, 1)[0]) * self.sequence_length
+
     def _positions(self, first: int, count: int) -> Int64Array:
         """The number of the window of each sample: int64 [count]."""
         epochs, positions = np.divmod(np.arange(first, first + count), self.num_samples)

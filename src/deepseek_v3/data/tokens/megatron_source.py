@@ -122,6 +122,13 @@ class MegatronSource(TokenSource):
             found.append(tokens)
         return found[0] if len(found) == 1 else np.concatenate(found)
 
+    def places(self, split: Split, start: int, length: int) -> list[str]:
+        """Where these tokens are: `FILE.bin:FIRST-END` for each stretch that holds some of them, in tokens."""
+        part = self._parts[split]
+        ranges = parts_of_range(part.starts, start, length, split)
+        begins = [(part.stretches[number][0], first, last) for number, first, last in ranges]
+        return [f"{bin_file(part.dataset.prefix)}:{begin + first}-{begin + last}" for begin, first, last in begins]
+
     def _check_ids(self, dataset: MegatronDataset, start: int, tokens: Tokens) -> None:
         if tokens.min() < 0 or tokens.max() >= self.vocab_size:
             place = int(np.flatnonzero((tokens < 0) | (tokens >= self.vocab_size))[0])

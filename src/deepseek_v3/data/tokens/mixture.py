@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 from hashlib import sha256
+from typing import NamedTuple
 
 import numpy as np
 
@@ -63,6 +64,14 @@ class TokenMixture(RunTokens):
         return self._parts[0].source.load_tokenizer()
 
 
+class SamplePlace(NamedTuple):
+    """Where a sample comes from: its source, the epoch over it, from 0, and its first token in the train split."""
+
+    source: WeightedSource
+    epoch: int
+    first_token: int
+
+
 class MixtureLoader:
     """Reads the training samples of a run, mixed from its sources in the order of `MixtureOrder`.
 
@@ -72,6 +81,7 @@ class MixtureLoader:
 
     def __init__(self, tokens: RunTokens, *, sequence_length: int, seed: int = 0) -> None:
         self.sequence_length = sequence_length
+        self._parts = tokens.parts
         self._order = MixtureOrder([part.share for part in tokens.parts])
         self._loaders = [
             TokenLoader(part.source, sequence_length=sequence_length, seed=source_seed(seed, number))
@@ -81,6 +91,11 @@ class MixtureLoader:
     def sample(self, i: int) -> Int64Array:
         """Sample `i`, counted from 0 through the whole run: [sequence_length + 1] int64."""
         return self.batch(i, 1)[0]
+
+    def place(self, i: int) -> SamplePlace:
+        """Where sample `i` comes from."""
+        number, own = self._order.place(i)
+        return SamplePlace(self._parts[number], *self._loaders[number].place(own))
 
     def batch(self, first: int, count: int) -> Int64Array:
         """Samples `first` to `first + count`: [count, sequence_length + 1] int64."""

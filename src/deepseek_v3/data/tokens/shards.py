@@ -275,6 +275,14 @@ class TokenShards(TokenSource):
         ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
+    def places(self, split: Split, start: int, length: int) -> list[str]:
+        """Where these tokens are: `FILE:FIRST-END` for each shard that holds some of them, counted in tokens."""
+        shards = self.index.shards(split)
+        return [
+            f"{self.directory / shards[number].file}:{first}-{last}"
+            for number, first, last in parts_of_range(self._starts[split], start, length, split)
+        ]
+
     def _tokens(self, split: Split, number: int, start: int, stop: int) -> Tokens:
         """Tokens `start` to `stop` of one shard, read-only."""
         size = self._dtype.itemsize

@@ -89,6 +89,13 @@ class TokenSource(RunTokens):
         Raises ValueError if the range is empty or exceeds the split, and DataError if tokens cannot be read.
         """
 
+    @abstractmethod
+    def places(self, split: Split, start: int, length: int) -> list[str]:
+        """Where tokens `start` to `start + length` of a split are on disk: `FILE:FIRST-END`, counted in tokens.
+
+        Raises ValueError if the range is empty or exceeds the split.
+        """
+
     def blocks(self, split: Split) -> Iterator[Tokens]:
         """All tokens of a split in order, about a million at a time."""
         total = self.num_tokens(split)
