@@ -18,7 +18,7 @@ from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.model.block import DecoderLayer
 from deepseek_v3.moe.routing import Router, Routing
 from deepseek_v3.training.data import document_ids
-from deepseek_v3.training.optimizer import MOMENTS, local
+from deepseek_v3.training.optimizer import MOMENTS, StepLimits, local
 from deepseek_v3.training.parallel.build import build_engine
 from deepseek_v3.training.parallel.engine import Engine
 from deepseek_v3.training.parallel.mesh import build_mesh
@@ -192,10 +192,10 @@ def _documents(tokens_BX: Tensor) -> Tensor:
 def _keep_gradients(engine: Engine, kept: dict[str, Any]) -> None:
     step = engine.optimizer.step
 
-    def keeping(learning_rate: float, loss: Tensor) -> Tensor:
+    def keeping(learning_rate: float, loss: Tensor, limits: StepLimits) -> Tensor:
         if not kept:
             kept.update(_blocks(engine, lambda parameter: parameter.grad))
-        return step(learning_rate, loss)
+        return step(learning_rate, loss, limits)
 
     engine.optimizer.step = keeping
 

@@ -1,22 +1,22 @@
-"""Trains steps whose loss or gradient is not finite on one rank, under any layout."""
+"""Trains steps whose loss or gradient is not finite or too large on one rank, under any layout."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deepseek_v3.training.optimizer import local
+from deepseek_v3.training.optimizer import StepLimits, local
 from deepseek_v3.training.parallel.engine import Engine
 from deepseek_v3.training.schedule import ScheduledStep, TrainingSchedule
 from deepseek_v3.utils.checkpointing.state_dict import flatten
 from helpers import deepspeed_runs, parallel_runs
 
 # What happens in each step of a run, on its last rank alone.
-STORY = ("", "gradient nan", "gradient inf", "loss nan", "")
+STORY = ("", "gradient nan", "gradient inf", "loss nan", "gradient 100", "loss 1000", "")
+LIMITS = StepLimits(loss=50.0, norm=50.0)
 
 
 def train(parallel: dict[str, Any], layers: int, story: tuple[str, ...] = STORY) -> list[Any]:
@@ -46,11 +46,11 @@ def _run_story(engine: Engine, config: Any, story: tuple[str, ...]) -> list[Any]
             continue
         trouble.now = what
         step = plan.step(number)
-        result = engine.run_step(parallel_runs.micro_batches_of(engine, config, step), step)
+        result = engine.run_step(parallel_runs.micro_batches_of(engine, config, step), step, LIMITS)
         after = _state(engine)
         same = all(tensor.equal(before[name]) for name, tensor in after.items())
         figures = (result.losses.total.item(), result.norm.item())
-        rows.append((bool(result.finite), same, engine.optimizer.num_steps, *figures))
+        rows.append((bool(result.accepted), same, engine.optimizer.num_steps, *figures))
         before = after
     return rows
 
@@ -72,7 +72,9 @@ class _Trouble:
 
         def with_loss(batches: Any, step: ScheduledStep) -> Any:
             losses = backward(batches, step)
-            return losses._replace(total=losses.total * math.nan) if self.now == "loss nan" else losses
+            if not self.now.startswith("loss"):
+                return losses
+            return losses._replace(total=losses.total + float(self.now.removeprefix("loss ")))
 
         engine._backward = with_loss  # type: ignore[method-assign]
 

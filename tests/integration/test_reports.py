@@ -93,7 +93,9 @@ def trainer_on(
         if fails_at is not None and step.number == fails_at[0]:
             raise fails_at[1]
         result = train(step, batches)
-        return result._replace(norm=result.norm * math.inf) if step.number in not_finite else result
+        if step.number not in not_finite:
+            return result
+        return result._replace(norm=result.norm * math.inf, accepted=torch.tensor(False))
 
     def measured(*arguments: Any) -> Any:
         gpu.trace.append("validate")

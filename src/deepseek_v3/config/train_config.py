@@ -160,14 +160,33 @@ class EvaluationConfig(Section):
     tokens: PositiveInt = 262_144
 
 
+class SpikeConfig(Section):
+    """What follows a spike: a step whose loss or gradient norm is far above those of the steps before it.
+
+    Far above is more than median + threshold · 1.4826 · MAD of the last `window` steps that were not skipped (MAD:
+    the median of the absolute distances from the median; 1.4826 · MAD is the standard deviation of normal noise,
+    and counts as at least 1% of the median). Until there are `window` steps, nothing is a spike.
+
+    `warn` reports it; `skip` also skips the step, as one that is not finite; `rollback` also restores the last
+    checkpoint, so that all steps since then are skipped. More than `max_rollbacks` rollbacks to the same checkpoint
+    end the run.
+    """
+
+    action: Literal["ignore", "warn", "skip", "rollback"] = "warn"
+    window: Annotated[Integer, Field(ge=4, le=10_000)] = 128
+    loss_threshold: PositiveFloat = 8.0
+    norm_threshold: PositiveFloat = 20.0
+    max_rollbacks: NonNegativeInt = 3
+
+
 class TrainingConfig(Section):
     """The training recipe.
 
     `total_tokens` is a number of tokens, or a multiple such as `20x`: 20 tokens per active parameter.
     `deliberate_overtraining` accepts a budget above 26 tokens per active parameter; it does not change training.
 
-    A step whose loss or gradient is not finite is skipped. The run stops after more than `max_skipped_steps`
-    consecutive ones.
+    A step whose loss or gradient is not finite is skipped, and so may be a spike. The run stops after more than
+    `max_skipped_steps` consecutive skipped steps.
     `loss_terms` gives the weight of each loss term that another package adds (see `training/loss_terms.py`).
     """
 
@@ -183,6 +202,7 @@ class TrainingConfig(Section):
     balance: BalanceConfig = BalanceConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     max_skipped_steps: NonNegativeInt = 3
+    spikes: SpikeConfig = SpikeConfig()
     loss_terms: dict[str, Real] = Field(default_factory=dict)
 
     @model_serializer(mode="wrap")

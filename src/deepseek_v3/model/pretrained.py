@@ -8,7 +8,8 @@ A checkpoint of format 2 is a nested dict, saved as one file or as a folder of s
     end_of_text               ids of the tokens that end a text, the end-of-text marker first
     tokenizer_config          the fields of tokenizer_config.json, or None
     step, tokens              how far the run had trained
-    optimizer, random, corpus, skipped_in_a_row    what a run needs to resume (see `training.checkpoint`)
+    optimizer, random, corpus, skipped_in_a_row, recent_steps
+                              what a run needs to resume (see `training.checkpoint`)
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ class ModelEntries(Entries):
     random: Any = None
     corpus: Any = None
     skipped_in_a_row: Natural = 0
+    recent_steps: Any = None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ part is described in `model.pretrained`):
     random             the states of torch's random generators, uint8
     corpus             checksums of the tokenizer and of the training tokens
     skipped_in_a_row   steps without an update just before this checkpoint
+    recent_steps       what the next steps are judged by: `window` and `limits` of `anomalies.RecentSteps`
 
 The order of the data and all schedules are functions of the config and the step, so they need no entry.
 """
@@ -34,6 +35,7 @@ from deepseek_v3.model.pretrained import (
     checkpoint_config,
     model_entries,
 )
+from deepseek_v3.training.anomalies import RecentSteps
 from deepseek_v3.training.parallel.engine import Engine
 from deepseek_v3.training.parallel.mesh import ParallelMesh
 from deepseek_v3.training.resume_rules import ALLOW, check_changes
@@ -80,23 +82,25 @@ class RunEntries(ModelEntries):
 
 
 class RunProgress(NamedTuple):
-    """The last step of a run, the steps that it skipped, and how many of these were the last ones in a row."""
+    """The last step of a run, and what the next ones are judged by."""
 
     step: int
-    skipped: int = 0
-    skipped_in_a_row: int = 0
+    recent: RecentSteps
 
 
 def train_state(
-    engine: Engine, config: RunConfig, source: RunTokens, step: int, tokens: int, skipped_in_a_row: int = 0
+    engine: Engine, config: RunConfig, source: RunTokens, step: int, tokens: int, recent: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns the contents of a checkpoint after `step`; sharded tensors are DTensors."""
+    """Returns the contents of a checkpoint after `step`; sharded tensors are DTensors.
+
+    `recent` holds the entries of `AnomalyMonitor.state`.
+    """
     return {
         **model_entries(engine.models[0].state_dict(), config, source.load_tokenizer()),
         **engine.state(),
         "step": step,
         "tokens": tokens,
-        "skipped_in_a_row": skipped_in_a_row,
+        **recent,
         "random": _random_state(),
         "corpus": source.identity,
     }
@@ -146,7 +150,7 @@ def load_train_state(
         )
     step, num_updates = plain["step"], plain["optimizer"]["num_steps"]
     engine.finish_loading(state, num_updates)
-    return RunProgress(step, step - num_updates, plain.get("skipped_in_a_row", 0))
+    return RunProgress(step, RecentSteps.from_checkpoint(plain, step - num_updates))
 
 
 def _needs_conversion(name: str, tensor: Tensor, found: Mapping[str, TensorInfo]) -> bool:

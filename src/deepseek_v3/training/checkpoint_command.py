@@ -40,7 +40,13 @@ _PATHS = typer.Argument(help="Checkpoints, or folders of them.")
 _OUTPUT = typer.Option(metavar="FILE.pt", help="The new checkpoint.")
 
 _WEIGHTS = "model."
-_OF_RESUMING = ("optimizer", "random", "corpus", "skipped_in_a_row")  # entries that only resume a run
+_OF_RESUMING = (
+    "optimizer",
+    "random",
+    "corpus",
+    "skipped_in_a_row",
+    "recent_steps",
+)  # entries that only resume a run
 
 _log = get_logger("Checkpoint")
 

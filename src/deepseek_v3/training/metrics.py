@@ -183,7 +183,7 @@ class MetricsLogger:
     def finish_report(self, skipped: int) -> None:
         """Waits for the metrics of the report that was started, and logs it; does nothing if there is none.
 
-        `skipped` counts the steps so far whose loss or gradient was not finite.
+        `skipped` counts the steps so far that were skipped.
         """
         if self._report is not None:
             report, metrics = self._report, self._report.read()
@@ -245,7 +245,7 @@ class MetricsLogger:
             f"parameter;\nthe budget was {self._schedule.total_tokens:,}"
         )
         if skipped:
-            _log.warning(f"{skipped:,} of {step_number:,} steps were skipped, because they were not finite")
+            _log.warning(f"{skipped:,} of {step_number:,} steps were skipped; events.jsonl says why")
 
     def _write(self, step_number: int, record: StepMetrics) -> None:
         self._writer.write(step_number, record)

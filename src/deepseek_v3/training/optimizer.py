@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +23,20 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def is_finite_step(loss: Tensor, norm: Tensor) -> Tensor:
-    """Whether loss and gradient norm, 0-d, are finite, so that the step is not skipped; 0-d bool."""
-    return loss.isfinite() & norm.isfinite()
+class StepLimits(NamedTuple):
+    """The largest total loss (nats per token) and gradient norm of a step that is not skipped."""
+
+    loss: float = math.inf
+    norm: float = math.inf
+
+
+NO_LIMITS = StepLimits()
+
+
+def is_accepted_step(loss: Tensor, norm: Tensor, limits: StepLimits) -> Tensor:
+    """Whether loss and gradient norm, 0-d, are finite and within `limits`, so that the step is taken; 0-d bool."""
+    finite = loss.isfinite() & norm.isfinite()
+    return finite if limits == NO_LIMITS else finite & (loss <= limits.loss) & (norm <= limits.norm)
 
 
 class AdamW(torch.optim.Optimizer):
@@ -86,20 +99,20 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(  # type: ignore[override]  # the schedule sets the rate
-        self, learning_rate: float, loss: Tensor | None = None
+        self, learning_rate: float, loss: Tensor | None = None, limits: StepLimits = NO_LIMITS
     ) -> Tensor:
         """Clips, updates every parameter that has a gradient, and returns the norm before clipping (0-d).
 
-        Nothing changes if the norm or `loss`, the step's loss (0-d), is not finite.
+        Nothing changes if the norm or `loss`, the step's loss (0-d), is not finite or exceeds its limit.
         """
         gradients = {name: local(p.grad) for name, p in self.parameters.items() if p.grad is not None}
         norm = self._total_norm(gradients)
         scale = (self.config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         for group in self.param_groups:
             group["lr"] = learning_rate
-        finite = is_finite_step(norm if loss is None else loss, norm)
-        self._update_all(scale, finite)
-        self._steps_taken += finite
+        accepted = is_accepted_step(norm if loss is None else loss, norm, limits)
+        self._update_all(scale, accepted)
+        self._steps_taken += accepted
         return norm
 
     @property
@@ -114,16 +127,16 @@ class AdamW(torch.optim.Optimizer):
     def _is_matrix(self, parameter: nn.Parameter) -> bool:
         return parameter.ndim >= 2
 
-    def _update_all(self, scale: Tensor, finite: Tensor) -> None:
+    def _update_all(self, scale: Tensor, accepted: Tensor) -> None:
         """Updates every parameter that has a gradient, at its group's learning rate, with gradients times `scale`.
 
-        `scale` and `finite` are 0-d; nothing changes unless `finite` is true.
+        `scale` and `accepted` are 0-d; nothing changes unless `accepted` is true.
         """
         config = self.config
         number = (self._steps_taken.to(scale.device) + 1).double()
         mean_share, square_share = (1 - torch.pow(beta, number) for beta in (config.beta1, config.beta2))
         correction = (1 / square_share).float()
-        scale = torch.where(finite.to(scale.device), scale, torch.nan)
+        scale = torch.where(accepted.to(scale.device), scale, torch.nan)
         for group in self.param_groups:
             rate, updated = group["lr"], [p for p in group["params"] if p.grad is not None]
             if updated:
@@ -150,29 +163,29 @@ class PartitionedAdamW(AdamW):
 
     _has_whole_parameters = False
 
-    _is_finite: Callable[[], Tensor] | None = None  # until the first step begins
+    _is_accepted: Callable[[], Tensor] | None = None  # until the first step begins
 
-    def before_step(self, learning_rate: float, is_finite: Callable[[], Tensor]) -> None:
+    def before_step(self, learning_rate: float, is_accepted: Callable[[], Tensor]) -> None:
         """Begins a step at this learning rate.
 
-        `is_finite()` is called once the gradient norm is known; if it returns false, 0-d bool, the step changes
+        `is_accepted()` is called once the gradient norm is known; if it returns false, 0-d bool, the step changes
         nothing.
         """
-        self._is_finite = is_finite
+        self._is_accepted = is_accepted
         for group in self.param_groups:
             group["lr"] = learning_rate
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # as the engine calls it
         """Updates the partitions that have gradients. DeepSpeed also calls this before the first step."""
-        if self._is_finite is not None and self.state:
+        if self._is_accepted is not None and self.state:
             device = next(iter(self.state)).device
-            self._update_all(torch.ones((), device=device), self._is_finite())
+            self._update_all(torch.ones((), device=device), self._is_accepted())
 
     def after_step(self) -> None:
         """Counts the step, unless it was skipped."""
-        assert self._is_finite is not None
-        self._steps_taken += self._is_finite()
+        assert self._is_accepted is not None
+        self._steps_taken += self._is_accepted()
 
     def _is_matrix(self, parameter: nn.Parameter) -> bool:
         return len(getattr(parameter, "ds_shape", parameter.shape)) >= 2

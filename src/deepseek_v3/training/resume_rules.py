@@ -53,6 +53,11 @@ RULES: dict[str, Rule] = {
     "training.evaluation.interval_steps": Rule.LOGGED,
     "training.evaluation.tokens": Rule.LOGGED,
     "training.max_skipped_steps": Rule.LOGGED,
+    "training.spikes.action": Rule.LOGGED,
+    "training.spikes.window": Rule.LOGGED,
+    "training.spikes.loss_threshold": Rule.LOGGED,
+    "training.spikes.norm_threshold": Rule.LOGGED,
+    "training.spikes.max_rollbacks": Rule.LOGGED,
     "training.loss_terms": Rule.LOGGED,
     "parallel.layout": Rule.FREE,  # the degrees that it leads to are compared themselves
     "parallel.data_replicate": Rule.LOGGED,

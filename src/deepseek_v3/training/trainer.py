@@ -8,7 +8,6 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,26 +16,26 @@ from torch import Tensor
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.tokens.mixture import MixtureLoader
 from deepseek_v3.data.tokens.source import RunTokens
-from deepseek_v3.training.anomalies import SkippedSteps
-from deepseek_v3.training.checkpoint import CheckpointManager, load_train_state, train_state
+from deepseek_v3.training.anomalies import Anomaly, AnomalyMonitor
+from deepseek_v3.training.checkpoint import CheckpointManager
 from deepseek_v3.training.data import DocumentIds, open_tokens, open_tokens_on_all_ranks, token_batches
+from deepseek_v3.training.events import EventLog, environment, samples_of
 from deepseek_v3.training.metrics import MetricsLogger, step_metrics
 from deepseek_v3.training.parallel.build import build_engine
 from deepseek_v3.training.parallel.deepspeed_config import DeepSpeedFile
 from deepseek_v3.training.parallel.engine import StepResult
 from deepseek_v3.training.parallel.mesh import ParallelMesh
 from deepseek_v3.training.profiling import ProfiledSteps, StepProfiler
+from deepseek_v3.training.run_state import RunState
 from deepseek_v3.training.run_warnings import log_epochs, warn_of_unusual_settings
 from deepseek_v3.training.samples import SampleWriter
 from deepseek_v3.training.schedule import ScheduledStep, TrainingSchedule
 from deepseek_v3.training.signals import GracefulStop
 from deepseek_v3.training.validation import MixtureValidator, ValidationLoss
 from deepseek_v3.training.warm_start import WarmStart
-from deepseek_v3.utils.checkpointing.checks import non_finite, non_finite_summary
-from deepseek_v3.utils.checkpointing.state_dict import flatten
 from deepseek_v3.utils.distributed.collectives import run_on_all_ranks
 from deepseek_v3.utils.errors import DataError, TrainingError
-from deepseek_v3.utils.logging import get_logger
+from deepseek_v3.utils.redaction import redact
 from deepseek_v3.utils.trackers.select_trackers import check_trackers
 
 _BUILDING = timedelta(days=1)  # for tokenizing a large corpus
@@ -109,13 +108,23 @@ class Trainer:
         self._samples = (
             SampleWriter(samples, self.engine.models[0], self.tokens.load_tokenizer()) if samples else None
         )
-        self.skipped = SkippedSteps(config.training.max_skipped_steps)
-        self._checkpoint: Path | None = None
+        self.anomalies = AnomalyMonitor(config.training, self._record)
+        self.state = RunState(
+            config,
+            self.plan,
+            self.tokens,
+            self.engine,
+            self.anomalies,
+            self.checkpoints,
+            self._group,
+            allow_changed_data,
+        )
+        self._events = EventLog(config.logging.directory, self.mesh.rank == 0)
         self._validation: ValidationLoss | None = None
         self._failure: DataError | None = None
         self._reporter: MetricsLogger | None = None
         if start is not None:
-            self._restore(start, str(resume), allow_changed_data)
+            self._steps_done = self.state.resume(start, is_named=resume not in ("latest", "auto"))
         elif weights is not None:
             weights.load(self.engine)
         self._profiler = StepProfiler(
@@ -153,12 +162,13 @@ class Trainer:
         writes = self.mesh.rank == 0
         reporter = MetricsLogger(self.config, self.plan, self.device, dtype, self._steps_done + 1, writes)
         self._reporter = reporter
+        self._events.begin(self._steps_done, environment(self.device, self.config.parallel))
         stop.install()
         with reporter:
             with self.checkpoints, closing(batches), self._profiler, self._last_report(reporter):
                 stopping = self._run_steps(batches, reporter, stop)
                 if self._steps_done == self.plan.total_steps and self._failure is None:
-                    reporter.log_end(self._steps_done, self.skipped.total)
+                    reporter.log_end(self._steps_done, self.anomalies.total)
             if stopping:
                 run_on_all_ranks(self._group, self._raise_failure)
         return self._result()
@@ -199,18 +209,20 @@ class Trainer:
     def _raise_failure(self) -> None:
         if self._failure is not None:
             raise DataError(
-                f"{self._failure}. The run stopped after step {self._steps_done} and saved {self._checkpoint}; "
+                f"{self._failure}. The run stopped after step {self._steps_done} and saved {self.state.last}; "
                 "continue with --resume latest when the tokens can be read again"
             )
 
     def _train_step(self, step: ScheduledStep, batches: Iterator[Tensor]) -> StepResult:
         """Runs one optimizer step; its results stay on the device."""
-        return self.engine.run_step(batches, step)
+        return self.engine.run_step(batches, step, self.anomalies.limits)
 
     def _after_step(
         self, step: ScheduledStep, result: StepResult, reporter: MetricsLogger, stop: GracefulStop, stopping: bool
     ) -> None:
         """Validates, logs and saves, each if it is due after this step; saves finite weights and moments only.
+
+        After a spike that has been read, restores the last checkpoint first, if the config says so.
 
         The device has this step to work on while the host waits for the previous one and writes its report. The
         host waits for this step only if it has other work to do before the next one, or after the first step.
@@ -223,11 +235,13 @@ class Trainer:
         reports = saves or number == 1 or _is_due(number, config.logging.interval_steps)
         others = measures or saves or samples is not None
         self._finish_step(reporter)
-        self.skipped.add(number, result)
+        self.anomalies.add(number, result)
         if reports:
             self._start_report(step, result, reporter)
-        if others or number == 1 or not self._runs_ahead:
+        if others or number == 1 or not self._runs_ahead or self.anomalies.wants_rollback:
             self._finish_step(reporter)
+        if self.anomalies.wants_rollback:
+            self._roll_back(number)
         with reporter.throughput.paused(), self._profiler.between_steps(others):
             if measures:
                 self._measure(number, reporter)
@@ -237,30 +251,44 @@ class Trainer:
                 self._start_report(step, result, reporter)
                 self._finish_step(reporter)
             if saves or self._failure is not None:
-                state = self._finite_state(number)
+                state = self.state.finite_state(number)
                 with stop.saving(last or stopping):
-                    self._checkpoint = self.checkpoints.save(number, state)
+                    self.state.save(number, state)
 
     def _start_report(self, step: ScheduledStep, result: StepResult, reporter: MetricsLogger) -> None:
         biases_LE = self.engine.routing_biases()
         reporter.start_report(step, step_metrics(self.config, result.losses, result.norm, biases_LE))
 
     def _finish_step(self, reporter: MetricsLogger) -> None:
-        """Waits for the last step; warns if it was skipped, and writes its report if one was started."""
-        self.skipped.read()
-        reporter.finish_report(self.skipped.total)
+        """Waits for the last step; warns of an anomaly, and writes its report if one was started."""
+        self.anomalies.read()
+        reporter.finish_report(self.anomalies.total)
 
     @contextmanager
     def _last_report(self, reporter: MetricsLogger) -> Iterator[None]:
         """If an error ends the block, writes the report that was started; that error is the one to raise."""
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             with suppress(Exception):
-                self.skipped.read()
+                self.anomalies.read()
             with suppress(Exception):
-                reporter.finish_report(self.skipped.total)
+                reporter.finish_report(self.anomalies.total)
+            self._events.write("failure", self._steps_done, error=redact(f"{type(error).__name__}: {error}"))
             raise
+        self._events.write("end", self._steps_done, finished=self._steps_done == self.plan.total_steps)
+
+    def _record(self, anomaly: Anomaly) -> None:
+        """Writes an anomaly to the run's events, with the samples of its step."""
+        if self._events.writes:
+            fields = anomaly._asdict() | {"limits": anomaly.limits._asdict()}
+            samples = samples_of(self.plan.step(anomaly.step), self.loader, self.tokens)
+            self._events.write("anomaly", fields.pop("step"), **fields, samples=samples)
+
+    def _roll_back(self, number: int) -> None:
+        restored = self.state.roll_back(number)
+        if restored is not None:
+            self._events.write("rollback", number, to_step=restored)
 
     def _measure(self, number: int, reporter: MetricsLogger) -> None:
         """Measures the held-out loss. If the split cannot be read, all ranks save a checkpoint and end the run."""
@@ -273,27 +301,11 @@ class Trainer:
         else:
             reporter.log_validation(number, self._validation)
             if not math.isfinite(self._validation.loss):
-                self._finite_state(number)  # raises its own error if the weights are to blame
+                self.state.finite_state(number)  # raises its own error if the weights are to blame
                 raise TrainingError(
                     f"held-out loss after step {number}: {self._validation.loss}, with weights that are finite. "
-                    f"{self._advice()}"
+                    f"{self.state.advice()}"
                 )
-
-    def _finite_state(self, number: int) -> dict[str, Any]:
-        """Returns the contents of a checkpoint. Raises TrainingError on all ranks if a tensor is not finite."""
-        tokens = self.plan.tokens_after(number)
-        state = train_state(self.engine, self.config, self.tokens, number, tokens, self.skipped.in_a_row)
-        bad = non_finite(flatten(state)[0], self._group)
-        if bad:
-            raise TrainingError(f"step {number}: after the update {non_finite_summary(bad)}. {self._advice()}")
-        return state
-
-    def _advice(self) -> str:
-        last = f"the last checkpoint is {self._checkpoint}" if self._checkpoint else "there is no checkpoint yet"
-        return (
-            f"The run stops and saves nothing; {last}. Lower training.optimizer.learning_rate, or lengthen "
-            "training.schedule.warmup_steps"
-        )
 
     def _micro_batches(self) -> Iterator[list[tuple[int, int]]]:
         parallel = self.config.parallel
@@ -302,37 +314,14 @@ class Trainer:
                 self.plan.step(number), parallel.micro_batch_size, self.mesh.data_rank, parallel.data_ranks
             )
 
-    def _restore(self, path: Path, resume: str, allow_changed_data: bool) -> None:
-        self._steps_done, *skipped = load_train_state(
-            path,
-            self.checkpoints.group,
-            self.engine,
-            self.config,
-            self.plan,
-            self.tokens,
-            verify=resume not in ("latest", "auto"),
-            allow_changed_data=allow_changed_data,
-        )
-        self.skipped = SkippedSteps(self.config.training.max_skipped_steps, *skipped)
-        self._checkpoint = path
-        log = get_logger("Trainer")
-        log.info(f"Resuming {path} after step {self._steps_done}")
-        directory = self.checkpoints.directory
-        later = [step for step in directory.steps() if step > self._steps_done]
-        if later and resume not in ("latest", "auto"):
-            log.warning(
-                f"{directory.path} also holds later checkpoints, up to step {later[-1]}; until this run "
-                "passes them, --resume latest means those"
-            )
-
     def _result(self) -> TrainingResult:
-        if self._checkpoint is None:
+        if self.state.last is None:
             raise TrainingError("no step was taken and nothing saved")
         return TrainingResult(
             finished=self._steps_done >= self.plan.total_steps,
             step=self._steps_done,
             tokens=self.plan.tokens_after(min(self._steps_done, self.plan.total_steps)),
-            checkpoint=self._checkpoint,
+            checkpoint=self.state.last,
             validation=self._validation,
         )
 

@@ -214,7 +214,7 @@ def _open_metrics(path: Path, resume_step: int | None) -> FileIO:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         if resume_step is None:
-            _set_aside(path)
+            set_aside(path)
         else:
             _drop_after(path, resume_step)
     return path.open("ab", buffering=0)
@@ -234,12 +234,13 @@ def _drop_after(path: Path, step: int) -> None:
         partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
 
 
-def _set_aside(path: Path) -> None:
+def set_aside(path: Path) -> None:
+    """Renames NAME.jsonl of a previous run to the first free NAME.<n>.jsonl. Raises OSError."""
     number = 1
-    while (kept := path.with_name(f"metrics.{number}.jsonl")).exists():
+    while (kept := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
         number += 1
     path.rename(kept)
-    _log.info("%s holds the metrics of a previous run; kept as %s", path, kept.name)
+    _log.info("%s holds the %s of a previous run; kept as %s", path, path.stem, kept.name)
 
 
 def _without_infinities(value: float | list[float]) -> float | list[float | None] | None:

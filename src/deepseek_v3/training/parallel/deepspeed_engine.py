@@ -27,7 +27,7 @@ from deepseek_v3.model.init import initial_values, reset_buffers
 from deepseek_v3.training.data import DocumentIds
 from deepseek_v3.training.loss import Losses, Objective
 from deepseek_v3.training.loss_terms import select_loss_terms
-from deepseek_v3.training.optimizer import MOMENTS, PartitionedAdamW, is_finite_step, local
+from deepseek_v3.training.optimizer import MOMENTS, PartitionedAdamW, StepLimits, is_accepted_step, local
 from deepseek_v3.training.parallel.deepspeed_config import DeepSpeedFile
 from deepseek_v3.training.parallel.engine import Engine, mean_losses
 from deepseek_v3.training.parallel.fsdp import float32_parameters
@@ -116,13 +116,13 @@ class DeepSpeedEngine(Engine):
                 self._engine.step()
         return mean_losses(parts)
 
-    def _update(self, step: ScheduledStep, loss: Tensor) -> Tensor:
+    def _update(self, step: ScheduledStep, loss: Tensor, limits: StepLimits) -> Tensor:
         def norm() -> Tensor:
             found = self._engine.optimizer._global_grad_norm  # known before the optimizer is called
             return torch.as_tensor(found, dtype=torch.float32, device=loss.device)
 
         # DeepSpeed itself skips the update if the gradient is not finite, unless its settings forbid that.
-        self.optimizer.before_step(step.learning_rate, lambda: is_finite_step(loss, norm()))
+        self.optimizer.before_step(step.learning_rate, lambda: is_accepted_step(loss, norm(), limits))
         self._engine.step()
         self.optimizer.after_step()
         return norm()

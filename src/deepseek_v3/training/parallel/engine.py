@@ -13,7 +13,7 @@ from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.moe.balance import routers_of, update_biases
 from deepseek_v3.moe.routing import Router
 from deepseek_v3.training.loss import Losses, count_targets
-from deepseek_v3.training.optimizer import MOMENTS, AdamW, is_finite_step
+from deepseek_v3.training.optimizer import MOMENTS, NO_LIMITS, AdamW, StepLimits, is_accepted_step
 from deepseek_v3.training.parallel.mesh import ParallelMesh
 from deepseek_v3.training.parallel.sharding import as_global, local_shards
 from deepseek_v3.training.schedule import ScheduledStep
@@ -22,13 +22,13 @@ from deepseek_v3.training.schedule import ScheduledStep
 class StepResult(NamedTuple):
     """The result of a step, the same on every rank: mean losses, summed expert counts, and the gradient norm.
 
-    `finite`, 0-d bool: whether loss and norm are finite. If not, the step was skipped, and weights, moments and
-    routing biases are unchanged.
+    `accepted`, 0-d bool: whether loss and norm are finite and within the limits of the step. If not, the step was
+    skipped, and weights, moments and routing biases are unchanged.
     """
 
     losses: Losses
     norm: Tensor
-    finite: Tensor
+    accepted: Tensor
 
 
 class Engine(ABC):
@@ -47,19 +47,21 @@ class Engine(ABC):
         device = next(models[0].parameters()).device
         self._rows = torch.tensor([row for model in models for row in _router_rows(model)], device=device)
 
-    def run_step(self, batches: Iterator[Tensor], step: ScheduledStep) -> StepResult:
+    def run_step(
+        self, batches: Iterator[Tensor], step: ScheduledStep, limits: StepLimits = NO_LIMITS
+    ) -> StepResult:
         """Runs one optimizer step on this rank's micro-batches, int64 (sequences, length + 1).
 
-        If the loss or the gradient of any rank is not finite, the step changes nothing on any rank. The devices
-        decide that, so the host does not wait for them.
+        If the loss or the gradient of any rank is not finite, or the step exceeds its `limits`, the step changes
+        nothing on any rank. The devices decide that, so the host does not wait for them.
         """
         losses = self._combined(self._backward(batches, step))
-        norm = self._update(step, losses.total)
-        finite = is_finite_step(losses.total, norm)
+        norm = self._update(step, losses.total, limits)
+        accepted = is_accepted_step(losses.total, norm, limits)
         if self._routers:
-            speed = torch.where(finite, step.bias_update_speed, 0.0)
+            speed = torch.where(accepted, step.bias_update_speed, 0.0)
             update_biases(self._routers, losses.counts_LE[self._rows], speed)
-        return StepResult(losses, norm, finite)
+        return StepResult(losses, norm, accepted)
 
     @abstractmethod
     def _backward(self, batches: Iterator[Tensor], step: ScheduledStep) -> Losses:
@@ -69,9 +71,9 @@ class Engine(ABC):
         loss that other ranks compute are 0.
         """
 
-    def _update(self, step: ScheduledStep, loss: Tensor) -> Tensor:
-        """Updates the parameters, unless the gradient or the `loss` is not finite; returns the gradient norm."""
-        norm = self.optimizer.step(step.learning_rate, loss)
+    def _update(self, step: ScheduledStep, loss: Tensor, limits: StepLimits) -> Tensor:
+        """Updates the parameters if `is_accepted_step` says so; returns the gradient norm."""
+        norm = self.optimizer.step(step.learning_rate, loss, limits)
         self.optimizer.zero_grad()
         return norm
 
