@@ -1,12 +1,13 @@
-"""HTML elements, tables and formatted numbers. Text that is not `Html` is escaped; hidden characters are shown."""
+"""HTML pages, elements and tables. Text that is not `Html` is escaped, and its hidden characters are shown."""
 
 from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
+from deepseek_v3.charts.style import STYLE
 from deepseek_v3.utils.text import format_si
 
 # Control characters other than tab and newline, soft hyphens, direction marks, zero-width characters, line
@@ -16,6 +17,9 @@ _HIDDEN = (
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff"
     r"\ue000-\uf8ff\ufdd0-\ufdef\ufeff\ufff9-\ufffb\ufffe\uffff\U000e0000-\U000e007f]"
 )
+
+# Even if a text got past the escaping, the browser would neither run nor load anything.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 TextRange: TypeAlias = tuple[int, int]  # start and end in characters; the end is exclusive
 
@@ -43,12 +47,21 @@ def concat(contents: Iterable[str]) -> Html:
 
 def element(name: str, *contents: str, **attributes: str | int | float | None) -> Html:
     """An HTML element without the attributes that are None. `class_` is class, and `aria_label` is aria-label."""
+    return Html(f"{_start(name, attributes)}{concat(contents)}</{name}>")
+
+
+def image(source: str, alt: str, **attributes: str | int | float | None) -> Html:
+    """An image of the address `source`, with `alt` for those who do not see it; attributes as in `element`."""
+    return _start("img", {"src": source, "alt": alt, **attributes})
+
+
+def _start(name: str, attributes: Mapping[str, str | int | float | None]) -> Html:
     described = "".join(
         f' {key.strip("_").replace("_", "-")}="{html.escape(visible(str(value)))}"'
         for key, value in attributes.items()
         if value is not None
     )
-    return Html(f"<{name}{described}>{concat(contents)}</{name}>")
+    return Html(f"<{name}{described}>")
 
 
 def passage(text: str, marked: Sequence[TextRange] = ()) -> Html:
@@ -119,3 +132,37 @@ def _with_signs(text: str) -> Html:
 def byte_size(num_bytes: int) -> Html:
     """A size such as 1.2 MB (10⁶ bytes), with the exact number of bytes in its tooltip."""
     return element("data", format_si(num_bytes, "B"), value=num_bytes, title=f"{num_bytes:,} bytes")
+
+
+def html_page(title: str, header: Html, sections: Mapping[str, Html], style: str = "") -> str:
+    """The whole page: a heading, `header`, links to the sections, and the sections by heading.
+
+    `style` holds the rules of this kind of page, in addition to those that all pages share.
+    """
+    links = [element("a", name, href=f"#{slug(name)}") for name in sections]
+    body = element(
+        "body",
+        element("header", element("h1", title), header),
+        element("nav", *links, aria_label="Sections"),
+        element("main", *(_section(name, content) for name, content in sections.items())),
+    )
+    return f"""\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{escape(title)}</title>
+<style>
+{STYLE}{style}</style>
+</head>
+{body}
+</html>
+"""
+
+
+def _section(name: str, content: Html) -> Html:
+    key = slug(name)
+    return concat(["\n", element("section", element("h2", name, id=key), content, aria_labelledby=key)])

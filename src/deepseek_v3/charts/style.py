@@ -5,12 +5,16 @@ STYLE = """\
   --paper: #fdfdfc; --panel: #f3f4f5; --ink: #1c2127; --soft: #58626d; --line: #dfe3e7;
   --after: #1763ab; --before: #d8690a; --before-area: #f9e0c8; --other: #7b848e;
   --mark: #fce1c4; --alarm: #a8201a; --alarm-area: #fdeeec;
+  --series-a: #1763ab; --series-b: #c85a00; --series-c: #1f8a4c; --series-d: #8b3fb5; --series-e: #b0267a;
+  --series-f: #5f6b76;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --paper: #14171a; --panel: #1f2328; --ink: #e3e6e9; --soft: #a2abb4; --line: #32383f;
     --after: #5ba4ee; --before: #ef9a4d; --before-area: #49331f; --other: #8b949e;
     --mark: #5a3d1e; --alarm: #ff938a; --alarm-area: #351c1b;
+    --series-a: #5ba4ee; --series-b: #ef9a4d; --series-c: #58c486; --series-d: #c490ea; --series-e: #f07bb5;
+    --series-f: #a2abb4;
   }
 }
 * { box-sizing: border-box; }
@@ -48,7 +52,7 @@ nav a:hover { text-decoration: underline; }
 .key { width: 0.75rem; height: 0.75rem; margin: 0 0.25rem 0 0.75rem; vertical-align: -0.0625rem; }
 .key:first-child { margin-left: 0; }
 
-figure + .scroll { margin-top: 1.5rem; }
+figure + .scroll, figure + .charts { margin-top: 1.5rem; }
 
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 0.875rem; font-variant-numeric: tabular-nums; }
@@ -75,8 +79,50 @@ td:has(.bar):nth-last-child(2) { width: 60%; }
 .chart .tick { stroke: var(--soft); }
 .chart .before-area { fill: var(--before-area); }
 .chart .before-line { fill: none; stroke: var(--before); stroke-width: 1.75px; stroke-linejoin: round; }
+.s0 { --colour: var(--series-a); } .s1 { --colour: var(--series-b); } .s2 { --colour: var(--series-c); }
+.s3 { --colour: var(--series-d); } .s4 { --colour: var(--series-e); } .s5 { --colour: var(--series-f); }
+.chart .line { fill: none; stroke: var(--colour); stroke-width: 1.75px; stroke-linejoin: round; }
+.chart .dashed { stroke-dasharray: 5 4; }
+.chart .dots { fill: none; stroke: var(--colour); stroke-width: 6px; stroke-linecap: round; }
+.chart .band { fill: var(--colour); fill-opacity: 0.16; }
+.chart .marker { stroke: var(--soft); stroke-dasharray: 2 3; }
+.chart .marker.alarm { stroke: var(--alarm); stroke-dasharray: none; }
+.key .swatch { fill: var(--colour); }
+.legend .entry { margin-right: 1.25rem; }
+.heat-map { display: flex; gap: 0.5rem; }
+.heat-map .rows {
+  display: flex; flex-direction: column; justify-content: space-between; flex: none; width: 2.5rem;
+  text-align: right; font-size: 0.75rem; line-height: 1; color: var(--soft); font-variant-numeric: tabular-nums;
+}
+.heat {
+  display: block; flex: 1; min-width: 0; width: 100%; image-rendering: pixelated; border: 1px solid var(--line);
+}
+.heat-key { display: inline-block; width: 0.75rem; height: 0.75rem; vertical-align: -0.0625rem; }
+.heat-key.none { background: #be1e28; } .heat-key.below { background: #2e7dd1; }
+.heat-key.above { background: #e8771a; }
 .chart .hint { fill: transparent; }
 .chart .hint:hover { fill: var(--ink); fill-opacity: 0.08; }
+
+.alarms {
+  border: 1px solid var(--alarm); border-left-width: 6px; background: var(--alarm-area);
+  padding: 0.75rem 1rem; margin-bottom: 1.5rem; border-radius: 4px;
+}
+.alarms h2 { font-size: 1rem; color: var(--alarm); margin: 0 0 0.25rem; }
+.alarms h2::before { content: "\\26a0\\fe0e  "; }
+.alarms ul { margin: 0; padding-left: 1.25rem; }
+.cards {
+  display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: 1.25rem 1.5rem;
+  margin: 0 0 1rem;
+}
+.card { border-top: 3px solid var(--line); padding-top: 0.5rem; }
+.card dt { font-size: 0.875rem; color: var(--soft); }
+.card dd { margin: 0; }
+.card strong { font-size: 1.625rem; font-weight: 600; font-variant-numeric: tabular-nums; letter-spacing: -0.01em; }
+.card span { color: var(--soft); font-size: 0.875rem; white-space: nowrap; }
+.card .meaning { font-size: 0.8125rem; color: var(--soft); line-height: 1.35; }
+.facts { display: flex; flex-wrap: wrap; gap: 0.5rem 2rem; margin: 0 0 1rem; }
+.facts dt { font-size: 0.8125rem; color: var(--soft); }
+.facts dd { margin: 0; font-weight: 600; font-variant-numeric: tabular-nums; }
 
 summary { cursor: pointer; padding: 0.25rem 0; }
 .numbers { font-size: 0.875rem; color: var(--soft); }
@@ -88,6 +134,7 @@ summary { cursor: pointer; padding: 0.25rem 0; }
 mark { background: var(--mark); color: inherit; border-bottom: 2px solid var(--before); }
 
 @media (max-width: 34rem) {
+  .cards { grid-template-columns: 1fr 1fr; }
   body { padding: 1.5rem 1rem 3rem; }
   th, td { padding-left: 0.625rem; }
   td:has(.bar) { min-width: 3rem; }
@@ -96,6 +143,8 @@ mark { background: var(--mark); color: inherit; border-bottom: 2px solid var(--b
   :root {
     --paper: #fff; --panel: #f3f4f5; --ink: #000; --soft: #444; --line: #ccc; --after: #1763ab; --before: #d8690a;
     --before-area: #f9e0c8; --other: #7b848e; --mark: #fce1c4; --alarm: #a8201a; --alarm-area: #fdeeec;
+    --series-a: #1763ab; --series-b: #c85a00; --series-c: #1f8a4c; --series-d: #8b3fb5; --series-e: #b0267a;
+    --series-f: #5f6b76;
   }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   body { max-width: none; padding: 0; font-size: 10pt; }

@@ -337,7 +337,7 @@ def test_the_page_loads_nothing(stats: dict[str, Any]) -> None:
     assert all(reference.startswith("#") for reference in found.values("href"))
     assert "@import" not in content
     assert "url(" not in content
-    assert "default-src 'none'; style-src 'unsafe-inline'" in found.values("content")
+    assert "default-src 'none'; style-src 'unsafe-inline'; img-src data:" in found.values("content")
 
 
 def test_warnings_come_first(stats: dict[str, Any]) -> None:

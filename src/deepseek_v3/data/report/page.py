@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from deepseek_v3.charts.markup import Html, concat, element
-from deepseek_v3.charts.style import STYLE
+from deepseek_v3.charts.markup import html_page
 from deepseek_v3.data.report.distributions import distributions_section
 from deepseek_v3.data.report.drops import quarantine_section, reasons_section, samples_section
 from deepseek_v3.data.report.duplicates import duplicates_section
@@ -25,30 +24,11 @@ _SECTIONS = {
     "Sources": sources_section,
     "Samples": samples_section,
 }
-# Even if a text got past the escaping, the browser would neither run nor load anything.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 # The style of this report, in addition to the style that all pages share.
 _STYLE = """\
-.alarms {
-  border: 1px solid var(--alarm); border-left-width: 6px; background: var(--alarm-area);
-  padding: 0.75rem 1rem; margin-bottom: 1.5rem; border-radius: 4px;
-}
-.alarms h2 { font-size: 1rem; color: var(--alarm); margin: 0 0 0.25rem; }
-.alarms h2::before { content: "\\26a0\\fe0e  "; }
-.alarms ul { margin: 0; padding-left: 1.25rem; }
-.cards {
-  display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: 1.25rem 1.5rem;
-  margin: 0 0 1rem;
-}
-.card { border-top: 3px solid var(--line); padding-top: 0.5rem; }
 .card.input { border-color: var(--ink); } .card.kept { border-color: var(--after); }
 .card.dropped { border-color: var(--before); } .card.quarantined { border-color: var(--other); }
 .card.copies { border-top-style: dashed; border-color: var(--after); }
-.card dt { font-size: 0.875rem; color: var(--soft); }
-.card dd { margin: 0; }
-.card strong { font-size: 1.625rem; font-weight: 600; font-variant-numeric: tabular-nums; letter-spacing: -0.01em; }
-.card span { color: var(--soft); font-size: 0.875rem; white-space: nowrap; }
-.card .meaning { font-size: 0.8125rem; color: var(--soft); line-height: 1.35; }
 .whole .bar { height: 0.875rem; }
 .sum { color: var(--soft); font-size: 0.875rem; margin-top: 0.5rem; font-variant-numeric: tabular-nums; }
 .funnel { list-style: none; margin: 0 0 0.5rem; padding: 0; }
@@ -72,23 +52,7 @@ _STYLE = """\
 .figures span { margin-right: 1.25rem; color: var(--soft); }
 .figures b { color: var(--ink); font-weight: 600; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); gap: 0 1rem; }
-.facts { display: flex; flex-wrap: wrap; gap: 0.5rem 2rem; margin: 0 0 1rem; }
-.facts dt { font-size: 0.8125rem; color: var(--soft); }
-.facts dd { margin: 0; font-weight: 600; font-variant-numeric: tabular-nums; }
-@media (max-width: 34rem) { .cards { grid-template-columns: 1fr 1fr; } }
 @media print { .sample, .funnel li { break-inside: avoid; } }
-"""
-_PAGE = f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{_TITLE}</title>
-<style>
-{STYLE}{_STYLE}</style>
-</head>
 """
 
 
@@ -100,18 +64,5 @@ def write_report(stats: dict[str, Any], path: Path) -> None:
 
 def page(stats: dict[str, Any]) -> str:
     """The whole page. Sections leave out what `stats` lacks."""
-    links = [element("a", title, href=f"#{title.lower()}") for title in _SECTIONS]
-    parts = [_section(title, show(stats)) for title, show in _SECTIONS.items()]
-    body = element(
-        "body",
-        element("header", element("h1", _TITLE), overview_section(stats)),
-        element("nav", *links, aria_label="Sections"),
-        element("main", *parts),
-    )
-    return f"{_PAGE}{body}\n</html>\n"
-
-
-def _section(title: str, content: Html) -> Html:
-    key = title.lower()
-    heading = element("h2", title, id=key)
-    return concat(["\n", element("section", heading, content, aria_labelledby=key)])
+    sections = {title: show(stats) for title, show in _SECTIONS.items()}
+    return html_page(_TITLE, overview_section(stats), sections, _STYLE)
