@@ -94,6 +94,13 @@ def _train() -> Any:
     return train
 
 
+@_command("report", "Show the metrics of runs beside each other: a table, or one page with charts.")
+def _report() -> Any:
+    from deepseek_v3.training.report.command import report
+
+    return report
+
+
 @_command("generate", "Continue text with a trained model.")
 def _generate() -> Any:
     from deepseek_v3.inference.generate import generate

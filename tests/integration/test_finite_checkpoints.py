@@ -15,7 +15,7 @@ from torch import Tensor
 from deepseek_v3.config.loading import load_config
 from deepseek_v3.evaluation.perplexity import Comparison
 from deepseek_v3.training.data import open_tokens
-from deepseek_v3.training.optimizer import local
+from deepseek_v3.training.optimizer import StepLimits, local
 from deepseek_v3.training.parallel.data_parallel import DataParallelEngine
 from deepseek_v3.training.schedule import ScheduledStep
 from deepseek_v3.training.validation import ValidationLoss, Validator
@@ -55,8 +55,8 @@ def after_update(number: int, what: Callable[[Any], None]) -> Callable[..., Tens
     """An `_update` method that calls `what(engine)` after the update of step `number`."""
     update = DataParallelEngine._update
 
-    def then(engine: DataParallelEngine, step: ScheduledStep, loss: Tensor) -> Tensor:
-        norm = update(engine, step, loss)
+    def then(engine: DataParallelEngine, step: ScheduledStep, loss: Tensor, limits: StepLimits) -> Tensor:
+        norm = update(engine, step, loss, limits)
         if step.number == number:
             what(engine)
         return norm

@@ -107,9 +107,9 @@ def trainer_on(
         gpu.seconds += 50
         return save(number, state)
 
-    def written(writer: MetricsWriter, step: int, values: Any) -> None:
+    def written(writer: MetricsWriter, step: int, values: Any, more: Any) -> None:
         gpu.trace.append(f"{'report' if 'loss' in values else 'validation'} {step}")
-        write(writer, step, values)
+        write(writer, step, values, more)
 
     monkeypatch.setattr(trainer, "_train_step", train_step)
     monkeypatch.setattr(trainer.validator, "measure", measured)

@@ -125,7 +125,7 @@ class TestRun:
             assert tensors.keys() == expected.keys()
             assert all(tensor.equal(expected[name]) for name, tensor in tensors.items())
             found = [record for record in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in record]
-            timed = {"tokens_per_second": 0, "memory_bytes": 0}
+            timed = {"tokens_per_second": 0, "memory_bytes": 0, "time": 0}
             assert [{**record, **timed} for record in found] == [{**record, **timed} for record in steps]
 
     @pytest.mark.parametrize("interval", [1, 100])

@@ -269,7 +269,11 @@ def test_a_finished_run_resumes_without_its_logs(folder: Path) -> None:
     result = dsv3("train", "--device", "cpu", "--config", folder / "run.yaml", "--resume", "latest")
     assert result.exit_code == 0, result.output
     assert "loss.png: not drawn" in result.output
-    assert sorted(path.name for path in (folder / "run").iterdir()) == ["config.yaml", "metrics.jsonl"]
+    assert sorted(path.name for path in (folder / "run").iterdir()) == [
+        "config.yaml",
+        "events.jsonl",
+        "metrics.jsonl",
+    ]
 
 
 @pytest.mark.usefixtures("loss_picture")

@@ -21,7 +21,7 @@ from torch import Tensor
 from deepseek_v3.config.loading import config_to_yaml
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.mla.kv_compression import bytes_per_token, expanded_bytes_per_token, latent_format
-from deepseek_v3.moe.balance import load_metrics
+from deepseek_v3.moe.balance import encode_load, load_metrics
 from deepseek_v3.planning.counts import count_active_parameters, count_parameters
 from deepseek_v3.planning.flops import training_flops_per_token
 from deepseek_v3.planning.hardware import peak_bfloat16_flops
@@ -47,15 +47,16 @@ from deepseek_v3.utils.trackers.run_trackers import RunTrackers
 from deepseek_v3.utils.trackers.tracker import Status, TrackedRun
 
 StepMetrics = dict[str, float | list[float]]
+_LOAD, _MOST_LOADS = "experts/load", 400  # records of it in a run: enough for the columns of a picture
 
 
 def step_metrics(config: RunConfig, losses: Losses, gradient_norm: Tensor, biases_LE: Tensor) -> dict[str, Tensor]:
     """Returns the metrics of one step: losses in nats per token, the gradient norm, and the load of the experts.
 
     `biases_LE` (MoE layers, experts): the routing biases after the step. Metrics of the experts have one value per
-    MoE layer. All metrics stay on the device.
+    MoE layer, and `experts/load`, the tokens of each expert, has (layers, experts). All metrics stay on the device.
     """
-    metrics = {"loss": losses.main, "gradient_norm": gradient_norm}
+    metrics = {"loss": losses.main, "gradient_norm": gradient_norm, _LOAD: losses.counts_LE}
     if config.model.num_nextn_predict_layers:
         metrics["mtp_loss"] = losses.mtp
     for name, value in zip(sorted(config.training.loss_terms), losses.terms_N, strict=True):
@@ -96,7 +97,7 @@ class _StepReport:
 class _NoOutput:
     """Discards metrics, on ranks other than the one that writes them."""
 
-    def write(self, step: int, values: object) -> None:
+    def write(self, step: int, values: object, more: object = None) -> None:
         """Does nothing."""
 
     def log_scalars(self, step: int, values: object) -> None:
@@ -137,6 +138,8 @@ class MetricsLogger:
         )
         self._cache_metrics = _cache_bytes_per_token(config, compute_dtype)
         self._first_step, self._writes = first_step, writes
+        interval = config.logging.interval_steps
+        self._load_interval = interval * -(-schedule.total_steps // (interval * _MOST_LOADS))
         self._status = Status.STOPPED
         self._stack = ExitStack()
         self._report: _StepReport | None = None
@@ -192,14 +195,23 @@ class MetricsLogger:
 
     def _log_step(self, report: _StepReport, metrics: StepMetrics, skipped: int) -> None:
         step, memory, loss, norm = report.step, report.memory_bytes, metrics["loss"], metrics["gradient_norm"]
+        counts = metrics.pop(_LOAD)
+        assert isinstance(counts, list)
         assert isinstance(loss, float)
         assert isinstance(norm, float)
         tokens = self._schedule.tokens_after(step.number)
         steps_per_second, tokens_per_second = report.lap.rates()
         speed = self._speed(tokens_per_second)
         progress = {"tokens": tokens, "tokens_per_parameter": tokens / self._active}
-        record = {**progress, "learning_rate": step.learning_rate, **metrics, **speed, "memory_bytes": memory}
-        self._write(step.number, {**record, "skipped_steps": skipped, **self._cache_metrics})
+        record: StepMetrics = {
+            **progress,
+            "learning_rate": step.learning_rate,
+            **metrics,
+            **speed,
+            "memory_bytes": memory,
+        }
+        record |= {"skipped_steps": skipped, **self._cache_metrics}
+        self._write(step.number, record, self._time_and_load(step.number, counts))
         total = self._schedule.total_steps
         status = f"loss {loss:.4f} {tokens_per_second:,.0f} tokens/s"
         self._progress.update(f"step {step.number}/{total}", step.number, status)
@@ -221,7 +233,7 @@ class MetricsLogger:
         record = {"holdout_loss": validation.loss, "holdout_bits_per_byte": validation.bits_per_byte}
         for name, each in validation.by_source.items():
             record |= {f"holdout_loss/{name}": each.loss, f"holdout_bits_per_byte/{name}": each.bits_per_byte}
-        self._write(step_number, {"tokens": self._schedule.tokens_after(step_number), **record})
+        self._write(step_number, {"tokens": self._schedule.tokens_after(step_number), **record}, _time())
         _log.info(
             f"Held-out loss after step {step_number}: {validation.loss:.4f} nats per token,\n"
             f"{validation.bits_per_byte:.4f} bits per byte"
@@ -247,9 +259,15 @@ class MetricsLogger:
         if skipped:
             _log.warning(f"{skipped:,} of {step_number:,} steps were skipped; events.jsonl says why")
 
-    def _write(self, step_number: int, record: StepMetrics) -> None:
-        self._writer.write(step_number, record)
+    def _write(self, step_number: int, record: StepMetrics, more: Mapping[str, float | str] | None = None) -> None:
+        self._writer.write(step_number, record, more)
         self._trackers.log_scalars(step_number, record)
+
+    def _time_and_load(self, number: int, counts: list[float]) -> dict[str, float | str]:
+        """The moment, and if it is due the load of every expert from its tokens, layer after layer."""
+        due = number % self._load_interval == 0 or number in (1, self._schedule.total_steps)
+        layers = len(counts) // self._config.model.n_routed_experts
+        return {**_time(), _LOAD: encode_load(counts, layers)} if counts and due else _time()
 
     def _speed(self, tokens_per_second: float) -> dict[str, float]:
         speed = {"tokens_per_second": tokens_per_second}
@@ -273,6 +291,10 @@ class MetricsLogger:
             f"Cache when generating: {latent:,.0f} bytes per token,\n"
             f"multi-head attention would need {expanded:,.0f}"
         )
+
+
+def _time() -> dict[str, float | str]:
+    return {"time": round(time.time(), 3)}
 
 
 def _tracked_run(config: RunConfig) -> TrackedRun:

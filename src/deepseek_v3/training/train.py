@@ -111,7 +111,11 @@ def train(
         if result.finished:
             checkpoint = ["--checkpoint", str(result.checkpoint), *same]
             prompt = "def main(" if run.data.corpus and run.data.corpus.source == PYTHON_STDLIB else "The"
-            print_next_steps(["dsv3", "generate", *checkpoint, "--prompt", prompt], ["dsv3", "eval", *checkpoint])
+            print_next_steps(
+                ["dsv3", "generate", *checkpoint, "--prompt", prompt],
+                ["dsv3", "eval", *checkpoint],
+                ["dsv3", "report", run.logging.directory, "--html"],
+            )
             return
         launcher = "" if world.is_alone else f"; LAUNCHER starts {world.size} processes as before"
         get_logger("Trainer").info(f"Stopped after step {result.step}{launcher}")

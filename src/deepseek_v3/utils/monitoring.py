@@ -112,12 +112,16 @@ class MetricsWriter:
                 "choose another folder with --set logging.directory=..."
             ) from error
 
-    def write(self, step: int, values: Mapping[str, float | list[float]]) -> None:
-        """Appends `{"step": step, **values}` and flushes it, with null for NaN and infinity.
+    def write(
+        self, step: int, values: Mapping[str, float | list[float]], more: Mapping[str, float | str] | None = None
+    ) -> None:
+        """Appends `{"step": step, **values, **more}` and flushes it, with null for NaN and infinity in `values`.
 
         A list has one value per layer; TensorBoard shows them as `name/layer_00`, `name/layer_01` and so on.
+        `more`, finite numbers and texts, goes to the file alone.
         """
-        record = {"step": step, **{name: _without_infinities(value) for name, value in values.items()}}
+        numbers = {name: _without_infinities(value) for name, value in values.items()}
+        record = {"step": step, **numbers, **(more or {})}
         self._unwritten += json.dumps(record, allow_nan=False).encode() + b"\n"
         try:
             self._append()
