@@ -16,8 +16,9 @@ from pydantic import ValidationError
 
 from deepseek_v3.config.base import Section
 from deepseek_v3.config.errors import FieldPath, describe_errors
+from deepseek_v3.config.optimizer_config import STORED
 from deepseek_v3.config.text_files import describe_content, printable_path, read_text
-from deepseek_v3.config.train_config import STORED, RunConfig
+from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.config.vocabulary_size import fill_vocabulary
 from deepseek_v3.config.yaml_text import YamlProblem, parse_yaml, to_yaml
 from deepseek_v3.utils.errors import ConfigError

@@ -100,6 +100,9 @@ def evaluate(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Also write the results to this new file, as JSON.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    ema: Annotated[
+        bool, typer.Option("--ema", help="Measure the averages of the weights that the run kept.")
+    ] = False,
 ) -> None:
     """Measure a model's loss on held-out tokens or on any text, by source."""
     configure_logging()
@@ -109,7 +112,7 @@ def evaluate(
     sources = parse_sources(data) if data else []
     rules = ReadingRules(text_field, source_field, tokens)
     harness = _harness(tasks, task_path, num_fewshot, limit, data, tokens, context, stride, source_field)
-    saved = load_for_inference(path, place)
+    saved = load_for_inference(path, place, averaged=ema)
     if harness is not None:
         results = harness(saved)
     elif compared := _compared_tokens(saved, data, path):

@@ -8,12 +8,12 @@ import torch
 
 from deepseek_v3.config.data_config import DataConfig
 from deepseek_v3.config.model_config import ModelConfig
+from deepseek_v3.config.optimizer_config import OptimizerConfig
 from deepseek_v3.config.parallel_config import Precision
 from deepseek_v3.config.text_files import printable_path
 from deepseek_v3.config.train_config import (
     CheckpointConfig,
     LoggingConfig,
-    OptimizerConfig,
     RunConfig,
     TrainingConfig,
 )
@@ -33,20 +33,26 @@ _LONGEST_SEQUENCE = 4096  # as in the pre-training of the report; a longer conte
 _LEARNING_RATE = 7.3e-6  # the report's last phase
 
 
-def load_model(path: Path, device: torch.device) -> LoadedModel:
+def load_model(path: Path, device: torch.device, *, averaged: bool = False) -> LoadedModel:
     """Loads a model on `device`, in evaluation mode, with the compute dtype that suits the device.
 
     `path` is a checkpoint, a folder of checkpoints, of which the newest undamaged one is loaded, or a Hugging Face
-    directory. A model from such a directory has the config of `run_config`, and no steps.
+    directory. A model from such a directory has the config of `run_config`, and no steps. `averaged` takes the
+    averages of the weights that a checkpoint holds.
 
     Raises CheckpointError, ConfigError and DataError as `load_checkpoint_model`, `open_pretrained` and
     `read_tokenizer` do.
     """
-    return _load(path, device, None, 0)
+    return _load(path, device, None, 0, averaged)
 
 
 def load_for_inference(
-    path: Path, device: torch.device, precision: Precision = "auto", mtp_layers: int = 0
+    path: Path,
+    device: torch.device,
+    precision: Precision = "auto",
+    mtp_layers: int = 0,
+    *,
+    averaged: bool = False,
 ) -> LoadedModel:
     """Loads a model as `load_model` does, with weights that are stored as the model computes.
 
@@ -55,12 +61,19 @@ def load_for_inference(
 
     `auto` computes as the run of a checkpoint did, and otherwise as suits the device. Raises as `load_model`.
     """
-    return _load(path, device, precision, mtp_layers)
+    return _load(path, device, precision, mtp_layers, averaged)
 
 
-def _load(path: Path, device: torch.device, precision: Precision | None, mtp_layers: int) -> LoadedModel:
+def _load(
+    path: Path, device: torch.device, precision: Precision | None, mtp_layers: int, averaged: bool
+) -> LoadedModel:
     if not is_released(path):
-        return load_checkpoint_model(path, device, precision, mtp_layers)
+        return load_checkpoint_model(path, device, precision, mtp_layers, averaged=averaged)
+    if averaged:
+        raise CheckpointError(
+            f"{printable_path(path)}: a Hugging Face directory holds no averages of its weights, expected a "
+            "checkpoint of this project; leave out --ema"
+        )
     weights = open_pretrained(path)
     tokenizer, config = read_tokenizer(path, weights.config), run_config(weights.config)
     dtype = compute_dtype(precision or "auto", device)

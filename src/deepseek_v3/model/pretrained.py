@@ -59,6 +59,8 @@ def _only_tensors(rest: dict[str, Any]) -> dict[str, Any]:
     return rest
 
 
+_AVERAGES = "optimizer.ema."  # the prefix of the averaged weights
+
 Natural = Annotated[int, Field(ge=0)]
 # `flatten` takes the tensors out of a dict, so a dict of nothing but tensors has to be empty afterwards.
 Tensors = Annotated[dict[str, Any], AfterValidator(_only_tensors)]
@@ -139,21 +141,27 @@ def check_entries(kind: type[ModelEntries], plain: dict[str, Any], path: Path) -
 
 
 def load_checkpoint_model(
-    path: Path, device: torch.device, precision: Precision | None = None, mtp_layers: int = 0
+    path: Path,
+    device: torch.device,
+    precision: Precision | None = None,
+    mtp_layers: int = 0,
+    *,
+    averaged: bool = False,
 ) -> LoadedModel:
     """Rebuilds the model of a checkpoint on `device`, in evaluation mode, and reads no other tensors of the run.
 
     Without `precision` the weights are float32, as saved, and the model computes in the dtype of its run. With a
     precision it is ready for inference, with `mtp_layers`: see `prepare_for_inference`; `auto` follows the run's.
+    `averaged` takes the averages of the weights, which the run must have kept; routing biases are not averaged.
 
     `path` is one checkpoint, or a folder of them: then the newest undamaged one is loaded, and each one skipped is
     logged as a warning. Raises CheckpointError if the checkpoint is damaged, incomplete, of another format, not of
     this project, holds weights that are not finite, or does not fit in the memory of the device.
     """
     if is_checkpoint(path):
-        return _load(path, device, precision, mtp_layers)
+        return _load(path, device, precision, mtp_layers, averaged)
     checkpoints = CheckpointDirectory(path, keep=1)
-    load = partial(_load, device=device, precision=precision, mtp_layers=mtp_layers)
+    load = partial(_load, device=device, precision=precision, mtp_layers=mtp_layers, averaged=averaged)
     return checkpoints.first_usable(checkpoints.newest_first(), load)[1]
 
 
@@ -194,7 +202,9 @@ def allocate_weights(model: DeepSeekV3, device: torch.device, source: str) -> di
     return model.to_empty(device=device).state_dict()
 
 
-def _load(path: Path, device: torch.device, precision: Precision | None, mtp_layers: int) -> LoadedModel:
+def _load(
+    path: Path, device: torch.device, precision: Precision | None, mtp_layers: int, averaged: bool
+) -> LoadedModel:
     checkpoint = open_checkpoint(path)
     checkpoint.verify()
     plain, config = checkpoint.plain, checkpoint_config(checkpoint.plain, path)
@@ -202,13 +212,19 @@ def _load(path: Path, device: torch.device, precision: Precision | None, mtp_lay
     with torch.device("meta"):
         model = DeepSeekV3(config.model)
     _check_tensors(checkpoint, model)
+    if averaged and not any(name.startswith(_AVERAGES) for name in checkpoint.tensors):
+        raise CheckpointError(
+            f"{path}: holds no averages of its weights, which a run keeps with training.optimizer.ema_decay; leave "
+            "out --ema, or average checkpoints with dsv3 checkpoint average"
+        )
     chosen = config.parallel.precision if precision in (None, "auto") else precision
     model.compute_dtype = compute_dtype(chosen, device)
     if precision is not None:
         prepare_for_inference(model, model.compute_dtype, mtp_layers)
     state = allocate_weights(model, device, printable_path(path))
     for name, target in state.items():
-        checkpoint.read_into(target, f"model.{name}")
+        average = f"{_AVERAGES}{name}"
+        checkpoint.read_into(target, average if averaged and average in checkpoint.tensors else f"model.{name}")
     if bad := non_finite(state):
         raise CheckpointError(
             f"{path}: {non_finite_summary(bad)}; its training had diverged, so use an earlier checkpoint"

@@ -111,7 +111,7 @@ def _candidates_with_room(config: RunConfig, device: Device, devices: int) -> li
     """The layouts whose weights, gradients and moments fit: a quick test that removes most candidates."""
     routed, in_layers, outside = parameters_by_group(config.model)
     whole = count_float32_weights(config.model)
-    width = 4 + 4 + 2 * config.training.optimizer.moment_bytes
+    width = 4 + 4 + config.training.optimizer.state_bytes
 
     def states(parallel: ParallelConfig) -> float:
         return width * owned_parameters(parallel, routed, whole, in_layers + outside - whole) / parallel.pipeline

@@ -193,7 +193,7 @@ class _Rank:
         return MemoryEstimate(
             moment=name,
             weights=4 * self.parameters,
-            moments=2 * self.config.training.optimizer.moment_bytes * self.parameters,
+            moments=self.config.training.optimizer.state_bytes * self.parameters,
             gradients=4 * (self._summed() if self.accumulates else made),
             activations=activations + waiting * self._kept(len(self.kinds)),
             weight_copies=copies + waiting * self._copies(len(self.kinds)),

@@ -3,7 +3,7 @@
 One process writes a file, several ranks write a folder of shards; the contents are the same nested dict (its model
 part is described in `model.pretrained`):
 
-    optimizer          num_steps, exp_avg {name: tensor}, exp_avg_sq {name: tensor}
+    optimizer          num_steps, exp_avg {name: tensor}, exp_avg_sq {name: tensor}; with averaged weights also ema
     random             the states of torch's random generators, uint8
     corpus             checksums of the tokenizer and of the training tokens
     skipped_in_a_row   steps without an update just before this checkpoint
@@ -36,6 +36,7 @@ from deepseek_v3.model.pretrained import (
     model_entries,
 )
 from deepseek_v3.training.anomalies import RecentSteps
+from deepseek_v3.training.optimizer import AVERAGE
 from deepseek_v3.training.parallel.engine import Engine
 from deepseek_v3.training.parallel.mesh import ParallelMesh
 from deepseek_v3.training.resume_rules import ALLOW, check_changes
@@ -56,6 +57,7 @@ from deepseek_v3.utils.errors import CheckpointError
 from deepseek_v3.utils.logging import get_logger
 
 _CUDA_RANDOM_BYTES = 16  # the size of a CUDA generator's state: a seed and an offset
+_AVERAGES = f"optimizer.{AVERAGE}."  # the prefix of the averaged weights
 _RANDOM = "random."  # the prefix of the random states among a checkpoint's tensors
 
 
@@ -65,6 +67,7 @@ class OptimizerEntries(Entries):
     num_steps: Natural
     exp_avg: Tensors
     exp_avg_sq: Tensors
+    ema: Tensors | None = None
 
 
 class RunEntries(ModelEntries):
@@ -120,7 +123,8 @@ def load_train_state(
     """Loads the checkpoint at `path`, a file or a folder, into the run, and returns the saved run's progress.
 
     All ranks of `group` must call this; a group of None is one process. `verify=False` skips the checksums of a
-    checkpoint that has just been verified. Moments of another floating point dtype are converted.
+    checkpoint that has just been verified. Moments of another floating point dtype are converted. Averages of the
+    weights that the checkpoint lacks begin as its weights, and averages that the run does not keep are not read.
 
     Raises CheckpointError, before anything is changed, if the checkpoint is damaged, has another format, or belongs
     to another model or tokenizer, and if the run would continue with other samples or another loss.
@@ -140,7 +144,10 @@ def load_train_state(
         for name, tensor in tensors.items()
         if _needs_conversion(name, tensor, reader.tensors)
     }
-    load_sharded(path, {**tensors, **converted, **random}, group, verify=False)
+    found = any(name.startswith(_AVERAGES) for name in reader.tensors)
+    wanted = {name: tensor for name, tensor in tensors.items() if found or not name.startswith(_AVERAGES)}
+    ignored = "" if engine.optimizer.has_averages else _AVERAGES
+    load_sharded(path, {**wanted, **converted, **random}, group, verify=False, ignored=ignored)
     for name, values in converted.items():
         tensors[name].copy_(values)
     _restore_random_state(random, path)
@@ -150,6 +157,8 @@ def load_train_state(
         )
     step, num_updates = plain["step"], plain["optimizer"]["num_steps"]
     engine.finish_loading(state, num_updates)
+    if not found:
+        engine.optimizer.restart_averages()
     return RunProgress(step, RecentSteps.from_checkpoint(plain, step - num_updates))
 
 

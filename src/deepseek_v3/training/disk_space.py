@@ -54,8 +54,8 @@ def check_disk(config: RunConfig, resume: str | None, force: bool) -> None:
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
-    """Estimates the bytes of one checkpoint: float32 weights, two moments, the tokenizer, and little else."""
-    per_parameter = _MASTER_WEIGHT_BYTES + 2 * config.training.optimizer.moment_bytes
+    """Estimates the bytes of one checkpoint: float32 weights, optimizer state, the tokenizer, and little else."""
+    per_parameter = _MASTER_WEIGHT_BYTES + config.training.optimizer.state_bytes
     others = _BYTES_OF_AN_ID * config.model.vocab_size + _OTHER_BYTES
     return count_parameters(config.model).with_prediction * per_parameter + others
 

@@ -228,11 +228,12 @@ class MetricsLogger:
         line = (step.number, total, loss, step.learning_rate, tokens, steps_per_second)
         _log.info(step_line(*line, *fields, total_tokens=self._schedule.total_tokens))
 
-    def log_validation(self, step_number: int, validation: ValidationLoss) -> None:
-        """Logs the validation loss after a step."""
+    def log_validation(self, step_number: int, validation: ValidationLoss, averaged: float | None = None) -> None:
+        """Logs the validation loss after a step, and the `averaged` weights' in nats per token if there are any."""
         record = {"holdout_loss": validation.loss, "holdout_bits_per_byte": validation.bits_per_byte}
         for name, each in validation.by_source.items():
             record |= {f"holdout_loss/{name}": each.loss, f"holdout_bits_per_byte/{name}": each.bits_per_byte}
+        record |= {} if averaged is None else {"ema_holdout_loss": averaged}
         self._write(step_number, {"tokens": self._schedule.tokens_after(step_number), **record}, _time())
         _log.info(
             f"Held-out loss after step {step_number}: {validation.loss:.4f} nats per token,\n"

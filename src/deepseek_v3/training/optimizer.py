@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from deepseek_v3.config.train_config import OptimizerConfig
+from deepseek_v3.config.optimizer_config import OptimizerConfig
 from deepseek_v3.ops.multi_tensor import MULTI_TENSOR, AdamWStep, MultiTensor
 from deepseek_v3.ops.operation import Target
 from deepseek_v3.utils.logging import get_logger
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+AVERAGE = "ema"
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -46,7 +47,9 @@ class AdamW(torch.optim.Optimizer):
     `total_norm` computes the global norm from this rank's gradients by name; None computes the norm of these alone.
     `step` does not wait for the device, so the device also counts `num_steps`, the updates without skipped steps.
 
-    `Engine.state` saves and restores the moments under the names of the parameters.
+    With `ema_decay` in the config, each update moves float32 averages towards the weights by 1 - `ema_decay`; they
+    begin as the initial weights. `Engine.state` saves and restores moments and averages under the names of the
+    parameters.
     """
 
     _has_whole_parameters = True
@@ -86,7 +89,7 @@ class AdamW(torch.optim.Optimizer):
                 self._kernels = selection.run
             if not self.state[parameter]:
                 moments = {name: torch.zeros_like(parameter, dtype=self.moment_dtype) for name in MOMENTS}
-                self.state[parameter] = moments
+                self.state[parameter] = moments | self._first_average(parameter)
 
     @property
     def num_steps(self) -> int:
@@ -112,8 +115,44 @@ class AdamW(torch.optim.Optimizer):
             group["lr"] = learning_rate
         accepted = is_accepted_step(norm if loss is None else loss, norm, limits)
         self._update_all(scale, accepted)
+        self._update_averages(accepted)
         self._steps_taken += accepted
         return norm
+
+    @property
+    def has_averages(self) -> bool:
+        """Whether it averages the weights."""
+        return self.config.ema_decay is not None
+
+    @torch.no_grad()
+    def restart_averages(self) -> None:
+        """Sets the averages to the weights, if there are any averages."""
+        for weight, average in self._averages():
+            average.copy_(weight)
+
+    @torch.no_grad()
+    def swap_averages(self) -> None:
+        """Exchanges the values of weights and averages; a second call restores both, bit for bit."""
+        for weight, average in self._averages():
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)
+
+    def _averages(self) -> list[tuple[Tensor, Tensor]]:
+        """This rank's shard of each weight with that of its average; empty without averages."""
+        if not self.has_averages:
+            return []
+        return [(local(p), local(self.state[p][AVERAGE])) for p in self.parameters.values()]
+
+    def _first_average(self, parameter: Tensor) -> dict[str, Tensor]:
+        return {AVERAGE: parameter.detach().clone()} if self.has_averages else {}
+
+    def _update_averages(self, accepted: Tensor) -> None:
+        """Moves the averages towards the weights, unless the step was skipped: `accepted`, 0-d bool."""
+        if self.config.ema_decay is not None:
+            share = (1 - self.config.ema_decay) * accepted
+            for weight, average in self._averages():
+                average.lerp_(weight, share.to(average.dtype))
 
     @property
     def _backend(self) -> MultiTensor:

@@ -40,6 +40,7 @@ RULES: dict[str, Rule] = {
     "training.optimizer.weight_decay": Rule.LOGGED,
     "training.optimizer.max_grad_norm": Rule.LOGGED,
     "training.optimizer.moments": Rule.LOGGED,
+    "training.optimizer.ema_decay": Rule.LOGGED,
     "training.schedule.kind": Rule.LOGGED,
     "training.schedule.warmup_steps": Rule.LOGGED,
     "training.schedule.decay_fraction": Rule.LOGGED,

@@ -293,19 +293,24 @@ class Trainer:
     def _measure(self, number: int, reporter: MetricsLogger) -> None:
         """Measures the held-out loss. If the split cannot be read, all ranks save a checkpoint and end the run."""
         try:
-            self._validation = self.validator.measure(
-                self.engine.main_losses, self.device, self.mesh.sum_over_ranks, self._group
-            )
+            self._validation, averaged = self._held_out_loss(), None
+            if self.engine.optimizer.has_averages:
+                with self.engine.averaged_weights():
+                    averaged = self._held_out_loss().loss
         except DataError as error:
             self._failure = error
         else:
-            reporter.log_validation(number, self._validation)
+            reporter.log_validation(number, self._validation, averaged)
             if not math.isfinite(self._validation.loss):
                 self.state.finite_state(number)  # raises its own error if the weights are to blame
                 raise TrainingError(
                     f"held-out loss after step {number}: {self._validation.loss}, with weights that are finite. "
                     f"{self.state.advice()}"
                 )
+
+    def _held_out_loss(self) -> ValidationLoss:
+        engine, mesh = self.engine, self.mesh
+        return self.validator.measure(engine.main_losses, self.device, mesh.sum_over_ranks, self._group)
 
     def _micro_batches(self) -> Iterator[list[tuple[int, int]]]:
         parallel = self.config.parallel

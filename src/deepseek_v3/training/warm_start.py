@@ -130,6 +130,7 @@ class WarmStart:
         if bad := non_finite(model, self._group):
             raise CheckpointError(f"{self._path}: {non_finite_summary(bad)}; start from another checkpoint")
         engine.finish_loading(state, 0)
+        engine.optimizer.restart_averages()
         _log.info(
             f"Starting from the weights of {self._path}"
             + (f"; initialised anew: {_layers(fresh)}" if fresh else "")

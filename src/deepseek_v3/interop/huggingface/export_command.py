@@ -56,12 +56,13 @@ def export_model(
         Path | None,
         typer.Option(help="Write this tokenizer's files, with its chat template, in place of the checkpoint's."),
     ] = None,
+    ema: Annotated[bool, typer.Option("--ema", help="Write the averages of the weights.")] = False,
 ) -> None:
     """Write a checkpoint as a Hugging Face directory."""
     configure_logging()
     refuse_existing(directory)
     given = None if tokenizer is None else Tokenizer.load(tokenizer)
-    saved = load_model(checkpoint, torch.device("cpu"))
+    saved = load_model(checkpoint, torch.device("cpu"), averaged=ema)
     if given is not None:
         check_tokenizer(given, saved.model.config, tokenizer)
         _warn_of_other_ids(given, saved.tokenizer, tokenizer)

@@ -25,9 +25,14 @@ def build_engine(
 ) -> Engine:
     """Builds the model and its engine for the layout in `config`; DeepSpeed's engine if `deepspeed` is given.
 
-    Raises ConfigError if DeepSpeed is not installed, or refuses its settings.
+    Raises ConfigError if DeepSpeed is not installed, refuses its settings, or is to average the weights.
     """
     if deepspeed is not None:
+        if config.training.optimizer.ema_decay is not None:
+            raise ConfigError(
+                f"training.optimizer.ema_decay = {config.training.optimizer.ema_decay}: DeepSpeed keeps no average "
+                "of the weights, expected null; use parallel.zero_stage without --deepspeed, or set it to null"
+            )
         return _deepspeed()(config, mesh, device, documents, deepspeed)
     if config.parallel.pipeline == 1:
         return DataParallelEngine(config, mesh, device, documents)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.training.data import DocumentIds
@@ -56,6 +56,9 @@ class DataParallelEngine(Engine):
             losses_of_micro_batches.append(losses._replace(total=losses.total.detach()))
         all_reduce_replicated_gradients(self.models, self.mesh)
         return mean_losses(losses_of_micro_batches)
+
+    def _roots(self) -> Sequence[nn.Module]:
+        return [self.objective]
 
     def main_losses(self, batches: Iterable[Tensor]) -> Tensor:
         return main_losses(self.objective, self._documents, batches)

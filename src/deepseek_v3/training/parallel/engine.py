@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deepseek_v3.model.transformer import DeepSeekV3
 from deepseek_v3.moe.balance import routers_of, update_biases
 from deepseek_v3.moe.routing import Router
 from deepseek_v3.training.loss import Losses, count_targets
-from deepseek_v3.training.optimizer import MOMENTS, NO_LIMITS, AdamW, StepLimits, is_accepted_step
+from deepseek_v3.training.optimizer import NO_LIMITS, AdamW, StepLimits, is_accepted_step
+from deepseek_v3.training.parallel.fsdp import fsdp_modules
 from deepseek_v3.training.parallel.mesh import ParallelMesh
 from deepseek_v3.training.parallel.sharding import as_global, local_shards
 from deepseek_v3.training.schedule import ScheduledStep
@@ -86,19 +88,20 @@ class Engine(ABC):
         """
 
     def state(self) -> dict[str, Any]:
-        """This rank's weights, routing biases and moments as nested dicts, as a checkpoint holds them.
+        """This rank's weights, routing biases, moments and averages as nested dicts, as a checkpoint holds them.
 
         Sharded tensors are DTensors of their global shape.
         """
         model: dict[str, Tensor] = {}
-        moments: dict[str, dict[str, Tensor]] = {moment: {} for moment in MOMENTS}
+        moments: dict[str, dict[str, Tensor]] = {}
         for part in self.models:
             shards = local_shards(part, self.mesh)
             for name, tensor in part.state_dict().items():
                 model.setdefault(name, as_global(tensor, shards.get(name), self.mesh))
             for name, parameter in part.named_parameters():
                 for moment, values in self.optimizer.state[parameter].items():
-                    moments[moment].setdefault(name, as_global(values, shards[name], self.mesh))
+                    kept = moments.setdefault(moment, {})
+                    kept.setdefault(name, as_global(values, shards[name], self.mesh))
         return {"model": model, "optimizer": {"num_steps": self.optimizer.num_steps, **moments}}
 
     def state_to_load(self) -> dict[str, Any]:
@@ -108,6 +111,28 @@ class Engine(ABC):
     def finish_loading(self, state: dict[str, Any], num_steps: int) -> None:  # noqa: ARG002
         """Applies the `state` of `state_to_load`, which a checkpoint of `num_steps` updates has filled."""
         self.optimizer.num_steps = num_steps
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Lets the model compute with the averages of its weights; the end of the block restores the weights.
+
+        Routing biases are not averaged. The optimizer must have averages.
+        """
+        self._swap_averages()
+        try:
+            yield
+        finally:
+            self._swap_averages()
+
+    def _swap_averages(self) -> None:
+        self.optimizer.swap_averages()
+        for root in self._roots():
+            for unit in fsdp_modules(root):
+                unit.reshard()  # or it would compute with the weights that it has gathered before
+
+    def _roots(self) -> Sequence[nn.Module]:
+        """The outermost modules of this rank, which FSDP wraps."""
+        return self.models
 
     def _targets_per_micro_batch(self, documents: Sequence[Tensor | None]) -> Tensor | None:
         """The mean number of counted targets per micro-batch, over all ranks; None if every target counts.

@@ -30,7 +30,7 @@ from deepseek_v3.planning.pipeline_split import stage_layers, stages_of_rank
 from deepseek_v3.training.data import DocumentIds
 from deepseek_v3.training.loss import Losses, compute_losses, stack_expert_counts, sum_balance_losses
 from deepseek_v3.training.loss_terms import LossTerm, select_loss_terms
-from deepseek_v3.training.optimizer import MOMENTS, AdamW, local
+from deepseek_v3.training.optimizer import AdamW, local
 from deepseek_v3.training.parallel.engine import Engine, mean_losses
 from deepseek_v3.training.parallel.fp8_layers import has_fp8
 from deepseek_v3.training.parallel.fsdp import all_reduce_replicated_gradients
@@ -167,6 +167,9 @@ class PipelineEngine(Engine):
         super().finish_loading(state, num_steps)
         self._embeddings.copy_first(self.optimizer)
 
+    def _roots(self) -> Sequence[nn.Module]:
+        return self._stages
+
     def _backward(self, batches: Iterator[Tensor], step: ScheduledStep) -> Losses:
         parallel = self.mesh.parallel
         count = step.num_samples // (parallel.micro_batch_size * parallel.data_ranks)
@@ -285,12 +288,12 @@ class SharedEmbeddings:
 
     @torch.no_grad()
     def copy_first(self, optimizer: AdamW) -> None:
-        """Copies weight and moments to a rank's second copy from the first, which is the one in checkpoints."""
+        """Copies weight and optimizer state to a rank's second copy from the first, the one in checkpoints."""
         if len(self._weights) == 2:
             first, second = self._weights
             local(second).copy_(local(first))
-            for moment in MOMENTS:
-                local(optimizer.state[second][moment]).copy_(local(optimizer.state[first][moment]))
+            for name, values in optimizer.state[first].items():
+                local(optimizer.state[second][name]).copy_(local(values))
 
     @torch.no_grad()
     def sum_gradients(self) -> None:

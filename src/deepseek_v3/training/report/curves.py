@@ -37,7 +37,8 @@ def progress_section(runs: Sequence[Run]) -> Html:
 
 def loss_section(runs: Sequence[Run]) -> Html:
     """Training and held-out loss, and the parts of the total loss that the runs have."""
-    both = [*_series(runs, "loss"), *_validations(runs, "holdout_loss")]
+    held_out = [*_validations(runs, "holdout_loss"), *_validations(runs, "ema_holdout_loss", "EMA")]
+    both = [*_series(runs, "loss"), *held_out]
     main = "Main loss in nats per token; dots: held-out. The top of the axis leaves out the steep start."
     charts = [_chart(runs, "loss", "Loss", main, both, _NATS)]
     captions = {
@@ -131,13 +132,13 @@ def _series(runs: Sequence[Run], name: str) -> list[Series]:
     return [Series(run.name, run.values("tokens"), run.values(name), number) for number, run in enumerate(runs)]
 
 
-def _validations(runs: Sequence[Run], name: str) -> list[Series]:
+def _validations(runs: Sequence[Run], name: str, what: str = "held-out") -> list[Series]:
     def column(run: Run, field: str) -> list[float]:
         found = (record.get(field) for record in run.validations)
         return [float(value) if isinstance(value, (int, float)) else math.nan for value in found]
 
     return [
-        Series(f"{run.name}, held-out", column(run, "tokens"), column(run, name), number, dotted=True)
+        Series(f"{run.name}, {what}", column(run, "tokens"), column(run, name), number, dotted=True)
         for number, run in enumerate(runs)
     ]
 

@@ -169,19 +169,20 @@ class ShardedWriter:
 
 
 def load_sharded(
-    path: Path, tensors: dict[str, Tensor], group: ProcessGroup | None, *, verify: bool = True
+    path: Path, tensors: dict[str, Tensor], group: ProcessGroup | None, *, verify: bool = True, ignored: str = ""
 ) -> None:
     """Fills `tensors`, plain ones and DTensors, in place from the tensors of the same dotted names in a checkpoint.
 
     All ranks of `group`, a gloo group or None, call this, each with the tensors that it holds shards of. The
     ranks divide the files among them to verify the checksums; `verify=False` skips that. Raises one
     CheckpointError, on all ranks and before any tensor is changed, for damage, for names that only one side has,
-    and for other shapes or dtypes. Raises TypeError for a tensor on the meta device.
+    and for other shapes or dtypes; names of the checkpoint that begin with `ignored` may be unwanted. Raises
+    TypeError for a tensor on the meta device.
     """
     checkpoint = run_on_all_ranks(group, lambda: open_checkpoint(path))
     if verify:
         _verify(checkpoint, group)
-    _check_tensors(checkpoint, tensors, group)
+    _check_tensors(checkpoint, tensors, group, ignored)
     with raise_first_rank_error():
         load(
             dict(tensors),
@@ -211,13 +212,16 @@ def _verify(checkpoint: CheckpointReader, group: ProcessGroup | None) -> None:
     run_on_all_ranks(group, lambda: checkpoint.verify(*rank_and_size(group)))
 
 
-def _check_tensors(checkpoint: CheckpointReader, tensors: dict[str, Tensor], group: ProcessGroup | None) -> None:
+def _check_tensors(
+    checkpoint: CheckpointReader, tensors: dict[str, Tensor], group: ProcessGroup | None, ignored: str
+) -> None:
     """Raises one CheckpointError with the problems of all ranks, on all of them."""
     for name, tensor in tensors.items():
         if tensor.is_meta:
             raise TypeError(f"{name} is on the meta device and has no memory to load into")
     wanted = any_rank(group, [name in tensors for name in checkpoint.tensors])
-    unwanted = [name for name, is_wanted in zip(checkpoint.tensors, wanted, strict=True) if not is_wanted]
+    left = [name for name, is_wanted in zip(checkpoint.tensors, wanted, strict=True) if not is_wanted]
+    unwanted = [name for name in left if not (ignored and name.startswith(ignored))]
     of_ranks = gather_objects(group, mismatches(checkpoint.tensors, tensor_infos(tensors)))
     problems = [problem for of_rank in of_ranks for problem in of_rank]
     raise_problems(checkpoint.path, [*problems, *unexpected_tensors(unwanted)], SAME_CONFIG_ADVICE)
