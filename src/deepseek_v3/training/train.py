@@ -19,7 +19,7 @@ from deepseek_v3.training.metrics import plot_run, write_config
 from deepseek_v3.training.parallel.auto_layout import resolve_layout
 from deepseek_v3.training.parallel.deepspeed_config import DeepSpeedFile
 from deepseek_v3.training.parallel.mesh import build_mesh
-from deepseek_v3.training.preflight import check_memory, describe_device
+from deepseek_v3.training.preflight import check_memory, describe_device, log_findings
 from deepseek_v3.training.profiling import ProfiledSteps
 from deepseek_v3.training.run_folders import lock_run_folders
 from deepseek_v3.training.samples import check_samples_config
@@ -195,6 +195,7 @@ def train_run(
         )
         if watchdog is not None:
             watchdog.finish_first(trainer.abort)
+        log_findings(config, described, trainer.tokens, group, device)
         if world.rank == 0:
             write_config(config)
         result = trainer.run(stop)

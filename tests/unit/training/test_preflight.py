@@ -10,8 +10,9 @@ from deepseek_v3.config.loading import load_config
 from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.planning.calibration import calibration
 from deepseek_v3.training import preflight
+from deepseek_v3.training.data import open_tokens
 from deepseek_v3.training.parallel.auto_layout import resolve_layout
-from deepseek_v3.training.preflight import check_memory, describe_device
+from deepseek_v3.training.preflight import Peer, check_memory, describe_device, log_findings, require_same_versions
 from deepseek_v3.training.train import train_run
 from deepseek_v3.utils.errors import ConfigError, PlanError
 from helpers.runs import write_run
@@ -131,3 +132,25 @@ def test_a_gpu_is_described_by_name_units_and_free_memory(
     assert (described.name, described.memory_gb_per_s) == (name, bandwidth)
     assert (described.fp8_tflops, described.bfloat16_tflops) == (fp8, bfloat16)
     assert described.memory_bytes == pytest.approx(30 * 2**30 + calibration(described).context_bytes)
+
+
+def test_one_table_shows_what_was_found(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = load_config(write_run(tmp_path))
+    tokens = open_tokens(config)
+    config.checkpoint.directory.mkdir()
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        log_findings(config, describe_device(CPU), tokens, None, CPU)
+    (found,) = caplog.messages
+    names = " ".join(line.split("  ")[0] for line in found.splitlines()[3:])
+    assert names == "memory disk data data checksum tokenizer peers versions rights rights"
+    assert tokens.identity[0][:16] in found
+    assert f"torch {torch.__version__}" in found
+    assert "1 rank on 1 host answered: CPU" in found
+
+
+def test_ranks_with_other_versions_are_named() -> None:
+    same = Peer("one", "CPU", "torch 2.12")
+    require_same_versions([same, same])
+    with pytest.raises(ConfigError, match=r"torch 2\.13 on 1 rank, the first is rank 2 on two; install the same"):
+        require_same_versions([same, same, Peer("two", "CPU", "torch 2.13")])
