@@ -101,6 +101,13 @@ def _report() -> Any:
     return report
 
 
+@_command("watch", "Follow runs in the terminal while they train; Ctrl-C ends it and not the runs.")
+def _watch() -> Any:
+    from deepseek_v3.training.report.command import watch
+
+    return watch
+
+
 @_command("generate", "Continue text with a trained model.")
 def _generate() -> Any:
     from deepseek_v3.inference.generate import generate

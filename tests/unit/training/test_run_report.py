@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import yaml
 
 from deepseek_v3.moe.balance import decode_load, encode_load
+from deepseek_v3.training.report import command
 from deepseek_v3.training.report.run_files import open_runs
 from deepseek_v3.training.report.run_page import page
 from deepseek_v3.training.report.summary import comparison, summary
@@ -160,3 +162,26 @@ def test_the_load_of_experts_survives_its_encoding() -> None:
     for damaged in ("%", "", "AAAA"):
         with pytest.raises(ValueError, match=r"\w"):
             decode_load(damaged, 2)
+
+
+def test_watch_shows_a_run_once_or_until_it_has_ended(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    once = dsv3("watch", run, "--once")
+    assert once.exit_code == 0
+    for text in ("held-out loss", "█", "rollback at step 2", "Next:"):
+        assert text in once.output
+
+    def finish(_seconds: float) -> None:
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(record(6)) + "\n")
+
+    monkeypatch.setattr(command.time, "sleep", finish)
+    assert "finished" in dsv3("watch", run).output
+    assert "expected more than 0 seconds" in message_of(dsv3("watch", run, "--interval", "0"))
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [([3.0, 2.0, 1.0], "█▅▁"), ([1.0], "▁"), ([math.nan], "–"), ([0.0] * 40 + [1.0] * 40, "▁" * 20 + "█" * 20)],
+)
+def test_a_curve_is_a_line_of_bars(values: list[float], shown: str) -> None:
+    assert command.curve(values) == shown
