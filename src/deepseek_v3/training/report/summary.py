@@ -22,6 +22,7 @@ def summary(run: Run) -> dict[str, str]:
         "of plan": _NONE if run.budget is None else format_percent(run.tokens, run.budget),
         "loss": _figure(run.values("loss")[-1:], ".4f"),
         "held-out loss": _figure([record["holdout_loss"] for record in run.validations[-1:]], ".4f"),
+        "of the average": _figure([record.get("ema_holdout_loss") for record in run.validations[-1:]], ".4f"),
         "learning rate": _figure(run.values("learning_rate")[-1:], ".2e"),
         "gradient norm": _figure(run.values("gradient_norm")[-1:], ".3g"),
         "tokens/s": f"{run.tokens_per_second:,.0f}" if math.isfinite(run.tokens_per_second) else _NONE,
