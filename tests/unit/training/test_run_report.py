@@ -148,7 +148,7 @@ def test_the_command_prints_a_table_and_writes_a_page(run: Path, tmp_path: Path)
     assert result.exit_code == 0
     assert "2.0000" in result.output
     assert f"dsv3 report {run} --html" in result.output
-    assert dsv3("report", run, "--html").exit_code == 0
+    assert f"dsv3 watch {run}" in dsv3("report", run, "--html").output
     assert (run / "report.html").read_text("utf-8").startswith("<!DOCTYPE html>")
     assert dsv3("report", run, "--html", "--output", tmp_path / "page.html").exit_code == 0
     assert (tmp_path / "page.html").exists()

@@ -50,6 +50,7 @@ def report(
         raise ConfigError(f"--output {path}: {problem}")
     write_report(found, path)
     typer.echo(f"{path}: open it in a browser")
+    print_next_steps(*map(_next_step, found))
 
 
 def watch(
@@ -69,6 +70,13 @@ def watch(
     else:
         _follow(runs, found, interval)
     print_next_steps(["dsv3", "report", *runs, "--html"])
+
+
+def _next_step(run: Run) -> list[object]:
+    """Follow a run that still trains; evaluate one that has used up its budget."""
+    if run.config is None or not run.is_finished:
+        return ["dsv3", "watch", run.folder]
+    return ["dsv3", "eval", "--checkpoint", run.config.checkpoint.directory]
 
 
 def view(runs: Sequence[Run]) -> Table:
