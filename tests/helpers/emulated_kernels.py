@@ -1,4 +1,4 @@
-"""CUDA C++ kernels compiled for the CPU: `cuda_emulation` runs each thread of a thread block as a host's thread."""
+"""CUDA C++ kernels compiled for the CPU: `cuda_emulation` runs the threads of a thread block as fibers."""
 
 import ctypes
 import shutil
@@ -11,7 +11,7 @@ import pytest
 from helpers import ROOT
 
 _EMULATION = ROOT / "tests" / "helpers" / "cuda_emulation"
-_OPTIONS = ("-O1", "-std=c++20", "-shared", "-fPIC", "-pthread", "-w", "-DEMULATED")
+_OPTIONS = ("-O1", "-std=c++17", "-shared", "-fPIC", "-w", "-DEMULATED")
 
 
 def emulated_kernel(folder: Path, operation: str, name: str, defines: Mapping[str, int]) -> ctypes.CDLL:

@@ -1,21 +1,21 @@
-// Runs a CUDA kernel on a CPU: every thread of a thread block is a thread of the host, and what the kernel does by
-// inline assembly is done here by ordinary code. It shows wrong indices, masks, barriers that never pass, and values
-// that are read before they were written or overwritten before they were read. It is no model of time, and trusts that
-// the layouts of the tensor cores' operands are those of the PTX manual, as they are written down here.
+// Runs a CUDA kernel on a CPU: every thread of a thread block is a fiber, and what the kernel does by inline assembly is
+// done here by ordinary code. It shows wrong indices, masks, barriers that never pass, and values that are read before
+// they were written or overwritten before they were read. It is no model of time, and trusts that the layouts of the
+// tensor cores' operands are those of the PTX manual, as they are written down here.
+
+#include <csetjmp>
+#include <ucontext.h>
 
 #include <algorithm>
-#include <barrier>
-#include <chrono>
 #include <cmath>
-#include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <functional>
 #include <map>
-#include <mutex>
-#include <thread>
+#include <memory>
+#include <utility>
 #include <vector>
 
 typedef unsigned char u8;
@@ -59,40 +59,132 @@ struct TensorMap {
 struct Index {
     int x;
 };
-inline thread_local Index threadIdx, blockIdx;
-inline Index gridDim;
+inline Index threadIdx, blockIdx, gridDim;
+
+[[noreturn]] inline void fail(const char* what, u32 which) {
+    fprintf(stderr, "emulated kernel: %s %u, thread %d of block %d\n", what, which, threadIdx.x, blockIdx.x);
+    std::_Exit(3);
+}
+
+// Fibers: one thread of the host runs all threads of a thread block. Each runs until it must wait for others. Then one of
+// those that need not wait is drawn at random, in the same way in every launch. Some are held back for a while, a thread,
+// a warp or a warpgroup, or until no other can run. So a barrier that is missing shows.
+
+typedef std::vector<std::function<void()>> Products;
+
+struct Fiber {
+    ucontext_t start;
+    jmp_buf place;  // where it waits
+    bool has_started = false;
+    Products products;             // of the tensor cores: not committed yet
+    std::deque<Products> committed;  // and not waited for
+};
+inline std::vector<Fiber> fibers;  // `threadIdx.x` is the number of the one that runs
+inline std::vector<int> ready;     // those that need not wait
+inline int unfinished;
+inline int held_from, held_until;  // those that are held back
+inline unsigned long long drawn;
+inline jmp_buf after_all;
+inline std::function<void()> kernel_of_fibers;
+
+inline int draw(int count) {
+    drawn = drawn * 6364136223846793005 + 1442695040888963407;
+    return (drawn >> 33) % count;
+}
+
+inline void hold_others_back() {
+    constexpr int SIZES[] = {1, 32, 128};
+    int size = SIZES[draw(3)];
+    held_from = draw(fibers.size() / size) * size;
+    held_until = held_from + size;
+}
+
+// The place in `ready` of the fiber that runs next.
+inline int draw_ready() {
+    int count = ready.size(), first = draw(count);
+    for (int i = 0; i < count; i++) {
+        int place = (first + i) % count;
+        if (ready[place] < held_from || ready[place] >= held_until) return place;
+    }
+    hold_others_back();
+    return first;
+}
+
+[[noreturn]] inline void run_next(const char* what, u32 which) {
+    if (ready.empty()) fail(what, which);
+    if (draw(256) == 0) hold_others_back();
+    int place = draw_ready();
+    threadIdx.x = std::exchange(ready[place], ready.back());
+    ready.pop_back();
+    Fiber& fiber = fibers[threadIdx.x];
+    if (fiber.has_started) _longjmp(fiber.place, 1);
+    fiber.has_started = true;
+    setcontext(&fiber.start);
+    std::abort();
+}
+
+inline void run_fiber() {
+    kernel_of_fibers();
+    if (--unfinished == 0) _longjmp(after_all, 1);
+    run_next("ends while others wait in vain; it is", threadIdx.x);
+}
+
+// Where fibers wait until another one opens it.
+struct Gate {
+    std::vector<int> waiting;
+
+    void wait(const char* what, u32 which) {
+        waiting.push_back(threadIdx.x);
+        if (!_setjmp(fibers[threadIdx.x].place)) run_next(what, which);
+    }
+    void open() {
+        ready.insert(ready.end(), waiting.begin(), waiting.end());
+        waiting.clear();
+    }
+};
+
+struct Barrier {
+    int threads, arrived = 0;
+    Gate gate;
+
+    void arrive_and_wait() {
+        if (++arrived < threads) return gate.wait("waits in vain for a barrier; threads that it needs:", threads);
+        arrived = 0;
+        gate.open();
+    }
+};
 
 // The state of one thread block.
 
 struct Warp {
-    std::barrier<> together{32};
+    Barrier together{32};
     float numbers[32];
     u32 words[32];
 };
 struct Warpgroup {
-    std::barrier<> together{128};
+    Barrier together{128};
     u32 fragments[128][4];
+    float rows[64][16], columns[256][16];  // the operands of a product
 };
 struct CopyBarrier {
     int expected, missing;
     long bytes;
     u32 phase;
+    Gate gate;
 };
 struct NamedBarrier {
     int arrived = 0;
-    u32 phase = 0;
+    Gate gate;
 };
 struct Block {
     alignas(1024) u8 memory[232448];
     std::vector<Warp> warps;
     std::vector<Warpgroup> warpgroups;
-    std::barrier<> together;
-    std::mutex mutex;
-    std::condition_variable changed;
+    Barrier together;
     std::map<u32, CopyBarrier> barriers;
     NamedBarrier named[16];
 
-    explicit Block(int threads) : warps(threads / 32), warpgroups(threads / 128), together(threads) {
+    explicit Block(int threads) : warps(threads / 32), warpgroups(threads / 128), together{threads} {
         memset(memory, 0xff, sizeof memory);  // NaN in bfloat16 and in float32
     }
 };
@@ -101,16 +193,6 @@ inline Block* block;
 inline Warp& warp_of_thread() { return block->warps[threadIdx.x / 32]; }
 inline Warpgroup& warpgroup_of_thread() { return block->warpgroups[threadIdx.x / 128]; }
 inline int lane_of_thread() { return threadIdx.x % 32; }
-
-[[noreturn]] inline void fail(const char* what, u32 which) {
-    fprintf(stderr, "emulated kernel: %s %u, thread %d of block %d\n", what, which, threadIdx.x, blockIdx.x);
-    std::_Exit(3);
-}
-
-template <typename Passed>
-inline void wait_until(std::unique_lock<std::mutex>& lock, const char* what, u32 which, Passed passed) {
-    if (!block->changed.wait_for(lock, std::chrono::minutes(3), passed)) fail(what, which);
-}
 
 inline u32 shared_memory() { return 0; }
 
@@ -166,16 +248,14 @@ inline void end_phase_if_complete(CopyBarrier& barrier) {
     if (barrier.missing || barrier.bytes) return;
     barrier.phase += 1;
     barrier.missing = barrier.expected;
-    block->changed.notify_all();
+    barrier.gate.open();
 }
 
 inline void barrier_init(u32 address, u32 arrivals) {
-    std::lock_guard lock(block->mutex);
-    block->barriers[address] = {int(arrivals), int(arrivals), 0, 0};
+    block->barriers[address] = {int(arrivals), int(arrivals), 0, 0, {}};
 }
 
 inline void barrier_expect(u32 address, u32 bytes) {
-    std::lock_guard lock(block->mutex);
     CopyBarrier& barrier = block->barriers.at(address);
     if (!barrier.missing) fail("too many arrivals at barrier", address);
     barrier.missing -= 1;
@@ -186,27 +266,22 @@ inline void barrier_expect(u32 address, u32 bytes) {
 inline void barrier_arrive(u32 address) { barrier_expect(address, 0); }
 
 inline void barrier_wait(u32 address, u32 parity) {
-    std::unique_lock lock(block->mutex);
     CopyBarrier& barrier = block->barriers.at(address);
-    wait_until(lock, "waits in vain for barrier", address, [&] { return barrier.phase % 2 != parity; });
+    while (barrier.phase % 2 == parity) barrier.gate.wait("waits in vain for barrier", address);
 }
 
 inline bool barrier_has_passed(u32 address, u32 parity) {
-    std::lock_guard lock(block->mutex);
     return block->barriers.at(address).phase % 2 != parity;
 }
 
 inline void arrive_at(int name, int threads, bool waits) {
-    std::unique_lock lock(block->mutex);
     NamedBarrier& barrier = block->named[name];
-    u32 phase = barrier.phase;
     barrier.arrived += 1;
     if (barrier.arrived == threads) {
         barrier.arrived = 0;
-        barrier.phase += 1;
-        block->changed.notify_all();
+        barrier.gate.open();
     } else if (waits) {
-        wait_until(lock, "waits in vain for named barrier", name, [&] { return barrier.phase != phase; });
+        barrier.gate.wait("waits in vain for named barrier", name);
     }
 }
 
@@ -242,7 +317,6 @@ inline void copy_box(u32 target, const TensorMap* map, int column, int row, u32 
             block->memory[map->swizzled ? swizzled(to) : to] =
                 there ? static_cast<const u8*>(map->numbers)[(row + r) * map->row_bytes + from] : 0;
         }
-    std::lock_guard lock(block->mutex);
     CopyBarrier& waiting = block->barriers.at(barrier);
     waiting.bytes -= 64 * map->box_bytes;
     end_phase_if_complete(waiting);
@@ -348,28 +422,30 @@ inline float transposed_operand(u32 descriptor, int column, int k) {
 
 template <int N, typename A, typename B>
 inline void multiply(float (&sums)[N], A a, B b, bool add) {
+    Warpgroup& group = warpgroup_of_thread();
+    for (int i = threadIdx.x % 128; i < 64 * 16; i += 128) group.rows[i / 16][i % 16] = a(i / 16, i % 16);
+    for (int i = threadIdx.x % 128; i < 2 * N * 16; i += 128) group.columns[i / 16][i % 16] = b(i / 16, i % 16);
+    group.together.arrive_and_wait();
     int first = threadIdx.x % 128 / 32 * 16 + lane_of_thread() / 4;
     for (int i = 0; i < N; i++) {
         int row = first + i % 4 / 2 * 8, column = i / 4 * 8 + 2 * (lane_of_thread() % 4) + i % 2;
         float sum = add ? sums[i] : 0;
-        for (int k = 0; k < 16; k++) sum += a(row, k) * b(column, k);
+        for (int k = 0; k < 16; k++) sum += group.rows[row][k] * group.columns[column][k];
         sums[i] = sum;
     }
 }
 
 // Products run when a thread waits for them: as late as the GPU may run them.
-typedef std::vector<std::function<void()>> Products;
-inline thread_local Products products;             // not committed yet
-inline thread_local std::deque<Products> committed;  // and not waited for
-
+inline void add_product(std::function<void()> product) { fibers[threadIdx.x].products.push_back(std::move(product)); }
 inline void begin_products() {}
 inline void commit_products() {
-    committed.push_back(std::move(products));
-    products.clear();
+    Fiber& fiber = fibers[threadIdx.x];
+    fiber.committed.push_back(std::exchange(fiber.products, {}));
 }
 
 template <int PENDING>
 inline void wait_for_products() {
+    std::deque<Products>& committed = fibers[threadIdx.x].committed;
     for (; committed.size() > PENDING; committed.pop_front())
         for (auto& product : committed.front()) {
             warpgroup_of_thread().together.arrive_and_wait();
@@ -379,7 +455,7 @@ inline void wait_for_products() {
 }
 
 inline void multiply_keys(float (&sums)[32], u32 queries, u32 keys, int add) {
-    products.push_back([&sums, queries, keys, add] {
+    add_product([&sums, queries, keys, add] {
         multiply(sums, [=](int row, int k) { return operand(queries, row, k); },
             [=](int column, int k) { return operand(keys, column, k); }, add);
     });
@@ -387,7 +463,7 @@ inline void multiply_keys(float (&sums)[32], u32 queries, u32 keys, int add) {
 
 template <int N>
 inline void multiply_values(float (&sums)[N], const u32* weights, u32 values) {
-    products.push_back([&sums, weights, values] {
+    add_product([&sums, weights, values] {
         Warpgroup& group = warpgroup_of_thread();
         memcpy(group.fragments[threadIdx.x % 128], weights, 16);
         group.together.arrive_and_wait();
@@ -401,7 +477,7 @@ inline void multiply_values(float (&sums)[N], const u32* weights, u32 values) {
 
 template <int N>
 inline void multiply_values(float (&sums)[N], u32 weights, u32 values) {
-    products.push_back([&sums, weights, values] {
+    add_product([&sums, weights, values] {
         multiply(sums, [=](int row, int k) { return operand(weights, row, k); },
             [=](int column, int k) { return transposed_operand(values, column, k); }, true);
     });
@@ -409,7 +485,7 @@ inline void multiply_values(float (&sums)[N], u32 weights, u32 values) {
 
 template <int N>
 inline void multiply_transposed(float (&sums)[N], u32 a, u32 b) {
-    products.push_back([&sums, a, b] {
+    add_product([&sums, a, b] {
         multiply(sums, [=](int row, int k) { return transposed_operand(a, row, k); },
             [=](int column, int k) { return transposed_operand(b, column, k); }, true);
     });
@@ -427,18 +503,26 @@ inline void store_matrices(u32 address, const u32* numbers) {
 // Runs `kernel` as every thread of `blocks` thread blocks, one block after the other.
 template <typename Kernel>
 void launch(int blocks, int threads, Kernel kernel) {
+    constexpr int STACK = 1 << 17;  // bytes
+    std::unique_ptr<u8[]> stacks(new u8[(long)threads * STACK]);
+    kernel_of_fibers = kernel;
+    drawn = 0;
     gridDim.x = blocks;
-    for (int number = 0; number < blocks; number++) {
+    for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++) {
         Block state(threads);
         block = &state;
-        std::vector<std::thread> all;
-        for (int thread = 0; thread < threads; thread++)
-            all.emplace_back([&, thread] {
-                threadIdx.x = thread;
-                blockIdx.x = number;
-                kernel();
-            });
-        for (std::thread& each : all) each.join();
+        fibers = std::vector<Fiber>(threads);
+        for (int thread = 0; thread < threads; thread++) {
+            ucontext_t& start = fibers[thread].start;
+            getcontext(&start);
+            start.uc_stack.ss_sp = stacks.get() + (long)thread * STACK;
+            start.uc_stack.ss_size = STACK;
+            makecontext(&start, run_fiber, 0);
+            ready.push_back(thread);
+        }
+        unfinished = threads;
+        hold_others_back();
+        if (!_setjmp(after_all)) run_next("does not begin:", 0);
     }
 }
 
