@@ -10,16 +10,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import httpx
 import pytest
 
+from deepseek_v3.inference.engine.generation_request import Request
 from deepseek_v3.inference.generator import Generator
 from deepseek_v3.inference.sampling import SamplingConfig
-from deepseek_v3.inference.server.service import ServerLimits
+from deepseek_v3.inference.server.service import ServerLimits, Service
 from helpers.servers import CONTEXT, PATIENCE, HeldEngine, RunningServer, chat_tokenizer, running_server, tiny_model
 
 STREAMS = 200
+TOKENS, LEAVERS_TOKENS = 12, 24  # of the texts; of those whose clients leave
 PROMPTS = ["the cat", "ein Fuchs", "ü", "", "läuft über die Straße", "?" * 58]  # the last one grows beyond a page
 LONG = {"prompt": "the cat", "max_tokens": 500, "temperature": 0}
 
@@ -43,51 +46,89 @@ def held_server(limits: ServerLimits | None = None, **options: float) -> Iterato
             engine.free()
 
 
-async def read_stream(client: httpx.AsyncClient, body: dict[str, object], parts: int | None = None) -> str:
-    """The text of a stream; with `parts`, the client leaves after as many of them."""
+async def read_stream(client: httpx.AsyncClient, body: dict[str, object], leaves: bool) -> str:
+    """The text of a stream; a client that leaves does so when it has got some of the text."""
     text = ""
     async with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
         assert response.status_code == 200
         async for line in response.aiter_lines():
             if line.startswith("data: {"):
                 text += json.loads(line[6:])["choices"][0]["text"]
-                parts = None if parts is None else parts - 1
-            if parts == 0:
+            if leaves and text:
                 break
-        else:
-            assert parts is None
     return text
+
+
+def wait_for_leaving_clients(service: Service, most_tokens: int) -> None:
+    """Keeps the engine from taking texts of `LEAVERS_TOKENS` beyond `most_tokens`, however slow their clients are."""
+    engine, orders = service._engine._engine, service._engine._orders
+    step = engine.step
+
+    def wait_or_step() -> list[Request]:
+        while any(
+            request.sampling.max_new_tokens == LEAVERS_TOKENS and len(request.generated) >= most_tokens
+            for request in engine._scheduler._running
+        ):
+            if not orders.empty():
+                return []
+            time.sleep(0.001)
+        return step()
+
+    engine.step = wait_or_step  # type: ignore[method-assign]
 
 
 def test_two_hundred_streams_get_the_texts_they_get_alone() -> None:
     """A third of the clients leave in the middle; prompts and parameters are mixed, so that leaks would show."""
     generator = Generator(tiny_model(), chat_tokenizer())
-    samplings = [SamplingConfig(0, max_new_tokens=12), SamplingConfig(0.9, 0.9, seed=5, max_new_tokens=12)]
-    wanted = [[each.text for each in generator.generate([prompt], s)] for s in samplings for prompt in PROMPTS]
-    bodies = [
-        {"prompt": prompt, "max_tokens": 12, "temperature": s.temperature, "top_p": s.top_p, "seed": s.seed}
-        for s in samplings
-        for prompt in PROMPTS
-    ]
+    samplings = [SamplingConfig(0), SamplingConfig(0.9, 0.9, seed=5)]
+    bodies, leavers_bodies = (
+        [
+            {"prompt": prompt, "max_tokens": tokens, "temperature": s.temperature, "top_p": s.top_p, "seed": s.seed}
+            for s in samplings
+            for prompt in PROMPTS
+        ]
+        for tokens in (TOKENS, LEAVERS_TOKENS)
+    )
+    wanted, leavers_wanted = (
+        [
+            each.text
+            for s in samplings
+            for prompt in PROMPTS
+            for each in generator.generate([prompt], replace(s, max_new_tokens=tokens))
+        ]
+        for tokens in (TOKENS, LEAVERS_TOKENS)
+    )
     limits = ServerLimits(CONTEXT, max_running=32, max_waiting=STREAMS, max_body=10_000)
 
     async def run(url: str) -> list[str]:
         pool = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(base_url=url, timeout=PATIENCE, limits=pool) as client:
             streams = [
-                read_stream(client, bodies[place % len(bodies)], 2 if place % 3 == 0 else None)
+                read_stream(
+                    client, (leavers_bodies if leaves(place) else bodies)[place % len(bodies)], leaves(place)
+                )
                 for place in range(STREAMS)
             ]
             return await asyncio.gather(*streams)
 
     with running_server(limits, num_pages=20) as server:  # fewer pages than the streams want: some are preempted
+        wait_for_leaving_clients(server.service, TOKENS)
         texts = asyncio.run(run(server.url))
         wait_until(lambda: server.service.num_open == 0)
         metrics = httpx.get(server.url + "/metrics", timeout=PATIENCE).text
     for place, text in enumerate(texts):
-        [whole] = wanted[place % len(bodies)]
-        assert whole.startswith(text) if place % 3 == 0 else text == whole
+        if leaves(place):
+            whole = leavers_wanted[place % len(bodies)]
+            assert whole.startswith(text)
+            assert len(text) < len(whole)
+        else:
+            assert text == wanted[place % len(bodies)]
     assert f'dsv3_http_responses_total{{status="200"}} {STREAMS}' in metrics
+
+
+def leaves(place: int) -> bool:
+    """Whether the client in this place leaves in the middle of its text."""
+    return place % 3 == 0
 
 
 def test_a_client_that_leaves_gives_its_place_to_the_next() -> None:
@@ -116,11 +157,12 @@ def test_a_client_that_does_not_read_is_given_up() -> None:
     """Its text waits in the request, and no more than the buffers of one connection are filled."""
     limits = ServerLimits(CONTEXT, max_running=8, max_waiting=8, max_body=10_000, write_seconds=0.2)
     body = {"prompt": "the cat", "max_tokens": 500, "temperature": 0, "n": 8, "logprobs": 20, "stream": True}
-    with running_server(limits) as server, socket.socket() as reader:
+    with held_server(limits) as (server, engine), socket.socket() as reader:
         reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         reader.connect(server.service_address)
         reader.sendall(raw_request(body))
         wait_until(lambda: server.service.num_open == 8)
+        engine.free()
         wait_until(lambda: server.service.num_open == 0)
         assert httpx.get(server.url + "/health", timeout=PATIENCE).status_code == 200
 
