@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from deepseek_v3.data.pii.detectors import Detector, TextSpans
+from deepseek_v3.data.pii.detectors import Detector, TextSpans, without_upper_bounds
 
 # ISO 3166 and the few others of two letters; then the generic ones in common use; then those in other scripts.
 _COUNTRIES = (
@@ -77,4 +77,4 @@ def _domain_end(text: str, at: int, end: int) -> int:
     return 0
 
 
-EMAIL = Detector(_DOMAIN, _emails)
+EMAIL = Detector(without_upper_bounds(_DOMAIN), _emails)

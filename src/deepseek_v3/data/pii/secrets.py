@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from itertools import chain
 
-from deepseek_v3.data.pii.detectors import Detector, TextSpans
+from deepseek_v3.data.pii.detectors import Detector, TextSpans, without_upper_bounds
 
 _BLOCK = r"-----BEGIN [A-Z0-9 ]{0,32}PRIVATE KEY(?: BLOCK)?-----"
 _BLOCK_END = re.compile(r"-----END [A-Z0-9 ]{0,32}PRIVATE KEY(?: BLOCK)?-----")
@@ -80,4 +80,4 @@ def _entropy(value: str) -> float:
     return -sum(share * math.log2(share) for share in shares)
 
 
-KEY = Detector(f"{_BLOCK}|{_SERVICES}|(?i:{_ASSIGNED}){_VALUE}", _keys)
+KEY = Detector(without_upper_bounds(f"{_BLOCK}|{_SERVICES}|(?i:{_ASSIGNED}){_VALUE}"), _keys)
