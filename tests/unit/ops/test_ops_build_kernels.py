@@ -17,7 +17,7 @@ import torch
 from deepseek_v3.ops import build_kernels as command
 from deepseek_v3.ops import kernel_cache, nvcc
 from deepseek_v3.ops.build_kernels import CudaPackage, KernelError, build_kernels, cuda_packages
-from deepseek_v3.ops.kernel_cache import NVCC, Resources
+from deepseek_v3.ops.kernel_cache import NVCC, MachineCode, Resources
 from deepseek_v3.ops.nvcc import NvccError, find_nvcc, resources_of
 from deepseek_v3.ops.nvrtc import CudaError, Kernel
 from deepseek_v3.utils.command_line import run_command
@@ -400,18 +400,28 @@ def script(cache: Path, *arguments: str, **variables: str) -> subprocess.Complet
     return subprocess.run([str(SCRIPT), *arguments], env=environment, capture_output=True, text=True)
 
 
-def test_nvcc_builds_every_kernel(tmp_path: Path) -> None:
-    """Which needs no GPU."""
+def test_nvcc_builds_every_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which needs no GPU. Of each source it builds one variant; NVRTC's test compiles all of them."""
     pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds only")
     try:
-        find_nvcc()
+        compiler = find_nvcc().compiler
     except NvccError:
         pytest.skip("there is no nvcc here")
+    monkeypatch.setenv("DSV3_KERNEL_CACHE", str(tmp_path))
+    kernels = [kernel for package in cuda_packages() for kernel in package.kernels()]
+    chosen = {kernel.source: kernel.defines for kernel in kernels}
+    for kernel in kernels:
+        if kernel.defines != chosen[kernel.source]:
+            code = MachineCode(b"\x7fELF", compiler, {kernel.name: Resources(1, 0, 0, 0)})
+            kernel_cache.store(kernel_cache.path_of(kernel.source, kernel.defines, NVCC), code)
     run = script(tmp_path)
     assert run.returncode == 0, run.stderr
-    kernels = [kernel for package in cuda_packages() for kernel in package.kernels()]
     for kernel, variant in command._variants(kernels).items():
-        assert re.search(rf"^{kernel.name} +{re.escape(variant)} +\d+ +[\d,]+ ", run.stdout, re.MULTILINE)
+        row = re.search(
+            rf"^{kernel.name} +{re.escape(variant)} +\d+ +[\d,]+ .*built (\w+)$", run.stdout, re.MULTILINE
+        )
+        assert row is not None
+        assert row[1] == ("now" if kernel.defines == chosen[kernel.source] else "before")
     assert all(path.read_bytes().count(b"\n\x7fELF") == 1 for path in tmp_path.iterdir())
 
 
