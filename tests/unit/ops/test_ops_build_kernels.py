@@ -263,7 +263,14 @@ def test_every_place_is_searched(places: Path, place: str, monkeypatch: pytest.M
 
 def test_one_that_cannot_be_used_is_passed_over(toolkit: Toolkit, monkeypatch: pytest.MonkeyPatch) -> None:
     toolkit.install("11.5.119")
-    monkeypatch.setattr(nvcc, "_LONGEST_START", 0.5)
+    run = nvcc._run
+
+    def impatient(path: Path, *arguments: str, **_: float) -> subprocess.CompletedProcess[str]:
+        return run(
+            path, *arguments, seconds=0.5 if path.is_relative_to(toolkit.folder / "local" / "cuda") else None
+        )
+
+    monkeypatch.setattr(nvcc, "_run", impatient)
     for name, text in (
         ("path", "#!/bin/sh\nexit 1\n"),
         ("local/cuda/bin", "#!/bin/sh\nexec /bin/sleep 100\n"),
@@ -410,15 +417,16 @@ def test_nvcc_builds_every_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("DSV3_KERNEL_CACHE", str(tmp_path))
     kernels = [kernel for package in cuda_packages() for kernel in package.kernels()]
     chosen = {kernel.source: kernel.defines for kernel in kernels}
+    names = [kernel.name for kernel in kernels]
     for kernel in kernels:
         if kernel.defines != chosen[kernel.source]:
-            code = MachineCode(b"\x7fELF", compiler, {kernel.name: Resources(1, 0, 0, 0)})
+            code = MachineCode(b"\x7fELF", compiler, dict.fromkeys(names, Resources(1, 0, 0, 0)))
             kernel_cache.store(kernel_cache.path_of(kernel.source, kernel.defines, NVCC), code)
     run = script(tmp_path)
     assert run.returncode == 0, run.stderr
     for kernel, variant in command._variants(kernels).items():
         row = re.search(
-            rf"^{kernel.name} +{re.escape(variant)} +\d+ +[\d,]+ .*built (\w+)$", run.stdout, re.MULTILINE
+            rf"^{kernel.name} +{re.escape(variant)} +\d+ +[\d,]+ .*built (\w+)", run.stdout, re.MULTILINE
         )
         assert row is not None
         assert row[1] == ("now" if kernel.defines == chosen[kernel.source] else "before")
