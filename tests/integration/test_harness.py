@@ -27,7 +27,6 @@ pytest.importorskip("accelerate")
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM, CachingLM
-from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import TaskIndex
 
@@ -72,6 +71,8 @@ def _ours(folder: Path) -> HarnessModel:
 
 
 def _theirs(folder: Path) -> LM:
+    from lm_eval.models.huggingface import HFLM  # slow to import
+
     return HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=2, trust_remote_code=False)
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from deepseek_v3.config.model_config import ModelConfig
@@ -266,6 +265,8 @@ def test_experts_compile_once_for_any_number_of_rows() -> None:
     config = small_config(moe_intermediate_size=24)
     experts = layer_filled_with_noise(RoutedExperts(config)).bfloat16()
     experts.grouped_linear, experts.permute = torch_grouped_linear, MOE_PERMUTE.backends["triton"].load()
+    from torch._dynamo.testing import CompileCounterWithBackend  # slow to import
+
     graphs = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(experts, fullgraph=True, dynamic=True, backend=graphs)
     for number in (6, 11, 3):
