@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any
 
@@ -236,10 +236,12 @@ class DeepSpeedEngine(Engine):
         return self._as_sharded(whole[first:last].detach().to("cpu", copy=True), whole.shape)
 
     def _as_sharded(self, rows: Tensor, shape: Sequence[int]) -> Tensor:
-        if self.mesh.is_alone:
-            return rows
-        cpu_mesh = DeviceMesh("cpu", torch.arange(self.mesh.size), _init_backend=False)
-        return as_dtensor(rows, cpu_mesh, [Shard(0)], shape)
+        return rows if self.mesh.is_alone else as_dtensor(rows, self._cpu_mesh, [Shard(0)], shape)
+
+    @cached_property
+    def _cpu_mesh(self) -> DeviceMesh:
+        """All ranks; it only describes how checkpoints are sharded, and has no process group."""
+        return DeviceMesh("cpu", torch.arange(self.mesh.size), _init_backend=False)
 
     def _gathered(self, part: Tensor, device: torch.device) -> Tensor:
         """Gathers the rows of all ranks to a float32 tensor on `device`."""

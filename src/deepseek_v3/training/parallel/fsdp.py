@@ -37,7 +37,7 @@ def apply_fsdp(
     Routers and norms compute with float32 weights, as in one process, so every rank keeps them whole, and
     `all_reduce_replicated_gradients` sums their gradients.
     """
-    data_mesh = mesh.dense_mesh()
+    data_mesh = mesh.dense_mesh
     if data_mesh is None:
         return
     policy = MixedPrecisionPolicy(
@@ -67,7 +67,7 @@ def reshards_weights(mesh: ParallelMesh) -> bool:
 
     Pipeline schedules look up the weights of a backward pass on the modules, so these must stay gathered.
     """
-    return mesh.dense_mesh() is not None and mesh.parallel.zero_stage == 3 and mesh.parallel.pipeline == 1
+    return mesh.dense_mesh is not None and mesh.parallel.zero_stage == 3 and mesh.parallel.pipeline == 1
 
 
 def float32_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -103,7 +103,7 @@ def all_reduce_replicated_gradients(models: Iterable[nn.Module], mesh: ParallelM
 
     Call it once per step, after the last micro-batch's backward pass.
     """
-    data_mesh = mesh.dense_mesh()
+    data_mesh = mesh.dense_mesh
     whole = [parameter.grad for model in models for parameter in float32_parameters(model)]
     gradients = [gradient for gradient in whole if gradient is not None]
     if data_mesh is None or not gradients:
@@ -119,7 +119,7 @@ def _shard_experts(layer: nn.Module, mesh: ParallelMesh, wrap: Callable[..., Any
     """Shards a layer's experts, which expert parallelism has divided; returns those that only one rank holds."""
     if mesh.parallel.expert == 1 or not isinstance(layer.mlp, MixtureOfExperts):
         return set()
-    experts, expert_mesh = layer.mlp.experts, mesh.expert_mesh()
+    experts, expert_mesh = layer.mlp.experts, mesh.expert_mesh
     if expert_mesh is None:
         return set(experts.parameters())
     shards = mesh.parallel.expert_shard

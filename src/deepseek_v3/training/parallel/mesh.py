@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -58,6 +59,7 @@ class ParallelMesh:
         """The index of the shard of the experts that this rank holds."""
         return self.rank % self.parallel.expert
 
+    @cached_property
     def dense_mesh(self) -> DeviceMesh | None:
         """The ranks that FSDP shards all parameters but the experts over: (shard), or (replicate, shard).
 
@@ -65,10 +67,12 @@ class ParallelMesh:
         """
         return _data_mesh(self.dense, ("replicate", "shard"))
 
+    @cached_property
     def expert_mesh(self) -> DeviceMesh | None:
         """The ranks that FSDP shards the same experts over, in the form of `dense_mesh`."""
         return _data_mesh(self.experts, ("expert_replicate", "expert_shard"))
 
+    @cached_property
     def expert_shard_mesh(self) -> DeviceMesh:
         """This stage's mesh (expert, expert_shard, expert_replicate), in the order in which experts are sharded.
 

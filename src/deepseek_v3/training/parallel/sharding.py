@@ -100,7 +100,7 @@ def as_global(tensor: Tensor, shard: LocalShard | None, mesh: ParallelMesh) -> T
     if shard is None or not shard.is_expert or mesh.parallel.expert == 1:
         return tensor
     placements: list[Placement] = [Shard(0), Shard(_fsdp_dimension(tensor)), Replicate()]
-    return as_dtensor(local(tensor), mesh.expert_shard_mesh(), placements, shard.shape)
+    return as_dtensor(local(tensor), mesh.expert_shard_mesh, placements, shard.shape)
 
 
 class GlobalGradNorm:
