@@ -18,6 +18,7 @@ _IMPORTED = [
     "deepseek_v3.data.tokens.encoding",
     "deepseek_v3.data.deduplication.kernels.numba_kernels",
     "pandas",  # pyarrow imports it
+    "torch._inductor.compile_fx",  # DeepSpeed imports it
 ]
 
 
