@@ -60,7 +60,7 @@ async def read_stream(client: httpx.AsyncClient, body: dict[str, object], leaves
 
 
 def wait_for_leaving_clients(service: Service, most_tokens: int) -> None:
-    """Keeps the engine from taking texts of `LEAVERS_TOKENS` beyond `most_tokens`, however slow their clients are."""
+    """Keeps texts of `LEAVERS_TOKENS` from growing beyond `most_tokens`, however slow their clients are."""
     engine, orders = service._engine._engine, service._engine._orders
     step = engine.step
 
