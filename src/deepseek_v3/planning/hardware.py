@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
@@ -137,6 +138,16 @@ def known_devices() -> tuple[Device, ...]:
 
 def find_device(name: str, devices: tuple[Device, ...] = _DEVICES) -> Device | None:
     """The first device whose words all occur in `name`, such as the driver's name of a card; None if none fits."""
+    return _known_device(name) if devices is _DEVICES else _first_named(name, devices)
+
+
+@cache
+def _known_device(name: str) -> Device | None:
+    """The device of the table; the search for a layout asks for the same ones thousands of times."""
+    return _first_named(name, _DEVICES)
+
+
+def _first_named(name: str, devices: tuple[Device, ...]) -> Device | None:
     words = name.lower().replace("-", " ").split()
     return next((device for device in devices if all(word in words for word in device.name.lower().split())), None)
 
