@@ -37,6 +37,14 @@ def repairs(path: Path, **options: Any) -> dict[str, int]:
     return dict(found)
 
 
+def skips(path: Path, **options: Any) -> dict[str, int]:
+    """What is no document by the rules of the format of a file, by kind."""
+    found: Counter[str] = Counter()
+    for batch in read_range(FileRange(file_of(path)), ReadOptions(**options)):
+        found.update(batch.skipped)
+    return dict(found)
+
+
 def read_in_ranges(path: Path, range_bytes: int, **options: Any) -> tuple[Rows, Rows]:
     """Like `read`, one range after the other."""
     batches: list[ReadBatch] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import sys
+import zlib
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from deepseek_v3.data.formats import warc
 from deepseek_v3.data.formats.inputs import find_inputs
 from deepseek_v3.utils.errors import DataError
-from helpers.formats import read, reasons, texts, write
+from helpers.formats import read, reasons, skips, texts, write
 
 HTML = "Content-Type: text/html; charset=utf-8"
 HTTP = "application/http; msgtype=response"
@@ -35,6 +36,11 @@ def record(number: int, body: bytes, kind: str = "response", content_type: str =
 
 def page(body: bytes, *headers: str) -> bytes:
     return "\r\n".join(["HTTP/1.1 200 OK", *headers, "", ""]).encode() + body
+
+
+def raw_deflate(data: bytes) -> bytes:
+    packer = zlib.compressobj(wbits=-15)
+    return packer.compress(data) + packer.flush()
 
 
 def named(number: int, text: str = "") -> bytes:
@@ -84,6 +90,10 @@ def test_responses_resources_and_conversions_are_documents(tmp_path):
         (page(b"no type"), "no type"),
         (page(gzip.compress(b"<p>packed</p>"), HTML, "Content-Encoding: gzip"), "<p>packed</p>"),
         (page(b"<p>not packed</p>", HTML, "Content-Encoding: gzip"), "<p>not packed</p>"),
+        (page(zlib.compress(b"<p>zlib</p>"), HTML, "Content-Encoding: deflate"), "<p>zlib</p>"),
+        (page(raw_deflate(b"<p>raw</p>"), HTML, "Content-Encoding: deflate"), "<p>raw</p>"),
+        (page(gzip.compress(b"<p>old name</p>"), HTML, "Content-Encoding: x-gzip"), "<p>old name</p>"),
+        (page(b"<p>not deflated</p>", HTML, "Content-Encoding: deflate"), "<p>not deflated</p>"),
         (page(b"5\r\nhello\r\n0\r\n\r\n", HTML, "Transfer-Encoding: chunked"), "hello"),
         (page(b"<p>not in chunks</p>", HTML, "Transfer-Encoding: chunked"), "<p>not in chunks</p>"),
         (page(b"{}", "Content-Type: application/ld+json"), "{}"),
@@ -107,6 +117,8 @@ def test_payloads_are_decoded(tmp_path, payload, text):
         (b"XARC/1.0\r\nContent-Length: 3\r\n\r\nabc\r\n\r\n", "damaged"),
         (b"junk" * 100 + b"\r\n\r\n", "damaged"),
         (record(1, page(b"a" * 3000, HTML)), "too_long"),
+        (record(1, page(b"\x1f\x8b\x08damaged", HTML, "Content-Encoding: gzip")), "damaged"),
+        (record(1, page(raw_deflate(b"a" * 3000), HTML, "Content-Encoding: deflate")), "too_long"),
         (record(1, page(gzip.compress(b"a" * 3000), HTML, "Content-Encoding: gzip")), "too_long"),
     ],
 )
@@ -177,3 +189,37 @@ def test_a_missing_library_is_named_before_anything_is_read(tmp_path, monkeypatc
     with pytest.raises(DataError) as caught:
         find_inputs(tmp_path)
     assert str(caught.value) == f"{path}: reading WARC needs fastwarc; run `pip install 'deepseek_v3[warc]'`"
+
+
+def test_raw_deflate_in_chunks_is_decoded(tmp_path):
+    packed = raw_deflate(b"<p>both</p>")
+    chunks = b"%x\r\n%s\r\n0\r\n\r\n" % (len(packed), packed)
+    payload = page(chunks, HTML, "Transfer-Encoding: chunked", "Content-Encoding: deflate")
+    assert texts(read(write(tmp_path / "a.warc", record(1, payload)))[0]) == ["<p>both</p>"]
+
+
+@pytest.mark.parametrize("version", [b"WARC/0.18", b"WARC/1.1"])
+@pytest.mark.parametrize(("in_warc", "in_http"), [(True, True), (True, False), (False, True)])
+def test_headers_may_end_their_lines_with_lf_alone(tmp_path, version, in_warc, in_http):
+    """ClueWeb09 is written so."""
+    body = b"<p>one\r\n\r\ntwo\n</p>"
+    payload = page(b"", HTML).replace(b"\r\n", b"\n") + body if in_http else page(body, HTML)
+    old = record(1, payload).replace(b"WARC/1.0", version)
+    header, _, block = old.partition(b"\r\n\r\n")
+    if in_warc:
+        old = header.replace(b"\r\n", b"\n") + b"\n\n" + block.removesuffix(b"\r\n\r\n") + b"\n\n"
+    data = named(0) + old + named(2)
+    records, quarantined = read(write(tmp_path / "a.warc", data))
+    assert (texts(records), quarantined) == (["<p>page 0</p>", body.decode(), "<p>page 2</p>"], [])
+    assert records[1]["id"] == "<urn:uuid:1>"
+    assert json.loads(records[1]["metadata"])["content_type"] == "text/html; charset=utf-8"
+
+
+def test_responses_of_another_status_are_counted_and_left_out(tmp_path):
+    others = [301, 302, 404, 500, 206]
+    pages = [page(b"<p>gone</p>", HTML).replace(b"200 OK", b"%d No" % status) for status in others]
+    path = write(tmp_path / "a.warc", named(0) + b"".join(record(9, body) for body in pages) + named(2))
+    assert texts(read(path)[0]) == ["<p>page 0</p>", "<p>page 2</p>"]
+    assert read(path)[1] == []
+    assert skips(path) == {"http_status": len(others)}
+    assert skips(write(tmp_path / "b.warc", record(1, pages[0]))) == {"http_status": 1}

@@ -61,13 +61,15 @@ class FileRange:
 class ReadBatch:
     """A batch of `RECORDS`, a batch of `QUARANTINED`, and the position at which reading continues after them.
 
-    These three can be unpacked. `repaired` counts the records that were repaired, by the codes of `REPAIRS`.
+    These three can be unpacked. `repaired` counts the records that were repaired, by the codes of `REPAIRS`, and
+    `skipped` what is no document by the rules of its format, by the codes of `SKIPPED`.
     """
 
     records: pa.RecordBatch
     quarantined: pa.RecordBatch
     position: int
     repaired: Mapping[str, int]
+    skipped: Mapping[str, int]
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.records, self.quarantined, self.position))
@@ -83,13 +85,16 @@ def join_batches(batches: Sequence[ReadBatch]) -> ReadBatch:
     if len(batches) == 1:
         return batches[0]
     repaired: Counter[str] = Counter()
+    skipped: Counter[str] = Counter()
     for batch in batches:
         repaired.update(batch.repaired)
+        skipped.update(batch.skipped)
     return ReadBatch(
         pa.concat_batches([batch.records for batch in batches]),
         pa.concat_batches([batch.quarantined for batch in batches]),
         batches[-1].position,
         repaired,
+        skipped,
     )
 
 
@@ -112,11 +117,12 @@ class BatchBuilder:
         self._metadata: list[str | None] = []
         self._rejected: list[dict[str, Any]] = []
         self._repaired: Counter[str] = Counter()
+        self._skipped: Counter[str] = Counter()
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was added or rejected yet."""
-        return not self._ids and not self._rejected
+        """Whether nothing was added, rejected or skipped yet."""
+        return not self._ids and not self._rejected and not self._skipped
 
     @property
     def rows(self) -> int:
@@ -206,12 +212,16 @@ class BatchBuilder:
             }
         )
 
+    def skip(self, code: str) -> None:
+        """Counts what is no document by the rules of its format, by a code of `SKIPPED`."""
+        self._skipped[code] += 1
+
     def batch(self, position: int) -> ReadBatch:
         """The batch of everything added and rejected; reading continues at `position`."""
         records = record_batch(self._ids, self._texts, self._sources, self._places, self._metadata)
         rejected = self._rejected
         quarantined = pa.RecordBatch.from_pylist(rejected, schema=QUARANTINED) if rejected else _nothing_rejected()
-        return ReadBatch(records, quarantined, position, self._repaired)
+        return ReadBatch(records, quarantined, position, self._repaired, self._skipped)
 
     def _id(self, id_: Any, place: int) -> tuple[str, bool]:
         """The id of a record whose id is missing or not a string, and whether it was converted to text.

@@ -1,4 +1,4 @@
-"""Input that is not a valid document: the table that keeps it, the codes of the reasons, and those of repairs."""
+"""Input that is no valid document: the table that keeps it, and the codes of reasons, repairs and skipped input."""
 
 from __future__ import annotations
 
@@ -49,6 +49,11 @@ REPAIRS = {
     "number": "JSON with NaN or infinity, which became null, or a number beyond a double, which became text",
     "not_utf8": "bytes that are not UTF-8 in a field other than the text: they became U+FFFD",
     "metadata": "a value in another field, such as a date out of range, that JSON cannot hold: it became text",
+}
+
+# What is whole, and yet no document by the rules of its format; it is counted by these codes.
+SKIPPED = {
+    "http_status": "a WARC response with a status other than 200, such as a redirect or an error page",
 }
 
 

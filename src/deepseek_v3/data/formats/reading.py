@@ -15,7 +15,7 @@ from deepseek_v3.data.documents import Document
 from deepseek_v3.data.formats.batches import END_OF_FILE, FileRange, ReadBatch, ReadOptions, take_field
 from deepseek_v3.data.formats.file_types import known_format
 from deepseek_v3.data.formats.inputs import check_unchanged, find_inputs
-from deepseek_v3.data.formats.quarantine import REPAIRS
+from deepseek_v3.data.formats.quarantine import REPAIRS, SKIPPED
 from deepseek_v3.data.formats.streams import ByteStream, InputFile
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.logging import get_logger
@@ -128,9 +128,11 @@ def _valid_records(
         _log.warning(f"{source}: {len(ignored)} files are left out: {names}")
     found = False
     repaired: Counter[str] = Counter()
+    skipped: Counter[str] = Counter()
     for file in files:
         for batch in read_range(FileRange(file), options):
             repaired.update(batch.repaired)
+            skipped.update(batch.skipped)
             _require_valid(batch.quarantined, file)
             records = batch.records
             rows = [row for row, text in enumerate(records["text"].to_pylist()) if text and not text.isspace()]
@@ -140,6 +142,8 @@ def _valid_records(
         check_unchanged(file)
     for name, count in repaired.items() if warn else ():
         _log.warning("%s: %s records were repaired (%s): %s", source, f"{count:,}", name, REPAIRS[name])
+    for name, count in skipped.items() if warn else ():
+        _log.warning("%s: %s are no documents (%s): %s", source, f"{count:,}", name, SKIPPED[name])
     if not found:
         raise DataError(
             f"{source}: holds no text; expected text files, or records with text in {options.text_field!r}"

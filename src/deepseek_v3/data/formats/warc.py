@@ -1,12 +1,14 @@
 """Reading WARC, the format of web archives (ISO 28500): responses, resources and conversions become documents.
 
 A scanner finds where records begin and end, and what can be saved of damaged ones; fastwarc parses a single record.
+Headers whose lines end with LF alone, as in ClueWeb09, are read like those with CRLF.
 """
 
 from __future__ import annotations
 
 import io
 import re
+import zlib
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
@@ -29,12 +31,18 @@ from deepseek_v3.utils.optional import missing_library
 _HEADER_BYTES = 2**16
 _CHUNK_BYTES = 2**18
 _RECORD_TYPE = re.compile(rb"^WARC-Type:[ \t]*(\w+)", re.IGNORECASE | re.MULTILINE)
-_CONTENT_LENGTH = re.compile(rb"^Content-Length:[ \t]*(\d{1,18})[ \t]*\r$", re.IGNORECASE | re.MULTILINE)
+_CONTENT_LENGTH = re.compile(rb"^Content-Length:[ \t]*(\d{1,18})[ \t]*\r?$", re.IGNORECASE | re.MULTILINE)
+_END_OF_HEADER = re.compile(rb"\r?\n\r?\n")
+_LINE_END = re.compile(rb"\r?\n")
 _NEXT_RECORD = re.compile(rb"\nWARC/\d")
 _OVERLAP = 6  # bytes: a match of _NEXT_RECORD may start with the last bytes of a chunk
 
 _DOCUMENT_TYPES = (b"response", b"resource", b"conversion")
 _TEXT_TYPE = re.compile(r"text/|application/([\w.-]+\+)?(xhtml|xml|json)\b|$", re.IGNORECASE)
+_OK = 200
+# How a payload is compressed that fastwarc cannot decode: zlib's `wbits` by Content-Encoding. Many servers send
+# raw deflate, although RFC 9110 asks for the header of zlib.
+_CONTENT_ENCODINGS = {"deflate": -15, "x-deflate": -15, "x-gzip": 31}
 _CHARSET = re.compile(r"charset=[\"']?([\w.:-]+)", re.IGNORECASE)
 
 
@@ -93,8 +101,9 @@ class WarcScanner:
             self.at_end = len(data) < _HEADER_BYTES
             damage = self._stream.damage if self.at_end else None
             return WarcRecord(self.offset, 0, damage) if damage else None
-        end = data.find(b"\r\n\r\n", blank) + 4
-        header = data[blank:end] if data.startswith(b"WARC/", blank) and end > blank else b""
+        match = _END_OF_HEADER.search(data, blank)
+        end = match.end() if match else blank
+        header = data[blank:end] if data.startswith(b"WARC/", blank) else b""
         type_, length = _RECORD_TYPE.search(header), _CONTENT_LENGTH.search(header)
         if type_ is None or length is None:
             return self._resync(data[blank:], len(data) < _HEADER_BYTES)
@@ -159,7 +168,10 @@ def _add(found: WarcRecord, source: str, builder: BatchBuilder, options: ReadOpt
     try:
         if isinstance(data, InvalidRecord):
             raise data
-        record, body = _parse(data, parser, options.max_record_bytes)
+        record, body = _parse(_with_crlf(data), parser, options.max_record_bytes)
+        if record.is_http and record.http_headers.status_code != _OK:
+            builder.skip("http_status")
+            return
         id_ = record.headers.get("WARC-Record-ID") or f"{source}:{offset}"
         content_type = (record.http_headers if record.is_http else record.headers).get("Content-Type") or ""
         if not _TEXT_TYPE.match(content_type):
@@ -175,23 +187,59 @@ def _add(found: WarcRecord, source: str, builder: BatchBuilder, options: ReadOpt
         builder.reject(offset, why, offset=offset, length=length, raw=raw)
 
 
-def _parse(data: bytes, parser: Any, max_bytes: int, decoding: str = "all") -> tuple[Any, bytes]:
+def _with_crlf(data: bytes) -> bytes:
+    """A record in which the lines of both headers end with CRLF, as fastwarc expects."""
+    end = _END_OF_HEADER.search(data)
+    if end is None:
+        return data
+    header, block = data[: end.end()], data[end.end() :]
+    http_end = _END_OF_HEADER.search(block) if block.startswith(b"HTTP/") else None
+    http_header = block[: http_end.end()] if http_end else b""
+    if b"\n" not in header.replace(b"\r\n", b"") + http_header.replace(b"\r\n", b""):
+        return data
+    block = _LINE_END.sub(b"\r\n", http_header) + block[len(http_header) :]
+    header = _CONTENT_LENGTH.sub(b"Content-Length: %d" % len(block), header)
+    return _LINE_END.sub(b"\r\n", header) + block
+
+
+def _parse(data: bytes, parser: Any, max_bytes: int) -> tuple[Any, bytes]:
     """A record and its payload.
 
     The payload is decoded from its transfer and content encodings, or left as it is if it does not follow them.
     """
-    try:
-        record = next(iter(parser(io.BytesIO(data), auto_decode=decoding)), None)
-        body = record.reader.read(max_bytes + 1) if record else b""
-    except OSError as error:
-        if decoding == "all":
-            return _parse(data, parser, max_bytes, "none")
-        raise InvalidRecord("damaged", f"is not a WARC record: {error}") from None
+    for decoding in ("all", "transfer", "none"):
+        try:
+            record = next(iter(parser(io.BytesIO(data), auto_decode=decoding)), None)
+            body = record.reader.read(max_bytes + 1) if record else b""
+            break
+        except OSError as error:
+            problem = error
+    else:
+        raise InvalidRecord("damaged", f"is not a WARC record: {problem}")
     if record is None or (record.is_http and record.http_headers.status_code is None):
         raise InvalidRecord("damaged", "the record should hold an HTTP response, but holds other bytes")
+    if decoding != "all" and record.is_http:
+        body = _decompress(body, record.http_headers.get("Content-Encoding") or "", max_bytes)
     if len(body) > max_bytes:
         raise InvalidRecord("too_long", f"the payload has more than {max_bytes} bytes (max_record_bytes)")
     return record, body
+
+
+def _decompress(body: bytes, encoding: str, max_bytes: int) -> bytes:
+    """Decompresses a payload that fastwarc could not; at most `max_bytes` + 1 bytes of it.
+
+    Raises InvalidRecord if it begins like gzip data, but is damaged; a payload that is not compressed is returned.
+    """
+    is_gzip = body.startswith(b"\x1f\x8b")
+    wbits = 31 if is_gzip else _CONTENT_ENCODINGS.get(encoding.strip().lower())
+    if wbits is None:
+        return body
+    try:
+        return zlib.decompressobj(wbits).decompress(body, max_bytes + 1)
+    except zlib.error as error:
+        if is_gzip:
+            raise InvalidRecord("damaged", f"the payload is damaged gzip data: {error}") from None
+        return body
 
 
 def _decode(body: bytes, content_type: str, record: Any) -> str:

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from deepseek_v3.config.preprocess_config import PreprocessConfig
 from deepseek_v3.data.formats.inputs import Inputs
-from deepseek_v3.data.formats.quarantine import REPAIRS
+from deepseek_v3.data.formats.quarantine import REPAIRS, SKIPPED
 from deepseek_v3.data.formats.writing import RecordWriter
 from deepseek_v3.data.pipeline.global_stages import read_figures
 from deepseek_v3.data.pipeline.passes import Pass
@@ -57,6 +57,8 @@ def write_outputs(
     stats = _stats(config, run_folder, passes, totals, balance)
     for name, records in stats["repaired"].items():
         _log.warning("%s records were repaired (%s): %s", f"{records:,}", name, REPAIRS[name])
+    for name, number in stats["skipped"].items():
+        _log.warning("%s are no documents (%s): %s", f"{number:,}", name, SKIPPED[name])
     stats_file, report_file = (run_folder.output / name for name in RESULT_FILES)
     write_run_json(stats_file, stats)
     write_report(stats, report_file)
@@ -65,6 +67,7 @@ def write_outputs(
         "ignored": [ignored._asdict() for ignored in inputs.ignored],
         "counts": balance,
         "repaired": stats["repaired"],
+        "skipped": stats["skipped"],
         "alarms": stats["alarms"],
         "outputs": files,
         "other_outputs": _other_outputs(run_folder.output),
@@ -175,6 +178,7 @@ def _stats(
         "read": counts.get("read", {}),
         "quarantined": counts.get("quarantined", {}),
         "repaired": {name: records for name, records in repaired.items() if records},
+        "skipped": counts.get("skipped", {}),
         "stages": stages,
         "kept": kept,
         "samples": totals.samples,

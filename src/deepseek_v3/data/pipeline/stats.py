@@ -25,7 +25,8 @@ class Stats:
 
     `counts` holds
     - `read`: `documents`, `bytes`, `records` (including quarantined ones), and `lengths`;
-    - `quarantined`: records by reason; `repaired`: records by kind of repair;
+    - `quarantined`: records by reason; `repaired`: records by kind of repair; `skipped`: what is no document by the
+      rules of its format, by kind;
     - `stages`: for each stage `in` and `out` (`documents`, `bytes`), `reasons` (`documents`, `bytes`), `sources`
       (`in`, `out`), and `observed` (`before`, `after`: counts by value, numbers rounded to two significant digits);
     - `kept`: `documents`, `bytes`, `tokens`, `copies`, `lengths`, `sources`.
@@ -67,6 +68,10 @@ class Stats:
     def repaired(self, records: Mapping[str, int]) -> None:
         """Counts repaired records by the kind of repair."""
         self._add("repaired", dict(records))
+
+    def skipped(self, counts: Mapping[str, int]) -> None:
+        """Counts what is no document by the rules of its format, by kind."""
+        self._add("skipped", dict(counts))
 
     def stage(self, name: str, before: pa.RecordBatch, result: Outcome) -> None:
         """Counts the result of a stage for the batch `before`, and samples the documents that it dropped."""

@@ -142,6 +142,7 @@ def _read_part(
     for batch, place in batches:
         runner.stats.read(batch.records, batch.quarantined)
         runner.stats.repaired(batch.repaired)
+        runner.stats.skipped(batch.skipped)
         runner.quarantine(batch.quarantined)
         read_bytes += batch.nbytes
         kept.append(runner.run(batch.records))

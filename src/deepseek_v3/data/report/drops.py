@@ -9,7 +9,7 @@ import orjson
 
 from deepseek_v3.charts.markup import Html, TableBody, byte_size, code, concat, element, html_table, passage, slug
 from deepseek_v3.charts.svg import bar
-from deepseek_v3.data.formats.quarantine import REASONS, REPAIRS
+from deepseek_v3.data.formats.quarantine import REASONS, REPAIRS, SKIPPED
 from deepseek_v3.data.report.duplicates import occurrences
 from deepseek_v3.data.report.overview import stage_title
 from deepseek_v3.utils.text import format_figure, format_integer, format_percent, truncate
@@ -37,10 +37,11 @@ def reasons_section(stats: dict[str, Any]) -> Html:
 
 
 def quarantine_section(stats: dict[str, Any]) -> Html:
-    """Tables of the reasons why records were quarantined, and of what was repaired in others."""
+    """Tables of the reasons why records were quarantined, of repairs of others, and of what was skipped."""
     quarantined = _by_code("Quarantined records, by reason", "quarantined", stats, _MEANINGS)
     repaired = _by_code("Repaired records, by kind of repair", "repaired", stats, REPAIRS)
-    return concat([quarantined or element("p", "Every record could be read."), repaired])
+    skipped = _by_code("No documents by the rules of their format", "skipped", stats, SKIPPED)
+    return concat([quarantined or element("p", "Every record could be read."), repaired, skipped])
 
 
 def _by_code(title: str, name: str, stats: dict[str, Any], meanings: Mapping[str, str]) -> Html:
