@@ -53,8 +53,23 @@ _CODE_TYPE = re.compile(
     re.IGNORECASE,
 )
 _PROSE_TYPE = re.compile(r"text/(?:x-)?(?:markdown|rst|org)", re.IGNORECASE)
-_COMPRESSED = frozenset((".gz", ".zst", ".xz", ".bz2"))
-_RECORD_FILES = frozenset((".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".feather", ".ipc", ".warc", ".wet"))
+_COMPRESSED = frozenset((".gz", ".zst", ".zstd", ".xz", ".bz2"))
+_RECORD_FILES = frozenset(
+    (
+        ".jsonl",
+        ".ndjson",
+        ".json",
+        ".csv",
+        ".tsv",
+        ".tab",
+        ".parquet",
+        ".arrow",
+        ".feather",
+        ".ipc",
+        ".warc",
+        ".wet",
+    )
+)
 
 
 def contents_of(batch: pa.RecordBatch | pa.Table) -> list[Content]:

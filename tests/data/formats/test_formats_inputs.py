@@ -26,7 +26,7 @@ from helpers.formats import rows, texts, write
 def corpus(tmp_path):
     for name in ("b.jsonl", "a/x.jsonl", "a/y.txt", "a/deep/z.parquet", "c/x.jsonl.gz"):
         write(tmp_path / "corpus" / name, name)
-    for name in (".hidden.txt", ".git/config.txt", "a/__pycache__/m.py", "picture.png", "a/table.csv"):
+    for name in (".hidden.txt", ".git/config.txt", "a/__pycache__/m.py", "picture.png", "a/table.xlsx"):
         write(tmp_path / "corpus" / name, name)
     return tmp_path / "corpus"
 
@@ -76,7 +76,7 @@ def _known(name: str) -> tuple[str, str | None] | None:
         ("page.html.gz", ("text", "gz")),
         ("a.parquet.gz", None),
         ("a.tar.gz", None),
-        ("a.csv", None),
+        ("a.csv.gz", ("csv", "gz")),
         ("a.png", None),
         ("v1.2", None),
     ],
@@ -89,7 +89,7 @@ def test_a_folder_is_searched_and_skipped_files_are_listed(corpus):
     files, ignored = find_inputs(corpus)
     assert [file.name for file in files] == ["a/deep/z.parquet", "a/x.jsonl", "a/y.txt", "b.jsonl", "c/x.jsonl.gz"]
     assert [(one.name, one.reason) for one in ignored] == [
-        ("a/table.csv", "no format is known by the suffix '.csv'"),
+        ("a/table.xlsx", "no format is known by the suffix '.xlsx'"),
         ("picture.png", "no format is known by the suffix '.png'"),
     ]
     for file in files:

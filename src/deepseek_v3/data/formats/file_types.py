@@ -15,6 +15,7 @@ from typing import Literal, TypeAlias
 from deepseek_v3.data.content import TEXT_SUFFIXES
 from deepseek_v3.data.formats.batches import BatchBuilder, FileRange, ReadBatch, ReadOptions
 from deepseek_v3.data.formats.columnar import arrow_groups, parquet_groups, read_columnar, split_columnar
+from deepseek_v3.data.formats.csv_files import read_csv
 from deepseek_v3.data.formats.json_files import read_json
 from deepseek_v3.data.formats.json_lines import read_json_lines, split_json_lines
 from deepseek_v3.data.formats.plain_text import add_text_file, read_text
@@ -64,6 +65,7 @@ _read_arrow, _split_arrow = partial(read_columnar, arrow_groups), partial(split_
 FORMATS = (
     FileFormat("json_lines", (".jsonl", ".ndjson"), read_json_lines, split_json_lines, place="line"),
     FileFormat("json", (".json",), read_json),
+    FileFormat("csv", (".csv", ".tsv", ".tab"), read_csv, place="line"),
     FileFormat("warc", (".warc", ".wet"), read_warc, has_fields=False, require=require_fastwarc),
     FileFormat(
         "text", (_NO_SUFFIX, *TEXT_SUFFIXES), read_text, place="file", has_fields=False, add_file=add_text_file

@@ -31,6 +31,7 @@ REASONS = {
     "too_long": "a line, file, row's text or payload has more bytes than `max_record_bytes`",
     "not_utf8": "bytes that are not UTF-8",
     "not_json": "a line or value that is not JSON",
+    "not_csv": "a row of CSV or TSV with broken quotes, or with another number of fields than the header",
     "nesting": "JSON nested deeper than can be read (1,024 levels)",
     "not_object": "a JSON value that is not an object",
     "text_missing": "a record without the text field",
