@@ -55,21 +55,8 @@ _CODE_TYPE = re.compile(
 _PROSE_TYPE = re.compile(r"text/(?:x-)?(?:markdown|rst|org)", re.IGNORECASE)
 _COMPRESSED = frozenset((".gz", ".zst", ".zstd", ".xz", ".bz2"))
 _RECORD_FILES = frozenset(
-    (
-        ".jsonl",
-        ".ndjson",
-        ".json",
-        ".csv",
-        ".tsv",
-        ".tab",
-        ".parquet",
-        ".arrow",
-        ".feather",
-        ".ipc",
-        ".warc",
-        ".wet",
-    )
-)
+    f".{suffix}" for suffix in "jsonl ndjson json csv tsv tab parquet arrow feather ipc warc wet ipynb".split()
+)  # a notebook is read as Markdown, and says so
 
 
 def contents_of(batch: pa.RecordBatch | pa.Table) -> list[Content]:

@@ -146,7 +146,7 @@ class BatchBuilder:
         if type(record) is not dict:
             raise InvalidRecord(
                 "not_object",
-                f"holds {_type(record)}, expected an object with a field {self._text_field!r}",
+                f"holds {json_type(record)}, expected an object with a field {self._text_field!r}",
             )
         text = take_field(record, self._text_field)
         if type(text) is not str:
@@ -255,10 +255,11 @@ def _no_text(field: str, text: Any, record: dict[str, Any]) -> InvalidRecord:
             "text_missing", f"has no field {field!r}, only [{names}]; say which one holds the text"
         )
     reason = "text_null" if text is None else "text_type"
-    return InvalidRecord(reason, f"field {field!r} holds {_type(text)}, expected a string")
+    return InvalidRecord(reason, f"field {field!r} holds {json_type(text)}, expected a string")
 
 
-def _type(value: Any) -> str:
+def json_type(value: Any) -> str:
+    """The type of a value in the words of JSON, for messages."""
     return _TYPES.get(type(value), f"a {type(value).__name__}")
 
 

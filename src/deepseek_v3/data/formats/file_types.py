@@ -18,7 +18,8 @@ from deepseek_v3.data.formats.columnar import arrow_groups, parquet_groups, read
 from deepseek_v3.data.formats.csv_files import read_csv
 from deepseek_v3.data.formats.json_files import read_json
 from deepseek_v3.data.formats.json_lines import read_json_lines, split_json_lines
-from deepseek_v3.data.formats.plain_text import add_text_file, read_text
+from deepseek_v3.data.formats.notebooks import parse_notebook
+from deepseek_v3.data.formats.plain_text import FileParser, add_file, parse_text, read_file
 from deepseek_v3.data.formats.streams import COMPRESSIONS, InputFile, split_suffix
 from deepseek_v3.data.formats.warc import read_warc, require_fastwarc
 
@@ -26,7 +27,6 @@ _NO_SUFFIX = ""  # README, Makefile
 
 # Reads a range from its start, or from the position that came with an earlier batch of it.
 Reader: TypeAlias = Callable[[FileRange, ReadOptions, "int | None"], Iterator[ReadBatch]]
-# Adds the only document of a file to a batch, which may hold those of other files.
 FileAdder: TypeAlias = Callable[[FileRange, BatchBuilder, ReadOptions], None]
 # Splits a file into ranges of about the given size in bytes, which together hold all of it.
 Splitter: TypeAlias = Callable[[InputFile, int], list[FileRange]]
@@ -40,9 +40,9 @@ def _whole(file: InputFile, range_bytes: int) -> list[FileRange]:  # noqa: ARG00
 class FileFormat:
     """How files with one of `suffixes` hold documents.
 
-    `read` reads a range of a file, and `split` splits a file into ranges, by default into one. `add_file` adds the
-    only document of a file to a batch of several files. `place` says what
+    `read` reads a range of a file, and `split` splits a file into ranges, by default into one. `place` says what
     the `place` of a record counts: bytes, bytes to the start of a line, or rows; "file" if a file is one record.
+    Then `parse` parses its bytes, and `add_file` adds the document to a batch of several files.
     `is_compressible` says whether the file may be compressed as a whole, and `has_fields` whether its records have
     fields with names, one of which holds the text. `require` raises DataError if a library that `read` needs is
     missing.
@@ -56,7 +56,16 @@ class FileFormat:
     is_compressible: bool = True
     has_fields: bool = True
     require: Callable[[InputFile], None] = lambda _: None
-    add_file: FileAdder | None = None
+    parse: FileParser | None = None
+
+    @property
+    def add_file(self) -> FileAdder | None:
+        """Adds the only document of a file to a batch of several files; None if a file holds several."""
+        return None if self.parse is None else partial(add_file, self.parse)
+
+
+def _one_document(name: str, suffixes: tuple[str, ...], parse: FileParser) -> FileFormat:
+    return FileFormat(name, suffixes, partial(read_file, parse), place="file", has_fields=False, parse=parse)
 
 
 _read_parquet, _split_parquet = partial(read_columnar, parquet_groups), partial(split_columnar, parquet_groups)
@@ -67,9 +76,8 @@ FORMATS = (
     FileFormat("json", (".json",), read_json),
     FileFormat("csv", (".csv", ".tsv", ".tab"), read_csv, place="line"),
     FileFormat("warc", (".warc", ".wet"), read_warc, has_fields=False, require=require_fastwarc),
-    FileFormat(
-        "text", (_NO_SUFFIX, *TEXT_SUFFIXES), read_text, place="file", has_fields=False, add_file=add_text_file
-    ),
+    _one_document("text", (_NO_SUFFIX, *TEXT_SUFFIXES), parse_text),
+    _one_document("notebook", (".ipynb",), parse_notebook),
     FileFormat("parquet", (".parquet",), _read_parquet, _split_parquet, "row", is_compressible=False),
     FileFormat("arrow", (".arrow", ".feather", ".ipc"), _read_arrow, _split_arrow, "row", is_compressible=False),
 )

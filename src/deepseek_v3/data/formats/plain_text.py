@@ -1,8 +1,9 @@
-"""Reading plain text files: each file is one document."""
+"""Reading files that are one document each: plain text, and other formats by a function that parses their bytes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeAlias
 
 from deepseek_v3.data.formats.batches import END_OF_FILE, BatchBuilder, FileRange, ReadBatch, ReadOptions
 from deepseek_v3.data.formats.json_values import BYTE_ORDER_MARK, decode_utf8
@@ -12,22 +13,43 @@ from deepseek_v3.data.formats.streams import ByteStream
 _CHUNK_BYTES = 2**18
 
 
-def read_text(file_range: FileRange, options: ReadOptions, start: int | None) -> Iterator[ReadBatch]:  # noqa: ARG001
+class ParsedFile(NamedTuple):
+    """The text of a file that is one document, its metadata, and the codes of what was repaired in it."""
+
+    text: str
+    metadata: dict[str, Any]
+    repairs: tuple[str, ...] = ()
+
+
+# Parses the bytes of a file. Raises InvalidRecord if they are not what the format says.
+FileParser: TypeAlias = Callable[[bytes], ParsedFile]
+
+
+def parse_text(data: bytes) -> ParsedFile:
+    """Decodes plain text in UTF-8. Raises InvalidRecord if it is not UTF-8."""
+    content = data.removeprefix(BYTE_ORDER_MARK)
+    return ParsedFile(decode_utf8(content, len(data) - len(content)), {})
+
+
+def read_file(
+    parse: FileParser,
+    file_range: FileRange,
+    options: ReadOptions,
+    start: int | None,  # noqa: ARG001
+) -> Iterator[ReadBatch]:
     """Reads a file as one document, whose id is the file's name, in one batch; ignores `start`."""
     builder = BatchBuilder(file_range.file.name, options)
-    add_text_file(file_range, builder, options)
+    add_file(parse, file_range, builder, options)
     yield builder.batch(END_OF_FILE)
 
 
-def add_text_file(file_range: FileRange, builder: BatchBuilder, options: ReadOptions) -> None:
+def add_file(parse: FileParser, file_range: FileRange, builder: BatchBuilder, options: ReadOptions) -> None:
     """Adds a file as one document, whose id is the file's name, to a batch, which may hold other files."""
-    name = file_range.file.name
     data, length, damage = _read(file_range, options.max_record_bytes)
     try:
         if damage:
             raise damage
-        content = data.removeprefix(BYTE_ORDER_MARK)
-        builder.add_text(0, name, decode_utf8(content, length - len(content)), {})
+        builder.add_text(0, file_range.file.name, *parse(data))
     except InvalidRecord as why:
         builder.reject(0, why, offset=0, length=length, raw=data or None)
 

@@ -32,6 +32,7 @@ REASONS = {
     "not_utf8": "bytes that are not UTF-8",
     "not_json": "a line or value that is not JSON",
     "not_csv": "a row of CSV or TSV with broken quotes, or with another number of fields than the header",
+    "not_notebook": "a .ipynb file that is no Jupyter notebook, or that has a malformed cell",
     "nesting": "JSON nested deeper than can be read (1,024 levels)",
     "not_object": "a JSON value that is not an object",
     "text_missing": "a record without the text field",
