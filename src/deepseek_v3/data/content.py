@@ -55,7 +55,10 @@ _CODE_TYPE = re.compile(
 _PROSE_TYPE = re.compile(r"text/(?:x-)?(?:markdown|rst|org)", re.IGNORECASE)
 _COMPRESSED = frozenset((".gz", ".zst", ".zstd", ".xz", ".bz2"))
 _RECORD_FILES = frozenset(
-    f".{suffix}" for suffix in "jsonl ndjson json csv tsv tab parquet arrow feather ipc warc wet ipynb".split()
+    (
+        ".jsonl .ndjson .json .csv .tsv .tab .parquet .arrow .feather .ipc .warc .wet "
+        ".tar .tgz .tzst .txz .tbz2 .tbz .ipynb"
+    ).split()
 )  # a notebook is read as Markdown, and says so
 
 

@@ -42,6 +42,11 @@ def walk_files(root: Path, skipped: Collection[str] = ("__pycache__",)) -> Itera
             yield path
 
 
+def is_hidden(name: str) -> bool:
+    """Whether the path of a file leads through a hidden folder or __pycache__, or the file itself is hidden."""
+    return any(part.startswith(".") or part == "__pycache__" for part in name.split("/"))
+
+
 def check_unicode(text: str, where: str) -> None:
     """Raises DataError if `text` holds a lone surrogate, which UTF-8, and so a tokenizer, cannot express."""
     try:

@@ -21,6 +21,7 @@ from deepseek_v3.data.formats.json_lines import read_json_lines, split_json_line
 from deepseek_v3.data.formats.notebooks import parse_notebook
 from deepseek_v3.data.formats.plain_text import FileParser, add_file, parse_text, read_file
 from deepseek_v3.data.formats.streams import COMPRESSIONS, InputFile, split_suffix
+from deepseek_v3.data.formats.tar_files import read_tar
 from deepseek_v3.data.formats.warc import read_warc, require_fastwarc
 
 _NO_SUFFIX = ""  # README, Makefile
@@ -64,6 +65,12 @@ class FileFormat:
         return None if self.parse is None else partial(add_file, self.parse)
 
 
+def _parser_of(name: str) -> FileParser | None:
+    """How a member of an archive is parsed, if it is one document; None if it is not."""
+    found = format_of(name)
+    return None if found is None else found.parse
+
+
 def _one_document(name: str, suffixes: tuple[str, ...], parse: FileParser) -> FileFormat:
     return FileFormat(name, suffixes, partial(read_file, parse), place="file", has_fields=False, parse=parse)
 
@@ -76,6 +83,7 @@ FORMATS = (
     FileFormat("json", (".json",), read_json),
     FileFormat("csv", (".csv", ".tsv", ".tab"), read_csv, place="line"),
     FileFormat("warc", (".warc", ".wet"), read_warc, has_fields=False, require=require_fastwarc),
+    FileFormat("tar", (".tar",), partial(read_tar, _parser_of), has_fields=False),
     _one_document("text", (_NO_SUFFIX, *TEXT_SUFFIXES), parse_text),
     _one_document("notebook", (".ipynb",), parse_notebook),
     FileFormat("parquet", (".parquet",), _read_parquet, _split_parquet, "row", is_compressible=False),

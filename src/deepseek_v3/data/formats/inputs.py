@@ -16,7 +16,7 @@ from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.utils import glob_translate
 
-from deepseek_v3.data.documents import walk_files
+from deepseek_v3.data.documents import is_hidden, walk_files
 from deepseek_v3.data.formats.file_types import format_of, known_format, readable_suffixes
 from deepseek_v3.data.formats.side_files import SideFile, find_side_files
 from deepseek_v3.data.formats.streams import InputFile
@@ -199,7 +199,7 @@ def _walk_store(given: str, output_dir: Path | None) -> Iterator[_Found]:
     side_files = find_side_files(names.values()) if len(names) > 1 else {}
     for key, info in infos.items():
         name = names[key]
-        if _matches(pattern, name) and not _is_hidden(name):
+        if _matches(pattern, name) and not is_hidden(name):
             file = InputFile(name, store.unstrip_protocol(key), info["size"] or 0, _version(info))
             yield _with_fault(file, side_files.get(name))
 
@@ -256,10 +256,6 @@ def _with_fault(file: InputFile, side_file: SideFile | None) -> _Found:
     if format_of(file.name) is None:
         fault = f"no format is known by the suffix {PurePosixPath(file.name).suffix!r}"
     return _Found(file, fault, file.name)
-
-
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") or part == "__pycache__" for part in name.split("/"))
 
 
 def _split_pattern(pattern: str) -> tuple[str, re.Pattern[str] | None]:

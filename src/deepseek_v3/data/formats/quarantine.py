@@ -39,6 +39,7 @@ REASONS = {
     "text_null": "a record whose text is null",
     "text_type": "a record whose text is not a string",
     "nul": "a text of which more than a tenth are NUL characters, the sign of binary data",
+    "path": "a file in an archive whose path is not UTF-8, is absolute, or leads out of the archive by ..",
     "not_text": "a WARC record whose content type is not text, such as an image",
 }
 
@@ -56,6 +57,8 @@ REPAIRS = {
 # What is whole, and yet no document by the rules of its format; it is counted by these codes.
 SKIPPED = {
     "http_status": "a WARC response with a status other than 200, such as a redirect or an error page",
+    "member_format": "a file in an archive that is not one document by its name, such as an image or a table",
+    "member_type": "a link, device, pipe or sparse file in an archive",
 }
 
 

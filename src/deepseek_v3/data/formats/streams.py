@@ -97,12 +97,15 @@ COMPRESSIONS = (
     Compression("xz", (".xz",), lzma.LZMADecompressor),
     Compression("bz2", (".bz2",), bz2.BZ2Decompressor),
 )
+_SHORT = {".tgz": ".tar.gz", ".tzst": ".tar.zst", ".txz": ".tar.xz", ".tbz2": ".tar.bz2", ".tbz": ".tar.bz2"}
 _BY_SUFFIX = {suffix: compression for compression in COMPRESSIONS for suffix in compression.suffixes}
 
 
 def split_suffix(name: str) -> tuple[str, Compression | None]:
     """The suffix of a file's name in lower case, without that of a compression, and the compression."""
     stem, suffix = _split_off_suffix(name.rpartition("/")[2].lower())
+    if suffix in _SHORT:
+        stem, suffix = _split_off_suffix(stem + _SHORT[suffix])
     compression = _BY_SUFFIX.get(suffix)
     return _split_off_suffix(stem)[1] if compression else suffix, compression
 
