@@ -57,7 +57,7 @@ _COMPRESSED = frozenset((".gz", ".zst", ".zstd", ".xz", ".bz2"))
 _RECORD_FILES = frozenset(
     (
         ".jsonl .ndjson .json .csv .tsv .tab .parquet .arrow .feather .ipc .warc .wet "
-        ".tar .tgz .tzst .txz .tbz2 .tbz .ipynb"
+        ".xml .tar .tgz .tzst .txz .tbz2 .tbz .ipynb"
     ).split()
 )  # a notebook is read as Markdown, and says so
 

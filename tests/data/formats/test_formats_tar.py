@@ -144,9 +144,9 @@ def test_paths_that_lead_out_of_the_archive_are_refused(tmp_path, name):
 @pytest.mark.parametrize(
     ("data", "reason", "error"),
     [
-        (b"", "empty", "the member x.txt holds no bytes"),
-        (b"caf\xe9", "not_utf8", "byte 0xe9 at offset 3 is not UTF-8"),
-        (b"a" * 101, "too_long", "the member x.txt has 101 bytes, expected at most 100 (max_record_bytes)"),
+        (b"", "empty", "x.txt: holds no bytes"),
+        (b"caf\xe9", "not_utf8", "x.txt: byte 0xe9 at offset 3 is not UTF-8"),
+        (b"a" * 101, "too_long", "x.txt: has 101 bytes, expected at most 100 (max_record_bytes)"),
     ],
 )
 def test_a_member_that_is_no_text_is_quarantined_alone(tmp_path, data, reason, error):

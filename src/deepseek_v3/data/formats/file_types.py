@@ -18,6 +18,7 @@ from deepseek_v3.data.formats.columnar import arrow_groups, parquet_groups, read
 from deepseek_v3.data.formats.csv_files import read_csv
 from deepseek_v3.data.formats.json_files import read_json
 from deepseek_v3.data.formats.json_lines import read_json_lines, split_json_lines
+from deepseek_v3.data.formats.mediawiki import mediawiki_fault, read_mediawiki
 from deepseek_v3.data.formats.notebooks import parse_notebook
 from deepseek_v3.data.formats.plain_text import FileParser, add_file, parse_text, read_file
 from deepseek_v3.data.formats.streams import COMPRESSIONS, InputFile, split_suffix
@@ -46,7 +47,7 @@ class FileFormat:
     Then `parse` parses its bytes, and `add_file` adds the document to a batch of several files.
     `is_compressible` says whether the file may be compressed as a whole, and `has_fields` whether its records have
     fields with names, one of which holds the text. `require` raises DataError if a library that `read` needs is
-    missing.
+    missing. `fault` looks into a file, and returns why it holds something else than its suffix says, or None.
     """
 
     name: str
@@ -57,6 +58,7 @@ class FileFormat:
     is_compressible: bool = True
     has_fields: bool = True
     require: Callable[[InputFile], None] = lambda _: None
+    fault: Callable[[InputFile], str | None] = lambda _: None
     parse: FileParser | None = None
 
     @property
@@ -83,6 +85,7 @@ FORMATS = (
     FileFormat("json", (".json",), read_json),
     FileFormat("csv", (".csv", ".tsv", ".tab"), read_csv, place="line"),
     FileFormat("warc", (".warc", ".wet"), read_warc, has_fields=False, require=require_fastwarc),
+    FileFormat("mediawiki", (".xml",), read_mediawiki, has_fields=False, fault=mediawiki_fault),
     FileFormat("tar", (".tar",), partial(read_tar, _parser_of), has_fields=False),
     _one_document("text", (_NO_SUFFIX, *TEXT_SUFFIXES), parse_text),
     _one_document("notebook", (".ipynb",), parse_notebook),

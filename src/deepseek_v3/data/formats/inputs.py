@@ -252,10 +252,10 @@ def _with_fault(file: InputFile, side_file: SideFile | None) -> _Found:
         return _Found(replace(file, name=printable), "its name is not UTF-8; rename it", printable)
     if side_file is not None:
         return _Found(file, side_file.reason, side_file.name)
-    fault = None
-    if format_of(file.name) is None:
-        fault = f"no format is known by the suffix {PurePosixPath(file.name).suffix!r}"
-    return _Found(file, fault, file.name)
+    format_ = format_of(file.name)
+    if format_ is None:
+        return _Found(file, f"no format is known by the suffix {PurePosixPath(file.name).suffix!r}", file.name)
+    return _Found(file, format_.fault(file), file.name)
 
 
 def _split_pattern(pattern: str) -> tuple[str, re.Pattern[str] | None]:

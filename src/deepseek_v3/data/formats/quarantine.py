@@ -33,6 +33,7 @@ REASONS = {
     "not_json": "a line or value that is not JSON",
     "not_csv": "a row of CSV or TSV with broken quotes, or with another number of fields than the header",
     "not_notebook": "a .ipynb file that is no Jupyter notebook, or that has a malformed cell",
+    "not_xml": "a page in a dump of MediaWiki that is not well-formed, or that uses entities other than XML's own",
     "nesting": "JSON nested deeper than can be read (1,024 levels)",
     "not_object": "a JSON value that is not an object",
     "text_missing": "a record without the text field",
@@ -57,6 +58,9 @@ REPAIRS = {
 # What is whole, and yet no document by the rules of its format; it is counted by these codes.
 SKIPPED = {
     "http_status": "a WARC response with a status other than 200, such as a redirect or an error page",
+    "redirect": "a page of MediaWiki that only redirects to another",
+    "namespace": "a page of MediaWiki outside of the main namespace, such as a talk page or a template",
+    "content_model": "a page of MediaWiki that is not wikitext, such as a style sheet",
     "member_format": "a file in an archive that is not one document by its name, such as an image or a table",
     "member_type": "a link, device, pipe or sparse file in an archive",
 }

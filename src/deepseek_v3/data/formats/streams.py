@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bz2
 import lzma
+import re
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -98,6 +99,7 @@ COMPRESSIONS = (
     Compression("bz2", (".bz2",), bz2.BZ2Decompressor),
 )
 _SHORT = {".tgz": ".tar.gz", ".tzst": ".tar.zst", ".txz": ".tar.xz", ".tbz2": ".tar.bz2", ".tbz": ".tar.bz2"}
+_PART_OF_DUMP = re.compile(r"\.xml-p\d+p\d+")  # of MediaWiki: the numbers of its first and last page
 _BY_SUFFIX = {suffix: compression for compression in COMPRESSIONS for suffix in compression.suffixes}
 
 
@@ -107,7 +109,8 @@ def split_suffix(name: str) -> tuple[str, Compression | None]:
     if suffix in _SHORT:
         stem, suffix = _split_off_suffix(stem + _SHORT[suffix])
     compression = _BY_SUFFIX.get(suffix)
-    return _split_off_suffix(stem)[1] if compression else suffix, compression
+    suffix = _split_off_suffix(stem)[1] if compression else suffix
+    return ".xml" if _PART_OF_DUMP.fullmatch(suffix) else suffix, compression
 
 
 def _split_off_suffix(name: str) -> tuple[str, str]:

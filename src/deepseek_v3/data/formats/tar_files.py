@@ -46,8 +46,7 @@ def read_tar(
 
 def _add_next(scanner: TarScanner, builder: BatchBuilder, parser_of: ParserLookup, max_bytes: int) -> None:
     """Adds the next member if it is a document, counts it if it is none, and rejects what is damaged."""
-    begin = scanner.offset
-    data = b""
+    begin, data, path = scanner.offset, b"", None
     try:
         member = scanner.next_member()
         if member is None or member.is_folder:
@@ -67,7 +66,8 @@ def _add_next(scanner: TarScanner, builder: BatchBuilder, parser_of: ParserLooku
         metadata = {"path": path, **parsed.metadata}
         builder.add_text(begin, f"{builder.source}/{path}", parsed.text, metadata, parsed.repairs)
     except InvalidRecord as why:
-        builder.reject(begin, why, offset=begin, length=scanner.offset - begin, raw=data or None)
+        named = InvalidRecord(why.reason, f"{path}: {why.error}") if path else why
+        builder.reject(begin, named, offset=begin, length=scanner.offset - begin, raw=data or None)
 
 
 def _leave_out(
@@ -84,9 +84,7 @@ def _leave_out(
     if parse is None:
         builder.skip("member_format")
         return
-    raise InvalidRecord(
-        "too_long", f"the member {path} has {member.size} bytes, expected at most {max_bytes} (max_record_bytes)"
-    )
+    raise InvalidRecord("too_long", f"has {member.size} bytes, expected at most {max_bytes} (max_record_bytes)")
 
 
 def _inner_path(path: str) -> str | None:
@@ -105,7 +103,7 @@ def _content(data: bytes, path: str, max_bytes: int) -> bytes:
             unpacked.write(chunk)
         data = unpacked.getvalue()
     if not data:
-        raise InvalidRecord("empty", f"the member {path} holds no bytes")
+        raise InvalidRecord("empty", "holds no bytes")
     if len(data) > max_bytes:
-        raise InvalidRecord("too_long", f"the member {path} has more than {max_bytes} bytes (max_record_bytes)")
+        raise InvalidRecord("too_long", f"has more than {max_bytes} bytes (max_record_bytes)")
     return data
