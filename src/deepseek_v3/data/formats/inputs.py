@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from glob import has_magic
@@ -17,6 +17,7 @@ from fsspec.core import url_to_fs
 from fsspec.utils import glob_translate
 
 from deepseek_v3.data.documents import is_hidden, walk_files
+from deepseek_v3.data.formats.dataset_layout import missing_files
 from deepseek_v3.data.formats.file_types import format_of, known_format, readable_suffixes
 from deepseek_v3.data.formats.side_files import SideFile, find_side_files
 from deepseek_v3.data.formats.streams import InputFile
@@ -141,6 +142,8 @@ def _walk_disk(given: Path, output_dir: Path | None) -> Iterator[_Found]:
     else:
         paths = {path.relative_to(root).as_posix(): path for path in walk_files(Path(root))}
     side_files = {} if Path(root).is_file() else find_side_files(paths)
+    if not Path(root).is_file():
+        yield from _missing(root, paths, pattern)
     here = Path.cwd()
     for name, path in paths.items():
         absolute = os.path.join(here, path)  # noqa: PTH118 -- a tenth of the time of Path: folders hold many files
@@ -197,11 +200,20 @@ def _walk_store(given: str, output_dir: Path | None) -> Iterator[_Found]:
         raise DataError(f"{given}: nothing was found there; check the address and that you may read it")
     names = {key: _name_below(root, key, _is_web(store)) for key in infos}
     side_files = find_side_files(names.values()) if len(names) > 1 else {}
+    if len(names) > 1:
+        yield from _missing(store.unstrip_protocol(root), names.values(), pattern)
     for key, info in infos.items():
         name = names[key]
         if _matches(pattern, name) and not is_hidden(name):
             file = InputFile(name, store.unstrip_protocol(key), info["size"] or 0, _version(info))
             yield _with_fault(file, side_files.get(name))
+
+
+def _missing(root: str, names: Collection[str], pattern: re.Pattern[str] | None) -> Iterator[_Found]:
+    """The files that numbered files below `root` say are missing, where the pattern selects them."""
+    for name, fault in missing_files(names).items():
+        if _matches(pattern, name):
+            yield _Found(InputFile(name, f"{root}/{name}", 0, ""), fault, name)
 
 
 def _version(info: dict[str, Any]) -> str:

@@ -20,6 +20,8 @@ _TEXTS = re.compile(
     re.IGNORECASE,
 )
 _OBJECTS = re.compile(r"dataset_infos?\.json|dataset_dict\.json|state\.json|croissant\.json|datapackage\.json")
+_OF_LIBRARY = {"dataset_info.json", "state.json"}  # what the library datasets leaves beside Arrow files
+_CACHE = re.compile(r"cache-[0-9a-f]{16}(_\d+_of_\d+)?\.arrow")  # results of its `map` and `filter`
 # What Spark, Hadoop, Delta, Databricks and Parquet write beside data files, with or without a suffix.
 _MARKERS = re.compile(
     r"_(success|committed|started|metadata|common_metadata|last_checkpoint|schema|symlink_format_manifest|manifest)"
@@ -52,11 +54,14 @@ def find_side_files(names: Collection[str]) -> dict[str, SideFile]:
     runs = {folder for folder, found in files.items() if found >= _RUN}
     outputs = runs | {folder for folder, found in files.items() if found >= _TOKENS}
     with_data = _folders_of_data(names)
-    found = {name: _side_file(name, runs, outputs, with_data) for name in names}
+    cached = {folder for folder, found in files.items() if not found.isdisjoint(_OF_LIBRARY)}
+    found = {name: _side_file(name, runs, outputs, with_data, cached) for name in names}
     return {name: side_file for name, side_file in found.items() if side_file is not None}
 
 
-def _side_file(name: str, runs: set[str], outputs: set[str], with_data: set[str]) -> SideFile | None:
+def _side_file(
+    name: str, runs: set[str], outputs: set[str], with_data: set[str], cached: set[str]
+) -> SideFile | None:
     folders = _folders(name)
     if "" in runs and not name.startswith("data/"):
         return SideFile(name, "is not the corpus, but another output of the run in this folder")
@@ -64,6 +69,8 @@ def _side_file(name: str, runs: set[str], outputs: set[str], with_data: set[str]
         return SideFile(f"{output}/", "is the output of an earlier run; name its folder `data` to read it")
     if _parent(name) in with_data and _accompanies_data(_base(name)):
         return SideFile(name, "accompanies data files, and holds no documents")
+    if _parent(name) in cached and _CACHE.fullmatch(_base(name)):
+        return SideFile(name, "is a cache of the library datasets, and no part of the data set")
     if folder := next((folder for folder in folders if _base(folder) in _FOLDERS), None):
         return SideFile(f"{folder}/", "is a folder that Spark or Delta keeps beside data files")
     return None

@@ -15,6 +15,7 @@ from typing import Any
 
 from deepseek_v3.config.preprocess_config import PreprocessConfig
 from deepseek_v3.data.formats.batches import ReadOptions
+from deepseek_v3.data.formats.dataset_layout import evaluation_splits
 from deepseek_v3.data.formats.inputs import Inputs, find_inputs
 from deepseek_v3.data.pipeline import resources, resume
 from deepseek_v3.data.pipeline.executors import (
@@ -243,6 +244,12 @@ def _announce(config: PreprocessConfig, inputs: Inputs, workers: int, resumed: b
     """Logs the size of the run and what it will use. Raises DataError if the disk is too small for it."""
     for name, reason in inputs.ignored:
         _log.warning("%s: not read: %s", name, reason)
+    if splits := evaluation_splits([file.name for file in inputs.files]):
+        _log.warning(
+            "%s: are splits for evaluation, and are read like all others; to train on one split alone, name it in "
+            "input_path, such as folder/train or folder/data/train-*",
+            ", ".join(splits),
+        )
     need = resources.estimate_disk(inputs.files, config)
     size = sum(file.size for file in inputs.files)
     _log.info(
