@@ -237,14 +237,19 @@ class DecontaminationConfig(StageConfig):
 
     `evaluation`: files or folders of evaluation sets; each of `fields` of each record is one text. A document
     matches a text if they share `ngram` consecutive words, or the whole text if it has fewer words, but at least
-    `min_ngram`: 13 and 8 in GPT-3 (Brown et al. 2020, appendix C). A document is dropped if matches cover at least
-    `min_share` of its words; 0 drops it for any match.
+    `min_ngram`: 13 and 8 in GPT-3 (Brown et al. 2020, appendix C). In scripts without spaces these are words of
+    `characters_per_word` characters. A match in more than `max_documents` documents of the corpus is common text,
+    such as a licence, and does not count: 10 in GPT-3; null counts all. A document is dropped if matches cover at
+    least `min_share` of its words; 0 drops it for any match.
     """
 
+    max_drop_warning: DropWarning = 0.01  # evaluation texts are rare; many drops mean that one is common text
     evaluation: tuple[LocalPath, ...] = ()
     fields: Annotated[tuple[str, ...], Field(min_length=1)] = ("text",)
     ngram: NgramLength = 13
     min_ngram: NgramLength = 8
+    characters_per_word: Annotated[Integer, Field(ge=1, le=10)] = 2
+    max_documents: PositiveInt | None = 10
     min_share: Fraction = 0.0
 
     @model_validator(mode="after")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 import random
 import re
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from deepseek_v3.data.decontamination import Decontaminator
 from deepseek_v3.data.decontamination.index import EvaluationIndex, split_words
 from deepseek_v3.utils.errors import ConfigError, DataError
-from helpers.documents import batch_of
+from helpers.deduplication import Run, decide, mark_removed, write_parts
 
 QUESTION = "A farmer has seventeen sheep and all but nine of them run away, so how many sheep are left?"
 SHORT = "Which planet of our solar system is largest by mass?"  # 10 words
@@ -37,8 +38,15 @@ def questions(tmp_path: Path) -> str:
     return str(path)
 
 
+def decontaminate(texts: list[str], folder: Path, cuts: tuple[int, ...] = (), **options: Any) -> Run:
+    """The decisions about texts that are one corpus, in parts that begin at `cuts`."""
+    stage = Decontaminator(**options)
+    return decide(stage, write_parts(stage, texts, cuts, folder / "parts"), texts, folder / "run")
+
+
 def kept(texts: list[str], **options: Any) -> list[bool]:
-    return Decontaminator(**options).apply(batch_of(texts)).kept_rows.tolist()
+    ids = Decontaminator(**options).filter(texts).ids
+    return [number in ids for number in range(len(texts))]
 
 
 @pytest.mark.parametrize("script", ["一二三四五六七八九十", "กขคงจฉชซญฎ", "ཀཁགངཅཆཇཉཏཐ", "កខគឃងចឆជឈញ"])
@@ -65,17 +73,15 @@ def test_thirteen_words_in_a_row_match(questions: str) -> None:
     assert kept(texts, evaluation=[questions]) == [False, True, False, True, False, True]
 
 
-def test_case_and_punctuation_are_ignored(questions: str) -> None:
+def test_case_and_punctuation_are_ignored(questions: str, tmp_path: Path) -> None:
     changed = QUESTION.upper().replace(" ", " – ").replace(",", "...")
-    result = Decontaminator(evaluation=[questions]).apply(batch_of([OTHER, f"{OTHER}\n{changed}\nend"]))
-    drop = result.dropped.to_pylist()[0]
+    drop = decontaminate([OTHER, f"{OTHER}\n{changed}\nend"], tmp_path, evaluation=[questions]).dropped[1]
     assert (drop["id"], drop["stage"], drop["reason"]) == ("d1", "decontamination", "evaluation_text")
     assert drop["trigger"] == changed.lower().split("...")[0]
     figures = orjson.loads(drop["figures"])
     assert figures["evaluation"] == f"{questions}: q0"
     assert figures["ngrams"] == 19 - 13 + 1
     assert figures["found"] == pytest.approx(19 / (19 + len(OTHER.split()) + 1), abs=1e-4)
-    assert result.observed["evaluation_overlap"] == [0, figures["found"]]
 
 
 def test_short_texts_match_as_a_whole(questions: str) -> None:
@@ -147,14 +153,14 @@ def test_matches_equal_a_plain_search(texts: list[str], sets: list[str], ngram: 
     min_ngram = max(ngram - fewer, 1)
     if max(len(text.split()) for text in sets) < min_ngram:
         return
-    index = EvaluationIndex([(text, text) for text in sets], ngram, min_ngram)
+    index = EvaluationIndex([(text, text) for text in sets], ngram, min_ngram, 2)
     lists = [split_words(text) for text in texts]
     found = index.find(lists)
     expected = brute_force(texts, sets, ngram, min_ngram)
     flat = [word for some in lists for word in some]
     assert len(found.starts) == sum(hits for hits, _ in expected)
-    for start, length, owner in zip(*(part.tolist() for part in found), strict=True):
-        assert " ".join(flat[start : start + length]) in " ".join(split_words(sets[owner]))
+    for start, length, number in zip(*(part.tolist() for part in found), strict=True):
+        assert " ".join(flat[start : start + length]) in " ".join(split_words(sets[index.owners[number]]))
 
 
 def test_overlap_equals_a_plain_search(tmp_path: Path) -> None:
@@ -163,27 +169,94 @@ def test_overlap_equals_a_plain_search(tmp_path: Path) -> None:
     texts = [" ".join(draw.choice("abcde") for _ in range(60)) for _ in range(50)]
     path = tmp_path / "sets.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in sets))
-    stage = Decontaminator(evaluation=[str(path)], ngram=6, min_ngram=5)
     expected = brute_force(texts, sets, 6, 5)
-    result = stage.apply(batch_of(texts))
-    assert result.observed["evaluation_overlap"] == [share for _, share in expected]
-    assert result.kept_rows.tolist() == [hits == 0 for hits, _ in expected]
-    figures = [orjson.loads(text)["ngrams"] for text in result.dropped["figures"].to_pylist()]
-    assert figures == [hits for hits, _ in expected if hits]
+    options = {"evaluation": [str(path)], "ngram": 6, "min_ngram": 5, "max_documents": None}
+    for cuts in ((), (7, 30)):
+        run = decontaminate(texts, tmp_path / str(len(cuts)), cuts, **options)
+        assert sorted(run.kept) == [row for row, (hits, _) in enumerate(expected) if not hits]
+        assert run.removed == sorted(run.dropped)
+        figures = [orjson.loads(run.dropped[row]["figures"]) for row in run.removed]
+        assert [(one["ngrams"], one["found"]) for one in figures] == [one for one in expected if one[0]]
 
 
-def test_long_batches_are_filtered_in_parts(questions: str) -> None:
+def test_long_texts_are_searched_in_batches(questions: str, tmp_path: Path) -> None:
     texts = [f"{OTHER} " * 12_000, f"{OTHER} {QUESTION}", f"{OTHER} " * 12_000, QUESTION, OTHER]
-    result = Decontaminator(evaluation=[questions]).apply(batch_of(texts))
-    assert result.dropped["id"].to_pylist() == ["d1", "d3"]
-    assert result.dropped["trigger"].to_pylist() == [QUESTION.lower().split(",")[0]] * 2
+    run = decontaminate(texts, tmp_path, (2,), evaluation=[questions])
+    assert {row: drop["trigger"] for row, drop in run.dropped.items()} == dict.fromkeys(
+        (1, 3), QUESTION.lower().split(",")[0]
+    )
 
 
 def test_odd_texts_and_pickled_stage(questions: str) -> None:
     stage = pickle.loads(pickle.dumps(Decontaminator(evaluation=[questions])))
     texts = ["", " ", "İ" * 20, "\x00", "?!", "straße " * 20]
-    assert stage.apply(batch_of(texts)).kept["text"].to_pylist() == texts
-    assert stage.apply(batch_of([])).kept.num_rows == 0
+    assert stage.filter(texts).documents == texts
+    assert stage.filter([]).documents == []
+
+
+LICENCE = "Permission is hereby granted free of charge to any person obtaining a copy of this software"
+
+
+@pytest.fixture
+def licensed(tmp_path: Path) -> str:
+    """An evaluation item with a sentence of a licence in it."""
+    path = tmp_path / "licensed.jsonl"
+    path.write_text(
+        "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate([LICENCE, QUESTION]))
+    )
+    return str(path)
+
+
+def test_a_common_sentence_does_not_count(licensed: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    texts = [f"{LICENCE}. File {number}. {OTHER}" for number in range(30)]
+    texts[7] += f" {QUESTION}"
+    texts += [OTHER, QUESTION]
+    with caplog.at_level(logging.WARNING):
+        run = decontaminate(texts, tmp_path, evaluation=[licensed])
+    assert sorted(run.dropped) == [7, 31]
+    assert run.dropped[7]["trigger"] == QUESTION.lower().split(",")[0]
+    common = run.figures["common"]
+    assert (run.figures["common_ngrams"], run.figures["spared_documents"]) == (16 - 13 + 1, 29)
+    assert [(one["evaluation"], one["documents"]) for one in common] == [(f"{licensed}: 0", 30)]
+    assert common[0]["text"] == " ".join(LICENCE.lower().split()[:13])
+    assert "4 n-grams of evaluation texts occur in more than max_documents = 10 documents" in caplog.text
+    assert "29 documents match nothing else. In 30 documents: 'permission is hereby" in caplog.text
+    assert sum(kept(texts, evaluation=[licensed], max_documents=None)) == 1
+
+
+def test_the_limit_counts_documents_and_not_occurrences(licensed: str) -> None:
+    texts = [f"{LICENCE}. " * 20, LICENCE, OTHER]
+    assert kept(texts, evaluation=[licensed], max_documents=2) == [False, False, True]
+    assert kept(texts, evaluation=[licensed], max_documents=1) == [True, True, True]
+    assert kept(texts[1:], evaluation=[licensed], max_documents=1) == [False, True]
+
+
+def test_decisions_do_not_depend_on_parts_or_removed_documents(licensed: str, tmp_path: Path) -> None:
+    draw = random.Random(1)
+    texts = [draw.choice([f"{LICENCE} {OTHER}", QUESTION, OTHER, f"{OTHER} {LICENCE}"]) for _ in range(40)]
+    options: dict[str, Any] = {"evaluation": [licensed], "max_documents": 12}
+    runs = [
+        decontaminate(texts, tmp_path / str(n), cuts, **options) for n, cuts in enumerate([(), (1,), (9, 20, 33)])
+    ]
+    assert runs[0].dropped
+    assert runs[0] == runs[1] == runs[2]
+    stage = Decontaminator(**options)
+    parts = write_parts(stage, texts, (13,), tmp_path / "masked")
+    licensed_rows = [row for row, text in enumerate(texts) if LICENCE in text]
+    masked = mark_removed(parts, licensed_rows[12:], tmp_path / "masked")
+    run = decide(stage, masked, texts, tmp_path / "run")
+    assert run.figures["common_ngrams"] == 0  # only 12 documents are left
+    assert set(licensed_rows[:12]) <= set(run.removed)
+
+
+@pytest.mark.parametrize("characters", [1, 2, 3])
+def test_the_length_in_scripts_without_spaces_is_an_option(tmp_path: Path, characters: int) -> None:
+    draw = random.Random(0)
+    text = "".join(draw.choice("一二三四五六七八九十") for _ in range(60))
+    (tmp_path / "items.jsonl").write_text(json.dumps({"text": text}))
+    texts = [text[5 : 5 + 13 * characters], text[5 : 4 + 13 * characters]]
+    options = {"evaluation": [str(tmp_path / "items.jsonl")], "characters_per_word": characters}
+    assert kept(texts, **options) == [False, True]
 
 
 def test_impossible_decontamination_options_are_refused(questions: str) -> None:
@@ -194,4 +267,4 @@ def test_impossible_decontamination_options_are_refused(questions: str) -> None:
     with pytest.raises(ConfigError, match="min_ngram = 14: expected at most ngram = 13"):
         Decontaminator(evaluation=[questions], min_ngram=14)
     with pytest.raises(DataError, match="none of 3 texts has min_ngram = 50 words"):
-        Decontaminator(evaluation=[questions], ngram=60, min_ngram=50).apply(batch_of([OTHER]))
+        Decontaminator(evaluation=[questions], ngram=60, min_ngram=50).filter([OTHER])

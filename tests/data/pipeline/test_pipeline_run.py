@@ -176,6 +176,33 @@ def test_a_changed_file_of_a_stage_is_noticed(tmp_path: Path) -> None:
         run_pipeline(config)
 
 
+def test_common_sentences_of_evaluation_sets_do_not_count(tmp_path: Path) -> None:
+    sentence = "Permission is hereby granted free of charge to any person obtaining a copy of this software"
+    asked = "How many sheep are left if all but nine of seventeen sheep of a farmer run away today?"
+    rows = [{"text": f"{sentence}. File {n} is {'x' * (n % 7)}. {asked if n == 50 else ''}"} for n in range(400)]
+    write_lines(tmp_path / "in" / "a.jsonl", rows[:150])
+    write_lines(tmp_path / "in" / "b.jsonl", rows[150:])
+    write_lines(tmp_path / "sets.jsonl", [{"text": sentence}, {"text": asked}])
+    found = {}
+    for workers, size in ((1, "1MB"), (2, "16KB")):
+        config = pipeline_config(
+            str(tmp_path / "in"),
+            tmp_path / f"out{workers}",
+            ["preliminary_cleaning", "decontamination", "mixing"],
+            decontamination={"evaluation": [str(tmp_path / "sets.jsonl")]},
+            workers=workers,
+            work_unit_size=size,
+        )
+        assert run_pipeline(config)["counts"]["dropped"] == 1
+        found[workers] = [rows_of(config.output_dir, folder) for folder in ("data", "dropped")]
+        stats = json.loads((config.output_dir / "stats.json").read_text())
+        figures = next(stage["figures"] for stage in stats["stages"] if stage["name"] == "decontamination")
+        assert (figures["spared_documents"], figures["common"][0]["documents"]) == (399, 400)
+        assert "Common texts in evaluation sets" in (config.output_dir / "report.html").read_text()
+    assert found[1] == found[2]
+    assert [row["reason"] for row in found[1][1]] == ["evaluation_text"]
+
+
 @pytest.mark.parametrize("pipeline", [[], ["preliminary_cleaning"], ["exact_deduplication"], ALL_STAGES])
 def test_any_list_of_stages_runs(tmp_path: Path, pipeline: list[str]) -> None:
     rows = [{"text": f"The {word} was seen and heard by all of us."} for word in ("cat", "dog", "cat", "bird")]

@@ -21,8 +21,6 @@ from deepseek_v3.utils.errors import DataError
 _ASCII_WORD = re.compile(r"[a-z0-9]+")
 _WORD = re.compile(rf"[{UNSPACED_CLASS}]|[^\W_{UNSPACED_CLASS}]+")
 _UNSPACED = re.compile(f"[{UNSPACED_CLASS}]")
-_CHARACTERS_PER_WORD = 2  # of a script without spaces, in which a word has about two characters
-
 _FACTOR = 0x9E3779B97F4A7C15  # odd, and so invertible modulo 2^64
 _INVERSE = pow(_FACTOR, -1, 2**64)
 
@@ -31,7 +29,7 @@ _INVERSE = pow(_FACTOR, -1, 2**64)
 def load_evaluation_index(options: DecontaminationConfig) -> EvaluationIndex:
     """Builds the index of the evaluation sets, once per process. Raises DataError if one cannot be read."""
     texts = [text for path in options.evaluation for text in _evaluation_texts(path, options.fields)]
-    return EvaluationIndex(texts, options.ngram, options.min_ngram)
+    return EvaluationIndex(texts, options.ngram, options.min_ngram, options.characters_per_word)
 
 
 def _evaluation_texts(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -41,38 +39,41 @@ def _evaluation_texts(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, 
 
 
 class _Table(NamedTuple):
-    """Ascending hashes of n-grams (uint64), and the index of an evaluation text that has each (int64)."""
+    """Ascending hashes of n-grams of one length (uint64), and the number of the first among all n-grams."""
 
     hashes: UInt64Array
-    owners: Int64Array
+    first: int
 
 
 class NgramMatches(NamedTuple):
     """N-grams of evaluation texts that occur in other texts: int64 [matches] each.
 
     `starts` are indices into the concatenated words of all texts, in ascending order, `lengths` are numbers of
-    words, and `owners` are indices of evaluation texts.
+    words, and `ngrams` are the numbers of the n-grams in the index.
     """
 
     starts: Int64Array
     lengths: Int64Array
-    owners: Int64Array
+    ngrams: Int64Array
 
 
 class EvaluationIndex:
     """All n-grams of `ngram` words of evaluation texts, and whole texts of `min_ngram` to `ngram` - 1 words.
 
-    A text mostly in scripts without spaces, of which each character is a word, has n-grams of twice these lengths.
+    A text mostly in scripts without spaces, of which each character is a word, has n-grams of `characters_per_word`
+    times these lengths. `owners`, int64 [n-grams], are the indices in `names` of an evaluation text that has each.
     """
 
-    def __init__(self, texts: Sequence[tuple[str, str]], ngram: int, min_ngram: int) -> None:
+    def __init__(
+        self, texts: Sequence[tuple[str, str]], ngram: int, min_ngram: int, characters_per_word: int
+    ) -> None:
         """`texts` are pairs of a name and a text. Raises DataError if all are shorter than `min_ngram` words."""
         self.names = [name for name, _ in texts]
         vocabulary: defaultdict[str, int] = defaultdict(count(1).__next__)  # 0: a word in no evaluation text
         lists = [split_words(text.lower()) for _, text in texts]
         numbers = np.fromiter(map(vocabulary.__getitem__, chain.from_iterable(lists)), np.int64)
         sizes = np.array([*map(len, lists)], np.int64)
-        scale = np.array([*map(_characters_per_word, lists)], np.int64)
+        scale = np.where([*map(_is_unspaced, lists)], characters_per_word, 1)
         if not (sizes >= min_ngram * scale).any():
             raise DataError(
                 f"decontamination.evaluation: none of {len(texts)} texts has min_ngram = {min_ngram} words; lower "
@@ -80,6 +81,7 @@ class EvaluationIndex:
             )
         self._vocabulary = dict(vocabulary)
         self._values = np.random.default_rng(0).integers(2**64, size=len(vocabulary) + 1, dtype=np.uint64)
+        self.owners: Int64Array = np.zeros(0, np.int64)
         self._tables = self._tabulate(NgramHashes(self._values[numbers]), sizes, ngram * scale, min_ngram * scale)
 
     def find(self, lists: Sequence[Sequence[str]]) -> NgramMatches:
@@ -94,15 +96,18 @@ class EvaluationIndex:
             starts = np.flatnonzero(known_ahead >= length)
             rows = find_sorted(table.hashes, hashes.at(starts, length))
             starts, rows = starts[rows >= 0], rows[rows >= 0]
-            found.append((starts, np.full(len(starts), length), table.owners[rows]))
-        starts, lengths, owners = (np.concatenate(parts) for parts in zip(*found, strict=True))
+            found.append((starts, np.full(len(starts), length), table.first + rows))
+        starts, lengths, ngrams = (np.concatenate(parts) for parts in zip(*found, strict=True))
         order = np.lexsort((lengths, starts))
-        return NgramMatches(starts[order], lengths[order], owners[order])
+        return NgramMatches(starts[order], lengths[order], ngrams[order])
 
     def _tabulate(
         self, hashes: NgramHashes, sizes: Int64Array, longest: Int64Array, shortest: Int64Array
     ) -> dict[int, _Table]:
-        """Returns a table for each length to search for; `longest` and `shortest` are the lengths for each text."""
+        """Returns a table for each length to search for, and sets the owners of their n-grams.
+
+        `longest` and `shortest`, int64 [texts], are the lengths for each text.
+        """
         firsts = np.cumsum(sizes) - sizes
         lengths = np.where(sizes >= shortest, np.minimum(sizes, longest), 0)
         tables = {}
@@ -112,14 +117,14 @@ class EvaluationIndex:
             owners = np.repeat(chosen, numbers)
             within = np.arange(numbers.sum()) - np.repeat(np.cumsum(numbers) - numbers, numbers)
             found, first = np.unique(hashes.at(firsts[owners] + within, length), return_index=True)
-            tables[length] = _Table(found, owners[first])
+            tables[length] = _Table(found, len(self.owners))
+            self.owners = np.concatenate([self.owners, owners[first]])
         return tables
 
 
-def _characters_per_word(words: Sequence[str]) -> int:
-    """Returns the number of `split_words` that make up one word of the language of a text."""
-    unspaced = sum(_UNSPACED.match(word) is not None for word in words)
-    return _CHARACTERS_PER_WORD if 2 * unspaced > len(words) else 1
+def _is_unspaced(words: Sequence[str]) -> bool:
+    """Whether most of the `split_words` of a text are characters of scripts without spaces."""
+    return 2 * sum(_UNSPACED.match(word) is not None for word in words) > len(words)
 
 
 def split_words(lower: str) -> list[str]:

@@ -31,9 +31,30 @@ def reasons_section(stats: dict[str, Any]) -> Html:
         return element("p", "No stage ran.")
     header = ["reason", "", "documents", "share", "text", "share"]
     note = "Shares refer to the documents that the stage received. A reason with samples links to them."
-    return concat(
-        [html_table("Documents dropped, by stage and reason", header, *bodies), element("p", note, class_="note")]
+    table = html_table("Documents dropped, by stage and reason", header, *bodies)
+    return concat([table, element("p", note, class_="note"), *map(_common_ngrams, stages)])
+
+
+def _common_ngrams(stage: dict[str, Any]) -> Html:
+    """A table of the n-grams of evaluation texts that decontamination did not count, or nothing."""
+    figures = stage.get("figures") or {}
+    rows = [
+        (
+            element("bdi", truncate(str(one.get("text", "")), _NAME_CHARACTERS)),
+            format_integer(one.get("documents", 0)),
+            element("bdi", truncate(str(one.get("evaluation", "")), _NAME_CHARACTERS)),
+        )
+        for one in figures.get("common", [])
+    ]
+    if not rows:
+        return concat([])
+    spared = (
+        f"{figures.get('common_ngrams', 0):,} n-grams occur in more documents than max_documents allows. "
+        f"{figures.get('spared_documents', 0):,} documents match nothing else, and are kept."
     )
+    header = ["text", "documents", "evaluation text"]
+    table = html_table("Common texts in evaluation sets, which did not count", header, TableBody(rows), left=[2])
+    return concat([table, element("p", spared, class_="note")])
 
 
 def quarantine_section(stats: dict[str, Any]) -> Html:
