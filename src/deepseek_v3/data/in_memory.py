@@ -1,4 +1,4 @@
-"""Runs a global stage on documents in memory, without the pipeline."""
+"""Runs global stages on documents in memory, without the pipeline."""
 
 from __future__ import annotations
 
@@ -46,6 +46,21 @@ def run_global_stage(stage: GlobalStage, documents: Documents) -> GlobalResult:
         decisions.mkdir()
         figures = stage.resolve(parts, matches, refined, decisions)
         return GlobalResult(_apply_decisions(stage, batches, parts, decisions), figures)
+
+
+class Deduplicator(GlobalStage):
+    """A global stage that can also be run without the pipeline, on documents in memory."""
+
+    def deduplicate(self, documents: Documents) -> Filtered:
+        """Removes duplicates from texts, Documents, mappings or Arrow data: a list, an iterator or a table.
+
+        Returns the unique documents as the caller's own kind of object, their ids (or positions, counted from 0),
+        and figures: `documents`, `unique`, `duplicates`, `reasons`, and the stage's own. Works in a temporary
+        folder that takes a little more space than the texts. Raises DataError for an item that is not a document.
+        """
+        filtered, figures = run_global_stage(self, documents)
+        stats = {**figures, "unique": filtered.stats["kept"], "reasons": filtered.stats["reasons"]}
+        return Filtered(filtered.documents, filtered.ids, stats)
 
 
 def _write_parts(

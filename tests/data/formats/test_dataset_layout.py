@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from deepseek_v3.data.formats.dataset_layout import evaluation_splits, missing_files
 from deepseek_v3.data.formats.inputs import find_inputs
 from deepseek_v3.data.formats.reading import read_documents
+from deepseek_v3.data.formats.side_files import evaluation_splits, missing_files
 from deepseek_v3.data.pipeline.run import run_pipeline
 from helpers.formats import write
 from helpers.pipeline import pipeline_config, rows_of

@@ -116,7 +116,7 @@ def test_a_broken_row_costs_its_lines_alone(tmp_path, broken, error):
     assert quarantined[0]["raw"].decode() == broken + "\n"
 
 
-def test_a_quote_that_is_closed_nowhere_costs_a_text_of_lines_as_a_whole(tmp_path):
+def test_a_quote_closed_nowhere_costs_lines_that_are_no_rows(tmp_path):
     data = 'id,text\n1,one\n2,"lines\nof a poem\nwithout, an end\n'
     records, (entry,) = read(write(tmp_path / "a.csv", data))
     assert texts(records) == ["one"]

@@ -16,11 +16,11 @@ from deepseek_v3.config.loading import section_from_dict
 from deepseek_v3.data.arrays import BoolArray, Int64Array
 from deepseek_v3.data.content import contents_of
 from deepseek_v3.data.deduplication import clusters, repeated_hashes
-from deepseek_v3.data.deduplication.in_memory import Deduplicator
 from deepseek_v3.data.deduplication.key_files import key_ranges, map_keys
 from deepseek_v3.data.deduplication.normalization import exact_hashes, normalized_hashes
 from deepseek_v3.data.deduplication.repeated_hashes import Repeats
 from deepseek_v3.data.documents import with_texts
+from deepseek_v3.data.in_memory import Deduplicator
 from deepseek_v3.data.stages import Drop, IdLookup, NumberedPart, Outcome, Task, outcome
 
 _BYTES_PER_KEY = 200  # the most memory that a match task takes for each text in its range

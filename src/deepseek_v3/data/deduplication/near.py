@@ -15,10 +15,10 @@ from deepseek_v3.data.arrays import BoolArray, Int64Array
 from deepseek_v3.data.content import contents_of
 from deepseek_v3.data.deduplication import jaccard, key_files, lsh
 from deepseek_v3.data.deduplication.clusters import choose_kept, drop_duplicates, read_duplicates, write_decisions
-from deepseek_v3.data.deduplication.in_memory import Deduplicator
 from deepseek_v3.data.deduplication.jaccard import Pairs, estimate_pairs, make_pairs, read_pairs
 from deepseek_v3.data.deduplication.key_files import group_keys, repeated_keys
 from deepseek_v3.data.deduplication.minhash import MinHasher
+from deepseek_v3.data.in_memory import Deduplicator
 from deepseek_v3.data.stages import IdLookup, NumberedPart, Outcome, Task
 
 _BYTES_PER_KEY = 500  # the memory that a match task takes for each document in its range

@@ -17,9 +17,8 @@ from fsspec.core import url_to_fs
 from fsspec.utils import glob_translate
 
 from deepseek_v3.data.documents import is_hidden, walk_files
-from deepseek_v3.data.formats.dataset_layout import missing_files
 from deepseek_v3.data.formats.file_types import format_of, known_format, readable_suffixes
-from deepseek_v3.data.formats.side_files import SideFile, find_side_files
+from deepseek_v3.data.formats.side_files import SideFile, find_side_files, missing_files
 from deepseek_v3.data.formats.streams import InputFile
 from deepseek_v3.utils.errors import DataError
 from deepseek_v3.utils.redaction import redact

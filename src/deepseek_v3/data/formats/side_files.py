@@ -1,4 +1,4 @@
-"""Files below an input that hold no documents: what accompanies data files, and the outputs of earlier runs.
+"""What names say about the files of an input: which accompany data, are outputs of earlier runs, or are missing.
 
 The names are those that Hugging Face data sets, Spark and Delta tables and archives have. A folder is one of data
 if it holds data files, and at most as many documents of other names. In a folder of source code or documentation,
@@ -34,6 +34,12 @@ _PACKAGE_FILES = re.compile(
     r"|tslint|eslintrc|renovate|vercel|manifest)([._-].*)?\.json|.*rc\.json",
     re.IGNORECASE,
 )
+# Files of a data set of Hugging Face: of `save_to_disk`, train/data-00000-of-00003.arrow; on the hub,
+# data/train-00000-of-00003.parquet.
+_NUMBERED = re.compile(r"(?P<stem>.*-)(?P<number>\d{5})-of-(?P<total>\d{5})(?P<suffix>\.[\w.]+)")
+_EVALUATION_SPLIT = re.compile(
+    r"(?:.*/)?(?P<split>test|validation|valid|val|dev|eval)(?:-|/data-)\d{5}-of-\d{5}\.(?:arrow|parquet)"
+)
 _FOLDERS = {"_delta_log", "_temporary", "_spark_metadata"}
 _RUN = {"manifest.json", "stats.json", "report.html"}  # what a finished run of the pipeline leaves beside `data`
 _TOKENS = {"index.json", "tokenizer.json"}
@@ -57,6 +63,27 @@ def find_side_files(names: Collection[str]) -> dict[str, SideFile]:
     cached = {folder for folder, found in files.items() if not found.isdisjoint(_OF_LIBRARY)}
     found = {name: _side_file(name, runs, outputs, with_data, cached) for name in names}
     return {name: side_file for name, side_file in found.items() if side_file is not None}
+
+
+def missing_files(names: Collection[str]) -> dict[str, str]:
+    """The first missing file of each group of numbered files, and how many are missing."""
+    groups: dict[tuple[str, int, str], set[int]] = {}
+    for name in names:
+        if match := _NUMBERED.fullmatch(name):
+            key = match["stem"], int(match["total"]), match["suffix"]
+            groups.setdefault(key, set()).add(int(match["number"]))
+    missing: dict[str, str] = {}
+    for (stem, total, suffix), numbers in groups.items():
+        first = next((number for number in range(total) if number not in numbers), None)
+        if first is not None:
+            name = f"{stem}{first:05d}-of-{total:05d}{suffix}"
+            missing[name] = f"is missing: only {len(numbers)} of {total} numbered files are there"
+    return missing
+
+
+def evaluation_splits(names: Collection[str]) -> list[str]:
+    """The splits among the files of data sets that are meant for evaluation, by their names."""
+    return sorted({match["split"] for name in names if (match := _EVALUATION_SPLIT.fullmatch(name))})
 
 
 def _side_file(

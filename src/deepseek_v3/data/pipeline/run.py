@@ -15,8 +15,8 @@ from typing import Any
 
 from deepseek_v3.config.preprocess_config import PreprocessConfig
 from deepseek_v3.data.formats.batches import ReadOptions
-from deepseek_v3.data.formats.dataset_layout import evaluation_splits
 from deepseek_v3.data.formats.inputs import Inputs, find_inputs
+from deepseek_v3.data.formats.side_files import evaluation_splits
 from deepseek_v3.data.pipeline import resources, resume
 from deepseek_v3.data.pipeline.executors import (
     RESUME_ADVICE,
