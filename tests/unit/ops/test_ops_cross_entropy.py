@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from deepseek_v3.ops.cross_entropy import (
     IGNORED,
     chunked,
+    linear_argmax,
     linear_cross_entropy,
     reference_linear_cross_entropy,
 )
@@ -307,6 +308,20 @@ def test_the_kernel_s_losses_and_gradients_are_those_of_float64(
     assert logits_TV[2].eq(0).all()
     around[1:, :words] = logits_TV
     assert torch.equal(logits_TV._base.nan_to_num(7.0), around.nan_to_num(7.0))  # nothing outside was written
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("_chunks")
+def test_the_most_probable_id_is_the_lowest_of_equal_ones(dtype: torch.dtype) -> None:
+    # Whole numbers, whose products are exact in both types and often equal.
+    hidden_TD = torch.randint(-1, 2, (TOKENS, 3)).to(dtype)
+    weight_VD = torch.randint(-1, 2, (VOCABULARY, 3)).float().requires_grad_()
+    found_T = linear_argmax(hidden_TD, weight_VD)
+    rows_TV = (hidden_TD.double() @ weight_VD.double().T).tolist()
+    assert found_T.dtype == torch.int64
+    assert found_T.tolist() == [row.index(max(row)) for row in rows_TV]
+    assert any(row.count(max(row)) > 1 for row in rows_TV)
+    assert linear_argmax(hidden_TD[:0], weight_VD).shape == (0,)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from deepseek_v3.ops.cross_entropy.chunked import linear_cross_entropy
+from deepseek_v3.ops.cross_entropy.chunked import linear_argmax, linear_cross_entropy
 from deepseek_v3.ops.cross_entropy.reference import IGNORED
 from deepseek_v3.ops.cross_entropy.reference import linear_cross_entropy as reference_linear_cross_entropy
 from deepseek_v3.ops.operation import Backend, Operation, Target, triton_obstacle
@@ -16,6 +16,7 @@ __all__ = [
     "CROSS_ENTROPY",
     "IGNORED",
     "LinearCrossEntropy",
+    "linear_argmax",
     "linear_cross_entropy",
     "reference_linear_cross_entropy",
 ]

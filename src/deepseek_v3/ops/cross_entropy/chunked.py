@@ -118,3 +118,14 @@ def linear_cross_entropy(
     """
     needs_gradient = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
     return _ChunkedLinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T, needs_gradient, losses_of_rows)
+
+
+@torch.no_grad()
+def linear_argmax(hidden_TD: Tensor, weight_VD: Tensor) -> Tensor:
+    """The most probable id of each token, the lowest one of several: int64 (T,), without ever holding all logits.
+
+    Logits have the type of `hidden_TD`, as those of the loss.
+    """
+    narrow_VD = weight_VD.to(hidden_TD.dtype)
+    size = _chunk_size(hidden_TD.shape[0], weight_VD.shape[0], hidden_TD.device.type)
+    return torch.cat([(chunk_TD @ narrow_VD.T).argmax(-1) for chunk_TD in hidden_TD.split(size)])
