@@ -125,10 +125,13 @@ class Engine(ABC):
             self._swap_averages()
 
     def _swap_averages(self) -> None:
-        self.optimizer.swap_averages()
         for root in self._roots():
             for unit in fsdp_modules(root):
-                unit.reshard()  # or it would compute with the weights that it has gathered before
+                # Or it would compute with the weights that it has gathered before, or has prefetched and not used:
+                # an evaluation without the MTP layers prefetches the first one. Only finished gathers can be freed.
+                unit.unshard()
+                unit.reshard()
+        self.optimizer.swap_averages()
 
     def _roots(self) -> Sequence[nn.Module]:
         """The outermost modules of this rank, which FSDP wraps."""
