@@ -136,7 +136,7 @@ def batch_losses(trainer: Trainer, config: RunConfig, device: torch.device) -> l
     windows = ValidationWindows(source, length, HELD_OUT_TOKENS)
     starts = range(0, len(windows.numbers) - size + 1, size)
     batches = (torch.from_numpy(windows.read(windows.numbers[first : first + size])).to(device) for first in starts)
-    return trainer.engine.main_losses(batches).tolist()
+    return trainer.engine.evaluate(batches).losses_G.tolist()
 
 
 def trained(

@@ -56,7 +56,7 @@ def train(
     engine._engine.step = keeping
     rows = parallel_runs.take_steps(engine, config)
     weights = {name: safe_get_full_fp32_param(p).numpy().copy() for name, p in parameters.items()}
-    held_out = engine.main_losses([parallel_runs.batches_of(config, 99)[:1]]).numpy()
+    held_out = engine.evaluate([parallel_runs.batches_of(config, 99)[:1]]).losses_G.numpy()
     return {"rows": rows, "gradients": gradients, "weights": weights, "held_out": held_out}
 
 
@@ -91,6 +91,18 @@ def train_run(file: Path, path: Path, overrides: list[str], resume: str | None) 
     result = Trainer(config, CPU, resume, build_mesh(config.parallel, "cpu"), deepspeed=settings).run()
     assert result.validation is not None
     return result.step, result.validation.loss
+
+
+def measured(file: Path, path: Path, overrides: list[str]) -> parallel_runs.Measured:
+    """As `parallel_runs.measured`, with DeepSpeed."""
+    _announce()
+    settings = DeepSpeedFile(file)
+    config = settings.resolve_layout(load_config(path, overrides), dist.get_world_size())
+    trainer = Trainer(config, CPU, mesh=build_mesh(config.parallel, "cpu"), deepspeed=settings)
+    for name, parameter in trainer.engine.models[0].named_parameters():
+        values = parallel_runs.frequent_words(name, getattr(parameter, "ds_shape", parameter.shape))
+        trainer.engine._set_weight(parameter, values)
+    return parallel_runs.validate(trainer)
 
 
 def started(file: Path, path: Path, overrides: list[str], init: Path) -> dict[str, Any]:

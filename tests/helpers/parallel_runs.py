@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,7 +76,7 @@ def train(
     _keep_gradients(engine, first)
     rows = take_steps(engine, config)
     weights = _blocks(engine, lambda parameter: parameter)
-    held_out = engine.main_losses([batches_of(config, 99)[:1].to(own(device))]).cpu().numpy()
+    held_out = engine.evaluate([batches_of(config, 99)[:1].to(own(device))]).losses_G.cpu().numpy()
     return {"rows": rows, "gradients": first, "weights": weights, "held_out": held_out}
 
 
@@ -133,6 +134,40 @@ def noise(name: str, shape: Sequence[int]) -> Tensor:
     """Random values for a parameter, not representable in bfloat16; they depend on its name and shape only."""
     values = 0.2 * torch.randn(*shape, generator=torch.Generator().manual_seed(len(name)))
     return 1 + values if name.endswith("norm.weight") else values
+
+
+class Measured(NamedTuple):
+    """A validation: the loss, and the share of accepted drafts at each depth."""
+
+    loss: float
+    mtp_acceptance: tuple[float, ...]
+
+
+def measured(path: Path, overrides: list[str], device: str = "cpu") -> Measured:
+    """Validates a model with the weights of `frequent_words` on the hold-out split of a run."""
+    config = load_config(path, overrides)
+    trainer = Trainer(config, own(device), mesh=build_mesh(config.parallel, device))
+    for part in trainer.engine.models:
+        for name, piece in local_shards(part, trainer.mesh).items():
+            local(part.get_parameter(name)).detach().copy_(piece.of(frequent_words(name, piece.shape)))
+    return validate(trainer, device)
+
+
+def validate(trainer: Trainer, device: str = "cpu") -> Measured:
+    """Validates the model of a trainer; the loss must be the same if drafts are not counted."""
+    sums = own(device), trainer.mesh.sum_over_ranks
+    alone = trainer.validator.measure(trainer.engine.evaluate, *sums)
+    found = trainer.validator.measure(partial(trainer.engine.evaluate, with_drafts=True), *sums)
+    assert (found.loss, alone.mtp_acceptance) == (alone.loss, ())
+    return Measured(found.loss, found.mtp_acceptance)
+
+
+def frequent_words(name: str, shape: Sequence[int]) -> Tensor:
+    """The values of `noise`, with a head that prefers few tokens, so that many drafts are accepted."""
+    values = noise(name, shape)
+    if name == "lm_head.weight":
+        values[4:] *= 0.1
+    return values
 
 
 def routings_of(engine: Engine, config: RunConfig) -> dict[tuple[str, int], tuple[np.ndarray, np.ndarray]]:
@@ -271,7 +306,7 @@ def resumed(path: Path, overrides: list[str], checkpoint: str, device: str = "cp
                 compared.add(kind)
                 if not local(values).cpu().equal(piece.of(wholes[kind][name])):
                     differing.append(f"{kind} of {name}")
-    measured = trainer.validator.measure(engine.main_losses, own(device), engine.mesh.sum_over_ranks)
+    measured = trainer.validator.measure(engine.evaluate, own(device), engine.mesh.sum_over_ranks)
     return Resumed(compared, differing, measured.loss)
 
 

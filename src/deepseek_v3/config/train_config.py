@@ -108,10 +108,14 @@ class BalanceConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Validation: every `interval_steps` steps (0: only at the end), on `tokens` held-out tokens."""
+    """Validation: every `interval_steps` steps (0: only at the end), on `tokens` held-out tokens.
+
+    `mtp_acceptance`: a model with multi-token prediction also counts the drafts that greedy decoding would accept.
+    """
 
     interval_steps: NonNegativeInt = 500
     tokens: PositiveInt = 262_144
+    mtp_acceptance: bool = True
 
 
 class SpikeConfig(Section):

@@ -26,7 +26,7 @@ from deepseek_v3.evaluation.text_sources import check_tokenizer
 from deepseek_v3.model.pretrained import LoadedModel
 from deepseek_v3.training.data import DocumentIds, check_vocabulary
 from deepseek_v3.training.loss import Objective
-from deepseek_v3.training.validation import MixtureValidator, ValidationLoss, ValidationWindows, main_losses
+from deepseek_v3.training.validation import MixtureValidator, ValidationLoss, ValidationWindows, evaluate
 from deepseek_v3.utils.errors import CheckpointError
 from deepseek_v3.utils.logging import get_console
 
@@ -120,9 +120,9 @@ def _trained_blocks(source: TokenSource, number: int, count: int, config: RunCon
 
 def measure_saved(saved: LoadedModel, shards: RunTokens, tokens: int, device: torch.device) -> ValidationLoss:
     """The loss of a saved model on at most `tokens` held-out tokens, measured as in its training run."""
-    evaluation = MixtureValidator(shards, saved.config, tokens)
+    validator = MixtureValidator(shards, saved.config, tokens)
     documents = DocumentIds(shards, saved.config.data.mask_documents)
-    return evaluation.measure(partial(main_losses, Objective(saved.model), documents), device)
+    return validator.measure(partial(evaluate, Objective(saved.model), documents), device)
 
 
 def compare_saved(

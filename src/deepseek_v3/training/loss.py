@@ -2,7 +2,10 @@
 
     total = main + λ · mtp + α · balance + Σ weight · term        (DeepSeek-V3 report, eq. 17, 24 and 25)
 
-Axes: B batch, S sequence, X = S + 1 tokens, D width, L MoE layers, E experts, N loss terms of the config.
+Evaluations also count the drafts of multi-token prediction that generation would accept.
+
+Axes: B batch, S sequence, X = S + 1 tokens, D width, L MoE layers, E experts, N loss terms of the config, K depths
+of multi-token prediction.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 
 from deepseek_v3.model.transformer import DeepSeekV3, HiddenStates
 from deepseek_v3.moe.balance import RoutingStats
-from deepseek_v3.ops.cross_entropy import IGNORED
+from deepseek_v3.ops.cross_entropy import IGNORED, linear_argmax
 from deepseek_v3.training.loss_terms import LossInputs, LossTerm
 
 
@@ -24,7 +27,8 @@ class Losses(NamedTuple):
 
     `mtp`: the mean over prediction depths. `balance`: the sum over layers. `terms_N`: float32, before weighting.
     `counts_LE`: int64, the tokens that each expert of each layer received. A part that the model does not have
-    is 0; without MoE layers `counts_LE` has no rows.
+    is 0; without MoE layers `counts_LE` has no rows. `drafts_BK2`: those of `count_drafts`, only in an evaluation
+    that asks for them.
     """
 
     total: Tensor
@@ -33,6 +37,7 @@ class Losses(NamedTuple):
     balance: Tensor
     terms_N: Tensor
     counts_LE: Tensor
+    drafts_BK2: Tensor | None = None
 
 
 class Objective(nn.Module):
@@ -51,17 +56,28 @@ class Objective(nn.Module):
         documents_BX: Tensor | None = None,
         main_only: bool = False,
         num_targets: Tensor | int | None = None,
+        with_drafts: bool = False,
     ) -> Losses:
         """Computes the losses of `tokens_BX`, int64: the first S tokens are inputs, the last S their targets.
 
         `documents_BX`, int64, are the tokens' document ids: attention and targets then stay inside a document.
-        `main_only` skips multi-token prediction and loss terms. `num_targets`: see `compute_losses`.
+        The other arguments are those of `compute_losses`. The MTP layers run if their losses or drafts need them.
         """
         documents_BS = None if documents_BX is None else documents_BX[:, :-1]
-        states = self.model.hidden_states(tokens_BX[:, :-1], documents_BS, with_mtp=not main_only)
-        terms = () if main_only else self.loss_terms
-        weights = mtp_weight, balance_weight
-        return compute_losses(self.model, states, tokens_BX, *weights, documents_BX, num_targets, terms)
+        with_mtp = with_drafts or not main_only
+        states = self.model.hidden_states(tokens_BX[:, :-1], documents_BS, with_mtp)
+        return compute_losses(
+            self.model,
+            states,
+            tokens_BX,
+            mtp_weight,
+            balance_weight,
+            documents_BX,
+            num_targets,
+            self.loss_terms,
+            main_only=main_only,
+            with_drafts=with_drafts,
+        )
 
 
 def training_losses(
@@ -84,6 +100,9 @@ def compute_losses(
     documents_BX: Tensor | None = None,
     num_targets: Tensor | int | None = None,
     terms: Sequence[LossTerm] = (),
+    *,
+    main_only: bool = False,
+    with_drafts: bool = False,
 ) -> Losses:
     """Computes the losses of the hidden states that a forward pass over `tokens_BX` returned.
 
@@ -91,6 +110,8 @@ def compute_losses(
     eq. 24, the sums of every depth and of every loss term are divided by the number of targets of the main model:
     `num_targets`, by default the number in `tokens_BX`. For gradient accumulation, pass the mean number of targets
     per micro-batch; the mean of the micro-batches' losses is then the mean over all targets of the batch.
+    `main_only` skips the losses of multi-token prediction and the loss terms; `with_drafts` counts the drafts of
+    the MTP layers (`count_drafts`), whose states must then be there.
     """
     if num_targets is None:
         num_targets = tokens_BX[:, 1:].numel() if documents_BX is None else count_targets(documents_BX).clamp(min=1)
@@ -102,7 +123,8 @@ def compute_losses(
 
     main = loss(states.main_BSD, depth=0)
     zero = torch.zeros_like(main)
-    depths = [loss(hidden_BSD, depth) for depth, hidden_BSD in enumerate(states.mtp, start=1)]
+    predictions, terms = ([], ()) if main_only else (states.mtp, terms)
+    depths = [loss(hidden_BSD, depth) for depth, hidden_BSD in enumerate(predictions, start=1)]
     mtp = torch.stack(depths).mean() if depths else zero
     balance = sum_balance_losses(states.routing, zero)
     total = main + mtp_weight * mtp + balance_weight * balance
@@ -119,6 +141,7 @@ def compute_losses(
         balance=balance.detach(),
         terms_N=terms_N.detach(),
         counts_LE=stack_expert_counts(states.routing, model.config.n_routed_experts, tokens_BX.device),
+        drafts_BK2=count_drafts(model, states, tokens_BX, documents_BX) if with_drafts else None,
     )
 
 
@@ -150,3 +173,34 @@ def stack_expert_counts(routing: Sequence[RoutingStats], num_experts: int, devic
 def next_token_loss(model: DeepSeekV3, hidden_BSD: Tensor, targets_BS: Tensor) -> Tensor:
     """The summed cross-entropy of the shared head on `hidden_BSD` over targets that are not IGNORED; 0-d, nats."""
     return model.linear_cross_entropy(hidden_BSD.flatten(0, 1), model.head_weight_VD, targets_BS.flatten())
+
+
+@torch.no_grad()
+def count_drafts(
+    model: DeepSeekV3, states: HiddenStates, tokens_BX: Tensor, documents_BX: Tensor | None = None
+) -> Tensor:
+    """Counts drafts and accepted drafts in each sequence of `tokens_BX`, int64: int64 (B, K, 2).
+
+    `states`: those of a forward pass over `tokens_BX` with its MTP layers. The draft of depth k at position i is
+    the layer's most probable token i + k + 1. It is accepted if the main model, at position i + k, gives the same
+    token the highest probability; of equally probable tokens, both take the lowest id. Every layer reads the true
+    tokens (teacher forcing). As generation discards what follows a rejected draft, depth k > 1 makes a draft only
+    where the drafts of all earlier depths at position i were accepted. With `documents_BX`, as in `compute_losses`,
+    only drafts whose token i + k + 1 belongs to the document of position i count.
+    """
+    main_BS = _most_probable(model, states.main_BSD)
+    length = main_BS.shape[1]
+    accepted_BS = torch.ones_like(main_BS, dtype=torch.bool)
+    counts_BK2 = main_BS.new_zeros(len(main_BS), len(states.mtp), 2)
+    for depth, hidden_BSD in enumerate(states.mtp, start=1):
+        is_target_BS = targets_at(tokens_BX, documents_BX, depth) != IGNORED
+        drafted_BS = accepted_BS[:, : length - depth] & is_target_BS
+        accepted_BS = drafted_BS & (_most_probable(model, hidden_BSD) == main_BS[:, depth:])
+        counts_BK2[:, depth - 1, 0] = drafted_BS.sum(1)
+        counts_BK2[:, depth - 1, 1] = accepted_BS.sum(1)
+    return counts_BK2
+
+
+def _most_probable(model: DeepSeekV3, hidden_BSD: Tensor) -> Tensor:
+    """The most probable token of the shared head at each position: int64 (B, S)."""
+    return linear_argmax(hidden_BSD.flatten(0, 1), model.head_weight_VD).view(hidden_BSD.shape[:2])

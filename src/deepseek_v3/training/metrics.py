@@ -29,7 +29,7 @@ from deepseek_v3.training.loss import Losses
 from deepseek_v3.training.resume_rules import fields_of
 from deepseek_v3.training.schedule import ScheduledStep, TrainingSchedule
 from deepseek_v3.training.throughput import Throughput
-from deepseek_v3.training.validation import ValidationLoss
+from deepseek_v3.training.validation import ValidationLoss, validation_metrics, validation_texts
 from deepseek_v3.utils.errors import DataError, error_chain
 from deepseek_v3.utils.files import atomic_write
 from deepseek_v3.utils.host_copy import HostCopy, Moment
@@ -230,19 +230,10 @@ class MetricsLogger:
 
     def log_validation(self, step_number: int, validation: ValidationLoss, averaged: float | None = None) -> None:
         """Logs the validation loss after a step, and the `averaged` weights' in nats per token if there are any."""
-        record = {"holdout_loss": validation.loss, "holdout_bits_per_byte": validation.bits_per_byte}
-        for name, each in validation.by_source.items():
-            record |= {f"holdout_loss/{name}": each.loss, f"holdout_bits_per_byte/{name}": each.bits_per_byte}
-        record |= {} if averaged is None else {"ema_holdout_loss": averaged}
+        record = validation_metrics(validation) | ({} if averaged is None else {"ema_holdout_loss": averaged})
         self._write(step_number, {"tokens": self._schedule.tokens_after(step_number), **record}, _time())
-        _log.info(
-            f"Held-out loss after step {step_number}: {validation.loss:.4f} nats per token,\n"
-            f"{validation.bits_per_byte:.4f} bits per byte"
-            + "".join(
-                f"\n  {name}: {each.loss:.4f} nats per token, {each.bits_per_byte:.4f} bits per byte"
-                for name, each in validation.by_source.items()
-            )
-        )
+        for text in validation_texts(step_number, validation):
+            _log.info(text)
 
     def log_samples(self, step_number: int, texts: Sequence[str]) -> None:
         """Passes the model's texts, one per prompt of the config, to the trackers."""

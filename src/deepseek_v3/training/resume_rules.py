@@ -53,6 +53,7 @@ RULES: dict[str, Rule] = {
     "training.balance.sequence_loss_weight": Rule.LOGGED,
     "training.evaluation.interval_steps": Rule.LOGGED,
     "training.evaluation.tokens": Rule.LOGGED,
+    "training.evaluation.mtp_acceptance": Rule.FREE,
     "training.max_skipped_steps": Rule.LOGGED,
     "training.spikes.action": Rule.LOGGED,
     "training.spikes.window": Rule.LOGGED,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -292,11 +293,13 @@ class Trainer:
 
     def _measure(self, number: int, reporter: MetricsLogger) -> None:
         """Measures the held-out loss. If the split cannot be read, all ranks save a checkpoint and end the run."""
+        config = self.config
+        with_drafts = config.training.evaluation.mtp_acceptance and config.model.num_nextn_predict_layers > 0
         try:
-            self._validation, averaged = self._held_out_loss(), None
+            self._validation, averaged = self._validate(with_drafts), None
             if self.engine.optimizer.has_averages:
                 with self.engine.averaged_weights():
-                    averaged = self._held_out_loss().loss
+                    averaged = self._validate().loss
         except DataError as error:
             self._failure = error
         else:
@@ -308,9 +311,9 @@ class Trainer:
                     f"{self.state.advice()}"
                 )
 
-    def _held_out_loss(self) -> ValidationLoss:
-        engine, mesh = self.engine, self.mesh
-        return self.validator.measure(engine.main_losses, self.device, mesh.sum_over_ranks, self._group)
+    def _validate(self, with_drafts: bool = False) -> ValidationLoss:
+        evaluate = partial(self.engine.evaluate, with_drafts=with_drafts)
+        return self.validator.measure(evaluate, self.device, self.mesh.sum_over_ranks, self._group)
 
     def _micro_batches(self) -> Iterator[list[tuple[int, int]]]:
         parallel = self.config.parallel

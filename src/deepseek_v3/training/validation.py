@@ -1,4 +1,8 @@
-"""The validation loss: the main model's loss on the hold-out split, which is never trained on."""
+"""Validation on the hold-out split, which is never trained on: the main model's loss, and how often it would accept
+the drafts of the MTP layers.
+
+Axes: G micro-batches, B sequences of a micro-batch, K prediction depths.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +22,7 @@ from deepseek_v3.data.arrays import Int64Array
 from deepseek_v3.data.tokens.loader import TokenLoader, draw_windows
 from deepseek_v3.data.tokens.source import RunTokens, TokenSource, WeightedSource, mean_by_share
 from deepseek_v3.training.data import DocumentIds, token_batches
-from deepseek_v3.training.loss import Objective
+from deepseek_v3.training.loss import Losses, Objective
 from deepseek_v3.utils.errors import DataError
 
 _TOKENS_READ_AT_ONCE = 2**20  # by each rank, between two checks that no rank has failed to read
@@ -25,12 +30,34 @@ _TOKENS_READ_AT_ONCE = 2**20  # by each rank, between two checks that no rank ha
 Batch = Int64Array  # numbers of windows
 
 
+class EvaluatedBatches(NamedTuple):
+    """What one rank finds in its micro-batches, all of the same shape.
+
+    `losses_G`: the summed main loss divided by the number of positions, float32. `drafts_GBK2`: the drafts and the
+    accepted drafts of every sequence and depth, int64, as `count_drafts` counts them; K is 0 if they were not asked
+    for.
+    """
+
+    losses_G: Tensor
+    drafts_GBK2: Tensor
+
+    @classmethod
+    def of(cls, batches: Iterable[tuple[Tensor, Tensor]]) -> EvaluatedBatches:
+        """Stacks the losses, 0-d, and the counts (B, K, 2) of at least one micro-batch."""
+        losses, drafts = zip(*batches, strict=True)
+        return cls(torch.stack(losses), torch.stack(drafts))
+
+
+Evaluate = Callable[[Iterable[Tensor]], EvaluatedBatches]
+
+
 @dataclass(frozen=True)
 class ValidationLoss:
     """The loss in nats per token over `tokens` targets, which encode `num_bytes` bytes of UTF-8 text.
 
     `windows`: the number of windows of the hold-out split that were evaluated. `by_source`: the same of every named
-    source of a mixture.
+    source of a mixture. `mtp_acceptance`: for each prediction depth the share of its drafts that greedy decoding
+    would accept, NaN if there was none; empty if they were not counted.
     """
 
     loss: float
@@ -38,6 +65,7 @@ class ValidationLoss:
     num_bytes: float
     windows: int
     by_source: Mapping[str, ValidationLoss] = field(default_factory=dict)
+    mtp_acceptance: tuple[float, ...] = ()
 
     @property
     def bits_per_byte(self) -> float:
@@ -92,7 +120,7 @@ class ValidationWindows:
 
 
 class Validator:
-    """Computes the main model's loss on `ValidationWindows`.
+    """Computes the main model's loss and the acceptance of the MTP layers' drafts on `ValidationWindows`.
 
     Rank `rank` reads every `ranks`-th batch, starting at batch `rank`.
     """
@@ -114,15 +142,16 @@ class Validator:
 
     def measure(
         self,
-        main_losses: Callable[[Iterable[Tensor]], Tensor],
+        evaluate: Evaluate,
         device: torch.device,
         summed: Callable[[Tensor], Tensor] = lambda values: values,
         group: ProcessGroup | None = None,
     ) -> ValidationLoss:
         """Runs the model over the windows, without changing it, and returns the loss.
 
-        `main_losses` maps batches of tokens to their losses, as `Engine.main_losses` does; `summed` sums a tensor
-        over all ranks.
+        `evaluate` maps batches of tokens to their losses and drafts, as `Engine.evaluate` does; `summed` sums a
+        tensor over all ranks. Drafts are counted in whole numbers, each distinct window once, so that their shares
+        do not depend on the number of ranks.
         Raises DataError on all ranks of `group` if any of them cannot read tokens. All check this before they run
         the model on the next batches, about a million tokens.
         """
@@ -131,20 +160,31 @@ class Validator:
         ]
         weights = iter(self._weights)
         total = torch.zeros((), dtype=torch.float64, device=device)
+        drafts: list[Tensor] = []
         for batches in token_batches(self.windows.read, numbers, device, group):
-            losses = main_losses(batches).double()
-            total += (losses * losses.new_tensor(list(islice(weights, len(losses))))).sum()
+            results = evaluate(batches)
+            losses, own = results.losses_G.double(), list(islice(weights, len(results.losses_G)))
+            total += (losses * losses.new_tensor(own)).sum()
+            drafts.append(_sum_distinct(results.drafts_GBK2, own))
         windows = self.windows
         loss = summed(total).item() * self._length / windows.num_targets
-        return ValidationLoss(loss, windows.num_targets, self._num_bytes, len(windows.numbers))
+        drafts_K2 = torch.stack(drafts).sum(0)
+        return ValidationLoss(
+            loss,
+            windows.num_targets,
+            self._num_bytes,
+            len(windows.numbers),
+            mtp_acceptance=_acceptance(summed(drafts_K2)) if len(drafts_K2) else (),
+        )
 
 
 class MixtureValidator:
-    """Computes the loss of each source of a run, as `Validator` does, and that of the mixture.
+    """Computes the loss and the acceptance of each source of a run, as `Validator` does, and those of the mixture.
 
     `max_tokens` are divided equally among the sources, so that the loss of each is measured equally well. The loss
     of the mixture is the mean of the sources' losses by their shares: what a held-out sample of the training order
-    would have on average. Its bytes follow from the bytes per token of the sources in the same way.
+    would have on average. Its bytes follow from the bytes per token of the sources, and its acceptance from theirs,
+    in the same way.
     """
 
     def __init__(
@@ -157,15 +197,13 @@ class MixtureValidator:
 
     def measure(
         self,
-        main_losses: Callable[[Iterable[Tensor]], Tensor],
+        evaluate: Evaluate,
         device: torch.device,
         summed: Callable[[Tensor], Tensor] = lambda values: values,
         group: ProcessGroup | None = None,
     ) -> ValidationLoss:
         """Measures every source; arguments and errors are those of `Validator.measure`."""
-        return mixed_loss(
-            self._parts, [each.measure(main_losses, device, summed, group) for each in self._validators]
-        )
+        return mixed_loss(self._parts, [each.measure(evaluate, device, summed, group) for each in self._validators])
 
 
 def mixed_loss(parts: Sequence[WeightedSource], losses: Sequence[ValidationLoss]) -> ValidationLoss:
@@ -180,6 +218,47 @@ def mixed_loss(parts: Sequence[WeightedSource], losses: Sequence[ValidationLoss]
         num_bytes=tokens * bytes_per_token,
         windows=sum(each.windows for each in losses),
         by_source={part.name: each for part, each in zip(parts, losses, strict=True)},
+        mtp_acceptance=tuple(
+            mean_by_share(parts, shares) for shares in zip(*(each.mtp_acceptance for each in losses), strict=True)
+        ),
+    )
+
+
+def validation_metrics(validation: ValidationLoss) -> dict[str, float]:
+    """The metrics by name; those of a source of a mixture end with `/NAME`."""
+    record = _metrics(validation)
+    for name, each in validation.by_source.items():
+        record |= {f"{metric}/{name}": value for metric, value in _metrics(each).items()}
+    return record
+
+
+def validation_texts(step: int, validation: ValidationLoss) -> Iterator[str]:
+    """The messages to log after a step: the loss and, if drafts were counted, the shares that would be accepted."""
+    yield (
+        f"Held-out loss after step {step}: {validation.loss:.4f} nats per token,\n"
+        f"{validation.bits_per_byte:.4f} bits per byte"
+        + "".join(
+            f"\n  {name}: {each.loss:.4f} nats per token, {each.bits_per_byte:.4f} bits per byte"
+            for name, each in validation.by_source.items()
+        )
+    )
+    if validation.mtp_acceptance:
+        yield f"MTP drafts accepted: {_shares(validation)}" + "".join(
+            f"\n  {name}: {_shares(each)}" for name, each in validation.by_source.items()
+        )
+
+
+def _metrics(validation: ValidationLoss) -> dict[str, float]:
+    losses = {"holdout_loss": validation.loss, "holdout_bits_per_byte": validation.bits_per_byte}
+    shares = enumerate(validation.mtp_acceptance, start=1)
+    return losses | {f"holdout_mtp_acceptance_{depth}": share for depth, share in shares}
+
+
+def _shares(validation: ValidationLoss) -> str:
+    """`63.1% (depth 1), 40.2% (depth 2)`; `no drafts` for a depth without any."""
+    return ", ".join(
+        f"{'no drafts' if math.isnan(share) else f'{share:.1%}'} (depth {depth})"
+        for depth, share in enumerate(validation.mtp_acceptance, start=1)
     )
 
 
@@ -196,19 +275,35 @@ def _batches(windows: Batch, size: int) -> Iterator[tuple[Batch, int]]:
         windows = windows[different:]
 
 
+def _sum_distinct(drafts_GBK2: Tensor, weights: Sequence[int]) -> Tensor:
+    """Sums the counts of batches with `weights[g]` distinct windows, as `_batches` yields them: int64 (K, 2)."""
+    size = drafts_GBK2.shape[1]
+    counts = [[weight > 0 and row % (size // weight) == 0 for row in range(size)] for weight in weights]
+    return drafts_GBK2[torch.tensor(counts, device=drafts_GBK2.device)].sum(0)
+
+
+def _acceptance(drafts_K2: Tensor) -> tuple[float, ...]:
+    """The share of drafts that were accepted, for each depth; NaN for a depth without drafts."""
+    return tuple(accepted / drafted if drafted else math.nan for drafted, accepted in drafts_K2.tolist())
+
+
 @torch.no_grad()
-def main_losses(objective: Objective, documents: DocumentIds, batches: Iterable[Tensor]) -> Tensor:
-    """For each micro-batch the summed main loss divided by the number of positions: float32 (batches,)."""
-    return torch.stack(
-        [
-            objective(
-                tokens_BX,
-                0.0,
-                0.0,
-                documents(tokens_BX),
-                main_only=True,
-                num_targets=tokens_BX[:, 1:].numel(),
-            ).main
-            for tokens_BX in batches
-        ]
-    )
+def evaluate(
+    objective: Objective, documents: DocumentIds, batches: Iterable[Tensor], with_drafts: bool = False
+) -> EvaluatedBatches:
+    """Computes the main losses of micro-batches and, `with_drafts`, counts the drafts of the MTP layers."""
+
+    def evaluated(tokens_BX: Tensor) -> tuple[Tensor, Tensor]:
+        losses: Losses = objective(
+            tokens_BX,
+            0.0,
+            0.0,
+            documents(tokens_BX),
+            main_only=True,
+            num_targets=tokens_BX[:, 1:].numel(),
+            with_drafts=with_drafts,
+        )
+        drafts_BK2 = losses.drafts_BK2
+        return losses.main, tokens_BX.new_zeros(len(tokens_BX), 0, 2) if drafts_BK2 is None else drafts_BK2
+
+    return EvaluatedBatches.of(evaluated(tokens_BX) for tokens_BX in batches)

@@ -80,12 +80,15 @@ def test_metrics_have_the_loss_of_every_source(run: Path, whole: Path) -> None:
         losses = [record[f"holdout_loss/{name}"] for name in ("code", "words")]
         assert record["holdout_loss"] == pytest.approx(0.75 * losses[0] + 0.25 * losses[1])
         assert losses[0] != losses[1]
+        shares = [record[f"holdout_mtp_acceptance_1/{name}"] for name in ("code", "words")]
+        assert record["holdout_mtp_acceptance_1"] == pytest.approx(0.75 * shares[0] + 0.25 * shares[1])
+        assert shares[0] != shares[1]
     last, tokens = measured[-1], open_tokens(config)
     trainer = Trainer(config, CPU, str(whole))
     found = []
     for part in tokens.parts:
         alone = Validator(part.source, config, config.training.evaluation.tokens // 2)
-        found.append(alone.measure(trainer.engine.main_losses, CPU))
+        found.append(alone.measure(trainer.engine.evaluate, CPU))
         assert last[f"holdout_loss/{part.name}"] == pytest.approx(found[-1].loss)
         assert last[f"holdout_bits_per_byte/{part.name}"] == pytest.approx(found[-1].bits_per_byte)
     bytes_per_token = sum(w * each.num_bytes / each.tokens for w, each in zip((0.75, 0.25), found, strict=True))

@@ -16,7 +16,7 @@ from deepseek_v3.config.train_config import RunConfig
 from deepseek_v3.data.tokens.index import CorpusOptions
 from deepseek_v3.data.tokens.shards import ShardWriter, TokenShards
 from deepseek_v3.data.tokens.tokenizer import Tokenizer
-from deepseek_v3.training.validation import ValidationLoss, ValidationWindows, Validator
+from deepseek_v3.training.validation import EvaluatedBatches, ValidationLoss, ValidationWindows, Validator
 from deepseek_v3.utils.errors import DataError
 from helpers.runs import write_run
 
@@ -50,25 +50,31 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 def measured(
     shards: TokenShards, config: RunConfig, tokens: int, micro_batch: int, ranks: int = 1
 ) -> ValidationLoss:
-    """Measures a made-up loss that differs from window to window, over ranks one after another."""
+    """Measures a made-up loss and drafts that differ from window to window, over ranks one after another."""
     parallel = config.parallel.model_copy(update={"micro_batch_size": micro_batch})
     config = config.model_copy(update={"parallel": parallel})
     shapes = set()
-    sums = []
+    sums: dict[torch.dtype, Tensor] = {}
 
-    def losses(batches: list[Tensor]) -> Tensor:
+    def evaluate(batches: list[Tensor]) -> EvaluatedBatches:
         batches = list(batches)
         shapes.update(batch.shape for batch in batches)
-        return torch.stack([batch[:, 1:].double().square().mean() for batch in batches])
+        return EvaluatedBatches.of((batch[:, 1:].double().square().mean(), drafts_of(batch)) for batch in batches)
 
     def summed(values: Tensor) -> Tensor:
-        sums.append(values)
-        return torch.stack(sums).sum(0)
+        sums[values.dtype] = sums.get(values.dtype, 0) + values
+        return sums[values.dtype]
 
     for rank in range(ranks):
-        found = Validator(shards, config, tokens, rank, ranks).measure(losses, CPU, summed)
+        found = Validator(shards, config, tokens, rank, ranks).measure(evaluate, CPU, summed)
     assert shapes == {(micro_batch, config.training.sequence_length + 1)}
     return found
+
+
+def drafts_of(windows_BX: Tensor) -> Tensor:
+    """Made-up counts of three depths, (B, 3, 2), that differ between windows; the last depth has no drafts."""
+    drafted_BK = windows_BX[:, :3] * torch.tensor([2, 1, 0])
+    return torch.stack([drafted_BK, drafted_BK // 3], -1)
 
 
 def test_windows_are_drawn_from_every_source(shards: TokenShards) -> None:
@@ -104,6 +110,10 @@ def test_layouts_measure_the_same_windows(
     found = measured(shards, config, 23 * 32, micro_batch, ranks)
     assert (found.tokens, found.num_bytes) == (expected.tokens, expected.num_bytes)
     assert found.loss == pytest.approx(expected.loss)
+    windows = ValidationWindows(shards, 32, 23 * 32)
+    totals = drafts_of(torch.from_numpy(windows.read(windows.numbers))).sum(0).tolist()
+    shares = [accepted / drafted for drafted, accepted in totals[:2]]
+    assert found.mtp_acceptance == pytest.approx([*shares, math.nan], abs=0, nan_ok=True)
 
 
 @pytest.mark.parametrize(("micro_batch", "ranks"), [(1, 1), (3, 1), (4, 3)])
@@ -118,16 +128,18 @@ def test_masked_documents_begin_with_no_target(
     config = config.model_copy(update={"parallel": parallel, "data": data})
     sums = []
 
-    def losses(batches: list[Tensor]) -> Tensor:
+    def evaluate(batches: list[Tensor]) -> EvaluatedBatches:
         counted = [(batch[:, 1:].double().square() * (batch[:, :-1] != end)).mean() for batch in batches]
-        return torch.stack(counted)
+        return EvaluatedBatches(
+            torch.stack(counted), torch.zeros(len(counted), micro_batch, 0, 2, dtype=torch.int64)
+        )
 
     def summed(values: Tensor) -> Tensor:
         sums.append(values)
         return torch.stack(sums).sum(0)
 
     for rank in range(ranks):
-        found = Validator(shards, config, 10**6, rank, ranks).measure(losses, CPU, summed)
+        found = Validator(shards, config, 10**6, rank, ranks).measure(evaluate, CPU, summed)
 
     windows = np.concatenate(list(ValidationWindows(shards, 32, 10**6).blocks()))
     targets = windows[:, 1:][windows[:, :-1] != end]

@@ -20,7 +20,7 @@ from deepseek_v3.training.parallel.mesh import ParallelMesh
 from deepseek_v3.training.parallel.parallelize import build_model
 from deepseek_v3.training.parallel.sharding import GlobalGradNorm, local_shards
 from deepseek_v3.training.schedule import ScheduledStep
-from deepseek_v3.training.validation import main_losses
+from deepseek_v3.training.validation import EvaluatedBatches, evaluate
 
 
 class DataParallelEngine(Engine):
@@ -60,5 +60,5 @@ class DataParallelEngine(Engine):
     def _roots(self) -> Sequence[nn.Module]:
         return [self.objective]
 
-    def main_losses(self, batches: Iterable[Tensor]) -> Tensor:
-        return main_losses(self.objective, self._documents, batches)
+    def evaluate(self, batches: Iterable[Tensor], with_drafts: bool = False) -> EvaluatedBatches:
+        return evaluate(self.objective, self._documents, batches, with_drafts)

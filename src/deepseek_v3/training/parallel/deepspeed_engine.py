@@ -35,7 +35,7 @@ from deepseek_v3.training.parallel.mesh import ParallelMesh
 from deepseek_v3.training.parallel.parallelize import build_on_meta
 from deepseek_v3.training.parallel.sharding import as_dtensor
 from deepseek_v3.training.schedule import ScheduledStep
-from deepseek_v3.training.validation import main_losses
+from deepseek_v3.training.validation import EvaluatedBatches, evaluate
 from deepseek_v3.utils.errors import ConfigError
 from deepseek_v3.utils.logging import get_logger
 
@@ -127,8 +127,8 @@ class DeepSpeedEngine(Engine):
         self.optimizer.after_step()
         return norm()
 
-    def main_losses(self, batches: Iterable[Tensor]) -> Tensor:
-        return main_losses(self.objective, self._documents, batches)
+    def evaluate(self, batches: Iterable[Tensor], with_drafts: bool = False) -> EvaluatedBatches:
+        return evaluate(self.objective, self._documents, batches, with_drafts)
 
     def state(self) -> dict[str, Any]:
         """Returns copies in CPU memory, sharded by rows; all ranks gather one parameter at a time."""

@@ -19,6 +19,7 @@ from deepseek_v3.training.parallel.fsdp import fsdp_modules
 from deepseek_v3.training.parallel.mesh import ParallelMesh
 from deepseek_v3.training.parallel.sharding import as_global, local_shards
 from deepseek_v3.training.schedule import ScheduledStep
+from deepseek_v3.training.validation import EvaluatedBatches
 
 
 class StepResult(NamedTuple):
@@ -80,11 +81,11 @@ class Engine(ABC):
         return norm
 
     @abstractmethod
-    def main_losses(self, batches: Iterable[Tensor]) -> Tensor:
-        """For each micro-batch the summed main loss divided by the number of positions: float32 (batches,).
+    def evaluate(self, batches: Iterable[Tensor], with_drafts: bool = False) -> EvaluatedBatches:
+        """Runs the main model on micro-batches, with its MTP layers if their drafts are to be counted.
 
-        Computes no gradients. All ranks must pass the same number of micro-batches; on ranks without the head the
-        losses are 0.
+        Computes no gradients and changes nothing. All ranks must pass the same number of micro-batches, of one
+        shape; on ranks without the head all losses and counts are 0.
         """
 
     def state(self) -> dict[str, Any]:
@@ -175,7 +176,8 @@ class Engine(ABC):
 
 def mean_losses(parts: Sequence[Losses]) -> Losses:
     """The mean losses of micro-batches of equal size, and the sums of their expert counts."""
-    total, main, mtp, balance, terms, counts = (torch.stack(values) for values in zip(*parts, strict=True))
+    *values, _ = zip(*parts, strict=True)  # drafts are counted in evaluations only
+    total, main, mtp, balance, terms, counts = map(torch.stack, values)
     return Losses(total.mean(), main.mean(), mtp.mean(), balance.mean(), terms.mean(0), counts.sum(0))
 
 

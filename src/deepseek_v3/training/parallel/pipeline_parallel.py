@@ -38,6 +38,7 @@ from deepseek_v3.training.parallel.mesh import ParallelMesh
 from deepseek_v3.training.parallel.parallelize import build_model
 from deepseek_v3.training.parallel.sharding import GlobalGradNorm, local_shards
 from deepseek_v3.training.schedule import ScheduledStep
+from deepseek_v3.training.validation import EvaluatedBatches
 
 _SCHEDULES = {
     "1f1b": Schedule1F1B,
@@ -71,7 +72,7 @@ class ModelStage(nn.Module):
         self.mtp_weight = self.balance_weight = 0.0
         self.share = 1.0
         self.num_targets: Tensor | int | None = None
-        self.main_only = False
+        self.main_only = self.with_drafts = False
         self.found: list[Losses] = []
 
     def forward(self, x: Tensor, *, tokens_BX: Tensor) -> Tensor:
@@ -93,7 +94,7 @@ class ModelStage(nn.Module):
             self.found.append(Losses(total.detach(), zero, zero, balance.detach(), terms_N, counts))
             return _AddLossGradient.apply(x_BSD, self.share * total) if total.requires_grad else x_BSD
         states = HiddenStates(self.model.model.norm(x_BSD), [], routing)
-        if not self.main_only and self.model.config.num_nextn_predict_layers:
+        if (self.with_drafts or not self.main_only) and self.model.config.num_nextn_predict_layers:
             mtp, more = self.model.run_mtp(states.main_BSD, self.model.embed(inputs_BS), metadata)
             states = HiddenStates(states.main_BSD, mtp, routing + more)
         losses = compute_losses(
@@ -104,7 +105,9 @@ class ModelStage(nn.Module):
             self.balance_weight,
             documents_BX,
             self.num_targets,
-            () if self.main_only else self.loss_terms,
+            self.loss_terms,
+            main_only=self.main_only,
+            with_drafts=self.with_drafts,
         )
         self.found.append(losses._replace(total=losses.total.detach()))
         return self.share * losses.total.view(1)
@@ -186,24 +189,25 @@ class PipelineEngine(Engine):
         return _join_stages([mean_losses(losses) for losses in found])
 
     @torch.no_grad()
-    def main_losses(self, batches: Iterable[Tensor]) -> Tensor:
-        return torch.stack([self._main_loss(tokens_BX) for tokens_BX in batches])
+    def evaluate(self, batches: Iterable[Tensor], with_drafts: bool = False) -> EvaluatedBatches:
+        return EvaluatedBatches.of([self._evaluate(tokens_BX, with_drafts) for tokens_BX in batches])
 
-    def _main_loss(self, tokens_BX: Tensor) -> Tensor:
+    def _evaluate(self, tokens_BX: Tensor, with_drafts: bool) -> tuple[Tensor, Tensor]:
         """Runs one micro-batch forward through all stages, without a schedule: V schedules need a backward pass."""
         states = tokens_BX
         for number, stage in zip(self._numbers, self._stages, strict=True):
-            stage.main_only, stage.num_targets = True, tokens_BX[:, 1:].numel()
+            stage.main_only, stage.with_drafts, stage.num_targets = True, with_drafts, tokens_BX[:, 1:].numel()
             if number > 0 and number - 1 not in self._numbers:
-                size, length = tokens_BX.shape
-                states = torch.empty(
-                    size, length - 1, self.config.hidden_size, dtype=stage.model.compute_dtype, device=self._device
-                )
+                shape = (*tokens_BX[:, 1:].shape, self.config.hidden_size)
+                states = torch.empty(shape, dtype=stage.model.compute_dtype, device=self._device)
                 dist.recv(states, self._rank_of(number - 1))
             states = stage(states, tokens_BX=tokens_BX)
             if number + 1 < self._total and number + 1 not in self._numbers:
                 dist.send(states, self._rank_of(number + 1))
-        return self._stages[-1].found.pop().main
+        losses = self._stages[-1].found.pop()
+        depths = self.config.num_nextn_predict_layers if with_drafts else 0
+        zeros_BK2 = tokens_BX.new_zeros(len(tokens_BX), depths, 2)
+        return losses.main, zeros_BK2 if losses.drafts_BK2 is None else losses.drafts_BK2
 
     def _rank_of(self, number: int) -> int:
         """The rank of this pipeline that runs stage `number`."""
@@ -214,7 +218,7 @@ class PipelineEngine(Engine):
     def _run(self, batches: Sequence[Tensor]) -> list[list[Losses]]:
         """Runs forward and backward passes; returns for each stage of this rank the losses of each micro-batch."""
         for stage in self._stages:
-            stage.main_only = False
+            stage.main_only = stage.with_drafts = False
             stage.found.clear()
         tokens = torch.cat(list(batches))
         first = [tokens] if self._stages[0].is_first else []
@@ -335,7 +339,7 @@ def _given_loss(output: Tensor, target: Tensor) -> Tensor:  # noqa: ARG001 -- th
 
 def _join_stages(losses: Sequence[Losses]) -> Losses:
     """Adds the losses of the stages of one rank, and concatenates their expert counts."""
-    total, main, mtp, balance, terms, counts = zip(*losses, strict=True)
+    total, main, mtp, balance, terms, counts, _ = zip(*losses, strict=True)
     return Losses(
         total=torch.stack(total).sum(),
         main=torch.stack(main).sum(),
