@@ -111,6 +111,7 @@ class Engine(ABC):
 
     def finish_loading(self, state: dict[str, Any], num_steps: int) -> None:  # noqa: ARG002
         """Applies the `state` of `state_to_load`, which a checkpoint of `num_steps` updates has filled."""
+        self._free_gathered()
         self.optimizer.num_steps = num_steps
 
     @contextmanager
@@ -126,13 +127,18 @@ class Engine(ABC):
             self._swap_averages()
 
     def _swap_averages(self) -> None:
+        self._free_gathered()
+        self.optimizer.swap_averages()
+
+    def _free_gathered(self) -> None:
+        """Lets FSDP gather weights anew, as it must when they have changed outside of a step.
+
+        An evaluation without the MTP layers prefetches the first one's; only finished gathers can be freed.
+        """
         for root in self._roots():
             for unit in fsdp_modules(root):
-                # Or it would compute with the weights that it has gathered before, or has prefetched and not used:
-                # an evaluation without the MTP layers prefetches the first one. Only finished gathers can be freed.
                 unit.unshard()
                 unit.reshard()
-        self.optimizer.swap_averages()
 
     def _roots(self) -> Sequence[nn.Module]:
         """The outermost modules of this rank, which FSDP wraps."""
