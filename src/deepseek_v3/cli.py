@@ -108,6 +108,15 @@ def _watch() -> Any:
     return watch
 
 
+@_command(
+    "torture", "Kill, stop and damage real training runs, and check that each goes on without losing anything."
+)
+def _torture() -> Any:
+    from deepseek_v3.training.torture.command import torture
+
+    return torture
+
+
 @_command("generate", "Continue text with a trained model.")
 def _generate() -> Any:
     from deepseek_v3.inference.generate import generate

@@ -20,6 +20,7 @@ from deepseek_v3.data.tokens.source import RunTokens
 from deepseek_v3.data.tokens.tokenize_corpus import tokenize_corpus
 from deepseek_v3.utils.distributed.collectives import run_on_all_ranks
 from deepseek_v3.utils.errors import DataError
+from deepseek_v3.utils.fault_points import reach
 from deepseek_v3.utils.logging import get_logger
 
 Item = TypeVar("Item")
@@ -80,7 +81,11 @@ def token_batches(
         tokens = torch.from_numpy(batch)
         return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens
 
-    with closing(prefetch(lambda group: [read(item) for item in group], groups)) as ahead:
+    def read_group(group: Sequence[Item]) -> list[Int64Array]:
+        reach("data")
+        return [read(item) for item in group]
+
+    with closing(prefetch(read_group, groups)) as ahead:
         while (batches := run_on_all_ranks(ranks, lambda: next(ahead, None))) is not None:
             yield map(on_device, batches)
 

@@ -36,6 +36,7 @@ from deepseek_v3.training.validation import MixtureValidator, ValidationLoss
 from deepseek_v3.training.warm_start import WarmStart
 from deepseek_v3.utils.distributed.collectives import run_on_all_ranks
 from deepseek_v3.utils.errors import DataError, TrainingError
+from deepseek_v3.utils.fault_points import reach
 from deepseek_v3.utils.redaction import redact
 from deepseek_v3.utils.trackers.select_trackers import check_trackers
 
@@ -185,6 +186,7 @@ class Trainer:
                 self._step_begins(step.number)
             with self._profiler.step(step.number):
                 result = self._train_step(step, tokens)
+                reach("step")
                 self._steps_done = step.number
                 tokens = self._next(batches, stop)
                 stopping = stop.should_stop()

@@ -22,6 +22,7 @@ from contextlib import contextmanager, suppress
 from itertools import chain, count
 from pathlib import Path
 
+from deepseek_v3.utils.fault_points import reach
 from deepseek_v3.utils.redaction import redact
 
 _CHUNK_BYTES = 1 << 22
@@ -109,7 +110,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
         yield partial
         with partial.open("rb") as file:
             os.fsync(file.fileno())
+        reach("rename")
         partial.replace(path)
+        reach("renamed")
         fsync_directory(path.parent)
     finally:
         partial.unlink(missing_ok=True)
@@ -214,7 +217,9 @@ def publish_folder(folder: Path) -> None:
     fsync_directory(partial)
     if folder.is_dir():
         folder.rename(replaced)
+    reach("rename")
     partial.rename(folder)
+    reach("renamed")
     fsync_directory(folder.parent)
     if replaced.is_dir():
         _delete(replaced, folder)
@@ -249,6 +254,7 @@ def _delete(entry: Path, folder: Path) -> None:
     outdated = _hidden(folder, "outdated")
     remove_entry(outdated)
     entry.rename(outdated)
+    reach("remove")
     shutil.rmtree(outdated)
 
 

@@ -76,7 +76,8 @@ def hold_lock(path: Path, subject: Path, advice: str, *, shared: bool = False) -
         released.set()
         toucher.join()
         if not shared or _is_last_holder(descriptor):
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # the error of a folder that became read-only is that of the work in it
+                path.unlink()
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_UN)  # also releases it in worker processes forked under the lock
         os.close(descriptor)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import resource
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from io import FileIO
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,6 +22,7 @@ from tensorboard.summary.writer import event_file_writer
 from torch.utils.tensorboard import SummaryWriter
 
 from deepseek_v3.utils.errors import DataError
+from deepseek_v3.utils.fault_points import reach
 from deepseek_v3.utils.files import atomic_write
 from deepseek_v3.utils.logging import get_logger
 from deepseek_v3.utils.trackers.tracker import scalars
@@ -86,8 +89,8 @@ class MetricsWriter:
 
     A run that resumes from the checkpoint of `resume_step` drops the records of later steps, so that both read like
     one uninterrupted run. A new run (`resume_step=None`) renames the metrics of a previous run in the same folder
-    to `metrics.<n>.jsonl`. Raises DataError if `directory` cannot be written, or if a line of the file to continue
-    is not a record.
+    to `metrics.<n>.jsonl`. Lines of the file to continue that are damaged are left out, and the file as it was is
+    kept under such a name, too. Raises DataError if `directory` cannot be written.
 
     A write that fails later does not end the run: the failure is logged once, and so is the recovery. Until the
     recovery, records wait in memory; those of TensorBoard are lost.
@@ -124,6 +127,7 @@ class MetricsWriter:
         record = {"step": step, **numbers, **(more or {})}
         self._unwritten += json.dumps(record, allow_nan=False).encode() + b"\n"
         try:
+            reach("metrics")
             self._append()
             if self._is_failing:
                 self._recover(step)
@@ -190,20 +194,23 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     Raises DataError if the file cannot be read or another line is not a record.
     """
+    records, damaged = _read_records(path)
+    if damaged:
+        raise DataError(
+            f'{path}:{damaged[0]}: is not a record such as {{"step": 1, "loss": 2.5}}; remove this line'
+        )
+    return records
+
+
+def _read_records(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The records of a metrics file, and the numbers of the lines before the last one that are none."""
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}; expected the metrics.jsonl of a run") from error
-    records = []
-    for number, line in enumerate(lines, start=1):
-        record = _parse_record(line)
-        if record is not None:
-            records.append(record)
-        elif number < len(lines):
-            raise DataError(
-                f'{path}:{number}: is not a record such as {{"step": 1, "loss": 2.5}}; remove this line'
-            )
-    return records
+    parsed = [_parse_record(line) for line in lines]
+    damaged = [number for number, record in enumerate(parsed[:-1], start=1) if record is None]
+    return [record for record in parsed if record is not None], damaged
 
 
 def _parse_record(line: bytes) -> dict[str, Any] | None:
@@ -233,18 +240,30 @@ def _report_thread_failure(
 
 
 def _drop_after(path: Path, step: int) -> None:
-    kept = [record for record in read_metrics(path) if record["step"] <= step]
+    """Keeps the records up to `step`, and a copy of a damaged file: a log is no reason for a run to stop."""
+    records, damaged = _read_records(path)
+    if damaged:
+        copy = _unused_name(path)
+        shutil.copyfile(path, copy)
+        _log.warning(
+            f"{path}: line {damaged[0]} is damaged and left out; the file as it was is kept as {copy.name}"
+        )
+    kept = [record for record in records if record["step"] <= step]
     with atomic_write(path) as partial:
         partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
 
 
 def set_aside(path: Path) -> None:
     """Renames NAME.jsonl of a previous run to the first free NAME.<n>.jsonl. Raises OSError."""
-    number = 1
-    while (kept := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
-        number += 1
+    kept = _unused_name(path)
     path.rename(kept)
     _log.info("%s holds the %s of a previous run; kept as %s", path, path.stem, kept.name)
+
+
+def _unused_name(path: Path) -> Path:
+    """The first free NAME.<n>.jsonl."""
+    names = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in count(1))
+    return next(name for name in names if not name.exists())
 
 
 def _without_infinities(value: float | list[float]) -> float | list[float | None] | None:

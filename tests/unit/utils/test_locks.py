@@ -63,6 +63,21 @@ def test_an_error_in_the_block_releases_the_lock(tmp_path: Path) -> None:
     take(tmp_path)
 
 
+def test_a_folder_that_became_read_only_hides_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    def fail() -> None:
+        with hold_lock(tmp_path / ".lock", tmp_path, ADVICE):
+            monkeypatch.setattr(Path, "unlink", refuse)
+            raise DataError("the work failed")
+
+    with pytest.raises(DataError, match="the work failed"):
+        fail()
+    monkeypatch.undo()
+    take(tmp_path)  # the file that stays holds no lock
+
+
 def test_shared_locks_exclude_only_exclusive_ones(tmp_path: Path) -> None:
     with hold_lock(tmp_path / ".lock", tmp_path, ADVICE, shared=True):
         take(tmp_path, shared=True)

@@ -133,15 +133,18 @@ def test_zeros_after_a_power_failure_are_dropped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", ["{broken", "[1, 2]", '{"loss": 1.0}', '{"step": null}'])
-def test_damage_inside_the_file_is_named_and_left(line: str, tmp_path: Path) -> None:
+def test_damage_inside_the_file_is_named_and_kept(
+    line: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
     before = path.read_bytes()
     with pytest.raises(DataError, match=r"metrics\.jsonl:2: is not a record"):
         read_metrics(path)
-    with pytest.raises(DataError):
-        MetricsWriter(tmp_path, tensorboard=False, resume_step=3)
-    assert path.read_bytes() == before
+    write_steps(tmp_path, range(4, 5), resume_step=3)
+    assert recorded_steps(tmp_path) == [1, 3, 4]
+    assert (tmp_path / "metrics.1.jsonl").read_bytes() == before
+    assert "line 2 is damaged and left out; the file as it was is kept as metrics.1.jsonl" in caplog.text
 
 
 def test_missing_metrics_are_named(tmp_path: Path) -> None:

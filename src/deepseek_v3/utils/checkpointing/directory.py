@@ -21,6 +21,7 @@ from deepseek_v3.utils.checkpointing.single_file import load_file
 from deepseek_v3.utils.checkpointing.single_file import save_file as save_checkpoint
 from deepseek_v3.utils.checkpointing.state_dict import unflatten
 from deepseek_v3.utils.errors import CheckpointError
+from deepseek_v3.utils.fault_points import reach
 from deepseek_v3.utils.files import remove_folder
 from deepseek_v3.utils.logging import get_logger
 
@@ -108,6 +109,7 @@ class CheckpointDirectory:
         outdated = [path for path in older if not self.keeps_for_ever(path)]
         other_form = [path for path in found if _step_of(path) == step and path.name != complete.name]
         for path in outdated + other_form:
+            reach("remove")
             try:
                 remove_checkpoint(path)
             except OSError as error:

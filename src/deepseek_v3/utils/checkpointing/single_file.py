@@ -28,6 +28,7 @@ from deepseek_v3.utils.checkpointing.errors import (
     write_error,
 )
 from deepseek_v3.utils.errors import CheckpointError
+from deepseek_v3.utils.fault_points import reach
 from deepseek_v3.utils.files import atomic_write, sha256_of_file
 
 _COMMENT_BYTES = len("sha256:") + 64
@@ -52,6 +53,7 @@ def save_file(path: Path, state: dict[str, Any]) -> None:
         with atomic_write(path) as partial:
             with partial.open("wb") as file:
                 torch.save(state, file)
+            reach("save")
             _append_checksum(partial)
     except (OSError, RuntimeError) as error:
         # After a failed write torch's archive writer raises a RuntimeError, whose context is the OSError.

@@ -32,6 +32,7 @@ from deepseek_v3.utils.checkpointing.errors import write_error
 from deepseek_v3.utils.checkpointing.index import Chunk, Index, StoredFile, StoredTensor, chunk_name
 from deepseek_v3.utils.checkpointing.safetensors_file import DTYPE_NAMES, write_tensor_file
 from deepseek_v3.utils.errors import CheckpointError
+from deepseek_v3.utils.fault_points import reach
 from deepseek_v3.utils.files import partial_folder, publish_folder, remove_leftovers
 
 
@@ -105,6 +106,7 @@ class DcpWriter(StorageWriter):
         try:
             self.partial.mkdir(exist_ok=True)  # a network file system may not show it to this host yet
             num_bytes, sha256, begins = write_tensor_file(self.partial / name, tensors)
+            reach("save")
         except OSError as error:
             raise write_error(self.folder / name, error) from None
         chunks = [
