@@ -9,11 +9,12 @@ TensorBoard and the trackers under that name. A value that is known on the host,
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,8 +118,9 @@ class MetricsLogger:
     """Logs the metrics of one run; a context manager that holds its files, its trackers and the live display.
 
     `first_step`: the first step to be trained; metrics on disk from that step on are removed. Exactly one rank
-    `writes` metrics and shows progress. Leaving the block tells the trackers how the run ended: it has finished
-    after `log_end`, has failed after `fail` or with an error, and was stopped otherwise.
+    `writes` metrics and shows progress. `judge` is called with the step and the values of every record. Leaving the
+    block tells the trackers how the run ended: it has finished after `log_end`, has failed after `fail` or with an
+    error, and was stopped otherwise.
     """
 
     def __init__(
@@ -129,6 +131,7 @@ class MetricsLogger:
         compute_dtype: torch.dtype,
         first_step: int,
         writes: bool = True,
+        judge: Callable[[int, Mapping[str, Any]], None] = lambda *_: None,
     ) -> None:
         self._config, self._schedule, self._device = config, schedule, device
         self._active = count_active_parameters(config.model)
@@ -137,7 +140,7 @@ class MetricsLogger:
             peak_bfloat16_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         )
         self._cache_metrics = _cache_bytes_per_token(config, compute_dtype)
-        self._first_step, self._writes = first_step, writes
+        self._first_step, self._writes, self._judge = first_step, writes, judge
         interval = config.logging.interval_steps
         self._load_interval = interval * -(-schedule.total_steps // (interval * _MOST_LOADS))
         self._status = Status.STOPPED
@@ -203,14 +206,8 @@ class MetricsLogger:
         steps_per_second, tokens_per_second = report.lap.rates()
         speed = self._speed(tokens_per_second)
         progress = {"tokens": tokens, "tokens_per_parameter": tokens / self._active}
-        record: StepMetrics = {
-            **progress,
-            "learning_rate": step.learning_rate,
-            **metrics,
-            **speed,
-            "memory_bytes": memory,
-        }
-        record |= {"skipped_steps": skipped, **self._cache_metrics}
+        record: StepMetrics = {**progress, "learning_rate": step.learning_rate, **metrics, **speed}
+        record |= {"memory_bytes": memory, "skipped_steps": skipped, **self._cache_metrics}
         self._write(step.number, record, self._time_and_load(step.number, counts))
         total = self._schedule.total_steps
         status = f"loss {loss:.4f} {tokens_per_second:,.0f} tokens/s"
@@ -254,6 +251,7 @@ class MetricsLogger:
     def _write(self, step_number: int, record: StepMetrics, more: Mapping[str, float | str] | None = None) -> None:
         self._writer.write(step_number, record, more)
         self._trackers.log_scalars(step_number, record)
+        self._judge(step_number, record)
 
     def _time_and_load(self, number: int, counts: list[float]) -> dict[str, float | str]:
         """The moment, and if it is due the load of every expert from its tokens, layer after layer."""

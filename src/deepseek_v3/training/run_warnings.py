@@ -1,8 +1,12 @@
-"""Warns, at the start of a run, of settings that are allowed but rarely intended."""
+"""Warns of what a run seldom means to do: at its start of its settings, and while it trains of its figures."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from statistics import median
+from typing import Any
 
 from deepseek_v3.config.data_config import CorpusConfig
 from deepseek_v3.config.parallel_config import ParallelConfig
@@ -15,6 +19,26 @@ from deepseek_v3.utils.text import format_value
 
 MOST_EPOCHS = 4  # repeated text trains nearly as well as fresh text up to here (Muennighoff et al. 2023, §6)
 LEAST_OF_VOCABULARY, PADDING = 0.9, 128  # rounding a vocabulary up for speed leaves fewer ids unused
+
+LEAST_MEAN_LOAD = 8  # tokens of an expert in a step; with fewer, one may be left out by chance
+WIDEST_BIASES = 1.0  # between two biases of a layer: the scores that they are added to lie between 0 and 1
+RECENT_SPEEDS, FIRST_SPEEDS, LEAST_SPEED, LEAST_SECONDS = 20, 10, 0.5, 2.0  # shorter intervals are mostly noise
+RECENT_LOSSES, MOST_RISE = 5, 1.0  # in records, and in nats per token
+MOST_HELD_OUT_RISE, MOST_GAP_RISE = 0.05, 0.1  # nats per token; the held-out text is always the same
+
+ADVICE = {
+    "dead expert": "raise training.balance.bias_update_speed or sequence_loss_weight; if the expert stays dead, "
+    "resume a checkpoint from before",
+    "collapsed entropy": "raise training.balance.bias_update_speed, lower training.optimizer.learning_rate, and "
+    "resume a checkpoint from before",
+    "runaway routing bias": "lower training.balance.bias_update_speed, and look for one source of data that few "
+    "experts take",
+    "throughput drop": "look for a slow host, disk or neighbour, and for a GPU that lowers its clock; "
+    "--profile 3 shows where the time goes",
+    "divergence": "lower training.optimizer.learning_rate or lengthen training.schedule.warmup_steps, and resume a "
+    "checkpoint from before; training.spikes.action=rollback does so by itself",
+    "held-out gap": "the run learns its text by heart: add text, lower training.total_tokens, or stop here",
+}
 
 
 def log_epochs(config: RunConfig, plan: TrainingSchedule, tokens: RunTokens) -> None:
@@ -130,4 +154,110 @@ def _built_otherwise(corpus: CorpusConfig, shards: TokenShards) -> str | None:
     return (
         f"{shards.directory} exists and is used as it was built, with {'; '.join(different)}; "
         "remove it to build it anew, or choose another data.path"
+    )
+
+
+class RunAlarms:
+    """Judges every record of metrics.jsonl as it is written, so that an alarm comes within one logging interval.
+
+    An alarm is logged with its meaning and with what to try, and `record(event, step, kind, meaning, advice)` adds
+    it to the run's events. It comes again only after its cause had gone. Dead experts and collapsed entropy count
+    after the warm-up of the learning rate, because routers start at random. Nothing here changes the run.
+    """
+
+    def __init__(
+        self, config: RunConfig, plan: TrainingSchedule, record: Callable[..., None] = lambda *_, **__: None
+    ) -> None:
+        self._config, self._plan, self._record = config, plan, record
+        self._speeds: deque[float] = deque(maxlen=RECENT_SPEEDS)
+        self._losses: deque[float] = deque(maxlen=RECENT_LOSSES)
+        self._lowest_loss = math.inf
+        self._best_held_out = (math.inf, math.inf)  # the lowest held-out loss, and its gap to the training loss
+        self._tokens = 0
+        self._present: set[str] = set()
+
+    def add(self, step: int, record: Mapping[str, Any]) -> None:
+        """Judges the record of a step or of a validation; figures that it lacks are not judged."""
+        found: dict[str, str | None] = {}
+        if "loss" in record:
+            found |= {"throughput drop": self._slower(record), "divergence": self._diverged(record["loss"])}
+        if "experts/entropy" in record:
+            found["runaway routing bias"] = _runaway_bias(record)
+            if step > self._config.training.schedule.warmup_steps:
+                found |= {"dead expert": self._dead(step, record), "collapsed entropy": self._collapsed(record)}
+        if "holdout_loss" in record:
+            found["held-out gap"] = self._gap(record["holdout_loss"])
+        for kind, meaning in found.items():
+            if meaning is not None and kind not in self._present:
+                get_logger("Trainer").warning(f"step {step}: {kind}: {meaning}; {ADVICE[kind]}")
+                self._record("alarm", step, kind=kind, meaning=meaning, advice=ADVICE[kind])
+        self._present |= {kind for kind, meaning in found.items() if meaning is not None}
+        self._present -= {kind for kind, meaning in found.items() if meaning is None}
+
+    def _dead(self, step: int, record: Mapping[str, Any]) -> str | None:
+        model, samples = self._config.model, self._plan.step(step).num_samples
+        tokens = samples * self._config.training.sequence_length
+        mean = tokens * model.num_experts_per_tok / model.n_routed_experts
+        dead = [round((1 - used) * model.n_routed_experts) for used in record["experts/utilisation"]]
+        if not any(dead) or mean < LEAST_MEAN_LOAD:
+            return None
+        layer = dead.index(max(dead))
+        return (
+            f"{dead[layer]} of {model.n_routed_experts} experts of MoE layer {layer + 1} received no token in this "
+            f"step, where the mean is {mean:,.0f}"
+        )
+
+    def _collapsed(self, record: Mapping[str, Any]) -> str | None:
+        model, lowest = self._config.model, min(record["experts/entropy"])
+        one_choice = math.log(model.num_experts_per_tok) / math.log(max(model.n_routed_experts, 2))
+        limit = (1 + one_choice) / 2
+        if lowest >= limit or one_choice == 1:
+            return None
+        layer = record["experts/entropy"].index(lowest) + 1
+        return (
+            f"the load of MoE layer {layer} has {lowest:.3f} of the entropy of an even load, and {one_choice:.3f} "
+            "if all tokens go to the same experts"
+        )
+
+    def _slower(self, record: Mapping[str, Any]) -> str | None:
+        speed, tokens = record["tokens_per_second"], record["tokens"] - self._tokens
+        self._tokens = record["tokens"]
+        usual = median(self._speeds) if len(self._speeds) >= FIRST_SPEEDS else 0.0
+        self._speeds.append(speed)
+        if speed >= LEAST_SPEED * usual or tokens < LEAST_SECONDS * speed:
+            return None
+        return f"{speed:,.0f} tokens per second, and {usual:,.0f} in the median of the reports before"
+
+    def _diverged(self, loss: float) -> str | None:
+        before = self._lowest_loss
+        if not math.isfinite(loss):
+            return None  # a step that is skipped, or ends the run
+        self._losses.append(loss)
+        if len(self._losses) == RECENT_LOSSES:
+            self._lowest_loss = min(before, median(self._losses))
+        if loss <= before + MOST_RISE:
+            return None
+        return f"the loss is {loss:.3f} nats per token, and has been {before:.3f}"
+
+    def _gap(self, held_out: float) -> str | None:
+        if len(self._losses) < RECENT_LOSSES or not math.isfinite(held_out):
+            return None
+        gap = held_out - median(self._losses)
+        self._best_held_out = lowest, smallest = min(self._best_held_out, (held_out, gap))
+        if held_out <= lowest + MOST_HELD_OUT_RISE or gap <= smallest + MOST_GAP_RISE:
+            return None
+        return (
+            f"the held-out loss has risen from {lowest:.3f} to {held_out:.3f} nats per token, and its gap to the "
+            f"training loss from {smallest:.3f} to {gap:.3f}"
+        )
+
+
+def _runaway_bias(record: Mapping[str, Any]) -> str | None:
+    widths = [high - low for low, high in zip(record["experts/bias_min"], record["experts/bias_max"], strict=True)]
+    if max(widths) <= WIDEST_BIASES:
+        return None
+    layer = widths.index(max(widths)) + 1
+    return (
+        f"the routing biases of MoE layer {layer} are {max(widths):.2f} apart, more than any two scores, so that "
+        "they decide alone"
     )

@@ -28,7 +28,7 @@ from deepseek_v3.training.parallel.engine import StepResult
 from deepseek_v3.training.parallel.mesh import ParallelMesh
 from deepseek_v3.training.profiling import ProfiledSteps, StepProfiler
 from deepseek_v3.training.run_state import RunState
-from deepseek_v3.training.run_warnings import log_epochs, warn_of_unusual_settings
+from deepseek_v3.training.run_warnings import RunAlarms, log_epochs, warn_of_unusual_settings
 from deepseek_v3.training.samples import SampleWriter
 from deepseek_v3.training.schedule import ScheduledStep, TrainingSchedule
 from deepseek_v3.training.signals import GracefulStop
@@ -162,7 +162,8 @@ class Trainer:
         batches = self.batches()
         dtype = self.engine.models[0].compute_dtype or torch.float32
         writes = self.mesh.rank == 0
-        reporter = MetricsLogger(self.config, self.plan, self.device, dtype, self._steps_done + 1, writes)
+        judge = RunAlarms(self.config, self.plan, self._events.write).add
+        reporter = MetricsLogger(self.config, self.plan, self.device, dtype, self._steps_done + 1, writes, judge)
         self._reporter = reporter
         self._events.begin(self._steps_done, environment(self.device, self.config.parallel))
         stop.install()

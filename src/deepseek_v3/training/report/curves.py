@@ -98,7 +98,7 @@ def speed_section(runs: Sequence[Run]) -> Html:
 
 
 def markers_of(run: Run) -> list[Marker]:
-    """Anomalies, rollbacks, restarts and failures of a run, at the tokens of their steps."""
+    """Anomalies, alarms, rollbacks, restarts and failures of a run, at the tokens of their steps."""
     found: dict[tuple[int, str], Marker] = {}
     for event in run.events:
         kind, step = event["event"], event["step"]
@@ -112,7 +112,7 @@ def markers_of(run: Run) -> list[Marker]:
 
 def event_text(event: dict[str, object]) -> str:
     """What an event says beside its name, step and time."""
-    fields = ("kind", "loss", "norm", "to_step", "error", "host", "device", "ranks")
+    fields = ("kind", "meaning", "advice", "loss", "norm", "to_step", "error", "host", "device", "ranks")
     return ", ".join(f"{humanize(name)} {event[name]}" for name in fields if event.get(name) is not None)
 
 

@@ -77,8 +77,16 @@ class Run:
     @property
     def anomalies(self) -> Counter[str]:
         """The steps with an anomaly, by its kind; a step that was trained again counts once."""
-        kinds = {record["step"]: str(record.get("kind")) for record in self.events if record["event"] == "anomaly"}
-        return Counter(kinds.values())
+        return self._kinds("anomaly")
+
+    @property
+    def alarms(self) -> Counter[str]:
+        """The steps with an alarm, by its kind; a step that was trained again counts once."""
+        return self._kinds("alarm")
+
+    def _kinds(self, event: str) -> Counter[str]:
+        found = {(each["step"], str(each.get("kind"))) for each in self.events if each["event"] == event}
+        return Counter(kind for _, kind in found)
 
     @property
     def budget(self) -> int | None:

@@ -27,7 +27,8 @@ from deepseek_v3.utils.text import pluralize, truncate
 _EVENT_CHARACTERS = 500
 _MOST_EVENTS = 100  # of a run
 _MARKERS = (
-    "Red lines: anomalies, rollbacks and failures; dotted grey lines: restarts. Point at a chart for its values."
+    "Red lines: anomalies, alarms, rollbacks and failures; dotted grey lines: restarts. Point at a chart for its "
+    "values."
 )
 _STYLE = """\
 pre { background: var(--panel); border-radius: 4px; padding: 0.75rem 1rem; overflow-x: auto; }
@@ -71,10 +72,10 @@ def _header(runs: Sequence[Run]) -> Html:
 
 
 def _alarms(runs: Sequence[Run]) -> Html:
-    """What somebody should look at: anomalies, rollbacks and failures."""
+    """What somebody should look at: anomalies, alarms, rollbacks and failures."""
     items = []
     for run in runs:
-        found = [f"{number} {kind}" for kind, number in sorted(run.anomalies.items())]
+        found = [f"{number} {kind}" for kind, number in sorted((run.anomalies + run.alarms).items())]
         found += [pluralize(run.count("rollback"), "rollback")] if run.count("rollback") else []
         if run.events and run.events[-1]["event"] == "failure":
             found.append(f"it failed after step {run.events[-1]['step']:,}")
@@ -83,7 +84,7 @@ def _alarms(runs: Sequence[Run]) -> Html:
             items.append(element("li", element("bdi", run.name), f": {', '.join(found)}. See the ", link, "."))
     if not items:
         return concat([])
-    heading = element("h2", "Anomalies", id="alarms")
+    heading = element("h2", "Anomalies and alarms", id="alarms")
     return element("section", heading, element("ul", *items), class_="alarms", aria_labelledby="alarms")
 
 

@@ -32,6 +32,7 @@ def summary(run: Run) -> dict[str, str]:
         "experts used": _figure([100 * value for value in used], ".1f", "%"),
         "skipped": f"{int(run.last.get('skipped_steps') or 0):,}",
         "anomalies": ", ".join(f"{number} {kind}" for kind, number in sorted(run.anomalies.items())) or "0",
+        "alarms": ", ".join(f"{number} {kind}" for kind, number in sorted(run.alarms.items())) or "0",
         "rollbacks": str(run.count("rollback")),
         "restarts": str(run.restarts),
         "end": _end(run),
