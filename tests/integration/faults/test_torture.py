@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from deepseek_v3.training.torture import command, trial
-from deepseek_v3.training.torture.faults import KINDS, Fault, draw_fault
+from deepseek_v3.training.torture.faults import KINDS, Damage, Fault, draw_fault
+from deepseek_v3.training.torture.strikes import Striker
 from deepseek_v3.training.torture.tiny_run import Undisturbed, run_undisturbed
 from deepseek_v3.training.torture.train_processes import Outcome
-from deepseek_v3.training.torture.trial import Trial, run_trial
+from deepseek_v3.training.torture.trial import Trial, damage_file, run_trial
 from deepseek_v3.utils.fault_points import PLACES
 from helpers.runs import dsv3, message_of
 
@@ -111,6 +112,23 @@ def test_a_fault_follows_from_its_kind_and_seed(kind: str) -> None:
 def test_an_end_that_a_fault_must_not_have(fault: Fault, outcome: Outcome, problem: str) -> None:
     with pytest.raises(trial.BrokenPromiseError, match=re.escape(problem)):
         trial.check_end(fault, outcome)
+
+
+def test_a_full_disk_is_injected_where_none_may_be_mounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    striker = Striker(FAULTS[6], 0)
+    for place in ("step", "save", "step", "step", "rename"):
+        striker(place)
+    with pytest.raises(OSError, match="No space left on device"):
+        striker("save")
+
+
+@pytest.mark.parametrize(("damage", "left"), [("truncate", b"ab"), ("flip", b"abgd"), ("remove", None)])
+def test_a_file_is_damaged_at_its_position(tmp_path: Path, damage: Damage, left: bytes | None) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"abcd")
+    damage_file(path, damage, 0.5)
+    assert (path.read_bytes() if path.exists() else None) == left
 
 
 def test_a_lost_checkpoint_is_noticed(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def torture(
         Path | None, typer.Option(metavar="FILE.json", help="Write every trial to this file.")
     ] = None,
 ) -> None:
-    """Kill, stop and damage real training runs on the CPU, and check that each goes on without losing anything."""
+    """Kill, stop and damage real training runs, and check that each goes on without losing anything."""
     configure_logging()
     chosen = _chosen(kinds)
     if output is not None and (problem := output_file_problem(output)):

@@ -24,23 +24,27 @@ _CAPABILITY_VERSION, _DAC_OVERRIDE, _DAC_READ_SEARCH = 0x20080522, 1, 2  # linux
 
 
 class Striker:
-    """Counts the places that a rank reaches, in the file `places.RANK.txt`, and strikes at the fault's one."""
+    """Strikes the process of `rank` when it reaches the fault's place for the fault's time.
+
+    Without a fault it writes every place that is reached to `places.RANK.txt` in the working directory.
+    """
 
     def __init__(self, fault: Fault | None, rank: int) -> None:
-        self._fault = fault if fault is not None and fault.rank == rank else None
+        self._fault, self._rank = fault, rank
         self._counts: Counter[Place] = Counter()
-        self._file = Path(PLACES_FILE.format(rank=rank)).open("a", buffering=1)  # noqa: SIM115 -- as long as the process
 
     def __call__(self, place: Place) -> None:
-        """Called at every place."""
+        """Called at every place. Raises the OSError of a full disk at every save after that was injected."""
         self._counts[place] += 1
         fault = self._fault
         if fault is None:
-            self._file.write(f"{place}\n")
-        elif fault.strike is not None and (fault.place, fault.hit) == (place, self._counts[place]):
-            _STRIKES[fault.strike]()
-        if place == "save" and FILLER.exists() and not Path.cwd().is_mount():
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            with Path(PLACES_FILE.format(rank=self._rank)).open("a") as file:
+                file.write(f"{place}\n")
+        elif fault.strike is not None and fault.rank == self._rank:
+            if (fault.place, fault.hit) == (place, self._counts[place]):
+                _STRIKES[fault.strike]()
+            if place == "save" and FILLER.exists() and not Path.cwd().is_mount():
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def obey_permissions() -> None:
