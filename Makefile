@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # The many processes of the tests share what one of them has compiled, whatever the environment says.
-TEST := PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n 2 --dist worksteal
+# There are three of them, because many tests wait for processes of their own: two left a third of two cores idle.
+TEST := PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n 3 --dist worksteal
 
 .PHONY: quickstart test coverage checks format install clean
 
